@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from hardware import add, heading, markdown
 from secateur.models.sources import resolve
+from stored import known_rows
 
 MODEL, LENGTH, WINDOWS, STRINGS = "smollm2-135m", 64, 200, 10_000
 
@@ -150,14 +151,13 @@ def main() -> None:
         "model": MODEL, "count": args.count.name, "text": args.text.name, "length": LENGTH,
         "windows": WINDOWS, "strings": STRINGS,
     }  # fmt: skip
-    rows = []
-    for size in [None, *args.sizes]:
-        row = measured(args, size)
-        print(row, flush=True)
-        add("vocabulary", protocol, row)
-        rows.append(row)
     print(heading())
-    print(table(rows))
+    for size in [None, *args.sizes]:
+        if size not in {row["size"] for row in known_rows("vocabulary", protocol)}:
+            row = measured(args, size)
+            print(row, flush=True)
+            add("vocabulary", protocol, row)
+    print(table(known_rows("vocabulary", protocol)))
 
 
 if __name__ == "__main__":

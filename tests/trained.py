@@ -26,16 +26,19 @@ STEPS, WARM_UP, BATCH, LENGTH, RATE = 600, 20, 24, 64, 4e-3
 OnStep = Callable[[int, int, Any, Any], None]
 
 
-def source_text(held_out: bool = False) -> str:
-    """The top-level modules of the standard library, in the tokenizer's characters."""
+def source_files(held_out: bool = False) -> list[Path]:
+    """The top-level modules of the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [file for number, file in enumerate(files) if (number % 10 == 5) == held_out]
+
+
+def source_text(held_out: bool = False) -> str:
+    """Their text, in the tokenizer's characters."""
     known = set(CHARACTERS)
-    texts = [
+    return "".join(
         "".join(c for c in file.read_text(encoding="utf-8", errors="ignore") if c in known)
-        for number, file in enumerate(files)
-        if (number % 10 == 5) == held_out
-    ]
-    return "".join(texts)
+        for file in source_files(held_out)
+    )
 
 
 def source_ids(held_out: bool = False) -> Tensor:

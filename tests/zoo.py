@@ -109,7 +109,7 @@ LINEAR_ATTENTION: dict[str, Any] = {
 }  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 16, "patch_size": 8,
+    "image_size": 16, "patch_size": 8, "out_hidden_size": 32,
 }  # fmt: skip
 GEMMA4: dict[str, Any] = {
     **LOCAL, "layer_types": SLIDING, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
@@ -140,6 +140,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "step3p5": {
         **WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense"] * 3, "gating": "per-head",
         "query_pre_attn_scalar": 8,
+    },
+    "step3p5 experts": {
+        **WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "gating": "per-head", "query_pre_attn_scalar": 8, "n_routed_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "share_expert_dim": 40,
+        "swiglu_limits": [0, 0, 0.5], "moe_router_scaling_factor": 1.5,
     },
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
                     "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
@@ -191,6 +197,7 @@ SEEING: dict[str, dict[str, Any]] = {
         "gemma4_text shared", "gemma4_vision", image_token_id=90,
     ),
     "step3p7 vision": with_vision("step3p5", "step3p5_vision", image_token_id=90),
+    "step3p7 experts": with_vision("step3p5 experts", "step3p5_vision", image_token_id=90),
     "gemma3n vision": with_vision("gemma3n_text", "gemma3n_vision"),
     "qwen3_5 vision": with_vision("qwen3_5_text", "qwen3_5", image_token_id=90),
     "llava": with_vision("llama", "clip_vision_model", image_token_index=90),
@@ -310,10 +317,18 @@ CUT_SEEING = (
 TIED_INSIDE = ("qwen2_5_vl",)
 """Of these not KV groups, because the class ties the number of heads to the hidden size."""
 
+SEEING_MIXTURES = ("step3p7 experts",)
+"""Models that see, of whose decoder a test cuts experts."""
+
+WITH_EXPERTS = (*MIXTURES, *SEEING_MIXTURES)
+"""Everything that has experts and is run with text alone."""
+
 NOT_RUN = ("llama4 vision",)
 """What is pruned, saved and loaded, but transformers 5.24 cannot run it without a picture."""
 
-NOT_LOADED = {"step3p7 vision": r"does not contain model\.vision_model"}
+NOT_LOADED = dict.fromkeys(
+    ("step3p7 vision", "step3p7 experts"), r"does not contain model\.vision_model"
+)
 """What `secateur.load` does not load from a compressed folder, and what it says: transformers
 stores a part beside the decoder in another form than it computes with."""
 

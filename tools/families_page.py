@@ -28,7 +28,7 @@ KINDS = (
     ("Hybrids", ("HYBRIDS",), "Layers of several kinds. Their linears are pruned. Convolutions, "
      "states (`A_log`, `D`, `dt_bias`) and norms stay, and the manifest names what stays."),
     ("Models that see", ("SEEING",), "The decoder inside is pruned with text. Everything else "
-     "stays byte for byte. Pairs of pictures and text are not used for calibration."),
+     "stays byte for byte. [Models that see](seeing.md): calibration with pictures."),
     ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear. See "
      "[experts](methods/experts.md)."),
 )  # fmt: skip
@@ -82,7 +82,7 @@ def columns(title: str) -> tuple[str, ...]:
     """The columns of the table of one kind; mixtures have experts besides."""
     cut = ("layers", "KV groups", "FFN", "hidden")
     found = ("model", "family", "50 %, 2:4", *cut, "packing", "fast decoding", "GGUF")
-    return (*found, "experts") if title.startswith("Mixtures") else found
+    return (*found, "experts") if title.startswith(("Mixtures", "Models that see")) else found
 
 
 def row(name: str) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def row(name: str) -> tuple[str, ...]:
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
         YES if model_type in FAMILIES else NO,
         YES if model_type in LLAMA_CPP_FAMILIES else NO,
-        YES if name in zoo.MIXTURES else NO,
+        YES if name in zoo.WITH_EXPERTS else NO,
     )
 
 

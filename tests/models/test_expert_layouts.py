@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import secateur
 from oracles import fused_experts
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError
-from secateur.models.architecture import describe, experts_of, families, family_of
+from secateur.models.architecture import describe, experts_of, families, family_of, text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.expert_layout import ExpertLayout, flagged_layout
 from secateur.models.experts import opened_experts
@@ -25,11 +24,11 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.models.stored_experts import stored_in_table
 from slow import slow_but
 from tiny import tiny_tokenizer
-from zoo import MIXTURES, tiny_model, tiny_windows
+from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows
 
-FORMS = ("mixtral", "gpt_oss", "llama4", "nemotron_h", "minimax_m3")
+FORMS = ("mixtral", "gpt_oss", "llama4", "nemotron_h", "minimax_m3", "step3p7 experts")
 """One of each form: standard; transposed, interleaved, with biases; transposed with scaled inputs;
-without gate in a latent space; with a clamped gate."""
+without gate in a latent space; with a clamped gate; clamped by layer, in a model that sees."""
 
 LEFT = (
     "norm", "router", "mlp.gate.", "mixer.gate.", "feed_forward.gate.", "conv1d", "conv.conv",
@@ -58,7 +57,13 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", slow_but(FORMS, MIXTURES))
+def loaded(family: str, folder: Path) -> Any:
+    """What plain transformers loads."""
+    with quiet_transformers():
+        return class_of(config_of(family)).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
 def test_pruned_as_by_hand(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of the last layer with experts, in memory and on disk."""
     caplog.set_level(logging.ERROR)
@@ -75,8 +80,7 @@ def test_pruned_as_by_hand(family: str, tmp_path: Path, caplog: pytest.LogCaptur
     secateur.prune(
         source, output=tmp_path / "out", calibration=tmp_path / "windows.safetensors", **options
     )
-    with quiet_transformers():
-        stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    stored = loaded(family, tmp_path / "out")
     expected = dict(by_hand.named_parameters())
     for model in (ours, stored):
         for name, parameter in model.named_parameters():
@@ -88,7 +92,7 @@ def test_pruned_as_by_hand(family: str, tmp_path: Path, caplog: pytest.LogCaptur
     )
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_opened_experts_compute_the_same(family: str) -> None:
     model = tiny_model(family)
     expected = logits(model)
@@ -101,7 +105,7 @@ def test_opened_experts_compute_the_same(family: str) -> None:
             torch.testing.assert_close(logits(model), expected)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_experts_are_views(family: str) -> None:
     """Each value of the fused tensors belongs to one matrix of one expert, and a write shows."""
     model: Any = tiny_model(family)
@@ -124,7 +128,7 @@ def test_experts_are_views(family: str) -> None:
             assert torch.equal(parameter, fresh.get_submodule(path).get_parameter(name) + 1), name
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_declared_forms_are_those_of_transformers(family: str) -> None:
     model = tiny_model(family)
     experts = experts_of(model)
@@ -132,16 +136,16 @@ def test_declared_forms_are_those_of_transformers(family: str) -> None:
     for path in fused(model):
         assert path.endswith(f".{experts.module}")
         flagged = flagged_layout(model.get_submodule(path))
-        if family == "llama4":  # its class says nothing
+        if family in ("llama4", "step3p7 experts"):  # their classes say nothing
             assert flagged is None
         else:
             assert flagged == experts.layout
     if family_of(model) is not None:
         assert stored_in_table(model) == experts.stored
-        assert hasattr(model.config, experts.count)
+        assert hasattr(text_config(model.config), experts.count)
         layers = describe(model).layers(model)
         assert any(experts.router in dict(layer.named_modules()) for layer in layers)
-    assert experts.per_token(model.config) == (1 if family == "llama4" else 2)
+    assert experts.per_token(text_config(model.config)) == (1 if family == "llama4" else 2)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -165,7 +169,7 @@ def test_calibration_reaches_experts_however_they_are_computed(implementation: s
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("family", slow_but(FORMS, MIXTURES))
+@pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
 def test_every_matrix_is_half_zero_and_the_model_generates(
     family: str, pattern: str, tmp_path: Path
 ) -> None:
@@ -174,8 +178,7 @@ def test_every_matrix_is_half_zero_and_the_model_generates(
     options = {"sparsity": 0.5} if pattern == "unstructured" else {"pattern": pattern}
     report = secateur.prune(source, output=tmp_path / "out", method="magnitude", **options)
     assert report.sparsity == 0.5
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model: Any = loaded(family, tmp_path / "out")
     dense, halved = tiny_model(family), set()
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter, dense.get_parameter(name)):
@@ -184,7 +187,7 @@ def test_every_matrix_is_half_zero_and_the_model_generates(
                     assert (matrix == 0).float().mean() == 0.5, name
             assert (parameter == 0).float().mean() == 0.5, name
             halved.add(name)
-    layers = {n for n, _ in model.named_parameters() if ".layers." in n}
+    layers = {n for n, _ in model.named_parameters() if ".layers." in n and "vision" not in n}
     assert halved == {n for n in layers if not any(part in n for part in LEFT)}
     for path in fused(model):
         taken = fused_experts.TAKEN.get(family, fused_experts.standard)
@@ -277,7 +280,7 @@ def test_experts_stored_in_another_form_are_refused(tmp_path: Path) -> None:
 
 def test_every_declared_mixture_is_in_the_zoo() -> None:
     declared = {name for name in families if families[name].experts is not None}
-    assert declared <= {describe(tiny_model(name)).family for name in MIXTURES}
+    assert declared <= {describe(tiny_model(name)).family for name in WITH_EXPERTS}
 
 
 @pytest.mark.parametrize("family", slow_but(("gpt_oss",), MIXTURES))
@@ -288,10 +291,7 @@ def test_compressed_and_back_as_plain_transformers_loads_it(family: str, tmp_pat
     secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
     secateur.compress(tmp_path / "p", output=tmp_path / "c", values="keep")
     secateur.decompress(tmp_path / "c", output=tmp_path / "d")
-    with quiet_transformers():
-        dense, found = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("p", "d")
-        )
+    dense, found = (loaded(family, tmp_path / name) for name in ("p", "d"))
     for name, parameter in found.named_parameters():
         assert torch.equal(parameter, dense.get_parameter(name)), name
     packed = secateur.load(tmp_path / "c", dtype=torch.float32)
@@ -312,8 +312,7 @@ def test_tuned_views_are_tuned_as_plain_matrices(family: str, tmp_path: Path) ->
     secateur.prune(
         source, output=tmp_path / "out", calibration=tmp_path / "windows.safetensors", **options
     )
-    with quiet_transformers():
-        stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    stored = loaded(family, tmp_path / "out")
     for name, parameter in stored.named_parameters():
         # Adam makes a step of its rate out of a gradient near 0, whatever its sign
         assert (ours.get_parameter(name) - parameter).abs().max() < 5e-3, name

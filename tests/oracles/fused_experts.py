@@ -67,6 +67,9 @@ def between(family: str, taken: Taken, x: Tensor, config: Any) -> Tensor:
         limit, alpha = config.swiglu_limit, config.swiglu_alpha
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + 1) * gate * torch.sigmoid(gate * alpha)
+    if family == "step3p7 experts":  # the last layer's limit
+        limit = config.text_config.swiglu_limits[-1]
+        return nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     if family == "gemma4":
         return nn.functional.gelu(gate, approximate="tanh") * up
     return nn.functional.silu(gate) * up

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
-from secateur.models.architecture import describe
+from secateur.models.architecture import describe, text_config
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import cut_checkpoint, cut_model
 from slow import slow_but
-from zoo import MIXTURES, tiny_model, tiny_windows
+from zoo import WITH_EXPERTS, class_of, tiny_model, tiny_windows
 
-FORMS = ("gpt_oss", "llama4", "deepseek_v3", "nemotron_h", "granitemoe")
+FORMS = ("gpt_oss", "llama4", "deepseek_v3", "nemotron_h", "granitemoe", "step3p7 experts")
 IDS = tiny_windows(2, 9, seed=5)
 
 
@@ -39,7 +39,8 @@ def saved(model: Any, folder: Path) -> Path:
 
 def loaded(folder: Path) -> Any:
     with quiet_transformers():
-        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        sort = class_of(AutoConfig.from_pretrained(folder))
+        model, found = sort.from_pretrained(folder, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     return model.eval()
@@ -51,7 +52,7 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("family", slow_but(FORMS, MIXTURES))
+@pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
 def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> None:
     """What plain transformers loads holds the kept experts, rows and corrections, in order."""
     model: Any = tiny_model(family)
@@ -62,7 +63,7 @@ def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> Non
     smaller = loaded(tmp_path / "out")
     assert torch.equal(logits(smaller), logits(cut_model(model, Cut(experts=kept))))
     experts: Any = describe(model).experts
-    assert getattr(smaller.config, experts.count) == len(next(iter(kept.values())))
+    assert getattr(text_config(smaller.config), experts.count) == len(next(iter(kept.values())))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     after = dict(smaller.named_parameters()) | dict(smaller.named_buffers())
     assert after.keys() == before.keys()
@@ -84,6 +85,18 @@ def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> Non
     tensors = {n.rpartition(".experts.")[2] for n in load_file(source / "model.safetensors")}
     left = {n.rpartition(".experts.")[2] for n in load_file(tmp_path / "out" / "model.safetensors")}
     assert left <= tensors  # fused where the source is fused, one by one where it is not
+
+
+def test_experts_stored_by_projection_stay_so(tmp_path: Path) -> None:
+    """In one tensor for the gates of all experts, one for the ups, and one for the downs."""
+    model: Any = tiny_model("step3p7 experts")
+    kept, source = [1, 2, 3], saved(model, tmp_path / "source")
+    cut_checkpoint(source, Cut(layers=(0, 2), experts={2: tuple(kept)}), tmp_path / "out")
+    before, after = (load_file(x / "model.safetensors") for x in (source, tmp_path / "out"))
+    for name in ("gate_proj", "up_proj", "down_proj", "gate"):
+        was = before[f"model.layers.2.moe.{name}.weight"]
+        assert torch.equal(after[f"model.layers.1.moe.{name}.weight"], was[kept])
+    assert not any(".layers.2." in name and "vision" not in name for name in after)
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
@@ -108,7 +121,7 @@ def test_groups_of_experts_stay_even() -> None:
             cut_model(model, Cut(experts={1: kept, 2: kept}))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "llama4"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "llama4", "step3p7 experts"])
 def test_structure_chooses_experts_by_reap(family: str, tmp_path: Path) -> None:
     """As many of each group; Llama 4 weighs inputs, so outputs count as they are."""
     source = saved(tiny_model(family), tmp_path / "source")

@@ -220,11 +220,10 @@ def line_document(line: str, where: str, field: str) -> str:
     pictures = [name for name in PICTURES if row.get(name)]
     if pictures:
         raise SourceError(
-            f"the line has a picture ({pictures[0]}): pairs of pictures and text are not used, "
-            "because what a picture adds to the hidden states is not the same for every window",
+            f"the line has a picture ({pictures[0]}), and lines are read as text alone",
             where=where,
-            remedy=f"use text alone: remove the field {pictures[0]!r}; parts of the model for "
-            "pictures stay as they are",
+            remedy=f"remove the field {pictures[0]!r}, or make windows with the processor of the "
+            "model: see docs/seeing.md",
         )
     text = cast(str, row[field])
     try:

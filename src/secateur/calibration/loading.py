@@ -41,6 +41,7 @@ def load_calibration(
     field: str = "text",
     split: str | None = None,
     config: str | None = None,
+    pictures: bool = False,
 ) -> tuple[Windows, dict[str, Any]]:
     """Calibration windows from texts or a file of ready windows, with a record of both.
 
@@ -55,6 +56,7 @@ def load_calibration(
         field: as in `read_documents`.
         split: as in `read_documents`.
         config: as in `read_documents`.
+        pictures: as in `load_windows`.
 
     Returns:
         The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
@@ -84,7 +86,7 @@ def load_calibration(
     source = parts[0][0]
     if source.endswith(".safetensors"):
         file = Path(source).expanduser()
-        windows = load_windows(file, vocab_size=vocab_size, positions=positions)
+        windows = load_windows(file, vocab_size=vocab_size, positions=positions, pictures=pictures)
         start, extra = stored_start(file), stored_extra(file)
     else:
         if tokenizer is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.calibration.beside import refuse_beside
 from secateur.calibration.cutting import WindowCutter
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer
@@ -177,14 +178,19 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
 
 
 def load_windows(
-    path: Path, *, vocab_size: int | None = None, positions: int | None = None
+    path: Path,
+    *,
+    vocab_size: int | None = None,
+    positions: int | None = None,
+    pictures: bool = False,
 ) -> Windows:
-    """Windows from a safetensors file with one tensor `input_ids` [samples, sequence_length].
+    """Windows from a safetensors file with a tensor `input_ids` [samples, sequence_length].
 
     Args:
         path: the file.
         vocab_size: token ids must be below it.
         positions: windows must not be longer.
+        pictures: whether the caller reads what the file has beside the tokens (`load_beside`).
 
     Raises:
         SourceError: there is no such file, or it contains no windows of this vocabulary.
@@ -208,6 +214,8 @@ def load_windows(
             where=str(path),
             remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
+    if not pictures:
+        refuse_beside(tensors, path)
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
@@ -294,5 +302,4 @@ def save_windows(
 
     entry = {START: json.dumps(list(start))} if start else {}
     entry |= {EXTRA: str(extra)} if extra else {}
-    tensors = {"input_ids": windows.contiguous()}
-    write_bytes(path, save(tensors, metadata={**(metadata or {}), **entry}))
+    write_bytes(path, save({"input_ids": windows.contiguous()}, {**(metadata or {}), **entry}))

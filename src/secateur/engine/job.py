@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.calibration.beside import Beside
 from secateur.engine.choose.allocate import allocate
 from secateur.engine.choose.survey import Survey
 from secateur.engine.prune.run import Run
@@ -32,6 +33,7 @@ class Job:
         settings: how the work is done.
         allocation: sets the sparsity of each linear.
         sparsity: target sparsity of the whole model.
+        beside: what the model reads beside the tokens of each window.
     """
 
     target: Target
@@ -40,6 +42,7 @@ class Job:
     settings: Settings
     allocation: Allocation
     sparsity: float
+    beside: Beside | None = None
 
     def carry_out(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
         """Gather gradients if the method needs them, allocate, and prune the layers.
@@ -70,7 +73,7 @@ class Job:
         if self.windows is None:
             return None
         how = self.settings
-        in_memory = how.activations == "memory"
         return Passage(
-            self.target, self.windows, how.micro_batch_tokens, in_memory, how.work, how.ranks
-        )
+            self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
+            self.beside, on_gpu=how.on_gpu,
+        )  # fmt: skip

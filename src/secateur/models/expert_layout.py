@@ -116,6 +116,9 @@ class Experts:
         module: path of the experts within a decoder layer; a layer without it is dense.
         router: path of the module within a decoder layer that routes.
         stored: names of gate, up and down below each expert where a checkpoint stores them alone.
+        stacked: the module within a decoder layer in whose `gate_proj.weight`, `up_proj.weight` and
+            `down_proj.weight` a checkpoint stores those of all experts, [experts, out, in] each;
+            empty where it stores them alone, or as transformers holds them.
         count: the name that the configuration has for the number of experts of a layer.
         chosen: the name that it has for the number of experts of each token.
         layout: how transformers fuses them.
@@ -127,6 +130,7 @@ class Experts:
     module: str = "mlp.experts"
     router: str = "mlp.gate"
     stored: tuple[str, str, str] = PROJECTIONS
+    stacked: str = ""
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
     layout: ExpertLayout = field(default_factory=ExpertLayout)

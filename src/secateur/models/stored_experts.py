@@ -41,11 +41,15 @@ def stored_experts_of(model: Any) -> Experts | None:
 def expert_renamings(experts: Experts) -> Mapping[str, str]:
     """Patterns in stored names of experts' linears, and what replaces them; as in transformers."""
     where = re.escape(experts.module.rpartition(".")[2])
-    return {
+    alone = {
         rf"(\.{where}\.\d+)\.{stored}\.": rf"\1.{name}."
         for stored, name in zip(experts.stored, PROJECTIONS, strict=True)
         if stored != name
     }
+    if not experts.stacked:
+        return alone
+    stacked = rf"\.{re.escape(experts.stacked)}\.({'|'.join(PROJECTIONS)})\.weight"
+    return {**alone, stacked: rf".{experts.module}.\1"}
 
 
 def stored_in_table(model: Any) -> tuple[str, str, str]:
@@ -153,7 +157,8 @@ def split_stored(reader: CheckpointReader, experts: Experts, names: Mapping[str,
     found: dict[str, dict[str, str]] = {}
     for stored in list(reader.entries):
         owner, _, leaf = names[stored].rpartition(".")
-        if leaf in experts.layout.names and owner.endswith("." + experts.module):
+        fused = leaf in (*experts.layout.names, *experts.layout.projections)
+        if fused and owner.endswith("." + experts.module):
             found.setdefault(owner, {})[leaf] = stored
     for owner, tensors in found.items():
         shapes = {leaf: reader.entries[stored].shape for leaf, stored in tensors.items()}

@@ -15,6 +15,7 @@ import torch
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.expert_layout import PROJECTIONS
 from secateur.models.inventory import part_beside
 from secateur.models.skeleton import model_names
 from secateur.structured.design import Design
@@ -45,7 +46,7 @@ def stored_edits(
         whole = edit.source in stored  # experts may be stored fused, as transformers holds them
         if not whole and part_of(made, edit.source) in beside:
             continue
-        for part in [(None, edit)] if whole else experts_apart(made, edit):
+        for part in [(None, edit)] if whole else apart(made, edit, stored):
             if part[1].source not in stored:
                 raise CheckpointError(
                     f"the checkpoint does not contain {part[1].source}",
@@ -82,6 +83,24 @@ def part_of(made: Design, name: str) -> str:
     """The part of a model beside its decoder that a parameter belongs to; empty within it."""
     decoder = made.architecture.layers_path.rpartition(".")[0]
     return "" if name.startswith(f"{decoder}.") else part_beside(name, decoder)
+
+
+def apart(
+    made: Design, edit: Edit, stored: Mapping[str, str]
+) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
+    """The edits of the tensors that hold a parameter, with the expert's old and new number.
+
+    A checkpoint may store gate and up of all experts in a tensor each, or the linears of each
+    expert; other parameters are whole.
+    """
+    owner = edit.source.rpartition(".")[0]
+    halves = [f"{owner}.{name}" for name in PROJECTIONS[:2]]
+    if not edit.source.endswith(".gate_up_proj") or halves[0] not in stored:
+        yield from experts_apart(made, edit)
+        return
+    count, both, inner = edit.shape
+    for half in halves:
+        yield None, replace(edit, source=half, shape=(count, both // 2, inner))
 
 
 def experts_apart(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:

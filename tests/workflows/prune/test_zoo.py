@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 import secateur
 from secateur.models.skeleton import quiet_transformers
 from zoo import (
-    MIXTURES,
     NOT_RUN,
+    WITH_EXPERTS,
     ZOO,
     class_of,
     config_of,
@@ -102,7 +102,7 @@ def test_pruned_saved_loaded_and_generating(
 ) -> None:
     source, out = saved(name, tmp_path / "source"), tmp_path / "out"
     # In so little text some experts see no token, and would stay dense.
-    method = "magnitude" if name in MIXTURES or name == "llama4 vision" else "wanda"
+    method = "magnitude" if name in (*WITH_EXPERTS, "llama4 vision") else "wanda"
     options: dict[str, Any] = {"method": method, "pattern": pattern, "calibration": str(windows)}
     if pattern == "unstructured":
         options["sparsity"] = 0.5

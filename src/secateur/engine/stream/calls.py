@@ -28,9 +28,11 @@ __all__ = [
     "Recorder",
     "StandIn",
     "call_layer",
+    "call_of",
     "first_inputs",
     "in_short",
     "layer_calls",
+    "record",
     "replaced_layers",
     "token_values",
     "token_values_of_all",
@@ -217,10 +219,16 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
             layers[index] = original
 
 
-def record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorder]:
+def record(
+    model: Any,
+    layers: nn.ModuleList,
+    input_ids: Tensor,
+    beside: Mapping[str, Tensor] | None = None,
+) -> list[Recorder]:
     """Record one forward of the model up to its last decoder layer.
 
-    Some models expect a tensor from a layer and some a tuple. Both are tried.
+    Some models expect a tensor from a layer and some a tuple. Both are tried. `beside` is what the
+    model reads beside the tokens, such as the pixels of pictures.
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
@@ -229,7 +237,7 @@ def record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorde
         recorders = [Recorder(x, i == last, in_tuple, shapes) for i, x in enumerate(layers)]
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
-                model(input_ids=input_ids, use_cache=False)
+                model(input_ids=input_ids, use_cache=False, **(beside or {}))
             except AfterLastLayer:
                 if all(recorder.call is not None for recorder in recorders):
                     return recorders
@@ -284,7 +292,12 @@ def token_values_of_all(
     return torch.cat([call.values() for call in found if call.varying], -1)
 
 
-def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> list[LayerCall]:
+def layer_calls(
+    model: Any,
+    layers: nn.ModuleList,
+    batches: list[Tensor],
+    beside: Mapping[str, Tensor] | None = None,
+) -> list[LayerCall]:
     """How each layer is called, for several batches of equal shape.
 
     Returns:
@@ -293,7 +306,7 @@ def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> lis
     Raises:
         ArchitectureError: arguments depend on the tokens, but not one by one.
     """
-    recorded = [record(model, layers, batch) for batch in batches]
+    recorded = [record(model, layers, batch, beside) for batch in batches]
     calls = [call_of(recorder) for recorder in recorded[0]]
     for other in recorded[1:]:
         for index, recorder in enumerate(other):

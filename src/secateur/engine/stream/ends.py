@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.beside import Beside
 from secateur.engine.stream.calls import (
     LayerCall,
     StandIn,
@@ -22,6 +24,7 @@ from secateur.engine.stream.calls import (
     replaced_layers,
     token_values_of_all,
 )
+from secateur.engine.stream.pictures import recorded_with
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.token_values import TokenValues
 from secateur.precision import fast_matmuls
@@ -60,6 +63,8 @@ class ModelEnds:
         windows: token ids [samples, sequence_length].
         folder: keeps what depends on the tokens besides hidden states; None for memory.
         own: the windows of this process; None for all.
+        beside: what the model reads beside the tokens. Then each window has calls of its own,
+            because masks and positions depend on where its pictures are.
     """
 
     def __init__(
@@ -68,9 +73,11 @@ class ModelEnds:
         windows: Tensor,
         folder: Path | None = None,
         own: slice | None = None,
+        beside: Beside | None = None,
     ) -> None:
-        self.target, self.windows = target, windows
+        self.target, self.windows, self.beside = target, windows, beside
         self.recorded: dict[int, list[LayerCall]] = {}
+        self.of_windows: dict[int, list[LayerCall]] = {}
         self.width: int | None = None  # of hidden states as they travel
         self.token_values = TokenValues(target, windows, folder, own)
 
@@ -81,11 +88,12 @@ class ModelEnds:
         """
         if size not in self.recorded:
             total, device = len(self.windows), self.target.device
+            # Turned around, so that a single window also shows what depends on its tokens.
+            last = self.windows[total - size :].flip(1)
+            shown = (self.windows[:size], last) if self.beside is None else (self.windows[:1],)
+            ids = [x.to(device) for x in shown]
             with self.target.outside():
-                # Turned around, so that a single window also shows what depends on its tokens.
-                last = self.windows[total - size :].flip(1)
-                ids = [x.to(device) for x in (self.windows[:size], last)]
-                calls = layer_calls(self.target.model, self.target.layers, ids)
+                calls = layer_calls(self.target.model, self.target.layers, ids, self.given(0))
             self.recorded[size] = [call.to(device).filled(None) for call in calls]
         return self.recorded[size]
 
@@ -94,13 +102,50 @@ class ModelEnds:
 
         Args:
             number: number of the layer.
-            rows: numbers of the windows.
+            rows: numbers of the windows; one window, if it has pictures.
         """
+        if self.beside is not None:
+            (row,) = rows
+            return self.calls_of(row)[number]
         call = self.calls(len(rows))[number]
         return call.filled(self.token_values.read(number, call, rows)) if call.varying else call
 
+    def given(self, row: int) -> dict[str, Tensor]:
+        """What the model reads beside the tokens of a window."""
+        if self.beside is None:
+            return {}
+        return self.beside.of(row, self.target.device, self.target.dtype)
+
+    def calls_of(self, row: int) -> list[LayerCall]:
+        """How the model calls each layer for one window with its pictures."""
+        if row not in self.of_windows:
+            with self.target.outside():
+                self.with_beside(row)
+        return self.of_windows[row]
+
+    def with_beside(self, row: int) -> Tensor:
+        """The input of the first layer for a window with its pictures; its calls are kept.
+
+        Use it only within `outside()`.
+        """
+        model, layers, device = self.target.model, self.target.layers, self.target.device
+        ids = self.windows[row : row + 1].to(device)
+        hidden, calls = recorded_with(model, layers, ids, self.given(row))
+        self.of_windows[row] = [
+            replace(own, carried=form.carried)
+            for own, form in zip(calls, self.recorded[1], strict=True)
+        ]
+        return hidden
+
     def shared_tensors(self, number: int, sizes: set[int]) -> list[Tensor]:
         """Arguments of a layer that no forward owns, for batches of these sizes."""
+        if self.beside is not None:
+            own = self.token_values.own
+            return [
+                x
+                for row in range(own.start, own.stop)
+                for x in self.calls_of(row)[number].tensors()
+            ]
         calls = [self.calls(size)[number] for size in sizes]
         held = [self.token_values.held(number, call) for call in calls if call.varying]
         return [*(x for x in held if x is not None), *(x for c in calls for x in c.tensors())]
@@ -116,7 +161,11 @@ class ModelEnds:
         calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
-                found = calls[0].packed(first_inputs(model, layers, self.windows[rows].to(device)))
+                if self.beside is None:
+                    hidden = first_inputs(model, layers, self.windows[rows].to(device))
+                else:
+                    hidden = self.with_beside(rows.start)
+                found = calls[0].packed(hidden)
                 self.width = found.shape[-1]
                 yield found
 
@@ -198,7 +247,9 @@ class ModelEnds:
         """
         ids = self.windows[row : row + 1].to(self.target.device)
         with self.returning(hidden):
-            logits: Tensor = self.target.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.target.model(
+                input_ids=ids, use_cache=False, **self.given(row)
+            ).logits
         return logits[0]
 
     @contextmanager

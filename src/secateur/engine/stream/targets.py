@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from secateur.engine.stream.tables import per_layer_table, rows_in_use
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.inventory import (
@@ -138,18 +139,39 @@ class CheckpointTarget:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Embeddings, final norm and head as views of the files; only the rows in use are read."""
+        """Embeddings, final norm and head as views of the files; only the rows in use are read.
+
+        On another device or in another dtype they are copied, but never the whole table of
+        per-layer embeddings.
+        """
         prefix = self.architecture.layers_path + "."
-        names = [n for n, _ in self.model.named_parameters() if not n.startswith(prefix)]
+        table = per_layer_table(self.model)
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(prefix) and (table is None or parameter is not table.weight)
+        ]
         by_stored = {self.stored[n]: n for n in names if n in self.stored}
         for stored, tensor in self.reader.mapped(list(by_stored)):
             assign(self.model, by_stored[stored], tensor.to(self.device, self.dtype))
         self.model.tie_weights()
         try:
-            yield
+            with self.rows_of(table):
+                yield
         finally:
             for name in names:
                 assign(self.model, name, self.model.get_parameter(name).to("meta"))
+
+    @contextmanager
+    def rows_of(self, table: nn.Embedding | None) -> Iterator[None]:
+        """A context in which the table of per-layer embeddings, if any, has the rows in use."""
+        if table is None:
+            yield
+            return
+        name = next(n for n, p in self.model.named_parameters() if p is table.weight)
+        ((_, whole),) = self.reader.mapped([self.stored[name]])
+        with rows_in_use(table, whole, self.device, self.dtype):
+            yield
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

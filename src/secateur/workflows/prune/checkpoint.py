@@ -50,6 +50,7 @@ from secateur.workflows.prune.chosen_plan import choose_plan
 from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.distillation import distill_checkpoint
 from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
+from secateur.workflows.prune.pictures import BESIDE, refuse_shared
 from secateur.workflows.prune.prepare import (
     Prepared,
     fingerprint,
@@ -93,7 +94,7 @@ def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
     if recipe.machines.gpus is not None:
         return plan_on_paper(recipe)
     began = time.perf_counter()
-    prepared = prepare(recipe, only_plan=True)
+    prepared = prepare(recipe, only_plan=True, pictures=True)
     ready = time.perf_counter() - began
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
@@ -137,9 +138,9 @@ def run_recipe(
     folder = RunFolder(recipe.output, "prune", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
     kept = folder.notes if folder.finished else folder.work
-    prepared = prepare(
-        recipe, folder.model, kept / WINDOWS if folder.state else None, progress=progress
-    )
+    windows = kept / WINDOWS if folder.state else None
+    prepared = prepare(recipe, folder.model, windows, pictures=True, progress=progress)
+    refuse_shared(prepared.beside, ranks)
     return run_prepared(prepared, folder, progress, meter, ranks)
 
 
@@ -174,6 +175,7 @@ def run_prepared(
             settings_of(recipe, activations, folder.work, ranks),
             prepared.allocation,
             prepared.sparsity,
+            prepared.beside,
         )
         finished = begin(prepared, ledger, progress)
         give(order_of(prepared, folder, activations, finished, ledger), ranks)
@@ -246,6 +248,10 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
         return dataclasses.replace(prepared, calibration=provenance)
     if prepared.unwritten:
         prepared = with_own_windows(prepared, progress)
+    if prepared.beside is not None:
+        prepared.beside.save(folder.work / BESIDE)
+        record = {**(prepared.calibration or {}), "beside": prepared.beside.shapes}
+        prepared = dataclasses.replace(prepared, calibration=record)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())

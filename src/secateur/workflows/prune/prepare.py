@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.beside import Beside
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import EXTRA, WindowPlan, load_windows, stored_extra
 from secateur.engine.prune.reconstruction import Reconstruction
@@ -36,6 +37,7 @@ from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
+from secateur.workflows.prune.pictures import beside_of
 
 __all__ = [
     "Prepared",
@@ -72,12 +74,16 @@ class Prepared:
     """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
+    beside: Beside | None = None
+    """What the model reads beside the tokens of the windows, such as pictures."""
     extra: Tensor | None = None
     """Windows of the text that only the distillation reads."""
 
     @property
     def planned_windows(self) -> Tensor | None:
-        """All windows of the run. Windows that are not generated yet are blank."""
+        """All windows of the run. Those with pictures or not generated yet are blank."""
+        if self.windows is not None and self.beside is not None:
+            return torch.zeros_like(self.windows)
         if self.windows is None or not self.unwritten:
             return self.windows
         blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
@@ -166,6 +172,7 @@ def prepare(
     stored_windows: Path | None = None,
     *,
     only_plan: bool = False,
+    pictures: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Fetch, open and check everything that a recipe names. This writes no output.
@@ -175,6 +182,7 @@ def prepare(
         output: the folder of the patched copy; None to only plan.
         stored_windows: windows of an earlier run to reuse.
         only_plan: read no text; use blank windows of the recipe's number and length.
+        pictures: whether the caller passes pictures; otherwise windows with pictures are refused.
         progress: receives the steps of a download, a conversion and the reading of the text.
     """
     progress = progress or Silent()
@@ -197,22 +205,7 @@ def prepare(
         trust_remote_code=recipe.trust_remote_code,
     )
     refuse_unknown(target)
-    windows: Tensor | None = None
-    extra: Tensor | None = None
-    calibration: dict[str, Any] | None = None
-    unwritten, stored = 0, False
-    if windows_needed(recipe, method, allocation):
-        stored = stored_windows is not None and stored_windows.exists()
-        if stored:
-            assert stored_windows is not None
-            windows = load_windows(stored_windows, positions=positions_of(target.model.config))
-            count = stored_extra(stored_windows)
-        else:
-            windows, calibration = windows_of(recipe, source, target, only_plan, progress)
-            count = calibration.get(EXTRA, 0)
-            unwritten = recipe.calibration.generated_windows
-        windows, extra = split_extra(windows, count)
-    return Prepared(
+    prepared = Prepared(
         recipe,
         source,
         reader,
@@ -221,12 +214,42 @@ def prepare(
         allocation,
         Selection(recipe.include, recipe.exclude, recipe.overrides),
         sparsity,
-        windows,
-        calibration,
-        unwritten,
-        stored,
-        methods,
+        windows=None,
+        calibration=None,
+        methods=methods,
+    )
+    if not windows_needed(recipe, method, allocation):
+        return prepared
+    kept = stored_windows if stored_windows and stored_windows.exists() else None
+    return with_windows(prepared, kept, progress, only_plan=only_plan, pictures=pictures)
+
+
+def with_windows(
+    prepared: Prepared, kept: Path | None, progress: Progress, *, only_plan: bool, pictures: bool
+) -> Prepared:
+    """Add the windows of a recipe, or those of an earlier run; see `prepare`."""
+    recipe, target = prepared.recipe, prepared.target
+    calibration: dict[str, Any] | None = None
+    if kept is not None:
+        windows = load_windows(kept, positions=positions_of(target.model.config))
+        count = stored_extra(kept)
+    else:
+        progress.start("reading calibration text", 1)
+        windows, calibration = windows_of(recipe, prepared.source, target, only_plan, pictures)
+        progress.finish()
+        count = calibration.get(EXTRA, 0)
+    windows, extra = split_extra(windows, count)
+    beside = None
+    if pictures:
+        beside = beside_of(recipe, prepared.method, prepared.allocation, windows, kept)
+    return replace(
+        prepared,
+        windows=windows,
         extra=extra,
+        calibration=calibration,
+        unwritten=0 if kept else recipe.calibration.generated_windows,
+        stored=kept is not None,
+        beside=beside,
     )
 
 
@@ -257,12 +280,11 @@ def windows_of(
     source: LocalCheckpoint,
     target: Target,
     only_plan: bool,
-    progress: Progress,
+    pictures: bool,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the calibration windows of a recipe, the extra ones at the end, and their source."""
     plan = window_plan(recipe.calibration, target.model.config)
     asked = extra_windows(plan, recipe.calibration, recipe.distillation)
-    progress.start("reading calibration text", 1)
     windows, record = calibration_windows(
         recipe.calibration.source,
         recipe.calibration,
@@ -271,8 +293,8 @@ def windows_of(
         extra=asked,
         trust_remote_code=recipe.trust_remote_code,
         only_plan=only_plan,
+        pictures=pictures,
     )
-    progress.finish()
     tell_of_short_text(asked, record)
     return windows, record
 
@@ -286,6 +308,7 @@ def calibration_windows(
     extra: int = 0,
     trust_remote_code: bool = False,
     only_plan: bool = False,
+    pictures: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the windows of a text for a model, and their source.
 
@@ -297,6 +320,7 @@ def calibration_windows(
         extra: number of windows after these, as far as the text has them.
         trust_remote_code: whether code from the folder may run.
         only_plan: read no text; use blank windows of the right number and length.
+        pictures: whether the caller passes what the windows have beside their tokens.
     """
     plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
     plan = replace(plan, extra=extra)
@@ -311,6 +335,7 @@ def calibration_windows(
         field=options.field,
         vocab_size=text_config(target.model.config).vocab_size,
         positions=positions_of(target.model.config),
+        pictures=pictures,
     )
 
 
