@@ -126,7 +126,7 @@ def test_which_experts_to_keep() -> None:
     found = [
         line
         for head, _, *lines in tables(page)
-        if head[0] == "balanced over"
+        if head[:2] == ["balanced over", "seed"]
         for line in lines
         if len(line) > 1
     ]
