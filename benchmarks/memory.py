@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 
 from hardware import heading, keep, markdown
 
-SHAPES = {"1b": (2048, 5632, 8), "7b": (4096, 11008, 32)}
-"""Hidden width, FFN width and KV heads: TinyLlama's with twice its KV heads, and Llama-2-7B's."""
+SHAPES = {"1b": (2048, 5632, 8), "7b": (4096, 11008, 32), "tiny": (64, 96, 8)}
+"""Hidden width, FFN width and KV heads: TinyLlama's with twice its KV heads, Llama-2-7B's, and a
+shape to try a benchmark with."""
 
 
 def random_checkpoint(folder: Path, shape: str, layers: int) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.runtime.kernels.library import kernel_info
     from secateur.runtime.load import load
-    from secateur.runtime.semi_structured import load_semi_structured
+    from secateur.runtime.semi_structured.load import load_semi_structured
     from secateur.sparsity.allocation import allocations
     from secateur.sparsity.methods import compose
     from secateur.sparsity.refinements import refinements
@@ -108,7 +108,7 @@ HOMES = {
     "inspect": "secateur.workflows.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
-    "load_semi_structured": "secateur.runtime.semi_structured",
+    "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",

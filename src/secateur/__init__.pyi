@@ -26,7 +26,7 @@ from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
-from secateur.runtime.semi_structured import load_semi_structured as load_semi_structured
+from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured
 from secateur.sparsity.allocation import allocations as allocations
 from secateur.sparsity.methods import Method
 from secateur.sparsity.methods import compose as compose
@@ -176,7 +176,7 @@ def compress(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "memory", "disk"] | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
@@ -217,8 +217,8 @@ def compress(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers; auto uses memory if they fit.
-            [auto]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -493,7 +493,7 @@ def fit(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "memory", "disk"] | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
@@ -547,8 +547,8 @@ def fit(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers; auto uses memory if they fit.
-            [auto]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -638,7 +638,7 @@ def plan(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "memory", "disk"] | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     gpus: int | None = None,
     nodes: int | None = None,
@@ -709,8 +709,8 @@ def plan(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers; auto uses memory if they fit.
-            [auto]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         gpus: Plan on paper for machines with so many GPUs. The model is then a well-known shape
             such as llama-3.1-70b. [plan for this machine]
@@ -773,7 +773,7 @@ def prune(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "memory", "disk"] | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     ray: str | None = None,
     ray_processes: int | None = None,
@@ -847,8 +847,8 @@ def prune(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers; auto uses memory if they fit.
-            [auto]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
             processes on this machine. [no cluster]
@@ -1048,7 +1048,7 @@ def structure(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "memory", "disk"] | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
@@ -1123,8 +1123,8 @@ def structure(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers; auto uses memory if they fit.
-            [auto]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]

@@ -11,7 +11,7 @@ import torch
 
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan
-from secateur.errors import MemoryBudgetError
+from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.recipes.train import RetrainRecipe
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 
@@ -37,9 +37,10 @@ def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
     """1 GiB of everything, 5 of hidden states and 20 of halted forwards if they are in memory."""
     sizes = dict.fromkeys(Plan.__dataclass_fields__, 0)
     sizes |= dict.fromkeys(("process_bytes", "layer_bytes", "forward_bytes", "solve_bytes"), GIB)
-    if activations == "memory":
+    if activations != "disk":
         sizes |= {"activation_bytes": 5 * GIB, "waiting_bytes": 20 * GIB}
-    return Plan(**{**sizes, **{name: n * GIB for name, n in gib.items()}, "on_gpu": on_gpu})
+    return Plan(**{**sizes, **{name: n * GIB for name, n in gib.items()}, "on_gpu": on_gpu,
+                   "stays_on_gpu": activations == "gpu"})  # fmt: skip
 
 
 def fitted(device: torch.device, budget_gib: float | None = None, **options: Any) -> str:
@@ -57,6 +58,17 @@ def test_peaks_say_what_lies_where() -> None:
     whole = plan(on_gpu=True, distilling_bytes=9, loading_bytes=40)
     assert (whole.peak_bytes, whole.host_peak_bytes) == (9 * GIB, 41 * GIB)
     assert there.to_json()["host_peak_bytes"] == 27 * GIB
+    kept = plan(on_gpu=True, activations="gpu")
+    assert (kept.peak_bytes, kept.host_peak_bytes) == (28 * GIB, 2 * GIB)
+
+
+def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
+    machine["gpu"] = 40 * GIB
+    assert fitted(CUDA) == "gpu"
+    assert fitted(CUDA, 20.0) == "memory"
+    assert fitted(CPU) == "memory"
+    with pytest.raises(RecipeError, match="cannot be on a GPU, because cpu computes"):
+        fitting_plan(lambda place: plan(on_gpu=False), CPU, budget_gib=None, activations="gpu")
 
 
 def test_a_plan_for_a_gpu_is_held_against_the_memory_of_the_gpu(machine: dict[str, float]) -> None:

@@ -14,7 +14,11 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 import secateur
 from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
-from secateur.runtime.semi_structured import encode, is_two_of_four
+from secateur.runtime.kernels.gpu.timing import Fastest
+from secateur.runtime.semi_structured import linear as sparse_linear
+from secateur.runtime.semi_structured import load as loading
+from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m
+from secateur.runtime.semi_structured.linear import SparseLinear
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -22,9 +26,9 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 FILE = "semi_structured.safetensors"
 
 
-def two_of_four(folder: Path, family: str = "llama", **options: Any) -> Path:
+def sparse_model(folder: Path, family: str = "llama", pattern: str = "2:4", **options: Any) -> Path:
     save_tiny(folder / "dense", family, **{**SIZES, **options})
-    secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", pattern="2:4")
+    secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", pattern=pattern)
     return folder / "pruned"
 
 
@@ -43,7 +47,7 @@ def logits(model: Any) -> Tensor:
 def test_an_expanded_model_computes_like_the_source(family, type, tmp_path: Path) -> None:
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[type]
     atol = 0.01 if family == "mixtral" else 0  # transformers adds up experts in another order
-    made = export(two_of_four(tmp_path, family), tmp_path / "out", type)
+    made = export(sparse_model(tmp_path, family), tmp_path / "out", type)
     assert made.zeros == made.zeros_kept >= made.weights // 2
     found = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
     assert found.dtype == dtype
@@ -52,8 +56,64 @@ def test_an_expanded_model_computes_like_the_source(family, type, tmp_path: Path
     assert made.types["2:4"] == len([n for n in load_file(tmp_path / "out" / FILE) if "meta" in n])
 
 
+@pytest.mark.parametrize("pattern", ["4:8", "6:8", "8:16"])
+def test_milder_patterns_are_wider_and_the_same_model(pattern: str, tmp_path: Path) -> None:
+    source = sparse_model(tmp_path, pattern=pattern)
+    made = export(source, tmp_path / "out")
+    assert made.zeros == made.zeros_kept
+    wide = made.types["6:8"] + made.types.get("8:16", 0)  # small 8:16 matrices may be 6:8 as well
+    assert wide == 3 * 5  # k and v have 16 rows
+    assert (made.types.get("8:16", 0) > 0) == (pattern == "8:16")
+    parts = load_file(tmp_path / "out" / FILE)
+    name = "model.layers.0.mlp.down_proj"
+    assert parts[f"{name}.packed"].shape == (64, 128 * 3 // 4)
+    assert parts[f"{name}.columns"].tolist()[:4] == [0, 1, 2, 3]
+    found = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+    assert torch.equal(logits(found), logits(secateur.load(source, dtype=torch.bfloat16)))
+    parts[f"{name}.columns"][5] = 128
+    save_file(parts, tmp_path / "out" / FILE)
+    with pytest.raises(CheckpointError, match="2:4 parts that do not fit"):
+        secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+
+
+def test_a_matrix_of_its_own_pattern_is_stored_in_it(tmp_path: Path) -> None:
+    source = sparse_model(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, :3] = 1.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = export(source, tmp_path / "out")
+    assert (made.types["2:4"], made.types["6:8"]) == (11, 1)
+
+
+@pytest.mark.parametrize("way", ["dense", "CUTLASS"])
+def test_linears_take_the_way_that_was_measured(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where references multiply."""
+    export(sparse_model(tmp_path, pattern="6:8"), tmp_path / "out")
+    kinds: list[Any] = []
+
+    def measured(parts: StoredParts) -> Fastest:
+        kinds.append(parts.packed.shape)
+        return Fastest("dense", {1: way})
+
+    monkeypatch.setattr(loading, "measured", measured)
+    monkeypatch.setattr(loading, "refuse_device", lambda device: None)
+    monkeypatch.setattr(
+        sparse_linear, "form", lambda way, p: sparse_linear.WideForm(p.wide, p.columns, p.nbytes)
+    )
+    found = secateur.load_semi_structured(tmp_path / "out", "cpu")
+    assert len(kinds) == len(set(kinds))  # each kind once
+    sparse = [name for name, x in found.named_modules() if isinstance(x, SparseLinear)]
+    assert len(sparse) == (0 if way == "dense" else 15)
+    plain = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+    torch.testing.assert_close(logits(found), logits(plain), rtol=0.05, atol=0.05)
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        found.save_pretrained(tmp_path / "again")
+
+
 def test_torch_reads_the_parts_as_they_are(tmp_path: Path) -> None:
-    source = two_of_four(tmp_path, dtype=torch.float16)
+    source = sparse_model(tmp_path, dtype=torch.float16)
     export(source, tmp_path / "out", "f16")
     parts = load_file(tmp_path / "out" / FILE)
     dense = load_file(source / "model.safetensors")
@@ -71,22 +131,23 @@ def test_places_by_hand() -> None:
     """Two bits for each kept weight: its place among four. All rows alike, so any order is."""
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[:, 0::4], weight[:, 3::4] = 1.0, 2.0
-    packed, meta = encode(weight)
+    parts = StoredParts.of(weight, 64)
+    packed, meta = parts.packed, parts.meta
     assert torch.equal(packed, torch.tensor([1.0, 2.0], dtype=torch.float16).repeat(32, 16))
     places = 0b1100  # first place 0, second place 3
     assert set(meta.flatten().tolist()) == {places * 0x1111 - 2**16}
 
 
 def test_groups_of_four() -> None:
-    assert is_two_of_four(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3]]))
-    assert not is_two_of_four(torch.tensor([[1.0, 0, 2, 3], [0, 0, 0, 3]]))
-    assert not is_two_of_four(torch.tensor([[0.0, 0, 2, 3, 0]]))
+    assert is_n_of_m(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3]]), 2, 4)
+    assert not is_n_of_m(torch.tensor([[1.0, 0, 2, 3], [0, 0, 0, 3]]), 2, 4)
+    assert not is_n_of_m(torch.tensor([[0.0, 0, 2, 3, 0]]), 2, 4)
 
 
 def test_other_patterns_are_refused_with_their_names(tmp_path: Path) -> None:
-    source = two_of_four(tmp_path)
+    source = sparse_model(tmp_path)
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, :3] = 1.0
+    tensors["model.layers.1.mlp.up_proj.weight"][5, :9] = 1.0
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PatternError, match=r"1 of 21 matrices(.|\n)*layers.1.mlp.up_proj"):
         export(source, tmp_path / "out")
@@ -94,7 +155,7 @@ def test_other_patterns_are_refused_with_their_names(tmp_path: Path) -> None:
 
 
 def test_sizes_that_torch_cannot_multiply_stay_dense(tmp_path: Path) -> None:
-    source = two_of_four(tmp_path, intermediate_size=96, head_dim=24)
+    source = sparse_model(tmp_path, intermediate_size=96, head_dim=24)
     made = export(source, tmp_path / "out")
     assert made.types["2:4"] == 3 * 3  # q, gate, up; k and v have 48 rows, o and down 96 columns
     assert any("12 matrices stay dense" in note for note in made.notes)
@@ -103,7 +164,7 @@ def test_sizes_that_torch_cannot_multiply_stay_dense(tmp_path: Path) -> None:
 
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
-    source = two_of_four(tmp_path)
+    source = sparse_model(tmp_path)
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +173,7 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
-    export(two_of_four(tmp_path), tmp_path / "out")
+    export(sparse_model(tmp_path), tmp_path / "out")
     with pytest.raises(KernelError, match="cpu has no sparse tensor cores"):
         secateur.load_semi_structured(tmp_path / "out", "cpu")
     with pytest.raises(CheckpointError, match=r"there is no semi_structured\.safetensors"):
@@ -137,7 +198,7 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_computes_like_the_dense_model(tmp_path: Path) -> None:
-    export(two_of_four(tmp_path), tmp_path / "out")
+    export(sparse_model(tmp_path), tmp_path / "out")
     found = secateur.load_semi_structured(tmp_path / "out")
     dense = secateur.load_semi_structured(tmp_path / "out", expand=True)
     ids = tiny_windows(2, 12).cuda()

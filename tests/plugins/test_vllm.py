@@ -171,6 +171,31 @@ def test_a_compressed_folder_gives_the_text_of_transformers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("values", "gain"), [("keep", 2.0), ("int8", 2.0), ("int8", 0.5)])
+def test_linears_stay_packed_as_on_a_gpu(values, gain, vllm_python, tmp_path: Path) -> None:
+    """The kernel in Triton's interpreter, in the engine of vLLM on a CPU."""
+    save_tiny(tmp_path / "dense", **{**SIZES, "num_hidden_layers": 1})
+    secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    packed = secateur.compress(tmp_path / "p", output=tmp_path / "packed", values=values).output
+    runner = Path(__file__).with_name("bitmask_in_vllm.py")
+    prompts = tiny_windows(2, 6).tolist()
+    asked = {"model": str(packed), "prompts": prompts, "tokens": 3, "gain": gain}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [vllm_python, runner], input=json.dumps({**asked, "load_format": LOAD_FORMAT}),
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, answer = done.stdout.splitlines()[-2:]
+    assert int(count) == (4 if gain > 1 else 0)  # qkv, o, gate and up, down
+    model = secateur.load(packed, dtype=torch.float32, expand=True)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, 6:]
+    assert json.loads(answer)["tokens"] == expected.tolist()
+
+
+@pytest.mark.slow
 def test_layers_of_different_sizes_give_the_text_of_transformers(
     vllm_python, tmp_path: Path
 ) -> None:

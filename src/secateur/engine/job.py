@@ -73,8 +73,7 @@ class Job:
         if self.windows is None:
             return None
         how = self.settings
-        in_memory = how.activations == "memory"
         return Passage(
-            self.target, self.windows, how.micro_batch_tokens, in_memory, how.work, how.ranks,
-            self.beside,
+            self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
+            self.beside, on_gpu=how.on_gpu,
         )  # fmt: skip

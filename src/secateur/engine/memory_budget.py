@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from secateur.engine.plan import Plan
-from secateur.errors import MemoryBudgetError
+from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.runs.meter import resident_bytes
 
 __all__ = ["SOLVE_LESS", "Budget", "fitting_plan", "memory_budget"]
@@ -17,6 +17,7 @@ __all__ = ["SOLVE_LESS", "Budget", "fitting_plan", "memory_budget"]
 SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
 """The remedy where a solver needs too much."""
 
+PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
 FREE_SHARE = 0.8
 """The default fraction of free memory that a run may use."""
 
@@ -78,28 +79,34 @@ def fitting_plan(
     activations: str,
     sharing: int = 1,
 ) -> tuple[Plan, str]:
-    """Return the first of two plans that fits in memory, and the storage of its hidden states.
+    """Return the first plan that fits in memory, and the storage of its hidden states.
 
     Args:
-        planned: returns the plan with hidden states in `memory` or on `disk`.
+        planned: returns the plan with hidden states on the `gpu`, in `memory` or on `disk`.
         device: the computing device.
         budget_gib: memory budget; see `memory_budget`.
-        activations: `memory` or `disk` allows only that storage, `auto` both.
+        activations: allows only that storage; `auto` all that the device has.
         sharing: number of processes that share the host.
 
     Raises:
         MemoryBudgetError: no plan fits the budget.
+        RecipeError: hidden states are to be on a GPU, and a CPU computes.
     """
+    if activations == "gpu" and device.type != "cuda":
+        raise RecipeError(
+            f"hidden states cannot be on a GPU, because {device} computes",
+            where="--activations",
+            remedy="use auto, memory or disk; or compute on a GPU with --device cuda",
+        )
     budget = memory_budget(budget_gib, device, sharing)
     tried = []
-    for place in ("memory", "disk") if activations == "auto" else (activations,):
+    places = ("gpu", "memory", "disk") if device.type == "cuda" else ("memory", "disk")
+    for place in places if activations == "auto" else (activations,):
         plan = planned(place)
         shortage = budget.shortage(plan.peak_bytes, plan.host_peak_bytes)
         if shortage is None:
             return plan, place
-        tried.append(
-            f"with activations {'on disk' if place == 'disk' else 'in memory'}: {shortage}"
-        )
+        tried.append(f"with activations {PLACES[place]}: {shortage}")
     whole = max(plan.writing_bytes, plan.distilling_bytes)
     room = budget.computing - (0 if plan.on_gpu else plan.process_bytes)
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"

@@ -102,7 +102,7 @@ class Plan:
         layer_bytes: the weights of the largest decoder layer; twice with asymmetric fitting.
         activation_bytes: hidden states in memory.
         forward_bytes: a running forward.
-        waiting_bytes: halted forwards; with a GPU they are in host memory.
+        waiting_bytes: halted forwards.
         solve_bytes: statistics, scores and solver of the linear that needs most; or of a whole
             layer with its stored values, while an allocation reads the dense model.
         solve_shape: (out, in) of the linear that needs most memory to solve.
@@ -119,6 +119,7 @@ class Plan:
         passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         on_gpu: whether a GPU computes with its own memory.
+        stays_on_gpu: whether hidden states and halted forwards are in that memory too.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
         block_layers: number of decoder layers that are distilled together; 0 for the whole model.
     """
@@ -143,6 +144,7 @@ class Plan:
     calibration_tokens: int
     left: list[Left] = field(default_factory=list)
     on_gpu: bool = False
+    stays_on_gpu: bool = False
     seconds: tuple[float, float] | None = None
     block_layers: int = 0
 
@@ -150,17 +152,19 @@ class Plan:
     def peak_bytes(self) -> int:
         """The estimated peak memory of the computing device: the GPU, or this process."""
         host = not self.on_gpu  # one memory for everything
-        pruning = self.forward_bytes + self.solve_bytes + host * self.waiting_bytes
+        here = host or self.stays_on_gpu
+        pruning = self.forward_bytes + self.solve_bytes + here * self.waiting_bytes
         pruning = max(pruning, self.tuning_bytes) + self.layer_bytes
         whole = max(self.writing_bytes, self.distilling_bytes)
-        return host * self.process_bytes + max(pruning + host * self.activation_bytes, whole)
+        return host * self.process_bytes + max(pruning + here * self.activation_bytes, whole)
 
     @property
     def host_peak_bytes(self) -> int:
         """The estimated peak resident memory of this process."""
         if not self.on_gpu:
             return self.peak_bytes
-        pruning = self.layer_bytes + self.activation_bytes + self.waiting_bytes
+        there = not self.stays_on_gpu
+        pruning = self.layer_bytes + there * (self.activation_bytes + self.waiting_bytes)
         return self.process_bytes + max(pruning, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def plan_run(
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
-        activation_bytes=stored if settings.activations == "memory" else 0,
+        activation_bytes=settings.in_memory * stored,
         forward_bytes=forward,
         waiting_bytes=waiting,
         solve_bytes=solving.most
@@ -240,6 +244,7 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         on_gpu=target.device.type == "cuda",
+        stays_on_gpu=settings.on_gpu,
         block_layers=block_layers if epochs else 0,
     )
 
@@ -318,7 +323,7 @@ def passes(settings: Settings, epochs: int, block_layers: int = 0) -> int:
 def waits(tasks: Tasks, settings: Settings) -> int:
     """How many halted forwards of each micro-batch wait in memory for the others."""
     gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
-    halting = gathered and settings.sequential == "group" and settings.activations == "memory"
+    halting = gathered and settings.sequential == "group" and settings.in_memory
     return halting * (1 + settings.asymmetric)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluating
 from secateur.models.tokenizer import Tokenizer
+from secateur.runtime.captured import CapturedGeneration, why_not_captured
 from secateur.runtime.decode import continued
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.stepped import SteppedGeneration
@@ -23,7 +24,7 @@ def generate(
     max_new_tokens: int = 40,
     sampling: Sampling = GREEDY,
 ) -> str:
-    """Continue a prompt with transformers' `generate`.
+    """Continue a prompt with transformers.
 
     Args:
         model: a transformers causal language model, on any device.
@@ -45,14 +46,21 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
-    steps = SteppedGeneration(model)
     with evaluating(model):
+        steps = token_steps(model, len(ids) + max_new_tokens)
         try:
             ends = end_tokens(model)
             tokens = [*continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends)]
         finally:
             steps.close()
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def token_steps(model: Any, tokens: int) -> CapturedGeneration | SteppedGeneration:
+    """What computes a text of so many tokens: on a GPU one graph for each token, if that works."""
+    if model.device.type == "cuda" and why_not_captured(model) is None:
+        return CapturedGeneration(model, tokens)
+    return SteppedGeneration(model)
 
 
 def end_tokens(model: Any) -> frozenset[int]:

@@ -1,7 +1,8 @@
-"""2:4 semi-structured: matrices that torch multiplies on the sparse tensor cores of NVIDIA GPUs."""
+"""Semi-structured: matrices that torch multiplies on the sparse tensor cores of NVIDIA GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,30 +14,33 @@ from torch import Tensor
 from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
-from secateur.exporting.linears import decoder_linears, first_of
+from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
 from secateur.models.shard_writer import ShardWriter
 from secateur.progress import Progress
-from secateur.runtime.semi_structured import (
+from secateur.runtime.semi_structured.layout import (
     COLUMNS,
     FILE_NAME,
     ROWS,
-    decode,
-    encode,
-    is_two_of_four,
+    Specs,
+    StoredParts,
+    is_n_of_m,
     part_specs,
 )
+from secateur.runtime.semi_structured.splitting import SPLITTINGS, Splitting
 
 __all__ = ["SemiStructured"]
 
 TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
+PATTERNS = MappingProxyType({"2:4": None, **{one.name: one for one in SPLITTINGS}})
+"""The patterns that can be stored, and how each is rewritten as 2:4."""
 
 
 @dataclass(frozen=True)
 class SemiStructured:
     """A folder that `secateur.load_semi_structured` loads on a GPU.
 
-    All linears of the decoder layers must be 2:4. Those whose sides torch cannot multiply stay
-    dense.
+    All linears of the decoder layers must be 2:4, 6:8 or 8:16. Those whose sides torch cannot
+    multiply stay dense.
     """
 
     name: ClassVar[str] = "semi-structured"
@@ -46,45 +50,32 @@ class SemiStructured:
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write one file, one tensor in memory at a time; the source is read twice."""
         linears, dtype = decoder_linears(source), TYPES[type]
-        refuse_others(source, tuple(linears.shapes), progress)
-        fitting = {
-            n
-            for n, (out, columns) in linears.shapes.items()
-            if not (out % ROWS or columns % COLUMNS)
-        }
-        known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, entry in source.reader.entries.items():
-            owner = linears.names[name].removesuffix(".weight")
-            if name in fitting:
-                known |= part_specs(owner, *linears.shapes[name], dtype)
-            else:
-                kept = dtype if entry.dtype.is_floating_point else entry.dtype
-                known[linears.names[name]] = (kept, entry.shape)
+        stored = stored_as(source, linears, progress)
         copy_the_rest(source, {"dtype": str(dtype).removeprefix("torch.")}, output)
         made, rounded = Exported(), 0
         progress.start("writing", len(source.reader.entries))
+        known = known_specs(source, linears, stored, dtype)
         with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
             for name in source.reader.entries:
-                tensor = source.reader.read(name)
-                stored = cast(tensor, dtype, name)
-                if name in fitting:
-                    owner = linears.names[name].removesuffix(".weight")
-                    packed, meta = encode(stored)
-                    writer.write(f"{owner}.packed", packed)
-                    writer.write(f"{owner}.meta", meta)
-                    stored = decode(packed, meta)
+                tensor, own = source.reader.read(name), linears.names[name]
+                value = cast(tensor, dtype, name)
+                if name in stored:
+                    parts = encoded(value, PATTERNS[stored[name]])
+                    for part, content in parts.named(own.removesuffix(".weight")).items():
+                        writer.write(part, content)
+                    value = parts.dense
                 else:
-                    writer.write(linears.names[name], stored)
-                made.count_tensor("2:4" if name in fitting else type)
+                    writer.write(own, value)
+                made.count_tensor(stored.get(name, type))
                 if name in linears.shapes:
-                    rounded += not made.count_matrix(tensor, stored)
+                    rounded += not made.count_matrix(tensor, value)
                 progress.step(note=name)
             writer.close({"format": "pt"})
         progress.finish()
         made.file_bytes = (output / FILE_NAME).stat().st_size
         if rounded:
             made.notes.append(f"{rounded} of {len(linears.shapes)} matrices were rounded to {type}")
-        odd = [name for name in linears.shapes if name not in fitting]
+        odd = [name for name in linears.shapes if name not in stored]
         if odd:
             made.notes.append(
                 f"{len(odd)} matrices stay dense, because torch multiplies 2:4 only in multiples "
@@ -94,25 +85,80 @@ class SemiStructured:
         return made
 
 
-def refuse_others(source: ExportSource, linears: tuple[str, ...], progress: Progress) -> None:
-    """Refuse a model with linears that are not 2:4.
+def stored_as(
+    source: ExportSource, linears: DecoderLinears, progress: Progress
+) -> Mapping[str, str]:
+    """The pattern of every linear that is stored in parts.
 
     Raises:
-        PatternError: names them.
+        PatternError: names the linears that have none of the patterns.
+    """
+    found = patterns_of(source, tuple(linears.shapes), progress)
+    wide = {n: lifted_columns(p, linears.shapes[n][1]) for n, p in found.items()}
+    return {
+        name: pattern
+        for name, pattern in found.items()
+        if not (linears.shapes[name][0] % ROWS or wide[name] % COLUMNS)
+    }
+
+
+def known_specs(
+    source: ExportSource, linears: DecoderLinears, stored: Mapping[str, str], dtype: torch.dtype
+) -> Specs:
+    """Dtype and shape of everything in the file."""
+    known: Specs = {}
+    for name, entry in source.reader.entries.items():
+        own = linears.names[name]
+        if name in stored:
+            (out, columns), pattern = linears.shapes[name], stored[name]
+            lifted, split = lifted_columns(pattern, columns), PATTERNS[pattern] is not None
+            known |= part_specs(own.removesuffix(".weight"), out, lifted, dtype, split=split)
+        else:
+            known[own] = (dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
+    return known
+
+
+def patterns_of(
+    source: ExportSource, linears: tuple[str, ...], progress: Progress
+) -> Mapping[str, str]:
+    """The pattern of every linear: the first of `PATTERNS` that it has.
+
+    Raises:
+        PatternError: names those that have none.
     """
     progress.start("checking the pattern", len(linears))
-    odd = []
+    found: dict[str, str] = {}
     for name in linears:
-        if not is_two_of_four(source.reader.read(name)):
-            odd.append(name)
+        weight = source.reader.read(name)
+        fits = (p for p in PATTERNS if is_n_of_m(weight, *map(int, p.split(":"))))
+        pattern = next(fits, None)
+        if pattern is not None:
+            found[name] = pattern
         progress.step(note=name)
     progress.finish()
+    odd = [name for name in linears if name not in found]
     if odd:
         raise PatternError(
-            f"{len(odd)} of {len(linears)} matrices keep more than 2 of some 4 weights",
+            f"{len(odd)} of {len(linears)} matrices are not {', '.join(PATTERNS)}: they keep more "
+            "of some block, or a row is no whole number of blocks",
             where=first_of(odd),
-            remedy="prune the model with --pattern 2:4",
+            remedy="prune the model with --pattern 2:4 or 6:8",
         )
+    return found
+
+
+def lifted_columns(pattern: str, in_features: int) -> int:
+    """Columns of the 2:4 matrix of a pattern."""
+    splitting = PATTERNS[pattern]
+    return in_features if splitting is None else splitting.lifted(in_features)
+
+
+def encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
+    """The parts of a weight."""
+    columns = weight.shape[1]
+    if splitting is None:
+        return StoredParts.of(weight, columns)
+    return StoredParts.of(splitting.split(weight), columns, splitting.columns(columns))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -25,9 +25,10 @@ class Memory(Section):
     budget_gib: Annotated[float | None, Flag("memory_budget_gib", default=FREE)] = Field(
         None, gt=0, description=BUDGET
     )
-    activations: Literal["auto", "memory", "disk"] = Field(
+    activations: Literal["auto", "gpu", "memory", "disk"] = Field(
         "auto",
-        description="Where to store hidden states between layers; auto uses memory if they fit.",
+        description="Where to store hidden states between layers: memory of the GPU, of the host, "
+        "or disk; auto uses the first in which they fit.",
     )
     micro_batch_tokens: int = Field(2048, gt=0, description="Tokens in one forward of a layer.")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Any
 
 import torch
@@ -13,28 +11,9 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
+from secateur.runtime.operator import numbered
 
 __all__ = ["PackedEmbedding", "PackedLinear", "ReadLinear"]
-
-_numbers = itertools.count(1)
-_linears: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
-"""Modules by number, because the operator accepts only tensors and numbers."""
-
-_operators = torch.library.Library("secateur", "DEF")
-_operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
-
-
-@torch.no_grad()  # a caller who needs gradients of other parts may have enabled them
-def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
-    return _linears[module].product(x)
-
-
-def _linear_shape(x: Tensor, module: int, out_features: int) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
-
-
-_operators.impl("linear", _linear, "CPU")
-torch.library.register_fake("secateur::linear", _linear_shape, lib=_operators)
 
 
 class PackedLinear(nn.Module):
@@ -59,14 +38,12 @@ class PackedLinear(nn.Module):
         self.kernel_up_to = kernel_up_to
         self.blocks = takes_blocks(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.number = next(_numbers)
-        _linears[self.number] = self
+        self.number = numbered(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy its own number."""
         super().__setstate__(state)
-        self.number = next(_numbers)
-        _linears[self.number] = self
+        self.number = numbered(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product for activations [..., in], float32, bfloat16 or float16.

@@ -106,11 +106,11 @@ def settle_saving(model: Any) -> None:
     For packed modules transformers would write a checkpoint without weights. For opened experts it
     cannot restore the names.
     """
-    from secateur.runtime.quantizer import PackedConfig, PackedQuantizer
+    from secateur.runtime.quantizer import refuse_saving
 
     unwritable = (PackedLinear, PackedEmbedding, OpenExperts)
     on_gpu = "GpuLinear"  # by its name: importing it needs Triton
     if any(isinstance(x, unwritable) or type(x).__name__ == on_gpu for x in model.modules()):
-        model.hf_quantizer = PackedQuantizer(PackedConfig())
+        refuse_saving(model)
     else:
         del model.config.quantization_config

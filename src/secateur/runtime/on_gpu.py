@@ -6,18 +6,20 @@ is dense too where torch's dense product is faster for one token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from secateur.errors import ShapeError
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
 from secateur.quantization.groups import Scales
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.packed import PackedCheckpoint
 
-__all__ = ["install_on_gpu"]
+__all__ = ["gpu_matrix", "install_on_gpu", "values_of"]
 
 
 def install_on_gpu(
@@ -50,7 +52,7 @@ def install_on_gpu(
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
         module = model.get_submodule(path)
         if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
-            matrix = gpu_matrix(packed, owner, layout, device)
+            matrix = gpu_matrix(packed, [owner], device)
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
             kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
             if kind not in choices:
@@ -77,13 +79,31 @@ def tied_head(model: Any, names: Any) -> str:
     return f"{path}.weight" if tied else ""
 
 
-def gpu_matrix(packed: PackedCheckpoint, owner: str, layout: Layout, device: torch.device) -> Any:
-    """A stored matrix in the form of the GPU's kernels."""
+def gpu_matrix(packed: PackedCheckpoint, owners: Sequence[str], device: torch.device) -> Any:
+    """Stored matrices [out, in], one below the other, in the form of the GPU's kernels.
+
+    Raises:
+        ShapeError: their values are of different kinds.
+    """
     from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 
-    parts = packed.parts(owner)
-    mask, values = formats[layout.format].kept(parts, layout)
-    if layout.grid is None:
-        return GpuMatrix.of(mask, values, scale=parts.get("weight_scale"), device=device)
-    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-    return GpuMatrix.of(mask, values, scales=scales, group=layout.grid.group, device=device)
+    layouts = [packed.layouts[owner] for owner in owners]
+    if len({values_of(layout) for layout in layouts}) > 1:
+        raise ShapeError(f"{', '.join(owners)} have different kinds of values")
+    parts = [packed.parts(owner) for owner in owners]
+    kept = [formats[x.format].kept(p, x) for p, x in zip(parts, layouts, strict=True)]
+    mask, values = (torch.cat(each) for each in zip(*kept, strict=True))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([p[name] for p in parts])
+
+    if layouts[0].grid is None:
+        scale = joined("weight_scale") if "weight_scale" in parts[0] else None
+        return GpuMatrix.of(mask, values, scale=scale, device=device)
+    scales = Scales(joined("weight_exponent"), joined("weight_scale"))
+    return GpuMatrix.of(mask, values, scales=scales, group=layouts[0].grid.group, device=device)
+
+
+def values_of(layout: Layout) -> tuple[object, ...]:
+    """What matrices must have in common to be one: columns, values and groups."""
+    return layout.shape[1], layout.values, layout.group

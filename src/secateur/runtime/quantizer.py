@@ -20,7 +20,7 @@ from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
-__all__ = ["PackedConfig", "PackedQuantizer"]
+__all__ = ["PackedConfig", "PackedQuantizer", "refuse_saving"]
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -121,7 +121,7 @@ class PackedQuantizer(HfQuantizer):
         """
         raise CheckpointError(
             "a packed model cannot be saved",
-            remedy="copy its folder; or save secateur.load(FOLDER, expand=True); or run "
+            remedy="copy its folder; or load it with expand=True and save that; or run "
             "`secateur decompress FOLDER --output DENSE`",
         )
 
@@ -129,3 +129,8 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights are for inference."""
         return False
+
+
+def refuse_saving(model: Any) -> None:
+    """Make `save_pretrained` raise: without this, transformers would write no packed weights."""
+    model.hf_quantizer = PackedQuantizer(PackedConfig())

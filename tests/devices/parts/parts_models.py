@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuts import CUTS, model_of
 from pretended import OnCuda
+from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -101,6 +102,36 @@ def saved(folder: Path) -> dict[str, Any]:
 def test_prune_a_checkpoint(name: str, tmp_path: Path) -> None:
     options = saved(tmp_path)
     secateur.prune(tmp_path / "source", method=name, sparsity=0.5, **options)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_hidden_states_may_be_anywhere(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
+    parked: list[str] = []
+    monkeypatch.setattr(
+        "secateur.engine.stream.residency.Parking.park", lambda self, forward: parked.append("")
+    )
+    made = {}
+    options = saved(tmp_path)
+    for place in ("gpu", "auto"):
+        options["output"] = tmp_path / place
+        secateur.prune(
+            tmp_path / "source", method=method, sparsity=0.5, activations=place,
+            micro_batch_tokens=16, **options,
+        )  # fmt: skip
+    assert not parked
+    monkeypatch.undo()
+    for place in ("memory", "disk"):
+        options["output"] = tmp_path / place
+        secateur.prune(
+            tmp_path / "source", method=method, sparsity=0.5, activations=place,
+            micro_batch_tokens=16, **options,
+        )  # fmt: skip
+    for place in ("gpu", "auto", "memory", "disk"):
+        made[place] = load_file(tmp_path / place / "model.safetensors")
+        assert all(torch.equal(x, made["gpu"][name]) for name, x in made[place].items()), place
 
 
 @pytest.mark.parametrize(

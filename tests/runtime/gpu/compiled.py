@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from secateur.runtime.kernels.gpu import two_of_four_kernel
 from secateur.runtime.kernels.gpu.bitmask_kernel import bitmask_expand, bitmask_product
 from secateur.runtime.kernels.gpu.matrix import LANES, ROWS
 
@@ -29,14 +30,27 @@ STORED = {"mask": "*u8", "starts": "*i64", "values": "", "code": "*u8", "exponen
 PRODUCT = {"x": "*bf16", "y": "*fp32", **STORED} | dict.fromkeys(
     ("rows", "columns", "tokens", "tiles", "tiles_each", "groups"), "i32"
 )
+PAIRS = {
+    "x": "", "y": "*fp32", "packed": "", "meta": "*i16", "columns": "*i32",
+} | dict.fromkeys(("rows", "quads", "width", "tokens", "tiles_each"), "i32")  # fmt: skip
 EXPAND = {"out": "*bf16", **STORED} | dict.fromkeys(("rows", "columns", "tiles", "groups"), "i32")
 
 
 def compiled(architecture: int, name: str) -> dict[str, Any]:
-    """What a kernel takes on an architecture; `name` is values and `one`, `many` or `expand`."""
-    values, how = name.split("-")
+    """What a kernel takes on an architecture.
+
+    `name` is values and `one`, `many` or `expand`; or values and `2:4` or `6:8`, and tokens.
+    """
+    values, how, *tokens = name.split("-")
+    if tokens:
+        constants = {
+            "TOKENS": int(tokens[0]), "SPLIT": how == "6:8", "ROWS": two_of_four_kernel.ROWS,
+            "QUADS": two_of_four_kernel.QUADS,
+        }  # fmt: skip
+        types = {**PAIRS, "x": VALUES[values], "packed": VALUES[values]}
+        return made(two_of_four_kernel.two_of_four_product, types, constants, architecture)
     expands = how == "expand"
-    constants: dict[str, Any] = {
+    constants = {
         "ROWS": ROWS, "LANES": LANES, "CODES": values == "int4",
         "GROUP": 64 if values == "int4" else 0,
     }  # fmt: skip
@@ -44,13 +58,20 @@ def compiled(architecture: int, name: str) -> dict[str, Any]:
         constants |= {"MANY": how == "many", "WIDE": False}
     kernel = bitmask_expand if expands else bitmask_product
     types = {**(EXPAND if expands else PRODUCT), "values": VALUES[values]}
-    types |= dict.fromkeys(constants, "constexpr")
+    return made(kernel, types, constants, architecture)
+
+
+def made(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int
+) -> dict[str, Any]:
+    """Compile a kernel for types of its arguments and constants."""
+    types = types | dict.fromkeys(constants, "constexpr")
     places = {(list(types).index(key),): value for key, value in constants.items()}
-    made = triton.compile(
+    found = triton.compile(
         ASTSource(kernel, types, places), target=GPUTarget("cuda", architecture, 32)
     )
-    return {**usage(made.asm["cubin"]), "shared": made.metadata.shared,
-            "tensor_cores": "mma." in made.asm["ptx"]}  # fmt: skip
+    return {**usage(found.asm["cubin"]), "shared": found.metadata.shared,
+            "tensor_cores": "mma." in found.asm["ptx"]}  # fmt: skip
 
 
 def usage(cubin: bytes) -> dict[str, int]:

@@ -12,11 +12,16 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'secateur[gpu]'")
 
-FEW = ("bfloat16-one", "int4-many")
+FEW = ("bfloat16-one", "int4-many", "bfloat16-2:4-1")
 ALL = tuple(
     f"{values}-{how}"
     for values in ("bfloat16", "float16", "int8", "int4")
     for how in ("one", "many", "expand")
+) + tuple(
+    f"{values}-{pattern}-{tokens}"
+    for values in ("bfloat16", "float16")
+    for pattern in ("2:4", "6:8")
+    for tokens in (1, 2, 4)
 )
 
 

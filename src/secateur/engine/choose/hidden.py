@@ -52,8 +52,10 @@ def hidden_scores(
         NumericalError: an input of a layer is infinite or not a number.
     """
     layers, architecture = target.layers, target.architecture
-    in_memory = settings.activations == "memory"
-    passage = Passage(target, windows, settings.micro_batch_tokens, in_memory, settings.work)
+    passage = Passage(
+        target, windows, settings.micro_batch_tokens, settings.in_memory, settings.work,
+        on_gpu=settings.on_gpu,
+    )  # fmt: skip
     scores = torch.zeros(hidden)
     all_readers = [readers_of(layer, architecture) for layer in layers]
     passage.open(0, dense=False)

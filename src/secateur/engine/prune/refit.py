@@ -92,13 +92,13 @@ class Refit:
         self.settings, self.ledger, self.progress = settings, ledger, progress
         self.layers = layers
         self.channels = None if channels is None else torch.tensor(channels, device=dense.device)
-        tokens, in_memory = settings.micro_batch_tokens, settings.activations == "memory"
+        tokens, in_memory, on_gpu = settings.micro_batch_tokens, settings.in_memory, settings.on_gpu
         places = [settings.work and settings.work / name for name in ("uncut", "cut")]
         for place in places:
             if place:
                 place.mkdir(exist_ok=True)
-        self.dense = Passage(dense, windows, tokens, in_memory, places[0])
-        self.cut = Passage(cut, windows, tokens, in_memory, places[1])
+        self.dense = Passage(dense, windows, tokens, in_memory, places[0], on_gpu=on_gpu)
+        self.cut = Passage(cut, windows, tokens, in_memory, places[1], on_gpu=on_gpu)
 
     @torch.no_grad()
     @full_float32()
@@ -176,7 +176,7 @@ class Refit:
         if folder:
             folder.mkdir(exist_ok=True)
         shape, dtype = passage.hidden.shape, passage.hidden.dtype
-        stream = Activations(shape, dtype, folder, passage.in_memory)
+        stream = Activations(shape, dtype, folder, passage.in_memory, home=passage.home)
         for number, layer in walk_layers(passage.target, range(index, index + 1 + gap)):
             first = self.lane(passage, number)
             lane = first if number == index else replace(first, states=stream)

@@ -32,7 +32,7 @@ class Settings:
         choose_damping: choose that strength for each linear on held-out tokens.
         fast_matmuls: run calibration forwards in bfloat16 if the processor is faster at it.
         micro_batch_tokens: tokens that pass through a layer at once.
-        activations: `memory` or `disk`: the storage of hidden states.
+        activations: `gpu`, `memory` or `disk`: the storage of hidden states.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
         on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.collapse`).
         reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
@@ -50,6 +50,16 @@ class Settings:
     on_collapse: str = "warn"
     reconstruction: Reconstruction = NO_RECONSTRUCTION
     ranks: Ranks = ALONE
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether hidden states are in memory, of the host or of the GPU."""
+        return self.activations != "disk"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether hidden states and halted forwards stay in the memory of the GPU."""
+        return self.activations == "gpu"
 
     @property
     def tunes(self) -> bool:

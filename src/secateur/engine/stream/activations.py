@@ -23,6 +23,7 @@ from secateur.runs.output import cannot_write
 
 __all__ = ["Activations"]
 
+HOST = torch.device("cpu")
 RANGE = re.compile(r"\.(\d+)-(\d+)\.bin")
 """The windows in the name of a file: the first one, and the one after the last."""
 
@@ -36,6 +37,7 @@ class Activations:
         folder: folder of the files; None for a run in memory only.
         in_memory: whether they are in memory (as well).
         own: the windows of this process; None for all. All other ranges of windows are within it.
+        home: in whose memory they are: the host's or a GPU's.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Activations:
         folder: Path | None,
         in_memory: bool,
         own: slice | None = None,
+        *,
+        home: torch.device = HOST,
     ) -> None:
         self.shape, self.dtype, self.folder, self.in_memory = shape, dtype, folder, in_memory
         self.row_bytes = shape[1] * shape[2] * dtype.itemsize
         self.own = own or slice(0, shape[0])
         held = (self.own.stop - self.own.start, *shape[1:])
-        self.held = torch.empty(held, dtype=dtype) if in_memory else None
+        self.held = torch.empty(held, dtype=dtype, device=home) if in_memory else None
         self.layer = 0
 
     def file(self, layer: int) -> Path:
@@ -126,7 +130,8 @@ class Activations:
         try:
             if self.held is not None:
                 with file.open("wb", buffering=0) as stream:
-                    write_all(stream, self.held)
+                    for row in self.held:  # from a GPU, one window at a time
+                        write_all(stream, row.cpu())
             file.rename(self.file(layer))
         except OSError as error:
             raise cannot_write(error, file) from error

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from secateur.calibration.beside import Beside
@@ -37,6 +38,8 @@ class Passage:
         work: folder that keeps them (as well); None for a run in memory only.
         ranks: the processes that share the windows. Each has the hidden states of its own.
         beside: what the model reads beside the tokens; then one window passes at a time.
+        on_gpu: whether hidden states and halted forwards that are in memory stay in the memory of
+            the target's GPU. Then no layer waits for copies between host and GPU.
     """
 
     def __init__(
@@ -48,7 +51,10 @@ class Passage:
         work: Path | None,
         ranks: Ranks = ALONE,
         beside: Beside | None = None,
+        *,
+        on_gpu: bool = False,
     ) -> None:
+        self.home = target.device if on_gpu else torch.device("cpu")
         self.target, self.windows, self.work, self.beside = target, windows, work, beside
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
@@ -112,7 +118,7 @@ class Passage:
             layer: the layer with its weights.
             stream: the hidden states that pass through it.
         """
-        if self.in_memory and self.target.device.type == "cpu":
+        if self.in_memory and self.target.device == self.home:
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
         folder = None if self.in_memory else stream.folder
@@ -152,13 +158,17 @@ class Passage:
         """Empty streams, in memory or on disk."""
         (hidden,) = self.ends.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
-        self.hidden = Activations(shape, hidden.dtype, self.work, self.in_memory, self.own)
+        self.hidden = Activations(
+            shape, hidden.dtype, self.work, self.in_memory, self.own, home=self.home
+        )
         if not dense:
             return [self.hidden]
         folder = self.work / "dense" if self.work else None
         if folder:
             folder.mkdir(exist_ok=True)
-        self.dense = Activations(shape, hidden.dtype, folder, self.in_memory, self.own)
+        self.dense = Activations(
+            shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home
+        )
         return [self.hidden, self.dense]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:

@@ -2,7 +2,8 @@
 
 A folder whose matrices are all int4 or int3 in groups of one size stays in 4 bits: its integers and
 scales become those of compressed-tensors (w4a16), which vLLM's own kernels multiply. This drops no
-bit and rounds no activation. All other folders become dense, one matrix at a time.
+bit and rounds no activation. On a GPU, matrices of other folders stay in the bitmask format where
+that is faster (`bitmask.py`). All others become dense, one matrix at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from secateur.plugins.vllm.bitmask import Choices, bitmask_linear, held_by
 from secateur.plugins.vllm.reading import FOUR_BIT_DTYPES, folder_of, four_bits, tensors_of
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
@@ -30,12 +32,16 @@ class PackedQuantization(QuantizationConfig):
     """The `quantization_config` of a compressed folder, as vLLM sees it.
 
     Attributes:
-        inner: how vLLM multiplies matrices that stay in 4 bits; None where all become dense.
+        inner: how vLLM multiplies matrices that stay in 4 bits; None where none does.
+        packed: the folder, when it is known.
+        choices: how matrices of each kind are multiplied that stay in the bitmask format.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.inner: Any = None
+        self.packed: PackedCheckpoint | None = None
+        self.choices: Choices = {}
 
     def get_name(self) -> str:
         """The name in `config.json`."""
@@ -64,7 +70,7 @@ class PackedQuantization(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Look into the folder."""
-        packed = PackedCheckpoint(folder_of(model_name, revision))
+        packed = self.packed = PackedCheckpoint(folder_of(model_name, revision))
         scheme = four_bits(packed, torch.bfloat16)
         if scheme is not None:
             plain = {n.removesuffix(".weight") for n in packed.order if n.endswith(".weight")}
@@ -81,7 +87,12 @@ class PackedQuantization(QuantizationConfig):
         if self.inner is not None and torch.get_default_dtype() in FOUR_BIT_DTYPES:
             self.inner.packed_modules_mapping = self.packed_modules_mapping
             return self.inner.get_quant_method(layer, prefix)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            return None
+        merged, found = self.packed_modules_mapping, None
+        if self.packed is not None:
+            found = bitmask_linear(self.packed, prefix, merged, self.choices)
+        return found or UnquantizedLinearMethod()
 
 
 class FolderLoader(DefaultModelLoader):
@@ -94,6 +105,5 @@ class FolderLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, under the name that the dense checkpoint has for it."""
         self.counter_before_loading_weights = time.perf_counter()
-        yield from tensors_of(
-            folder_of(model_config.model, model_config.revision), model_config.dtype
-        )
+        folder = folder_of(model_config.model, model_config.revision)
+        yield from tensors_of(folder, model_config.dtype, besides=held_by(model))

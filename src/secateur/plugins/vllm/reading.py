@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -24,12 +24,15 @@ def folder_of(model: str, revision: str | None) -> Path:
     return resolve(f"{model}@{revision}" if revision else model).folder
 
 
-def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(
+    folder: Path, dtype: torch.dtype, *, besides: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder, verified, as vLLM takes them.
 
     Args:
         folder: compressed or not.
         dtype: of the computation.
+        besides: names that are left out, because their modules read them.
 
     Raises:
         CheckpointError: damaged.
@@ -41,7 +44,7 @@ def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
     packed = PackedCheckpoint(folder)
     scheme = four_bits(packed, dtype)
     view = DenseView(packed, computed=dtype)
-    for name in view.entries:
+    for name in (n for n in view.entries if n not in besides):
         stored = view.integers(name) if scheme is not None else None
         if scheme is not None and stored is not None:
             owner = name.removesuffix(".weight")

@@ -67,6 +67,17 @@ def tile_of(mask, starts, row, here, tile, tiles, LANES: tl.constexpr):
 
 
 @triton.jit
+def with_products(sums, x, weight, column, columns, tokens, WIDE: tl.constexpr):
+    """Sums [ROWS, 16] with the products of weights [ROWS, LANES] and their column of each token."""
+    token = tl.arange(0, 16)
+    inside = (column < columns)[:, None] & (token < tokens)[None, :]
+    inputs = tl.load(x + token[None, :] * columns + column[:, None], mask=inside, other=0)
+    if WIDE:
+        return tl.dot(weight, inputs.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(weight.to(inputs.dtype), inputs, sums, input_precision="ieee")
+
+
+@triton.jit
 def bitmask_product(
     x,
     y,
@@ -129,15 +140,8 @@ def bitmask_product(
             weight = value_at(values, place, kept != 0, CODES)
             column = byte * 8 + bit
             if MANY:
-                inside = (column < columns)[:, None] & (token < tokens)[None, :]
-                places = token[None, :] * columns + column[:, None]
-                inputs = tl.load(x + places, mask=inside, other=0)
                 held = weight * scale
-                if WIDE:
-                    inputs = inputs.to(tl.float32)
-                else:
-                    held = held.to(inputs.dtype)
-                all_tokens = tl.dot(held, inputs, all_tokens, input_precision="ieee")
+                all_tokens = with_products(all_tokens, x, held, column, columns, tokens, WIDE)
             else:
                 inputs = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
                 part += weight * inputs[None, :]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.nn import functional
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+from secateur.runtime.kernels.gpu.timing import Call, Clock, race
+from secateur.runtime.operator import numbered
 
 __all__ = ["GpuChoice", "GpuLinear", "measured"]
 
 TRIED = (1, 2, 4, 8, TOKENS)
-REPEATS, CALLS = 9, 20
 
 
 class GpuLinear(nn.Module):
@@ -36,6 +37,12 @@ class GpuLinear(nn.Module):
         self.matrix, self.kernel_up_to = matrix, kernel_up_to
         self.out_features, self.in_features = matrix.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.number = numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy its own number."""
+        super().__setstate__(state)
+        self.number = numbered(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product for activations [..., in].
@@ -46,15 +53,23 @@ class GpuLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
         tokens = x.reshape(-1, self.in_features)
-        if len(tokens) == 0:
-            y = x.new_empty(0, self.out_features)
-        elif len(tokens) <= self.kernel_up_to:
-            y = self.matrix.multiply(tokens)
-        else:
-            y = functional.linear(tokens, self.matrix.dense(x.dtype))
+        y: Tensor = torch.ops.secateur.linear(tokens, self.number, self.out_features)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
+        if len(x) == 0:
+            return x.new_empty(0, self.out_features)
+        if len(x) <= self.kernel_up_to:
+            return self.matrix.multiply(x)
+        return functional.linear(x, self.matrix.dense(x.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of W."""
+        return self.matrix.nbytes
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +82,7 @@ class GpuChoice:
     """How matrices of one kind are multiplied.
 
     Args:
-        kernel_up_to: the most tokens for which the kernel is faster than expanding.
+        kernel_up_to: the most tokens for which the kernel is not slower than expanding.
         gain: for one token, seconds of torch on the dense matrix divided by those of the kernel.
     """
 
@@ -75,49 +90,24 @@ class GpuChoice:
     gain: float
 
 
-def measured(
-    matrix: GpuMatrix,
-    dtype: torch.dtype,
-    time: Callable[[Sequence[Callable[[], object]]], list[float]] | None = None,
-) -> GpuChoice:
+def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) -> GpuChoice:
     """Time the kernel, expanding, and the dense matrix, in turns.
 
     Args:
         matrix: one of its kind.
         dtype: of the activations.
-        time: gives seconds of some calls; None for events of the GPU.
+        clock: None for the current GPU.
     """
-    clock = time or gpu_seconds
-    dense, up_to, gain = matrix.dense(dtype), 0, 0.0
-    for tokens in TRIED:
+    dense = matrix.dense(dtype)
+
+    def ways(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, matrix.shape[1], device=dense.device).to(dtype)
-        kernel, expanded, plain = clock(
-            [
-                lambda x=x: matrix.multiply(x),
-                lambda x=x: functional.linear(x, matrix.dense(dtype)),
-                lambda x=x: functional.linear(x, dense),
-            ]
-        )
-        if tokens == 1:
-            gain = plain / kernel
-        if kernel > expanded:
-            break
-        up_to = tokens
-    return GpuChoice(up_to, gain)
+        return {
+            "dense": lambda: functional.linear(x, dense),
+            "kernel": lambda: matrix.multiply(x),
+            "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
+        }
 
-
-def gpu_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """The median seconds of each call on the current GPU, over alternating rounds."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()  # compiles
-    for _ in range(REPEATS):
-        for own, call in zip(taken, calls, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(CALLS):
-                call()
-            end.record()
-            end.synchronize()
-            own.append(begin.elapsed_time(end) / 1000 / CALLS)
-    return [median(own) for own in taken]
+    seconds = race(TRIED, "dense", ways, clock)
+    wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
+    return GpuChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])

@@ -23,7 +23,7 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.formats.bits import pack_bits, pack_numbers
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS, bitmask_expand, bitmask_product
 
-__all__ = ["GpuMatrix"]
+__all__ = ["GpuMatrix", "divided"]
 
 LANES = 32
 COLUMNS = 8 * LANES
@@ -139,8 +139,7 @@ class GpuMatrix:
             raise ShapeError(f"x {list(x.shape)} for 1 to {TOKENS} rows of {columns}")
         tiles = self.starts.shape[1]
         blocks = -(-rows // ROWS)
-        each = -(-tiles // max(1, min(tiles, -(-PROGRAMS // blocks))))
-        splits = -(-tiles // each)
+        each, splits = divided(blocks, tiles)
         parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
         bitmask_product[blocks, splits](
             x.contiguous(),
@@ -192,3 +191,12 @@ class GpuMatrix:
         if self.scales is None:
             return self.mask, self.starts, self.values, self.mask, self.mask
         return self.mask, self.starts, self.values, self.scales.code, self.scales.exponent
+
+
+def divided(blocks: int, tiles: int) -> tuple[int, int]:
+    """How the tiles of a block of rows are divided: tiles of a program, and programs.
+
+    Every tile takes as long as another: all its lanes read their mask, kept or not.
+    """
+    each = -(-tiles // max(1, min(tiles, -(-PROGRAMS // blocks))))
+    return each, -(-tiles // each)

@@ -1,19 +1,8 @@
-"""2:4 matrices in the layout in which torch multiplies them on NVIDIA's sparse tensor cores.
-
-A linear NAME whose weight [out, in] keeps at most 2 of every 4 consecutive weights is stored as
-
-    NAME.packed   the 2 weights of every 4, float16 or bfloat16 [out, in / 2]
-    NAME.meta     their places, 2 bits each, in CUTLASS' order, int16 [out, in / 16]
-
-in the file `semi_structured.safetensors`: 9 bits for each weight. transformers does not look for
-this name, so it never draws such matrices at random. All other tensors are plain.
-`torch.sparse.SparseSemiStructuredTensorCUTLASS` takes both parts as they are, so nothing is encoded
-on the GPU, and the dense matrix is never there.
-"""
+"""Loads a folder of the export `semi-structured`, for sparse tensor cores or expanded."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +14,15 @@ from secateur.models.configuration import transformers_errors
 from secateur.models.experts import open_experts
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.skeleton import quiet_transformers, refuse_missing, without_weights
+from secateur.runtime.kernels.gpu.timing import Fastest
+from secateur.runtime.semi_structured.layout import FILE_NAME, VALUES, StoredParts, part_specs
+from secateur.runtime.semi_structured.linear import chosen_linear, measured
 
-__all__ = [
-    "COLUMNS",
-    "FILE_NAME",
-    "ROWS",
-    "VALUES",
-    "decode",
-    "encode",
-    "is_two_of_four",
-    "load_semi_structured",
-    "part_specs",
-]
+__all__ = ["load_semi_structured"]
 
-FILE_NAME = "semi_structured.safetensors"
-ROWS, COLUMNS = 32, 64
-"""torch multiplies matrices whose sides are multiples of these."""
-
-VALUES = (torch.bfloat16, torch.float16)
-"""The dtypes of weights: float32 has another pattern on these cores (1:2)."""
-
+PARTS = ("packed", "meta", "columns")
 CAPABILITY = (8, 0)
 """The first generation of GPUs with sparse tensor cores: Ampere."""
-
-
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether every 4 consecutive weights of a row keep at most 2."""
-    if weight.shape[1] % 4:
-        return False
-    return int(weight.view(len(weight), -1, 4).count_nonzero(2).max()) <= 2
-
-
-def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`packed` and `meta` of a 2:4 matrix [out, in], float16 or bfloat16, on any device."""
-    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
-
-    packed, meta = sparse_semi_structured_from_dense_cutlass(weight.contiguous())
-    return packed, meta
-
-
-def decode(packed: Tensor, meta: Tensor) -> Tensor:
-    """The matrix [out, in] of `packed` and `meta`, on any device: torch's reference."""
-    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
-
-    dense: Tensor = sparse_semi_structured_to_dense_cutlass(packed, meta)
-    return dense
-
-
-def part_specs(
-    name: str, out: int, columns: int, dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of the two parts of a linear [out, in], by name."""
-    return {
-        f"{name}.packed": (dtype, (out, columns // 2)),
-        f"{name}.meta": (torch.int16, (out, columns // 16)),
-    }
 
 
 def load_semi_structured(
@@ -87,7 +30,9 @@ def load_semi_structured(
 ) -> Any:
     """Load a folder that `secateur export --to semi-structured` wrote, in eval mode.
 
-    On a GPU from Ampere on, its linears stay 2:4: torch multiplies them on sparse tensor cores.
+    On a GPU from Ampere on, each kind of matrix is timed once: dense, and on sparse tensor cores by
+    CUTLASS and cuSPARSELt, for 1 to 4096 tokens. A linear takes the fastest way for its number of
+    tokens, and is dense if sparse is never faster.
 
     Args:
         folder: of the export.
@@ -115,16 +60,23 @@ def load_semi_structured(
         refuse_device(device)
     entries = read_header(file).entries
     model = empty_model(folder, first_float(entries))
-    sparse = {n.removesuffix(".meta") for n in entries if n.endswith(".meta")}
+    sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
+    held = {f"{name}.{part}" for name in sparse for part in PARTS}
     owners: dict[str, Any] = dict(model.named_modules())
+    choices: dict[tuple[object, ...], Fastest] = {}
     with safe_open(file, framework="pt", device=str(device)) as opened:
-        for name in sparse:
-            check_linear(name, owners.get(name), entries, file)
-            parts = opened.get_tensor(f"{name}.packed"), opened.get_tensor(f"{name}.meta")
-            weight = decode(*parts) if expand else sparse_tensor(*parts)
-            owners[name].weight = nn.Parameter(weight, requires_grad=False)
-        for name in entries.keys() - {f"{n}.{part}" for n in sparse for part in ("packed", "meta")}:
+        for name in entries.keys() - held:
             put(model, name, opened.get_tensor(name), file)
+        for name in sparse:
+            linear: Any = owners.get(name)
+            parts = read_parts(name, linear, opened, entries, file)
+            if expand:
+                linear.weight = nn.Parameter(parts.dense, requires_grad=False)
+                continue
+            kind = (parts.packed.shape, parts.in_features)
+            if kind not in choices:
+                choices[kind] = measured(parts)
+            model.set_submodule(name, chosen_linear(parts, linear.bias, choices[kind]))
     model.tie_weights()
     missing = [name for name, x in model.named_parameters() if x.device.type == "meta"]
     refuse_missing(missing, {}, folder)
@@ -132,6 +84,10 @@ def load_semi_structured(
         module._buffers.update(
             {n: b.to(device) for n, b in module._buffers.items() if b is not None}
         )
+    if choices:
+        from secateur.runtime.quantizer import refuse_saving
+
+        refuse_saving(model)
     return model.eval()
 
 
@@ -166,33 +122,44 @@ def first_float(entries: dict[str, TensorEntry]) -> torch.dtype:
     return next((e.dtype for e in entries.values() if e.dtype.is_floating_point), torch.bfloat16)
 
 
-def check_linear(name: str, linear: Any, entries: dict[str, TensorEntry], file: Path) -> None:
-    """Refuse parts that do not fit the linear of their name.
+def read_parts(
+    name: str, linear: Any, opened: Any, entries: Mapping[str, TensorEntry], file: Path
+) -> StoredParts:
+    """The parts of a linear.
+
+    Args:
+        name: of the linear.
+        linear: the module of this name; None if there is none.
+        opened: reads tensors of the file by name.
+        entries: of the file.
+        file: for messages.
 
     Raises:
-        CheckpointError: names the linear.
+        CheckpointError: the parts do not fit the linear.
     """
-    parts = (f"{name}.packed", f"{name}.meta")
-    found = {part: (entries[part].dtype, entries[part].shape) for part in parts if part in entries}
-    dtype = found.get(parts[0], (torch.float32, ()))[0]
-    fits = isinstance(linear, nn.Linear) and dtype in VALUES
-    if not fits or found != part_specs(name, linear.out_features, linear.in_features, dtype):
-        raise CheckpointError(
-            f"{name} is stored as 2:4 parts that do not fit the model of config.json",
-            where=str(file),
-            remedy="copy or make the folder again",
-        )
+    found = {p: entries[f"{name}.{p}"] for p in PARTS if f"{name}.{p}" in entries}
+    told = {f"{name}.{p}": (entry.dtype, entry.shape) for p, entry in found.items()}
+    fits = isinstance(linear, nn.Linear) and "packed" in found and found["packed"].dtype in VALUES
+    if fits:
+        split = "columns" in found
+        lifted = found["columns"].shape[0] if split else linear.in_features
+        dtype = found["packed"].dtype
+        fits = told == part_specs(name, linear.out_features, lifted, dtype, split=split)
+    if fits:
+        tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
+        parts = StoredParts(linear.in_features, **tensors)
+        if parts.columns is None or in_range(parts.columns, linear.in_features):
+            return parts
+    raise CheckpointError(
+        f"{name} is stored as 2:4 parts that do not fit the model of config.json",
+        where=str(file),
+        remedy="copy or make the folder again",
+    )
 
 
-def sparse_tensor(packed: Tensor, meta: Tensor) -> Tensor:
-    """Both parts as one tensor of torch, which `torch.nn.functional.linear` multiplies."""
-    from torch.sparse import SparseSemiStructuredTensorCUTLASS
-
-    with warnings.catch_warnings():  # torch warns once that its interface is a prototype
-        warnings.simplefilter("ignore")
-        return SparseSemiStructuredTensorCUTLASS(
-            torch.Size((packed.shape[0], 2 * packed.shape[1])), packed, meta, None, None, None
-        )
+def in_range(columns: Tensor, in_features: int) -> bool:
+    """Whether all are columns of the weight."""
+    return bool(((columns >= 0) & (columns < in_features)).all())
 
 
 def put(model: Any, name: str, value: Tensor, file: Path) -> None:
