@@ -158,7 +158,7 @@ def by_kind(losses: Tensor) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in the documentation: a line for each model and number of experts."""
     names = ("reap", "frequency", "merge", "random")
-    columns = ["set-up", "seed", "dense", "experts kept", *names, "frequency - REAP"]
+    columns = ["balanced over", "seed", "dense", "experts kept", *names, "frequency - REAP"]
     lines = []
     for row in rows:
         for keep in KEPT:

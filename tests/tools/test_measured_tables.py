@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,59 @@ def test_the_times_of_a_newcomer() -> None:
     assert len(seconds) == len(ready)
     assert sum(seconds) < 300
     assert 400 < sum(row["seconds"] for row in walked.values()) < 430
+
+
+def test_the_trimmed_vocabularies() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/vocabulary.json").read_text())["rows"]
+    page = ROOT / "docs" / "structure" / "vocabulary.md"
+    told = {line[0]: line[1:] for table in tables(page) for line in table}
+
+    def cells(name: str, form: Callable[[dict[str, Any]], str]) -> None:
+        assert told[name][1:] == [*map(form, rows)], name
+
+    cells("tokens", lambda r: f"{r['tokens']:,}")
+    cells("parameters", lambda r: f"{r['parameters'] / 1e6:.1f} M")
+    cells("weight files", lambda r: f"{r['file_bytes'] / 2**20:.1f} MiB")
+    cells("of C4's tokens stay", lambda r: f"{100 * r['covered']:.1f} %")
+    cells("of WikiText-2's tokens stay", lambda r: f"{100 * r['covered_of_text']:.1f} %")
+    cells("windows whose tokens all stay", lambda r: f"{r['windows_that_stay']}")
+    uncut = "perplexity, uncut model, "
+    cells(f"{uncut}all tokens", lambda r: f"{r['perplexity_before']:.4f}")
+    cells(f"{uncut}among the kept tokens", lambda r: f"{r['perplexity_among_kept']:.4f}")
+    cells("perplexity, trimmed model", lambda r: f"{r['perplexity']:.4f}")
+    cells("WikiText-2 in tokens", lambda r: f"{r['longer']:.3f}")
+    alike = "windows that become the same tokens"
+    cells(alike, lambda r: f"{r['windows_encoded_alike']} of {r['windows_judged']}")
+    decoded = "random Unicode strings decoded as by the uncut tokenizer"
+    cells(decoded, lambda r: f"{r['decoded_alike']:,} of 10,000")
+    for row in rows:
+        assert abs(row["perplexity"] / row["perplexity_among_kept"] - 1) < 1e-7
+
+
+def test_which_experts_to_keep() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/experts.json").read_text())["rows"]
+    page = ROOT / "docs" / "methods" / "experts.md"
+    found = [
+        line
+        for head, _, *lines in tables(page)
+        if head[:2] == ["balanced over", "seed"]
+        for line in lines
+        if len(line) > 1
+    ]
+    expected = []
+    for row in rows:
+        for keep in (12, 8):
+            of = row[f"keep_{keep}"]
+            gap = of["frequency"]
+            expected.append([
+                row["setup"], str(row["seed"]), f"{row['dense']:.3f}", f"{keep} of 16",
+                *(f"{of[n]['loss']:.3f}" for n in ("reap", "frequency", "merge", "random")),
+                f"{gap['above_reap']:+.3f} ± {gap['error']:.3f}",
+            ])  # fmt: skip
+    assert found == expected
+    told = page.read_text(encoding="utf-8")
+    for setup in ("each layer", "all layers together"):
+        own = [row["alone"] for row in rows if row["setup"] == setup]
+        means = {name: sum(x[name] for x in own) / len(own) for name in own[0]}
+        words = (f"{means[n]:.2f}" for n in ("reap", "frequency", "product"))
+        assert "| {} | {} | {} | {} |".format(setup, *words) in told

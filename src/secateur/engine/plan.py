@@ -164,7 +164,8 @@ class Plan:
         if not self.on_gpu:
             return self.peak_bytes
         there = not self.stays_on_gpu
-        pruning = self.layer_bytes + there * (self.activation_bytes + self.waiting_bytes)
+        pruning = 2 * self.layer_bytes  # one on its way, and the next one is read
+        pruning += there * (self.activation_bytes + self.waiting_bytes)
         return self.process_bytes + max(pruning, self.loading_bytes)
 
     def to_json(self) -> dict[str, Any]:

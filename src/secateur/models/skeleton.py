@@ -7,7 +7,7 @@ one decoder layer at a time, whatever the number of layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,8 @@ def fill(
     names: dict[str, str],
     device: torch.device,
     dtype: torch.dtype | None,
+    *,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Give every parameter of `module` its stored values.
 
@@ -232,6 +234,7 @@ def fill(
         names: from `stored_names`.
         device: where the values go.
         dtype: of the computation; None for the dtype stored.
+        read: gives a stored tensor; None for the reader's own.
 
     Raises:
         CheckpointError: a parameter is not stored.
@@ -240,7 +243,7 @@ def fill(
     owned = [name for name, _ in module.named_parameters()]
     refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)
     for name in owned:
-        value = reader.read(names[f"{prefix}.{name}"]).to(device, dtype)
+        value = (read or reader.read)(names[f"{prefix}.{name}"]).to(device, dtype)
         assign(module, name, value)
 
 

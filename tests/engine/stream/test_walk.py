@@ -34,6 +34,7 @@ def test_one_layer_has_weights_at_a_time(tmp_path: Path) -> None:
         (0, [0]), (1, [1]), (2, [2]),
     ]  # fmt: skip
     assert [number for number, _ in walk_layers(target, [2, 0])] == [2, 0]
+    assert not [*walk_layers(target, range(0))]
     assert filled(target) == []
 
 

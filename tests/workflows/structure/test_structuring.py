@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from oracles.depth import divergence
-from secateur.calibration.windows import save_windows
+from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
 from secateur.structured.cut import sizes_of
 from slow import few_families, slow
@@ -251,6 +251,12 @@ def test_experts(tmp_path: Path, windows: Path) -> None:
     )
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert config.num_local_experts == 2
+    (step,) = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    assert [*step["use"]] == ["0", "1", "2"]
+    for layer, use in step["use"].items():
+        assert sum(use["tokens"]) == 2 * load_windows(windows).numel()
+        best = sorted(range(5), key=lambda e, scores=use["reap"]: -scores[e])[:2]
+        assert step["cut"]["experts"][layer] == sorted(best)
 
 
 def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from secateur.engine.stream.read_ahead import ReadAhead
 from secateur.engine.stream.tables import per_layer_table, rows_in_use
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
@@ -57,6 +58,10 @@ class Target(Protocol):
         """A context that gives one decoder layer with its weights, on `device`."""
         ...
 
+    def expect(self, index: int | None) -> None:
+        """Begin to read the layer that comes next, if that pays; None if no layer follows."""
+        ...
+
     def commit(self, index: int, names: list[str]) -> None:
         """Store the new values of some parameters of a layer, within its context."""
         ...
@@ -95,6 +100,9 @@ class ModelTarget:
         """The layer itself."""
         yield self.layers[index]
 
+    def expect(self, index: int | None) -> None:
+        """Nothing to do: all layers are there."""
+
     def commit(self, index: int, names: list[str]) -> None:
         """Nothing to do: the layer was changed in place."""
 
@@ -120,6 +128,7 @@ class CheckpointTarget:
         trust_remote_code: bool = False,
     ) -> None:
         self.reader, self.output, self.device = reader, output, device
+        self.ahead: ReadAhead | None = None
         self.model = build_skeleton(reader.folder, dtype=dtype, trust_remote_code=trust_remote_code)
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
@@ -178,13 +187,29 @@ class CheckpointTarget:
         """The layer, filled on entry and emptied on exit."""
         layer = self.layers[index]
         prefix = self.architecture.layer_name(index)
-        fill(layer, prefix, self.reader, self.stored, self.device, self.dtype)
+        read = None if self.ahead is None else self.ahead.read
+        fill(layer, prefix, self.reader, self.stored, self.device, self.dtype, read=read)
         # The skeleton has its buffers on the CPU.
         layer.to(self.device)
         try:
             yield layer
         finally:
             empty(layer)
+
+    def expect(self, index: int | None) -> None:
+        """Read the next layer into host memory meanwhile, where a GPU computes.
+
+        On a CPU there would be two layers in the memory that computes, and one more thread on its
+        cores.
+        """
+        if self.ahead is not None:
+            self.ahead.drop()
+            self.ahead = None
+        if index is not None and self.device.type != "cpu":
+            prefix = self.architecture.layer_name(index)
+            own = (f"{prefix}.{name}" for name, _ in self.layers[index].named_parameters())
+            names = (self.stored[name] for name in own if name in self.stored)
+            self.ahead = ReadAhead(self.reader, names)
 
     def commit(self, index: int, names: list[str]) -> None:
         """Write the new values over the old ones in the copy."""

@@ -26,6 +26,11 @@ def walk_layers(
     Yields:
         The number of a layer, and the layer.
     """
-    for number in range(len(target.layers)) if numbers is None else numbers:
-        with target.layer(number) as layer:
-            yield number, layer
+    order = list(range(len(target.layers)) if numbers is None else numbers)
+    try:
+        for number, following in zip(order, [*order[1:], None], strict=False):
+            with target.layer(number) as layer:
+                target.expect(following)
+                yield number, layer
+    finally:
+        target.expect(None)

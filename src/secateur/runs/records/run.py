@@ -220,6 +220,7 @@ class StepEntry(Record):
         same_documents: of a vocabulary step: those whose tokens all stay.
         covered: of a vocabulary step: share of the text's tokens that stay.
         scope: of a step of experts: where they compete.
+        use: of a step of experts: by layer the tokens of each expert, and its score by REAP.
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
@@ -240,6 +241,7 @@ class StepEntry(Record):
 
     step: str
     scope: str | None = None
+    use: dict[str, Any] | None = None
     by: str | None = None
     text: str | None = None
     tokens_before: int | None = None

@@ -143,7 +143,8 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     kept = kept_experts(use, context.aim.keep_experts, how)
     if recipe.experts_by == "merge":
         folder = merged(context, folder, kept, use)
-    notes = {"by": recipe.experts_by, "scope": recipe.experts_scope}
+    told = {str(layer): heard.to_json() for layer, heard in use.items()}
+    notes = {"by": recipe.experts_by, "scope": recipe.experts_scope, "use": told}
     return Cut(experts=kept), notes, folder
 
 
