@@ -73,6 +73,35 @@ def test_the_readme() -> None:
         assert told[name] == f"{mean(row, '50 %', 'wikitext2'):.2f}", name
 
 
+def test_presets_on_the_bench_of_small_models() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/bench-presets.json").read_text())["rows"]
+
+    def excess(model: str, row: str, column: str) -> dict[str, float]:
+        (dense,) = [r["loss"] for r in rows if (r["model"], r["row"]) == (model, "dense")]
+        key = (model, row, column)
+        found = [r["loss"] for r in rows if (r["model"], r["row"], r["column"]) == key]
+        return {text: statistics.mean(x[text] for x in found) - dense[text] for text in dense}
+
+    table = next(t for t in tables(PRESETS) if t[0][:2] == ["model", "ALPS"])
+    shares: dict[str, list[float]] = {}
+    lines = [line for line in table[2:] if len(line) > 1]
+    for name, alps, *cells in lines[:-1]:
+        model, column = name.split(", ")
+        rival = excess(model, "ALPS", column)
+        assert alps == ", ".join(f"{x:.3f}" for x in rival.values())
+        for row, cell in zip(table[0][2:], cells, strict=True):
+            if cell:
+                own = excess(model, row, column)
+                share = statistics.mean(own[text] / rival[text] for text in own)
+                assert cell == f"{share:.2f}", (name, row)
+                shares.setdefault(row, []).append(share)
+    assert len(lines) == 13
+    for row, cell in zip(table[0][2:], lines[-1][2:], strict=True):
+        if cell:
+            assert len(shares[row]) == 12
+            assert cell == f"{statistics.mean(shares[row]):.2f}", row
+
+
 def test_the_times_of_a_newcomer() -> None:
     rows = json.loads((ROOT / "benchmarks/results/newcomer.json").read_text())["rows"]
     walked = {row["command"]: row for row in rows if row["part"] == "start"}
