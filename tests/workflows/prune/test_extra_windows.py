@@ -27,7 +27,7 @@ from zoo import tiny_windows, zeros_of
 
 LENGTH = 16
 RUN = {"method": "wanda", "sparsity": 0.5, "windows": 4, "sequence_length": LENGTH,
-       "packing": "random-crop"}  # fmt: skip
+       "packing": "random-crop", "distill_learning_rate": 1e-3}  # fmt: skip
 
 
 @pytest.fixture
@@ -82,6 +82,17 @@ def test_statistics_read_the_first_windows_and_the_distillation_all(
     masks = zeros_of(loaded(tmp_path / "plain"))
     for name, zeros in zeros_of(loaded(tmp_path / "taught")).items():
         assert torch.equal(zeros, masks[name]), name  # Wanda saw the same four windows
+
+
+def test_a_rate_is_judged_on_windows_that_the_statistics_have_not_read(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    progress = Counter()
+    run = {**RUN, "distill_learning_rate": None, "calibration": str(text), "distill_epochs": 1}
+    report = secateur.prune(folder, output=tmp_path / "out", **run, progress=progress)
+    assert report.manifest["calibration"][EXTRA] == 8
+    assert progress.steps["choosing the learning rate"] == 3  # a quarter of the 12 windows
+    assert progress.steps["distilling"] == 12
 
 
 def test_the_file_of_windows_says_which_are_extra(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -154,7 +165,7 @@ def test_structure_and_a_loaded_model_read_them_too(
     progress = Counter()
     shared = {"calibration": str(text), "windows": 4, "sequence_length": LENGTH,
               "packing": "random-crop", "distill_epochs": 1,
-              "distill_tokens": 10 * LENGTH}  # fmt: skip
+              "distill_tokens": 10 * LENGTH, "distill_learning_rate": 1e-3}  # fmt: skip
     report = secateur.structure(
         folder, output=tmp_path / "cut", ffn=0.5, **shared, effort="fast", progress=progress
     )
@@ -174,7 +185,7 @@ def test_the_plan_counts_them(folder: Path, text: Path) -> None:
         recipe = PlanRecipe(
             model=str(folder), method="wanda", sparsity=0.5,
             calibration={"source": str(text), "windows": 4, "sequence_length": LENGTH},
-            distillation={"epochs": 1, "tokens": tokens},
+            distillation={"epochs": 1, "tokens": tokens, "peak_learning_rate": 1e-3},
         )  # fmt: skip
         passed.append(plan_recipe(recipe).plan.passed_tokens)
     assert passed[0] == passed[1]

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 
 from secateur.errors import NumericalError
 
-__all__ = ["RateTrials", "held_out", "trial_steps"]
+__all__ = ["MOST_JUDGING", "RateTrials", "held_out", "trial_steps"]
 
 FEWEST_WINDOWS = 8
 """With fewer windows nothing is held out, and the highest rate is taken."""
+
+MOST_JUDGING = 8
+"""The most windows that judge the trials. They are the last ones, which the statistics have not
+read where a text was given."""
 
 LOWEST = 1 / 64
 """The lowest rate, as a fraction of the highest."""
@@ -28,7 +32,7 @@ LOWEST = 1 / 64
 
 def held_out(windows: int) -> int:
     """Return how many of the last windows judge the trials; 0 for no trials."""
-    return 0 if windows < FEWEST_WINDOWS else min(8, windows // 4)
+    return 0 if windows < FEWEST_WINDOWS else min(MOST_JUDGING, windows // 4)
 
 
 def trial_steps(steps: int) -> int:

@@ -1,7 +1,9 @@
 """Windows of the calibration text that only the distillation reads, after all others.
 
-Statistics need few windows, and a distillation many. The windows of a run are in one file: those of
-the calibration, then the extra ones, whose number is in the header of the file.
+Statistics need few windows, and a distillation many. And its learning rate must be judged on
+windows that the statistics have not read: pruned weights are fitted to those, so every step away
+from them looks like a loss. The windows of a run are in one file: those of the calibration, then
+the extra ones, whose number is in the header of the file.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from secateur.calibration.windows import EXTRA, WindowPlan
 from secateur.recipes.calibration import Calibration
 from secateur.recipes.recovery import Distill
+from secateur.workflows.prune.chosen_rate import MOST_JUDGING
 
 __all__ = ["extra_windows", "split_extra", "tell_of_short_text"]
 
@@ -29,8 +32,11 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
         options: the calibration.
         how: the distillation.
     """
+    if not how.epochs:
+        return 0
+    judging = MOST_JUDGING if how.peak_learning_rate is None else 0
     needed = -(-how.tokens // plan.sequence_length) - plan.windows - options.generated_windows
-    return max(0, needed) if how.epochs else 0
+    return max(judging, needed)
 
 
 def tell_of_short_text(asked: int, record: Mapping[str, Any]) -> None:
