@@ -132,7 +132,8 @@ def test_a_short_text_gives_what_it_has(
         report = secateur.prune(folder, output=tmp_path / "out", **run, distill_tokens=10**5)
     found = report.manifest["calibration"][EXTRA]
     assert 0 < found < 10**5 // LENGTH - 4
-    assert f"reads {found} extra windows, {10**5 // LENGTH - 4} were asked for" in caplog.text
+    wanted = 10**5 // LENGTH - 4
+    assert f"wants {wanted} extra windows, and {text} has {found}" in caplog.text
 
 
 def test_generated_windows_count(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
 
 
 def tell_of_short_text(asked: int, record: Mapping[str, Any]) -> None:
-    """Log that a text has fewer extra windows than the distillation asked for."""
+    """Log that a text has fewer extra windows than the distillation wants."""
     found = record.get(EXTRA, 0)
     if found < asked:
         log.warning(
-            "the distillation reads %d extra windows, %d were asked for: %s has no more",
-            found,
+            "the distillation wants %d extra windows, and %s has %d",
             asked,
             record["source"],
+            found,
         )
 
 
