@@ -10,8 +10,7 @@ run by `rivals.py` in an environment of their own; all results are judged by the
 Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
 published code are the pruning loop alone, with model and windows loaded before. One run
 after the other, with nothing else on the machine. `--untimed` is for runs beside other work: it
-takes one thread, keeps no seconds, and the windows that the dense model writes for a seed are
-written once and used for all columns.
+takes one thread and keeps no seconds.
 
 Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
 table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
@@ -39,16 +38,12 @@ from hardware import add, heading, markdown
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
     WindowPlan,
-    load_windows,
     make_windows,
     save_windows,
-    stored_start,
 )
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.progress import Silent
 from secateur.recipes.presets import filled_in
-from secateur.workflows.prune.self_generated_text import with_written
 from stored import known_rows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
@@ -58,6 +53,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
+    "best, 262,144 tokens": {"effort": "best", "distillation": {"tokens": 262144}},
     "best, without the next token": {"effort": "best", "distillation": {"next_token": 0.0}},
     "best, SparseGPT instead of ALPS": {"effort": "best", "method": "sparsegpt"},
     "best, without own windows": {"effort": "best", "generated_windows": 0},
@@ -111,16 +107,6 @@ def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
     return file
 
 
-def with_own_windows(args: argparse.Namespace, seed: int, given: Path, count: int) -> Path:
-    """The windows, and those that the dense model writes from them, as a recipe would have it."""
-    file = given.with_name(f"{given.stem}-and-{count}.safetensors")
-    if not file.exists():
-        folder, device = resolve(args.model).folder, torch.device("cpu")
-        windows = with_written(folder, load_windows(given), count, seed, device, Silent())
-        save_windows(windows, file, start=stored_start(given))
-    return file
-
-
 def own_asked(options: dict[str, Any]) -> int:
     """How many windows the model writes; what is given by itself goes before a preset's."""
     of_preset = options.get("calibration", {}).get("generated_windows", 0)
@@ -133,25 +119,25 @@ def run_ours(
 ) -> dict[str, Any]:
     """Prune with Secateur; what it cost."""
     sparsity, pattern = COLUMNS[column]
-    generated = own_asked(filled_in(OURS[row]))
-    if args.untimed and generated:
-        windows = with_own_windows(args, seed, windows, generated)
-        options = {**OURS[row], "generated_windows": 0}
-    else:
-        options = OURS[row]
+    text: dict[str, Any] = {"calibration": windows}
+    if filled_in(OURS[row]).get("distillation"):
+        # the same 64 windows; a distillation also reads others of the text
+        text = {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
+                "packing": "random-crop", "seed": seed}  # fmt: skip
     report = secateur.prune(
         args.model,
         output=out,
-        calibration=windows,
         pattern=pattern or "unstructured",
         sparsity=None if pattern else sparsity,
-        **options,
+        **text,
+        **OURS[row],
     )
-    cost = report.manifest["cost"]
+    cost, learned = report.manifest["cost"], report.manifest["distillation"]
     return {
         "seconds": cost["seconds"],
         "peak_resident_bytes": cost["peak_resident_bytes"],
         "zeros": report.sparsity,
+        **({"distillation": learned} if learned else {}),
     }
 
 

@@ -634,7 +634,7 @@ def plan(
     distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
-    distill_block_layers: int | None = None,
+    distill_sweep_windows: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -706,9 +706,9 @@ def plan(
             hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
-        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
-            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
-            4]
+        distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
+            windows: all layers forward, then all layers backward. 0: both whole models in memory.
+            [0 if both models fit, else 16]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
@@ -774,7 +774,7 @@ def prune(
     distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
-    distill_block_layers: int | None = None,
+    distill_sweep_windows: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -849,9 +849,9 @@ def prune(
             hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
-        distill_block_layers: Distill overlapping blocks of this many decoder layers, one after the
-            other, with one block in memory. 0: the whole model at once. [0 if both models fit, else
-            4]
+        distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
+            windows: all layers forward, then all layers backward. 0: both whole models in memory.
+            [0 if both models fit, else 16]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]

@@ -124,8 +124,8 @@ CASES: Mapping[str, Case] = {
     "prune": Case("prune", "dense", WANDA),
     "prune best": Case("prune", "dense", PRUNE_BEST, weight=3),
     "prune best saved": Case("prune", "dense", PRUNE_BEST, saves=True),
-    "prune best in blocks": Case(
-        "prune", "deep", {**PRUNE_BEST, "distill_block_layers": 2}, weight=2, saves=True
+    "prune best in sweeps": Case(
+        "prune", "deep", {**PRUNE_BEST, "distill_sweep_windows": 4}, weight=2, saves=True
     ),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),

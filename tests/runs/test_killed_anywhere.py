@@ -34,7 +34,7 @@ SHARES = {
             "prune",
             "prune best",
             "prune best saved",
-            "prune best in blocks",
+            "prune best in sweeps",
             "prune disk",
             "prune search",
             "structure",

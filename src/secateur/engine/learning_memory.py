@@ -1,4 +1,4 @@
-"""The memory that learning needs: tuning a layer, distilling a model or a block of its layers."""
+"""The memory that learning needs: tuning a layer, distilling a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from secateur.models.architecture import text_config
 from secateur.types import float32_bytes
 
 __all__ = [
-    "block_bytes",
     "calls_of",
     "distilling_bytes",
     "kinds",
     "on_grid_bytes",
     "rehearse_training",
+    "sweep_bytes",
     "tuning_bytes",
 ]
 
@@ -84,26 +84,25 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 
-def block_bytes(target: Target, window: Tensor, layers: int) -> int:
-    """A block of decoder layers in float32 with gradients, moments and masks, one window's forward
-    through it, and everything outside the layers in float32 with one window's logits.
+def sweep_bytes(target: Target, window: Tensor) -> int:
+    """One decoder layer in float32 with gradients, moments and a mask, and one window's forward
+    through it; or everything outside the layers in float32 with one window's logits.
 
     Args:
         target: the model.
         window: token ids [1, sequence_length].
-        layers: how many layers a block has.
     """
     hidden, calls = calls_of(target, window)
-    of_layers = sorted(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
-    weights = sum(of_layers[-layers:])
-    outside = sum(p.numel() for p in target.model.parameters()) - sum(of_layers)
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
+    of_layers = sum(p.numel() for p in target.layers.parameters())
+    outside = sum(p.numel() for p in target.model.parameters()) - of_layers
     logits = 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
         rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, _ in kinds(target, calls)
     )
-    return (4 * 4 + 1) * weights + min(layers, len(of_layers)) * forward + 4 * outside + logits
+    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits)
 
 
 def on_grid_bytes(tasks: Tasks) -> int:

@@ -66,9 +66,7 @@ def largest_term(plan: Plan) -> Term:
 
 def less_distillation(plan: Plan) -> str:
     """The option that makes a distillation smaller."""
-    if plan.block_layers == 1:
-        return "use --distill-epochs 0"
-    return f"use --distill-block-layers {plan.block_layers // 2 or 4}"
+    return "use --distill-epochs 0" if plan.sweep_windows else "use --distill-sweep-windows 16"
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.tournament import WINDOW_TOKENS
 from secateur.engine.learning_memory import (
-    block_bytes,
     calls_of,
     distilling_bytes,
     kinds,
     on_grid_bytes,
+    sweep_bytes,
     tuning_bytes,
 )
 from secateur.engine.prune.settings import Settings
@@ -46,6 +46,9 @@ from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
 
 __all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
+
+PREDICTION_BYTES = 388
+"""Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Plan:
             run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits;
-            or a block of layers with all of that, and the ends of the model.
+            or one layer with all of that, or the ends of the model, whichever is larger.
         loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
         disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
@@ -121,7 +124,8 @@ class Plan:
         on_gpu: whether a GPU computes with its own memory.
         stays_on_gpu: whether hidden states and halted forwards are in that memory too.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
-        block_layers: number of decoder layers that are distilled together; 0 for the whole model.
+        sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
+            with both whole models.
     """
 
     process_bytes: int
@@ -146,7 +150,7 @@ class Plan:
     on_gpu: bool = False
     stays_on_gpu: bool = False
     seconds: tuple[float, float] | None = None
-    block_layers: int = 0
+    sweep_windows: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -184,7 +188,7 @@ def plan_run(
     allocation: Allocation,
     output_bytes: int,
     unwritten: int = 0,
-    block_layers: int = 0,
+    sweep_windows: int = 0,
     extra_tokens: int = 0,
 ) -> Plan:
     """Plan a run over a checkpoint whose layers are still empty.
@@ -198,7 +202,8 @@ def plan_run(
         allocation: sets the sparsity of each linear.
         output_bytes: size of the written files.
         unwritten: number of windows that the model must generate.
-        block_layers: number of decoder layers that are distilled together; 0 for the whole model.
+        sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
+            with both whole models.
         extra_tokens: number of tokens that only the distillation reads.
     """
     refuse_unknown(target)
@@ -214,13 +219,15 @@ def plan_run(
             size = max(1, settings.micro_batch_tokens // windows.shape[1])
             tuning = tuning_bytes(target, windows[:size])
         if epochs:
-            distilling = learning_bytes(target, tasks, windows[:1], block_layers)
+            distilling = learning_bytes(target, tasks, windows[:1], sweep_windows)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    states = stored * lessons // max(tokens, 1) * 4 // target.dtype.itemsize
     stored *= 1 + settings.dense_needed
-    gradients, states = gradient_bytes(tasks), stored * lessons // max(tokens, 1)
+    gradients = gradient_bytes(tasks)
     solving = solving_bytes(target, tasks, found, settings)
     passed = allocation.tokens(tokens) + tokens * passes(settings)
-    passed += lessons * learning_passes(epochs, block_layers)
+    passed += lessons * learning_passes(epochs, sweep_windows)
+    sweep_tokens = 0 if windows is None else sweep_windows * windows.shape[1]
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -235,11 +242,11 @@ def plan_run(
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
-        loading_bytes=whole_bytes(target) if unwritten or (epochs and not block_layers) else 0,
+        loading_bytes=whole_bytes(target) if unwritten or (epochs and not sweep_windows) else 0,
         disk_bytes=output_bytes
         + pruning_disk(stored, gradients, len(layers))
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + bool(epochs) * learning_disk(prunable, len(layers), states, block_layers),
+        + bool(epochs) * learning_disk(prunable, len(layers), states, lessons, sweep_tokens),
         flops=2 * working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
@@ -247,7 +254,7 @@ def plan_run(
         calibration_tokens=tokens,
         on_gpu=target.device.type == "cuda",
         stays_on_gpu=settings.on_gpu,
-        block_layers=block_layers if epochs else 0,
+        sweep_windows=sweep_windows if epochs else 0,
     )
 
 
@@ -274,21 +281,29 @@ def pruning_disk(stored: int, gradients: int, layers: int) -> int:
     return 2 * stored + (gradients + layers * stored if gradients else 0)
 
 
-def learning_bytes(target: Target, tasks: Tasks, window: Tensor, block_layers: int) -> int:
-    """The memory of the distillation: of two whole models, or of a block of layers."""
-    if block_layers:
-        return block_bytes(target, window, block_layers) + on_grid_bytes(tasks)
+def learning_bytes(target: Target, tasks: Tasks, window: Tensor, sweep_windows: int) -> int:
+    """The memory of the distillation: of two whole models, or of one layer."""
+    if sweep_windows:
+        return sweep_bytes(target, window) + on_grid_bytes(tasks) // len(target.layers)
     return distilling_bytes(target, window) + on_grid_bytes(tasks)
 
 
-def learning_disk(prunable: int, layers: int, stored: int, block_layers: int) -> int:
-    """The files of a distillation: weights and moments, or those of two blocks and the dense
-    model's hidden states at every border.
+def learning_disk(prunable: int, layers: int, states: int, tokens: int, sweep_tokens: int) -> int:
+    """The files of a distillation: weights and moments. In sweeps also the hidden states of the
+    dense model, its predictions, and the states and gradients of a sweep.
+
+    Args:
+        prunable: number of weights in the matrices.
+        layers: number of decoder layers.
+        states: bytes of the hidden states of all tokens at one layer, in float32.
+        tokens: number of tokens that the distillation reads.
+        sweep_tokens: number of tokens in a sweep; 0 for both whole models in memory.
     """
-    if not block_layers:
-        return 12 * prunable
-    borders = -(-2 * layers // block_layers) + 3
-    return 12 * prunable * min(2 * block_layers, layers) // layers + borders * stored
+    learned = 12 * prunable
+    if not sweep_tokens:
+        return learned
+    of_sweep = (layers + 3) * states * min(sweep_tokens, tokens) // max(tokens, 1)
+    return learned + learned // layers + 2 * states + PREDICTION_BYTES * tokens + of_sweep
 
 
 def working_weights(target: Target) -> int:
@@ -330,11 +345,11 @@ def passes(settings: Settings) -> int:
     return plain + settings.dense_needed + tuned
 
 
-def learning_passes(epochs: int, block_layers: int) -> int:
+def learning_passes(epochs: int, sweep_windows: int) -> int:
     """Forwards of all tokens of a distillation; a forward with its backward counts as three."""
-    # In blocks, which overlap by half, the dense model and the pruned one pass once. Trials of the
-    # learning rate are a fifth of a training.
-    learned = 2 + 7 * epochs if block_layers else 5 * epochs
+    # In sweeps the dense model passes once, and every layer runs again for its backward. Trials of
+    # the learning rate are a fifth of a training.
+    learned = 1 + 5 * epochs if sweep_windows else 5 * epochs
     return bool(epochs) * learned
 
 

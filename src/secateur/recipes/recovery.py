@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.section import RECOVERY, Flag, Section
 
-__all__ = ["Distill", "DistillInBlocks", "Reconstruct"]
+__all__ = ["Distill", "Reconstruct", "StreamedDistill"]
 
 
 class Reconstruct(Section):
@@ -65,14 +65,14 @@ class Distill(Section):
     )
 
 
-class DistillInBlocks(Distill):
-    """How the pruned model learns from the dense model, as a whole or block by block."""
+class StreamedDistill(Distill):
+    """How the pruned model learns from the dense model, with the whole or one layer in memory."""
 
-    block_layers: Annotated[
-        int | None, Flag("distill_block_layers", default="0 if both models fit, else 4")
+    sweep_windows: Annotated[
+        int | None, Flag("distill_sweep_windows", default="0 if both models fit, else 16")
     ] = Field(
         None,
         ge=0,
-        description="Distill overlapping blocks of this many decoder layers, one after the other, "
-        "with one block in memory. 0: the whole model at once.",
+        description="Distill with one decoder layer in memory, in sweeps over this many windows: "
+        "all layers forward, then all layers backward. 0: both whole models in memory.",
     )

@@ -173,6 +173,7 @@ class Loop:
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.optimizer = self.plan.make_optimizer(self.parameters.items())
         facts = self.saved.load_state(self.parameters, self.optimizer, self.hooks)
+        self.saved.log.begin(facts["step"] if facts is not None else 0)
         if facts is not None:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines

@@ -136,13 +136,11 @@ class Saved:
         Raises:
             RecipeError: the state belongs to another training.
         """
-        file = self.file("state")
-        if file is None or not file.exists():
-            self.log.begin(0)
+        file, facts = self.file("state"), self.facts()
+        if file is None or not facts:
             return None
+        self.check(facts["identity"])
         with safe_open(file, framework="pt") as stored:
-            facts: dict[str, Any] = json.loads(stored.metadata()[FACTS])
-            self.check(facts["identity"])
             names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
             for name, parameter in parameters.items():
                 put(stored, f"weights/{name}", parameter)
@@ -159,8 +157,24 @@ class Saved:
             with torch.no_grad():
                 for name, tensor in changed_by(hooks).items():
                     tensor.copy_(stored.get_tensor(name))
-        self.log.begin(facts["step"])
         return facts
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts in the header of the saved state; empty without a saved state."""
+        file = self.file("state")
+        if file is None or not file.exists():
+            return {}
+        with safe_open(file, framework="pt") as stored:
+            found: dict[str, Any] = json.loads(stored.metadata()[FACTS])
+        return found
+
+    def load_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Load the weights of the saved state, if there is one."""
+        file = self.file("state")
+        if file is not None and file.exists():
+            with safe_open(file, framework="pt") as stored:
+                for name, parameter in parameters.items():
+                    put(stored, f"weights/{name}", parameter)
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse to resume another training."""

@@ -167,7 +167,7 @@ def run_prepared(
         if not folder.resumed:
             refuse_unusable(prepared.target, progress)
         prepared = with_kept_windows(prepared, folder, progress)
-        write_json(folder.work / WAY, {"block_layers": chosen.block_layers})
+        write_json(folder.work / WAY, {"sweep_windows": chosen.sweep_windows})
         job = Job(
             prepared.target,
             tasks,
@@ -182,7 +182,7 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
-            distilled = distill_checkpoint(prepared, done, folder, chosen.block_layers, progress)
+            distilled = distill_checkpoint(prepared, done, folder, chosen.sweep_windows, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
@@ -207,12 +207,12 @@ def run_prepared(
 
 
 def way_of(folder: RunFolder) -> int | None:
-    """How many layers a stopped run distills together, whatever fits now; None for a new run."""
+    """How many windows a sweep of a stopped run has, whatever fits now; None for a new run."""
     told = folder.work / WAY
     if not (folder.state and told.exists()):
         return None
-    layers: int = json.loads(told.read_text(encoding="utf-8"))["block_layers"]
-    return layers
+    windows: int = json.loads(told.read_text(encoding="utf-8"))["sweep_windows"]
+    return windows
 
 
 def report_of(output: Path) -> PruneResult:

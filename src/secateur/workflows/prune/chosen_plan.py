@@ -21,8 +21,8 @@ __all__ = ["choose_plan"]
 
 log = logging.getLogger(__name__)
 
-BLOCK_LAYERS = 4
-"""Decoder layers of a block, where the whole model does not fit."""
+SWEEP_WINDOWS = 16
+"""Number of windows in a sweep of the distillation, where the whole model does not fit."""
 
 
 def choose_plan(
@@ -30,19 +30,19 @@ def choose_plan(
     tasks: Mapping[str, LinearTask],
     memory: Memory,
     ranks: Ranks = ALONE,
-    block_layers: int | None = None,
+    sweep_windows: int | None = None,
 ) -> tuple[Plan, str]:
     """Plan the run, with hidden states on disk if memory cannot hold them.
 
-    A distillation takes the whole model if that fits, else blocks of `BLOCK_LAYERS` layers. The
-    log says when it takes blocks, and why.
+    A distillation has both whole models in memory if they fit, else one layer, in sweeps over
+    `SWEEP_WINDOWS` windows. The log says when it takes sweeps, and why.
 
     Args:
         prepared: the run.
         tasks: the task of each linear.
         memory: the budget.
         ranks: the processes that share the work.
-        block_layers: how many layers a block has; 0 for the whole model, None to choose.
+        sweep_windows: number of windows in a sweep; 0 for both whole models, None to choose.
 
     With several processes this is the plan of one of them, except that the disk holds the hidden
     states of all.
@@ -55,7 +55,7 @@ def choose_plan(
         RecipeError: there are fewer calibration windows than processes.
     """
 
-    def planned(windows: Tensor | None, activations: str, block_layers: int) -> Plan:
+    def planned(windows: Tensor | None, activations: str, sweep_windows: int) -> Plan:
         return plan_run(
             prepared.target,
             tasks,
@@ -65,16 +65,16 @@ def choose_plan(
             prepared.allocation,
             prepared.output_bytes,
             prepared.unwritten,
-            block_layers,
+            sweep_windows,
             0 if prepared.extra is None else prepared.extra.numel(),
         )
 
     every = prepared.planned_windows
     own = every if ranks.count == 1 else largest_share(every, memory, ranks)
 
-    def fitting(block_layers: int) -> tuple[Plan, str]:
+    def fitting(sweep_windows: int) -> tuple[Plan, str]:
         return fitting_plan(
-            lambda activations: planned(own, activations, block_layers),
+            lambda activations: planned(own, activations, sweep_windows),
             prepared.target.device,
             budget_gib=memory.budget_gib,
             activations=memory.activations,
@@ -82,18 +82,18 @@ def choose_plan(
         )
 
     distillation = prepared.recipe.distillation
-    if block_layers is None:
-        block_layers = distillation.block_layers
+    if sweep_windows is None:
+        sweep_windows = distillation.sweep_windows
     try:
-        plan, activations = fitting(block_layers or 0)
+        plan, activations = fitting(sweep_windows or 0)
     except MemoryBudgetError:
-        if block_layers is not None or not distillation.epochs:
+        if sweep_windows is not None or not distillation.epochs:
             raise
-        plan, activations = fitting(BLOCK_LAYERS)
+        plan, activations = fitting(SWEEP_WINDOWS)
         budget = memory_budget(memory.budget_gib, prepared.target.device, ranks.here).computing
-        tell_of_blocks(plan, planned(own, activations, 0), budget)
+        tell_of_sweeps(plan, planned(own, activations, 0), budget)
     if own is not every:
-        disk = planned(every, activations, plan.block_layers).disk_bytes
+        disk = planned(every, activations, plan.sweep_windows).disk_bytes
         plan = replace(plan, disk_bytes=disk)
     return plan, activations
 
@@ -107,18 +107,18 @@ def largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tenso
     return windows[: rows_of(0, batches, ranks.count)[-1].stop]
 
 
-def tell_of_blocks(plan: Plan, whole: Plan, budget: float) -> None:
-    """Log that a distillation takes blocks, and why.
+def tell_of_sweeps(plan: Plan, whole: Plan, budget: float) -> None:
+    """Log that a distillation takes sweeps, and why.
 
     Args:
-        plan: with blocks.
+        plan: with one layer in memory.
         whole: with both whole models.
         budget: bytes of the device that computes.
     """
     log.warning(
-        "distilling in blocks of %d decoder layers, with a peak of %.2f GiB: with both whole "
-        "models the peak is %.2f GiB, the budget %.2f GiB",
-        plan.block_layers,
+        "distilling with one decoder layer in memory, in sweeps of %d windows, with a peak of "
+        "%.2f GiB: with both whole models the peak is %.2f GiB, the budget %.2f GiB",
+        plan.sweep_windows,
         plan.peak_bytes / 2**30,
         whole.peak_bytes / 2**30,
         budget / 2**30,

@@ -3,7 +3,7 @@
 Layer-wise methods only bring the hidden states near the dense model's. The next-token predictions
 matter more. So this step trains all decoder layers together on the calibration windows, with one
 window a step (`training/`), to match the next-token distributions of the dense model. Where both
-models do not fit into memory, it trains blocks of layers instead (`block_distillation.py`).
+models do not fit into memory, it trains them layer by layer (`streamed_distillation.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from secateur.runs.folder import RunFolder
 from secateur.training.objectives import Distil
 from secateur.training.teachers import ModelTeacher
 from secateur.types import Windows
-from secateur.workflows.prune.block_distillation import BlockDistillation
 from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, write_layers
 from secateur.workflows.prune.prepare import Prepared
+from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 
 __all__ = ["distill_checkpoint", "distill_module", "distills", "learn", "once"]
 
@@ -41,7 +41,7 @@ def distill_checkpoint(
     prepared: Prepared,
     tasks: Tasks,
     folder: RunFolder,
-    block_layers: int,
+    sweep_windows: int,
     progress: Progress,
 ) -> dict[str, float] | None:
     """Distill, and write the layers. Return None without distillation.
@@ -54,7 +54,8 @@ def distill_checkpoint(
         prepared: the run.
         tasks: the task of each linear.
         folder: the folder of the run, with the pruned model.
-        block_layers: number of decoder layers of a block; 0 for the whole model.
+        sweep_windows: number of windows in a sweep, with one layer in memory; 0 for both whole
+            models in memory.
         progress: receives every step.
     """
     recipe, device = prepared.recipe, prepared.target.device
@@ -71,9 +72,11 @@ def distill_checkpoint(
         target, windows = prepared.target, prepared.lessons
         return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
 
-    if block_layers:
-        blocks = BlockDistillation(prepared, tasks, folder.model, saved, block_layers, progress)
-        return once(saved, blocks.learn)
+    if sweep_windows:
+        streamed = StreamedDistillation(
+            prepared, tasks, folder.model, saved, sweep_windows, progress
+        )
+        return once(saved, streamed.learn)
     losses = once(saved, learn_whole)
     target = prepared.target
     write_layers(saved / FINAL, target, pruned_layers(target, tasks))

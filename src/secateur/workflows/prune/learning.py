@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
 from secateur.engine.prune.tasks import Tasks
@@ -33,7 +34,16 @@ from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
 from secateur.types import Windows
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 
-__all__ = ["FINAL", "Pupil", "parameter_names", "pruned_layers", "write_layers"]
+__all__ = [
+    "FINAL",
+    "RATE",
+    "Pupil",
+    "parameter_names",
+    "plan_of",
+    "pruned_layers",
+    "summary",
+    "write_layers",
+]
 
 FINAL = "final.safetensors"
 """The file with the weights of a finished training."""
@@ -95,6 +105,10 @@ class Pupil:
             ),
         )
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name."""
+        return {name: self.model.get_parameter(name) for name in sorted(self.trained)}
+
     def learn(
         self,
         objective: Objective,
@@ -142,21 +156,12 @@ class Pupil:
         saved: Path | None = None,
     ) -> list[float]:
         """Train for some steps. Return the loss of each."""
-        plan = TrainingPlan(
-            steps=steps,
-            learning_rate=rate,
-            warm_up=WARM_UP,
-            optimizer="Adam",
-            validations=0,
-            save_minutes=SAVE_MINUTES,
-            diverged=0.0,
-        )
         loop = Loop(
             self.model,
             batches,
             objective,
             self.masks,
-            plan,
+            plan_of(steps, rate),
             saved=saved,
             hooks=[self.rounded] if self.rounded.weights else [],
             progress=progress,
@@ -184,7 +189,7 @@ class Pupil:
         device = next(self.model.parameters()).device
         start = Saved(None if saved is None else saved / "start", ProcessGroup(device), {})
         with in_float32(self.model, self.trained):
-            parameters = {name: self.model.get_parameter(name) for name in self.trained}
+            parameters = self.parameters()
             start.keep_best(parameters)
 
             def train(rate: float) -> None:
@@ -206,6 +211,19 @@ class Pupil:
             write_json(told, {"learning_rate": rate})
             shutil.rmtree(start.folder)
         return rate
+
+
+def plan_of(steps: int, rate: float) -> TrainingPlan:
+    """Return the plan of a distillation of some steps, whose highest rate is `rate`."""
+    return TrainingPlan(
+        steps=steps,
+        learning_rate=rate,
+        warm_up=WARM_UP,
+        optimizer="Adam",
+        validations=0,
+        save_minutes=SAVE_MINUTES,
+        diverged=0.0,
+    )
 
 
 def summary(losses: Sequence[float]) -> dict[str, float]:

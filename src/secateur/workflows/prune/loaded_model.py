@@ -55,11 +55,11 @@ def prune_module(
     """Prune a loaded model in place."""
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
-    if recipe.distillation.block_layers:
+    if recipe.distillation.sweep_windows:
         raise RecipeError(
-            "a loaded model is in memory as a whole, so it is not distilled in blocks",
-            where=f"distill_block_layers={recipe.distillation.block_layers}",
-            remedy="name the folder of a checkpoint, or leave distill_block_layers out",
+            "a loaded model is in memory as a whole, so it is not distilled in sweeps",
+            where=f"distill_sweep_windows={recipe.distillation.sweep_windows}",
+            remedy="name the folder of a checkpoint, or leave distill_sweep_windows out",
         )
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)

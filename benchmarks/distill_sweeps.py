@@ -1,6 +1,6 @@
-"""Distillation of the whole model against blocks of layers: loss, and peak memory.
+"""Distillation with the whole model in memory against one layer, in sweeps: loss, peak memory.
 
-    python benchmarks/distill_blocks.py --calibration c4.jsonl \\
+    python benchmarks/distill_sweeps.py --calibration c4.jsonl \\
         --text WikiText-2=wiki.txt C4=held-out.txt
 
 Protocol: `best` at 50 % (`--sparsity`, or `--pattern`). The first row is not distilled; the others
@@ -10,7 +10,10 @@ is a process of its own with one thread, and its peak is that of its resident me
 that of the first `--judged` windows of 1024 tokens of each text; excess is nats above the dense
 model, and gain the part of the excess of the first row that is gone.
 
-Every finished row is kept in `results/distill-blocks.json` at once and skipped when it is there.
+The row of blocks is of an earlier version (commit 3b77e78): overlapping blocks of 4 layers learned
+the dense model's hidden states, the last block its predictions.
+
+Every finished row is kept in `results/distill-sweeps.json` at once and skipped when it is there.
 A row that was killed goes on where it stopped, if `--folder` is given.
 """
 
@@ -30,7 +33,7 @@ import secateur
 from hardware import add, heading, markdown
 from stored import known_rows
 
-NAME = "distill-blocks"
+NAME = "distill-sweeps"
 PRUNE = """
 import json, sys, torch, secateur
 torch.set_num_threads(1)
@@ -41,12 +44,12 @@ print(json.dumps({k: report.manifest[k] for k in ("cost", "plan", "distillation"
 FIRST = "not distilled"
 
 
-def rows_of(blocks: list[int]) -> dict[str, dict[str, Any]]:
+def rows_of(sizes: list[int]) -> dict[str, dict[str, Any]]:
     """The rows, and what they add to the preset."""
     return {
         FIRST: {"distill_epochs": 0},
-        "whole": {"distill_block_layers": 0},
-        **{f"blocks of {n}": {"distill_block_layers": n} for n in blocks},
+        "whole": {"distill_sweep_windows": 0},
+        **{f"sweeps of {n}": {"distill_sweep_windows": n} for n in sizes},
     }
 
 
@@ -123,7 +126,7 @@ def main() -> None:
     parser.add_argument("--method", help="in place of the preset's, for a quick look at the memory")
     parser.add_argument("--rate", type=float, help="highest learning rate; else the preset's")
     parser.add_argument("--own-windows", type=int, help="that the model generates; as --windows")
-    parser.add_argument("--blocks", type=int, nargs="*", default=[4])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16], help="windows in a sweep")
     parser.add_argument("--folder", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--name", default=NAME, help="of the file of results")
     args = parser.parse_args()
@@ -137,7 +140,7 @@ def main() -> None:
         add(args.name, protocol, {"row": "dense", "loss": judge(args, args.model)})
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
-        for row, own in rows_of(args.blocks).items():
+        for row, own in rows_of(args.sizes).items():
             known = any(x["row"] == row for x in known_rows(args.name))
             made = folder / FIRST.replace(" ", "-")
             if known and (row != FIRST or made.exists()):

@@ -1,0 +1,232 @@
+"""Distillation with one decoder layer in memory, for models that do not fit as a whole.
+
+    dense model, one layer at a time ─► its predictions, on disk
+    sweep after sweep (`sweeps.py`): all layers forward, all layers backward ─► weights, on disk
+    ─► the weights go into the checkpoint
+
+The trained weights and moments are in files, layer by layer, until all sweeps are finished. Until
+then the checkpoint of the pruned model is only read. So a killed run goes on with the layer in
+which it stopped, and its result is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from secateur.engine.prune.tasks import Tasks
+from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.engine.stream.walk import walk_layers
+from secateur.models.architecture import hidden_size
+from secateur.models.opening import open_weights
+from secateur.precision import fast_matmuls
+from secateur.progress import Progress
+from secateur.runs.atomic import write_json
+from secateur.training.batches import Batches
+from secateur.training.objectives import Distil
+from secateur.training.streamed import StreamedTeacher
+from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
+from secateur.training.training_plan import RATE_TIMES_WIDTH
+from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
+from secateur.workflows.prune.learning import (
+    RATE,
+    Pupil,
+    parameter_names,
+    plan_of,
+    pruned_layers,
+    summary,
+)
+from secateur.workflows.prune.prepare import Prepared
+from secateur.workflows.prune.sweeps import Scholar, Sweeps
+
+__all__ = ["StreamedDistillation"]
+
+PREDICTIONS = "predictions.safetensors"
+TRIED = "tried.json"
+"""The file with the losses of finished trials, by rate."""
+
+
+class StreamedDistillation:
+    """One distillation in sweeps.
+
+    Args:
+        prepared: the run.
+        tasks: the task of each linear.
+        pruned: the folder of the pruned model; the trained layers are written there at the end.
+        work: folder of the state.
+        size: number of windows in a sweep.
+        progress: receives every step.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        tasks: Tasks,
+        pruned: Path,
+        work: Path,
+        size: int,
+        progress: Progress,
+    ) -> None:
+        self.tasks, self.work, self.size, self.progress = tasks, work, size, progress
+        self.recipe, self.dense, self.windows = prepared.recipe, prepared.target, prepared.lessons
+        self.how = self.recipe.distillation
+        self.device = self.dense.device
+        trust = self.recipe.trust_remote_code
+        self.student = CheckpointTarget(
+            open_weights(pruned), None, self.device, dtype=torch.float32, trust_remote_code=trust
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        self.count = len(self.dense.layers)
+        self.learning = pruned_layers(self.dense, tasks)
+        self.steps = self.how.epochs * len(self.windows)
+        self.batches = Batches(self.windows, 1, self.recipe.calibration.seed)
+
+    def learn(self) -> dict[str, float]:
+        """Distill. The trained layers are in the folder of the pruned model.
+
+        Returns:
+            The mean loss over the first and over the last eighth of the steps, the learning rate,
+            and the number of windows in a sweep.
+        """
+        if not (self.work / PREDICTIONS).exists():
+            self.predict()
+        scholar = self.scholar()
+        rate = self.how.peak_learning_rate or self.chosen_rate(scholar)
+        sweeps = self.sweeps(scholar, self.batches, self.steps, rate, "training", "distilling")
+        losses = sweeps.run()
+        self.write(sweeps)
+        return {**summary(losses), "learning_rate": rate, "sweep_windows": float(self.size)}
+
+    # -- the dense model -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pass_dense(self, ends: ModelEnds) -> Activations:
+        """Store and return the outputs of the dense model's last layer."""
+        (example,) = ends.embed([slice(0, 1)])
+        folder = self.work / "dense"
+        folder.mkdir(exist_ok=True)
+        shape = (*self.windows.shape, example.shape[-1])
+        states = Activations(shape, example.dtype, folder, False)
+        start = max((i for i in range(self.count + 1) if states.has(i)), default=None)
+        if start is None:
+            rows = list(self.rows())
+            for row, hidden in zip(rows, ends.embed(rows), strict=True):
+                states.write(row, hidden)
+            states.advance(start := 0)
+        self.progress.start("dense hidden states", len(self.windows) * (self.count - start))
+        states.resume(start)
+        for index, layer in walk_layers(self.dense, range(start, self.count)):
+            for row in self.rows():
+                hidden = states.read(row).to(self.device)
+                call = ends.call(index, [row.start])
+                with fast_matmuls(self.device):
+                    states.write(row, call_layer(layer, hidden, call))
+                self.progress.step(note=f"layer {index}")
+            states.advance(index + 1)
+            states.forget(index)
+        self.progress.finish()
+        return states
+
+    def predict(self) -> None:
+        """Store the dense model's predictions."""
+        ends = ModelEnds(self.dense, self.windows, self.work)
+        states = self.pass_dense(ends)
+        self.progress.start("dense predictions", len(self.windows))
+        with ends.outside():
+            teacher = StreamedTeacher(ends, states)
+            write_teacher(
+                teacher,
+                self.windows,
+                self.work / PREDICTIONS,
+                k=min(TOP_K, teacher.vocabulary - 1),
+                device=self.device,
+                on_window=self.progress.step,
+            )
+        states.forget(self.count)
+        self.progress.finish()
+
+    def rows(self) -> Iterator[slice]:
+        """Yield the windows one by one."""
+        return (slice(row, row + 1) for row in range(len(self.windows)))
+
+    # -- the pruned model ------------------------------------------------------------------------
+
+    def scholar(self) -> Scholar:
+        """Return the pruned model that learns."""
+
+        def pupil(module: nn.Module, number: int) -> Pupil:
+            return Pupil.of(module, self.student, self.tasks, [number])
+
+        ends = ModelEnds(self.student, self.windows)
+        with ends.outside(), ends.returning(None):
+            loss = Distil.between(
+                self.student.model,
+                WrittenTeacher(self.work / PREDICTIONS),
+                next_token=self.how.next_token,
+            )
+        return Scholar(self.student, self.windows, self.learning, pupil, loss, self.work)
+
+    def sweeps(
+        self, scholar: Scholar, batches: Batches, steps: int, rate: float, folder: str, label: str
+    ) -> Sweeps:
+        """Return a training of some steps."""
+        plan, where = plan_of(steps, rate), self.work / folder
+        where.mkdir(exist_ok=True)
+        return Sweeps(scholar, batches, plan, self.size, where, self.progress, label)
+
+    def chosen_rate(self, scholar: Scholar) -> float:
+        """Choose the learning rate by trials. Finished ones are stored for a resumed run."""
+        highest, held = (
+            RATE_TIMES_WIDTH / hidden_size(self.student.model),
+            held_out(len(self.windows)),
+        )
+        told, tried = self.work / RATE, self.tried()
+        if told.exists():
+            return float(json.loads(told.read_text(encoding="utf-8"))["learning_rate"])
+        if not held:
+            return highest
+        read = Batches(self.windows[:-held], 1, self.batches.seed)
+        trial: list[Sweeps] = []
+
+        def train(rate: float) -> None:
+            short, label = trial_steps(self.steps), "choosing the learning rate"
+            trial[:] = [self.sweeps(scholar, read, short, rate, "trial", label)]
+            if str(rate) not in tried:
+                trial[0].run()
+
+        def judge() -> float:
+            rate = str(trial[0].plan.learning_rate)
+            if rate not in tried:
+                tried[rate] = trial[0].judge(range(len(read.windows), len(self.windows)))
+                write_json(self.work / TRIED, tried)
+            return tried[rate]
+
+        trials = RateTrials(train, judge, lambda: shutil.rmtree(self.work / "trial"))
+        rate = trials.choose(highest)
+        write_json(told, {"learning_rate": rate})
+        return rate
+
+    def tried(self) -> dict[str, float]:
+        """Return the losses of finished trials, by rate."""
+        told = self.work / TRIED
+        return json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+
+    def write(self, sweeps: Sweeps) -> None:
+        """Write the trained layers into the checkpoint. A stopped run does this again."""
+        for index, _ in walk_layers(self.dense, self.learning):
+            named = {n: self.dense.model.get_parameter(n) for n in self.names(index)}
+            sweeps.saved(index).load_weights(named)
+            self.dense.commit(index, list(named))
+
+    def names(self, index: int) -> list[str]:
+        """The names of the trained parameters of a layer."""
+        names = parameter_names(self.dense, index)
+        return [n for n in names if self.dense.model.get_parameter(n).is_floating_point()]
