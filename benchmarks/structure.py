@@ -88,7 +88,6 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
-    "width, best, 262,144 tokens": width(effort="best", distill_tokens=262_144),
     "width, best, 128 own windows": width(effort="best", generated_windows=128),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),

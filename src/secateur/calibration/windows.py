@@ -94,7 +94,8 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
 
     `random-crop` draws documents and places with the same calls to `random` as the published code.
     So it gives the same windows for the same seed, documents and tokenizer; a start token, if there
-    is one, replaces the first token of each.
+    is one, replaces the first token of each. It draws long documents, and some of them again; so
+    the extra windows come from all other documents, as `concatenate` cuts them.
 
     Returns:
         Token ids [samples, sequence_length], int64, with the extra windows at the end.
@@ -103,8 +104,10 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
         SourceError: the text is too short for so many windows, without the extra ones.
         RecipeError: the start tokens leave no room for text.
     """
-    draw = crop_windows if plan.packing == "random-crop" else pack_windows
-    windows = draw(documents, tokenizer, plan)
+    if plan.packing == "random-crop":
+        windows = crop_windows(documents, tokenizer, plan)
+    else:
+        windows = pack_windows(documents, tokenizer, plan, plan.all_windows)
     if len(windows) < plan.windows:
         fits = f"; there is enough for --windows {len(windows)}" if len(windows) else ""
         raise SourceError(
@@ -117,8 +120,10 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
     return windows
 
 
-def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
-    """At most `all_windows` windows, one after the other from the stream of shuffled documents."""
+def pack_windows(
+    documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan, count: int
+) -> Windows:
+    """At most `count` windows, one after the other from the stream of shuffled documents."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
@@ -131,11 +136,11 @@ def pack_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             stream.extend(ids)
             if end is not None and ids and ids[-1] != end:
                 stream.append(end)
-        if len(stream) >= plan.all_windows * cutter.text_length:
+        if len(stream) >= count * cutter.text_length:
             break
     places = cutter.places(len(stream))
     rng.shuffle(places)
-    return cutter.cut(stream, places[: plan.all_windows])
+    return cutter.cut(stream, places[:count])
 
 
 def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
@@ -157,14 +162,15 @@ def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int
 
 
 def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
-    """One window from a random place of each of at most `all_windows` random long documents."""
+    """One window from a random place of each of some random long documents, and the extra ones."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     length = cutter.text_length
     too_short: set[int] = set()
+    read: set[int] = set()
     windows: list[Windows] = []
     misses = 0
-    while documents and len(windows) < plan.all_windows and misses < MAX_MISSES:
+    while documents and len(windows) < plan.windows and misses < MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
         ids = [] if number in too_short else cutter.read([documents[number]])[0]
         if len(ids) <= length:
@@ -173,7 +179,11 @@ def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
             continue
         # like the published code, never start at the very last place
         windows.append(cutter.cut(ids, [rng.randint(0, len(ids) - length - 1)]))
+        read.add(number)
         misses = 0
+    if plan.extra and len(windows) == plan.windows:
+        others = [text for number, text in enumerate(documents) if number not in read]
+        windows.append(pack_windows(others, tokenizer, plan, plan.extra))
     return torch.cat(windows) if windows else cutter.cut([], [])
 
 

@@ -207,30 +207,27 @@ def plan_run(
         extra_tokens: number of tokens that only the distillation reads.
     """
     refuse_unknown(target)
-    layers, found = target.layers, [] if windows is None else layouts(target, windows.shape[1])
+    length = 0 if windows is None else windows.shape[1]
+    layers, found = target.layers, layouts(target, length) if length else []
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     tokens = windows.numel() if windows is not None else 0
-    lessons = tokens + extra_tokens
-    stored, forward, waiting, tuning, distilling = 0, 0, 0, 0, 0
+    stored, forward, waiting, tuning, distilling, lessons = 0, 0, 0, 0, 0, tokens + extra_tokens
     if windows is not None:
         waits_for = waits(tasks, settings)
         stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
         if settings.tunes:
-            size = max(1, settings.micro_batch_tokens // windows.shape[1])
-            tuning = tuning_bytes(target, windows[:size])
+            tuning = tuning_bytes(target, windows[: settings.micro_batch_tokens // length or 1])
         if epochs:
             distilling = learning_bytes(target, tasks, windows[:1], sweep_windows)
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    states = stored * lessons // max(tokens, 1) * 4 // target.dtype.itemsize
+    of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
     stored *= 1 + settings.dense_needed
     gradients = gradient_bytes(tasks)
     solving = solving_bytes(target, tasks, found, settings)
     passed = allocation.tokens(tokens) + tokens * passes(settings)
     passed += lessons * learning_passes(epochs, sweep_windows)
-    sweep_tokens = 0 if windows is None else sweep_windows * windows.shape[1]
     return Plan(
         process_bytes=resident_bytes(),
-        layer_bytes=weights * target.dtype.itemsize * (1 + settings.asymmetric),
+        layer_bytes=layer_bytes(target) * (1 + settings.asymmetric),
         activation_bytes=settings.in_memory * stored,
         forward_bytes=forward,
         waiting_bytes=waiting,
@@ -246,7 +243,8 @@ def plan_run(
         disk_bytes=output_bytes
         + pruning_disk(stored, gradients, len(layers))
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + bool(epochs) * learning_disk(prunable, len(layers), states, lessons, sweep_tokens),
+        + bool(epochs)
+        * learning_disk(prunable, len(layers), of_token, lessons, sweep_windows * length),
         flops=2 * working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
@@ -271,6 +269,12 @@ def solving_bytes(
     return solve
 
 
+def layer_bytes(target: Target) -> int:
+    """The size of the largest decoder layer in the model's dtype."""
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
+    return weights * target.dtype.itemsize
+
+
 def whole_bytes(target: Target) -> int:
     """The size of the whole model in its dtype."""
     return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
@@ -288,22 +292,22 @@ def learning_bytes(target: Target, tasks: Tasks, window: Tensor, sweep_windows: 
     return distilling_bytes(target, window) + on_grid_bytes(tasks)
 
 
-def learning_disk(prunable: int, layers: int, states: int, tokens: int, sweep_tokens: int) -> int:
+def learning_disk(prunable: int, layers: int, of_token: int, tokens: int, at_once: int) -> int:
     """The files of a distillation: weights and moments. In sweeps also the hidden states of the
     dense model, its predictions, and the states and gradients of a sweep.
 
     Args:
         prunable: number of weights in the matrices.
         layers: number of decoder layers.
-        states: bytes of the hidden states of all tokens at one layer, in float32.
+        of_token: bytes of the hidden state of a token in float32.
         tokens: number of tokens that the distillation reads.
-        sweep_tokens: number of tokens in a sweep; 0 for both whole models in memory.
+        at_once: number of tokens in a sweep; 0 for both whole models in memory.
     """
     learned = 12 * prunable
-    if not sweep_tokens:
+    if not at_once:
         return learned
-    of_sweep = (layers + 3) * states * min(sweep_tokens, tokens) // max(tokens, 1)
-    return learned + learned // layers + 2 * states + PREDICTION_BYTES * tokens + of_sweep
+    of_sweep = (layers + 3) * of_token * min(at_once, tokens)
+    return learned + learned // layers + (2 * of_token + PREDICTION_BYTES) * tokens + of_sweep
 
 
 def working_weights(target: Target) -> int:

@@ -33,7 +33,7 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "asymmetric": True,
             "fast_matmuls": True,
             "calibration": {"generated_windows": 128},
-            "distillation": {"epochs": 1, "next_token": 0.5},
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
         },
     }
 )
@@ -60,7 +60,7 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "asymmetric": True,
             "fast_matmuls": True,
             "calibration": {"generated_windows": 256},
-            "distillation": {"epochs": 1, "next_token": 0.5},
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
         },
     }
 )

@@ -104,7 +104,7 @@ class Scholar:
             return self.loss(self.target.model, batch)
 
 
-class Sweep:
+class OpenSweep:
     """One sweep: its windows, and what is on disk of it.
 
     Args:
@@ -219,13 +219,13 @@ class Sweeps:
         shutil.rmtree(folder)
         return sum(losses) / len(losses)
 
-    def open(self, windows: Sequence[int], first_step: int, folder: Path) -> Sweep:
+    def open(self, windows: Sequence[int], first_step: int, folder: Path) -> OpenSweep:
         """Return a sweep, begun or not; what is left of a finished one is deleted."""
         for other in self.folder.glob("sweep-*"):
             if other != folder and folder.name.startswith("sweep-"):
                 shutil.rmtree(other)
         (like,) = self.scholar.ends.embed([slice(windows[0], windows[0] + 1)])
-        return Sweep(windows, first_step, folder, like)
+        return OpenSweep(windows, first_step, folder, like)
 
     def quick(self) -> ExitStack:
         """Return the context of a forward: precision, and the way of attention."""
@@ -258,7 +258,7 @@ class Sweeps:
     # -- forward ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, sweep: Sweep, progress: Progress) -> None:
+    def forward(self, sweep: OpenSweep, progress: Progress) -> None:
         """Store the inputs of every layer and the outputs of the last one."""
         states = sweep.states
         start = max((i for i in range(self.count + 1) if states.has(i)), default=None)
@@ -279,7 +279,7 @@ class Sweeps:
             states.advance(number + 1)
             progress.step(note=f"layer {number} forward")
 
-    def head(self, sweep: Sweep) -> list[float]:
+    def head(self, sweep: OpenSweep) -> list[float]:
         """Store the gradients of the last layer's outputs. Return the losses."""
         losses = []
         sweep.states.resume(self.count)
@@ -298,7 +298,7 @@ class Sweeps:
 
     # -- backward --------------------------------------------------------------------------------
 
-    def backward(self, sweep: Sweep, note: str) -> None:
+    def backward(self, sweep: OpenSweep, note: str) -> None:
         """Pass the gradients down, and let every layer learn."""
         first = min(self.learning)
         finished = sweep.first_step + len(sweep.windows)
@@ -314,7 +314,7 @@ class Sweeps:
             self.progress.step(note=f"{note}, layer {number} backward")
         self.progress.step(first, note)
 
-    def down(self, sweep: Sweep, number: int, *, to_inputs: bool) -> None:
+    def down(self, sweep: OpenSweep, number: int, *, to_inputs: bool) -> None:
         """Take the gradients through one layer, with a step of the layer for every window.
 
         The gradients for the layer below are complete on disk before the weights are replaced. So a
@@ -324,7 +324,7 @@ class Sweeps:
         sweep.gradients.resume(number + 1)
         calls = self.scholar.calls(number, sweep.windows)
         with self.layer(number) as (layer, pupil), full_float32():
-            steps = None if pupil is None else Steps(self, pupil, number)
+            steps = None if pupil is None else LayerSteps(self, pupil, number)
             for place, rows in sweep.rows():
                 hidden = self.read(sweep.states, rows).requires_grad_(to_inputs)
                 with self.quick(), torch.enable_grad():
@@ -356,7 +356,7 @@ class Sweeps:
         return value
 
 
-class Steps:
+class LayerSteps:
     """The steps of one layer within a sweep.
 
     Args:

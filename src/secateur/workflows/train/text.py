@@ -133,7 +133,7 @@ def windows_of_text(
     documents = read_documents(text, field=recipe.field)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
-    windows = pack_windows(documents, tokenizer, plan)
+    windows = pack_windows(documents, tokenizer, plan, plan.windows)
     if len(windows):
         check_fit(windows, text, vocab_size=vocabulary, positions=positions)
     return windows
