@@ -701,7 +701,7 @@ def plan(
             calibration windows. 0: no distillation. [the preset's]
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
-            alone. [0]
+            alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
             hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
@@ -844,7 +844,7 @@ def prune(
             calibration windows. 0: no distillation. [the preset's]
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
-            alone. [0]
+            alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
             hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
@@ -1055,6 +1055,7 @@ def structure(
     distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_sweep_windows: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
@@ -1128,11 +1129,14 @@ def structure(
             calibration windows. 0: no distillation. [the preset's]
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
-            alone. [0]
+            alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
             hidden size, or less if that is better in short trials. [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
+            windows: all layers forward, then all layers backward. 0: both whole models in memory.
+            [0 if both models fit, else 16]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]

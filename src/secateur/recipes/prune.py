@@ -11,7 +11,7 @@ from secateur.recipes.calibration import Calibration
 from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
-from secateur.recipes.recovery import Reconstruct, StreamedDistill
+from secateur.recipes.recovery import Distill, Reconstruct
 from secateur.recipes.run import OutputFolder, Resuming
 from secateur.recipes.section import OUTPUT, WHAT_TO_PRUNE, Flag, Recipe, Section, Texts
 
@@ -173,7 +173,7 @@ class PruneRecipe(
     run: ClassVar[type[Section] | None] = Resuming
 
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
-    distillation: StreamedDistill = Field(default_factory=lambda: StreamedDistill())
+    distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     memory: Memory = Field(default_factory=lambda: Memory())
     cluster: Cluster = Field(default_factory=lambda: Cluster())

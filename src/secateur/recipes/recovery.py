@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.section import RECOVERY, Flag, Section
 
-__all__ = ["Distill", "Reconstruct", "StreamedDistill"]
+__all__ = ["Distill", "Reconstruct"]
 
 
 class Reconstruct(Section):
@@ -63,11 +63,6 @@ class Distill(Section):
         description="Share of the next-token loss, 0 to 1; the rest is the divergence from the "
         "dense model.",
     )
-
-
-class StreamedDistill(Distill):
-    """How the pruned model learns from the dense model, with the whole or one layer in memory."""
-
     sweep_windows: Annotated[
         int | None, Flag("distill_sweep_windows", default="0 if both models fit, else 16")
     ] = Field(

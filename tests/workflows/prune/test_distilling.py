@@ -19,6 +19,7 @@ from secateur.quantization.groups import GroupGrid
 from secateur.recipes.recovery import Distill
 from secateur.workflows.prune.distillation import learn
 from slow import few_families, slow
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows, zeros_of
 
@@ -147,29 +148,6 @@ def test_a_budget_too_small_is_told_with_what_would_help(
         )  # fmt: skip
     assert remedy in str(told.value)
     assert not list(tmp_path.glob("out*"))
-
-
-class StoppedError(Exception):
-    """Raised by a progress that has seen enough."""
-
-
-class StopAt:
-    """A progress that stops a stage after some steps."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps, self.now = stage, steps, ""
-
-    def start(self, label: str, steps: int) -> None:
-        self.now = label
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        if self.now == self.stage:
-            self.steps -= count
-            if self.steps <= 0:
-                raise StoppedError
-
-    def finish(self) -> None:
-        self.now = ""
 
 
 GRID = {

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_distilling import StopAt, StoppedError
 from torch import Tensor, nn
 
 import secateur
@@ -24,6 +23,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
 from secateur.workflows.prune import streamed_distillation
 from slow import slow, slow_but
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 

@@ -17,7 +17,7 @@ from secateur.parallel.shares import micro_batches, rows_of
 from secateur.recipes.memory import Memory
 from secateur.workflows.prune.prepare import Prepared, settings_of
 
-__all__ = ["choose_plan"]
+__all__ = ["SWEEP_WINDOWS", "choose_plan", "tell_of_sweeps"]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def choose_plan(
             raise
         plan, activations = fitting(SWEEP_WINDOWS)
         budget = memory_budget(memory.budget_gib, prepared.target.device, ranks.here).computing
-        tell_of_sweeps(plan, planned(own, activations, 0), budget)
+        tell_of_sweeps(SWEEP_WINDOWS, planned(own, activations, 0).peak_bytes, budget)
     if own is not every:
         disk = planned(every, activations, plan.sweep_windows).disk_bytes
         plan = replace(plan, disk_bytes=disk)
@@ -107,19 +107,18 @@ def largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tenso
     return windows[: rows_of(0, batches, ranks.count)[-1].stop]
 
 
-def tell_of_sweeps(plan: Plan, whole: Plan, budget: float) -> None:
+def tell_of_sweeps(size: int, whole: float, budget: float) -> None:
     """Log that a distillation takes sweeps, and why.
 
     Args:
-        plan: with one layer in memory.
-        whole: with both whole models.
+        size: number of windows in a sweep.
+        whole: peak bytes with both whole models.
         budget: bytes of the device that computes.
     """
     log.warning(
-        "distilling with one decoder layer in memory, in sweeps of %d windows, with a peak of "
-        "%.2f GiB: with both whole models the peak is %.2f GiB, the budget %.2f GiB",
-        plan.sweep_windows,
-        plan.peak_bytes / 2**30,
-        whole.peak_bytes / 2**30,
+        "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
+        "models the peak is %.2f GiB, the budget %.2f GiB",
+        size,
+        whole / 2**30,
         budget / 2**30,
     )

@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.targets import Target
+from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
+from secateur.models.opening import open_weights
 from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
@@ -73,13 +76,39 @@ def distill_checkpoint(
         return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
 
     if sweep_windows:
-        streamed = StreamedDistillation(
-            prepared, tasks, folder.model, saved, sweep_windows, progress
-        )
-        return once(saved, streamed.learn)
+        return learn_streamed(prepared, tasks, folder.model, saved, sweep_windows, progress)
     losses = once(saved, learn_whole)
     target = prepared.target
     write_layers(saved / FINAL, target, pruned_layers(target, tasks))
+    return losses
+
+
+def learn_streamed(
+    prepared: Prepared, tasks: Tasks, pruned: Path, saved: Path, size: int, progress: Progress
+) -> dict[str, float]:
+    """Distill in sweeps, and write the layers into the pruned model."""
+    dense, recipe = prepared.target, prepared.recipe
+    student = CheckpointTarget(
+        open_weights(pruned),
+        None,
+        dense.device,
+        dtype=torch.float32,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    streamed = StreamedDistillation(
+        dense,
+        student,
+        pruned_layers(dense, tasks),
+        lambda module, number: Pupil.of(module, student, tasks, [number]),
+        prepared.lessons,
+        recipe.distillation,
+        recipe.calibration.seed,
+        size,
+        saved,
+        progress,
+    )
+    losses = once(saved, streamed.learn)
+    streamed.write(dense)
     return losses
 
 

@@ -5,7 +5,7 @@
     ─► the weights go into the checkpoint
 
 The trained weights and moments are in files, layer by layer, until all sweeps are finished. Until
-then the checkpoint of the pruned model is only read. So a killed run goes on with the layer in
+then the checkpoint of the smaller model is only read. So a killed run goes on with the layer in
 which it stopped, and its result is the same.
 """
 
@@ -13,43 +13,44 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import hidden_size
-from secateur.models.opening import open_weights
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
+from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
 from secateur.training.batches import Batches
 from secateur.training.objectives import Distil
 from secateur.training.streamed import StreamedTeacher
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
 from secateur.training.training_plan import RATE_TIMES_WIDTH
+from secateur.types import Windows
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 from secateur.workflows.prune.learning import (
     RATE,
     Pupil,
     parameter_names,
     plan_of,
-    pruned_layers,
     summary,
 )
-from secateur.workflows.prune.prepare import Prepared
-from secateur.workflows.prune.sweeps import Scholar, Sweeps
+from secateur.workflows.prune.sweeps import Scholar, Sweeps, layer_state
 
 __all__ = ["StreamedDistillation"]
 
 PREDICTIONS = "predictions.safetensors"
+TRAINING = "training"
+"""The folder of the training, with a file for each layer."""
+
 TRIED = "tried.json"
 """The file with the losses of finished trials, by rate."""
 
@@ -58,39 +59,41 @@ class StreamedDistillation:
     """One distillation in sweeps.
 
     Args:
-        prepared: the run.
-        tasks: the task of each linear.
-        pruned: the folder of the pruned model; the trained layers are written there at the end.
-        work: folder of the state.
+        dense: the model to learn from.
+        student: the smaller model in float32; its checkpoint is only read.
+        learning: numbers of the layers that learn.
+        pupil: see `Scholar`.
+        windows: token ids [windows, length].
+        how: epochs, the learning rate, and the share of the next-token loss.
+        seed: of the order of the windows.
         size: number of windows in a sweep.
+        work: folder of the state.
         progress: receives every step.
     """
 
     def __init__(
         self,
-        prepared: Prepared,
-        tasks: Tasks,
-        pruned: Path,
-        work: Path,
+        dense: Target,
+        student: CheckpointTarget,
+        learning: Sequence[int],
+        pupil: Callable[[nn.Module, int], Pupil],
+        windows: Windows,
+        how: Distill,
+        seed: int,
         size: int,
+        work: Path,
         progress: Progress,
     ) -> None:
-        self.tasks, self.work, self.size, self.progress = tasks, work, size, progress
-        self.recipe, self.dense, self.windows = prepared.recipe, prepared.target, prepared.lessons
-        self.how = self.recipe.distillation
-        self.device = self.dense.device
-        trust = self.recipe.trust_remote_code
-        self.student = CheckpointTarget(
-            open_weights(pruned), None, self.device, dtype=torch.float32, trust_remote_code=trust
-        )
+        self.dense, self.student, self.learning, self.pupil = dense, student, learning, pupil
+        self.windows, self.how, self.size = windows, how, size
+        self.work, self.progress = work, progress
+        self.device, self.count = dense.device, len(dense.layers)
+        self.steps = how.epochs * len(windows)
+        self.batches = Batches(windows, 1, seed)
         work.mkdir(parents=True, exist_ok=True)
-        self.count = len(self.dense.layers)
-        self.learning = pruned_layers(self.dense, tasks)
-        self.steps = self.how.epochs * len(self.windows)
-        self.batches = Batches(self.windows, 1, self.recipe.calibration.seed)
 
     def learn(self) -> dict[str, float]:
-        """Distill. The trained layers are in the folder of the pruned model.
+        """Distill. The trained weights are in files; `write` puts them into a checkpoint.
 
         Returns:
             The mean loss over the first and over the last eighth of the steps, the learning rate,
@@ -100,9 +103,7 @@ class StreamedDistillation:
             self.predict()
         scholar = self.scholar()
         rate = self.how.peak_learning_rate or self.chosen_rate(scholar)
-        sweeps = self.sweeps(scholar, self.batches, self.steps, rate, "training", "distilling")
-        losses = sweeps.run()
-        self.write(sweeps)
+        losses = self.sweeps(scholar, self.batches, self.steps, rate, TRAINING, "distilling").run()
         return {**summary(losses), "learning_rate": rate, "sweep_windows": float(self.size)}
 
     # -- the dense model -------------------------------------------------------------------------
@@ -161,10 +162,6 @@ class StreamedDistillation:
 
     def scholar(self) -> Scholar:
         """Return the pruned model that learns."""
-
-        def pupil(module: nn.Module, number: int) -> Pupil:
-            return Pupil.of(module, self.student, self.tasks, [number])
-
         ends = ModelEnds(self.student, self.windows)
         with ends.outside(), ends.returning(None):
             loss = Distil.between(
@@ -172,7 +169,7 @@ class StreamedDistillation:
                 WrittenTeacher(self.work / PREDICTIONS),
                 next_token=self.how.next_token,
             )
-        return Scholar(self.student, self.windows, self.learning, pupil, loss, self.work)
+        return Scholar(self.student, self.windows, self.learning, self.pupil, loss, self.work)
 
     def sweeps(
         self, scholar: Scholar, batches: Batches, steps: int, rate: float, folder: str, label: str
@@ -219,14 +216,10 @@ class StreamedDistillation:
         told = self.work / TRIED
         return json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
 
-    def write(self, sweeps: Sweeps) -> None:
-        """Write the trained layers into the checkpoint. A stopped run does this again."""
-        for index, _ in walk_layers(self.dense, self.learning):
-            named = {n: self.dense.model.get_parameter(n) for n in self.names(index)}
-            sweeps.saved(index).load_weights(named)
-            self.dense.commit(index, list(named))
-
-    def names(self, index: int) -> list[str]:
-        """The names of the trained parameters of a layer."""
-        names = parameter_names(self.dense, index)
-        return [n for n in names if self.dense.model.get_parameter(n).is_floating_point()]
+    def write(self, target: Target) -> None:
+        """Write the trained layers into a checkpoint. A stopped run does this again."""
+        for index, _ in walk_layers(target, self.learning):
+            every = {n: target.model.get_parameter(n) for n in parameter_names(target, index)}
+            trained = {n: p for n, p in every.items() if p.is_floating_point()}
+            layer_state(self.work / TRAINING, index, target.device).load_weights(trained)
+            target.commit(index, list(trained))

@@ -48,7 +48,7 @@ from secateur.training.streamed import module_of
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.prune.learning import Pupil
 
-__all__ = ["Scholar", "Sweeps"]
+__all__ = ["Scholar", "Sweeps", "layer_state"]
 
 LOSSES = "losses.json"
 """The file with the losses of all finished sweeps, one for each step."""
@@ -56,7 +56,7 @@ LOSSES = "losses.json"
 
 @dataclass(frozen=True)
 class Scholar:
-    """A pruned checkpoint that learns, layer by layer.
+    """The checkpoint of a smaller model that learns, layer by layer.
 
     Args:
         target: the checkpoint in float32; it is only read.
@@ -162,7 +162,6 @@ class Sweeps:
         self.target, self.learning = scholar.target, set(scholar.learning)
         self.device, self.count = scholar.target.device, len(scholar.target.layers)
         self.clip = plan.clip / math.sqrt(len(self.learning))
-        self.processes = ProcessGroup(self.device)
 
     def run(self) -> list[float]:
         """Train. The weights are in the files of the layers.
@@ -241,7 +240,7 @@ class Sweeps:
 
     def saved(self, number: int) -> Saved:
         """Return the file of a layer."""
-        return Saved(self.folder / f"layer-{number:04d}", self.processes, {})
+        return layer_state(self.folder, number, self.device)
 
     @contextmanager
     def layer(self, number: int) -> Iterator[tuple[nn.Module, Pupil | None]]:
@@ -354,6 +353,11 @@ class Sweeps:
                 remedy="distill with a third of the learning rate (--distill-learning-rate)",
             )
         return value
+
+
+def layer_state(folder: Path, number: int, device: torch.device) -> Saved:
+    """Return the file of a layer in the folder of a training."""
+    return Saved(folder / f"layer-{number:04d}", ProcessGroup(device), {})
 
 
 class LayerSteps:

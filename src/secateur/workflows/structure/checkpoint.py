@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
@@ -24,16 +23,14 @@ from secateur.calibration.windows import EXTRA, load_windows, save_windows
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import text_config
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.copies import copy_of
 from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
 from secateur.models.positions import positions_of
-from secateur.models.skeleton import build_skeleton, stored_names
+from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
@@ -48,9 +45,7 @@ from secateur.runs.meter import Meter
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.workflows.prune.distillation import learn, once
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
-from secateur.workflows.prune.learning import FINAL
 from secateur.workflows.prune.order import give
 from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
@@ -58,6 +53,7 @@ from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 from secateur.workflows.structure.latency import FILE, found_latency
 from secateur.workflows.structure.learned import check_learned
 from secateur.workflows.structure.narrow import check_width
+from secateur.workflows.structure.recovery import distill
 from secateur.workflows.structure.shared_survey import refuse_several
 from secateur.workflows.structure.stages import steps_of
 from secateur.workflows.structure.step_context import NOTES, StepContext
@@ -285,45 +281,6 @@ def calibration_of(
     save_windows(windows, file, start=start, extra=count)
     write_json(record, provenance)
     return windows, provenance
-
-
-def distill(
-    recipe: StructureRecipe,
-    source: LocalCheckpoint,
-    folder: RunFolder,
-    windows: Tensor,
-    device: torch.device,
-    progress: Progress,
-) -> dict[str, float] | None:
-    """Distill the uncut model into the cut one, and overwrite its weights with the result."""
-    how, trust = recipe.distillation, recipe.trust_remote_code
-    if not how.epochs:
-        return None
-    saved, reader = folder.work / "distillation", CheckpointReader(folder.model)
-
-    def learn_whole() -> dict[str, float]:
-        teacher = load_whole(
-            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
-        )
-        student = load_whole(folder.model, device, trust_remote_code=trust)
-        outside = {id(p) for p in student.get_input_embeddings().parameters()}
-        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
-        trained = [
-            name
-            for name, p in student.named_parameters()
-            if id(p) not in outside and p.is_floating_point() and p.numel()
-        ]
-        seed = recipe.calibration.seed
-        return learn(student, teacher, trained, windows, how, seed, progress, saved)
-
-    losses = once(saved, learn_whole)
-    stored = stored_names(build_skeleton(folder.model, trust_remote_code=trust), reader)
-    copy = PatchedCopy(reader, folder.model)
-    with safe_open(saved / FINAL, "pt") as learned:
-        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            copy.write(stored[name], learned.get_tensor(name))
-    copy.sync()
-    return losses
 
 
 def verified(
