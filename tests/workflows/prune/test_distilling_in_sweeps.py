@@ -33,6 +33,12 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps would have sweeps over one window."""
+    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 1)
+
+
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 on every machine, and a teacher that stores nearly all tokens."""
@@ -184,6 +190,16 @@ def test_layers_with_values_of_each_token_learn_too(
     assert not list((tmp_path / "out").rglob("*values*"))
 
 
+def test_a_training_has_eight_sweeps_or_more(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 8)
+    folder = save_tiny(tmp_path / "model")
+    options = {**OPTIONS, "distill_epochs": 3, "calibration": str(file)}  # 18 steps
+    report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=16)
+    assert report.manifest["distillation"]["sweep_windows"] == 2
+
+
 def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> None:
     folder = save_tiny(tmp_path / "model", num_hidden_layers=6)
     secateur.prune(
@@ -247,7 +263,7 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
     assert f"the budget {budget:.2f} GiB" in caplog.text
     # the way of a stopped run stays, also where the whole would fit now
     report = secateur.prune(folder, output=tmp_path / "out", resume=True, **options)
-    assert report.manifest["distillation"]["sweep_windows"] == 16
+    assert report.manifest["distillation"]["sweep_windows"] == 6
     assert report.manifest["plan"]["sweep_windows"] == 16
     assert not list((tmp_path / "out").rglob("*predictions*"))
     with pytest.raises(MemoryBudgetError, match="--distill-epochs 0"):

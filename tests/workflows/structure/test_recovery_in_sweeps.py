@@ -25,6 +25,12 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps would have sweeps over one window."""
+    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 1)
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
     file = tmp_path / "windows.safetensors"
@@ -85,7 +91,7 @@ def test_sweeps_take_over_where_both_models_do_not_fit_and_resume(
             source, output=tmp_path / "out", **options, progress=StopAt("distilling", 7)
         )
     assert "one decoder layer in memory, in sweeps of 16 windows" in caplog.text
-    monkeypatch.undo()
+    monkeypatch.setattr("secateur.workflows.structure.recovery.distilling_bytes", lambda *x: 0)
     again = secateur.structure(source, output=tmp_path / "out", **options, resume=True)
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -103,8 +103,9 @@ class StreamedDistillation:
             self.predict()
         scholar = self.scholar()
         rate = self.how.peak_learning_rate or self.chosen_rate(scholar)
-        losses = self.sweeps(scholar, self.batches, self.steps, rate, TRAINING, "distilling").run()
-        return {**summary(losses), "learning_rate": rate, "sweep_windows": float(self.size)}
+        sweeps = self.sweeps(scholar, self.batches, self.steps, rate, TRAINING, "distilling")
+        told = {"learning_rate": rate, "sweep_windows": float(sweeps.size)}
+        return {**summary(sweeps.run()), **told}
 
     # -- the dense model -------------------------------------------------------------------------
 
