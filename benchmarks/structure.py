@@ -25,7 +25,7 @@ from typing import Any
 import secateur
 from hardware import add, heading, markdown
 from presets import own_asked
-from secateur.calibration.windows import load_windows
+from secateur.calibration.windows import load_windows, stored_extra
 from secateur.recipes.presets import filled_in, structure_presets
 from stored import known_rows
 
@@ -109,7 +109,7 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
         options |= {"calibration": args.calibration}
         if options["effort"] == "best" and args.own_windows:
             both, given = (load_windows(Path(f)) for f in (args.own_windows, args.calibration))
-            written = len(both) - len(given)
+            written = len(both) - stored_extra(Path(args.own_windows)) - len(given)
             if written != asked:
                 raise SystemExit(f"{row} takes {asked} own windows, the file has {written}")
             options |= {"calibration": args.own_windows, "generated_windows": 0}

@@ -136,6 +136,19 @@ def test_a_short_text_gives_what_it_has(
     assert f"wants {wanted} extra windows, and {text} has {found}" in caplog.text
 
 
+def test_a_file_of_windows_has_no_more(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(4, LENGTH), file)
+    run = {"method": "wanda", "sparsity": 0.5, "distill_epochs": 1, "calibration": str(file)}
+    with caplog.at_level(logging.WARNING):
+        secateur.prune(folder, output=tmp_path / "out", **run, distill_tokens=10 * LENGTH)
+    assert (
+        f"wants 8 extra windows, and a file of windows has 0: {file}. Give the text" in caplog.text
+    )
+
+
 def test_generated_windows_count(folder: Path, text: Path, tmp_path: Path) -> None:
     run = {**RUN, "sequence_length": 32, "calibration": str(text), "generated_windows": 3}
     report = secateur.prune(

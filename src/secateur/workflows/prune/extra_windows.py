@@ -40,15 +40,21 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
 
 
 def tell_of_short_text(asked: int, record: Mapping[str, Any]) -> None:
-    """Log that a text has fewer extra windows than the distillation wants."""
+    """Log that a text or a file has fewer extra windows than the distillation wants."""
     found = record.get(EXTRA, 0)
-    if found < asked:
+    if found >= asked:
+        return
+    source = record["source"]
+    if source.endswith(".safetensors"):
         log.warning(
-            "the distillation wants %d extra windows, and %s has %d",
+            "the distillation wants %d extra windows, and a file of windows has %d: %s. Give the "
+            "text instead, and it reads more of it",
             asked,
-            record["source"],
             found,
+            source,
         )
+    else:
+        log.warning("the distillation wants %d extra windows, and %s has %d", asked, source, found)
 
 
 def split_extra(windows: Tensor, extra: int) -> tuple[Tensor, Tensor]:
