@@ -21,7 +21,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -231,13 +231,12 @@ class Sweeps:
         (like,) = self.scholar.ends.embed([slice(windows[0], windows[0] + 1)])
         return OpenSweep(windows, first_step, folder, like)
 
-    def quick(self) -> ExitStack:
-        """Return the context of a forward: precision, and the way of attention."""
-        stack = ExitStack()
-        stack.enter_context(fast_matmuls(self.device))
+    @contextmanager
+    def quick(self) -> Iterator[None]:
+        """The context of a forward: precision, and the way of attention."""
         written = self.plan.writes_out(self.device, self.batches.windows.shape[1])
-        stack.enter_context(WrittenOut() if written else nullcontext())
-        return stack
+        with fast_matmuls(self.device), WrittenOut() if written else nullcontext():
+            yield
 
     def read(self, stored: Activations, rows: slice) -> Tensor:
         """Return the stored states of a window on the device."""
