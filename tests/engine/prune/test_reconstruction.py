@@ -59,7 +59,7 @@ def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
     options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
                "method_parameters": {"bits": 3, "group": 32}}  # fmt: skip
     secateur.prune(plain, **options)
-    report = secateur.prune(tuned, **options, tune_passes=8, tune_learning_rate=3e-3)
+    report = secateur.prune(tuned, **options, tune_passes=16, tune_learning_rate=3e-3)
     for layer in report.layers:
         told = layer["reconstruction"]
         assert told["error_after"] < 0.95 * told["error_before"]
