@@ -10,9 +10,6 @@ is a process of its own with one thread, and its peak is that of its resident me
 that of the first `--judged` windows of 1024 tokens of each text; excess is nats above the dense
 model, and gain the part of the excess of the first row that is gone.
 
-The row of blocks is of an earlier version (commit 3b77e78): overlapping blocks of 4 layers learned
-the dense model's hidden states, the last block its predictions.
-
 Every finished row is kept in `results/distill-sweeps.json` at once and skipped when it is there.
 A row that was killed goes on where it stopped, if `--folder` is given.
 """

@@ -88,13 +88,14 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
-    "width, best, 128 own windows": width(effort="best", generated_windows=128),
+    "width, best, 128 own windows": width(effort="best", generated_windows=128, distill_tokens=0),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
     "middle, best": middle(effort="best"),
-    "middle, best, 128 own windows": middle(effort="best", generated_windows=128),
+    "middle, best, 163,840 tokens": middle(effort="best", distill_tokens=0),
+    "middle, best, 128 own windows": middle(effort="best", generated_windows=128, distill_tokens=0),
     "middle, best, 128 own windows, two epochs": middle(
-        effort="best", generated_windows=128, distill_epochs=2
+        effort="best", generated_windows=128, distill_tokens=0, distill_epochs=2
     ),
     "mixed, balanced": mixed(effort="balanced"),
     "mixed, best": mixed(effort="best"),
