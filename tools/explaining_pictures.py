@@ -25,7 +25,7 @@ ROWS, COLUMNS, CELL = 8, 16, 11
 KEPT, GONE, INK = "#0d9488", "#e5e7eb", "#1f2937"
 LINES = (("wanda", "Wanda", "#9ca3af"), ("sparsegpt", "SparseGPT", "#6b7280"),
          ("alps", "ALPS", "#374151"), ("balanced", "balanced", "#14b8a6"),
-         ("best, 98,304 tokens", "best, 98,304 tokens", "#0f766e"))  # fmt: skip
+         ("best, 98,304 tokens", "best, 98k tokens", "#0f766e"))  # fmt: skip
 
 Mask = list[list[bool]]
 
