@@ -13,13 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.engine.stream.targets import Target
 from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
-from secateur.models.opening import open_weights
 from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
@@ -88,24 +85,18 @@ def learn_streamed(
 ) -> dict[str, float]:
     """Distill in sweeps, and write the layers into the pruned model."""
     dense, recipe = prepared.target, prepared.recipe
-    student = CheckpointTarget(
-        open_weights(pruned),
-        None,
-        dense.device,
-        dtype=torch.float32,
-        trust_remote_code=recipe.trust_remote_code,
-    )
     streamed = StreamedDistillation(
         dense,
-        student,
+        pruned,
         pruned_layers(dense, tasks),
-        lambda module, number: Pupil.of(module, student, tasks, [number]),
+        lambda module, number: Pupil.of(module, dense, tasks, [number]),
         prepared.lessons,
         recipe.distillation,
         recipe.calibration.seed,
         size,
         saved,
         progress,
+        trust_remote_code=recipe.trust_remote_code,
     )
     losses = once(saved, streamed.learn)
     streamed.write(dense)

@@ -25,6 +25,7 @@ from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.models.architecture import hidden_size
+from secateur.models.opening import open_weights
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.recovery import Distill
@@ -60,7 +61,7 @@ class StreamedDistillation:
 
     Args:
         dense: the model to learn from.
-        student: the smaller model in float32; its checkpoint is only read.
+        smaller: the folder of the smaller model; its weights are only read.
         learning: numbers of the layers that learn.
         pupil: see `Scholar`.
         windows: token ids [windows, length].
@@ -69,12 +70,13 @@ class StreamedDistillation:
         size: number of windows in a sweep.
         work: folder of the state.
         progress: receives every step.
+        trust_remote_code: whether code from the smaller model's folder may run.
     """
 
     def __init__(
         self,
         dense: Target,
-        student: CheckpointTarget,
+        smaller: Path,
         learning: Sequence[int],
         pupil: Callable[[nn.Module, int], Pupil],
         windows: Windows,
@@ -83,8 +85,17 @@ class StreamedDistillation:
         size: int,
         work: Path,
         progress: Progress,
+        *,
+        trust_remote_code: bool,
     ) -> None:
-        self.dense, self.student, self.learning, self.pupil = dense, student, learning, pupil
+        self.dense, self.learning, self.pupil = dense, learning, pupil
+        self.student = CheckpointTarget(
+            open_weights(smaller),
+            None,
+            dense.device,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
         self.windows, self.how, self.size = windows, how, size
         self.work, self.progress = work, progress
         self.device, self.count = dense.device, len(dense.layers)
@@ -196,7 +207,7 @@ class StreamedDistillation:
 
         def train(rate: float) -> None:
             short, label = trial_steps(self.steps), "choosing the learning rate"
-            trial[:] = [self.sweeps(scholar, read, short, rate, "trial", label)]
+            trial[:] = [self.sweeps(scholar, read, short, rate, f"trial-{rate:.3g}", label)]
             if str(rate) not in tried:
                 trial[0].run()
 
@@ -207,7 +218,7 @@ class StreamedDistillation:
                 write_json(self.work / TRIED, tried)
             return tried[rate]
 
-        trials = RateTrials(train, judge, lambda: shutil.rmtree(self.work / "trial"))
+        trials = RateTrials(train, judge, lambda: shutil.rmtree(trial[0].folder))
         rate = trials.choose(highest)
         write_json(told, {"learning_rate": rate})
         return rate

@@ -6,7 +6,7 @@ import json
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.engine.learning_memory import distilling_bytes
 from secateur.engine.memory_budget import memory_budget
@@ -92,17 +92,9 @@ def learn_streamed(
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with one decoder layer in memory."""
-    saved, layers = folder.work / "distillation", range(len(made.layers))
-    student = CheckpointTarget(
-        CheckpointReader(folder.model),
-        None,
-        dense.device,
-        dtype=torch.float32,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    width = hidden_size(made.model)
+    saved, width = folder.work / "distillation", hidden_size(made.model)
 
-    def pupil(module: torch.nn.Module, number: int) -> Pupil:
+    def pupil(module: nn.Module, number: int) -> Pupil:
         names = parameter_names(made, number)
         return Pupil(
             module,
@@ -112,8 +104,8 @@ def learn_streamed(
 
     streamed = StreamedDistillation(
         dense,
-        student,
-        layers,
+        folder.model,
+        range(len(made.layers)),
         pupil,
         windows,
         recipe.distillation,
@@ -121,6 +113,7 @@ def learn_streamed(
         size,
         saved,
         progress,
+        trust_remote_code=recipe.trust_remote_code,
     )
     losses = once(saved, streamed.learn)
     streamed.write(made)
