@@ -235,6 +235,26 @@ def test_stopped_in_a_sweep_and_gone_on_with_gives_the_same(
     assert whole.manifest["distillation"] == again.manifest["distillation"]
 
 
+@pytest.mark.parametrize("steps", [3, slow(9)])
+def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, steps: int) -> None:
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(12, 24), file)
+    folder = save_tiny(tmp_path / "model")
+    options = {**OPTIONS, "distill_learning_rate": None, "distill_next_token": 1.0}
+    options |= {"calibration": str(file), "distill_sweep_windows": 2}
+    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
+    stop = StopAt("choosing the learning rate", steps)
+    with pytest.raises(StoppedError):
+        secateur.prune(folder, output=tmp_path / "again", progress=stop, **options)
+    again = secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
+    told = whole.manifest["distillation"]
+    highest = 0.25 / load(folder).config.hidden_size
+    assert told["learning_rate"] in [highest / 4**n for n in range(4)]
+    assert told == again.manifest["distillation"]
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10,
         "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 
