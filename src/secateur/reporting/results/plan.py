@@ -65,7 +65,7 @@ class PlanResult(Result):
         ]
         if out:
             rows.append(("  the linear that takes most", f"{out} x {columns}"))
-        learning = "one layer and the head" if plan.sweep_windows else "the whole model"
+        learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
             "memory: the whole model, generating windows": plan.writing_bytes,
             f"memory: {learning}, distilled": plan.distilling_bytes,
