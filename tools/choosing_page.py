@@ -25,7 +25,7 @@ EFFORTS = {
     "best --distill-tokens 98304": "best, 98,304 tokens",
     "best": "best",
 }
-"""What is asked for, and its row in the benchmark."""
+"""The flags of each line, and its row in the benchmark."""
 
 WAYS = (
     ("nothing is decided yet", "advice without a run",
