@@ -181,7 +181,7 @@ class StreamedDistillation:
                 WrittenTeacher(self.work / PREDICTIONS),
                 next_token=self.how.next_token,
             )
-        return Scholar(self.student, self.windows, self.learning, self.pupil, loss, self.work)
+        return Scholar(self.student, self.windows, self.learning, self.pupil, ends, loss, self.work)
 
     def sweeps(
         self, scholar: Scholar, batches: Batches, steps: int, rate: float, folder: str, label: str

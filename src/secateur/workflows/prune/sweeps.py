@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -68,6 +67,7 @@ class Scholar:
         learning: numbers of the layers that learn.
         pupil: a module with one layer, and the number of that layer → the pupil. The layer has the
             checkpoint's weights.
+        ends: the ends of the checkpoint.
         loss: the loss on the logits.
         folder: for the values of each token that some families give to their layers.
     """
@@ -76,14 +76,10 @@ class Scholar:
     windows: Tensor
     learning: Sequence[int]
     pupil: Callable[[nn.Module, int], Pupil]
+    ends: ModelEnds
     loss: Objective
     folder: Path
     of_layers: dict[int, ModelEnds] = field(default_factory=dict)
-
-    @cached_property
-    def ends(self) -> ModelEnds:
-        """The ends of the model."""
-        return ModelEnds(self.target, self.windows)
 
     def calls(self, number: int, windows: Sequence[int]) -> list[LayerCall]:
         """How a layer is called for each of some windows.
