@@ -30,7 +30,7 @@ for folder in folders:
     assert tokenizer("a pruned tree")["input_ids"]
     with torch.no_grad():
         found = model.eval()(input_ids=windows, use_cache=False).logits
-    assert torch.equal(found, expected["logits"]), folder
+    torch.testing.assert_close(found, expected["logits"], rtol=0, atol=1e-5)  # see same_logits.py
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     texts = [
         model.generate(
