@@ -20,7 +20,7 @@ HIGHEST = 0.25 / 32
 """Of the tiny models."""
 
 
-def choose(losses: dict[float, float]) -> float:
+def choose(losses: dict[float, float], longer: float = 1.0) -> float:
     """The choice among rates with known losses; every trial is followed by a reset."""
     calls: list[str] = []
     now = [0.0]
@@ -29,7 +29,7 @@ def choose(losses: dict[float, float]) -> float:
         calls.append("train")
         now[0] = losses[rate]
 
-    found = RateTrials(train, lambda: now[0], lambda: calls.append("reset")).choose(1.0)
+    found = RateTrials(train, lambda: now[0], lambda: calls.append("reset"), longer).choose(1.0)
     assert calls == ["train", "reset"] * (len(calls) // 2)
     return found
 
@@ -39,6 +39,13 @@ def test_the_rate_falls_by_quarters_while_the_loss_falls() -> None:
     assert choose({1.0: 2.0, 0.25: 1.9, 1 / 16: 1.95}) == 0.25
     assert choose({1.0: 2.0, 0.25: 1.9, 1 / 16: 1.8, 1 / 64: 1.7}) == 1 / 64
     assert choose({1.0: 2.0, 0.25: 2.0}) == 1.0
+
+
+def test_the_longer_training_gets_the_higher_rate() -> None:
+    assert choose({1 / 8: 2.0, 1 / 32: 2.1}, longer=8) == 1.0
+    assert choose({1 / 8: 2.0, 1 / 32: 1.9, 1 / 128: 1.95}, longer=8) == 0.25
+    falling = {1 / 8: 2.0, 1 / 32: 1.9, 1 / 128: 1.8, 1 / 512: 1.7}
+    assert choose(falling, longer=8) == 1 / 64
 
 
 def test_a_lost_trial_is_no_choice() -> None:

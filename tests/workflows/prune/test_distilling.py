@@ -18,6 +18,7 @@ from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.recovery import Distill
 from secateur.workflows.prune.distillation import learn
+from secateur.workflows.prune.learning import Lessons
 from slow import few_families, slow
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -110,8 +111,8 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() 
     names = [name for name in before if "layers.1" in name]
 
     def learnt() -> dict[str, float]:
-        how = Distill(epochs=3)
-        return learn(student, teacher, names, tiny_windows(8), how, 0, Silent())
+        lessons = Lessons(tiny_windows(8), Distill(epochs=3), 0)
+        return learn(student, teacher, names, lessons, Silent())
 
     told = learnt()
     assert told["loss_after"] < told["loss_before"]

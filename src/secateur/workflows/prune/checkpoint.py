@@ -255,8 +255,8 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     write_json(told, prepared.calibration)
     if prepared.windows is not None:
         start = (prepared.calibration or {}).get("start_tokens", ())
-        extra = len(prepared.lessons) - len(prepared.windows)
-        save_windows(prepared.lessons, folder.work / WINDOWS, start=start, extra=extra)
+        extra = len(prepared.all_windows) - len(prepared.windows)
+        save_windows(prepared.all_windows, folder.work / WINDOWS, start=start, extra=extra)
     return prepared
 
 

@@ -8,8 +8,7 @@ models do not fit into memory, it trains them layer by layer (`streamed_distilla
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,21 @@ from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.recovery import Distill
-from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder
 from secateur.training.objectives import Distil
 from secateur.training.teachers import ModelTeacher
-from secateur.types import Windows
-from secateur.workflows.prune.learning import FINAL, Pupil, pruned_layers, write_layers
+from secateur.workflows.prune.learning import (
+    FINAL,
+    Lessons,
+    Pupil,
+    once,
+    pruned_layers,
+    write_layers,
+)
 from secateur.workflows.prune.prepare import Prepared
 from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 
-__all__ = ["distill_checkpoint", "distill_module", "distills", "learn", "once"]
-
-LEARNED = "learned.json"
-"""The file with the losses of a finished distillation."""
+__all__ = ["distill_checkpoint", "distill_module", "distills", "learn"]
 
 
 def distill_checkpoint(
@@ -58,57 +58,36 @@ def distill_checkpoint(
             models in memory.
         progress: receives every step.
     """
-    recipe, device = prepared.recipe, prepared.target.device
-    if not distills(recipe, prepared.target, tasks):
+    recipe, dense = prepared.recipe, prepared.target
+    if not distills(recipe, dense, tasks):
         return None
     saved, trust = folder.work / "distillation", recipe.trust_remote_code
+    lessons = Lessons(prepared.all_windows, recipe.distillation, recipe.calibration.seed)
 
     def learn_whole() -> dict[str, float]:
+        device = dense.device
         teacher = load_whole(
             prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
         )
         student = load_whole(folder.model, device, trust_remote_code=trust)
         open_experts(student)  # its parameters get the names in the skeleton
-        target, windows = prepared.target, prepared.lessons
-        return distill_module(student, teacher, target, tasks, windows, recipe, progress, saved)
+        return distill_module(student, teacher, dense, tasks, lessons, progress, saved)
 
+    layers = pruned_layers(dense, tasks)
     if sweep_windows:
-        return learn_streamed(prepared, tasks, folder.model, saved, sweep_windows, progress)
+        return StreamedDistillation(
+            dense,
+            folder.model,
+            layers,
+            lambda module, number: Pupil.of(module, dense, tasks, [number]),
+            lessons,
+            sweep_windows,
+            saved,
+            progress,
+            trust_remote_code=trust,
+        ).learn_into(dense)
     losses = once(saved, learn_whole)
-    target = prepared.target
-    write_layers(saved / FINAL, target, pruned_layers(target, tasks))
-    return losses
-
-
-def learn_streamed(
-    prepared: Prepared, tasks: Tasks, pruned: Path, saved: Path, size: int, progress: Progress
-) -> dict[str, float]:
-    """Distill in sweeps, and write the layers into the pruned model."""
-    dense, recipe = prepared.target, prepared.recipe
-    streamed = StreamedDistillation(
-        dense,
-        pruned,
-        pruned_layers(dense, tasks),
-        lambda module, number: Pupil.of(module, dense, tasks, [number]),
-        prepared.lessons,
-        recipe.distillation,
-        recipe.calibration.seed,
-        size,
-        saved,
-        progress,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    losses = once(saved, streamed.learn)
-    streamed.write(dense)
-    return losses
-
-
-def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Distill into a folder and return the losses, or return the losses of an earlier run."""
-    told = saved / LEARNED
-    if not told.exists():
-        write_json(told, learn())
-    losses: dict[str, float] = json.loads(told.read_text(encoding="utf-8"))
+    write_layers(saved / FINAL, dense, layers)
     return losses
 
 
@@ -117,24 +96,20 @@ def distill_module(
     teacher: Any,
     target: Target,
     tasks: Tasks,
-    windows: Windows,
-    recipe: PruneRecipe,
+    lessons: Lessons,
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
     """Train a pruned model on the dense one. Return its loss before and after."""
     pupil = Pupil.of(student, target, tasks, pruned_layers(target, tasks))
-    how, seed = recipe.distillation, recipe.calibration.seed
-    return taught(pupil, teacher, windows, how, seed, progress, saved)
+    return taught(pupil, teacher, lessons, progress, saved)
 
 
 def learn(
     student: Any,
     teacher: Any,
     trained: Sequence[str],
-    windows: Windows,
-    how: Distill,
-    seed: int,
+    lessons: Lessons,
     progress: Progress,
     saved: Path | None = None,
 ) -> dict[str, float]:
@@ -144,9 +119,7 @@ def learn(
         student: the cut causal language model, in eval mode.
         teacher: the dense model, on the same device. It gets no more gradients.
         trained: names of the student's trained parameters.
-        windows: calibration tokens [samples, sequence_length].
-        how: epochs over the windows, the learning rate, and the share of the next-token loss.
-        seed: seed of the order of the windows.
+        lessons: the windows, and how to learn.
         progress: receives every step.
         saved: folder for the state of a resumed training; None saves nothing.
 
@@ -158,21 +131,16 @@ def learn(
         NumericalError: the loss is NaN or infinite.
     """
     pupil = Pupil(student, frozenset(trained), hidden_size(student))
-    return taught(pupil, teacher, windows, how, seed, progress, saved)
+    return taught(pupil, teacher, lessons, progress, saved)
 
 
 def taught(
-    pupil: Pupil,
-    teacher: Any,
-    windows: Windows,
-    how: Distill,
-    seed: int,
-    progress: Progress,
-    saved: Path | None,
+    pupil: Pupil, teacher: Any, lessons: Lessons, progress: Progress, saved: Path | None
 ) -> dict[str, float]:
     """Train a whole model on the dense one. Return its loss before and after."""
-    objective = Distil.between(pupil.model, ModelTeacher(teacher), next_token=how.next_token)
-    return pupil.learn(objective, windows, how, seed, progress, saved)
+    share = lessons.how.next_token
+    objective = Distil.between(pupil.model, ModelTeacher(teacher), next_token=share)
+    return pupil.learn(objective, lessons, progress, saved)
 
 
 def distills(recipe: PruneRecipe, target: Target, tasks: Tasks) -> bool:

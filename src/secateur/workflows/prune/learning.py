@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,52 @@ from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_ste
 __all__ = [
     "FINAL",
     "RATE",
+    "Lessons",
     "Pupil",
-    "parameter_names",
+    "once",
     "plan_of",
     "pruned_layers",
     "summary",
+    "trainable_names",
     "write_layers",
 ]
 
 FINAL = "final.safetensors"
 """The file with the weights of a finished training."""
 
+LEARNED = "learned.json"
+"""The file with the losses of a finished distillation."""
+
 RATE = "rate.json"
 """The file with the chosen learning rate."""
 
 WARM_UP = 1 / 16
 SAVE_MINUTES = 5.0
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a smaller model learns from, one window a step, and how.
+
+    Args:
+        windows: calibration tokens [samples, sequence_length].
+        how: epochs over the windows, the learning rate, and the share of the next-token loss.
+        seed: seed of the order of the windows.
+    """
+
+    windows: Windows
+    how: Distill
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.how.epochs * len(self.windows)
+
+    @property
+    def batches(self) -> Batches:
+        """The window of each step."""
+        return Batches(self.windows, 1, self.seed)
 
 
 @dataclass(frozen=True)
@@ -85,12 +116,7 @@ class Pupil:
         """
         starts = tuple(f"{target.architecture.layer_name(index)}." for index in layers)
         own = {name: task for name, task in tasks.items() if name.startswith(starts)}
-        trained = [
-            name
-            for index in layers
-            for name in parameter_names(target, index)
-            if model.get_parameter(name).is_floating_point()
-        ]
+        trained = [name for index in layers for name in trainable_names(target, index)]
         pruned = [f"{name}.weight" for name, task in own.items() if task.sparsity > 0]
         grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
         return cls(
@@ -112,25 +138,19 @@ class Pupil:
     def learn(
         self,
         objective: Objective,
-        windows: Windows,
-        how: Distill,
-        seed: int,
+        lessons: Lessons,
         progress: Progress,
         saved: Path | None = None,
-        label: str = "distilling",
     ) -> dict[str, float]:
         """Train in place, one window a step.
 
-        Without a learning rate in `how`, short trials choose it; see `chosen_rate`.
+        Without a learning rate in the lessons, short trials choose it; see `chosen_rate`.
 
         Args:
             objective: the loss.
-            windows: calibration tokens [samples, sequence_length].
-            how: epochs over the windows, and the learning rate.
-            seed: seed of the order of the windows.
+            lessons: the windows, and how to learn.
             progress: receives every step.
             saved: folder for the state of a resumed training, and for `FINAL`; None saves nothing.
-            label: the title of the progress bar.
 
         Returns:
             The mean loss over the first and over the last eighth of the steps, and the rate.
@@ -138,11 +158,11 @@ class Pupil:
         Raises:
             NumericalError: the loss is NaN or infinite.
         """
-        steps, batches = how.epochs * len(windows), Batches(windows, 1, seed)
+        steps, batches = lessons.steps, lessons.batches
         with quiet_transformers(), self.rounded.in_forwards():
-            rate = how.peak_learning_rate
+            rate = lessons.how.peak_learning_rate
             rate = rate or self.chosen_rate(objective, batches, steps, progress, saved)
-            log = self.train(objective, batches, steps, rate, progress, label, saved)
+            log = self.train(objective, batches, steps, rate, progress, "distilling", saved)
         return {**summary(log), "learning_rate": rate}
 
     def train(
@@ -192,8 +212,9 @@ class Pupil:
             parameters = self.parameters()
             start.keep_best(parameters)
 
+            short = trial_steps(steps)
+
             def train(rate: float) -> None:
-                short = trial_steps(steps)
                 self.train(objective, read, short, rate, progress, "choosing the learning rate")
 
             @torch.no_grad()
@@ -205,8 +226,8 @@ class Pupil:
                     ]
                 return sum(losses) / held
 
-            trials = RateTrials(train, judge, lambda: start.restore_best(parameters))
-            rate = trials.choose(highest)
+            reset = partial(start.restore_best, parameters)
+            rate = RateTrials(train, judge, reset, steps / short).choose(highest)
         if told is not None and start.folder is not None:
             write_json(told, {"learning_rate": rate})
             shutil.rmtree(start.folder)
@@ -226,6 +247,15 @@ def plan_of(steps: int, rate: float) -> TrainingPlan:
     )
 
 
+def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Distill into a folder and return the losses, or return the losses of an earlier run."""
+    told = saved / LEARNED
+    if not told.exists():
+        write_json(told, learn())
+    losses: dict[str, float] = json.loads(told.read_text(encoding="utf-8"))
+    return losses
+
+
 def summary(losses: Sequence[float]) -> dict[str, float]:
     """The mean loss over the first and over the last eighth of the steps."""
     eighth = -(-len(losses) // 8)
@@ -242,10 +272,10 @@ def pruned_layers(target: Target, tasks: Tasks) -> list[int]:
     return [i for i, start in enumerate(starts) if any(name.startswith(start) for name in names)]
 
 
-def parameter_names(target: Target, index: int) -> list[str]:
-    """The full names of the parameters of one decoder layer."""
-    prefix = target.architecture.layer_name(index)
-    return [f"{prefix}.{name}" for name, _ in target.layers[index].named_parameters()]
+def trainable_names(target: Target, index: int) -> list[str]:
+    """The full names of the floating-point parameters of one decoder layer."""
+    prefix, layer = target.architecture.layer_name(index), target.layers[index]
+    return [f"{prefix}.{n}" for n, p in layer.named_parameters() if p.is_floating_point()]
 
 
 def write_layers(file: Path, target: Target, layers: Sequence[int]) -> None:
@@ -253,7 +283,7 @@ def write_layers(file: Path, target: Target, layers: Sequence[int]) -> None:
     with safe_open(file, "pt") as learned:
         there = set(learned.keys())
         for index, _ in walk_layers(target, layers):
-            names = [name for name in parameter_names(target, index) if name in there]
+            names = [name for name in trainable_names(target, index) if name in there]
             for name in names:
                 target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
             target.commit(index, names)

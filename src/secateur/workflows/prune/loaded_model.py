@@ -39,6 +39,7 @@ from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.distillation import distill_module, distills
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
+from secateur.workflows.prune.learning import Lessons
 from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
 from secateur.workflows.prune.self_generated_text import own_windows
 
@@ -94,8 +95,9 @@ def prune_module(
             done = job.carry_out(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                lessons = torch.cat([windows, extra])
-                distill_module(model, teacher, target, done, lessons, recipe, progress)
+                how, seed = recipe.distillation, recipe.calibration.seed
+                lessons = Lessons(torch.cat([windows, extra]), how, seed)
+                distill_module(model, teacher, target, done, lessons, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = left_by(done, matrices)

@@ -90,7 +90,7 @@ class Prepared:
         return torch.cat([self.windows, blank])
 
     @property
-    def lessons(self) -> Tensor:
+    def all_windows(self) -> Tensor:
         """The windows of the distillation: those of the calibration, and the extra ones."""
         assert self.windows is not None
         assert self.extra is not None

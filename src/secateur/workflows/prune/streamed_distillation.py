@@ -28,21 +28,21 @@ from secateur.models.architecture import hidden_size
 from secateur.models.opening import open_weights
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
-from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
 from secateur.training.batches import Batches
 from secateur.training.objectives import Distil
 from secateur.training.streamed import StreamedTeacher
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
 from secateur.training.training_plan import RATE_TIMES_WIDTH
-from secateur.types import Windows
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 from secateur.workflows.prune.learning import (
     RATE,
+    Lessons,
     Pupil,
-    parameter_names,
+    once,
     plan_of,
     summary,
+    trainable_names,
 )
 from secateur.workflows.prune.sweeps import Scholar, Sweeps, layer_state
 
@@ -64,9 +64,7 @@ class StreamedDistillation:
         smaller: the folder of the smaller model; its weights are only read.
         learning: numbers of the layers that learn.
         pupil: see `Scholar`.
-        windows: token ids [windows, length].
-        how: epochs, the learning rate, and the share of the next-token loss.
-        seed: of the order of the windows.
+        lessons: the windows, and how to learn.
         size: number of windows in a sweep.
         work: folder of the state.
         progress: receives every step.
@@ -79,9 +77,7 @@ class StreamedDistillation:
         smaller: Path,
         learning: Sequence[int],
         pupil: Callable[[nn.Module, int], Pupil],
-        windows: Windows,
-        how: Distill,
-        seed: int,
+        lessons: Lessons,
         size: int,
         work: Path,
         progress: Progress,
@@ -96,12 +92,17 @@ class StreamedDistillation:
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
         )
-        self.windows, self.how, self.size = windows, how, size
+        self.windows, self.how, self.size = lessons.windows, lessons.how, size
         self.work, self.progress = work, progress
         self.device, self.count = dense.device, len(dense.layers)
-        self.steps = how.epochs * len(windows)
-        self.batches = Batches(windows, 1, seed)
+        self.steps, self.batches = lessons.steps, lessons.batches
         work.mkdir(parents=True, exist_ok=True)
+
+    def learn_into(self, target: Target) -> dict[str, float]:
+        """Distill, and write the trained layers into a checkpoint. Return what `learn` returns."""
+        losses = once(self.work, self.learn)
+        self.write(target)
+        return losses
 
     def learn(self) -> dict[str, float]:
         """Distill. The trained weights are in files; `write` puts them into a checkpoint.
@@ -204,9 +205,9 @@ class StreamedDistillation:
             return highest
         read = Batches(self.windows[:-held], 1, self.batches.seed)
         trial: list[Sweeps] = []
+        short, label = trial_steps(self.steps), "choosing the learning rate"
 
         def train(rate: float) -> None:
-            short, label = trial_steps(self.steps), "choosing the learning rate"
             trial[:] = [self.sweeps(scholar, read, short, rate, f"trial-{rate:.3g}", label)]
             if str(rate) not in tried:
                 trial[0].run()
@@ -218,7 +219,9 @@ class StreamedDistillation:
                 write_json(self.work / TRIED, tried)
             return tried[rate]
 
-        trials = RateTrials(train, judge, lambda: shutil.rmtree(trial[0].folder))
+        trials = RateTrials(
+            train, judge, lambda: shutil.rmtree(trial[0].folder), self.steps / short
+        )
         rate = trials.choose(highest)
         write_json(told, {"learning_rate": rate})
         return rate
@@ -231,7 +234,6 @@ class StreamedDistillation:
     def write(self, target: Target) -> None:
         """Write the trained layers into a checkpoint. A stopped run does this again."""
         for index, _ in walk_layers(target, self.learning):
-            every = {n: target.model.get_parameter(n) for n in parameter_names(target, index)}
-            trained = {n: p for n, p in every.items() if p.is_floating_point()}
+            trained = {n: target.model.get_parameter(n) for n in trainable_names(target, index)}
             layer_state(self.work / TRAINING, index, target.device).load_weights(trained)
             target.commit(index, list(trained))

@@ -23,8 +23,8 @@ from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder
 from secateur.runs.meter import resident_bytes
 from secateur.workflows.prune.chosen_plan import SWEEP_WINDOWS, tell_of_sweeps
-from secateur.workflows.prune.distillation import learn, once
-from secateur.workflows.prune.learning import FINAL, Pupil, parameter_names
+from secateur.workflows.prune.distillation import learn
+from secateur.workflows.prune.learning import FINAL, Lessons, Pupil, once, trainable_names
 from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 
 __all__ = ["distill"]
@@ -54,9 +54,10 @@ def distill(
         reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
     )
     size = sweep_windows_of(recipe, dense, folder, windows)
+    lessons = Lessons(windows, recipe.distillation, recipe.calibration.seed)
     if size:
-        return learn_streamed(recipe, dense, made, folder, windows, size, progress)
-    return learn_whole(recipe, source, made, folder, windows, progress)
+        return learn_streamed(recipe, dense, made, folder, lessons, size, progress)
+    return learn_whole(recipe, source, made, folder, lessons, progress)
 
 
 def sweep_windows_of(
@@ -87,37 +88,27 @@ def learn_streamed(
     dense: CheckpointTarget,
     made: CheckpointTarget,
     folder: RunFolder,
-    windows: Tensor,
+    lessons: Lessons,
     size: int,
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with one decoder layer in memory."""
-    saved, width = folder.work / "distillation", hidden_size(made.model)
+    width = hidden_size(made.model)
 
     def pupil(module: nn.Module, number: int) -> Pupil:
-        names = parameter_names(made, number)
-        return Pupil(
-            module,
-            frozenset(n for n in names if module.get_parameter(n).is_floating_point()),
-            width,
-        )
+        return Pupil(module, frozenset(trainable_names(made, number)), width)
 
-    streamed = StreamedDistillation(
+    return StreamedDistillation(
         dense,
         folder.model,
         range(len(made.layers)),
         pupil,
-        windows,
-        recipe.distillation,
-        recipe.calibration.seed,
+        lessons,
         size,
-        saved,
+        folder.work / "distillation",
         progress,
         trust_remote_code=recipe.trust_remote_code,
-    )
-    losses = once(saved, streamed.learn)
-    streamed.write(made)
-    return losses
+    ).learn_into(made)
 
 
 def learn_whole(
@@ -125,7 +116,7 @@ def learn_whole(
     source: LocalCheckpoint,
     made: CheckpointTarget,
     folder: RunFolder,
-    windows: Tensor,
+    lessons: Lessons,
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with both models in memory."""
@@ -143,8 +134,7 @@ def learn_whole(
             for name, p in student.named_parameters()
             if id(p) not in outside and p.is_floating_point() and p.numel()
         ]
-        how, seed = recipe.distillation, recipe.calibration.seed
-        return learn(student, teacher, trained, windows, how, seed, progress, saved)
+        return learn(student, teacher, trained, lessons, progress, saved)
 
     losses = once(saved, train)
     assert made.output is not None

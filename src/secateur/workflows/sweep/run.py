@@ -219,7 +219,7 @@ class Work:
             assert prepared.windows is not None
             told = prepared.calibration or {}
             save_windows(
-                prepared.lessons,
+                prepared.all_windows,
                 self.windows_file,
                 start=told.get("start_tokens", ()),
                 extra=told.get(EXTRA, 0),
