@@ -17,7 +17,8 @@ table can be made in several sittings, and by several processes. `--only` names 
 columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
 with seconds are of two cores of an AMD EPYC with AVX-512 BF16. `best, without the next token` and
 `best, 98,304 tokens` were the preset `best` when their rows were measured, the latter at the
-highest rate; `best, extra windows cropped` drew its extra windows as random crops.
+highest rate; `best, extra windows cropped` drew its extra windows as random crops, and took the
+rate of its short trials for the training, as `best, rate of short trials` did.
 """
 
 from __future__ import annotations

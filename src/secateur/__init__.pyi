@@ -703,7 +703,8 @@ def plan(
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
-            hidden size, or less if that is better in short trials. [chosen by short trials]
+            hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
+            [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
@@ -846,7 +847,8 @@ def prune(
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
-            hidden size, or less if that is better in short trials. [chosen by short trials]
+            hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
+            [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
@@ -1131,7 +1133,8 @@ def structure(
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [the preset's]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
-            hidden size, or less if that is better in short trials. [chosen by short trials]
+            hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
+            [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many

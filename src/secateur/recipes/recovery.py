@@ -53,8 +53,8 @@ class Distill(Section):
         None,
         gt=0,
         lt=1,
-        description="Highest learning rate of the distillation. The default is 0.25 / hidden size, "
-        "or less if that is better in short trials.",
+        description="Highest learning rate of the distillation. The default is 0.25 / hidden size "
+        "· √(tokens in a window / 2048), or less if that is better in short trials.",
     )
     next_token: Annotated[float, Flag("distill_next_token")] = Field(
         0.0,

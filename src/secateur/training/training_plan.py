@@ -16,7 +16,7 @@ from secateur.engine.stream.attention import writes_out
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["RATE_TIMES_WIDTH", "TrainingPlan", "optimizers"]
+__all__ = ["TrainingPlan", "default_rate", "optimizers"]
 
 RATE_TIMES_WIDTH = 0.25
 TOKENS_AT_ONCE = 2048
@@ -37,11 +37,7 @@ class TrainingPlan:
     Args:
         steps: number of steps of the optimizer; 0 with `minutes`.
         minutes: duration of the run in place of steps, including validation and saving.
-        learning_rate: the highest rate; None means 0.25 / hidden size · √(tokens in a step / 2048),
-            with the root at most 1. Adam's best rate falls as 1 / width (Yang et al. 2022,
-            arXiv:2203.03466). Fewer tokens in a step make its gradient noisier, and Adam
-            normalises the noise to full size. So its best rate falls with the root of the number
-            of tokens (Malladi et al. 2022, arXiv:2205.10287).
+        learning_rate: the highest rate; None means `default_rate`.
         warm_up: share of the run in which the rate rises.
         clip: maximum norm of the gradient of all parameters; 0 for no limit.
         optimizer: the name of a class of `torch.optim`.
@@ -116,8 +112,7 @@ class TrainingPlan:
             width: hidden size of the model.
             tokens: number of tokens in a step, of all processes.
         """
-        root = math.sqrt(min(1.0, tokens / TOKENS_OF_RATE))
-        return self.learning_rate or RATE_TIMES_WIDTH / width * root
+        return self.learning_rate or default_rate(width, tokens)
 
     def rate(self, done: float, step_share: float, peak: float) -> float:
         """The learning rate of a step.
@@ -175,6 +170,20 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SGD": {"momentum": 0.9},
 }
 """Defaults that differ from torch: language models use a shorter average of squares."""
+
+
+def default_rate(width: int, tokens: int) -> float:
+    """Return 0.25 / width · √(tokens / 2048), with the root at most 1: the default learning rate.
+
+    Adam's best rate falls as 1 / width (Yang et al. 2022, arXiv:2203.03466). Fewer tokens in a step
+    make its gradient noisier, and Adam normalises the noise to full size. So its best rate falls
+    with the root of the number of tokens (Malladi et al. 2022, arXiv:2205.10287).
+
+    Args:
+        width: hidden size of the model.
+        tokens: number of tokens in a step, of all processes.
+    """
+    return RATE_TIMES_WIDTH / width * math.sqrt(min(1.0, tokens / TOKENS_OF_RATE))
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -12,11 +12,12 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import NumericalError
 from secateur.progress import Silent
+from secateur.training.training_plan import default_rate
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
-HIGHEST = 0.25 / 32
+HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 """Of the tiny models."""
 
 
@@ -85,7 +86,7 @@ def test_trials_change_nothing_but_the_rate() -> None:
 
 def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = tiny_windows(32)
-    monkeypatch.setattr("secateur.workflows.prune.learning.RATE_TIMES_WIDTH", 32 * 0.4)
+    monkeypatch.setattr("secateur.workflows.prune.learning.default_rate", lambda *_: 0.4)
     losses = []
     for rate in (None, 0.4):
         model, dense = tiny_model("llama"), tiny_model("llama")

@@ -31,7 +31,7 @@ from secateur.training.masks import Masks
 from secateur.training.objectives import Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved
-from secateur.training.training_plan import RATE_TIMES_WIDTH, TrainingPlan
+from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 
@@ -199,7 +199,8 @@ class Pupil:
         saved: Path | None,
     ) -> float:
         """Choose the learning rate by trials, and store it for a resumed run."""
-        highest, held = RATE_TIMES_WIDTH / self.width, held_out(len(batches.windows))
+        count, length = batches.windows.shape
+        highest, held = default_rate(self.width, length), held_out(count)
         told = None if saved is None else saved / RATE
         if told is not None and told.exists():
             return float(json.loads(told.read_text(encoding="utf-8"))["learning_rate"])

@@ -33,7 +33,7 @@ from secateur.training.batches import Batches
 from secateur.training.objectives import Distil
 from secateur.training.streamed import StreamedTeacher
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
-from secateur.training.training_plan import RATE_TIMES_WIDTH
+from secateur.training.training_plan import default_rate
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 from secateur.workflows.prune.learning import (
     RATE,
@@ -194,10 +194,9 @@ class StreamedDistillation:
 
     def chosen_rate(self, scholar: Scholar) -> float:
         """Choose the learning rate by trials. Finished ones are stored for a resumed run."""
-        highest, held = (
-            RATE_TIMES_WIDTH / hidden_size(self.student.model),
-            held_out(len(self.windows)),
-        )
+        count, length = self.windows.shape
+        highest = default_rate(hidden_size(self.student.model), length)
+        held = held_out(count)
         told, tried = self.work / RATE, self.tried()
         if told.exists():
             return float(json.loads(told.read_text(encoding="utf-8"))["learning_rate"])
