@@ -105,6 +105,19 @@ def test_presets_on_the_bench_of_small_models() -> None:
             assert cell == f"{statistics.mean(shares[row]):.2f}", row
 
 
+def test_the_rates_of_a_distillation() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/bench-rates.json").read_text())["rows"]
+    losses = {r["row"]: r["loss"] for r in rows if (r["model"], r["column"]) == ("gemma", "50 %")}
+    (dense,) = [r["loss"] for r in rows if (r["model"], r["row"]) == ("gemma", "dense")]
+    page = ROOT / "docs" / "methods" / "distillation.md"
+    table = next(t for t in tables(page) if t[0][:2] == ["steps", "0.25 / hidden size"])
+    assert [line[0] for line in table[2:] if len(line) > 1] == ["192", "1024"]
+    for steps, *cells in table[2:4]:
+        for part, cell in zip((1, 4, 16, 64), cells, strict=True):
+            row = f"best, {256 * int(steps):,} tokens, 1/{part} of the highest rate"
+            assert cell == ", ".join(f"{losses[row][text] - dense[text]:.3f}" for text in dense)
+
+
 def test_the_times_of_a_newcomer() -> None:
     rows = json.loads((ROOT / "benchmarks/results/newcomer.json").read_text())["rows"]
     walked = {row["command"]: row for row in rows if row["part"] == "start"}

@@ -10,8 +10,7 @@ The best rate depends on how much a model has lost: what repairs a model that lo
 that lost little, because Adam moves every weight by about the rate, however small the gradient is.
 It also depends on the number of steps. The noise of the gradients moves every weight once by about
 the rate, and this harm does not grow with the steps. What is learned grows by the rate in each
-step. So the best rate of S steps is about S/T times that of T steps: in `gemma` of
-`benchmarks/bench_models.py` at 50 % it was 1/16, 1/6 and 1/2 of the highest for 64, 256 and 1016.
+step. So the best rate of S steps is about S/T times that of T steps (docs/methods/distillation.md).
 """
 
 from __future__ import annotations
