@@ -21,16 +21,17 @@ HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 """Of the tiny models."""
 
 
-def choose(losses: dict[float, float], longer: float = 1.0) -> float:
+def choose(losses: dict[float, float], steps: int = 1) -> float:
     """The choice among rates with known losses; every trial is followed by a reset."""
     calls: list[str] = []
     now = [0.0]
 
-    def train(rate: float) -> None:
+    def train(rate: float, short: int) -> None:
+        assert short == trial_steps(steps)
         calls.append("train")
         now[0] = losses[rate]
 
-    found = RateTrials(train, lambda: now[0], lambda: calls.append("reset"), longer).choose(1.0)
+    found = RateTrials(train, lambda: now[0], lambda: calls.append("reset"), steps).choose(1.0)
     assert calls == ["train", "reset"] * (len(calls) // 2)
     return found
 
@@ -43,18 +44,18 @@ def test_the_rate_falls_by_quarters_while_the_loss_falls() -> None:
 
 
 def test_the_longer_training_gets_the_higher_rate() -> None:
-    assert choose({1 / 8: 2.0, 1 / 32: 2.1}, longer=8) == 1.0
-    assert choose({1 / 8: 2.0, 1 / 32: 1.9, 1 / 128: 1.95}, longer=8) == 0.25
+    assert choose({1 / 8: 2.0, 1 / 32: 2.1}, steps=512) == 1.0
+    assert choose({1 / 8: 2.0, 1 / 32: 1.9, 1 / 128: 1.95}, steps=512) == 0.25
     falling = {1 / 8: 2.0, 1 / 32: 1.9, 1 / 128: 1.8, 1 / 512: 1.7}
-    assert choose(falling, longer=8) == 1 / 64
+    assert choose(falling, steps=512) == 1 / 64
 
 
 def test_a_lost_trial_is_no_choice() -> None:
-    def train(rate: float) -> None:
+    def train(rate: float, short: int) -> None:
         if rate > 0.2:
             raise NumericalError("the loss is nan")
 
-    assert RateTrials(train, lambda: 1.0, lambda: None).choose(1.0) == 0.25 / 4
+    assert RateTrials(train, lambda: 1.0, lambda: None, 1).choose(1.0) == 0.25 / 4
 
 
 def test_sizes() -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from secateur.errors import NumericalError
 
-__all__ = ["MOST_JUDGING", "RateTrials", "held_out", "trial_steps"]
+__all__ = ["MOST_JUDGING", "RateTrials", "held_out"]
 
 FEWEST_WINDOWS = 8
 """With fewer windows nothing is held out, and the highest rate is taken."""
@@ -49,16 +49,16 @@ class RateTrials:
     """The trials of one training.
 
     Args:
-        train: trains at a rate, for the steps of a trial.
+        train: trains at a rate, for some steps.
         judge: returns the loss on the windows that are held out.
         reset: puts the weights back with which the training begins.
-        longer: steps of the training for one step of a trial.
+        steps: number of steps of the training.
     """
 
-    train: Callable[[float], None]
+    train: Callable[[float, int], None]
     judge: Callable[[], float]
     reset: Callable[[], None]
-    longer: float = 1.0
+    steps: int
 
     def choose(self, highest: float) -> float:
         """Return the rate of the training; the weights are reset.
@@ -69,15 +69,17 @@ class RateTrials:
         Example:
             >>> from secateur.workflows.prune.chosen_rate import RateTrials
             >>> tried = []
+            >>> train = lambda rate, steps: tried.append(rate)
             >>> loss = lambda: abs(tried[-1] - 0.01)
-            >>> RateTrials(tried.append, loss, lambda: None, longer=8.0).choose(1.0)
+            >>> RateTrials(train, loss, lambda: None, steps=512).choose(1.0)
             0.0625
             >>> tried
             [0.125, 0.03125, 0.0078125, 0.001953125]
         """
-        rate, loss = highest, self.loss(highest / self.longer)
+        longer = self.steps / trial_steps(self.steps)
+        rate, loss = highest, self.loss(highest / longer)
         while rate > LOWEST * highest:
-            lower = self.loss(rate / 4 / self.longer)
+            lower = self.loss(rate / 4 / longer)
             if lower >= loss and math.isfinite(loss):
                 break
             rate, loss = rate / 4, lower
@@ -86,7 +88,7 @@ class RateTrials:
     def loss(self, rate: float) -> float:
         """Return the loss after a trial; infinite if the training is lost at this rate."""
         try:
-            self.train(rate)
+            self.train(rate, trial_steps(self.steps))
             return self.judge()
         except NumericalError:
             return math.inf

@@ -33,7 +33,7 @@ from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
-from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
+from secateur.workflows.prune.chosen_rate import RateTrials, held_out
 
 __all__ = [
     "FINAL",
@@ -213,9 +213,7 @@ class Pupil:
             parameters = self.parameters()
             start.keep_best(parameters)
 
-            short = trial_steps(steps)
-
-            def train(rate: float) -> None:
+            def train(rate: float, short: int) -> None:
                 self.train(objective, read, short, rate, progress, "choosing the learning rate")
 
             @torch.no_grad()
@@ -228,7 +226,7 @@ class Pupil:
                 return sum(losses) / held
 
             reset = partial(start.restore_best, parameters)
-            rate = RateTrials(train, judge, reset, steps / short).choose(highest)
+            rate = RateTrials(train, judge, reset, steps).choose(highest)
         if told is not None and start.folder is not None:
             write_json(told, {"learning_rate": rate})
             shutil.rmtree(start.folder)

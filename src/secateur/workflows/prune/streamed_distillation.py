@@ -34,7 +34,7 @@ from secateur.training.objectives import Distil
 from secateur.training.streamed import StreamedTeacher
 from secateur.training.teachers import TOP_K, WrittenTeacher, write_teacher
 from secateur.training.training_plan import default_rate
-from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
+from secateur.workflows.prune.chosen_rate import RateTrials, held_out
 from secateur.workflows.prune.learning import (
     RATE,
     Lessons,
@@ -204,9 +204,9 @@ class StreamedDistillation:
             return highest
         read = Batches(self.windows[:-held], 1, self.batches.seed)
         trial: list[Sweeps] = []
-        short, label = trial_steps(self.steps), "choosing the learning rate"
+        label = "choosing the learning rate"
 
-        def train(rate: float) -> None:
+        def train(rate: float, short: int) -> None:
             trial[:] = [self.sweeps(scholar, read, short, rate, f"trial-{rate:.3g}", label)]
             if str(rate) not in tried:
                 trial[0].run()
@@ -218,9 +218,7 @@ class StreamedDistillation:
                 write_json(self.work / TRIED, tried)
             return tried[rate]
 
-        trials = RateTrials(
-            train, judge, lambda: shutil.rmtree(trial[0].folder), self.steps / short
-        )
+        trials = RateTrials(train, judge, lambda: shutil.rmtree(trial[0].folder), self.steps)
         rate = trials.choose(highest)
         write_json(told, {"learning_rate": rate})
         return rate
