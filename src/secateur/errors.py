@@ -21,6 +21,7 @@ Each message says what happened (with numbers), where, and what to do about it.
 from __future__ import annotations
 
 __all__ = [
+    "DISTRIBUTION",
     "ArchitectureError",
     "CheckpointError",
     "KernelError",
@@ -33,7 +34,20 @@ __all__ = [
     "ShapeError",
     "SourceError",
     "VerificationError",
+    "install_extra",
 ]
+
+DISTRIBUTION = "secateur-llm"
+"""The name of the package for pip. The import and the command are `secateur`."""
+
+
+def install_extra(extra: str) -> str:
+    """How to install this package with an extra.
+
+    From a checkout: there is no release of `DISTRIBUTION` yet, and the package index knows the name
+    `secateur` as somebody else's. With the first release this becomes `DISTRIBUTION[extra]`.
+    """
+    return f"pip install '.[{extra}]' in a checkout of secateur"
 
 
 class SecateurError(Exception):

@@ -70,6 +70,6 @@ def test_without_the_package_the_error_names_it(
     pruned: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
-    with pytest.raises(RecipeError, match=r"pip install 'secateur\[llamacpp\]'"):
+    with pytest.raises(RecipeError, match=r"pip install '.\[llamacpp\]'"):
         secateur.export(pruned, output=tmp_path / "out", type="q6_k")
     assert not (tmp_path / "out").exists()

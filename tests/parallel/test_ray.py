@@ -143,7 +143,7 @@ def test_without_ray_the_message_says_how_to_get_it(
             place / "dense", output=place / "out", calibration=place / "text.txt", ray="local",
             **OPTIONS,
         )  # fmt: skip
-    assert "secateur[ray]" in (caught.value.remedy or "")
+    assert ".[ray]" in (caught.value.remedy or "")
 
 
 def halved(number: int) -> int:
@@ -208,7 +208,7 @@ def test_a_sweep_in_tasks_measures_what_one_process_measures(
 def test_a_local_ray_takes_the_points_of_a_sweep(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'secateur[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     monkeypatch.chdir(place)
     secateur.sweep(SWEEP, "one")
     secateur.sweep(SWEEP, "two", ray="local", ray_processes=2)
@@ -218,7 +218,7 @@ def test_a_local_ray_takes_the_points_of_a_sweep(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray warns of its own options
 def test_a_local_ray_makes_the_model_of_one_process(place: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'secateur[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     shared = {**OPTIONS, "calibration": place / "text.txt"}
     secateur.prune(place / "dense", output=place / "one", **shared)
     secateur.prune(place / "dense", output=place / "two", ray="local", ray_processes=2, **shared)

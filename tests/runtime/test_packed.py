@@ -249,7 +249,7 @@ def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
     forgery.told["version"] = 4
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"(?s)version 4.*pip install --upgrade secateur"):
+    with pytest.raises(CheckpointError, match=r"(?s)version 4.*newer secateur"):
         PackedCheckpoint(tmp_path / "m")
 
 

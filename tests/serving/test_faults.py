@@ -297,7 +297,7 @@ def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [n for n in sys.modules if n.startswith("secateur.serving.http")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(RecipeError, match=r"pip install 'secateur\[serve\]'"):
+    with pytest.raises(RecipeError, match=r"pip install '.\[serve\]'"):
         prepare(ServeRecipe(model=str(model), port=0))
 
 

@@ -66,7 +66,7 @@ def test_the_table_compares_with_the_dense_way(gpu: Any) -> None:
 @pytest.mark.slow
 def test_rows_of_every_kind_run_in_the_interpreter(tmp_path: Path) -> None:
     """And a second call finds all of them."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'secateur[gpu]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gpu]'")
     command = [sys.executable, FOLDER / "gpu.py", "--dry", "--results", tmp_path, "--minutes", "30"]
     command += ["--layers", "2", "--few", "1"]
     command += ["--only", "product", "model int8", "model 2:4", "prune wanda"]

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from secateur.engine.memory_shortage import is_shortage
-from secateur.errors import MemoryBudgetError, SecateurError
+from secateur.errors import DISTRIBUTION, MemoryBudgetError, SecateurError
 from secateur.models.samples import cache_folder
 
 __all__ = ["InternalError", "UserInterruptError", "as_told"]
@@ -145,7 +145,7 @@ def write_log(error: BaseException) -> Path | None:
 def described(error: BaseException) -> str:
     """The traceback, with command line and versions, so that the fault can be reproduced."""
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
-    lines += [f"{name}: {installed(name)}" for name in ("secateur", "torch", "transformers")]
+    lines += [f"{name}: {installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
     return "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, install_extra
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.registry import Registry
@@ -116,4 +116,4 @@ def missing_extra(what: str, extra: str) -> RecipeError:
         what: what needs it, as the start of a sentence.
         extra: the group of packages in this project.
     """
-    return RecipeError(f"{what} is not installed", remedy=f"pip install 'secateur[{extra}]'")
+    return RecipeError(f"{what} is not installed", remedy=install_extra(extra))

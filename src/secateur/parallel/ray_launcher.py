@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from secateur.errors import RankError, RecipeError, SecateurError
+from secateur.errors import RankError, RecipeError, SecateurError, install_extra
 from secateur.parallel.processes import WORKING
 
 __all__ = ["LOCAL", "each", "launch"]
@@ -120,9 +120,7 @@ def imported() -> Any:
         import ray.train
         import ray.train.torch
     except ImportError as error:
-        raise RecipeError(
-            f"Ray is not installed ({error})", remedy="pip install 'secateur[ray]'"
-        ) from None
+        raise RecipeError(f"Ray is not installed ({error})", remedy=install_extra("ray")) from None
     return ray
 
 

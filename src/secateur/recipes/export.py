@@ -26,7 +26,7 @@ class WhatToExport(Section):
     type: Annotated[str | None, Flag(default="the first that the target names")] = Field(
         None,
         description="How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as "
-        "the folder has them), and with secateur[llamacpp] q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, "
+        "the folder has them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, "
         "q2_k, which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, "
         "int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16.",
     )

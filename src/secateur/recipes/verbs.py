@@ -166,7 +166,7 @@ VERBS: dict[str, Verb] = {
             "Serve a model over HTTP with OpenAI's API, to several clients at once.",
             "secateur.recipes.serve:ServeRecipe",
             more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
-            "when the running requests have ended. Needs pip install 'secateur[serve]'.",
+            "when the running requests have ended. Needs the extra `serve`.",
         ),
         Verb(
             "bench",

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from secateur.errors import DISTRIBUTION
+
 __all__ = ["environment"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The versions and hardware of a result."""
-    packages = ("secateur", "torch", "transformers", "safetensors", "numpy")
+    packages = ("torch", "transformers", "safetensors", "numpy")
     found: dict[str, Any] = {
         "python": platform.python_version(),
+        "secateur": version(DISTRIBUTION),
         **{name: version(name) for name in packages},
         "system": platform.system(),
         "machine": platform.machine(),

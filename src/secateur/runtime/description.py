@@ -35,7 +35,7 @@ VERSION = 3
 READABLE = (1, 2, 3)
 FIRST_WITH_GROUPS = 3
 KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
-NEWER = "update secateur: pip install --upgrade secateur"
+NEWER = "install a newer secateur"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from secateur.allocator import reused_pages
-from secateur.errors import CheckpointError, KernelError
+from secateur.errors import CheckpointError, KernelError, install_extra
 from secateur.models.open_experts import OpenExperts
 from secateur.models.opening import computed_dtype
 from secateur.models.skeleton import build_skeleton, quiet_transformers
@@ -96,7 +96,8 @@ def refuse_gpu(device: torch.device) -> None:
     what = "Triton is not installed" if torch.cuda.is_available() else f"there is no {device} here"
     raise KernelError(
         what,
-        remedy="pip install triton, or pass expand=True for a dense model, or load it on the CPU",
+        remedy=f"{install_extra('gpu')}; or pass expand=True for a dense model, or load it on "
+        "the CPU",
     )
 
 

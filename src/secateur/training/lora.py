@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from secateur.errors import RecipeError, VerificationError
+from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks, first_names
@@ -202,6 +202,6 @@ def need_peft() -> Any:
     except ImportError as missing:
         raise RecipeError(
             "adapters need the package peft, which is not installed",
-            remedy="pip install 'secateur[lora]'",
+            remedy=install_extra("lora"),
         ) from missing
     return peft

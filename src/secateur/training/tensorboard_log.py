@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, install_extra
 
 __all__ = ["TensorBoardLog"]
 
@@ -28,7 +28,7 @@ class TensorBoardLog:
         except ImportError as missing:
             raise RecipeError(
                 "curves need the package tensorboard, which is not installed",
-                remedy="pip install 'secateur[tensorboard]'",
+                remedy=install_extra("tensorboard"),
             ) from missing
         self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from secateur.errors import RecipeError
+from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.reporting.compression_card import with_dense_card
 from secateur.reporting.model_card import model_card
 from secateur.reporting.plots import save_plots
@@ -60,7 +60,7 @@ def write_page(records: Records, page: Path) -> None:
     """Write the page about some records."""
     page.parent.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
-    page.write_text(render(records, version=version("secateur"), date=today), encoding="utf-8")
+    page.write_text(render(records, version=version(DISTRIBUTION), date=today), encoding="utf-8")
 
 
 def save_all_plots(records: Records, folder: Path) -> list[Path]:

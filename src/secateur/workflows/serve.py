@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, install_extra
 from secateur.evaluation.generation import end_tokens
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -80,7 +80,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
     except ImportError as error:
         raise RecipeError(
             f"the server needs packages that are not installed: {error}",
-            remedy="pip install 'secateur[serve]'",
+            remedy=install_extra("serve"),
         ) from error
     api_key = recipe.api_key or os.environ.get(KEY_VARIABLE) or None
     listening = listening_socket(recipe.host, recipe.port)

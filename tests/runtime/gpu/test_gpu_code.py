@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'secateur[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gpu]'")
 
 FEW = ("bfloat16-one", "int4-many", "bfloat16-2:4-1")
 ALL = tuple(

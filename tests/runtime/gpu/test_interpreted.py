@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def test_every_kernel_computes_right_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'secateur[gpu]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gpu]'")
     root = HERE.parents[2]
     words = ["-q", "-o", "python_files=parts_*.py", "-p", "no:cacheprovider", "--rootdir", root]
     done = subprocess.run(
