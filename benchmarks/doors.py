@@ -51,9 +51,9 @@ class Doors:
             "dense": self.dense,
             "magnitude, one-shot": self.magnitude,
             "wanda, one-shot": self.wanda,
-            "magnitude, then retrain": lambda output: self.train(output, "magnitude, one-shot"),
-            "wanda, then retrain": lambda output: self.train(output, "wanda, one-shot"),
-            "wanda, then retrain, layer_decay 0.9": lambda output: self.train(
+            "magnitude, then train": lambda output: self.train(output, "magnitude, one-shot"),
+            "wanda, then train": lambda output: self.train(output, "wanda, one-shot"),
+            "wanda, then train, layer_decay 0.9": lambda output: self.train(
                 output, "wanda, one-shot", layer_decay=0.9
             ),
             "gradual": lambda output: self.train(
@@ -65,9 +65,7 @@ class Doors:
                 output, 2, 3, rewind="weights"
             ),
             "cut by wanda, one-shot": self.cut,
-            "cut by wanda, then retrain": lambda output: self.train(
-                output, "cut by wanda, one-shot"
-            ),
+            "cut by wanda, then train": lambda output: self.train(output, "cut by wanda, one-shot"),
             "cut by learned masks": self.learned,
         }
 
@@ -124,10 +122,10 @@ class Doors:
         return self.train(output, steps=steps, iterative=iterative)
 
     def train(self, output: Path, start: str = "dense", **options: Any) -> int:
-        """Retrain a row's model; returns the tokens it read."""
+        """Train a row's model; returns the tokens it read."""
         args = self.args
         values = {"steps": args.steps, **options}
-        report = secateur.retrain(
+        report = secateur.train(
             MODEL if start == "dense" else self.made(start),
             output=output,
             text=args.train,

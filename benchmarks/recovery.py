@@ -4,9 +4,9 @@
         --train C4=c4.jsonl WikiText-2=wiki-train.txt --text WikiText-2=wiki.txt C4=held-out.txt
 
 Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
-seed 0, preset `balanced`), then trained for `--minutes` by `secateur retrain` (the next token) or
-`secateur distill` (the dense model; "half" counts the next token as much as the teacher): all get
-the same time, the same `--batch`, and else the default recipe, with the embeddings (here the output
+seed 0, preset `balanced`), then trained for `--minutes` by `secateur train`: on the next token, or
+with the dense model as teacher ("half" counts the next token as much as the teacher). All get the
+same time, the same `--batch`, and else the default recipe, with the embeddings (here the output
 head too) left as they are if `--frozen`. They read the files of `--train` (without it the
 calibration file), as many windows of each as the shortest gives. Judged like all else
 here: the first 24 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,10 @@ STARTS: dict[str, dict[str, Any]] = {
     "a quarter cut": {"keep_parameters": 0.75},
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
-WAYS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "retrain": (secateur.retrain, {}),
-    "distill": (secateur.distill, {"teacher": MODEL}),
-    "distill, half": (secateur.distill, {"teacher": MODEL, "next_token": 0.5}),
+WAYS: dict[str, dict[str, Any]] = {
+    "next token": {},
+    "teacher": {"teacher": MODEL},
+    "teacher, half": {"teacher": MODEL, "next_token": 0.5},
 }
 FROZEN = {"rates": {"*embed*": 0.0}}
 Row = dict[str, Any]
@@ -90,9 +89,8 @@ def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models
     frozen = "-frozen" if args.frozen else ""
     name = f"{folder.name}-{way}-{minutes:g}-{read}{frozen}"
     output = models / name.replace(",", "").replace(" ", "-")
-    train, options = WAYS[way]
     stopped = output.with_name(output.name + ".partial").exists()
-    report = train(
+    report = secateur.train(
         folder,
         output=output,
         resume=stopped,
@@ -100,7 +98,7 @@ def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models
         minutes=minutes,
         batch=args.batch,
         validations=2,
-        **options,
+        **WAYS[way],
         **(FROZEN if args.frozen else {}),
     )
     return {

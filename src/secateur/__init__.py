@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep
     from secateur.workflows.train.callback import SecateurCallback
-    from secateur.workflows.train.checkpoint import distill, retrain
+    from secateur.workflows.train.checkpoint import train
 
 __version__ = "0.1.0"
 
@@ -64,7 +64,6 @@ __all__ = [
     "compress",
     "decompress",
     "diagnose",
-    "distill",
     "evaluate",
     "export",
     "fit",
@@ -80,11 +79,11 @@ __all__ = [
     "push",
     "refinements",
     "report",
-    "retrain",
     "scores",
     "solvers",
     "structure",
     "sweep",
+    "train",
 ]
 
 HOMES = {
@@ -99,7 +98,6 @@ HOMES = {
     "compress": "secateur.workflows.compress.pack",
     "decompress": "secateur.workflows.compress.unpack",
     "diagnose": "secateur.workflows.judge.diagnose",
-    "distill": "secateur.workflows.train.checkpoint",
     "evaluate": "secateur.workflows.judge.evaluate",
     "export": "secateur.workflows.export",
     "fit": "secateur.workflows.fit.run",
@@ -115,11 +113,11 @@ HOMES = {
     "push": "secateur.workflows.push",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.workflows.report",
-    "retrain": "secateur.workflows.train.checkpoint",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
     "structure": "secateur.workflows.structure.checkpoint",
     "sweep": "secateur.workflows.sweep.run",
+    "train": "secateur.workflows.train.checkpoint",
 }
 
 

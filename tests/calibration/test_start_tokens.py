@@ -23,7 +23,7 @@ from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
 from secateur.evaluation.protocol import protocol_id
 from secateur.models.tokenizer import start_tokens
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.workflows.train.text import read_training_text
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model, tiny_windows
@@ -246,7 +246,7 @@ def test_a_loaded_model_gets_them_too(text: Path, monkeypatch: pytest.MonkeyPatc
 def test_training_windows_begin_with_it(gemma: Path, text: Path, tmp_path: Path) -> None:
     watched = tmp_path / "watched.txt"
     watched.write_text("paper and stone and glass " * 40, encoding="utf-8")
-    recipe = RetrainRecipe(
+    recipe = TrainRecipe(
         model=str(gemma), output="x", text=(str(text),), validation_text=str(watched),
         sequence_length=33, windows=12, batch=2, steps=1,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def test_the_overlap_of_texts_is_that_of_their_words(
     """The same text, cut three characters later: a sequence with a start token is no text."""
     later = tmp_path / "later.txt"
     later.write_text(text.read_text()[3:], encoding="utf-8")
-    recipe = RetrainRecipe(
+    recipe = TrainRecipe(
         model=str(gemma), output="x", text=(str(text),), validation_text=str(later),
         sequence_length=40, windows=500, batch=2, steps=1,
     )  # fmt: skip

@@ -196,8 +196,7 @@ def test_window_files_longer_than_the_model(family, tmp_path):
     verbs = {
         "prune": {"method": "wanda", "sparsity": 0.5, "calibration": file},
         "compress": {"values": "int8", "calibration": file},
-        "retrain": {"text": [str(file)], "steps": 1},
-        "distill": {"teacher": model, "text": [str(file)], "steps": 1},
+        "train": {"teacher": model, "text": [str(file)], "steps": 1},
     }
     if family == "llama":
         verbs["structure"] = {"keep_layers": 1, "calibration": file}
@@ -233,6 +232,6 @@ def test_training_text_longer_than_the_model(tmp_path):
     model, text = save_tiny(tmp_path / "m", "gpt2"), tmp_path / "t.txt"
     text.write_text("some words " * 200, encoding="utf-8")
     with pytest.raises(RecipeError, match="windows have 70 tokens, but the model reads 64 at once"):
-        secateur.retrain(
+        secateur.train(
             model, text=[str(text)], output=tmp_path / "out", steps=1, batch=1, sequence_length=70
         )

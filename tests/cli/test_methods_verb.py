@@ -33,7 +33,7 @@ def test_the_table_and_json_name_them_all(
     assert set(told["training"]) == set(training_methods)
     shown = command("methods").out.replace("\n", "")
     assert "methods that train" in shown
-    assert all(name in shown for name in ("iterative", "gradual", "retrain"))
+    assert all(name in shown for name in ("iterative", "gradual", "distillation"))
 
 
 @pytest.mark.parametrize("name", training_methods)
@@ -48,6 +48,7 @@ def test_the_command_of_each_works(
     verb, model, *words = shlex.split(training_methods[name].command)[1:]
     assert model in ("MODEL", "PRUNED")
     words = [word.replace("TEXT", str(places / "more.txt")) for word in words]
+    words = [word.replace("DENSE", str(places / "model")) for word in words]
     for flag, value in {"--minutes": 0.01, "--steps": 4}.items():
         if flag in words:
             words[words.index(flag) + 1] = str(value)
@@ -58,8 +59,6 @@ def test_the_command_of_each_works(
     else:
         small += ["--text", places / "text.txt", "--set", "validation_windows=0"]
         small += ["--set", "iterative.rewind_step=2"] if name == "lottery-ticket" else []
-    if verb == "distill":
-        small += ["--teacher", places / "model"]
     command = runner(monkeypatch, capsys)
     ended = command(verb, places / "model", "-o", tmp_path / "out", *words, *small, "--json")
     assert ended.code == 0, ended.err

@@ -9,7 +9,7 @@ import pytest
 from commands import Outcome
 from secateur.recipes.verbs import VERBS
 
-TOGETHER = {"prune", "structure", "retrain", "distill", "evaluate"}
+TOGETHER = {"prune", "structure", "train", "evaluate"}
 WORDS = {"chat": ["DIR"], "methods": [], "demo": [], "push": ["DIR", "owner/name"]}
 
 
@@ -28,7 +28,7 @@ def test_a_verb_for_one_process_is_refused(secateur: Callable[..., Outcome], ver
     told = secateur(verb, *WORDS.get(verb, ["DIR"]))
     assert told.code == 2
     assert f"`secateur {verb}` does not work with several processes yet" in told.err
-    assert "prune, structure, retrain, distill, evaluate" in told.err
+    assert "prune, structure, train, evaluate" in told.err
 
 
 def test_a_missing_variable_is_named(

@@ -12,7 +12,7 @@ import torch
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 
 GIB = 2**30
@@ -99,7 +99,7 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
 
 
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
-    recipe = RetrainRecipe.model_construct(memory_budget_gib=None)
+    recipe = TrainRecipe.model_construct(memory_budget_gib=None)
     sizes = dict.fromkeys(
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
         GIB,

@@ -16,7 +16,7 @@ import pytest
 from secateur.errors import RecipeError
 from secateur.runs.output import check_writable
 
-ALL = ["prune", "structure", "retrain", "compress", "sweep", "report"]
+ALL = ["prune", "structure", "train", "compress", "sweep", "report"]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def words(model: Path, windows: Path) -> Callable[[str], list[object]]:
     return {
         "prune": ["prune", model, "--method", "wanda", "--sparsity", 0.5, *text],
         "structure": ["structure", model, "--keep-layers", 2, "--effort", "fast", *text],
-        "retrain": ["retrain", model, "--text", windows, "--steps", 1],
+        "train": ["train", model, "--text", windows, "--steps", 1],
         "compress": ["compress", model],
         "sweep": ["sweep", model, "--methods", "magnitude", "--sparsities", 0.5, *text,
                   "--text", windows],
@@ -62,7 +62,7 @@ def test_a_name_that_is_too_long(refused, words, tmp_path: Path, verb: str) -> N
     assert "the name of the output is too long" in told
 
 
-@pytest.mark.parametrize("verb", ["prune", "structure", "retrain", "compress"])
+@pytest.mark.parametrize("verb", ["prune", "structure", "train", "compress"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_symbolic_link_to_the_source(
     refused, words, model: Path, tmp_path: Path, verb: str, overwrite: bool

@@ -49,7 +49,7 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, what: str) ->
     assert len(str(error.value)) < 2000  # 9⁸ aliases printed 226 MB
 
 
-@pytest.mark.parametrize("verb", ["prune", "structure", "retrain", "distill", "chain"])
+@pytest.mark.parametrize("verb", ["prune", "structure", "train", "chain"])
 def test_every_verb_reads_recipes_so(refused, tmp_path: Path, verb: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(BOMB.encode())
     refused(verb, tmp_path / "recipe.yaml", "-o", tmp_path / "out")

@@ -223,7 +223,7 @@ def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int
             "--compress does not work",
             marks=pytest.mark.slow,
         ),
-        ({"method": "wanda", "distillation": {"epochs": 1}}, "-m secateur distill"),
+        ({"method": "wanda", "distillation": {"epochs": 1}}, "-m secateur train --teacher"),
         pytest.param(
             {"method": "wanda", "calibration": {"windows": 1}},
             "only 1 calibration windows",

@@ -18,7 +18,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.section import GROUPS
 from secateur.recipes.structure import StructureRecipe
-from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 
 NOT_IN_PYTHON = ("diagnose", "sweep")
@@ -83,7 +83,7 @@ def test_headings_come_in_the_order_of_the_work(secateur) -> None:
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("verb", ["prune", "structure", "distill", "evaluate", "compress"])
+@pytest.mark.parametrize("verb", ["prune", "structure", "train", "evaluate", "compress"])
 def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     script = (
         f"import sys; sys.argv = ['secateur', {verb!r}, '--help']\n"
@@ -121,9 +121,9 @@ def test_flat_names_go_into_their_sections() -> None:
         (StructureRecipe, {"heads": 2}, "now called 'kv_groups'"),
         (StructureRecipe, {"hidden": 2}, "now called 'hidden_size'"),
         (StructureRecipe, {"parameters": 0.8}, "'keep_parameters' or 'method_parameters'"),
-        (DistillRecipe, {"hidden": 0.5}, "now called 'hidden_weight'"),
-        (RetrainRecipe, {"micro_batch": 2}, "now called 'micro_batch_windows'"),
-        (RetrainRecipe, {"validation": "x"}, "now called 'validation_text'"),
+        (TrainRecipe, {"hidden": 0.5}, "now called 'hidden_weight'"),
+        (TrainRecipe, {"micro_batch": 2}, "now called 'micro_batch_windows'"),
+        (TrainRecipe, {"validation": "x"}, "now called 'validation_text'"),
     ],
 )
 def test_an_old_name_is_refused_with_the_new_one(kind, values, said) -> None:
@@ -142,6 +142,8 @@ def test_an_old_name_is_refused_with_the_new_one(kind, values, said) -> None:
         (("evaluate", "m", "--reference", "x"), "now called --dense"),
         (("evaluate", "m", "--max-windows", 3), "now called --windows"),
         (("eval", "m"), "'eval': this verb is now called 'evaluate'"),
+        (("retrain", "m"), "'retrain': this verb is now called 'train'"),
+        (("distill", "m", "--teacher", "t"), "'distill': this verb is now called 'train'"),
         (("prun", "m"), "unknown verb; did you mean 'prune'?"),
         (("prune", "m", "--sparsty", 0.5), "--sparsty: unknown option; did you mean --sparsity?"),
         (("prune", "m", "--include", "a", "b"), "'b': unexpected"),
@@ -186,12 +188,12 @@ def test_text_of_flags_becomes_values() -> None:
     assert recipe.memory.budget_gib == 3
     given = {"model": "m", "lora": "8", "gradual": "2:4", "text": ["a", "b"], "top_k": "64"}
     taught = recipe_from_flags(
-        DistillRecipe, {**given, "kept_layers": ["0,3", "5"]}, ["lora.alpha=4"]
+        TrainRecipe, {**given, "teacher": "m", "teacher_layers": ["0,3", "5"]}, ["lora.alpha=4"]
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
     assert taught.gradual.pattern == "2:4"
     assert taught.text == ("a", "b")
-    assert taught.kept_layers == (0, 3, 5)
+    assert taught.teacher_layers == (0, 3, 5)
 
 
 def test_text_that_is_no_value_is_one_fault_among_all() -> None:
@@ -205,4 +207,4 @@ def test_text_that_is_no_value_is_one_fault_among_all() -> None:
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 def test_numbers_are_finite(number: str) -> None:
     with pytest.raises(RecipeError, match="finite number"):
-        recipe_from_flags(DistillRecipe, {"model": "m", "temperature": number})
+        recipe_from_flags(TrainRecipe, {"model": "m", "temperature": number})

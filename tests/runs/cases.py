@@ -133,9 +133,9 @@ CASES: Mapping[str, Case] = {
     "structure best": Case(
         "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2}
     ),
-    "retrain": Case("retrain", "pruned", TRAINING),
-    "distill": Case(
-        "distill",
+    "train": Case("train", "pruned", TRAINING),
+    "train with a teacher": Case(
+        "train",
         "pruned",
         {
             **TRAINING, "teacher": "{sources}/dense", "top_k": 4,
@@ -149,7 +149,7 @@ CASES: Mapping[str, Case] = {
             "steps": [
                 {"structure": {**FAST, "ffn": 0.5}},
                 {"prune": {"pattern": "2:4", "method": "wanda", **WINDOWS}},
-                {"retrain": TRAINING},
+                {"train": TRAINING},
                 {"compress": {}},
             ]
         },

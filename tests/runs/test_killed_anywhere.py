@@ -44,7 +44,7 @@ SHARES = {
             "fit",
             "import",
         ],
-        ["retrain", "distill", "chain", "compress", "compress int8", "sweep"],
+        ["train", "train with a teacher", "chain", "compress", "compress int8", "sweep"],
     ],
 }
 """The cases of each process; the processes run at the same time."""

@@ -21,7 +21,8 @@ from secateur.errors import RecipeError
 from slow import slow
 
 VERBS = (
-    "prune", "structure", "retrain", "distill", "chain", "compress", "compress int8", "decompress",
+    "prune", "structure", "train", "train with a teacher", "chain", "compress",
+    "compress int8", "decompress",
 )  # fmt: skip
 RESUMABLE = [name for name in VERBS if CASES[name].resumes]
 WAYS = ({}, {"resume": True}, {"restart": True}, {"overwrite": True})
@@ -255,7 +256,7 @@ def test_a_teacher_inside_the_output_is_not_deleted(sources: Path, tmp_path: Pat
     before = every_byte(tmp_path)
     options: dict[str, Any] = {"teacher": str(tmp_path / "out" / "teacher"), "overwrite": True}
     with pytest.raises(RecipeError):
-        CASES["distill"].call(sources, tmp_path / "out", At(), **options)
+        CASES["train with a teacher"].call(sources, tmp_path / "out", At(), **options)
     assert every_byte(tmp_path) == before
 
 
@@ -281,9 +282,9 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("structure", TEXT, {"windows": 3}),
     ("compress int8", {}, {"calibration": "{sources}/others.safetensors"}),
     ("compress int8", TEXT, {"windows": 3}),
-    ("retrain", {}, {"text": "{sources}/other.txt"}),
-    ("retrain", {}, {"windows": 11}),
-    ("distill", {}, {"text": "{sources}/other.txt"}),
+    ("train", {}, {"text": "{sources}/other.txt"}),
+    ("train", {}, {"windows": 11}),
+    ("train with a teacher", {}, {"text": "{sources}/other.txt"}),
     ("chain", {}, {"steps": [{"structure": {**FAST, "ffn": 0.75}}, *CHAIN[1:]]}),
 ]
 

@@ -142,7 +142,7 @@ def test_hidden_states_are_compared_layer_by_layer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
     dense = model_of(num_hidden_layers=4)
     student = model_of(num_hidden_layers=2, seed=1)
-    options = {"teacher_layers": 4, "kept_layers": [0, 2]}
+    options = {"teacher_depth": 4, "teacher_layers": [0, 2]}
     teacher = ModelTeacher(dense)
     both = Distil.between(student, teacher, hidden=0.5, **options)
     assert both.pairs == ((0, 1), (1, 3))

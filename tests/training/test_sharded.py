@@ -88,7 +88,7 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         "teacher": str(places / "dense"),
         "next_token": 0.5,
     }
-    start(COUNTING, 2, "distill", places / "pruned", tmp_path / "two", json.dumps(options))
+    start(COUNTING, 2, "train", places / "pruned", tmp_path / "two", json.dumps(options))
     stored = load_file(places / "pruned" / "model.safetensors")
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     layer = sum(size for name, size in sizes.items() if "layers.0." in name)
@@ -106,7 +106,7 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         parts = ("weights", "gathered", "optimizer", "teacher", "masks", "forward")
         planned = sum(told[name] for name in parts)
         assert 0.6 * planned <= told["steps"] <= planned
-    secateur.distill(places / "pruned", output=tmp_path / "one", **options)
+    secateur.train(places / "pruned", output=tmp_path / "one", **options)
     one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("one", "two"))
     moved = 0
     for name, weight in one.items():

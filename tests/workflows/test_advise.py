@@ -108,7 +108,7 @@ def test_every_command_that_is_advised_can_be_given() -> None:
                     required = {name for name, one in flags.items() if one.required}
                     assert required - {"--model"} <= used, line
                     seen.add(line.split()[1])
-    assert seen == {"structure", "distill", "prune", "compress"}
+    assert seen == {"structure", "train", "prune", "compress"}
 
 
 def test_a_name_that_is_nothing_names_a_near_shape() -> None:

@@ -63,7 +63,7 @@ def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: str) ->
     assert loaded(tiny_windows(1)).logits.isfinite().all()
 
 
-def test_a_step_may_be_training_and_its_teacher_is_the_source(tmp_path: Path) -> None:
+def test_a_step_may_be_training_with_a_teacher(tmp_path: Path) -> None:
     source, text = tmp_path / "source", tmp_path / "text.txt"
     save_tiny(source)
     text.write_text(source_text()[:30_000], encoding="utf-8")
@@ -71,13 +71,14 @@ def test_a_step_may_be_training_and_its_teacher_is_the_source(tmp_path: Path) ->
     steps = [
         {"structure": {"ffn": 0.5, "effort": "fast", "calibration": calibration}},
         {"prune": {"pattern": "2:4", "method": "wanda", "calibration": calibration}},
-        {"distill": {"text": str(text), "steps": 3, "validation_windows": 2}},
+        {"train": {"teacher": source, "text": str(text), "steps": 3, "validation_windows": 2}},
     ]
     report = secateur.chain(source, output=tmp_path / "out", steps=steps)
     _, _, sparse, taught = report.links
     assert (taught.parameters, taught.zeros) == (sparse.parameters, sparse.zeros)
     told = json.loads((tmp_path / "out" / "secateur" / "training.json").read_text())
-    assert str(source) in json.dumps(told)
+    assert told[0]["objective"] == "forward KL, T = 1"
+    assert told[0]["recipe"]["teacher"] == str(source)
 
 
 def test_a_chain_that_fails_goes_on_behind_what_is_done(

@@ -107,7 +107,7 @@ def test_a_model_on_the_grid_stays_the_same_model(place, tmp_path) -> None:
 
 def test_a_trained_model_is_another_model(place, tmp_path) -> None:
     options: dict[str, Any] = {"text": str(place / "text.txt"), "steps": 1, "batch": 1}
-    secateur.retrain(
+    secateur.train(
         place / "run", output=tmp_path / "out", sequence_length=16, validation_windows=0, **options
     )
     assert measured(tmp_path / "out") == set()

@@ -129,7 +129,7 @@ STRUCTURES = {
                 ("secateur structure {source} --keep-parameters 0.75 --effort best --output CUT",)),
         CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled",
                 ("secateur structure {source} --keep-parameters 0.5 --output CUT",
-                 "secateur distill CUT --teacher {model} --text TEXT --output TAUGHT"), 90e9),
+                 "secateur train CUT --teacher {model} --text TEXT --output TAUGHT"), 90e9),
         CutAway("experts-25%", 1, 1, 0.75, "experts-25%",
                 ("secateur structure {source} --experts 0.75 --output CUT",)),
         CutAway("experts-50%", 1, 1, 0.5, "experts-50%",

@@ -25,8 +25,7 @@ class Steps(Section):
     )
     steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
         min_length=1,
-        description="Each step is a verb (structure, prune, retrain, distill, compress) with its "
-        "options. A distill step without a teacher learns from the chain's model.",
+        description="Each step is a verb (structure, prune, train, compress) with its options.",
     )
 
 

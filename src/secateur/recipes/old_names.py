@@ -9,13 +9,16 @@ __all__ = ["OLD_NAMES", "renamed", "unknown_name"]
 
 OLD_NAMES: Mapping[str, tuple[str, ...]] = {
     # verbs
+    "distill": ("train",),
     "eval": ("evaluate",),
     "judge": ("evaluate",),
+    "retrain": ("train",),
     # options
     "budget_gib": ("memory_budget_gib",),
     "by": ("depth_by",),
     "epochs": ("distill_epochs",),
     "generated": ("generated_windows",),
+    "kept_layers": ("teacher_layers",),
     "heads": ("kv_groups",),
     "hidden": ("hidden_size", "hidden_weight"),
     "learning_rate": ("tune_learning_rate",),

@@ -45,7 +45,7 @@ class LearnedOptions(Section):
     steps: int = Field(400, gt=0, description="Optimizer steps.")
     batch: int = Field(4, gt=0, description="Windows per step.")
     learning_rate: float | None = Field(
-        None, gt=0, lt=1, description="Learning rate of the weights; if not given, as for retrain."
+        None, gt=0, lt=1, description="Learning rate of the weights; without it, as in training."
     )
     mask_learning_rate: float = Field(
         0.1, gt=0, description="Learning rate of the gates and the multipliers."

@@ -1,10 +1,16 @@
-"""The recipes of `secateur retrain` and `secateur distill`."""
+"""The recipe of `secateur train`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from secateur.recipes.memory import BUDGET, FREE, Device
 from secateur.recipes.run import OutputFolder, Resuming
@@ -22,12 +28,11 @@ from secateur.recipes.section import (
 )
 
 __all__ = [
-    "DistillRecipe",
     "GradualOptions",
     "IterativeOptions",
     "LoraOptions",
     "PruningOptions",
-    "RetrainRecipe",
+    "TrainRecipe",
 ]
 
 
@@ -263,27 +268,17 @@ class TrainingOutput(OutputFolder):
     )
 
 
-class RetrainRecipe(
-    # pydantic lists the fields of the last base first
-    Device,
-    TrainingMemorySection,
-    Optimisation,
-    TrainingTextSection,
-    TrainingOutput,
-    Recipe,
-):
-    """One training. Pruned weights stay zero."""
-
-    run: ClassVar[type[Section] | None] = Resuming
-
-
-class DistillRecipe(RetrainRecipe):
-    """One training in which a pruned or cut model learns from a larger one."""
+class TeacherSection(Section):
+    """The model to learn from, and how. Without a teacher the model learns from the text alone."""
 
     group: ClassVar[str] = WHAT_TO_LEARN_FROM
 
-    teacher: Annotated[str | None, Flag(value="MODEL", default="the model that was pruned")] = (
-        Field(None, description="Model to learn from: hub id, folder or named sample.")
+    teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = (
+        Field(
+            None,
+            description="Model to learn from, such as the one that was pruned: hub id, folder or "
+            "named sample.",
+        )
     )
     kind: Literal["forward", "reverse", "symmetric"] = Field(
         "forward",
@@ -300,10 +295,10 @@ class DistillRecipe(RetrainRecipe):
         description="Share of the next-token loss, 0 to 1; the rest is the divergence.",
     )
     hidden_weight: float = Field(0.0, ge=0, description="Weight of the hidden-state loss; 0: none.")
-    kept_layers: Annotated[
+    teacher_layers: Annotated[
         Annotated[tuple[int, ...], BeforeValidator(tuple_of)] | None,
-        Flag(default="spread evenly", commas=True),
-    ] = Field(None, description="Layers of the teacher that the student kept.")
+        Flag(default="those of the cut, else spread evenly", commas=True),
+    ] = Field(None, description="Layers of the teacher that the student has, for --hidden-weight.")
     top_k: Annotated[int | None, Flag(default="all, while training")] = Field(
         None,
         gt=0,
@@ -313,3 +308,37 @@ class DistillRecipe(RetrainRecipe):
     teacher_file: Annotated[str | None, Flag(value="FILE", default="removed at the end")] = Field(
         None, description="File of the stored teacher; it is written if it does not exist."
     )
+
+
+OF_A_TEACHER = tuple(name for name in TeacherSection.model_fields if name != "teacher")
+"""Options that need a teacher."""
+
+
+class TrainRecipe(
+    # pydantic lists the fields of the last base first
+    Device,
+    TrainingMemorySection,
+    Optimisation,
+    TeacherSection,
+    TrainingTextSection,
+    TrainingOutput,
+    Recipe,
+):
+    """One training, on text alone or with a teacher. Pruned weights stay zero."""
+
+    run: ClassVar[type[Section] | None] = Resuming
+
+    @model_validator(mode="after")
+    def check_teacher(self) -> TrainRecipe:
+        """Refuse options of a teacher where there is none."""
+        given = [name for name in OF_A_TEACHER if name in self.model_fields_set]
+        if given and self.teacher is None:
+            raise ValueError(f"no teacher, which {' and '.join(given)} would need; give teacher")
+        return self
+
+    @model_serializer(mode="wrap")
+    def without_teacher(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the options of a teacher out where there is none."""
+        values: dict[str, Any] = write(self)
+        left_out = OF_A_TEACHER if self.teacher is None else ()
+        return {key: value for key, value in values.items() if key not in left_out}

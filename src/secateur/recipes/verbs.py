@@ -88,17 +88,11 @@ VERBS: dict[str, Verb] = {
             without=WRITING | ON_RAY,
         ),
         Verb(
-            "retrain",
-            "Train a pruned model on text. Zeros stay zero at every step.",
-            "secateur.recipes.train:RetrainRecipe",
-            "secateur.workflows.train.checkpoint:retrain",
-            together=True,
-        ),
-        Verb(
-            "distill",
-            "Let a pruned or cut model learn from a larger one. Zeros stay zero.",
-            "secateur.recipes.train:DistillRecipe",
-            "secateur.workflows.train.checkpoint:distill",
+            "train",
+            "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
+            "stay zero.",
+            "secateur.recipes.train:TrainRecipe",
+            "secateur.workflows.train.checkpoint:train",
             together=True,
         ),
         Verb(

@@ -10,9 +10,9 @@ from secateur.reporting.front_matter import inherited_front_matter, shown_place,
 
 __all__ = ["training_card"]
 
-TEMPLATE = """{front_matter}# {name}, {done}
+TEMPLATE = """{front_matter}# {name}, trained
 
-Trained by `secateur {verb}` with its zeros held at every step, and looked at again in these files:
+Trained by `secateur train` with its zeros held at every step, and looked at again in these files:
 {sparsity} of the weights in the decoder's matrices are zero.
 
 | | |
@@ -28,7 +28,7 @@ Training watched this perplexity. `secateur evaluate` measures one by a protocol
 
 ## Make it again
 
-`secateur {verb} recipe.yaml --output {place}` with `recipe.yaml`:
+`secateur train recipe.yaml --output {place}` with `recipe.yaml`:
 
 ```yaml
 {recipe}
@@ -54,13 +54,10 @@ def training_card(
     _, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
     result, environment = manifest["result"], manifest["environment"]
     before, after = result["perplexity_before"], result["perplexity_after"]
-    verb = manifest["verb"]
     return TEMPLATE.format(
         front_matter=inherited_front_matter(manifest["source"], source_folder),
         place=shown_place(output),
         name=manifest["source"]["name"],
-        verb=verb,
-        done="distilled" if verb == "distill" else "retrained",
         sparsity=f"{result['decoder_sparsity']:.4%}",
         text=f"`{manifest['text']['source']}`",
         tokens=result["tokens"],

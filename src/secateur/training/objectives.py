@@ -97,8 +97,8 @@ class Distil:
         student: Any,
         teacher: Teacher,
         *,
-        teacher_layers: int = 0,
-        kept_layers: Sequence[int] | None = None,
+        teacher_depth: int = 0,
+        teacher_layers: Sequence[int] | None = None,
         hidden: float = 0.0,
         **options: Any,
     ) -> Distil:
@@ -107,8 +107,8 @@ class Distil:
         Args:
             student: a causal language model.
             teacher: the model to learn from.
-            teacher_layers: number of its decoder layers; needed if `hidden` is not 0.
-            kept_layers: the teacher's layers that the student has; see `layer_pairs`.
+            teacher_depth: number of its decoder layers; needed if `hidden` is not 0.
+            teacher_layers: the teacher's layers that the student has; see `layer_pairs`.
             hidden: weight of the loss of hidden states.
             **options: the other fields.
 
@@ -125,7 +125,7 @@ class Distil:
         pairs: tuple[tuple[int, int], ...] = ()
         if hidden:
             layers = len(describe(student).layers(student))
-            pairs = layer_pairs(layers, teacher_layers, kept_layers)
+            pairs = layer_pairs(layers, teacher_depth, teacher_layers)
         return cls(head_alone(student), teacher, hidden=hidden, pairs=pairs, **options)
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:

@@ -132,7 +132,7 @@ class WrittenTeacher:
             raise SourceError(
                 "the file is not what a teacher expects",
                 where=str(file),
-                remedy="let `secateur distill --teacher-file` write it",
+                remedy="let `secateur train --teacher MODEL --teacher-file` write it",
             )
         self.record: dict[str, Any] = json.loads(record)
         self.vocabulary = int(self.record["vocabulary"])

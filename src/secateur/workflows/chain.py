@@ -71,7 +71,7 @@ def run_chain(
     Raises:
         SecateurError: a step is wrong; all are checked before the first one runs.
     """
-    steps = checked_steps(recipe.steps, recipe.model)
+    steps = checked_steps(recipe.steps)
     folder = RunFolder(recipe.output, "chain", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)

@@ -14,7 +14,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.section import Recipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.registry import did_you_mean
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.patterns import parse_pattern
@@ -104,7 +104,7 @@ def check_structure(recipe: StructureRecipe) -> None:
     choose_device(recipe.device)
 
 
-def check_training(recipe: RetrainRecipe) -> None:
+def check_training(recipe: TrainRecipe) -> None:
     """Check the optimizer, the device, and the parts of gradual pruning."""
     TrainingPlan(steps=1, optimizer=recipe.optimizer)
     choose_device(recipe.device)
@@ -117,27 +117,25 @@ def check_training(recipe: RetrainRecipe) -> None:
 STEPS: Mapping[str, StepKind] = {
     "structure": StepKind(StructureRecipe, structure_recipe, check_structure),
     "prune": StepKind(PruneRecipe, run_recipe, check_prune),
-    "retrain": StepKind(RetrainRecipe, run_training, check_training),
-    "distill": StepKind(DistillRecipe, run_training, check_training),
+    "train": StepKind(TrainRecipe, run_training, check_training),
     "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
 }
 """The possible steps, by verb."""
 
 
-def checked_steps(steps: Sequence[Any], teacher: str) -> list[PlannedStep]:
+def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
     """Read and check all steps.
 
     Args:
         steps: each maps one verb to its options.
-        teacher: the teacher of a distillation that names none.
 
     Raises:
         SecateurError: a step cannot be carried out; the message says which one and why.
     """
-    return [checked(number, step, teacher) for number, step in enumerate(steps, start=1)]
+    return [checked(number, step) for number, step in enumerate(steps, start=1)]
 
 
-def checked(number: int, step: Any, teacher: str) -> PlannedStep:
+def checked(number: int, step: Any) -> PlannedStep:
     """One step.
 
     Raises:
@@ -166,8 +164,6 @@ def checked(number: int, step: Any, teacher: str) -> PlannedStep:
         raise RecipeError(
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
-    if verb == "distill":  # after any cuts and pruning
-        options.setdefault("teacher", teacher)
     kind = STEPS[verb]
     try:
         recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))

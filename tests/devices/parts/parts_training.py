@@ -139,7 +139,7 @@ def test_learned_masks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"next_token": 0.5, "hidden": 1.0, "teacher_layers": 3}], ids=str
+    "options", [{}, {"next_token": 0.5, "hidden": 1.0, "teacher_depth": 3}], ids=str
 )
 def test_distillation(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     student, teacher = pruned(), ModelTeacher(tiny_model("llama", seed=1).to("cuda"))

@@ -34,7 +34,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(places: Path, output: Path, model: str = "pruned", **options: Any) -> Any:
     """By the Python API."""
     values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    return secateur.retrain(places / model, output=output, **values)
+    return secateur.train(places / model, output=output, **values)
 
 
 def matrices(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_gradual_pruning_to_a_pattern(gradual: Any, places: Path, tmp_path: Path
 
 def test_with_a_teacher_and_regrowth(places: Path, tmp_path: Path) -> None:
     gradual = {"sparsity": 0.7, "every": 2, "regrowth": 0.3, "windows": 4, "scope": "global"}
-    done = secateur.distill(
+    done = secateur.train(
         places / "dense", output=tmp_path / "out", teacher=places / "dense",
         text=str(places / "text.txt"), gradual=gradual, **OPTIONS,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def test_by_the_command_line(
 ) -> None:
     def command(*words: object) -> Any:
         common = ["--text", places / "text.txt", "--steps", 8, "--json"]
-        monkeypatch.setattr(sys, "argv", ["secateur", "retrain", *map(str, [*words, *common])])
+        monkeypatch.setattr(sys, "argv", ["secateur", "train", *map(str, [*words, *common])])
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code

@@ -41,7 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(places: Path, output: Path, model: str = "dense", **options: Any) -> Any:
     """By the Python API."""
     values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    return secateur.retrain(places / model, output=output, **values)
+    return secateur.train(places / model, output=output, **values)
 
 
 def matrices(folder: Path) -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ def test_rounds_to_a_pattern(pattern: Any, places: Path, tmp_path: Path) -> None
 
 
 def test_zeros_of_the_model_stay_and_a_teacher_teaches(places: Path, tmp_path: Path) -> None:
-    done = secateur.distill(
+    done = secateur.train(
         places / "pruned", output=tmp_path / "out", text=str(places / "text.txt"),
         iterative={"sparsity": 0.6, "rounds": 2}, **OPTIONS,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_by_the_command_line(
 ) -> None:
     command = runner(monkeypatch, capsys)
     ended = command(
-        "retrain", places / "dense", "-o", tmp_path / "out", "--iterative", 0.6, "--steps", 4,
+        "train", places / "dense", "-o", tmp_path / "out", "--iterative", 0.6, "--steps", 4,
         "--text", places / "text.txt", "--set", "iterative.rounds=2", "--set", "layer_decay=0.9",
         "--json",
     )  # fmt: skip

@@ -33,7 +33,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(places: Path, output: Path, model: Path | None = None, **more: Any) -> Any:
     options = {"steps": 2, "windows": 16, "validation_windows": 0, "text": str(places / "text.txt")}
-    return secateur.retrain(model or places / "pruned", output=output, **options, **more)
+    return secateur.train(model or places / "pruned", output=output, **options, **more)
 
 
 def test_masks_without_a_zero_are_refused(places: Path, tmp_path: Path) -> None:

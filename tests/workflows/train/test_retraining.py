@@ -34,11 +34,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def train(places: Path, output: Path, verb: str = "retrain", **options: Any) -> Any:
+def train(places: Path, output: Path, **options: Any) -> Any:
     """By the Python API."""
     values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    model = values.pop("model", places / "pruned")
-    return getattr(secateur, verb)(model, output=output, **values)
+    return secateur.train(values.pop("model", places / "pruned"), output=output, **values)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,10 +56,18 @@ def assert_zeros(before: Path, after: Path, moved: bool = True) -> None:
     assert not moved or any(not torch.equal(old[n], new[n]) for n in gone)
 
 
-@pytest.mark.parametrize("verb", ["retrain", "distill"])
-def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("teacher", [None, "dense"])
+def test_a_run_folder_that_the_other_verbs_read(
+    teacher: str | None, places: Path, tmp_path: Path
+) -> None:
     watched = places / "watched.txt"
-    done = train(places, tmp_path / "out", verb, validation_text=str(watched))
+    done = train(
+        places,
+        tmp_path / "out",
+        validation_text=str(watched),
+        teacher=teacher and places / teacher,
+    )
+    assert done.manifest["objective"] == ("forward KL, T = 1" if teacher else "next token")
     assert (done.steps, done.sparsity) == (8, pytest.approx(0.5))
     assert done.perplexity_after <= done.perplexity_before
     assert_zeros(places / "pruned", tmp_path / "out")
@@ -70,7 +77,7 @@ def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_pat
     assert "evaluation.json" not in written  # of other weights
     assert not (tmp_path / "out.partial").exists()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"secateur {verb} recipe.yaml" in card
+    assert "secateur train recipe.yaml" in card
     assert "Made by secateur" in card
     judged = secateur.evaluate(tmp_path / "out", text=watched, sequence_length=64, windows=16)
     assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
@@ -88,20 +95,20 @@ def test_a_run_folder_that_the_other_verbs_read(verb: str, places: Path, tmp_pat
 def test_a_teacher_that_is_written_down_is_read_again(places: Path, tmp_path: Path) -> None:
     file = tmp_path / "teacher.safetensors"
     options = {"teacher_file": str(file), "top_k": 8, "windows": 64, "validation_windows": 8}
-    train(places, tmp_path / "one", "distill", **options)
+    train(places, tmp_path / "one", teacher=places / "dense", **options)
     stamp = file.stat().st_mtime_ns
-    train(places, tmp_path / "two", "distill", teacher="no such model", **options)
+    train(places, tmp_path / "two", teacher="no such model", **options)
     assert file.stat().st_mtime_ns == stamp
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert all(torch.equal(one[n], two[n]) for n in one)
     with pytest.raises(RecipeError, match="other windows"):
-        train(places, tmp_path / "three", "distill", **{**options, "windows": 60})
+        train(places, tmp_path / "three", teacher="any", **{**options, "windows": 60})
 
 
 def test_a_cut_student_learns_from_the_whole_model(places: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "short", num_hidden_layers=1, intermediate_size=32)
     done = train(
-        places, tmp_path / "out", "distill", model=tmp_path / "short", teacher=places / "dense",
+        places, tmp_path / "out", model=tmp_path / "short", teacher=places / "dense",
         hidden_weight=0.1, next_token=0.1, kind="symmetric",
     )  # fmt: skip
     assert done.sparsity == 0
@@ -119,14 +126,14 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
     )  # fmt: skip
     kept = json.loads((cut / "secateur" / "steps.json").read_text())[0]["cut"]["layers"]
     found = {}
-    for name, options in {"known": {}, "told": {"kept_layers": kept}, "other": {
-        "kept_layers": next(x for x in ([0, 1, 2], [2, 3, 4]) if x != kept)
+    for name, options in {"known": {}, "told": {"teacher_layers": kept}, "other": {
+        "teacher_layers": next(x for x in ([0, 1, 2], [2, 3, 4]) if x != kept)
     }}.items():  # fmt: skip
         train(
             places,
             tmp_path / name,
-            "distill",
             model=cut,
+            teacher=tmp_path / "deep",
             hidden_weight=1.0,
             validation_windows=0,
             **options,
@@ -206,16 +213,16 @@ def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None
         train(places, tmp_path / "out", minutes=1, restart=True)
     with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
         train(places, tmp_path / "out", optimiser="SGD", restart=True)
-    save_tiny(tmp_path / "plain")
-    with pytest.raises(RecipeError, match="teacher is not known"):
-        train(places, tmp_path / "x", "distill", model=tmp_path / "plain")
+    for name, value in {"kind": "forward", "next_token": 0.0, "top_k": 8}.items():
+        with pytest.raises(RecipeError, match=f"no teacher, which {name} would need"):
+            train(places, tmp_path / "x", **{name: value})
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(places: Path, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "other", tokenizer=False)
     tiny_tokenizer([f"w{i}" for i in range(92)]).save_pretrained(folder)
     with pytest.raises(RecipeError, match="different vocabularies"):
-        train(places, tmp_path / "out", "distill", teacher=folder)
+        train(places, tmp_path / "out", teacher=folder)
 
 
 def test_the_command_line(
@@ -233,7 +240,7 @@ def test_the_command_line(
 
     text = places / "text.txt"
     code, told = command(
-        "retrain", places / "pruned", "-o", tmp_path / "one", "--text", text, "--steps", 3,
+        "train", places / "pruned", "-o", tmp_path / "one", "--text", text, "--steps", 3,
         "--optimizer", "SGD", "--gradient-checkpointing", "--set", "rates={'*norm*': 0}",
     )  # fmt: skip
     assert code == 0, told
@@ -241,13 +248,13 @@ def test_the_command_line(
     norm = "model.norm.weight"
     assert torch.equal(tensors(tmp_path / "one")[norm], tensors(places / "pruned")[norm])
     code, told = command(
-        "distill", tmp_path / "one" / "secateur" / "training.yaml", "-o", tmp_path / "two",
-        "--kind", "reverse", "--temperature", 2, "--json",
+        "train", tmp_path / "one" / "secateur" / "training.yaml", "-o", tmp_path / "two",
+        "--teacher", places / "dense", "--kind", "reverse", "--temperature", 2, "--json",
     )  # fmt: skip
     assert code == 0, told
     assert '"objective": "reverse KL, T = 2"' in told
     assert_zeros(places / "pruned", tmp_path / "two", moved=False)
-    code, told = command("retrain", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
+    code, told = command("train", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
     assert code == 2
     assert "is not KEY=VALUE" in told
 

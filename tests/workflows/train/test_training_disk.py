@@ -40,7 +40,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(places: Path, output: Path, **more: Any) -> Any:
     text = str(places / "text.txt")
-    return secateur.retrain(places / "pruned", output=output, text=text, **OPTIONS, **more)
+    return secateur.train(places / "pruned", output=output, text=text, **OPTIONS, **more)
 
 
 def failing(call: Callable[..., Any], at: int) -> Callable[..., Any]:

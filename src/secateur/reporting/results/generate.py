@@ -50,7 +50,7 @@ class GenerateResult(Result):
         if self.tokens == 0 and self.chat:
             told += (
                 "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
-                "chat format. --no-chat continues the prompt as it is; or retrain on chats"
+                "chat format. --no-chat continues the prompt as it is; or train on chats"
             )
         return told
 

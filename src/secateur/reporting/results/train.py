@@ -1,4 +1,4 @@
-"""What `retrain` and `distill` return."""
+"""What `train` returns."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     manifest.json        Manifest       prune, structure
     layers.jsonl         Layer          prune, a line for each decoder layer
-    training.json        [Training]     retrain, distill, an entry for each training
+    training.json        [Training]     train, an entry for each training
     chain.json           Chain          chain
     compression.json     Compression    compress
     diagnosis.json       DiagnosisRecord      diagnose

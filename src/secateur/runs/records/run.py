@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -146,7 +146,6 @@ class Layer(Record):
 class Training(Record):
     """An entry of `training.json`."""
 
-    verb: Literal["retrain", "distill"]
     source: Source
     objective: str
     text: dict[str, Any]

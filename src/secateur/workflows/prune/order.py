@@ -154,8 +154,8 @@ def refuse_several(recipe: PruneRecipe, count: int) -> None:
         ),
         "--distill-epochs": (
             recipe.distillation.epochs > 0,
-            "use --distill-epochs 0, and then `torchrun … -m secateur distill` on the result, "
-            "which divides both models among the processes",
+            "use --distill-epochs 0, and then `torchrun … -m secateur train --teacher MODEL` on "
+            "the result, which divides both models among the processes",
         ),
     }
     for option, (given, remedy) in refused.items():

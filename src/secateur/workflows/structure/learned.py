@@ -29,7 +29,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.design import design
@@ -307,7 +307,7 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
     windows = torch.cat(list(found.windows.values()))
     how = context.recipe.learned
     assert how is not None
-    recipe = RetrainRecipe(
+    recipe = TrainRecipe(
         model=str(folder),
         batch=how.batch,
         memory_budget_gib=context.recipe.memory.budget_gib,

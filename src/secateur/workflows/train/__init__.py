@@ -1,1 +1,1 @@
-"""`secateur retrain` and `secateur distill`: train a pruned model and keep its zeros."""
+"""`secateur train`: train a pruned model and keep its zeros."""

@@ -20,7 +20,7 @@ from secateur.recipes.train import (
     GradualOptions,
     IterativeOptions,
     PruningOptions,
-    RetrainRecipe,
+    TrainRecipe,
 )
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import Schedule, schedules
@@ -59,7 +59,7 @@ class Adapted:
 
 
 def adapt(
-    recipe: RetrainRecipe, model: Any, masks: Masks, windows: Windows, processes: ProcessGroup
+    recipe: TrainRecipe, model: Any, masks: Masks, windows: Windows, processes: ProcessGroup
 ) -> Adapted:
     """Prepare a model for the training of a recipe, in place.
 
@@ -92,7 +92,7 @@ def adapt(
     return Adapted(model, held, held, (hook,), None, opened)
 
 
-def check_together(recipe: RetrainRecipe, processes: ProcessGroup) -> None:
+def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
     """Refuse ways to train that exclude each other.
 
     Raises:
@@ -115,7 +115,7 @@ def check_together(recipe: RetrainRecipe, processes: ProcessGroup) -> None:
         )
 
 
-def adapters(recipe: RetrainRecipe) -> Adapters:
+def adapters(recipe: TrainRecipe) -> Adapters:
     """Return the adapters of a recipe."""
     how = recipe.lora
     assert how is not None
@@ -123,7 +123,7 @@ def adapters(recipe: RetrainRecipe) -> Adapters:
     return Adapters(how.rank, alpha, how.dropout, how.include, how.exclude)
 
 
-def rates_of(recipe: RetrainRecipe, model: Any) -> Mapping[str, float]:
+def rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
     """Return factors of the learning rate by globs of parameter names. The last match counts.
 
     Args:
@@ -221,7 +221,7 @@ def pruning(
     return course(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
 
 
-def merged(recipe: RetrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:
+def merged(recipe: TrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:
     """Return the final model, made from the initial model and the trained parameters.
 
     Args:

@@ -20,7 +20,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
-from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.reporting.results.train import TrainResult
 from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
@@ -46,7 +46,7 @@ from secateur.workflows.train.session import Session, Trained
 from secateur.workflows.train.text import TrainingText, read_training_text
 from secateur.workflows.train.weights import check_written, write_trained
 
-__all__ = ["distill", "retrain", "run_training"]
+__all__ = ["run_training", "train"]
 
 NO_PART = {
     "output",
@@ -63,9 +63,11 @@ diverged can resume from its last save with a lower rate."""
 TRAININGS = "training.json"
 
 
-@takes_options_of(RetrainRecipe)
-def retrain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
-    """Train a checkpoint on text, with its zeros held at every step, into a new folder.
+@takes_options_of(TrainRecipe)
+def train(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
+    """Train a checkpoint into a new folder, with its zeros held at every step.
+
+    It learns from text; with a `teacher` it learns that model's predictions for the text.
 
     Args:
         model: hub id, folder or named sample.
@@ -75,28 +77,12 @@ def retrain(model: str | Path, *, progress: Progress | None = None, **options: A
     Raises:
         SecateurError: what, where, and what to do.
     """
-    recipe, call = recipe_of(RetrainRecipe, {"model": model}, options)
-    return run_training(recipe, progress, **call)
-
-
-@takes_options_of(DistillRecipe)
-def distill(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
-    """Train a pruned or cut checkpoint on the predictions of a larger one; else like `retrain`.
-
-    Args:
-        model: the student: hub id, folder or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    recipe, call = recipe_of(DistillRecipe, {"model": model}, options)
+    recipe, call = recipe_of(TrainRecipe, {"model": model}, options)
     return run_training(recipe, progress, **call)
 
 
 def run_training(
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     progress: Progress | None = None,
     *,
     resume: bool = False,
@@ -108,7 +94,7 @@ def run_training(
     With several processes, only the first one writes. All return the result.
 
     Args:
-        recipe: recipe of a retraining or a distillation.
+        recipe: recipe of the training.
         progress: receives every step.
         resume: resume a stopped training, or start if there is none.
         restart: discard the files of a stopped training.
@@ -117,9 +103,7 @@ def run_training(
     meter = Meter.start()
     processes = ProcessGroup(choose_device(recipe.device))
     progress = progress if progress is not None and processes.main else Silent()
-    folder = RunFolder(
-        recipe.output, verb_of(recipe), resume=resume, restart=restart, overwrite=overwrite
-    )
+    folder = RunFolder(recipe.output, "train", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
@@ -135,7 +119,7 @@ def run_training(
 
 def train_into(
     folder: RunFolder,
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     source: LocalCheckpoint,
     processes: ProcessGroup,
     progress: Progress,
@@ -152,7 +136,7 @@ def train_into(
         folder.begin(identity(recipe, reader, text, progress))
         folder.worth_resuming = lambda: any(work.rglob("log.jsonl"))
     plan = plan_of(recipe, text, target.model)
-    teacher = teacher_of(recipe, source, work)
+    teacher = teacher_of(recipe, work)
     if teacher is not None:
         folder.keep_apart(teacher.folder)
     memory = foretell(recipe, target, teacher, text, plan, processes)
@@ -203,7 +187,7 @@ def report_of(output: Path) -> TrainResult:
 
 
 def identity(
-    recipe: RetrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
+    recipe: TrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
 ) -> dict[str, Any]:
     """Everything that affects the trained weights."""
     return {
@@ -217,7 +201,7 @@ def identity(
 
 
 def manifest_of(
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     source: LocalCheckpoint,
     text: TrainingText,
     session: Session,
@@ -229,7 +213,6 @@ def manifest_of(
     outcome = trained.outcome
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return {
-        "verb": verb_of(recipe),
         "source": source.record(),
         "objective": objective_text(recipe, session.adapted),
         "text": text.record,
@@ -250,15 +233,10 @@ def manifest_of(
     }
 
 
-def verb_of(recipe: RetrainRecipe) -> str:
-    """The verb of a recipe."""
-    return "distill" if isinstance(recipe, DistillRecipe) else "retrain"
-
-
-def objective_text(recipe: RetrainRecipe, adapted: Adapted) -> str:
+def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
     """Describe in words the loss of a training, and its pruning."""
     text = "next token"
-    if isinstance(recipe, DistillRecipe):
+    if recipe.teacher is not None:
         text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
         if recipe.next_token:
             part = recipe.next_token
@@ -277,7 +255,7 @@ def objective_text(recipe: RetrainRecipe, adapted: Adapted) -> str:
 
 
 def write(
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     source: LocalCheckpoint,
     masks: Masks,
     manifest: dict[str, Any],

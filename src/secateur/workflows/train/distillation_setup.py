@@ -12,7 +12,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import DistillRecipe, RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
@@ -32,7 +32,7 @@ from secateur.workflows.train.text import TrainingText
 __all__ = ["objective_of", "plan_of", "teacher_of"]
 
 
-def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
+def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
     """Return length, learning rate and optimizer of a training.
 
     Args:
@@ -65,7 +65,7 @@ def plan_of(recipe: RetrainRecipe, text: TrainingText, model: Any) -> TrainingPl
 
 
 def objective_of(
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     source: LocalCheckpoint,
     place: LocalCheckpoint | None,
     model: Any,
@@ -74,7 +74,7 @@ def objective_of(
     progress: Progress,
     processes: ProcessGroup,
 ) -> Objective:
-    """Return the loss. For a distillation this loads the teacher, or the file of its predictions.
+    """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
 
     Args:
         recipe: recipe of the training.
@@ -89,7 +89,7 @@ def objective_of(
     Raises:
         RecipeError: the teacher has another vocabulary, or its file belongs to another text.
     """
-    if not isinstance(recipe, DistillRecipe):
+    if recipe.teacher is None:
         return NextToken.of(model)
     options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
     options |= {"next_token": recipe.next_token}
@@ -104,12 +104,11 @@ def objective_of(
         apart=False,  # the loss applies its head after its forward
         trust_remote_code=recipe.trust_remote_code,
     )
-    layers = len(describe(teacher).layers(teacher))
     objective = Distil.between(
         model,
         ModelTeacher(teacher),
-        teacher_layers=layers,
-        kept_layers=kept_layers(recipe, source, place.name),
+        teacher_depth=len(describe(teacher).layers(teacher)),
+        teacher_layers=teacher_layers(recipe, source, place.name),
         hidden=recipe.hidden_weight,
         **options,
     )
@@ -133,23 +132,20 @@ def objective_of(
     return Distil.between(model, written(file, text), hidden=recipe.hidden_weight, **options)
 
 
-def teacher_of(
-    recipe: RetrainRecipe, source: LocalCheckpoint, work: Path
-) -> LocalCheckpoint | None:
+def teacher_of(recipe: TrainRecipe, work: Path) -> LocalCheckpoint | None:
     """Return the checkpoint of the teacher; None without a teacher, or if its file exists.
 
     Raises:
         RecipeError: the teacher is unknown.
     """
-    if not isinstance(recipe, DistillRecipe):
+    if recipe.teacher is None:
         return None
     if (recipe.top_k or recipe.teacher_file) and written_down(recipe, work).exists():
         return None
-    named = recipe.teacher or pruned_from(source)
-    return resolve(named, trust_remote_code=recipe.trust_remote_code)
+    return resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
 
 
-def written_down(recipe: DistillRecipe, work: Path) -> Path:
+def written_down(recipe: TrainRecipe, work: Path) -> Path:
     """The file of a teacher's predictions."""
     return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
 
@@ -170,33 +166,17 @@ def written(file: Path, text: TrainingText) -> WrittenTeacher:
     return teacher
 
 
-def pruned_from(source: LocalCheckpoint) -> str:
-    """Return the model that a run folder was pruned from.
-
-    Raises:
-        RecipeError: the folder does not name it.
-    """
-    manifest = source.folder / NOTES / "manifest.json"
-    if not manifest.is_file():
-        raise RecipeError(
-            "the model does not say what it was pruned from, so the teacher is not known",
-            where=str(source.folder),
-            remedy="name it with --teacher",
-        )
-    return read_record(Manifest, manifest).source.name
-
-
-def kept_layers(
-    recipe: DistillRecipe, source: LocalCheckpoint, teacher: str
+def teacher_layers(
+    recipe: TrainRecipe, source: LocalCheckpoint, teacher: str
 ) -> tuple[int, ...] | None:
     """Return the teacher's layers that the student has, from the recipe or the notes of its cut.
 
     None if they are unknown, or if the teacher is not the model that was cut.
     """
-    steps = source.folder / NOTES / "steps.json"
-    if recipe.kept_layers is not None or not recipe.hidden_weight or not steps.is_file():
-        return recipe.kept_layers
-    if teacher != pruned_from(source):
+    steps, manifest = (source.folder / NOTES / name for name in ("steps.json", "manifest.json"))
+    if recipe.teacher_layers is not None or not recipe.hidden_weight or not steps.is_file():
+        return recipe.teacher_layers
+    if not manifest.is_file() or teacher != read_record(Manifest, manifest).source.name:
         return None
     depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
     return tuple(depth[0]["layers"]) if depth else None

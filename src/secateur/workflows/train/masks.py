@@ -17,7 +17,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.training.masks import Masks, matrices, stored_masks
 from secateur.training.parts import local
 from secateur.training.process_group import ProcessGroup
@@ -28,7 +28,7 @@ BY_CHANCE = 0.001
 """The share of zeros that a matrix may have by chance in a dense model."""
 
 
-def masks_of(recipe: RetrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
+def masks_of(recipe: TrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
     """Return the masks that a training holds.
 
     Args:

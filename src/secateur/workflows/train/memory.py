@@ -32,7 +32,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
-from secateur.recipes.train import DistillRecipe, IterativeOptions, RetrainRecipe
+from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.meter import resident_bytes
 from secateur.training.heads import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
@@ -97,7 +97,7 @@ class TrainingMemory:
 
 
 def foretell(
-    recipe: RetrainRecipe,
+    recipe: TrainRecipe,
     target: CheckpointTarget,
     teacher: LocalCheckpoint | None,
     text: TrainingText,
@@ -194,7 +194,7 @@ def teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool
 
 
 def disk_bytes(
-    recipe: RetrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
+    recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
 ) -> int:
     """The maximum disk use of a training. Each new file is written beside the old one."""
     stored = target.stored
@@ -213,7 +213,7 @@ def disk_bytes(
         rounds = rounds_bytes(recipe.iterative, sum(named.values()), masks)
     best = final * (text.validation is not None)
     taught = 0
-    if isinstance(recipe, DistillRecipe) and (recipe.top_k or recipe.teacher_file):
+    if recipe.teacher is not None and (recipe.top_k or recipe.teacher_file):
         taught = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
     result = target.reader.total_bytes
     return state + best + taught + rounds + max(state, best, final + result)
@@ -234,7 +234,7 @@ def rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
     return 4 * weights * copies + 2 * masks
 
 
-def check_memory(needed: TrainingMemory, recipe: RetrainRecipe, device: torch.device) -> None:
+def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.device) -> None:
     """Refuse a training that would not fit.
 
     Raises:

@@ -17,7 +17,7 @@ from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.positions import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.training.teachers import windows_digest
 from secateur.types import Windows
 
@@ -46,7 +46,7 @@ class TrainingText:
     record: dict[str, Any]
 
 
-def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> TrainingText:
+def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> TrainingText:
     """Return the windows of a recipe.
 
     Args:
@@ -103,7 +103,7 @@ def read_training_text(recipe: RetrainRecipe, folder: Path, config: Any) -> Trai
     )
 
 
-def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) -> Windows:
+def windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> Windows:
     """Return the windows of all texts, up to the number in the recipe.
 
     Several texts contribute equally: each gives as many windows as the shortest, in turns.
@@ -123,7 +123,7 @@ def windows_of(recipe: RetrainRecipe, folder: Path, length: int, config: Any) ->
 
 
 def windows_of_text(
-    text: str, recipe: RetrainRecipe, folder: Path, length: int, config: Any
+    text: str, recipe: TrainRecipe, folder: Path, length: int, config: Any
 ) -> Windows:
     """Return the windows of one text, up to its share of the number in the recipe."""
     vocabulary, positions = config.vocab_size, positions_of(config)

@@ -17,7 +17,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.stored import StoredModel
 from secateur.models.whole import load_whole
 from secateur.progress import Progress
-from secateur.recipes.train import RetrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.training.masks import Masks
 from secateur.training.parts import is_shared, local, rows_of
 from secateur.workflows.train.adapters import merged
@@ -46,7 +46,7 @@ class OpenFile(Mapping[str, Tensor]):
 
 
 def write_trained(
-    recipe: RetrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
+    recipe: TrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
 ) -> None:
     """Write a copy of the source with the new values of the trained parameters.
 

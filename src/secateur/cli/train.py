@@ -1,4 +1,4 @@
-"""`secateur retrain`: train a pruned model and keep its zeros."""
+"""`secateur train`: train a pruned model and keep its zeros."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.train import RetrainRecipe
+    from secateur.recipes.train import TrainRecipe
     from secateur.reporting.results.train import TrainResult
 
-__all__ = ["retrain", "run"]
+__all__ = ["train"]
 
 
-def run(recipe: RetrainRecipe, **call: Any) -> TrainResult | None:
+def run(recipe: TrainRecipe, **call: Any) -> TrainResult | None:
     """Train with a progress bar. With several processes only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.train.checkpoint import run_training
@@ -26,4 +26,4 @@ def run(recipe: RetrainRecipe, **call: Any) -> TrainResult | None:
         return run_training(recipe, progress, **call)
 
 
-retrain = command("retrain", run)
+train = command("train", run)
