@@ -24,7 +24,7 @@ import secateur
 from secateur.recipes.keywords import python_type, type_text
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS
-from secateur.recipes.verbs import VERBS, Verb, imported
+from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
 from written_files import write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,10 @@ PAGE_HEAD = """# Options
 This page lists every option of every verb: its flag, its key in a recipe, its default and what it
 does.
 
-- **Command line**: write the flag as shown. `secateur VERB --help` shows the same list.
+- **Command line**: write the flag as shown. `secateur VERB --help` shows the same list. Every verb
+  also has `--json`, which prints the result as JSON, and `--quiet` (`-q`): neither progress nor log,
+  only errors and the result. `secateur --install-completion` lets the Tab key complete verbs,
+  options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
 - **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
   is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
 - **YAML**: a dot separates a section from its key: `memory.budget_gib` is `budget_gib` in the
@@ -120,7 +123,10 @@ def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> st
 
 def page() -> str:
     """The text of the page."""
-    parts = [PAGE_HEAD]
+    parts = [PAGE_HEAD, "\n| verbs | |\n|---|---|\n"]
+    for stage in STAGES:
+        links = [f"[{v.name}](#secateur-{v.name})" for v in VERBS.values() if v.stage == stage]
+        parts.append(f"| {stage} | {', '.join(links)} |\n")
     for verb in VERBS.values():
         if verb.recipe:
             parts += [f"\n## secateur {verb.name}\n\n{verb.summary}\n", *tables(verb)]

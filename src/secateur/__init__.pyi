@@ -58,6 +58,7 @@ __all__ = [
     "compress",
     "decompress",
     "diagnose",
+    "distill",
     "evaluate",
     "export",
     "fit",
@@ -73,11 +74,11 @@ __all__ = [
     "push",
     "refinements",
     "report",
+    "retrain",
     "scores",
     "solvers",
     "structure",
     "sweep",
-    "train",
 ]
 
 def advise(
@@ -143,7 +144,8 @@ def chain(
     Args:
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        steps: Each step is a verb (structure, prune, train, compress) with its options. [required]
+        steps: Each step is a verb (structure, prune, retrain, distill, compress) with its options.
+            A distill step without a teacher learns from the chain's model. [required]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -159,7 +161,8 @@ def compress(
     *,
     progress: Progress | None = None,
     format: str | None = None,
-    values: str | None = None,
+    values: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+    | None = None,
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
     max_loss_increase: float | None = None,
@@ -174,9 +177,9 @@ def compress(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
+    output: str | Path | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    output: str | Path | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -215,10 +218,10 @@ def compress(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
+        output: Folder for the new model. It must not exist. [required]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
@@ -251,6 +254,122 @@ def decompress(
 
     Returns:
         Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def distill(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    field: str | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    mask: str | Path | None = None,
+    validation_text: str | Path | None = None,
+    validation_windows: int | None = None,
+    seed: int | None = None,
+    teacher: str | Path | None = None,
+    kind: Literal["forward", "reverse", "symmetric"] | None = None,
+    temperature: float | None = None,
+    next_token: float | None = None,
+    hidden_weight: float | None = None,
+    kept_layers: Sequence[int] | None = None,
+    top_k: int | None = None,
+    teacher_file: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    warm_up: float | None = None,
+    clip: float | None = None,
+    optimizer: str | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    gradual: float | str | Mapping[str, Any] | None = None,
+    iterative: float | str | Mapping[str, Any] | None = None,
+    regrow: bool | None = None,
+    validations: int | None = None,
+    patience: int | None = None,
+    micro_batch_windows: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    memory_budget_gib: float | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
+    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    fast_matmuls: bool | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> TrainResult:
+    """Train a pruned or cut checkpoint on the predictions of a larger one; else like `retrain`.
+
+    Args:
+        model: the student: hub id, folder or named sample.
+        progress: receives every step.
+        text: Training text: file, folder, hub data set or named text. May be repeated; each text
+            then gives equally many windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
+        windows: Largest number of training windows. A longer run repeats them. [4096]
+        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
+            zeros]
+        validation_text: Validation text. [held-out windows of the training text]
+        validation_windows: Number of validation windows; 0: no validation. [16]
+        seed: Seed that chooses the windows and their order. [0]
+        teacher: Model to learn from: hub id, folder or named sample. [the model that was pruned]
+        kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
+            teacher), symmetric is the mean of both. [forward]
+        temperature: Temperature of both models; gradients are scaled by its square. [1]
+        next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
+        hidden_weight: Weight of the hidden-state loss; 0: none. [0]
+        kept_layers: Layers of the teacher that the student kept. [spread evenly]
+        top_k: Before the training, store this many of the teacher's most likely tokens for each
+            position, and release the teacher. [all, while training]
+        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
+            the end]
+        steps: Optimizer steps. [as many as the epochs need]
+        minutes: Minutes to train, instead of steps. [as long as the steps take]
+        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
+        batch: Windows per optimizer step. [4]
+        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
+        warm_up: Share of the run in which the learning rate rises. [0.05]
+        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
+        optimizer: A class of torch.optim. [AdamW]
+        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
+            stay as they are]
+        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
+            for --steps. [the zeros stay as they are]
+        regrow: Allow a mask that keeps weights which are zero in the model. [off]
+        validations: Number of validations during the run; one more comes before it. [10]
+        patience: Stop after this many validations without a better result; 0: never. [never]
+        micro_batch_windows: Windows in one forward. [about 2048 tokens]
+        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
+            memory. [off]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: Folder for the new model. It must not exist. [required]
+        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
+        tensorboard: Folder for TensorBoard curves. [none]
+        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
+        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
+        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
+            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
+            [1]
+        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -316,7 +435,7 @@ def export(
     model: str | Path,
     *,
     progress: Progress | None = None,
-    to: str | None = None,
+    to: Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"] | None = None,
     type: str | None = None,
     keep_zeros: bool | None = None,
     output: str | Path | None = None,
@@ -375,9 +494,9 @@ def fit(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
+    output: str | Path | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    output: str | Path | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -414,8 +533,8 @@ def fit(
             much. [on]
         generations: Generations of the search; 0 takes the first candidate. [10]
         offspring: Candidates of a generation. [8]
-        minutes: Time to keep. Generations are dropped first, then cuts, finalists and the frontier;
-            what was dropped is said. Levels are always made. [no limit]
+        minutes: Time budget in minutes. If it runs short, the search is cut first; the result says
+            what was skipped. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]
@@ -429,10 +548,10 @@ def fit(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
+        output: Folder for the new model. It must not exist. [required]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
@@ -489,19 +608,10 @@ def plan(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    score: str | None = None,
-    solver: str | None = None,
-    refine: str | None = None,
-    method_parameters: Mapping[str, int | float] | None = None,
     method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
-    asymmetric_damping: float | None = None,
-    choose_damping: bool | None = None,
-    sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
-    asymmetric: bool | None = None,
-    fast_matmuls: bool | None = None,
     calibration: str | Path | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -521,8 +631,6 @@ def plan(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
-    micro_batch_tokens: int | None = None,
     gpus: int | None = None,
     nodes: int | None = None,
     gpu: str | None = None,
@@ -532,6 +640,17 @@ def plan(
     | None = None,
     compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    refine: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
+    sequential: Literal["group", "layer"] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> PlanResult | ClusterPlanResult:
     """Report what pruning `model` would need, without pruning it.
 
@@ -546,25 +665,12 @@ def plan(
         overrides: Own sparsity for some linears; 0 keeps them dense. [none]
         effort: Preset: fast, balanced or best. It fills in the options that you do not give.
             [balanced, if no method is given]
-        score: Score that rates the weights, to compose your own method. [none]
-        solver: Solver that adjusts the kept weights, to compose your own method. [none]
-        refine: Improve the mask before solving: swaps. [none]
-        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
             8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
-        asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
-        choose_damping: Choose that damping for each linear, by the error on a quarter of the
-            calibration tokens, which the fit does not see. [off]
-        sequential: group: each group of linears sees inputs from the pruned groups before it.
-            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
-            [group]
         on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]
@@ -597,9 +703,6 @@ def plan(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
-            disk; auto uses the first in which they fit. [auto]
-        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         gpus: Plan on paper for machines with so many GPUs. The model is then a well-known shape
             such as llama-3.1-70b. [plan for this machine]
         nodes: How many such machines. [1]
@@ -613,6 +716,22 @@ def plan(
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
             32, 64 or 128. [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
+        score: Score that rates the weights, to compose your own method. [none]
+        solver: Solver that adjusts the kept weights, to compose your own method. [none]
+        refine: Improve the mask before solving: swaps. [none]
+        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
+        choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
+            tokens. [off]
+        sequential: group: each group of linears sees inputs from the pruned groups before it.
+            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
+            [group]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
 
     Raises:
         SecateurError: as `prune` would.
@@ -631,19 +750,10 @@ def prune(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    score: str | None = None,
-    solver: str | None = None,
-    refine: str | None = None,
-    method_parameters: Mapping[str, int | float] | None = None,
     method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
-    asymmetric_damping: float | None = None,
-    choose_damping: bool | None = None,
-    sequential: Literal["group", "layer"] | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
-    asymmetric: bool | None = None,
-    fast_matmuls: bool | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -662,8 +772,6 @@ def prune(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
-    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
-    micro_batch_tokens: int | None = None,
     ray: str | None = None,
     ray_processes: int | None = None,
     output: str | Path | None = None,
@@ -672,6 +780,17 @@ def prune(
     | None = None,
     compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8"] | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    refine: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    asymmetric_damping: float | None = None,
+    choose_damping: bool | None = None,
+    sequential: Literal["group", "layer"] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -693,25 +812,12 @@ def prune(
         overrides: Own sparsity for some linears; 0 keeps them dense. [none]
         effort: Preset: fast, balanced or best. It fills in the options that you do not give.
             [balanced, if no method is given]
-        score: Score that rates the weights, to compose your own method. [none]
-        solver: Solver that adjusts the kept weights, to compose your own method. [none]
-        refine: Improve the mask before solving: swaps. [none]
-        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
             8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
             global or search. [uniform]
-        asymmetric_damping: How strongly the asymmetric fit stays near the dense weights. [0.2]
-        choose_damping: Choose that damping for each linear, by the error on a quarter of the
-            calibration tokens, which the fit does not see. [off]
-        sequential: group: each group of linears sees inputs from the pruned groups before it.
-            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
-            [group]
         on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
@@ -741,9 +847,6 @@ def prune(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
-        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
-            disk; auto uses the first in which they fit. [auto]
-        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
             processes on this machine. [no cluster]
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
@@ -757,6 +860,22 @@ def prune(
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
             32, 64 or 128. [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
+        score: Score that rates the weights, to compose your own method. [none]
+        solver: Solver that adjusts the kept weights, to compose your own method. [none]
+        refine: Improve the mask before solving: swaps. [none]
+        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
+        asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
+        choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
+            tokens. [off]
+        sequential: group: each group of linears sees inputs from the pruned groups before it.
+            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
+            [group]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
@@ -799,6 +918,103 @@ def push(
         SecateurError: what, where, and what to do.
     """
 
+def retrain(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    field: str | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    mask: str | Path | None = None,
+    validation_text: str | Path | None = None,
+    validation_windows: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    warm_up: float | None = None,
+    clip: float | None = None,
+    optimizer: str | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    gradual: float | str | Mapping[str, Any] | None = None,
+    iterative: float | str | Mapping[str, Any] | None = None,
+    regrow: bool | None = None,
+    validations: int | None = None,
+    patience: int | None = None,
+    micro_batch_windows: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    memory_budget_gib: float | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
+    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    fast_matmuls: bool | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> TrainResult:
+    """Train a checkpoint on text, with its zeros held at every step, into a new folder.
+
+    Args:
+        model: hub id, folder or named sample.
+        progress: receives every step.
+        text: Training text: file, folder, hub data set or named text. May be repeated; each text
+            then gives equally many windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
+        windows: Largest number of training windows. A longer run repeats them. [4096]
+        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
+            zeros]
+        validation_text: Validation text. [held-out windows of the training text]
+        validation_windows: Number of validation windows; 0: no validation. [16]
+        seed: Seed that chooses the windows and their order. [0]
+        steps: Optimizer steps. [as many as the epochs need]
+        minutes: Minutes to train, instead of steps. [as long as the steps take]
+        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
+        batch: Windows per optimizer step. [4]
+        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
+        warm_up: Share of the run in which the learning rate rises. [0.05]
+        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
+        optimizer: A class of torch.optim. [AdamW]
+        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
+            stay as they are]
+        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
+            for --steps. [the zeros stay as they are]
+        regrow: Allow a mask that keeps weights which are zero in the model. [off]
+        validations: Number of validations during the run; one more comes before it. [10]
+        patience: Stop after this many validations without a better result; 0: never. [never]
+        micro_batch_windows: Windows in one forward. [about 2048 tokens]
+        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
+            memory. [off]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: Folder for the new model. It must not exist. [required]
+        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
+        tensorboard: Folder for TensorBoard curves. [none]
+        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
+        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
+        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
+            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
+            [1]
+        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
 def structure(
     model: str | Path,
     *,
@@ -820,17 +1036,12 @@ def structure(
     multiple: int | None = None,
     pad: bool | None = None,
     effort: Literal["fast", "balanced", "best"] | None = None,
-    score: str | None = None,
-    solver: str | None = None,
-    method_parameters: Mapping[str, int | float] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
     experts_by: Literal["reap", "frequency", "random", "merge"] | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
     depth_units: Literal["layers", "blocks"] | None = None,
-    asymmetric: bool | None = None,
-    fast_matmuls: bool | None = None,
     calibration: str | Path | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -847,9 +1058,14 @@ def structure(
     trust_remote_code: bool | None = None,
     device: str | None = None,
     memory_budget_gib: float | None = None,
+    output: str | Path | None = None,
+    score: str | None = None,
+    solver: str | None = None,
+    method_parameters: Mapping[str, int | float] | None = None,
+    asymmetric: bool | None = None,
+    fast_matmuls: bool | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    output: str | Path | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -881,13 +1097,10 @@ def structure(
         kv_cache: Largest KV cache, as a fraction of the uncut model's. KV groups are cut. [all]
         whole_first: Number of first decoder layers that keep all heads and neurons. [0]
         whole_last: Number of last decoder layers that keep all heads and neurons. [0]
-        multiple: Keep FFN neurons in multiples of this number. [1]
+        multiple: Round the FFN width to a multiple of this number. [1]
         pad: Pad all layers with zeros to one size, for engines that need it. [off]
         effort: Preset: fast, balanced or best. It fills in the options that you do not give.
             [balanced, if no score is given]
-        score: Score that selects the units to remove. [the preset's]
-        solver: Solver that adjusts the weights that read the removed units. [the preset's]
-        method_parameters: Parameters of the score and the solver. [the preset's]
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity, global
             or search. [uniform]
         learned: Learn which units stay by training, in this many steps. [not learned]
@@ -899,9 +1112,6 @@ def structure(
             search. [influence]
         depth_units: Remove whole decoder layers, or their attention and FFN blocks separately.
             [layers]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]
@@ -930,130 +1140,16 @@ def structure(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
             of this process. A run that needs more does not start. [4/5 of the free memory]
+        output: Folder for the new model. It must not exist. [required]
+        score: Score that selects the units to remove. [the preset's]
+        solver: Solver that adjusts the weights that read the removed units. [the preset's]
+        method_parameters: Parameters of the score and the solver. [the preset's]
+        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
+            linear to its own outputs on the same inputs. [the preset's]
+        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        output: Folder for the new model. It must not exist. [required]
-        overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
-        restart: Discard a stopped run and start again. [off]
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-
-def train(
-    model: str | Path,
-    *,
-    progress: Progress | None = None,
-    text: Sequence[str | Path] | None = None,
-    field: str | None = None,
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    mask: str | Path | None = None,
-    validation_text: str | Path | None = None,
-    validation_windows: int | None = None,
-    seed: int | None = None,
-    teacher: str | Path | None = None,
-    kind: Literal["forward", "reverse", "symmetric"] | None = None,
-    temperature: float | None = None,
-    next_token: float | None = None,
-    hidden_weight: float | None = None,
-    teacher_layers: Sequence[int] | None = None,
-    top_k: int | None = None,
-    teacher_file: str | Path | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    epochs: float | None = None,
-    batch: int | None = None,
-    learning_rate: float | None = None,
-    warm_up: float | None = None,
-    clip: float | None = None,
-    optimizer: str | None = None,
-    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
-    rates: Mapping[str, float] | None = None,
-    layer_decay: float | None = None,
-    lora: int | Mapping[str, Any] | None = None,
-    gradual: float | str | Mapping[str, Any] | None = None,
-    iterative: float | str | Mapping[str, Any] | None = None,
-    regrow: bool | None = None,
-    validations: int | None = None,
-    patience: int | None = None,
-    micro_batch_windows: int | None = None,
-    gradient_checkpointing: bool | None = None,
-    fast_matmuls: bool | None = None,
-    memory_budget_gib: float | None = None,
-    trust_remote_code: bool | None = None,
-    device: str | None = None,
-    output: str | Path | None = None,
-    save_minutes: float | None = None,
-    tensorboard: str | Path | None = None,
-    overwrite: bool | None = None,
-    resume: bool | None = None,
-    restart: bool | None = None,
-) -> TrainResult:
-    """Train a checkpoint into a new folder, with its zeros held at every step.
-
-    It learns from text; with a `teacher` it learns that model's predictions for the text.
-
-    Args:
-        model: hub id, folder or named sample.
-        progress: receives every step.
-        text: Training text: file, folder, hub data set or named text. May be repeated; then each
-            text gives the same number. [c4]
-        field: The field of a JSONL line that holds the text. [text]
-        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
-        windows: Largest number of training windows. A longer run repeats them. [4096]
-        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
-            zeros]
-        validation_text: Validation text. [held-out windows of the training text]
-        validation_windows: Number of validation windows; 0: no validation. [16]
-        seed: Seed that chooses the windows and their order. [0]
-        teacher: Model to learn from, such as the one that was pruned: hub id, folder or named
-            sample. [none: learn from the text]
-        kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
-            teacher), symmetric is the mean of both. [forward]
-        temperature: Temperature of both models; gradients are scaled by its square. [1]
-        next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
-        hidden_weight: Weight of the hidden-state loss; 0: none. [0]
-        teacher_layers: Layers of the teacher that the student has, for --hidden-weight. [those of
-            the cut, else spread evenly]
-        top_k: Before the training, store this many of the teacher's most likely tokens for each
-            position, and release the teacher. [all, while training]
-        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
-            the end]
-        steps: Optimizer steps. [as many as the epochs need]
-        minutes: Minutes to train, instead of steps. [as long as the steps take]
-        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows per optimizer step. [4]
-        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
-        warm_up: Share of the run in which the learning rate rises. [0.05]
-        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
-        optimizer: A class of torch.optim. [AdamW]
-        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
-        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
-        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
-            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
-            [1]
-        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
-        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
-            stay as they are]
-        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
-            for --steps. [the zeros stay as they are]
-        regrow: Allow a mask that keeps weights which are zero in the model. [off]
-        validations: Number of validations during the run; one more comes before it. [10]
-        patience: Stop after this many validations without a better result; 0: never. [never]
-        micro_batch_windows: Windows in one forward. [about 2048 tokens]
-        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
-            memory. [off]
-        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
-        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
-        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        output: Folder for the new model. It must not exist. [required]
-        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
-        tensorboard: Folder for TensorBoard curves. [none]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]

@@ -20,6 +20,8 @@ Each message says what happened (with numbers), where, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "DISTRIBUTION",
     "ArchitectureError",
@@ -75,6 +77,15 @@ class RecipeError(SecateurError):
     """Options or recipe do not make sense; all faults found are listed at once."""
 
     exit_code = 2
+
+    @classmethod
+    def of(
+        cls, faults: Sequence[str], *, where: str | None = None, remedy: str | None = None
+    ) -> RecipeError:
+        """One error for all faults: a single one stands alone, several are a list."""
+        [first, *more] = faults
+        what = f"{len(faults)} faults:\n    " + "\n    ".join(faults) if more else first
+        return cls(what, where=where, remedy=remedy)
 
 
 class SourceError(SecateurError):

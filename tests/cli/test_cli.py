@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -14,9 +16,10 @@ from safetensors.torch import save_file
 
 from commands import Outcome
 from secateur.calibration.windows import save_windows
+from secateur.cli import main
 from secateur.cli.app import make_app
 from secateur.models import checkpoint
-from secateur.recipes.verbs import VERBS
+from secateur.recipes.verbs import STAGES, VERBS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -94,20 +97,20 @@ def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
     recipe.write_text("modle: x\nsparsity: a lot\ncalibration: {windwos: 3, seed: -1}\n")
     done = secateur("prune", recipe)
     assert done.code == 2
-    assert "5 faults" in done.err
+    assert "error: 5 faults:" in done.err
     for told in (
         "modle: unknown key; did you mean 'model'",
         "model: missing",
-        "sparsity:",
+        "sparsity='a lot': must be a number",
         "did you mean 'windows'",
-        "calibration.seed:",
+        "calibration.seed=-1: must be 0 or more",
     ):
         assert told in done.err
 
 
 BAD = {
-    "sparsity one": (["--sparsity", "1.0"], 2, "sparsity 1 is not a fraction of zeros"),
-    "sparsity below zero": (["--sparsity", "-0.1"], 2, "sparsity -0.1 is not a fraction"),
+    "sparsity one": (["--sparsity", "1.0"], 2, "--sparsity 1.0: must be less than 1"),
+    "sparsity below zero": (["--sparsity", "-0.1"], 2, "--sparsity -0.1: must be 0 or more"),
     "no sparsity": ([], 2, "needs a sparsity"),
     "unknown method": (["--method", "wnada", "--sparsity", "0.5"], 2, "did you mean 'wanda'"),
     "unknown score": (["--score", "wandas", "--sparsity", "0.5"], 2, "did you mean 'wanda'"),
@@ -120,9 +123,9 @@ BAD = {
     "allocation": (["--allocation", "ole", "--sparsity", "0.5"], 2, "did you mean 'owl'"),
     "block by row": (["--pattern", "4x4", "--scope", "row", "--sparsity", "0.5"], 2, "row"),
     "include": (["--include", "*.nlp.*", "--sparsity", "0.5"], 2, "no linear matches '*.nlp.*'"),
-    "override": (["--overrides", "x", "--sparsity", "0.5"], 2, "is not GLOB=SPARSITY"),
+    "override": (["--overrides", "x", "--sparsity", "0.5"], 2, "x: must be GLOB=SPARSITY"),
     "set": (["--set", "memory.budgt=3", "--sparsity", "0.5"], 2, "did you mean 'budget_gib'"),
-    "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "'tpu' is not auto, cpu"),
+    "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "--device tpu: must be auto, cpu"),
     "budget": (["--memory-budget-gib", "0.01", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
     "no windows": (["--calibration", "nowhere.jsonl", "--sparsity", "0.5"], 2, "nowhere.jsonl"),
     "sequence too long": (
@@ -244,6 +247,85 @@ def test_errors_in_json(secateur, tmp_path: Path) -> None:
         "prune", tmp_path / "nowhere", "-o", tmp_path / "o", "--sparsity", "0.5", "--json"
     )
     assert json.loads(done.out)["error"]["kind"] == "SourceError"
+
+
+WRONG = [
+    "frune",
+    "prune",
+    "prune --sparsty 0.5",
+    "prune m --sparsity 0.5",
+    "prune m --windows 0 -o out",
+    "prune m --sparsity 2 -o out",
+    "prune m --effort quick -o out",
+    "prune m --device tpu -o out",
+    "prune m --set windwos=3 -o out",
+    "prune ./nowhere --sparsity 0.5 -o out",
+    "prune nowhere.yaml -o out",
+    "compress m --values int5 -o out",
+    "export m --to tensorrt -o out",
+    "bench m --contenders dense",
+    "push m noslash",
+    "sweep m --sparsities 0.5,1.5 -o out",
+    "fit m -o out",
+    "fit m --max-size wat -o out",
+    "diagnose",
+    "generate m --top-p 2",
+    "advise m --new-tokens 600",
+    "report",
+]
+
+
+def test_a_wrong_command_is_answered_before_torch_is_imported() -> None:
+    """It took 4 seconds of processor time: `import torch, transformers` came before the message."""
+    script = (
+        "import sys\n"
+        "from secateur.cli import main\n"
+        f"for words in {WRONG!r}:\n"
+        "    sys.argv = ['secateur', *words.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 2, words\n"
+        "    heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(WRONG)
+    assert "Input should" not in done.stderr
+
+
+def test_quiet_shows_neither_progress_nor_log(
+    secateur, model: Path, windows: Path, tmp_path: Path
+) -> None:
+    done = prune(secateur, model, windows, tmp_path / "loud")
+    assert done.code == 0
+    quiet = secateur(
+        "prune", model, "-o", tmp_path / "out", "--method", "wanda", "--sparsity", "0.5",
+        "--calibration", windows, "--quiet",
+    )  # fmt: skip
+    assert quiet.code == 0
+    assert quiet.err == ""
+    assert "zeros in decoder matrices" in quiet.out
+    refused = secateur("inspect", tmp_path / "nowhere", "-q")
+    assert refused.code == 2
+    assert refused.err.startswith("error: ")
+
+
+def test_help_lists_the_verbs_in_four_groups(secateur) -> None:
+    shown = secateur("--help").out
+    places = [shown.index(f"─ {stage} ─") for stage in STAGES]
+    assert places == sorted(places)
+    assert places[2] < shown.index("│ evaluate") < places[3]
+
+
+def test_the_shell_completes_verbs_choices_and_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = make_app().generate_completion(shell="bash")
+    assert "compgen -f" in script
+    with contextlib.redirect_stdout(io.StringIO()) as candidates:
+        monkeypatch.setattr(sys, "argv", ["secateur", "__complete", "export", "--to", ""])
+        with pytest.raises(SystemExit):
+            main()
+    assert "compressed-tensors" in candidates.getvalue()
 
 
 def test_help_imports_nothing_heavy() -> None:

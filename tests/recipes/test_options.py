@@ -11,7 +11,8 @@ import pytest
 import secateur
 from secateur.cli.app import make_app
 from secateur.errors import RecipeError
-from secateur.recipes.flags import recipe_from_flags
+from secateur.recipes.flags import read_flag, recipe_from_flags
+from secateur.recipes.keywords import recipe_of
 from secateur.recipes.old_names import OLD_NAMES
 from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.prune import PruneRecipe
@@ -79,7 +80,7 @@ def test_the_command_has_every_option_in_its_group(verb) -> None:
 def test_headings_come_in_the_order_of_the_work(secateur) -> None:
     shown = secateur("prune", "--help").out
     places = [shown.index(f"─ {group} ─") for group in GROUPS if f"─ {group} ─" in shown]
-    assert len(places) == 6
+    assert len(places) == 7
     assert places == sorted(places)
 
 
@@ -158,7 +159,7 @@ def test_a_flag_that_there_is_not_is_refused_with_the_right_one(secateur, words,
 
 def test_all_unknown_flags_are_told_at_once(secateur) -> None:
     done = secateur("prune", "m", "--samples", 4, "--generated", 2, "--sparsity", 0.5, "--json")
-    assert "2 faults in the command" in done.err
+    assert "error: 2 faults:" in done.err
     assert "--generated-windows" in done.out
 
 
@@ -200,8 +201,45 @@ def test_text_that_is_no_value_is_one_fault_among_all() -> None:
     given = {"model": "m", "sparsity": "a lot", "windows": "1.5", "tune_learning_rate": "nan"}
     with pytest.raises(RecipeError, match="3 faults") as error:
         recipe_from_flags(PruneRecipe, given)
-    for key in ("sparsity:", "calibration.windows:", "reconstruction.learning_rate:"):
-        assert key in error.value.what
+    for fault in (
+        "--sparsity 'a lot': must be a number",
+        "--windows 1.5: must be a whole number",
+        "--tune-learning-rate nan: must be a finite number",
+    ):
+        assert fault in error.value.what
+
+
+FORMS = [
+    ({"windows": "0"}, [], "--windows 0: must be 1 or more", "windows=0: must be 1 or more"),
+    ({"effort": "fats"}, [], "--effort fats: must be fast, balanced or best; did you mean fast?",
+     "effort='fats': must be fast, balanced or best; did you mean fast?"),
+    ({"sparsity": "2"}, [], "--sparsity 2.0: must be less than 1",
+     "sparsity=2.0: must be less than 1"),
+    ({"method_parameters": ["damping=x"]}, [], "--method-parameters damping=x: must be a number",
+     "method_parameters.damping='x': must be a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "assignments", "on_the_command_line", "in_python"), FORMS)
+def test_a_fault_names_what_the_user_wrote(
+    flags, assignments, on_the_command_line, in_python
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_from_flags(PruneRecipe, {"model": "m", **flags}, assignments)
+    assert str(error.value) == on_the_command_line
+    read = {o.path: read_flag(o, flags[o.name]) for o in options_of(PruneRecipe) if o.name in flags}
+    [(path, value)] = read.items()
+    keyword = next(o.name for o in options_of(PruneRecipe) if o.path == path)
+    with pytest.raises(RecipeError) as error:
+        recipe_of(PruneRecipe, {"model": "m"}, {keyword: value})
+    assert str(error.value) == in_python
+
+
+def test_a_fault_in_yaml_names_the_key() -> None:
+    with pytest.raises(RecipeError) as error:
+        build_recipe(PruneRecipe, {"model": "m", "calibration": {"windows": 0}}, where="r.yaml")
+    assert error.value.what == "calibration.windows=0: must be 1 or more"
+    assert error.value.where == "r.yaml"
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])

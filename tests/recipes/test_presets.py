@@ -64,8 +64,8 @@ def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
 
 
 def test_an_unknown_effort_gets_a_near_name() -> None:
-    with pytest.raises(RecipeError, match="balanced"):
-        filled_in({"effort": "balancd"})
+    with pytest.raises(RecipeError, match="must be fast, balanced or best; did you mean balanced"):
+        recipe(effort="balancd")
 
 
 def test_parameters_alone_are_added_to_those_of_the_preset():

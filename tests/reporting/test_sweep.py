@@ -215,4 +215,4 @@ def test_on_the_command_line(secateur, plan: SweepPlan, tmp_path: Path) -> None:
     assert shown.out.count("magnitude") == 2
     bad = secateur(*words[:5], "a,b", *words[6:])
     assert bad.code == 2
-    assert "sparsities.0: Input should be a valid number (got 'a')" in bad.err
+    assert "--sparsities a: must be a number" in bad.err

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 
 import secateur
 from secateur.cli.usage import unknown_options, usage_error
 from secateur.errors import SecateurError
-from secateur.recipes.verbs import VERBS
+from secateur.recipes.verbs import STAGES, VERBS
 
 __all__ = ["main"]
 
@@ -21,18 +22,30 @@ def make_app() -> App:
     """Build the command line. The file of a verb is imported when the verb is called."""
     app = App(
         name="secateur",
-        help="The open toolkit for pruning large language models: smaller, faster, and proven.",
+        help="The open toolkit for pruning large language models.",
         help_format="plaintext",
         help_flags=["-h", "--help"],
         help_epilogue="Exit codes: 0 done, 1 the run failed, 2 bad usage or recipe, 3 a "
         "verification failed, 130 interrupted.",
         version=f"secateur {secateur.__version__}",
+        group_commands=Group("Options", sort_key=len(STAGES)),
         exit_on_error=False,
         print_error=False,
     )
+    headings = {stage: Group(stage, sort_key=place) for place, stage in enumerate(STAGES)}
     for place, verb in enumerate(VERBS.values()):
         home = f"secateur.cli.{verb.python}:{verb.python}"
-        app.command(home, name=verb.name, help=verb.about, sort_key=place)
+        app.command(
+            home,
+            name=verb.name,
+            help=verb.about,
+            usage=verb.usage,
+            group=headings[verb.stage],
+            sort_key=place,
+        )
+    app.register_install_completion_command(
+        help="Complete verbs, options and files with the Tab key, in the shell that runs this."
+    )
     return app
 
 
@@ -46,7 +59,7 @@ def run(words: Sequence[str]) -> None:
     try:
         command, bound, left, _ = app.parse_known_args(list(words))
     except CycloptsError as error:
-        raise usage_error(error, list(VERBS)) from None
+        raise usage_error(app, error, list(VERBS)) from None
     if left:
         raise unknown_options(app, words[0], left)
     command(*bound.args, **bound.kwargs)
@@ -60,12 +73,18 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SecateurError as error:
+        end_with(error)
     except (Exception, KeyboardInterrupt) as error:
-        from secateur.cli.faults import as_told  # its imports take a tenth of a second
+        from secateur.cli.faults import as_told  # imports torch, which a typo need not wait for
 
-        told = as_told(error)
-        print_error(told)
-        sys.exit(told.exit_code)
+        end_with(as_told(error))
+
+
+def end_with(error: SecateurError) -> NoReturn:
+    """Print an error and end the command with its exit code."""
+    print_error(error)
+    sys.exit(error.exit_code)
 
 
 def print_error(error: SecateurError) -> None:

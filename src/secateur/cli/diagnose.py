@@ -21,13 +21,19 @@ def run(recipe: DiagnoseRecipe) -> Any:
 
     if recipe.target:
         return check_target()
-    if recipe.model is None:
-        raise RecipeError(
-            "no model to diagnose", remedy="secateur diagnose DIR, or secateur diagnose --target"
-        )
     options = {key: value for key, value in recipe if key != "target"}
     with show_progress() as progress:
         return run_diagnosis(**options, progress=progress)
+
+
+def check(recipe: DiagnoseRecipe) -> None:
+    """Refuse a call without a model."""
+    if recipe.model is None and not recipe.target:
+        raise RecipeError(
+            "MODEL: missing",
+            where="secateur diagnose",
+            remedy="name a model, or give --target to see what this machine can speed up",
+        )
 
 
 def exit_code(result: Any) -> int:
@@ -36,4 +42,4 @@ def exit_code(result: Any) -> int:
     return 3 if count and count("error") else 0
 
 
-diagnose = command("diagnose", run, exit_code=exit_code)
+diagnose = command("diagnose", run, exit_code=exit_code, check=check)

@@ -62,10 +62,8 @@ def as_told(error: BaseException) -> SecateurError:
     """Turn an exception into an error with what, where and remedy.
 
     Args:
-        error: the exception; a `SecateurError` is returned as it is.
+        error: the exception.
     """
-    if isinstance(error, SecateurError):
-        return error
     if isinstance(error, KeyboardInterrupt):
         return UserInterruptError("interrupted", remedy=how_to_continue(sys.argv[1:]))
     if isinstance(error, OSError) and error.errno is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateur.cli.verb import command
-from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
     from secateur.recipes.sweep import SweepRecipe
@@ -19,14 +18,12 @@ def run(recipe: SweepRecipe) -> Any:
     from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep as run_sweep
 
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
     apart = ("output", "keep_models", "cluster")
     options = {key: value for key, value in recipe if key not in apart}
     with show_progress() as progress:
         return run_sweep(
             SweepPlan(**options),
-            recipe.output,
+            str(recipe.output),
             keep_models=recipe.keep_models,
             ray=recipe.cluster.ray,
             ray_processes=recipe.cluster.processes,

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnknownCommandError
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+)
 
 from secateur.errors import RecipeError
 from secateur.recipes.old_names import unknown_name
@@ -12,10 +19,11 @@ from secateur.recipes.old_names import unknown_name
 __all__ = ["unknown_options", "usage_error"]
 
 
-def usage_error(error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
+def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
     """The error for a command that cannot be parsed.
 
     Args:
+        app: the command line.
         error: the exception of cyclopts.
         verbs: names of all verbs.
     """
@@ -26,11 +34,18 @@ def usage_error(error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
             remedy="secateur --help lists the verbs",
         )
     where = " ".join(["secateur", *(error.command_chain or ())])
-    remedy = f"{where} --help shows what it takes"
+    remedy = f"{where} --help lists its options"
+    if isinstance(error, UnknownOptionError) and error.command_chain:
+        word = error.token.keyword or error.token.value
+        return unknown_options(app, error.command_chain[0], [word])
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.keyword or error.argument.name
         value = "a value is missing" if name.startswith("-") else "missing"
-        return RecipeError(f"{name}: {value}", where=where, remedy=remedy)
+        about = error.argument.parameter.help
+        return RecipeError(f"{name}: {value}", where=where, remedy=f"give it: {about}")
+    if isinstance(error, CoercionError) and error.token is not None:
+        given = f"{error.token.keyword} {error.token.value}"
+        return RecipeError(f"{given}: must be true or false", where=where, remedy=remedy)
     error.verbose = False
     return RecipeError(str(error), where=where, remedy=remedy)
 
@@ -49,12 +64,10 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
         for name in argument.names
         if name.startswith("--")
     ]
-    faults = list(faults_of(left, known))
-    return RecipeError(
-        f"{len(faults)} fault{'s' * (len(faults) > 1)} in the command:\n    "
-        + "\n    ".join(faults),
+    return RecipeError.of(
+        list(faults_of(left, known)),
         where=f"secateur {verb}",
-        remedy=f"secateur {verb} --help shows what it takes",
+        remedy=f"secateur {verb} --help lists its options",
     )
 
 
@@ -68,7 +81,7 @@ def faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
             told = unknown_name("option", name.lstrip("-").replace("-", "_"), list(flags))
             for plain, flag in flags.items():
                 told = told.replace(repr(plain), f"--{flag}")
-            yield f"{name}: {told}"
+            yield f"{name}: {told.partition('; known:')[0]}"  # --help lists them in groups
             before = "" if equals else name
         elif before:  # the word may be the option's value
             before = ""

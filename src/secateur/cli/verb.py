@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError
 from secateur.parallel.launched import Launched
@@ -47,6 +50,16 @@ JSON = Option(
     help="Print the result as JSON on stdout.",
     flag=Flag(),
 )
+QUIET = Option(
+    "quiet",
+    (),
+    bool,
+    required=False,
+    default="off",
+    group=OUTPUT,
+    help="Show neither progress nor log on stderr, only errors.",
+    flag=Flag(short="-q"),
+)
 
 
 def command(
@@ -70,26 +83,24 @@ def command(
     of_recipe = [o for o in options_of(kind) if o.name not in without and not o.flag.hidden]
     of_call = [o for o in run_options_of(kind) if o.name not in without]
 
-    parameters = [parameter(option, is_switch=False) for option in of_recipe]
-    parameters += [parameter(option, is_switch=True) for option in of_call]
-    parameters += [parameter(SET, is_switch=False)] if of_recipe else []
-    parameters += [parameter(JSON, is_switch=True)]
-    signature = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+    shown = [*of_recipe, *of_call, *([SET] if of_recipe else []), JSON, QUIET]
+    signature = inspect.Signature(sorted(map(parameter, shown), key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:
-        from secateur.models.hub import refuse_out_of_reach
-
         refuse_several(verb)
-        bound = signature.bind(*words, **flags)
-        bound.apply_defaults()
-        given = dict(bound.arguments)
-        assignments, as_json = given.pop("set", None) or (), given.pop("json")
-        call = {o.name: given.pop(o.name) for o in of_call}
+        given = dict(signature.bind_partial(*words, **flags).arguments)
+        assignments = given.pop("set", None) or ()
+        as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
+        call = {o.name: given.pop(o.name, False) for o in of_call}
         recipe = recipe_from_flags(kind, given, assignments)
+        refuse_without_output(recipe, of_recipe)
         check(recipe)
+        from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
+
         refuse_out_of_reach(str(getattr(recipe, "model", "")))
         call |= {"as_json": as_json} if streams else {}
-        result = run(recipe, **call)
+        with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
+            result = run(recipe, **call)
         if result is not None:
             from secateur.cli.rendering import print_result
 
@@ -102,6 +113,30 @@ def command(
     function.__doc__ = VERBS[verb].about
     function.__name__ = verb
     return carry_out
+
+
+class OnlyErrors(io.TextIOBase):
+    """Takes the place of stderr: writes errors there, and throws everything else away."""
+
+    def __init__(self, stderr: TextIO) -> None:
+        self.stderr = stderr
+
+    def write(self, text: str) -> int:
+        """Write an error; `print` passes its line break separately."""
+        if text.startswith("error: "):
+            self.stderr.write(f"{text}\n")
+        return len(text)
+
+
+def refuse_without_output(recipe: Any, options: Sequence[Option]) -> None:
+    """Refuse a recipe without the output folder that its verb needs, before anything is read.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    needed = any(o.path == ("output",) and o.default == "required" for o in options)
+    if needed and recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
 
 
 def refuse_several(verb: str) -> None:
@@ -121,25 +156,24 @@ def refuse_several(verb: str) -> None:
         )
 
 
-def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
+def parameter(option: Option) -> inspect.Parameter:
     """The parameter of a command for an option.
 
     Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
-    faults.
-
-    Args:
-        option: an option of the recipe or of the call.
-        is_switch: whether the flag can only switch on; it is off by default.
+    faults. What is not given is not passed on.
     """
-    is_bool = option.type is bool
+    is_bool, choices = option.type is bool, option.choices
     shown = Parameter(
         help=option.help if option.required else option.about,
         group=HEADINGS[option.group],
         metavar=None if is_bool else option.flag.value or WORDS.get(option.type, "NAME"),
         show_default=False,
+        converter=None if is_bool else as_text,  # a `Path` would turn ./DIR into DIR
+        completer=(lambda _: choices) if choices else None,
         allow_repeating=None if takes_several(option) else True,
     )
-    kind: Any = bool if is_bool else list[str] if takes_several(option) else str
+    text: Any = Path if option.is_path else str
+    kind: Any = bool if is_bool else list[text] if takes_several(option) else text
     if option.is_word:
         return inspect.Parameter(
             option.name,
@@ -155,9 +189,15 @@ def parameter(option: Option, *, is_switch: bool) -> inspect.Parameter:
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=False if is_switch else None,
-        annotation=Annotated[kind if is_switch else kind | None, shown, named],
+        default=False if is_bool else None,
+        annotation=Annotated[kind if is_bool else kind | None, shown, named],
     )
+
+
+def as_text(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The text of an option as it was written; several if it may be repeated."""
+    words = [token.value for token in tokens]
+    return words if get_origin(kind) is list else words[0]
 
 
 def dashed(name: str) -> str:

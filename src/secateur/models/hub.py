@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.models.names import CONVERT, hub_name, kind_of_name
+from secateur.models.names import CONVERT, hub_name, kind_of_name, no_such_model
 from secateur.models.samples import MODELS
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
@@ -109,14 +109,18 @@ def hub_or_cache() -> Iterator[str | None]:
 
 
 def refuse_out_of_reach(model: str) -> None:
-    """Refuse the name of a hub model that is not in the cache while the hub does not answer.
+    """Refuse a path that is nothing, and a hub model that cannot be had: it is not in the cache,
+    and the hub does not answer.
 
     Takes two seconds at most and imports nothing heavy, so a command can ask first.
 
     Raises:
         SourceError: saying what can be named instead.
     """
-    hub = hub_name(model) if kind_of_name(model) == "hub" else None
+    kind = kind_of_name(model)
+    if kind is None and "/" in model:  # without a slash it may be a shape that `advise` knows
+        raise no_such_model(model)
+    hub = hub_name(model) if kind == "hub" else None
     if hub is None:
         return
     from huggingface_hub import constants

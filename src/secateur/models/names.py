@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from secateur.errors import SourceError
 from secateur.models.samples import MODELS
 
-__all__ = ["CONVERT", "PICKLES", "HubName", "hub_name", "kind_of_name"]
+__all__ = ["CONVERT", "PICKLES", "HubName", "hub_name", "kind_of_name", "no_such_model"]
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -44,6 +45,15 @@ def kind_of_name(name: str) -> Literal["folder", "file", "sample", "hub"] | None
     if name in MODELS:
         return "sample"
     return "hub" if hub_name(name) is not None else None
+
+
+def no_such_model(name: str) -> SourceError:
+    """The error for a name that is nothing."""
+    return SourceError(
+        f"{name}: no such file or folder, and no hub id",
+        where=str(Path(name).expanduser().absolute()),
+        remedy=f"check the path; a hub id is ORG/NAME; samples: {', '.join(MODELS)}",
+    )
 
 
 def hub_name(name: str) -> HubName | None:

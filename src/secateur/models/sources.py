@@ -16,7 +16,7 @@ from secateur.models.checkpoint import shard_files
 from secateur.models.folder_checks import check_folder
 from secateur.models.gguf_file import convert_gguf
 from secateur.models.hub import download_model
-from secateur.models.names import CONVERT, PICKLES, hub_name, kind_of_name
+from secateur.models.names import CONVERT, PICKLES, hub_name, kind_of_name, no_such_model
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
@@ -99,12 +99,7 @@ def resolve(
         return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
     hub = hub_name(name)
     if hub is None:
-        raise SourceError(
-            f"no such file or folder, and not a hub id: {name!r}",
-            where=str(path.absolute()),
-            remedy=f"check the path; hub ids look like org/name; samples: "
-            f"{did_you_mean(name, [*MODELS])}",
-        )
+        raise no_such_model(name)
     folder = download_model(hub.repo, hub.revision, trust_remote_code, offline, progress)
     check_folder(folder)
     # the folder of a snapshot is named by its commit

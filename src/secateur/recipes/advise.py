@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import HOW, OUTPUT, WHAT_TO_MEASURE, Flag, Recipe, Section
+from secateur.recipes.section import HOW, OUTPUT, WHAT, Flag, Recipe, Section
 
 __all__ = ["AdviseRecipe"]
 
@@ -15,7 +15,7 @@ __all__ = ["AdviseRecipe"]
 class WhatToServe(Section):
     """The model, the hardware and the load."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder (config.json is enough), named sample, or a well-known shape "
@@ -76,7 +76,7 @@ class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
         """An answer is a part of the request's tokens."""
         if self.new_tokens is not None and self.new_tokens >= self.tokens_per_request:
             raise ValueError(
-                f"{self.new_tokens} new tokens leave nothing for the prompt: tokens_per_request "
+                f"{self.new_tokens} new tokens leave nothing for the prompt: --tokens-per-request "
                 f"is {self.tokens_per_request}, prompt and answer together"
             )
         return self

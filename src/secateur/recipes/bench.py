@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from pydantic import Strict as Strictness
 
-from secateur.recipes.section import HOW, WHAT_TO_MEASURE, Flag, Recipe, Section, Texts
+from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts
 
 __all__ = ["BenchRecipe"]
+
+
+Contender = Literal[
+    "packed",
+    "packed in transformers",
+    "dense bf16",
+    "dense int8",
+    "torch bf16",
+    "torch int8",
+    "all",
+]
+"""The names of the ways to run a model; `secateur.evaluation.contenders` has them."""
 
 
 class WhatToTime(Section):
     """The model, and the ways to run it."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id or named sample."
     )
     contenders: Annotated[
-        Texts | None, Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16")
+        Annotated[tuple[Contender, ...], Strictness(False)] | None,
+        Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16"),
     ] = Field(
         None,
         description="Ways to run the model, separated by commas: packed, packed in transformers, "
@@ -36,11 +50,13 @@ class TimedRounds(Section):
 
     group: ClassVar[str] = HOW
 
-    prompt_tokens: int = Field(32, description="Tokens in the prompt.")
-    new_tokens: int = Field(8, description="Tokens to generate in each round.")
-    rounds: int = Field(5, description="Largest number of rounds.")
+    prompt_tokens: int = Field(32, ge=1, description="Tokens in the prompt.")
+    new_tokens: int = Field(8, ge=2, description="Tokens to generate in each round.")
+    rounds: int = Field(5, ge=1, description="Largest number of rounds.")
     seconds: float = Field(
-        30.0, description="Start no round after this many seconds; at least two rounds are timed."
+        30.0,
+        gt=0,
+        description="Start no round after this many seconds; at least two rounds are timed.",
     )
 
 

@@ -9,7 +9,7 @@ from pydantic import Strict as Strictness
 
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import WHAT_TO_PRUNE, Flag, Recipe, Section
+from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
 __all__ = ["ChainRecipe"]
 
@@ -17,7 +17,7 @@ __all__ = ["ChainRecipe"]
 class Steps(Section):
     """The model, and the steps to run on it."""
 
-    group: ClassVar[str] = WHAT_TO_PRUNE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="RECIPE")] = Field(
         description="YAML file with the keys `model`, `output` and `steps`: a list of verbs with "

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from secateur.recipes.calibration import TEXT, CalibrationWindows
 from secateur.recipes.memory import Device, Memory
+from secateur.recipes.prune import Values
 from secateur.recipes.run import OutputFolder, Overwriting, Resuming
-from secateur.recipes.section import CALIBRATION, WHAT_TO_COMPRESS, Flag, Recipe, Section
+from secateur.recipes.section import CALIBRATION, WHAT, Flag, Recipe, Section
 
 __all__ = ["CompressRecipe", "DecompressRecipe", "RoundingText"]
 
@@ -33,7 +34,7 @@ class RoundingText(CalibrationWindows, RoundingSource):
 class WhatToCompress(Section):
     """The model, and how its weights are stored."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder, hub id, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -43,7 +44,7 @@ class WhatToCompress(Section):
         description="auto chooses the smallest format for each matrix. bitmask, n-of-m or dense "
         "uses that format, or dense where dense is smaller.",
     )
-    values: str = Field(
+    values: Values = Field(
         "auto",
         description="How to store the weights. auto stores float32 as bfloat16 and keeps other "
         "types. keep keeps every type and loses nothing. Or name a type: bfloat16, float16, "
@@ -86,7 +87,7 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
 class DecompressRecipe(OutputFolder, Recipe):
     """One decompression."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
     run: ClassVar[type[Section] | None] = Overwriting
 
     model: Annotated[str, Flag(value="MODEL")] = Field(

@@ -6,15 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from secateur.recipes.section import (
-    CALIBRATION,
-    OUTPUT,
-    WHAT_TO_MEASURE,
-    WHAT_TO_PRUNE,
-    Flag,
-    Recipe,
-    Section,
-)
+from secateur.recipes.prune import Effort
+from secateur.recipes.section import CALIBRATION, HOW, OUTPUT, Flag, Recipe, Section
 
 __all__ = ["DemoRecipe", "MethodsRecipe"]
 
@@ -22,10 +15,10 @@ __all__ = ["DemoRecipe", "MethodsRecipe"]
 class DemoPruning(Section):
     """How the demo prunes."""
 
-    group: ClassVar[str] = WHAT_TO_PRUNE
+    group: ClassVar[str] = HOW
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="Fraction of zeros.")
-    effort: str = Field("balanced", description="Preset: fast, balanced or best.")
+    effort: Effort = Field("balanced", description="Preset: fast, balanced or best.")
 
 
 class DemoCalibration(Section):
@@ -39,7 +32,7 @@ class DemoCalibration(Section):
 class DemoJudging(Section):
     """How much text the demo reads to judge."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = HOW
 
     judged_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
 

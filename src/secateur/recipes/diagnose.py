@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from secateur.recipes.memory import Device
-from secateur.recipes.section import HOW, WHAT_TO_MEASURE, Flag, Recipe, Section
+from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section
 
 __all__ = ["DiagnoseRecipe"]
 
@@ -15,10 +15,12 @@ __all__ = ["DiagnoseRecipe"]
 class WhatToDiagnose(Section):
     """The model, and what it is compared with."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
-    model: Annotated[str | None, Flag(value="MODEL", positional=True)] = Field(
-        None, description="Folder (compressed or not), hub id, GGUF file or named sample."
+    model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
+        None,
+        description="Folder (compressed or not), hub id, GGUF file or named sample. Required, "
+        "except with --target.",
     )
     dense: Annotated[str | None, Flag(value="MODEL")] = Field(
         None, description="The dense model. Compares both models layer by layer."
@@ -38,10 +40,10 @@ class TextForDiagnosis(Section):
         "boolq-held-out",
         description="Text that both models read: a text, or a safetensors file of windows.",
     )
-    windows: int = Field(8, description="Number of windows of that text.")
+    windows: int = Field(8, gt=0, description="Number of windows of that text.")
     sequence_length: Annotated[
         int | None, Flag(default="256, or the model's length if that is shorter")
-    ] = Field(None, description="Tokens per window.")
+    ] = Field(None, gt=1, description="Tokens per window.")
 
 
 class DiagnoseRecipe(Device, TextForDiagnosis, WhatToDiagnose, Recipe):

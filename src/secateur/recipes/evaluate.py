@@ -7,16 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 
 from secateur.recipes.memory import Device
-from secateur.recipes.section import (
-    HOW,
-    OUTPUT,
-    WHAT_TO_MEASURE,
-    Flag,
-    Recipe,
-    Section,
-    Texts,
-    text_alone,
-)
+from secateur.recipes.section import HOW, OUTPUT, WHAT, Flag, Recipe, Section, Texts, text_alone
 
 __all__ = ["EvaluateRecipe"]
 
@@ -24,7 +15,7 @@ __all__ = ["EvaluateRecipe"]
 class WhatToMeasure(Section):
     """The model, and what to measure."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -67,7 +58,7 @@ class HowToMeasure(Section):
         "or a folder.",
     )
     limit: Annotated[int | None, Flag(default="all")] = Field(
-        None, description="Evaluate only this many items of each task, from its start."
+        None, gt=0, description="Evaluate only this many items of each task, from its start."
     )
     shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
 

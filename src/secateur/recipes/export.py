@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from secateur.recipes.run import OutputFolder, Overwriting
-from secateur.recipes.section import WHAT_TO_COMPRESS, Flag, Recipe, Section
+from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
 __all__ = ["ExportRecipe"]
 
@@ -15,12 +15,15 @@ __all__ = ["ExportRecipe"]
 class WhatToExport(Section):
     """The model, and what it becomes."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file or named sample."
     )
-    to: Annotated[str, Flag(value="TARGET")] = Field(
+    to: Annotated[
+        Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"],
+        Flag(value="TARGET"),
+    ] = Field(
         "gguf", description="The target: gguf, compressed-tensors, onnx, openvino, semi-structured."
     )
     type: Annotated[str | None, Flag(default="the first that the target names")] = Field(

@@ -10,15 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from secateur.recipes.calibration import CalibrationText, CalibrationWindows
 from secateur.recipes.memory import Device, Memory
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import (
-    HOW,
-    WHAT_TO_COMPRESS,
-    Flag,
-    Recipe,
-    Section,
-    Texts,
-    text_alone,
-)
+from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts, text_alone
 
 __all__ = ["FitRecipe", "FitText", "bytes_of"]
 
@@ -40,7 +32,7 @@ class FitText(CalibrationWindows, CalibrationText):
 class WhatToFit(Section):
     """The model, and the bounds."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder, hub id, GGUF file or named sample."
@@ -73,7 +65,7 @@ class WhatToFit(Section):
 class WhatItIsFor(Section):
     """The engine, and the tasks that count as accuracy."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     target: Annotated[
         Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag(short="--for")
@@ -113,9 +105,11 @@ class HowToSearch(Section):
     )
     offspring: int = Field(8, ge=1, description="Candidates of a generation.")
     minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(
-        None, gt=0, description="Time to keep. Generations are dropped first, then cuts, finalists "
-        "and the frontier; what was dropped is said. Levels are always made."
-    )  # fmt: skip
+        None,
+        gt=0,
+        description="Time budget in minutes. If it runs short, the search is cut first; the result "
+        "says what was skipped.",
+    )
 
 
 class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
@@ -131,10 +125,11 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
         """There is a bound to search by, and sizes can be read."""
         bounds = ("max_size", "max_memory", "decode_speedup", "max_loss_increase")
         if all(getattr(self, name) is None for name in bounds):
-            also = " beside min_accuracy_kept" if self.min_accuracy_kept is not None else ""
-            raise ValueError(f"give a bound{also}: one or more of {', '.join(bounds)}")
+            flags = ["--" + name.replace("_", "-") for name in bounds]
+            also = " beside --min-accuracy-kept" if self.min_accuracy_kept is not None else ""
+            raise ValueError(f"give a bound{also}: one or more of {', '.join(flags)}")
         for name in ("max_size", "max_memory"):
             size = getattr(self, name)
             if size is not None and not bytes_of(size):
-                raise ValueError(f"{name} {size!r} is no size; write 90MiB, 4GB or bytes")
+                raise ValueError(f"--{name.replace('_', '-')} {size}: must be a size such as 90MiB")
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from secateur.errors import RecipeError
-from secateur.recipes.options import Option, options_of
+from secateur.recipes.options import Option, options_of, without_none
 from secateur.recipes.reading import (
     AnyRecipe,
     build_recipe,
@@ -48,7 +49,8 @@ def recipe_from_flags(
         del read["model"]
     for name, value in read.items():
         put(values, options[name].path, value, where)
-    return build_recipe(kind, values, assignments, where)
+    spelled = {options[name].path: options[name].flag_text for name in read}
+    return build_recipe(kind, values, assignments, where, spelled)
 
 
 def takes_several(option: Option) -> bool:
@@ -73,7 +75,9 @@ def read_flag(option: Option, given: Any) -> Any:
         words = (
             [w.strip() for text in given for w in text.split(",")] if option.flag.commas else given
         )
-        return tuple(read_text(get_args(option.type)[0], word) for word in words if word)
+        return tuple(
+            read_text(without_none(get_args(option.type)[0]), word) for word in words if word
+        )
     return read_text(option.type, given)
 
 
@@ -86,7 +90,7 @@ def read_entry(option: Option, text: str) -> tuple[str, Any]:
     key, equals, value = text.rpartition("=")
     if not equals or not key:
         raise RecipeError(
-            f"--{option.name.replace('_', '-')} {text!r} is not {option.flag.value or 'KEY=VALUE'}",
+            f"{option.flag_text} {shlex.quote(text)}: must be {option.flag.value or 'KEY=VALUE'}",
             remedy="put an equals sign between the two, and quotes around both",
         )
     return key, read_yaml(value, text[:200])

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import HOW, MAX_SEED, WHAT_TO_CONTINUE, Flag, Recipe, Section, Texts
+from secateur.recipes.section import HOW, MAX_SEED, WHAT, Flag, Recipe, Section, Texts
 
 __all__ = ["ChatRecipe", "GenerateRecipe", "TokenDrawing"]
 
@@ -15,7 +15,7 @@ __all__ = ["ChatRecipe", "GenerateRecipe", "TokenDrawing"]
 class WhatToContinue(Section):
     """The model, and the text that it continues or answers."""
 
-    group: ClassVar[str] = WHAT_TO_CONTINUE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file, named sample, or a recipe "
@@ -42,23 +42,29 @@ class TokenDrawing(Section):
     group: ClassVar[str] = HOW
 
     max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(
-        None, description="Stop after this many tokens."
+        None, gt=0, description="Stop after this many tokens."
     )
     temperature: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(
-        None, description="0 always takes the most likely token; higher values sample."
+        None, ge=0, description="0 always takes the most likely token; higher values sample."
     )
     top_k: Annotated[int | None, Flag(default=MODELS_OWN.format("all"))] = Field(
-        None, description="Sample only from this many most likely tokens; 0 for all."
+        None, ge=0, description="Sample only from this many most likely tokens; 0 for all."
     )
     top_p: Annotated[float | None, Flag(default=MODELS_OWN.format(1))] = Field(
-        None, description="Sample only from the most likely tokens that add up to this probability."
+        None,
+        gt=0,
+        le=1,
+        description="Sample only from the most likely tokens that add up to this probability.",
     )
     min_p: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(
         None,
+        ge=0,
+        le=1,
         description="Sample only from tokens of at least this share of the largest probability.",
     )
     repetition_penalty: Annotated[float | None, Flag(default=MODELS_OWN.format(1))] = Field(
         None,
+        gt=0,
         description="Above 1: tokens of the prompt and the text become less likely. Divides "
         "positive logits, multiplies negative ones.",
     )
@@ -86,7 +92,7 @@ class GenerateRecipe(RemoteCode, TokenDrawing, WhatToContinue, Recipe):
 class WhatToTalkTo(Section):
     """The model, and how a conversation begins."""
 
-    group: ClassVar[str] = WHAT_TO_CONTINUE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file or named sample."

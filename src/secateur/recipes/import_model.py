@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Overwriting
-from secateur.recipes.section import WHAT_TO_COMPRESS, Flag, Recipe, Section
+from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
 __all__ = ["ImportRecipe"]
 
@@ -16,7 +16,7 @@ __all__ = ["ImportRecipe"]
 class WhatToImport(Section):
     """The model, and what is put on it."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="SOURCE")] = Field(
         description="Folder or hub id of a model with zeros: plain safetensors, "

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import WHAT_TO_MEASURE, Flag, Recipe, Section
+from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
 __all__ = ["InspectRecipe"]
 
@@ -15,13 +15,13 @@ __all__ = ["InspectRecipe"]
 class WhatToInspect(Section):
     """The model, and the part of it to list."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file or named sample."
     )
     layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(
-        None, description="List the linears of this decoder layer."
+        None, ge=0, description="List the linears of this decoder layer."
     )
     zeros: bool = Field(
         False,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from secateur.recipes.options import Option, options_of, run_options_of
+from secateur.recipes.options import Option, options_of, run_options_of, without_none
 from secateur.recipes.reading import AnyRecipe, build_recipe, nested
 from secateur.recipes.section import Section
 
@@ -71,6 +71,7 @@ def python_type(option: Option) -> Any:
 
 def widened(kind: Any, text: Any) -> Any:
     """The type for Python callers: any sequence for a tuple, any mapping for a dict."""
+    kind = without_none(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
         return text
@@ -79,7 +80,7 @@ def widened(kind: Any, text: Any) -> Any:
     if origin in (tuple, list):
         return Sequence[widened(inner[0], text)]
     if origin is dict:
-        return Mapping[inner[0], inner[1]]
+        return Mapping[inner[0], without_none(inner[1])]
     return kind
 
 
@@ -113,7 +114,8 @@ def recipe_of(
     """
     given = {k: plain(v) for k, v in {**values, **options}.items() if v is not None}
     run = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
-    return build_recipe(kind, nested(kind, given)), run
+    spelled = {option.path: option.name for option in options_of(kind)}
+    return build_recipe(kind, nested(kind, given), spelled=spelled), run
 
 
 def plain(value: Any) -> Any:

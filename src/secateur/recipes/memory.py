@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from secateur.recipes.section import MEMORY, Flag, Section
+from secateur.recipes.section import MEMORY, Flag, Section, matching
 
 __all__ = ["BUDGET", "FREE", "Device", "GgufDtype", "Memory", "RemoteCode"]
 
@@ -25,12 +25,14 @@ class Memory(Section):
     budget_gib: Annotated[float | None, Flag("memory_budget_gib", default=FREE)] = Field(
         None, gt=0, description=BUDGET
     )
-    activations: Literal["auto", "gpu", "memory", "disk"] = Field(
+    activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = Field(
         "auto",
         description="Where to store hidden states between layers: memory of the GPU, of the host, "
         "or disk; auto uses the first in which they fit.",
     )
-    micro_batch_tokens: int = Field(2048, gt=0, description="Tokens in one forward of a layer.")
+    micro_batch_tokens: Annotated[int, Flag(advanced=True)] = Field(
+        2048, gt=0, description="Tokens in one forward of a layer."
+    )
 
 
 class RemoteCode(Section):
@@ -46,7 +48,9 @@ class RemoteCode(Section):
 class Device(RemoteCode):
     """Where a run computes, and whether code from the checkpoint may run."""
 
-    device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
+    device: Annotated[str, matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = Field(
+        "auto", description="Where to compute: auto, cpu, cuda or cuda:N."
+    )
 
 
 class GgufDtype(Section):

@@ -12,9 +12,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from secateur.recipes.section import GROUPS, Flag, Recipe, Section
+from secateur.recipes.section import ADVANCED, GROUPS, Flag, Recipe, Section
 
-__all__ = ["Option", "options_of", "run_options_of", "section_of"]
+__all__ = [
+    "Option",
+    "choices_of",
+    "options_of",
+    "run_options_of",
+    "section_of",
+    "without_none",
+]
 
 PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "TEXT")
 """Words for values that may be given as a path."""
@@ -51,13 +58,18 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All possible values, if they are words; empty if other values are possible."""
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        """All values that it or its items may have; empty if there are others."""
+        return choices_of(self.type)
 
     @property
     def is_word(self) -> bool:
         """Whether it is a positional argument rather than a flag."""
         return self.required or self.flag.positional
+
+    @property
+    def flag_text(self) -> str:
+        """How the command line writes it: `--tune-passes`, or `MODEL` for an argument."""
+        return self.name.upper() if self.is_word else "--" + self.name.replace("_", "-")
 
     @property
     def is_path(self) -> bool:
@@ -105,7 +117,7 @@ def flattened(
             type=without_none(field.annotation),
             required=field.is_required(),
             default=default_words(field, flag, here, presets),
-            group=declaring(kind, name).group,
+            group=ADVANCED if flag.advanced else declaring(kind, name).group,
             help=field.description or "",
             flag=flag,
         )
@@ -115,6 +127,13 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     """The section class of a field, or None."""
     kind = without_none(field.annotation)
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """The words of a `Literal`, or of a tuple of them; empty for other types."""
+    if get_origin(kind) is tuple:
+        kind = without_none(get_args(kind)[0])
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def without_none(annotation: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.section import MEMORY, Flag, Section
+from secateur.recipes.section import MEMORY, Flag, Section, matching
 
 __all__ = ["PlanRecipe"]
 
@@ -27,9 +27,10 @@ class ClusterMachines(Section):
     gpu: str = Field(
         "h100-80gb", description="What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."
     )
-    network: Annotated[str, Flag(value="RATE")] = Field(
+    network: Annotated[
+        str, Flag(value="RATE"), matching(r"\d+(\.\d+)?Gb", "a rate such as 400Gb")
+    ] = Field(
         "400Gb",
-        pattern=r"^\d+(\.\d+)?Gb$",
         description="Bits a second of the network of one machine, such as 400Gb.",
     )
 

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from secateur.errors import RecipeError
-from secateur.registry import did_you_mean
-
 __all__ = ["DEFAULT_EFFORT", "filled_in", "presets", "structure_presets"]
 
 DEFAULT_EFFORT = "balanced"
@@ -76,14 +73,12 @@ def filled_in(
 ) -> dict[str, Any]:
     """Add the values of the preset that a recipe does not have itself.
 
-    Without an effort, method, score, solver or learned masks, the effort is `balanced`.
+    Without an effort, method, score, solver or learned masks, the effort is `balanced`. An unknown
+    effort adds nothing; the recipe refuses it.
 
     Args:
         values: the values of the recipe.
         known: the presets of this kind of recipe.
-
-    Raises:
-        RecipeError: there is no such effort.
     """
     given = {key: value for key, value in values.items() if value is not None}
     composed = _COMPOSITION & given.keys()
@@ -92,9 +87,8 @@ def filled_in(
         if composed & {"method", "score", "solver"} or "learned" in given:
             return given
         effort = DEFAULT_EFFORT
-    if effort not in known:
-        raise RecipeError(f"unknown effort {effort!r}", remedy=did_you_mean(effort, [*known]))
-    for key, value in known[effort].items():
+    preset = known.get(effort, {}) if isinstance(effort, str) else {}
+    for key, value in preset.items():
         if composed and key in _COMPOSITION | {"method_parameters"}:
             continue
         if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):

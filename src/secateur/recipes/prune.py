@@ -13,24 +13,31 @@ from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
 from secateur.recipes.recovery import Distill, Reconstruct
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import OUTPUT, WHAT_TO_PRUNE, Flag, Recipe, Section, Texts
+from secateur.recipes.section import ADVANCED, OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["Effort", "Fitting", "PruneRecipe"]
+__all__ = ["Effort", "Fitting", "PruneRecipe", "Sparsity", "Values"]
 
 Effort = Literal["fast", "balanced", "best"]
 """The names of the presets."""
 
 
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+"""A fraction of zeros."""
+
+Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+"""How compressed weights are stored."""
+
+
 class WhatToPrune(Section):
     """The model, and which of its weights become zero."""
 
-    group: ClassVar[str] = WHAT_TO_PRUNE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
     )
     sparsity: Annotated[float | None, Flag(default="the pattern's own")] = Field(
-        None, description="Fraction of weights that become zero, 0 to 1."
+        None, ge=0, lt=1, description="Fraction of weights that become zero, 0 to 1."
     )
     pattern: str = Field(
         "unstructured",
@@ -43,7 +50,7 @@ class WhatToPrune(Section):
     exclude: Annotated[Texts, Flag(value="GLOB")] = Field(
         (), description="Names of linears that stay dense."
     )
-    overrides: Annotated[dict[str, float], Flag(value="GLOB=SPARSITY")] = Field(
+    overrides: Annotated[dict[str, Sparsity], Flag(value="GLOB=SPARSITY")] = Field(
         default_factory=dict, description="Own sparsity for some linears; 0 keeps them dense."
     )
 
@@ -58,14 +65,18 @@ class HowToPrune(Section):
     method: str | None = Field(
         None, description="Pruning method; `secateur methods` lists them all."
     )
-    score: str | None = Field(
+    score: Annotated[str | None, Flag(advanced=True)] = Field(
         None, description="Score that rates the weights, to compose your own method."
     )
-    solver: str | None = Field(
+    solver: Annotated[str | None, Flag(advanced=True)] = Field(
         None, description="Solver that adjusts the kept weights, to compose your own method."
     )
-    refine: str | None = Field(None, description="Improve the mask before solving: swaps.")
-    method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
+    refine: Annotated[str | None, Flag(advanced=True)] = Field(
+        None, description="Improve the mask before solving: swaps."
+    )
+    method_parameters: Annotated[
+        dict[str, int | float], Flag(value="NAME=NUMBER", advanced=True)
+    ] = Field(
         default_factory=dict, description="Parameters of the score, the solver and the refinement."
     )
     method_overrides: Annotated[
@@ -82,15 +93,15 @@ class HowToPrune(Section):
         description="How to divide the sparsity among the linears: uniform, owl, "
         "layer-sensitivity, global or search.",
     )
-    asymmetric_damping: float = Field(
-        0.2, ge=0, description="How strongly the asymmetric fit stays near the dense weights."
+    asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(
+        0.2, ge=0, description="Damping of the asymmetric fit towards the dense weights."
     )
-    choose_damping: bool = Field(
+    choose_damping: Annotated[bool, Flag(advanced=True)] = Field(
         False,
-        description="Choose that damping for each linear, by the error on a quarter of the "
-        "calibration tokens, which the fit does not see.",
+        description="Pick that damping for each layer on a held-out quarter of the calibration "
+        "tokens.",
     )
-    sequential: Literal["group", "layer"] = Field(
+    sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = Field(
         "group",
         description="group: each group of linears sees inputs from the pruned groups before it. "
         "layer: all linears of a layer see inputs from the unpruned layer, as in the papers.",
@@ -103,6 +114,8 @@ class HowToPrune(Section):
 
 class Fitting(Section):
     """How the kept weights are fitted to the calibration text."""
+
+    group: ClassVar[str] = ADVANCED
 
     asymmetric: Annotated[bool, Flag(off="symmetric")] = Field(
         False,
@@ -120,13 +133,12 @@ class Compress(Section):
     group: ClassVar[str] = OUTPUT
     alone: ClassVar[tuple[type, ...]] = (str,)
 
-    values: Annotated[
-        Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"] | None,
-        Flag("compress", default="not compressed", value="VALUES"),
-    ] = Field(
-        None,
-        description="Also compress the result like `secateur compress --values VALUES`: auto, "
-        "keep, bfloat16, float16, float32, int8, int4 or int3.",
+    values: Annotated[Values | None, Flag("compress", default="not compressed", value="VALUES")] = (
+        Field(
+            None,
+            description="Also compress the result like `secateur compress --values VALUES`: auto, "
+            "keep, bfloat16, float16, float32, int8, int4 or int3.",
+        )
     )
     group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = Field(
         None,

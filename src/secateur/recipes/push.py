@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import OUTPUT, WHAT_TO_COMPRESS, Flag, Recipe, Section
+from secateur.recipes.section import OUTPUT, WHAT, Flag, Recipe, Section, matching
 
 __all__ = ["PushRecipe"]
 
@@ -15,10 +15,10 @@ __all__ = ["PushRecipe"]
 class WhatToPublish(Section):
     """The folder and the repository."""
 
-    group: ClassVar[str] = WHAT_TO_COMPRESS
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
-    repo: Annotated[str, Flag(value="REPO")] = Field(
+    repo: Annotated[str, Flag(value="REPO"), matching(r"[^/\s]+/[^/\s]+", "OWNER/NAME")] = Field(
         description="Repository on the hub, OWNER/NAME. It is created if there is none."
     )
 

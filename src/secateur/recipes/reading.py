@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.old_names import unknown_name
+from secateur.recipes.faults import Spelled, fault_lines
 from secateur.recipes.options import options_of, section_of
 from secateur.recipes.presets import filled_in
 from secateur.recipes.section import Recipe, Section
@@ -68,6 +69,7 @@ def build_recipe(
     values: Mapping[str, Any],
     assignments: Sequence[str] = (),
     where: str | None = None,
+    spelled: Spelled = MappingProxyType({}),
 ) -> AnyRecipe:
     """Build a recipe from nested values and `--set` assignments, and fill in its preset.
 
@@ -76,6 +78,7 @@ def build_recipe(
         values: values by their YAML keys.
         assignments: each KEY=VALUE; applied in turn.
         where: the file that the values come from, for errors.
+        spelled: how the user named the options that are not from YAML, for errors.
 
     Raises:
         RecipeError: listing every fault, with similar names for unknown keys.
@@ -88,13 +91,7 @@ def build_recipe(
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
-        faults = [fault_text(kind, fault) for fault in error.errors()]
-        raise RecipeError(
-            f"{len(faults)} fault{'s' * (len(faults) > 1)} in the recipe:\n    "
-            + "\n    ".join(faults),
-            where=where,
-            remedy="correct these options; the verb's --help says what they take",
-        ) from None
+        raise RecipeError.of(fault_lines(kind, error, spelled), where=where) from None
 
 
 def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
@@ -162,33 +159,6 @@ def put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | No
                 remedy=f"write for example '{name}: {{{key}: …}}'",
             )
     values[key] = value
-
-
-def fault_text(kind: type[BaseModel], fault: Any) -> str:
-    """Describe one fault in one line."""
-    path = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        section, name = kind, str(fault["loc"][-1])
-        for part in fault["loc"][:-1]:
-            section = section_of(section.model_fields[part]) or section
-        if section is kind:
-            home = next((o.key for o in options_of(kind) if o.name == name), None)
-            if home is not None:
-                return f"{path}: unknown key; in a recipe this is {home!r}"
-        return f"{path}: {unknown_name('key', name, keys_of(kind, section))}"
-    if fault["type"] == "missing":
-        return f"{path}: missing"
-    told = str(fault["msg"]).removeprefix("Value error, ")
-    if isinstance(fault["input"], Mapping):  # options that contradict each other
-        return f"{path}: {told}" if path else told
-    return f"{path}: {told} (got {repr(fault['input'])[:100]})"
-
-
-def keys_of(kind: type[BaseModel], section: type[BaseModel]) -> list[str]:
-    """The keys of a section; for a recipe also the names of its flat options."""
-    if section is not kind:
-        return list(section.model_fields)
-    return list(dict.fromkeys([*kind.model_fields, *(option.name for option in options_of(kind))]))
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from secateur.recipes.section import OUTPUT, WHAT_TO_MEASURE, Flag, Recipe, Section, Texts
+from secateur.recipes.section import OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
 __all__ = ["ReportRecipe"]
 
@@ -14,7 +14,7 @@ __all__ = ["ReportRecipe"]
 class WhatToReport(Section):
     """The runs to show."""
 
-    group: ClassVar[str] = WHAT_TO_MEASURE
+    group: ClassVar[str] = WHAT
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(
         min_length=1,

@@ -7,14 +7,16 @@ the page and the stub).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic import Strict as Strictness
 
 __all__ = [
+    "ADVANCED",
     "CALIBRATION",
     "GROUPS",
     "HOW",
@@ -22,47 +24,26 @@ __all__ = [
     "MEMORY",
     "OUTPUT",
     "RECOVERY",
-    "WHAT_TO_COMPRESS",
-    "WHAT_TO_CONTINUE",
-    "WHAT_TO_CUT",
-    "WHAT_TO_LEARN_FROM",
-    "WHAT_TO_MEASURE",
-    "WHAT_TO_PRUNE",
-    "WHAT_TO_SERVE",
+    "TEACHER",
+    "WHAT",
     "Flag",
     "Recipe",
     "Section",
     "Texts",
+    "matching",
     "text_alone",
 ]
 
-WHAT_TO_PRUNE = "What to prune"
-WHAT_TO_CUT = "What to cut"
-WHAT_TO_COMPRESS = "What to compress"
-WHAT_TO_MEASURE = "What to measure"
-WHAT_TO_CONTINUE = "What to continue"
-WHAT_TO_SERVE = "What to serve"
-WHAT_TO_LEARN_FROM = "What to learn from"
+WHAT = "What"
+TEACHER = "Teacher"
 HOW = "How"
 CALIBRATION = "Calibration"
 RECOVERY = "Recovery"
 MEMORY = "Memory and device"
 OUTPUT = "Output and run"
+ADVANCED = "Advanced"
 
-GROUPS = (
-    WHAT_TO_PRUNE,
-    WHAT_TO_CUT,
-    WHAT_TO_LEARN_FROM,
-    WHAT_TO_COMPRESS,
-    WHAT_TO_MEASURE,
-    WHAT_TO_CONTINUE,
-    WHAT_TO_SERVE,
-    HOW,
-    CALIBRATION,
-    RECOVERY,
-    MEMORY,
-    OUTPUT,
-)
+GROUPS = (WHAT, TEACHER, HOW, CALIBRATION, RECOVERY, MEMORY, OUTPUT, ADVANCED)
 """The headings of `--help`, in this order."""
 
 MAX_SEED = 2**63 - 1
@@ -75,6 +56,22 @@ Texts = Annotated[tuple[str, ...], Strictness(False)]
 def text_alone(value: Any) -> Any:
     """Let `text: c4` mean a list of one text."""
     return (value,) if isinstance(value, str) else value
+
+
+def matching(pattern: str, words: str) -> AfterValidator:
+    """Require a text of some form.
+
+    Args:
+        pattern: a regular expression for the whole text.
+        words: the form in words, for the error.
+    """
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {words}")
+        return value
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,7 @@ class Flag:
         commas: whether one flag takes several values, separated by commas.
         positional: whether it is a positional argument rather than a flag.
         hidden: whether it has no flag, only a YAML key and a Python keyword.
+        advanced: whether the help lists it under `ADVANCED` and not with its section.
     """
 
     name: str | None = None
@@ -101,6 +99,7 @@ class Flag:
     commas: bool = False
     positional: bool = False
     hidden: bool = False
+    advanced: bool = False
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
-from secateur.recipes.section import HOW, WHAT_TO_SERVE, Flag, Recipe, Section
+from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section
 
 __all__ = ["ServeRecipe"]
 
@@ -15,7 +15,7 @@ __all__ = ["ServeRecipe"]
 class ServedModel(Section):
     """The model, its name, and where it listens."""
 
-    group: ClassVar[str] = WHAT_TO_SERVE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file or named sample."
@@ -54,14 +54,14 @@ class ServingLimits(Section):
         600.0, gt=0, description="A request ends after this many seconds, waiting included."
     )
     prefix_cache_mib: int = Field(
-        256, ge=0, description="Memory for beginnings that prompts share; 0 keeps none."
+        256, ge=0, description="Memory for the prefix cache; 0: no cache."
     )
-    prompt_piece: int = Field(
-        128,
-        ge=16,
-        description="Tokens of a long prompt that are read before the others get their next token.",
+    prompt_piece: Annotated[int, Flag(advanced=True)] = Field(
+        128, ge=16, description="Chunk size of chunked prefill, in tokens."
     )
-    body_mib: float = Field(4.0, gt=0, description="The longest body of a request.")
+    body_mib: Annotated[float, Flag(advanced=True)] = Field(
+        4.0, gt=0, description="The longest body of a request."
+    )
     stop_seconds: float = Field(
         30.0, gt=0, description="How long running requests may go on after SIGTERM."
     )

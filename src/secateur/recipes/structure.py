@@ -13,7 +13,7 @@ from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.recovery import Distill
 from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import WHAT_TO_CUT, Flag, Recipe, Section, Texts
+from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
 
 __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 
@@ -80,7 +80,7 @@ class LearnedOptions(Section):
 class WhatToCut(Section):
     """The model, and how many of its units stay."""
 
-    group: ClassVar[str] = WHAT_TO_CUT
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -156,7 +156,7 @@ class WhatToCut(Section):
     whole_last: int = Field(
         0, ge=0, description="Number of last decoder layers that keep all heads and neurons."
     )
-    multiple: int = Field(1, ge=1, description="Keep FFN neurons in multiples of this number.")
+    multiple: int = Field(1, ge=1, description="Round the FFN width to a multiple of this number.")
     pad: bool = Field(
         False, description="Pad all layers with zeros to one size, for engines that need it."
     )
@@ -169,13 +169,15 @@ class HowToCut(Section):
         None,
         description="Preset: fast, balanced or best. It fills in the options that you do not give.",
     )
-    score: str | None = Field(None, description="Score that selects the units to remove.")
-    solver: str | None = Field(
+    score: Annotated[str | None, Flag(advanced=True)] = Field(
+        None, description="Score that selects the units to remove."
+    )
+    solver: Annotated[str | None, Flag(advanced=True)] = Field(
         None, description="Solver that adjusts the weights that read the removed units."
     )
-    method_parameters: Annotated[dict[str, int | float], Flag(value="NAME=NUMBER")] = Field(
-        default_factory=dict, description="Parameters of the score and the solver."
-    )
+    method_parameters: Annotated[
+        dict[str, int | float], Flag(value="NAME=NUMBER", advanced=True)
+    ] = Field(default_factory=dict, description="Parameters of the score and the solver.")
     allocation: Annotated[str | None, Flag(default="uniform")] = Field(
         None,
         description="How to divide the cut among the layers: uniform, owl, layer-sensitivity, "

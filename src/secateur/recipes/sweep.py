@@ -10,12 +10,13 @@ from pydantic import Strict as Strictness
 from secateur.recipes.calibration import TEXT
 from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device
+from secateur.recipes.prune import Sparsity
 from secateur.recipes.section import (
     CALIBRATION,
     HOW,
     MAX_SEED,
     OUTPUT,
-    WHAT_TO_PRUNE,
+    WHAT,
     Flag,
     Recipe,
     Section,
@@ -31,7 +32,7 @@ LENGTH = "2048, or the model's length if that is shorter"
 class Points(Section):
     """The model, and the methods, sparsities and patterns to try."""
 
-    group: ClassVar[str] = WHAT_TO_PRUNE
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -39,7 +40,7 @@ class Points(Section):
     methods: Annotated[Texts, Flag(commas=True)] = Field(
         (), description="Methods or presets (fast, balanced, best), separated by commas."
     )
-    sparsities: Annotated[tuple[float, ...], Strictness(False), Flag(commas=True, value="X")] = (
+    sparsities: Annotated[tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")] = (
         Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
     )
     patterns: Annotated[Texts, Flag(commas=True)] = Field(

@@ -19,7 +19,8 @@ from secateur.recipes.section import (
     MAX_SEED,
     MEMORY,
     OUTPUT,
-    WHAT_TO_LEARN_FROM,
+    TEACHER,
+    WHAT,
     Flag,
     Recipe,
     Section,
@@ -132,7 +133,7 @@ def tuple_of(value: Any) -> Any:
 class TrainingTextSection(Section):
     """The model to train, and the text to train it on."""
 
-    group: ClassVar[str] = WHAT_TO_LEARN_FROM
+    group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Pruned, cut or dense model: hub id, folder, named sample, or a recipe "
@@ -142,7 +143,7 @@ class TrainingTextSection(Section):
         ("c4",),
         min_length=1,
         description="Training text: file, folder, hub data set or named text. May be repeated; "
-        "then each text gives the same number.",
+        "each text then gives equally many windows.",
     )
     field: str = Field("text", description="The field of a JSONL line that holds the text.")
     sequence_length: Annotated[
@@ -192,15 +193,15 @@ class Optimisation(Section):
     )
     optimizer: str = Field("AdamW", description="A class of torch.optim.")
     optimizer_options: Annotated[
-        dict[str, bool | int | float | list[float]], Flag(value="NAME=VALUE")
+        dict[str, bool | int | float | list[float]], Flag(value="NAME=VALUE", advanced=True)
     ] = Field(
         default_factory=dict, description="Other arguments of the optimizer, such as weight_decay."
     )
-    rates: Annotated[dict[str, float], Flag(value="GLOB=FACTOR")] = Field(
+    rates: Annotated[dict[str, float], Flag(value="GLOB=FACTOR", advanced=True)] = Field(
         default_factory=dict,
         description="Learning rate of some parameters, as a factor of the rate; 0 freezes them.",
     )
-    layer_decay: float = Field(
+    layer_decay: Annotated[float, Flag(advanced=True)] = Field(
         1.0,
         gt=0,
         le=1,
@@ -247,7 +248,7 @@ class TrainingMemorySection(Section):
         False,
         description="Compute layers again in the backward pass: a third slower, much less memory.",
     )
-    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = Field(
+    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls", advanced=True)] = Field(
         True, description="Multiply in bfloat16 on processors where this is faster."
     )
     memory_budget_gib: Annotated[float | None, Flag(default=FREE)] = Field(
@@ -271,7 +272,7 @@ class TrainingOutput(OutputFolder):
 class TeacherSection(Section):
     """The model to learn from, and how. Without a teacher the model learns from the text alone."""
 
-    group: ClassVar[str] = WHAT_TO_LEARN_FROM
+    group: ClassVar[str] = TEACHER
 
     teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = (
         Field(

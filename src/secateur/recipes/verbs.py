@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-__all__ = ["ON_RAY", "VERBS", "WRITING", "Verb", "imported"]
+__all__ = ["ON_RAY", "STAGES", "VERBS", "WRITING", "Verb", "imported"]
 
 WRITING = frozenset({"output", "overwrite", "resume", "restart"})
 """The options of a verb that writes a folder."""
 
 ON_RAY = frozenset({"ray", "ray_processes"})
 """The options of a verb that Ray can start in several processes."""
+
+MAKE, RUN, MEASURE, PUBLISH = STAGES = (
+    "Make a smaller model",
+    "Run a model",
+    "Measure a model",
+    "Publish a model",
+)
+"""The headings of `secateur --help`."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +30,23 @@ class Verb:
 
     Attributes:
         name: the name on the command line.
+        stage: the heading that lists it.
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
         function: the place of the function; empty if the verb exists only on the command line.
         more: further sentences for the help of the verb.
+        usage: the first line of the help, where a positional argument may be left out.
         without: options of the recipe that do not concern this verb.
         together: whether several processes, started by torchrun, can share its work.
     """
 
     name: str
+    stage: str
     summary: str
     recipe: str
     function: str = ""
     more: str = ""
+    usage: str | None = None
     without: frozenset[str] = frozenset()
     together: bool = False
 
@@ -60,6 +72,7 @@ VERBS: dict[str, Verb] = {
     for verb in (
         Verb(
             "prune",
+            MAKE,
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
             "secateur.workflows.prune_and_pack:prune",
@@ -67,6 +80,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "structure",
+            MAKE,
             "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
@@ -74,21 +88,8 @@ VERBS: dict[str, Verb] = {
             together=True,
         ),
         Verb(
-            "chain",
-            "Cut, prune, train and compress in one run, with one account of what is left.",
-            "secateur.recipes.chain:ChainRecipe",
-            "secateur.workflows.chain:chain",
-        ),
-        Verb(
-            "plan",
-            "Show the memory, disk and work that pruning would need. Reads no weights and writes "
-            "nothing.",
-            "secateur.recipes.plan:PlanRecipe",
-            "secateur.workflows.prune.checkpoint:plan",
-            without=WRITING | ON_RAY,
-        ),
-        Verb(
             "train",
+            MAKE,
             "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
             "stay zero.",
             "secateur.recipes.train:TrainRecipe",
@@ -96,7 +97,90 @@ VERBS: dict[str, Verb] = {
             together=True,
         ),
         Verb(
+            "compress",
+            MAKE,
+            "Store a pruned model without its zeros.",
+            "secateur.recipes.compress:CompressRecipe",
+            "secateur.workflows.compress.pack:compress",
+        ),
+        Verb(
+            "fit",
+            MAKE,
+            "Find and make the best compressed model within a size, memory, speed or loss.",
+            "secateur.recipes.fit:FitRecipe",
+            "secateur.workflows.fit.run:fit",
+            more="The exit code is 3 if the made model breaks a bound.",
+        ),
+        Verb(
+            "chain",
+            MAKE,
+            "Cut, prune, train and compress in one run, with one account of what is left.",
+            "secateur.recipes.chain:ChainRecipe",
+            "secateur.workflows.chain:chain",
+        ),
+        Verb(
+            "import",
+            MAKE,
+            "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
+            "adapters.",
+            "secateur.recipes.import_model:ImportRecipe",
+            "secateur.workflows.import_model:import_model",
+            more="The kind of source is recognised. In Python: secateur.import_model.",
+        ),
+        Verb(
+            "decompress",
+            MAKE,
+            "Write a compressed model as plain dense safetensors again.",
+            "secateur.recipes.compress:DecompressRecipe",
+            "secateur.workflows.compress.unpack:decompress",
+        ),
+        Verb(
+            "plan",
+            MAKE,
+            "Show the memory, disk and work that pruning would need. Reads no weights and writes "
+            "nothing.",
+            "secateur.recipes.plan:PlanRecipe",
+            "secateur.workflows.prune.checkpoint:plan",
+            without=WRITING | ON_RAY,
+        ),
+        Verb(
+            "methods",
+            MAKE,
+            "List presets, methods and their parts.",
+            "secateur.recipes.demo:MethodsRecipe",
+        ),
+        Verb(
+            "demo",
+            MAKE,
+            "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
+            "secateur.recipes.demo:DemoRecipe",
+        ),
+        Verb(
+            "generate",
+            RUN,
+            "Continue a prompt, or answer one message, on the CPU. Packed linears stay packed.",
+            "secateur.recipes.generate:GenerateRecipe",
+            "secateur.workflows.judge.generate:generate",
+        ),
+        Verb(
+            "chat",
+            RUN,
+            "Talk to a model in the terminal.",
+            "secateur.recipes.generate:ChatRecipe",
+            more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
+            "answer. Without a terminal every line of stdin is a message.",
+        ),
+        Verb(
+            "serve",
+            RUN,
+            "Serve a model over HTTP with OpenAI's API, to several clients at once.",
+            "secateur.recipes.serve:ServeRecipe",
+            more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
+            "when the running requests have ended. Needs the extra `serve`.",
+        ),
+        Verb(
             "evaluate",
+            MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.evaluate:EvaluateRecipe",
             "secateur.workflows.judge.evaluate:evaluate",
@@ -106,77 +190,31 @@ VERBS: dict[str, Verb] = {
             together=True,
         ),
         Verb(
+            "bench",
+            MEASURE,
+            "Measure speed and memory at batch 1 on the CPU; ways to run are interleaved.",
+            "secateur.recipes.bench:BenchRecipe",
+            "secateur.workflows.judge.bench:bench",
+        ),
+        Verb(
             "inspect",
+            MEASURE,
             "Show family, sizes, linears and the sparsity that is really stored.",
             "secateur.recipes.inspect:InspectRecipe",
             "secateur.workflows.judge.inspect:inspect",
         ),
         Verb(
-            "methods",
-            "List presets, methods and their parts.",
-            "secateur.recipes.demo:MethodsRecipe",
-        ),
-        Verb(
-            "compress",
-            "Store a pruned model without its zeros.",
-            "secateur.recipes.compress:CompressRecipe",
-            "secateur.workflows.compress.pack:compress",
-        ),
-        Verb(
-            "decompress",
-            "Write a compressed model as plain dense safetensors again.",
-            "secateur.recipes.compress:DecompressRecipe",
-            "secateur.workflows.compress.unpack:decompress",
-        ),
-        Verb(
-            "export",
-            "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
-            "secateur.recipes.export:ExportRecipe",
-            "secateur.workflows.export:export",
-        ),
-        Verb(
-            "import",
-            "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
-            "adapters.",
-            "secateur.recipes.import_model:ImportRecipe",
-            "secateur.workflows.import_model:import_model",
-            more="The kind of source is recognised. In Python: secateur.import_model.",
-        ),
-        Verb(
-            "generate",
-            "Continue a prompt, or answer one message, on the CPU. Packed linears stay packed.",
-            "secateur.recipes.generate:GenerateRecipe",
-            "secateur.workflows.judge.generate:generate",
-        ),
-        Verb(
-            "chat",
-            "Talk to a model in the terminal.",
-            "secateur.recipes.generate:ChatRecipe",
-            more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
-            "answer. Without a terminal every line of stdin is a message.",
-        ),
-        Verb(
-            "serve",
-            "Serve a model over HTTP with OpenAI's API, to several clients at once.",
-            "secateur.recipes.serve:ServeRecipe",
-            more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
-            "when the running requests have ended. Needs the extra `serve`.",
-        ),
-        Verb(
-            "bench",
-            "Measure speed and memory at batch 1 on the CPU, packed and in other ways, in turns.",
-            "secateur.recipes.bench:BenchRecipe",
-            "secateur.workflows.judge.bench:bench",
-        ),
-        Verb(
-            "fit",
-            "Find and make the best compressed model within a size, memory, speed or loss.",
-            "secateur.recipes.fit:FitRecipe",
-            "secateur.workflows.fit.run:fit",
-            more="The exit code is 3 if the made model breaks a bound.",
+            "diagnose",
+            MEASURE,
+            "Check zeros, values, units and layers.",
+            "secateur.recipes.diagnose:DiagnoseRecipe",
+            "secateur.workflows.judge.diagnose:diagnose",
+            more="The exit code is 3 if something is proven wrong.",
+            usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),
         Verb(
             "advise",
+            MEASURE,
             "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
             "no weights.",
             "secateur.recipes.advise:AdviseRecipe",
@@ -186,6 +224,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "sweep",
+            MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.sweep:SweepRecipe",
             "secateur.workflows.sweep.run:sweep",
@@ -193,28 +232,25 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             "report",
+            MEASURE,
             "Put what was measured of pruned models on one self-contained page, side by side.",
             "secateur.recipes.report:ReportRecipe",
             "secateur.workflows.report:report",
         ),
         Verb(
-            "diagnose",
-            "Check zeros, values, units and layers.",
-            "secateur.recipes.diagnose:DiagnoseRecipe",
-            "secateur.workflows.judge.diagnose:diagnose",
-            more="The exit code is 3 if something is proven wrong.",
+            "export",
+            PUBLISH,
+            "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
+            "secateur.recipes.export:ExportRecipe",
+            "secateur.workflows.export:export",
         ),
         Verb(
             "push",
+            PUBLISH,
             "Publish a model on the hub, with a card that has its results.",
             "secateur.recipes.push:PushRecipe",
             "secateur.workflows.push:push",
             more="The zeros are counted first. The repository is private unless --public.",
-        ),
-        Verb(
-            "demo",
-            "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
-            "secateur.recipes.demo:DemoRecipe",
         ),
     )
 }

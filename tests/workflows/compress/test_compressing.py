@@ -425,11 +425,11 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"format": "bitmaks"}, "did you mean 'bitmask'"),
-        ({"values": "int2"}, "unknown values 'int2'"),
+        ({"values": "int2"}, "values='int2': must be auto"),
         ({"values": "int8", "group_size": 64}, "group size of 64 is for int4 and int3"),
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
-        ({"embeddings": "int4"}, "embeddings: Input should be"),
+        ({"embeddings": "int4"}, "embeddings='int4': must be auto or int8"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_size_that_asks_for_nothing_is_refused() -> None:
         ({"target": "h100", "max_size": "1GB"}, "not measured here"),
         ({"target": "any", "decode_speedup": 2.0}, "times and memory of an engine"),
         ({"target": "any", "max_memory": "1GB"}, "times and memory of an engine"),
-        ({"target": "gpu", "max_size": "1GB"}, "Input should be 'cpu'"),
+        ({"target": "gpu", "max_size": "1GB"}, "target='gpu': must be cpu"),
         ({"min_accuracy_kept": 0.9}, "give a bound beside min_accuracy_kept"),
         ({"min_accuracy_kept": 1.2, "max_size": "1GB"}, "less than or equal to 1"),
         ({"decode_speedup": 0.0}, "greater than 0"),
