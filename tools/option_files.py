@@ -43,8 +43,8 @@ This page lists every option of every verb: its flag, its key in a recipe, its d
 does.
 
 - **Command line**: write the flag as shown. `secateur VERB --help` shows the same list. Every verb
-  also has `--json`, which prints the result as JSON, and `--quiet` (`-q`): neither progress nor log,
-  only errors and the result. `secateur --install-completion` lets the Tab key complete verbs,
+  also has `--json`, which prints the result as JSON, and `--quiet` (`-q`), which shows neither
+  progress nor log, only errors and the result. `secateur --install-completion` lets the Tab key complete verbs,
   options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
 - **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
   is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
