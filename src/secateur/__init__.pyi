@@ -58,7 +58,6 @@ __all__ = [
     "compress",
     "decompress",
     "diagnose",
-    "distill",
     "evaluate",
     "export",
     "fit",
@@ -74,11 +73,11 @@ __all__ = [
     "push",
     "refinements",
     "report",
-    "retrain",
     "scores",
     "solvers",
     "structure",
     "sweep",
+    "train",
 ]
 
 def advise(
@@ -144,8 +143,7 @@ def chain(
     Args:
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        steps: Each step is a verb (structure, prune, retrain, distill, compress) with its options.
-            A distill step without a teacher learns from the chain's model. [required]
+        steps: Each step is a verb (structure, prune, train, compress) with its options. [required]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -259,122 +257,6 @@ def decompress(
         SecateurError: what, where, and what to do.
     """
 
-def distill(
-    model: str | Path,
-    *,
-    progress: Progress | None = None,
-    text: Sequence[str | Path] | None = None,
-    field: str | None = None,
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    mask: str | Path | None = None,
-    validation_text: str | Path | None = None,
-    validation_windows: int | None = None,
-    seed: int | None = None,
-    teacher: str | Path | None = None,
-    kind: Literal["forward", "reverse", "symmetric"] | None = None,
-    temperature: float | None = None,
-    next_token: float | None = None,
-    hidden_weight: float | None = None,
-    kept_layers: Sequence[int] | None = None,
-    top_k: int | None = None,
-    teacher_file: str | Path | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    epochs: float | None = None,
-    batch: int | None = None,
-    learning_rate: float | None = None,
-    warm_up: float | None = None,
-    clip: float | None = None,
-    optimizer: str | None = None,
-    lora: int | Mapping[str, Any] | None = None,
-    gradual: float | str | Mapping[str, Any] | None = None,
-    iterative: float | str | Mapping[str, Any] | None = None,
-    regrow: bool | None = None,
-    validations: int | None = None,
-    patience: int | None = None,
-    micro_batch_windows: int | None = None,
-    gradient_checkpointing: bool | None = None,
-    memory_budget_gib: float | None = None,
-    trust_remote_code: bool | None = None,
-    device: str | None = None,
-    output: str | Path | None = None,
-    save_minutes: float | None = None,
-    tensorboard: str | Path | None = None,
-    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
-    rates: Mapping[str, float] | None = None,
-    layer_decay: float | None = None,
-    fast_matmuls: bool | None = None,
-    overwrite: bool | None = None,
-    resume: bool | None = None,
-    restart: bool | None = None,
-) -> TrainResult:
-    """Train a pruned or cut checkpoint on the predictions of a larger one; else like `retrain`.
-
-    Args:
-        model: the student: hub id, folder or named sample.
-        progress: receives every step.
-        text: Training text: file, folder, hub data set or named text. May be repeated; each text
-            then gives equally many windows. [c4]
-        field: The field of a JSONL line that holds the text. [text]
-        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
-        windows: Largest number of training windows. A longer run repeats them. [4096]
-        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
-            zeros]
-        validation_text: Validation text. [held-out windows of the training text]
-        validation_windows: Number of validation windows; 0: no validation. [16]
-        seed: Seed that chooses the windows and their order. [0]
-        teacher: Model to learn from: hub id, folder or named sample. [the model that was pruned]
-        kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
-            teacher), symmetric is the mean of both. [forward]
-        temperature: Temperature of both models; gradients are scaled by its square. [1]
-        next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
-        hidden_weight: Weight of the hidden-state loss; 0: none. [0]
-        kept_layers: Layers of the teacher that the student kept. [spread evenly]
-        top_k: Before the training, store this many of the teacher's most likely tokens for each
-            position, and release the teacher. [all, while training]
-        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
-            the end]
-        steps: Optimizer steps. [as many as the epochs need]
-        minutes: Minutes to train, instead of steps. [as long as the steps take]
-        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows per optimizer step. [4]
-        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
-        warm_up: Share of the run in which the learning rate rises. [0.05]
-        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
-        optimizer: A class of torch.optim. [AdamW]
-        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
-        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
-            stay as they are]
-        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
-            for --steps. [the zeros stay as they are]
-        regrow: Allow a mask that keeps weights which are zero in the model. [off]
-        validations: Number of validations during the run; one more comes before it. [10]
-        patience: Stop after this many validations without a better result; 0: never. [never]
-        micro_batch_windows: Windows in one forward. [about 2048 tokens]
-        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
-            memory. [off]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
-        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
-        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        output: Folder for the new model. It must not exist. [required]
-        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
-        tensorboard: Folder for TensorBoard curves. [none]
-        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
-        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
-        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
-            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
-            [1]
-        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
-        overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
-        restart: Discard a stopped run and start again. [off]
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-
 def evaluate(
     model: str | Path | nn.Module,
     *,
@@ -452,7 +334,7 @@ def export(
         progress: receives every tensor.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
         type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder
-            has them), and with secateur[llamacpp] q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k,
+            has them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k,
             which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4.
             openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
@@ -918,103 +800,6 @@ def push(
         SecateurError: what, where, and what to do.
     """
 
-def retrain(
-    model: str | Path,
-    *,
-    progress: Progress | None = None,
-    text: Sequence[str | Path] | None = None,
-    field: str | None = None,
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    mask: str | Path | None = None,
-    validation_text: str | Path | None = None,
-    validation_windows: int | None = None,
-    seed: int | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    epochs: float | None = None,
-    batch: int | None = None,
-    learning_rate: float | None = None,
-    warm_up: float | None = None,
-    clip: float | None = None,
-    optimizer: str | None = None,
-    lora: int | Mapping[str, Any] | None = None,
-    gradual: float | str | Mapping[str, Any] | None = None,
-    iterative: float | str | Mapping[str, Any] | None = None,
-    regrow: bool | None = None,
-    validations: int | None = None,
-    patience: int | None = None,
-    micro_batch_windows: int | None = None,
-    gradient_checkpointing: bool | None = None,
-    memory_budget_gib: float | None = None,
-    trust_remote_code: bool | None = None,
-    device: str | None = None,
-    output: str | Path | None = None,
-    save_minutes: float | None = None,
-    tensorboard: str | Path | None = None,
-    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
-    rates: Mapping[str, float] | None = None,
-    layer_decay: float | None = None,
-    fast_matmuls: bool | None = None,
-    overwrite: bool | None = None,
-    resume: bool | None = None,
-    restart: bool | None = None,
-) -> TrainResult:
-    """Train a checkpoint on text, with its zeros held at every step, into a new folder.
-
-    Args:
-        model: hub id, folder or named sample.
-        progress: receives every step.
-        text: Training text: file, folder, hub data set or named text. May be repeated; each text
-            then gives equally many windows. [c4]
-        field: The field of a JSONL line that holds the text. [text]
-        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
-        windows: Largest number of training windows. A longer run repeats them. [4096]
-        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
-            zeros]
-        validation_text: Validation text. [held-out windows of the training text]
-        validation_windows: Number of validation windows; 0: no validation. [16]
-        seed: Seed that chooses the windows and their order. [0]
-        steps: Optimizer steps. [as many as the epochs need]
-        minutes: Minutes to train, instead of steps. [as long as the steps take]
-        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows per optimizer step. [4]
-        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
-        warm_up: Share of the run in which the learning rate rises. [0.05]
-        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
-        optimizer: A class of torch.optim. [AdamW]
-        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
-        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
-            stay as they are]
-        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
-            for --steps. [the zeros stay as they are]
-        regrow: Allow a mask that keeps weights which are zero in the model. [off]
-        validations: Number of validations during the run; one more comes before it. [10]
-        patience: Stop after this many validations without a better result; 0: never. [never]
-        micro_batch_windows: Windows in one forward. [about 2048 tokens]
-        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
-            memory. [off]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
-        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
-        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        output: Folder for the new model. It must not exist. [required]
-        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
-        tensorboard: Folder for TensorBoard curves. [none]
-        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
-        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
-        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
-            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
-            [1]
-        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
-        overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
-        restart: Discard a stopped run and start again. [off]
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-
 def structure(
     model: str | Path,
     *,
@@ -1150,6 +935,126 @@ def structure(
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. [off]
+        restart: Discard a stopped run and start again. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def train(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    text: Sequence[str | Path] | None = None,
+    field: str | None = None,
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    mask: str | Path | None = None,
+    validation_text: str | Path | None = None,
+    validation_windows: int | None = None,
+    seed: int | None = None,
+    teacher: str | Path | None = None,
+    kind: Literal["forward", "reverse", "symmetric"] | None = None,
+    temperature: float | None = None,
+    next_token: float | None = None,
+    hidden_weight: float | None = None,
+    teacher_layers: Sequence[int] | None = None,
+    top_k: int | None = None,
+    teacher_file: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    warm_up: float | None = None,
+    clip: float | None = None,
+    optimizer: str | None = None,
+    lora: int | Mapping[str, Any] | None = None,
+    gradual: float | str | Mapping[str, Any] | None = None,
+    iterative: float | str | Mapping[str, Any] | None = None,
+    regrow: bool | None = None,
+    validations: int | None = None,
+    patience: int | None = None,
+    micro_batch_windows: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    memory_budget_gib: float | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
+    optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+    fast_matmuls: bool | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+) -> TrainResult:
+    """Train a checkpoint into a new folder, with its zeros held at every step.
+
+    It learns from text; with a `teacher` it learns that model's predictions for the text.
+
+    Args:
+        model: hub id, folder or named sample.
+        progress: receives every step.
+        text: Training text: file, folder, hub data set or named text. May be repeated; each text
+            then gives equally many windows. [c4]
+        field: The field of a JSONL line that holds the text. [text]
+        sequence_length: Tokens per window. [512, or the model's length if that is shorter]
+        windows: Largest number of training windows. A longer run repeats them. [4096]
+        mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
+            zeros]
+        validation_text: Validation text. [held-out windows of the training text]
+        validation_windows: Number of validation windows; 0: no validation. [16]
+        seed: Seed that chooses the windows and their order. [0]
+        teacher: Model to learn from, such as the one that was pruned: hub id, folder or named
+            sample. [none: learn from the text]
+        kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
+            teacher), symmetric is the mean of both. [forward]
+        temperature: Temperature of both models; gradients are scaled by its square. [1]
+        next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
+        hidden_weight: Weight of the hidden-state loss; 0: none. [0]
+        teacher_layers: Layers of the teacher that the student has, for --hidden-weight. [those of
+            the cut, else spread evenly]
+        top_k: Before the training, store this many of the teacher's most likely tokens for each
+            position, and release the teacher. [all, while training]
+        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
+            the end]
+        steps: Optimizer steps. [as many as the epochs need]
+        minutes: Minutes to train, instead of steps. [as long as the steps take]
+        epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
+        batch: Windows per optimizer step. [4]
+        learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
+        warm_up: Share of the run in which the learning rate rises. [0.05]
+        clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
+        optimizer: A class of torch.optim. [AdamW]
+        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
+            stay as they are]
+        iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
+            for --steps. [the zeros stay as they are]
+        regrow: Allow a mask that keeps weights which are zero in the model. [off]
+        validations: Number of validations during the run; one more comes before it. [10]
+        patience: Stop after this many validations without a better result; 0: never. [never]
+        micro_batch_windows: Windows in one forward. [about 2048 tokens]
+        gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
+            memory. [off]
+        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
+            of this process. A run that needs more does not start. [4/5 of the free memory]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        output: Folder for the new model. It must not exist. [required]
+        save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
+        tensorboard: Folder for TensorBoard curves. [none]
+        optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
+        rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
+        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
+            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
+            [1]
+        fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. [off]
         restart: Discard a stopped run and start again. [off]
