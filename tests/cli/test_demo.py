@@ -10,7 +10,9 @@ import pytest
 
 from commands import Outcome
 from gguf_models import byte_level
+from secateur import compress, evaluate
 from secateur.models.skeleton import quiet_transformers
+from secateur.reporting.tables import mib
 from tiny import save_tiny
 from trained import source_text
 
@@ -43,3 +45,10 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     for place in (folder, folder / "README.md", folder / "report.html"):
         assert f"{place}\n" in ended.out
     assert "\n\n\n" not in ended.out
+    rounded = compress(model, output=tmp_path / "int8", values="int8", embeddings="int8")
+    judged = evaluate(
+        rounded.output, text=str(tmp_path / "other.txt"), sequence_length=512, windows=2
+    )
+    rows = {line.split("  ")[0].strip(): line for line in ended.out.splitlines()}
+    assert f"{judged.perplexity:.2f}" in rows["perplexity"]
+    assert mib(rounded.file_bytes) in rows["weight files"]

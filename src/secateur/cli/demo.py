@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from secateur.cli.verb import command
 
@@ -25,7 +26,7 @@ PROMPTS = (
 
 
 def run(recipe: DemoRecipe) -> DemoResult:
-    """Run the three steps with a progress bar, then write the report."""
+    """Run the four steps with a progress bar, then write the report."""
     from secateur.cli.progress import show_progress
 
     with show_progress() as progress:
@@ -33,9 +34,14 @@ def run(recipe: DemoRecipe) -> DemoResult:
 
 
 def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
-    """Run the three steps, then write the report."""
+    """Run the four steps, then write the report.
+
+    The dense model in int8 is judged beside the pruned one: it is what a user would take instead.
+    Its speed is that of the contender `dense int8`; its files are deleted.
+    """
     from secateur.progress import Labelled
     from secateur.reporting.results.demo import DemoResult
+    from secateur.workflows.compress.pack import compress
     from secateur.workflows.judge.bench import bench
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.prune_and_pack import prune
@@ -52,7 +58,7 @@ def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         sequence_length=512,
         compress="int8",
         compress_embeddings="int8",
-        progress=Labelled(listener, "1 of 3, prune and pack"),
+        progress=Labelled(listener, "1 of 4, prune and pack"),
         restart=True,
         overwrite=True,
     )
@@ -62,20 +68,30 @@ def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         prompt_tokens=16,
         new_tokens=32,
         rounds=3,
-        progress=Labelled(listener, "2 of 3, time"),
+        progress=Labelled(listener, "2 of 4, time"),
     )
+    held_out: dict[str, Any] = {
+        "text": JUDGING,
+        "sequence_length": 512,
+        "windows": recipe.judged_windows,
+    }
     judged = evaluate(
         folder,
         dense=MODEL,
-        text=JUDGING,
         generation=True,
         prompts=PROMPTS,
-        sequence_length=512,
-        windows=recipe.judged_windows,
-        progress=Labelled(listener, "3 of 3, judge"),
+        progress=Labelled(listener, "3 of 4, judge"),
+        **held_out,
     )
+    listener = Labelled(listener, "4 of 4, the dense model in int8")
+    with TemporaryDirectory() as scratch:
+        output = Path(scratch) / "int8"
+        rounded = compress(
+            MODEL, output=output, values="int8", embeddings="int8", progress=listener
+        )
+        rounded_judged = evaluate(output, progress=listener, **held_out)
     page = report([folder], folder / "report.html").page
-    return DemoResult(MODEL, pruned, timed, judged, page)
+    return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)
 
 
 demo = command("demo", run)

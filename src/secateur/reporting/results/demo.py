@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.reporting.results.bench import BenchResult
+from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.result import Result
@@ -27,6 +28,8 @@ class DemoResult(Result):
         pruned: the result of `prune`; it contains the result of `compress`.
         bench: the result of `bench`.
         judged: the result of `evaluate`, on one text and some prompts.
+        rounded: the result of `compress` for the dense model in int8.
+        rounded_judged: the result of `evaluate` for it, on the same text.
         page: the report.
     """
 
@@ -34,6 +37,8 @@ class DemoResult(Result):
     pruned: PruneResult
     bench: BenchResult
     judged: EvaluateResult
+    rounded: CompressResult
+    rounded_judged: EvaluateResult
     page: Path
 
     def to_json(self) -> dict[str, Any]:
@@ -43,6 +48,10 @@ class DemoResult(Result):
             "prune": self.pruned.to_json(),
             "bench": self.bench.to_json(),
             "evaluation": self.judged.to_json(),
+            "dense_int8": {
+                "compress": self.rounded.to_json(),
+                "evaluation": self.rounded_judged.to_json(),
+            },
         }
 
     def blocks(self) -> Sequence[Block]:
@@ -53,7 +62,9 @@ class DemoResult(Result):
             for text in (first.reference_text, first.text)
         )
         return [
-            Table.of(self.model, ("", "dense", "pruned, int8"), self.rows()),
+            Table.of(
+                self.model, ("", "dense, bfloat16", "dense, int8", "pruned, int8"), self.rows()
+            ),
             Line(""),
             Line(f"dense writes:  {dense}"),
             Line(""),
@@ -61,21 +72,26 @@ class DemoResult(Result):
             *self.places(),
         ]
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """The measurements of the dense and of the pruned model."""
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The measurements of the dense model, of its int8 weights, and of the pruned model."""
         [text], packed = self.judged.texts, self.pruned.compression
         assert packed is not None
         cost = self.pruned.manifest["cost"]
         rates = {s.name: s.tokens_per_second for s in self.bench.speeds if s.failure is None}
-        gain = self.bench.gain([name for name in rates if not name.startswith("packed")])
-        dense = f"{rates[gain[0]]:.0f} ({gain[0]})" if gain else "not measured"
+        speeds = (
+            f"{rates[name]:.0f}" if name in rates else "not measured"
+            for name in ("dense bf16", "dense int8", "packed")
+        )
+        sizes = (packed.bfloat16_bytes, self.rounded.file_bytes, packed.file_bytes)
+        rounded = self.rounded_judged.perplexity
+        perplexities = (text.reference_perplexity, rounded, text.perplexity)
         return [
-            ("weight files", f"{mib(packed.bfloat16_bytes)} (bfloat16)", mib(packed.file_bytes)),
-            ("tokens per second", dense, f"{rates.get('packed', 0):.0f}"),
-            ("perplexity", f"{text.reference_perplexity:.2f}", f"{text.perplexity:.2f}"),
-            ("zeros in decoder matrices", "", f"{packed.sparsity:.1%}"),
-            ("time to prune", "", f"{cost['seconds']:.0f} s"),
-            ("peak memory", "", gib(cost["peak_resident_bytes"])),
+            ("weight files", *map(mib, sizes)),
+            ("tokens per second, our kernels", *speeds),
+            ("perplexity", *(f"{number:.2f}" for number in perplexities)),
+            ("zeros in decoder matrices", "", "", f"{packed.sparsity:.1%}"),
+            ("time to prune", "", "", f"{cost['seconds']:.0f} s"),
+            ("peak memory", "", "", gib(cost["peak_resident_bytes"])),
         ]
 
     def places(self) -> list[Block]:

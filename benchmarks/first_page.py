@@ -1,0 +1,265 @@
+"""The first page's table: what zeros and rounding cost and bring, after everything is stored.
+
+    python benchmarks/first_page.py --calibration c4.jsonl --text wiki.txt --work WORK \\
+        [--rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT] [--only ROW ...]
+
+One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
+
+- Calibration is 64 windows of 512 tokens (`random-crop`, seed 0) of one file, for pruning and for
+  rounding. `best` reads more windows of the same file. The published code of Wanda, SparseGPT and
+  ALPS gets the same windows (`rivals.py`, an environment of its own); what it wrote is rounded and
+  stored by the same `secateur compress` as ours, because its own files are as large as dense ones.
+- Perplexity is that of the stored files as they run: weights rounded, activations rounded by our
+  kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
+  first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
+- Tokens per second: batch 1, a prompt of 64 tokens, 32 new ones, each row in a process of its own,
+  rounds interleaved, medians. llama.cpp times itself. Two rows that differ only in which weights
+  are zero have the same speed, so of those with 50 % zeros in int8 only one is timed.
+- Seconds to make: the whole commands, one after the other, nothing else on the machine.
+
+Folders stay in WORK, and every finished number in `results/first-page.json`: a run goes on where
+another one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur
+from hardware import heading, keep, markdown
+from presets import windows_file
+from secateur.calibration.documents import read_text
+from secateur.evaluation.speed import take_turns
+from secateur.models.samples import sample_model
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from stored import known_rows
+
+MODEL = "smollm2-135m"
+INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}
+INT4: dict[str, Any] = {"values": "int4", "embeddings": "int8"}
+PRUNED = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+    "wanda": {},
+    "sparsegpt": {},
+    "alps": {},
+}
+RIVALS = ("wanda", "sparsegpt", "alps")
+STORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "no zeros, bfloat16": (MODEL, {"values": "bfloat16"}),
+    "no zeros, int8": (MODEL, INT8),
+    "no zeros, int4": (MODEL, INT4),
+    "fast, int8": ("fast", INT8),
+    "balanced, int8": ("balanced", INT8),
+    "best, int8": ("best", INT8),
+    "balanced, int4": ("balanced", INT4),
+    "best, int4": ("best", INT4),
+    "wanda, int8": ("wanda", INT8),
+    "sparsegpt, int8": ("sparsegpt", INT8),
+    "alps, int8": ("alps", INT8),
+}
+GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
+OWN_FILE = "llama.cpp Q4_1, the source"
+TIMED = ("no zeros, int8", "no zeros, int4", "balanced, int8", "balanced, int4")
+TORCH = "no zeros, bfloat16, torch"
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+
+
+def seconds_of(action: Any) -> float:
+    """How long a call takes."""
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def prune(args: argparse.Namespace, name: str, output: Path) -> None:
+    """Make one folder with 50 % zeros, with our presets or with published code."""
+    if name not in RIVALS:
+        secateur.prune(
+            MODEL, output=output, sparsity=0.5, calibration=args.calibration, windows=64,
+            sequence_length=512, packing="random-crop", seed=0, **PRUNED[name],
+        )  # fmt: skip
+        return
+    checkout = args.alps if name == "alps" else args.wanda
+    script = Path(__file__).with_name("rivals.py")
+    windows = windows_file(args, 0, args.work)
+    command = [args.rivals_python, script, name, checkout, resolve(MODEL).folder, windows, output]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([*map(str, command), "--sparsity", "0.5"], check=True, env=environment)
+
+
+def store(args: argparse.Namespace, row: str, output: Path) -> None:
+    """Round and store what a row needs; integers with calibration."""
+    source, values = STORED[row]
+    folder = MODEL if source == MODEL else args.work / source
+    calibration: dict[str, Any] = {}
+    if values["values"] in ("int8", "int4"):
+        calibration = {"calibration": windows_file(args, 0, args.work)}
+    secateur.compress(folder, output=output, **values, **calibration)
+
+
+def file_bytes(path: Path) -> int:
+    """Of a GGUF file, or of the weights in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.glob("*.safetensors"))
+
+
+def windows_of(text: str, count: int) -> torch.Tensor:
+    """The first windows of a text, as `secateur.evaluate` cuts them."""
+    ids = load_tokenizer(resolve(MODEL).folder)(read_text(text).text, add_special_tokens=False)
+    return torch.tensor(ids["input_ids"][: count * 2048]).view(count, 2048)
+
+
+def llama_cpp_loss(file: Path, windows: torch.Tensor) -> float:
+    """Mean loss of next tokens by llama.cpp's own logits."""
+    import numpy as np
+    from llama_cpp_py_sync import Llama
+
+    engine = Llama(str(file), n_ctx=windows.shape[1], n_threads=torch.get_num_threads())
+    lib, ffi, words = engine._lib, engine._ffi, engine.n_vocab
+    total = 0.0
+    for window in windows:
+        engine._clear_context_state()
+        for start in range(0, len(window), 256):
+            ids = window[start : start + 256]
+            batch = lib.llama_batch_init(len(ids), 0, 1)
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids.tolist()):
+                batch.token[i], batch.pos[i] = token, start + i
+                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
+            if lib.llama_decode(engine._ctx, batch):
+                raise SystemExit(f"{file}: llama.cpp could not decode")
+            lib.llama_batch_free(batch)
+            nexts = window[start + 1 : start + 257]
+            buffer = ffi.buffer(lib.llama_get_logits(engine._ctx), 4 * words * len(ids))
+            logits = torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).copy())
+            logits = logits.view(len(ids), words)[: len(nexts)]
+            total += torch.nn.functional.cross_entropy(logits, nexts, reduction="sum").item()
+    engine.close()
+    return total / (windows.numel() - len(windows))
+
+
+class Table:
+    """Finished numbers by row, kept after each one."""
+
+    def __init__(self, protocol: dict[str, Any]) -> None:
+        self.protocol = protocol
+        self.rows = {r["row"]: r for r in known_rows("first-page", protocol)}
+
+    def missing(self, row: str, number: str) -> bool:
+        return number not in self.rows.get(row, {})
+
+    def put(self, row: str, **numbers: Any) -> None:
+        self.rows.setdefault(row, {"row": row}).update(numbers)
+        keep("first-page", self.protocol, [*self.rows.values()])
+        print(row, numbers, flush=True)
+
+
+def make(args: argparse.Namespace, table: Table) -> None:
+    """All folders and files, timed."""
+    for name in PRUNED:
+        if table.missing(name, "prune_seconds") and wanted(args, name):
+            shutil.rmtree(args.work / name, ignore_errors=True)
+            took = seconds_of(lambda name=name: prune(args, name, args.work / name))
+            table.put(name, prune_seconds=took)
+    for row in STORED:
+        source = STORED[row][0]
+        there = source == MODEL or not table.missing(source, "prune_seconds")
+        if there and table.missing(row, "store_seconds") and wanted(args, row):
+            output = args.work / row
+            shutil.rmtree(output, ignore_errors=True)
+            took = seconds_of(lambda row=row, output=output: store(args, row, output))
+            table.put(row, store_seconds=took, file_bytes=file_bytes(output))
+    for row, type in GGUF.items():
+        if table.missing(row, "file_bytes") and wanted(args, row):
+            shutil.rmtree(args.work / row, ignore_errors=True)
+            secateur.export(MODEL, output=args.work / row, to="gguf", type=type)
+            table.put(row, file_bytes=file_bytes(gguf_of(args, row)))
+    if table.missing(OWN_FILE, "file_bytes"):
+        table.put(OWN_FILE, file_bytes=file_bytes(gguf_of(args, OWN_FILE)))
+
+
+def gguf_of(args: argparse.Namespace, row: str) -> Path:
+    """The file that llama.cpp runs."""
+    return sample_model(MODEL) if row == OWN_FILE else next((args.work / row).glob("*.gguf"))
+
+
+def wanted(args: argparse.Namespace, row: str) -> bool:
+    """Whether this call makes a row."""
+    if row.partition(",")[0] in RIVALS and args.rivals_python is None:
+        return False
+    return not args.only or row.partition(",")[0] in args.only or row in args.only
+
+
+def time_rows(args: argparse.Namespace, table: Table) -> None:
+    """Speed of all contenders, interleaved; anew where one is missing."""
+    contenders = [("torch bf16", args.work / "no zeros, bfloat16")]
+    contenders += [("packed", args.work / row) for row in TIMED]
+    engines = [*GGUF, OWN_FILE]
+    contenders += [(str(gguf_of(args, row)), args.work) for row in engines]
+    names = [TORCH, *TIMED, *engines]
+    if not any(table.missing(row, "tokens_per_second") for row in names):
+        return
+    draw = random.Random(0)
+    prompt = [draw.randrange(300, 49152) for _ in range(PROMPT_TOKENS)]
+    found = take_turns(contenders, prompt=prompt, new_tokens=NEW_TOKENS, rounds=args.rounds)
+    for row, speed in zip(names, found, strict=True):
+        table.put(row, **speed.to_json(PROMPT_TOKENS))
+
+
+def judge(args: argparse.Namespace, table: Table) -> None:
+    """Perplexity of every row whose folder is there."""
+    for row in STORED:
+        if table.missing(row, "perplexity") and not table.missing(row, "store_seconds"):
+            found = secateur.evaluate(
+                args.work / row, text=str(args.text), sequence_length=2048, windows=args.windows
+            )
+            table.put(row, perplexity=found.perplexity)
+    windows = windows_of(str(args.text), args.windows)
+    for row in [*GGUF, OWN_FILE]:
+        if table.missing(row, "perplexity"):
+            table.put(row, perplexity=math.exp(llama_cpp_loss(gguf_of(args, row), windows)))
+
+
+def main() -> None:
+    """Fill the table, as far as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models, kept")
+    parser.add_argument("--windows", type=int, default=20, help="of 2048 tokens, judged")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--parts", nargs="*", default=["make", "time", "judge"])
+    parser.add_argument("--rivals-python", type=Path)
+    parser.add_argument("--wanda", type=Path)
+    parser.add_argument("--alps", type=Path)
+    args = parser.parse_args()
+    args.model = MODEL
+    args.work.mkdir(parents=True, exist_ok=True)
+    print(heading())
+    table = Table({"script": __doc__, "windows": args.windows, "rounds": args.rounds})
+    for part, action in {"make": make, "time": time_rows, "judge": judge}.items():
+        if part in args.parts:
+            action(args, table)
+    columns = ["", "weight files", "tokens/s", "perplexity", "seconds to prune", "to store"]
+    print(markdown(columns, [[str(r.get(k, "")) for k in (
+        "row", "file_bytes", "tokens_per_second", "perplexity", "prune_seconds", "store_seconds",
+    )] for r in table.rows.values()]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
