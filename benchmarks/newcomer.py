@@ -118,8 +118,12 @@ def main() -> None:
             "make demo",
         ],
         "start": [
-            line.replace("REPOSITORY", here).replace("python3 ", f"{python} ")
-            for line in commands(repository / "docs" / "start.md")
+            f"git clone --quiet {here} secateur",
+            "cd secateur",
+            *(
+                line.replace("python3 ", f"{python} ")
+                for line in commands(repository / "docs" / "start.md")
+            ),
         ],
     }
     rows = [row for row in known_rows("newcomer") if row["part"] not in chosen.parts]

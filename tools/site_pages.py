@@ -22,6 +22,7 @@ PROJECT = tuple(
     Path(name) for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 )
 ASSISTANTS = Path("llms.txt")
+README, MAP = Path("README.md"), DOCS / "README.md"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")
@@ -47,6 +48,7 @@ def collect(root: Path, pages: Path) -> None:
         (pages / place).write_text(text, encoding="utf-8")
         for file, source in files.items():
             shutil.copyfile(root / source, pages / file)
+    (pages / README).write_text(home_page(root), encoding="utf-8")
     (pages / ASSISTANTS).write_text(assistants_page(root), encoding="utf-8")
     (pages / "python.md").write_text(python_page(root), encoding="utf-8")
 
@@ -55,7 +57,18 @@ def placed(file: Path) -> Path:
     """Where a file of the repository is on the site."""
     if file.is_relative_to(DOCS):
         return file.relative_to(DOCS)
+    if file == README:
+        return README
     return Path("project" if file in PROJECT else "files") / file
+
+
+def home_page(root: Path) -> str:
+    """The first page: what Secateur is and brings, from the README, then the map of the pages."""
+    told, _, _ = (root / README).read_text(encoding="utf-8").partition("\n## Find your way")
+    pages = (root / MAP).read_text(encoding="utf-8").replace("\n## ", "\n### ")
+    return "\n#".join(
+        relinked(text, page, root)[0] for text, page in ((told, README), (pages, MAP))
+    )
 
 
 def relinked(text: str, page: Path, root: Path) -> tuple[str, dict[Path, Path]]:

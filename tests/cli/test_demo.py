@@ -49,6 +49,6 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     judged = evaluate(
         rounded.output, text=str(tmp_path / "other.txt"), sequence_length=512, windows=2
     )
-    rows = {line.split("  ")[0].strip(): line for line in ended.out.splitlines()}
-    assert f"{judged.perplexity:.2f}" in rows["perplexity"]
-    assert mib(rounded.file_bytes) in rows["weight files"]
+    lines = ended.out.splitlines()
+    assert any("perplexity" in line and f"{judged.perplexity:.2f}" in line for line in lines)
+    assert any("weight files" in line and mib(rounded.file_bytes) in line for line in lines)

@@ -1,8 +1,9 @@
 """The name of the package, and what pages and messages tell users to install."""
 
 import re
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 from secateur.errors import DISTRIBUTION, install_extra
 

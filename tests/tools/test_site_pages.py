@@ -24,6 +24,15 @@ def test_links_out_of_the_docs_lead_to_copies() -> None:
     assert files == {Path("files/LICENSE"): Path("LICENSE")}
 
 
+def test_the_home_page_says_what_it_is_and_leads_to_every_page() -> None:
+    page = site_pages.home_page(ROOT)
+    assert page.startswith("# Secateur\n")
+    assert "(pictures/measured.svg)" in page
+    assert "\n## Documentation\n" in page
+    assert "\n### Understand a method\n" in page
+    assert "](docs/" not in page
+
+
 def test_code_is_not_relinked() -> None:
     text = "```\n[a](nowhere.md)\n```\n"
     assert site_pages.relinked(text, Path("docs/fit.md"), ROOT) == (text, {})
