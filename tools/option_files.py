@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.recipes.keywords import python_type, type_text
+from secateur.recipes.keywords import type_text
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS
 from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
@@ -44,8 +44,8 @@ does.
 
 - **Command line**: write the flag as shown. `secateur VERB --help` shows the same list. Every verb
   also has `--json`, which prints the result as JSON, and `--quiet` (`-q`), which shows neither
-  progress nor log, only errors and the result. `secateur --install-completion` lets the Tab key complete verbs,
-  options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
+  progress nor log, only errors and the result. `secateur --install-completion` lets the Tab key
+  complete verbs, options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
 - **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
   is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
 - **YAML**: a dot separates a section from its key: `memory.budget_gib` is `budget_gib` in the
@@ -140,7 +140,7 @@ def tables(verb: Verb) -> Iterator[str]:
     rows = [o for o in (*options_of(kind), *run_options_of(kind)) if o.name not in verb.without]
     rows.sort(key=lambda option: GROUPS.index(option.group))
     for group, options in groupby(rows, key=lambda option: option.group):
-        yield f"\n**{group}**\n\n| flag | key in YAML | type | default | meaning |\n"
+        yield f"\n**{group}**\n\n| flag | key in YAML | value | default | meaning |\n"
         yield "|---|---|---|---|---|\n"
         for option in options:
             yield row(option, called=option.name in of_call)
@@ -158,7 +158,9 @@ def row(option: Option, *, called: bool) -> str:
         flag += f", `{option.flag.short}`"
     key = "*of the call*" if called else f"`{option.key}`"
     default = "required" if option.required else option.default
-    cells = [flag, key, f"`{type_text(python_type(option))}`", default, option.help]
+    words = option.choices or (option.word,)
+    value = "switch" if option.type is bool else ", ".join(f"`{word}`" for word in words)
+    cells = [flag, key, value, default, option.help]
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
 
 

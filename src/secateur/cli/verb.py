@@ -27,9 +27,6 @@ __all__ = ["command"]
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
-WORDS = {int: "N", float: "X", int | float: "X"}
-"""Words for the values of flags in the help, by type."""
-
 SET = Option(
     "set",
     (),
@@ -166,7 +163,7 @@ def parameter(option: Option) -> inspect.Parameter:
     shown = Parameter(
         help=option.help if option.required else option.about,
         group=HEADINGS[option.group],
-        metavar=None if is_bool else option.flag.value or WORDS.get(option.type, "NAME"),
+        metavar=None if is_bool else option.word,
         show_default=False,
         converter=None if is_bool else as_text,  # a `Path` would turn ./DIR into DIR
         completer=(lambda _: choices) if choices else None,

@@ -25,6 +25,8 @@ __all__ = [
 
 PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "TEXT")
 """Words for values that may be given as a path."""
+WORDS = {int: "N", float: "X", int | float: "X"}
+"""Words for values without a word of their own, by type."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Option:
     def is_path(self) -> bool:
         """Whether Python may pass a path."""
         return self.flag.value in PATHS
+
+    @property
+    def word(self) -> str:
+        """What stands for its value in the help."""
+        return self.flag.value or WORDS.get(self.type, "NAME")
 
     @property
     def about(self) -> str:
