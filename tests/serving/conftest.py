@@ -18,7 +18,8 @@ from trained import save_trained
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
-    "{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ mood }}"
+    "{% if add_generation_prompt %}a:{% endif %}"
 )
 
 

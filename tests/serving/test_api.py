@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 import secateur
 from serving.conftest import Running
@@ -124,11 +127,150 @@ def test_tokens_with_their_probabilities(client: openai.OpenAI) -> None:
     assert chat(client).choices[0].logprobs is None
 
 
-def test_prompts_of_tokens(client: openai.OpenAI) -> None:
+def test_prompts_of_every_form(client: openai.OpenAI) -> None:
     ids = secateur_ids(client, "import o")
-    assert complete(client, prompt=ids).choices[0].text == complete(client).choices[0].text
-    assert complete(client, prompt=["import o"]).choices[0].text == complete(client).choices[0].text
+    whole = complete(client).choices[0].text
+    for prompt in (ids, [ids], ["import o"]):
+        assert complete(client, prompt=prompt).choices[0].text == whole
     assert complete(client, max_tokens=None).usage.completion_tokens == 16
+    texts = ["import o", "def f(x", "a = b + "]
+    alone = [complete(client, prompt=text).choices[0].text for text in texts]
+    for prompt in (texts, [secateur_ids(client, text) for text in texts]):
+        answer = complete(client, prompt=prompt)
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert [choice.text for choice in answer.choices] == alone
+        assert answer.usage.prompt_tokens == sum(map(len, texts))
+        assert answer.usage.completion_tokens == 3 * 24
+        parts: dict[int, str] = {0: "", 1: "", 2: ""}
+        for chunk in complete(client, prompt=prompt, stream=True):
+            for choice in chunk.choices:
+                parts[choice.index] += choice.text
+        assert [*parts.values()] == alone
+
+
+@pytest.mark.parametrize("kind", [chat, complete])
+def test_several_choices(client: openai.OpenAI, kind: Any) -> None:
+    def texts(answer: Any) -> list[str]:
+        if kind is chat:
+            return [choice.message.content for choice in answer.choices]
+        return [choice.text for choice in answer.choices]
+
+    answer = kind(client, n=3, temperature=1.5, seed=5)
+    alone = [kind(client, temperature=1.5, seed=5 + number) for number in range(3)]
+    assert texts(answer) == [text for one in alone for text in texts(one)]
+    assert len({*texts(answer)}) == 3
+    assert answer.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert answer.usage.completion_tokens == 3 * 24
+    assert len({*texts(kind(client, n=3, temperature=1.5))}) == 3
+
+
+def test_a_prompt_with_its_log_probabilities(client: openai.OpenAI, model: Path) -> None:
+    text = "import o, sys; x = y"  # more tokens than one call of the decoder takes
+    ids = torch.tensor([secateur_ids(client, text)])
+    with torch.inference_mode():
+        logs = secateur.load(model)(ids).logits[0].float().log_softmax(-1)
+    for prompt in (text, ids[0].tolist(), [ids[0].tolist()]):
+        answer = complete(client, prompt=prompt, max_tokens=1, logprobs=2, echo=True).choices[0]
+        listed = answer.logprobs
+        assert "".join(listed.tokens) == answer.text
+        assert answer.text[:-1] == text
+        assert listed.text_offset == [*range(len(text) + 1)]
+        assert listed.token_logprobs[0] is None
+        assert listed.top_logprobs[0] is None
+        expected = logs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(listed.token_logprobs[1:-1]), expected, rtol=0, atol=1e-4
+        )
+        for row, top in zip(logs, listed.top_logprobs[1:], strict=True):
+            torch.testing.assert_close(
+                torch.tensor([*top.values()]), row.topk(2).values, rtol=0, atol=1e-4
+            )
+        assert listed.token_logprobs[-1] == max(listed.top_logprobs[-1].values())
+    only = complete(client, prompt=text, max_tokens=0, logprobs=2, echo=True)
+    assert only.choices[0].text == text
+    assert only.usage.completion_tokens == 0
+    assert only.choices[0].logprobs.token_logprobs == listed.token_logprobs[:-1]
+    plain = complete(client, prompt=text, echo=True).choices[0]
+    assert plain.text == text + complete(client, prompt=text).choices[0].text
+    assert plain.logprobs is None
+
+
+def test_an_echo_in_a_stream(client: openai.OpenAI) -> None:
+    options = {"prompt": ["import o, sys; x = y", "de"], "echo": True, "logprobs": 1, "n": 2}
+    whole = complete(client, **options).choices
+    assert len(whole) == 4
+    chunks = [*complete(client, **options, stream=True)]
+    for choice in whole:
+        parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            listed = [x for part in parts for x in getattr(part.logprobs, name)]
+            assert listed == getattr(choice.logprobs, name)
+        assert [part.finish_reason for part in parts if part.finish_reason] == ["length"]
+
+
+def test_the_token_that_ends_a_text_is_listed(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else clients that count from the end, such as lm-eval, would miss a token of the prompt."""
+    ids = secateur_ids(client, complete(client).choices[0].text)
+    monkeypatch.setattr(server.serving.service, "ends", frozenset(ids[:1]))
+    ended = complete(client, echo=True, logprobs=1).choices[0]
+    assert (ended.text, ended.finish_reason) == ("import o", "stop")
+    assert len(ended.logprobs.tokens) == len("import o") + 1
+    assert complete(client).usage.completion_tokens == 0
+    on = complete(client, extra_body={"ignore_eos": True}, max_tokens=3)
+    assert secateur_ids(client, on.choices[0].text) == ids[:3]
+
+
+def test_what_is_ignored_is_named(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    harmless = {
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
+        "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_cache_key": "k",
+        "verbosity": "low", "request_id": "7", "priority": 1, "cache_prompt": True,
+        "min_tokens": 0, "tools": [], "n": 1,
+    }  # fmt: skip
+    named = [*harmless][:-3]
+    for kind in (chat, complete):
+        answer = kind(client, extra_body=harmless)
+        assert [warning.split()[0] for warning in answer.warnings] == named
+        streamed = [*kind(client, extra_body=harmless, stream=True)]
+        assert streamed[0].warnings == answer.warnings
+        assert not any(hasattr(chunk, "warnings") for chunk in streamed[1:])
+        assert not hasattr(kind(client), "warnings")
+    logged = [record.getMessage() for record in caplog.records]
+    assert len([line for line in logged if "reasoning_effort was ignored" in line]) == 1
+
+
+def test_variables_of_the_chat_template(client: openai.OpenAI, server: Running) -> None:
+    plain, moody = chat(client), chat(client, extra_body={"chat_template_kwargs": {"mood": "!!"}})
+    assert moody.usage.prompt_tokens == plain.usage.prompt_tokens + 2
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
+    refused = server.post("chat/completions", body)
+    assert refused.status_code == 400
+    assert "'chat_template' is an option of the tokenizer" in refused.json()["error"]["message"]
+
+
+def test_tokens_of_texts(client: openai.OpenAI, server: Running) -> None:
+    def post(path: str, body: Any) -> Any:
+        answer = httpx.post(f"{server.url}/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    ids = secateur_ids(client, "import o")
+    found = post("tokenize", {"prompt": "import o", "return_token_strs": True})
+    assert found == {
+        "count": 8, "max_model_len": 256, "tokens": ids, "token_strs": [*"import o"]
+    }  # fmt: skip
+    assert post("detokenize", {"model": "learned", "tokens": ids}) == {"prompt": "import o"}
+    assert post("tokenize", {"prompt": ""})["tokens"] == []
+    found = post("tokenize", {"messages": MESSAGES, "chat_template_kwargs": {"mood": "!"}})
+    assert found["tokens"] == secateur_ids(client, "s:be;u:def f(x;!a:")
+    assert found["token_strs"] is None
+    for body in ({}, {"prompt": "x", "messages": MESSAGES}):
+        refused = httpx.post(f"{server.url}/tokenize", json=body)
+        assert refused.status_code == 400
+        assert "either prompt or messages" in refused.json()["error"]["message"]
 
 
 def secateur_ids(client: openai.OpenAI, text: str) -> list[int]:
@@ -195,3 +337,24 @@ def test_models_health_and_metrics(server: Running, client: openai.OpenAI) -> No
     assert 0 < numbers["secateur_first_token_seconds_sum"] < 60
     assert numbers["secateur_first_token_seconds_count"] >= 1
     assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Secateur"
+
+
+def test_the_page_at_the_root(server: Running, serve: Callable[..., Running]) -> None:
+    text = httpx.get(server.url)
+    assert text.headers["content-type"].startswith("text/plain")
+    assert text.text.startswith("learned\n")
+    assert "POST /v1/chat/completions" in text.text
+    command = text.text[text.text.index("curl") :].replace("curl", "curl -s", 1)
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 16
+    page = httpx.get(server.url, headers={"accept": "text/html,*/*"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<h1>learned</h1>" in page.text
+    assert "<code>POST /detokenize</code>" in page.text
+    closed = httpx.get(serve(api_key="s3", name="<b>&").url)
+    assert closed.status_code == 200
+    assert "<b>" not in closed.text
+    assert "s3" not in closed.text
+    assert "Authorization: Bearer $SECATEUR_API_KEY" in closed.text
+    odd = httpx.get(serve(name="<b>&").url, headers={"accept": "text/html"}).text
+    assert "<h1>&lt;b&gt;&amp;</h1>" in odd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import torch
 
 from secateur.errors import RecipeError
 from secateur.recipes.serve import ServeRecipe
@@ -28,33 +32,106 @@ Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]
 
 BAD: dict[str, tuple[str, Any, str, str | None]] = {
-    "no JSON": ("chat/completions", b'{"messages": [', "the body is not JSON", None),
-    "no text": ("chat/completions", b"\xff\xfe", "", None),
-    "a list": ("chat/completions", [1], "the body has to be a JSON object", None),
-    "deep": ("chat/completions", b"[" * 100_000, "", None),
-    "empty": ("chat/completions", b"", "the body has to be a JSON object", None),
-    "no messages": ("chat/completions", {}, "messages", "messages"),
-    "no message": ("chat/completions", {"messages": []}, "messages", "messages"),
+    "no JSON": (
+        "chat/completions", b'{"messages": [',
+        "the body is not JSON: expecting value, line 1, column 15", None,
+    ),
+    "no text": (
+        "chat/completions", b'{"a\xff": 1}', "the body is not UTF-8: byte 0xff at position 3", None
+    ),
+    "a list": (
+        "chat/completions", [1], "the body has to be a JSON object; it is [1]", None
+    ),
+    "deep": ("chat/completions", b"[" * 100_000, "the body is nested too deeply", None),
+    "empty": ("chat/completions", b" ", "the body is empty; it has to be a JSON object", None),
+    "nan": (
+        "chat/completions", b'{"messages": [], "temperature": NaN}',
+        "the body is not JSON: NaN is no number of JSON", None,
+    ),
+    "half a pair": (
+        "completions", b'{"prompt": ["a\\ud800"]}',
+        "prompt[0] is not text at character 1: half of a surrogate pair", "prompt[0]",
+    ),
+    "half a name": ("completions", b'{"prompt": "a", "\\udc00": 1}', "half of a surr", "a name"),
+    "digits": ("completions", b'{"seed": ' + b"1" * 5000 + b"}", "has too many digits", None),
+    "endless": (
+        "completions", b'{"prompt": "x", "top_p": 1e999}', "top_p must be a finite number", "top_p"
+    ),
+    "no messages": ("chat/completions", {}, "messages is missing", "messages"),
+    "no message": ("chat/completions", {"messages": []}, "messages must not be empty", "messages"),
+    "no object": (
+        "chat/completions", {"messages": [1]}, "messages[0] must be an object; it is 1",
+        "messages[0]",
+    ),
+    "no role": (
+        "chat/completions", {"messages": [{"content": "x"}]}, "messages[0].role is missing",
+        "messages[0].role",
+    ),
+    "odd content": (
+        "chat/completions", {"messages": [{"role": "user", "content": 7}]},
+        "messages[0].content must be a string or a list of objects; it is 7",
+        "messages[0].content",
+    ),
     "text as a number": (
-        "chat/completions", {"messages": USER, "temperature": "1"}, "temperature", "temperature",
+        "chat/completions", {"messages": USER, "temperature": "1"},
+        "temperature must be a number; it is '1'", "temperature",
     ),
-    "nan": ("chat/completions", b'{"messages": [], "temperature": NaN}', "", None),
     "temperature": (
-        "chat/completions", {"messages": USER, "temperature": -1}, "temperature", "temperature",
+        "chat/completions", {"messages": USER, "temperature": -1},
+        "temperature must be at least 0; it is -1", "temperature",
     ),
-    "tokens": ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens"),
-    "stop": ("completions", {"prompt": "x", "stop": [""]}, "stop", None),
-    "stops": ("completions", {"prompt": "x", "stop": ["a"] * 17}, "17 stop texts", "stop"),
-    "seed": ("completions", {"prompt": "x", "seed": 2**63}, "seed", "seed"),
-    "unknown": (
+    "whole": (
+        "completions", {"prompt": "x", "n": 1.5}, "n must be a whole number; it is 1.5", "n"
+    ),
+    "true": (
+        "completions", {"prompt": "x", "stream": "yes"},
+        "stream must be true or false; it is 'yes'", "stream",
+    ),
+    "options": (
+        "completions", {"prompt": "x", "stream_options": 3}, "stream_options must be an object",
+        "stream_options",
+    ),
+    "tokens": (
+        "completions", {"prompt": "x", "max_tokens": 0}, "max_tokens 0 needs echo: true",
+        "max_tokens",
+    ),
+    "stop": (
+        "completions", {"prompt": "x", "stop": [""]},
+        "stop must be a string or a list of at most 16 strings, each of 1 to 1000 characters; it "
+        "is ['']", "stop",
+    ),
+    "stops": ("completions", {"prompt": "x", "stop": ["a"] * 17}, "at most 16 strings", "stop"),
+    "odd stop": ("completions", {"prompt": "x", "stop": 5}, "stop must be a string or", "stop"),
+    "seed": (
+        "completions", {"prompt": "x", "seed": 2**63},
+        "seed must be at most 9223372036854775807; it is 9223372036854775808", "seed",
+    ),
+    "slip": (
         "completions", {"prompt": "x", "temprature": 1}, "did you mean 'temperature'?",
         "temprature",
     ),
-    "choices": ("completions", {"prompt": "x", "n": 2}, "does not support n=2", "n"),
-    "tools": ("chat/completions", {"messages": USER, "tools": [{}]}, "tools", "tools"),
+    "choices": ("completions", {"prompt": "x", "n": 129}, "n must be at most 128", "n"),
+    "many": (
+        "completions", {"prompt": [[5]] * 1000, "n": 2},
+        "2000 choices in one request, at most 1024 are possible", "prompt",
+    ),
+    "best": ("completions", {"prompt": "x", "best_of": 3}, "best_of=3 is not sup", "best_of"),
+    "tools": (
+        "chat/completions", {"messages": USER, "tools": [{}]},
+        "this server does not support tools=[{}]", "tools",
+    ),
     "format": (
         "chat/completions", {"messages": USER, "response_format": {"type": "json_object"}},
-        "response_format", "response_format",
+        "response_format={'type': 'json_object'}", "response_format",
+    ),
+    "deep value": (
+        "chat/completions",
+        b'{"messages": [{"role": "u"}], "tools": ' + b"[" * 500 + b"]" * 500 + b"}",
+        "this server does not support tools=[[[[", "tools",
+    ),
+    "bias": (
+        "completions", {"prompt": "x", "logit_bias": {"5": 1}}, "does not support logit_bias",
+        "logit_bias",
     ),
     "usage": (
         "completions", {"prompt": "x", "stream_options": {"include_usage": True}},
@@ -62,12 +139,29 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "list": ("chat/completions", {"messages": USER, "top_logprobs": 2}, "logprobs: true",
              "top_logprobs"),
-    "prompts": ("completions", {"prompt": ["a", "b"]}, "2 prompts in one request", "prompt"),
     "no prompt": ("completions", {"prompt": ""}, "the prompt has no token", None),
     "no token": ("completions", {"prompt": []}, "the prompt has no token", None),
-    "odd token": ("completions", {"prompt": [5, 96]}, "token 96 is not in the voc", "prompt"),
-    "half a pair": ("completions", b'{"prompt": "a\\ud800"}', "half of a surrogate", "prompt"),
+    "no tokens": ("completions", {"prompt": [[5], []]}, "the prompt has no token", None),
+    "no second": ("completions", {"prompt": ["x", ""]}, "the prompt has no token", None),
+    "odd prompt": (
+        "completions", {"prompt": [5, "a"]},
+        "prompt must be a string, a list of tokens, or a list of strings or such lists; it is "
+        "[5, 'a']", "prompt",
+    ),
+    "floats": ("completions", {"prompt": [5.0]}, "prompt must be a string, a list of", "prompt"),
+    "bools": ("completions", {"prompt": [True]}, "prompt must be a string, a list of", "prompt"),
+    "deeper": ("completions", {"prompt": [[[5]]]}, "prompt must be a string, a list", "prompt"),
+    "odd token": (
+        "completions", {"prompt": [5, 96]},
+        "token 96 is not in the vocabulary, which has 0 to 95", "prompt",
+    ),
+    "below": ("completions", {"prompt": [[5], [-1]]}, "token -1 is not in the", "prompt"),
+    "huge": ("completions", {"prompt": [10**300]}, "token 1000000000000", "prompt"),
     "long prompt": ("completions", {"prompt": "x" * 256}, "the prompt has 256", None),
+    "long echo": (
+        "completions", {"prompt": ["x", "x" * 257], "echo": True, "max_tokens": 0},
+        "the prompt has 257, and 0 more are wanted", None,
+    ),
     "long answer": (
         "completions", {"prompt": "x" * 200, "max_tokens": 57}, "57 more are wanted", None,
     ),
@@ -106,6 +200,31 @@ def test_a_bad_request_says_what_is_wrong(server: Running, case: str) -> None:
     assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+FIELDS = (
+    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "n",
+    "ignore_eos", "prompt", "messages", "logprobs", "top_logprobs", "echo", "best_of",
+    "max_completion_tokens", "chat_template_kwargs", "add_special_tokens",
+)  # fmt: skip
+VALUES = (
+    "", "x", [], {}, -1, 0, 10**30, 1.5, True, [1, "a"], [[1], "a"], {"a": 1}, [None], [{}],
+    [{"role": 1, "content": [1]}], "\U0001f600" * 200,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_no_value_is_answered_in_words_of_a_library(server: Running, path: str) -> None:
+    right = {"prompt": "x"} if path == "completions" else {"messages": USER}
+    for name, value in itertools.product(FIELDS, VALUES):
+        answer = server.post(path, {**right, "max_tokens": 1, "temperature": 0, name: value})
+        assert answer.status_code in (200, 400, 404), (name, value, answer.text)
+        if answer.status_code == 400:
+            message = answer.json()["error"]["message"]
+            assert len(message) < 300
+            for words in ("Input", "valid", "pydantic", "str]", "constrained", "Error"):
+                assert words not in message, (name, value, message)
+
+
 def test_wrong_places(server: Running) -> None:
     for method, path, status in (
         ("GET", "/v1/nothing", 404),
@@ -114,15 +233,28 @@ def test_wrong_places(server: Running) -> None:
     ):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status
-        assert answer.json()["error"]["type"] == "invalid_request_error"
+        error = answer.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        if status == 404:
+            assert (
+                "there is no path '/v1/nothing'; this server has POST /v1/chat/c"
+                in error["message"]
+            )
+            assert "GET /v1/models/{name}" in error["message"]
+        else:
+            allowed = "POST" if method == "GET" else "GET"
+            assert answer.headers["allow"] == allowed
+            assert error["message"] == f"{method} {path} is not possible, only {allowed}"
     answer = server.post("completions", {"prompt": "x", "model": "gpt-4"})
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
-    plain = httpx.post(
-        f"{server.url}/v1/completions", content=b'{"prompt": "x"}',
-        headers={"content-type": "text/plain"},
-    )  # fmt: skip
-    assert plain.status_code == 400  # a page of another site could send it
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        plain = httpx.post(
+            f"{server.url}/v1/completions", content=b'{"prompt": "x"}',
+            headers={"content-type": kind},
+        )  # fmt: skip
+        assert plain.status_code == 415  # a page of another site could send it
+        assert "Content-Type: application/json" in plain.json()["error"]["message"]
 
 
 def test_long_bodies(serve: Start) -> None:
@@ -194,6 +326,45 @@ def test_an_aborted_request_frees_its_slot(serve: Start, stream: bool) -> None:
     assert server.scheduler.counts.ended == {"cancelled": 2}
     assert server.scheduler.counts.new_tokens < 200
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
+
+
+def test_a_client_that_leaves_many_prompts(serve: Start) -> None:
+    server = serve(slots=2, prompt_piece=16)
+    read = server.scheduler.engine.read
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        return read(*args, **options)
+
+    server.scheduler.engine.read = slowly
+    body = {"prompt": ["x" * 200] * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
+    leaving = raw(server, *request(body))
+    server.until(lambda: server.scheduler.running)
+    leaving.close()
+    server.until(lambda: server.scheduler.idle)
+    assert server.scheduler.counts.ended["cancelled"] >= 18
+    assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
+
+
+def test_eight_clients_with_lists_of_tokens_and_echo(serve: Start) -> None:
+    server = serve(slots=2, prompt_piece=16)
+    random = np.random.default_rng(0)
+    bodies = [
+        {
+            "prompt": [random.integers(4, 90, size).tolist() for size in sizes],
+            "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1,
+        }
+        for sizes in random.integers(1, 90, (8, 5)).tolist()
+    ]  # fmt: skip
+
+    def choices(body: dict[str, Any]) -> Any:
+        answer = server.post("completions", body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(choices, bodies)]
+    assert together == [choices(body) for body in bodies]
 
 
 def test_a_full_queue(serve: Start) -> None:
@@ -282,6 +453,16 @@ def test_a_model_that_goes_through_transformers(serve: Start, tmp_path: Path) ->
     body = {"prompt": "abc", "max_tokens": 12, "temperature": 0}
     found = server.post("completions", body).json()["choices"][0]["text"]
     assert found == secateur.generate(folder, "abc", max_new_tokens=12).text
+    body = {"prompt": ["abcd", "a"], "max_tokens": 1, "logprobs": 0, "echo": True, "temperature": 0}
+    first, single = server.post("completions", body).json()["choices"]
+    ids = torch.tensor([server.serving.service.tokenizer("abcd")["input_ids"]])
+    with torch.inference_mode():
+        logs = secateur.load(folder)(ids).logits[0].log_softmax(-1)
+    listed = first["logprobs"]["token_logprobs"]
+    expected = logs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(listed[1:4]), expected, rtol=0, atol=1e-5)
+    assert listed[4] == pytest.approx(float(logs[3].max()), abs=1e-5)
+    assert single["logprobs"]["token_logprobs"][0] is None
     refused = server.post("chat/completions", {"messages": USER})
     assert refused.status_code == 400
     assert "use /v1/completions" in refused.json()["error"]["message"]

@@ -55,11 +55,14 @@ class Pretended:
     def lengths(self) -> list[int]:
         return [len(text) for text in self.texts]
 
-    def read(self, slot: int, ids: Tensor) -> Tensor:
+    def read(self, slot: int, ids: Tensor, *, every: bool = False) -> Tensor:
         self.pieces.append(len(ids))
-        self.texts[slot] += ids.tolist()
+        found = []
+        for token in ids.tolist():
+            self.texts[slot].append(token)
+            found.append(next_logits(self.texts[slot]))
         assert len(self.texts[slot]) <= self.capacity
-        return next_logits(self.texts[slot])
+        return torch.stack(found if every else found[-1:])
 
     def step(self, tokens: Sequence[Token]) -> Tensor:
         assert 1 <= len(tokens) <= self.together
@@ -90,11 +93,14 @@ class Client:
 
     request: Request
     stop_after: int | None = None
+    scored: bool = False
     tokens: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.job = ServingJob(self.request, self.take, self.reasons.append)
+        score = self.logits.extend if self.scored else None
+        self.job = ServingJob(self.request, self.take, self.reasons.append, score)
 
     def take(self, token: int, logits: Tensor) -> bool:
         assert not self.reasons
@@ -104,7 +110,7 @@ class Client:
 
 def plain_loop(request: Request) -> list[int]:
     """The oracle: the tokens of a request that is alone."""
-    draws, text, found = request.sampling.begin(request.ids), [*request.ids], []
+    draws, text, found = request.sampling.begin(request.ids), [*request.ids], list[int]()
     while len(found) < request.max_new_tokens:
         token = draws.draw(next_logits(text))
         if token in request.ends:
@@ -131,7 +137,7 @@ REQUESTS = st.builds(
         ids, new, Sampling(temperature, seed=seed), frozenset(ends)
     ),
     PROMPTS,
-    st.integers(1, 30),
+    st.integers(0, 30),
     st.sampled_from([0.0, 1.0]),
     st.integers(0, 3),
     st.sets(st.integers(0, VOCABULARY - 1), max_size=2),
@@ -149,7 +155,9 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
     clients: list[Client] = []
     for _ in range(data.draw(st.integers(1, 12))):
         request = data.draw(REQUESTS)
-        client = Client(request, data.draw(st.none() | st.integers(1, 10)))
+        client = Client(
+            request, data.draw(st.none() | st.integers(1, 10)), data.draw(st.booleans())
+        )
         clients.append(client)
         scheduler.submit(client.job)
         for _ in range(data.draw(st.integers(0, 6))):
@@ -167,6 +175,11 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
             assert client.tokens == expected
             full = len(expected) == client.request.max_new_tokens != client.stop_after
             assert reason == ("length" if full else "stop")
+            assert client.job.last is None or client.job.last[0] in client.request.ends
+            ids = client.request.ids if client.scored else []
+            assert len(client.logits) == len(ids)
+            for number, logits in enumerate(client.logits, start=1):
+                assert torch.equal(logits, next_logits(ids[:number]))
     assert sorted(scheduler.free) == [*range(engine.slots)]
     assert scheduler.counts.new_tokens == sum(len(c.tokens) for c in clients)
     assert sum(scheduler.counts.ended.values()) == len(clients)
@@ -238,6 +251,40 @@ def test_the_queue_is_bounded_and_in_order() -> None:
         scheduler.step()
         ended += [n for n, c in enumerate(clients) if c.reasons and n not in ended]
     assert ended == [0, 1, 2, 3]
+
+
+def test_jobs_of_one_request_are_queued_together_or_not_at_all() -> None:
+    scheduler = Scheduler(Pretended(slots=2), queue_limit=1)
+    many = [Client(request_of([n])) for n in range(9)]
+    scheduler.submit(*(client.job for client in many))
+    with pytest.raises(QueueFullError, match="7 requests are waiting already"):
+        scheduler.submit(Client(request_of([1])).job, Client(request_of([2])).job)
+    assert len(scheduler.queue) == 9
+    run(scheduler)
+    assert all(client.tokens == plain_loop(client.request) for client in many)
+
+
+def test_without_a_queue_only_free_slots_are_given() -> None:
+    scheduler = Scheduler(Pretended(slots=2), queue_limit=0)
+    for number in range(2):
+        scheduler.submit(Client(request_of([number])).job)
+    with pytest.raises(QueueFullError, match="0 requests are waiting already"):
+        scheduler.submit(Client(request_of([7])).job)
+
+
+def test_a_scored_prompt_is_read_whole() -> None:
+    engine = Pretended(slots=1)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), piece_tokens=16)
+    ids = [3] * (BLOCK_TOKENS + 4)
+    for scored, pieces in ((False, [16, 16]), (False, []), (True, [16, 16, 4])):
+        engine.pieces.clear()
+        client = Client(request_of(ids, 0), scored=scored)
+        scheduler.submit(client.job)
+        run(scheduler)
+        assert engine.pieces == pieces
+        assert client.reasons == ["length"]
+        assert client.tokens == []
+    assert len(client.logits) == len(ids)
 
 
 def test_time_runs_out_in_the_queue_and_in_a_slot() -> None:

@@ -50,7 +50,7 @@ class Decoder:
             raise ShapeError(f"a prompt of {len(ids)} tokens, for a cache of {self.capacity}")
         text = ids.tolist()
         self.slots.rewind(0, self.known(text) if self.continues else 0)
-        logits = self.slots.read(0, ids[self.length :])
+        logits = self.slots.read(0, ids[self.length :])[0]
         self.text = text
         return logits
 

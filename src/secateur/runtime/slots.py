@@ -232,10 +232,15 @@ class SlotDecoder:
         if odd:
             raise ShapeError(f"token {odd[0]} is not in the vocabulary of {self.vocabulary}")
 
-    def read(self, slot: int, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
-        """Append a piece of a prompt to a slot; returns the logits after its last token, float32.
+    def read(
+        self, slot: int, ids: Int64[Tensor, " tokens"], *, every: bool = False
+    ) -> Float[Tensor, "kept vocabulary"]:
+        """Append a piece of a prompt to a slot.
 
         transformers computes it, which is faster than `step` from some dozen tokens on.
+
+        Returns:
+            The logits after its last token, or with `every` after each of its tokens, float32.
 
         Raises:
             ShapeError: the piece is empty, does not fit in the slot, or is not in the vocabulary.
@@ -258,14 +263,14 @@ class SlotDecoder:
             out = self.model(
                 input_ids=ids[None],
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=0 if every else 1,  # 0 keeps all
                 **given_cache(self.model, cache),
             )
             for index, layer in enumerate(cache.layers):
                 mine[0, index, :, begin:end] = layer.keys[0, :, begin:]
                 mine[1, index, :, begin:end] = layer.values[0, :, begin:]
         self.lengths[slot] = end
-        logits: Tensor = out.logits[0, -1].float()
+        logits: Tensor = out.logits[0].float()
         return logits
 
     def step(self, tokens: Sequence[Token]) -> Float[Tensor, "answered vocabulary"]:

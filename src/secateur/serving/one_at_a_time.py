@@ -33,19 +33,26 @@ class TransformersEngine:
         self.steps = SteppedGeneration(model)
         self.capacity, self.lengths = capacity, [0]
 
-    def read(self, slot: int, ids: Tensor) -> Tensor:
-        """Read a whole prompt; returns the logits after it [vocabulary]."""
+    def read(self, slot: int, ids: Tensor, *, every: bool = False) -> Tensor:
+        """Read a whole prompt; returns the logits after it, or after each token [kept, vocabulary].
+
+        The logits of all tokens need a forward of their own, because `generate` has only the last.
+        """
         if self.lengths[slot]:
             raise ShapeError("a prompt has to be read at once")
-        logits = self.steps.prefill(ids)
+        logits = self.steps.prefill(ids)[None]
         self.lengths[slot] = len(ids)
+        if every:
+            with torch.inference_mode():
+                out = self.steps.model(input_ids=ids[None].to(self.steps.model.device))
+            logits = torch.cat((out.logits[0, :-1].float().cpu(), logits))
         return logits
 
     def step(self, tokens: Sequence[Token]) -> Tensor:
         """Append one token; returns the logits after it [1, vocabulary]."""
         (token,) = tokens
         if not self.lengths[token.slot]:  # a prompt of one token
-            return self.read(token.slot, torch.tensor([token.id]))[None]
+            return self.read(token.slot, torch.tensor([token.id]))
         logits = self.steps.step(token.id)
         self.lengths[token.slot] += 1
         return logits[None]

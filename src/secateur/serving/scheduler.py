@@ -33,8 +33,10 @@ class Engine(Protocol):
     lengths: list[int]
     together: int
 
-    def read(self, slot: int, ids: Tensor) -> Tensor:
-        """Append a piece of a prompt to a slot; returns the logits after it [vocabulary]."""
+    def read(self, slot: int, ids: Tensor, *, every: bool = False) -> Tensor:
+        """Append a piece of a prompt to a slot; returns the logits after it, or with `every` after
+        each of its tokens [kept, vocabulary].
+        """
 
     def step(self, tokens: Sequence[Token]) -> Tensor:
         """Append tokens, at most `together`; returns the logits of the answered ones."""
@@ -59,7 +61,7 @@ class Request:
 
     Args:
         ids: the prompt, at least one token.
-        max_new_tokens: the limit, at least 1.
+        max_new_tokens: the limit; 0 only reads the prompt.
         sampling: how tokens are drawn.
         ends: tokens that end the text; they are not passed on.
         deadline: the time of the scheduler's clock at which the request ends; None for never.
@@ -82,10 +84,13 @@ class ServingJob:
             text.
         end: receives the reason when the job ends: `stop`, `length`, `cancelled`, `timeout`,
             `refused` or `error`. It is called once.
+        score: receives the logits after each token of the prompt, a piece of it at a time. Such a
+            prompt is read whole, because the prefix cache has no logits.
 
     Attributes:
         cancelled: set by whoever no longer wants it, from any thread.
         text: the tokens passed on so far.
+        last: the token that ended the text, and its logits; None if none did.
         cached: tokens of the prompt that the prefix cache knew.
         pieces: of the prompt that were read by themselves.
     """
@@ -93,9 +98,11 @@ class ServingJob:
     request: Request
     take: Callable[[int, Tensor], bool]
     end: Callable[[str], None]
+    score: Callable[[Tensor], None] | None = None
     cancelled: bool = False
     slot: int = -1
     text: list[int] = field(default_factory=list)
+    last: tuple[int, Tensor] | None = None
     cached: int = 0
     pieces: int = 0
     draws: Draws | None = None
@@ -130,7 +137,7 @@ class Scheduler:
 
     Args:
         engine: computes tokens.
-        queue_limit: how many requests may wait.
+        queue_limit: if so many jobs wait for a slot, new ones are refused.
         prefixes: what is known of prompts.
         piece_tokens: of a long prompt that are read at once.
         clock: seconds; a monotonic clock.
@@ -155,8 +162,10 @@ class Scheduler:
         self.counts = ServingCounts()
         self.closed = False
 
-    def submit(self, job: ServingJob) -> None:
-        """Put a job into the queue.
+    def submit(self, *jobs: ServingJob) -> None:
+        """Put the jobs of one request into the queue, all or none.
+
+        The limit counts those that wait already, so a request may have more jobs than the limit.
 
         Raises:
             QueueFullError: too many wait, or the scheduler is closed.
@@ -164,9 +173,10 @@ class Scheduler:
         with self.lock:
             if self.closed:
                 raise QueueFullError("the server is stopping")
-            if len(self.queue) >= self.queue_limit:
-                raise QueueFullError(f"{len(self.queue)} requests are waiting already")
-            self.queue.append(job)
+            waiting = len(self.queue) - len(self.free)
+            if waiting >= self.queue_limit:
+                raise QueueFullError(f"{waiting} requests are waiting already")
+            self.queue += jobs
 
     def close(self) -> None:
         """Refuse new jobs and those that wait. Those that run go on."""
@@ -202,13 +212,12 @@ class Scheduler:
             with self.lock:
                 if not self.queue:
                     return
-                job = self.queue.popleft()
+                job, job.slot = self.queue.popleft(), self.free.pop()
             ids = job.request.ids
-            job.slot = self.free.pop()
             job.draws = job.request.sampling.begin(ids)
             self.running.append(job)
             self.engine.rewind(job.slot)
-            for known in self.prefixes.find(ids):
+            for known in self.prefixes.find(ids) if job.score is None else ():
                 self.engine.copy_in(job.slot, known)
             job.cached = self.engine.lengths[job.slot]
             self.counts.prompt_tokens += len(ids)
@@ -218,18 +227,25 @@ class Scheduler:
         """The tokens of a job's prompt that the engine has not read."""
         return job.request.ids[self.engine.lengths[job.slot] :]
 
+    def in_pieces(self, job: ServingJob) -> bool:
+        """Whether the rest of a prompt is read in pieces, not along with the tokens of others."""
+        rest = len(self.unread(job))
+        return rest > (self.engine.together if job.score is None else 0)
+
     def read(self) -> None:
         """Read a piece of a long prompt: of the one of which the fewest pieces were read."""
-        long = [job for job in self.running if len(self.unread(job)) > self.engine.together]
+        long = [job for job in self.running if self.in_pieces(job)]
         if not long:
             return
         job = min(long, key=lambda job: job.pieces)
         job.pieces += 1
         piece = self.unread(job)[: self.piece_tokens]
-        logits = self.engine.read(job.slot, torch.tensor(piece))
+        logits = self.engine.read(job.slot, torch.tensor(piece), every=job.score is not None)
+        if job.score is not None:
+            job.score(logits)
         if not self.unread(job):
             self.prompt_read(job)
-            self.answer(job, logits)
+            self.answer(job, logits[-1])
 
     def decode(self) -> None:
         """Compute one call: the last token of each text, and the ends of prompts."""
@@ -241,7 +257,7 @@ class Scheduler:
                 jobs.append(job)
         for job in self.running:
             rest, begin = self.unread(job), self.engine.lengths[job.slot]
-            if job.text or len(rest) > self.engine.together:
+            if job.text or self.in_pieces(job):
                 continue
             here = rest[: self.engine.together - len(tokens)]
             for number, id in enumerate(here, start=1):
@@ -269,8 +285,12 @@ class Scheduler:
     def answer(self, job: ServingJob, logits: Tensor) -> None:
         """Draw the next token of a job and pass it on."""
         assert job.draws is not None
+        if job.request.max_new_tokens == 0:
+            self.finish(job, "length")
+            return
         token = job.draws.draw(logits)
         if token in job.request.ends:
+            job.last = token, logits
             self.finish(job, "stop")
             return
         job.text.append(token)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -17,32 +19,38 @@ from secateur.runtime.text import TextStream
 from secateur.serving.scheduler import Request, ServingJob
 from secateur.serving.worker import Worker
 
-__all__ = ["Answer", "End", "Piece", "Service", "TokenChance"]
+__all__ = ["Answer", "AnswerChoice", "End", "Piece", "Service", "TokenChance"]
+
+T = TypeVar("T")
+
+LEAST = -9999.0
+"""The log probability of a token that cannot come. JSON has no infinity."""
 
 
 class TokenChance(NamedTuple):
-    """A token of an answer, and how likely it was.
+    """A token, and how likely it was.
 
     Args:
         text: of the token.
-        log_probability: natural logarithm, before temperature and penalties.
-        others: the most likely tokens in its place, with theirs.
+        log_probability: natural logarithm, before temperature and penalties; None for the first
+            token of a prompt, which nothing predicts.
+        others: the most likely tokens in its place, the first one first.
     """
 
     text: str
-    log_probability: float
+    log_probability: float | None
     others: list[tuple[str, float]]
 
 
 class Piece(NamedTuple):
-    """A piece of an answer."""
+    """A piece of a choice."""
 
     text: str
     chances: list[TokenChance]
 
 
 class End(NamedTuple):
-    """The end of an answer: why, its number of tokens, and those of the prompt that were known."""
+    """The end of a choice: why, its number of tokens, and those of the prompt that were known."""
 
     reason: str
     tokens: int
@@ -51,16 +59,97 @@ class End(NamedTuple):
 
 @dataclass
 class Answer:
-    """Pieces of an answer on their way from the worker's thread to an event loop.
+    """The choices of an answer on their way from the worker's thread to an event loop.
 
     Args:
-        prompt_tokens: of the prompt.
-        events: pieces, and then the end.
+        prompt_tokens: of all prompts together.
+        each: choices for each prompt; those of the first prompt come first.
+        jobs: one for each choice.
+        events: pieces, and the end of each choice, with the number of the choice.
     """
 
     prompt_tokens: int
-    events: asyncio.Queue[Piece | End] = field(default_factory=asyncio.Queue)
-    job: ServingJob | None = None
+    each: int
+    jobs: list[ServingJob] = field(default_factory=list)
+    events: asyncio.Queue[tuple[int, Piece | End]] = field(default_factory=asyncio.Queue)
+
+
+class AnswerChoice:
+    """Turns the tokens of one choice into pieces of text, in the worker's thread.
+
+    Args:
+        request: the prompt, and how it is answered.
+        tokenizer: that of the worker's thread.
+        send: receives the pieces and the end.
+        stop: the choice ends before the first of these.
+        alternatives: list so many tokens beside each one; None: no list.
+        echo: the text of the prompt if the choice begins with it. With `alternatives` its tokens
+            are listed too.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        send: Callable[[Piece | End], None],
+        *,
+        stop: Sequence[str],
+        alternatives: int | None,
+        echo: str | None,
+    ) -> None:
+        self.ids, self.tokenizer, self.send = request.ids, tokenizer, send
+        self.alternatives, self.echo = alternatives, echo
+        self.stream = TextStream(tokenizer, stop, self.tell)
+        self.chances: list[TokenChance] = []
+        scored = echo is not None and alternatives is not None
+        if scored:
+            self.chances.append(TokenChance(self.text_of(self.ids[0]), None, []))
+        self.job = ServingJob(request, self.take, self.end, self.score if scored else None)
+
+    def text_of(self, token: int) -> str:
+        """The text of a token."""
+        return str(self.tokenizer.decode([token]))
+
+    def tell(self, text: str) -> None:
+        """Send a piece."""
+        self.send(Piece(text, self.chances))
+        self.chances = []
+
+    def begin(self) -> None:
+        """Send the prompt, once it has been read."""
+        if self.echo is not None:
+            self.tell(self.echo)
+            self.echo = None
+
+    def score(self, logits: Tensor) -> None:
+        """Note how likely the next tokens of the prompt were; each row predicts one."""
+        rest = self.ids[len(self.chances) :]  # one row more at the end of the prompt
+        self.chances += [self.chance(*pair) for pair in zip(rest, logits, strict=False)]
+
+    def take(self, token: int, logits: Tensor) -> bool:
+        """Add a token. Return False if the text ends."""
+        self.begin()
+        if self.alternatives is not None:
+            self.chances.append(self.chance(token, logits))
+        return self.stream.add(token)
+
+    def end(self, reason: str) -> None:
+        """Send what is left. The list has the token that ended the text, and the text has not."""
+        self.begin()
+        self.stream.finish()
+        if self.job.last is not None and self.alternatives is not None:
+            self.chances.append(self.chance(*self.job.last))
+        if self.chances:
+            self.tell("")
+        self.send(End(reason, len(self.job.text), self.job.cached))
+
+    def chance(self, token: int, logits: Tensor) -> TokenChance:
+        """How likely a token was, and the most likely ones."""
+        logs = logits.log_softmax(-1).clamp(min=LEAST)
+        best = logs.topk(min(self.alternatives or 0, len(logs)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        others = [(self.text_of(other), log) for other, log in pairs]
+        return TokenChance(self.text_of(token), float(logs[token]), others)
 
 
 @dataclass
@@ -92,87 +181,88 @@ class Service:
         # one thread: a tokenizer must not be used by two, and the event loop must not wait for it
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="secateur-tokenizer")
 
-    async def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def conversation(
+        self, messages: Sequence[dict[str, str]], variables: Mapping[str, Any]
+    ) -> list[int]:
         """The tokens of a conversation, up to the start of the answer.
+
+        Args:
+            messages: role and content of each.
+            variables: further ones of the chat template.
 
         Raises:
             Exception: what the template raises.
         """
-        return await self.in_reader(lambda: self.templated(messages))
 
-    def templated(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation; in the reader's thread."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+        def templated() -> list[int]:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **variables
+            )
+            return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+        return await self.in_reader(templated)
+
+    async def tokens(self, text: str, *, special: bool = True) -> list[int]:
+        """The tokens of a text; with `special`, also what the tokenizer puts in front."""
+        return await self.in_reader(
+            lambda: list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         )
-        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
-    async def text(self, text: str) -> list[int]:
-        """The tokens of a text, with what the tokenizer puts in front."""
-        return await self.in_reader(lambda: list(self.tokenizer(text)["input_ids"]))
+    async def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return await self.in_reader(lambda: str(self.tokenizer.decode(list(ids))))
 
-    async def in_reader(self, work: Callable[[], list[int]]) -> list[int]:
+    async def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token."""
+        return await self.in_reader(lambda: [str(self.tokenizer.decode([one])) for one in ids])
+
+    async def in_reader(self, work: Callable[[], T]) -> T:
         """Run something in the thread of the tokenizer."""
         return await asyncio.get_running_loop().run_in_executor(self.reader, work)
 
     def ask(
         self,
-        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
         max_new_tokens: int,
-        sampling: Sampling,
         *,
         stop: Sequence[str] = (),
         alternatives: int | None = None,
+        echo: Sequence[str] | None = None,
+        ignore_ends: bool = False,
     ) -> Answer:
-        """Begin to answer a prompt; called in an event loop, which receives the pieces.
+        """Begin to answer prompts; called in an event loop, which receives the pieces.
 
         Args:
-            ids: the prompt.
-            max_new_tokens: the limit.
-            sampling: how tokens are drawn.
-            stop: the answer ends before the first of these.
+            prompts: the tokens of each.
+            samplings: how tokens are drawn, once for each choice of a prompt.
+            max_new_tokens: the limit of a choice; 0 only reads the prompts.
+            stop: a choice ends before the first of these.
             alternatives: list so many tokens beside each one; None: no list.
+            echo: the texts of the prompts, if choices begin with them.
+            ignore_ends: no token ends a text.
 
         Raises:
-            QueueFullError: too many wait, or the server is stopping.
+            QueueFullError: too many wait, or the server is stopping. Nothing is computed then.
         """
-        answer, loop, chances = Answer(len(ids)), asyncio.get_running_loop(), list[TokenChance]()
-
-        def send(event: Piece | End) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(answer.events.put_nowait, event)
-
-        def tell(text: str) -> None:
-            send(Piece(text, [*chances]))
-            chances.clear()
-
-        def take(token: int, logits: Tensor) -> bool:
-            if alternatives is not None:
-                chances.append(self.chance(token, logits, alternatives))
-            return stream.add(token)
-
-        def end(reason: str) -> None:
-            stream.finish()
-            if chances:
-                send(Piece("", [*chances]))
-            send(End(reason, len(job.text), job.cached))
-
-        stream = TextStream(self.writer, stop, tell)
+        answer = Answer(sum(map(len, prompts)), len(samplings))
+        loop = asyncio.get_running_loop()
         deadline = self.worker.scheduler.clock() + self.time_limit_seconds
-        request = Request(ids, max_new_tokens, sampling, self.ends, deadline)
-        answer.job = job = ServingJob(request, take, end)
-        self.worker.submit(job)
-        return answer
+        ends = frozenset[int]() if ignore_ends else self.ends
 
-    def chance(self, token: int, logits: Tensor, others: int) -> TokenChance:
-        """How likely a token was, and the most likely ones."""
-        logs = logits.log_softmax(-1)
-        best = logs.topk(min(others, len(logs)))
-        return TokenChance(
-            str(self.writer.decode([token])),
-            float(logs[token]),
-            [
-                (str(self.writer.decode([other])), log)
-                for log, other in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            ],
-        )
+        def send(number: int, event: Piece | End) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(answer.events.put_nowait, (number, event))
+
+        for number, (prompt, sampling) in enumerate(product(range(len(prompts)), samplings)):
+            choice = AnswerChoice(
+                Request(prompts[prompt], max_new_tokens, sampling, ends, deadline),
+                self.writer,
+                partial(send, number),
+                stop=stop,
+                alternatives=alternatives,
+                echo=None if echo is None else echo[prompt],
+            )
+            answer.jobs.append(choice.job)
+        self.worker.submit(*answer.jobs)
+        return answer

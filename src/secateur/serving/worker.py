@@ -37,13 +37,13 @@ class Worker:
         """Whether jobs are computed."""
         return self.thread.is_alive()
 
-    def submit(self, job: ServingJob) -> None:
-        """Give it a job.
+    def submit(self, *jobs: ServingJob) -> None:
+        """Give it the jobs of a request, all or none.
 
         Raises:
             QueueFullError: too many wait, or it is stopping.
         """
-        self.scheduler.submit(job)
+        self.scheduler.submit(*jobs)
         self.woken.set()
 
     def cancel(self, job: ServingJob) -> None:

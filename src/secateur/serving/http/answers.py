@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,14 +26,17 @@ class Writer(ABC):
         model: the name of the model.
         listed: whether tokens are listed with their probabilities.
         include_usage: whether a stream ends with its usage.
+        warnings: what was ignored. The answer has them, or the first chunk of a stream.
     """
 
     model: str
     listed: bool = False
     include_usage: bool = False
+    warnings: Sequence[str] = ()
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    offset: int = 0  # characters before the next token, in the list of a completion
+    # characters before the next token of a choice, in the list of a completion
+    offsets: Counter[int] = field(default_factory=Counter)
 
     prefix = kind = chunk_kind = ""
 
@@ -41,23 +45,33 @@ class Writer(ABC):
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every answer and chunk begins with."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        if self.warnings:
+            head["warnings"], self.warnings = [*self.warnings], ()
+        return head
 
-    def usage(self, answer: Answer, end: End) -> dict[str, Any]:
-        """How many tokens were read and written."""
+    def usage(self, answer: Answer, ends: Sequence[End]) -> dict[str, Any]:
+        """How many tokens were read and written. Choices of one prompt count it once."""
+        new = sum(end.tokens for end in ends)
         return {
             "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": end.tokens,
-            "total_tokens": answer.prompt_tokens + end.tokens,
-            "prompt_tokens_details": {"cached_tokens": end.cached},
+            "completion_tokens": new,
+            "total_tokens": answer.prompt_tokens + new,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(end.cached for end in ends[:: answer.each])
+            },
         }
 
-    def whole(self, answer: Answer, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
-        """The answer of a request that is no stream."""
-        text = "".join(piece.text for piece in pieces)
-        chances = [chance for piece in pieces for chance in piece.chances]
-        choice = self.choice(text, chances) | {"finish_reason": end.reason}
-        return self.head(self.kind) | {"choices": [choice], "usage": self.usage(answer, end)}
+    def whole(
+        self, answer: Answer, pieces: Sequence[Sequence[Piece]], ends: Sequence[End]
+    ) -> dict[str, Any]:
+        """The answer of a request that is no stream; pieces and end of each choice."""
+        choices = []
+        for number, (own, end) in enumerate(zip(pieces, ends, strict=True)):
+            text = "".join(piece.text for piece in own)
+            chances = [chance for piece in own for chance in piece.chances]
+            choices.append(self.choice(number, text, chances) | {"finish_reason": end.reason})
+        return self.head(self.kind) | {"choices": choices, "usage": self.usage(answer, ends)}
 
     def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         """A chunk of a stream."""
@@ -66,26 +80,32 @@ class Writer(ABC):
             chunk["usage"] = usage
         return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
 
-    def first(self) -> bytes:
-        """What a stream begins with."""
+    def first(self, choices: int) -> bytes:
+        """What a stream of so many choices begins with."""
         return b""
 
-    def piece(self, piece: Piece) -> bytes:
-        """A piece of text in a stream."""
-        return self.event([self.delta(piece.text, piece.chances) | {"finish_reason": None}])
+    def piece(self, number: int, piece: Piece) -> bytes:
+        """A piece of a choice in a stream."""
+        delta = self.delta(number, piece.text, piece.chances)
+        return self.event([delta | {"finish_reason": None}])
 
-    def last(self, answer: Answer, end: End) -> bytes:
+    def end(self, number: int, end: End) -> bytes:
+        """The end of a choice in a stream."""
+        return self.event([self.delta(number, None, []) | {"finish_reason": end.reason}])
+
+    def last(self, answer: Answer, ends: Sequence[End]) -> bytes:
         """What a stream ends with."""
-        ending = self.event([self.delta(None, []) | {"finish_reason": end.reason}])
-        usage = self.event([], self.usage(answer, end)) if self.include_usage else b""
-        return ending + usage + DONE
+        usage = self.event([], self.usage(answer, ends)) if self.include_usage else b""
+        return usage + DONE
 
     @abstractmethod
-    def choice(self, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
-        """The answer itself."""
+    def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
+        """A choice itself."""
 
     @abstractmethod
-    def delta(self, text: str | None, chances: Sequence[TokenChance]) -> dict[str, Any]:
+    def delta(
+        self, number: int, text: str | None, chances: Sequence[TokenChance]
+    ) -> dict[str, Any]:
         """A piece of it; None is nothing more."""
 
 
@@ -94,20 +114,25 @@ class ChatWriter(Writer):
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
+    def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The message."""
         message = {"role": "assistant", "content": text}
-        return {"index": 0, "message": message, "logprobs": self.logprobs(chances)}
+        return {"index": number, "message": message, "logprobs": self.logprobs(chances)}
 
-    def delta(self, text: str | None, chances: Sequence[TokenChance]) -> dict[str, Any]:
+    def delta(
+        self, number: int, text: str | None, chances: Sequence[TokenChance]
+    ) -> dict[str, Any]:
         """A piece of the message."""
         content = {} if text is None else {"content": text}
-        return {"index": 0, "delta": content, "logprobs": self.logprobs(chances)}
+        return {"index": number, "delta": content, "logprobs": self.logprobs(chances)}
 
-    def first(self) -> bytes:
-        """The role."""
+    def first(self, choices: int) -> bytes:
+        """The role of each message."""
         delta = {"role": "assistant", "content": ""}
-        return self.event([{"index": 0, "delta": delta, "finish_reason": None}])
+        return b"".join(
+            self.event([{"index": number, "delta": delta, "finish_reason": None}])
+            for number in range(choices)
+        )
 
     def logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
         """The list of tokens."""
@@ -121,7 +146,7 @@ class ChatWriter(Writer):
             ]
         }
 
-    def entry(self, text: str, log_probability: float) -> dict[str, Any]:
+    def entry(self, text: str, log_probability: float | None) -> dict[str, Any]:
         """A token of the list."""
         return {"token": text, "logprob": log_probability, "bytes": list(text.encode())}
 
@@ -131,25 +156,35 @@ class CompletionWriter(Writer):
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
+    def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The text."""
-        return {"index": 0, "text": text, "logprobs": self.logprobs(chances)}
+        return {"index": number, "text": text, "logprobs": self.logprobs(number, chances)}
 
-    def delta(self, text: str | None, chances: Sequence[TokenChance]) -> dict[str, Any]:
+    def delta(
+        self, number: int, text: str | None, chances: Sequence[TokenChance]
+    ) -> dict[str, Any]:
         """A piece of the text."""
-        return self.choice(text or "", chances)
+        return self.choice(number, text or "", chances)
 
-    def logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
+    def logprobs(self, number: int, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
         """The list of tokens, in the older form of this endpoint."""
         if not self.listed:
             return None
         offsets = []
         for chance in chances:
-            offsets.append(self.offset)
-            self.offset += len(chance.text)
+            offsets.append(self.offsets[number])
+            self.offsets[number] += len(chance.text)
         return {
             "tokens": [c.text for c in chances],
             "token_logprobs": [c.log_probability for c in chances],
-            "top_logprobs": [dict(c.others) for c in chances],
+            "top_logprobs": [None if c.log_probability is None else named(c) for c in chances],
             "text_offset": offsets,
         }
+
+
+def named(chance: TokenChance) -> dict[str, float]:
+    """The likeliest tokens by their texts. Bytes of characters share one; the likeliest has it."""
+    found: dict[str, float] = {}
+    for text, log in chance.others:
+        found.setdefault(text, log)
+    return found

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from secateur.errors import RecipeError
-from secateur.runtime.sampling import Sampling
+from secateur.runtime.sampling import MAX_SEED, Sampling
 from secateur.serving.http.answers import ChatWriter, CompletionWriter, Writer
+from secateur.serving.http.bodies import JsonRoute, invalid, shown
 from secateur.serving.http.faults import ApiError, bad_request, overloaded
+from secateur.serving.http.front_page import FrontPage, paths_of
 from secateur.serving.http.limits import Limits
 from secateur.serving.http.metrics import Metrics
-from secateur.serving.http.questions import ChatQuestion, CompletionQuestion, Question
+from secateur.serving.http.questions import (
+    MAX_CHOICES,
+    ChatQuestion,
+    CompletionQuestion,
+    DetokenizeQuestion,
+    Message,
+    Question,
+    TokenizeQuestion,
+)
 from secateur.serving.http.streams import AnswerResponse
 from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
 
 __all__ = ["application"]
+
+log = logging.getLogger(__name__)
+
+MOST_LOGGED = 100
+"""Clients could fill the log with ever new names."""
 
 
 def application(
@@ -53,14 +71,19 @@ def application(
         service.worker.stop(stop_seconds)
 
     app = FastAPI(title="Secateur", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.router.route_class = JsonRoute
     add_faults(app)
     endpoints = Endpoints(service, metrics)
-    app.get("/v1/models")(endpoints.models)
-    app.get("/v1/models/{name:path}")(endpoints.one_model)
     app.post("/v1/chat/completions", response_class=Response)(endpoints.chat)
     app.post("/v1/completions", response_class=Response)(endpoints.complete)
+    app.get("/v1/models")(endpoints.models)
+    app.get("/v1/models/{name:path}")(endpoints.one_model)
+    app.post("/tokenize")(endpoints.tokenize)
+    app.post("/detokenize")(endpoints.detokenize)
     app.get("/health", response_class=Response)(endpoints.health)
     app.get("/metrics", response_class=PlainTextResponse)(endpoints.metrics_text)
+    front_page = FrontPage(service.name, paths_of(app), api_key)
+    app.get("/", include_in_schema=False)(front_page.answer)
     return Limits(app, metrics, api_key, body_bytes, body_seconds)
 
 
@@ -74,6 +97,7 @@ class Endpoints:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        self.logged: set[str] = set()
 
     def model(self) -> dict[str, Any]:
         """The model in the list of models."""
@@ -115,88 +139,153 @@ class Endpoints:
 
     async def chat(self, question: ChatQuestion) -> Response:
         """Answer a conversation."""
-        self.check(question)
-        if not getattr(self.service.tokenizer, "chat_template", None):
+        self.check_model(question.model)
+        warnings = question.check()
+        ids = await self.conversation(question.messages, question.chat_template_kwargs)
+        return self.answer(question, [ids], ChatWriter, warnings)
+
+    async def conversation(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None
+    ) -> list[int]:
+        """The tokens of a conversation, by the model's chat template."""
+        tokenizer = self.service.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
             raise bad_request(
                 "this model has no chat template; use /v1/completions", "messages", "no_template"
             )
-        messages = question.conversation()
-        for message in messages:
-            check_text(message["content"], "messages")
+        variables = variables or {}
+        options = inspect.signature(tokenizer.apply_chat_template).parameters
+        for name in variables:
+            if name in options:
+                raise bad_request(
+                    f"chat_template_kwargs: {name!r} is an option of the tokenizer; only variables "
+                    "of the template may be given",
+                    "chat_template_kwargs",
+                )
+        plain = [message.plain(number) for number, message in enumerate(messages)]
         try:
-            ids = await self.service.conversation(messages)
+            return await self.service.conversation(plain, variables)
         except Exception as error:  # templates can raise any exception
             raise bad_request(
                 f"the chat template refuses the messages: {str(error)[:200]}", "messages"
             ) from error
-        return self.answer(question, ids, ChatWriter)
 
     async def complete(self, question: CompletionQuestion) -> Response:
-        """Continue a text."""
-        self.check(question)
-        prompt = question.only_prompt()
-        if isinstance(prompt, str):
-            check_text(prompt, "prompt")
-            ids = await self.service.text(prompt)
-        else:
-            ids = prompt
-            vocabulary = len(self.service.tokenizer)
-            odd = [token for token in ids if not 0 <= token < vocabulary]
-            if odd:
-                raise bad_request(f"token {odd[0]} is not in the vocabulary", "prompt")
-        return self.answer(question, ids, CompletionWriter)
-
-    def check(self, question: Question) -> None:
-        """Refuse what this server or this model has not."""
+        """Continue a text, or several."""
         self.check_model(question.model)
-        question.check()
-        for stop in question.stops:
-            check_text(stop, "stop")
+        warnings = question.check()
+        prompts, service = question.prompts, self.service
+        choices = len(prompts) * (question.n or 1)
+        if choices > MAX_CHOICES:
+            raise bad_request(
+                f"{choices} choices in one request, at most {MAX_CHOICES} are possible", "prompt"
+            )
+        special = question.add_special_tokens is not False
+        tokens: list[list[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                tokens.append(await service.tokens(prompt, special=special))
+            else:
+                tokens.append(self.known(prompt, "prompt"))
+        echo = None
+        if question.echo:
+            echo = [
+                prompt if isinstance(prompt, str) else await service.text(prompt)
+                for prompt in prompts
+            ]
+        return self.answer(question, tokens, CompletionWriter, warnings, echo)
 
-    def answer(self, question: Question, ids: list[int], kind: type[Writer]) -> Response:
-        """Begin to answer a prompt."""
+    def known(self, ids: list[int], param: str) -> list[int]:
+        """The tokens that a client sent, which have to be in the vocabulary."""
+        size = len(self.service.tokenizer)
+        for token in ids:
+            if not 0 <= token < size:
+                raise bad_request(
+                    f"token {shown(token)} is not in the vocabulary, which has 0 to {size - 1}",
+                    param,
+                )
+        return ids
+
+    async def tokenize(self, question: TokenizeQuestion) -> dict[str, Any]:
+        """The tokens of a text or of a conversation."""
+        self.check_model(question.model)
+        if (question.prompt is None) == (question.messages is None):
+            raise bad_request("either prompt or messages has to be given", "prompt")
+        if question.messages is not None:
+            ids = await self.conversation(question.messages, question.chat_template_kwargs)
+        else:
+            special = question.add_special_tokens is not False
+            ids = await self.service.tokens(question.prompt or "", special=special)
+        return {
+            "count": len(ids),
+            "max_model_len": self.service.capacity,
+            "tokens": ids,
+            "token_strs": await self.service.texts(ids) if question.return_token_strs else None,
+        }
+
+    async def detokenize(self, question: DetokenizeQuestion) -> dict[str, Any]:
+        """The text of tokens."""
+        self.check_model(question.model)
+        return {"prompt": await self.service.text(self.known(question.tokens, "tokens"))}
+
+    def answer(
+        self,
+        question: Question,
+        prompts: Sequence[Sequence[int]],
+        kind: type[Writer],
+        warnings: Sequence[str],
+        echo: Sequence[str] | None = None,
+    ) -> Response:
+        """Begin to answer prompts."""
         service = self.service
-        new_tokens = self.fitting(len(ids), question.new_tokens)
+        limits = [self.fitting(len(ids), question.new_tokens) for ids in prompts]
         alternatives = question.alternatives
         try:
-            chance = {"seed": secrets.randbits(63)}
-            sampling = Sampling(**(chance | service.defaults | question.sampling()))
+            drawn = {"seed": secrets.randbits(63)} | service.defaults | question.sampling()
+            samplings = [
+                Sampling(**(drawn | {"seed": (drawn["seed"] + number) % (MAX_SEED + 1)}))
+                for number in range(question.n or 1)
+            ]
         except RecipeError as error:
             raise bad_request(error.what) from error
         try:
             answer = service.ask(
-                ids, new_tokens, sampling, stop=question.stops, alternatives=alternatives
+                prompts,
+                samplings,
+                min(limits),
+                stop=question.stops,
+                alternatives=alternatives,
+                echo=echo,
+                ignore_ends=bool(question.ignore_eos),
             )
         except QueueFullError as error:
             stopping = service.worker.scheduler.closed
             raise overloaded(error.what, stopping=stopping) from error
-        writer = kind(service.name, alternatives is not None, question.include_usage)
+        self.log(warnings)
+        writer = kind(service.name, alternatives is not None, question.include_usage, warnings)
         stream = bool(question.stream)
         return AnswerResponse(answer, writer, service.worker, self.metrics, stream=stream)
+
+    def log(self, warnings: Sequence[str]) -> None:
+        """Write each warning into the log once."""
+        for warning in warnings:
+            if warning not in self.logged and len(self.logged) < MOST_LOGGED:
+                self.logged.add(warning)
+                log.warning("a request: %s", warning)
 
     def fitting(self, prompt: int, wanted: int | None) -> int:
         """The number of new tokens that fit after a prompt."""
         capacity = self.service.capacity
         if prompt == 0:
             raise bad_request("the prompt has no token")
-        room = capacity - prompt
-        if room < (wanted or 1):
+        room, least = capacity - prompt, 1 if wanted is None else wanted
+        if room < least:
             raise bad_request(
                 f"this model has room for {capacity} tokens; the prompt has {prompt}, and "
-                f"{wanted or 1} more are wanted",
+                f"{least} more are wanted",
                 code="context_length_exceeded",
             )
-        return wanted or room
-
-
-def check_text(text: str, param: str) -> None:
-    """Refuse what is not text: half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise bad_request(
-            f"not text at character {error.start}: half of a surrogate pair", param
-        ) from None
+        return room if wanted is None else wanted
 
 
 def add_faults(app: FastAPI) -> None:
@@ -205,21 +294,25 @@ def add_faults(app: FastAPI) -> None:
     async def ours(_: Request, error: ApiError) -> Response:
         return error.response()
 
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid":
-            return bad_request(f"the body is not JSON: {first['ctx']['error']}").response()
-        said = first["msg"] if place else f"the body has to be a JSON object: {first['msg']}"
-        return bad_request(f"{'.'.join(place)}: {said}", ".".join(place) or None).response()
+    async def wrong(_: Request, error: RequestValidationError) -> Response:
+        return invalid(error.errors()).response()
 
-    async def plain(_: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail)).response()
+    async def plain(request: Request, error: HTTPException) -> Response:
+        path, headers = request.url.path, Headers(error.headers)
+        said = str(error.detail)
+        if error.status_code == 404:
+            paths = ", ".join(f"{method} {known}" for method, known, _ in paths_of(app))
+            said = f"there is no path {shown(path)}; this server has {paths}"
+        elif error.status_code == 405:
+            said = f"{request.method} {path} is not possible, only {headers.get('allow')}"
+        response = ApiError(error.status_code, said).response()
+        response.headers.update(headers)
+        return response
 
     async def unexpected(_: Request, error: Exception) -> Response:
         return ApiError(500, "an error of the server; its log says more").response()
 
     app.add_exception_handler(ApiError, ours)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, wrong)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, plain)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, unexpected)

@@ -13,7 +13,7 @@ from secateur.serving.http.metrics import Metrics
 
 __all__ = ["Limits"]
 
-OPEN = ("/health", "/metrics")
+OPEN = ("/", "/health", "/metrics")
 """Paths that need no key."""
 
 

@@ -9,12 +9,21 @@ from secateur.serving.scheduler import Scheduler
 
 __all__ = ["Metrics"]
 
-KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+KNOWN = (
+    "/",
+    "/detokenize",
+    "/health",
+    "/metrics",
+    "/tokenize",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+)
 
 
 @dataclass
 class Metrics:
-    """ServingCounts what a server answers, and reads what its scheduler counts.
+    """Counts what a server answers, and reads what its scheduler counts.
 
     Args:
         scheduler: of the server.

@@ -4,45 +4,83 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from secateur.runtime.sampling import MAX_SEED
+from secateur.serving.http.bodies import shown
 from secateur.serving.http.faults import bad_request
 
-__all__ = ["ChatQuestion", "CompletionQuestion", "Question", "StreamOptions"]
+__all__ = [
+    "MAX_CHOICES",
+    "ChatQuestion",
+    "CompletionQuestion",
+    "DetokenizeQuestion",
+    "Message",
+    "Question",
+    "StreamOptions",
+    "TokenizeQuestion",
+]
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
-
-IGNORED = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
-"""Parameters of OpenAI's API that cannot change an answer here."""
+MAX_CHOICES = 1024
+"""Choices of one request: prompts times `n`."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
     "echo": (False,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
+    "grammar": ("",),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "length_penalty": (1,),
     "logit_bias": ({},),
+    "min_tokens": (0,),
     "modalities": (["text"],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
 }
-"""Parameters that this server has not, and the values under which they change nothing."""
+"""Parameters of OpenAI's API, vLLM and llama.cpp that change answers and that this server has not,
+and the values under which they change nothing. Other parameters that it does not know are ignored
+with a warning.
+"""
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+SIMILAR = 0.8
+"""An unknown parameter whose name is so similar to a known one is taken for a slip."""
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def a_list_of(kind: type, value: Any) -> bool:
+    """Whether a value is a list with parts of one type only."""
+    return isinstance(value, list) and all(type(part) is kind for part in value)
 
 
 class StreamOptions(BaseModel):
@@ -58,6 +96,14 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role: str
     content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def check_content(cls, value: Any) -> Any:
+        """Say what a content may be."""
+        if value is None or isinstance(value, str) or a_list_of(dict, value):
+            return value
+        raise ValueError("must be a string or a list of objects")
 
     def plain(self, number: int) -> dict[str, str]:
         """Role and text.
@@ -86,10 +132,7 @@ class Message(BaseModel):
 
 
 class Question(BaseModel, ABC):
-    """What both kinds of requests have in common.
-
-    Parameters that are unknown, or that this server has not, are errors rather than ignored.
-    """
+    """What both kinds of requests have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     default_tokens: ClassVar[int | None] = None
@@ -98,7 +141,7 @@ class Question(BaseModel, ABC):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -107,7 +150,25 @@ class Question(BaseModel, ABC):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
-    stop: Stop | list[Stop] | None = None
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    ignore_eos: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def check_stop(cls, value: Any) -> Any:
+        """Say what `stop` may be."""
+        texts = [value] if isinstance(value, str) else value or []
+        if (
+            a_list_of(str, texts)
+            and len(texts) <= MAX_STOPS
+            and all(1 <= len(text) <= MAX_STOP_LENGTH for text in texts)
+        ):
+            return value
+        raise ValueError(
+            f"must be a string or a list of at most {MAX_STOPS} strings, each of 1 to "
+            f"{MAX_STOP_LENGTH} characters"
+        )
 
     @property
     def stops(self) -> list[str]:
@@ -117,7 +178,7 @@ class Question(BaseModel, ABC):
     @property
     def new_tokens(self) -> int | None:
         """How many tokens the answer may have; None: what fits."""
-        return self.max_tokens or self.default_tokens
+        return self.default_tokens if self.max_tokens is None else self.max_tokens
 
     @property
     @abstractmethod
@@ -129,24 +190,30 @@ class Question(BaseModel, ABC):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         """Refuse what this server has not.
+
+        Returns:
+            What it ignores.
 
         Raises:
             ApiError: names the parameter.
         """
-        if len(self.stops) > MAX_STOPS:
-            raise bad_request(f"{len(self.stops)} stop texts, at most {MAX_STOPS}", "stop")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options needs stream: true", "stream_options")
+        ignored = []
         for name, value in (self.model_extra or {}).items():
-            if value is None or name in IGNORED or value in ONLY.get(name, ()):
+            if value is None or value in ONLY.get(name, ()):
                 continue
             if name in ONLY:
-                raise bad_request(f"this server does not support {name}={value!r:.80}", name)
-            near = difflib.get_close_matches(name, [*type(self).model_fields, *ONLY], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise bad_request(f"unknown parameter {name!r:.80}{hint}", name[:80])
+                raise bad_request(f"this server does not support {name}={shown(value)}", name)
+            near = difflib.get_close_matches(name, [*type(self).model_fields, *ONLY], 1, SIMILAR)
+            if near:
+                raise bad_request(
+                    f"unknown parameter {shown(name)}; did you mean {near[0]!r}?", name[:80]
+                )
+            ignored.append(f"{name[:80]} was ignored: this server does not know it")
+        return ignored
 
     def sampling(self) -> dict[str, Any]:
         """The options of the draw that are given; `top_k` below 1 means all tokens."""
@@ -170,10 +237,12 @@ class Question(BaseModel, ABC):
 class ChatQuestion(Question):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -187,36 +256,70 @@ class ChatQuestion(Question):
         """`max_completion_tokens` is the newer name of `max_tokens`."""
         return self.max_completion_tokens or super().new_tokens
 
-    def conversation(self) -> list[dict[str, str]]:
-        """Role and text of every message."""
-        return [message.plain(number) for number, message in enumerate(self.messages)]
-
 
 class CompletionQuestion(Question):
-    """The body of `/v1/completions`. A prompt is a text, or a list of tokens."""
+    """The body of `/v1/completions`: one prompt or several, each a text or a list of tokens."""
 
     default_tokens: ClassVar[int | None] = 16
-    prompt: str | list[str] | list[int]
+    prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+    @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
+    @classmethod
+    def check_prompt(cls, value: Any) -> Any:
+        """Say what a prompt may be."""
+        if (
+            isinstance(value, str)
+            or a_list_of(str, value)
+            or a_list_of(int, value)
+            or (a_list_of(list, value) and all(a_list_of(int, ids) for ids in value))
+        ):
+            return value
+        raise ValueError("must be a string, a list of tokens, or a list of strings or such lists")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """All prompts."""
+        given: Any = self.prompt
+        prompts: list[str | list[int]] = (
+            [given] if isinstance(given, str) or a_list_of(int, given) else given
+        )
+        return prompts
 
     @property
     def alternatives(self) -> int | None:
         """`logprobs` is this number."""
         return self.logprobs
 
-    def only_prompt(self) -> str | list[int]:
-        """The prompt.
+    def check(self) -> list[str]:
+        """Refuse what this server has not."""
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens 0 needs echo: true; else nothing is asked", "max_tokens")
+        if self.best_of not in (None, self.n or 1):
+            raise bad_request(
+                f"best_of={self.best_of} is not supported, only the value of n", "best_of"
+            )
+        return super().check()
 
-        Raises:
-            ApiError: there are several, or none.
-        """
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if self.prompt and isinstance(self.prompt[0], str):
-            if len(self.prompt) > 1:
-                raise bad_request(
-                    f"{len(self.prompt)} prompts in one request; send one request for each",
-                    "prompt",
-                )
-            return self.prompt[0]
-        return [token for token in self.prompt if isinstance(token, int)]
+
+class TokenizeQuestion(BaseModel):
+    """The body of `/tokenize`: a text or a conversation, as in vLLM."""
+
+    model_config = ConfigDict(strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeQuestion(BaseModel):
+    """The body of `/detokenize`, as in vLLM."""
+
+    model_config = ConfigDict(strict=True)
+    model: str | None = None
+    tokens: list[int] = Field(fail_fast=True)

@@ -27,7 +27,7 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-contr
 
 
 class AnswerResponse(Response):
-    """Sends an answer, and cancels its job if the client goes first.
+    """Sends an answer, and cancels its jobs if the client goes first.
 
     Args:
         answer: on its way.
@@ -42,7 +42,7 @@ class AnswerResponse(Response):
     ) -> None:
         self.answer, self.writer, self.worker = answer, writer, worker
         self.metrics, self.stream = metrics, stream
-        self.begun = time.monotonic()
+        self.begun, self.ends = time.monotonic(), dict[int, End]()
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,53 +51,68 @@ class AnswerResponse(Response):
         try:
             await until_gone(receive, sending)
         finally:
-            if self.answer.job is not None:
-                self.worker.cancel(self.answer.job)  # does nothing where it has ended
+            for job in self.answer.jobs:
+                self.worker.cancel(job)  # does nothing where it has ended
 
-    async def events(self) -> AsyncIterator[Piece | End]:
-        """Pieces as they come; the last one is the end."""
-        first = True
-        while True:
-            event = await self.answer.events.get()
-            if first and isinstance(event, Piece):
+    async def events(self) -> AsyncIterator[list[tuple[int, Piece | End]]]:
+        """What has come, together; until all choices have ended, or one with an error.
+
+        Raises:
+            ApiError: the error.
+        """
+        coming, first = self.answer.events, True
+        while len(self.ends) < len(self.answer.jobs):
+            come = [await coming.get()]
+            while not coming.empty():
+                come.append(coming.get_nowait())
+            if first and isinstance(come[0][1], Piece):
                 self.metrics.first_token(time.monotonic() - self.begun)
                 first = False
-            yield event
-            if isinstance(event, End):
-                return
+            for place, (number, event) in enumerate(come):
+                if isinstance(event, End):
+                    if (fault := fault_of(event)) is not None:
+                        yield come[:place]
+                        raise fault
+                    self.ends[number] = event
+            yield come
+
+    @property
+    def ordered_ends(self) -> list[End]:
+        """The ends of all choices."""
+        return [self.ends[number] for number in range(len(self.ends))]
 
     async def send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send one JSON when everything has been computed."""
-        pieces: list[Piece] = []
-        async for event in self.events():
-            if isinstance(event, Piece):
-                pieces.append(event)
-            elif (fault := fault_of(event)) is not None:
-                await fault.response()(scope, receive, send)
-            else:
-                body = self.writer.whole(self.answer, pieces, event)
-                await JSONResponse(body)(scope, receive, send)
+        pieces: list[list[Piece]] = [[] for _ in self.answer.jobs]
+        try:
+            async for come in self.events():
+                for number, event in come:
+                    if isinstance(event, Piece):
+                        pieces[number].append(event)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        body = self.writer.whole(self.answer, pieces, self.ordered_ends)
+        await JSONResponse(body)(scope, receive, send)
 
     async def send_stream(self, send: Send) -> None:
         """Send each piece as an event. All pieces that have come are sent together."""
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-        await self.put(send, self.writer.first(), more=True)
-        async for event in self.events():
-            parts = [self.written(event)]
-            while not isinstance(event, End) and not self.answer.events.empty():
-                event = self.answer.events.get_nowait()
-                parts.append(self.written(event))
-            ended = isinstance(event, End)
-            await self.put(send, b"".join(parts), more=not ended)
-            if ended:
-                return
+        await self.put(send, self.writer.first(len(self.answer.jobs)), more=True)
+        try:
+            async for come in self.events():
+                parts = [self.written(number, event) for number, event in come]
+                await self.put(send, b"".join(parts), more=True)
+        except ApiError as error:
+            await self.put(send, error.event(), more=False)
+            return
+        await self.put(send, self.writer.last(self.answer, self.ordered_ends), more=False)
 
-    def written(self, event: Piece | End) -> bytes:
+    def written(self, number: int, event: Piece | End) -> bytes:
         """An event as it is sent."""
         if isinstance(event, Piece):
-            return self.writer.piece(event)
-        fault = fault_of(event)
-        return self.writer.last(self.answer, event) if fault is None else fault.event()
+            return self.writer.piece(number, event)
+        return self.writer.end(number, event)
 
     async def put(self, send: Send, body: bytes, *, more: bool) -> None:
         """Send a part of the body."""
