@@ -89,5 +89,5 @@ def paths_of(app: FastAPI) -> list[tuple[str, str, str]]:
         (method, route.path.replace(":path", ""), route.description)
         for route in app.routes
         if isinstance(route, APIRoute) and route.include_in_schema
-        for method in sorted(route.methods)
+        for method in sorted(route.methods or ())
     ]
