@@ -14,16 +14,24 @@ not the allocator nothing is done.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-__all__ = ["TRAINING_BLOCK_BYTES", "TRAINING_BYTES", "reused_pages"]
+__all__ = ["TRAINING_BLOCK_BYTES", "TRAINING_BYTES", "give_back", "reused_pages"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
 TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
 """The largest block that a step of training uses again, and how much of them may lie free."""
 DEFAULT_BYTES = 128 * 2**10
+
+
+def give_back() -> None:
+    """Return freed memory to the system, so that the process holds only what it uses."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

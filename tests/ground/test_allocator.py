@@ -1,4 +1,4 @@
-"""What is freed stays with the process while pages are used again, and is given back then."""
+"""When freed memory stays with the process, and when it is given back."""
 
 from __future__ import annotations
 
@@ -33,9 +33,36 @@ print(used, freed, largest, resident() - before)
 """
 
 
-@pytest.mark.skipif(
+HELD = """
+import os
+from secateur.allocator import give_back
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+blocks = [bytearray(100_000) for _ in range(800)]
+last = blocks[-1]
+del blocks
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+GLIBC = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator is not glibc's"
 )
+
+
+@GLIBC
+def test_freed_memory_below_a_held_block_is_given_back() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", HELD], check=True, capture_output=True, text=True
+    ).stdout
+    assert int(told) > 50
+
+
+@GLIBC
 @pytest.mark.parametrize(
     ("arguments", "count"), [("", 50), ("TRAINING_BLOCK_BYTES, TRAINING_BYTES", 300)]
 )

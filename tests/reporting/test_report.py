@@ -111,7 +111,7 @@ def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
     ):
         assert told in page.text, told
     assert page.figures == {
-        "perplexity-1": 11, "sparsity-small": 210, "error-small": 210, "drift": 30, "size": 2,
+        "perplexity-1": 11, "sparsity-small": 210, "error-small": 210, "drift": 30, "size": 4,
         "speed-small": 5, "memory-small": 5,
     }  # fmt: skip
 
@@ -158,7 +158,10 @@ def test_what_models_and_files_say_is_text(tmp_path: Path) -> None:
 
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     one = write_full_run(tmp_path / "a" / "run")
-    other = write_run(tmp_path / "b" / "run", evaluation=evaluation(28.4, better=True))
+    denser = manifest(sparsity=0.4)
+    other = write_run(
+        tmp_path / "b" / "run", manifest=denser, evaluation=evaluation(28.4, better=True)
+    )
     page = page_of(tmp_path, one, other)
     assert "2 pruned models compared" in page.text
     assert "a/run" in page.text
@@ -166,7 +169,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "31.99 ± 0.67 +0.387 nats a token 28.40 ± 0.60 +0.268 nats a token 21.73" in page.text
     assert page.text.count("smollm2-135m: perplexity on boolq-held-out") == 1
     assert page.figures["perplexity-1"] == 2
-    assert page.figures["size"] == 3
+    assert page.figures["size"] == 5
     assert page.ids.count("quality") == 1
 
 
@@ -174,10 +177,11 @@ def test_numbers_of_another_protocol_do_not_share_a_line_or_a_chart(tmp_path: Pa
     longer = evaluation(25.0)
     longer["perplexity"][0]["protocol_id"] = "ppl-ffffffff"
     longer["perplexity"][0]["protocol"]["sequence_length"] = 2048
+    made = {name: manifest(sparsity=0.1 * n) for n, name in enumerate("abcde", 1)}
     page = page_of(
         tmp_path,
-        *(write_run(tmp_path / name, evaluation=evaluation()) for name in ("a", "b", "c")),
-        *(write_run(tmp_path / name, evaluation=longer) for name in ("d", "e")),
+        *(write_run(tmp_path / x, manifest=made[x], evaluation=evaluation()) for x in "abc"),
+        *(write_run(tmp_path / x, manifest=made[x], evaluation=longer) for x in "de"),
     )
     assert page.text.count("perplexity, boolq-held-out") == 2
     assert (page.figures["perplexity-1"], page.figures["perplexity-2"]) == (3, 2)
@@ -212,15 +216,19 @@ def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
     assert marks["cut"].x == pytest.approx(0.187)
     assert "at 18.7\u00a0% of the decoder cut out or zero" in marks["cut"].told
     assert "at 50.0\u00a0% zeros" in marks["pruned"].told
-    other = write_run(tmp_path / "other", evaluation=evaluation(33.0))
+    denser = manifest(sparsity=0.4)
+    other = write_run(tmp_path / "other", manifest=denser, evaluation=evaluation(33.0))
     [zeros_only] = curves(read_records([pruned, other]))
     assert zeros_only.x_label == "zeros in the decoder's matrices"
 
 
 def test_marks_of_one_place_stand_side_by_side(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, evaluation=evaluation()) for name in ("a", "b", "c")]
+    assert curves(read_records(runs)) == []  # one sparsity is no curve
+    denser = manifest(sparsity=0.4)
+    runs.append(write_run(tmp_path / "d", manifest=denser, evaluation=evaluation(28.4)))
     [chart] = curves(read_records(runs))
-    drawn = [series.marks[0] for series in draw(chart).series]
+    drawn = [series.marks[0] for series in draw(chart).series if series.name != "d"]
     assert len({(mark.x, mark.y) for mark in drawn}) == 3
     assert {mark.y for mark in drawn} == {drawn[0].y}
     assert drawn[1].x - drawn[0].x >= 10  # a mark is about ten wide
@@ -260,7 +268,9 @@ def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
     (folder / "secateur" / "recipe.yaml").unlink()
     page = page_of(tmp_path, folder)
     for verb in ("compress", "bench", "evaluate", "diagnose"):
-        assert f"secateur {verb} {folder}" in page.text
+        assert f"secateur {verb} run" in page.text
+    assert str(tmp_path) not in page.text
+    assert "--dense smollm2-135m --text boolq-held-out" in page.text
     assert page.figures == {"size": 2}
     assert "not measured" in page.text
 
@@ -285,6 +295,32 @@ def test_no_gain_is_said(tmp_path: Path) -> None:
     assert not any(name.startswith("speed") for name in page.figures)
 
 
+def test_no_folder_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
+    here = tmp_path / "a user"
+    told, ill = manifest(), diagnosis()
+    told["source"] |= {"name": str(here / "dense"), "kind": "folder"}
+    told["calibration"]["source"] = str(here / "text.jsonl")
+    ill["findings"][0] |= {
+        "where": str(here / "run"), "remedy": f"measure it: secateur bench '{here}/run'",
+    }  # fmt: skip
+    folder = write_run(here / "run", manifest=told, diagnosis=ill)
+    (folder / "secateur" / "recipe.yaml").write_text(f"model: {here / 'dense'}\n")
+    page = page_of(tmp_path, folder, card=tmp_path / "CARD.md")
+    assert "secateur bench run" in page.text
+    assert "a user" not in (tmp_path / "report.html").read_text()
+    assert "a user" not in (tmp_path / "CARD.md").read_text()
+
+
+def test_what_is_rounding_and_what_is_zeros(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_full_run(tmp_path / "small"))
+    # 257 MiB in bfloat16; 129 MiB with dense int8, 91 MiB without the zeros
+    assert "91 MiB instead of 257 MiB in dense bfloat16" in page.text
+    assert "50\u00a0% by int8 alone (129 MiB), 15\u00a0% more by leaving out 50\u00a0%" in page.text
+    for bar in ("dense bfloat16 257 MiB", "dense int8 129 MiB", "dense int4 80 MiB"):
+        assert bar in page.text
+    assert " MB" not in page.text
+
+
 def test_infinite_numbers_are_drawn_around(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", evaluation=evaluation(float("inf")))
     lines = (folder / "secateur" / "layers.jsonl").read_text()
@@ -305,7 +341,7 @@ def test_real_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     library.compress(tmp_path / "run", output=tmp_path / "small", values="int8")
     page = page_of(tmp_path, tmp_path / "run", tmp_path / "small")
-    assert page.figures == dict.fromkeys(["error-run", "error-small"], 21) | {"size": 3}
+    assert page.figures == dict.fromkeys(["error-run", "error-small"], 21) | {"size": 5}
     assert "run, small: uniform, 50.0\u00a0% zeros" in page.text
     assert "method: sparsegpt" in page.text
 

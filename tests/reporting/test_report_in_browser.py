@@ -111,6 +111,27 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
     page.close()
 
 
+def test_a_finger_reads_what_a_mouse_reads(browser: Any, page_file: Path) -> None:
+    page = browser.new_page(
+        viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce"
+    )
+    page.goto(page_file.as_uri())
+    for place, said in (
+        (".quality code", "dataset boolq-held-out"),
+        ("figure[data-chart=perplexity-1] g.s0 .hit", ": perplexity 23."),
+        (".heat i:not(.empty)", "q_proj, layer 0:"),
+        (".bar", "dense bfloat16: 257 MiB"),
+    ):
+        mark = page.locator(place).first
+        mark.evaluate("element => element.scrollIntoView({block: 'center'})")
+        page.wait_for_timeout(300)
+        box = mark.bounding_box()
+        page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        assert page.locator("#tip").is_visible(), place
+        assert said in page.locator("#tip").inner_text()
+    page.close()
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 def test_four_runs_fit_the_table(browser: Any, tmp_path: Path, width: int) -> None:
     """On 80ad24a the protocol column was clipped at both widths, without a sign."""

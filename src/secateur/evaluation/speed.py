@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 
+from secateur.allocator import give_back
 from secateur.errors import SecateurError
 from secateur.evaluation.contenders import CONTENDERS, Round, contender
 from secateur.progress import Progress, Silent
@@ -209,6 +210,7 @@ def serve() -> None:
     try:
         running = contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         running.round(prompt, 2)
+        give_back()  # an int8 contender has rounded larger weights, which are gone
     except Exception as error:  # any error is reported, so that the other contenders continue
         answer({"failure": failure_of(error)})
         return

@@ -84,12 +84,12 @@ def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
 
 
 def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
-    """One chart for each set of comparable perplexities with at least two points."""
+    """One chart for each set of comparable perplexities with at least two sparsities."""
     groups: dict[tuple[Any, ...], list[CurvePoint]] = {}
     for point in points:
         if math.isfinite(point.perplexity) and point.perplexity > 0:
             groups.setdefault(point.alike, []).append(point)
-    several = [group for group in groups.values() if len(group) > 1]
+    several = [g for g in groups.values() if len({round(p.sparsity, 2) for p in g}) > 1]
     return [chart_of(number, group) for number, group in enumerate(several, start=1)]
 
 

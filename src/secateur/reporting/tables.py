@@ -150,8 +150,16 @@ def gib(size: float) -> str:
 
 
 def mib(size: float) -> str:
-    """A size in MiB."""
-    return f"{size / 2**20:,.0f} MiB"
+    """A size in MiB; small ones with decimals.
+
+    Example:
+        >>> from secateur.reporting.tables import mib
+        >>> mib(257 * 2**20), mib(6.5e6), mib(90_000)
+        ('257 MiB', '6.2 MiB', '0.09 MiB')
+    """
+    mebibytes = size / 2**20
+    digits = 0 if mebibytes >= 10 else 1 if mebibytes >= 1 else 2
+    return f"{mebibytes:,.{digits}f} MiB"
 
 
 def not_pruned(left: Sequence[Left]) -> str:

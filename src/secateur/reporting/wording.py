@@ -8,7 +8,6 @@ __all__ = [
     "bare_name",
     "counted",
     "duration",
-    "megabytes",
     "percent",
     "signed",
     "time_range",
@@ -24,11 +23,6 @@ def bare_name(name: str) -> str:
 def percent(fraction: float, digits: int = 0) -> str:
     """A fraction in percent."""
     return f"{100 * fraction:.{digits}f}\u00a0%"  # a no-break space keeps the sign with its number
-
-
-def megabytes(size: float) -> str:
-    """A file size in MB or GB, in powers of ten."""
-    return f"{size / 1e6:,.0f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
 def signed(value: float, digits: int) -> str:

@@ -68,6 +68,18 @@ def pruned_model(
     return folder
 
 
+def test_the_size_with_the_zeros_is_known(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m", hidden_size=96)
+    found = secateur.compress(source, output=tmp_path / "packed", values="int8")
+    without_linears = found.file_bytes - found.linears.bytes
+    for values in ("int8", "int4"):
+        dense = secateur.compress(
+            source, output=tmp_path / f"dense-{values}", values=values, format="dense"
+        )
+        assert found.dense_file_bytes[values] == without_linears + dense.linears.bytes
+    assert found.dense_file_bytes["as here"] == found.dense_file_bytes["int8"] > found.file_bytes
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {
         n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()
@@ -265,7 +277,7 @@ def test_calibration_makes_integers_closer_and_keeps_zeros(
     assert not (tmp_path / "fit.rounded").exists()
     told = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
     assert told["rounding"] == report.to_json()["rounding"]
-    assert f"bits={values[3:]}" in told["rounding"]["solver"]
+    assert f"bits {values[3:]}" in told["rounding"]["solver"]
     assert 0 < told["rounding"]["mean_error"] < largest_error
     assert report.value_error == 0 or values == "int8"
     assert (tmp_path / "fit" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
@@ -456,7 +468,7 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
         secateur.compress(source, output=tmp_path / "mine", overwrite=True, values="keep")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path / "p", "prune") as stopped:
-        stopped.begin({})
+        stopped.begin({"sparsity": 0.5})
         interrupted()
     with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
         secateur.compress(source, output=tmp_path / "p", values="keep")

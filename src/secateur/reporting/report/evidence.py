@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.publishing.secrets import without_folders
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import ReportedRun
@@ -80,4 +81,5 @@ def findings(run: ReportedRun) -> str:
         f"- {f.severity}: {f.id}, {f.where}. {f.evidence} Remedy: {f.remedy}"
         for f in run.diagnosis.findings
     ]
-    return "\n".join(["## Diagnosis", "", *(lines or ["Nothing was found."])])
+    found = "\n".join(lines or ["Nothing was found."])
+    return f"## Diagnosis\n\n{without_folders(found)}"

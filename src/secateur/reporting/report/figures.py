@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
 from secateur.reporting.curves import CurvePoint, curve_charts, judged_points
 from secateur.reporting.report.records import Records, ReportedRun
-from secateur.reporting.wording import bare_name, megabytes
+from secateur.reporting.tables import mib
+from secateur.reporting.wording import bare_name
 from secateur.reporting.wording import percent as percent_of
 from secateur.runs.records import LinearEntry
 
@@ -213,7 +214,7 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
 
 
 def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
-    """The size of the weight files next to the uncut dense model in bfloat16."""
+    """The size of the weight files next to the uncut dense model in bfloat16, int8 and int4."""
     bars: list[Bar] = []
     sizes = dict.fromkeys(parameters_before(run) for run in runs)
     for parameters in sizes:
@@ -221,16 +222,23 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
         packed = [x.compression.bfloat16_bytes for x in own if x.compression]
         dense = packed[0] if packed and not own[0].manifest.structure else 2 * parameters
         several = f", {parameters / 1e6:,.0f} M parameters" if len(sizes) > 1 else ""
-        bars.append(Bar(f"dense bfloat16{several}", dense / 1e6, megabytes(dense)))
+        bars.append(Bar(f"dense bfloat16{several}", dense / 2**20, mib(dense)))
+        rounded = next((x.compression.dense_file_bytes for x in own if x.compression), {})
+        bars += [
+            Bar(f"dense {values}{several}", rounded[values] / 2**20, mib(rounded[values]))
+            for values in ("int8", "int4")
+            if values in rounded and not own[0].manifest.structure
+        ]
         bars += [size_bar(run) for run in own]
     if not bars:
         return None
     return BarChart(
         "size",
         "Size of the weight files",
-        "MB",
+        "MiB",
         tuple(bars),
-        "Shorter is better. Zeros leave the files with: secateur compress.",
+        "Shorter is better. Dense int8 and int4 store the zeros, with the embeddings of the packed "
+        "model. The command secateur compress removes the zeros from the files.",
     )
 
 
@@ -245,7 +253,7 @@ def size_bar(run: ReportedRun) -> Bar:
     packed, result = run.compression, run.manifest.result
     size = packed.file_bytes if packed else result.file_bytes
     kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
-    return Bar(run.name, size / 1e6, megabytes(size) + kind, ours=True)
+    return Bar(run.name, size / 2**20, mib(size) + kind, ours=True)
 
 
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
@@ -290,8 +298,8 @@ def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
             bars = tuple(
                 Bar(
                     c.contender,
-                    (c.resident_bytes or 0) / 1e6,
-                    megabytes(c.resident_bytes or 0),
+                    (c.resident_bytes or 0) / 2**20,
+                    mib(c.resident_bytes or 0),
                     c.contender.startswith("packed"),
                 )
                 for c in ran
@@ -300,7 +308,7 @@ def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
                 BarChart(
                     f"memory-{run.name}",
                     f"Memory of {run.name}",
-                    "MB",
+                    "MiB",
                     bars,
                     "Shorter is better. Of the process with the model loaded, over that of the "
                     "libraries alone.",

@@ -8,8 +8,8 @@ from secateur.reporting.drawing import Drawing, draw
 from secateur.reporting.report.headline import Claim
 from secateur.reporting.report.records import ReportedFit
 from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
-from secateur.reporting.tables import Table
-from secateur.reporting.wording import duration, megabytes, percent, signed
+from secateur.reporting.tables import Table, mib
+from secateur.reporting.wording import duration, percent, signed
 
 __all__ = ["FitView", "fit_view", "pruning_brought"]
 
@@ -70,12 +70,11 @@ def made_by(result: FitResult) -> str:
 def claims(result: FitResult) -> list[Claim]:
     """Size, loss, and what pruning brought."""
     packed, loss = result.packed, result.losses[WINNER].loss_increase
-    size = f"{packed.file_bytes / 2**20:.1f} MiB instead of {packed.bfloat16_bytes / 2**20:.1f} MiB"
     return [
         Claim(
             "Smaller by",
             percent(1 - packed.ratio),
-            f"{size} in dense bfloat16 ({megabytes(packed.file_bytes)}).",
+            f"{mib(packed.file_bytes)} instead of {mib(packed.bfloat16_bytes)} in dense bfloat16.",
             tone="good" if packed.ratio < 1 else "bad",
         ),
         Claim(

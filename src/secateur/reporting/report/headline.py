@@ -6,20 +6,22 @@ A claim has a number only if it was measured. Otherwise it names the command tha
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.bench import GAIN
-from secateur.reporting.wording import bare_name, counted, megabytes, percent, signed
+from secateur.reporting.results.next_steps import command
+from secateur.reporting.tables import mib
+from secateur.reporting.wording import bare_name, counted, percent, signed
 from secateur.runs.evaluation import (
     EvaluationRecord,
     Measurement,
     PerplexityRecord,
     TaskRecord,
 )
+from secateur.runs.records import Compression
 
 __all__ = ["Claim", "claims", "speed_gain"]
 
@@ -65,20 +67,41 @@ def smaller(run: ReportedRun) -> Claim:
         return Claim(
             "Smaller by",
             percent(saved),
-            f"{megabytes(cut.after.file_bytes)} instead of {megabytes(cut.before.file_bytes)} in "
+            f"{mib(cut.after.file_bytes)} instead of {mib(cut.before.file_bytes)} in "
             f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
             tone=gain_tone(saved > 0),
         )
     if found is None:
         return not_packed(run)
     saved = 1 - found.ratio
-    against = f"{megabytes(found.file_bytes)} instead of {megabytes(found.bfloat16_bytes)}"
+    against = f"{mib(found.file_bytes)} instead of {mib(found.bfloat16_bytes)} in dense bfloat16"
     return Claim(
         "Smaller by",
         percent(saved),
-        f"{against} in dense bfloat16; {percent(found.sparsity)} zeros left out.",
+        f"{against}{parts_of_saving(found)}.",
         tone=gain_tone(saved > 0),
     )
+
+
+def parts_of_saving(found: Compression) -> str:
+    """How much of the saving is rounding, and how much the zeros that are not stored."""
+    zeros = f"{percent(found.sparsity)} zeros"
+    if "as here" not in found.dense_file_bytes:
+        return f"; {zeros} are left out"
+    whole, dense = found.bfloat16_bytes, found.dense_file_bytes["as here"]
+    by_zeros = (dense - found.file_bytes) / whole
+    if dense >= whole:
+        return f"; all of it by leaving out {zeros}"
+    values = " and ".join(dict.fromkeys(v for name in found.formats if (v := values_in(name))))
+    return (
+        f": {percent((whole - dense) / whole)} by {values} alone ({mib(dense)}), "
+        f"{percent(by_zeros)} more by leaving out {zeros}"
+    )
+
+
+def values_in(stored: str) -> str | None:
+    """The type of the values in the name of a format, such as `bitmask int4 g64`."""
+    return next((word for word in stored.split() if word.startswith(("int", "float", "bf"))), None)
 
 
 def gain_tone(gained: bool) -> Tone:
@@ -89,19 +112,18 @@ def gain_tone(gained: bool) -> Tone:
 def not_packed(run: ReportedRun) -> Claim:
     """A sentence: the zeros are still stored, and how large other files of these weights are."""
     result, source = run.manifest.result, run.manifest.source
-    sizes = [f"{megabytes(result.file_bytes)} in this folder"]
+    sizes = [f"{mib(result.file_bytes)} in this folder"]
     if result.parameters:
-        sizes.append(f"{megabytes(2 * result.parameters)} as dense bfloat16")
+        sizes.append(f"{mib(2 * result.parameters)} as dense bfloat16")
     if source.file_bytes:
-        sizes.append(f"{megabytes(source.file_bytes)} in {bare_name(source.name)}")
-    place = shlex.quote(str(run.folder))
+        sizes.append(f"{mib(source.file_bytes)} in {run.dense}")
     return Claim(
         "Smaller by",
         "not packed",
         f"{percent(result.decoder_sparsity)} of the decoder's weights are zero, and stored as "
         f"zeros: {', '.join(sizes)}. To pack them:",
         measured=False,
-        command=f"secateur compress {place} --output {place}-small",
+        command=command("compress", run.place, "--output", f"{run.place}-small"),
     )
 
 
@@ -127,7 +149,7 @@ def faster(run: ReportedRun) -> Claim:
             "not measured",
             f"{failed}Timing it on your machine:",
             measured=False,
-            command=f"secateur bench {run.folder}",
+            command=run.timing(),
         )
     other, theirs, ours = found
     ratio = ours / theirs
@@ -152,7 +174,7 @@ def quality(run: ReportedRun) -> Claim:
         "not measured",
         "Judging it beside the dense model:",
         measured=False,
-        command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
+        command=run.judging(),
     )
 
 
@@ -190,7 +212,7 @@ def kept_by_perplexity(
             "Quality",
             f"{found.perplexity:.1f}",
             f"perplexity on {bare_name(found.text)}. The dense model was not judged beside it:",
-            command=f"secateur evaluate {run.folder} --dense {run.manifest.source.name}",
+            command=run.judging(),
         )
     ratio = found.perplexity / found.reference_perplexity
     agreement = ""

@@ -15,6 +15,7 @@ from typing import Any
 
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation_checks import DEGENERATE
+from secateur.publishing.secrets import without_folders
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import (
@@ -104,6 +105,7 @@ def render(records: Records, *, version: str, date: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["bare"] = without_folders
     page = environment.get_template("page.html.jinja")
     return page.render(
         **content(records),

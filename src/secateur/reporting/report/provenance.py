@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.publishing.secrets import without_folders
+from secateur.reporting.front_matter import shown_place
 from secateur.reporting.report.records import (
     ReportedAdvice,
     ReportedFit,
@@ -48,7 +50,7 @@ def of_run(run: ReportedRun) -> Part:
     if "peak_bytes" in m.plan:
         cost["planned memory"] = f"{m.plan['peak_bytes'] / 2**30:.2f} GiB"
     tables = [
-        ("Source", facts({"folder": run.folder, **m.source.model_dump(), "family": m.family})),
+        ("Source", facts({"folder": run.place, **m.source.model_dump(), "family": m.family})),
         ("Method", facts({**m.method, "allocation": m.allocation})),
         ("Calibration", facts(m.calibration or {"text": "none needed"})),
         ("Result", facts(result)),
@@ -63,7 +65,7 @@ def of_run(run: ReportedRun) -> Part:
     if run.compression:
         formats = ", ".join(run.compression.formats)
         tables.append(("Stored as", facts({"formats": formats})))
-    return Part(run.name, [table for table in tables if table[1]], run.recipe)
+    return Part(run.name, [table for table in tables if table[1]], without_folders(run.recipe))
 
 
 def reached(manifest: Manifest) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def of_sweep(sweep: ReportedSweep) -> Part:
 def of_fit(fit: ReportedFit) -> Part:
     """The bounds of a fit, its levels, and how the winner is stored."""
     result = fit.result
-    bounds: dict[str, Any] = {"folder": fit.folder}
+    bounds: dict[str, Any] = {"folder": shown_place(fit.folder)}
     bounds |= {one.flag: one.in_words(one.wanted) for one in result.checks}
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
@@ -175,4 +177,4 @@ def told(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else without_folders(str(value))

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
+from secateur.publishing.secrets import without_folders
+from secateur.reporting.front_matter import shown_place, source_name
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.fit import FitResult
+from secateur.reporting.results.next_steps import Origin, command
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.evaluation import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.runs.records import (
@@ -60,6 +63,29 @@ class ReportedRun:
     diagnosis: DiagnosisRecord | None = None
     bench: Bench | None = None
     compression: Compression | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder in commands; the page may be read on another machine."""
+        return shown_place(self.folder)
+
+    @property
+    def dense(self) -> str:
+        """The dense model in commands and sentences."""
+        return source_name(self.manifest.source.model_dump())
+
+    def judging(self, *more: str) -> str:
+        """The command that evaluates the model beside its dense one, on a text without a hub."""
+        words = map(without_folders, Origin.of(self.folder).text_words())
+        return command("evaluate", self.place, "--dense", self.dense, *words, *more)
+
+    def timing(self) -> str:
+        """The command that times the model."""
+        return command("bench", self.place)
+
+    def checking(self) -> str:
+        """The command that looks for faults, beside the dense model."""
+        return command("diagnose", self.place, "--dense", self.dense)
 
 
 @dataclass(frozen=True)

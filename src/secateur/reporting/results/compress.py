@@ -67,6 +67,8 @@ class CompressResult(Result):
         seconds: wall time.
         rounding: record of the calibrated rounding to integers, if it was used.
         value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
+        dense_file_bytes: size of the weight files if they stored the zeros: `as here` with the same
+            values, and with `int8` and `int4` linears; empty for an archive.
     """
 
     output: Path
@@ -81,6 +83,7 @@ class CompressResult(Result):
     seconds: float = 0.0
     rounding: dict[str, Any] = field(default_factory=dict)
     value_error: float = 0.0
+    dense_file_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def bfloat16_bytes(self) -> int:
@@ -113,6 +116,7 @@ class CompressResult(Result):
             "embeddings": stored_json(self.embeddings),
             "rounding": self.rounding,
             "value_error": self.value_error,
+            "dense_file_bytes": self.dense_file_bytes,
             "seconds": self.seconds,
         }
 
@@ -154,7 +158,7 @@ class CompressResult(Result):
                 formats,
             ),
             Table.facts("", closing),
-            *after_a_packed_folder(self.output, None),
+            *after_a_packed_folder(self.output),
         ]
 
     @classmethod
@@ -173,6 +177,7 @@ class CompressResult(Result):
             seconds=record["seconds"],
             rounding=record["rounding"],
             value_error=record["value_error"],
+            dense_file_bytes=record["dense_file_bytes"],
         )
 
 

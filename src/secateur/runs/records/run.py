@@ -203,6 +203,7 @@ class Compression(Record):
     embeddings: dict[str, float] = Field(default_factory=dict)
     rounding: dict[str, Any] = Field(default_factory=dict)
     value_error: float | None = None
+    dense_file_bytes: dict[str, int] = Field(default_factory=dict)
     seconds: float = 0.0
 
 

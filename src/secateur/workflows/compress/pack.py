@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.identity import file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
-from secateur.runtime.choice import LayoutChoice, without_negative_zeros
+from secateur.runtime.choice import DEFAULT_GROUP, DENSE, LayoutChoice, without_negative_zeros
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
@@ -117,8 +117,8 @@ def compress_recipe(
     values_of: Mapping[str, str] = {}
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
-        if text is not None:
-            folder.begin(identity(recipe, reader, progress))
+        made_of = identity(recipe, reader, progress)
+        folder.begin(made_of if text is not None else {}, made_of)
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
             return CompressResult.from_json(json.loads(record))
@@ -293,6 +293,7 @@ def make_report(
 ) -> CompressResult:
     """Add up the contents of the files."""
     linears, embeddings = FormatTotals(), FormatTotals()
+    dense = dict.fromkeys(("as here", "int8", "int4"), 0)
     by_format: dict[str, FormatTotals] = {}
     negative_zeros = 0
     for name, choice in plan.choices.items():
@@ -304,15 +305,21 @@ def make_report(
             embeddings.add(*counted)
             continue
         linears.add(*counted)
+        for values in dense:
+            dense[values] += dense_bytes(choice.layout, values)
         kind = stored_as(choice.layout.to_json())
         by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
+    size = sum(file.stat().st_size for file in packed.files)
     return CompressResult(
         output=output,
         source_bytes=sum(file.stat().st_size for file in reader.files),
         parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
-        file_bytes=sum(file.stat().st_size for file in packed.files),
+        file_bytes=size,
+        dense_file_bytes={}
+        if packed.archive
+        else {values: size - linears.bytes + count for values, count in dense.items()},
         linears=linears,
         formats=by_format,
         embeddings=embeddings,
@@ -322,6 +329,19 @@ def make_report(
         rounding=rounding,
         seconds=time.perf_counter() - begun,
     )
+
+
+def dense_bytes(layout: Layout, values: str) -> int:
+    """The size of a matrix that stores its zeros.
+
+    Args:
+        layout: how it is stored.
+        values: int8 or int4; `as here` for the values of the layout.
+    """
+    dense = replace(layout, format=DENSE, pattern=None)
+    if values != "as here":
+        dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
+    return formats[DENSE].nbytes(dense, layout.weights)
 
 
 def write_notes(
