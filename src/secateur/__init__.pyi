@@ -147,7 +147,7 @@ def chain(
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -221,7 +221,7 @@ def compress(
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Returns:
@@ -435,7 +435,7 @@ def fit(
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Returns:
@@ -759,7 +759,7 @@ def prune(
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Returns:
@@ -777,6 +777,7 @@ def push(
     trust_remote_code: bool | None = None,
     public: bool | None = None,
     branch: str | None = None,
+    base_model: str | None = None,
     dry_run: bool | None = None,
 ) -> PushResult:
     """Publish a model folder on the hub, with a card that has its results and their protocols.
@@ -791,6 +792,7 @@ def push(
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         public: Make the repository public. Without this it is private. [off]
         branch: Branch of the repository; it is created if there is none. [main]
+        base_model: Base model for the card, OWNER/NAME on the hub. [the one that the card names]
         dry_run: Check everything and show files and card. Nothing is sent. [off]
 
     Returns:
@@ -936,7 +938,7 @@ def structure(
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:
@@ -1056,7 +1058,7 @@ def train(
             [1]
         fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
         overwrite: Replace an existing output folder. [off]
-        resume: Resume a stopped run, or start if there is none. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
     Raises:

@@ -16,6 +16,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -88,6 +89,23 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         self._load()
         return name in self._parts
+
+    def describe(self, part: object) -> str:
+        """The name of a part with its parameters, for people.
+
+        Example:
+            >>> from secateur.sparsity.solvers import solvers
+            >>> solvers.describe(solvers["obs"](damping=0.01))
+            'obs, damping 0.01'
+        """
+        self._load()
+        name = next((n for n, known in self._parts.items() if known is type(part)), None)
+        told = [name or type(part).__name__]
+        for field in fields(part) if is_dataclass(part) else ():
+            value = getattr(part, field.name)
+            if value is not None and not is_dataclass(value):
+                told.append(f"{field.name.replace('_', ' ')} {value}")
+        return ", ".join(told)
 
     def names(self) -> list[str]:
         """All names, sorted."""

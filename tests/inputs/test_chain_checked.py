@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import secateur
-from secateur.errors import SecateurError
+from secateur.errors import RecipeError, SecateurError, SourceError
 
 PRUNE = {"prune": {"method": "magnitude", "sparsity": 0.5}}
 
@@ -38,6 +39,19 @@ FAULTS: list[tuple[Any, str]] = [
     ({"structure": {}}, "the recipe cuts nothing"),
     ({"structure": {"ffn": 0.5, "score": "wandas"}}, "unknown score 'wandas'"),
     ({"structure": {"ffn": 0.5, "heads": 0.5}}, "heads: this key is now called 'kv_groups'"),
+    ({"structure": {"keep_layers": 99}}, "keeps 99 decoder layers, but the model has"),
+    ({"structure": {"hidden_size": 999}}, "keeps 999 channels"),
+    ({"structure": {"ffn": 0.5, "vocabulary": "nofile.txt"}}, "no text is named 'nofile.txt'"),
+    ({"train": {"text": "nofile.txt"}}, "no text is named 'nofile.txt'"),
+    ({"train": {"validation_text": "nofile.txt"}}, "no text is named 'nofile.txt'"),
+    ({"train": {"teacher": "./nowhere"}}, "no such file or folder"),
+    ({"train": {"mask": "masks.safetensors"}}, "there is no such file"),
+    (
+        {"prune": {"sparsity": 0.5, "calibration": "wikitext2,nofile.jsonl=2"}},
+        "no text is named 'nofile.jsonl'",
+    ),
+    ({"prune": {"sparsity": 0.5, "compress": "int8"}}, "compression is a step of its own"),
+    ({"compress": {"values": "int8", "calibration": "nofile.txt"}}, "no text is named"),
 ]
 
 
@@ -45,7 +59,36 @@ FAULTS: list[tuple[Any, str]] = [
 def test_a_fault_in_the_second_step(model: Path, tmp_path: Path, step, what: str) -> None:
     with pytest.raises(SecateurError, match=what) as error:
         secateur.chain(model, output=tmp_path / "out", steps=[PRUNE, step])
-    assert str(error.value.where).startswith("step 2 of the chain")
+    assert str(error.value.where).startswith("step 2, ")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_compression_comes_last(model: Path, tmp_path: Path) -> None:
+    steps = [{"compress": {"values": "int8"}}, PRUNE]
+    with pytest.raises(RecipeError, match="put compress last") as error:
+        secateur.chain(model, output=tmp_path / "out", steps=steps)
+    assert error.value.where == "step 2, prune"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_later_cut_counts_the_layers_that_are_left(model: Path, tmp_path: Path) -> None:
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    cuts = [{"structure": {"keep_layers": n, "effort": "fast"}} for n in (layers - 1, layers)]
+    with pytest.raises(RecipeError, match=f"but the model has {layers - 1}") as error:
+        secateur.chain(model, output=tmp_path / "out", steps=cuts)
+    assert error.value.where == "step 2, structure"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_step_that_fails_is_named_and_the_first_leaves_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("abc", encoding="utf-8")
+    steps = [{"train": {"text": str(short), "steps": 1, "sequence_length": 16}}]
+    with pytest.raises(SourceError, match="windows of 16 tokens") as error:
+        secateur.chain(model, output=tmp_path / "out", steps=steps)
+    assert error.value.where == f"step 1, train: {short}"
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -83,7 +83,7 @@ def test_everything_of_the_model_is_sent_and_nothing_else(hub: Hub, copied: Path
     assert own <= hub.sent.keys()
     assert {"secateur/manifest.json", "secateur/evaluation.json"} <= hub.sent.keys()
     assert set(result.left_out) == {
-        "notes of mine.docx", ".env", "secateur/windows.safetensors",
+        "notes of mine.docx", ".env", "secateur/windows.safetensors", "secateur/run.json",
     }  # fmt: skip
     assert hub.sent.keys().isdisjoint(result.left_out)
     assert hub.sent["model.safetensors"] == (copied / "model.safetensors").read_bytes()
@@ -95,6 +95,34 @@ def test_everything_of_the_model_is_sent_and_nothing_else(hub: Hub, copied: Path
     hub.api.create_branch.assert_not_called()
     assert hub.api.upload_folder.call_args.kwargs["revision"] is None
     assert "delete_patterns" not in hub.api.upload_folder.call_args.kwargs
+
+
+def test_no_folder_of_this_machine_is_sent(hub: Hub, copied: Path, tmp_path: Path) -> None:
+    recipe = copied / "secateur" / "recipe.yaml"
+    before = recipe.read_bytes()
+    assert b"/push0/" in before
+    result = package.push(copied, REPO)
+    assert not [name for name, data in hub.sent.items() if b"/push0/" in data]
+    assert b"source: text.txt\n" in hub.sent["secateur/recipe.yaml"]
+    [note] = [note for note in result.notes if "last names" in note]
+    assert "secateur/recipe.yaml" in note
+    assert recipe.read_bytes() == before
+
+
+def test_a_base_model_can_be_named(hub: Hub, copied: Path) -> None:
+    card = copied / "README.md"
+    card.write_text(card.read_text().replace("base_model: org/dense\n", ""))
+    assert "--base-model OWNER/NAME" in package.push(copied, REPO, dry_run=True).notes[0]
+    result = package.push(copied, REPO, base_model="org/other", dry_run=True)
+    assert "base_model: org/other\n" in result.card
+    assert not [note for note in result.notes if "base model" in note]
+
+
+@pytest.mark.parametrize("names", [("noslash", None), (REPO, "noslash"), (REPO, "a/b/c")])
+def test_a_repository_has_an_owner(copied: Path, names: tuple[str, str | None]) -> None:
+    repo, base = names
+    with pytest.raises(RecipeError, match="OWNER/NAME"):
+        package.push(copied, repo, base_model=base, dry_run=True)
 
 
 def test_the_card_has_results_with_protocols_and_the_licence(hub: Hub, pruned: Path) -> None:
@@ -232,7 +260,7 @@ def test_work_folders_and_names_are_refused(hub: Hub, copied: Path, tmp_path: Pa
         package.push(partial / "model", REPO)
     with pytest.raises(RecipeError, match="no such folder"):
         package.push(tmp_path / "nowhere", REPO)
-    with pytest.raises(RecipeError, match="not the name of a repository"):
+    with pytest.raises(RecipeError, match="OWNER/NAME"):
         package.push(partial / "model", "a/b/c")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,75 @@ def test_cards_name_the_folder(
     assert f'secateur.load("{shown}small")' in packed
     assert '"DIR"' not in dense + packed
     assert head_of(packed) == head_of(dense)
+
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
+MAKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "prune": ("dense", {"method": "wanda", "sparsity": 0.5}),
+    "prune with fits": ("dense", {"method": "sparsegpt", "sparsity": 0.5}),
+    "prune and pack": ("dense", {"method": "magnitude", "sparsity": 0.5, "compress": "int8"}),
+    "structure": ("dense", {"keep_layers": 1, "effort": "fast"}),
+    "train": ("pruned", {"steps": 1, "batch": 2}),
+    "compress": ("pruned", {"values": "int8"}),
+    "import_model": ("pruned", {}),
+    "chain": (
+        "dense",
+        {
+            "steps": [
+                {"structure": {"ffn": 0.5, "effort": "fast"}},
+                {"prune": {"method": "magnitude", "sparsity": 0.5}},
+            ]
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MAKING)
+def test_a_card_names_no_folder_of_this_machine(case: str, tmp_path: Path) -> None:
+    place = tmp_path / "a user"
+    save_tiny(place / "dense", num_hidden_layers=2)
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
+    (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    verb, (source, options) = case.split()[0], MAKING[case]
+    told: dict[str, Any] = {"sequence_length": 16, "windows": 4}
+    if verb == "train":
+        options = {**options, **told, "text": str(place / "text.txt")}
+    elif verb in ("prune", "structure") and options.get("method") != "magnitude":
+        options = {**options, **told, "calibration": str(place / "text.txt")}
+    elif verb == "chain":
+        options["steps"][0]["structure"] |= {**told, "calibration": str(place / "text.txt")}
+    getattr(secateur, verb)(place / source, output=place / "out", **options)
+    card = (place / "out" / "README.md").read_text(encoding="utf-8")
+    assert "a user" not in card
+    assert "out.partial" not in card
+    assert not re.search(r"[A-Z]\w+\(", card.partition("```python")[0])  # no Python
+    title = card.partition("\n# ")[2].splitlines()[0]
+    assert title.startswith(source)
+    again = re.search(rf"`secateur {verb} recipe.yaml.*?```yaml\n(.*?)```", card, re.DOTALL)
+    assert (again is None) == (verb in ("compress", "import_model"))
+    if again is not None:
+        made = yaml.safe_load(again[1])
+        assert (made["model"], made["output"]) == (source, "out")
+        if verb == "prune":
+            assert f"**{made['method']}**" in card
+    records = [x for x in (place / "out" / "secateur").rglob("*.json") if x.name != "run.json"]
+    assert not [x for x in records if "out.partial" in x.read_text(encoding="utf-8")]
+
+
+def test_the_card_of_a_depth_cut_names_no_fit(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", num_hidden_layers=3)
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    cuts = {
+        "depth": {"keep_layers": 2, "effort": "fast"}, "width": {"ffn": 0.5, "effort": "balanced"},
+    }  # fmt: skip
+    for name, cut in cuts.items():
+        secateur.structure(
+            tmp_path / "dense",
+            output=tmp_path / name,
+            calibration=tmp_path / "w.safetensors",
+            **cut,
+        )
+    depth, width = ((tmp_path / name / "README.md").read_text() for name in ("depth", "width"))
+    assert "What stays was chosen on " in depth
+    assert "fitted again" not in depth
+    assert "What stays was chosen and the weights that read it were fitted again on " in width

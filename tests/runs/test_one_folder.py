@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -312,6 +313,33 @@ def test_resume_with_another_text_is_refused(
     assert work_in(here) == before
     case.call(sources, here / "out", At(), resume=True, **options)
     assert contents(here / "out") == contents(tmp_path / "straight" / "out")
+
+
+@pytest.mark.parametrize("name", [*RESUMABLE, slow("fit")])
+def test_resume_of_a_finished_run_shows_its_result(
+    name: str, sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = CASES[name].call(sources, tmp_path / "out", At())
+    before = every_byte(tmp_path)
+    again = CASES[name].call(sources, tmp_path / "out", At(), resume=True)
+    assert json.dumps(again.to_json()) == json.dumps(first.to_json())
+    assert "out: finished already" in caplog.text
+    assert every_byte(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
+def test_resume_of_a_finished_run_with_another_recipe_is_refused(
+    name: str, options: dict[str, Any], change: dict[str, Any], sources: Path, tmp_path: Path
+) -> None:
+    CASES[name].call(sources, tmp_path / "out", At(), **options)
+    before = every_byte(tmp_path)
+    told = r"the finished run was a different one \(.*(now|changed)"
+    with pytest.raises(RecipeError, match=told) as error:
+        CASES[name].call(sources, tmp_path / "out", At(), resume=True, **{**options, **change})
+    assert "--overwrite" in str(error.value.remedy)
+    assert every_byte(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", [x for x in RESUMABLE if x != "compress"])

@@ -61,6 +61,11 @@ def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: str) ->
     assert not (tmp_path / "out.partial").exists()
     loaded = secateur.load(tmp_path / "out")
     assert loaded(tiny_windows(1)).logits.isfinite().all()
+    other = steps_of(windows)
+    other[0]["structure"]["ffn"] = 0.75
+    with pytest.raises(RecipeError, match=r"steps: 1: structure: ffn: 0.5 then, 0.75 now"):
+        secateur.chain(source, output=tmp_path / "out", steps=other, resume=True)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_step_may_be_training_with_a_teacher(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
     other[0]["structure"]["ffn"] = 0.75
     with pytest.raises(RecipeError, match=r"ffn: 0.5 then, 0.75 now") as error:
         secateur.chain(source, output=tmp_path / "out", steps=other, resume=True)
-    assert error.value.where == "step 1 of the chain: structure"
+    assert error.value.where == "step 1, structure"
     assert (done / "model.safetensors").stat().st_mtime_ns == before
     report = secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows), resume=True)
     assert report.links[-1].step == "compress"
@@ -132,7 +137,7 @@ def test_a_step_that_is_not_done_may_be_corrected(
             secateur.chain(
                 source, output=out, steps=[cut, {"prune": prune}, {"compress": wrong}], resume=True
             )
-        assert refused.value.where == "step 3 of the chain: compress"
+        assert refused.value.where == "step 3, compress"
     assert (done / "model.safetensors").stat().st_mtime_ns == before
     corrected = [cut, {"prune": {**prune, "sparsity": 0.25}}, {"compress": {"values": "int8"}}]
     report = secateur.chain(source, output=out, steps=corrected, resume=True)
@@ -145,7 +150,7 @@ def test_a_step_that_is_not_done_may_be_corrected(
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([], "at least 1 item"),
+        ([], "must be at least 1"),
         ([{"prun": {}}], "did you mean 'prune'"),
         ([{"prune": {"sparsty": 0.5}}], "sparsty: unknown key"),
         ([{"structure": {"ffn": 0.5}}, {"compress": {"vales": "int8"}}], "vales: unknown key"),

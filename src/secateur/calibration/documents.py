@@ -30,7 +30,7 @@ from secateur.models.hub import hub_or_cache
 from secateur.models.samples import TEXTS, sample_text
 from secateur.registry import did_you_mean
 
-__all__ = ["KNOWN_DATASETS", "JoinedText", "read_documents", "read_text"]
+__all__ = ["KNOWN_DATASETS", "JoinedText", "check_text", "read_documents", "read_text"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -134,6 +134,27 @@ def read_text(
     return JoinedText(BLANK_LINE.join(documents), name, join)
 
 
+def check_text(source: str) -> None:
+    """Refuse a text that is no file, folder, sample or data set; reads nothing.
+
+    Raises:
+        SourceError: there is no such text.
+    """
+    known = source in TEXTS or Path(source).expanduser().exists()
+    if not known and hub_dataset(source, None) is None:
+        raise no_text(source)
+
+
+def no_text(source: str) -> SourceError:
+    """The error that there is no such text."""
+    return SourceError(
+        f"no text is named {source!r}",
+        where=str(Path(source).expanduser().absolute()),
+        remedy=f"name a file ({', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}), a folder, a data "
+        f"set as hub:org/name, or {did_you_mean(source, [*TEXTS, *KNOWN_DATASETS])}",
+    )
+
+
 def local_documents(source: str, field: str) -> list[str]:
     """The documents of a file, a folder or a sample."""
     path = Path(source).expanduser()
@@ -145,12 +166,7 @@ def local_documents(source: str, field: str) -> list[str]:
     elif source in TEXTS:
         documents = sample_text(source)
     else:
-        raise SourceError(
-            f"no text is named {source!r}",
-            where=str(path.absolute()),
-            remedy=f"name a file ({', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}), a folder, a data "
-            f"set as hub:org/name, or {did_you_mean(source, [*TEXTS, *KNOWN_DATASETS])}",
-        )
+        raise no_text(source)
     if not any(text.strip() for text in documents):
         raise SourceError(
             f"{source} contains no text",

@@ -7,6 +7,7 @@ speed of a model (`check_speed`).
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -210,7 +211,7 @@ def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) ->
 def speed_told(folder: Path) -> Finding:
     """The finding of the stored measurement, if there is one."""
     file = folder / "secateur" / "bench.json"
-    command = f"secateur bench {folder}"
+    command = shlex.join(["secateur", "bench", str(folder)])
     try:
         text = json.loads(file.read_text(encoding="utf-8"))
         verdict, where = str(text["verdict"]), str(text["protocol"]["cpu"])
@@ -236,7 +237,7 @@ def speed_told(folder: Path) -> Finding:
         "note",
         str(file),
         f"measured on {where}: {verdict}",
-        "zeros pay once they are not stored: secateur compress DIR --output SMALL, then bench that"
+        "the zeros bring no speed on this machine: keep them for the smaller files, or prune more"
         if slower
         else "nothing to do",
     )

@@ -8,15 +8,15 @@ from pathlib import Path
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, shard_files
 from secateur.models.folder_checks import check_folder
-from secateur.runs.folder import NOTES
+from secateur.runs.folder import NOTES, STATE
 
 __all__ = ["CARD", "Contents", "contents_of"]
 
 CARD = "README.md"
-PRIVATE = ("windows.safetensors",)
-"""Notes that hold tokens of the calibration text, whose licence is not the model's."""
+PRIVATE = ("windows.safetensors", STATE)
+"""Notes that are not published: tokens of the calibration text, whose licence is not the model's,
+and the record that only `--resume` reads."""
 PARTIAL = ".partial"
-STATE = "run.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Finds keys and tokens in texts that are about to be published."""
+"""Finds keys, tokens and folders of this machine in texts that are about to be published."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secateur.errors import VerificationError
+from secateur.runs.folder import NOTES
 
-__all__ = ["Secret", "names_this_machine", "refuse_secrets", "secrets_in"]
+__all__ = ["Secret", "notes_without_folders", "refuse_secrets", "secrets_in", "without_folders"]
 
 KINDS = {
     "token of the hub": r"\bhf_[A-Za-z0-9]{30,}",
@@ -21,7 +22,9 @@ KINDS = {
     "password in an address": r"\bhttps?://[^/\s:@\"']+:[^/\s:@\"']+@",
 }
 PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
-HOME = re.compile(r"(?:/home/|/Users/|/root/|[A-Z]:\\\\?Users\\)")
+NAME = r"[^\s/\\\"'`,=|](?:[^/\\\"'`,=|\n]*[^\s/\\\"'`,=|])?"
+FOLDERS = re.compile(rf"(?<![^\s\"'`=,])(?:/|[A-Z]:\\+)(?:{NAME}[/\\]+)+(?={NAME})")
+"""The folders of an absolute path, up to its last name."""
 TEXTS = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ""}
 
 
@@ -69,6 +72,21 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
         )
 
 
-def names_this_machine(files: Mapping[str, Path]) -> list[str]:
-    """The files whose text names folders of a home directory."""
-    return [name for name, text in texts_of(files) if HOME.search(text)]
+def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
+    """The texts of the notes that name folders of this machine, with only the last names."""
+    notes = {name: file for name, file in files.items() if name.startswith(f"{NOTES}/")}
+    texts = {name: (text, without_folders(text)) for name, text in texts_of(notes)}
+    return {name: bare for name, (text, bare) in texts.items() if text != bare}
+
+
+def without_folders(text: str) -> str:
+    """A text in which every absolute path is reduced to its last name.
+
+    Folders describe one machine, and often its user. Relative paths and addresses stay.
+
+    Example:
+        >>> from secateur.publishing.secrets import without_folders
+        >>> without_folders("model: /home/me/my models/tiny")
+        'model: tiny'
+    """
+    return FOLDERS.sub("", text)

@@ -31,16 +31,21 @@ def check_repository(repo: str) -> None:
 
 
 def upload(
-    repo: str, files: Mapping[str, Path], card: str, *, private: bool, branch: str | None
+    repo: str,
+    files: Mapping[str, Path],
+    texts: Mapping[str, str],
+    *,
+    private: bool,
+    branch: str | None,
 ) -> str:
-    """Create the repository if there is none, and upload the files and the card.
+    """Create the repository if there is none, and upload the files.
 
     The client skips what is there already, so a second call continues an interrupted one.
 
     Args:
         repo: OWNER/NAME.
         files: by their names in the repository.
-        card: the text of README.md.
+        texts: of the files that are published with another text than the folder has.
         private: whether the repository must be private.
         branch: created if it does not exist; None for the main one.
 
@@ -78,7 +83,7 @@ def upload(
             )
         if branch is not None:
             api.create_branch(repo, branch=branch, repo_type="model", exist_ok=True)
-        with staged(files, card) as folder:
+        with staged(files, texts) as folder:
             commit = api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -98,15 +103,15 @@ def upload(
 
 
 @contextmanager
-def staged(files: Mapping[str, Path], card: str) -> Iterator[Path]:
-    """A folder with links to the files and the text of the card, and nothing else."""
+def staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Path]:
+    """A folder with the texts and links to the other files, and nothing else."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, file in files.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            if name == "README.md":
-                place.write_text(card, encoding="utf-8")
+            if name in texts:
+                place.write_text(texts[name], encoding="utf-8")
             else:
                 place.symlink_to(file.resolve())
         yield folder

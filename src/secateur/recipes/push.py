@@ -11,6 +11,8 @@ from secateur.recipes.section import OUTPUT, WHAT, Flag, Recipe, Section, matchi
 
 __all__ = ["PushRecipe"]
 
+REPOSITORY = r"[^/\s]+/[^/\s]+"
+
 
 class WhatToPublish(Section):
     """The folder and the repository."""
@@ -18,7 +20,7 @@ class WhatToPublish(Section):
     group: ClassVar[str] = WHAT
 
     model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
-    repo: Annotated[str, Flag(value="REPO"), matching(r"[^/\s]+/[^/\s]+", "OWNER/NAME")] = Field(
+    repo: Annotated[str, Flag(value="REPO"), matching(REPOSITORY, "OWNER/NAME")] = Field(
         description="Repository on the hub, OWNER/NAME. It is created if there is none."
     )
 
@@ -34,6 +36,11 @@ class HowToPublish(Section):
     branch: Annotated[str | None, Flag(value="NAME", default="main")] = Field(
         None, description="Branch of the repository; it is created if there is none."
     )
+    base_model: Annotated[
+        str | None,
+        Flag(value="REPO", default="the one that the card names"),
+        matching(REPOSITORY, "OWNER/NAME"),
+    ] = Field(None, description="Base model for the card, OWNER/NAME on the hub.")
     dry_run: bool = Field(
         False, description="Check everything and show files and card. Nothing is sent."
     )

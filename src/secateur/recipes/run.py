@@ -32,5 +32,8 @@ class Overwriting(Section):
 class Resuming(Overwriting):
     """What to do with a stopped run."""
 
-    resume: bool = Field(False, description="Resume a stopped run, or start if there is none.")
+    resume: bool = Field(
+        False,
+        description="Resume a stopped run, or start if there is none. A finished one is shown.",
+    )
     restart: bool = Field(False, description="Discard a stopped run and start again.")

@@ -14,6 +14,7 @@ __all__ = [
     "inherited_front_matter",
     "shown_place",
     "source_card",
+    "source_name",
     "split_card",
 ]
 
@@ -98,6 +99,18 @@ def split_card(card: str) -> tuple[str, str]:
         if end > 0:
             return card[: end + 5], card[end + 5 :]
     return "", card
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """The name of a source model in a card: of a folder or file only the last part.
+
+    Example:
+        >>> from secateur.reporting.front_matter import source_name
+        >>> source_name({"name": "/home/me/tiny", "kind": "folder"})
+        'tiny'
+    """
+    local = source["kind"] in ("folder", "gguf")
+    return Path(source["name"]).name if local else str(source["name"])
 
 
 def shown_place(output: str | Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.reporting.front_matter import front_matter, shown_place, split_card
+from secateur.reporting.front_matter import front_matter, shown_place, source_name, split_card
 from secateur.reporting.results.import_model import ImportResult
 
 __all__ = ["import_card"]
@@ -18,10 +18,12 @@ files.
 |---|---|
 {facts}
 
-Each matrix is listed in `secateur/import.json`. The zeros are stored as zeros; `secateur compress
-{place} --output {place}-small` stores the model without them.
+Each matrix is listed in `secateur/import.json`.{packing}
 
 {body}"""
+
+PACKING = """ The zeros are stored as zeros; `secateur compress {place} --output
+{place}-small` stores the model without them."""
 
 
 def import_card(result: ImportResult, source_folder: Path, output: str | Path) -> str:
@@ -35,11 +37,12 @@ def import_card(result: ImportResult, source_folder: Path, output: str | Path) -
     card = source_folder / "README.md"
     _, body = split_card(card.read_text(encoding="utf-8") if card.is_file() else "")
     source = result.record.source
-    facts = [("source", f"`{shown_place(source.name)}`"), *result.facts()]
+    facts = [("source", f"`{source_name(source.model_dump())}`"), *result.facts()]
+    packing = PACKING if result.sparsity else ""
     return TEMPLATE.format(
         front_matter=front_matter(source.model_dump(), source_folder, ["pruned", "sparse"]),
         name=Path(source.name.partition("@")[0]).name,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts),
-        place=shown_place(output),
+        packing=packing.format(place=shown_place(output)),
         body=body,
     )

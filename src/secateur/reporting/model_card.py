@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.front_matter import front_matter, shown_place
+from secateur.publishing.secrets import without_folders
+from secateur.reporting.front_matter import front_matter, shown_place, source_name
 from secateur.reporting.tables import by_layer
 
 __all__ = ["model_card"]
 
 TEMPLATE = """{front_matter}# {source}, pruned to {sparsity}
 
-Made by secateur {version} with **{method[name]}** (score {method[score]}, solver {method[solver]}).
+Made by secateur {version} with **{method[name]}** (score {score}, solver {solver}).
 
 | | |
 |---|---|
@@ -74,18 +75,20 @@ def model_card(
     return TEMPLATE.format(
         front_matter=front_matter(source, source_folder, tags),
         place=shown_place(output),
-        source=source["name"],
+        source=source_name(source),
         kind=source["kind"],
         sparsity=f"{result['decoder_sparsity']:.1%}",
         version=environment["secateur"],
         method=manifest["method"],
+        score=manifest["method"]["score"].partition(",")[0],
+        solver=manifest["method"]["solver"].partition(",")[0],
         decoder_sparsity=f"{result['decoder_sparsity']:.4%}",
         model_sparsity=f"{result['model_sparsity']:.4%}",
         calibration=describe_calibration(manifest.get("calibration")),
         seconds=f"{manifest['cost']['seconds']:.0f}",
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
         peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
-        recipe=recipe_yaml.rstrip(),
+        recipe=without_folders(recipe_yaml.rstrip()),
         left=not_pruned(manifest.get("left", [])) + without_tokens(manifest.get("experts")),
         evidence=f"{evidence}\n\n" if evidence else "",
     )
@@ -113,5 +116,5 @@ def describe_calibration(calibration: Mapping[str, Any] | None) -> str:
         return "none needed"
     return (
         f"{calibration['samples']} windows of {calibration['sequence_length']} tokens "
-        f"from `{calibration['source']}`"
+        f"from `{without_folders(calibration['source'])}`"
     )

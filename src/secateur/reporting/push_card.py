@@ -17,7 +17,7 @@ __all__ = ["missing_in", "push_card"]
 TEXT_GENERATION = {"type": "text-generation"}
 
 
-def push_card(card: str, repo: str, run: ReportedRun | None) -> str:
+def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | None = None) -> str:
     """The text of README.md for the hub.
 
     Licence, language and base model are those of the folder's card. Results are added as sections,
@@ -27,6 +27,7 @@ def push_card(card: str, repo: str, run: ReportedRun | None) -> str:
         card: the card of the folder.
         repo: the repository.
         run: the records of the folder; None without a manifest.
+        base_model: the base model on the hub; None for the one that the card names.
     """
     front, body = split_card(card)
     data: dict[str, Any] = (yaml.safe_load(front.strip("-\n")) or {}) if front else {}
@@ -34,6 +35,7 @@ def push_card(card: str, repo: str, run: ReportedRun | None) -> str:
     data["tags"] = list(dict.fromkeys([*tags, OURS]))
     data.setdefault("library_name", "transformers")
     data.setdefault("pipeline_tag", "text-generation")
+    data |= {"base_model": base_model} if base_model else {}
     if run is not None and run.evaluation is not None:
         results = [*perplexities(run.evaluation), *scores(run.evaluation)]
         if results:
@@ -83,8 +85,11 @@ def scores(found: EvaluationRecord) -> list[dict[str, Any]]:
 
 
 def missing_in(card: str) -> list[str]:
-    """What the head of a card lacks: a licence, a base model."""
+    """What the head of a card lacks, and how to add it."""
     front, _ = split_card(card)
     data = yaml.safe_load(front.strip("-\n")) or {} if front else {}
-    told = {"license": "licence", "base_model": "base model"}
-    return [word for key, word in told.items() if not data.get(key)]
+    told = {
+        "license": "the card names no licence: add it to README.md",
+        "base_model": "the card names no base model: add --base-model OWNER/NAME",
+    }
+    return [note for key, note in told.items() if not data.get(key)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.front_matter import front_matter, shown_place
+from secateur.publishing.secrets import without_folders
+from secateur.reporting.front_matter import front_matter, shown_place, source_name
 from secateur.reporting.model_card import describe_calibration
 
 __all__ = ["structure_card"]
@@ -41,6 +42,9 @@ Made by secateur {version}: {steps}.
 Which units stayed is in `secateur/steps.json`; versions and hardware in `secateur/manifest.json`.
 """
 
+REFITTED = ("refit", "queries", "width")
+"""Steps after which the weights that read the units were fitted again, unless by `zero`."""
+
 LATENCY = """| time of a token, batch 1, {context} tokens before it, {dtype}, {threads} threads | \
 {before:.2f} ms | {after:.2f} ms |
 """
@@ -71,11 +75,14 @@ def structure_card(
     source, told = manifest["source"], manifest["structure"]
     before, after = told["before"], told["after"]
     place, tags = shown_place(output), ["pruned", "structured-pruning"]
-    distilled = "It then learned from the uncut model on the same windows."
+    learned = any(step["step"] == "learned" for step in told["steps"])
+    distilled = "" if learned else "Nothing was trained."
+    if manifest["distillation"]:
+        distilled = "It then learned from the uncut model on the same windows."
     return TEMPLATE.format(
         front_matter=front_matter(source, source_folder, tags),
         place=place,
-        source=source["name"],
+        source=source_name(source),
         kept=f"{1 - told['decoder_removed']:.1%}",
         version=manifest["environment"]["secateur"],
         steps=", then ".join(f"{step['step']} by {step['by']}" for step in told["steps"]),
@@ -88,19 +95,22 @@ def structure_card(
         file_before=before["file_bytes"] / 2**20,
         file_after=after["file_bytes"] / 2**20,
         latency=latency_row(told["latency"]),
-        chosen=chosen_on(manifest["calibration"]),
-        distilled=distilled if manifest["distillation"] else "Nothing was trained.",
+        chosen=chosen_on(manifest["calibration"], told["steps"]),
+        distilled=distilled,
         use=(VARIED if told["varied"] else PLAIN).format(place=place),
-        recipe=recipe_yaml.rstrip(),
+        recipe=without_folders(recipe_yaml.rstrip()),
     )
 
 
-def chosen_on(calibration: Mapping[str, Any] | None) -> str:
+def chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[str, Any]]) -> str:
     """The sentence about the text of the calibration; empty if no step read one."""
     if calibration is None:
         return ""
-    told = describe_calibration(calibration)
-    return f"Units were chosen, and what reads them was refitted, on {told}. "
+    done = ["what stays was chosen"]
+    if any(step["step"] in REFITTED and step["by"] != "zero" for step in steps):
+        done.append("the weights that read it were fitted again")
+    told = f"{' and '.join(done)} on {describe_calibration(calibration)}. "
+    return told[0].upper() + told[1:]
 
 
 def latency_row(told: Mapping[str, Any] | None) -> str:

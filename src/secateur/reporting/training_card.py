@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.reporting.front_matter import inherited_front_matter, shown_place, split_card
+from secateur.publishing.secrets import without_folders
+from secateur.reporting.front_matter import (
+    inherited_front_matter,
+    shown_place,
+    source_name,
+    split_card,
+)
 
 __all__ = ["training_card"]
 
@@ -57,9 +63,9 @@ def training_card(
     return TEMPLATE.format(
         front_matter=inherited_front_matter(manifest["source"], source_folder),
         place=shown_place(output),
-        name=manifest["source"]["name"],
+        name=source_name(manifest["source"]),
         sparsity=f"{result['decoder_sparsity']:.4%}",
-        text=f"`{manifest['text']['source']}`",
+        text=f"`{without_folders(manifest['text']['source'])}`",
         tokens=result["tokens"],
         steps=result["step"],
         objective=manifest["objective"],
@@ -68,6 +74,6 @@ def training_card(
         perplexity="not watched" if after is None else f"{before:.3f} → {after:.3f}",
         seconds=manifest["cost"]["seconds"],
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
-        recipe=recipe_yaml.rstrip(),
+        recipe=without_folders(recipe_yaml.rstrip()),
         body=body,
     )

@@ -3,6 +3,7 @@
     OUTPUT.partial/run.json   which run this is, which process works on it, and its progress
     OUTPUT.partial/work/      the files that a resumed run reads OUTPUT.partial/model/     the
     result; one rename makes it OUTPUT
+    OUTPUT/secateur/run.json  which run made it, so that --resume of a finished run is recognised
 
 Every verb that writes a folder uses it. Files that a resumed run reads stay until the rename. An
 old output stays until the new one has its name. Two runs never work on one folder. Files that no
@@ -12,6 +13,7 @@ run has made are never removed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -38,6 +40,8 @@ NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
 
 STATE = "run.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class RunFolder:
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.worth_resuming: Callable[[], bool] = lambda: True
         self.whole = self.finished = self.resumed = False
+        self.identity: dict[str, Any] | None = None
         self.lock = Lock(self.partial)
         self.state = self.look()
 
@@ -133,15 +138,34 @@ class RunFolder:
             stopped = self.stopped()
             if self.lock.is_taken:
                 raise in_use(None if stopped is None else asdict(stopped), self.partial)
-            self.finished = self.wants_resume and self.has_name(stopped)
             begun = stopped if stopped is not None and stopped.identity is not None else None
+            result = self.result(begun) if self.wants_resume and not self.restart else None
+            self.finished = result is not None
             if begun is not None and not self.restart and not self.has_name(begun):
                 self.check_stopped(begun)
             if not self.finished and not self.spare.exists():
                 check_replaceable(self.output, self.overwrite)
         except OSError as error:
             raise cannot_write(error, self.output) from error
-        return begun if self.wants_resume and not self.restart else None
+        return result or (begun if self.wants_resume and not self.restart else None)
+
+    def result(self, begun: State | None) -> State | None:
+        """The run that made the output, if this call asks for that run; else None.
+
+        Args:
+            begun: the run in the partial folder.
+        """
+        named = self.has_name(begun)
+        if (begun is not None and not named) or (self.overwrite and not named):
+            return None
+        try:
+            stored = json.loads((self.output / NOTES / STATE).read_text(encoding="utf-8"))
+            made, found = State(**stored), self.output.stat()
+        except (OSError, ValueError, TypeError):
+            return begun
+        if made.verb != self.verb:
+            return None
+        return replace(made, finished=(found.st_dev, found.st_ino))
 
     def check_stopped(self, stopped: State) -> None:
         """Refuse a stopped run that this call does not continue."""
@@ -240,16 +264,25 @@ class RunFolder:
         if error is not None and is_full(error):
             raise cannot_write(error, self.partial) from error
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
+    def begin(self, identity: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
         """Store what the result depends on; from now on, the run can be resumed.
 
+        Args:
+            identity: what must not change while the run is stopped; empty if nothing can be
+                resumed.
+            settled: what else the result depends on; it must not change once the run is finished.
+
         Raises:
-            RecipeError: the stopped run had another identity.
+            RecipeError: the stopped or finished run had another identity.
         """
         assert self.state is not None
-        if self.state.identity is not None:
+        self.identity = {**identity, **(settled or {})}
+        if self.finished and self.state.identity is not None:
+            refuse_another(self.state.identity, self.identity, self.output, finished=True)
+            log.warning("%s: finished already", self.output)
+        elif self.state.identity is not None:
             refuse_another(self.state.identity, identity, self.partial)
-        else:
+        elif identity:
             self.write_state(replace(self.state, identity=json.loads(json.dumps(identity))))
 
     def fresh_model(self) -> Path:
@@ -268,6 +301,9 @@ class RunFolder:
         assert self.state is not None
         self.whole = True
         check_replaceable(self.output, self.overwrite, result=self.model)
+        (self.notes / STATE).unlink(missing_ok=True)  # the one of the source
+        if self.identity is not None:
+            write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
         found = self.model.stat()
         self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
         try:

@@ -14,7 +14,7 @@ from secateur.progress import Progress, Silent
 __all__ = ["file_digests", "refuse_another"]
 
 BLOCK_BYTES = 2**22
-LONGEST = 60
+LONGEST = 120
 """The most characters of a value that an error shows."""
 
 
@@ -40,13 +40,16 @@ def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dic
     return found
 
 
-def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+def refuse_another(
+    before: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, finished: bool = False
+) -> None:
     """Refuse to resume a different run.
 
     Args:
-        before: the identity that the stopped run stored.
+        before: the identity that the earlier run stored.
         now: the identity of the run that would resume it.
-        where: the stopped run.
+        where: the earlier run.
+        finished: whether it is finished; otherwise it was stopped.
 
     Raises:
         RecipeError: the identities differ; lists the differences.
@@ -56,15 +59,19 @@ def refuse_another(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
     if not differing:
         return
     raise RecipeError(
-        "the stopped run was a different one "
+        f"the {'finished' if finished else 'stopped'} run was a different one "
         f"({'; '.join(difference(key, before.get(key), now.get(key)) for key in differing)})",
         where=str(where),
-        remedy="repeat the options of the first call, or start anew with --restart",
+        remedy="choose another --output, or replace the result with --overwrite"
+        if finished
+        else "repeat the options of the first call, or start anew with --restart",
     )
 
 
 def difference(key: str, before: Any, now: Any) -> str:
     """The difference between one part of two identities."""
+    if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
+        before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         inner = (difference(k, before.get(k), now.get(k)) for k in parts)

@@ -7,29 +7,33 @@ So a killed chain resumes with its unfinished step, and that step resumes where 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import shard_files
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Labelled, Progress, Silent
+from secateur.publishing.secrets import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.reporting.front_matter import source_name
 from secateur.reporting.results.chain import ChainResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.folder import NOTES, STATE, RunFolder
 from secateur.runs.identity import file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
-from secateur.workflows.chain_steps import PlannedStep, checked_steps
+from secateur.workflows.chain_steps import PlannedStep, check_cuts, checked_steps
 
 __all__ = ["chain", "run_chain"]
 
-CHAIN = "chain.json"
+CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"
 
 
@@ -76,16 +80,19 @@ def run_chain(
     folder.keep_apart(recipe.model)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
+    check_cuts(steps, source.folder, recipe.trust_remote_code)
     with folder:
-        folder.worth_resuming = lambda: any(folder.work.iterdir())
+        folder.worth_resuming = lambda: any(x.name != BEGUN for x in folder.work.iterdir())
         weights = file_digests(shard_files(source.folder), progress)
-        folder.begin({"model": recipe.model, "source_files": weights})
+        asked = {"steps": [step.asked for step in steps]}  # may change while the chain is stopped
+        folder.begin({"model": recipe.model, "source_files": weights}, asked)
         if not folder.finished:
             links = carry_out(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
             report = ChainResult(links, folder.output)
             gather_notes(folder)
+            name_the_ends(folder, recipe, source)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
     return read_report(folder.output)
@@ -110,7 +117,7 @@ def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
             try:
                 refuse_another(asked, now, folder.partial)
             except RecipeError as error:
-                where = f"step {number} of the chain: {verb}"
+                where = f"step {number}, {verb}"
                 raise RecipeError(error.what, where=where, remedy=error.remedy) from None
     return begun
 
@@ -151,19 +158,45 @@ def carry_out(
     if made.exists():
         shutil.rmtree(folder.model)
         made.rename(folder.model)
-    name_the_output(folder, steps)
     return tuple(links)
 
 
-def name_the_output(folder: RunFolder, steps: Sequence[PlannedStep]) -> None:
-    """Replace the folders of steps by the folder of the result, in the card and the recipe."""
-    for file in (folder.model / "README.md", folder.notes / "recipe.yaml"):
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            for name in (f"{step.number:02d}-{step.verb}" for step in steps):
-                text = text.replace(str(folder.work / name), str(folder.output))
-                text = text.replace(name, folder.output.name)
-            write_text(file, text)
+def name_the_ends(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
+    """Write the recipe of the chain, and name its model and its output in card and records.
+
+    The steps have named their own folders, which are gone. Only the last one is the output; the
+    others stand for the model of the chain.
+    """
+    steps = [f"{number:02d}-{next(iter(step))}" for number, step in enumerate(recipe.steps, 1)]
+    ends = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
+    ends[str(folder.work / steps[-1])] = str(folder.output)
+    for file in sorted(folder.notes.rglob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, ends_named(found, ends, source))
+    whole = dump_recipe(recipe)
+    write_text(folder.notes / RECIPE, whole)
+    card, model = folder.model / "README.md", source_name(source.record())
+    text = card.read_text(encoding="utf-8")
+    for name in steps[:-1]:
+        for around in (("# ", ","), ("| source | `", "`")):
+            text = text.replace(name.join(around), model.join(around))
+    for name in steps:
+        text = text.replace(name, folder.output.name)
+    made = "## Make it again\n\n`secateur chain recipe.yaml` with `recipe.yaml`:\n\n```yaml\n"
+    made += f"{without_folders(whole)}```\n"
+    first, *others = re.split(r"## Make it again\n.*?```yaml\n.*?```\n", text, flags=re.DOTALL)
+    write_text(card, made.join((first, "".join(others))))
+
+
+def ends_named(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
+    """A record in which the folders of steps are replaced by the chain's model or its output."""
+    if isinstance(value, dict):
+        if value.get("kind") == "folder" and value.get("name") in ends:
+            return source.record()
+        return {key: ends_named(x, ends, source) for key, x in value.items()}
+    if isinstance(value, list):
+        return [ends_named(x, ends, source) for x in value]
+    return ends.get(value, value) if isinstance(value, str) else value
 
 
 def counted(
@@ -189,7 +222,7 @@ def gather_notes(folder: RunFolder) -> None:
             shutil.copytree(
                 step / NOTES,
                 folder.notes / "steps" / step.name,
-                ignore=shutil.ignore_patterns("*.safetensors"),
+                ignore=shutil.ignore_patterns("*.safetensors", STATE),
                 dirs_exist_ok=True,
             )
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import RecipeError, SecateurError
+from secateur.calibration.documents import check_text
+from secateur.calibration.mix import texts_of
+from secateur.errors import RecipeError, SecateurError, SourceError
+from secateur.models.names import kind_of_name
+from secateur.models.skeleton import build_skeleton
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import plain
 from secateur.recipes.prune import PruneRecipe
@@ -26,12 +32,13 @@ from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.pack import compress_recipe
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
+from secateur.workflows.prune.order import refuse_cluster
 from secateur.workflows.prune.prepare import choose_device, settings_of
 from secateur.workflows.structure.checkpoint import structure_recipe
-from secateur.workflows.structure.cut_plan import check_together
+from secateur.workflows.structure.cut_plan import aim_of, check_together, count
 from secateur.workflows.train.checkpoint import run_training
 
-__all__ = ["STEPS", "PlannedStep", "checked_steps"]
+__all__ = ["STEPS", "PlannedStep", "check_cuts", "checked_steps", "named_step"]
 
 ENDS = {"model": "model", "output": "output"}
 """Placeholders for required recipe keys whose values are unknown during the check."""
@@ -79,11 +86,27 @@ class PlannedStep:
     def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry out the step, from one folder to another."""
         ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
-        STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
+        with named_step(self.number, self.verb):
+            STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
+
+
+@contextmanager
+def named_step(number: int, verb: str) -> Iterator[None]:
+    """Name the step in an error: `step 2, distill`."""
+    try:
+        yield
+    except SecateurError as error:
+        where = f"step {number}, {verb}" + (f": {error.where}" if error.where else "")
+        raise type(error)(error.what, where=where, remedy=error.remedy) from error
 
 
 def check_prune(recipe: PruneRecipe) -> None:
     """Check the parts of a pruning recipe, and that they fit together."""
+    if recipe.compress.values is not None:
+        raise RecipeError(
+            "compression is a step of its own", where="compress", remedy="add a compress step"
+        )
+    refuse_cluster(recipe)
     method, _ = method_of(recipe)
     own_methods(recipe)
     allocation_of(recipe, method)
@@ -124,7 +147,7 @@ STEPS: Mapping[str, StepKind] = {
 
 
 def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
-    """Read and check all steps.
+    """Read and check all steps, without the model.
 
     Args:
         steps: each maps one verb to its options.
@@ -132,7 +155,66 @@ def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
     Raises:
         SecateurError: a step cannot be carried out; the message says which one and why.
     """
-    return [checked(number, step) for number, step in enumerate(steps, start=1)]
+    found = [checked(number, step) for number, step in enumerate(steps, start=1)]
+    for before, after in pairwise(found):
+        if before.verb == "compress":
+            raise RecipeError(
+                f"step {before.number} compresses the model, and {after.verb} needs a dense one",
+                where=f"step {after.number}, {after.verb}",
+                remedy="put compress last",
+            )
+    return found
+
+
+def check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
+    """Check cuts on the configuration of the model, before any step runs.
+
+    The first cut is checked whole, and of a later one the number of layers.
+
+    Args:
+        steps: all steps.
+        source: folder of the model before the first step.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        SecateurError: the model has no such sizes; the message names the step.
+    """
+    layers = None
+    for step in steps:
+        if step.verb != "structure":
+            continue
+        with named_step(step.number, step.verb):
+            if layers is None:
+                skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+                aim = aim_of(step.recipe, skeleton)
+                layers = aim.sizes.layers - aim.drop_layers
+            elif step.recipe.keep_layers is not None:
+                layers = count(step.recipe.keep_layers, layers, "decoder layers")
+
+
+def check_reads(recipe: Any) -> None:
+    """Check that the texts, masks and teacher of a step can be found; reads none.
+
+    Raises:
+        SourceError: one is missing.
+    """
+    learned = getattr(recipe, "learned", None)
+    texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
+    texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
+    calibration = getattr(recipe, "calibration", None)
+    if calibration is not None and calibration.source is not None:
+        texts += texts_of(calibration.source)
+    for text in filter(None, texts):
+        check_text(text)
+    mask, teacher = getattr(recipe, "mask", None), getattr(recipe, "teacher", None)
+    if mask is not None and not Path(mask).expanduser().exists():
+        raise SourceError("there is no such file", where=str(mask), remedy="check --mask")
+    if teacher is not None and kind_of_name(teacher) is None:
+        raise SourceError(
+            f"no such file or folder, and not a hub id: {teacher!r}",
+            where="teacher",
+            remedy="check the path; hub ids look like org/name",
+        )
 
 
 def checked(number: int, step: Any) -> PlannedStep:
@@ -141,7 +223,7 @@ def checked(number: int, step: Any) -> PlannedStep:
     Raises:
         SecateurError: the step cannot be carried out; the message says why.
     """
-    where = f"step {number} of the chain"
+    where = f"step {number}"
     if not isinstance(step, Mapping) or len(step) != 1:
         raise RecipeError(
             "a step is one verb with its options", where=where, remedy="prune: {sparsity: 0.5}"
@@ -151,7 +233,7 @@ def checked(number: int, step: Any) -> PlannedStep:
         raise RecipeError(
             f"{verb!r} is not a step", where=where, remedy=did_you_mean(str(verb), [*STEPS])
         )
-    where = f"{where}: {verb}"
+    where = f"{where}, {verb}"
     if given is not None and not isinstance(given, Mapping):
         raise RecipeError(
             f"the options are {str(given)[:40]!r}, not keys and values",
@@ -165,9 +247,8 @@ def checked(number: int, step: Any) -> PlannedStep:
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
     kind = STEPS[verb]
-    try:
+    with named_step(number, verb):
         recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
         kind.check(recipe)
-    except SecateurError as error:
-        raise type(error)(error.what, where=where, remedy=error.remedy) from None
+        check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)

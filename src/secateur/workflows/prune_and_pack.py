@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
+from secateur.publishing.secrets import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -146,9 +147,9 @@ def chain_of(recipe: PruneRecipe) -> ChainRecipe:
 
 
 def name_recipe(recipe: PruneRecipe, output: Path) -> None:
-    """Replace the recipe of the first step by the whole recipe."""
+    """Replace the recipe of the chain by the recipe of the pruning."""
     file, card = output / NOTES / RECIPE, output / "README.md"
-    step, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
-    text = card.read_text(encoding="utf-8")
-    write_text(card, text.replace(step.rstrip(), whole.rstrip()))
+    chain, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
+    text = card.read_text(encoding="utf-8").replace("`secateur chain", "`secateur prune")
+    write_text(card, text.replace(without_folders(chain), without_folders(whole)))
     write_text(file, whole)

@@ -10,7 +10,7 @@ from secateur.diagnostics.claims import read_claims
 from secateur.errors import VerificationError
 from secateur.progress import Progress, Silent
 from secateur.publishing.contents import CARD, contents_of
-from secateur.publishing.secrets import names_this_machine, refuse_secrets
+from secateur.publishing.secrets import notes_without_folders, refuse_secrets, without_folders
 from secateur.publishing.upload import check_repository, upload
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.push import PushRecipe
@@ -55,7 +55,8 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
         recipe: the recipe.
         progress: receives every tensor.
     """
-    check_repository(recipe.repo)
+    for repo in filter(None, (recipe.repo, recipe.base_model)):
+        check_repository(repo)
     contents = contents_of(Path(recipe.model).expanduser())
     refuse_secrets(contents.files)
     audit = audit_checkpoint(
@@ -64,20 +65,23 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     refuse_lost_zeros(contents.folder, audit)
     recorded = (contents.folder / NOTES / "manifest.json").is_file()
     run = read_run(contents.folder, "this model") if recorded else None
-    card = push_card(contents.files[CARD].read_text(encoding="utf-8"), recipe.repo, run)
-    notes = [f"the card names no {word}: add it to README.md" for word in missing_in(card)]
-    if places := names_this_machine(contents.files):
-        notes.append(f"folders of this machine are named in {', '.join(places[:4])}")
+    written = contents.files[CARD].read_text(encoding="utf-8")
+    card = without_folders(push_card(written, recipe.repo, run, recipe.base_model))
+    notes = missing_in(card)
+    texts = {**notes_without_folders(contents.files), CARD: card}
+    if len(texts) > 1:
+        changed = ", ".join(name for name in texts if name != CARD)
+        notes.append(f"paths of this machine are cut to their last names in {changed}")
     address = None
     if not recipe.dry_run:
         address = upload(
-            recipe.repo, contents.files, card, private=not recipe.public, branch=recipe.branch
+            recipe.repo, contents.files, texts, private=not recipe.public, branch=recipe.branch
         )
     return PushResult(
         recipe.repo,
         not recipe.public,
         recipe.branch,
-        {**contents.sizes, CARD: len(card.encode())},
+        contents.sizes | {name: len(text.encode()) for name, text in texts.items()},
         contents.left_out,
         audit.sparsity,
         card,

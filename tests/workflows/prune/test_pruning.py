@@ -267,7 +267,7 @@ def test_the_manifest_tells_the_allocation(source: Path, windows: Path, tmp_path
     manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
     told = manifest["allocation"]
     assert told["name"] == "search"
-    assert "generations=16" in told["parameters"]
+    assert "generations 16" in told["parameters"]
     assert told["divergence"] < told["uniform_divergence"]
     assert 0.3 < told["lowest_sparsity"] < 0.5 < told["highest_sparsity"] < 0.7
     assert manifest["result"]["decoder_sparsity"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class BenchResult(Result):
         if found is None and not self.compressed:
             return (
                 "the model is not compressed, so its zeros are multiplied: "
-                f"secateur compress {self.model} --output SMALL"
+                f"secateur compress {shlex.quote(self.model)} --output SMALL"
             )
         if found is None:
             return "nothing to compare: the packed model or all others could not run"

@@ -55,5 +55,6 @@ class ChainResult(Result):
 
     def next_steps(self) -> list[Block]:
         """Commands for the folder that the last step made."""
-        packed = self.links[-1].step == "compress"
-        return (after_a_packed_folder if packed else after_a_dense_folder)(self.output, None)
+        if self.links[-1].step == "compress":
+            return after_a_packed_folder(self.output)
+        return after_a_dense_folder(self.output, self.links[-1].zeros)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.models.samples import TEXTS
 from secateur.reporting.results.bench import BenchResult
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.next_steps import command, generation
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, gib, mib, next_steps
@@ -98,7 +99,7 @@ class DemoResult(Result):
         """Where the files are, and what to try next."""
         folder = self.pruned.output
         assert folder is not None
-        place = shlex.quote(str(folder))
+        own = ("prune", "MODEL", "--sparsity", "0.5", "--calibration", TEXTS[0])
         return next_steps(
             {
                 "the packed model": folder,
@@ -106,10 +107,10 @@ class DemoResult(Result):
                 "the report": self.page.resolve(),
             },
             {
-                "let it write": f"secateur generate {place} --prompt 'The capital of France is'",
-                "time it in more ways": f"secateur bench {place}",
-                "prune your own model": "secateur prune MODEL --sparsity 0.5 --compress int8 "
-                "--output DIR",
-                "plan it first": "secateur plan MODEL --sparsity 0.5",
+                **generation(folder),
+                "time it in more ways": command("bench", folder),
+                "prune your own model, a folder or a hub id": command(
+                    *own, "--compress", "int8", "--output", "MODEL-pruned"
+                ),
             },
         )

@@ -103,7 +103,7 @@ class ImportResult(Result):
         return [
             Table.facts("imported", self.facts()),
             self.layers(),
-            *after_a_dense_folder(self.output, None),
+            *after_a_dense_folder(self.output, self.sparsity),
         ]
 
 

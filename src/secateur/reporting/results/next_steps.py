@@ -1,51 +1,178 @@
-"""The end of a command's output: where the files are, and which commands to try next."""
+"""The end of a command's output: where the files are, and which commands to try next.
+
+Every command works from the folder in which it is read, without a model hub. What it compares with
+is in the records beside the model.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from secateur.calibration.documents import KNOWN_DATASETS
+from secateur.calibration.mix import texts_of
+from secateur.models.at_rest import DESCRIPTIONS
+from secateur.models.names import kind_of_name
+from secateur.models.samples import TEXTS
 from secateur.reporting.tables import Block, next_steps
+from secateur.runs.records import Sweep, SweepPoint
+from secateur.sparsity.methods import methods
+from secateur.sparsity.patterns import parse_pattern
 
-__all__ = ["after_a_dense_folder", "after_a_fit", "after_a_packed_folder", "after_a_sweep"]
+__all__ = [
+    "Origin",
+    "after_a_dense_folder",
+    "after_a_fit",
+    "after_a_packed_folder",
+    "after_a_sweep",
+    "command",
+    "evaluation",
+    "free_place",
+    "generation",
+]
+
+HELD_OUT = TEXTS[-1]
+"""A text for evaluation that needs no hub."""
+OWN_WINDOWS = 40
+"""The most windows of a user's own text; the file may be large."""
 
 
-def after_a_dense_folder(folder: Path, dense: str | None) -> list[Block]:
-    """The next steps for a model that stores its zeros: pruned, cut or trained.
+def command(*words: object) -> str:
+    """A command of secateur, quoted for the shell.
+
+    Example:
+        >>> from secateur.reporting.results.next_steps import command
+        >>> command("generate", "my model", "--prompt", "Hello")
+        "secateur generate 'my model' --prompt Hello"
+    """
+    return shlex.join(["secateur", *map(str, words)])
+
+
+def free_place(name: str | Path) -> str:
+    """A folder that does not exist: the name, or the name with a number."""
+    place, number = str(name), 1
+    while os.path.lexists(place):
+        number += 1
+        place = f"{name}-{number}"
+    return place
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, as the records in its folder tell.
+
+    Attributes:
+        dense: the model before anything was cut, pruned or rounded; None if it is not known, or
+            not there any more.
+        texts: the texts that the model was made with.
+        length: tokens of a window of these texts; None if unknown.
+    """
+
+    dense: str | None
+    texts: tuple[str, ...] = ()
+    length: int | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> Origin:
+        """Read the records in a folder; files that are missing or damaged say nothing."""
+        notes = folder / "secateur"
+        manifest, imported = read(notes / "manifest.json"), read(notes / "import.json")
+        trainings = read(notes / "training.json") or [{}]
+        packed = read(notes / "compression.json")
+        first, last = trainings[0].get("recipe", {}), trainings[-1].get("recipe", {})
+        if imported and not imported.get("masks"):
+            manifest = {}  # what another tool pruned: its dense model is not known
+        sources = [
+            manifest.get("source", {}).get("name"),
+            first.get("teacher") or first.get("model"),
+            packed.get("source"),
+        ]
+        calibration = manifest.get("calibration") or packed.get("rounding", {}).get("calibration")
+        told, watched = calibration or {}, last.get("validation_text")
+        texts = [watched] if watched else [*texts_of(told.get("source", "")), *last.get("text", ())]
+        length = told.get("sequence_length") or trainings[-1].get("text", {}).get("sequence_length")
+        known = (name for name in sources if name and kind_of_name(name) is not None)
+        return cls(next(known, None), tuple(filter(None, texts)), length)
+
+    def text_words(self) -> list[str]:
+        """The options of `evaluate` that choose a text which can be read here."""
+        own = [text for text in self.texts if is_own(text)]
+        sample = self.dense is not None and kind_of_name(self.dense) == "sample"
+        if sample or any(text in TEXTS for text in self.texts):
+            return ["--text", HELD_OUT]
+        if own:
+            length = ["--sequence-length", str(self.length)] if self.length else []
+            return ["--text", own[0], *length, "--windows", str(OWN_WINDOWS)]
+        if any(text in KNOWN_DATASETS or text.startswith("hub:") for text in self.texts):
+            return []  # the hub could be read
+        return ["--text", HELD_OUT]
+
+
+def read(file: Path) -> Any:
+    """A JSON file; an empty object if it is missing or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_own(text: str) -> bool:
+    """Whether a text is a file or folder of the user, with text in it."""
+    return not text.endswith(".safetensors") and Path(text).expanduser().exists()
+
+
+def evaluation(folder: Path) -> dict[str, str]:
+    """The command that evaluates a model, beside its dense model if that is known."""
+    made = Origin.of(folder)
+    beside = ["--dense", made.dense] if made.dense else []
+    words = made.text_words()
+    what = "measure what it lost" if made.dense else "measure its perplexity"
+    if words[1:2] and words[1] != HELD_OUT:
+        what += ", on a text that it was made with; one that it never read says more"
+    return {what: command("evaluate", folder, *beside, *words)}
+
+
+def generation(folder: Path) -> dict[str, str]:
+    """The command that lets a model write."""
+    prompt = "The capital of France is"
+    return {"let it write": command("generate", folder, "--prompt", prompt)}
+
+
+def after_a_dense_folder(folder: Path, zeros: float) -> list[Block]:
+    """The next steps for a model that stores its zeros: pruned, cut, trained or imported.
 
     Args:
         folder: folder of the model.
-        dense: the model to compare it with, if it is known.
+        zeros: fraction of zeros in its matrices.
     """
-    place = shlex.quote(str(folder))
-    beside = f" --dense {shlex.quote(dense)}" if dense else ""
-    small = shlex.quote(f"{folder}-int8")
+    small = free_place(f"{folder}-int8")
+    what = "store it without its zeros" if zeros else "store its weights in 8 bits"
+    packing = {what: command("compress", folder, "--values", "int8", "--output", small)}
+    if not read(folder / "config.json").keys().isdisjoint(DESCRIPTIONS):  # in fewer bits already
+        packing = {}
     return next_steps(
         {"the model": folder, "its card": folder / "README.md"},
-        {
-            "measure what it lost": f"secateur evaluate {place}{beside}",
-            "store it without its zeros": f"secateur compress {place} --values int8 "
-            f"--output {small}",
-            "let it write": f"secateur generate {place} --prompt 'The capital of France is'",
-        },
+        {**evaluation(folder), **packing, **generation(folder)},
     )
 
 
-def after_a_packed_folder(folder: Path, dense: str | None) -> list[Block]:
-    """The next steps for a model without its zeros.
+def after_a_packed_folder(folder: Path) -> list[Block]:
+    """The next steps for a packed model.
 
     Args:
         folder: folder of the model.
-        dense: the model to compare it with, if it is known.
     """
-    place = shlex.quote(str(folder))
-    beside = f" --dense {shlex.quote(dense)}" if dense else ""
     return next_steps(
         {"the packed model": folder, "its card": folder / "README.md"},
         {
-            "let it write": f"secateur generate {place} --prompt 'The capital of France is'",
-            "measure speed and memory": f"secateur bench {place}",
-            "measure what it lost": f"secateur evaluate {place}{beside}",
+            **generation(folder),
+            "measure speed and memory": command("bench", folder),
+            **evaluation(folder),
         },
     )
 
@@ -56,35 +183,56 @@ def after_a_fit(folder: Path) -> list[Block]:
     Args:
         folder: folder of the packed winner.
     """
-    place = shlex.quote(str(folder))
+    notes = folder / "secateur"
     return next_steps(
         {
             "the packed model": folder,
-            "every candidate": folder / "secateur" / "fit.json",
-            "the plot": folder / "secateur" / "frontier.png",
-            "the recipe": folder / "secateur" / "recipe.yaml",
+            "every candidate": notes / "fit.json",
+            "the plot": notes / "frontier.png",
+            "the recipe": notes / "recipe.yaml",
         },
         {
-            "talk to it": f"secateur chat {place}",
-            "serve it": f"secateur serve {place}",
-            "publish it": f"secateur push {place} OWNER/NAME",
-            "give it to another engine": f"secateur export {place} --to gguf --output DIR",
-            "make it again": f"secateur chain {place}/secateur/recipe.yaml",
+            "talk to it": command("chat", folder),
+            "serve it": command("serve", folder),
+            **evaluation(folder),
+            "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
+            "give it to llama.cpp": command(
+                "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
+            ),
+            "make it again": command("chain", notes / "recipe.yaml"),
         },
     )
 
 
-def after_a_sweep(folder: Path, model: str) -> list[Block]:
-    """The next steps after a sweep.
+def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
+    """The next steps after a sweep: make its best model with about half of the weights.
 
     Args:
         folder: folder of the sweep.
-        model: the dense model.
+        sweep: its measurements.
     """
+    files = {"the curves": folder / "sweep.png", "the table": folder / "sweep.md"}
+    places = {what: file for what, file in files.items() if file.exists()}
+    if not sweep.points:
+        return next_steps(places, {})
+    best = best_of(sweep.points)
+    chosen = ["--method" if best.method in methods else "--effort", best.method]
+    chosen += ["--pattern", best.pattern] if best.pattern != "unstructured" else []
+    if parse_pattern(best.pattern).sparsity is None:
+        chosen += ["--sparsity", f"{best.sparsity:g}"]
+    if sweep.calibration is not None:
+        chosen += ["--calibration", str(folder / "windows.safetensors")]
+    output = free_place(f"{folder}-{Path(best.notes).name}")
     return next_steps(
-        {"the curves": folder / "sweep.png", "the table": folder / "sweep.md"},
+        places,
         {
-            "prune at the point you choose": f"secateur prune {shlex.quote(model)} --method NAME "
-            "--sparsity 0.5 --output DIR",
+            f"make the model with {best.zeros:.0%} zeros that lost least": command(
+                "prune", sweep.model, *chosen, "--output", output
+            )
         },
     )
+
+
+def best_of(points: Iterable[SweepPoint]) -> SweepPoint:
+    """The point with the least excess loss among those whose zeros are closest to one half."""
+    return min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))

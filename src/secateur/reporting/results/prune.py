@@ -70,7 +70,7 @@ class PruneResult(Result):
         pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
         if self.compression is not None:
             return [pruned, *self.compression.blocks()]
-        return [pruned, *after_a_dense_folder(self.output, self.manifest["source"]["name"])]
+        return [pruned, *after_a_dense_folder(self.output, self.sparsity)]
 
 
 def reach_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -32,8 +32,8 @@ class StructureResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """What the cut removed in total and in each step, and what to try next."""
-        dense = self.manifest["source"]["name"]
-        return [self.removed(), self.steps(), *after_a_dense_folder(self.output, dense)]
+        zeros = self.manifest["result"]["decoder_sparsity"]
+        return [self.removed(), self.steps(), *after_a_dense_folder(self.output, zeros)]
 
     def removed(self) -> Table:
         """The model before and after."""

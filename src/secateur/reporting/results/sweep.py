@@ -67,7 +67,7 @@ class SweepResult(Result):
             Line("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim"),
             *(Line(failure, style="red") for failure in failures),
             Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
-            *after_a_sweep(self.folder, self.sweep.model),
+            *after_a_sweep(self.folder, self.sweep),
         ]
 
     def rows(self) -> list[list[str]]:

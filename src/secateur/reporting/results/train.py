@@ -55,4 +55,4 @@ class TrainResult(Result):
         if self.perplexity_after is not None:
             change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
             rows.insert(2, ("validation perplexity", f"{change} at step {result['best_step']}"))
-        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, None)]
+        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, self.sparsity)]

@@ -82,13 +82,13 @@ def fit_recipe(
     refuse_quantized(source.folder)
     reader = CheckpointReader(source.folder)
     matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
-    costs = costs_of(recipe, reader, matrices, progress)
-    check_feasible(recipe, costs, sum(file.stat().st_size for file in reader.files))
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         folder.begin(identity(recipe, reader, progress))
         if folder.finished:
             return FitResult.read(folder.notes / FIT)
+        costs = costs_of(recipe, reader, matrices, progress)
+        check_feasible(recipe, costs, sum(file.stat().st_size for file in reader.files))
         pace = Pace(recipe.minutes, folder.work / "pace.json", begun)
         ground = Ground.prepared(
             recipe, source, reader, matrices, costs, pace, folder.work, progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> 
         raise RecipeError(
             f"{packed[0]!r} needs a compressed model",
             where=str(model),
-            remedy=f"secateur compress {model} --output SMALL, then bench SMALL; or leave it out",
+            remedy=f"secateur compress {shlex.quote(str(model))} --output SMALL, then bench SMALL; "
+            "or leave it out",
         )
     return [name for name in names if name not in packed]
 

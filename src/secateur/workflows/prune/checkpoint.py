@@ -45,7 +45,11 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import Method
+from secateur.sparsity.refinements import refinements
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
 from secateur.workflows.prune.chosen_plan import choose_plan
 from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.distillation import distill_checkpoint
@@ -156,7 +160,8 @@ def run_prepared(
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks, way_of(folder))
-    check_free(chosen.disk_bytes, folder.output, folder.partial)
+    if not folder.finished:
+        check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
@@ -297,11 +302,11 @@ def make_manifest(
         "family": audit.family,
         "method": {
             "name": method.name,
-            "score": repr(method.score),
-            "solver": repr(method.solver),
+            "score": scores.describe(method.score),
+            "solver": solvers.describe(method.solver),
             "pattern": method.pattern.name,
             "scope": method.pattern.scope,
-            "refinement": repr(method.refinement) if method.refinement else None,
+            "refinement": refinements.describe(method.refinement) if method.refinement else None,
             "effort": prepared.recipe.effort,
             "sequential": prepared.recipe.sequential,
             "asymmetric": prepared.recipe.asymmetric,
@@ -327,7 +332,10 @@ def make_manifest(
 
 def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     """The allocation, the range of its sparsities, and the measurements of a search."""
-    told = {"name": prepared.recipe.allocation, "parameters": repr(prepared.allocation)}
+    told = {
+        "name": prepared.recipe.allocation,
+        "parameters": allocations.describe(prepared.allocation),
+    }
     settled = settled_allocation(work)
     if not settled.exists():
         return told

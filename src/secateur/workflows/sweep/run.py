@@ -40,7 +40,7 @@ from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runs.folder import NOTES
+from secateur.runs.folder import NOTES, STATE
 from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart, check_writable
 from secateur.runs.records import (
@@ -371,7 +371,8 @@ class Work:
                 shutil.rmtree(entry)
             elif entry.is_file():
                 entry.unlink()
-        (place / NOTES / "windows.safetensors").unlink(missing_ok=True)
+        for name in ("windows.safetensors", STATE):  # without weights, no run is finished here
+            (place / NOTES / name).unlink(missing_ok=True)
 
 
 def measured_alone(plan: SweepPlan, folder: Path, keep: bool, key: PointKey) -> SweepPoint:

@@ -111,8 +111,7 @@ def run_training(
     processes.wait()  # all must read the folder before one of them locks it
     with folder if processes.main else nullcontext():
         processes.wait()
-        if not folder.finished:
-            train_into(folder, recipe, source, processes, progress, meter)
+        train_into(folder, recipe, source, processes, progress, meter)
         processes.wait()
     return report_of(folder.output)
 
@@ -125,7 +124,7 @@ def train_into(
     progress: Progress,
     meter: Meter,
 ) -> None:
-    """Run or resume the training, and write the model."""
+    """Run or resume the training, and write the model, unless an earlier run finished it."""
     trust, work = recipe.trust_remote_code, folder.work
     reader = CheckpointReader(source.folder)
     target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
@@ -133,8 +132,11 @@ def train_into(
     text = read_training_text(recipe, source.folder, target.model.config)
     progress.finish()
     if processes.main:
-        folder.begin(identity(recipe, reader, text, progress))
+        settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
+        folder.begin(identity(recipe, reader, text, progress), settled)
         folder.worth_resuming = lambda: any(work.rglob("log.jsonl"))
+    if folder.finished:
+        return
     plan = plan_of(recipe, text, target.model)
     teacher = teacher_of(recipe, work)
     if teacher is not None:

@@ -1,0 +1,166 @@
+"""Every command that a verb prints under `next:` can be run as it is printed, without a hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import secateur
+from commands import Outcome, runner
+from secateur.calibration import documents
+from secateur.reporting.results.demo import DemoResult
+from secateur.reporting.results.next_steps import Origin, command, free_place
+from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.tables import plain_text
+from tiny import byte_tokenizer, save_tiny
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
+OWN = ("--calibration", "my text.txt", "--windows", 4, "--sequence-length", 16)
+SAMPLE = ("--calibration", "boolq-calibration", *OWN[2:])
+TRAINING = ("--text", "my text.txt", "--steps", 2, "--sequence-length", 16, "--batch", 2)
+HALF = ("--method", "wanda", "--sparsity", 0.5)
+OUT = ("--output", "a result")
+CHAIN = """
+model: dense
+output: a result
+steps:
+  - prune: {method: magnitude, sparsity: 0.5}
+  - compress: {values: int8}
+"""
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a command in a folder with a model, a pruned one and a text; samples need no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(documents, "sample_text", lambda name: [TEXT * 3])
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.chdir(tmp_path)
+    save_tiny(Path("dense"), tokenizer=False, num_hidden_layers=2, vocab_size=256)
+    byte_tokenizer().save_pretrained("dense")
+    secateur.prune("dense", output="pruned", method="magnitude", sparsity=0.5)
+    Path("my text.txt").write_text(TEXT, encoding="utf-8")
+    Path("chain.yaml").write_text(CHAIN, encoding="utf-8")
+    weights = load_file("pruned/model.safetensors")
+    masks = {name: weight != 0 for name, weight in weights.items() if name.endswith("proj.weight")}
+    save_file(masks, "masks.safetensors")
+    return runner(monkeypatch, capsys)
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The commands under `next:`, each as its words."""
+    _, found, after = text.rpartition("next:\n")
+    assert found, text
+    lines = [line.strip() for line in after.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("secateur ")]
+
+
+def follow(run: Run, commands: list[list[str]]) -> None:
+    """Run commands; none may fail."""
+    for words in commands:
+        verb, *options = words
+        if verb == "push":  # nothing is sent
+            options = ["--dry-run", *options]
+        done = run(verb, *options)
+        assert done.code == 0, f"{shlex.join(words)}: {done.err}"
+
+
+CASES = [
+    (("prune", "dense", *HALF, *OWN, *OUT), "--text 'my text.txt' --sequence-length 16"),
+    (("prune", "dense", *HALF, *SAMPLE, *OUT), "--dense dense --text boolq-held-out"),
+    (("prune", "dense", *HALF[2:], "--method", "magnitude", *OUT), "--text boolq-held-out"),
+    (("structure", "dense", "--ffn", 0.5, "--effort", "fast", *OWN, *OUT), "weights in 8 bits"),
+    (("train", "pruned", *TRAINING, *OUT), "--dense dense"),
+    (("train", "pruned", "--teacher", "dense", *TRAINING, *OUT), "--dense dense"),
+    (("import", "dense", *OUT), "measure its perplexity"),
+    (("import", "dense", "--masks", "masks.safetensors", *OUT), "--dense dense"),
+    (("compress", "pruned", *OUT), "--dense dense --text boolq-held-out"),
+    (("compress", "dense", "--values", "int8", *OWN, *OUT), "--dense dense --text 'my text.txt'"),
+    (("prune", "dense", *HALF, *OWN, "--compress", "int8", *OUT), "--dense dense"),
+    (("chain", "chain.yaml"), "--dense dense --text boolq-held-out"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), CASES, ids=lambda x: x[0] if len(x[0]) > 1 else "")
+def test_next_lines_run(run: Run, words: tuple[object, ...], said: str) -> None:
+    done = run(*words)
+    assert done.code == 0, done.err
+    assert said in done.out
+    commands = commands_in(done.out)
+    assert {x[0] for x in commands} >= {"evaluate", "generate"}
+    follow(run, [x for x in commands if x[0] != "bench"])
+
+
+@pytest.mark.slow
+def test_the_bench_line_runs(run: Run) -> None:
+    done = run("compress", "pruned", *OUT)
+    follow(run, [x for x in commands_in(done.out) if x[0] == "bench"])
+
+
+@pytest.mark.slow
+def test_next_lines_of_a_fit_run(run: Run) -> None:
+    small = ("--max-size", "60KiB", "--effort", "fast", "--generations", 1)
+    done = run("fit", "dense", *small, *OWN, *OUT)
+    assert done.code == 0, done.err
+    commands = commands_in(done.out)
+    assert [x[0] for x in commands] == ["chat", "serve", "evaluate", "push", "export", "chain"]
+    follow(run, [x for x in commands if x[0] != "serve"])
+
+
+def test_next_lines_of_a_sweep_make_its_best_point(run: Run) -> None:
+    methods = ("--methods", "magnitude,wanda", "--sparsities", "0.3,0.5", "--patterns", "2:4")
+    judged = ("--text", "my text.txt", "--text-windows", 2)
+    done = run("sweep", "dense", *methods, *judged, *OWN, "--output", "a sweep")
+    assert done.code == 0, done.err
+    [words] = commands_in(done.out)
+    follow(run, [words])
+    made = json.loads(Path(words[-1], "secateur", "manifest.json").read_text())
+    points = json.loads(Path("a sweep/sweep.json").read_text())["points"]
+    half = [p for p in points if abs(p["zeros"] - 0.5) < 0.005]
+    best = min(half, key=lambda p: p["excess"]["my text.txt"])
+    assert (made["method"]["name"], made["method"]["pattern"]) == (best["method"], best["pattern"])
+
+
+def test_next_lines_of_the_demo_name_a_text_without_a_hub(run: Run) -> None:
+    pruned = PruneResult(0.5, [], output=Path("pruned"))
+    told: dict[str, Any] = dict.fromkeys(DemoResult.__dataclass_fields__)
+    demo = DemoResult(**{**told, "pruned": pruned, "page": Path("page.html")})
+    commands = commands_in(plain_text(demo.places()))
+    own = next(words for words in commands if words[0] == "prune")
+    follow(run, [[word.replace("MODEL", "dense") for word in own]])
+
+
+def test_a_packed_model_is_not_told_to_be_packed(run: Run) -> None:
+    run("compress", "pruned", *OUT)
+    notes = Path("a result/secateur/bench.json")
+    notes.write_text(
+        json.dumps({
+            "model": "a result", "contenders": [], "file_bytes": 1, "dense_bytes": 2,
+            "verdict": "no gain: dense int8 is as fast or faster (1.10 times)",
+            "protocol": {"cpu": "x"},
+        })
+    )  # fmt: skip
+    done = run("diagnose", "a result")
+    assert "no gain" in done.out
+    assert "secateur compress" not in done.out
+
+
+def test_a_path_that_is_gone_is_not_named(run: Run) -> None:
+    run("compress", "pruned", *OUT)
+    Path("dense").rename("elsewhere")
+    assert Origin.of(Path("a result")).dense == "pruned"
+
+
+def test_words_are_quoted_and_no_folder_is_overwritten(tmp_path: Path) -> None:
+    assert command("bench", "my model") == "secateur bench 'my model'"
+    (tmp_path / "small").mkdir()
+    assert free_place(tmp_path / "small") == f"{tmp_path}/small-2"
