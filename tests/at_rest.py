@@ -133,14 +133,19 @@ def from_microscaled(blocks: Tensor, scales: Tensor) -> Tensor:
     return made
 
 
-def in_words(integers: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Integers [rows, columns] in int32 words of 8 along the columns, in an order of each 8."""
-    rows, columns = integers.shape
-    words = torch.zeros(rows, columns // 8, dtype=torch.int64)
+def in_words(integers: Tensor, order: tuple[int, ...], lower: int = 0) -> Tensor:
+    """Integers [rows, columns] in int32 words along the columns, in an order of each word's.
+
+    From each word, as one unsigned number of 32 bits, `lower` is taken.
+    """
+    (rows, columns), count = integers.shape, len(order)
+    words = torch.zeros(rows, columns // count, dtype=torch.int64)
     for r in range(rows):
-        for c in range(columns // 8):
-            for nibble, place in enumerate(order):
-                words[r, c] |= int(integers[r, 8 * c + place]) << (4 * nibble)
+        for c in range(columns // count):
+            word = 0
+            for field, place in enumerate(order):
+                word |= int(integers[r, count * c + place]) << (32 // count * field)
+            words[r, c] = (word - lower) % 2**32
     return words.where(words < 2**31, words - 2**32).to(torch.int32)
 
 

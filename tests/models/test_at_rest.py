@@ -146,11 +146,22 @@ def test_microscaled_float4_is_what_an_oracle_and_transformers_make_of_it(tmp_pa
     assert reader.entries["e.down_proj"].shape == (2, 64, 3)
 
 
-@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "any order", "awq"])
-def test_integers_in_groups_are_what_an_oracle_makes_of_them(layout: str, tmp_path: Path) -> None:
+ONE_EACH = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""What GPTQModel takes from a whole word of zeros in the layout gptq, by bits."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [*((x, b) for x in ("gptq", "gptq_v2", "any order") for b in (2, 4, 8)), ("awq", 4)],
+)
+def test_integers_in_groups_are_what_an_oracle_makes_of_them(
+    layout: str, bits: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    inputs, outputs, groups = 16, 24, 4
-    codes, zeros = (torch.randint(1, 15, (n, outputs)) for n in (inputs, groups))
+    inputs, outputs, groups = 16, 48, 4
+    codes, zeros = (torch.randint(0, 2**bits, (n, outputs)) for n in (inputs, groups))
+    zeros[:, ::5] = 0
+    zeros[0, :16] = 0
     scales = torch.rand(groups, outputs).half()
     order = torch.arange(inputs) // (inputs // groups)
     parts: dict[str, torch.Tensor] = {"a__scales": scales}
@@ -159,14 +170,15 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(layout: str, tmp_pa
         parts["a__qweight"] = in_words(codes, (0, 2, 4, 6, 1, 3, 5, 7))
         parts["a__qzeros"] = in_words(zeros, (0, 2, 4, 6, 1, 3, 5, 7))
     else:
-        told = {"quant_method": "gptq", "bits": 4}
+        told = {"quant_method": "gptq", "bits": bits}
         if layout == "gptq_v2":
             told["checkpoint_format"] = layout
         if layout == "any order":
             order = order[torch.randperm(inputs)]
-        lower = 0 if layout == "gptq_v2" else 1
-        parts["a__qweight"] = in_words(codes.t(), tuple(range(8))).t().contiguous()
-        parts["a__qzeros"] = in_words(zeros - lower, tuple(range(8)))
+        fields = tuple(range(32 // bits))
+        lower = 0 if layout == "gptq_v2" else ONE_EACH[bits]
+        parts["a__qweight"] = in_words(codes.t(), fields).t().contiguous()
+        parts["a__qzeros"] = in_words(zeros, fields, lower)
         parts["a__g_idx"] = order.to(torch.int32)
     expected = torch.empty(outputs, inputs, dtype=torch.bfloat16)
     for o in range(outputs):

@@ -7,7 +7,10 @@ GPTQ (AutoGPTQ and GPTQModel), F = 32 / bits integers in each word, the lowest f
     scales   float16 or bfloat16 [groups, out]
     g_idx    int32 [in], the group of each input; none: in order
 
-    W[o, i] = (q[i, o] − z[g, o] − 1) · scales[g, o]     g = g_idx[i]; without the 1 in `gptq_v2`
+    W[o, i] = (q[i, o] − z[g, o]) · scales[g, o]         g = g_idx[i]
+
+In the layout `gptq` a word of `qzeros` is 0…0001…0001 smaller than the word of its zeros, as one
+32-bit number: a zero of 0 borrows from the zero above it. In `gptq_v2` the words are the zeros'.
 
 AWQ (AutoAWQ, version gemm), 8 integers of 4 bits in each word, in the order 0 2 4 6 1 3 5 7:
 
@@ -76,8 +79,8 @@ class PostTraining:
                 remedy="2, 4 and 8 bits in the layouts gptq and gptq_v2 are; name the model in "
                 "float16 or bfloat16",
             )
-        shift = 1 if layout == "gptq" else 0
-        return reader_of(source, lambda parts: along_inputs(parts, bits, shift), bits, rows=True)
+        lower = sum(1 << shift for shift in range(0, 32, bits)) if layout == "gptq" else 0
+        return reader_of(source, lambda parts: along_inputs(parts, bits, lower), bits, rows=True)
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,11 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 
-def along_inputs(parts: Parts, bits: int, shift: int) -> Tensor:
-    """A matrix [out, in] of GPTQ, float64."""
+def along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
+    """A matrix [out, in] of GPTQ, float64, whose words of zeros are stored `lower`."""
     integers = unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
-    zeros = unpacked(parts["qzeros"], bits).flatten(1) + shift
+    words = parts["qzeros"].to(torch.int64) + lower  # the lower 32 bits are the sum modulo 2³²
+    zeros = unpacked(words, bits).flatten(1)
     groups, inputs = len(zeros), len(integers)
     order = parts.get("g_idx")
     if order is None:
