@@ -372,10 +372,17 @@ def class_of(config: Any) -> Any:
     return t.AutoModelForImageTextToText if sees else t.AutoModelForCausalLM
 
 
-def tiny_model(family: str, seed: int = 0) -> nn.Module:
-    """A randomly initialised model; norms and biases are not left at their neutral values."""
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A randomly initialised model; norms and biases are not left at their neutral values.
+
+    Args:
+        family: its name here.
+        seed: of its weights.
+        changes: entries of the configuration that are not the usual ones.
+    """
     torch.manual_seed(seed)
     config = config_of(family)
+    config.update(changes)
     model = class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ import torch
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, Sizes
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from zoo import class_of, tiny_model
+from zoo import class_of
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=(0, 2)),
@@ -49,9 +49,6 @@ them has several query heads in a KV group."""
 WANT_WHOLE_HEADS = {"llama", "gemma2", "gemma3"}
 """Families whose configurations refuse a hidden size that is no multiple of the heads."""
 
-ONE_EPSILON = {"olmo2", "olmo3", "exaone4", "hunyuan"}
-"""Families whose norms of queries and keys are small in an untrained model."""
-
 
 def odd(count: int) -> tuple[int, ...]:
     """Every second unit."""
@@ -69,21 +66,6 @@ def is_plain(family: str, name: str) -> bool:
     tied = family in TIED_TO_HEADS and name.startswith(("groups", "hidden"))
     refused = family in WANT_WHOLE_HEADS and name == "hidden, odd"
     return name not in NEVER_PLAIN and not tied and not refused
-
-
-def model_of(family: str) -> Any:
-    """The tiny model of a family, where a cut can be exact.
-
-    Some norm their queries with the ε that their other norms have. Values of an untrained model
-    are small beside it, and one ε cannot follow both dimensions.
-    """
-    model: Any = tiny_model(family)
-    if family in ONE_EPSILON:
-        model.config.rms_norm_eps = 1e-12
-        for module in model.modules():
-            if hasattr(module, "variance_epsilon"):
-                module.variance_epsilon = 1e-12
-    return model
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:

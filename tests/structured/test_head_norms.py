@@ -1,4 +1,4 @@
-"""OLMo 2 norms queries and keys over all heads: what becomes of that norm when heads are cut."""
+"""Norms of queries and keys, when heads are cut that they run over, and when the stream is cut."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cuts import close, model_of
+from cuts import close, odd
+from test_surgery import cut_quietly
 
+from oracles.masking import narrow_weights
 from secateur.structured import edits
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
-from zoo import tiny_windows
+from slow import slow
+from zoo import tiny_model, tiny_windows
 
 HEADS, KEPT, SIZE = 8, 4, 8
 HALF = Cut(groups={i: tuple(range(KEPT)) for i in range(3)})
@@ -71,9 +74,25 @@ def test_less_is_lost_than_with_the_factor_of_a_cut_stream(
     assert errors[1] > 0.5
 
 
-def test_heads_of_zeros_that_fill_a_layer_up_do_not_count() -> None:
-    model = model_of("olmo2")
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+def test_heads_of_zeros_that_fill_a_layer_up_do_not_count(epsilon: float) -> None:
+    model = tiny_model("olmo2", rms_norm_eps=epsilon)
     cut = Cut(groups={0: (0,), 1: (0, 1), 2: (1,)})
     with pytest.warns(UserWarning, match="trust_remote_code"):
         smaller = cut_model(model, cut)
     assert close(logits(cut_model(model, cut, pad=True)), logits(smaller))
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", "gemma3", "olmo2", "exaone4", "llama4", slow("hunyuan"), slow("olmo3"),
+     slow("qwen3_moe"), slow("olmoe"), slow("glm4_moe"), slow("dots1"), slow("minimax_m2"),
+     slow("hunyuan_v1_moe")],
+)  # fmt: skip
+def test_a_large_epsilon_does_not_grow_with_a_narrower_stream(family: str) -> None:
+    channels = odd(32)
+    model, masked = (tiny_model(family, rms_norm_eps=1e-2) for _ in range(2))
+    smaller = cut_quietly(model, Cut(hidden=channels))
+    narrow_weights(masked, 32, list(channels))
+    found, expected = logits(smaller), logits(masked)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cuts import CUTS, TIED_TO_HEADS, close, is_plain, model_of
+from cuts import CUTS, TIED_TO_HEADS, close, is_plain
 
 from oracles.masking import switch_off
 from same_logits import assert_same_logits
@@ -19,7 +19,7 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_model
 from slow import FEW_FAMILIES, few_families, slow_but
-from zoo import CONFIGS, tiny_windows
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 DECLARED = [family for family in CONFIGS if family != "generic"]
 CASES = [
@@ -43,7 +43,7 @@ def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
 
 
 def masked(family: str, cut: Cut, windows: torch.Tensor) -> torch.Tensor:
-    model = model_of(family)
+    model = tiny_model(family)
     units = {kind: getattr(cut, kind) for kind in ("groups", "queries", "neurons")}
     switch_off(model, family, layers=cut.layers, hidden=cut.hidden, **units)
     return logits(model, windows)
@@ -65,7 +65,7 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int, use_cache: bool) -> An
 
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_path: Path) -> None:
-    model, windows = model_of(family), tiny_windows(2)
+    model, windows = tiny_model(family), tiny_windows(2)
     cut = CUTS[name](sizes_of(model))
     smaller = cut_quietly(model, cut)
     expected = masked(family, cut, windows)
@@ -90,7 +90,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
 
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_accounting_is_exact(family: str, name: str) -> None:
-    model, windows = model_of(family), tiny_windows(2, 7)
+    model, windows = tiny_model(family), tiny_windows(2, 7)
     cut = CUTS[name](sizes_of(model))
     found = accounting(model, cut)
     for counted, one in ((found.before, model), (found.after, cut_quietly(model, cut))):
@@ -111,7 +111,7 @@ def test_accounting_is_exact(family: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["groups, differing", "without FFN", "without attention"])
 @pytest.mark.parametrize("family", few_families(DECLARED))
 def test_padding_makes_sizes_equal(family: str, name: str) -> None:
-    model, windows = model_of(family), tiny_windows(2)
+    model, windows = tiny_model(family), tiny_windows(2)
     cut = CUTS[name](sizes_of(model))
     padded = cut_model(model, cut, pad=True)
     assert type(padded) is type(model)
@@ -121,14 +121,14 @@ def test_padding_makes_sizes_equal(family: str, name: str) -> None:
 
 def test_padding_is_to_the_largest_that_is_left() -> None:
     cut = Cut(neurons={0: (3,), 1: (0, 5), 2: ()})
-    padded = cut_model(model_of("llama"), cut, pad=True)
+    padded = cut_model(tiny_model("llama"), cut, pad=True)
     assert sizes_of(padded).neurons == (2, 2, 2)
     assert padded.config.intermediate_size == 2
 
 
 @pytest.mark.parametrize("family", few_families(DECLARED))
 def test_a_varied_model_can_be_cut_again(family: str) -> None:
-    model, windows = model_of(family), tiny_windows(2)
+    model, windows = tiny_model(family), tiny_windows(2)
     first = CUTS["without attention"](sizes_of(model))
     second = Cut(groups={1: (0,)}, neurons={0: (3, 4)}, hidden=tuple(range(5, 30)))
     twice = cut_quietly(cut_quietly(model, first), second)
@@ -142,7 +142,7 @@ def test_a_varied_model_can_be_cut_again(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt"])
 def test_tied_embeddings_stay_tied(family: str) -> None:
-    model = model_of(family)
+    model = tiny_model(family)
     for name in ("hidden", "everything"):
         smaller = cut_quietly(model, CUTS[name](sizes_of(model)))
         head, embedding = smaller.get_output_embeddings(), smaller.get_input_embeddings()
@@ -151,7 +151,7 @@ def test_tied_embeddings_stay_tied(family: str) -> None:
 
 
 def test_layer_types_follow_their_layers() -> None:
-    model = model_of("gemma3")
+    model = tiny_model("gemma3")
     assert cut_model(model, Cut(layers=(1, 2))).config.layer_types == [
         "full_attention",
         "sliding_attention",
@@ -161,14 +161,14 @@ def test_layer_types_follow_their_layers() -> None:
 
 
 def test_the_cut_model_leaves_the_other_alone() -> None:
-    model, windows = model_of("qwen3"), tiny_windows(2)
+    model, windows = tiny_model("qwen3"), tiny_windows(2)
     before = logits(model, windows)
     cut_quietly(model, CUTS["everything"](sizes_of(model)))
     assert torch.equal(logits(model, windows), before)
 
 
 def test_of_an_undeclared_family_layers_can_be_cut_and_no_more() -> None:
-    model, windows = model_of("generic"), tiny_windows(2)
+    model, windows = tiny_model("generic"), tiny_windows(2)
     cut = Cut(layers=(0, 2))
     assert close(logits(cut_model(model, cut), windows), masked("generic", cut, windows))
     with pytest.raises(ArchitectureError, match="only whole layers"):
@@ -177,4 +177,4 @@ def test_of_an_undeclared_family_layers_can_be_cut_and_no_more() -> None:
 
 def test_different_sizes_are_warned_about() -> None:
     with pytest.warns(VariedSizesWarning, match="trust_remote_code"):
-        cut_model(model_of("llama"), Cut(neurons={0: (1,)}))
+        cut_model(tiny_model("llama"), Cut(neurons={0: (1,)}))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cuts import CUTS, close, model_of
+from cuts import CUTS, close
 from test_surgery import cut_quietly, greedy, logits, masked
 
 from secateur.errors import ArchitectureError
@@ -19,7 +19,7 @@ from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from slow import slow_but
-from zoo import DENSE, WITH_BUFFERS, tiny_windows
+from zoo import DENSE, WITH_BUFFERS, tiny_model, tiny_windows
 
 CASES = [(family, name) for family in DENSE if family not in WITH_BUFFERS for name in CUTS]
 FEW = [
@@ -31,7 +31,7 @@ FEW = [
 
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_path: Path) -> None:
-    model: Any = model_of(family)
+    model: Any = tiny_model(family)
     sizes, couplings = sizes_of(model), describe(model).couplings
     cut, windows = CUTS[name](sizes), tiny_windows(2)
     if any({"queries": "groups"}.get(kind, kind) in couplings.fixed for kind in cut.kinds):
@@ -61,6 +61,6 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
 
 
 def test_no_position_layers_keep_their_sort() -> None:
-    smaller = cut_quietly(model_of("smollm3"), Cut(layers=(1, 2)))
+    smaller = cut_quietly(tiny_model("smollm3"), Cut(layers=(1, 2)))
     assert smaller.config.no_rope_layers == [1, 0]
     assert [layer.self_attn.use_rope for layer in smaller.model.layers] == [1, 0]

@@ -6,13 +6,18 @@ Residual stream: removed channels are zero in the norm, since nothing writes to 
 over D) = √(D'/D) · √(mean x² over D'); the weights are multiplied by √(D/D'), and ε by D/D'. The
 cut model then computes the same as the masked one.
 
+A configuration has one ε. Norms of queries and keys get the larger one too, though nothing is cut
+that they run over. So these queries and keys are multiplied by √(D/D') as well: x / √(mean x² + ε)
+stays as it is when x² and ε grow alike. Norms within linear attention read what no weight scales;
+those of Qwen3-Next and Qwen3.5 keep the larger ε.
+
 Heads (OLMo 2 norms queries and keys over all of them): removed heads are not zero in the norm.
 Where they are as large as the kept ones, mean x² over D and over D' are equal, so the weights do
 not change. With √(D/D') on queries and keys, attention logits would be D/D' times as large. With
 half of the heads cut in three random models, the outputs are off by 0.62 to 0.70 of their norm with
 that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`). Heads of zeros that
-pad a layer do not count: with Z of them among D', weights are multiplied by √((D' - Z)/D'), and the
-norm gives the same result as without them.
+pad a layer do not count: with Z of them among D', weights are multiplied by √((D' - Z)/D'), and
+queries and keys by the inverse, so the norm gives the same result as without them.
 
 A LayerNorm also subtracts the mean, and runs over the kept channels without a change.
 """
@@ -30,7 +35,7 @@ from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture
 from secateur.models.couplings import Axes, Couplings
 from secateur.models.skeleton import stored_buffers
-from secateur.structured.cut import UNITS, Cut, Sizes
+from secateur.structured.cut import UNITS, Cut, Sizes, find
 
 __all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of", "tensors_of"]
 
@@ -84,6 +89,12 @@ class LayerCut:
     neurons: Tensor | None
     experts: Tensor | None
 
+
+HEAD_NORMS = {
+    "q_proj": ("q_norm", "query_layernorm", "qk_norm"),
+    "k_proj": ("k_norm", "key_layernorm", "qk_norm"),
+}
+"""The modules that norm what a linear of the attention computes, by the name of the linear."""
 
 UNCUT = LayerCut(-1, None, None, None, None)
 """For parameters outside the layers."""
@@ -218,9 +229,29 @@ class Editor:
         if kept[0] is not None and is_rms_norm(module):
             scale = norm_scale(axes[0], parameter.shape[0], kept[0])
             edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
+        if axes[0] in ("queries", "keys"):
+            edit = replace(edit, scale=edit.scale * self.before_norm(owner, kept[0]))
         if leaf == "bias" and is_padding(inner.rpartition(".")[0], self.couplings, layer):
             edit = replace(edit, kept=(torch.full(shape, -1),))
         return edit
+
+    def before_norm(self, name: str, kept: Tensor | None) -> float:
+        """The factor of queries or keys before an RMSNorm, for which its ε is as large as it was.
+
+        Args:
+            name: of the linear, or of its norm, which has none.
+            kept: its entries that stay, -1 for zeros; None = all.
+        """
+        attention, _, linear = name.rpartition(".")
+        norms = (find(self.model, f"{attention}.{norm}") for norm in HEAD_NORMS.get(linear, ()))
+        norm: Any = next((x for x in norms if x is not None and is_rms_norm(x)), None)
+        if norm is None:
+            return 1.0
+        factor = 1.0 if self.stream is None else sqrt(self.sizes.hidden / len(self.stream))
+        over_all_heads = getattr(norm, "weight", torch.empty(0)).numel() > self.sizes.head_dim
+        if kept is not None and over_all_heads:
+            factor /= norm_scale("heads", len(kept), kept) or 1.0
+        return factor
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
@@ -254,7 +285,7 @@ def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether this is a norm by the root of the mean square."""
-    return "RMSNorm" in type(module).__name__
+    return any(name in type(module).__name__ for name in ("RMSNorm", "L2Norm"))
 
 
 def norm_scale(axis: str, before: int, kept: Tensor) -> float:
