@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
+from oracles.refits import least_squares
 from oracles.sparsegpt import relative_error, sparsegpt
 from secateur.errors import RecipeError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.solvers.alps import ALPS
 from secateur.sparsity.solvers.obs import OBS
 
 
-def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None, bits=0):
-    solver, pattern = OBS(damping, block_columns, bits), parsed(text, scope)
+def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None):
+    solver, pattern = OBS(damping, block_columns), parsed(text, scope)
     solution = solver.solve(
         case.weight, solver.prepare(case.statistics), pattern, sparsity, mask=mask
     )
@@ -27,7 +29,6 @@ def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, ma
         damping=damping,
         block_columns=block_columns,
         mask=mask,
-        bits=bits,
     )
     assert torch.equal(solution.mask, kept)
     clear = clearance > 1e-4
@@ -81,17 +82,72 @@ def test_wholly_pruned_blocks_of_columns(example):
 
 
 @pytest.mark.parametrize(("text", "scope"), ALL)
-def test_rounding_in_the_same_sweep(text, scope, example):
-    case = example(fitting_shape(text), seed=3, dead=2)
-    for sparsity in sparsities(parsed(text, scope)):
-        check_equal(case, text, scope, sparsity, bits=8)
-        check_equal(case, text, scope, sparsity, block_columns=16, bits=8)
+def test_rounding_after_a_fit_on_the_mask(text, scope, example):
+    case, pattern = example(fitting_shape(text), seed=3, dead=2), parsed(text, scope)
+    gram = case.statistics["gram"]
+    for sparsity in sparsities(pattern):
+        plain, rounding = (OBS(bits=bits, refit_steps=200) for bits in (0, 8))
+        prepared = plain.prepare(case.statistics)
+        mask = plain.solve(case.weight, prepared, pattern, sparsity).mask
+        fitted = least_squares(case.weight, mask, case.inputs)
+        wanted, _, clearance = sparsegpt(fitted, gram, text, scope, sparsity, mask=mask, bits=8)
+        clear = clearance > 1e-3
+        assert clear.float().mean() > 0.6
+        for given in (None, mask):
+            solution = rounding.solve(case.weight, prepared, pattern, sparsity, mask=given)
+            assert torch.equal(solution.mask, mask)
+            torch.testing.assert_close(
+                solution.weight[clear], wanted.float()[clear], rtol=1e-4, atol=1e-4
+            )
 
 
-def rounded(case, mask):
-    solver = OBS(bits=8)
-    pattern = parse_pattern("unstructured", "layer")
+def solved(case, text, bits, mask=None):
+    solver, scope = OBS(bits=bits), "layer" if text == "unstructured" else None
+    pattern = parse_pattern(text, scope)
     return solver.solve(case.weight, solver.prepare(case.statistics), pattern, 0.5, mask=mask)
+
+
+def with_weak_columns(case):
+    """Every eighth column has weights twice as large, and inputs a fiftieth of the size."""
+    weight, inputs = case.weight.clone(), case.inputs.clone()
+    weight[:, ::8] *= 2
+    inputs[:, ::8] /= 50
+    return type(case)(weight, inputs, {"gram": inputs.t() @ inputs})
+
+
+@pytest.mark.parametrize("text", ["unstructured", "2:4"])
+def test_rows_that_lose_their_largest_weight_are_packed_without_a_change(text, example):
+    case = with_weak_columns(example((40, 96), seed=9))
+    solution = solved(case, text, 8)
+    lost = ~solution.mask.gather(1, case.weight.abs().argmax(1, keepdim=True))
+    assert lost.sum() >= 8
+    integers, scale = quantize_rows(solution.weight)
+    torch.testing.assert_close(
+        dequantize_rows(integers, scale), solution.weight, rtol=3e-7, atol=0.0
+    )
+    assert torch.equal(quantize_rows(solution.weight.bfloat16())[0], integers)
+
+
+@pytest.mark.parametrize("text", ["unstructured", "2:4"])
+def test_more_bits_lose_less(text, example):
+    for seed in range(3):
+        correlated = example((48, 128), seed=seed)
+        inputs = torch.randn(400, 128, generator=torch.Generator().manual_seed(seed))
+        independent = type(correlated)(correlated.weight, inputs, {"gram": inputs.t() @ inputs})
+        for case in (correlated, independent, with_weak_columns(correlated)):
+            errors = [solved(case, text, bits).error for bits in (8, 4, 3)]
+            assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("solver", [OBS(bits=8), ALPS(bits=8)], ids=str)
+def test_a_row_of_zeros_stays_zero(solver, example):
+    case = example((8, 32), seed=10)
+    case.weight[3] = 0.0
+    pattern = parse_pattern("2:4", None)
+    mask = torch.tensor([True, True, False, False]).repeat(8, 8)
+    prepared = solver.prepare(case.statistics)
+    solution = solver.solve(case.weight, prepared, pattern, 0.5, mask=mask)
+    assert not solution.weight[3].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -99,7 +155,7 @@ def test_the_grid_can_be_read_off_the_weights_in_any_dtype(dtype, example):
     case = example((64, 96), seed=7, dead=3)
     mask = case.statistics["stored"] != 0
     mask[5] = False
-    solution = rounded(case, mask)
+    solution = solved(case, "unstructured", 8, mask)
     assert not solution.weight[~mask].any()
     integers, scale = quantize_rows(solution.weight)
     torch.testing.assert_close(
@@ -115,7 +171,7 @@ def test_rounding_with_the_inputs_in_mind_loses_less(example):
     held = case.statistics["stored"]
     mask = held != 0
     pruned = type(case)(held, case.inputs, case.statistics)
-    solution = rounded(pruned, mask)
+    solution = solved(pruned, "unstructured", 8, mask)
     nearest = dequantize_rows(*quantize_rows(held))
     error = relative_error(held, solution.weight, case.inputs)
     assert error == pytest.approx(solution.error, rel=1e-3)

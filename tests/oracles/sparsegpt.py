@@ -39,6 +39,7 @@ def sparsegpt(
     width = selection_width(text, block_columns)
     held = w if mask is None else w * mask
     peak, peak_column = held.abs().max(1)
+    peak_column[peak == 0] = -1
     peak = torch.where(peak > 0, peak, 1.0).bfloat16().double()
     clearance = torch.full_like(peak, math.inf)
     for i in range(columns):

@@ -51,7 +51,7 @@ class RowColumns:
 
     Attributes:
         peak: the largest of each row, float32 [out]; the scale is this / 127.
-        column: where it is, int64 [out]; it stays there, as ±peak.
+        column: where it is, int64 [out]; it stays there, as ±peak. -1 in a row of zeros.
     """
 
     peak: Tensor
@@ -60,9 +60,9 @@ class RowColumns:
 
     @staticmethod
     def of(columns: Tensor) -> RowColumns:
-        """The grid of weights [in, out]."""
+        """The grid of weights [in, out], zero where pruned."""
         peak, column = columns.abs().max(dim=0)
-        return RowColumns(grid_rows(peak), column)
+        return RowColumns(grid_rows(peak), column.masked_fill_(peak == 0, -1))
 
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
         """Nothing is chosen during the sweep."""

@@ -64,19 +64,20 @@ class OBS(RoundingSolver):
     factorised is an error. As in the released code, the weights of dead columns become zero; they
     score 0, are pruned first, and count as kept where more are dead than the pattern prunes.
 
-    With `bits` 8 the same sweep also rounds the remaining weights: a column becomes Q_:i = s ·
-    clamp(round(W_:i / s), −127, 127) with one scale s for each row, and e counts what rounding
-    changed, e = (W_:i − Q_:i) / U_ii (Frantar et al. 2022, "GPTQ", arXiv:2210.17323, and section
-    3.5 of SparseGPT). s is the largest magnitude of the row / 127, that magnitude rounded to 8
-    significant bits; the weight which has it becomes ±127 s. So the largest weight of a row
-    determines its scale, in any dtype, and `secateur compress --values int8` does not change the
-    row.
+    With `bits`, the least error without a grid is found for the mask when it is known, and a second
+    sweep rounds these weights: e counts what rounding changed, e = (W_:i − Q_:i) / U_ii (Frantar et
+    al. 2022, "GPTQ", arXiv:2210.17323). Section 3.5 of SparseGPT rounds in the sweep that prunes.
+    The fit on the mask is not in the papers; it saves most of the error.
+
+    With `bits` 8, Q_:i = s · clamp(round(W_:i / s), −127, 127) with one scale s for each row. s is
+    the largest magnitude of the row / 127, that magnitude rounded to 8 significant bits; the weight
+    which has it becomes ±127 s. So the largest weight of a row determines its scale, in any dtype,
+    and `secateur compress --values int8` does not change the row.
 
     With `bits` 3 or 4, `group` consecutive weights of a row share a scale (`quantization.groups`).
     It is chosen when the sweep arrives at the group, by the kept weights as they are then, each
-    with importance 1 / U_jj². After the mask is known, the least error without a grid is found for
-    it, a second sweep rounds these weights, and coordinate descent improves integers and scales
-    (`sparsity.rounding`). The last three steps are not in the papers; they save most of the error.
+    with importance 1 / U_jj². The sweep that selects the mask rounds to these grids too. After the
+    second one, coordinate descent improves integers and scales (`sparsity.rounding`).
 
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
@@ -84,7 +85,7 @@ class OBS(RoundingSolver):
         bits: 8 to round to int8 with one scale for each row, 3 or 4 to round in groups; 0 not to
             round.
         group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
-        refit_steps: conjugate-gradient steps on the mask before the second sweep; for 3 and 4 bits.
+        refit_steps: conjugate-gradient steps on the mask before the sweep that rounds.
         descent: passes of coordinate descent after it; for 3 and 4 bits.
 
     Raises:
@@ -169,12 +170,12 @@ class OBS(RoundingSolver):
         else:
             kept = mask.t().contiguous()
         choice = None if mask is not None else Choice(pattern, sparsity)
-        if self.grid:
-            columns = self._on_groups(columns, kept, prepared, choice)
-        else:
-            held = columns if choice else columns.masked_fill(~kept, 0.0)
-            grid = self.rounding.grid(held)
+        target = columns.clone() if self.rounds else columns
+        if choice or not self.rounds:
+            grid = self.rounding.grid(columns) if self.grid else None
             sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
+        if self.rounds:
+            columns = self._rounded(target, kept, prepared)
         solved = columns.t().contiguous()
         return Solution(
             weight=solved,
@@ -193,20 +194,15 @@ class OBS(RoundingSolver):
     def _peak(self, shape: tuple[int, int], squares: int) -> int:
         """The peak where the factorisation takes so many matrices [in, in]."""
         square = float32_bytes((shape[1], shape[1]))
-        copies = 9 if self.grid else 3
+        copies = 9 if self.rounds else 3
         return max(squares * square, square + copies * float32_bytes(shape))
 
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
         """0: linears share all factorisations."""
         return 0.0
 
-    def _on_groups(
-        self, columns: Tensor, kept: Tensor, prepared: PreparedGram, choice: Choice | None
-    ) -> Tensor:
-        """Round [in, out] to 3 or 4 bits; fill `kept` if there is a choice."""
-        target, factor, width = columns.clone(), prepared.factor, self.block_columns
-        if choice:
-            sweep(columns, kept, factor, width, choice, self.rounding.grid(columns))
+    def _rounded(self, target: Tensor, kept: Tensor, prepared: PreparedGram) -> Tensor:
+        """Fit the kept weights to the target [in, out], and round them."""
         diagonal, _ = damped_diagonal(prepared.gram, self.damping)
         scale = diagonal.sqrt()
         hessian = (prepared.gram / scale).div_(scale[:, None])
@@ -214,5 +210,5 @@ class OBS(RoundingSolver):
         dense = target.t() * scale
         fitted = fit_on_mask(dense * kept.t(), dense @ hessian, hessian, kept.t(), self.refit_steps)
         columns = fitted.div_(scale).t().contiguous()
-        self.rounding.hold(columns, target, kept, prepared.gram, diagonal, factor)
+        self.rounding.hold(columns, target, kept, prepared.gram, diagonal, prepared.factor)
         return columns
