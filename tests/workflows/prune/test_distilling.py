@@ -17,6 +17,7 @@ from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.recovery import Distill
+from secateur.sparsity.rounding import kept_weights
 from secateur.workflows.prune.distillation import learn
 from secateur.workflows.prune.learning import Lessons
 from slow import few_families, slow
@@ -59,14 +60,17 @@ def test_a_rounded_model_learns_on_its_grid(family: str, method: str) -> None:
     secateur.prune(taught, **options, distill_epochs=20, distill_learning_rate=3e-3)
     before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
     assert after < 0.7 * before
-    moved = 0
+    moved, back = 0, 0
     for one, two in zip(linears_in(plain), linears_in(taught), strict=True):
-        assert int((two.weight == 0).sum()) >= two.weight.numel() // 2
+        kept = kept_weights(one.weight)
+        assert int(kept.sum()) == kept.numel() // 2
+        assert not two.weight[~kept].any()
+        back += int(two.weight[kept & (one.weight == 0)].count_nonzero())
         codes, scales = grid.quantize(one.weight)
         again = grid.codes(two.weight, scales)
         assert torch.equal(grid.dequantize(again, scales), two.weight)
         moved += int((again != codes).sum())
-    assert moved > 0
+    assert moved > back > 0
 
 
 def linears_in(model) -> list[Linear]:

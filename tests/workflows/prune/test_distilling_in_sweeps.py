@@ -20,8 +20,10 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
+from secateur.sparsity.rounding import kept_weights
 from secateur.training.masks import Masks
 from secateur.workflows.prune import streamed_distillation
+from secateur.workflows.prune.sweeps import Sweeps
 from slow import slow, slow_but
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -36,7 +38,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few steps would have sweeps over one window."""
-    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 1)
+    monkeypatch.setattr("secateur.workflows.prune.streamed_distillation.FEWEST_SWEEPS", 1)
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_layers_with_values_of_each_token_learn_too(
 def test_a_training_has_eight_sweeps_or_more(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 8)
+    monkeypatch.setattr("secateur.workflows.prune.streamed_distillation.FEWEST_SWEEPS", 8)
     folder = save_tiny(tmp_path / "model")
     options = {**OPTIONS, "distill_epochs": 3, "calibration": str(file)}  # 18 steps
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=16)
@@ -254,6 +256,27 @@ def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, step
     assert told == again.manifest["distillation"]
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_trials_of_a_rate_have_sweeps_as_large_as_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed_distillation, "FEWEST_SWEEPS", 8)
+    sizes: dict[str, set[int]] = {}
+    sweep = Sweeps.sweep
+
+    def noting(self: Sweeps, done: list[float], size: int) -> list[float]:
+        sizes.setdefault(self.label, set()).add(size)
+        return sweep(self, done, size)
+
+    monkeypatch.setattr(Sweeps, "sweep", noting)
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(8, 24), file)
+    secateur.prune(
+        save_tiny(tmp_path / "model"), output=tmp_path / "out", calibration=str(file),
+        distill_sweep_windows=16, **{**OPTIONS, "distill_learning_rate": None},
+    )  # fmt: skip
+    assert sizes == {"choosing the learning rate": {2}, "distilling": {2}}  # 16 steps, trials of 4
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10,
@@ -344,7 +367,7 @@ def test_rounded_weights_learn_on_their_grid_in_sweeps(tmp_path: Path, file: Pat
                "method_parameters": {"bits": 4, "group": 32}}  # fmt: skip
     secateur.prune(folder, output=tmp_path / "plain", **{**options, "distill_epochs": 0})
     secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=4)
-    grid, moved = GroupGrid(4, 32), 0
+    grid, moved, back = GroupGrid(4, 32), 0, 0
     before, after = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
     for name in before:
         if name.endswith("proj.weight"):
@@ -352,6 +375,10 @@ def test_rounded_weights_learn_on_their_grid_in_sweeps(tmp_path: Path, file: Pat
             again = grid.codes(after[name], scales)
             assert torch.equal(grid.dequantize(again, scales), after[name]), name
             moved += int((again != codes).sum())
-    assert moved > 0
+            kept = kept_weights(before[name])
+            assert int(kept.sum()) == kept.numel() // 2
+            assert not after[name][~kept].any()
+            back += int(after[name][kept & (before[name] == 0)].count_nonzero())
+    assert moved > back > 0
     told = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
     assert told["distillation"]["sweep_windows"] == 4

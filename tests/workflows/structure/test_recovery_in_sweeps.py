@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few steps would have sweeps over one window."""
-    monkeypatch.setattr("secateur.workflows.prune.sweeps.FEWEST_SWEEPS", 1)
+    monkeypatch.setattr("secateur.workflows.prune.streamed_distillation.FEWEST_SWEEPS", 1)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ that lost little, because Adam moves every weight by about the rate, however sma
 It also depends on the number of steps. The noise of the gradients moves every weight once by about
 the rate, and this harm does not grow with the steps. What is learned grows by the rate in each
 step. So the best rate of S steps is about S/T times that of T steps (docs/methods/distillation.md).
+
+In sweeps (`sweeps.py`) the trials have sweeps over as many windows as the training.
 """
 
 from __future__ import annotations

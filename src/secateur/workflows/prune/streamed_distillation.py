@@ -55,6 +55,10 @@ TRAINING = "training"
 TRIED = "tried.json"
 """The file with the losses of finished trials, by rate."""
 
+FEWEST_SWEEPS = 8
+"""The fewest sweeps of a training. With fewer, the steps of a layer know too little of the others:
+two sweeps over 24 windows each made a tiny model worse."""
+
 
 class StreamedDistillation:
     """One distillation in sweeps.
@@ -65,7 +69,7 @@ class StreamedDistillation:
         learning: numbers of the layers that learn.
         pupil: see `Scholar`.
         lessons: the windows, and how to learn.
-        size: number of windows in a sweep.
+        size: number of windows in a sweep; at most an eighth of the steps are taken.
         work: folder of the state.
         progress: receives every step.
         trust_remote_code: whether code from the smaller model's folder may run.
@@ -92,10 +96,12 @@ class StreamedDistillation:
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
         )
-        self.windows, self.how, self.size = lessons.windows, lessons.how, size
+        self.windows, self.how = lessons.windows, lessons.how
         self.work, self.progress = work, progress
         self.device, self.count = dense.device, len(dense.layers)
         self.steps, self.batches = lessons.steps, lessons.batches
+        # Trials have this size too: they must judge a rate with gradients as old as it will meet.
+        self.size = min(size, max(1, self.steps // FEWEST_SWEEPS))
         work.mkdir(parents=True, exist_ok=True)
 
     def learn_into(self, target: Target) -> dict[str, float]:
@@ -116,7 +122,7 @@ class StreamedDistillation:
         scholar = self.scholar()
         rate = self.how.peak_learning_rate or self.chosen_rate(scholar)
         sweeps = self.sweeps(scholar, self.batches, self.steps, rate, TRAINING, "distilling")
-        told = {"learning_rate": rate, "sweep_windows": float(sweeps.size)}
+        told = {"learning_rate": rate, "sweep_windows": float(self.size)}
         return {**summary(sweeps.run()), **told}
 
     # -- the dense model -------------------------------------------------------------------------

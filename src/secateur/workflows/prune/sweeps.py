@@ -49,10 +49,6 @@ from secateur.workflows.prune.learning import Pupil
 
 __all__ = ["Scholar", "Sweeps", "layer_state"]
 
-FEWEST_SWEEPS = 8
-"""The fewest sweeps of a training. With fewer, the steps of a layer know too little of the others:
-two sweeps over 24 windows each made a tiny model worse."""
-
 LOSSES = "losses.json"
 """The file with the losses of all finished sweeps, one for each step."""
 
@@ -140,7 +136,7 @@ class Sweeps:
         scholar: the model.
         batches: the window of each step.
         plan: number of steps, and the course of the learning rate.
-        size: number of windows in a sweep; at most an eighth of the steps are taken.
+        size: number of windows in a sweep.
         folder: of its files. Weights and moments of a layer are in one file, with the number of
             steps that the layer has done.
         progress: receives every step.
@@ -158,8 +154,7 @@ class Sweeps:
         label: str,
     ) -> None:
         self.scholar, self.batches, self.plan = scholar, batches, plan
-        self.size = min(size, max(1, plan.steps // FEWEST_SWEEPS))
-        self.folder, self.progress, self.label = folder, progress, label
+        self.size, self.folder, self.progress, self.label = size, folder, progress, label
         self.target, self.learning = scholar.target, set(scholar.learning)
         self.device, self.count = scholar.target.device, len(scholar.target.layers)
         self.clip = plan.clip / math.sqrt(len(self.learning))
