@@ -14,11 +14,13 @@ import transformers
 import secateur
 from gguf_models import assert_alike, byte_level, save
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-from secateur.exporting.gguf.blocks import exact_q4_0
+from secateur.exporting.gguf.blocks import dequantized, stored_blocks
 from secateur.exporting.gguf.byte_level import split_rules
 from secateur.quantization.groups import GroupGrid
 from trained import source_text
 from zoo import SIZES
+
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +135,42 @@ def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_pa
 def test_blocks_of_q4_0_by_hand() -> None:
     weight = torch.zeros(1, 32)
     weight[0, 0], weight[0, 1], weight[0, 16] = 3.5, -0.5, 1.0
-    (row,) = exact_q4_0(weight)
+    (row,) = stored_blocks(weight, Q4_0)
     assert row[:2].view(np.float16)[0] == 0.5
     assert row[2] == (7 + 8) | (2 + 8) << 4
     assert row[3] == (-1 + 8) | 8 << 4
     assert set(row[4:]) == {8 | 8 << 4}
 
 
-def test_what_is_on_no_grid_is_left_to_gguf() -> None:
-    assert exact_q4_0(torch.randn(2, 32)) is None
-    assert exact_q4_0(torch.zeros(2, 33)) is None
+def test_blocks_on_no_grid_are_rounded_by_gguf_and_the_others_are_exact() -> None:
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
     grid = GroupGrid(4, 32)
-    tiny = grid.dequantize(*grid.quantize(torch.full((1, 32), 2.0**-20)))
-    assert exact_q4_0(tiny) is None  # float16 has no such scale
+    weight[:, 32:64] = grid.dequantize(*grid.quantize(weight[:, 32:64]))
+    weight[3, 64:] = 0
+    found = dequantized(stored_blocks(weight, Q4_0), Q4_0)
+    theirs = dequantized(gguf.quants.quantize(weight.numpy(), Q4_0), Q4_0)
+    assert torch.equal(found[:, 32:64], weight[:, 32:64])
+    assert not torch.equal(theirs[:, 32:64], weight[:, 32:64])
+    assert torch.equal(found[:, :32], theirs[:, :32])
+    assert torch.equal(found[:, 64:], theirs[:, 64:])
+
+
+@pytest.mark.parametrize("power", [-20, -15, 0, 12, 15])
+def test_scales_of_q4_0_down_to_the_small_ones_of_float16(power: int) -> None:
+    mantissas = 1 + torch.arange(16) / 16  # all five bits
+    codes = torch.tensor([7.0, -7, 1, 0, 3, -5, 6, -2]).repeat(4)
+    weight = torch.ldexp(mantissas[:, None] * codes, torch.tensor(power))
+    assert torch.equal(dequantized(stored_blocks(weight, Q4_0), Q4_0), weight)
+
+
+@pytest.mark.parametrize("power", [-22, 16])
+def test_a_scale_that_float16_lacks_spoils_only_its_block(power: int) -> None:
+    weight = torch.tensor([7.0, -7, 1, 0, 3, -5, 6, -2]).repeat(2, 8)
+    weight[0, :32] *= 2.0**power * (1 + 1 / 16)
+    found = dequantized(stored_blocks(weight, Q4_0), Q4_0)
+    assert not torch.equal(found[0, :32], weight[0, :32])
+    assert torch.equal(found[0, 32:], weight[0, 32:])
+    assert torch.equal(found[1], weight[1])
 
 
 def test_odd_rows_are_float16_and_the_note_says_so(tokenizer, tmp_path: Path) -> None:

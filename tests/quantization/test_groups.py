@@ -57,6 +57,29 @@ def test_the_search_finds_the_best_scale_there_is(bits):
         assert errors[scale] == pytest.approx(min(errors.values()), rel=1e-5)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("power", [-117, -70, 60, 122])
+def test_tiny_and_huge_weights_get_the_scales_that_others_get(bits, power):
+    weight, grid = random_weight(6, 96, 3), GroupGrid(bits, 32)
+    importance = torch.rand(6, 96, generator=torch.Generator().manual_seed(4))
+    moved = torch.ldexp(weight, torch.tensor(power))
+    assert torch.isfinite(moved).all()
+    for how in (None, importance):
+        scales = grid.search(weight, how).values
+        assert torch.equal(grid.search(moved, how).values, torch.ldexp(scales, torch.tensor(power)))
+    assert torch.equal(grid.quantize(moved)[0], grid.quantize(weight)[0])
+
+
+def test_float16_holds_every_weight_of_scales_in_its_range():
+    codes = torch.arange(-7.0, 8.0)
+    for power in range(-20, 13):
+        weights = torch.ldexp((1 + torch.arange(16) / 16)[:, None] * codes, torch.tensor(power))
+        assert torch.equal(weights.half().float(), weights)
+    for power in (-21, 13):
+        weights = torch.ldexp((1 + torch.arange(16) / 16)[:, None] * codes, torch.tensor(power))
+        assert not torch.equal(weights.half().float(), weights)
+
+
 def test_the_largest_of_a_row_sets_its_exponent_and_small_groups_round_to_the_smallest_scale():
     weight = torch.tensor([[1.0] * 32 + [2.0**-30] * 32])
     grid = GroupGrid(4, 32)

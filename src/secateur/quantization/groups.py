@@ -5,8 +5,8 @@
 
 So a scale is one byte c, and each row has one exponent e. There is no zero point: a zero is exactly
 the integer 0. A scale has 5 significant bits and q at most 3, so s · q has at most 8 and is exact
-in bfloat16, float16 and float32. A matrix on such a grid therefore needs no other record of its
-scales: `quantize` finds them again, and changes nothing.
+in bfloat16 and float32, and in float16 if 2⁻²⁰ ≤ s < 2¹³. A matrix on such a grid therefore needs
+no other record of its scales: `quantize` finds them again, and changes nothing.
 """
 
 from __future__ import annotations
@@ -175,6 +175,12 @@ class GroupGrid:
             out.round_().clamp_(-self.largest, self.largest).mul_(s)
         return result
 
+    def clipped(self, weight: Weight, scale: Tensor) -> Tensor:
+        """Where |round(w / s)| is above the largest integer, bool [out, in]; s is [out, groups]."""
+        ends = ((self.largest + 0.5) * scale).split(1, dim=1)
+        parts = zip(weight.split(self.group, dim=1), ends, strict=True)
+        return torch.cat([part.abs() > end for part, end in parts], dim=1)
+
     def search(
         self, weight: Weight, importance: Tensor | None = None, exponent: Tensor | None = None
     ) -> Scales:
@@ -194,11 +200,14 @@ class GroupGrid:
             weights = self._grouped(importance.float().expand(weight.shape))
         reached = grouped.abs().amax(dim=2) / self.largest
         top = Scales.nearest(reached * LARGEST_TRIED, exponent)
+        # Squares of float32 weights below 1e-22 or above 1e19 would be 0 or infinite.
+        unit = torch.ldexp(torch.ones_like(top.values), top.values.frexp().exponent - 1)[:, :, None]
+        grouped = grouped / unit
         best, least = top, torch.full(top.code.shape, torch.inf, device=weight.device)
         for below in range(TRIED):
             code = (top.code.int() - below).clamp_min(0).to(torch.uint8)
             tried = Scales(top.exponent, code)
-            scale = tried.values[:, :, None]
+            scale = tried.values[:, :, None] / unit
             rounded = (grouped / scale).round_().clamp_(-self.largest, self.largest).mul_(scale)
             lost = rounded.sub_(grouped).square_()
             error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
@@ -207,29 +216,19 @@ class GroupGrid:
             best = Scales(top.exponent, torch.where(better, code, best.code))
         return best
 
-    def _quantize(self, weight: Weight) -> tuple[Tensor, Scales]:
-        """`quantize` for some rows."""
-        values = weight.float()
-        if not torch.isfinite(values).all():
-            odd = int((~torch.isfinite(values)).sum())
-            raise NumericalError(
-                f"{odd} of {values.numel()} weights are NaN or infinite and cannot be "
-                f"int{self.bits}",
-                remedy="store this model with floating-point values, or find their source",
-            )
-        grouped = self._grouped(values)
-        found, on_grid = self._recovered(grouped)
-        if not on_grid.all():
-            found = torch.where(on_grid, found, self.search(values).values)
-        scales = Scales.nearest(found)
-        return self.codes(values, scales), scales
-
-    def _recovered(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales of groups [out, groups, group] that are on a grid, and which these are.
+    def recovered(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        """The scales of the groups that are on a grid, and which these are.
 
         Several scales can represent a group. It takes the largest of them that is not above the
         highest octave that the row needs, so that small groups stay within the octaves below it.
+
+        Args:
+            weight: float32 [out, in].
+
+        Returns:
+            The scales, float32 [out, groups], 0 for a group of zeros; and bool [out, groups].
         """
+        grouped = self._grouped(weight)
         peak = grouped.abs().amax(dim=2)
         fitting, least, on_grid = [], torch.zeros_like(peak), peak == 0
         for step in range(self.largest, 0, -1):  # from small scales to large ones
@@ -244,6 +243,22 @@ class GroupGrid:
         for fits, tried in fitting:
             scale = torch.where(fits & (tried.frexp().exponent <= needed), tried, scale)
         return scale, on_grid
+
+    def _quantize(self, weight: Weight) -> tuple[Tensor, Scales]:
+        """`quantize` for some rows."""
+        values = weight.float()
+        if not torch.isfinite(values).all():
+            odd = int((~torch.isfinite(values)).sum())
+            raise NumericalError(
+                f"{odd} of {values.numel()} weights are NaN or infinite and cannot be "
+                f"int{self.bits}",
+                remedy="store this model with floating-point values, or find their source",
+            )
+        found, on_grid = self.recovered(values)
+        if not on_grid.all():
+            found = torch.where(on_grid, found, self.search(values).values)
+        scales = Scales.nearest(found)
+        return self.codes(values, scales), scales
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """Rows [out, groups, group], the last group filled with zeros."""

@@ -1,8 +1,8 @@
 """Blocks of GGUF: how a matrix is stored in each type.
 
-A matrix that is on an int4 grid already (`quantization.groups`) is stored in Q4_0 without any
-change: its scales have 5 significant bits, which float16 holds, and |q| ≤ 7 fits in −8 … 7. All
-other matrices are rounded as llama.cpp rounds them, by the package gguf.
+A block that is on an int4 grid already (`quantization.groups`) is stored in Q4_0 without a change:
+its scale has 5 significant bits, which float16 holds between 2⁻²⁰ and 65504, and |q| ≤ 7 fits in
+−8 … 7. All other blocks are rounded as llama.cpp rounds them, by the package gguf.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.models.checkpoint import CheckpointReader
-from secateur.quantization.groups import GROUPS, GroupGrid
+from secateur.quantization.groups import AT_ONCE, GroupGrid
 from secateur.runtime.dense_view import DenseView
 
 __all__ = [
@@ -54,8 +54,6 @@ NEAREST = MappingProxyType(
 )
 """The type for stored values: exact for floats and, where it is on a grid of groups, for int4."""
 
-FLOAT16_NORMAL = float(np.finfo(np.float16).smallest_normal)
-
 
 def bytes_per_row(columns: int, type: Q) -> int:
     """The bytes of a row of so many weights."""
@@ -85,9 +83,8 @@ def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
     """
     values = weight.float()
     if type == Q.Q4_0:
-        exact = exact_q4_0(values.flatten(0, -2))
-        if exact is not None:
-            return exact.reshape(*weight.shape[:-1], -1)
+        rows = values.flatten(0, -2).split(max(1, AT_ONCE // values.shape[-1]))
+        return np.concatenate([q4_0(part) for part in rows]).reshape(*weight.shape[:-1], -1)
     return gguf.quants.quantize(values.numpy(), type)
 
 
@@ -97,24 +94,24 @@ def dequantized(stored: np.ndarray, type: Q) -> Tensor:
     return torch.from_numpy(found if found.flags.writeable else found.copy())  # a view of a file
 
 
-def exact_q4_0(values: Tensor) -> np.ndarray | None:
-    """A float32 matrix on an int4 grid as blocks of Q4_0; None if it is on none.
+def q4_0(values: Tensor) -> np.ndarray:
+    """A float32 matrix as blocks of Q4_0, exact where a block is on an int4 grid.
 
     A block is the scale d, float16, and 16 bytes: byte j holds q + 8 of weight j in its lower half
     and of weight j + 16 in its upper half. The weight is d · q.
     """
-    rows, columns = values.shape
-    if columns % BLOCK:
-        return None
-    grid = GroupGrid(4, min(GROUPS))  # groups of 64 and 128 are groups of 32 with equal scales
-    codes, scales = grid.quantize(values)
-    scale = scales.values.masked_fill_(codes.view(rows, -1, BLOCK).count_nonzero(2) == 0, 1.0)
-    small, large = float(scale.min()), float(scale.max())
-    if small < FLOAT16_NORMAL or large > torch.finfo(torch.float16).max:
-        return None
-    if not torch.equal(grid.dequantize(codes, scales), values):
-        return None
-    shifted = (codes.view(rows, -1, BLOCK) + 8).to(torch.uint8)
+    rows = len(values)
+    blocks = values.reshape(rows, -1, BLOCK)
+    scale, _ = GroupGrid(4, BLOCK).recovered(values)  # larger groups are some with equal scales
+    scale = scale.masked_fill(scale == 0, 1.0).half()[:, :, None]
+    codes = (blocks / scale).round_().clamp_(-8, 7)
+    exact = (codes * scale == blocks).all(dim=2)
+    shifted = (codes + 8).to(torch.uint8)
     packed = shifted[:, :, : BLOCK // 2] | (shifted[:, :, BLOCK // 2 :] << 4)
-    heads = scale.to(torch.float16)[:, :, None].view(torch.uint8)
-    return torch.cat([heads, packed], dim=2).reshape(rows, -1).numpy()
+    stored = torch.cat([scale.view(torch.uint8), packed], dim=2)
+    other = ~exact.all(dim=1)
+    if other.any():
+        rounded = torch.from_numpy(gguf.quants.quantize(values[other].numpy(), Q.Q4_0))
+        places = exact[other][:, :, None]
+        stored[other] = stored[other].where(places, rounded.view(len(rounded), -1, 2 + BLOCK // 2))
+    return stored.reshape(rows, -1).numpy()
