@@ -6,12 +6,16 @@
 
 The error of any X with these zeros is that of X* plus tr((X − X*) H (X − X*)ᵀ). So the sweep can
 start from X*, where pruning is made up for already, and only rounding is left to make up for.
+
+A kept weight may round to 0. On a grid of groups it is stored as −0, and a pruned one as +0: so a
+training that begins from the rounded weights holds only what was pruned (`kept_weights`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, RecipeError
@@ -20,8 +24,9 @@ from secateur.quantization.groups import BITS, GROUPS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns
 from secateur.sparsity.column_sweep import sweep
 from secateur.sparsity.patterns import Pattern
+from secateur.types import Mask, Weight
 
-__all__ = ["Rounding", "RoundingSolver"]
+__all__ = ["Rounding", "RoundingSolver", "kept_weights", "mark_kept"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,26 @@ class Rounding:
         sweep(start, kept, factor, grid=grid)
         if isinstance(grid, GroupColumns):
             descend(start, grid, target, kept, gram, diagonal, self.descent)
+            mark_kept(start, kept)
+
+
+def mark_kept(weight: Weight, kept: Mask) -> None:
+    """Make the zeros of a rounded weight −0 where it is kept and +0 where it is pruned, in place.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.rounding import kept_weights, mark_kept
+        >>> weight = torch.tensor([[0.5, 0.0, 0.0]])
+        >>> mark_kept(weight, torch.tensor([[True, True, False]]))
+        >>> kept_weights(weight.bfloat16())
+        tensor([[ True,  True, False]])
+    """
+    weight.masked_fill_(weight == 0, 0.0).masked_fill_((weight == 0) & kept, -0.0)
+
+
+def kept_weights(weight: Weight) -> Mask:
+    """The mask of a weight from `mark_kept`: its nonzero values and its −0."""
+    return (weight != 0) | torch.signbit(weight)
 
 
 class RoundingSolver:

@@ -340,7 +340,8 @@ class LayerPass:
         for linear in self.pruned:
             shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
             task = self.context.tasks[linear.name]
-            found.append(TunedWeight(linear, shadow, norm, task.method.pattern, task.sparsity))
+            pattern, on_grid = task.method.pattern, bool(task.method.solver.grid)
+            found.append(TunedWeight(linear, shadow, norm, pattern, task.sparsity, on_grid))
         return found
 
     def rounded_weights(self) -> list[RoundedWeight]:

@@ -24,6 +24,7 @@ from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.rounding import kept_weights
 
 # Steps between new masks, and the part of the tuning in which masks change.
 _CHOOSE_EVERY = 4
@@ -101,6 +102,7 @@ class TunedWeight:
         norm: ‖x̂‖₂ of each input, float32 [in].
         pattern: which zeros are allowed.
         sparsity: the fraction of zeros.
+        on_grid: whether it is rounded, so that a kept weight may be 0.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class TunedWeight:
         norm: Tensor,
         pattern: Pattern,
         sparsity: float,
+        on_grid: bool,
     ) -> None:
         self.linear, self.norm = linear, norm
         self.pattern, self.sparsity = pattern, sparsity
         self.parameter = linear.module.get_parameter("weight")
-        self.mask = self.parameter.detach() != 0
+        weight = self.parameter.detach()
+        self.mask = kept_weights(weight) if on_grid else weight != 0
         self.full = None if shadow is None else self.turned(shadow)
 
     def turned(self, matrix: Tensor) -> Tensor:

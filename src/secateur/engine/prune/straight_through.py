@@ -1,14 +1,17 @@
 """Training on a grid: the forward sees rounded weights, the gradient goes straight through.
 
-    ŵ = s · clamp(round(w / s), −largest, largest)          ∂loss/∂w := ∂loss/∂ŵ
+    ŵ = s · clamp(round(w / s), −largest, largest)
+    ∂loss/∂w := ∂loss/∂ŵ   where |round(w / s)| ≤ largest, else 0
 
 The optimizer moves w, in float32. A step smaller than the grid's is not lost: it adds up until w
-rounds to the next integer. The scales s are held. Masks are not the business of this module: a
-weight that is zero rounds to zero.
+rounds to the next integer. Beyond the ends of the grid w has no effect, so nothing moves it further
+away. The scales s are held. Masks are not the business of this module: a weight that is zero rounds
+to zero, and the sign of the zero says whether it is kept (`sparsity.rounding`).
 
-Paper: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for
-Conditional Computation", arXiv:1308.3432; for language models Liu et al. 2023, "LLM-QAT",
-arXiv:2305.17888.
+Papers: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for
+Conditional Computation", arXiv:1308.3432; Esser et al. 2020, "Learned Step Size Quantization",
+arXiv:1902.08153, for the gradient beyond the ends, but s is not learned; for language models Liu et
+al. 2023, "LLM-QAT", arXiv:2305.17888.
 """
 
 from __future__ import annotations
@@ -22,22 +25,26 @@ from torch import Tensor, nn
 
 from secateur.models.architecture import Linear
 from secateur.quantization.groups import GroupGrid
+from secateur.sparsity.rounding import kept_weights, mark_kept
 
 __all__ = ["RoundedWeight", "RoundedWeights"]
 
 
 class StraightThrough(torch.autograd.Function):
-    """Rounds in the forward, and is the identity in the backward."""
+    """Rounds in the forward; in the backward it is the identity within the grid, and 0 beyond."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rounded: RoundedWeight) -> Tensor:
         """The rounded weight."""
+        ctx.save_for_backward(weight)
+        ctx.rounded = rounded
         return rounded.nearest(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient of the rounded weight."""
-        return gradients[0], None
+        """The gradient of the rounded weight, without that of clipped weights."""
+        (weight,) = ctx.saved_tensors
+        return gradients[0].masked_fill(ctx.rounded.clipped(weight), 0.0), None
 
 
 class RoundedWeight:
@@ -59,11 +66,19 @@ class RoundedWeight:
             return self.grid.nearest(weight.t(), self.scale).t()
         return self.grid.nearest(weight, self.scale)
 
+    def clipped(self, weight: Tensor) -> Tensor:
+        """Where a weight in the module's orientation lies beyond the ends of the grid, bool."""
+        if self.linear.transposed:
+            return self.grid.clipped(weight.t(), self.scale).t()
+        return self.grid.clipped(weight, self.scale)
+
     @torch.no_grad()
     def settle(self) -> None:
         """Round the parameter itself."""
         parameter = self.linear.module.get_parameter("weight")
+        kept = kept_weights(parameter)
         parameter.copy_(self.nearest(parameter))
+        mark_kept(parameter, kept)
 
     @contextmanager
     def in_forwards(self) -> Iterator[None]:

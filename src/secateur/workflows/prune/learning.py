@@ -25,6 +25,7 @@ from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
+from secateur.sparsity.rounding import kept_weights
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
@@ -117,13 +118,22 @@ class Pupil:
         starts = tuple(f"{target.architecture.layer_name(index)}." for index in layers)
         own = {name: task for name, task in tasks.items() if name.startswith(starts)}
         trained = [name for index in layers for name in trainable_names(target, index)]
-        pruned = [f"{name}.weight" for name, task in own.items() if task.sparsity > 0]
         grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
+        weights = {
+            name: model.get_parameter(f"{name}.weight").detach()
+            for name, task in own.items()
+            if task.sparsity > 0
+        }
         return cls(
             model,
             frozenset(trained),
             hidden_size(target.model),
-            Masks({name: model.get_parameter(name).detach() != 0 for name in pruned}),
+            Masks(
+                {
+                    f"{name}.weight": kept_weights(x) if grids.get(name) else x != 0
+                    for name, x in weights.items()
+                }
+            ),
             RoundedWeights(
                 RoundedWeight(Linear(name, model.get_submodule(name)), grid)
                 for name, grid in grids.items()
