@@ -90,7 +90,7 @@ class LayerCut:
     experts: Tensor | None
 
 
-HEAD_NORMS = {
+READ_BY = {
     "q_proj": ("q_norm", "query_layernorm", "qk_norm"),
     "k_proj": ("k_norm", "key_layernorm", "qk_norm"),
 }
@@ -243,7 +243,7 @@ class Editor:
             kept: its entries that stay, -1 for zeros; None = all.
         """
         attention, _, linear = name.rpartition(".")
-        norms = (find(self.model, f"{attention}.{norm}") for norm in HEAD_NORMS.get(linear, ()))
+        norms = (find(self.model, f"{attention}.{norm}") for norm in READ_BY.get(linear, ()))
         norm: Any = next((x for x in norms if x is not None and is_rms_norm(x)), None)
         if norm is None:
             return 1.0
