@@ -94,8 +94,8 @@ class Registry(Generic[T]):
         """The name of a part with its parameters, for people.
 
         Example:
-            >>> from secateur.sparsity.solvers import solvers
-            >>> solvers.describe(solvers["obs"](damping=0.01))
+            >>> from secateur.sparsity.scores import scores
+            >>> scores.describe(scores["obs"](damping=0.01))
             'obs, damping 0.01'
         """
         self._load()
