@@ -107,7 +107,7 @@ def store(args: argparse.Namespace, row: str, output: Path) -> None:
     calibration: dict[str, Any] = {}
     if values["values"] in ("int8", "int4"):
         calibration = {"calibration": windows_file(args, 0, args.work)}
-    secateur.compress(folder, output=output, **values, **calibration)
+    secateur.compress(folder, output=output, resume=True, **values, **calibration)
 
 
 def file_bytes(path: Path) -> int:

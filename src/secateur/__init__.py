@@ -18,6 +18,7 @@ from secateur.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from secateur.errors import SecateurError
+    from secateur.progress import ProgressBar
     from secateur.runtime.kernels.library import kernel_info
     from secateur.runtime.load import load
     from secateur.runtime.semi_structured.load import load_semi_structured
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.generate import generate
     from secateur.workflows.judge.inspect import inspect
     from secateur.workflows.prune.checkpoint import plan
+    from secateur.workflows.prune.composition import methods
     from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.push import push
     from secateur.workflows.report import report
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ProgressBar",
     "SecateurCallback",
     "SecateurError",
     "SweepPlan",
@@ -74,6 +77,7 @@ __all__ = [
     "load",
     "load_semi_structured",
     "merge",
+    "methods",
     "plan",
     "prune",
     "push",
@@ -87,6 +91,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "ProgressBar": "secateur.progress",
     "SecateurCallback": "secateur.workflows.train.callback",
     "SecateurError": "secateur.errors",
     "SweepPlan": "secateur.workflows.sweep.plan",
@@ -108,6 +113,7 @@ HOMES = {
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
+    "methods": "secateur.workflows.prune.composition",
     "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
     "push": "secateur.workflows.push",

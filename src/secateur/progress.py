@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import sys
+from typing import Any, Protocol
 
-__all__ = ["Labelled", "Progress", "Silent"]
+__all__ = ["Labelled", "Progress", "ProgressBar", "Silent", "listener"]
 
 
 class Progress(Protocol):
@@ -34,6 +35,43 @@ class Silent:
 
     def finish(self) -> None:
         """Ignore."""
+
+
+class ProgressBar:
+    """Shows a bar for every stage, in a notebook and on a terminal.
+
+    Example: `secateur.prune(model, sparsity=0.5, progress=secateur.ProgressBar())`.
+    """
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def start(self, label: str, steps: int) -> None:
+        """A stage begins; a stage of one step shows only its time."""
+        from tqdm import tqdm  # plain, not its widgets: they need a package of their own
+
+        self.finish()
+        self.bar = tqdm(total=steps if steps > 1 else None, desc=label, file=sys.stderr)
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Some steps are done."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+
+    def finish(self) -> None:
+        """The stage is over."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def listener(progress: Progress | None) -> Progress:
+    """Who hears of the steps of a call: what the caller gave, else a bar in a notebook."""
+    if progress is not None:
+        return progress
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return ProgressBar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
 
 
 class Labelled:

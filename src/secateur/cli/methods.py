@@ -15,10 +15,9 @@ __all__ = ["methods"]
 
 def run(recipe: MethodsRecipe) -> MethodsResult:
     """List them."""
-    from secateur.recipes.presets import presets
-    from secateur.reporting.results.methods import MethodsResult
+    from secateur.workflows.prune.composition import methods
 
-    return MethodsResult({name: presets[name] for name in presets})
+    return methods()
 
 
 methods = command("methods", run)

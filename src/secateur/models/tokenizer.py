@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -15,6 +15,7 @@ else:
 __all__ = [
     "Tokenizer",
     "load_tokenizer",
+    "own_tokenizer",
     "start_tokens",
     "start_tokens_of",
     "text_tokens",
@@ -68,6 +69,38 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
                 remedy="copy the tokenizer's files of the original model again"
                 + ("" if trust_remote_code else "; if it needs its own code, trust_remote_code"),
             ) from error
+
+
+def own_tokenizer(model: Any) -> Tokenizer:
+    """The tokenizer of a loaded model, found by the name that its configuration holds.
+
+    Args:
+        model: a model of transformers; `config.name_or_path` is the folder or hub id it came from.
+
+    Raises:
+        RecipeError: the name is empty, or there is no tokenizer at this place.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not name:
+        why = "its configuration does not say where it came from"
+    elif Path(name).is_dir():
+        if has_tokenizer(Path(name)):
+            return load_tokenizer(Path(name))
+        why = f"{name}, where it came from, has none"
+    else:
+        from transformers import AutoTokenizer
+
+        from secateur.models.skeleton import quiet_transformers
+
+        with quiet_transformers():
+            try:
+                return AutoTokenizer.from_pretrained(name)
+            except Exception as error:  # of the hub, of the network, of each tokenizer class
+                why = f"none could be had from {name!r}: {type(error).__name__}"
+    raise RecipeError(
+        f"a loaded model needs its tokenizer to read text, and {why}",
+        remedy="pass tokenizer=AutoTokenizer.from_pretrained(...)",
+    )
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -21,6 +21,8 @@ __all__ = ["plain", "python_type", "recipe_of", "takes_options_of", "type_text"]
 P, R = ParamSpec("P"), TypeVar("R")
 
 INDENT, WIDTH = " " * 8, 100
+CALIBRATION_TEXT = "calibration"
+"""The option that also takes the texts themselves, as a list."""
 
 
 def takes_options_of(
@@ -66,7 +68,8 @@ def parameter_of(option: Option) -> inspect.Parameter:
 
 def python_type(option: Option) -> Any:
     """The type that Python code may pass for an option."""
-    return widened(option.type, str | Path if option.is_path else str)
+    kind = widened(option.type, str | Path if option.is_path else str)
+    return kind | Sequence[str] if option.name == CALIBRATION_TEXT else kind
 
 
 def widened(kind: Any, text: Any) -> Any:
@@ -113,6 +116,10 @@ def recipe_of(
         RecipeError: listing every fault.
     """
     given = {k: plain(v) for k, v in {**values, **options}.items() if v is not None}
+    if isinstance(given.get(CALIBRATION_TEXT), list | tuple):
+        from secateur.calibration.documents import keep_texts
+
+        given[CALIBRATION_TEXT] = str(keep_texts(given[CALIBRATION_TEXT]))
     run = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
     spelled = {option.path: option.name for option in options_of(kind)}
     return build_recipe(kind, nested(kind, given), spelled=spelled), run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "Line",
     "Table",
     "gib",
+    "html",
     "mib",
     "next_steps",
     "not_pruned",
@@ -86,6 +88,21 @@ class Table:
             drawn.add_row(*(Text(cell) for cell in row), style=style or None)
         return drawn
 
+    def html(self) -> str:
+        """The table as HTML, without styles of its own."""
+
+        def cells(tag: str, row: Sequence[str]) -> str:
+            sides = ["left"] * self.numbers + ["right"] * (len(row) - self.numbers)
+            return "".join(
+                f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
+                for side, cell in zip(sides, row, strict=False)
+            )
+
+        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        head = f"<thead><tr>{cells('th', self.columns)}</tr></thead>" if any(self.columns) else ""
+        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
+        return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -127,6 +144,22 @@ def plain_text(blocks: Iterable[Block]) -> str:
         blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
     )
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def html(blocks: Iterable[Block]) -> str:
+    """Blocks as HTML: tables, and lines between them as paragraphs that keep their breaks."""
+    parts: list[str] = []
+    lines: list[str] = []
+    for block in [*blocks, None]:
+        if isinstance(block, Line):
+            lines.append(escape(block.text))
+            continue
+        if text := "\n".join(lines).strip("\n"):
+            parts.append(f'<p style="white-space: pre-wrap">{text}</p>')
+        lines = []
+        if block is not None:
+            parts.append(block.html())
+    return "\n".join(parts)
 
 
 def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> list[Block]:

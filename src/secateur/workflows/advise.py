@@ -21,7 +21,7 @@ from secateur.models.hub import download_model
 from secateur.models.names import hub_name, kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.advise import AdviseRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
@@ -52,7 +52,7 @@ def advise(model: str | Path, *, progress: Progress | None = None, **options: An
         SecateurError: what, where, and what to do.
     """
     recipe, _ = recipe_of(AdviseRecipe, {"model": model}, options)
-    return advise_recipe(recipe, progress or Silent())
+    return advise_recipe(recipe, listener(progress))
 
 
 def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:

@@ -18,7 +18,7 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.progress import Labelled, Progress, Silent
+from secateur.progress import Labelled, Progress, listener
 from secateur.publishing.secrets import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -50,7 +50,7 @@ def chain(model: str | Path, *, progress: Progress | None = None, **options: Any
         SecateurError: a step is wrong; all are checked before the first one runs.
     """
     recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
-    return run_chain(recipe, progress or Silent(), **call)
+    return run_chain(recipe, listener(progress), **call)
 
 
 def run_chain(

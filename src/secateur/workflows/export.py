@@ -10,7 +10,7 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.export import ExportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
@@ -41,7 +41,7 @@ def export(model: str | Path, *, progress: Progress | None = None, **options: An
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(ExportRecipe, {"model": model}, options)
-    return export_recipe(recipe, progress or Silent(), **call)
+    return export_recipe(recipe, listener(progress), **call)
 
 
 def export_recipe(

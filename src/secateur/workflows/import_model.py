@@ -23,7 +23,7 @@ from secateur.models.opening import computed_dtype, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.stored import StoredModel
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.import_model import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
@@ -67,7 +67,7 @@ def import_model(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(ImportRecipe, {"model": model}, options)
-    return import_recipe(recipe, progress or Silent(), **call)
+    return import_recipe(recipe, listener(progress), **call)
 
 
 def import_recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.publishing.secrets import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
@@ -42,7 +43,7 @@ def prune(
     model: str | Path | nn.Module,
     *,
     method: str | Method | None = None,
-    calibration: str | Path | Tensor | None = None,
+    calibration: str | Path | Sequence[str] | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
@@ -52,9 +53,9 @@ def prune(
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
-            model also token windows [windows, sequence_length]. [c4]
-        tokenizer: needed for a loaded model when `calibration` is text.
+        calibration: Calibration text, as a file, folder, hub data set or named text, or as a list
+            of texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+        tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         **options: the other options of the recipe.
 
@@ -76,7 +77,7 @@ def prune(
                 "a loaded model has plain numbers; `keep_format` is for checkpoints",
                 remedy="name the folder of the model",
             )
-        return prune_module(model, calibration, tokenizer, progress or Silent(), options)
+        return prune_module(model, calibration, tokenizer, listener(progress), options)
     if options.get("output") is None:
         raise RecipeError("`output` is missing: the folder for the pruned model")
     if isinstance(calibration, Tensor):
@@ -88,7 +89,7 @@ def prune(
     recipe, call = recipe_of(PruneRecipe, own, options)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call)
-    return prune_recipe(recipe, progress or Silent(), **call)
+    return prune_recipe(recipe, listener(progress), **call)
 
 
 def prune_recipe(

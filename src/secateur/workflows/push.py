@@ -8,7 +8,7 @@ from typing import Any
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.claims import read_claims
 from secateur.errors import VerificationError
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.publishing.contents import CARD, contents_of
 from secateur.publishing.secrets import notes_without_folders, refuse_secrets, without_folders
 from secateur.publishing.upload import check_repository, upload
@@ -45,7 +45,7 @@ def push(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(PushRecipe, {"model": model, "repo": repo}, options)
-    return push_recipe(recipe, progress or Silent(), **call)
+    return push_recipe(recipe, listener(progress), **call)
 
 
 def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:

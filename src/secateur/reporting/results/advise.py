@@ -26,7 +26,7 @@ SHOWN = 8
 """Options in the table; --json has all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdviseResult(Result):
     """The advice, with every number behind it.
 

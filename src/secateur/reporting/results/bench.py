@@ -17,7 +17,7 @@ GAIN = 1.02
 """Smallest ratio of tokens per second that counts as faster."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BenchResult(Result):
     """Speed and memory of a model, run in several ways.
 

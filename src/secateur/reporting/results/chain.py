@@ -15,7 +15,7 @@ from secateur.runs.records import ChainStep
 __all__ = ["ChainResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChainResult(Result):
     """The model after each step of a chain.
 

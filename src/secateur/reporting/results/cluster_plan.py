@@ -14,7 +14,7 @@ from secateur.reporting.wording import time_range
 __all__ = ["ClusterPlanResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClusterPlanResult(Result):
     """The time, memory and traffic that a pruning run on a cluster would need, on paper.
 

@@ -50,7 +50,7 @@ class FormatTotals:
         return self.bits_per_weight / (8 * BFLOAT16_BYTES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressResult(Result):
     """Sizes before and after compression.
 
@@ -208,7 +208,7 @@ def stored_json(stored: FormatTotals) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecompressResult(Result):
     """Sizes before and after decompression.
 

@@ -20,7 +20,7 @@ from secateur.reporting.wording import without_blank_lines
 __all__ = ["DemoResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DemoResult(Result):
     """A model that was pruned, packed, timed and evaluated.
 

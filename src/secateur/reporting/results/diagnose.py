@@ -20,7 +20,7 @@ SCHEMA = "secateur.diagnosis/1"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiagnoseResult(Result):
     """The health of a model.
 
@@ -114,7 +114,7 @@ def drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
     return {name: getattr(drift, name) if known else None for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TargetResult(Result):
     """What this machine can speed up.
 

@@ -21,7 +21,7 @@ from secateur.runs.evaluation import (
 __all__ = ["EvaluateResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluateResult(Result):
     """The measurements of a model, each number with its protocol.
 

@@ -14,7 +14,7 @@ from secateur.reporting.tables import Block, Table, mib
 __all__ = ["ExportResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult(Result):
     """The files of an export.
 

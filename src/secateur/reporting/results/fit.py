@@ -166,7 +166,7 @@ class FitCorrection:
     reached: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult(Result):
     """The winner of a fit, and what it won against.
 

@@ -12,7 +12,7 @@ from secateur.reporting.tables import Block, Line
 __all__ = ["GenerateResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerateResult(Result):
     """A generated text, with speed and decode loop.
 

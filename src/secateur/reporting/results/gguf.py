@@ -14,7 +14,7 @@ from secateur.reporting.tables import Block, Line, Table, mib
 __all__ = ["GgufInspectResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GgufInspectResult(Result):
     """The content of a GGUF file according to its header.
 

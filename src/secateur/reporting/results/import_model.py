@@ -18,7 +18,7 @@ from secateur.runs.records import Import, ImportedMatrix
 __all__ = ["ImportResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImportResult(Result):
     """Where the zeros of an imported model are.
 

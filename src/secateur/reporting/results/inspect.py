@@ -15,7 +15,7 @@ from secateur.reporting.tables import Block, Table, by_layer, mib, not_pruned
 __all__ = ["InspectResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InspectResult(Result):
     """The parts of a model, and where its zeros are.
 

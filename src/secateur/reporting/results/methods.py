@@ -23,7 +23,7 @@ from secateur.training.methods import training_methods
 __all__ = ["MethodsResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MethodsResult(Result):
     """Everything that can be named in a recipe.
 

@@ -14,7 +14,7 @@ from secateur.reporting.wording import time_range
 __all__ = ["PlanResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanResult(Result):
     """The memory, disk, work and time that a pruning run would need.
 

@@ -16,7 +16,7 @@ from secateur.reporting.tables import Block, Table, by_layer, gib, mib, not_prun
 __all__ = ["PruneResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult(Result):
     """The result of a pruning run.
 

@@ -12,7 +12,7 @@ from secateur.reporting.tables import Block, Line, Table, mib
 __all__ = ["PushResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PushResult(Result):
     """What was published, or would be.
 

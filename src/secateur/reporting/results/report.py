@@ -13,7 +13,7 @@ from secateur.reporting.tables import Block, Line
 __all__ = ["ReportResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReportResult(Result):
     """The written files.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from secateur.reporting.tables import Block, plain_text, print_blocks
+from secateur.reporting.tables import Block, html, plain_text, print_blocks
 
 __all__ = ["Result"]
 
@@ -15,7 +15,8 @@ class Result(Protocol):
     """What a verb returns.
 
     The command line prints `to_json()` with `--json` and calls `show()` without it. In Python
-    `print(result)` writes the same tables as `result.show()`, without colours.
+    `print(result)` and a result as the last line of a cell show the same tables, without colours.
+    Its dataclass takes `repr=False`: the fields hold every layer.
     """
 
     def to_json(self) -> dict[str, Any]:
@@ -33,3 +34,11 @@ class Result(Protocol):
     def __str__(self) -> str:
         """The tables as text."""
         return plain_text(self.blocks())
+
+    def __repr__(self) -> str:
+        """The tables as text, for consoles."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The tables as HTML, for notebooks."""
+        return html(self.blocks())

@@ -14,7 +14,7 @@ from secateur.reporting.tables import Block, Table, gib, mib
 __all__ = ["StructureResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StructureResult(Result):
     """The result of a structured cut.
 

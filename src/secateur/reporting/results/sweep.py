@@ -19,7 +19,7 @@ from secateur.runs.records import Sweep, SweepPoint
 __all__ = ["SweepResult", "markdown_row"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult(Result):
     """All measurements of a sweep.
 

@@ -14,7 +14,7 @@ from secateur.reporting.tables import Block, Table, gib
 __all__ = ["TrainResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult(Result):
     """The result of a training.
 

@@ -23,7 +23,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import compression_card
@@ -81,7 +81,7 @@ def compress(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(CompressRecipe, {"model": model}, options)
-    return compress_recipe(recipe, progress or Silent(), **call)
+    return compress_recipe(recipe, listener(progress), **call)
 
 
 def compress_recipe(

@@ -16,7 +16,7 @@ from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.models.sources import resolve
 from secateur.models.stored_experts import FusedExperts, loads_one_by_one
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.compress import DecompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import source_part
@@ -54,7 +54,7 @@ def decompress(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(DecompressRecipe, {"model": model}, options)
-    return decompress_recipe(recipe, progress or Silent(), **call)
+    return decompress_recipe(recipe, listener(progress), **call)
 
 
 def decompress_recipe(
@@ -80,7 +80,7 @@ def decompress_recipe(
     with folder:
         made = folder.fresh_model()
         check_free(view.total_bytes, made)
-        write_dense(as_transformers_loads(view), made, progress or Silent())
+        write_dense(as_transformers_loads(view), made, listener(progress))
         carry_over(source.folder, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()

@@ -10,7 +10,7 @@ from secateur.calibration.mix import texts_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.plots import save_plots
@@ -52,7 +52,7 @@ def fit(model: str | Path, *, progress: Progress | None = None, **options: Any) 
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(FitRecipe, {"model": model}, options)
-    return fit_recipe(recipe, progress or Silent(), **call)
+    return fit_recipe(recipe, listener(progress), **call)
 
 
 def fit_recipe(

@@ -14,7 +14,7 @@ from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
-from secateur.progress import Progress
+from secateur.progress import Progress, listener
 from secateur.registry import did_you_mean
 from secateur.reporting.results.bench import BenchResult
 from secateur.runs.atomic import write_json
@@ -63,6 +63,7 @@ def bench(
     """
     names = USUAL if contenders is None else contenders
     check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
+    progress = listener(progress)
     folder = resolve(str(model), progress=progress).folder
     compressed = is_packed(folder)
     if not compressed:

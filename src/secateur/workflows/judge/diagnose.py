@@ -27,7 +27,7 @@ from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
 from secateur.runs import records
 from secateur.runs.atomic import write_json
@@ -95,7 +95,7 @@ def diagnose(
         SecateurError: model, reference, text or log cannot be read. A fault of the model is a
             finding, not an error.
     """
-    progress = progress or Silent()
+    progress = listener(progress)
     steps = [] if training_log is None else read_log(Path(training_log))
     place = choose_device(device)
     ours = opened(model, place, trust_remote_code)

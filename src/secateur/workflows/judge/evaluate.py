@@ -21,8 +21,9 @@ from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_o
 from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.evaluate import EvaluateRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.results.evaluate import EvaluateResult
@@ -84,7 +85,7 @@ def evaluate(
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
             stays on its device.
         dense: The dense model, likewise. Adds divergence, differences and retention. [none]
-        tokenizer: needed for a loaded model.
+        tokenizer: of a loaded model. [the one at the place the model came from]
         prompts: the texts that the model continues.
         progress: receives every step.
         **options: the other options of the recipe.
@@ -99,7 +100,7 @@ def evaluate(
     recipe, _ = recipe_of(EvaluateRecipe, own, options)
     return run_evaluation(
         recipe,
-        progress or Silent(),
+        listener(progress),
         model=model if isinstance(model, nn.Module) else None,
         dense=dense if isinstance(dense, nn.Module) else None,
         tokenizer=tokenizer,
@@ -218,13 +219,12 @@ def loaded_model(
     """Return a model in memory, with its tokenizer.
 
     Raises:
-        RecipeError: the caller passed a loaded model without a tokenizer.
+        RecipeError: the caller passed a loaded model without a tokenizer, and none is where it
+            came from.
     """
     if not isinstance(model, nn.Module):
         return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
-    if tokenizer is None:
-        raise RecipeError("a loaded model needs tokenizer=...")
-    return LoadedModel(name_of(model), model, tokenizer)
+    return LoadedModel(name_of(model), model, tokenizer or own_tokenizer(model))
 
 
 def text_records(

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from secateur.errors import RecipeError
+from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
+from secateur.reporting.results.methods import MethodsResult
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 
-__all__ = ["allocation_of", "method_of", "own_methods"]
+__all__ = ["allocation_of", "method_of", "methods", "own_methods"]
+
+
+def methods() -> MethodsResult:
+    """All presets, methods and their parts, with what each needs."""
+    return MethodsResult({name: presets[name] for name in presets})
 
 
 def composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:

@@ -30,7 +30,7 @@ from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.tokenizer import start_tokens
+from secateur.models.tokenizer import own_tokenizer, start_tokens
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of
 from secateur.recipes.prune import PruneRecipe
@@ -45,10 +45,13 @@ from secateur.workflows.prune.self_generated_text import own_windows
 
 __all__ = ["prune_module"]
 
+READY = ".safetensors"
+"""The suffix of a file of ready windows, which need no tokenizer."""
+
 
 def prune_module(
     model: nn.Module,
-    calibration: str | Path | Tensor | None,
+    calibration: str | Path | Sequence[str] | Tensor | None,
     tokenizer: Any,
     progress: Progress,
     options: Mapping[str, Any],
@@ -66,6 +69,8 @@ def prune_module(
     allocation = allocation_of(recipe, method)
     windows, extra = None, torch.empty(0)
     if windows_needed(recipe, method, allocation):
+        ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
+        tokenizer = tokenizer or (None if ready else own_tokenizer(model))
         windows, extra = module_windows(recipe, calibration, tokenizer, model)
     ledger = Ledger()
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
@@ -127,7 +132,7 @@ def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> floa
 
 
 def module_windows(
-    recipe: PruneRecipe, calibration: str | Path | Tensor | None, tokenizer: Any, model: Any
+    recipe: PruneRecipe, calibration: object, tokenizer: Any, model: Any
 ) -> tuple[Tensor, Tensor]:
     """Calibration windows for a loaded model, and the extra ones of its distillation."""
     vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)

@@ -31,7 +31,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
@@ -91,7 +91,7 @@ def structure(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
-    return structure_recipe(recipe, progress or Silent(), **call)
+    return structure_recipe(recipe, listener(progress), **call)
 
 
 def structure_recipe(

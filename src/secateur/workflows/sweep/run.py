@@ -31,7 +31,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.parallel.ray_launcher import each
-from secateur.progress import Labelled, Progress, Silent
+from secateur.progress import Labelled, Progress, Silent, listener
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -96,7 +96,7 @@ def sweep(
     for read in (plan.model, plan.calibration, *plan.text):
         check_apart(read, folder, folder)
     with alone(folder):
-        work = Work(plan, folder, keep_models, progress or Silent())
+        work = Work(plan, folder, keep_models, listener(progress))
         work.begin()
         work.judge_dense()
         done = {point.key: point for point in work.record.points}

@@ -17,7 +17,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
@@ -78,7 +78,7 @@ def train(model: str | Path, *, progress: Progress | None = None, **options: Any
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(TrainRecipe, {"model": model}, options)
-    return run_training(recipe, progress, **call)
+    return run_training(recipe, listener(progress), **call)
 
 
 def run_training(

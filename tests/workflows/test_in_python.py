@@ -1,0 +1,125 @@
+"""What a user of Python meets: short results, a bar in notebooks, texts and tokenizers found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.progress import ProgressBar, Silent, listener
+from secateur.reporting.results.result import Result
+from secateur.reporting.tables import Line, Table, html
+from tiny import save_tiny
+
+TEXTS = ["def add(a, b): return a + b\n" * 30, "for word in words: print(word)\n" * 30]
+WINDOWS = {"windows": 4, "sequence_length": 16, "sparsity": 0.5, "method": "wanda"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model with its tokenizer; the cache is a folder of the test."""
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "cache"))
+    return save_tiny(tmp_path / "model")
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_result_shows_its_tables_as_the_last_line_of_a_cell(folder: Path) -> None:
+    result = secateur.prune(loaded(folder), calibration=TEXTS, **WINDOWS)
+    assert repr(result) == str(result)
+    assert "50.0" in repr(result)
+    assert len(repr(result)) < 2_000
+    assert "<table>" in result._repr_html_()
+
+
+def test_no_result_shows_its_fields() -> None:
+    secateur.methods()  # imports a part of the results; the others follow
+    import secateur.reporting.results as package
+
+    for file in Path(package.__path__[0]).glob("*.py"):
+        __import__(f"{package.__name__}.{file.stem}")
+    kinds = Result.__subclasses__()
+    assert len(kinds) > 15
+    assert [kind.__name__ for kind in kinds if kind.__repr__ is not Result.__repr__] == []
+
+
+def test_html_keeps_text_apart_from_markup() -> None:
+    table = Table.of("a <b>", ("name", "n"), [("x & y", "1")])
+    page = html([Line("first"), Line("second <i>"), table, Line("")])
+    assert '<p style="white-space: pre-wrap">first\nsecond &lt;i&gt;</p>' in page
+    assert "<caption>a &lt;b&gt;</caption>" in page
+    assert '<td style="text-align: left">x &amp; y</td><td style="text-align: right">1</td>' in page
+    assert page.endswith("</table>")
+
+
+def test_a_list_of_texts_is_calibration_as_a_file_of_them_is(folder: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    by_file, by_list = loaded(folder), loaded(folder)
+    secateur.prune(by_file, calibration=lines, **WINDOWS)
+    secateur.prune(by_list, calibration=TEXTS, **WINDOWS)
+    assert same_weights(by_file, by_list)
+    output = secateur.prune(folder, output=tmp_path / "out", calibration=TEXTS, **WINDOWS).output
+    assert output is not None
+    assert same_weights(loaded(output), by_list)
+
+
+@pytest.mark.parametrize(
+    ("texts", "fault"),
+    [([], "empty"), (["", " "], "empty"), ([1, "a"], "holds int"), ([None], "holds NoneType")],
+)
+def test_a_list_that_is_no_texts_is_refused(folder: Path, texts: list, fault: str) -> None:
+    with pytest.raises(RecipeError, match=fault):
+        secateur.prune(loaded(folder), calibration=texts, **WINDOWS)
+
+
+def test_a_list_of_files_is_refused_with_the_form_for_files(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    with pytest.raises(RecipeError, match=r"names of files(?s:.*)a\.txt=1,.*b\.txt=1"):
+        secateur.prune(loaded(folder), calibration=files, **WINDOWS)
+
+
+def test_the_tokenizer_is_found_where_the_model_came_from(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXTS[0] + TEXTS[1])
+    model = loaded(folder)
+    found = secateur.evaluate(model, text=tmp_path / "text.txt", sequence_length=16, windows=4)
+    named = secateur.evaluate(folder, text=tmp_path / "text.txt", sequence_length=16, windows=4)
+    assert found.perplexity == pytest.approx(named.perplexity, rel=1e-5)
+    model.config._name_or_path = ""
+    with pytest.raises(RecipeError, match=r"does not say where(?s:.*)pass tokenizer="):
+        secateur.evaluate(model, text=tmp_path / "text.txt", sequence_length=16)
+
+
+def test_a_notebook_gets_a_bar_and_a_script_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert isinstance(listener(None), Silent)
+    shell = type("ZMQInteractiveShell", (), {})()
+    notebook = ModuleType("IPython")
+    notebook.get_ipython = lambda: shell  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    bar = listener(None)
+    assert isinstance(bar, ProgressBar)
+    bar.start("pruning", 2)
+    bar.step(note="layer 1")
+    bar.step(note="layer 2")
+    bar.finish()
+    assert "pruning: 100%" in capsys.readouterr().err
+    own = Silent()
+    assert listener(own) is own
