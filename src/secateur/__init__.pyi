@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
+from secateur.progress import ProgressBar as ProgressBar
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.chain import ChainResult
 from secateur.reporting.results.cluster_plan import ClusterPlanResult
@@ -38,6 +39,7 @@ from secateur.workflows.judge.bench import bench as bench
 from secateur.workflows.judge.diagnose import diagnose as diagnose
 from secateur.workflows.judge.generate import generate as generate
 from secateur.workflows.judge.inspect import inspect as inspect
+from secateur.workflows.prune.composition import methods as methods
 from secateur.workflows.report import report as report
 from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
 from secateur.workflows.sweep.run import sweep as sweep
@@ -46,6 +48,7 @@ from secateur.workflows.train.callback import SecateurCallback as SecateurCallba
 __version__: str
 HOMES: dict[str, str]
 __all__ = [
+    "ProgressBar",
     "SecateurCallback",
     "SecateurError",
     "SweepPlan",
@@ -68,6 +71,7 @@ __all__ = [
     "load",
     "load_semi_structured",
     "merge",
+    "methods",
     "plan",
     "prune",
     "push",
@@ -166,7 +170,7 @@ def compress(
     max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8"] | None = None,
     archive: bool | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -289,7 +293,7 @@ def evaluate(
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
             stays on its device.
         dense: The dense model, likewise. Adds divergence, differences and retention. [none]
-        tokenizer: needed for a loaded model.
+        tokenizer: of a loaded model. [the one at the place the model came from]
         prompts: the texts that the model continues.
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
@@ -367,7 +371,7 @@ def fit(
     generations: int | None = None,
     offspring: int | None = None,
     minutes: float | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -494,7 +498,7 @@ def plan(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -623,7 +627,7 @@ def prune(
     model: str | Path | nn.Module,
     *,
     method: str | Method | None = None,
-    calibration: str | Path | Tensor | None = None,
+    calibration: str | Path | Sequence[str] | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     sparsity: float | None = None,
@@ -682,9 +686,9 @@ def prune(
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text; for a loaded
-            model also token windows [windows, sequence_length]. [c4]
-        tokenizer: needed for a loaded model when `calibration` is text.
+        calibration: Calibration text, as a file, folder, hub data set or named text, or as a list
+            of texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+        tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
@@ -829,7 +833,7 @@ def structure(
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
     depth_units: Literal["layers", "blocks"] | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
