@@ -16,6 +16,7 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
 from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.methods import compose
+from secateur.sparsity.rounding import kept_weights
 from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
@@ -65,13 +66,16 @@ def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
         assert told["error_after"] < 0.95 * told["error_before"]
     first = describe(plain).layers(plain)[0], describe(tuned).layers(tuned)[0]
     before, after = (linears_of(layer, "0") for layer in first)
-    moved = 0
+    moved, back = 0, 0
     for name, linear in before.items():
         codes, scales = grid.quantize(linear.weight)
         again = grid.codes(after[name].weight, scales)
         assert torch.equal(grid.dequantize(again, scales), after[name].weight)
         moved += int((again != codes).sum())
-    assert moved > 0
+        kept = kept_weights(linear.weight)
+        assert torch.equal(kept_weights(after[name].weight), kept)
+        back += int(after[name].weight[kept & (linear.weight == 0)].count_nonzero())
+    assert moved > back > 0
     for linear in zeros_of(tuned).values():
         assert int(linear.sum()) >= linear.numel() // 2
 
