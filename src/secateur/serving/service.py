@@ -162,6 +162,7 @@ class Service:
         writer: another copy of it, which the worker's thread uses.
         worker: computes.
         capacity: tokens that prompt and answer may have together.
+        vocabulary: how many tokens both the tokenizer and the model know.
         ends: tokens that end a text.
         defaults: options of `Sampling` where a request gives none.
         time_limit_seconds: of a request, from its arrival.
@@ -172,6 +173,7 @@ class Service:
     writer: Tokenizer
     worker: Worker
     capacity: int
+    vocabulary: int
     ends: frozenset[int]
     defaults: dict[str, Any]
     time_limit_seconds: float

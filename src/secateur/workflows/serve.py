@@ -127,6 +127,7 @@ def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
         writer=tokenizers[1],
         worker=Worker(scheduler),
         capacity=capacity,
+        vocabulary=min(len(tokenizers[0]), model.config.get_text_config().vocab_size),
         ends=end_tokens(model) | ({eos} if eos is not None else set()),
         defaults={"temperature": 1.0} | defaults,
         time_limit_seconds=recipe.request_seconds,

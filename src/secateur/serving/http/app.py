@@ -142,7 +142,7 @@ class Endpoints:
         self.check_model(question.model)
         warnings = question.check()
         ids = await self.conversation(question.messages, question.chat_template_kwargs)
-        return self.answer(question, [ids], ChatWriter, warnings)
+        return self.answer(question, [self.known(ids, "messages")], ChatWriter, warnings)
 
     async def conversation(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None
@@ -183,10 +183,10 @@ class Endpoints:
         special = question.add_special_tokens is not False
         tokens: list[list[int]] = []
         for prompt in prompts:
-            if isinstance(prompt, str):
-                tokens.append(await service.tokens(prompt, special=special))
-            else:
-                tokens.append(self.known(prompt, "prompt"))
+            ids = prompt
+            if isinstance(ids, str):
+                ids = await service.tokens(ids, special=special)
+            tokens.append(self.known(ids, "prompt"))
         echo = None
         if question.echo:
             echo = [
@@ -196,8 +196,8 @@ class Endpoints:
         return self.answer(question, tokens, CompletionWriter, warnings, echo)
 
     def known(self, ids: list[int], param: str) -> list[int]:
-        """The tokens that a client sent, which have to be in the vocabulary."""
-        size = len(self.service.tokenizer)
+        """Tokens, which have to be in the vocabulary: one that is not would end all requests."""
+        size = self.service.vocabulary
         for token in ids:
             if not 0 <= token < size:
                 raise bad_request(
@@ -261,12 +261,12 @@ class Endpoints:
         except QueueFullError as error:
             stopping = service.worker.scheduler.closed
             raise overloaded(error.what, stopping=stopping) from error
-        self.log(warnings)
+        self.note(warnings)
         writer = kind(service.name, alternatives is not None, question.include_usage, warnings)
         stream = bool(question.stream)
         return AnswerResponse(answer, writer, service.worker, self.metrics, stream=stream)
 
-    def log(self, warnings: Sequence[str]) -> None:
+    def note(self, warnings: Sequence[str]) -> None:
         """Write each warning into the log once."""
         for warning in warnings:
             if warning not in self.logged and len(self.logged) < MOST_LOGGED:
