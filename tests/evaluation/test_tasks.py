@@ -275,6 +275,22 @@ def test_packed_models_are_judged_like_their_dense_ones(tmp_path: Path) -> None:
     assert found[0][1] == found[1][1]
 
 
+def test_items_of_a_packed_model_do_not_depend_on_the_others(tmp_path: Path) -> None:
+    model = secateur.load(packed_model(tmp_path, values="int8", max_position_embeddings=512))
+    write_rows(tmp_path / "rows", "hellaswag", 8)
+    together: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: together.append(len(given["input_ids"])), with_kwargs=True
+    )
+    found = []
+    for limit in (1, 8):
+        prepared = prepare_tasks(["hellaswag"], source=str(tmp_path / "rows"), limit=limit)
+        run_tasks(model, tiny_tokenizer(model_max_length=512), prepared, None)
+        found.append([request.resps[0] for request in prepared[0].task.instances])
+    assert found[0] == found[1][:4]
+    assert {*together} == {1}
+
+
 def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -22,7 +22,7 @@ from tiny import tiny_tokenizer
 NAMES = ["piqa", "arc_easy", "lambada"]
 
 
-@pytest.fixture(scope="module", params=["learned", "int8", "start"])
+@pytest.fixture(scope="module", params=["learned", "packed", "start"])
 def folder(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -30,8 +30,8 @@ def folder(
     if request.param == "learned":
         return model
     made = tmp_path_factory.mktemp(request.param)
-    if request.param == "int8":
-        return packed_model(made, values="int8", head_dim=16, max_position_embeddings=256)
+    if request.param == "packed":
+        return packed_model(made, head_dim=16, max_position_embeddings=256)
     shutil.copytree(model, made / "start")
     tiny_tokenizer(add_bos=True, model_max_length=256).save_pretrained(made / "start")
     return made / "start"

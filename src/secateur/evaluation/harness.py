@@ -3,7 +3,9 @@
 lm-eval (`HFLM`) makes the tokens, splits them into context and continuation, adds the first token
 and cuts texts that are too long. This class only computes. It makes logits only for the tokens of a
 continuation, always in float32, and requests that read the same tokens share a forward. On a
-float32 model the results equal those of `HFLM`.
+float32 model the results equal those of `HFLM`. On a packed model each text has a forward of its
+own, as in the server: the last bits depend on the other texts of a forward, and where activations
+are rounded to int8, a changed last bit can move an activation by a whole step.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn import functional
 
 from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating, forward_logits
+from secateur.runtime.linear import PackedLinear
 
 __all__ = ["HarnessModel"]
 
@@ -56,8 +59,10 @@ class HarnessModel(HFLM):
         with torch.inference_mode(), evaluating(self.model):
             probe = torch.tensor([read[order[0]][:PROBE_TOKENS]], device=self.device)
             parts = body_and_head(self.model, probe)
+            packed = any(isinstance(module, PackedLinear) for module in self.model.modules())
+            tokens = 1 if packed else TOKENS_PER_FORWARD
             while same:
-                batch = same[: max(1, TOKENS_PER_FORWARD // len(read[same[0][0]]))]
+                batch = same[: max(1, tokens // len(read[same[0][0]]))]
                 same = same[len(batch) :]
                 ids = padded([read[numbers[0]] for numbers in batch]).to(self.device)
                 states = parts.body(ids) if parts else forward_logits(self.model, ids)
