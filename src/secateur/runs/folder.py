@@ -301,7 +301,6 @@ class RunFolder:
         assert self.state is not None
         self.whole = True
         check_replaceable(self.output, self.overwrite, result=self.model)
-        (self.notes / STATE).unlink(missing_ok=True)  # the one of the source
         if self.identity is not None:
             write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
         found = self.model.stat()

@@ -11,13 +11,14 @@ from typing import Any
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.runs.evaluation import FILE_NAME as EVALUATION
 from secateur.runs.evaluation import read_evaluation
-from secateur.runs.folder import NOTES
+from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import cannot_write
 
 __all__ = ["carry_over"]
 
-MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json")
-"""Notes that measure the weights and files. All other notes record how they were made."""
+MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json", STATE)
+"""Notes that measure the weights and files, or name their run. All others record how they were
+made."""
 
 
 def carry_over(
