@@ -84,9 +84,15 @@ def ruff(*words: str, text: str) -> str:
 
 
 def declaration(function: Callable[..., Any], imports: set[str]) -> str:
-    """The declaration of a function with its keywords and its help; adds what it needs."""
+    """The declaration of a function with its keywords and its help; adds what it needs.
+
+    With `dry_run` a function returns another type, so it is declared for both.
+    """
     lines, star = [], False
     signature = inspect.signature(function)
+    returned, planned = annotation(signature.return_annotation, function, imports), ""
+    if "dry_run" in signature.parameters:
+        returned, _, planned = returned.partition(" | ")
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             lines.append("    *,")
@@ -95,11 +101,18 @@ def declaration(function: Callable[..., Any], imports: set[str]) -> str:
         default = "" if parameter.default is parameter.empty else " = None"
         if default and parameter.default is not None:
             default = " = ..."
+        if parameter.name == "dry_run" and planned:
+            text = "Literal[False] | None"
         lines.append(f"    {parameter.name}: {text}{default},")
-    returned = annotation(signature.return_annotation, function, imports)
     doc = textwrap.indent(inspect.cleandoc(function.__doc__ or ""), "    ").strip()
     head = f"def {function.__name__}(\n" + "\n".join(lines) + f"\n) -> {returned}:"
-    return f'{head}\n    """{doc}\n    """'
+    whole = f'{head}\n    """{doc}\n    """'
+    if not planned:
+        return whole
+    imports.update(f"from typing import {name}" for name in ("Any", "Literal", "overload"))
+    dry = f"    {lines[0].strip()}\n    *,\n    dry_run: Literal[True],\n    **options: Any,\n"
+    plan = f"def {function.__name__}(\n{dry}) -> {planned}: ..."
+    return f"@overload\n{plan}\n@overload\n{whole}"
 
 
 def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> str:
@@ -137,8 +150,9 @@ def tables(verb: Verb) -> Iterator[str]:
     """One table for each group of options of a verb."""
     kind = imported(verb.recipe)
     of_call = {option.name for option in run_options_of(kind)}
-    rows = [o for o in (*options_of(kind), *run_options_of(kind)) if o.name not in verb.without]
-    rows.sort(key=lambda option: GROUPS.index(option.group))
+    rows = sorted(
+        (*options_of(kind), *run_options_of(kind)), key=lambda option: GROUPS.index(option.group)
+    )
     for group, options in groupby(rows, key=lambda option: option.group):
         yield f"\n**{group}**\n\n| flag | key in YAML | value | default | meaning |\n"
         yield "|---|---|---|---|---|\n"

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.evaluate import evaluate
     from secateur.workflows.judge.generate import generate
     from secateur.workflows.judge.inspect import inspect
-    from secateur.workflows.prune.checkpoint import plan
     from secateur.workflows.prune.composition import methods
     from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.push import push
@@ -78,7 +77,6 @@ __all__ = [
     "load_semi_structured",
     "merge",
     "methods",
-    "plan",
     "prune",
     "push",
     "refinements",
@@ -114,7 +112,6 @@ HOMES = {
     "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
     "methods": "secateur.workflows.prune.composition",
-    "plan": "secateur.workflows.prune.checkpoint",
     "prune": "secateur.workflows.prune_and_pack",
     "push": "secateur.workflows.push",
     "refinements": "secateur.sparsity.refinements",

@@ -5,7 +5,7 @@ Written by tools/option_files.py from the sections in secateur/recipes; do not e
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -20,7 +20,12 @@ from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.export import ExportResult
 from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.import_model import ImportResult
-from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.results.plan import (
+    CutPlanResult,
+    FitPlanResult,
+    PlanResult,
+    TrainPlanResult,
+)
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.push import PushResult
 from secateur.reporting.results.structure import StructureResult
@@ -72,7 +77,6 @@ __all__ = [
     "load_semi_structured",
     "merge",
     "methods",
-    "plan",
     "prune",
     "push",
     "refinements",
@@ -352,6 +356,14 @@ def export(
         SecateurError: what, where, and what to do.
     """
 
+@overload
+def fit(
+    model: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Any,
+) -> FitPlanResult: ...
+@overload
 def fit(
     model: str | Path,
     *,
@@ -386,6 +398,7 @@ def fit(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
 ) -> FitResult:
     """Find the best compressed model within a budget, and make it.
 
@@ -441,9 +454,11 @@ def fit(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
 
     Returns:
-        The winner, the frontier, and what each single technique gives.
+        The winner, the frontier, and what each single technique gives; with `dry_run` the plan.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -484,145 +499,14 @@ def import_model(
         SecateurError: what, where, and what to do.
     """
 
-def plan(
-    model: str | Path,
+@overload
+def prune(
+    model: str | Path | nn.Module,
     *,
-    method: str | Method | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    overrides: Mapping[str, float] | None = None,
-    effort: Literal["fast", "balanced", "best"] | None = None,
-    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
-    scope: Literal["row", "layer", "global"] | None = None,
-    allocation: str | None = None,
-    on_collapse: Literal["stop", "warn"] | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
-    field: str | None = None,
-    windows: int | None = None,
-    sequence_length: int | None = None,
-    seed: int | None = None,
-    packing: Literal["concatenate", "random-crop"] | None = None,
-    generated_windows: int | None = None,
-    tune_passes: int | None = None,
-    tune_learning_rate: float | None = None,
-    tune_remask: bool | None = None,
-    distill_epochs: int | None = None,
-    distill_tokens: int | None = None,
-    distill_learning_rate: float | None = None,
-    distill_next_token: float | None = None,
-    distill_sweep_windows: int | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    trust_remote_code: bool | None = None,
-    device: str | None = None,
-    memory_budget_gib: float | None = None,
-    gpus: int | None = None,
-    nodes: int | None = None,
-    gpu: str | None = None,
-    network: str | None = None,
-    keep_format: bool | None = None,
-    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
-    | None = None,
-    compress_group_size: int | None = None,
-    compress_embeddings: Literal["auto", "int8"] | None = None,
-    score: str | None = None,
-    solver: str | None = None,
-    refine: str | None = None,
-    method_parameters: Mapping[str, int | float] | None = None,
-    asymmetric_damping: float | None = None,
-    choose_damping: bool | None = None,
-    sequential: Literal["group", "layer"] | None = None,
-    asymmetric: bool | None = None,
-    fast_matmuls: bool | None = None,
-    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
-    micro_batch_tokens: int | None = None,
-) -> PlanResult | ClusterPlanResult:
-    """Report what pruning `model` would need, without pruning it.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
-        method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
-        pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
-            ROWSxCOLUMNS. [unstructured]
-        include: Names of the linears to prune. [*]
-        exclude: Names of linears that stay dense. [none]
-        overrides: Own sparsity for some linears; 0 keeps them dense. [none]
-        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
-            [balanced, if no method is given]
-        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
-            8}}. [none]
-        scope: The set of weights that compete: row, layer or global. [as in the method's paper]
-        allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
-            global or search. [uniform]
-        on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
-        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. Or several with weights:
-            code.jsonl=2,math.jsonl=1. [c4]
-        field: The field of a JSONL line that holds the text. [text]
-        windows: Number of calibration windows. [128]
-        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
-        seed: Seed that chooses the windows. [0]
-        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
-            window from a random place of a random document, as the papers do. [concatenate]
-        generated_windows: Extra calibration windows that the dense model generates. [the preset's]
-        tune_passes: Tune each layer after pruning, in this many passes over the calibration
-            windows, to reproduce the dense layer's outputs. 0: no tuning. [0]
-        tune_learning_rate: Learning rate of the first tuning step. [0.001]
-        tune_remask: Let the mask change while a layer is tuned. [on]
-        distill_epochs: Train the new model to match the dense model, in this many epochs over the
-            calibration windows. 0: no distillation. [the preset's]
-        distill_tokens: An epoch of the distillation reads at least this many tokens: the
-            calibration windows, then more windows of the same text. 0: the calibration windows
-            alone. [the preset's]
-        distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
-            hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
-            [chosen by short trials]
-        distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
-            the dense model. [the preset's]
-        distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
-            windows: all layers forward, then all layers backward. 0: both whole models in memory.
-            [0 if both models fit, else 16]
-        dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
-        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
-        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
-        gpus: Plan on paper for machines with so many GPUs. The model is then a well-known shape
-            such as llama-3.1-70b. [plan for this machine]
-        nodes: How many such machines. [1]
-        gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
-        network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
-        keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
-            scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
-            changes are rounded. [off]
-        compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32, int8, int4 or int3. [not compressed]
-        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
-            32, 64 or 128. [64]
-        compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
-        score: Score that rates the weights, to compose your own method. [none]
-        solver: Solver that adjusts the kept weights, to compose your own method. [none]
-        refine: Improve the mask before solving: swaps. [none]
-        method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
-        asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
-        choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
-            tokens. [off]
-        sequential: group: each group of linears sees inputs from the pruned groups before it.
-            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
-            [group]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
-        fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
-        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
-            disk; auto uses the first in which they fit. [auto]
-        micro_batch_tokens: Tokens in one forward of a layer. [2048]
-
-    Raises:
-        SecateurError: as `prune` would.
-    """
-
+    dry_run: Literal[True],
+    **options: Any,
+) -> PlanResult | ClusterPlanResult: ...
+@overload
 def prune(
     model: str | Path | nn.Module,
     *,
@@ -677,9 +561,14 @@ def prune(
     fast_matmuls: bool | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    gpu: str | None = None,
+    network: str | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
 ) -> PruneResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
@@ -762,12 +651,19 @@ def prune(
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        gpus: With --dry-run: plan on paper for machines with so many GPUs. The model is then a
+            well-known shape such as llama-3.1-70b. [plan for this machine]
+        nodes: How many such machines. [1]
+        gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
+        network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
 
     Returns:
-        The result of the run.
+        The result of the run; with `dry_run` its plan.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -806,6 +702,14 @@ def push(
         SecateurError: what, where, and what to do.
     """
 
+@overload
+def structure(
+    model: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Any,
+) -> CutPlanResult: ...
+@overload
 def structure(
     model: str | Path,
     *,
@@ -860,6 +764,7 @@ def structure(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
 ) -> StructureResult:
     """Cut structure out of a checkpoint, and write a new, smaller one.
 
@@ -944,11 +849,24 @@ def structure(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
+
+    Returns:
+        The result of the cut; with `dry_run` its plan.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
 
+@overload
+def train(
+    model: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Any,
+) -> TrainPlanResult: ...
+@overload
 def train(
     model: str | Path,
     *,
@@ -998,6 +916,7 @@ def train(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
 ) -> TrainResult:
     """Train a checkpoint into a new folder, with its zeros held at every step.
 
@@ -1064,6 +983,11 @@ def train(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
+
+    Returns:
+        The result of the training; with `dry_run` its plan.
 
     Raises:
         SecateurError: what, where, and what to do.

@@ -82,18 +82,26 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(RecipeError, match="'admm' on a cluster was not measured"):
         plan_cluster(model, machines(1, 8), tokens=TOKENS, length=LENGTH, solver="admm", gram=True)
     with pytest.raises(RecipeError, match="no well-known shape"):
-        library.plan("elsewhere", gpus=8, sparsity=0.5)
+        library.prune("elsewhere", dry_run=True, gpus=8, sparsity=0.5)
 
 
 def test_the_verb(secateur: Callable[..., Outcome]) -> None:
     told = secateur(
-        "plan", "qwen3-235b-a22b", "--method", "sparsegpt", "--sparsity", "0.5", "--nodes", "4",
-        "--gpus", "8", "--gpu", "h100", "--network", "400Gb",
+        "prune", "--dry-run", "qwen3-235b-a22b", "--method", "sparsegpt", "--sparsity", "0.5",
+        "--nodes", "4", "--gpus", "8", "--gpu", "h100", "--network", "400Gb",
     )  # fmt: skip
     assert told.code == 0
     assert "in 32 processes on NVIDIA H100 80 GB SXM" in told.out
     assert "437.8" in told.out  # GiB of bfloat16 weights
     wrong = secateur(
-        "plan", "llama-3.1-8b", "--sparsity", "0.5", "--gpus", "8", "--network", "fast"
+        "prune",
+        "--dry-run",
+        "llama-3.1-8b",
+        "--sparsity",
+        "0.5",
+        "--gpus",
+        "8",
+        "--network",
+        "fast",
     )
     assert wrong.code == 2

@@ -62,7 +62,15 @@ def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_pa
 
 def test_tables_for_people(secateur, model: Path, windows: Path, tmp_path: Path) -> None:
     planned = secateur(
-        "plan", model, "--method", "sparsegpt", "--sparsity", "0.5", "--calibration", windows
+        "prune",
+        "--dry-run",
+        model,
+        "--method",
+        "sparsegpt",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        windows,
     )
     assert planned.code == 0
     assert "peak memory" in planned.out

@@ -54,9 +54,6 @@ def test_the_signature_has_every_option(verb) -> None:
     for option in [*options_of(kind), *run_options_of(kind)]:
         if option.name in ("target", "output", "keep_models") and verb.name in NOT_IN_PYTHON:
             continue
-        if option.name in verb.without:
-            assert option.name not in parameters
-            continue
         assert option.name in parameters
         assert f"{option.name}: " in told
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -71,7 +68,7 @@ def test_the_command_has_every_option_in_its_group(verb) -> None:
         [group] = argument.parameter.group
         found |= dict.fromkeys((argument.field_info.name, *argument.names), group.name)
     for option in options_of(kind):
-        if option.flag.hidden or option.name in verb.without:
+        if option.flag.hidden:
             continue
         flag = option.name if option.is_word else "--" + option.name.replace("_", "-")
         assert found[flag] == option.group

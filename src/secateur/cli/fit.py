@@ -9,17 +9,25 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.fit import FitRecipe
     from secateur.reporting.results.fit import FitResult
+    from secateur.reporting.results.plan import FitPlanResult
 
 __all__ = ["fit"]
 
 
-def run(recipe: FitRecipe, **call: Any) -> FitResult:
-    """Fit with a progress bar."""
+def run(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> FitResult | FitPlanResult:
+    """Fit with a progress bar, or plan."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.fit.run import fit_recipe
+    from secateur.workflows.fit.run import fit_recipe, plan_fit
 
     with show_progress() as progress:
+        if dry_run:
+            return plan_fit(recipe, progress, call)
         return fit_recipe(recipe, progress, **call)
+
+
+def exit_code(result: Any) -> int:
+    """3 if the made model breaks a bound."""
+    return 3 if getattr(result, "broken", False) else 0
 
 
 def check(recipe: FitRecipe) -> None:
@@ -29,4 +37,4 @@ def check(recipe: FitRecipe) -> None:
     check_target(recipe)
 
 
-fit = command("fit", run, exit_code=lambda result: 3 if result.broken else 0, check=check)
+fit = command("fit", run, exit_code=exit_code, check=check)

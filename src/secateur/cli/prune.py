@@ -8,19 +8,25 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.prune import PruneRecipe
+    from secateur.reporting.results.cluster_plan import ClusterPlanResult
+    from secateur.reporting.results.plan import PlanResult
     from secateur.reporting.results.prune import PruneResult
 
 __all__ = ["prune"]
 
 
-def run(recipe: PruneRecipe, **call: Any) -> PruneResult | None:
-    """Prune with a progress bar. Of several processes, only the first one shows it."""
+def run(
+    recipe: PruneRecipe, *, dry_run: bool = False, **call: Any
+) -> PruneResult | PlanResult | ClusterPlanResult | None:
+    """Prune with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
     from secateur.workflows.prune.on_ray import prune_on_ray
     from secateur.workflows.prune.order import follow
-    from secateur.workflows.prune_and_pack import prune_recipe
+    from secateur.workflows.prune_and_pack import plan_recipe, prune_recipe
 
+    if dry_run:
+        return plan_recipe(recipe, call)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call, show_progress)
     with joined(recipe.device) as ranks:

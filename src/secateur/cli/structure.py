@@ -8,18 +8,23 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.structure import StructureRecipe
+    from secateur.reporting.results.plan import CutPlanResult
     from secateur.reporting.results.structure import StructureResult
 
 __all__ = ["structure"]
 
 
-def run(recipe: StructureRecipe, **call: Any) -> StructureResult | None:
-    """Cut with a progress bar. Of several processes, only the first one shows it."""
+def run(
+    recipe: StructureRecipe, *, dry_run: bool = False, **call: Any
+) -> StructureResult | CutPlanResult | None:
+    """Cut with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
-    from secateur.workflows.structure.checkpoint import structure_recipe
+    from secateur.workflows.structure.checkpoint import plan_cut, structure_recipe
     from secateur.workflows.structure.shared_survey import follow
 
+    if dry_run:
+        return plan_cut(recipe, call)
     with joined(recipe.device) as ranks:
         if not ranks.first:
             follow(recipe, ranks)

@@ -9,20 +9,25 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.train import TrainRecipe
+    from secateur.reporting.results.plan import TrainPlanResult
     from secateur.reporting.results.train import TrainResult
 
 __all__ = ["train"]
 
 
-def run(recipe: TrainRecipe, **call: Any) -> TrainResult | None:
-    """Train with a progress bar. With several processes only the first one shows it."""
+def run(
+    recipe: TrainRecipe, *, dry_run: bool = False, **call: Any
+) -> TrainResult | TrainPlanResult | None:
+    """Train with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.train.checkpoint import run_training
+    from secateur.workflows.train.checkpoint import plan_training, run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **call)
         return None
     with show_progress() as progress:
+        if dry_run:
+            return plan_training(recipe, progress, call)
         return run_training(recipe, progress, **call)
 
 

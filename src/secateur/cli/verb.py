@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError
 from secateur.parallel.launched import Launched
-from secateur.recipes.flags import recipe_from_flags, takes_several
+from secateur.recipes.flags import call_from_flags, recipe_from_flags, takes_several
 from secateur.recipes.options import Option, options_of, run_options_of
 from secateur.recipes.section import GROUPS, OUTPUT, Flag
 from secateur.recipes.verbs import VERBS, imported
@@ -76,21 +76,23 @@ def command(
         streams: whether `run` writes its result itself; it then takes `as_json`.
         check: refuses a recipe with a fault before the model is looked up. It must be quick.
     """
-    kind, without = imported(VERBS[verb].recipe), VERBS[verb].without
-    of_recipe = [o for o in options_of(kind) if o.name not in without and not o.flag.hidden]
-    of_call = [o for o in run_options_of(kind) if o.name not in without]
+    kind = imported(VERBS[verb].recipe)
+    of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
+    of_call = run_options_of(kind)
 
     shown = [*of_recipe, *of_call, *([SET] if of_recipe else []), JSON, QUIET]
     signature = inspect.Signature(sorted(map(parameter, shown), key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:
-        refuse_several(verb)
         given = dict(signature.bind_partial(*words, **flags).arguments)
+        refuse_several(verb, given.get("dry_run", False))
         assignments = given.pop("set", None) or ()
         as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
-        call = {o.name: given.pop(o.name, False) for o in of_call}
+        of_this = {o.name: given.pop(o.name) for o in of_call if o.name in given}
+        call = call_from_flags(kind, of_this)
         recipe = recipe_from_flags(kind, given, assignments)
-        refuse_without_output(recipe, of_recipe)
+        if not call.get("dry_run"):
+            refuse_without_output(recipe, of_recipe)
         check(recipe)
         from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
 
@@ -136,8 +138,12 @@ def refuse_without_output(recipe: Any, options: Sequence[Option]) -> None:
         raise RecipeError("no output folder", remedy="add --output DIR")
 
 
-def refuse_several(verb: str) -> None:
+def refuse_several(verb: str, dry_run: bool) -> None:
     """Refuse a verb that several processes would carry out several times.
+
+    Args:
+        verb: the name of the verb.
+        dry_run: whether it only plans, which one process does alone.
 
     Raises:
         RecipeError: torchrun has started several processes, and the verb is for one.
@@ -145,10 +151,11 @@ def refuse_several(verb: str) -> None:
     count = Launched.read(os.environ).count
     if count > 1:  # torch would print the stack of every connection that closes
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if count > 1 and not VERBS[verb].together:
+    if count > 1 and (dry_run or not VERBS[verb].together):
         able = ", ".join(name for name, each in VERBS.items() if each.together)
+        words = f"secateur {verb}" + " --dry-run" * dry_run
         raise RecipeError(
-            f"`secateur {verb}` does not work with several processes yet, and there are {count}",
+            f"`{words}` does not work with several processes yet, and there are {count}",
             remedy=f"start it without torchrun; {able} can share their work",
         )
 

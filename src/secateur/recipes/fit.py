@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from secateur.recipes.calibration import CalibrationText, CalibrationWindows
 from secateur.recipes.memory import Device, Memory
-from secateur.recipes.run import OutputFolder, Resuming
+from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts, text_alone
 
 __all__ = ["FitRecipe", "FitText", "bytes_of"]
@@ -115,7 +115,7 @@ class HowToSearch(Section):
 class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
     """One fit."""
 
-    run: ClassVar[type[Section] | None] = Resuming
+    run: ClassVar[type[Section] | None] = Planning
 
     calibration: FitText = Field(default_factory=lambda: FitText())
     memory: Memory = Field(default_factory=lambda: Memory())

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from secateur.errors import RecipeError
-from secateur.recipes.options import Option, options_of, without_none
+from secateur.recipes.options import Option, options_of, run_options_of, without_none
 from secateur.recipes.reading import (
     AnyRecipe,
     build_recipe,
+    checked_call,
     is_recipe_file,
     put,
     read_recipe_file,
 )
-from secateur.recipes.section import Section
+from secateur.recipes.section import Recipe, Section
 from secateur.recipes.yaml_text import read_yaml
 
-__all__ = ["recipe_from_flags", "takes_several"]
+__all__ = ["call_from_flags", "recipe_from_flags", "takes_several"]
 
 
 def recipe_from_flags(
@@ -51,6 +52,14 @@ def recipe_from_flags(
         put(values, options[name].path, value, where)
     spelled = {options[name].path: options[name].flag_text for name in read}
     return build_recipe(kind, values, assignments, where, spelled)
+
+
+def call_from_flags(kind: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one call; arguments and errors as in `recipe_from_flags`."""
+    options = {option.name: option for option in run_options_of(kind)}
+    read = {k: read_flag(options[k], text) for k, text in given.items() if text is not None}
+    spelled = {options[name].path: options[name].flag_text for name in read}
+    return checked_call(kind, read, spelled)
 
 
 def takes_several(option: Option) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from secateur.recipes.options import Option, options_of, run_options_of, without_none
-from secateur.recipes.reading import AnyRecipe, build_recipe, nested
+from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nested
 from secateur.recipes.section import Section
 
 __all__ = ["plain", "python_type", "recipe_of", "takes_options_of", "type_text"]
@@ -25,9 +25,7 @@ CALIBRATION_TEXT = "calibration"
 """The option that also takes the texts themselves, as a list."""
 
 
-def takes_options_of(
-    kind: type[Section], without: frozenset[str] = frozenset()
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the options of a recipe to the signature and the help of a function.
 
     The function receives them as `**options`. Parameters that the function declares itself stay
@@ -35,9 +33,8 @@ def takes_options_of(
 
     Args:
         kind: the class of the recipe.
-        without: options that do not concern this function.
     """
-    shown = [o for o in (*options_of(kind), *run_options_of(kind)) if o.name not in without]
+    shown = (*options_of(kind), *run_options_of(kind))
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -122,7 +119,8 @@ def recipe_of(
         given[CALIBRATION_TEXT] = str(keep_texts(given[CALIBRATION_TEXT]))
     run = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
     spelled = {option.path: option.name for option in options_of(kind)}
-    return build_recipe(kind, nested(kind, given), spelled=spelled), run
+    recipe = build_recipe(kind, nested(kind, given), spelled=spelled)
+    return recipe, checked_call(kind, run, {(name,): name for name in run})
 
 
 def plain(value: Any) -> Any:

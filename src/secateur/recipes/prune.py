@@ -1,21 +1,21 @@
-"""The recipe of `secateur prune` and `secateur plan`."""
+"""The recipe of `secateur prune`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from secateur.recipes.calibration import Calibration
 from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
 from secateur.recipes.recovery import Distill, Reconstruct
-from secateur.recipes.run import OutputFolder, Resuming
-from secateur.recipes.section import ADVANCED, OUTPUT, WHAT, Flag, Recipe, Section, Texts
+from secateur.recipes.run import OutputFolder, Planning
+from secateur.recipes.section import ADVANCED, MEMORY, OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["Effort", "Fitting", "PruneRecipe", "Sparsity", "Values"]
+__all__ = ["Effort", "Fitting", "PruneCall", "PruneRecipe", "Sparsity", "Values"]
 
 Effort = Literal["fast", "balanced", "best"]
 """The names of the presets."""
@@ -168,6 +168,37 @@ class StoredFormat(Section):
     )
 
 
+class PruneCall(Planning):
+    """What to do with a stopped run; or to plan only, for this machine or on paper for others."""
+
+    group: ClassVar[str] = MEMORY
+
+    gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(
+        None,
+        gt=0,
+        description="With --dry-run: plan on paper for machines with so many GPUs. The model is "
+        "then a well-known shape such as llama-3.1-70b.",
+    )
+    nodes: int = Field(1, gt=0, description="How many such machines.")
+    gpu: str = Field(
+        "h100-80gb", description="What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."
+    )
+    network: Annotated[str, Flag(value="RATE")] = Field(
+        "400Gb",
+        pattern=r"^\d+(\.\d+)?Gb$",
+        description="Bits a second of the network of one machine, such as 400Gb.",
+    )
+
+    @model_validator(mode="after")
+    def check_machines(self) -> PruneCall:
+        """Other machines are for plans on paper."""
+        given = [n for n in ("gpus", "nodes", "gpu", "network") if n in self.model_fields_set]
+        missing = "dry_run" if not self.dry_run else "gpus" if self.gpus is None else None
+        if given and missing:
+            raise ValueError(f"{given[0]} is for plans on paper; add {missing}")
+        return self
+
+
 class PruneRecipe(
     # pydantic lists the fields of the last base first
     Device,
@@ -182,7 +213,7 @@ class PruneRecipe(
     """One pruning run."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = presets
-    run: ClassVar[type[Section] | None] = Resuming
+    run: ClassVar[type[Section] | None] = PruneCall
 
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
     distillation: Distill = Field(default_factory=lambda: Distill())

@@ -19,6 +19,7 @@ from secateur.recipes.yaml_text import read_yaml, write_yaml
 __all__ = [
     "AnyRecipe",
     "build_recipe",
+    "checked_call",
     "dump_recipe",
     "is_recipe_file",
     "nested",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def is_recipe_file(text: str) -> bool:
@@ -88,8 +90,37 @@ def build_recipe(
         set_value(kind, merged, assignment)
     if kind.presets:
         merged = filled_in(merged, kind.presets)
+    return validated(kind, merged, where, spelled)
+
+
+def checked_call(
+    kind: type[Recipe], given: Mapping[str, Any], spelled: Spelled = MappingProxyType({})
+) -> dict[str, Any]:
+    """Check the options of one call, which are no keys of the recipe.
+
+    Args:
+        kind: the class of the recipe.
+        given: values by name.
+        spelled: how the user named them, for errors.
+
+    Returns:
+        The same values.
+
+    Raises:
+        RecipeError: listing every fault.
+    """
+    if kind.run is None:
+        return {}
+    checked = validated(kind.run, given, None, spelled)
+    return {name: getattr(checked, name) for name in given}
+
+
+def validated(
+    kind: type[AnySection], values: Mapping[str, Any], where: str | None, spelled: Spelled
+) -> AnySection:
+    """Build a section from nested values; see `build_recipe`."""
     try:
-        return kind.model_validate(merged)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError.of(fault_lines(kind, error, spelled), where=where) from None
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.section import OUTPUT, Flag, Section
 
-__all__ = ["OutputFolder", "Overwriting", "Resuming"]
+__all__ = ["OutputFolder", "Overwriting", "Planning", "Resuming"]
 
 
 class OutputFolder(Section):
@@ -37,3 +37,13 @@ class Resuming(Overwriting):
         description="Resume a stopped run, or start if there is none. A finished one is shown.",
     )
     restart: bool = Field(False, description="Discard a stopped run and start again.")
+
+
+class Planning(Resuming):
+    """What to do with a stopped run, or whether to plan one only."""
+
+    dry_run: bool = Field(
+        False,
+        description="Check the options and show what the run would need. Reads no weights, and "
+        "writes nothing.",
+    )

@@ -12,7 +12,7 @@ from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.recovery import Distill
-from secateur.recipes.run import OutputFolder, Resuming
+from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
 
 __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
@@ -212,7 +212,7 @@ class StructureRecipe(
     """One structured cut."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = structure_presets
-    run: ClassVar[type[Section] | None] = Resuming
+    run: ClassVar[type[Section] | None] = Planning
 
     distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())

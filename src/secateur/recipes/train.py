@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from secateur.recipes.memory import BUDGET, FREE, Device
-from secateur.recipes.run import OutputFolder, Resuming
+from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import (
     HOW,
     MAX_SEED,
@@ -327,7 +327,7 @@ class TrainRecipe(
 ):
     """One training, on text alone or with a teacher. Pruned weights stay zero."""
 
-    run: ClassVar[type[Section] | None] = Resuming
+    run: ClassVar[type[Section] | None] = Planning
 
     @model_validator(mode="after")
     def check_teacher(self) -> TrainRecipe:

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-__all__ = ["ON_RAY", "STAGES", "VERBS", "WRITING", "Verb", "imported"]
-
-WRITING = frozenset({"output", "overwrite", "resume", "restart"})
-"""The options of a verb that writes a folder."""
-
-ON_RAY = frozenset({"ray", "ray_processes"})
-"""The options of a verb that Ray can start in several processes."""
+__all__ = ["STAGES", "VERBS", "Verb", "imported"]
 
 MAKE, RUN, MEASURE, PUBLISH = STAGES = (
     "Make a smaller model",
@@ -36,7 +30,6 @@ class Verb:
         function: the place of the function; empty if the verb exists only on the command line.
         more: further sentences for the help of the verb.
         usage: the first line of the help, where a positional argument may be left out.
-        without: options of the recipe that do not concern this verb.
         together: whether several processes, started by torchrun, can share its work.
     """
 
@@ -47,7 +40,6 @@ class Verb:
     function: str = ""
     more: str = ""
     usage: str | None = None
-    without: frozenset[str] = frozenset()
     together: bool = False
 
     @property
@@ -133,15 +125,6 @@ VERBS: dict[str, Verb] = {
             "Write a compressed model as plain dense safetensors again.",
             "secateur.recipes.compress:DecompressRecipe",
             "secateur.workflows.compress.unpack:decompress",
-        ),
-        Verb(
-            "plan",
-            MAKE,
-            "Show the memory, disk and work that pruning would need. Reads no weights and writes "
-            "nothing.",
-            "secateur.recipes.plan:PlanRecipe",
-            "secateur.workflows.prune.checkpoint:plan",
-            without=WRITING | ON_RAY,
         ),
         Verb(
             "methods",

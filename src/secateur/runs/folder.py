@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -29,12 +29,13 @@ from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import (
     cannot_write,
     check_apart,
+    check_free,
     check_replaceable,
     check_writable,
     is_full,
 )
 
-__all__ = ["NOTES", "STATE", "RunFolder"]
+__all__ = ["NOTES", "STATE", "RunFolder", "check_output"]
 
 NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
@@ -366,3 +367,30 @@ class RunFolder:
         for file in (self.mark, self.partial / STATE):
             file.unlink(missing_ok=True)
         self.partial.rmdir()
+
+
+def check_output(
+    output: str | Path | None,
+    verb: str,
+    needed_bytes: int,
+    read: Sequence[str | Path | None],
+    call: Mapping[str, Any],
+) -> None:
+    """Refuse an output that a run of a verb would be refused for. Writes nothing.
+
+    Args:
+        output: the folder of the result; None to check nothing.
+        verb: the name of the command on the command line.
+        needed_bytes: the bytes that the run would write.
+        read: files and folders that the run would read; names that are no path are ignored.
+        call: `resume`, `restart` and `overwrite`, as far as they are given.
+
+    Raises:
+        SecateurError: as the run would.
+    """
+    if output is None:
+        return
+    names = ("resume", "restart", "overwrite")
+    folder = RunFolder(output, verb, **{name: bool(call.get(name)) for name in names})
+    folder.keep_apart(*read)
+    check_free(needed_bytes, folder.output, folder.partial)

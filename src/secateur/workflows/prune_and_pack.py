@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.calibration.mix import texts_of
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
@@ -17,21 +18,25 @@ from secateur.publishing.secrets import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_text
-from secateur.runs.folder import NOTES
+from secateur.runs.folder import NOTES, check_output
 from secateur.sparsity.methods import Method
 from secateur.workflows.chain import run_chain
+from secateur.workflows.chain_steps import checked_steps
 from secateur.workflows.compress.pack import COMPRESSION
-from secateur.workflows.prune.checkpoint import report_of, run_recipe
+from secateur.workflows.prune.checkpoint import planned, report_of, run_recipe
+from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.on_ray import prune_on_ray
 from secateur.workflows.prune.order import refuse_several
 
-__all__ = ["prune", "prune_recipe"]
+__all__ = ["plan_recipe", "prune", "prune_recipe"]
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -47,7 +52,7 @@ def prune(
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
-) -> PruneResult:
+) -> PruneResult | PlanResult | ClusterPlanResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -60,7 +65,7 @@ def prune(
         **options: the other options of the recipe.
 
     Returns:
-        The result of the run.
+        The result of the run; with `dry_run` its plan.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -72,13 +77,18 @@ def prune(
                 "a loaded model is pruned in place; `output` is for checkpoints",
                 remedy="call model.save_pretrained(output) afterwards",
             )
+        if options.get("dry_run"):
+            raise RecipeError(
+                "a loaded model is pruned in place; `dry_run` is for checkpoints",
+                remedy="name the folder of the model",
+            )
         if options.get("keep_format"):
             raise RecipeError(
                 "a loaded model has plain numbers; `keep_format` is for checkpoints",
                 remedy="name the folder of the model",
             )
         return prune_module(model, calibration, tokenizer, listener(progress), options)
-    if options.get("output") is None:
+    if options.get("output") is None and not options.get("dry_run"):
         raise RecipeError("`output` is missing: the folder for the pruned model")
     if isinstance(calibration, Tensor):
         raise RecipeError(
@@ -87,9 +97,40 @@ def prune(
         )
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
+    if call.pop("dry_run", False):
+        return plan_recipe(recipe, call)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call)
     return prune_recipe(recipe, listener(progress), **call)
+
+
+def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | ClusterPlanResult:
+    """Check a recipe, and show what it would need, on this machine or on paper for others.
+
+    Args:
+        recipe: recipe of the pruning.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the run would.
+    """
+    check_storage(recipe)
+    packs = recipe.compress.values is not None
+    if packs:
+        checked_steps(chain_of(recipe).steps)
+    if recipe.cluster.ray is not None:
+        raise RecipeError(
+            "a dry run plans for one process, and Ray would start several",
+            where="--ray",
+            remedy="leave it out; --gpus and --nodes plan for a cluster on paper",
+        )
+    asked = PruneCall(dry_run=True, **call)
+    if asked.gpus is not None:
+        return plan_on_paper(recipe, asked)
+    plan = planned(recipe)
+    read = recipe.model, *texts_of(recipe.calibration.source)
+    check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
+    return plan
 
 
 def prune_recipe(
@@ -112,7 +153,24 @@ def prune_recipe(
         ranks: the processes that share the work; this one is the first.
     """
     refuse_several(recipe, ranks.count)
+    check_storage(recipe)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
+    if recipe.compress.values is None:
+        return run_recipe(recipe, progress, **call, ranks=ranks)
+    output = run_chain(chain_of(recipe), progress, **call).output
+    name_recipe(recipe, output)
+    record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
+    return dataclasses.replace(
+        report_of(output), compression=CompressResult.from_json({**record, "output": output})
+    )
+
+
+def check_storage(recipe: PruneRecipe) -> None:
+    """Refuse options about how weights are stored that contradict each other.
+
+    Raises:
+        RecipeError: names the options.
+    """
     fields = type(recipe.compress).model_fields
     idle = [n for n, x in fields.items() if getattr(recipe.compress, n) not in (None, x.default)]
     if recipe.compress.values is None and idle:
@@ -125,14 +183,6 @@ def prune_recipe(
             "--keep-format and --compress both say how the weights are stored",
             remedy="give one of them",
         )
-    if recipe.compress.values is None:
-        return run_recipe(recipe, progress, **call, ranks=ranks)
-    output = run_chain(chain_of(recipe), progress, **call).output
-    name_recipe(recipe, output)
-    record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
-    return dataclasses.replace(
-        report_of(output), compression=CompressResult.from_json({**record, "output": output})
-    )
 
 
 def chain_of(recipe: PruneRecipe) -> ChainRecipe:

@@ -324,9 +324,9 @@ def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source")
     save_windows(tiny_windows(), tmp_path / "w.safetensors")
     plans = {
-        name: secateur.plan(
-            str(tmp_path / "source"), sparsity=0.5, method="sparsegpt", allocation=name,
-            calibration=str(tmp_path / "w.safetensors"),
+        name: secateur.prune(
+            str(tmp_path / "source"), dry_run=True, sparsity=0.5, method="sparsegpt",
+            allocation=name, calibration=str(tmp_path / "w.safetensors"),
         ).plan
         for name in ("uniform", *NAMES)
     }  # fmt: skip

@@ -132,7 +132,7 @@ def test_claims_are_true_or_the_model_is_refused(name: str, tmp_path: Path, wind
 def planned(source: Path, options: dict[str, Any]) -> Any:
     """What a plan says will not be pruned."""
     options = {**options, "calibration": {"source": options["calibration"]}}
-    return secateur.plan(str(source), **options).to_json()["left"]
+    return secateur.prune(str(source), dry_run=True, **options).to_json()["left"]
 
 
 def half_pruned(name: str, folder: Path) -> tuple[Path, float]:
@@ -204,7 +204,7 @@ def test_left_out_matrices_are_told_everywhere(
 ) -> None:
     source = saved("gemma3 vision", tmp_path / "source")
     recipe = ["--sparsity", "0.5", "--method", "magnitude"]
-    for verb in (["plan", str(source), *recipe], ["inspect", str(source)],
+    for verb in (["prune", "--dry-run", str(source), *recipe], ["inspect", str(source)],
                  ["prune", str(source), *recipe, "--output", str(tmp_path / "out")]):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["secateur", *verb])
         with pytest.raises(SystemExit) as ended:

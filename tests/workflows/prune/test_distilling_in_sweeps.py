@@ -20,6 +20,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
+from secateur.reporting.results.plan import PlanResult
 from secateur.sparsity.rounding import kept_weights
 from secateur.training.masks import Masks
 from secateur.workflows.prune import streamed_distillation
@@ -283,9 +284,9 @@ WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10,
         "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 
 
-def peaks_of(folder: Path, calibration: Path, size: int) -> secateur.PlanResult:
-    return secateur.plan(
-        folder, **OPTIONS, calibration=str(calibration), distill_sweep_windows=size
+def peaks_of(folder: Path, calibration: Path, size: int) -> PlanResult:
+    return secateur.prune(
+        folder, dry_run=True, **OPTIONS, calibration=str(calibration), distill_sweep_windows=size
     )
 
 

@@ -20,8 +20,8 @@ from secateur.calibration.windows import (
 )
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
-from secateur.recipes.plan import PlanRecipe
-from secateur.workflows.prune.checkpoint import plan_recipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.workflows.prune.checkpoint import planned
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 
@@ -196,12 +196,12 @@ def test_structure_and_a_loaded_model_read_them_too(
 def test_the_plan_counts_them(folder: Path, text: Path) -> None:
     passed = []
     for tokens in (0, 4 * LENGTH, 40 * LENGTH):
-        recipe = PlanRecipe(
+        recipe = PruneRecipe(
             model=str(folder), method="wanda", sparsity=0.5,
             calibration={"source": str(text), "windows": 4, "sequence_length": LENGTH},
             distillation={"epochs": 1, "tokens": tokens, "peak_learning_rate": 1e-3},
         )  # fmt: skip
-        passed.append(plan_recipe(recipe).plan.passed_tokens)
+        passed.append(planned(recipe).plan.passed_tokens)
     assert passed[0] == passed[1]
     assert passed[2] - passed[0] == 5 * 36 * LENGTH  # with the trials of the rate
 

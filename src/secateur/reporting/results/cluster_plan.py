@@ -1,4 +1,4 @@
-"""What `plan` returns for a cluster."""
+"""What a dry run of `prune` returns for a cluster."""
 
 from __future__ import annotations
 

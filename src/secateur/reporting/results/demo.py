@@ -109,6 +109,7 @@ class DemoResult(Result):
             {
                 **generation(folder),
                 "time it in more ways": command("bench", folder),
+                "see what pruning your own model needs": command(*own, "--dry-run"),
                 "prune your own model, a folder or a hub id": command(
                     *own, "--compress", "int8", "--output", "MODEL-pruned"
                 ),

@@ -1,17 +1,18 @@
-"""What `plan` returns."""
+"""What `prune`, `structure`, `train` and `fit` return for a dry run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.engine.plan import Plan
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
 from secateur.reporting.wording import time_range
+from secateur.structured.accounting import Counts
 
-__all__ = ["PlanResult"]
+__all__ = ["CutPlanResult", "FitPlanResult", "PlanResult", "TrainPlanResult"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,3 +81,150 @@ class PlanResult(Result):
         if plan.on_gpu:
             rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
         return [Table.of("plan", ("", ""), rows)]
+
+
+@dataclass(frozen=True)
+class CutPlanResult(Result):
+    """What a structured cut would leave, and what it would need.
+
+    Attributes:
+        steps: the names of its steps, in order.
+        before: the uncut model, counted.
+        after: the cut model; None if that is known only during the run.
+        unknown: the options that decide about it then.
+        plan: what the step that cuts heads and neurons needs at most; None without that step.
+    """
+
+    steps: tuple[str, ...]
+    before: Counts
+    after: Counts | None
+    unknown: tuple[str, ...]
+    plan: Plan | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "steps": list(self.steps),
+            "before": {**asdict(self.before), "parameters": self.before.parameters},
+            "after": self.after and {**asdict(self.after), "parameters": self.after.parameters},
+            "unknown": list(self.unknown),
+            "plan": self.plan and self.plan.to_json(),
+        }
+
+    def blocks(self) -> Sequence[Block]:
+        """A table of sizes, and one of what the run needs."""
+        before, after = self.before, self.after
+
+        def line(what: str, key: str) -> tuple[str, str, str]:
+            return what, f"{getattr(before, key):,}", f"{getattr(after, key):,}" if after else ""
+
+        rows = [
+            line("parameters", "parameters"),
+            line("decoder layers", "decoder"),
+            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+            ("weight files", mib(before.file_bytes), mib(after.file_bytes) if after else ""),
+        ]
+        needs = [("steps", ", ".join(self.steps))]
+        if self.unknown:
+            needs.append(("sizes are known during the run", ", ".join(self.unknown)))
+        if self.plan is not None:
+            where = "peak memory of the GPU" if self.plan.on_gpu else "peak memory"
+            needs.append((f"{where}, heads and neurons", gib(self.plan.peak_bytes)))
+        return [
+            Table.of("plan of the cut", ("", "before", "after"), rows),
+            Table.facts("", needs),
+        ]
+
+
+@dataclass(frozen=True)
+class TrainPlanResult(Result):
+    """What a training would read, and what it would need.
+
+    Attributes:
+        objective: the loss, in words.
+        text: the training texts.
+        windows: number of training windows.
+        sequence_length: tokens of a window.
+        validation_windows: number of validation windows.
+        steps: optimizer steps; None if the minutes decide.
+        minutes: length of the training; None if the steps decide.
+        tokens: tokens that the model would read; None if the minutes decide.
+        memory: sizes in bytes by name, with `peak` and `host_peak`.
+        disk_bytes: what the training writes at most.
+    """
+
+    objective: str
+    text: str
+    windows: int
+    sequence_length: int
+    validation_windows: int
+    steps: int | None
+    minutes: float | None
+    tokens: int | None
+    memory: Mapping[str, int]
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**asdict(self), "memory": dict(self.memory)}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        length = f"{self.steps:,} steps, {self.tokens:,} tokens" if self.steps else ""
+        parts = ("process", "weights", "optimizer", "forward", "logits", "teacher", "masks")
+        rows = [
+            ("objective", self.objective),
+            ("text", self.text),
+            ("windows", f"{self.windows:,} of {self.sequence_length} tokens"),
+            ("validation windows", f"{self.validation_windows:,}"),
+            ("length", length or f"{self.minutes:g} minutes"),
+            ("disk", gib(self.disk_bytes)),
+            *((f"memory: {name}", mib(self.memory[name])) for name in parts if self.memory[name]),
+            ("peak memory of the GPU" if self.memory["on_gpu"] else "peak memory",
+             gib(self.memory["peak"])),
+        ]  # fmt: skip
+        if self.memory["on_gpu"]:
+            rows.append(("peak memory of the host", gib(self.memory["host_peak"])))
+        return [Table.facts("plan of the training", rows)]
+
+
+@dataclass(frozen=True)
+class FitPlanResult(Result):
+    """What a fit would try, within bounds that can be kept.
+
+    Attributes:
+        linears: number of linear layers that get a level each.
+        file_bytes: weight files of the model as it is.
+        bounds: by option: the bound, and the nearest that is possible; empty if that is not known.
+        levels: the names of the levels of a linear layer.
+        generations: of the search, at most.
+        offspring: candidates of a generation.
+        minutes: time that the fit keeps; None for no limit.
+    """
+
+    linears: int
+    file_bytes: int
+    bounds: Mapping[str, tuple[str, str]]
+    levels: tuple[str, ...]
+    generations: int
+    offspring: int
+    minutes: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return asdict(self)
+
+    def blocks(self) -> Sequence[Block]:
+        """A table of bounds, and one of the search."""
+        bounds = [(name, *values) for name, values in self.bounds.items()]
+        rows = [
+            ("weight files now", mib(self.file_bytes)),
+            ("linear layers", f"{self.linears:,}"),
+            ("levels of each", ", ".join(self.levels)),
+            ("search", f"{self.generations} generations of {self.offspring} candidates"),
+            ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
+        ]
+        return [
+            Table.of("bounds of the fit", ("bound", "given", "nearest possible"), bounds),
+            Table.facts("", rows),
+        ]

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.calibration.mix import texts_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import refuse_quantized
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, listener
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.fit import FitResult
+from secateur.reporting.results.plan import FitPlanResult
 from secateur.runs.atomic import write_json
-from secateur.runs.folder import RunFolder
+from secateur.runs.folder import RunFolder, check_output
 from secateur.runs.identity import file_digests
-from secateur.workflows.compress.packable import find_matrices
+from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.fit.accuracy import prepared_tasks
 from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.course import carry_out
-from secateur.workflows.fit.feasible import check_feasible
+from secateur.workflows.fit.feasible import OPTION_OF, check_feasible, in_words
 from secateur.workflows.fit.files import FILES
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.targets import check_target
 
-__all__ = ["fit", "fit_recipe"]
+__all__ = ["fit", "fit_recipe", "plan_fit"]
 
 FIT = "fit.json"
 
 
 @takes_options_of(FitRecipe)
-def fit(model: str | Path, *, progress: Progress | None = None, **options: Any) -> FitResult:
+def fit(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> FitResult | FitPlanResult:
     """Find the best compressed model within a budget, and make it.
 
     Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
@@ -46,13 +51,64 @@ def fit(model: str | Path, *, progress: Progress | None = None, **options: Any) 
         **options: the other options of the recipe.
 
     Returns:
-        The winner, the frontier, and what each single technique gives.
+        The winner, the frontier, and what each single technique gives; with `dry_run` the plan.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(FitRecipe, {"model": model}, options)
+    if call.pop("dry_run", False):
+        return plan_fit(recipe, listener(progress), call)
     return fit_recipe(recipe, listener(progress), **call)
+
+
+def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> FitPlanResult:
+    """Check a recipe and whether its bounds can be kept, and show what the fit would do.
+
+    Args:
+        recipe: recipe of the fit.
+        progress: receives the matrices that are timed for a bound on speed.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the fit would.
+    """
+    check_target(recipe)
+    prepared_tasks(recipe)
+    source, reader, matrices = opened(recipe, progress)
+    costs = costs_of(recipe, reader, matrices, progress)
+    size = sum(file.stat().st_size for file in reader.files)
+    check_feasible(recipe, costs, size)
+    read = recipe.model, source.folder, *texts_of(recipe.calibration.source)
+    check_output(recipe.output, "fit", 0, read, call)
+    bounds = {}
+    for place, kind in enumerate(costs.kinds):
+        least = costs.least(place, alone=True)
+        if math.isfinite(kind.limit) and least is not None:
+            name = OPTION_OF[kind.name]
+            bounds[name] = f"{getattr(recipe, name)}", in_words(costs, kind.name, least)
+    for name in ("max_loss_increase", "min_accuracy_kept"):
+        if getattr(recipe, name) is not None:
+            bounds[name] = f"{getattr(recipe, name)}", ""
+    return FitPlanResult(
+        linears=len(costs.shapes),
+        file_bytes=size,
+        bounds=bounds,
+        levels=tuple(level.name for level in costs.levels),
+        generations=recipe.generations,
+        offspring=recipe.offspring,
+        minutes=recipe.minutes,
+    )
+
+
+def opened(
+    recipe: FitRecipe, progress: Progress
+) -> tuple[LocalCheckpoint, CheckpointReader, dict[str, PackableMatrix]]:
+    """Open the model: the checkpoint, its tensors, and the matrices that can be packed."""
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    refuse_quantized(source.folder)
+    reader = CheckpointReader(source.folder)
+    return source, reader, find_matrices(reader, "int8", recipe.trust_remote_code)
 
 
 def fit_recipe(
@@ -77,11 +133,8 @@ def fit_recipe(
     tasks = prepared_tasks(recipe)
     folder = RunFolder(recipe.output, "fit", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    source, reader, matrices = opened(recipe, progress)
     folder.keep_apart(source.folder)
-    refuse_quantized(source.folder)
-    reader = CheckpointReader(source.folder)
-    matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
     folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         folder.begin(identity(recipe, reader, progress))

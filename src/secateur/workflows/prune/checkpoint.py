@@ -27,14 +27,9 @@ from secateur.models.inventory import Left
 from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
-from secateur.recipes.composed import with_method
-from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.plan import PlanRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
-from secateur.recipes.verbs import ON_RAY, WRITING
 from secateur.reporting.model_card import model_card
-from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
@@ -46,12 +41,10 @@ from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.allocation import allocations
-from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.workflows.prune.chosen_plan import choose_plan
-from secateur.workflows.prune.cluster_plan import plan_on_paper
 from secateur.workflows.prune.distillation import distill_checkpoint
 from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.pictures import BESIDE, refuse_shared
@@ -69,34 +62,14 @@ LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 WAY = "distillation.json"
 
-__all__ = ["plan", "plan_recipe", "report_of", "run_prepared", "run_recipe"]
+__all__ = ["planned", "report_of", "run_prepared", "run_recipe"]
 
 NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-@takes_options_of(PlanRecipe, without=WRITING | ON_RAY)
-def plan(
-    model: str | Path, *, method: str | Method | None = None, **options: Any
-) -> PlanResult | ClusterPlanResult:
-    """Report what pruning `model` would need, without pruning it.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample; with `gpus` a well-known shape.
-        method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        **options: the other options of the recipe.
-
-    Raises:
-        SecateurError: as `prune` would.
-    """
-    own = {"model": model}
-    return plan_recipe(recipe_of(PlanRecipe, own, with_method(method, options))[0])
-
-
-def plan_recipe(recipe: PlanRecipe) -> PlanResult | ClusterPlanResult:
-    """Return the plan of a recipe, for this machine or on paper for others."""
-    if recipe.machines.gpus is not None:
-        return plan_on_paper(recipe)
+def planned(recipe: PruneRecipe) -> PlanResult:
+    """What a recipe would need on this machine."""
     began = time.perf_counter()
     prepared = prepare(recipe, only_plan=True, pictures=True)
     ready = time.perf_counter() - began

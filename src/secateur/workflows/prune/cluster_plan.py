@@ -5,20 +5,20 @@ from __future__ import annotations
 from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import Facts, read_facts
 from secateur.errors import RecipeError
-from secateur.recipes.plan import PlanRecipe
+from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.workflows.prune.composition import method_of
 
 __all__ = ["plan_on_paper"]
 
 
-def plan_on_paper(recipe: PlanRecipe) -> ClusterPlanResult:
+def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
     """Plan the run of a recipe for a well-known shape on GPUs that are not here.
 
     Raises:
         RecipeError: the model is no well-known shape, or the GPU or the solver is unknown.
     """
-    facts, asked = read_facts(), recipe.machines
+    facts = read_facts()
     if recipe.model not in facts.shapes:
         raise RecipeError(
             f"{recipe.model} is no well-known shape, and a plan on paper needs one",

@@ -31,15 +31,16 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, listener
+from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.results.plan import CutPlanResult
 from secateur.reporting.results.structure import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
-from secateur.runs.folder import RunFolder
+from secateur.runs.folder import RunFolder, check_output
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
@@ -52,7 +53,7 @@ from secateur.workflows.prune.self_generated_text import with_written
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 from secateur.workflows.structure.latency import FILE, found_latency
 from secateur.workflows.structure.learned import check_learned
-from secateur.workflows.structure.narrow import check_width
+from secateur.workflows.structure.narrow import check_width, counted_cut, planned_width
 from secateur.workflows.structure.recovery import distill
 from secateur.workflows.structure.shared_survey import refuse_several
 from secateur.workflows.structure.stages import steps_of
@@ -73,13 +74,13 @@ VARIED = (
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and the record of their source."""
 
-__all__ = ["structure", "structure_recipe"]
+__all__ = ["plan_cut", "structure", "structure_recipe"]
 
 
 @takes_options_of(StructureRecipe)
 def structure(
     model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> StructureResult:
+) -> StructureResult | CutPlanResult:
     """Cut structure out of a checkpoint, and write a new, smaller one.
 
     Args:
@@ -87,11 +88,73 @@ def structure(
         progress: receives every step.
         **options: the other options of the recipe.
 
+    Returns:
+        The result of the cut; with `dry_run` its plan.
+
     Raises:
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
+    if call.pop("dry_run", False):
+        return plan_cut(recipe, call)
     return structure_recipe(recipe, listener(progress), **call)
+
+
+def plan_cut(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
+    """Check a recipe, and show what the cut would leave and need.
+
+    Args:
+        recipe: recipe of the cut.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the cut would.
+    """
+    source, skeleton, aim = opened(recipe, Silent())
+    steps = [step.name for step in steps_of(recipe, aim, skeleton)]
+    tokens = recipe.vocabulary is not None or recipe.vocabulary_size is not None
+    steps = ["vocabulary"] * tokens + steps + ["distillation"] * bool(recipe.distillation.epochs)
+    found = counted_cut(recipe, aim, skeleton)
+    unknown = [
+        name
+        for name, given in {
+            "--vocabulary": tokens,
+            "--decode-latency": recipe.decode_latency is not None,
+            "--depth-units blocks": recipe.depth.units == "blocks" and aim.drop_layers > 0,
+        }.items()
+        if given
+    ]
+    fits = aim.narrows and recipe.learned is None
+    plan = planned_width(recipe, aim, source.folder) if fits else None
+    size = found.before.file_bytes if unknown else found.after.file_bytes
+    read = recipe.model, source.folder, *texts_of(recipe.calibration.source)
+    check_output(recipe.output, "structure", size, read, call)
+    return CutPlanResult(
+        tuple(steps), found.before, None if unknown else found.after, tuple(unknown), plan
+    )
+
+
+def opened(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint, Any, CutPlan]:
+    """Open the model and check the recipe: the checkpoint, its skeleton, and the plan in units.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    check_learned(recipe)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    open_weights(source.folder)  # refuses what is not read
+    if recipe.learned is not None:
+        refuse_quantized(source.folder)
+    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    aim = aim_of(recipe, skeleton)
+    check_width(recipe, aim, skeleton)
+    check_vocabulary(recipe, source, skeleton)
+    return source, skeleton, aim
 
 
 def structure_recipe(
@@ -125,21 +188,8 @@ def structure_recipe(
     )
     domains = recipe.learned.domains if recipe.learned is not None else ()
     folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source), *domains)
-    source = resolve(
-        recipe.model,
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-        progress=progress,
-    )
+    source, skeleton, aim = opened(recipe, progress)
     folder.keep_apart(source.folder)
-    open_weights(source.folder)  # refuses what is not read
-    if recipe.learned is not None:
-        refuse_quantized(source.folder)
-    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
-    check_learned(recipe)
-    aim = aim_of(recipe, skeleton)
-    check_width(recipe, aim, skeleton)
-    check_vocabulary(recipe, source, skeleton)
     with folder:
         folder.begin(identity(recipe, source, progress))
         if not folder.finished:

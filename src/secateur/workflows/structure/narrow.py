@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.plan import Plan
 from secateur.engine.stream.targets import Target
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -25,15 +26,16 @@ from secateur.runs.folder import RunFolder
 from secateur.runs.meter import Meter
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.structured.accounting import accounting
+from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 from secateur.workflows.prune.checkpoint import run_prepared
-from secateur.workflows.prune.prepare import prepare
+from secateur.workflows.prune.chosen_plan import choose_plan
+from secateur.workflows.prune.prepare import Prepared, prepare, tasks_for
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 
-__all__ = ["Narrowing", "check_width", "uniform_cut"]
+__all__ = ["Narrowing", "check_width", "counted_cut", "planned_width", "uniform_cut"]
 
 NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
@@ -97,40 +99,15 @@ class Narrowing:
     def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
         """Run, unless an earlier run made `output`. Return the sizes of the model."""
         recipe, output = self.recipe, self.output
-        values = {
-            "model": str(self.folder),
-            "output": str(output),
-            "score": score_of(recipe),
-            "solver": recipe.solver,
-            "method_parameters": recipe.method_parameters,
-            "sparsity": 0.0,
-            "allocation": allocation,
-            "asymmetric": recipe.asymmetric,
-            "fast_matmuls": recipe.fast_matmuls,
-            "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
-            "memory": recipe.memory.model_dump(),
-            "device": recipe.device,
-            "trust_remote_code": recipe.trust_remote_code,
-        }
         if not output.exists():
             folder = RunFolder(output, "prune", resume=True)
+            values = values_of(recipe, allocation) | {
+                "model": str(self.folder),
+                "output": str(output),
+                "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
+            }
             prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
-            found = request(prepared.target)
-            selection = replace(
-                prepared.selection,
-                include=tuple(found.starts),
-                exclude=found.whole,
-                starts=found.starts,
-            )
-            prepared = replace(
-                prepared,
-                selection=selection,
-                methods={
-                    glob: replace(prepared.method, pattern=pattern)
-                    for glob, pattern in found.patterns.items()
-                },
-                costs=found.costs,
-            )
+            prepared = requested(prepared, request(prepared.target))
             run_prepared(prepared, folder, self.progress, Meter.start())
         return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
 
@@ -142,6 +119,72 @@ class Narrowing:
     def notes(self) -> dict[str, Any]:
         """The record of the choice."""
         return {"score": score_of(self.recipe), "solver": self.recipe.solver}
+
+
+def values_of(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
+    """The recipe of the pruning run that chooses units, without model, output and text."""
+    return {
+        "score": score_of(recipe),
+        "solver": recipe.solver,
+        "method_parameters": recipe.method_parameters,
+        "sparsity": 0.0,
+        "allocation": allocation,
+        "asymmetric": recipe.asymmetric,
+        "fast_matmuls": recipe.fast_matmuls,
+        "memory": recipe.memory.model_dump(),
+        "device": recipe.device,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+
+
+def requested(prepared: Prepared, found: WidthRequest) -> Prepared:
+    """The same run over the linears that read units."""
+    selection = replace(
+        prepared.selection,
+        include=tuple(found.starts),
+        exclude=found.whole,
+        starts=found.starts,
+    )
+    methods = {
+        glob: replace(prepared.method, pattern=pattern) for glob, pattern in found.patterns.items()
+    }
+    return replace(prepared, selection=selection, methods=methods, costs=found.costs)
+
+
+def planned_width(recipe: StructureRecipe, aim: CutPlan, folder: Path) -> Plan:
+    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
+
+    Args:
+        recipe: the user's recipe.
+        aim: the plan of the cut.
+        folder: folder of the uncut model.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget.
+    """
+    values = values_of(recipe, recipe.allocation or "uniform") | {
+        "model": str(folder),
+        "calibration": recipe.calibration.model_dump(),
+    }
+    prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
+    prepared = requested(prepared, width_asked(recipe, aim, prepared.target))
+    return choose_plan(prepared, tasks_for(prepared), recipe.memory)[0]
+
+
+def counted_cut(recipe: StructureRecipe, aim: CutPlan, model: Any) -> Accounting:
+    """Count what a cut would remove, if all layers lose equally many units.
+
+    Args:
+        recipe: the user's recipe.
+        aim: the plan of the cut; a target in time is not known yet.
+        model: the uncut skeleton.
+    """
+    whole = accounting(model, representative(aim), pad=recipe.pad)
+    if not aim.narrows:
+        return whole
+    left = design(model, representative(aim), pad=recipe.pad).skeleton
+    found = accounting(left, uniform_cut(aim, left, recipe.multiple), pad=recipe.pad)
+    return Accounting(whole.before, found.after, whole.varied or found.varied)
 
 
 def width_asked(recipe: StructureRecipe, aim: CutPlan, target: Target) -> WidthRequest:

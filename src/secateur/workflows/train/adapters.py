@@ -71,9 +71,8 @@ def adapt(
         processes: the processes.
 
     Raises:
-        RecipeError: the recipe combines adapters and gradual pruning, or one of them cannot run.
+        RecipeError: adapters or gradual pruning cannot run.
     """
-    check_together(recipe, processes)
     if recipe.lora is None and recipe.gradual is None and recipe.iterative is None:
         return Adapted(model, masks, masks)
     masks = masks.held_in(model)

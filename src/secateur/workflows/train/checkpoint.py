@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
+from secateur.reporting.results.plan import TrainPlanResult
 from secateur.reporting.results.train import TrainResult
 from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import environment
-from secateur.runs.folder import NOTES, RunFolder
+from secateur.runs.folder import NOTES, RunFolder, check_output
 from secateur.runs.identity import file_digests
 from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
@@ -34,11 +37,16 @@ from secateur.training.batches import Batches
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup
 from secateur.training.sharing import load
-from secateur.training.training_plan import optimizers
+from secateur.training.training_plan import TrainingPlan, optimizers
 from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.prune.prepare import choose_device
-from secateur.workflows.train.adapters import Adapted, adapt
-from secateur.workflows.train.distillation_setup import objective_of, plan_of, teacher_of
+from secateur.workflows.train.adapters import Adapted, adapt, check_together
+from secateur.workflows.train.distillation_setup import (
+    check_tokenizers,
+    objective_of,
+    plan_of,
+    teacher_of,
+)
 from secateur.workflows.train.masks import masks_of
 from secateur.workflows.train.memory import TrainingMemory, check_memory, disk_bytes, foretell
 from secateur.workflows.train.rounds import train_in_rounds
@@ -46,7 +54,7 @@ from secateur.workflows.train.session import Session, Trained
 from secateur.workflows.train.text import TrainingText, read_training_text
 from secateur.workflows.train.weights import check_written, write_trained
 
-__all__ = ["run_training", "train"]
+__all__ = ["plan_training", "run_training", "train"]
 
 NO_PART = {
     "output",
@@ -64,7 +72,9 @@ TRAININGS = "training.json"
 
 
 @takes_options_of(TrainRecipe)
-def train(model: str | Path, *, progress: Progress | None = None, **options: Any) -> TrainResult:
+def train(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> TrainResult | TrainPlanResult:
     """Train a checkpoint into a new folder, with its zeros held at every step.
 
     It learns from text; with a `teacher` it learns that model's predictions for the text.
@@ -74,11 +84,53 @@ def train(model: str | Path, *, progress: Progress | None = None, **options: Any
         progress: receives every step.
         **options: the other options of the recipe.
 
+    Returns:
+        The result of the training; with `dry_run` its plan.
+
     Raises:
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(TrainRecipe, {"model": model}, options)
+    if call.pop("dry_run", False):
+        return plan_training(recipe, listener(progress), call)
     return run_training(recipe, listener(progress), **call)
+
+
+def plan_training(
+    recipe: TrainRecipe, progress: Progress, call: Mapping[str, Any]
+) -> TrainPlanResult:
+    """Check a recipe and its texts, and show what the training would need.
+
+    Args:
+        recipe: recipe of the training.
+        progress: receives the reading of the text.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the training would.
+    """
+    processes = ProcessGroup(choose_device(recipe.device))
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    refuse_quantized(source.folder)
+    target = target_of(recipe, source, processes)
+    text = text_of(recipe, source, target, progress)
+    found = foresee(recipe, source, target, text, None, processes)
+    places = () if found.teacher is None else (found.teacher.folder,)
+    read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
+    check_output(recipe.output, "train", found.disk_bytes, read, call)
+    record, plan = text.record, found.plan
+    return TrainPlanResult(
+        objective=loss_text(recipe),
+        text=record["source"],
+        windows=record["windows"],
+        sequence_length=record["sequence_length"],
+        validation_windows=record["validation_windows"],
+        steps=plan.steps or None,
+        minutes=plan.minutes or None,
+        tokens=plan.steps * recipe.batch * record["sequence_length"] or None,
+        memory=found.memory.to_json(),
+        disk_bytes=found.disk_bytes,
+    )
 
 
 def run_training(
@@ -126,24 +178,19 @@ def train_into(
 ) -> None:
     """Run or resume the training, and write the model, unless an earlier run finished it."""
     trust, work = recipe.trust_remote_code, folder.work
-    reader = CheckpointReader(source.folder)
-    target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
-    progress.start("reading training text", 1)
-    text = read_training_text(recipe, source.folder, target.model.config)
-    progress.finish()
+    target = target_of(recipe, source, processes)
+    text = text_of(recipe, source, target, progress)
     if processes.main:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
-        folder.begin(identity(recipe, reader, text, progress), settled)
+        folder.begin(identity(recipe, target.reader, text, progress), settled)
         folder.worth_resuming = lambda: any(work.rglob("log.jsonl"))
     if folder.finished:
         return
-    plan = plan_of(recipe, text, target.model)
-    teacher = teacher_of(recipe, work)
+    found = foresee(recipe, source, target, text, work, processes)
+    teacher = found.teacher
     if teacher is not None:
         folder.keep_apart(teacher.folder)
-    memory = foretell(recipe, target, teacher, text, plan, processes)
-    check_memory(memory, recipe, processes.device)
-    check_free(disk_bytes(recipe, target, text, plan), folder.output, folder.partial)
+    check_free(found.disk_bytes, folder.output, folder.partial)
     # Weights are not rounded between the rounds of iterative pruning.
     dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
@@ -154,7 +201,7 @@ def train_into(
         adapted,
         Batches(text.windows, recipe.batch, recipe.seed),
         objective,
-        plan,
+        found.plan,
         text.validation,
         work,
         progress,
@@ -164,13 +211,75 @@ def train_into(
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        manifest = manifest_of(recipe, source, text, session, trained, meter, memory)
+        manifest = manifest_of(recipe, source, text, session, trained, meter, found.memory)
         write(recipe, source, adapted.masks, manifest, trained, folder, progress)
     processes.wait()
     check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
     if processes.main:
         folder.finish()
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What is known of a training before the weights are read.
+
+    Attributes:
+        plan: its length, learning rate and optimizer.
+        teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
+        memory: what it needs.
+        disk_bytes: what it writes at most.
+    """
+
+    plan: TrainingPlan
+    teacher: LocalCheckpoint | None
+    memory: TrainingMemory
+    disk_bytes: int
+
+
+def target_of(
+    recipe: TrainRecipe, source: LocalCheckpoint, processes: ProcessGroup
+) -> CheckpointTarget:
+    """The model, with its layers on the meta device."""
+    return CheckpointTarget(
+        CheckpointReader(source.folder),
+        None,
+        processes.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def text_of(
+    recipe: TrainRecipe, source: LocalCheckpoint, target: CheckpointTarget, progress: Progress
+) -> TrainingText:
+    """Read the texts of a recipe."""
+    progress.start("reading training text", 1)
+    text = read_training_text(recipe, source.folder, target.model.config)
+    progress.finish()
+    return text
+
+
+def foresee(
+    recipe: TrainRecipe,
+    source: LocalCheckpoint,
+    target: CheckpointTarget,
+    text: TrainingText,
+    work: Path | None,
+    processes: ProcessGroup,
+) -> Foreseen:
+    """Check everything that needs no weights.
+
+    Raises:
+        SecateurError: the training cannot be carried out.
+    """
+    check_together(recipe, processes)
+    plan = plan_of(recipe, text, target.model)
+    teacher = teacher_of(recipe, work)
+    if teacher is not None:
+        check_tokenizers(source, teacher, recipe.trust_remote_code)
+    memory = foretell(recipe, target, teacher, text, plan, processes)
+    check_memory(memory, recipe, processes.device)
+    return Foreseen(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
 
 
 def report_of(output: Path) -> TrainResult:
@@ -235,8 +344,8 @@ def manifest_of(
     }
 
 
-def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
-    """Describe in words the loss of a training, and its pruning."""
+def loss_text(recipe: TrainRecipe) -> str:
+    """Describe in words the loss of a training."""
     text = "next token"
     if recipe.teacher is not None:
         text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
@@ -247,6 +356,12 @@ def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
             text += f", {recipe.hidden_weight:g} of hidden states"
     if recipe.lora is not None:
         text += f", adapters of rank {recipe.lora.rank}"
+    return text
+
+
+def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
+    """Describe in words the loss of a training, and its pruning."""
+    text = loss_text(recipe)
     pruned = Masks(adapted.opened).sparsity
     if recipe.gradual is not None:
         text += f", pruned gradually to {pruned:.0%}"

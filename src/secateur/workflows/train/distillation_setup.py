@@ -29,7 +29,7 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.train.adapters import rates_of
 from secateur.workflows.train.text import TrainingText
 
-__all__ = ["objective_of", "plan_of", "teacher_of"]
+__all__ = ["check_tokenizers", "objective_of", "plan_of", "teacher_of"]
 
 
 def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
@@ -96,7 +96,6 @@ def objective_of(
     file = written_down(recipe, work)
     if place is None:
         return Distil.between(model, written(file, text), **options)
-    check_tokenizers(source, place, recipe.trust_remote_code)
     teacher = load(
         place.folder,
         processes,
@@ -132,15 +131,20 @@ def objective_of(
     return Distil.between(model, written(file, text), hidden=recipe.hidden_weight, **options)
 
 
-def teacher_of(recipe: TrainRecipe, work: Path) -> LocalCheckpoint | None:
+def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None:
     """Return the checkpoint of the teacher; None without a teacher, or if its file exists.
+
+    Args:
+        recipe: recipe of the training.
+        work: folder of a run, which may have that file; None if there is no run.
 
     Raises:
         RecipeError: the teacher is unknown.
     """
     if recipe.teacher is None:
         return None
-    if (recipe.top_k or recipe.teacher_file) and written_down(recipe, work).exists():
+    stored = recipe.teacher_file or (work is not None and recipe.top_k)
+    if stored and written_down(recipe, work or Path()).exists():
         return None
     return resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
 

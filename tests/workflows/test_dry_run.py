@@ -1,0 +1,126 @@
+"""A dry run says what the run would need, refuses what the run would refuse, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur
+from secateur.errors import MemoryBudgetError, RecipeError, SourceError
+from secateur.reporting.results.plan import PlanResult
+from tiny import save_tiny, tiny_tokenizer
+from trained import source_text
+
+VERBS: dict[str, dict[str, Any]] = {
+    "prune": {"method": "wanda", "sparsity": 0.5, "calibration": "text.txt"},
+    "structure": {"ffn": 0.5, "effort": "fast", "calibration": "text.txt"},
+    "train": {"text": "text.txt", "steps": 3},
+    "fit": {"max_size": "60KiB", "calibration": "text.txt"},
+}
+LENGTH = {"sequence_length": 32, "windows": 24}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a model and a text."""
+    save_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(source_text()[:30_000], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def dry(verb: str, **options: Any) -> Any:
+    """Plan a verb in Python."""
+    values = {**LENGTH, **VERBS[verb], **options}
+    return getattr(secateur, verb)("model", dry_run=True, **values)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_is_written(verb: str, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    plan = dry(verb, output="out")
+    assert json.dumps(plan.to_json(), default=str)
+    assert "plan" in str(plan) or "bounds" in str(plan)
+    assert sorted(place.rglob("*")) == before
+    assert dry(verb).to_json() is not None  # without an output too
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_the_run_would_refuse_is_refused(verb: str, place: Path) -> None:
+    (place / "taken").mkdir()
+    with pytest.raises(RecipeError, match="the output folder exists"):
+        dry(verb, output="taken")
+    with pytest.raises(RecipeError, match="the output is the source itself"):
+        dry(verb, output="model", overwrite=True)
+    with pytest.raises(SourceError):
+        getattr(secateur, verb)("nowhere", dry_run=True, **{**LENGTH, **VERBS[verb]})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_command_line(verb: str, place: Path, secateur: Any) -> None:
+    given = {**LENGTH, **VERBS[verb]}
+    words = [w for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
+    told = secateur(verb, "model", *words, "--dry-run", "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)
+    assert not list(place.glob("*.partial"))
+
+
+def test_a_cut_has_the_planned_sizes(place: Path) -> None:
+    for options in ({"ffn": 0.5}, {"keep_layers": 1}, {"keep_parameters": 0.8, "ffn": None}):
+        plan = dry("structure", **options)
+        made = secateur.structure(
+            "model", output="out", overwrite=True, **{**LENGTH, **VERBS["structure"], **options}
+        )
+        after = made.manifest["structure"]["after"]
+        assert plan.to_json()["after"] == after
+    blocks = dry("structure", ffn=None, keep_layers=1, depth_units="blocks")
+    assert (blocks.after, blocks.unknown) == (None, ("--depth-units blocks",))
+
+
+def test_a_training_needs_what_was_planned(place: Path) -> None:
+    plan = dry("train", batch=2)
+    done = secateur.train("model", output="out", batch=2, **{**LENGTH, **VERBS["train"]})
+    planned = done.manifest["planned"]
+    names = ("weights", "optimizer", "forward", "logits", "teacher")
+    assert {n: plan.memory[n] for n in names} == {n: planned[n] for n in names}
+    assert (plan.steps, plan.tokens) == (done.steps, done.tokens)
+    assert plan.minutes is None
+    assert dry("train", steps=None, minutes=2).tokens is None
+    tiny_tokenizer(["other"]).save_pretrained(save_tiny(place / "other", tokenizer=False))
+    with pytest.raises(RecipeError, match="different vocabularies"):
+        dry("train", teacher="other")
+
+
+def test_a_fit_names_the_nearest_bounds(place: Path) -> None:
+    plan = dry("fit")
+    given, nearest = plan.bounds["max_size"]
+    assert given == "60KiB"
+    assert 0 < float(nearest.removesuffix("MiB")) < 60 / 1024 + 0.1
+    with pytest.raises(RecipeError, match="no level fits into 1KiB"):
+        dry("fit", max_size="1KiB")
+
+
+def test_options_of_a_plan_on_paper_need_a_dry_run(place: Path) -> None:
+    with pytest.raises(RecipeError, match="gpus is for plans on paper; add dry_run"):
+        secateur.prune("model", output="out", sparsity=0.5, gpus=8)
+    with pytest.raises(RecipeError, match="nodes is for plans on paper; add gpus"):
+        secateur.prune("model", dry_run=True, sparsity=0.5, nodes=2)
+    assert isinstance(secateur.prune("model", dry_run=True, sparsity=0.5), PlanResult)
+    with pytest.raises(RecipeError, match="would start several"):
+        secateur.prune("model", dry_run=True, sparsity=0.5, ray="local")
+    with pytest.raises(RecipeError, match="`dry_run` is for checkpoints"):
+        secateur.prune(secateur.load("model"), dry_run=True, sparsity=0.5)
+
+
+def test_too_little_memory_is_refused(place: Path) -> None:
+    for verb, options in {
+        "prune": {"memory_budget_gib": 1e-6},
+        "train": {"memory_budget_gib": 1e-6},
+        "structure": {"memory_budget_gib": 1e-6},
+    }.items():
+        with pytest.raises(MemoryBudgetError):
+            dry(verb, **options)
