@@ -3,7 +3,7 @@
     python benchmarks/fit_times.py --work DIR [--mixes 10] [--rounds 7]
 
 SmolLM2-135M. The candidates are all linears dense int8, dense int4, int8 with 50 % zeros and int4
-with 50 % zeros, and random mixes: each takes two to all of the ways of `--for cpu`, and every
+with 50 % zeros, and random mixes: each takes two to all of the ways of `--target cpu`, and every
 linear draws one of them. Zeros are the smallest weights of each row; numbers do not change speed.
 Each candidate is packed and timed beside dense int8 by the processes of `secateur bench`. Rows hold
 the predicted time, the lowest and the median time of the rounds, and the same for the speed-up over

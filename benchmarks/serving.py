@@ -46,7 +46,7 @@ REQUESTS = {1: 3, 4: 2, 8: 2}
 OURS = """
 import sys
 from secateur.cli import main
-sys.argv = ["secateur", "serve", *sys.argv[1:], "--port", "0", "--context", "1024", "--json"]
+sys.argv = ["secateur", "serve", *sys.argv[1:], "--port", "0", "--context-length", "1024", "--json"]
 main()
 """
 LLAMA = """
@@ -210,7 +210,7 @@ def streamed(client: httpx.Client, address: str, number: int) -> str:
 def load(args: argparse.Namespace) -> None:
     """Many clients for a while: nothing is lost, nothing is mixed up, memory stays."""
     script, model = models(args)["secateur int8, 50 % zeros"]
-    server = Server(script, model, args.work / "load.log", "--prefix-cache-mib", "32")
+    server = Server(script, model, args.work / "load.log", "--prefix-cache", "32MiB")
     process, memory, done = psutil.Process(server.process.pid), list[float](), threading.Event()
 
     def watch() -> None:

@@ -90,9 +90,9 @@ def write_adapter(output: str) -> None:
 
 def sweep_to(output: str) -> None:
     text = {"calibration": "TEXT.txt", "windows": 4, "sequence_length": 32}
-    judged = {"text": ("HELD-OUT.txt",), "text_sequence_length": 32, "text_windows": 4}
-    plan = secateur.SweepPlan("MODEL", ("magnitude",), (0.5,), **text, **judged)
-    secateur.sweep(plan, output, **QUIET)
+    judged = {"text": ["HELD-OUT.txt"], "text_sequence_length": 32, "text_windows": 4}
+    points = {"methods": ["magnitude"], "sparsities": [0.5]}
+    secateur.sweep("MODEL", output=output, **points, **text, **judged, **QUIET)
 
 
 def write_advice(output: str) -> None:

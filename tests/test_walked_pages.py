@@ -88,7 +88,7 @@ SMALLER = {
     "--ffn 1024": "64",
     "--query-heads 2": "1",
     "--hidden-size 512": "48",
-    "--file-mib 400": "0.65",
+    "--max-size 400MiB": "0.65MiB",
     "--vocabulary-size 16384": "300",
     "--max-size 75MiB": "400KiB",
     "--max-size 60MiB": "400KiB",

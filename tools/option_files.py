@@ -48,7 +48,7 @@ does.
   complete verbs, options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
 - **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
   is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
-- **YAML**: a dot separates a section from its key: `memory.budget_gib` is `budget_gib` in the
+- **YAML**: a dot separates a section from its key: `memory.max_memory` is `max_memory` in the
   section `memory`. `secateur VERB recipe.yaml` reads a recipe. Flags replace its values, and
   `--set KEY=VALUE` sets any key. An option *of the call* is no key of a recipe.
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from secateur.workflows.push import push
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
-    from secateur.workflows.sweep.plan import SweepPlan
     from secateur.workflows.sweep.run import sweep
     from secateur.workflows.train.callback import SecateurCallback
     from secateur.workflows.train.checkpoint import train
@@ -56,7 +55,6 @@ __all__ = [
     "ProgressBar",
     "SecateurCallback",
     "SecateurError",
-    "SweepPlan",
     "__version__",
     "advise",
     "allocations",
@@ -92,7 +90,6 @@ HOMES = {
     "ProgressBar": "secateur.progress",
     "SecateurCallback": "secateur.workflows.train.callback",
     "SecateurError": "secateur.errors",
-    "SweepPlan": "secateur.workflows.sweep.plan",
     "advise": "secateur.workflows.advise",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.workflows.judge.bench",

@@ -29,6 +29,7 @@ from secateur.reporting.results.plan import (
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.push import PushResult
 from secateur.reporting.results.structure import StructureResult
+from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
@@ -46,8 +47,6 @@ from secateur.workflows.judge.generate import generate as generate
 from secateur.workflows.judge.inspect import inspect as inspect
 from secateur.workflows.prune.composition import methods as methods
 from secateur.workflows.report import report as report
-from secateur.workflows.sweep.plan import SweepPlan as SweepPlan
-from secateur.workflows.sweep.run import sweep as sweep
 from secateur.workflows.train.callback import SecateurCallback as SecateurCallback
 
 __version__: str
@@ -56,7 +55,6 @@ __all__ = [
     "ProgressBar",
     "SecateurCallback",
     "SecateurError",
-    "SweepPlan",
     "__version__",
     "advise",
     "allocations",
@@ -182,7 +180,7 @@ def compress(
     packing: Literal["concatenate", "random-crop"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
-    memory_budget_gib: float | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
@@ -222,8 +220,8 @@ def compress(
             window from a random place of a random document, as the papers do. [concatenate]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
@@ -368,9 +366,9 @@ def fit(
     model: str | Path,
     *,
     progress: Progress | None = None,
-    max_size: str | None = None,
-    max_memory: str | None = None,
-    context_tokens: int | None = None,
+    max_size: int | str | None = None,
+    max_inference_memory: int | str | None = None,
+    context_length: int | None = None,
     decode_speedup: float | None = None,
     min_accuracy_kept: float | None = None,
     max_loss_increase: float | None = None,
@@ -391,7 +389,7 @@ def fit(
     packing: Literal["concatenate", "random-crop"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
-    memory_budget_gib: float | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
@@ -410,9 +408,9 @@ def fit(
         progress: receives every step.
         max_size: Largest size of the weight files, such as 90MiB or 4GB. The result is the best one
             found that fits. [any]
-        max_memory: Most memory of a process that runs the result: weights, KV cache of
-            --context-tokens, and working memory. [any]
-        context_tokens: Tokens of prompt and answer together, for --max-memory. [2048]
+        max_inference_memory: Most memory of a process that runs the result: weights, KV cache of
+            --context-length, and working memory. [any]
+        context_length: Tokens of prompt and answer together, for --max-inference-memory. [2048]
         decode_speedup: How many times as fast as dense int8 the result decodes at least, on this
             machine, one sequence at a time. [any]
         min_accuracy_kept: The fraction of the dense model's accuracy on --tasks that the result
@@ -445,8 +443,8 @@ def fit(
             window from a random place of a random document, as the papers do. [concatenate]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
@@ -541,7 +539,7 @@ def prune(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
-    memory_budget_gib: float | None = None,
+    max_memory: int | str | None = None,
     ray: str | None = None,
     ray_processes: int | None = None,
     output: str | Path | None = None,
@@ -620,8 +618,8 @@ def prune(
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
             processes on this machine. [no cluster]
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
@@ -723,7 +721,7 @@ def structure(
     vocabulary: str | Path | None = None,
     vocabulary_size: int | None = None,
     keep_parameters: float | None = None,
-    file_mib: float | None = None,
+    max_size: int | str | None = None,
     decode_latency: float | None = None,
     kv_cache: float | None = None,
     whole_first: int | None = None,
@@ -752,7 +750,7 @@ def structure(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
-    memory_budget_gib: float | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
     score: str | None = None,
     solver: str | None = None,
@@ -785,8 +783,8 @@ def structure(
             without --vocabulary, of the calibration text. [all that the text has]
         keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
             cut until it is reached. [all]
-        file_mib: Largest size of the weight files, in MiB. KV groups and FFN neurons are cut until
-            they fit. [no limit]
+        max_size: Largest size of the weight files, such as 90MiB. KV groups and FFN neurons are cut
+            until they fit. [no limit]
         decode_latency: Largest time per token, as a fraction of the uncut model's, measured on this
             machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.
             [no limit]
@@ -834,8 +832,8 @@ def structure(
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
         score: Score that selects the units to remove. [the preset's]
         solver: Solver that adjusts the weights that read the removed units. [the preset's]
@@ -854,6 +852,64 @@ def structure(
 
     Returns:
         The result of the cut; with `dry_run` its plan.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def sweep(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    methods: Sequence[str] | None = None,
+    sparsities: Sequence[float] | None = None,
+    patterns: Sequence[str] | None = None,
+    text: Sequence[str | Path] | None = None,
+    text_sequence_length: int | None = None,
+    text_windows: int | None = None,
+    calibration: str | Path | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    ray: str | None = None,
+    ray_processes: int | None = None,
+    output: str | Path | None = None,
+    keep_models: bool | None = None,
+) -> SweepResult:
+    """Prune and evaluate a model with several methods at several sparsities.
+
+    A point that fails is recorded as a failure, and the sweep continues. The next call with the
+    same output resumes the sweep, and tries failed points again.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        methods: Methods or presets (fast, balanced, best), separated by commas. [none]
+        sparsities: Fractions of zeros, separated by commas, such as 0.3,0.5,0.7. [none]
+        patterns: Patterns to try as well, separated by commas, such as 2:4,4:8. [none]
+        text: Text to evaluate on; may be repeated. [wikitext2]
+        text_sequence_length: Tokens per evaluation window. [2048, or the model's length if that is
+            shorter]
+        text_windows: Evaluate only this many windows of each text, from its start. [all]
+        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
+            text, or safetensors file of windows. [c4]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per calibration window. [2048, or the model's length if that is
+            shorter]
+        seed: Seed that chooses the windows. [0]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
+            processes on this machine. [no cluster]
+        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
+            none]
+        output: Folder of the sweep. The same folder again resumes a stopped sweep. [required]
+        keep_models: Keep the weights of every point. [off]
+
+    Returns:
+        The points, and the dense model's perplexities.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -903,7 +959,7 @@ def train(
     patience: int | None = None,
     micro_batch_windows: int | None = None,
     gradient_checkpointing: bool | None = None,
-    memory_budget_gib: float | None = None,
+    max_memory: int | str | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
     output: str | Path | None = None,
@@ -967,8 +1023,8 @@ def train(
         micro_batch_windows: Windows in one forward. [about 2048 tokens]
         gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
             memory. [off]
-        memory_budget_gib: Largest peak memory, in GiB: of the GPU if the run computes there, else
-            of this process. A run that needs more does not start. [4/5 of the free memory]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         output: Folder for the new model. It must not exist. [required]

@@ -358,11 +358,10 @@ def test_places_are_every_window_and_no_more() -> None:
 
 
 def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_path: Path) -> None:
-    plan = secateur.SweepPlan(
-        str(gemma), ("wanda",), (0.5,), calibration=str(text), windows=3, sequence_length=32,
-        text=(str(text),), text_sequence_length=32,
+    result = secateur.sweep(
+        gemma, methods=["wanda"], sparsities=[0.5], calibration=text, windows=3,
+        sequence_length=32, text=[str(text)], text_sequence_length=32, output=tmp_path / "sweep",
     )  # fmt: skip
-    result = secateur.sweep(plan, tmp_path / "sweep")
     assert list(result.failures) == []
     assert result.sweep.calibration["start_tokens"] == [BOS]
     assert stored_start(tmp_path / "sweep" / "windows.safetensors") == (BOS,)

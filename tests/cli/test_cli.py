@@ -132,9 +132,9 @@ BAD = {
     "block by row": (["--pattern", "4x4", "--scope", "row", "--sparsity", "0.5"], 2, "row"),
     "include": (["--include", "*.nlp.*", "--sparsity", "0.5"], 2, "no linear matches '*.nlp.*'"),
     "override": (["--overrides", "x", "--sparsity", "0.5"], 2, "x: must be GLOB=SPARSITY"),
-    "set": (["--set", "memory.budgt=3", "--sparsity", "0.5"], 2, "did you mean 'budget_gib'"),
+    "set": (["--set", "memory.max_memry=3", "--sparsity", "0.5"], 2, "did you mean 'max_memory'"),
     "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "--device tpu: must be auto, cpu"),
-    "budget": (["--memory-budget-gib", "0.01", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
+    "budget": (["--max-memory", "10MiB", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
     "no windows": (["--calibration", "nowhere.jsonl", "--sparsity", "0.5"], 2, "nowhere.jsonl"),
     "sequence too long": (
         ["--calibration", "boolq-calibration", "--sequence-length", "65", "--sparsity", "0.5"],

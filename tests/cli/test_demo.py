@@ -33,7 +33,7 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     monkeypatch.setattr(demo, "MODEL", str(model))
     monkeypatch.setattr(demo, "CALIBRATION", str(tmp_path / "text.txt"))
     monkeypatch.setattr(demo, "JUDGING", str(tmp_path / "other.txt"))
-    ended = secateur("demo", "--windows", "4", "--judged-windows", "2")
+    ended = secateur("demo", "--windows", "4", "--text-windows", "2")
     assert ended.code == 0, ended.err
     folder = tmp_path / "demo-run"
     assert (folder / "secateur.safetensors").is_file()

@@ -121,11 +121,11 @@ def test_the_training_log(secateur, pair: Pair, tmp_path: Path) -> None:
 
 
 def test_the_target_alone(secateur) -> None:
-    done = secateur("diagnose", "--target")
+    done = secateur("diagnose", "--machine")
     assert done.code == 0
     assert "structured" in done.out
     assert "CUDA capability:" in done.out
-    told = json.loads(secateur("diagnose", "--target", "--json").out)
+    told = json.loads(secateur("diagnose", "--machine", "--json").out)
     assert {"unstructured", "2:4", "n:m", "int8", "structured"} == {
         x["kind"] for x in told["supports"]
     }

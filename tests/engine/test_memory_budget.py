@@ -43,11 +43,11 @@ def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
                    "stays_on_gpu": activations == "gpu"})  # fmt: skip
 
 
-def fitted(device: torch.device, budget_gib: float | None = None, **options: Any) -> str:
+def fitted(device: torch.device, max_memory: int | None = None, **options: Any) -> str:
     def planned(activations: str) -> Plan:
         return plan(on_gpu=device.type == "cuda", activations=activations, **options)
 
-    return fitting_plan(planned, device, budget_gib=budget_gib, activations="auto")[1]
+    return fitting_plan(planned, device, max_memory=max_memory, activations="auto")[1]
 
 
 def test_peaks_say_what_lies_where() -> None:
@@ -69,7 +69,7 @@ def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
     assert fitted(CUDA, 20.0) == "memory"
     assert fitted(CPU) == "memory"
     with pytest.raises(RecipeError, match="cannot be on a GPU, because cpu computes"):
-        fitting_plan(lambda place: plan(on_gpu=False), CPU, budget_gib=None, activations="gpu")
+        fitting_plan(lambda place: plan(on_gpu=False), CPU, max_memory=None, activations="gpu")
 
 
 def test_a_plan_for_a_gpu_is_held_against_the_memory_of_the_gpu(machine: dict[str, float]) -> None:
@@ -99,7 +99,7 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
 
 
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
-    recipe = TrainRecipe.model_construct(memory_budget_gib=None)
+    recipe = TrainRecipe.model_construct(max_memory=None)
     sizes = dict.fromkeys(
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
         GIB,

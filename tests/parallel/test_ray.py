@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -169,17 +168,17 @@ def test_tasks_end_in_any_order_and_an_error_of_one_stops_no_other(
         list(each("local", 2, False, halved, [2, 0]))
 
 
-SWEEP = secateur.SweepPlan(
-    "dense",
-    methods=("magnitude", "wanda"),
-    sparsities=(0.25, 0.5),
-    calibration="text.txt",
-    windows=4,
-    sequence_length=16,
-    text=("text.txt",),
-    text_sequence_length=16,
-    text_windows=4,
-)
+SWEEP: dict[str, Any] = {
+    "model": "dense",
+    "methods": ("magnitude", "wanda"),
+    "sparsities": (0.25, 0.5),
+    "calibration": "text.txt",
+    "windows": 4,
+    "sequence_length": 16,
+    "text": ("text.txt",),
+    "text_sequence_length": 16,
+    "text_windows": 4,
+}
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
@@ -195,11 +194,12 @@ def test_a_sweep_in_tasks_measures_what_one_process_measures(
 ) -> None:
     installed(monkeypatch, FakeRay())
     monkeypatch.chdir(place)
-    secateur.sweep(SWEEP, "one")
-    found = secateur.sweep(SWEEP, "two", ray="local", ray_processes=3)
+    secateur.sweep(**SWEEP, output="one")
+    found = secateur.sweep(**SWEEP, output="two", ray="local", ray_processes=3)
     assert len(found.points) == 4
     assert measured(place / "one") == measured(place / "two")
-    again = secateur.sweep(replace(SWEEP, methods=("magnitude", "wanda", "ria")), "two", ray="auto")
+    more = {**SWEEP, "methods": ("magnitude", "wanda", "ria")}
+    again = secateur.sweep(**more, output="two", ray="auto")
     assert [point.method for point in again.points].count("ria") == 2
 
 
@@ -210,8 +210,8 @@ def test_a_local_ray_takes_the_points_of_a_sweep(
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     monkeypatch.chdir(place)
-    secateur.sweep(SWEEP, "one")
-    secateur.sweep(SWEEP, "two", ray="local", ray_processes=2)
+    secateur.sweep(**SWEEP, output="one")
+    secateur.sweep(**SWEEP, output="two", ray="local", ray_processes=2)
     assert measured(place / "one") == measured(place / "two")
 
 

@@ -22,9 +22,6 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 
-NOT_IN_PYTHON = ("diagnose", "sweep")
-"""Verbs with an option that a function of its own, or a parameter, has in Python."""
-
 DECLARED = list(VERBS.values())
 IN_PYTHON = [verb for verb in DECLARED if verb.function]
 
@@ -48,11 +45,8 @@ def test_the_signature_has_every_option(verb) -> None:
     assert getattr(secateur, verb.python) is function
     kind = imported(verb.recipe)
     parameters, told = dict(inspect.signature(function).parameters), function.__doc__
-    if "plan" in parameters:
-        parameters |= inspect.signature(secateur.SweepPlan).parameters
-        told += secateur.SweepPlan.__doc__
     for option in [*options_of(kind), *run_options_of(kind)]:
-        if option.name in ("target", "output", "keep_models") and verb.name in NOT_IN_PYTHON:
+        if (verb.name, option.name) == ("diagnose", "machine"):  # of the machine, not of a model
             continue
         assert option.name in parameters
         assert f"{option.name}: " in told
@@ -95,11 +89,11 @@ def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
 
 
 def test_flat_names_go_into_their_sections() -> None:
-    flat = {"calibration": "a.txt", "windows": 4, "memory_budget_gib": 2.0, "tune_passes": 3}
+    flat = {"calibration": "a.txt", "windows": 4, "max_memory": "2GiB", "tune_passes": 3}
     values = nested(PruneRecipe, {**flat, "distillation": {"epochs": 1}})
     assert values == {
         "calibration": {"source": "a.txt", "windows": 4},
-        "memory": {"budget_gib": 2.0},
+        "memory": {"max_memory": "2GiB"},
         "reconstruction": {"passes": 3},
         "distillation": {"epochs": 1},
     }
@@ -178,12 +172,12 @@ def test_text_of_flags_becomes_values() -> None:
         StructureRecipe,
         {"model": "m", "ffn": "0.75", "kv_groups": "2", "hidden_size": "1.0",
          "method_parameters": ["iterations=3", "growth=1.5"], "pad": True},
-        ["memory.budget_gib=3"],
+        ["memory.max_memory=3GiB"],
     )  # fmt: skip
     assert (recipe.ffn, recipe.kv_groups, recipe.hidden_size) == (0.75, 2, 1.0)
     assert recipe.method_parameters == {"iterations": 3, "growth": 1.5}
     assert recipe.pad
-    assert recipe.memory.budget_gib == 3
+    assert recipe.memory.max_bytes == 3 * 2**30
     given = {"model": "m", "lora": "8", "gradual": "2:4", "text": ["a", "b"], "top_k": "64"}
     taught = recipe_from_flags(
         TrainRecipe, {**given, "teacher": "m", "teacher_layers": ["0,3", "5"]}, ["lora.alpha=4"]

@@ -15,7 +15,7 @@ from secateur.evaluation.perplexity import perplexity
 from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping
 from secateur.workflows.sweep.plan import SweepPlan
-from secateur.workflows.sweep.run import sweep
+from secateur.workflows.sweep.run import sweep_plan
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -27,10 +27,10 @@ def plan(tmp_path: Path) -> SweepPlan:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
     return SweepPlan(
-        str(save_tiny(tmp_path / "model")),
-        ("wanda", "sparsegpt"),
-        (0.3, 0.6),
-        ("2:4",),
+        model=str(save_tiny(tmp_path / "model")),
+        methods=("wanda", "sparsegpt"),
+        sparsities=(0.3, 0.6),
+        patterns=("2:4",),
         calibration=str(tmp_path / "w.safetensors"),
         text=(str(text),),
         text_sequence_length=16,
@@ -68,7 +68,7 @@ def measured(folder: Path) -> list[tuple[object, ...]]:
 
 def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    result = sweep(plan, out)
+    result = sweep_plan(plan, out)
     assert [p.key for p in result.points] == [
         (method, pattern, sparsity)
         for method in ("wanda", "sparsegpt")
@@ -112,10 +112,10 @@ def test_killed_it_goes_on_to_the_same_table(
     plan: SweepPlan, tmp_path: Path, stage: str, steps: int, left: str | None
 ) -> None:
     with pytest.raises(Killed):
-        sweep(plan, tmp_path / "killed", progress=KilledAt(stage, steps))
+        sweep_plan(plan, tmp_path / "killed", progress=KilledAt(stage, steps))
     assert left is None or (tmp_path / "killed" / left).exists()
-    sweep(plan, tmp_path / "killed")
-    sweep(plan, tmp_path / "whole")
+    sweep_plan(plan, tmp_path / "killed")
+    sweep_plan(plan, tmp_path / "whole")
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
     left_over = [
         *tmp_path.glob("killed/points/*.partial"),
@@ -135,38 +135,38 @@ def test_what_is_done_is_not_done_again(
 
     monkeypatch.setattr(sweeping, "perplexity", counted)
     few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
-    sweep(few, tmp_path / "s", keep_models=True)
+    sweep_plan(few, tmp_path / "s", keep_models=True)
     assert len(calls) == 3  # dense and two points
     more = SweepPlan(**{**vars(few), "methods": ("magnitude", "wanda"), "sparsities": (0.3, 0.6)})
-    result = sweep(more, tmp_path / "s")
+    result = sweep_plan(more, tmp_path / "s")
     assert len(calls) == 5  # points may be added, and nothing is judged twice
     assert [p.folder is not None for p in result.points] == [True, True, False, False]
     assert (tmp_path / "s" / str(result.points[0].folder) / "model.safetensors").exists()
-    assert sweep(more, tmp_path / "s").to_json() == result.to_json()
+    assert sweep_plan(more, tmp_path / "s").to_json() == result.to_json()
     assert len(calls) == 5
 
 
 def test_another_sweep_is_refused(plan: SweepPlan, tmp_path: Path) -> None:
     few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
-    sweep(few, tmp_path / "s")
+    sweep_plan(few, tmp_path / "s")
     for change, told in (
         ({"seed": 3}, "seed: 0 then, 3 now"),
         ({"text_sequence_length": 20}, "text_sequence_length: 16 then, 20 now"),
         ({"sparsities": (0.3,)}, "measured, but not asked for now: magnitude-60"),
     ):
         with pytest.raises(RecipeError, match=told):
-            sweep(SweepPlan(**{**vars(few), **change}), tmp_path / "s")
+            sweep_plan(SweepPlan(**{**vars(few), **change}), tmp_path / "s")
     Path(plan.text[0]).write_text("another text of the same name. " * 30)
     with pytest.raises(RecipeError, match="texts_sha256"):
-        sweep(few, tmp_path / "s")
+        sweep_plan(few, tmp_path / "s")
 
 
 def test_other_windows_are_refused(plan: SweepPlan, tmp_path: Path) -> None:
     few = SweepPlan(**{**vars(plan), "methods": ("wanda",), "patterns": ()})
-    sweep(few, tmp_path / "s")
+    sweep_plan(few, tmp_path / "s")
     save_windows(tiny_windows(seed=5), tmp_path / "s" / "windows.safetensors")
     with pytest.raises(RecipeError, match="not those that the sweep began with"):
-        sweep(few, tmp_path / "s")
+        sweep_plan(few, tmp_path / "s")
 
 
 def test_a_broken_record_is_named(plan: SweepPlan, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_broken_record_is_named(plan: SweepPlan, tmp_path: Path) -> None:
     for content in ("{", "[]", '{"schema": "other/1"}', '{"schema": "secateur.sweep/1"}'):
         (tmp_path / "s" / "sweep.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"sweep\.json"):
-            sweep(plan, tmp_path / "s")
+            sweep_plan(plan, tmp_path / "s")
 
 
 def test_nonsense_is_refused_before_any_work(plan: SweepPlan, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_nonsense_is_refused_before_any_work(plan: SweepPlan, tmp_path: Path) ->
         ({"sparsities": (30.0,)}, RecipeError),
     ):
         with pytest.raises(error):
-            sweep(SweepPlan(**{**vars(plan), **change}), tmp_path / "s")
+            sweep_plan(SweepPlan(**{**vars(plan), **change}), tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 

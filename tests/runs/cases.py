@@ -98,9 +98,7 @@ def filled(value: Any, places: Mapping[str, str]) -> Any:
 
 def swept(model: Path, *, output: Path, progress: Any, **options: Any) -> Any:
     """A sweep that keeps its models."""
-    lists = {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
-    plan = secateur.SweepPlan(str(model), **lists)
-    return secateur.sweep(plan, output, keep_models=True, progress=progress)
+    return secateur.sweep(model, output=output, keep_models=True, progress=progress, **options)
 
 
 SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}

@@ -258,7 +258,7 @@ def test_wrong_places(server: Running) -> None:
 
 
 def test_long_bodies(serve: Start) -> None:
-    server = serve(body_mib=0.01)
+    server = serve(max_body="10KiB")
     assert server.post("completions", {"prompt": "x" * 20_000}).status_code == 413
 
     def parts() -> Iterator[bytes]:
@@ -483,8 +483,8 @@ def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
         port = taken.getsockname()[1]
         with pytest.raises(RecipeError, match=f"port {port}"):
             prepare(ServeRecipe(model=str(model), port=port))
-    with pytest.raises(RecipeError, match="--context 300, and the model has 256 positions"):
-        prepare(ServeRecipe(model=str(model), port=0, context=300))
+    with pytest.raises(RecipeError, match="--context-length 300, and the model has 256 positions"):
+        prepare(ServeRecipe(model=str(model), port=0, context_length=300))
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [n for n in sys.modules if n.startswith("secateur.serving.http")]:
         monkeypatch.delitem(sys.modules, name)

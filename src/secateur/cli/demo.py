@@ -73,7 +73,7 @@ def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     held_out: dict[str, Any] = {
         "text": JUDGING,
         "sequence_length": 512,
-        "windows": recipe.judged_windows,
+        "windows": recipe.text_windows,
     }
     judged = evaluate(
         folder,

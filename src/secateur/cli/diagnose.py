@@ -19,20 +19,20 @@ def run(recipe: DiagnoseRecipe) -> Any:
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
-    if recipe.target:
+    if recipe.machine:
         return check_target()
-    options = {key: value for key, value in recipe if key != "target"}
+    options = {key: value for key, value in recipe if key != "machine"}
     with show_progress() as progress:
         return run_diagnosis(**options, progress=progress)
 
 
 def check(recipe: DiagnoseRecipe) -> None:
     """Refuse a call without a model."""
-    if recipe.model is None and not recipe.target:
+    if recipe.model is None and not recipe.machine:
         raise RecipeError(
             "MODEL: missing",
             where="secateur diagnose",
-            remedy="name a model, or give --target to see what this machine can speed up",
+            remedy="name a model, or give --machine to see what this machine can speed up",
         )
 
 

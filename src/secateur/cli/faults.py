@@ -37,7 +37,7 @@ REMEDIES = {
     errno.ENOENT: "check the path; another program may have removed the file",
     errno.EMFILE: "close other programs, or raise the limit of open files (ulimit -n)",
     errno.EIO: "the disk or the network drive reports a fault: check it, and use another one",
-    errno.ENOMEM: "close other programs, or lower --memory-budget-gib",
+    errno.ENOMEM: "close other programs, or lower --max-memory",
 }
 """Remedies for common errors of the operating system, by error number."""
 

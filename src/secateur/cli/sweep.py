@@ -15,20 +15,10 @@ __all__ = ["sweep"]
 def run(recipe: SweepRecipe) -> Any:
     """Sweep with a progress bar."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.sweep.plan import SweepPlan
-    from secateur.workflows.sweep.run import sweep as run_sweep
+    from secateur.workflows.sweep.run import sweep_recipe
 
-    apart = ("output", "keep_models", "cluster")
-    options = {key: value for key, value in recipe if key not in apart}
     with show_progress() as progress:
-        return run_sweep(
-            SweepPlan(**options),
-            str(recipe.output),
-            keep_models=recipe.keep_models,
-            ray=recipe.cluster.ray,
-            ray_processes=recipe.cluster.processes,
-            progress=progress,
-        )
+        return sweep_recipe(recipe, progress)
 
 
 def exit_code(result: Any) -> int:

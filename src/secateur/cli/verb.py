@@ -34,7 +34,7 @@ SET = Option(
     required=False,
     default="none",
     group=OUTPUT,
-    help="Set any key of the recipe, for example memory.budget_gib=6.",
+    help="Set any key of the recipe, for example memory.max_memory=6GiB.",
     flag=Flag(value="KEY=VALUE"),
 )
 JSON = Option(

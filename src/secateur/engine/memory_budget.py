@@ -54,28 +54,27 @@ def _short(place: str, needed: int, budget: float) -> str | None:
     return f"{needed / 2**30:.2f} GiB{place}, the budget is {budget / 2**30:.2f} GiB"
 
 
-def memory_budget(gib: float | None, device: torch.device, sharing: int = 1) -> Budget:
+def memory_budget(most: int | None, device: torch.device, sharing: int = 1) -> Budget:
     """Return the memory that a run may use at its peak.
 
     Args:
-        gib: memory of the computing device: of a GPU, or else of this process. None takes four
+        most: bytes of the computing device: of a GPU, or else of this process. None takes four
             fifths of the free memory. The host of a GPU always uses four fifths.
         device: the computing device.
         sharing: number of processes that share the host. Each has a GPU of its own.
     """
-    asked = gib * 2**30 if gib else None
     free = psutil.virtual_memory().available / sharing
     process = FREE_SHARE * (free + resident_bytes())
     if device.type != "cuda":
-        return Budget(asked or process, None)
-    return Budget(asked or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
+        return Budget(most or process, None)
+    return Budget(most or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
 
 
 def fitting_plan(
     planned: Callable[[str], Plan],
     device: torch.device,
     *,
-    budget_gib: float | None,
+    max_memory: int | None,
     activations: str,
     sharing: int = 1,
 ) -> tuple[Plan, str]:
@@ -84,7 +83,7 @@ def fitting_plan(
     Args:
         planned: returns the plan with hidden states on the `gpu`, in `memory` or on `disk`.
         device: the computing device.
-        budget_gib: memory budget; see `memory_budget`.
+        max_memory: bytes; see `memory_budget`.
         activations: allows only that storage; `auto` all that the device has.
         sharing: number of processes that share the host.
 
@@ -98,7 +97,7 @@ def fitting_plan(
             where="--activations",
             remedy="use auto, memory or disk; or compute on a GPU with --device cuda",
         )
-    budget = memory_budget(budget_gib, device, sharing)
+    budget = memory_budget(max_memory, device, sharing)
     tried = []
     places = ("gpu", "memory", "disk") if device.type == "cuda" else ("memory", "disk")
     for place in places if activations == "auto" else (activations,):
@@ -119,7 +118,7 @@ def fitting_plan(
             f", {plan.solve_bytes / 2**30:.2f} GiB of that to solve a {out} x {columns} linear"
         )
         remedy = SOLVE_LESS
-    raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --memory-budget-gib")
+    raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --max-memory")
 
 
 def too_large(plan: Plan, room: float) -> str:

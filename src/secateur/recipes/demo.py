@@ -34,7 +34,7 @@ class DemoJudging(Section):
 
     group: ClassVar[str] = HOW
 
-    judged_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
+    text_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
 
 
 class DemoOutput(Section):

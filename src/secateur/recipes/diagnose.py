@@ -20,7 +20,7 @@ class WhatToDiagnose(Section):
     model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
         None,
         description="Folder (compressed or not), hub id, GGUF file or named sample. Required, "
-        "except with --target.",
+        "except with --machine.",
     )
     dense: Annotated[str | None, Flag(value="MODEL")] = Field(
         None, description="The dense model. Compares both models layer by layer."
@@ -28,7 +28,7 @@ class WhatToDiagnose(Section):
     training_log: Annotated[str | None, Flag(value="FILE")] = Field(
         None, description="Also check this training log: JSON lines with step, loss, learning_rate."
     )
-    target: bool = Field(False, description="Only show what this machine can speed up.")
+    machine: bool = Field(False, description="Only show what this machine can speed up.")
 
 
 class TextForDiagnosis(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,18 +10,9 @@ from secateur.recipes.calibration import CalibrationText, CalibrationWindows
 from secateur.recipes.memory import Device, Memory
 from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts, text_alone
+from secateur.recipes.sizes import Size
 
-__all__ = ["FitRecipe", "FitText", "bytes_of"]
-
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def bytes_of(size: str) -> int | None:
-    """The bytes of a size such as `90MiB`, `4GiB` or `120000000`; None if it is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size.lower())
-    if found is None or found[2] not in UNITS:
-        return None
-    return round(float(found[1]) * UNITS[found[2]])
+__all__ = ["FitRecipe", "FitText"]
 
 
 class FitText(CalibrationWindows, CalibrationText):
@@ -37,16 +27,16 @@ class WhatToFit(Section):
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder, hub id, GGUF file or named sample."
     )
-    max_size: Annotated[str | None, Flag(value="SIZE", default="any")] = Field(
+    max_size: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
         None, description="Largest size of the weight files, such as 90MiB or 4GB. The result is "
         "the best one found that fits."
     )  # fmt: skip
-    max_memory: Annotated[str | None, Flag(value="SIZE", default="any")] = Field(
+    max_inference_memory: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
         None, description="Most memory of a process that runs the result: weights, KV cache of "
-        "--context-tokens, and working memory."
+        "--context-length, and working memory."
     )  # fmt: skip
-    context_tokens: int = Field(
-        2048, ge=1, description="Tokens of prompt and answer together, for --max-memory."
+    context_length: int = Field(
+        2048, ge=1, description="Tokens of prompt and answer together, for --max-inference-memory."
     )
     decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(
         None, gt=0, description="How many times as fast as dense int8 the result decodes at least, "
@@ -68,7 +58,7 @@ class WhatItIsFor(Section):
     group: ClassVar[str] = WHAT
 
     target: Annotated[
-        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag(short="--for")
+        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag()
     ] = Field(
         "cpu",
         description="What runs the result; only what it can store and speed up is used: cpu (our "
@@ -122,14 +112,10 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
 
     @model_validator(mode="after")
     def check_bounds(self) -> FitRecipe:
-        """There is a bound to search by, and sizes can be read."""
-        bounds = ("max_size", "max_memory", "decode_speedup", "max_loss_increase")
+        """There is a bound to search by."""
+        bounds = ("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase")
         if all(getattr(self, name) is None for name in bounds):
             flags = ["--" + name.replace("_", "-") for name in bounds]
             also = " beside --min-accuracy-kept" if self.min_accuracy_kept is not None else ""
             raise ValueError(f"give a bound{also}: one or more of {', '.join(flags)}")
-        for name in ("max_size", "max_memory"):
-            size = getattr(self, name)
-            if size is not None and not bytes_of(size):
-                raise ValueError(f"--{name.replace('_', '-')} {size}: must be a size such as 90MiB")
         return self

@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from secateur.recipes.section import MEMORY, Flag, Section, matching
+from secateur.recipes.sizes import Size, bytes_of
 
 __all__ = ["BUDGET", "FREE", "Device", "GgufDtype", "Memory", "RemoteCode"]
 
 BUDGET = (
-    "Largest peak memory, in GiB: of the GPU if the run computes there, else of this process. A "
-    "run that needs more does not start."
+    "Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this "
+    "process. A run that needs more does not start."
 )
 FREE = "4/5 of the free memory"
 
@@ -22,8 +23,8 @@ class Memory(Section):
 
     group: ClassVar[str] = MEMORY
 
-    budget_gib: Annotated[float | None, Flag("memory_budget_gib", default=FREE)] = Field(
-        None, gt=0, description=BUDGET
+    max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
+        None, description=BUDGET
     )
     activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = Field(
         "auto",
@@ -33,6 +34,11 @@ class Memory(Section):
     micro_batch_tokens: Annotated[int, Flag(advanced=True)] = Field(
         2048, gt=0, description="Tokens in one forward of a layer."
     )
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes; None for the default."""
+        return None if self.max_memory is None else bytes_of(self.max_memory)
 
 
 class RemoteCode(Section):

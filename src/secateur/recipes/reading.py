@@ -134,7 +134,8 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise RecipeError(
-            f"--set {assignment!r} is not KEY=VALUE", remedy="for example --set memory.budget_gib=6"
+            f"--set {assignment!r} is not KEY=VALUE",
+            remedy="for example --set memory.max_memory=6GiB",
         )
     *sections, key = path.split(".")
     inner: type[Section] | None = kind

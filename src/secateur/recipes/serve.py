@@ -8,6 +8,7 @@ from pydantic import Field
 
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section
+from secateur.recipes.sizes import Size, SizeOrZero
 
 __all__ = ["ServeRecipe"]
 
@@ -44,8 +45,8 @@ class ServingLimits(Section):
     group: ClassVar[str] = HOW
 
     slots: int = Field(8, ge=1, le=8, description="Requests that are computed together.")
-    context: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = Field(
-        None, ge=2, description="Tokens that a prompt and its answer may have together."
+    context_length: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = (
+        Field(None, ge=2, description="Tokens that a prompt and its answer may have together.")
     )
     queue: int = Field(
         64, ge=0, description="Requests that may wait. More are refused with status 429."
@@ -53,14 +54,14 @@ class ServingLimits(Section):
     request_seconds: float = Field(
         600.0, gt=0, description="A request ends after this many seconds, waiting included."
     )
-    prefix_cache_mib: int = Field(
-        256, ge=0, description="Memory for the prefix cache; 0: no cache."
+    prefix_cache: Annotated[SizeOrZero, Flag(value="SIZE")] = Field(
+        "256MiB", description="Memory for the prefix cache; 0: no cache."
     )
     prompt_piece: Annotated[int, Flag(advanced=True)] = Field(
         128, ge=16, description="Chunk size of chunked prefill, in tokens."
     )
-    body_mib: Annotated[float, Flag(advanced=True)] = Field(
-        4.0, gt=0, description="The longest body of a request."
+    max_body: Annotated[Size, Flag(value="SIZE", advanced=True)] = Field(
+        "4MiB", description="The longest body of a request."
     )
     stop_seconds: float = Field(
         30.0, gt=0, description="How long running requests may go on after SIGTERM."

@@ -14,6 +14,7 @@ from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.recovery import Distill
 from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
+from secateur.recipes.sizes import Size
 
 __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 
@@ -131,11 +132,10 @@ class WhatToCut(Section):
         description="Fraction of the decoder's parameters to keep. KV groups and FFN neurons are "
         "cut until it is reached.",
     )
-    file_mib: Annotated[float | None, Flag(value="MIB", default="no limit")] = Field(
+    max_size: Annotated[Size | None, Flag(value="SIZE", default="no limit")] = Field(
         None,
-        gt=0,
-        description="Largest size of the weight files, in MiB. KV groups and FFN neurons are cut "
-        "until they fit.",
+        description="Largest size of the weight files, such as 90MiB. KV groups and FFN neurons "
+        "are cut until they fit.",
     )
     decode_latency: Annotated[float | None, Flag(value="FRACTION", default="no limit")] = Field(
         None,

@@ -27,6 +27,7 @@ from secateur.recipes.section import (
     Texts,
     text_alone,
 )
+from secateur.recipes.sizes import Size
 
 __all__ = [
     "GradualOptions",
@@ -251,8 +252,8 @@ class TrainingMemorySection(Section):
     fast_matmuls: Annotated[bool, Flag(off="exact_matmuls", advanced=True)] = Field(
         True, description="Multiply in bfloat16 on processors where this is faster."
     )
-    memory_budget_gib: Annotated[float | None, Flag(default=FREE)] = Field(
-        None, gt=0, description=BUDGET
+    max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
+        None, description=BUDGET
     )
 
 

@@ -13,6 +13,7 @@ from secateur.evaluation.generation import end_tokens
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.serve import ServeRecipe
+from secateur.recipes.sizes import bytes_of
 from secateur.runtime.generation_config import sampling_in
 from secateur.runtime.load import load
 from secateur.runtime.slots import SlotDecoder, why_not
@@ -92,7 +93,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
     app = application(
         service,
         api_key=api_key,
-        body_bytes=int(recipe.body_mib * 2**20),
+        body_bytes=bytes_of(recipe.max_body),
         stop_seconds=recipe.stop_seconds,
     )
     server = StoppableServer(app, service.worker.close, recipe.stop_seconds)
@@ -112,12 +113,12 @@ def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     ]
     defaults = sampling_in(folder)
     model = load(folder, trust_remote_code=recipe.trust_remote_code)
-    capacity = capacity_of(model, recipe.context)
+    capacity = capacity_of(model, recipe.context_length)
     engine, line = engine_of(model, capacity, recipe.slots)
     scheduler = Scheduler(
         engine,
         queue_limit=recipe.queue,
-        prefixes=PrefixCache(recipe.prefix_cache_mib << 20 if engine.together > 1 else 0),
+        prefixes=PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
         piece_tokens=recipe.prompt_piece if engine.together > 1 else capacity,
     )
     eos = tokenizers[0].eos_token_id
@@ -150,8 +151,8 @@ def capacity_of(model: Any, context: int | None) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
     if context is not None and context > positions:
         raise RecipeError(
-            f"--context {context}, and the model has {positions} positions",
-            where="--context",
+            f"--context-length {context}, and the model has {positions} positions",
+            where="--context-length",
             remedy=f"give at most {positions}",
         )
     return context or min(positions, POSITIONS)

@@ -202,7 +202,7 @@ def test_a_plan_that_does_not_fit_names_the_linear_that_takes_most(tmp_path: Pat
             calibration=tmp_path / "windows.safetensors",
             sparsity=0.5,
             method="alps",
-            memory={"budget_gib": 0.6},
+            memory={"max_memory": "600MiB"},
         )
 
 

@@ -100,7 +100,11 @@ def recipe_of(**options: Any) -> FitRecipe:
 @pytest.mark.parametrize(
     ("options", "limits", "said"),
     [
-        ({"max_memory": "1MiB"}, (math.inf, 2.0**20, 0.01), "no level runs in 1MiB with 2048"),
+        (
+            {"max_inference_memory": "1MiB"},
+            (math.inf, 2.0**20, 0.01),
+            "no level runs in 1MiB with 2048",
+        ),
         ({"decode_speedup": 9.0}, (math.inf, math.inf, 9.0), "no level decodes 9.0 times"),
         (
             {"decode_speedup": 1.9, "max_size": "1.75MiB"},
@@ -117,7 +121,7 @@ def test_an_impossible_bound_names_the_nearest_which_is_possible(
         check_feasible(recipe_of(**options), costs, 10**9)
     (option,) = [caught.value.where]
     told = str(caught.value.remedy).split(";")[0].rsplit(" ", 1)[1]
-    place = ["max_size", "max_memory", "decode_speedup"].index(str(option))
+    place = ["max_size", "max_inference_memory", "decode_speedup"].index(str(option))
     nearest = list(limits)
     nearest[place] = float(told.removesuffix("MiB")) * (2**20 if place < 2 else 1)
     check_feasible(recipe_of(**{**options, option: told if place < 2 else float(told)}),
@@ -140,15 +144,15 @@ def test_a_size_that_asks_for_nothing_is_refused() -> None:
         ({"target": "transformers", "max_size": "1GB"}, "only cuts"),
         ({"target": "h100", "max_size": "1GB"}, "not measured here"),
         ({"target": "any", "decode_speedup": 2.0}, "times and memory of an engine"),
-        ({"target": "any", "max_memory": "1GB"}, "times and memory of an engine"),
+        ({"target": "any", "max_inference_memory": "1GB"}, "times and memory of an engine"),
         ({"target": "gpu", "max_size": "1GB"}, "target='gpu': must be cpu"),
         ({"min_accuracy_kept": 0.9}, "give a bound beside min_accuracy_kept"),
         ({"min_accuracy_kept": 1.2, "max_size": "1GB"}, "less than or equal to 1"),
         ({"decode_speedup": 0.0}, "greater than 0"),
-        ({"max_memory": "much"}, "'much' is no size"),
+        ({"max_inference_memory": "much"}, r"max_inference_memory='much': .*kB, MB, GB"),
         ({"minutes": 0.0, "max_size": "1GB"}, "greater than 0"),
         ({"max_size": "1GB", "min_accuracy_kept": 0.9, "tasks": "chess"}, "unknown task"),
-        ({"max_memory": "1GB", "context_tokens": 0}, "context_tokens"),
+        ({"max_inference_memory": "1GB", "context_length": 0}, "context_length"),
     ],
 )
 def test_nonsense_is_refused_before_the_model_is_looked_for(
@@ -236,15 +240,15 @@ def test_a_speedup_is_searched_and_measured_again(
     monkeypatch.setattr(costs_module, "timed_linears", timed)
     monkeypatch.setattr(verify, "raced", raced)
     found = secateur.fit(
-        place / "dense", output=tmp_path / "fast", decode_speedup=1.3, max_memory="1GB",
+        place / "dense", output=tmp_path / "fast", decode_speedup=1.3, max_inference_memory="1GB",
         min_accuracy_kept=0.01, tasks="arc_easy", task_data=str(place / "tasks"),
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     checks = {one.option: one for one in found.checks}
-    assert set(checks) == {"decode_speedup", "max_memory", "min_accuracy_kept"}
+    assert set(checks) == {"decode_speedup", "max_inference_memory", "min_accuracy_kept"}
     assert checks["decode_speedup"].measured == pytest.approx(measured)
     assert not checks["decode_speedup"].kept
-    assert 10 * 2**20 < checks["max_memory"].measured < 10**9
+    assert 10 * 2**20 < checks["max_inference_memory"].measured < 10**9
     assert checks["min_accuracy_kept"].kept
     times = imaginary_times(dict.fromkeys("a", (64, 64)))
     assert times.rest == pytest.approx(1e-5)
@@ -279,7 +283,7 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
     ("option", "wanted", "measured", "nearest"),
     [
         ("max_size", 2**20, 2**20 + 1, "1.1MiB"),
-        ("max_memory", 2**30, 2**31, "2048.0MiB"),
+        ("max_inference_memory", 2**30, 2**31, "2048.0MiB"),
         ("max_loss_increase", 0.1, 0.12341, "0.1235"),
         ("min_accuracy_kept", 0.97, 0.96999, "0.969"),
         ("decode_speedup", 1.5, 1.4229, "1.422"),

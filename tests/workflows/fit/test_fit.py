@@ -16,7 +16,7 @@ from secateur.engine.choose.budgeted import Menu
 from secateur.engine.choose.fitting import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.recipes.fit import bytes_of
+from secateur.recipes.sizes import bytes_of
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.fit.kinds import FINER, KINDS
@@ -156,12 +156,3 @@ def test_too_few_windows_are_refused(place: Path) -> None:
             place / "dense", output=place / "no", max_size="100KiB",
             calibration=place / "two.safetensors",
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("90MiB", 90 * 2**20), ("4 gb", 4 * 10**9), ("1.5KiB", 1536), ("123", 123), ("-1", None),
-     ("MiB", None), ("1e3", None)],
-)  # fmt: skip
-def test_sizes_are_read(text: str, size: int | None) -> None:
-    assert bytes_of(text) == size

@@ -149,7 +149,7 @@ def test_a_budget_too_small_is_told_with_what_would_help(
     with pytest.raises(MemoryBudgetError) as told:
         secateur.prune(
             folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
-            memory_budget_gib=0.01, **asked,
+            max_memory="10MiB", **asked,
         )  # fmt: skip
     assert remedy in str(told.value)
     assert not list(tmp_path.glob("out*"))

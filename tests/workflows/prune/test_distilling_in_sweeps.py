@@ -297,12 +297,12 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
     options = {**OPTIONS, "distill_epochs": 1, "calibration": str(file)}
     needs = {n: peaks_of(folder, file, n).plan.distilling_bytes for n in (0, 16)}
     room = (needs[0] + needs[16]) / 2 - needs[16]
-    budget = (peaks_of(folder, file, 16).peak_bytes + room) / 2**30
+    budget = int(peaks_of(folder, file, 16).peak_bytes + room)
     with caplog.at_level(logging.WARNING):
         stop = StopAt("distilling", 2)
         with pytest.raises(StoppedError):
             secateur.prune(
-                folder, output=tmp_path / "out", progress=stop, memory_budget_gib=budget, **options
+                folder, output=tmp_path / "out", progress=stop, max_memory=budget, **options
             )
     assert "one decoder layer in memory, in sweeps of 16 windows" in caplog.text
     assert f"the budget {budget:.2f} GiB" in caplog.text
@@ -313,7 +313,7 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
     assert not list((tmp_path / "out").rglob("*predictions*"))
     with pytest.raises(MemoryBudgetError, match="--distill-epochs 0"):
         secateur.prune(
-            folder, output=tmp_path / "no", memory_budget_gib=budget, **options,
+            folder, output=tmp_path / "no", max_memory=budget, **options,
             distill_sweep_windows=0,
         )  # fmt: skip
 

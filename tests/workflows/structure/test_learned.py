@@ -134,7 +134,7 @@ def test_a_number_alone_is_the_steps(places: Path, tmp_path: Path) -> None:
         ({"effort": "best"}, RecipeError, "effort"),
         ({"whole_first": 1}, RecipeError, "whole_first"),
         ({"learned": {**HOW, "references": {"x": 1.0}}}, RecipeError, "'x', which is no domain"),
-        ({"memory": {"budget_gib": 0.001}}, MemoryBudgetError, "training needs"),
+        ({"memory": {"max_memory": "1MiB"}}, MemoryBudgetError, "training needs"),
     ],
 )
 def test_what_cannot_be_is_refused(

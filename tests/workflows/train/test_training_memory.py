@@ -93,7 +93,7 @@ def test_the_peak_is_near_what_was_foretold(
 def test_what_would_not_fit_is_refused(
     more: dict[str, Any], named: str, remedy: str, places: Path, tmp_path: Path
 ) -> None:
-    told = {**options(places, **more), "windows": 200, "memory_budget_gib": 0.1}
+    told = {**options(places, **more), "windows": 200, "max_memory": "100MiB"}
     with pytest.raises(MemoryBudgetError) as error:
         secateur.train(places / "wide", output=tmp_path / "out", **told)
     assert named in str(error.value)
@@ -104,6 +104,6 @@ def test_what_would_not_fit_is_refused(
 def test_a_stopped_run_may_go_on_with_more(places: Path, tmp_path: Path) -> None:
     told = options(places)
     with pytest.raises(MemoryBudgetError):
-        secateur.train(places / "wide", output=tmp_path / "out", **told, memory_budget_gib=0.1)
+        secateur.train(places / "wide", output=tmp_path / "out", **told, max_memory="100MiB")
     done = secateur.train(places / "wide", output=tmp_path / "out", restart=True, **told)
     assert done.steps == 2

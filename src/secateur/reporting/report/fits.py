@@ -15,7 +15,7 @@ __all__ = ["FitView", "fit_view", "pruning_brought"]
 
 BOUNDS = {
     "max_size": "at most {}",
-    "max_memory": "at most {} of memory",
+    "max_inference_memory": "at most {} of memory",
     "max_loss_increase": "loss at most {} higher",
     "decode_speedup": "at least {} times as fast as dense int8",
     "min_accuracy_kept": "at least {} of the accuracy",

@@ -74,7 +74,7 @@ class FitCheck:
 
     def in_words(self, value: float, *, nearest: bool = False) -> str:
         """A value in its unit; the nearest one that can be kept is rounded to that side."""
-        if self.option in ("max_size", "max_memory"):
+        if self.option in ("max_size", "max_inference_memory"):
             mebibytes = value / 2**20
             return f"{math.ceil(10 * mebibytes) / 10:.1f}MiB" if nearest else f"{mebibytes:.1f} MiB"
         digits, unit = (4, " nats") if self.option == "max_loss_increase" else (3, "")

@@ -27,7 +27,8 @@ from secateur.evaluation.token_times import Way
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
-from secateur.recipes.fit import FitRecipe, bytes_of
+from secateur.recipes.fit import FitRecipe
+from secateur.recipes.sizes import bytes_of
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.kernels.memory import matrix_bytes
@@ -222,22 +223,21 @@ def costs_of(
     size = files.rest(reader, matrices)
     kinds = [CostKind(SIZE, size, limit_of(recipe.max_size))]
     times = None
-    if recipe.max_memory is not None or recipe.decode_speedup is not None:
+    if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         model = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
-    if recipe.max_memory is not None:
+    if recipe.max_inference_memory is not None:
         shape = counted("", model)
-        held = memory_with(other_held(reader, matrices), shape, "cpu", 1, recipe.context_tokens)
-        kinds.append(CostKind(MEMORY, held.total, limit_of(recipe.max_memory)))
+        held = memory_with(other_held(reader, matrices), shape, "cpu", 1, recipe.context_length)
+        kinds.append(CostKind(MEMORY, held.total, limit_of(recipe.max_inference_memory)))
     if recipe.decode_speedup is not None:
         times = timed_linears(model.config, shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
     return Costs(tuple(kinds), shapes, times, files)
 
 
-def limit_of(size: str | None) -> float:
+def limit_of(size: int | str | None) -> float:
     """A bound in bytes; infinite for none."""
-    found = None if size is None else bytes_of(size)
-    return math.inf if found is None else float(found)
+    return math.inf if size is None else float(bytes_of(size))
 
 
 def timed_linears(

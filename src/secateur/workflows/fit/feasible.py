@@ -13,7 +13,7 @@ __all__ = ["OPTION_OF", "check_feasible", "in_words"]
 
 OPTION_OF: Mapping[str, str] = {
     SIZE: "max_size",
-    MEMORY: "max_memory",
+    MEMORY: "max_inference_memory",
     SECONDS: "decode_speedup",
 }
 """The option that bounds each kind of cost."""
@@ -75,7 +75,7 @@ def impossible(
     wanted = getattr(recipe, OPTION_OF[name])
     said = {
         SIZE: f"no level fits into {wanted}",
-        MEMORY: f"no level runs in {wanted} with {recipe.context_tokens} tokens of context",
+        MEMORY: f"no level runs in {wanted} with {recipe.context_length} tokens of context",
         SECONDS: f"no level decodes {wanted} times as fast as dense int8 on this machine",
     }[name]
     nearest = f"{NEAREST[name]} {in_words(costs, name, least)}"

@@ -17,7 +17,7 @@ from secateur.recipes.fit import FitRecipe
 
 __all__ = ["check_target"]
 
-OF_AN_ENGINE = ("max_memory", "decode_speedup")
+OF_AN_ENGINE = ("max_inference_memory", "decode_speedup")
 """Bounds that mean nothing without an engine."""
 
 INSTEAD: Mapping[str, tuple[str, str]] = {
@@ -47,12 +47,12 @@ def check_target(recipe: FitRecipe) -> None:
     """
     if recipe.target in INSTEAD:
         why, remedy = INSTEAD[recipe.target]
-        raise RecipeError(f"no fit for {recipe.target}: {why}", where="--for", remedy=remedy)
+        raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
     bounded = [name for name in OF_AN_ENGINE if getattr(recipe, name) is not None]
     if recipe.target != "cpu" and bounded:
         raise RecipeError(
             f"{bounded[0]} needs times and memory of an engine, and only those of cpu are measured "
             f"here; the target is {recipe.target}",
-            where="--for",
-            remedy="give --for cpu, or bounds on size and loss",
+            where="--target",
+            remedy="give --target cpu, or bounds on size and loss",
         )

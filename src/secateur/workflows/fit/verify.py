@@ -14,7 +14,7 @@ from secateur.advisor.memory import kv_bytes_per_token
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask
 from secateur.models.skeleton import build_skeleton
-from secateur.recipes.fit import bytes_of
+from secateur.recipes.sizes import bytes_of
 from secateur.reporting.results.fit import FitCheck
 from secateur.workflows.advise import counted
 from secateur.workflows.fit.accuracy import accuracy
@@ -43,12 +43,12 @@ def checks_of(
     recipe = ground.recipe
     found = []
     if recipe.max_size is not None:
-        most = bytes_of(recipe.max_size) or 0
+        most = bytes_of(recipe.max_size)
         found.append(FitCheck("max_size", most, file_bytes, file_bytes <= most))
     if recipe.max_loss_increase is not None:
         bound = recipe.max_loss_increase
         found.append(FitCheck("max_loss_increase", bound, rise, rise <= bound))
-    if recipe.max_memory is not None or recipe.decode_speedup is not None:
+    if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         found += checks_of_running(ground, made)
     if recipe.min_accuracy_kept is not None:
         found.append(check_of_accuracy(ground, made, recipe.min_accuracy_kept, tasks))
@@ -79,14 +79,14 @@ def checks_of_running(ground: Ground, made: Path) -> list[FitCheck]:
             speedup = ours.tokens_per_second / others[0].tokens_per_second
         kept = speedup >= wanted * (1 - TIMING_ERROR)
         found.append(FitCheck("decode_speedup", wanted, speedup, kept, failure))
-    if recipe.max_memory is not None:
-        most, held = bytes_of(recipe.max_memory) or 0, 0
+    if recipe.max_inference_memory is not None:
+        most, held = bytes_of(recipe.max_inference_memory), 0
         if failure is None:
             shape = counted("", build_skeleton(made, trust_remote_code=recipe.trust_remote_code))
-            beyond = max(0, recipe.context_tokens - PROMPT_TOKENS - NEW_TOKENS)
+            beyond = max(0, recipe.context_length - PROMPT_TOKENS - NEW_TOKENS)
             held = ours.resident_bytes + beyond * kv_bytes_per_token(shape)
         kept = failure is None and held <= most
-        found.append(FitCheck("max_memory", most, held, kept, failure))
+        found.append(FitCheck("max_inference_memory", most, held, kept, failure))
     return found
 
 

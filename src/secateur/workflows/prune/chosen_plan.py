@@ -76,7 +76,7 @@ def choose_plan(
         return fitting_plan(
             lambda activations: planned(own, activations, sweep_windows),
             prepared.target.device,
-            budget_gib=memory.budget_gib,
+            max_memory=memory.max_bytes,
             activations=memory.activations,
             sharing=ranks.here,
         )
@@ -90,7 +90,7 @@ def choose_plan(
         if sweep_windows is not None or not distillation.epochs:
             raise
         plan, activations = fitting(SWEEP_WINDOWS)
-        budget = memory_budget(memory.budget_gib, prepared.target.device, ranks.here).computing
+        budget = memory_budget(memory.max_bytes, prepared.target.device, ranks.here).computing
         tell_of_sweeps(SWEEP_WINDOWS, planned(own, activations, 0).peak_bytes, budget)
     if own is not every:
         disk = planned(every, activations, plan.sweep_windows).disk_bytes

@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
+from secateur.recipes.sizes import bytes_of
 from secateur.recipes.structure import Kept, StructureRecipe
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
@@ -15,7 +16,7 @@ from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
 __all__ = ["CutPlan", "aim_of", "count"]
 
 
-TARGETS = ("keep_parameters", "file_mib", "decode_latency")
+TARGETS = ("keep_parameters", "max_size", "decode_latency")
 """Options that set the total reduction of heads and neurons."""
 
 UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
@@ -307,14 +308,14 @@ def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     """Return the fraction of the decoder's parameters to keep; None without a target."""
     if recipe.keep_parameters is not None:
         return recipe.keep_parameters
-    if recipe.file_mib is None:
+    if recipe.max_size is None:
         return None
     whole = accounting(model, Cut()).before
     outside = whole.file_bytes - whole.decoder * model.dtype.itemsize
-    left = (recipe.file_mib * 2**20 - outside) / (whole.file_bytes - outside)
+    left = (bytes_of(recipe.max_size) - outside) / (whole.file_bytes - outside)
     if not 0 < left < 1:
         raise RecipeError(
-            f"file_mib is {recipe.file_mib:g}; the weights take "
+            f"max_size is {bytes_of(recipe.max_size) / 2**20:.1f} MiB; the weights take "
             f"{whole.file_bytes / 2**20:.1f} MiB, of which {outside / 2**20:.1f} are outside the "
             "decoder layers",
             remedy="give a number between these two",

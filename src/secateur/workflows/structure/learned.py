@@ -310,7 +310,7 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
     recipe = TrainRecipe(
         model=str(folder),
         batch=how.batch,
-        memory_budget_gib=context.recipe.memory.budget_gib,
+        max_memory=context.recipe.memory.max_memory,
         trust_remote_code=context.recipe.trust_remote_code,
     )
     needed = foretell(

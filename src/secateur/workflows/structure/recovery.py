@@ -72,7 +72,7 @@ def sweep_windows_of(
         return int(json.loads(told.read_text(encoding="utf-8"))["sweep_windows"])
     size = asked or 0
     if asked is None:
-        budget = memory_budget(recipe.memory.budget_gib, dense.device).computing
+        budget = memory_budget(recipe.memory.max_bytes, dense.device).computing
         # of two models of the uncut size
         needed = distilling_bytes(dense, windows[:1])
         needed += resident_bytes() if dense.device.type == "cpu" else 0

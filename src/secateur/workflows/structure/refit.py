@@ -116,7 +116,7 @@ def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
         fitting_plan(
             planned,
             dense.device,
-            budget_gib=memory.budget_gib,
+            max_memory=memory.max_bytes,
             activations=memory.activations,
         )[1]
     )

@@ -12,7 +12,7 @@ from secateur.sparsity.patterns import parse_pattern
 __all__ = ["SweepPlan", "point_name"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepPlan:
     """The points of a sweep, and the settings that all points share.
 

@@ -63,7 +63,7 @@ NO_PART = {
     "learning_rate",
     "teacher_file",
     "tensorboard",
-    "memory_budget_gib",
+    "max_memory",
 }
 """Fields that may differ in a resumed training. The learning rate is one of them: a training that
 diverged can resume from its last save with a lower rate."""

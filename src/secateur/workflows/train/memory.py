@@ -32,6 +32,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
+from secateur.recipes.sizes import bytes_of
 from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.meter import resident_bytes
 from secateur.training.heads import BLOCK_BYTES
@@ -241,7 +242,8 @@ def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.devi
         MemoryBudgetError: the training needs more than there is; the message gives both numbers and
             remedies.
     """
-    budget = memory_budget(recipe.memory_budget_gib, device)
+    most = None if recipe.max_memory is None else bytes_of(recipe.max_memory)
+    budget = memory_budget(most, device)
     shortage = budget.shortage(needed.peak, needed.host_peak)
     if shortage is None:
         return
@@ -257,5 +259,5 @@ def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.devi
     useful = [remedies[name] for name in largest if name in remedies]
     raise MemoryBudgetError(
         f"training needs {shortage}; largest: {parts}",
-        remedy=f"try {'; '.join(useful)}; or raise --memory-budget-gib",
+        remedy=f"try {'; '.join(useful)}; or raise --max-memory",
     )
