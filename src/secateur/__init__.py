@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from secateur.workflows.push import push
     from secateur.workflows.report import report
     from secateur.workflows.structure.checkpoint import structure
-    from secateur.workflows.sweep.run import sweep
+    from secateur.workflows.sweep.recipe import sweep
     from secateur.workflows.train.callback import SecateurCallback
     from secateur.workflows.train.checkpoint import train
 
@@ -116,7 +116,7 @@ HOMES = {
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
     "structure": "secateur.workflows.structure.checkpoint",
-    "sweep": "secateur.workflows.sweep.run",
+    "sweep": "secateur.workflows.sweep.recipe",
     "train": "secateur.workflows.train.checkpoint",
 }
 

@@ -210,7 +210,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.sweep:SweepRecipe",
-            "secateur.workflows.sweep.run:sweep",
+            "secateur.workflows.sweep.recipe:sweep",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(

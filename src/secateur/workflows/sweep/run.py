@@ -32,11 +32,9 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent, listener
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.sweep import SweepRecipe
 from secateur.reporting.curves import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
@@ -62,50 +60,10 @@ from secateur.workflows.prune.composition import allocation_of, method_of
 from secateur.workflows.prune.prepare import choose_device, prepare, windows_needed
 from secateur.workflows.sweep.plan import SweepPlan, point_name
 
-__all__ = ["sweep", "sweep_plan", "sweep_recipe"]
+__all__ = ["sweep_plan"]
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
-
-
-@takes_options_of(SweepRecipe)
-def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
-    """Prune and evaluate a model with several methods at several sparsities.
-
-    A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The points, and the dense model's perplexities.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
-
-
-def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
-    """Carry out a recipe.
-
-    Raises:
-        RecipeError: there is no output folder.
-    """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    shared = {name: getattr(recipe, name) for name in SweepPlan.__dataclass_fields__}
-    return sweep_plan(
-        SweepPlan(**shared),
-        recipe.output,
-        keep_models=recipe.keep_models,
-        ray=recipe.cluster.ray,
-        ray_processes=recipe.cluster.processes,
-        progress=progress,
-    )
 
 
 def sweep_plan(
