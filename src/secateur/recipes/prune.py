@@ -193,9 +193,9 @@ class PruneCall(Planning):
     def check_machines(self) -> PruneCall:
         """Other machines are for plans on paper."""
         given = [n for n in ("gpus", "nodes", "gpu", "network") if n in self.model_fields_set]
-        missing = "dry_run" if not self.dry_run else "gpus" if self.gpus is None else None
+        missing = "--dry-run" if not self.dry_run else "--gpus" if self.gpus is None else None
         if given and missing:
-            raise ValueError(f"{given[0]} is for plans on paper; add {missing}")
+            raise ValueError(f"--{given[0]} is for plans on paper; add {missing}")
         return self
 
 

@@ -335,7 +335,8 @@ class TrainRecipe(
         """Refuse options of a teacher where there is none."""
         given = [name for name in OF_A_TEACHER if name in self.model_fields_set]
         if given and self.teacher is None:
-            raise ValueError(f"no teacher, which {' and '.join(given)} would need; give teacher")
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"no teacher, which {flags} would need; add --teacher MODEL")
         return self
 
     @model_serializer(mode="wrap")

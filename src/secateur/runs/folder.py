@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -373,7 +373,7 @@ def check_output(
     output: str | Path | None,
     verb: str,
     needed_bytes: int,
-    read: Sequence[str | Path | None],
+    read: Iterable[str | Path | None],
     call: Mapping[str, Any],
 ) -> None:
     """Refuse an output that a run of a verb would be refused for. Writes nothing.

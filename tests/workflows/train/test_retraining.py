@@ -213,9 +213,9 @@ def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None
         train(places, tmp_path / "out", minutes=1, restart=True)
     with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
         train(places, tmp_path / "out", optimiser="SGD", restart=True)
-    for name, value in {"kind": "forward", "next_token": 0.0, "top_k": 8}.items():
-        with pytest.raises(RecipeError, match=f"no teacher, which {name} would need"):
-            train(places, tmp_path / "x", **{name: value})
+    for name, value in {"kind": "forward", "next-token": 0.0, "top-k": 8}.items():
+        with pytest.raises(RecipeError, match=f"no teacher, which --{name} would need"):
+            train(places, tmp_path / "x", **{name.replace("-", "_"): value})
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(places: Path, tmp_path: Path) -> None:

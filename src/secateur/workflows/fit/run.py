@@ -79,7 +79,7 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     costs = costs_of(recipe, reader, matrices, progress)
     size = sum(file.stat().st_size for file in reader.files)
     check_feasible(recipe, costs, size)
-    read = recipe.model, source.folder, *texts_of(recipe.calibration.source)
+    read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "fit", 0, read, call)
     bounds = {}
     for place, kind in enumerate(costs.kinds):

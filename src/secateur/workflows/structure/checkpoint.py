@@ -127,7 +127,7 @@ def plan_cut(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
     fits = aim.narrows and recipe.learned is None
     plan = planned_width(recipe, aim, source.folder) if fits else None
     size = found.before.file_bytes if unknown else found.after.file_bytes
-    read = recipe.model, source.folder, *texts_of(recipe.calibration.source)
+    read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "structure", size, read, call)
     return CutPlanResult(
         tuple(steps), found.before, None if unknown else found.after, tuple(unknown), plan
