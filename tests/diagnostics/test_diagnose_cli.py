@@ -144,7 +144,7 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
             2,
             "num_hidden_layers: 3, but 2 in the reference; hidden_size: 32, but 16",
         ),
-        ((pair.pruned, "--dense", pair.dense, "--windows", 0), 2, "windows is 0"),
+        ((pair.pruned, "--dense", pair.dense, "--windows", 0), 2, "must be 1 or more"),
         ((pair.pruned, "--dense", pair.dense, "--text", "nowhere"), 2, "'nowhere'"),
         (
             (pair.pruned, "--dense", pair.dense, "--sequence-length", 65),

@@ -66,7 +66,7 @@ def test_peaks_say_what_lies_where() -> None:
 def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
     machine["gpu"] = 40 * GIB
     assert fitted(CUDA) == "gpu"
-    assert fitted(CUDA, 20.0) == "memory"
+    assert fitted(CUDA, 20 * GIB) == "memory"
     assert fitted(CPU) == "memory"
     with pytest.raises(RecipeError, match="cannot be on a GPU, because cpu computes"):
         fitting_plan(lambda place: plan(on_gpu=False), CPU, max_memory=None, activations="gpu")
@@ -89,11 +89,11 @@ def test_the_host_of_a_gpu_is_checked_too(machine: dict[str, float]) -> None:
 
 def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> None:
     with pytest.raises(MemoryBudgetError, match=r"on the GPU, the budget is 2\.00 GiB"):
-        fitted(CUDA, 2.0)
-    assert fitted(CUDA, 4.0) == "memory"  # the host needs 28 of 80 GiB
-    assert fitted(CPU, 4.0) == "disk"
-    assert fitted(CPU, 30.0) == "memory"
-    assert memory_budget(4.0, CUDA).host == pytest.approx(80 * GIB)
+        fitted(CUDA, 2 * GIB)
+    assert fitted(CUDA, 4 * GIB) == "memory"  # the host needs 28 of 80 GiB
+    assert fitted(CPU, 4 * GIB) == "disk"
+    assert fitted(CPU, 30 * GIB) == "memory"
+    assert memory_budget(4 * GIB, CUDA).host == pytest.approx(80 * GIB)
     with pytest.raises(MemoryBudgetError, match="leave out what needs the whole model"):
         fitted(CUDA, distilling_bytes=9)
 
