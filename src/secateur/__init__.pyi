@@ -867,7 +867,7 @@ def sweep(
     text: Sequence[str | Path] | None = None,
     text_sequence_length: int | None = None,
     text_windows: int | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,

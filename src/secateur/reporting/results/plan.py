@@ -83,7 +83,7 @@ class PlanResult(Result):
         return [Table.of("plan", ("", ""), rows)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CutPlanResult(Result):
     """What a structured cut would leave, and what it would need.
 
@@ -136,7 +136,7 @@ class CutPlanResult(Result):
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainPlanResult(Result):
     """What a training would read, and what it would need.
 
@@ -188,7 +188,7 @@ class TrainPlanResult(Result):
         return [Table.facts("plan of the training", rows)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitPlanResult(Result):
     """What a fit would try, within bounds that can be kept.
 
