@@ -135,7 +135,7 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     other = save_tiny(tmp_path / "other", num_hidden_layers=2, hidden_size=16)
     for words, code, told in (
-        ((), 2, "no model to diagnose"),
+        ((), 2, "MODEL: missing"),
         ((tmp_path / "none",), 2, "no such file or folder"),
         ((tmp_path / "empty",), 1, "the folder has no config.json"),
         ((pair.pruned, "--dense", tmp_path / "none"), 2, "no such file or folder"),

@@ -305,7 +305,7 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
                 folder, output=tmp_path / "out", progress=stop, max_memory=budget, **options
             )
     assert "one decoder layer in memory, in sweeps of 16 windows" in caplog.text
-    assert f"the budget {budget:.2f} GiB" in caplog.text
+    assert f"the budget {budget / 2**30:.2f} GiB" in caplog.text
     # the way of a stopped run stays, also where the whole would fit now
     report = secateur.prune(folder, output=tmp_path / "out", resume=True, **options)
     assert report.manifest["distillation"]["sweep_windows"] == 6
