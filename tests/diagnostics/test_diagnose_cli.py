@@ -152,7 +152,7 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
             "exceeds the model's 64 positions",
         ),
         ((pair.pruned, "--training-log", tmp_path / "none"), 2, "no such training log"),
-        ((pair.pruned, "--device", "tpu"), 2, "'tpu' is not auto"),
+        ((pair.pruned, "--device", "tpu"), 2, "must be auto, cpu, cuda or cuda:N"),
     ):
         done = secateur("diagnose", *words)
         assert done.code == code, done.err
