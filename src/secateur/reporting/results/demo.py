@@ -73,7 +73,7 @@ class DemoResult(Result):
             *self.places(),
         ]
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    def rows(self) -> list[tuple[str, ...]]:
         """The measurements of the dense model, of its int8 weights, and of the pruned model."""
         [text], packed = self.judged.texts, self.pruned.compression
         assert packed is not None
