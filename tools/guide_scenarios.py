@@ -102,7 +102,7 @@ def arithmetic(question: AdviceQuestion, found: Capacity, option: CompressionWay
     linears = f"{billions(cut.linears)} · {option.bits:g} / 8"
     ends = f"{billions(cut.ends)} · {option.head_bits:g} / 8"
     yield f"- weights: {linears} + {ends} = {memory.weights / GIB:.2f} GiB"
-    cache = f"{found.batch} sequences · {load.context} tokens · {4 * cut.kv_width:,} bytes"
+    cache = f"{found.batch} sequences · {load.context} tokens · {cut.cache_bytes(1):,.0f} bytes"
     yield f"- keys and values: {cache} = {memory.cache / GIB:.2f} GiB"
     yield (
         f"- memory of a copy: with {memory.working / GIB:.2f} GiB of work and "

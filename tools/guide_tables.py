@@ -155,7 +155,7 @@ def speeds() -> Iterable[str]:
         gain, more = base.typical / alone.typical, many.typical / batch.typical
         rows.append((one.name, said, ranged(alone * 1e3, ".1f"), f"{gain:.2f}x",
                      ranged(batch * 1e3, ".1f"), f"{more:.2f}x"))  # fmt: skip
-    read, cache = (SEVEN.linears + SEVEN.head) * 2 / 1e9, 512 * 4 * SEVEN.kv_width / 1e9
+    read, cache = (SEVEN.linears + SEVEN.head) * 2 / 1e9, SEVEN.cache_bytes(512) / 1e9
     e, layer = FACTS.efficiency["cuda"].bandwidth[1], FACTS.efficiency["cuda"].layer_microseconds[1]
     bandwidth = DEVICE.bandwidth_gb_s or 0.0
     yield "## Inference savings"

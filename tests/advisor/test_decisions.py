@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.advisor.advice import Advice, Need, advise_on
-from secateur.advisor.capacity import Load, ServingDevice
+from secateur.advisor.capacity import Capacity, Load, ServingDevice
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import read_facts
 from secateur.advisor.memory import weight_bytes
@@ -42,7 +42,56 @@ def test_one_device_is_enough_so_the_model_stays_as_it_is() -> None:
     found = decided(requests=1, quality_loss=0.5)
     assert found.chosen is not None
     assert found.chosen.option.name == "as it is"
-    assert found.verdict.startswith("Leave the model as it is")
+    assert found.verdict.endswith(
+        "leave the model as it is: no cheaper option is certain to meet your limits."
+    )
+
+
+def test_a_load_that_does_not_fill_a_device_is_sent_elsewhere_first() -> None:
+    """A thousand requests of 500 tokens a day on an H100: no row of the tables contradicts it."""
+    facts = read_facts()
+    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    device = facts.hardware["h100-80gb"]
+    room, need = round(79.1 * 2**30), Need(Load(1000, 250, 250), 0.01)
+    question = AdviceQuestion(model, device, room, facts, need)
+    found = question.answer()
+    assert found.verdict == (
+        "This load does not fill a device: it needs under 1% of one NVIDIA H100 80 GB SXM. Use a "
+        "hosted model (gpt-4o-mini: 6 USD a month) or smaller hardware (NVIDIA GeForce RTX 4090: "
+        "248 USD a month, 21 ms/token). On this device, leave the model as it is: no cheaper "
+        "option is certain to meet your limits."
+    )
+    assert found.chosen is not None
+    capacity = found.chosen.capacity
+    assert isinstance(capacity, Capacity)
+    # by hand: 1000 · 2 / 86400 requests a second at the peak, each of 250 steps at batch 512
+    assert found.filled == pytest.approx(2000 / 86400 * capacity.least_busy.typical / 0.7)
+    # memory and time of the one sequence that is there, not of the 512 that would fit
+    assert capacity.batch == 1
+    assert capacity.memory.cache == 500 * 2 * 32 * 8 * 128 * 2
+    assert capacity.memory.total < 17 * 2**30
+    assert capacity.step.typical == pytest.approx(
+        ((model.linears + model.head) * 2 + capacity.memory.cache) / (3350e9 * 0.7) + 32 * 4e-6
+    )
+    # what it names is true: the other device serves the same load within the same bounds
+    assert found.elsewhere is not None
+    smaller = question.on(facts.hardware["rtx-4090"]).answer()
+    assert smaller.chosen is not None
+    assert smaller.chosen.cost is not None
+    assert smaller.chosen.cost.month.typical == found.elsewhere.month
+    assert found.hosted is not None
+    assert found.hosted.month == min(api.month for api in found.apis)
+
+
+def test_a_load_that_fills_its_device_is_not_sent_away() -> None:
+    facts = read_facts()
+    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    need = Need(Load(1e6, 250, 250), 0.03)
+    device = facts.hardware["h100-80gb"]
+    found = AdviceQuestion(model, device, round(79.1 * 2**30), facts, need).answer()
+    assert found.filled >= 0.5
+    assert found.elsewhere is None
+    assert "fill" not in found.verdict
 
 
 def test_quantizing_wins_where_it_keeps_the_bound() -> None:
@@ -79,7 +128,7 @@ def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
     need = Need(Load(1000, 100, 100, token_ms=0.001), 0.01)
     found = advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
     assert found.chosen is None
-    assert found.verdict.startswith("Nothing is sure to serve this load")
+    assert found.verdict.startswith("No option is certain to serve this load within your limits.")
     assert all(row.refused for row in found.considered)
 
 

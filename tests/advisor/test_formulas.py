@@ -9,7 +9,7 @@ import pytest
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, TooMuch, capacity_of
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import API, Facts, KnownShape, read_facts
-from secateur.advisor.memory import kv_bytes_per_token, memory_of, weight_bytes
+from secateur.advisor.memory import memory_of, weight_bytes
 from secateur.advisor.money import (
     Making,
     ServingCost,
@@ -70,7 +70,7 @@ def test_weights_of_a_small_shape_by_hand() -> None:
         assert (
             weight_bytes(tiny, option(values=values)) == round(tiny.linears * each / 8) + ends + 80
         )
-    assert kv_bytes_per_token(tiny) == 2 * 2 * 4 * 2  # keys and values, 2 layers, 4 channels, bf16
+    assert tiny.cache_bytes(1) == 2 * 2 * 4 * 2  # keys and values, 2 layers, 4 channels, bf16
     sparse = option(zeros="50%", values="int4")
     assert sparse.bits == 4 * 0.5 + 1 + 0.125
     assert option(zeros="50%", values="int8").bits == 5
@@ -135,16 +135,20 @@ class Fixed:
 
 def test_capacity_and_cost_by_hand(facts: Facts, llama: ModelShape) -> None:
     load = Load(86_400, 100, 50, peak=2.0, utilisation=0.5)
-    per_token = kv_bytes_per_token(llama)
+    per_token = llama.cache_bytes(1)
     room = memory_of(llama, option(), "cpu", 8, 150).total
     device = ServingDevice("cpu", room, lambda n: Fixed())
     found = capacity_of(llama, option(), device, load)
     assert isinstance(found, Capacity)
-    assert found.batch == 8  # 16 do not fit
-    assert found.memory.cache == 8 * 150 * per_token
-    # a request: 0.1 s of prompt and 50 steps of 10 ms, shared by 8
-    assert found.busy.typical == pytest.approx(0.1 + 50 * 0.01 / 8)
+    # 16 do not fit; a request: 0.1 s of prompt and 50 steps of 10 ms, shared by 8
+    assert found.least_busy.typical == pytest.approx(0.1 + 50 * 0.01 / 8)
     assert found.replicas == math.ceil(2 * 0.1625 / 0.5)  # two requests a second at the peak
+    assert found.used(load) == pytest.approx(2 * 0.1625 / 0.5)
+    # 4 at once need no more copies, 2 would
+    assert found.batch == 4
+    assert found.memory.cache == 4 * 150 * per_token
+    assert found.busy.typical == pytest.approx(0.1 + 50 * 0.01 / 4)
+    assert math.ceil(2 * (0.1 + 50 * 0.01 / 2) / 0.5) == 2
     cost = cost_of(found, load, Estimate(1.0, 2.0, 4.0))
     assert cost.month.typical == pytest.approx(2.0 * 730 * found.replicas)
     assert cost.year.high == pytest.approx(4.0 * 8760 * found.replicas)
@@ -180,7 +184,7 @@ def test_a_copy_is_shared_by_as_many_devices_as_makes_the_sum_least(llama: Model
     # a request a second, of 200 steps that take 1/n s and are shared by the batch
     sums = {n: n * math.ceil(200 / n / most[n]) for n in most}
     assert found.devices.typical == min(sums.values()) < sums[2]
-    assert found.batch == most[found.shared_by]
+    assert found.least_busy.typical == 200 / found.shared_by / most[found.shared_by]
 
 
 def most_batch(model: ModelShape, room: int, context: int) -> int:
@@ -257,7 +261,7 @@ def capacity_stub() -> Capacity:
     one = Estimate.exact(1.0)
     from secateur.advisor.memory import ServingMemory
 
-    return Capacity(1, 1, ServingMemory(1, 1, 1, 1), one, one, one, one, one, 1, (1, 1))
+    return Capacity(1, 1, ServingMemory(1, 1, 1, 1), one, one, one, one, one, one, 1, (1, 1))
 
 
 def test_only_what_a_device_gains_from_is_offered(facts: Facts, llama: ModelShape) -> None:

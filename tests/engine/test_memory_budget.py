@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 from secateur.engine.memory_budget import fitting_plan, memory_budget
-from secateur.engine.plan import Plan
+from secateur.engine.plan import Plan, writing_bytes
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.cache import roomy_cache
 from secateur.recipes.train import TrainRecipe
+from secateur.runtime.slots import given_cache
 from secateur.workflows.train.memory import TrainingMemory, check_memory
+from zoo import tiny_model, tiny_windows
 
 GIB = 2**30
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -116,3 +120,37 @@ def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, 
     machine["gpu"], machine["host"] = 80 * GIB, 2 * GIB
     with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 1\.60 GiB"):
         check_memory(there, recipe, CUDA)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])
+def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
+    family: str,
+) -> None:
+    """On 91843e48 the plan of a Mamba model ended in a TypeError."""
+    model: Any = tiny_model(family).to(torch.bfloat16)
+    target: Any = SimpleNamespace(model=model, dtype=torch.bfloat16)
+    windows, cache = tiny_windows(2, 20), roomy_cache(model.config, 20)
+    with torch.no_grad():
+        model(input_ids=windows, use_cache=True, **given_cache(model, cache))
+    held = 0
+    for layer in cache.layers:
+        room = getattr(layer, "room", None)
+        states = (layer, room) if room else (layer,)
+        kept = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for one in states
+            for value in flat(vars(one).values())
+            if value.ndim > 1
+        }
+        held += sum(kept.values())
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    assert writing_bytes(target, windows, 2) == weights + held + 2 * 96 * (2 + 8)
+
+
+def flat(values: Any) -> list[torch.Tensor]:
+    """All tensors among values, and in tables among them."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        found += flat(value.values()) if isinstance(value, dict) else []
+        found += [value] if torch.is_tensor(value) else []
+    return found

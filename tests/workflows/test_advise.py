@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import secateur
@@ -14,16 +15,17 @@ from secateur.advisor.facts import read_facts
 from secateur.advisor.options import options_for
 from secateur.advisor.shape import known_shape
 from secateur.errors import RecipeError, SecateurError, SourceError
-from secateur.models.skeleton import build_skeleton
+from secateur.models.skeleton import build_skeleton, without_weights
 from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.advise import counted
 from tiny import save_tiny
 
-MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4")
+RECURRENT = ("mamba", "falcon_h1")
+MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4", "qwen3_next")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", *MIXTURES])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", *RECURRENT, *MIXTURES])
 def test_every_weight_is_counted_once(family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / family, family)
     shape = counted(family, build_skeleton(folder))
@@ -85,6 +87,34 @@ def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
         secateur.advise("llama-2-7b", **options)  # type: ignore[arg-type]
 
 
+def test_a_model_without_attention_has_a_state_that_does_not_grow(tmp_path: Path) -> None:
+    """On 91843e48 this was a TypeError. Published sizes of Mamba-2.8B."""
+    transformers.MambaConfig(
+        vocab_size=50280, hidden_size=2560, num_hidden_layers=64, state_size=16
+    ).save_pretrained(tmp_path)
+
+    def memory(tokens: int) -> int:
+        options = {"hardware": "h100-80gb", "tokens_per_request": tokens, "quality_loss": 0.0}
+        found = secateur.advise(tmp_path, **options)  # type: ignore[arg-type]
+        assert "64 keep a state" in str(found)
+        capacity = found.to_json()["options"][0]["capacity"]
+        return int(capacity["memory"]["cache"] / capacity["batch"])
+
+    assert memory(100) == memory(100_000) == 64 * 5120 * (4 * 16 + 2 * 4)
+
+
+def test_all_experts_of_a_layer_are_never_allocated(tmp_path: Path) -> None:
+    """One tensor of DeepSeek-V3's experts has 30 GB; on 91843e48 memory ran out."""
+    transformers.DeepseekV3Config(num_hidden_layers=4).save_pretrained(tmp_path)
+    found = secateur.advise(tmp_path, hardware="h200", requests_per_day=1e7)
+    assert found.advice.model.experts == 256
+    assert "4 keep all tokens" in str(found)
+    with without_weights():
+        assert torch.empty(2**25).is_meta
+        assert torch.empty((2**10, 2**15)).is_meta
+        assert not torch.empty(2**10).is_meta
+
+
 def test_every_command_that_is_advised_can_be_given() -> None:
     """Verbs and flags exist, nothing required is missing, and each step reads the one before."""
     facts = read_facts()
@@ -132,7 +162,7 @@ def test_an_impossible_latency_has_exit_code_3_and_names_the_nearest(
     )
     ran = run("advise", *words)
     assert ran.code == 3
-    assert "Nothing is sure to serve this load within the bounds." in ran.out
+    assert "No option is certain to serve this load within your limits." in ran.out
     assert "nearest: int4 has 1.3 ms between two tokens: --latency-p99-ms 1.3" in ran.out
 
 

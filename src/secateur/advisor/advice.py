@@ -3,6 +3,9 @@
 An option is *safe* if even its lowest published accuracy keeps the bound, *possible* if its highest
 does. Among the safe ones the cheapest to serve wins; if several cost the
 same, the one that changes least. Possible ones are named with the advice to measure.
+
+A device costs the same however little it serves. For a load that needs less than half of one, the
+verdict begins with that, and names the hosted model and the other device that would cost less.
 """
 
 from __future__ import annotations
@@ -29,6 +32,15 @@ __all__ = ["Advice", "Considered", "Need", "advise_on"]
 
 LEAST_SAVING = 0.05
 """A change that saves less than this part of the cost is not worth its risk."""
+
+FILLED = 0.5
+"""A load that needs less than this part of one device does not fill it."""
+
+LEAST_USD = 10.0
+"""USD a month below which another place to serve is not worth a word."""
+
+Place = tuple[Hardware, ServingDevice]
+"""A device, and its memory and speed."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,25 @@ class Considered:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Another device that serves the same load within the same bounds for less.
+
+    Attributes:
+        device: what it is.
+        devices: how many the load needs.
+        option: the cheapest safe option on it.
+        month: USD, typical.
+        step: seconds between two tokens, typical.
+    """
+
+    device: str
+    devices: int
+    option: str
+    month: float
+    step: float
+
+
+@dataclass(frozen=True)
 class Advice:
     """The decision.
 
@@ -85,8 +116,11 @@ class Advice:
         chosen: the option to take; None if none can serve.
         cheaper: options that cost less and may keep the bound: measure them.
         apis: hosted models under the same load, beside the chosen option.
+        filled: the part of the devices of the chosen option that the busiest moment needs.
+        hosted: the cheapest hosted model, if it costs less than the chosen option.
+        elsewhere: the cheapest other device, if the load does not fill this one.
         paid_back_months: until the saved money has paid for the making; None if none is saved.
-        verdict: one sentence.
+        verdict: what to do, in one to three sentences.
     """
 
     model: ModelShape
@@ -95,12 +129,20 @@ class Advice:
     chosen: Considered | None
     cheaper: tuple[Considered, ...]
     apis: tuple[APICost, ...]
+    filled: float
+    hosted: APICost | None
+    elsewhere: Elsewhere | None
     paid_back_months: float | None
     verdict: str
 
 
 def advise_on(
-    model: ModelShape, hardware: Hardware, device: ServingDevice, facts: Facts, need: Need
+    model: ModelShape,
+    hardware: Hardware,
+    device: ServingDevice,
+    facts: Facts,
+    need: Need,
+    others: Sequence[Place] = (),
 ) -> Advice:
     """Compute every option and decide.
 
@@ -110,11 +152,10 @@ def advise_on(
         device: its memory and speed.
         facts: prices and published losses.
         need: the load and the bounds.
+        others: devices to name instead, if the load does not fill this one.
     """
     price = facts.price(hardware)
-    options = list(options_for(model, hardware))
-    rows = [consider(model, option, device, facts, need, price) for option in options]
-    rows.sort(key=order)
+    rows = considered(model, (hardware, device), facts, need)
     base = next(row for row in rows if row.option.changed == 0)
     safe = [row for row in rows if row.possible and row.safe]
     chosen = choose(safe, base)
@@ -124,16 +165,95 @@ def advise_on(
         if row.possible and not row.safe and row.cost and row.cost.month.typical < dearest
     )  # fmt: skip
     apis: tuple[APICost, ...] = ()
+    filled = 1.0
     if chosen is not None and isinstance(chosen.capacity, Capacity):
         apis = tuple(
             api_cost(name, api, chosen.capacity, need.load, price)
             for name, api in facts.apis.items()
         )
+        filled = chosen.capacity.used(need.load)
+    hosted = min(apis, key=lambda api: api.month, default=None)
+    if hosted is not None and hosted.month > dearest - LEAST_USD:
+        hosted = None
+    empty = filled < FILLED and one_copy(chosen)
+    elsewhere = cheapest(model, others, facts, need) if empty else None
+    if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
+        elsewhere = None
     months = None
     if chosen is not None and chosen.cost is not None and base.cost is not None:
         months = break_even_months(chosen.making, base.cost, chosen.cost)
     verdict = verdict_on(chosen, cheaper)
-    return Advice(model, hardware, tuple(rows), chosen, cheaper, apis, months, verdict)
+    if chosen is not None and empty and (hosted or elsewhere):
+        first = instead_of(chosen, hardware, filled, hosted, elsewhere)
+        verdict = f"{first} On this device, {verdict[0].lower()}{verdict[1:]}"
+    elif hosted is not None:
+        verdict += f" A hosted model costs less ({priced(hosted.name, hosted.month)}): compare."
+    return Advice(
+        model, hardware, tuple(rows), chosen, cheaper, apis, filled, hosted, elsewhere, months,
+        verdict,
+    )  # fmt: skip
+
+
+def considered(model: ModelShape, place: Place, facts: Facts, need: Need) -> list[Considered]:
+    """All options on a device, those that can serve first, the cheapest first."""
+    hardware, device = place
+    price = facts.price(hardware)
+    options = options_for(model, hardware)
+    rows = [consider(model, option, device, facts, need, price) for option in options]
+    return sorted(rows, key=order)
+
+
+def one_copy(row: Considered | None) -> bool:
+    """Whether a single copy of the model serves the load."""
+    return row is not None and isinstance(row.capacity, Capacity) and row.capacity.replicas == 1
+
+
+def cheapest(
+    model: ModelShape, places: Sequence[Place], facts: Facts, need: Need
+) -> Elsewhere | None:
+    """The cheapest way to serve a load on other devices that surely keeps the bounds, if any."""
+    found = []
+    for place in places:
+        rows = considered(model, place, facts, need)
+        row = next((row for row in rows if row.possible and row.safe), None)
+        if row is not None and row.cost is not None and isinstance(row.capacity, Capacity):
+            many, step = round(row.capacity.devices.typical), row.capacity.step.typical
+            month = row.cost.month.typical
+            found.append(Elsewhere(place[0].name, many, row.option.name, month, step))
+    return min(found, key=lambda one: one.month, default=None)
+
+
+def instead_of(
+    chosen: Considered,
+    device: Hardware,
+    filled: float,
+    hosted: APICost | None,
+    elsewhere: Elsewhere | None,
+) -> str:
+    """What to do with a load that is too small for a device: two sentences."""
+    assert isinstance(chosen.capacity, Capacity)
+    share = "under 1%" if filled < 0.01 else f"{100 * filled:.0f}%"
+    ways = [] if hosted is None else [f"a hosted model ({priced(hosted.name, hosted.month)})"]
+    if elsewhere is not None:
+        name = several(elsewhere.devices, elsewhere.device)
+        name += "" if elsewhere.option == "as it is" else f", {elsewhere.option}"
+        speed = f"{1e3 * elsewhere.step:.0f} ms/token"
+        ways.append(f"smaller hardware ({priced(name, elsewhere.month)}, {speed})")
+    return (
+        "This load does not fill a device: it needs "
+        f"{share} of {several(chosen.capacity.shared_by, device.name, 'one ')}. "
+        f"Use {' or '.join(ways)}."
+    )
+
+
+def several(count: int, name: str, one: str = "") -> str:
+    """A device, or how many of it; `one` stands before a single one."""
+    return f"{one}{name}" if count == 1 else f"{count} x {name}"
+
+
+def priced(name: str, month: float) -> str:
+    """A name and a price for people."""
+    return f"{name}: {month:,.0f} USD a month" if month >= 1 else f"{name}: under 1 USD a month"
 
 
 def consider(
@@ -183,15 +303,14 @@ def choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
 def verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
     """One sentence for people."""
     hint = (
-        f" {cheaper[0].option.name} would be cheaper, and its published loss may keep the bound: "
-        "measure it."
+        f" {cheaper[0].option.name} would be cheaper and may meet your limits: measure its loss."
         if cheaper
         else ""
     )
     if chosen is None:
-        return f"Nothing is sure to serve this load within the bounds.{hint}"
+        return f"No option is certain to serve this load within your limits.{hint}"
     if chosen.option.changed == 0:
-        return f"Leave the model as it is: nothing that surely keeps the bounds is cheaper.{hint}"
+        return f"Leave the model as it is: no cheaper option is certain to meet your limits.{hint}"
     option = chosen.option
     only = option.structure.name == "whole" and option.zeros.name == "dense"
     verb = "Only quantize" if only else "Distill" if option.structure.tokens else "Prune"

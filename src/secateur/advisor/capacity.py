@@ -5,9 +5,10 @@
     busy(b)     = prompt(P) + N · step(b) / b           device seconds of a request, P in, N out
     replicas    = ceil(requests per second at the peak · busy / utilisation)
 
-The batch is the power of two with the least busy(b) whose memory fits and whose p99 keeps
-the bound. As many devices share a copy of the model as makes the sum of devices least: more of
-them leave more memory for a larger batch.
+The devices are counted with the power of two with the least busy(b) whose memory fits and whose p99
+keeps the bound. The batch is the smallest that needs no more copies, at none of the times: as many
+sequences as this load has at once. As many devices share a copy of the model as makes the sum of
+devices least: more of them leave more memory for a larger batch.
 """
 
 from __future__ import annotations
@@ -89,13 +90,14 @@ class Capacity:
 
     Attributes:
         shared_by: devices that share one copy of the model.
-        batch: sequences at once.
+        batch: sequences at once that this load needs.
         memory: of one copy at this batch.
         step: seconds of a step at this batch.
         p99: seconds between two tokens, for 99 of 100.
         alone: seconds of a step at batch 1.
         first_token: seconds to process a prompt.
-        busy: seconds of a copy for one request.
+        busy: seconds of a copy for one request, at this batch.
+        least_busy: the same at the batch that serves most.
         replicas: copies, with the typical times.
         replicas_range: copies with the quickest and the slowest times.
     """
@@ -108,6 +110,7 @@ class Capacity:
     alone: Estimate
     first_token: Estimate
     busy: Estimate
+    least_busy: Estimate
     replicas: int
     replicas_range: tuple[int, int]
 
@@ -117,10 +120,11 @@ class Capacity:
         low, high = self.replicas_range
         return Estimate(low, self.replicas, high) * self.shared_by
 
-    @property
-    def tokens_per_second(self) -> Estimate:
-        """New tokens of one copy at this batch."""
-        return self.step.map(lambda seconds: self.batch / seconds)
+    def used(self, load: Load) -> float:
+        """The part of the copies that the busiest moment of a load needs, with typical times."""
+        return load.requests_per_day / (
+            self.replicas * most_requests(self.least_busy.typical, load)
+        )
 
 
 @dataclass(frozen=True)
@@ -188,11 +192,13 @@ def shared(
     if not quick or not within(first.typical, load.first_token_ms):
         return missed(p99[1], first, load)
     busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
-    batch = min(quick, key=lambda b: busy[b].typical)
-    needed = busy[batch].map(lambda seconds: copies(seconds, load))
+    needed = {b: busy[b].map(lambda seconds: copies(seconds, load)) for b in quick}
+    best = min(quick, key=lambda b: busy[b].typical)
+    batch = next(b for b in quick if needed[b] == needed[best])
+    most = needed[batch]
     return Capacity(
         devices, batch, memory[batch], steps[batch], p99[batch], steps[1], first,
-        busy[batch], round(needed.typical), (round(needed.low), round(needed.high)),
+        busy[batch], busy[best], round(most.typical), (round(most.low), round(most.high)),
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """The memory that serving a model takes.
 
     weights  = linears · bits / 8 + ends · head_bits / 8 + other · 2
-    KV cache = batch · context · 2 · kv_width · 2                       (bfloat16, all layers)
+    KV cache = batch · Σ layers of a kind · (min(context, window) · values · 2 + state)
     working  = chunk · (4 · hidden + 2 · largest) · 2 + batch · vocabulary · 4
     total    = (weights + KV cache + working) · (1 + FRAGMENTATION) + RUNTIME
 
-`largest` is the width of attention or of the whole residual stream, `chunk` the tokens of a prompt
-that are processed together.
+`values` are keys and values of a token, in bfloat16, or the latent vector of latent attention. A
+layer without a window keeps them of all tokens, a recurrent layer has a state instead, and a layer
+that reads the cache of another keeps nothing (`secateur.models.layer_cache`). `largest` is the
+width of attention or of the whole residual stream, `chunk` the tokens of a prompt that are
+processed together.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from secateur.advisor.shape import ModelShape
 __all__ = [
     "GIB",
     "ServingMemory",
-    "kv_bytes_per_token",
     "memory_of",
     "memory_with",
     "weight_bytes",
@@ -43,7 +45,7 @@ class ServingMemory:
 
     Attributes:
         weights: of the model.
-        cache: keys and values of all sequences.
+        cache: keys, values and states of all sequences.
         working: activations and logits.
         overhead: fragmentation and the runtime.
     """
@@ -68,11 +70,6 @@ def weight_bytes(model: ModelShape, option: CompressionWay) -> int:
     return round(linears + model.ends * option.head_bits / 8 + model.other * 2)
 
 
-def kv_bytes_per_token(model: ModelShape) -> int:
-    """Keys and values of one token in all layers, in bfloat16."""
-    return 2 * model.kv_width * 2
-
-
 def memory_of(
     model: ModelShape, option: CompressionWay, kind: str, batch: int, context: int
 ) -> ServingMemory:
@@ -92,10 +89,9 @@ def memory_with(
     weights: int, model: ModelShape, kind: str, batch: int, context: int
 ) -> ServingMemory:
     """`memory_of` with known bytes of weights."""
-    cache = batch * context * kv_bytes_per_token(model)
-    widest = max(model.attention_width, model.hidden)
+    cache = round(batch * model.cache_bytes(context))
     chunk = min(CHUNK_TOKENS, batch * context)
-    working = chunk * (4 * model.hidden + 2 * widest) * 2 + batch * model.vocabulary * 4
+    working = chunk * (4 * model.hidden + 2 * model.widest) * 2 + batch * model.vocabulary * 4
     part = weights + cache + working
     overhead = round(part * FRAGMENTATION[kind]) + RUNTIME_BYTES[kind]
     return ServingMemory(weights, cache, working, overhead)

@@ -128,7 +128,7 @@ def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) 
     """
     request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6
     copy = found.shared_by * price.typical * 24
-    most = most_requests(found.busy.typical, load)
+    most = most_requests(found.least_busy.typical, load)
     least = copy / request if request else float("inf")
     return APICost(
         name,

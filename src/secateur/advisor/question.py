@@ -14,8 +14,9 @@ from secateur.advisor.advice import Advice, Need, advise_on
 from secateur.advisor.capacity import Load, ServingDevice
 from secateur.advisor.facts import Facts, Hardware
 from secateur.advisor.options import CompressionWay, options_for
-from secateur.advisor.shape import ModelShape
+from secateur.advisor.shape import LayerKind, ModelShape
 from secateur.advisor.speed import Measured, Roofline, TimeModel, TokenTimes
+from secateur.models.layer_cache import LayerCache
 
 __all__ = ["AdviceQuestion"]
 
@@ -59,7 +60,22 @@ class AdviceQuestion:
 
     def answer(self) -> Advice:
         """The advice."""
-        return advise_on(self.model, self.hardware, self.device, self.facts, self.need)
+        return advise_on(
+            self.model, self.hardware, self.device, self.facts, self.need, self.others()
+        )
+
+    def others(self) -> list[tuple[Hardware, ServingDevice]]:
+        """All other devices with a data sheet, with their memory and speed."""
+        return [
+            (other, self.on(other).device)
+            for other in self.facts.hardware.values()
+            if other.on_paper and other.name != self.hardware.name
+        ]
+
+    def on(self, other: Hardware) -> AdviceQuestion:
+        """The same question about another device, by its data sheet."""
+        size = round((other.memory_gib or 0) * 2**30)
+        return replace(self, hardware=other, memory_bytes=size, times=None)
 
     def with_need(self, **changes: Any) -> AdviceQuestion:
         """The same question with another load or other bounds.
@@ -91,8 +107,12 @@ class AdviceQuestion:
             KeyError, TypeError, ValueError: it is no such object.
         """
         times, need = told["times"], told["need"]
+        kinds = tuple(
+            LayerKind(kind["layers"], LayerCache(**kind["cache"]))
+            for kind in told["model"]["kinds"]
+        )
         return cls(
-            ModelShape(**told["model"]),
+            ModelShape(**{**told["model"], "kinds": kinds}),
             Hardware.model_validate(told["hardware"]),
             int(told["memory_bytes"]),
             Facts.model_validate(told["facts"]),

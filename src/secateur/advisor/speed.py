@@ -2,11 +2,14 @@
 
 Roofline (Williams et al., CACM 2009), for a batch of b sequences with T tokens of context:
 
-    bytes(b)   = weights that are read · bits / 8 + b · T · KV bytes
-    flops(b)   = 2 · b · per_token + 4 · b · T · layers · attention_width
+    bytes(b)   = weights that are read · bits / 8 + b · cache that is read
+    flops(b)   = b · (2 · per_token + Σ layers of a kind · (2 · min(T, window) · width + state))
     step(b)    = max(bytes / (bandwidth · e_b), flops / (peak · e_c)) + layers · overhead
-    prompt(P)  = (2 · P · per_token + 2 · P² · layers · attention_width) / (peak · e_c),
-                 but never less than a step
+    prompt(P)  = (2 · P · per_token + Σ layers of a kind · (2 · pairs · width + P · state))
+                 / (peak · e_c), but never less than a step
+
+`width` is query heads · (key + value), `pairs` the tokens that the tokens of a prompt see, P² / 2
+without a window, `state` the bytes of a recurrent state (`secateur.models.layer_cache`).
 
 Of a mixture with E experts and k for each token, b tokens read E · (1 − (1 − k / E)^b) experts of a
 layer, if the router spreads them evenly.
@@ -20,7 +23,6 @@ from typing import Protocol
 
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import Efficiency, Hardware
-from secateur.advisor.memory import kv_bytes_per_token
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
@@ -82,22 +84,20 @@ class Roofline:
         gain = option.zeros.decode  # measured; where there is none, the bytes decide
         bits = option.bits if gain is None else option.values.bits
         linears = weights_read(model, batch) * bits / 8
-        cache = batch * context * kv_bytes_per_token(model)
+        cache = batch * model.cache_read_bytes(context)
         rest = model.head * option.head_bits / 8 + cache
         scale = (gain or Estimate.exact(1.0)).map(lambda factor: 1 / factor)
         assert self.device.bandwidth_gb_s is not None
         bandwidth = self.device.bandwidth_gb_s * 1e9 * self.together
         reached = Estimate(*self.efficiency.bandwidth).map(lambda e: 1 / (bandwidth * e))
         reading = (scale * linears + Estimate.exact(rest)).times(reached)
-        attention = 4 * context * model.layers * model.attention_width
-        computing = self.computing(option, batch * (2 * model.per_token + attention))
+        computing = self.computing(option, batch * model.step_operations(context))
         overhead = Estimate(*self.efficiency.layer_microseconds) * (1e-6 * model.layers)
         return reading.larger(computing) + overhead
 
     def prompt(self, model: ModelShape, option: CompressionWay, tokens: int) -> Estimate:
         """All tokens at once, but never faster than one step."""
-        attention = 2 * tokens * tokens * model.layers * model.attention_width
-        computing = self.computing(option, 2 * tokens * model.per_token + attention)
+        computing = self.computing(option, model.prompt_operations(tokens))
         return computing.larger(self.step(model, option, 1, 0))
 
     def computing(self, option: CompressionWay, operations: float) -> Estimate:

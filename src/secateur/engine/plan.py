@@ -39,8 +39,9 @@ from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.kinds import LayerLayout, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, linears_of, setting, text_config
+from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
+from secateur.models.layer_cache import layer_caches
 from secateur.models.open_experts import OpenExperts
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
@@ -332,14 +333,13 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     """
     if windows is None or not unwritten:
         return 0
-    config = text_config(target.model.config)
-    heads = setting(config, "num_attention_heads")
-    size = setting(config, "head_dim") or config.hidden_size // heads
-    features = 2 * len(target.layers) * (setting(config, "num_key_value_heads") or heads)
+    size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)
-    weights = sum(p.numel() for p in target.model.parameters())
-    stored = (weights + features * size * rows * windows.shape[1]) * target.dtype.itemsize
-    return stored + rows * int(config.vocab_size) * (target.dtype.itemsize + 8)
+    caches = layer_caches(target.model)  # `roomy_cache` has room for all tokens, window or not
+    kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
+    weights = sum(p.numel() for p in target.model.parameters()) * size
+    vocabulary = int(text_config(target.model.config).vocab_size)
+    return weights + rows * (kept + vocabulary * (size + 8))
 
 
 def passes(settings: Settings) -> int:

@@ -6,6 +6,7 @@ one decoder layer at a time, whatever the number of layers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.checkpoint import CheckpointReader
@@ -63,8 +65,29 @@ def without_weights() -> Iterator[None]:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
+    empty = init_empty_weights(include_buffers=False)
+    with quiet_transformers(), empty, no_init_weights(), _LargeOnMeta():
         yield
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large empty tensors on the meta device at once.
+
+    A parameter reaches that device when it is registered. Until then its memory is allocated, and
+    all experts of a layer of DeepSeek-V3 together are 15 GB in bfloat16.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            size = args[0] if args and isinstance(args[0], tuple | list) else args
+            if math.prod(size) > LARGE:
+                options["device"] = "meta"
+        return func(*args, **options)
+
+
+LARGE = 2**24
+"""Values of a tensor that is large."""
 
 
 def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.models.couplings import Couplings
-from secateur.structured.cut import Cut, Sizes
-from secateur.structured.design import Design, design, kept_count
+from secateur.models.layer_cache import layer_caches
+from secateur.structured.cut import Cut
+from secateur.structured.design import Design, design
 from secateur.structured.edits import parameters_of
 
 __all__ = ["Accounting", "Counts", "account", "accounting"]
@@ -32,8 +33,8 @@ class Counts:
         embeddings: parameters of embeddings, head and their projections.
         other: all other parameters.
         decoder: all parameters of the decoder layers.
-        kv_cache_bytes_per_token: keys and values of one token in all layers, in the model's dtype;
-            layers with a sliding window stop growing at the window.
+        kv_cache_bytes_per_token: what one token adds to the caches of all layers, in the model's
+            dtype; layers with a sliding window stop growing at the window.
         file_bytes: bytes of all tensors, without file headers.
     """
 
@@ -95,7 +96,6 @@ def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
 def account(made: Design) -> Accounting:
     """Count what a design removes."""
     model = made.uncut
-    kept = [kept_count(made, layer, "groups") for layer in made.layers]
     there = parameters_of(model)
     sources = {n: there[edit.source] for n, edit in made.edits.items() if edit.source in there}
     before = [(n, p, p.numel() * p.itemsize, p.numel()) for n, p in there.items()]
@@ -104,26 +104,22 @@ def account(made: Design) -> Accounting:
         for n, p in parameters_of(made.skeleton).items()
     ]
     return Accounting(
-        counts(model, made, before, made.sizes.groups),
-        counts(made.skeleton, made, after, kept),
+        counts(model, made, before),
+        counts(made.skeleton, made, after),
         made.varied,
     )
 
 
-def counts(
-    model: Any,
-    made: Design,
-    parameters: Iterable[tuple[str, Tensor, int, int]],
-    groups: Iterable[int],
-) -> Counts:
+def counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int, int]]) -> Counts:
     """Count a model.
 
     Args:
         model: with its modules in place.
         made: the design, which describes the family.
         parameters: name, parameter, bytes and number of values.
-        groups: KV groups of each layer.
     """
+    from secateur.models.varied import NoAttention
+
     prefix = made.architecture.layers_path + "."
     found: Counter[str] = Counter()
     for name, parameter, size, values in parameters:
@@ -133,14 +129,10 @@ def counts(
         found["decoder"] += values if inner is not None else 0
         found["file_bytes"] += size
     named = {name: found[name] for name in Counts.__dataclass_fields__}
-    cache = sum(cache_bytes(made.sizes, count, model.dtype.itemsize) for count in groups)
+    removed = sum(isinstance(module, NoAttention) for module in model.modules())
+    values = sum(cache.values for cache in layer_caches(model))
+    cache = values * model.dtype.itemsize + removed * UNCUT_BYTES
     return Counts(**(named | {"kv_cache_bytes_per_token": cache}))
-
-
-def cache_bytes(sizes: Sizes, groups: int, itemsize: int) -> int:
-    """Bytes that one token takes in the key-value cache of one layer."""
-    values = sizes.latent or 2 * groups * sizes.head_dim
-    return values * itemsize if groups else UNCUT_BYTES
 
 
 def kind_of(

@@ -12,12 +12,13 @@ from secateur.advisor.capacity import Load
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import options_for
 from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import ModelShape, known_shape
+from secateur.advisor.shape import ModelShape, kinds_of, known_shape
 from secateur.advisor.speed import TokenTimes
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import Way, time_tokens
-from secateur.models.architecture import describe, linears_of, setting
+from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model
+from secateur.models.layer_cache import layer_caches
 from secateur.models.names import hub_name, kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
@@ -177,9 +178,6 @@ def counted(name: str, model: Any) -> ModelShape:
     head = model.get_output_embeddings().weight
     tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
     ends = embedding.numel() + (0 if embedding is head else head.numel())
-    heads = setting(config, "num_attention_heads")
-    size = setting(config, "head_dim") or config.hidden_size // heads
-    kv_heads = setting(config, "num_key_value_heads") or heads
     return ModelShape(
         name,
         len(layers),
@@ -190,8 +188,7 @@ def counted(name: str, model: Any) -> ModelShape:
         head.numel(),
         tied,
         total - linears - ends,
-        heads * size,
-        len(layers) * kv_heads * size,
+        kinds_of(layer_caches(model)),
         config.vocab_size,
         experts if in_experts else 0,
         in_experts,

@@ -280,6 +280,28 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
 
 
 @pytest.mark.parametrize(
+    ("family", "grown"),
+    [
+        ("llama", 3 * (2 * 2 * 8) * 2 * 2000),  # three layers, 2 KV heads of 8
+        ("mistral", 0),  # windows of 8, full after the 48 tokens of the measured text
+        ("gemma3", 1 * (2 * 2 * 8) * 2 * 2000),  # one layer of three has no window
+        ("deepseek_v3", 3 * (8 + 4) * 2 * 2000),  # a latent of 8 and a rotary key of 4
+        ("mamba", 0),
+    ],
+)
+def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
+    family: str, grown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 91843e48 every layer grew, so bounds that hold were called broken."""
+    save_tiny(tmp_path, family)
+    ours = Speed("packed", (1.0,), (1.0,), 10 * 2**20)
+    monkeypatch.setattr(verify, "raced", lambda ground, made: [ours])
+    ground = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
+    (check,) = verify.checks_of_running(ground, tmp_path)  # type: ignore[arg-type]
+    assert check.measured == 10 * 2**20 + grown
+
+
+@pytest.mark.parametrize(
     ("option", "wanted", "measured", "nearest"),
     [
         ("max_size", 2**20, 2**20 + 1, "1.1MiB"),

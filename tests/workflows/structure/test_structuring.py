@@ -327,6 +327,15 @@ def test_what_is_impossible_is_refused_before_any_work(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_heads_do_not_shrink_the_cache_of_latent_attention(windows: Path, tmp_path: Path) -> None:
+    """A latent of 8 and a rotary key of 4."""
+    save_tiny(tmp_path / "dense", "deepseek_v3")
+    with pytest.raises(RecipeError, match="keeps 12 values of a token, however many heads"):
+        secateur.structure(
+            tmp_path / "dense", output=tmp_path / "out", calibration=windows, kv_cache=0.5
+        )
+
+
 def test_text_that_is_not_there_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="nowhere"):
         secateur.structure(

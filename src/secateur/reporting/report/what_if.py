@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.advisor import capacity, memory, money, speed
-from secateur.advisor.advice import LEAST_SAVING
+from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD
 from secateur.advisor.estimate import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.advisor.question import AdviceQuestion
@@ -66,7 +66,7 @@ class AdviceView:
         name: of the file.
         verdict: one sentence.
         tables: as the terminal shows them.
-        lines: as the terminal shows them, without the verdict.
+        lines: the notes, as the terminal shows them, without the verdict.
         commands: that make the chosen option.
         hardware: devices to choose from, by name.
         sliders: of the what-if page.
@@ -87,7 +87,10 @@ def advice_view(advice: ReportedAdvice) -> AdviceView:
     """The data of an advice for the page."""
     result = advice.result
     chosen = result.advice.chosen
-    lines = [line.text for line in (*result.refused(), *result.origins())]
+    refused, origins = (
+        [line.text for line in lines] for lines in (result.refused(), result.origins())
+    )
+    lines = [*result.legend(), *refused, *origins]
     devices = result.facts.hardware.items()
     hardware = [(key, one.name) for key, one in devices if one.on_paper or key == result.hardware]
     return AdviceView(
@@ -98,7 +101,10 @@ def advice_view(advice: ReportedAdvice) -> AdviceView:
         chosen.option.commands(result.model) if chosen else (),
         hardware,
         SLIDERS,
-        json.dumps(what_if_data(result.question, result.model, result.hardware)),
+        json.dumps(
+            what_if_data(result.question, result.model, result.hardware)
+            | {"verdict": result.advice.verdict}
+        ),
     )
 
 
@@ -134,6 +140,8 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
             "pruning_device": money.PRUNING_DEVICE,
             "pruning_method": money.PRUNING_METHOD,
             "least_saving": LEAST_SAVING,
+            "filled": FILLED,
+            "least_usd": LEAST_USD,
         },
     }
 

@@ -75,6 +75,9 @@ class AdviseResult(Result):
             "quality_loss": self.question.need.quality_loss,
             "gpu_hours": self.question.need.gpu_hours,
             "verdict": advice.verdict,
+            "filled": advice.filled,
+            "hosted": advice.hosted and asdict(advice.hosted),
+            "elsewhere": advice.elsewhere and asdict(advice.elsewhere),
             "chosen": advice.chosen.option.name if advice.chosen else None,
             "nearest": list(self.nearest),
             "commands": list(advice.chosen.option.commands(self.model)) if advice.chosen else [],
@@ -147,8 +150,7 @@ class AdviseResult(Result):
         blocks += [Line(f"nearest: {line}") for line in self.nearest]
         if rows:
             blocks.append(Table.of(title + rate, columns, rows, styles=styles))
-        blocks += [Line("yellow: measure the loss first. ms/token at the batch that costs least; "
-                        "ranges and batch sizes: --json", "dim")] if rows else []  # fmt: skip
+        blocks += [Line(line, "dim") for line in self.legend()]
         blocks += self.refused()
         blocks += self.recipe()
         blocks += self.hosted()
@@ -161,15 +163,29 @@ class AdviseResult(Result):
         assert isinstance(found, Capacity)
         assert cost is not None
         low, high = row.kept
+        mark = "*\u00a0" if row is self.advice.chosen else "" if row.safe else "?\u00a0"
         return (
-            row.option.name,
+            mark + row.option.name,
             f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
-            f"{found.memory.total / GIB:.2f} GiB",
+            f"{found.memory.total / GIB:.3g} GiB",
             f"{found.devices.typical:.0f}",
             f"{found.step.typical * 1e3:.1f}",
             f"{cost.month.typical:,.0f}",
             f"{cost.million_tokens.typical:.3g}",
         )
+
+    def legend(self) -> list[str]:
+        """What the marks and columns of the table of options mean."""
+        shown = [row.capacity for row in self.advice.considered if not row.refused][:SHOWN]
+        sizes = sorted({one.batch for one in shown if isinstance(one, Capacity)})
+        if not sizes:
+            return []
+        batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        return [
+            "*: advised. ?: may break your limit on accuracy: measure its loss first.",
+            f"Memory of a copy and ms/token at the batch size that this load needs ({batch}). "
+            "USD/M: for a million tokens. Ranges: --json",
+        ]
 
     def refused(self) -> list[Line]:
         """Why options are out, one line each for the plain ones."""
@@ -186,7 +202,7 @@ class AdviseResult(Result):
         lines = [Line(f"  {command}") for command in chosen.option.commands(self.model)]
         lines.append(Line(f"  takes about {cost} ({making.formula})"))
         months = self.advice.paid_back_months
-        if months is not None:
+        if months:
             lines.append(Line(f"  paid back after {months:.2g} months"))
         return [Line("recipe:", "bold"), *lines]
 
@@ -205,6 +221,20 @@ class AdviseResult(Result):
         columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
         return [Table.of("", columns, rows)]
 
+    def cache_in_words(self) -> str:
+        """What one sequence of the load keeps, and in which layers."""
+        model, tokens = self.advice.model, self.load.context
+        kinds = [(kind.layers, kind.cache) for kind in model.kinds]
+        counts = {
+            "all tokens": sum(n for n, one in kinds if one.values and one.window is None),
+            "a window": sum(n for n, one in kinds if one.values and one.window is not None),
+            "a state": sum(n for n, one in kinds if one.state_bytes and not one.values),
+            "nothing": sum(n for n, one in kinds if not one.values and not one.state_bytes),
+        }
+        layers = ", ".join(f"{count:g} keep {what}" for what, count in counts.items() if count)
+        held = model.cache_bytes(tokens) / 2**20
+        return f"cache of {tokens} tokens in bfloat16: {held:,.1f} MiB ({layers})"
+
     def price_origin(self) -> str:
         """Where the price of the device is from."""
         source = self.advice.device.price_source
@@ -217,7 +247,7 @@ class AdviseResult(Result):
         times = ESTIMATED if self.question.times is None else MEASURED
         lines = [
             f"times: {times}; {self.speed_basis}",
-            f"memory: {ESTIMATED}; formula in docs/advise.md",
+            f"memory: {ESTIMATED}; formula in docs/advise.md; {self.cache_in_words()}",
             f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
             f"{device.usd_per_hour[2]:g}): {self.price_origin()}",
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from secateur.advisor.memory import kv_bytes_per_token
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask
 from secateur.models.skeleton import build_skeleton
@@ -83,8 +82,9 @@ def checks_of_running(ground: Ground, made: Path) -> list[FitCheck]:
         most, held = bytes_of(recipe.max_inference_memory), 0
         if failure is None:
             shape = counted("", build_skeleton(made, trust_remote_code=recipe.trust_remote_code))
-            beyond = max(0, recipe.context_length - PROMPT_TOKENS - NEW_TOKENS)
-            held = ours.resident_bytes + beyond * kv_bytes_per_token(shape)
+            grown = shape.cache_bytes(recipe.context_length)
+            grown -= shape.cache_bytes(PROMPT_TOKENS + NEW_TOKENS)
+            held = ours.resident_bytes + max(0, round(grown))
         kept = failure is None and held <= most
         found.append(FitCheck("max_inference_memory", most, held, kept, failure))
     return found

@@ -137,6 +137,12 @@ def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
     queries = queries_of(recipe, sizes)
     heads = neurons = 0.0
     ends = ends_of(recipe, layers - drop)
+    if recipe.kv_cache is not None and sizes.latent:
+        raise RecipeError(
+            f"each layer keeps {sizes.latent} values of a token, however many heads it has",
+            where="--kv-cache",
+            remedy="its attention is latent: remove layers for a smaller cache",
+        )
     if recipe.kv_cache is not None:  # removed layers no longer need their part of the cache
         gone = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
         heads = gone * (layers - drop) / (layers - drop - sum(ends))

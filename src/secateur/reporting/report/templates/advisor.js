@@ -20,6 +20,20 @@ const advisor = (() => {
   const ends = (m) => m.tied ? m.embedding : m.embedding + m.head;
   const parameters = (m) => m.linears + ends(m) + m.other;
   const perToken = (m) => m.active + m.head;
+  const seen = (cache, tokens) => cache.window === null ? tokens : Math.min(tokens, cache.window);
+  const sum = (m, each) => m.kinds.reduce((all, { layers, cache }) => all + layers * each(cache), 0);
+  const cacheBytes = (m, tokens) =>
+    sum(m, (cache) => seen(cache, tokens) * cache.values * 2 + cache.state_bytes);
+  const cacheReadBytes = (m, tokens) =>
+    sum(m, (cache) => seen(cache, tokens) * cache.read * 2 + cache.state_bytes);
+  const stepOperations = (m, tokens) => 2 * perToken(m)
+    + sum(m, (cache) => 2 * seen(cache, tokens) * cache.step_width + cache.state_bytes);
+  const promptOperations = (m, tokens) => 2 * tokens * perToken(m) + sum(m, (cache) => {
+    const last = seen(cache, tokens), pairs = last * last / 2 + (tokens - last) * last;
+    return 2 * pairs * cache.width + tokens * cache.state_bytes;
+  });
+  const widest = (m) =>
+    Math.max(m.hidden, ...m.kinds.map(({ cache }) => Math.floor(cache.width / 2)));
   const scaled = (m, { linears, layers, experts }) => ({
     ...m,
     layers: Math.max(1, round(m.layers * layers)),
@@ -27,8 +41,19 @@ const advisor = (() => {
       (m.linears - m.expert_weights + round(m.expert_weights * experts)) * linears * layers),
     active: round(m.active * linears * layers),
     other: round(m.other * layers),
-    attention_width: round(m.attention_width * linears),
-    kv_width: round(m.kv_width * linears * layers),
+    kinds: m.kinds.map((kind) => {
+      const { cache } = kind, kept = cache.latent ? 1 : linears;
+      return {
+        layers: kind.layers * layers,
+        cache: {
+          ...cache,
+          values: round(cache.values * kept),
+          read: round(cache.read * kept),
+          width: round(cache.width * linears),
+          step_width: round(cache.step_width * linears),
+        },
+      };
+    }),
     experts: round(m.experts * experts),
     expert_weights: round(m.expert_weights * experts * linears * layers),
   });
@@ -82,10 +107,9 @@ const advisor = (() => {
   const memoryOf = (told, m, one, kind, batch, context) => {
     const c = told.constants;
     const weights = round(m.linears * one.bits / 8 + ends(m) * one.headBits / 8 + m.other * 2);
-    const cache = batch * context * 4 * m.kv_width;
-    const widest = Math.max(m.attention_width, m.hidden);
+    const cache = round(batch * cacheBytes(m, context));
     const chunk = Math.min(c.chunk_tokens, batch * context);
-    const working = chunk * (4 * m.hidden + 2 * widest) * 2 + batch * m.vocabulary * 4;
+    const working = chunk * (4 * m.hidden + 2 * widest(m)) * 2 + batch * m.vocabulary * 4;
     const overhead = round((weights + cache + working) * c.fragmentation[kind])
       + c.runtime_bytes[kind];
     return { weights, cache, working, overhead, total: weights + cache + working + overhead };
@@ -108,20 +132,17 @@ const advisor = (() => {
     const step = (m, one, batch, context) => {
       const gain = one.zeros.decode;
       const linears = weightsRead(m, batch) * (gain ? one.values.bits : one.bits) / 8;
-      const rest = m.head * one.headBits / 8 + batch * context * 4 * m.kv_width;
+      const rest = m.head * one.headBits / 8 + batch * cacheReadBytes(m, context);
       const slower = gain ? map(gain, (factor) => 1 / factor) : exact(1);
       const bandwidth = device.bandwidth_gb_s * 1e9 * together;
       const reached = map(efficiency.bandwidth, (e) => 1 / (bandwidth * e));
       const reading = times(add(scale(slower, linears), exact(rest)), reached);
-      const attention = 4 * context * m.layers * m.attention_width;
-      const operations = batch * (2 * perToken(m) + attention);
+      const operations = batch * stepOperations(m, context);
       const overhead = scale(efficiency.layer_microseconds, 1e-6 * m.layers);
       return add(larger(reading, computing(one, operations)), overhead);
     };
-    const prompt = (m, one, tokens) => {
-      const attention = 2 * tokens * tokens * m.layers * m.attention_width;
-      return larger(computing(one, 2 * tokens * perToken(m) + attention), step(m, one, 1, 0));
-    };
+    const prompt = (m, one, tokens) =>
+      larger(computing(one, promptOperations(m, tokens)), step(m, one, 1, 0));
     return { step, prompt };
   };
   const measured = (told) => {
@@ -175,11 +196,14 @@ const advisor = (() => {
       return { tooMuch: `${shown} ms ${words}, ${bound} allowed` };
     }
     const busyOf = (b) => add(first, scale(steps.get(b), load.new_tokens / b));
-    const batch = quick.reduce((best, b) => busyOf(b)[1] < busyOf(best)[1] ? b : best);
-    const busy = busyOf(batch), needed = map(busy, (seconds) => copies(seconds, load));
+    const best = quick.reduce((least, b) => busyOf(b)[1] < busyOf(least)[1] ? b : least);
+    const neededAt = (b) => map(busyOf(b), (seconds) => copies(seconds, load));
+    const most = String(neededAt(best)), batch = quick.find((b) => String(neededAt(b)) === most);
+    const busy = busyOf(batch), needed = neededAt(batch);
     return {
       shared_by: devices, batch, memory: memory(batch), step: steps.get(batch),
       p99: p99(batch), alone: steps.get(1), first_token: first, busy,
+      least_busy: busyOf(best),
       replicas: needed[1], devices: scale(needed, devices),
     };
   };
@@ -212,7 +236,7 @@ const advisor = (() => {
     return {
       name,
       month: request * load.requests_per_day * told.constants.month_days,
-      requests_per_day: least <= mostRequests(found.busy[1], load) ? least : null,
+      requests_per_day: least <= mostRequests(found.least_busy[1], load) ? least : null,
     };
   };
   const breakEven = (making, before, after) => {
@@ -238,49 +262,103 @@ const advisor = (() => {
     return { option: one, found, making, cost, refused, safe: one.kept[0] >= floor };
   };
   const verdictOn = (chosen, cheaper) => {
-    const hint = cheaper.length ? ` ${cheaper[0].option.name} would be cheaper, and its published `
-      + "loss may keep the bound: measure it." : "";
-    if (!chosen) return `Nothing is sure to serve this load within the bounds.${hint}`;
+    const hint = cheaper.length
+      ? ` ${cheaper[0].option.name} would be cheaper and may meet your limits: measure its loss.` : "";
+    if (!chosen) return `No option is certain to serve this load within your limits.${hint}`;
     const one = chosen.option;
     if (!one.changed) {
-      return `Leave the model as it is: nothing that surely keeps the bounds is cheaper.${hint}`;
+      return `Leave the model as it is: no cheaper option is certain to meet your limits.${hint}`;
     }
     const only = one.structure.name === "whole" && one.zeros.name === "dense";
     let verb = only ? "Only quantize" : one.structure.tokens ? "Distill" : "Prune";
     if (!only && one.values.name !== "bf16") verb += " and quantize";
     return `${verb}: ${one.name}.${hint}`;
   };
-  // device: an entry of facts.hardware with memory_bytes, most, most_batch and speed(devices)
-  const adviseOn = (told, device, need, price) => {
-    const month = (row) => row.cost ? row.cost.month[1] : Infinity;
+  const several = (count, name, one = "") => count === 1 ? one + name : `${count} x ${name}`;
+  const priced = (name, month) => month >= 1
+    ? `${name}: ${Math.round(month).toLocaleString("en")} USD a month`
+    : `${name}: under 1 USD a month`;
+  const cheapest = (told, others, need) => {
+    const found = [];
+    for (const device of others) {
+      const rows = considered(told, device, need, device.usd_per_hour);
+      const row = rows.find((one) => !one.refused && one.safe);
+      if (row) {
+        found.push({
+          device: device.name, devices: row.found.devices[1], option: row.option.name,
+          month: row.cost.month[1], step: row.found.step[1],
+        });
+      }
+    }
+    return found.reduce((best, one) => best && best.month <= one.month ? best : one, null);
+  };
+  const insteadOf = (chosen, device, filled, hosted, elsewhere) => {
+    const share = filled < 0.01 ? "under 1%" : `${(100 * filled).toFixed(0)}%`, ways = [];
+    if (hosted) ways.push(`a hosted model (${priced(hosted.name, hosted.month)})`);
+    if (elsewhere) {
+      let name = several(elsewhere.devices, elsewhere.device);
+      if (elsewhere.option !== "as it is") name += `, ${elsewhere.option}`;
+      const speed = `${(1e3 * elsewhere.step).toFixed(0)} ms/token`;
+      ways.push(`smaller hardware (${priced(name, elsewhere.month)}, ${speed})`);
+    }
+    return `This load does not fill a device: it needs ${share} of `
+      + `${several(chosen.found.shared_by, device.name, "one ")}. Use ${ways.join(" or ")}.`;
+  };
+  const monthOf = (row) => row?.cost ? row.cost.month[1] : Infinity;
+  const considered = (told, device, need, price) => {
     const rows = optionsFor(told, device).map((one) => consider(told, one, device, need, price));
     const less = (a, b) => a === b ? 0 : a < b ? -1 : 1;  // Infinity − Infinity is no number
-    rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(month(a), month(b))
+    return rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(monthOf(a), monthOf(b))
       || less(a.option.changed, b.option.changed) || less(-a.option.kept[0], -b.option.kept[0]));
+  };
+  // device: an entry of facts.hardware with memory_bytes, most, most_batch and speed(devices)
+  const adviseOn = (told, device, need, price) => {
+    const { least_saving, filled: full, least_usd } = told.constants;
+    const rows = considered(told, device, need, price);
     const base = rows.find((row) => !row.option.changed);
     const safe = rows.filter((row) => !row.refused && row.safe);
     let chosen = safe[0] ?? null;
-    if (safe.includes(base) && month(chosen) > (1 - told.constants.least_saving) * month(base)) {
-      chosen = base;
+    if (safe.includes(base) && monthOf(chosen) > (1 - least_saving) * monthOf(base)) chosen = base;
+    const dearest = monthOf(chosen);
+    const cheaper = rows.filter((row) => !row.refused && !row.safe && monthOf(row) < dearest);
+    const worth = (one) => one && one.month <= dearest - least_usd ? one : null;
+    const apis = apisOf(told, chosen, need.load, price);
+    const hosted = worth(
+      apis.reduce((best, api) => best && best.month <= api.month ? best : api, null));
+    const filled = chosen ? need.load.requests_per_day
+      / (chosen.found.replicas * mostRequests(chosen.found.least_busy[1], need.load)) : 1;
+    const empty = filled < full && chosen?.found.replicas === 1;
+    const elsewhere = empty ? worth(cheapest(told, othersThan(told, device), need)) : null;
+    let verdict = verdictOn(chosen, cheaper);
+    if (empty && (hosted || elsewhere)) {
+      verdict = `${insteadOf(chosen, device, filled, hosted, elsewhere)} On this device, `
+        + verdict[0].toLowerCase() + verdict.slice(1);
+    } else if (hosted) {
+      verdict += ` A hosted model costs less (${priced(hosted.name, hosted.month)}): compare.`;
     }
-    const dearest = chosen ? month(chosen) : Infinity;
-    const cheaper = rows.filter((row) => !row.refused && !row.safe && month(row) < dearest);
     return {
-      rows, base, chosen, cheaper, verdict: verdictOn(chosen, cheaper),
+      rows, base, chosen, cheaper, apis, filled, hosted, elsewhere, verdict,
       paid_back_months: chosen?.cost && base.cost ? breakEven(chosen.making, base.cost, chosen.cost) : null,
     };
   };
-  const deviceOf = (told, name) => {
-    const own = name === told.hardware, { question, constants } = told;
-    const hardware = own ? question.hardware : question.facts.hardware[name];
-    const alone = hardware.kind === "cpu", here = own && question.times !== null;
+  const onPaper = (told, hardware) => {
+    const alone = hardware.kind === "cpu", { constants } = told;
     return {
       ...hardware,
-      memory_bytes: own ? question.memory_bytes : round(hardware.memory_gib * constants.gib),
+      memory_bytes: round(hardware.memory_gib * constants.gib),
       most: alone ? 1 : constants.shared_by.at(-1),
       most_batch: alone ? 1 : constants.batches.at(-1),
-      speed: here ? () => measured(told) : (devices) => roofline(told, hardware, devices),
+      speed: (devices) => roofline(told, hardware, devices),
     };
+  };
+  const othersThan = (told, device) => Object.values(told.question.facts.hardware)
+    .filter((one) => one.memory_gib && one.bandwidth_gb_s && one.tflops.bf16 && one.name !== device.name)
+    .map((one) => onPaper(told, one));
+  const deviceOf = (told, name) => {
+    const { question } = told;
+    if (name !== told.hardware) return onPaper(told, question.facts.hardware[name]);
+    const own = { ...onPaper(told, question.hardware), memory_bytes: question.memory_bytes };
+    return question.times === null ? own : { ...own, speed: () => measured(told) };
   };
   const apisOf = (told, row, load, price) => row?.cost
     ? Object.entries(told.question.facts.apis)

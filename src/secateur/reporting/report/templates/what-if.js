@@ -86,7 +86,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     if (!row?.cost) {
       return [tile("Cannot serve", "—", row ? row.refused : "No option keeps the bounds.")];
     }
-    const { found, cost } = row, most = advisor.mostRequests(found.busy[1], load);
+    const { found, cost } = row, most = advisor.mostRequests(found.least_busy[1], load);
     const needed = found.devices[1], have = state.devices ?? needed;
     const serves = most * Math.floor(have / found.shared_by);
     const fit = `${number(have)} can serve ${about(serves)} requests a day`;
@@ -109,11 +109,14 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
   };
 
   const table = (columns, rows) => {
-    const whole = make("table"), head = make("tr"), body = make("tbody");
+    const whole = make("table", "", columns.length < 5 ? "stack few" : "stack"), head = make("tr"), body = make("tbody");
     columns.forEach((name) => head.append(make("th", name)));
     for (const { cells, kind = "", pick = null } of rows) {
       const line = make("tr", "", kind);
-      cells.forEach((cell) => line.append(make("td", cell)));
+      cells.forEach((cell, i) => {
+        line.append(make("td", cell));
+        line.lastChild.dataset.of = columns[i];
+      });
       if (pick !== null) {
         const button = make("button", cells[0], "pick");
         button.type = "button";
@@ -204,6 +207,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     const wanted = answer.rows.find((row) => row.option.name === state.plan);
     const plan = wanted ?? answer.chosen ?? answer.cheaper[0] ?? null;
     slot("verdict").textContent = answer.verdict;
+    slot("verdict").hidden = answer.verdict === told.verdict;  // it stands at the head of the page
     slot("plan").replaceChildren(...["", ...answer.rows.map((row) => row.option.name)].map((name) => {
       const entry = make("option", name || "what is advised");
       entry.value = name;
@@ -221,8 +225,13 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
       + (months === null ? "." : `; paid back after ${number(months, 2)} months.`);
     slot("drawing").replaceChildren(...drawing(answer, plan, device, now.load));
     const columns = ["option", "accuracy kept", "memory", "devices", "ms/token", "a month", ""];
-    slot("options").replaceChildren(
-      table(columns, answer.rows.map((row) => optionRow(row, answer.chosen, plan))));
+    const tableOf = (rows) => rows.length
+      ? [table(columns, rows.map((row) => optionRow(row, answer.chosen, plan)))] : [];
+    const out = answer.rows.filter((row) => row.refused);
+    slot("options").replaceChildren(...tableOf(answer.rows.filter((row) => !row.refused)));
+    slot("out").hidden = !out.length;
+    slot("out").firstChild.textContent = `${out.length} options that are out`;
+    slot("out").lastChild.replaceChildren(...tableOf(out));
     const hosted = advisor.apisOf(told, plan, now.load, prices()).map((api) => ({
       cells: [api.name, usd(api.month),
         api.requests_per_day === null ? "never" : `${number(api.requests_per_day)} requests a day`],
