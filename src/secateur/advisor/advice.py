@@ -274,7 +274,7 @@ def consider(
     if isinstance(found, TooMuch):
         refused = found.reason
     elif kept[1] < floor:
-        refused = f"keeps {kept[0]:.1%} to {kept[1]:.1%} of the accuracy, {floor:.1%} asked"
+        refused = f"keeps {kept[0]:.1%} to {kept[1]:.1%} of the accuracy, {floor:.1%} required"
     elif need.gpu_hours is not None and making.gpu_hours.typical > need.gpu_hours:
         refused = (
             f"takes {making.gpu_hours.typical:,.0f} GPU hours to make, {need.gpu_hours:g} allowed"

@@ -122,8 +122,10 @@ def of_advice(advice: ReportedAdvice) -> Part:
     """What an advice counts with: the model, the device, prices and losses with their sources."""
     result = advice.result
     question, known = result.question, result.facts
-    sizes = {name: value for name, value in asdict(question.model).items() if value}
-    model = sizes | {"kinds": result.cache_in_words()}
+    sizes = asdict(question.model)
+    del sizes["kinds"]
+    model = {name: value for name, value in sizes.items() if value}
+    model["attention"] = result.cache_in_words()
     device = question.hardware.model_dump(mode="json")
     losses = {name: f"keeps {loss.kept[0]:.1%} to {loss.kept[1]:.1%}; {loss.source}"
               for name, loss in known.compressions.items()}  # fmt: skip

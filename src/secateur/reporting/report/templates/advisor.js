@@ -254,7 +254,7 @@ const advisor = (() => {
     let refused = found.tooMuch ?? "";
     if (!refused && one.kept[1] < floor) {
       refused = `keeps ${percent(one.kept[0])} to ${percent(one.kept[1])} of the accuracy, `
-        + `${percent(floor)} asked`;
+        + `${percent(floor)} required`;
     } else if (!refused && need.gpu_hours !== null && making.gpu_hours[1] > need.gpu_hours) {
       refused = `takes ${Math.round(making.gpu_hours[1]).toLocaleString("en")} GPU hours to make, `
         + `${need.gpu_hours} allowed`;

@@ -26,7 +26,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     ? form(typical) : `${form(typical)} (${form(low)} to ${form(high)})`;
   const percent = (x) => `${Number((100 * x).toFixed(1))} %`;
   const kept = ([low, high]) =>
-    low === high ? percent(low) : `${percent(low).replace(" %", "")} to ${percent(high)}`;
+    low === high ? percent(low) : `${percent(low).replace(" %", "")}–${percent(high)}`;
   const gib = (bytes) => `${(bytes / told.constants.gib).toFixed(1)} GiB`;
 
   // sliders: positions are even steps, of the value or of its logarithm
@@ -224,7 +224,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
       + `${ranged(plan.making.gpu_hours, number)} GPU hours, ${ranged(plan.making.usd, usd)}`
       + (months === null ? "." : `; paid back after ${number(months, 2)} months.`);
     slot("drawing").replaceChildren(...drawing(answer, plan, device, now.load));
-    const columns = ["option", "accuracy kept", "memory", "devices", "ms/token", "a month", ""];
+    const columns = ["option", "accuracy", "memory", "devices", "ms/token", "a month", ""];
     const tableOf = (rows) => rows.length
       ? [table(columns, rows.map((row) => optionRow(row, answer.chosen, plan)))] : [];
     const out = answer.rows.filter((row) => row.refused);
