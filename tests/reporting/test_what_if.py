@@ -16,8 +16,9 @@ from secateur.advisor.advice import Need
 from secateur.advisor.capacity import Capacity, Load
 from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import ModelShape, known_shape
+from secateur.advisor.shape import LayerKind, ModelShape, known_shape
 from secateur.advisor.speed import TokenTimes
+from secateur.models.layer_cache import LayerCache
 from secateur.reporting.report import page
 from secateur.reporting.report.what_if import what_if_data
 
@@ -64,7 +65,23 @@ def drawn_shape(draw: random.Random, facts: Facts) -> ModelShape:
             "tied": draw.random() < 0.5,
         }
     )
-    return known_shape("drawn & <b>", sizes)
+    shape = known_shape("drawn & <b>", sizes)
+    return replace(shape, kinds=drawn_kinds(draw, shape.layers))
+
+
+def drawn_kinds(draw: random.Random, layers: int) -> tuple[LayerKind, ...]:
+    """Layers of any kinds: full, with a window, latent, recurrent, sharing another's cache."""
+    window, width = draw.choice([None, draw.randrange(8, 5000)]), draw.randrange(64, 20000)
+    kept, state = draw.randrange(8, 9000), draw.randrange(8, 10**6)
+    known = (
+        LayerCache(kept, kept, window, 0, width, width),
+        LayerCache(kept, kept, None, 0, width, 3 * width, latent=True),
+        LayerCache(state_bytes=state),
+        LayerCache(kept, kept, window, state, width, width),
+        LayerCache(0, kept, window, 0, width, width),
+    )
+    kinds = draw.sample(known, draw.randrange(1, 4))
+    return tuple(LayerKind(layers // len(kinds), cache) for cache in kinds)
 
 
 def drawn(draw: random.Random) -> tuple[str, AdviceQuestion]:
@@ -137,6 +154,7 @@ def test_many_random_questions_have_the_same_answers() -> None:
             [] if chosen is None else [*chosen.option.commands("org/model")]
         )
     assert kinds == {"Capacity", "TooMuch"}
+    assert any("does not fill a device" in question.answer().verdict for _, question in asked)
 
 
 def ends(found: list[float], wanted: Any) -> bool:
