@@ -65,8 +65,8 @@ def without_weights() -> Iterator[None]:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    empty = init_empty_weights(include_buffers=False)
-    with quiet_transformers(), empty, no_init_weights(), _LargeOnMeta():
+    unfilled = init_empty_weights(include_buffers=False)
+    with quiet_transformers(), unfilled, no_init_weights(), _LargeOnMeta():
         yield
 
 
