@@ -95,8 +95,8 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
                 "Error of each matrix",
                 lambda x: x.error,
                 log=True,
-                note="Squared error of its output on the calibration inputs, as a part of the "
-                "output; colours count in factors.",
+                note="Relative squared error of its output on the calibration data; logarithmic "
+                "colours.",
             )
         )
     return maps

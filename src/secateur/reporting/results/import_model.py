@@ -75,7 +75,7 @@ class ImportResult(Result):
             rows.append(("stayed dense", shortened(self.dense)))
         if stored:
             exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
-            rows.append(("exact in the dtype of the model", f"{exact} of {stored.total()}"))
+            rows.append(("stored without rounding", f"{exact} of {stored.total()} matrices"))
         if record.masks is not None:
             rows.append(("masks", record.masks["name"]))
         if record.adapter is not None:
