@@ -321,6 +321,18 @@ def test_what_is_rounding_and_what_is_zeros(tmp_path: Path) -> None:
     assert " MB" not in page.text
 
 
+def test_a_wide_range_stays_in_its_chart(tmp_path: Path) -> None:
+    noisy = bench()
+    noisy["contenders"][2]["tokens_per_second_most"] = 900.0
+    page_of(tmp_path, write_run(tmp_path / "run", bench=noisy))
+    html = (tmp_path / "report.html").read_text()
+    ranges = re.findall(r"--l:([\d.]+)%;--w:([\d.]+)%", html)
+    assert len(ranges) == 5
+    assert max(float(start) + float(width) for start, width in ranges) == pytest.approx(
+        100, abs=0.1
+    )
+
+
 def test_infinite_numbers_are_drawn_around(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", evaluation=evaluation(float("inf")))
     lines = (folder / "secateur" / "layers.jsonl").read_text()

@@ -170,5 +170,10 @@ class BarChart:
         """Number of bars."""
         return len(self.bars)
 
+    @property
+    def longest(self) -> float:
+        """The end of the axis: the largest value, or the largest of the measurements behind it."""
+        return max(bar.value if bar.most is None else bar.most for bar in self.bars)
+
 
 Chart = LineChart | HeatMap | BarChart

@@ -67,7 +67,7 @@ class ReportedRun:
     @property
     def place(self) -> str:
         """The folder in commands; the page may be read on another machine."""
-        return shown_place(self.folder)
+        return shown_place(self.folder) if self.folder.name else self.folder.resolve().name
 
     @property
     def dense(self) -> str:
