@@ -299,7 +299,7 @@ class TeacherSection(Section):
     hidden_weight: float = Field(0.0, ge=0, description="Weight of the hidden-state loss; 0: none.")
     teacher_layers: Annotated[
         Annotated[tuple[int, ...], BeforeValidator(tuple_of)] | None,
-        Flag(default="those of the cut, else spread evenly", commas=True),
+        Flag(value="N", default="those of the cut, else spread evenly", commas=True),
     ] = Field(None, description="Layers of the teacher that the student has, for --hidden-weight.")
     top_k: Annotated[int | None, Flag(default="all, while training")] = Field(
         None,
