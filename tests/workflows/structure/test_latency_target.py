@@ -241,4 +241,4 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
     assert "time per token" not in capsys.readouterr().out
     card = (source.with_name("plain") / "README.md").read_text(encoding="utf-8")
     assert "time of a token" not in card
-    assert "MiB |\n\nUnits were chosen" in card
+    assert "MiB |\n\n" in card
