@@ -633,8 +633,9 @@ def prune(
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
             32, 64 or 128. [64]
         compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
-        score: Score that rates the weights, to compose your own method. [none]
-        solver: Solver that adjusts the kept weights, to compose your own method. [none]
+        score: Score that rates the weights, to compose a method of your own instead of naming one.
+            [none]
+        solver: Solver that adjusts the kept weights, to compose a method of your own. [none]
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
@@ -959,9 +960,9 @@ def train(
     patience: int | None = None,
     micro_batch_windows: int | None = None,
     gradient_checkpointing: bool | None = None,
-    max_memory: int | str | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
     save_minutes: float | None = None,
     tensorboard: str | Path | None = None,
@@ -1023,10 +1024,10 @@ def train(
         micro_batch_windows: Windows in one forward. [about 2048 tokens]
         gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
             memory. [off]
-        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
-            this process. A run that needs more does not start. [4/5 of the free memory]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
         save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
         tensorboard: Folder for TensorBoard curves. [none]

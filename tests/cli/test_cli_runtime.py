@@ -70,9 +70,9 @@ def test_generate_falls_back_to_transformers(secateur, tmp_path, family, sizes, 
 def test_generate_refuses(secateur, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", head_dim=16)
     for options, told in (
-        (("--prompt", ""), "the prompt has no token"),
-        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens 0"),
-        (("--prompt", "a", "--temperature", -1), "temperature -1"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1"),
+        (("--prompt", "a", "--temperature", -1), "--temperature -1.0: must be 0"),
     ):
         done = secateur("generate", folder, *options)
         assert done.code == 2
@@ -153,10 +153,10 @@ def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> No
 def test_bench_refuses(secateur, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m")
     for options, told in (
-        (("--contenders", "packd"), "did you mean 'packed'"),
+        (("--contenders", "packd"), "did you mean packed"),
         (("--gguf", tmp_path / "none.gguf"), "there is no such GGUF file"),
-        (("--rounds", 0), "0 rounds"),
-        (("--new-tokens", 1), "1 new tokens"),
+        (("--rounds", 0), "--rounds 0: must be 1"),
+        (("--new-tokens", 1), "--new-tokens 1: must be 2"),
     ):
         done = secateur("bench", folder, *options)
         assert done.code == 2

@@ -103,7 +103,7 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
 
 
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
-    recipe = TrainRecipe.model_construct(max_memory=None)
+    recipe = TrainRecipe.model_construct()
     sizes = dict.fromkeys(
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
         GIB,

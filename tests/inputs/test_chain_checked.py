@@ -19,7 +19,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"compress": {"format": "zip"}}, "unknown format 'zip'"),
     ({"compress": {"embeddings": "int4"}}, "embeddings='int4': must be auto or int8"),
     ({"compress": {"archive": "yes"}}, "archive='yes': must be true or false"),
-    ({"compress": {"windows": 4}}, "there is none"),
+    ({"compress": {"windows": 4}}, "changes nothing without calibration"),
     ({"compress": {"calibration": "c4"}}, "the values are 'auto'"),
     ({"compress": {"values": "int8", "calibration": "c4", "windows": -1}}, "windows"),
     ({"compress": {"values": "int8", "calibration": 5}}, "source"),

@@ -180,7 +180,9 @@ def test_text_of_flags_becomes_values() -> None:
     assert recipe.memory.max_bytes == 3 * 2**30
     given = {"model": "m", "lora": "8", "gradual": "2:4", "text": ["a", "b"], "top_k": "64"}
     taught = recipe_from_flags(
-        TrainRecipe, {**given, "teacher": "m", "teacher_layers": ["0,3", "5"]}, ["lora.alpha=4"]
+        TrainRecipe,
+        {**given, "teacher": "m", "hidden_weight": 1.0, "teacher_layers": ["0,3", "5"]},
+        ["lora.alpha=4"],
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
     assert taught.gradual.pattern == "2:4"

@@ -97,6 +97,24 @@ def test_an_error_keeps_what_can_be_resumed_and_nothing_else(
     assert not (tmp_path / "early.partial").exists()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_step_can_be_resumed_and_files_that_prepare_one_cannot(
+    finished: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError), RunFolder(tmp_path / "out", "fit") as folder:
+        folder.begin(IDENTITY)
+        (folder.work / "pace.json").write_text("{}")
+        if finished:
+            (folder.work / "pruned-0.5").mkdir()
+        raise CheckpointError("NaN")
+    assert (tmp_path / "out.partial").exists() == finished
+
+
+def test_resume_and_restart_are_not_given_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="give one of the two"):
+        RunFolder(tmp_path / "out", "prune", resume=True, restart=True)
+
+
 def test_an_error_of_a_resumed_run_keeps_the_work_of_the_first(tmp_path: Path) -> None:
     stopped(tmp_path / "out")
     with (

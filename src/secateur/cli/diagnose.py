@@ -19,6 +19,11 @@ def run(recipe: DiagnoseRecipe) -> Any:
     from secateur.workflows.judge.diagnose import check_target
     from secateur.workflows.judge.diagnose import diagnose as run_diagnosis
 
+    if recipe.machine and recipe.model is not None:
+        raise RecipeError(
+            "--machine looks at this machine and at no model",
+            remedy=f"leave {recipe.model} out, or leave --machine out: the model's result says it",
+        )
     if recipe.machine:
         return check_target()
     options = {key: value for key, value in recipe if key != "machine"}

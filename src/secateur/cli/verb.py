@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 
@@ -16,7 +17,7 @@ from cyclopts import Group, Parameter, Token
 from secateur.errors import RecipeError
 from secateur.parallel.launched import Launched
 from secateur.recipes.flags import call_from_flags, recipe_from_flags, takes_several
-from secateur.recipes.options import Option, options_of, run_options_of
+from secateur.recipes.options import Option, example_of, options_of, run_options_of
 from secateur.recipes.section import GROUPS, OUTPUT, Flag
 from secateur.recipes.verbs import VERBS, imported
 
@@ -34,7 +35,7 @@ SET = Option(
     required=False,
     default="none",
     group=OUTPUT,
-    help="Set any key of the recipe, for example memory.max_memory=6GiB.",
+    help="Set any key of the recipe, for example {example}.",
     flag=Flag(value="KEY=VALUE"),
 )
 JSON = Option(
@@ -80,7 +81,9 @@ def command(
     of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
     of_call = run_options_of(kind)
 
-    shown = [*of_recipe, *of_call, *([SET] if of_recipe else []), JSON, QUIET]
+    shown = [*of_recipe, *of_call, JSON, QUIET]
+    if of_recipe:
+        shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
     signature = inspect.Signature(sorted(map(parameter, shown), key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:

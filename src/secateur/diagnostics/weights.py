@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur.diagnostics.audit import count
 from secateur.diagnostics.claims import Claims
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.finite import not_finite
 from secateur.models.inventory import StoredMatrix
 
 __all__ = ["LinearHealth", "Weights", "layer_sparsity", "look_at_weights"]
@@ -100,24 +101,17 @@ def look_at_weights(
     """
     reader = target.reader
     matrices = {matrix.name: matrix for matrix in target.matrices()}
-    linears, not_finite = [], {}
+    linears, damaged = [], {}
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
         tensor = reader.read(stored)
-        bad = not_finite_in(tensor)
+        bad = not_finite(tensor)
         if bad:
-            not_finite[stored] = bad, tensor.numel()
+            damaged[stored] = bad, tensor.numel()
         matrix = matrices.get(stored)
         if matrix is not None and matrix.is_decoder_matrix:
             linears.append(health_of(matrix, matrix.seen(tensor), claims))
         on_tensor(stored)
-    return Weights(linears, not_finite, len(target.reader.entries))
-
-
-def not_finite_in(tensor: Tensor) -> int:
-    """How many values are NaN or infinite."""
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return 0
-    return int((~torch.isfinite(tensor)).sum())
+    return Weights(linears, damaged, len(target.reader.entries))
 
 
 def health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHealth:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.finite import refuse_not_finite
 from secateur.models.header import read_header
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.stored import StoredModel
@@ -37,6 +38,7 @@ class MergedReader(CheckpointReader):
     Raises:
         SourceError: there is no adapter.
         CheckpointError: it is a pickle, damaged, or of another model.
+        NumericalError: its weights are NaN or infinite.
         RecipeError: peft is not installed.
     """
 
@@ -45,6 +47,7 @@ class MergedReader(CheckpointReader):
         self.folder, self.files, self.entries = folder, stored.files, stored.entries
         self.stored = stored
         check_adapter(adapter)
+        refuse_not_finite([adapter / WEIGHTS])
         peft = need_peft()
         model = load_whole(
             folder, torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code

@@ -33,6 +33,7 @@ __all__ = [
     "is_router",
     "linears_of",
     "mixes_states",
+    "refuse_foreign",
     "refuse_non_decoders",
     "setting",
     "text_config",
@@ -227,6 +228,20 @@ def hidden_size(model: Any) -> int:
     """The width of the residual stream, as the embeddings have it."""
     width: int = model.get_input_embeddings().weight.shape[1]
     return width
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    """Refuse a module that no class of transformers has made.
+
+    Raises:
+        ArchitectureError: it has no configuration.
+    """
+    if not hasattr(model, "config"):
+        raise ArchitectureError(
+            f"{type(model).__name__} is no causal language model of transformers: it has no "
+            "configuration",
+            remedy="load one with AutoModelForCausalLM.from_pretrained(DIR), or name its folder",
+        )
 
 
 def text_config(config: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.checkpoint import shard_files
+from secateur.models.finite import refuse_not_finite
 from secateur.models.folder_checks import check_folder
 from secateur.models.gguf_file import convert_gguf
 from secateur.models.hub import download_model
@@ -56,6 +57,7 @@ def resolve(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
+    values: bool = True,
     progress: Progress | None = None,
 ) -> LocalCheckpoint:
     """Find a model by name, fetch or convert it if necessary, and check it.
@@ -67,22 +69,45 @@ def resolve(
             GGUF file. Safetensors keep their dtype.
         trust_remote_code: also fetch the Python files of a hub model.
         offline: take hub models from the local cache only.
+        values: read all weights once, and refuse NaN and infinite ones. False is for callers that
+            report such weights, or read none.
         progress: receives the steps of a download or a conversion.
 
     Raises:
         SourceError: there is no such model, or it cannot be reached.
         CheckpointError: it is damaged, incomplete or pickled.
+        NumericalError: weights are NaN or infinite.
         RecipeError: `dtype` is not one of the three.
     """
+    found = found_model(model, dtype, trust_remote_code, offline, progress or Silent())
+    if values:
+        refuse_not_finite(shard_files(found.folder))
+    return found
+
+
+def found_model(
+    model: str | os.PathLike[str],
+    dtype: str | None,
+    trust_remote_code: bool,
+    offline: bool,
+    progress: Progress,
+) -> LocalCheckpoint:
+    """Find a model and check its files, but not its weights; see `resolve`."""
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
-    name, progress = os.fspath(model), progress or Silent()
+    name = os.fspath(model)
     if not name:  # an empty name would be the current folder
         raise SourceError(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
         )
     path, kind = Path(name).expanduser(), kind_of_name(name)
+    if dtype is not None and kind in ("folder", "hub"):
+        raise RecipeError(
+            f"{name} is no GGUF file: its weights keep their types",
+            where=f"dtype {dtype}",
+            remedy="leave dtype out",
+        )
     if kind == "folder":
         check_folder(path)
         return LocalCheckpoint(path, name, "folder", None, weight_bytes(path))

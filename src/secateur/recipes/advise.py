@@ -76,8 +76,8 @@ class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
         """An answer is a part of the request's tokens."""
         if self.new_tokens is not None and self.new_tokens >= self.tokens_per_request:
             raise ValueError(
-                f"{self.new_tokens} new tokens leave nothing for the prompt: --tokens-per-request "
-                f"is {self.tokens_per_request}, prompt and answer together"
+                f"--new-tokens {self.new_tokens}: must be less than --tokens-per-request "
+                f"{self.tokens_per_request}, which counts prompt and answer"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -79,6 +80,13 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
     """One compression."""
 
     run: ClassVar[type[Section] | None] = Resuming
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        (
+            *("field", "windows", "sequence_length", "seed", "packing"),
+            *("max_memory", "activations", "micro_batch_tokens", "device"),
+        ),
+        ("calibration",),
+    )
 
     calibration: RoundingText = Field(default_factory=lambda: RoundingText())
     memory: Memory = Field(default_factory=lambda: Memory())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -48,3 +49,7 @@ class TextForDiagnosis(Section):
 
 class DiagnoseRecipe(Device, TextForDiagnosis, WhatToDiagnose, Recipe):
     """One diagnosis."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("text", "windows", "sequence_length"), ("dense",)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -75,3 +76,7 @@ class EvaluationOutput(Section):
 
 class EvaluateRecipe(Device, HowToMeasure, WhatToMeasure, EvaluationOutput, Recipe):
     """One evaluation."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("task_data", "limit", "shots"), ("tasks",)
+    )

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from secateur.recipes.old_names import unknown_name
-from secateur.recipes.options import choices_of, options_of, section_of, without_none
-from secateur.recipes.section import Section
+from secateur.recipes.options import choices_of, holds, options_of, section_of, without_none
+from secateur.recipes.section import Recipe, Section
 
-__all__ = ["Spelled", "fault_lines"]
+__all__ = ["Spelled", "fault_lines", "idle_lines"]
 
 Spelled = Mapping[tuple[str, ...], str]
 """How the user named an option, by its path: `--windows`, `MODEL`, or `windows` in Python. Values
@@ -50,6 +50,43 @@ def fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) -
         name, what = described(kind, fault, spelled)
         found.setdefault(name, []).append(what)
     return [f"{name}: {joined(parts)}" if name else joined(parts) for name, parts in found.items()]
+
+
+def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> list[str]:
+    """A line for each option that was given and changes nothing, as another one is missing.
+
+    An option with its default counts as not given, because a recipe that was written lists all.
+    Who switches the other one off knows what is left without effect: a keyword or a flag may switch
+    off what a recipe has, and a line of a recipe what another line has.
+
+    Args:
+        recipe: the recipe, its preset filled in.
+        given: the nested values from which it was made, without the preset's.
+        spelled: the names of options that do not come from YAML.
+    """
+    options = {option.name: option for option in options_of(type(recipe))}
+    preset = recipe.presets.get(getattr(recipe, "effort", None) or "", {})
+    usual, lines = type(recipe).model_construct(**preset), []
+    for name, others in recipe.needs.items():
+        path, needed = options[name].path, [options[other] for other in others]
+        if not holds(given, path) or value_at(recipe, path) in (None, value_at(usual, path)):
+            continue
+        if any(holds(given, x.path) and (x.path in spelled or path not in spelled) for x in needed):
+            continue
+        if not any(value_at(recipe, option.path) for option in needed):
+            told = spelled.get(path)
+            names = [x.flag_text if told and told[0] == "-" else x.name if told else x.key
+                     for x in needed]  # fmt: skip
+            wanted = f"one of {', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
+            lines.append(f"{told or options[name].key}: changes nothing without {wanted}")
+    return lines
+
+
+def value_at(section: Any, path: Sequence[str]) -> Any:
+    """The value of an option in a recipe; a section of a preset may be a mapping."""
+    for key in path:
+        section = section.get(key) if isinstance(section, Mapping) else getattr(section, key)
+    return section
 
 
 def described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -106,6 +107,10 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
     """One fit."""
 
     run: ClassVar[type[Section] | None] = Planning
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("tasks", "task_data", "limit"), ("min_accuracy_kept",)),
+        "context_length": ("max_inference_memory",),
+    }
 
     calibration: FitText = Field(default_factory=lambda: FitText())
     memory: Memory = Field(default_factory=lambda: Memory())

@@ -12,11 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
+from secateur.errors import RecipeError
 from secateur.recipes.options import Option, options_of, run_options_of, without_none
 from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nested
 from secateur.recipes.section import Section
 
-__all__ = ["plain", "python_type", "recipe_of", "takes_options_of", "type_text"]
+__all__ = [
+    "plain",
+    "python_type",
+    "recipe_of",
+    "refuse_unused",
+    "takes_options_of",
+    "type_text",
+]
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -121,6 +129,31 @@ def recipe_of(
     spelled = {option.path: option.name for option in options_of(kind)}
     recipe = build_recipe(kind, nested(kind, given), spelled=spelled)
     return recipe, checked_call(kind, run, {(name,): name for name in run})
+
+
+def refuse_unused(
+    kind: type[AnyRecipe], options: Mapping[str, Any], unused: Mapping[str, str], why: str
+) -> None:
+    """Refuse keywords that a call would ignore.
+
+    Args:
+        kind: the class of the recipe.
+        options: the keywords of the call; None and False mean not given.
+        unused: by name, the options that the call cannot use, and what to do instead.
+        why: the reason.
+
+    Raises:
+        RecipeError: names the first of them.
+    """
+    given = nested(kind, {k: v for k, v in options.items() if v is not None})
+    for option in (*options_of(kind), *run_options_of(kind)):
+        value: Any = given
+        for key in option.path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if option.name in unused and value not in (None, False):
+            raise RecipeError(
+                f"`{option.name}` would change nothing: {why}", remedy=unused[option.name]
+            )
 
 
 def plain(value: Any) -> Any:

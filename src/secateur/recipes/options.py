@@ -17,11 +17,17 @@ from secateur.recipes.section import ADVANCED, GROUPS, Flag, Recipe, Section
 __all__ = [
     "Option",
     "choices_of",
+    "example_of",
+    "holds",
     "options_of",
     "run_options_of",
     "section_of",
     "without_none",
 ]
+
+BUDGET = "memory.max_memory"
+RISKY = ("trust_remote_code", "public", "machine")
+"""Switches that are no good examples."""
 
 PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "TEXT")
 """Words for values that may be given as a path."""
@@ -105,6 +111,19 @@ def run_options_of(kind: type[Section]) -> tuple[Option, ...]:
     """The options of one call. They are not keys of the recipe."""
     run = kind.run if issubclass(kind, Recipe) else None
     return options_of(run) if run else ()
+
+
+def example_of(kind: type[Recipe]) -> str:
+    """An assignment for `--set` that this kind of recipe accepts, such as `seed=1`."""
+    free = [o for o in options_of(kind) if not o.is_word and o.name not in kind.needs]
+    if any(option.key == BUDGET for option in free):
+        return f"{BUDGET}=6GiB"
+    switches = [o for o in free if o.type is bool and o.default == "off" and o.name not in RISKY]
+    numbers = [o for o in free if o.type is int and o.default.isdigit()]
+    for option in (*switches, *numbers):
+        return f"{option.key}={'true' if option.type is bool else option.default}"
+    last = next(option for option in free if option.type is str)
+    return f"{last.key}={last.flag.value or last.default}"
 
 
 def flattened(

@@ -11,7 +11,7 @@ from secateur.recipes.calibration import Calibration
 from secateur.recipes.cluster import Cluster
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import presets
-from secateur.recipes.recovery import Distill, Reconstruct
+from secateur.recipes.recovery import DISTILLING, Distill, Reconstruct
 from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import ADVANCED, MEMORY, OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
@@ -66,10 +66,12 @@ class HowToPrune(Section):
         None, description="Pruning method; `secateur methods` lists them all."
     )
     score: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Score that rates the weights, to compose your own method."
+        None,
+        description="Score that rates the weights, to compose a method of your own instead of "
+        "naming one.",
     )
     solver: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Solver that adjusts the kept weights, to compose your own method."
+        None, description="Solver that adjusts the kept weights, to compose a method of your own."
     )
     refine: Annotated[str | None, Flag(advanced=True)] = Field(
         None, description="Improve the mask before solving: swaps."
@@ -214,6 +216,16 @@ class PruneRecipe(
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = presets
     run: ClassVar[type[Section] | None] = PruneCall
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "asymmetric_damping": ("asymmetric",),
+        "choose_damping": ("asymmetric",),
+        "tune_learning_rate": ("tune_passes",),
+        "tune_remask": ("tune_passes",),
+        **DISTILLING,
+        "compress_group_size": ("compress",),
+        "compress_embeddings": ("compress",),
+        "ray_processes": ("ray",),
+    }
 
     reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
     distillation: Distill = Field(default_factory=lambda: Distill())

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
-from secateur.recipes.faults import Spelled, fault_lines
-from secateur.recipes.options import options_of, section_of
+from secateur.recipes.faults import Spelled, fault_lines, idle_lines
+from secateur.recipes.options import example_of, options_of, section_of
 from secateur.recipes.presets import filled_in
 from secateur.recipes.section import Recipe, Section
 from secateur.recipes.yaml_text import read_yaml, write_yaml
@@ -88,9 +88,12 @@ def build_recipe(
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         set_value(kind, merged, assignment)
-    if kind.presets:
-        merged = filled_in(merged, kind.presets)
-    return validated(kind, merged, where, spelled)
+    whole = filled_in(merged, kind.presets) if kind.presets else merged
+    recipe = validated(kind, whole, where, spelled)
+    if idle := idle_lines(recipe, merged, spelled):
+        remedy = "leave out what changes nothing, or give what it needs"
+        raise RecipeError.of(idle, where=where, remedy=remedy)
+    return recipe
 
 
 def checked_call(
@@ -135,7 +138,7 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
     if not equals or not path:
         raise RecipeError(
             f"--set {assignment!r} is not KEY=VALUE",
-            remedy="for example --set memory.max_memory=6GiB",
+            remedy=f"for example --set {example_of(kind)}" if issubclass(kind, Recipe) else None,
         )
     *sections, key = path.split(".")
     inner: type[Section] | None = kind

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from secateur.recipes.section import RECOVERY, Flag, Section
 
-__all__ = ["Distill", "Reconstruct"]
+__all__ = ["DISTILLING", "Distill", "Reconstruct"]
 
 
 class Reconstruct(Section):
@@ -28,6 +29,18 @@ class Reconstruct(Section):
     remask: Annotated[bool, Flag("tune_remask")] = Field(
         True, description="Let the mask change while a layer is tuned."
     )
+
+
+DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        "distill_tokens",
+        "distill_learning_rate",
+        "distill_next_token",
+        "distill_sweep_windows",
+    ),
+    ("distill_epochs",),
+)
+"""What the options of the distillation need, as in `Recipe.needs`."""
 
 
 class Distill(Section):

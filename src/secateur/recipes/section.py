@@ -138,3 +138,6 @@ class Recipe(Section):
 
     run: ClassVar[type[Section] | None] = None
     """Options of one call: flags and keywords, but not keys of a recipe."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Options that change nothing unless one of these others is given or switched on; by name."""

@@ -11,7 +11,7 @@ from secateur.recipes.calibration import Calibration
 from secateur.recipes.memory import Device, GgufDtype, Memory
 from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
-from secateur.recipes.recovery import Distill
+from secateur.recipes.recovery import DISTILLING, Distill
 from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
 from secateur.recipes.sizes import Size
@@ -20,6 +20,18 @@ __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 
 Kept = int | float
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
+
+WIDTHS = (
+    "kv_groups",
+    "query_heads",
+    "ffn",
+    "hidden_size",
+    "keep_parameters",
+    "max_size",
+    "decode_latency",
+    "kv_cache",
+)
+"""Options that cut within layers, by a score."""
 
 Counted = Flag(value="NUMBER", default="all")
 
@@ -213,6 +225,12 @@ class StructureRecipe(
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = structure_presets
     run: ClassVar[type[Section] | None] = Planning
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers",)),
+        **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
+        **dict.fromkeys(("score", "solver", "allocation", "multiple", "pad"), WIDTHS),
+        **DISTILLING,
+    }
 
     distillation: Distill = Field(default_factory=lambda: Distill())
     calibration: Calibration = Field(default_factory=lambda: Calibration())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -92,5 +93,7 @@ class SweepOutput(Section):
 
 class SweepRecipe(Device, SweepTexts, SweepCalibration, Points, SweepOutput, Recipe):
     """One sweep."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"ray_processes": ("ray",)}
 
     cluster: Cluster = Field(default_factory=Cluster)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from secateur.recipes.memory import BUDGET, FREE, Device
 from secateur.recipes.run import OutputFolder, Planning
@@ -35,6 +30,7 @@ __all__ = [
     "LoraOptions",
     "PruningOptions",
     "TrainRecipe",
+    "TrainingBudget",
 ]
 
 
@@ -238,7 +234,7 @@ class Optimisation(Section):
 
 
 class TrainingMemorySection(Section):
-    """How much memory the training may use."""
+    """How the training saves memory and time."""
 
     group: ClassVar[str] = MEMORY
 
@@ -252,6 +248,13 @@ class TrainingMemorySection(Section):
     fast_matmuls: Annotated[bool, Flag(off="exact_matmuls", advanced=True)] = Field(
         True, description="Multiply in bfloat16 on processors where this is faster."
     )
+
+
+class TrainingBudget(Section):
+    """How much memory the training may use in all."""
+
+    group: ClassVar[str] = MEMORY
+
     max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
         None, description=BUDGET
     )
@@ -312,10 +315,6 @@ class TeacherSection(Section):
     )
 
 
-OF_A_TEACHER = tuple(name for name in TeacherSection.model_fields if name != "teacher")
-"""Options that need a teacher."""
-
-
 class TrainRecipe(
     # pydantic lists the fields of the last base first
     Device,
@@ -329,19 +328,20 @@ class TrainRecipe(
     """One training, on text alone or with a teacher. Pruned weights stay zero."""
 
     run: ClassVar[type[Section] | None] = Planning
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys((n for n in TeacherSection.model_fields if n != "teacher"), ("teacher",)),
+        "teacher_layers": ("hidden_weight",),
+        "regrow": ("mask",),
+    }
+
+    memory: TrainingBudget = Field(default_factory=TrainingBudget)
 
     @model_validator(mode="after")
-    def check_teacher(self) -> TrainRecipe:
-        """Refuse options of a teacher where there is none."""
-        given = [name for name in OF_A_TEACHER if name in self.model_fields_set]
-        if given and self.teacher is None:
-            flags = " and ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"no teacher, which {flags} would need; add --teacher MODEL")
+    def check_length(self) -> TrainRecipe:
+        """One option says how long to train."""
+        lengths = {"steps": self.steps, "minutes": self.minutes}
+        lengths["epochs"] = self.epochs if self.epochs != 1 else None
+        given = [f"{name} {value:g}" for name, value in lengths.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: must be one of them, the length")
         return self
-
-    @model_serializer(mode="wrap")
-    def without_teacher(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the options of a teacher out where there is none."""
-        values: dict[str, Any] = write(self)
-        left_out = OF_A_TEACHER if self.teacher is None else ()
-        return {key: value for key, value in values.items() if key not in left_out}

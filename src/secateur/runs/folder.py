@@ -94,12 +94,17 @@ class RunFolder:
     ) -> None:
         if output is None or not str(output):
             raise RecipeError("no output folder", remedy="add --output DIR")
+        if resume and restart:
+            raise RecipeError(
+                "--resume continues a stopped run, and --restart discards it",
+                remedy="give one of the two",
+            )
         self.output = Path(os.path.abspath(output))
         check_writable(self.output)
         self.verb, self.overwrite, self.restart = verb, overwrite, restart
         self.wants_resume = resume
         self.partial = self.output.with_name(self.output.name + ".partial")
-        self.worth_resuming: Callable[[], bool] = lambda: True
+        self.worth_resuming: Callable[[], bool] = self.has_results
         self.whole = self.finished = self.resumed = False
         self.identity: dict[str, Any] | None = None
         self.lock = Lock(self.partial)
@@ -340,6 +345,10 @@ class RunFolder:
             return True
         lasting = isinstance(error, SecateurError) and not isinstance(error, MemoryBudgetError)
         return lasting and not self.resumed and not self.worth_resuming()
+
+    def has_results(self) -> bool:
+        """Whether the work has the folder of a step; single files are only its preparation."""
+        return any(entry.is_dir() for entry in self.work.iterdir())
 
     @property
     def mark(self) -> Path:

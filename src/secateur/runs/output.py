@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ __all__ = [
     "cannot_write",
     "check_apart",
     "check_free",
+    "check_own",
     "check_replaceable",
     "check_writable",
     "is_full",
@@ -135,6 +137,31 @@ def check_apart(read: str | Path, output: Path, partial: Path) -> None:
             what,
             where=f"source {source}, output {place}",
             remedy="choose an --output outside the source",
+        )
+
+
+def check_own(folder: Path, verb: str, record: str) -> None:
+    """Refuse a folder with files that a verb has not written; a new or empty one may be used.
+
+    Args:
+        folder: the output.
+        verb: which continues what it finds in its folder.
+        record: the file that the verb keeps there. While it works there is `run.json` too.
+
+    Raises:
+        RecipeError: there are other files.
+    """
+    if not folder.is_dir() or (folder / record).is_file():
+        return
+    others = sorted(file.name for file in folder.iterdir())
+    if "run.json" in others:  # of a run that was stopped at its beginning
+        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        others = [] if isinstance(told, dict) and told.get("verb") == verb else others
+    if others:
+        raise RecipeError(
+            f"the folder exists and holds no {verb}, but {', '.join(others[:3])}",
+            where=str(folder),
+            remedy="choose a new or an empty folder for --output",
         )
 
 

@@ -25,6 +25,7 @@ from secateur.models.checkpoint import (
     read_all,
     shard_files,
 )
+from secateur.models.finite import not_finite
 from secateur.models.header import TensorEntry, parse_json, read_header
 from secateur.models.shard_writer import ShardWriter
 from secateur.runtime.archive import SMALLEST_BYTES, Archived, decode, encode
@@ -201,7 +202,12 @@ class PackedCheckpoint:
                     f"the checksum is {found:08x}, it should be {self._checksums[name]:08x}",
                     remedy="copy or download the file again",
                 )
-            return decode(stored, self._archived[name]) if name in self._archived else stored
+            if name not in self._archived:
+                return stored
+            values = decode(stored, self._archived[name])
+            if bad := not_finite(values):
+                raise CheckpointError(f"{bad} of {values.numel()} values are NaN or infinite")
+            return values
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its full name, verified; the parts of a matrix follow each other.

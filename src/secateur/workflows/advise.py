@@ -150,7 +150,7 @@ def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[Mo
     elif kind_of_name(name) == "folder":
         folder = Path(name).expanduser()
     else:
-        folder = resolve(name, progress=progress).folder
+        folder = resolve(name, values=False, progress=progress).folder
     model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
     return counted(name, model), model.config
 

@@ -82,7 +82,6 @@ def run_chain(
     folder.keep_apart(source.folder)
     check_cuts(steps, source.folder, recipe.trust_remote_code)
     with folder:
-        folder.worth_resuming = lambda: any(x.name != BEGUN for x in folder.work.iterdir())
         weights = file_digests(shard_files(source.folder), progress)
         asked = {"steps": [step.asked for step in steps]}  # may change while the chain is stopped
         folder.begin({"model": recipe.model, "source_files": weights}, asked)

@@ -72,22 +72,12 @@ def prune(
     """
     options = with_method(method, options)
     if isinstance(model, nn.Module):
-        if options.get("output") is not None:
-            raise RecipeError(
-                "a loaded model is pruned in place; `output` is for checkpoints",
-                remedy="call model.save_pretrained(output) afterwards",
-            )
-        if options.get("dry_run"):
-            raise RecipeError(
-                "a loaded model is pruned in place; `dry_run` is for checkpoints",
-                remedy="name the folder of the model",
-            )
-        if options.get("keep_format"):
-            raise RecipeError(
-                "a loaded model has plain numbers; `keep_format` is for checkpoints",
-                remedy="name the folder of the model",
-            )
         return prune_module(model, calibration, tokenizer, listener(progress), options)
+    if tokenizer is not None:
+        raise RecipeError(
+            "`tokenizer` is for loaded models; a checkpoint has its own",
+            remedy="leave it out, or load the model and prune it",
+        )
     if options.get("output") is None and not options.get("dry_run"):
         raise RecipeError("`output` is missing: the folder for the pruned model")
     if isinstance(calibration, Tensor):
@@ -171,13 +161,6 @@ def check_storage(recipe: PruneRecipe) -> None:
     Raises:
         RecipeError: names the options.
     """
-    fields = type(recipe.compress).model_fields
-    idle = [n for n, x in fields.items() if getattr(recipe.compress, n) not in (None, x.default)]
-    if recipe.compress.values is None and idle:
-        raise RecipeError(
-            f"compress.{idle[0]} is about compression, and the result is not compressed",
-            remedy="add --compress VALUES, or leave it out",
-        )
     if recipe.compress.values is not None and recipe.keep_format:
         raise RecipeError(
             "--keep-format and --compress both say how the weights are stored",

@@ -8,6 +8,8 @@ from typing import Any
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.claims import read_claims
 from secateur.errors import VerificationError
+from secateur.models.checkpoint import shard_files
+from secateur.models.finite import refuse_not_finite
 from secateur.progress import Progress, listener
 from secateur.publishing.contents import CARD, contents_of
 from secateur.publishing.secrets import notes_without_folders, refuse_secrets, without_folders
@@ -59,6 +61,7 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
         check_repository(repo)
     contents = contents_of(Path(recipe.model).expanduser())
     refuse_secrets(contents.files)
+    refuse_not_finite(shard_files(contents.folder))
     audit = audit_checkpoint(
         contents.folder, trust_remote_code=recipe.trust_remote_code, progress=progress
     )

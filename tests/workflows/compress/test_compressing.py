@@ -294,7 +294,7 @@ def test_calibration_makes_integers_closer_and_keeps_zeros(
     [
         ({"calibration": "x.txt"}, "the values are 'auto'"),
         ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
-        ({"values": "int8", "windows": 4}, "'windows' is about calibration"),
+        ({"values": "int8", "windows": 4}, "windows: changes nothing without calibration"),
         ({"values": "int8", "calibration": "x.txt", "colour": 4}, "colour: unknown key"),
         ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
     ],

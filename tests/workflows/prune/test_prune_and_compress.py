@@ -100,7 +100,7 @@ def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
     assert found["compression"]["file_bytes"] < found["result"]["file_bytes"]
     assert found["output"].endswith("out")
     for wrong, why in (
-        (("--compress-group-size", "32"), "compress.group_size is about compression"),
+        (("--compress-group-size", "32"), "compress_group_size: changes nothing without compress"),
         (("--compress", "int8", "--compress-group-size", "32"), "for int4 and int3"),
     ):
         done = secateur(

@@ -209,13 +209,13 @@ def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(SourceError, match="one step needs 4"):
         train(places, tmp_path / "out", text=str(tmp_path / "short.txt"), restart=True)
-    with pytest.raises(RecipeError, match="to train, either"):
+    with pytest.raises(RecipeError, match="steps 8 and minutes 1: must be one"):
         train(places, tmp_path / "out", minutes=1, restart=True)
     with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
         train(places, tmp_path / "out", optimiser="SGD", restart=True)
-    for name, value in {"kind": "forward", "next-token": 0.0, "top-k": 8}.items():
-        with pytest.raises(RecipeError, match=f"no teacher, which --{name} would need"):
-            train(places, tmp_path / "x", **{name.replace("-", "_"): value})
+    for name, value in {"kind": "reverse", "next_token": 0.5, "top_k": 8}.items():
+        with pytest.raises(RecipeError, match=f"{name}: changes nothing without teacher"):
+            train(places, tmp_path / "x", **{name: value})
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(places: Path, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from secateur.calibration.statistics import of_inputs
 from secateur.engine.prune.group_statistics import GroupStatistics
 from secateur.engine.prune.routing import is_reached, refuse_unreached
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.surgery import check_finite
 from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics
 from secateur.engine.stream.forwards import by_layer
 from secateur.engine.stream.gradients import stored_gradients
@@ -146,7 +145,6 @@ class Survey:
     ) -> None:
         """Pass calibration through one dense layer, and write the values for the allocation."""
         linears = linears_of(layer, self.target.architecture.layer_name(index))
-        check_finite(list(linears.values()))
         shared = self.gathered(index, layer, linears, names) if names else {}
 
         def keep() -> None:

@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from secateur.allocator import reused_pages
 from secateur.engine.prune.group_statistics import GroupStatistics
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.surgery import check_finite
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.dense_twin import HaltedLayer, in_step
 from secateur.engine.stream.lane import Lane
@@ -234,7 +233,6 @@ class LayerRefit:
 
     def carry_out(self) -> None:
         """Pass all windows through both layers, and fit each group when all have reached it."""
-        check_finite(self.linears)
         refit, writers = self.refit, [linear for linear, _ in self.writers]
         cut_lane = refit.lane(self.cut, self.place)
         dense_lane = refit.lane(self.dense, self.index)

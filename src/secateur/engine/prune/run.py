@@ -24,7 +24,7 @@ from secateur.engine.prune.layer_pass import LayerContext, LayerPass
 from secateur.engine.prune.linear_record import LinearRecord
 from secateur.engine.prune.routing import coverage
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.surgery import all_zero, check_finite
+from secateur.engine.prune.surgery import all_zero
 from secateur.engine.prune.tasks import Tasks, gradient_statistics, input_statistics, left_dense
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.kinds import kind_of
@@ -135,7 +135,6 @@ class Run:
         self.steps_taken = 0
         tuned: dict[str, float] = {}
         passing = LayerPass(self.context(index), layer)
-        check_finite(list(passing.linears.values()))
         for empty in all_zero(passing.linears.values()):
             log.warning("%s is all zero before it is pruned", empty)
         records = passing.prune()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from secateur.errors import RecipeError
-from secateur.registry import did_you_mean
 
 Value = TypeVar("Value")
 
-__all__ = ["Selection", "last_match"]
+__all__ = ["Selection", "last_match", "refuse_idle_globs"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,36 @@ class Selection:
         """
         names = list(names)
         globs = [*self.include, *self.exclude, *self.overrides, *self.starts, *others]
-        idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
-        if idle:
-            raise RecipeError(
-                f"no linear matches {', '.join(map(repr, idle))}",
-                remedy=did_you_mean(idle[0], names[: 2 * 8]) + (" …" if len(names) > 16 else ""),
-            )
+        refuse_idle_globs(globs, names)
         if not any(self.selects(n) for n in names):
             raise RecipeError(
                 "include and exclude leave no linear to prune",
                 remedy="loosen them; `secateur inspect MODEL` lists the names",
             )
+
+
+def refuse_idle_globs(globs: Iterable[str], names: Sequence[str], kind: str = "linear") -> None:
+    """Refuse globs that match no name, because they are spelling mistakes.
+
+    Args:
+        globs: to check.
+        names: full names, at least one.
+        kind: of what the names are.
+
+    Raises:
+        RecipeError: lists all such globs, and shows three names and a glob that works.
+    """
+    idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
+    if not idle:
+        return
+    near = get_close_matches(idle[0], names, n=1, cutoff=0.0)
+    shown = [*near, *(name for name in names if name not in near)][:3]
+    end = near[0].rpartition(".")[2] if kind == "linear" else ".".join(near[0].split(".")[-2:])
+    raise RecipeError(
+        f"no {kind} matches {', '.join(map(repr, idle))}",
+        remedy=f"full names are {', '.join(shown)}, …; '*.{end}' matches that {kind} in every "
+        "layer; `secateur inspect MODEL --layer 0` lists the names of one",
+    )
 
 
 def last_match(values: Mapping[str, Value], name: str) -> Value | None:

@@ -15,31 +15,27 @@ from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.finite import not_finite
 from secateur.parallel.ranks import Ranks
-from secateur.progress import Progress
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED
 
-__all__ = ["all_zero", "check_finite", "exchanged", "prune_group", "refuse_unusable"]
+__all__ = ["all_zero", "check_finite", "exchanged", "prune_group", "refuse_all_zero"]
 
 
-def check_finite(linears: Sequence[Linear]) -> None:
-    """Refuse weights that are NaN or infinite, before a run spends work on them.
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights in memory that are NaN or infinite.
 
     Raises:
         NumericalError: there are such values; the message names the tensor and their number.
     """
-    for linear in linears:
-        weight = linear.weight
-        # One reduction is enough for a good matrix; only a bad one is examined in detail.
-        if not torch.isfinite(weight.sum(dtype=torch.float32)):
-            bad = int((~torch.isfinite(weight)).sum())
-            if bad:
-                raise NumericalError(
-                    f"{bad} of {weight.numel()} weights are NaN or infinite",
-                    where=f"{linear.name}.weight",
-                    remedy="the checkpoint is damaged: get it again, or mend it before pruning",
-                )
+    for name, tensor in tensors:
+        if bad := not_finite(tensor):
+            raise NumericalError(
+                f"{bad} of {tensor.numel()} weights are NaN or infinite",
+                where=name,
+                remedy="the model is damaged: load or make it again",
+            )
 
 
 def all_zero(linears: Iterable[Linear]) -> list[str]:
@@ -47,21 +43,19 @@ def all_zero(linears: Iterable[Linear]) -> list[str]:
     return [linear.name for linear in linears if not linear.weight.any()]
 
 
-def refuse_unusable(target: Target, progress: Progress) -> None:
-    """Read all matrices once, and refuse a model that no run can finish.
+def refuse_all_zero(target: Target) -> None:
+    """Refuse a model without a weight to prune. Reads up to the first matrix that has one.
 
     Raises:
-        NumericalError: a weight is NaN or infinite, or every matrix of every decoder layer is zero.
+        NumericalError: every matrix of every decoder layer is zero.
     """
-    count, zero = 0, 0
-    progress.start("checking weights", len(target.layers))
+    count = 0
     for index, layer in walk_layers(target):
-        linears = list(linears_of(layer, target.architecture.layer_name(index)).values())
-        check_finite(linears)
-        count, zero = count + len(linears), zero + len(all_zero(linears))
-        progress.step(note=f"layer {index}")
-    progress.finish()
-    if zero == count > 0:
+        linears = linears_of(layer, target.architecture.layer_name(index)).values()
+        if any(linear.weight.any() for linear in linears):
+            return
+        count += len(linears)
+    if count:
         raise NumericalError(
             f"all {count} matrices of the decoder are zero",
             where=target.architecture.layers_path,
@@ -143,8 +137,7 @@ def verified(
             where=linear.name,
             remedy="this is a fault in secateur or in a plug-in; please report it",
         )
-    if not torch.isfinite(weight.sum(dtype=torch.float32)):
-        check_finite([linear])
+    check_finite([(f"{linear.name}.weight", weight)])
     return LinearRecord(
         linear.name,
         linear.shape,

@@ -21,7 +21,7 @@ FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)
 
 def folder_of(model: str, revision: str | None) -> Path:
     """The folder of a model: itself, or a download of the hub."""
-    return resolve(f"{model}@{revision}" if revision else model).folder
+    return resolve(f"{model}@{revision}" if revision else model, values=False).folder
 
 
 def tensors_of(

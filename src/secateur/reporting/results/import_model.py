@@ -65,10 +65,11 @@ class ImportResult(Result):
         """What was found, as names and values."""
         record = self.record
         stored = Counter(x.stored_as for x in record.matrices if x.stored_as)
+        zeros = f"{record.sparsity:.4%}" if record.sparsity else "none: nothing has been pruned"
         rows = [
             ("kind of source", record.kind),
             ("matrices stored as", counted(stored) or "plain tensors"),
-            ("zeros in the decoder's matrices", f"{record.sparsity:.4%}"),
+            ("zeros in the decoder's matrices", zeros),
             ("patterns", counted(self.patterns)),
         ]
         if 0 < len(self.dense) < len(record.matrices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -17,6 +18,7 @@ from secateur.errors import RecipeError
 __all__ = ["StoppableServer", "listening_socket"]
 
 BACKLOG = 128
+OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -29,11 +31,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
+        if getattr(error, "errno", None) in OF_THE_PORT:
+            where, remedy = "--port", "choose another --port; 0 takes a free one"
+        else:
+            where, remedy = "--host", "127.0.0.1 is this machine alone, 0.0.0.0 is every address"
         raise RecipeError(
-            f"cannot listen on {host}, port {port}: {error}",
-            where="--port",
-            remedy="choose another --port; 0 takes a free one",
+            f"cannot listen on {host}, port {port}: {error}", where=where, remedy=remedy
         ) from error
 
 

@@ -115,7 +115,6 @@ def compress_recipe(
     matrices = find_matrices(reader, recipe.embeddings, trust)
     rounding: dict[str, Any] = {}
     values_of: Mapping[str, str] = {}
-    folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         made_of = identity(recipe, reader, progress)
         folder.begin(made_of if text is not None else {}, made_of)

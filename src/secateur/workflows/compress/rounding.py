@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.prune.selection import last_match
+from secateur.engine.prune.selection import last_match, refuse_idle_globs
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.registry import did_you_mean
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.workflows.prune.checkpoint import run_recipe
 
@@ -39,26 +37,16 @@ BITS = {"int8": 8, "int4": 4, "int3": 3}
 
 
 def check_calibration(recipe: CompressRecipe) -> None:
-    """Refuse calibration options that have no effect, before anything is read.
+    """Refuse calibration text that has no effect, before anything is read.
 
     Raises:
-        RecipeError: the values are not rounded, or an option needs text and there is none.
+        RecipeError: the values are not rounded.
     """
     text, values = recipe.calibration.source, [recipe.values, *recipe.overrides.values()]
     if text is not None and not BITS.keys() & values:
         raise RecipeError(
             f"calibration text helps to round to integers, but the values are {recipe.values!r}",
             remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
-        )
-    given = sorted(
-        (recipe.calibration.model_fields_set - {"source"})
-        | recipe.memory.model_fields_set
-        | (recipe.model_fields_set & {"device"})
-    )
-    if text is None and given:
-        raise RecipeError(
-            f"{given[0]!r} is about calibration, and there is none",
-            remedy="add --calibration TEXT, or leave it out",
         )
 
 
@@ -106,11 +94,7 @@ def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]
         RecipeError: an override matches no linear.
     """
     names = list(linears)
-    idle = [g for g in recipe.overrides if not any(fnmatchcase(n, g) for n in names)]
-    if idle:
-        raise RecipeError(
-            f"no linear matches {idle[0]!r}", where="overrides", remedy=did_you_mean(idle[0], names)
-        )
+    refuse_idle_globs(recipe.overrides, names)
     return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
 
 

@@ -135,7 +135,6 @@ def fit_recipe(
     folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
     source, reader, matrices = opened(recipe, progress)
     folder.keep_apart(source.folder)
-    folder.worth_resuming = lambda: any(folder.work.iterdir())
     with folder:
         folder.begin(identity(recipe, reader, progress))
         if folder.finished:

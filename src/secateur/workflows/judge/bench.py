@@ -134,7 +134,7 @@ def check_asked(
         raise RecipeError(f"{seconds} seconds of measuring", remedy="give more than 0")
     missing = [str(file) for file in gguf if not Path(file).exists()]
     if missing:
-        raise RecipeError("there is no such GGUF file", where=missing[0])
+        raise RecipeError("there is no such GGUF file", where=missing[0], remedy="check the path")
 
 
 def keep(report: BenchResult, folder: Path) -> None:

@@ -134,7 +134,7 @@ def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> 
 
     float32 shows the effect of pruning without the rounding of bfloat16.
     """
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model, trust_remote_code=trust_remote_code, values=False)
     return CheckpointTarget(
         open_checkpoint(source.folder),
         None,

@@ -21,11 +21,12 @@ from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_o
 from secateur.evaluation.protocol import protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
 from secateur.recipes.evaluate import EvaluateRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.evaluation import (
@@ -45,6 +46,10 @@ __all__ = ["evaluate", "run_evaluation"]
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
+
+
+UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
+"""Options that loaded models cannot use."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,12 @@ def evaluate(
     Raises:
         SecateurError: what, where, and what to do.
     """
+    if isinstance(model, nn.Module) and (dense is None or isinstance(dense, nn.Module)):
+        refuse_unused(EvaluateRecipe, options, UNUSED, "a loaded model stays as it is")
+    if tokenizer is not None and not any(isinstance(x, nn.Module) for x in (model, dense)):
+        raise RecipeError(
+            "`tokenizer` is for loaded models; a checkpoint has its own", remedy="leave it out"
+        )
     own = {"model": name_of(model), "dense": None if dense is None else name_of(dense)}
     recipe, _ = recipe_of(EvaluateRecipe, own, options)
     return run_evaluation(
@@ -136,6 +147,7 @@ def run_evaluation(
         RecipeError: several processes, and something other than texts is to be measured.
     """
     refuse_several(recipe, ranks.count)
+    refuse_idle(recipe)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
     kept = None if model is not None else stored_results(recipe.model)
     # read the rows of tasks first, so a missing task is an error before a model is loaded
@@ -186,6 +198,20 @@ def refuse_several(recipe: EvaluateRecipe, count: int) -> None:
             )
 
 
+def refuse_idle(recipe: EvaluateRecipe) -> None:
+    """Refuse windows where no text is read.
+
+    Raises:
+        RecipeError: names the options.
+    """
+    cut = [n for n in ("windows", "sequence_length") if getattr(recipe, n) is not None]
+    if cut and not recipe.text and (recipe.tasks or recipe.generation):
+        raise RecipeError(
+            f"{' and '.join(cut)}: windows are cut from texts, and none is measured",
+            remedy="name the text (wikitext2, or a file), or leave them out",
+        )
+
+
 def store(record: EvaluationRecord, kept: Path | None, output: str | None) -> None:
     """Write the results to the files that keep them."""
     if kept is not None:
@@ -224,6 +250,7 @@ def loaded_model(
     """
     if not isinstance(model, nn.Module):
         return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
+    refuse_foreign(model)
     return LoadedModel(name_of(model), model, tokenizer or own_tokenizer(model))
 
 

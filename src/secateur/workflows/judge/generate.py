@@ -117,6 +117,8 @@ class Conversation:
         self.max_new_tokens, self.stop = max_new_tokens, stop
         given = dict(sampling or {})
         self.sampling = sampling_with(self.session.defaults, given)
+        if self.sampling.temperature == 0:
+            refuse_idle(given)
         self.taken = {
             name: value for name, value in self.session.defaults.items() if given.get(name) is None
         }
@@ -141,8 +143,10 @@ class Conversation:
             tell: receives the answer piece by piece.
 
         Raises:
-            RecipeError: the prompt is no text, or does not fit the model.
+            RecipeError: the prompt is empty or no text, or does not fit the model.
         """
+        if not prompt.strip():
+            raise RecipeError("the prompt is empty", remedy="give at least one word")
         check_text(prompt)
         asked = [*self.messages, {"role": "user", "content": prompt}]
         made = self.session.write(
@@ -159,6 +163,21 @@ class Conversation:
     def forget(self) -> None:
         """Forget the conversation except the system message."""
         self.messages = [*self.start]
+
+
+def refuse_idle(given: Mapping[str, Any]) -> None:
+    """Refuse options that choose among likely tokens where the most likely one is always taken.
+
+    Raises:
+        RecipeError: names them.
+    """
+    nothing = {"top_k": (None, 0), "top_p": (None, 1), "min_p": (None, 0)}
+    idle = [name for name, usual in nothing.items() if given.get(name) not in usual]
+    if idle:
+        raise RecipeError(
+            f"{' and '.join(idle)}: at temperature 0 the most likely token is always taken",
+            remedy="give a temperature above 0, such as 0.7, or leave them out",
+        )
 
 
 def check_text(prompt: str) -> str:

@@ -67,7 +67,7 @@ def inspect_checkpoint(
     from secateur.models.sources import resolve
     from secateur.reporting.results.inspect import InspectResult
 
-    source = resolve(model, trust_remote_code=trust_remote_code, progress=progress)
+    source = resolve(model, trust_remote_code=trust_remote_code, values=False, progress=progress)
     audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)
     check_layer(layer, audit.num_hidden_layers)
     return InspectResult(model, audit, layer, silent_experts(read_claims(source.folder).unseen))

@@ -22,7 +22,7 @@ from secateur.engine.plan_forward import layer_times
 from secateur.engine.plan_time import foretell_seconds
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import coverage, reach
-from secateur.engine.prune.surgery import refuse_unusable
+from secateur.engine.prune.surgery import refuse_all_zero
 from secateur.models.inventory import Left
 from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks
@@ -143,7 +143,7 @@ def run_prepared(
             give(None, ranks)
             return report_of(folder.output)
         if not folder.resumed:
-            refuse_unusable(prepared.target, progress)
+            refuse_all_zero(prepared.target)
         prepared = with_kept_windows(prepared, folder, progress)
         write_json(folder.work / WAY, {"sweep_windows": chosen.sweep_windows})
         job = Job(

@@ -11,6 +11,7 @@ from secateur.reporting.results.methods import MethodsResult
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
+from secateur.sparsity.methods import methods as named
 
 __all__ = ["allocation_of", "method_of", "methods", "own_methods"]
 
@@ -55,6 +56,15 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
     Raises:
         RecipeError, PatternError: a name is unknown, or the parts do not fit together.
     """
+    for part in ("score", "solver"):
+        given = getattr(recipe, part)
+        decided = getattr(named[recipe.method], part) if recipe.method in named else given
+        if given not in (None, decided):
+            raise RecipeError(
+                f"the method {recipe.method!r} has the {part} {decided!r}, but {given!r} is given",
+                where=f"--{part}",
+                remedy="name a method, or compose one of --score and --solver without --method",
+            )
     method = composed(recipe, recipe.method_parameters)
     solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
     if solver.rounds and not solver.grid and trains:
@@ -76,6 +86,12 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
                 f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
                 where=f"override {glob!r}" if glob else "--sparsity",
                 remedy="0.5 prunes half of the weights",
+            )
+        if implied is not None and own and abs(own - implied) > 1e-6:
+            raise RecipeError(
+                f"{recipe.pattern} always has sparsity {implied:g}, not {own:g}",
+                where=f"override {glob!r}" if glob else "--sparsity",
+                remedy="leave the sparsity out, or choose another N:M",
             )
     return method, sparsity
 

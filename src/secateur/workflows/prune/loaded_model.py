@@ -20,19 +20,18 @@ from secateur.engine.job import Job
 from secateur.engine.prune.leaving import left_by
 from secateur.engine.prune.routing import reach
 from secateur.engine.prune.selection import Selection
-from secateur.engine.prune.surgery import refuse_unusable
+from secateur.engine.prune.surgery import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import tasks_of
 from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
-from secateur.errors import RecipeError
-from secateur.models.architecture import text_config
+from secateur.models.architecture import refuse_foreign, text_config
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import own_tokenizer, start_tokens
 from secateur.progress import Progress
-from secateur.recipes.keywords import recipe_of
+from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
@@ -48,6 +47,35 @@ __all__ = ["prune_module"]
 READY = ".safetensors"
 """The suffix of a file of ready windows, which need no tokenizer."""
 
+FOLDER = "name the folder of a checkpoint instead"
+UNUSED = {
+    **dict.fromkeys(
+        ("output", "overwrite", "resume", "restart"),
+        "call model.save_pretrained(DIR) afterwards",
+    ),
+    **dict.fromkeys(
+        ("compress", "compress_group_size", "compress_embeddings"),
+        "save the model, and call secateur.compress(DIR, …)",
+    ),
+    **dict.fromkeys(
+        ("dtype", "device", "trust_remote_code"), "load the model as it is to be, then prune it"
+    ),
+    **dict.fromkeys(
+        (
+            *("dry_run", "keep_format", "max_memory", "activations", "ray", "ray_processes"),
+            "distill_sweep_windows",
+        ),
+        FOLDER,
+    ),
+}
+"""Options that a loaded model cannot use, and what to do instead."""
+
+OF_TEXT = dict.fromkeys(
+    ("field", "windows", "sequence_length", "packing"),
+    "leave it out, or give a text for calibration",
+)
+"""Options that say how a text is cut into windows."""
+
 
 def prune_module(
     model: nn.Module,
@@ -56,17 +84,20 @@ def prune_module(
     progress: Progress,
     options: Mapping[str, Any],
 ) -> PruneResult:
-    """Prune a loaded model in place."""
+    """Prune a loaded model in place.
+
+    Raises:
+        SecateurError: as `prune`; an option needs a checkpoint, or weights are NaN or infinite.
+    """
+    refuse_unused(PruneRecipe, options, UNUSED, "a loaded model is pruned in place, in memory")
+    if isinstance(calibration, Tensor):
+        refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
+    refuse_foreign(model)
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
-    if recipe.distillation.sweep_windows:
-        raise RecipeError(
-            "a loaded model is in memory as a whole, so it is not distilled in sweeps",
-            where=f"distill_sweep_windows={recipe.distillation.sweep_windows}",
-            remedy="name the folder of a checkpoint, or leave distill_sweep_windows out",
-        )
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
+    check_finite(model.named_parameters())
     windows, extra = None, torch.empty(0)
     if windows_needed(recipe, method, allocation):
         ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
@@ -87,7 +118,7 @@ def prune_module(
             windows = with_generated(recipe, windows, tokenizer, model, progress)
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
-            refuse_unusable(target, progress)
+            refuse_all_zero(target)
             work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
             refuse_unknown(target)

@@ -116,7 +116,10 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+        raise RecipeError(
+            f"device {name!r} is not auto, cpu, cuda or cuda:N",
+            remedy="leave --device out: auto takes the GPU if torch sees one",
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             f"device {name!r} was asked for, and torch sees no CUDA device here",

@@ -29,7 +29,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.models.whole import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
-from secateur.recipes.train import TrainRecipe
+from secateur.recipes.train import TrainingBudget, TrainRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.design import design
@@ -310,7 +310,7 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
     recipe = TrainRecipe(
         model=str(folder),
         batch=how.batch,
-        max_memory=context.recipe.memory.max_memory,
+        memory=TrainingBudget(max_memory=context.recipe.memory.max_memory),
         trust_remote_code=context.recipe.trust_remote_code,
     )
     needed = foretell(

@@ -58,9 +58,16 @@ class SweepPlan:
         """Return method, pattern and sparsity of each point, in order.
 
         Raises:
-            RecipeError: there is no point.
+            RecipeError: there is no point, or a sparsity is no fraction.
             PatternError: a pattern has the wrong form.
         """
+        odd = [sparsity for sparsity in self.sparsities if not 0 <= sparsity < 1]
+        if odd:
+            raise RecipeError(
+                f"{', '.join(f'{x:g}' for x in odd)}: no fraction of zeros in [0, 1)",
+                where="--sparsities",
+                remedy="0.5 prunes half of the weights",
+            )
         columns = [("unstructured", sparsity) for sparsity in self.sparsities]
         for text in self.patterns:
             implied = parse_pattern(text).sparsity

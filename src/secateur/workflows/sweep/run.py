@@ -42,7 +42,7 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.lock import Lock, holder, in_use
-from secateur.runs.output import cannot_write, check_apart, check_writable
+from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
 from secateur.runs.records import (
     Manifest,
     PointKey,
@@ -93,6 +93,7 @@ def sweep_plan(
     """
     folder = Path(output)
     check_writable(folder / "sweep.json", file=True)
+    check_own(folder, "sweep", "sweep.json")
     for read in (plan.model, plan.calibration, *plan.text):
         check_apart(read, folder, folder)
     with alone(folder):

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.engine.prune.selection import refuse_idle_globs
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.recipes.train import (
@@ -130,8 +131,11 @@ def rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
         model: the model or its skeleton.
 
     Raises:
-        RecipeError: the recipe has rates, but everything except the adapters is frozen.
+        RecipeError: a glob matches no parameter; or the recipe has rates, but everything except the
+            adapters is frozen.
     """
+    names = [name for name, _ in model.named_parameters()]
+    refuse_idle_globs(recipe.rates, names, "parameter")
     if recipe.lora is None:
         return {**decayed(model, recipe.layer_decay), **recipe.rates}
     if recipe.rates or recipe.layer_decay != 1:

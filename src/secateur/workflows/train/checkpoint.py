@@ -63,7 +63,7 @@ NO_PART = {
     "learning_rate",
     "teacher_file",
     "tensorboard",
-    "max_memory",
+    "memory",
 }
 """Fields that may differ in a resumed training. The learning rate is one of them: a training that
 diverged can resume from its last save with a lower rate."""
@@ -183,7 +183,7 @@ def train_into(
     if processes.main:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
         folder.begin(identity(recipe, target.reader, text, progress), settled)
-        folder.worth_resuming = lambda: any(work.rglob("log.jsonl"))
+        folder.worth_resuming = lambda: any(work.rglob("*.safetensors"))
     if folder.finished:
         return
     found = foresee(recipe, source, target, text, work, processes)

@@ -242,8 +242,8 @@ def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.devi
         MemoryBudgetError: the training needs more than there is; the message gives both numbers and
             remedies.
     """
-    most = None if recipe.max_memory is None else bytes_of(recipe.max_memory)
-    budget = memory_budget(most, device)
+    most = recipe.memory.max_memory
+    budget = memory_budget(None if most is None else bytes_of(most), device)
     shortage = budget.shortage(needed.peak, needed.host_peak)
     if shortage is None:
         return

@@ -1,0 +1,75 @@
+"""Calls on loaded models refuse what they would ignore, and modules that are no models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import secateur
+from secateur.errors import ArchitectureError, RecipeError
+from tiny import tiny_tokenizer
+from zoo import config_of, tiny_windows
+
+PLACES: list[tuple[dict[str, Any], str]] = [
+    ({"compress": "int8"}, "secateur.compress"),
+    ({"compress": {"values": "int8"}}, "secateur.compress"),
+    ({"resume": True}, "save_pretrained"),
+    ({"restart": True}, "save_pretrained"),
+    ({"overwrite": True}, "save_pretrained"),
+    ({"output": "o"}, "save_pretrained"),
+    ({"dry_run": True}, "folder of a checkpoint"),
+    ({"keep_format": True}, "folder of a checkpoint"),
+    ({"device": "cpu"}, "load the model"),
+    ({"dtype": "float16"}, "load the model"),
+    ({"trust_remote_code": True}, "load the model"),
+    ({"max_memory": "4GiB"}, "folder of a checkpoint"),
+    ({"memory": {"activations": "disk"}}, "folder of a checkpoint"),
+    ({"ray": "local"}, "folder of a checkpoint"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_config(config_of("llama"))
+
+
+@pytest.mark.parametrize(("options", "remedy"), PLACES, ids=str)
+def test_prune_refuses_what_a_loaded_model_cannot_use(
+    model: LlamaForCausalLM, options: dict[str, Any], remedy: str
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RecipeError, match=rf"(?s)would change nothing.*remedy: .*{remedy}"):
+        secateur.prune(model, method="magnitude", sparsity=0.5, **options)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("option", ["windows", "sequence_length"])
+def test_windows_of_a_tensor_are_not_cut_again(model: LlamaForCausalLM, option: str) -> None:
+    with pytest.raises(RecipeError, match=f"`{option}` would change nothing"):
+        secateur.prune(
+            model, method="wanda", sparsity=0.5, calibration=tiny_windows(), **{option: 3}
+        )
+
+
+def test_options_that_are_off_are_no_options(model: LlamaForCausalLM) -> None:
+    assert secateur.prune(model, method="magnitude", sparsity=0.25, resume=False).sparsity > 0.2
+
+
+def test_evaluate_refuses_what_it_would_ignore(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="`device` would change nothing"):
+        secateur.evaluate(model, tokenizer=tiny_tokenizer(), text="t.txt", device="cpu")
+    with pytest.raises(RecipeError, match="a checkpoint has its own"):
+        secateur.evaluate(tmp_path, tokenizer=tiny_tokenizer(), text="t.txt")
+    with pytest.raises(RecipeError, match="a checkpoint has its own"):
+        secateur.prune(tmp_path, output=tmp_path / "o", sparsity=0.5, tokenizer=tiny_tokenizer())
+
+
+def test_a_module_that_is_no_model() -> None:
+    with pytest.raises(ArchitectureError, match="Linear is no causal language model"):
+        secateur.prune(nn.Linear(3, 3), sparsity=0.5, method="magnitude")
+    with pytest.raises(ArchitectureError, match="Linear is no causal language model"):
+        secateur.evaluate(nn.Linear(3, 3), tokenizer=tiny_tokenizer(), text="t.txt")
