@@ -13,9 +13,8 @@ One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol 
   kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
   first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
 - Tokens per second: batch 1, a prompt of 64 tokens, 32 new ones, each row in a process of its own,
-  rounds interleaved, medians. llama.cpp times itself. Two rows that differ only in which weights
-  are zero have the same speed, so of those with 50 % zeros in int8 only one is timed.
-- Seconds to make: the whole commands, one after the other, nothing else on the machine.
+  rounds interleaved, medians, nothing else on the machine. llama.cpp times itself. Two rows that
+  differ only in which weights are zero have the same speed, so only one of them is timed.
 
 Folders stay in WORK, and every finished number in `results/first-page.json`: a run goes on where
 another one stopped.
@@ -29,7 +28,6 @@ import os
 import random
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +73,6 @@ OWN_FILE = "llama.cpp Q4_1, the source"
 TIMED = ("no zeros, int8", "no zeros, int4", "balanced, int8", "balanced, int4")
 TORCH = "no zeros, bfloat16, torch"
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
-
-
-def seconds_of(action: Any) -> float:
-    """How long a call takes."""
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 def prune(args: argparse.Namespace, name: str, output: Path) -> None:
@@ -169,20 +160,20 @@ class Table:
 
 
 def make(args: argparse.Namespace, table: Table) -> None:
-    """All folders and files, timed."""
+    """All folders and files."""
     for name in PRUNED:
-        if table.missing(name, "prune_seconds") and wanted(args, name):
+        if table.missing(name, "pruned") and wanted(args, name):
             shutil.rmtree(args.work / name, ignore_errors=True)
-            took = seconds_of(lambda name=name: prune(args, name, args.work / name))
-            table.put(name, prune_seconds=took)
+            prune(args, name, args.work / name)
+            table.put(name, pruned=True)
     for row in STORED:
         source = STORED[row][0]
-        there = source == MODEL or not table.missing(source, "prune_seconds")
-        if there and table.missing(row, "store_seconds") and wanted(args, row):
+        there = source == MODEL or not table.missing(source, "pruned")
+        if there and table.missing(row, "file_bytes") and wanted(args, row):
             output = args.work / row
             shutil.rmtree(output, ignore_errors=True)
-            took = seconds_of(lambda row=row, output=output: store(args, row, output))
-            table.put(row, store_seconds=took, file_bytes=file_bytes(output))
+            store(args, row, output)
+            table.put(row, file_bytes=file_bytes(output))
     for row, type in GGUF.items():
         if table.missing(row, "file_bytes") and wanted(args, row):
             shutil.rmtree(args.work / row, ignore_errors=True)
@@ -223,7 +214,7 @@ def time_rows(args: argparse.Namespace, table: Table) -> None:
 def judge(args: argparse.Namespace, table: Table) -> None:
     """Perplexity of every row whose folder is there."""
     for row in STORED:
-        if table.missing(row, "perplexity") and not table.missing(row, "store_seconds"):
+        if table.missing(row, "perplexity") and not table.missing(row, "file_bytes"):
             found = secateur.evaluate(
                 args.work / row, text=str(args.text), sequence_length=2048, windows=args.windows
             )
@@ -255,10 +246,9 @@ def main() -> None:
     for part, action in {"make": make, "time": time_rows, "judge": judge}.items():
         if part in args.parts:
             action(args, table)
-    columns = ["", "weight files", "tokens/s", "perplexity", "seconds to prune", "to store"]
-    print(markdown(columns, [[str(r.get(k, "")) for k in (
-        "row", "file_bytes", "tokens_per_second", "perplexity", "prune_seconds", "store_seconds",
-    )] for r in table.rows.values()]))  # fmt: skip
+    columns = ("row", "file_bytes", "tokens_per_second", "perplexity")
+    rows = [[str(row.get(name, "")) for name in columns] for row in table.rows.values()]
+    print(markdown([*columns], rows))
 
 
 if __name__ == "__main__":
