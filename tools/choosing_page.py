@@ -136,8 +136,8 @@ def low_bits() -> Iterable[str]:
                "tokens/s, 1.1 B", "memory, 1.1 B")  # fmt: skip
     yield from table(columns, lines)
     yield (
-        "Quantization alone comes first: int4 loses less than 50 % zeros and is as fast. Zeros beside "
-        "int8 make a CPU faster. Zeros beside int4 save memory only. Below four bits, or at a size "
+        "Quantization alone comes first: int4 loses less than 50 % zeros and is as fast. Zeros "
+        "beside int8 make a CPU faster. Zeros beside int4 save memory only. Below four bits, or at a size "
         "that must be met, [fit](fit.md) measures what is best for each matrix."
     )
     yield ""
