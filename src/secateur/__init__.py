@@ -12,6 +12,7 @@ Names are imported when they are first used, so that `import secateur` costs not
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from secateur.runtime.registration import register_with_transformers
@@ -130,7 +131,10 @@ def __getattr__(name: str) -> Any:
         hint = f"; it is now called {renamed[0]!r}" if renamed else ""
         raise AttributeError(f"module 'secateur' has no attribute {name!r}{hint}")
 
-    return getattr(importlib.import_module(HOMES[name]), name)
+    found = getattr(importlib.import_module(HOMES[name]), name)
+    if isinstance(found, FunctionType):
+        found = importlib.import_module("secateur.recipes.keywords").naming_keywords(found)
+    return found
 
 
 def __dir__() -> list[str]:

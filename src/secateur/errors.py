@@ -20,7 +20,7 @@ Each message says what happened (with numbers), where, and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = [
     "DISTRIBUTION",
@@ -71,6 +71,13 @@ class SecateurError(Exception):
         if remedy:
             parts.append(f"  remedy: {remedy}")
         super().__init__("\n".join(parts))
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Change the words of all three parts."""
+        where, remedy = (
+            None if text is None else change(text) for text in (self.where, self.remedy)
+        )
+        SecateurError.__init__(self, change(self.what), where=where, remedy=remedy)
 
 
 class RecipeError(SecateurError):

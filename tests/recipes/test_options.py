@@ -42,7 +42,7 @@ def test_every_option_has_a_sentence_a_default_and_a_name_of_its_own(verb) -> No
 @pytest.mark.parametrize("verb", IN_PYTHON, ids=lambda verb: verb.name)
 def test_the_signature_has_every_option(verb) -> None:
     function = imported(verb.function)
-    assert getattr(secateur, verb.python) is function
+    assert inspect.unwrap(getattr(secateur, verb.python)) is function
     kind = imported(verb.recipe)
     parameters, told = dict(inspect.signature(function).parameters), function.__doc__
     for option in [*options_of(kind), *run_options_of(kind)]:
@@ -226,6 +226,19 @@ def test_a_fault_names_what_the_user_wrote(
     with pytest.raises(RecipeError) as error:
         recipe_of(PruneRecipe, {"model": "m"}, {keyword: value})
     assert str(error.value) == in_python
+
+
+def test_errors_in_python_name_keywords(tmp_path) -> None:
+    with pytest.raises(RecipeError) as error:
+        secateur.prune("m", output=tmp_path / "o", sparsity=2)
+    assert str(error.value) == "sparsity=2: must be less than 1"
+    with pytest.raises(RecipeError) as error:
+        secateur.prune("m", output=tmp_path / "o", method="wanda")
+    assert error.value.remedy == "add sparsity, for example sparsity=0.5"
+    with pytest.raises(RecipeError) as error:
+        secateur.advise("llama-3.1-8b", hardware="h10")
+    assert error.value.where == "hardware"
+    assert "--" not in str(error.value)
 
 
 def test_a_fault_in_yaml_names_the_key() -> None:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
-from secateur.errors import RecipeError
-from secateur.recipes.options import Option, options_of, run_options_of, without_none
+from secateur.errors import RecipeError, SecateurError
+from secateur.recipes.options import Option, all_options, options_of, run_options_of, without_none
 from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nested
 from secateur.recipes.section import Section
+from secateur.recipes.verbs import VERBS, imported
 
 __all__ = [
+    "naming_keywords",
     "plain",
     "python_type",
     "recipe_of",
@@ -42,7 +44,7 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
     Args:
         kind: the class of the recipe.
     """
-    shown = (*options_of(kind), *run_options_of(kind))
+    shown = all_options(kind)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -163,6 +165,59 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(x) for key, x in value.items()}
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+@functools.cache
+def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the errors of a public function name keywords where those of a command name flags."""
+
+    @functools.wraps(function)
+    def call(*words: P.args, **options: P.kwargs) -> R:
+        try:
+            return function(*words, **options)
+        except SecateurError as error:
+            error.reword(with_keywords)
+            raise
+
+    return call
+
+
+COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: ([A-Z]+\b|-?\d[\w.]*|[a-z][a-z0-9-]*))?")
+
+
+def with_keywords(text: str) -> str:
+    """Write flags in the text of an error as keywords. Commands stay commands.
+
+    Example:
+        >>> from secateur.recipes.keywords import with_keywords
+        >>> with_keywords("use --windows 64, --activations disk or --symmetric, not --field")
+        "use windows=64, activations='disk' or asymmetric=False, not field"
+        >>> with_keywords("run `secateur decompress DIR --output OUT`, or add --overwrite")
+        'run `secateur decompress DIR --output OUT`, or add overwrite=True'
+    """
+    parts = COMMAND.split(re.sub(r"--set (?=\S+=)", "", text))
+    return "".join(part if n % 2 else FLAG.sub(as_keyword, part) for n, part in enumerate(parts))
+
+
+def as_keyword(flag: re.Match[str]) -> str:
+    """A flag and the word after it, as a keyword and its value."""
+    name, after = flag[1].replace("-", "_"), flag[2] or ""
+    options = [o for verb in VERBS.values() for o in all_options(imported(verb.recipe))]
+    for option in options:
+        if name in (option.flag.off, f"no_{option.name}"):
+            return f"{option.name}=False {after}".rstrip()
+    same = [o for o in options if o.name == name or o.flag.short == f"--{flag[1]}"]
+    if not same:
+        return flag[0]
+    name, sentence = same[0].name, flag.string[: flag.start()]
+    if any(o.type is bool for o in same) and sentence and "leave" not in sentence:
+        return f"{name}=True {after}".rstrip()
+    if after in {choice for option in same for choice in option.choices}:
+        return f"{name}={after!r}"
+    if after.isupper() or (after[:1] in "-0123456789" and after):
+        return f"{name}={after}"
+    return f"{name} {after}".rstrip()
 
 
 def type_text(kind: Any) -> str:

@@ -16,6 +16,7 @@ from secateur.recipes.section import ADVANCED, GROUPS, Flag, Recipe, Section
 
 __all__ = [
     "Option",
+    "all_options",
     "choices_of",
     "example_of",
     "holds",
@@ -124,6 +125,11 @@ def example_of(kind: type[Recipe]) -> str:
         return f"{option.key}={'true' if option.type is bool else option.default}"
     last = next(option for option in free if option.type is str)
     return f"{last.key}={last.flag.value or last.default}"
+
+
+def all_options(kind: type[Section]) -> tuple[Option, ...]:
+    """The options of a recipe, and those of one call."""
+    return (*options_of(kind), *run_options_of(kind))
 
 
 def flattened(
