@@ -77,7 +77,7 @@ def test_tables_for_people(secateur, model: Path, windows: Path, tmp_path: Path)
     pruned = secateur(
         "prune", model, "-o", tmp_path / "out", "--pattern", "2:4", "--calibration", windows
     )
-    assert "50.0000%" in pruned.out
+    assert "50.00%" in pruned.out
     assert "zeros" in secateur("inspect", tmp_path / "out").out
     assert "sparsegpt" in secateur("methods").out
     assert json.loads(secateur("methods", "--json").out)["methods"]["wanda"]["scope"] == "row"

@@ -12,7 +12,7 @@ from commands import Outcome
 from gguf_models import byte_level
 from secateur import compress, evaluate
 from secateur.models.skeleton import quiet_transformers
-from secateur.reporting.tables import mib
+from secateur.reporting.wording import binary_size
 from tiny import save_tiny
 from trained import source_text
 
@@ -51,4 +51,4 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     )
     lines = ended.out.splitlines()
     assert any("perplexity" in line and f"{judged.perplexity:.2f}" in line for line in lines)
-    assert any("weight files" in line and mib(rounded.file_bytes) in line for line in lines)
+    assert any("weight files" in line and binary_size(rounded.file_bytes) in line for line in lines)

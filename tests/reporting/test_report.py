@@ -85,7 +85,7 @@ def page_of(tmp_path: Path, *runs: Path, **options: Any) -> Page:
 def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
     for told in (
-        "smollm2-135m, pruned to 50\u00a0%",
+        "smollm2-135m, pruned to 50.00\u00a0%",
         "65\u00a0%",  # smaller
         "1.15×",  # faster
         "187 tokens a second, 163 by dense int8",
@@ -214,7 +214,7 @@ def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
     assert chart.x_label == "part of the decoder that is zero or cut out"
     marks = {series.name: series.marks[0] for series in chart.series}
     assert marks["cut"].x == pytest.approx(0.187)
-    assert "at 18.7\u00a0% of the decoder cut out or zero" in marks["cut"].told
+    assert "at 18.70\u00a0% of the decoder cut out or zero" in marks["cut"].told
     assert "at 50.0\u00a0% zeros" in marks["pruned"].told
     denser = manifest(sparsity=0.4)
     other = write_run(tmp_path / "other", manifest=denser, evaluation=evaluation(33.0))

@@ -51,8 +51,8 @@ def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Findi
         return []
     surplus = weights.sparsity - claims.sparsity
     evidence = (
-        f"{weights.sparsity:.4%} of the weights of the decoder's matrices are zero, "
-        f"but the records claim {claims.sparsity:.4%}"
+        f"{weights.sparsity:.2%} of the weights of the decoder's matrices are zero, "
+        f"but the records claim {claims.sparsity:.2%}"
     )
     where = f"{claims.folder}/manifest.json"
     if surplus < -TOTAL:
@@ -68,7 +68,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
     if claim is None:
         return []
     weights = linear.shape[0] * linear.shape[1]
-    has = f"{linear.sparsity:.4%} of its weights are zero"
+    has = f"{linear.sparsity:.2%} of its weights are zero ({linear.zeros:,} of {weights:,})"
     if linear.zeros < claim.pruned:
         dense = linear.sparsity < DENSE
         return [
@@ -76,7 +76,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "dense-linear" if dense else "sparsity-not-as-claimed",
                 "error",
                 linear.name,
-                f"{has}, but the records claim {claim.pruned / weights:.4%}",
+                f"{has}, but the records claim {claim.pruned / weights:.2%} ({claim.pruned:,})",
                 AGAIN,
             )
         ]
@@ -100,7 +100,7 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
                 "more-zeros-than-claimed",
                 "warning",
                 linear.name,
-                f"{has}, but the records say {claim.zeros / weights:.4%}",
+                f"{has}, but the records say {claim.zeros / weights:.2%} ({claim.zeros:,})",
                 CHANGED,
             )
         )

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.sweep import SweepResult
-from secateur.reporting.wording import bare_name, percent
+from secateur.reporting.wording import bare_name, percent, signed
 
 __all__ = ["CurvePoint", "curve_charts", "judged_points", "sweep_charts"]
 
@@ -51,10 +51,10 @@ class CurvePoint:
         """The point in words."""
         gone = "of the decoder cut out or zero" if self.cut else "zeros"
         words = (
-            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 1)} {gone}"
+            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 2)} {gone}"
         )
         if self.dense:
-            words += f", {math.log(self.perplexity / self.dense):+.3f} nats a token"
+            words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats a token"
         return words
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from secateur.publishing.secrets import without_folders
 from secateur.reporting.front_matter import front_matter, shown_place, source_name
 from secateur.reporting.tables import by_layer
+from secateur.reporting.wording import binary_size
 
 __all__ = ["model_card"]
 
@@ -24,7 +25,7 @@ Made by secateur {version} with **{method[name]}** (score {score}, solver {solve
 | pattern, scope | {method[pattern]}, {method[scope]} |
 | calibration | {calibration} |
 | wall time | {seconds} s on {hardware} |
-| peak memory | {peak} GiB |
+| peak memory | {peak} |
 
 The zeros are stored as zeros: these files are as large as those of the dense model in the same
 dtype, and engines that do not know of sparsity run it at the dense model's speed. To pack it:
@@ -77,17 +78,17 @@ def model_card(
         place=shown_place(output),
         source=source_name(source),
         kind=source["kind"],
-        sparsity=f"{result['decoder_sparsity']:.1%}",
+        sparsity=f"{result['decoder_sparsity']:.2%}",
         version=environment["secateur"],
         method=manifest["method"],
         score=manifest["method"]["score"].partition(",")[0],
         solver=manifest["method"]["solver"].partition(",")[0],
-        decoder_sparsity=f"{result['decoder_sparsity']:.4%}",
-        model_sparsity=f"{result['model_sparsity']:.4%}",
+        decoder_sparsity=f"{result['decoder_sparsity']:.2%}",
+        model_sparsity=f"{result['model_sparsity']:.2%}",
         calibration=describe_calibration(manifest.get("calibration")),
         seconds=f"{manifest['cost']['seconds']:.0f}",
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
-        peak=f"{manifest['cost']['peak_resident_bytes'] / 2**30:.2f}",
+        peak=binary_size(manifest["cost"]["peak_resident_bytes"]),
         recipe=without_folders(recipe_yaml.rstrip()),
         left=not_pruned(manifest.get("left", [])) + without_tokens(manifest.get("experts")),
         evidence=f"{evidence}\n\n" if evidence else "",

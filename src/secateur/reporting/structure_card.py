@@ -83,7 +83,7 @@ def structure_card(
         front_matter=front_matter(source, source_folder, tags),
         place=place,
         source=source_name(source),
-        kept=f"{1 - told['decoder_removed']:.1%}",
+        kept=f"{1 - told['decoder_removed']:.2%}",
         version=manifest["environment"]["secateur"],
         steps=", then ".join(f"{step['step']} by {step['by']}" for step in told["steps"]),
         before=before["parameters"],

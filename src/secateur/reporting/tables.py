@@ -21,9 +21,7 @@ __all__ = [
     "Block",
     "Line",
     "Table",
-    "gib",
     "html",
-    "mib",
     "next_steps",
     "not_pruned",
     "plain_text",
@@ -175,24 +173,6 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     for what, command in commands.items():
         lines += [Line(f"  {command}"), Line(f"      {what}", "dim")]
     return lines
-
-
-def gib(size: float) -> str:
-    """A size in GiB."""
-    return f"{size / 2**30:.2f} GiB"
-
-
-def mib(size: float) -> str:
-    """A size in MiB; small ones with decimals.
-
-    Example:
-        >>> from secateur.reporting.tables import mib
-        >>> mib(257 * 2**20), mib(6.5e6), mib(90_000)
-        ('257 MiB', '6.2 MiB', '0.09 MiB')
-    """
-    mebibytes = size / 2**20
-    digits = 0 if mebibytes >= 10 else 1 if mebibytes >= 1 else 2
-    return f"{mebibytes:,.{digits}f} MiB"
 
 
 def not_pruned(left: Sequence[Left]) -> str:

@@ -64,7 +64,7 @@ def training_card(
         front_matter=inherited_front_matter(manifest["source"], source_folder),
         place=shown_place(output),
         name=source_name(manifest["source"]),
-        sparsity=f"{result['decoder_sparsity']:.4%}",
+        sparsity=f"{result['decoder_sparsity']:.2%}",
         text=f"`{without_folders(manifest['text']['source'])}`",
         tokens=result["tokens"],
         steps=result["step"],

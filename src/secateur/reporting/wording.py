@@ -6,6 +6,7 @@ from pathlib import Path
 
 __all__ = [
     "bare_name",
+    "binary_size",
     "counted",
     "duration",
     "percent",
@@ -25,9 +26,24 @@ def percent(fraction: float, digits: int = 0) -> str:
     return f"{100 * fraction:.{digits}f}\u00a0%"  # a no-break space keeps the sign with its number
 
 
+def binary_size(nbytes: float) -> str:
+    """A size in KiB, MiB or GiB, with three digits.
+
+    Example:
+        >>> from secateur.reporting.wording import binary_size
+        >>> binary_size(6_500_000), binary_size(96 * 2**20), binary_size(300_000), binary_size(3e9)
+        ('6.20 MiB', '96.0 MiB', '293 KiB', '2.79 GiB')
+    """
+    power = 1 if nbytes < 2**20 else 2 if nbytes < 2**30 else 3
+    value = nbytes / 1024**power
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f} {'KMG'[power - 1]}iB"
+
+
 def signed(value: float, digits: int) -> str:
-    """A difference with its sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """A difference with its sign; no sign if it rounds to 0."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def counted(count: int, name: str) -> str:

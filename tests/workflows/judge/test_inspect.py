@@ -38,13 +38,22 @@ def test_a_line_for_each_layer(model: Path) -> None:
     assert dense[3] == "0.00%"
     assert pruned[3] != "0.00%"
     assert pruned[5] == "50.00% up_proj"
-    assert "decoder layers (--layer N" in str(result)
+    text = str(result)
+    assert "decoder layers (--layer N" in text
+    zeros = sum(linear.zeros for linear in result.audit.linears)
+    assert f"({zeros:,} of " in text  # exact, beside two decimals
+
+
+def test_layers_that_do_not_differ_share_a_line(tmp_path: Path) -> None:
+    result = secateur.inspect(save_tiny(tmp_path / "m"))
+    [row] = result.layers().rows
+    assert row == ("0 to 2", "7", "7,680", "0.00%", "", "")
 
 
 def test_the_linears_of_a_layer(model: Path) -> None:
     text = str(secateur.inspect(model, layer=1))
     assert "linears of decoder layer 1" in text
-    assert "50.0000%" in text
+    assert "50.00%" in text
     assert "model.layers.0." not in text
     for layer in (3, -1):
         with pytest.raises(RecipeError, match=f"no decoder layer {layer}: the model has 3"):

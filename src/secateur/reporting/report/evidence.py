@@ -7,6 +7,7 @@ from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.sweep import markdown_row
+from secateur.reporting.wording import binary_size
 
 __all__ = ["evidence"]
 
@@ -66,7 +67,7 @@ def speed(run: ReportedRun) -> str:
     ]
     for contender in ran:
         memory = contender.resident_bytes
-        size = f"{memory / 2**20:.0f} MiB" if memory else ""
+        size = binary_size(memory) if memory else ""
         lines.append(
             markdown_row([contender.contender, f"{contender.tokens_per_second:.1f}", size])
         )

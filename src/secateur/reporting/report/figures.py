@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
 from secateur.reporting.curves import CurvePoint, curve_charts, judged_points
 from secateur.reporting.report.records import Records, ReportedRun
-from secateur.reporting.tables import mib
-from secateur.reporting.wording import bare_name
+from secateur.reporting.wording import bare_name, binary_size
 from secateur.reporting.wording import percent as percent_of
 from secateur.runs.records import LinearEntry
 
@@ -222,10 +221,10 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
         packed = [x.compression.bfloat16_bytes for x in own if x.compression]
         dense = packed[0] if packed and not own[0].manifest.structure else 2 * parameters
         several = f", {parameters / 1e6:,.0f} M parameters" if len(sizes) > 1 else ""
-        bars.append(Bar(f"dense bfloat16{several}", dense / 2**20, mib(dense)))
+        bars.append(Bar(f"dense bfloat16{several}", dense / 2**20, binary_size(dense)))
         rounded = next((x.compression.dense_file_bytes for x in own if x.compression), {})
         bars += [
-            Bar(f"dense {values}{several}", rounded[values] / 2**20, mib(rounded[values]))
+            Bar(f"dense {values}{several}", rounded[values] / 2**20, binary_size(rounded[values]))
             for values in ("int8", "int4")
             if values in rounded and not own[0].manifest.structure
         ]
@@ -253,7 +252,7 @@ def size_bar(run: ReportedRun) -> Bar:
     packed, result = run.compression, run.manifest.result
     size = packed.file_bytes if packed else result.file_bytes
     kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
-    return Bar(run.name, size / 2**20, mib(size) + kind, ours=True)
+    return Bar(run.name, size / 2**20, binary_size(size) + kind, ours=True)
 
 
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
@@ -299,7 +298,7 @@ def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
                 Bar(
                     c.contender,
                     (c.resident_bytes or 0) / 2**20,
-                    mib(c.resident_bytes or 0),
+                    binary_size(c.resident_bytes or 0),
                     c.contender.startswith("packed"),
                 )
                 for c in ran

@@ -8,8 +8,8 @@ from secateur.reporting.drawing import Drawing, draw
 from secateur.reporting.report.headline import Claim
 from secateur.reporting.report.records import ReportedFit
 from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
-from secateur.reporting.tables import Table, mib
-from secateur.reporting.wording import duration, percent, signed
+from secateur.reporting.tables import Table
+from secateur.reporting.wording import binary_size, duration, percent, signed
 
 __all__ = ["FitView", "fit_view", "pruning_brought"]
 
@@ -74,7 +74,8 @@ def claims(result: FitResult) -> list[Claim]:
         Claim(
             "Smaller by",
             percent(1 - packed.ratio),
-            f"{mib(packed.file_bytes)} instead of {mib(packed.bfloat16_bytes)} in dense bfloat16.",
+            f"{binary_size(packed.file_bytes)} instead of {binary_size(packed.bfloat16_bytes)} in "
+            "dense bfloat16.",
             tone="good" if packed.ratio < 1 else "bad",
         ),
         Claim(
@@ -100,7 +101,7 @@ def pruning_brought(result: FitResult) -> Claim:
             tone="good",
         )
     sizes = (
-        f"Rounding alone, at {rounded.file_bytes / 2**20:.1f} MiB: "
+        f"Rounding alone, at {binary_size(rounded.file_bytes)}: "
         f"{signed(rounded.loss_increase, 3)} nats."
     )
     gain = rounded.loss_increase - winner.loss_increase

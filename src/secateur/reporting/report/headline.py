@@ -13,8 +13,7 @@ from typing import Literal
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.bench import GAIN
 from secateur.reporting.results.next_steps import command
-from secateur.reporting.tables import mib
-from secateur.reporting.wording import bare_name, counted, percent, signed
+from secateur.reporting.wording import bare_name, binary_size, counted, percent, signed
 from secateur.runs.evaluation import (
     EvaluationRecord,
     Measurement,
@@ -67,14 +66,16 @@ def smaller(run: ReportedRun) -> Claim:
         return Claim(
             "Smaller by",
             percent(saved),
-            f"{mib(cut.after.file_bytes)} instead of {mib(cut.before.file_bytes)} in "
-            f"the same dtype; {percent(cut.decoder_removed)} of the decoder was cut out.",
+            f"{binary_size(cut.after.file_bytes)} instead of "
+            f"{binary_size(cut.before.file_bytes)} in the same dtype; "
+            f"{percent(cut.decoder_removed, 2)} of the decoder was cut out.",
             tone=gain_tone(saved > 0),
         )
     if found is None:
         return not_packed(run)
     saved = 1 - found.ratio
-    against = f"{mib(found.file_bytes)} instead of {mib(found.bfloat16_bytes)} in dense bfloat16"
+    dense = f"{binary_size(found.bfloat16_bytes)} in dense bfloat16"
+    against = f"{binary_size(found.file_bytes)} instead of {dense}"
     return Claim(
         "Smaller by",
         percent(saved),
@@ -94,7 +95,7 @@ def parts_of_saving(found: Compression) -> str:
         return f"; all of it by leaving out {zeros}"
     values = " and ".join(dict.fromkeys(v for name in found.formats if (v := values_in(name))))
     return (
-        f": {percent((whole - dense) / whole)} by {values} alone ({mib(dense)}), "
+        f": {percent((whole - dense) / whole)} by {values} alone ({binary_size(dense)}), "
         f"{percent(by_zeros)} more by leaving out {zeros}"
     )
 
@@ -112,15 +113,15 @@ def gain_tone(gained: bool) -> Tone:
 def not_packed(run: ReportedRun) -> Claim:
     """A sentence: the zeros are still stored, and how large other files of these weights are."""
     result, source = run.manifest.result, run.manifest.source
-    sizes = [f"{mib(result.file_bytes)} in this folder"]
+    sizes = [f"{binary_size(result.file_bytes)} in this folder"]
     if result.parameters:
-        sizes.append(f"{mib(2 * result.parameters)} as dense bfloat16")
+        sizes.append(f"{binary_size(2 * result.parameters)} as dense bfloat16")
     if source.file_bytes:
-        sizes.append(f"{mib(source.file_bytes)} in {run.dense}")
+        sizes.append(f"{binary_size(source.file_bytes)} in {run.dense}")
     return Claim(
         "Smaller by",
         "not packed",
-        f"{percent(result.decoder_sparsity)} of the decoder's weights are zero, and stored as "
+        f"{percent(result.decoder_sparsity, 2)} of the decoder's weights are zero, and stored as "
         f"zeros: {', '.join(sizes)}. To pack them:",
         measured=False,
         command=command("compress", run.place, "--output", f"{run.place}-small"),

@@ -34,7 +34,7 @@ from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import Records, ReportedRun, ReportedSweep
 from secateur.reporting.report.what_if import advice_view
 from secateur.reporting.results.sweep import SweepResult
-from secateur.reporting.wording import bare_name, counted, percent
+from secateur.reporting.wording import bare_name, binary_size, counted, percent
 from secateur.runs.evaluation import GenerationRecord
 from secateur.runs.records import FindingEntry
 
@@ -160,8 +160,8 @@ def title(records: Records) -> str:
     if len(records.runs) == 1:
         manifest = records.runs[0].manifest
         if manifest.structure is not None:
-            return f"{subject}, cut to {percent(1 - manifest.structure.decoder_removed)}"
-        return f"{subject}, pruned to {percent(manifest.result.decoder_sparsity)}"
+            return f"{subject}, cut to {percent(1 - manifest.structure.decoder_removed, 2)}"
+        return f"{subject}, pruned to {percent(manifest.result.decoder_sparsity, 2)}"
     if records.runs:
         return f"{subject}: {len(records.runs)} pruned models compared"
     if records.sweeps:
@@ -218,12 +218,12 @@ def made_by(run: ReportedRun) -> str:
     method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
     effort = f" ({method['effort']})" if method.get("effort") else ""
     cut = run.manifest.structure
-    lost = f"{percent(result.decoder_sparsity, 1)} zeros in the decoder's matrices"
+    lost = f"{percent(result.decoder_sparsity, 2)} zeros in the decoder's matrices"
     if cut is not None:
-        lost = f"{percent(cut.decoder_removed, 1)} of the decoder cut out"
+        lost = f"{percent(cut.decoder_removed, 2)} of the decoder cut out"
     return (
         f"{method.get('name', '?')}{effort}, {method.get('pattern', '?')}, {lost}; pruned in "
-        f"{cost.seconds:.0f} s with {cost.peak_resident_bytes / 2**30:.2f} GiB"
+        f"{cost.seconds:.0f} s with {binary_size(cost.peak_resident_bytes)}"
     )
 
 

@@ -15,7 +15,7 @@ from secateur.reporting.report.records import (
     ReportedSweep,
 )
 from secateur.reporting.tables import by_layer
-from secateur.reporting.wording import percent
+from secateur.reporting.wording import binary_size, percent
 from secateur.runs.records.run import Manifest
 
 __all__ = ["Part", "of_advice", "of_fit", "of_run", "of_sweep"]
@@ -36,8 +36,8 @@ def of_run(run: ReportedRun) -> Part:
     """Everything that a run and its measurements depend on."""
     m = run.manifest
     result: dict[str, Any] = {
-        "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 4),
-        "zeros in all parameters": percent(m.result.model_sparsity, 4),
+        "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 2),
+        "zeros in all parameters": percent(m.result.model_sparsity, 2),
         "parameters": f"{m.result.parameters:,}",
     }
     if m.structure is not None:
@@ -45,10 +45,10 @@ def of_run(run: ReportedRun) -> Part:
         result["decoder cut out"] = percent(m.structure.decoder_removed, 2)
     cost: dict[str, Any] = {
         "time": f"{m.cost.seconds:.1f} s" + (", resumed" if m.cost.resumed else ""),
-        "peak memory": f"{m.cost.peak_resident_bytes / 2**30:.2f} GiB",
+        "peak memory": binary_size(m.cost.peak_resident_bytes),
     }
     if "peak_bytes" in m.plan:
-        cost["planned memory"] = f"{m.plan['peak_bytes'] / 2**30:.2f} GiB"
+        cost["planned memory"] = binary_size(m.plan["peak_bytes"])
     tables = [
         ("Source", facts({"folder": run.place, **m.source.model_dump(), "family": m.family})),
         ("Method", facts({**m.method, "allocation": m.allocation})),

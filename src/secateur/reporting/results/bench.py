@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.evaluation.speed import Speed
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, mib
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["GAIN", "BenchResult"]
 
@@ -93,8 +94,8 @@ class BenchResult(Result):
         return [
             Table.of(self.model, columns, rows),
             Line(
-                f"weight files {mib(self.file_bytes)}; dense bfloat16 would be "
-                f"{mib(self.dense_bytes)}"
+                f"weight files {binary_size(self.file_bytes)}; dense bfloat16 would be "
+                f"{binary_size(self.dense_bytes)}"
             ),
             Line(self.verdict),
             Line(
@@ -113,5 +114,5 @@ def contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
         f"{numbers['tokens_per_second_least']:.1f} to {numbers['tokens_per_second_most']:.1f}",
         f"{1e3 * numbers['first_token_seconds']:.0f} ms",
         f"{numbers['prompt_tokens_per_second']:.0f}",
-        mib(numbers["resident_bytes"]),
+        binary_size(numbers["resident_bytes"]),
     )

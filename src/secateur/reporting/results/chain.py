@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, mib
+from secateur.reporting.tables import Block, Table
+from secateur.reporting.wording import binary_size
 from secateur.runs.records import ChainStep
 
 __all__ = ["ChainResult"]
@@ -40,7 +41,7 @@ class ChainResult(Result):
                 f"{link.parameters:,}",
                 f"{link.kept:,}",
                 f"{link.kept / first.kept:.1%}",
-                mib(link.file_bytes),
+                binary_size(link.file_bytes),
                 f"{link.file_bytes / first.file_bytes:.1%}",
                 f"{link.seconds:.0f} s",
             )

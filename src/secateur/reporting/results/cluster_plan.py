@@ -8,8 +8,8 @@ from typing import Any
 
 from secateur.advisor.cluster import ClusterPlan
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, gib
-from secateur.reporting.wording import time_range
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import binary_size, time_range
 
 __all__ = ["ClusterPlanResult"]
 
@@ -39,8 +39,8 @@ class ClusterPlanResult(Result):
             (
                 phase.name,
                 time_range(phase.seconds.low, phase.seconds.high),
-                gib(round(phase.sent_bytes)) if phase.sent_bytes else "",
-                gib(round(phase.read_bytes)) if phase.read_bytes else "",
+                binary_size(round(phase.sent_bytes)) if phase.sent_bytes else "",
+                binary_size(round(phase.read_bytes)) if phase.read_bytes else "",
             )
             for phase in self.plan.phases
         ]
@@ -49,8 +49,8 @@ class ClusterPlanResult(Result):
         title = f"{self.model} in {self.plan.ranks} processes on {self.hardware}"
         columns = ("phase", "time", "each process sends", "each machine reads")
         memory = [
-            ("memory of each GPU", gib(round(self.plan.device_bytes))),
-            ("host memory of each process", gib(round(self.plan.host_bytes))),
+            ("memory of each GPU", binary_size(round(self.plan.device_bytes))),
+            ("host memory of each process", binary_size(round(self.plan.host_bytes))),
         ]
         return [
             Table.of(title, columns, rows),

@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_packed_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, mib
+from secateur.reporting.tables import Block, Table
+from secateur.reporting.wording import binary_size, signed
 
 __all__ = ["CompressResult", "DecompressResult", "FormatTotals", "stored_as"]
 
@@ -123,10 +124,10 @@ class CompressResult(Result):
     def blocks(self) -> Sequence[Block]:
         """Sizes and formats, and where the result is."""
         sizes = [
-            ("weight files before", mib(self.source_bytes), ""),
-            ("as dense bfloat16", mib(self.bfloat16_bytes), "100 %"),
-            ("weight files now", mib(self.file_bytes), f"{self.ratio:.2%}"),
-            ("of them linears", mib(self.linears.bytes), f"{self.linears.of_bfloat16:.2%}"),
+            ("weight files before", binary_size(self.source_bytes), ""),
+            ("as dense bfloat16", binary_size(self.bfloat16_bytes), "100 %"),
+            ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
+            ("of them linears", binary_size(self.linears.bytes), f"{self.linears.of_bfloat16:.2%}"),
         ]
         stored = [*self.formats.items()]
         if self.embeddings.matrices:
@@ -135,7 +136,7 @@ class CompressResult(Result):
             (
                 kind,
                 str(x.matrices),
-                mib(x.bytes),
+                binary_size(x.bytes),
                 f"{x.bits_per_weight:.3f}",
                 f"{x.of_bfloat16:.2%}",
             )
@@ -148,8 +149,9 @@ class CompressResult(Result):
             error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
             closing.insert(0, ("error of rounding", error))
         if chosen := self.rounding.get("chosen"):
-            rise = f"{chosen['loss_increase']:+.4f} nats on {chosen['judged_tokens']:,} tokens"
-            closing.insert(0, ("change of the loss", f"{rise} ({allowed(chosen)})"))
+            rise = f"{signed(chosen['loss_increase'], 4)} nats"
+            judged = f"{rise} on {chosen['judged_tokens']:,} tokens ({allowed(chosen)})"
+            closing.insert(0, ("change of the loss", judged))
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
@@ -184,7 +186,7 @@ class CompressResult(Result):
 def allowed(chosen: dict[str, Any]) -> str:
     """The bound on the loss, and where all matrices in one type would be."""
     uniform = chosen["uniform_loss_increase"].items()
-    others = ", ".join(f"all {values} {rise:+.4f}" for values, rise in uniform)
+    others = ", ".join(f"all {values} {signed(rise, 4)}" for values, rise in uniform)
     return f"at most {chosen['max_loss_increase']:g} allowed; {others}"
 
 
@@ -233,8 +235,8 @@ class DecompressResult(Result):
     def blocks(self) -> Sequence[Block]:
         """One table."""
         rows = [
-            ("weight files before", mib(self.source_bytes)),
-            ("weight files now", mib(self.file_bytes)),
+            ("weight files before", binary_size(self.source_bytes)),
+            ("weight files now", binary_size(self.file_bytes)),
             ("matrices unpacked", str(self.matrices)),
             ("time", f"{self.seconds:.1f} s"),
             ("output", str(self.output)),

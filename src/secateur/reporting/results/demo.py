@@ -14,8 +14,8 @@ from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.reporting.results.next_steps import command, generation
 from secateur.reporting.results.prune import PruneResult
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, gib, mib, next_steps
-from secateur.reporting.wording import without_blank_lines
+from secateur.reporting.tables import Block, Line, Table, next_steps
+from secateur.reporting.wording import binary_size, without_blank_lines
 
 __all__ = ["DemoResult"]
 
@@ -87,12 +87,12 @@ class DemoResult(Result):
         rounded = self.rounded_judged.perplexity
         perplexities = (text.reference_perplexity, rounded, text.perplexity)
         return [
-            ("weight files", *map(mib, sizes)),
+            ("weight files", *map(binary_size, sizes)),
             ("tokens per second, our kernels", *speeds),
             ("perplexity", *(f"{number:.2f}" for number in perplexities)),
-            ("zeros in decoder matrices", "", "", f"{packed.sparsity:.1%}"),
+            ("zeros in decoder matrices", "", "", f"{packed.sparsity:.2%}"),
             ("time to prune", "", "", f"{cost['seconds']:.0f} s"),
-            ("peak memory", "", "", gib(cost["peak_resident_bytes"])),
+            ("peak memory", "", "", binary_size(cost["peak_resident_bytes"])),
         ]
 
     def places(self) -> list[Block]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.exporting import Exported
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, mib
+from secateur.reporting.tables import Block, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["ExportResult"]
 
@@ -52,7 +53,7 @@ class ExportResult(Result):
         share = made.zeros / made.weights if made.weights else 0.0
         rows = [
             ("files", ", ".join(str(self.output / name) for name in self.files)),
-            ("size", mib(made.file_bytes)),
+            ("size", binary_size(made.file_bytes)),
             ("tensors", types),
             ("zeros in the matrices", f"{share:.2%}"),
             ("zeros kept exactly", f"{made.zeros_kept:,} of {made.zeros:,}"),

@@ -16,7 +16,8 @@ from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_fit
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, mib
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import binary_size, signed
 
 __all__ = [
     "ONLY_ROUNDED",
@@ -333,8 +334,8 @@ class FitResult(Result):
             return "Rounding alone is best here: zeros and cuts brought nothing."
         saved = rival.loss_increase - won.loss_increase
         return (
-            f"Zeros and cuts brought {saved:+.4f} nats per token of less loss than the best that "
-            f"is only rounded ({won.loss_increase:.4f} against {rival.loss_increase:.4f})."
+            f"Zeros and cuts brought {signed(saved, 4)} nats per token of less loss than the best "
+            f"that is only rounded ({won.loss_increase:.4f} against {rival.loss_increase:.4f})."
         )
 
     def tried(self) -> list[Block]:
@@ -342,7 +343,7 @@ class FitResult(Result):
         rows = [
             (
                 one.name,
-                "" if one.file_bytes is None else mib(one.file_bytes),
+                "" if one.file_bytes is None else binary_size(one.file_bytes),
                 "" if one.divergence is None else f"{one.divergence:.4f}",
                 one.outcome,
             )
@@ -355,21 +356,21 @@ class FitResult(Result):
         """The winner, its rivals, the frontier, and the next commands."""
         kinds = Counter(self.kind_of.values())
         facts = [
-            ("weight files", mib(self.packed.file_bytes)),
-            ("predicted at most", mib(self.winner.file_bytes)),
-            ("loss", f"{self.losses['winner'].loss_increase:+.4f} nats per token"),
+            ("weight files", binary_size(self.packed.file_bytes)),
+            ("predicted at most", binary_size(self.winner.file_bytes)),
+            ("loss", f"{signed(self.losses['winner'].loss_increase, 4)} nats per token"),
             ("linears", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
             ("time", f"{self.seconds:.0f} s"),
             ("output", str(self.output)),
         ]
         rivals = [
-            (name, mib(loss.file_bytes), f"{loss.loss_increase:+.4f}")
+            (name, binary_size(loss.file_bytes), signed(loss.loss_increase, 4))
             for name, loss in self.losses.items()
         ]
         made = [
             (
                 one.name,
-                mib(one.file_bytes),
+                binary_size(one.file_bytes),
                 f"{one.predicted:.4f}",
                 "" if one.mixed is None else f"{one.mixed:.4f}",
                 f"{one.divergence:.4f}",
@@ -378,7 +379,11 @@ class FitResult(Result):
         ]
         points = sorted((*self.singles, *self.frontier), key=lambda p: p.cost)
         rows = [
-            (p.name or f"mixed ({p.families})", mib(round(self.size(p))), f"{p.divergence:.4f}")
+            (
+                p.name or f"mixed ({p.families})",
+                binary_size(round(self.size(p))),
+                f"{p.divergence:.4f}",
+            )
             for p in points
         ]
         blocks: list[Block] = [
@@ -412,5 +417,5 @@ class FitResult(Result):
 
 def mark(label: str, name: str, size: float, divergence: float) -> Mark:
     """A mark of a model."""
-    told = f"{name}: {mib(size)}, {divergence:.4g} nats per token"
+    told = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
     return Mark(size / 2**20, divergence, label, told)

@@ -9,7 +9,8 @@ from typing import Any
 from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor
 from secateur.reporting.results.layers import layer_of
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, mib
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["GgufInspectResult"]
 
@@ -56,7 +57,7 @@ class GgufInspectResult(Result):
             ("architecture", str(architecture)),
             ("layers", str(data.get(f"{architecture}.block_count", "not named"))),
             ("parameters", f"{self.parameters:,}"),
-            ("file", mib(self.header.file_bytes)),
+            ("file", binary_size(self.header.file_bytes)),
             ("stored as", types_of(tensors)),
         ]
         metadata = [(key, in_a_line(value)) for key, value in data.items()]
@@ -111,7 +112,7 @@ def types_of(tensors: Iterable[GgufTensor]) -> str:
     for tensor in tensors:
         sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} ({mib(size)})" for kind, size in ordered)
+    return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in ordered)
 
 
 def in_a_line(value: Any) -> str:

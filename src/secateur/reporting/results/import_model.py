@@ -65,7 +65,7 @@ class ImportResult(Result):
         """What was found, as names and values."""
         record = self.record
         stored = Counter(x.stored_as for x in record.matrices if x.stored_as)
-        zeros = f"{record.sparsity:.4%}" if record.sparsity else "none: nothing has been pruned"
+        zeros = f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned"
         rows = [
             ("kind of source", record.kind),
             ("matrices stored as", counted(stored) or "plain tensors"),

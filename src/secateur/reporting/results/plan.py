@@ -8,8 +8,8 @@ from typing import Any
 
 from secateur.engine.plan import Plan
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, gib, mib, not_pruned
-from secateur.reporting.wording import time_range
+from secateur.reporting.tables import Block, Table, not_pruned
+from secateur.reporting.wording import binary_size, time_range
 from secateur.structured.accounting import Counts
 
 __all__ = ["CutPlanResult", "FitPlanResult", "PlanResult", "TrainPlanResult"]
@@ -57,12 +57,12 @@ class PlanResult(Result):
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
             *([("time on this machine", time_range(*plan.seconds))] if plan.seconds else []),
-            ("disk", gib(plan.disk_bytes)),
-            ("memory: the program itself", mib(plan.process_bytes)),
-            ("memory: one decoder layer", mib(plan.layer_bytes)),
-            (f"memory: hidden states (in {self.activations})", mib(plan.activation_bytes)),
-            ("memory: forwards", mib(plan.forward_bytes + plan.waiting_bytes)),
-            ("memory: statistics and solver", mib(plan.solve_bytes)),
+            ("disk", binary_size(plan.disk_bytes)),
+            ("memory: the program itself", binary_size(plan.process_bytes)),
+            ("memory: one decoder layer", binary_size(plan.layer_bytes)),
+            (f"memory: hidden states (in {self.activations})", binary_size(plan.activation_bytes)),
+            ("memory: forwards", binary_size(plan.forward_bytes + plan.waiting_bytes)),
+            ("memory: statistics and solver", binary_size(plan.solve_bytes)),
         ]
         if out:
             rows.append(("  the linear that takes most", f"{out} x {columns}"))
@@ -71,15 +71,18 @@ class PlanResult(Result):
             "memory: the whole model, generating windows": plan.writing_bytes,
             f"memory: {learning}, distilled": plan.distilling_bytes,
         }
-        rows += [(name, mib(size)) for name, size in optional.items() if size]
+        rows += [(name, binary_size(size)) for name, size in optional.items() if size]
         rows.append(
-            ("peak memory of the GPU" if plan.on_gpu else "peak memory", gib(plan.peak_bytes))
+            (
+                "peak memory of the GPU" if plan.on_gpu else "peak memory",
+                binary_size(plan.peak_bytes),
+            )
         )
         if plan.fallback_bytes:
             usual = plan.peak_bytes - plan.fallback_bytes
-            rows.append(("  if float32 can factorise every gram, as usual", gib(usual)))
+            rows.append(("  if float32 can factorise every gram, as usual", binary_size(usual)))
         if plan.on_gpu:
-            rows.append(("peak memory of the host", gib(plan.host_peak_bytes)))
+            rows.append(("peak memory of the host", binary_size(plan.host_peak_bytes)))
         return [Table.of("plan", ("", ""), rows)]
 
 
@@ -122,14 +125,18 @@ class CutPlanResult(Result):
             line("parameters", "parameters"),
             line("decoder layers", "decoder"),
             line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
-            ("weight files", mib(before.file_bytes), mib(after.file_bytes) if after else ""),
+            (
+                "weight files",
+                binary_size(before.file_bytes),
+                binary_size(after.file_bytes) if after else "",
+            ),
         ]
         needs = [("steps", ", ".join(self.steps))]
         if self.unknown:
             needs.append(("sizes are known during the run", ", ".join(self.unknown)))
         if self.plan is not None:
             where = "peak memory of the GPU" if self.plan.on_gpu else "peak memory"
-            needs.append((f"{where}, heads and neurons", gib(self.plan.peak_bytes)))
+            needs.append((f"{where}, heads and neurons", binary_size(self.plan.peak_bytes)))
         return [
             Table.of("plan of the cut", ("", "before", "after"), rows),
             Table.facts("", needs),
@@ -178,13 +185,13 @@ class TrainPlanResult(Result):
             ("windows", f"{self.windows:,} of {self.sequence_length} tokens"),
             ("validation windows", f"{self.validation_windows:,}"),
             ("length", length or f"{self.minutes:g} minutes"),
-            ("disk", gib(self.disk_bytes)),
-            *((f"memory: {name}", mib(self.memory[name])) for name in parts if self.memory[name]),
+            ("disk", binary_size(self.disk_bytes)),
+            *((f"memory: {x}", binary_size(self.memory[x])) for x in parts if self.memory[x]),
             ("peak memory of the GPU" if self.memory["on_gpu"] else "peak memory",
-             gib(self.memory["peak"])),
+             binary_size(self.memory["peak"])),
         ]  # fmt: skip
         if self.memory["on_gpu"]:
-            rows.append(("peak memory of the host", gib(self.memory["host_peak"])))
+            rows.append(("peak memory of the host", binary_size(self.memory["host_peak"])))
         return [Table.facts("plan of the training", rows)]
 
 
@@ -218,7 +225,7 @@ class FitPlanResult(Result):
         """A table of bounds, and one of the search."""
         bounds = [(name, *values) for name, values in self.bounds.items()]
         rows = [
-            ("weight files now", mib(self.file_bytes)),
+            ("weight files now", binary_size(self.file_bytes)),
             ("linear layers", f"{self.linears:,}"),
             ("levels of each", ", ".join(self.levels)),
             ("search", f"{self.generations} generations of {self.offspring} candidates"),

@@ -11,7 +11,8 @@ from secateur.models.inventory import Left
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, by_layer, gib, mib, not_pruned
+from secateur.reporting.tables import Block, Table, by_layer, not_pruned
+from secateur.reporting.wording import binary_size
 
 __all__ = ["PruneResult"]
 
@@ -48,7 +49,7 @@ class PruneResult(Result):
         """One table, and the tables of the compression if there was one."""
         if self.output is None:
             rows = [
-                ("zeros in decoder matrices", f"{self.sparsity:.4%}"),
+                ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
                 ("not pruned", not_pruned(self.left)),
             ]
             return [Table.facts("pruned in place", rows)]
@@ -56,13 +57,13 @@ class PruneResult(Result):
         rows = [
             ("method", f"{method['name']}, {method['pattern']}"),
             ("allocation", self.manifest["allocation"]["name"]),
-            ("zeros in decoder matrices", f"{result['decoder_sparsity']:.4%}"),
-            ("zeros in all parameters", f"{result['model_sparsity']:.4%}"),
+            ("zeros in decoder matrices", f"{result['decoder_sparsity']:.2%}"),
+            ("zeros in all parameters", f"{result['model_sparsity']:.2%}"),
             ("not pruned", not_pruned(self.left)),
             ("time", f"{cost['seconds']:.1f} s"),
-            ("peak memory", gib(cost["peak_resident_bytes"])),
-            ("planned memory", gib(self.manifest["plan"]["host_peak_bytes"])),
-            ("weight files", mib(result["file_bytes"])),
+            ("peak memory", binary_size(cost["peak_resident_bytes"])),
+            ("planned memory", binary_size(self.manifest["plan"]["host_peak_bytes"])),
+            ("weight files", binary_size(result["file_bytes"])),
         ]
         rows += reach_rows(self.manifest)
         if self.manifest["collapsed"]:

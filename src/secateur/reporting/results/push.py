@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, mib
+from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["PushResult"]
 
@@ -47,8 +48,8 @@ class PushResult(Result):
         rows = [
             ("repository", f"{self.repo} ({'private' if self.private else 'public'})"),
             ("branch", self.branch or "main"),
-            ("zeros in the decoder's matrices", f"{self.zeros:.4%}"),
-            ("size", mib(sum(self.files.values()))),
+            ("zeros in the decoder's matrices", f"{self.zeros:.2%}"),
+            ("size", binary_size(sum(self.files.values()))),
             ("left out", ", ".join(self.left_out) or "nothing"),
             *(("note", note) for note in self.notes),
             ("sent", self.address or "nothing: this was a dry run"),

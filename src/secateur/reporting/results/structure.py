@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, gib, mib
+from secateur.reporting.tables import Block, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["StructureResult"]
 
@@ -33,7 +34,8 @@ class StructureResult(Result):
     def blocks(self) -> Sequence[Block]:
         """What the cut removed in total and in each step, and what to try next."""
         zeros = self.manifest["result"]["decoder_sparsity"]
-        return [self.removed(), self.steps(), *after_a_dense_folder(self.output, zeros)]
+        tables = [self.removed(), self.steps(), self.cost()]
+        return [*tables, *after_a_dense_folder(self.output, zeros)]
 
     def removed(self) -> Table:
         """The model before and after."""
@@ -60,7 +62,12 @@ class StructureResult(Result):
             rows.insert(4, line("experts", "experts"))
         size = share(before["file_bytes"], after["file_bytes"])
         rows.append(
-            ("weight files", mib(before["file_bytes"]), mib(after["file_bytes"]), f"{size:.1%}")
+            (
+                "weight files",
+                binary_size(before["file_bytes"]),
+                binary_size(after["file_bytes"]),
+                f"{size:.1%}",
+            )
         )
         if cut.get("latency"):
             then, now = (cut["latency"][f"milliseconds_{when}"] for when in ("before", "after"))
@@ -70,19 +77,23 @@ class StructureResult(Result):
         return Table.of("cut", ("", "before", "after", "left"), rows)
 
     def steps(self) -> Table:
-        """The part of the decoder that each step kept; then cost and output folder."""
+        """The part of the decoder, or the tokens, that each step kept."""
+        rows = [(x["step"], x["by"], left_of(x)) for x in self.manifest["structure"]["steps"]]
+        return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
+
+    def cost(self) -> Table:
+        """What reads the result, the cost of the cut, and the output folder."""
         cut, cost = self.manifest["structure"], self.manifest["cost"]
-        steps = [(f"{x['step']}, by {x['by']}", left_of(x)) for x in cut["steps"]]
         rows = [
             (
                 "loads with",
                 "secateur, or trust_remote_code" if cut["varied"] else "plain transformers",
             ),
             ("time", f"{cost['seconds']:.1f} s"),
-            ("peak memory", gib(cost["peak_resident_bytes"])),
+            ("peak memory", binary_size(cost["peak_resident_bytes"])),
             ("output", str(self.output)),
         ]
-        return Table.of("steps", ("", "decoder"), [*steps, *rows], numbers=2)
+        return Table.facts("", rows)
 
 
 def share(before: int, after: int) -> float:
@@ -94,7 +105,7 @@ def left_of(step: Mapping[str, Any]) -> str:
     """What a step left, in words."""
     if "tokens_after" in step:
         return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
-    return f"{step_share(step):.1%} left"
+    return f"{step_share(step):.1%}"
 
 
 def step_share(step: Mapping[str, Any]) -> float:

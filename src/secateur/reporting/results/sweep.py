@@ -13,7 +13,7 @@ from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.results.next_steps import after_a_sweep
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
-from secateur.reporting.wording import bare_name, percent
+from secateur.reporting.wording import bare_name, binary_size, percent
 from secateur.runs.records import Sweep, SweepPoint
 
 __all__ = ["SweepResult", "markdown_row"]
@@ -79,8 +79,8 @@ class SweepResult(Result):
     def row(self, point: SweepPoint) -> list[str]:
         """One row of that table; in brackets the excess loss."""
         cells = (f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts)
-        size = f"{point.peak_resident_bytes / 2**30:.2f} GiB"
-        zeros = percent(point.zeros, 1)
+        size = binary_size(point.peak_resident_bytes)
+        zeros = percent(point.zeros, 2)
         return [point.method, point.pattern, zeros, *cells, f"{point.seconds:.0f} s", size]
 
     @property

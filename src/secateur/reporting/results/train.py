@@ -9,7 +9,8 @@ from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_dense_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, gib
+from secateur.reporting.tables import Block, Table
+from secateur.reporting.wording import binary_size
 
 __all__ = ["TrainResult"]
 
@@ -46,10 +47,10 @@ class TrainResult(Result):
         seconds = cost["training_seconds"]
         rows = [
             ("objective", self.manifest["objective"]),
-            ("zeros in decoder matrices", f"{self.sparsity:.4%}"),
+            ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
             ("read", f"{self.tokens:,} tokens in {self.steps:,} steps"),
             ("time", f"{seconds:.1f} s, {self.tokens / seconds:,.0f} tokens/s"),
-            ("peak memory", gib(cost["peak_resident_bytes"])),
+            ("peak memory", binary_size(cost["peak_resident_bytes"])),
             ("output", str(self.output)),
         ]
         if self.perplexity_after is not None:
