@@ -38,7 +38,7 @@ def test_generate(secateur, tmp_path: Path) -> None:
     assert shown.code == 0, shown.err
     assert shown.out.startswith("abc")
     assert shown.err.startswith("8 tokens, ")
-    assert "tokens/s (one call for each token)" in shown.err
+    assert "tokens/s (fused decode loop)" in shown.err
     told = json.loads(secateur(*asked, "--json").out)
     assert told["model"] == str(folder)
     assert told["prompt"] + told["text"] + "\n" == shown.out

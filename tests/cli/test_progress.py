@@ -23,10 +23,29 @@ class Log:
 def test_a_line_says_stage_percent_time_and_time_left() -> None:
     log = Log()
     log.progress.start("pruning", 30)
-    log.progress.step(10, note="model.layers.9")
     log.now = 60.0
+    log.progress.step(10, note="model.layers.9")
     log.progress.show()
     assert log.lines == ["pruning: 33% after 1 min 00 s, about 2 min 00 s left (model.layers.9)"]
+
+
+def test_the_time_left_does_not_rise_with_the_clock() -> None:
+    """`bench` loads ways of very different sizes: "50% after 2 min, about 2 min left" rose on."""
+    log = Log()
+    log.progress.start("loading", 4)
+    log.now = 20.0
+    log.progress.step(2)
+    for log.now in (20.0, 25.0, 60.0):
+        log.progress.show()
+    log.progress.step()
+    log.now = 100.0
+    log.progress.show()
+    assert log.lines == [
+        "loading: 50% after 20 s, about 20 s left",
+        "loading: 50% after 25 s, about 15 s left",
+        "loading: 50% after 1 min 00 s, about 10 s left",
+        "loading: 75% after 1 min 40 s",
+    ]
 
 
 def test_a_stage_of_one_step_shows_only_its_time() -> None:

@@ -98,6 +98,7 @@ class Stage:
         label: name of the stage.
         steps: number of steps; 1 if the progress within the stage is unknown.
         started: start time in seconds.
+        stepped: when the last step ended.
         done: number of finished steps.
         note: what the last step worked on.
     """
@@ -105,18 +106,21 @@ class Stage:
     label: str
     steps: int
     started: float
+    stepped: float
     done: int = 0
     note: str = ""
 
     def line(self, now: float) -> str:
         """A line with name, percent, elapsed time and time left."""
-        passed = now - self.started
+        passed, waited = now - self.started, now - self.stepped
         if self.steps <= 1:
             return f"{self.label}: {duration(passed)} so far"
         done = min(self.done, self.steps)
         words = f"{self.label}: {done / self.steps:.0%} after {duration(passed)}"
         if done:
-            words += f", about {duration(passed * (self.steps - done) / done)} left"
+            each = (self.stepped - self.started) / done  # the clock alone must not raise it
+            left = max(each - waited, 0) + each * (self.steps - done - 1)
+            words += f", about {duration(left)} left" if left >= 1 else ""
         return f"{words} ({self.note})" if self.note else words
 
 
@@ -141,7 +145,7 @@ class ProgressLines:
         self.interval_seconds, self.clock = interval_seconds, clock
         # keep the present stderr: some stages replace it for a while
         self.write = write or functools.partial(print, file=sys.stderr, flush=True)
-        self.stage = Stage(PREPARING, 1, clock())
+        self.stage = Stage(PREPARING, 1, clock(), clock())
         self.shown = False
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.print_lines, daemon=True)
@@ -166,11 +170,13 @@ class ProgressLines:
 
     def start(self, label: str, steps: int) -> None:
         """A stage begins."""
-        self.stage, self.shown = Stage(label, steps, self.clock()), False
+        now = self.clock()
+        self.stage, self.shown = Stage(label, steps, now, now), False
 
     def step(self, count: int = 1, note: str = "") -> None:
         """Some steps are done."""
         self.stage.done += count
+        self.stage.stepped = self.clock()
         self.stage.note = note
 
     def finish(self) -> None:

@@ -61,8 +61,7 @@ def check_layers(
     hit = sorted((x for x in drift if x.layer in bears), key=lambda x: -x.own_error)[:3]
     if hit:
         worst = "; ".join(
-            f"{layer_name(x.layer)} {x.own_error:.2f} (could bear {bears[x.layer]:.0%})"
-            for x in hit
+            f"{layer_name(x.layer)} {x.own_error:.2f} ({bears[x.layer]:.0%})" for x in hit
         )
         usual = statistics.median(x.own_error for x in drift)
         found.append(
@@ -70,7 +69,8 @@ def check_layers(
                 "hit-hardest",
                 "note",
                 layer_name(hit[0].layer),
-                f"relative error of the layer's addition, median layer {usual:.2f}: {worst}",
+                "layers with the largest relative error of the residual update (median "
+                f"{usual:.2f}), suggested sparsity in brackets: {worst}",
                 "prune these less and others more: --overrides, or an --allocation",
             )
         )

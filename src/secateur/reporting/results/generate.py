@@ -24,7 +24,7 @@ class GenerateResult(Result):
         load_seconds: time to load the model.
         first_token_seconds: time from the prompt to the first token.
         tokens_per_second: speed after the first token; None for a single token.
-        loop: `one call for each token`, or `transformers` and the reason.
+        loop: `fused decode loop`, one call into C for each token; or `transformers` and the reason.
         chat: whether the prompt was a message in the tokenizer's chat template.
     """
 

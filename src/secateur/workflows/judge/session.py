@@ -31,7 +31,7 @@ NEW_TOKENS = 256
 """The default maximum length of a text."""
 ROOM_TOKENS = 4096
 """Room for a conversation, if the model has as many positions. Memory is used when it fills."""
-ONE_CALL = "one call for each token"
+ONE_CALL = "fused decode loop"
 
 Message = dict[str, str]
 """A line of a conversation: `role` (system, user or assistant) and `content`."""

@@ -340,10 +340,11 @@ def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
     width = rest.ffn + (rest.attention if any(aim.sizes.groups) else 0)
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
+        most, least = rest.decoder / whole, (rest.decoder - width) / whole
         raise RecipeError(
-            f"the target keeps {target:.1%} of the decoder's parameters; without a cut of heads "
-            f"and neurons {rest.decoder / whole:.1%} stay, and these hold {width / whole:.1%}",
-            remedy="leave the target out, or choose another one",
+            f"a target of {target:.2%} of the decoder's parameters cannot be met: the other cuts "
+            f"leave {most:.2%}, and without any heads and neurons {least:.2%} would be left",
+            remedy=f"give a target between {least:.2%} and {most:.2%}, or leave it out",
         )
     return replace(aim, joint=joint)
 
