@@ -117,7 +117,7 @@ def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
 
 
 BAD = {
-    "sparsity one": (["--sparsity", "1.0"], 2, "--sparsity 1.0: must be less than 1"),
+    "sparsity one": (["--sparsity", "1.0"], 2, "--sparsity 1: must be less than 1"),
     "sparsity below zero": (["--sparsity", "-0.1"], 2, "--sparsity -0.1: must be 0 or more"),
     "no sparsity": ([], 2, "needs a sparsity"),
     "unknown method": (["--method", "wnada", "--sparsity", "0.5"], 2, "did you mean 'wanda'"),

@@ -206,7 +206,7 @@ FORMS = [
     ({"windows": "0"}, [], "--windows 0: must be 1 or more", "windows=0: must be 1 or more"),
     ({"effort": "fats"}, [], "--effort fats: must be fast, balanced or best; did you mean fast?",
      "effort='fats': must be fast, balanced or best; did you mean fast?"),
-    ({"sparsity": "2"}, [], "--sparsity 2.0: must be less than 1",
+    ({"sparsity": "2"}, [], "--sparsity 2: must be less than 1",
      "sparsity=2.0: must be less than 1"),
     ({"method_parameters": ["damping=x"]}, [], "--method-parameters damping=x: must be a number",
      "method_parameters.damping='x': must be a number"),

@@ -29,8 +29,9 @@ def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeE
     """
     if isinstance(error, UnknownCommandError):
         [verb, *_] = error.unused_tokens or [""]
+        known = unknown_name("verb", verb, verbs).partition("; known:")[0]
         return RecipeError(
-            f"{verb!r}: {unknown_name('verb', verb, verbs)}",
+            f"{verb}: unknown option" if verb.startswith("-") else f"{verb!r}: {known}",
             remedy="secateur --help lists the verbs",
         )
     where = " ".join(["secateur", *(error.command_chain or ())])

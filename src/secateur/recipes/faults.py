@@ -33,6 +33,9 @@ KINDS = {
 }
 """What a value must be, by pydantic's name of the fault."""
 
+ALONE = {int: "a whole number", float: "a number", str: "text"}
+"""Single values that may stand for a section."""
+
 SHOWN = 100
 """Characters of a value that an error shows."""
 
@@ -104,6 +107,7 @@ def described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -
         return keys, what  # options that contradict each other
     if name is None or (name.isidentifier() and name.islower()):
         return f"{'.'.join([name, *rest]) if name else keys}={repr(given)[:SHOWN]}", what
+    given = f"{given:g}" if isinstance(given, float) else given
     entry = "".join(f"{key}=" for key in rest if not key.isdecimal())
     return f"{name} {shlex.quote(f'{entry}{given}'[:SHOWN])}", what
 
@@ -133,7 +137,9 @@ def wrong(fault: Mapping[str, Any], field_type: Any) -> str:
     """What a value must be."""
     kind, limits = fault["type"], fault.get("ctx", {})
     must = KINDS.get(kind)
-    if kind == "greater_than":
+    if kind == "model_type" and getattr(field_type, "alone", ()):
+        must = " or ".join(ALONE[single] for single in field_type.alone)
+    elif kind == "greater_than":
         least = limits["gt"]
         must = f"{least + 1} or more" if field_type is int else f"more than {number(least)}"
     elif kind == "greater_than_equal":
