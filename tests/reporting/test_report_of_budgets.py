@@ -35,9 +35,9 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
     for told in (
         "fit: at most 70.0 MiB; 13 candidates on the frontier, 2 finalists; 21 min 00 s",
-        "67.0 MiB instead of 188 MiB",
+        "67 MiB instead of 188 MiB",
         "−0.030 nats",
-        "Rounding alone, at 70.0 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
+        "Rounding alone, at 70 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
         "3 of 10 matrices of the winner have zeros.",
         "every linear alike, pruned and rounded",
         "mixed, only rounded",

@@ -27,17 +27,19 @@ def percent(fraction: float, digits: int = 0) -> str:
 
 
 def binary_size(nbytes: float) -> str:
-    """A size in KiB, MiB or GiB, with three digits.
+    """A size in KiB, MiB or GiB; small ones with decimals.
 
     Example:
         >>> from secateur.reporting.wording import binary_size
-        >>> binary_size(6_500_000), binary_size(96 * 2**20), binary_size(300_000), binary_size(3e9)
-        ('6.20 MiB', '96.0 MiB', '293 KiB', '2.79 GiB')
+        >>> binary_size(257 * 2**20), binary_size(6.5e6), binary_size(90_000), binary_size(3e9)
+        ('257 MiB', '6.2 MiB', '88 KiB', '2.79 GiB')
     """
-    power = 1 if nbytes < 2**20 else 2 if nbytes < 2**30 else 3
-    value = nbytes / 1024**power
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:,.{digits}f} {'KMG'[power - 1]}iB"
+    if nbytes >= 2**30:
+        return f"{nbytes / 2**30:,.2f} GiB"
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:.0f} KiB"
+    mebibytes = nbytes / 2**20
+    return f"{mebibytes:.{0 if mebibytes >= 10 else 1}f} MiB"
 
 
 def signed(value: float, digits: int) -> str:

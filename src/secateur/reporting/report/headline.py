@@ -86,7 +86,7 @@ def smaller(run: ReportedRun) -> Claim:
 
 def parts_of_saving(found: Compression) -> str:
     """How much of the saving is rounding, and how much the zeros that are not stored."""
-    zeros = f"{percent(found.sparsity)} zeros"
+    zeros = f"{percent(found.sparsity, 2)} zeros"
     if "as here" not in found.dense_file_bytes:
         return f"; {zeros} are left out"
     whole, dense = found.bfloat16_bytes, found.dense_file_bytes["as here"]
