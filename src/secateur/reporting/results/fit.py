@@ -379,11 +379,7 @@ class FitResult(Result):
         ]
         points = sorted((*self.singles, *self.frontier), key=lambda p: p.cost)
         rows = [
-            (
-                p.name or f"mixed ({p.families})",
-                binary_size(round(self.size(p))),
-                f"{p.divergence:.4f}",
-            )
+            (p.name or f"mixed ({p.families})", binary_size(self.size(p)), f"{p.divergence:.4f}")
             for p in points
         ]
         blocks: list[Block] = [
