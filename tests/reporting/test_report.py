@@ -315,7 +315,9 @@ def test_what_is_rounding_and_what_is_zeros(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_full_run(tmp_path / "small"))
     # 257 MiB in bfloat16; 129 MiB with dense int8, 91 MiB without the zeros
     assert "91 MiB instead of 257 MiB in dense bfloat16" in page.text
-    assert "50\u00a0% by int8 alone (129 MiB), 15\u00a0% more by leaving out 50.00\u00a0%" in page.text
+    assert (
+        "50\u00a0% by int8 alone (129 MiB), 15\u00a0% more by leaving out 50.00\u00a0%" in page.text
+    )
     for bar in ("dense bfloat16 257 MiB", "dense int8 129 MiB", "dense int4 80 MiB"):
         assert bar in page.text
     assert " MB" not in page.text

@@ -31,7 +31,7 @@ def check_compression(recipe: CompressRecipe) -> None:
     if bound is not None and recipe.overrides:
         raise RecipeError(
             "a bound on the loss chooses the values of all linears, but some have their own",
-            where="overrides",
+            where="--overrides",
             remedy="leave one of the two out",
         )
     if bound is None:

@@ -55,7 +55,7 @@ def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
         assert least is not None
         raise RecipeError(
             f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
-            where="max_size",
+            where="--max-size",
             remedy=f"leave it, or give a size from {in_words(costs, SIZE, least)} on",
         )
 

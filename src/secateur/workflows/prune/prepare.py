@@ -353,7 +353,7 @@ def window_plan(options: CalibrationWindows, config: Any) -> WindowPlan:
     if length > longest:
         raise RecipeError(
             f"sequence length {length} exceeds the model's {longest} positions",
-            where="calibration.sequence_length",
+            where="--sequence-length",
             remedy=f"use --sequence-length {longest} or less",
         )
     return WindowPlan(options.windows, length, options.seed, options.packing)

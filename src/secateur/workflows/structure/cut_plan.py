@@ -226,6 +226,7 @@ def check_together(recipe: StructureRecipe) -> None:
             remedy="leave --whole-first and --whole-last out, or add --ffn, --kv-groups or a "
             "target",
         )
+    targets, widths = (["--" + n.replace("_", "-") for n in names] for names in (targets, widths))
     if len(targets) > 1:
         raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
     if targets and widths:
@@ -234,7 +235,9 @@ def check_together(recipe: StructureRecipe) -> None:
             remedy=f"leave {widths[0]} out, or the target",
         )
     if recipe.kv_groups is not None and recipe.kv_cache is not None:
-        raise RecipeError("kv_groups and kv_cache set the same number", remedy="give one of them")
+        raise RecipeError(
+            "--kv-groups and --kv-cache set the same number", remedy="give one of them"
+        )
 
 
 def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:

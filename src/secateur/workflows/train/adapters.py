@@ -140,7 +140,7 @@ def rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
         return {**decayed(model, recipe.layer_decay), **recipe.rates}
     if recipe.rates or recipe.layer_decay != 1:
         raise RecipeError(
-            "with adapters nothing else is trained, so rates and layer_decay change nothing",
+            "with adapters nothing else is trained, so --rates and --layer-decay change nothing",
             remedy="leave them out; lora.include and lora.exclude choose the linears",
         )
     return ADAPTERS_ALONE
