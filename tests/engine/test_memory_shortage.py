@@ -52,7 +52,7 @@ def test_memory_that_ends_in_a_layer_is_explained_and_the_run_resumes(
     assert "memory has ended: " in told.value.what
     assert "the plan was 0." in told.value.what
     assert str(told.value.where).endswith("GiB")
-    assert "--resume" in str(told.value.remedy)
+    assert "resume=True" in str(told.value.remedy)
     secateur.prune(tmp_path / "dense", output=tmp_path / "model", resume=True, **options)
     secateur.prune(tmp_path / "dense", output=tmp_path / "again", **options)
     ours = load_file(tmp_path / "model" / "model.safetensors")

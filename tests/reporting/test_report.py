@@ -215,7 +215,7 @@ def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
     marks = {series.name: series.marks[0] for series in chart.series}
     assert marks["cut"].x == pytest.approx(0.187)
     assert "at 18.70\u00a0% of the decoder cut out or zero" in marks["cut"].told
-    assert "at 50.0\u00a0% zeros" in marks["pruned"].told
+    assert "at 50.00\u00a0% zeros" in marks["pruned"].told
     denser = manifest(sparsity=0.4)
     other = write_run(tmp_path / "other", manifest=denser, evaluation=evaluation(33.0))
     [zeros_only] = curves(read_records([pruned, other]))

@@ -324,7 +324,7 @@ def test_a_speedup_of_a_model_that_our_loop_does_not_decode_is_refused(tmp_path:
     save_tiny(tmp_path / "dense", "gpt2")
     with pytest.raises(ArchitectureError, match="its type is not one of llama") as caught:
         secateur.fit(tmp_path / "dense", output=tmp_path / "no", decode_speedup=1.1)
-    assert caught.value.where == "--decode-speedup"
+    assert caught.value.where == "decode_speedup"
     assert not (tmp_path / "no.partial").exists()
 
 

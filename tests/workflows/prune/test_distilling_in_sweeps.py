@@ -311,7 +311,7 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
     assert report.manifest["distillation"]["sweep_windows"] == 6
     assert report.manifest["plan"]["sweep_windows"] == 16
     assert not list((tmp_path / "out").rglob("*predictions*"))
-    with pytest.raises(MemoryBudgetError, match="--distill-epochs 0"):
+    with pytest.raises(MemoryBudgetError, match="distill_epochs=0"):
         secateur.prune(
             folder, output=tmp_path / "no", max_memory=budget, **options,
             distill_sweep_windows=0,

@@ -205,7 +205,7 @@ def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     finished = (partial / "model" / "secateur" / "layers.jsonl").read_text().splitlines()
     assert len(finished) == 1
-    with pytest.raises(RecipeError, match=r"(?s)stopped before it finished.*--resume"):
+    with pytest.raises(RecipeError, match=r"(?s)stopped before it finished.*resume=True"):
         secateur.prune(
             source, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=windows
         )

@@ -189,7 +189,7 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
         return self.refuse(float("nan"), "the loss") if self.outcome.step == 5 else plain(self)
 
     monkeypatch.setattr(loop.Loop, "backward", failing)
-    with pytest.raises(NumericalError, match="--resume and a lower"):
+    with pytest.raises(NumericalError, match="resume=True and a lower"):
         train(places, tmp_path / "out")
     work = tmp_path / "out.partial" / "work"
     saved = load_file(work / "state.safetensors")

@@ -73,7 +73,7 @@ def test_a_full_disk_is_named_and_the_training_goes_on(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), at))
-        with pytest.raises(MemoryBudgetError, match=r"the disk is full .*(?s:.)*--resume"):
+        with pytest.raises(MemoryBudgetError, match=r"the disk is full .*(?s:.)*resume=True"):
             train(places, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial" / "work").glob("*.unfinished"))

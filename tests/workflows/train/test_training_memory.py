@@ -77,7 +77,7 @@ def test_the_peak_is_near_what_was_foretold(
 @pytest.mark.parametrize(
     ("more", "named", "remedy"),
     [
-        ({}, "optimizer", "--lora 16"),
+        ({}, "optimizer", "lora=16"),
         (
             {"lora": 2, "sequence_length": 64, "batch": 8, "micro_batch_windows": 8},
             "weights",
@@ -86,7 +86,7 @@ def test_the_peak_is_near_what_was_foretold(
         (
             {"sequence_length": 64, "batch": 64, "micro_batch_windows": 64},
             "forward",
-            "--micro-batch-windows 1",
+            "micro_batch_windows=1",
         ),
     ],
 )
