@@ -40,7 +40,7 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     assert (folder / "README.md").is_file()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "perplexity" in page
-    for words in ("tokens per second", "zeros in decoder matrices", "50.0%", "dense writes:"):
+    for words in ("tokens per second", "zeros in decoder matrices", "50.00%", "dense writes:"):
         assert words in ended.out
     for place in (folder, folder / "README.md", folder / "report.html"):
         assert f"{place}\n" in ended.out

@@ -240,7 +240,7 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     layers = [json.loads(x) for x in (out / "secateur" / "layers.jsonl").read_text().splitlines()]
     assert [x["layer"] for x in layers] == [0, 1, 2]
     card = (out / "README.md").read_text()
-    assert "pruned to 50.0%" in card
+    assert "pruned to 50.00%" in card
     assert "secateur prune recipe.yaml" in card
     assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
     # The recipe and the windows in the folder are enough to make it again.
