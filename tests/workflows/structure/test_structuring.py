@@ -225,7 +225,7 @@ def test_a_report_and_a_diagnosis_of_a_cut_model(
     ).manifest["structure"]
     secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    left = f"{1 - told['decoder_removed']:.0%}".removesuffix("%")
+    left = f"{1 - told['decoder_removed']:.2%}".removesuffix("%")
     assert re.search(rf"cut to {left}\s%", page)
     found = secateur.diagnose(tmp_path / "out")
     assert [f.id for f in found.findings if f.severity != "note"] == []
