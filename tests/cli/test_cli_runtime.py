@@ -72,7 +72,7 @@ def test_generate_refuses(secateur, tmp_path: Path) -> None:
     for options, told in (
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1"),
-        (("--prompt", "a", "--temperature", -1), "--temperature -1.0: must be 0"),
+        (("--prompt", "a", "--temperature", -1), "must be 0 or more"),
     ):
         done = secateur("generate", folder, *options)
         assert done.code == 2

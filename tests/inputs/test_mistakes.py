@@ -18,7 +18,7 @@ SENTENCES = "The cat sat on the mat and looked at the moon. " * 200
 
 MISTAKES = {
     # prune
-    "prune m --sparsity 50 -o o": "--sparsity 50.0: must be less than 1",
+    "prune m --sparsity 50 -o o": "--sparsity 50: must be less than 1",
     "prune m --sparsity 50% -o o": "--sparsity 50%: must be a number",
     "prune m --sparsity 0,5 -o o": "--sparsity 0,5: must be a number",
     "prune m --sparsity 0.5 --method Wanda -o o": "did you mean 'wanda'",
@@ -57,6 +57,8 @@ MISTAKES = {
     "train sparse --text t.txt --steps 1 --rates nothing=0 -o o": "no parameter matches",
     "train sparse --text t.txt --steps 1 --mask m -o o": "keep every weight",
     "train sparse --text t.txt --steps 1 --gradual 0.2 -o o": "more than 20.0%",
+    "train sparse --text t.txt --steps 1 --gradual 2:9 -o o": "divisible by 9",
+    "train sparse --text t.txt --validation-windows 0 --patience 3 -o o": "patience 3: must be 0",
     "train sparse --text short.txt --steps 1 -o o": "0 windows",
     "train sparse --text t.txt --epochs 3 --steps 9 -o o": "must be one of them",
     "train sparse --text t.txt --temperature 2 -o o": "changes nothing without --teacher",
@@ -74,6 +76,7 @@ MISTAKES = {
     "evaluate sparse --text t.txt --limit 5": "changes nothing without --tasks",
     "evaluate sparse --generation --windows 4": "none is measured",
     "evaluate sparse --text short.txt": "one window needs 64",
+    "evaluate sparse --text t.txt -o mine": "the output is a folder, not a file",
     "bench sparse --contenders packed": "needs a compressed model",
     "bench sparse --gguf nofile.gguf": "no such GGUF file",
     "diagnose m --machine": "leave --machine out",

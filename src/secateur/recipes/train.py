@@ -338,7 +338,9 @@ class TrainRecipe(
 
     @model_validator(mode="after")
     def check_length(self) -> TrainRecipe:
-        """One option says how long to train."""
+        """One option says how long to train, and patience needs validations."""
+        if self.patience and not self.validation_windows:
+            raise ValueError(f"patience {self.patience}: must be 0 without validation windows")
         lengths = {"steps": self.steps, "minutes": self.minutes}
         lengths["epochs"] = self.epochs if self.epochs != 1 else None
         given = [f"{name} {value:g}" for name, value in lengths.items() if value is not None]

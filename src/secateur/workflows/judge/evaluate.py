@@ -40,6 +40,7 @@ from secateur.runs.evaluation import (
     read_evaluation,
 )
 from secateur.runs.folder import NOTES
+from secateur.runs.output import check_writable
 from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
 __all__ = ["evaluate", "run_evaluation"]
@@ -104,9 +105,7 @@ def evaluate(
     if isinstance(model, nn.Module) and (dense is None or isinstance(dense, nn.Module)):
         refuse_unused(EvaluateRecipe, options, UNUSED, "a loaded model stays as it is")
     if tokenizer is not None and not any(isinstance(x, nn.Module) for x in (model, dense)):
-        raise RecipeError(
-            "`tokenizer` is for loaded models; a checkpoint has its own", remedy="leave it out"
-        )
+        raise RecipeError("a checkpoint has its own tokenizer", remedy="leave `tokenizer` out")
     own = {"model": name_of(model), "dense": None if dense is None else name_of(dense)}
     recipe, _ = recipe_of(EvaluateRecipe, own, options)
     return run_evaluation(
@@ -148,6 +147,8 @@ def run_evaluation(
     """
     refuse_several(recipe, ranks.count)
     refuse_idle(recipe)
+    if recipe.output is not None:
+        check_writable(Path(recipe.output), file=True)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
     kept = None if model is not None else stored_results(recipe.model)
     # read the rows of tasks first, so a missing task is an error before a model is loaded

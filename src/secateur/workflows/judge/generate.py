@@ -113,6 +113,8 @@ class Conversation:
             raise RecipeError(
                 f"max_new_tokens {max_new_tokens}", remedy="give at least one new token"
             )
+        if "" in stop:
+            raise RecipeError("a stop text is empty", remedy="give at least one character")
         self.session = TextSession(model, trust_remote_code=trust_remote_code)
         self.max_new_tokens, self.stop = max_new_tokens, stop
         given = dict(sampling or {})

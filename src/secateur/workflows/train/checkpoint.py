@@ -183,7 +183,9 @@ def train_into(
     if processes.main:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
         folder.begin(identity(recipe, target.reader, text, progress), settled)
-        folder.worth_resuming = lambda: any(work.rglob("*.safetensors"))
+        folder.worth_resuming = lambda: any(
+            file.name != "best.safetensors" for file in work.rglob("*.safetensors")
+        )
     if folder.finished:
         return
     found = foresee(recipe, source, target, text, work, processes)
