@@ -338,7 +338,7 @@ def test_resume_of_a_finished_run_with_another_recipe_is_refused(
     told = r"the finished run was a different one \(.*(now|changed)"
     with pytest.raises(RecipeError, match=told) as error:
         CASES[name].call(sources, tmp_path / "out", At(), resume=True, **{**options, **change})
-    assert "--overwrite" in str(error.value.remedy)
+    assert "overwrite" in str(error.value.remedy)
     assert every_byte(tmp_path) == before
 
 

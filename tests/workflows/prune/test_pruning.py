@@ -70,7 +70,7 @@ def test_a_file_of_windows_needs_no_tokenizer_in_place_either(windows: Path) -> 
     secateur.prune(other, calibration=tiny_windows(), **options)
     for name, module in matrices(one).items():
         assert torch.equal(matrices(other)[name].weight, module.weight), name
-    with pytest.raises(RecipeError, match="needs a tokenizer"):
+    with pytest.raises(RecipeError, match="needs its tokenizer"):
         secateur.prune(other, calibration="boolq-calibration", **options)
 
 
