@@ -137,8 +137,8 @@ def low_bits() -> Iterable[str]:
     yield from table(columns, lines)
     yield (
         "Quantization alone comes first: int4 loses less than 50 % zeros and is as fast. Zeros "
-        "beside int8 make a CPU faster. Zeros beside int4 save memory only. Below four bits, or at a size "
-        "that must be met, [fit](fit.md) measures what is best for each matrix."
+        "beside int8 make a CPU faster. Zeros beside int4 save memory only. Below four bits, or at "
+        "a size that must be met, [fit](fit.md) measures what is best for each matrix."
     )
     yield ""
 

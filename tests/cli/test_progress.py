@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from secateur.cli.progress import ProgressBar, ProgressLines, show_progress
+from secateur.cli.progress import ProgressLines, TerminalBar, show_progress
 from secateur.reporting.wording import duration
 
 
@@ -113,7 +113,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
     with show_progress() as progress:
-        assert isinstance(progress, ProgressBar)
+        assert isinstance(progress, TerminalBar)
         progress.start("pruning", 4)
         progress.step(4)
         progress.finish()

@@ -27,7 +27,7 @@ from secateur.cli.rendering import stderr
 from secateur.progress import Progress as Listener
 from secateur.reporting.wording import duration
 
-__all__ = ["ProgressBar", "ProgressLines", "show_progress"]
+__all__ = ["ProgressLines", "TerminalBar", "show_progress"]
 
 INTERVAL_SECONDS = 5.0
 """Seconds between two lines of progress when stderr is not a terminal."""
@@ -43,14 +43,14 @@ def show_progress() -> Iterator[Listener]:
     systems set.
     """
     if sys.stderr.isatty() and not stderr.is_dumb_terminal:
-        with ProgressBar() as bar:
+        with TerminalBar() as bar:
             yield bar
     else:
         with ProgressLines() as lines:
             yield lines
 
 
-class ProgressBar:
+class TerminalBar:
     """A moving bar with elapsed time and time left, for terminals."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class ProgressBar:
         )
         self.task: TaskID | None = None
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> TerminalBar:
         self.bar.start()
         return self
 
