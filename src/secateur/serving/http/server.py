@@ -28,6 +28,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
     Raises:
         RecipeError: the port is taken, or the address is not of this machine.
     """
+    if not host:  # the system would take every address
+        raise RecipeError("the address is empty", where="--host", remedy="127.0.0.1, or 0.0.0.0")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)

@@ -25,6 +25,7 @@ from secateur.runs.records import Bench, declared
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
+from secateur.workflows.judge.session import positions_in
 
 __all__ = ["bench"]
 
@@ -65,6 +66,13 @@ def bench(
     check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
     progress = listener(progress)
     folder = resolve(str(model), progress=progress).folder
+    positions = positions_in(folder)
+    if positions is not None and prompt_tokens + new_tokens > positions:
+        raise RecipeError(
+            f"the model has {positions} positions, for {prompt_tokens} prompt and {new_tokens} new tokens",
+            where="--prompt-tokens",
+            remedy="give fewer tokens",
+        )
     compressed = is_packed(folder)
     if not compressed:
         names = without_packed(names, model, chosen=contenders is not None)

@@ -24,7 +24,7 @@ from secateur.runtime.slots import why_not
 from secateur.runtime.stepped import SteppedGeneration
 from secateur.runtime.text import TextStream
 
-__all__ = ["Message", "TextSession"]
+__all__ = ["Message", "TextSession", "positions_in"]
 
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256
