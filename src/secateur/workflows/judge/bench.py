@@ -69,7 +69,8 @@ def bench(
     positions = positions_in(folder)
     if positions is not None and prompt_tokens + new_tokens > positions:
         raise RecipeError(
-            f"the model has {positions} positions, for {prompt_tokens} prompt and {new_tokens} new tokens",
+            f"the model has {positions} positions, for {prompt_tokens} prompt and {new_tokens} "
+            "new tokens",
             where="--prompt-tokens",
             remedy="give fewer tokens",
         )
