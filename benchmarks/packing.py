@@ -30,7 +30,6 @@ from hardware import heading, keep
 from secateur.models.checkpoint import shard_files
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import Decoder, continued
-from secateur.runtime.linear import PackedLinear
 
 PROMPTS = (
     "The capital of France is",
@@ -89,11 +88,8 @@ def same_texts(folder: Path, tokenizer: Any, dtype: torch.dtype) -> dict[str, in
 
 
 def perplexity(folder: Path, text: str, windows: int, *, rounded: bool = False) -> float:
-    """Of a packed folder; `rounded` lets kernels compute everything, otherwise torch multiplies."""
-    model = secateur.load(folder)
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.blocks, module.kernel_up_to = False, 2**31 if rounded else 0
+    """Of a packed folder; `rounded` as it runs, otherwise with activations as they are."""
+    model = secateur.load(folder, expand=not rounded)
     tokenizer = load_tokenizer(folder)
     judged = secateur.evaluate(
         model, text=text, tokenizer=tokenizer, sequence_length=2048, windows=windows

@@ -116,6 +116,9 @@ def test_no_room_for_text() -> None:
 # -- calibration ---------------------------------------------------------------------------------
 
 
+COMPUTED = {"dtype": "float32", "activations": "none"}
+
+
 def test_without_a_start_token_nothing_changes() -> None:
     """Windows and protocol ids as commit 80ad24a made them."""
     tokenizer = tiny_tokenizer(WORDS)
@@ -124,9 +127,9 @@ def test_without_a_start_token_nothing_changes() -> None:
     assert [digest(w) for w in (*made, judged)] == [
         "a1fdc8f308f5f49b", "ebfb30c94bf70fa1", "a9808585134fce9e",
     ]  # fmt: skip
-    told = protocol(judged, dataset="a", join="b", tokenizer="c", dtype=torch.float32, start=())
-    assert protocol_id("ppl", told) == "ppl-180aae63"
-    assert protocol_id("div", told) == "div-6c28ee82"
+    told = protocol(judged, dataset="a", join="b", computed=COMPUTED, start=())
+    assert protocol_id("ppl", told) == "ppl-180aae63-float32"
+    assert protocol_id("div", told) == "div-6c28ee82-float32"
 
 
 @pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "<pad> <bos> $A"])
@@ -320,9 +323,7 @@ def test_divergence_predicts_no_start_token() -> None:
 
 def test_the_protocol_id_knows_it() -> None:
     windows = torch.full((1, 8), BOS)
-    facts: dict[str, Any] = {
-        "dataset": "a", "join": "b", "tokenizer": "c", "dtype": torch.float32,
-    }  # fmt: skip
+    facts: dict[str, Any] = {"dataset": "a", "join": "b", "computed": COMPUTED}
     plain, begun = protocol(windows, **facts), protocol(windows, **facts, start=(BOS,))
     assert protocol_id("ppl", plain) != protocol_id("ppl", begun)
 

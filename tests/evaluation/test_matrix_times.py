@@ -108,6 +108,33 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
     assert all(len(entry["measured"]) == len("2026-01-01") for entry in told[here].values())
 
 
+def test_an_entry_that_is_no_time_is_measured_again(tmp_path: Path) -> None:
+    """Zeros were stored where layers took less than the clock could tell, and then divided by."""
+    file = tmp_path / "t.json"
+
+    def run() -> matrix_times.MatrixTimes:
+        return time_matrices(
+            config(), SHAPES, [INT4], Silent(), file=file, timer=scripted, loop=looped
+        )
+
+    sound = run()
+    table = json.loads(file.read_text())
+    for broken in ([3e-4, 0.0, 0.0], 0.0, [], None, float("inf"), "fast"):
+        for entry in table[machine()].values():
+            entry["seconds"] = broken
+        file.write_text(json.dumps(table))
+        assert run() == sound
+
+
+@torch.inference_mode()
+def test_the_decode_loop_never_takes_no_time() -> None:
+    tiny = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    assert all(seconds > 0 for seconds in matrix_times.looped(tiny, INT4))
+
+
 def test_times_of_another_machine_are_kept_and_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,9 +144,8 @@ def test_windows_are_the_text_cut_up_and_the_rest_dropped():
 
 
 def test_protocol():
-    record = protocol(
-        tiny_windows(3, 8), dataset="a.txt", join="as it is", tokenizer="t", dtype=torch.bfloat16
-    )
+    computed = {"dtype": "bfloat16", "activations": "int8 g256"}
+    record = protocol(tiny_windows(3, 8), dataset="a.txt", join="as it is", computed=computed)
     assert record == {
         "dataset": "a.txt",
         "join": "as it is",
@@ -154,8 +153,7 @@ def test_protocol():
         "windows": 3,
         "tokens": 21,
         "token_ids": fingerprint(tiny_windows(3, 8)),
-        "dtype": "bfloat16",
-        "tokenizer": "t",
+        **computed,
     }
 
 

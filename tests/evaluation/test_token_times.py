@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import cycle
@@ -14,7 +15,15 @@ import transformers
 from secateur.errors import ArchitectureError
 from secateur.evaluation import token_times
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import STEPS, TURNS, Way, kept_times, random_model, time_tokens
+from secateur.evaluation.token_times import (
+    LEAST_LAYERS,
+    STEPS,
+    TURNS,
+    Way,
+    kept_times,
+    random_model,
+    time_tokens,
+)
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 
@@ -78,6 +87,27 @@ def test_times_of_all_layers_follow_from_some(
     assert timed.prompt == 8.0 * 6 / 2 / 64
 
 
+def test_layers_that_are_lost_in_the_noise_do_not_take_no_time(tmp_path: Path) -> None:
+    """As many tokens as allowed, and then the least that a model may take."""
+    clock = scripted(prompt=1.0, token=1.0, ends=1.0)
+    for name in ("one", "again"):
+        (timed,) = time_tokens(
+            config(), [Way("int8", 0.0)], Silent(), file=tmp_path / name, clock=clock
+        ).values()
+        assert timed.layers == pytest.approx(LEAST_LAYERS)
+
+
+def test_a_kept_time_of_nothing_is_measured_again(tmp_path: Path) -> None:
+    file, way = tmp_path / "t.json", Way("int8", 0.0)
+    time_tokens(config(), [way], Silent(), file=file)
+    (key,) = known = kept_times(file)
+    for broken in ({"layers": 0.0}, {"ends": float("nan")}, {"prompt": None}):
+        file.write_text(json.dumps({key: known[key] | broken}))
+        clock = scripted(prompt=8.0, token=5.0, ends=1.0)
+        (timed,) = time_tokens(config(), [way], Silent(), file=file, clock=clock).values()
+        assert (timed.ends, timed.layers) == (1.0, 4.0)
+
+
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
     file, way = tmp_path / "sub" / "t.json", Way("bf16", 0.0)
     first = time_tokens(config(), [way], Silent(), file=file)
@@ -87,12 +117,12 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
 
     assert time_tokens(config(), [way], Silent(), file=file, clock=never) == first
     assert first[way].layers > 0
-    calls = 0
+    calls, clock = 0, scripted(prompt=8.0, token=5.0, ends=1.0)
 
     def counted() -> float:
         nonlocal calls
         calls += 1
-        return float(calls)
+        return clock()
 
     time_tokens(config(layers=5), [way], Silent(), file=file, clock=counted)
     assert calls == 2 * (TURNS + 1) * (1 + 2 * STEPS)

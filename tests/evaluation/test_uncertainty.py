@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
-from secateur.evaluation.protocol import fingerprint, protocol_id
+from secateur.evaluation.protocol import fingerprint, judged_part, protocol_id
 from secateur.evaluation.uncertainty import central_share, compare, retention, standard_error
 
 
@@ -114,8 +114,14 @@ def test_protocol_ids_are_of_the_content() -> None:
     protocol = {"dataset": "a.txt", "join": "x", "windows": 3, "token_ids": "00", "dtype": "f"}
     named = protocol_id("ppl", protocol)
     assert named.startswith("ppl-")
-    assert len(named) == 12
-    assert protocol_id("ppl", {**protocol, "dataset": "b.txt", "dtype": "bfloat16"}) == named
+    assert named.endswith("-f")
+    assert len(judged_part(named)) == 12
+    assert protocol_id("ppl", {**protocol, "dataset": "b.txt"}) == named
+    assert protocol_id("ppl", {**protocol, "activations": "none"}) == named
+    computed = {"dtype": "bfloat16", "activations": "int8 g256"}
+    assert protocol_id("ppl", {**protocol, **computed}) == (
+        f"{judged_part(named)}-bfloat16-int8g256"
+    )
     assert protocol_id("ppl", {**protocol, "windows": 4}) != named
     assert protocol_id("div", protocol)[4:] != named[4:]
 

@@ -279,7 +279,8 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
     costs, rises = [160.0, 82.0, 42.0, 90.0, 32.0], [1e-6, 2e-4, 0.08, 0.4, 0.5]
 
     def found(name: str, cost: float, divergence: float, families: str) -> dict[str, Any]:
-        told = {"candidate": [0] * 10, "cost": [cost * 2**20], "divergence": divergence}
+        candidate = [levels.index(name)] * 10 if name else [2] * 6 + [1] * 4
+        told = {"candidate": candidate, "cost": [cost * 2**20], "divergence": divergence}
         return {**told, "predicted": divergence, "families": families, "name": name}
 
     def made(name: str, size: float, divergence: float) -> dict[str, Any]:
@@ -314,7 +315,9 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
             *(found("", cost + 3, 1.2 * rise, "quantize") for cost, rise in mixed),
         ],
         "losses": {
-            "winner": {"file_bytes": 67 * 2**20, "loss_increase": 0.09},
+            "winner": {
+                "file_bytes": 67 * 2**20, "loss_increase": 0.09, "standard_error": 0.0042,
+            },
             "the best single technique": {"file_bytes": 60 * 2**20, "loss_increase": 0.5},
             "the best that is only rounded": (
                 {"file_bytes": 70 * 2**20, "loss_increase": 0.12}

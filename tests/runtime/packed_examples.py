@@ -77,7 +77,10 @@ def packed_folder(
                 file.tensors[name] = PartSpec(tensor.dtype, tuple(tensor.shape))
                 tensors[name] = tensor
     write_packed(folder, files, tensors.items(), archive=archive)
-    config = {"model_type": "llama", "quantization_config": quantization_config(archive)}
+    config = {
+        "model_type": "llama",
+        "quantization_config": quantization_config(archive, layouts.values()),
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
 

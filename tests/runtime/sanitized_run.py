@@ -25,7 +25,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
+from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.runtime.slots import SlotDecoder, Token
 
@@ -75,7 +75,7 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
     by_tiles(matrix, torch.randn(9, matrix.columns))
-    if takes_blocks(matrix):
+    if matrix.integers:
         for tokens in (1, 9, 34):
             by_blocks(matrix, torch.randn(tokens, matrix.columns))
             by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())

@@ -21,6 +21,7 @@ from runtime.packed_models import IDS, packed_model, python, settled
 from same_logits import assert_same_logits
 from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
+from secateur.runtime.description import activations_for
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
@@ -217,17 +218,16 @@ def test_float16_models(tmp_path: Path) -> None:
 
 
 def test_int8_in_bfloat16_is_as_near_as_its_rounding(tmp_path: Path) -> None:
-    """One prompt by the kernel and one long enough for tiles: neither rounds scales."""
+    """By the kernel and by blocks: activations are rounded as the folder says, and no scale is."""
     folder = packed_model(tmp_path, "llama", values="int8", num_hidden_layers=1)
     model = secateur.load(folder)
     weight = secateur.load(folder, dtype=torch.float32, expand=True).model.layers[0].mlp.up_proj
     up = model.model.layers[0].mlp.up_proj
     x = torch.randn(9, 32).bfloat16()
-    expected = x.double() @ weight.weight.double().T
-    up.kernel_up_to = 1
-    tiled = up(x).double()
-    # two roundings to bfloat16: of the sum, and of its product with the scale
-    assert float(((tiled - expected).abs() / expected.abs()).max()) < 2.02 * 2**-8
+    expected = rounded_to_bytes(x.float()) @ weight.weight.double().T
+    for up_to in (1, 16):
+        up.kernel_up_to = up_to
+        torch.testing.assert_close(up(x).double(), expected, rtol=1.02 * 2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("stored", ["bitmask", "int8 embeddings"])
@@ -374,7 +374,11 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
         for table, entry in zip(tables, (told, bytearray(part.numpy().tobytes()), ""), strict=True):
             table[f"{name}.{suffix}"] = entry
     forgery.told["layouts"][name] = layout.to_json()
+    forgery.told["activations"] = activations_for([layout])
     forgery.write()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["activations"] = activations_for([layout])
+    (folder / "config.json").write_text(json.dumps(config))
     index_again(folder)
 
 
@@ -386,8 +390,10 @@ def test_an_embedding_that_somebody_else_has_packed(
 ) -> None:
     folder = packed_model(tmp_path)
     group = 32 if values == "int4" else None
-    pack_by_hand(folder, "model.embed_tokens", Layout(format, values, (96, 32), group=group))
-    expected = logits_of(secateur.load(folder, dtype=torch.float32, expand=True))
+    layout = Layout(format, values, (96, 32), group=group)
+    pack_by_hand(folder, "model.embed_tokens", layout)
+    told = {"expand": True} if not layout.integers else {"kernels": False}
+    expected = logits_of(secateur.load(folder, dtype=torch.float32, **told))
     found = logits_of(secateur.load(folder, dtype=torch.float32))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 

@@ -200,7 +200,7 @@ def misplace(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=4), "version 4, but this release reads 1 to 3"),
+        (lambda f: config_with(f, version=5), "version 5, but this release reads 1 to 4"),
         (lambda f: config_with(f, version=1), "config.json says version 1, and secateur"),
         (lambda f: config_with(f, version=True), "version True"),
         (lambda f: config_with(f, archive="no"), "archive is not true or false"),
@@ -247,9 +247,9 @@ def test_a_flipped_bit_is_told_by_tensor(tmp_path: Path, name: str) -> None:
 def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     packed_folder(tmp_path / "m")
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
-    forgery.told["version"] = 4
+    forgery.told["version"] = 5
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"(?s)version 4.*newer secateur"):
+    with pytest.raises(CheckpointError, match=r"(?s)version 5.*newer secateur"):
         PackedCheckpoint(tmp_path / "m")
 
 

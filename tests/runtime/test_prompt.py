@@ -137,14 +137,38 @@ def test_what_does_not_fit_is_refused():
         by_blocks(floats, torch.randn(9, 70))
 
 
-def test_the_faster_way_for_many_tokens_is_chosen(monkeypatch):
-    """Blocks are an answer for integers only, and only where they were measured to be faster."""
-    whole, _ = example(64, 64, torch.int8, 0.5)
-    floats, _ = example(64, 64, torch.bfloat16, 0.5)
-    for first, second, faster in ((1.0, 2.0, True), (2.0, 1.0, False)):
-        monkeypatch.setattr(dispatch, "seconds", lambda *_, a=first, b=second: [a, b])
-        assert dispatch.blocks_win([whole], torch.float32) is faster
-        assert not dispatch.blocks_win([floats], torch.float32)
+def of_values(values: torch.dtype | str) -> KernelMatrix:
+    """A matrix with half zeros, 33 × 300."""
+    if values == "int4":
+        return example_of_codes(33, 300, 64, 0.5)[0]
+    return example(33, 300, values, 0.5)[0]
+
+
+@pytest.mark.parametrize("values", [torch.int8, "int4", torch.bfloat16])
+def test_no_stopwatch_changes_a_number(monkeypatch, values):
+    """Whatever is measured to be faster, a prompt and its tokens get the same product."""
+    matrix, x, found, chosen = of_values(values), torch.randn(21, 300), [], set()
+    for times in ([1.0, 2.0], [2.0, 1.0]):
+        monkeypatch.setattr(dispatch, "seconds", lambda *_, times=times: times)
+        monkeypatch.setattr(dispatch, "measured_gain", lambda *_: 1.0)
+        up_to = dispatch.measure([matrix], torch.float32).kernel_up_to
+        linear = PackedLinear(matrix, kernel_up_to=up_to)
+        found += [linear(x), torch.cat([linear(one[None]) for one in x])]
+        chosen.add(up_to)
+    assert chosen == {1, 64}
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5 * found[0].abs().max())
+
+
+@pytest.mark.parametrize("values", [torch.int8, "int4"])
+def test_a_matrix_that_is_made_dense_keeps_its_integers(values):
+    """It was made bfloat16, so a stopwatch decided whether activations are rounded."""
+    matrix = of_values(values)
+    dense = matrix.dense(torch.bfloat16)
+    assert dense.integers
+    assert dense.mask is None
+    x = torch.randn(9, 300)
+    torch.testing.assert_close(by_blocks(dense, x), by_blocks(matrix, x))
 
 
 def test_a_linear_takes_its_way_for_many_tokens():
@@ -153,5 +177,5 @@ def test_a_linear_takes_its_way_for_many_tokens():
     x = torch.randn(9, 130)
     assert torch.equal(linear(x[:4]), by_kernel(matrix, x[:4]))
     assert torch.equal(linear(x), by_blocks(matrix, x))
-    linear.blocks = False
-    assert torch.equal(linear(x), by_tiles(matrix, x))
+    floats, _ = example(33, 130, torch.bfloat16, 0.5)
+    assert torch.equal(PackedLinear(floats, kernel_up_to=4)(x), by_tiles(floats, x))

@@ -22,4 +22,4 @@ def run(recipe: CompressRecipe, **call: Any) -> CompressResult:
         return compress_recipe(recipe, progress, **call)
 
 
-compress = command("compress", run)
+compress = command("compress", run, exit_code=lambda result: 3 if result.broken else 0)

@@ -15,7 +15,8 @@ gains from a quiet moment more than one that does not. So a way takes turns with
 the median of their tokens, and the ratio is kept: the median over the turns.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
-the version of secateur; every time has its date. Sparsities in between are interpolated.
+the version of secateur; every time has its date. An entry that is no positive number is measured
+again. Sparsities in between are interpolated.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 
 from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, kept_times
+from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, kept_times, plausible
 from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
@@ -120,7 +121,7 @@ def time_matrices(
     progress.start("timing matrices", len(every) * (1 + len(counts)))
 
     def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
-        if name not in table:
+        if not plausible(table.get(name, {}).get("seconds")):
             table[name] = {"seconds": measure(*what), "measured": date.today().isoformat()}
             add_entry(file, name, table[name])
         dates.append(table[name]["measured"])
@@ -153,7 +154,7 @@ def looped(config: Any, way: Way) -> Loop:
     turns = [(timer.turn(), base.turn()) for _ in range(TURNS)]
     ends = statistics.median(own.ends for own, _ in turns)
     beside = statistics.median(other.layers for _, other in turns)
-    ratio = statistics.median(own.layers / max(other.layers, 1e-9) for own, other in turns)
+    ratio = statistics.median(own.layers / other.layers for own, other in turns)
     return ends, beside if way == BASE else ratio * beside, beside
 
 

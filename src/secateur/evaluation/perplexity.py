@@ -7,7 +7,7 @@ The last partial window is dropped. If the tokenizer puts a start token in front
 window of S tokens begins with it and has S − 1 tokens of text (`calibration.cutting`). The model
 predicts tokens 2 to S of each window, so N = windows · (S − 1). A start token is never predicted:
 after k > 1 start tokens the first prediction is token k + 1. You can compare perplexities only if
-data set, join, sequence length, start tokens and tokenizer are the same. `protocol` records them.
+the windows are the same token ids, with the same start tokens. `protocol` records them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,7 @@ class PerplexityResult:
         sequence_length: tokens in each window.
         standard_error: standard error of the mean loss, over windows; None for one window.
         seconds: duration of the measurement.
+        losses: the mean loss of each window.
     """
 
     perplexity: float
@@ -72,6 +73,7 @@ class PerplexityResult:
     sequence_length: int
     standard_error: float | None
     seconds: float
+    losses: tuple[float, ...] = ()
 
 
 def evaluation_windows(
@@ -113,18 +115,18 @@ def protocol(
     *,
     dataset: str,
     join: str,
-    tokenizer: str,
-    dtype: torch.dtype,
+    computed: Mapping[str, str],
     start: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Everything that a perplexity depends on besides the model, as JSON values.
+    """Everything that a perplexity depends on besides the weights, as JSON values.
+
+    The token ids say all that a tokenizer does, so its name is not there.
 
     Args:
         windows: from `evaluation_windows`.
         dataset: data set and split, or file.
         join: how its documents were joined.
-        tokenizer: the name of the model that it belongs to.
-        dtype: dtype of the model's weights.
+        computed: how the model computes, from `protocol.computed_by`.
         start: the start tokens of the tokenizer; the protocol has them if there are any.
     """
     count, length = windows.shape
@@ -137,8 +139,7 @@ def protocol(
         "tokens": count * (length - given(len(start))),
         "token_ids": fingerprint(windows),
         **named,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tokenizer": tokenizer,
+        **computed,
     }
 
 
@@ -234,6 +235,7 @@ def summary(losses: Sequence[float], length: int, first: int, seconds: float) ->
         sequence_length=length,
         standard_error=standard_error(losses),
         seconds=seconds,
+        losses=tuple(losses),
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, SourceError
-from secateur.evaluation.protocol import fingerprint, protocol_id
+from secateur.evaluation.protocol import computed_by, fingerprint, protocol_id
 from secateur.evaluation.task_data import TaskSpec, check_request, local_rows, task_spec
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.hub import hub_or_cache
@@ -220,11 +220,11 @@ def run_tasks(
             progress.finish()
             for request, response in zip(requests, found, strict=True):
                 request.resps, request.filtered_resps = [response], {}
-            scores += scored(one)
+            scores += scored(one, {**one.protocol, **computed_by(model)})
     return scores
 
 
-def scored(one: PreparedTask) -> list[TaskScore]:
+def scored(one: PreparedTask, protocol: Mapping[str, Any]) -> list[TaskScore]:
     """The metrics of a task with answered requests. lm-eval decides which answers are right."""
     task = one.task
     task.apply_filters()
@@ -250,9 +250,9 @@ def scored(one: PreparedTask) -> list[TaskScore]:
             standard_error=standard_error(values),
             chance=mean_of(guesses),
             items=len(values),
-            shots=one.protocol["shots"],
-            protocol=one.protocol,
-            protocol_id=protocol_id("task", one.protocol),
+            shots=protocol["shots"],
+            protocol=protocol,
+            protocol_id=protocol_id("task", protocol),
             outcomes=tuple(values),
         )
         for metric, values in outcomes.items()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +39,20 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "kept_times", "time_tokens"]
+__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "kept_times", "plausible", "time_tokens"]
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
 
 PROMPT_TOKENS, CONTEXT_TOKENS = 64, 64
 TURNS, STEPS = 3, 12
+
+MOST_STEPS = 20 * STEPS
+"""Tokens of a turn, at most: where layers take less than the clock or other work shakes, a turn has
+more than `STEPS`."""
+
+LEAST_LAYERS = 0.01
+"""What decoder layers take at least, as a fraction of `TimedWay.ends`. Less cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,8 @@ def time_tokens(
     progress.start("timing tokens", len(ways))
     for way in ways:
         key = key_of(config, way)
-        if key not in known:
+        kept = known.get(key, {})
+        if not plausible([kept.get(name) for name in ("ends", "layers", "prompt")]):
             timed = time_way(config, way, clock)
             known = kept_times(file)
             known[key] = asdict(timed)
@@ -129,6 +138,13 @@ def kept_times(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def plausible(seconds: Any) -> bool:
+    """Whether kept times can be used: there are some, and all are finite and above 0."""
+    times = seconds if isinstance(seconds, list | tuple) else [seconds]
+    numbers = [x for x in times if isinstance(x, int | float) and math.isfinite(x) and x > 0]
+    return bool(times) and len(numbers) == len(times)
 
 
 def key_of(config: Any, way: Way) -> str:
@@ -193,10 +209,18 @@ class WayTimer:
         began = self.clock()
         self.decoder.prefill(self.ids)
         prompt = self.clock() - began
-        whole = statistics.median(steps(self.decoder, self.count, self.clock))
-        ends = statistics.median(steps(self.decoder, 0, self.clock))
+        whole: list[float] = []
+        bare: list[float] = []
+        while len(whole) < MOST_STEPS:
+            whole += steps(self.decoder, self.count, self.clock)
+            bare += steps(self.decoder, 0, self.clock)
+            self.decoder.slots.rewind(0, PROMPT_TOKENS)
+            ends = statistics.median(bare)
+            between = statistics.median(whole) - ends
+            if between > LEAST_LAYERS * ends:
+                break
         times = self.layers / self.count
-        layers = max((whole - ends) * times, 0.0)
+        layers = max(between, LEAST_LAYERS * ends) * times
         return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.evaluation.protocol import protocol_id
+from secateur.evaluation.protocol import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent, signed
@@ -44,7 +44,7 @@ class CurvePoint:
     @property
     def alike(self) -> tuple[Any, ...]:
         """A key that is equal for perplexities that can be compared."""
-        return self.model, protocol_id("ppl", self.protocol)
+        return self.model, judged_part(protocol_id("ppl", self.protocol))
 
     @property
     def told(self) -> str:
@@ -121,7 +121,7 @@ def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
         percent_x=True,
         note=f"{protocol.get('windows', '?')} windows of {protocol.get('sequence_length', '?')} "
         f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}, protocol "
-        f"{protocol_id('ppl', protocol)}. Lower is better.",
+        f"{judged_part(protocol_id('ppl', protocol))}. Lower is better.",
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "not_pruned",
     "plain_text",
     "print_blocks",
+    "with_error",
 ]
 
 PLAIN_WIDTH = 100
@@ -185,3 +186,8 @@ def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(
         f"layer {layer}: {', '.join(map(str, numbers))}" for layer, numbers in silent.items()
     )
+
+
+def with_error(value: float, error: float | None, form: str = ".4f") -> str:
+    """A value with its standard error, if it has one."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")

@@ -1,40 +1,47 @@
 """The description of a compressed file: the JSON under `secateur` in its metadata.
 
-It gives the layout of every packed matrix, the checksum of every stored tensor, and the decoding of
-archived ones. A digest covers all of this with names, dtypes and shapes, so that a changed header
-is detected like changed data.
+It gives the layout of every packed matrix, how activations are rounded, the checksum of every
+stored tensor, and the decoding of archived ones. A digest covers all of this with names, dtypes and
+shapes, so that a changed header is detected like changed data.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.models.header import Header, parse_json
 from secateur.models.shard_writer import dtype_name
+from secateur.quantization.activations import GROUP
 from secateur.runtime.archive import Archived, archived_spec
 from secateur.runtime.formats import Layout, PartSpec
 
 __all__ = [
+    "FIRST_WITH_ACTIVATIONS",
     "METADATA_KEY",
     "READABLE",
     "VERSION",
     "Description",
+    "activations_for",
+    "check_activations",
     "checksum",
     "describe_file",
     "read_description",
 ]
 
 METADATA_KEY = "secateur"
-VERSION = 3
-"""The version that is written. Version 2 has no groups; version 1 also has other file names."""
-READABLE = (1, 2, 3)
-FIRST_WITH_GROUPS = 3
-KEYS = {"version", "archive", "files", "layouts", "checksums", "archived", "digest"}
+VERSION = 4
+"""The version that is written. Version 3 does not say how activations are rounded, version 2 has no
+groups, and version 1 also has other file names."""
+READABLE = (1, 2, 3, 4)
+FIRST_WITH_GROUPS, FIRST_WITH_ACTIVATIONS = 3, 4
+KEYS = {"version", "archive", "activations", "files", "layouts", "checksums", "archived", "digest"}
+ACTIVATIONS = {"values": "int8", "group": GROUP}
+"""How activations are rounded that meet integers: the only way that the kernels have."""
 NEWER = "install a newer secateur"
 
 
@@ -48,6 +55,7 @@ class Description:
         layouts: of the packed matrices in this file, by name without a suffix.
         checksums: CRC-32 of the stored bytes of each tensor.
         archived: the tensors that archived bytes decode to.
+        activations: how activations are rounded that meet integers; None without integers.
         version: of the format.
     """
 
@@ -56,7 +64,27 @@ class Description:
     layouts: Mapping[str, Layout]
     checksums: Mapping[str, int]
     archived: Mapping[str, Archived]
+    activations: Mapping[str, Any] | None = None
     version: int = VERSION
+
+
+def activations_for(layouts: Iterable[Layout]) -> dict[str, Any] | None:
+    """How activations are rounded in a model with these matrices; None if no matrix is integers."""
+    return dict(ACTIVATIONS) if any(layout.integers for layout in layouts) else None
+
+
+def check_activations(stated: Any) -> None:
+    """Refuse a way to round activations that is not ours.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    if stated is not None and stated != ACTIVATIONS:
+        raise CheckpointError(
+            f"activations are rounded to {str(stated)[:80]}; this release rounds them to "
+            f"{ACTIVATIONS['values']} in groups of {ACTIVATIONS['group']}, or not at all",
+            remedy=NEWER,
+        )
 
 
 def checksum(stored: memoryview) -> int:
@@ -74,6 +102,7 @@ def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> d
     record: dict[str, Any] = {
         "version": description.version,
         "archive": description.archive,
+        "activations": description.activations,
         "files": list(description.files),
         "layouts": {name: layout.to_json() for name, layout in description.layouts.items()},
         "checksums": {name: f"{value:08x}" for name, value in description.checksums.items()},
@@ -124,6 +153,7 @@ def read_description(header: Header) -> Description:
         layouts,
         {name: read_checksum(name, text) for name, text in record["checksums"].items()},
         {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
+        record.get("activations"),
         record["version"],
     )
 
@@ -150,9 +180,10 @@ def parse_description(header: Header) -> dict[str, Any]:
             f"the file has version {record['version']}, but this release reads 1 to {VERSION}",
             remedy=NEWER,
         )
-    if set(record) != KEYS:
+    keys = KEYS if record["version"] >= FIRST_WITH_ACTIVATIONS else KEYS - {"activations"}
+    if set(record) != keys:
         raise CheckpointError(
-            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ KEYS))[:200]}"
+            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ keys))[:200]}"
         )
     return record
 
@@ -165,6 +196,7 @@ def check_kinds(record: Mapping[str, Any]) -> None:
     """
     if type(record["archive"]) is not bool:
         raise CheckpointError("archive is not true or false")
+    check_activations(record.get("activations"))
     files = record["files"]
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise CheckpointError("files is not a list of names")

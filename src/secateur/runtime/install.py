@@ -19,10 +19,10 @@ from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedEmbedding, PackedLinear, ReadLinear
+from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
 from secateur.runtime.packed import PackedCheckpoint
 
-__all__ = ["install", "matrix_of"]
+__all__ = ["install", "integers_of", "matrix_of", "tie_head"]
 
 WORTH_IT = 0.9
 """A packed matrix stays packed unless a dense one is faster by more than this."""
@@ -46,6 +46,18 @@ def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
     )
 
 
+def integers_of(
+    parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None = None
+) -> IntegerLinear:
+    """A linear in torch, of checked parts of a matrix of integers."""
+    mask, values = formats[layout.format].kept(parts, layout)
+    codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
+    if layout.grid is None:
+        return IntegerLinear(codes, parts["weight_scale"].float(), None, bias)
+    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+    return IntegerLinear(codes, scales.values, layout.grid.group, bias)
+
+
 def matrix_of_codes(parts: Mapping[str, Tensor], layout: Layout, group: int) -> KernelMatrix:
     """`matrix_of` for int4 and int3."""
     scales = Scales(parts["weight_exponent"], parts["weight_scale"])
@@ -64,6 +76,7 @@ def install(
     dtype: torch.dtype,
     *,
     expand: bool = False,
+    kernels: bool = True,
     matrices_only: bool = False,
 ) -> list[str]:
     """Fill a skeleton from a compressed checkpoint.
@@ -73,20 +86,23 @@ def install(
             experts opened.
         packed: the checkpoint.
         dtype: what the model computes in.
-        expand: fill the existing dense modules, as always happens without kernels.
+        expand: fill the existing dense modules; no activation is rounded.
+        kernels: multiply by kernels if there are any; else by torch, which needs integers for the
+            same numbers and expands other matrices into the existing modules.
         matrices_only: install only packed matrices. The caller loads the rest and must not find
             dense modules of packed matrices; so without kernels, packed modules hold them expanded.
 
     Returns:
-        The paths of the packed modules; their stored names may differ.
+        The paths of the replaced modules; their stored names may differ.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
     view = DenseView(packed, dtype)
-    kernels = kernel_info().tier != "none"
-    expand = expand or not (kernels or matrices_only)
-    shared: dict[str, KernelMatrix] = {}
+    kernels = kernels and kernel_info().tier != "none"
+    replaced = kernels or matrices_only
+    found: list[str] = []
+    head_module: PackedLinear | IntegerLinear | None = None
     embedding_at = path_of(model, model.get_input_embeddings())
     head_at = path_of(model, model.get_output_embeddings())
     names = stored_names(model, view)
@@ -101,50 +117,85 @@ def install(
             if layout is not None or not matrices_only:
                 assign(model, parameter, view.read(stored).to(dtype))
             continue
-        parts = packed.parts(owner)
-        rows_alone = layout.format == "dense" and layout.grid is None  # as an embedding reads them
-        if path.endswith(READ):
-            matrix = KernelMatrix(view.read(stored).to(dtype))
-        elif kernels and (path != embedding_at or rows_alone):
-            matrix = matrix_of(parts, layout)
+        parts, old = packed.parts(owner), model.get_submodule(path)
+        module: nn.Module | None = None
+        if path == embedding_at:
+            rows = rows_of(parts, layout, dtype, kernels)
+            if replaced:
+                module = embedding_of(old, rows, dtype)
+            if tied and (replaced or layout.integers):
+                alike = rows.integers or not layout.integers
+                head_module = (
+                    PackedLinear(rows) if alike else linear_of(parts, layout, dtype, kernels)
+                )
+        elif path.endswith(READ):
+            if replaced:
+                module = ReadLinear(KernelMatrix(view.read(stored).to(dtype)), old.bias)
+        elif replaced or layout.integers:
+            check_replaceable(old, path)
+            module = linear_of(parts, layout, dtype, kernels, old.bias)
+        if module is None:
+            assign(model, parameter, view.read(stored).to(dtype))
         else:
-            matrix = KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
-        shared[path] = matrix
-        replace(model, path, packed_module(model, path, path == embedding_at, matrix, dtype))
+            found.append(path)
+            replace(model, path, module)
     if not matrices_only:
         fill_buffers(model, view)
     if head_at and tied:
-        tie_head(model, embedding_at, head_at, shared.get(embedding_at))
+        tie_head(model, embedding_at, head_at, head_module)
     settle(model, dtype)
     keep_dtype(model, dtype)
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
-    return list(shared)
+    return found
 
 
-def packed_module(
-    model: Any, path: str, is_embedding: bool, matrix: KernelMatrix, dtype: torch.dtype
-) -> nn.Module:
-    """The replacement for a module whose weight is stored packed.
+def linear_of(
+    parts: Mapping[str, Tensor],
+    layout: Layout,
+    dtype: torch.dtype,
+    kernels: bool,
+    bias: Tensor | None = None,
+) -> PackedLinear | IntegerLinear:
+    """A linear of checked parts, multiplied by kernels or by torch."""
+    if kernels:
+        return PackedLinear(matrix_of(parts, layout), bias)
+    if layout.integers:
+        return integers_of(parts, layout, bias)
+    return PackedLinear(KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype)), bias)
+
+
+def rows_of(
+    parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, kernels: bool
+) -> KernelMatrix:
+    """The matrix of an embedding, whose rows are read alone."""
+    if kernels and layout.format == "dense" and layout.grid is None:
+        return matrix_of(parts, layout)
+    return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
+
+
+def embedding_of(old: Any, matrix: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
+    """The replacement for an embedding."""
+    # Gemma's embedding multiplies its output; others have no such attribute
+    factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
+    return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
+
+
+def check_replaceable(old: Any, path: str) -> None:
+    """Refuse a packed matrix of a module that is no linear.
 
     Raises:
-        CheckpointError: the module is neither a linear nor the embedding.
+        CheckpointError: names the module.
     """
     from transformers.pytorch_utils import Conv1D
 
-    old = model.get_submodule(path)
-    if is_embedding:
-        # Gemma's embedding multiplies its output; others have no such attribute
-        factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
-        return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
     if not isinstance(old, (nn.Linear, Conv1D)):
         raise CheckpointError(
             f"{path} is stored packed, and is a {type(old).__name__}; only linears and the "
             "embedding can stay packed",
             remedy="use `secateur decompress` and load the result",
         )
-    return (ReadLinear if path.endswith(READ) else PackedLinear)(matrix, old.bias)
 
 
 def path_of(model: Any, sought: nn.Module | None) -> str:
@@ -158,14 +209,16 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner) if owner else model, leaf, module)
 
 
-def tie_head(model: Any, embedding_at: str, head_at: str, matrix: KernelMatrix | None) -> None:
-    """Make the head share the matrix of the embedding."""
-    if matrix is None:
-        weight = model.get_submodule(embedding_at).weight
-        model.get_submodule(head_at).weight = weight
+def tie_head(
+    model: Any, embedding_at: str, head_at: str, module: PackedLinear | IntegerLinear | None
+) -> None:
+    """Give the head the matrix of the embedding: in a module of its own, or as its weight."""
+    old = model.get_submodule(head_at)
+    if module is None:
+        old.weight = model.get_submodule(embedding_at).weight
         return
-    bias = getattr(model.get_submodule(head_at), "bias", None)
-    replace(model, head_at, PackedLinear(matrix, bias))
+    module.bias = getattr(old, "bias", None)
+    replace(model, head_at, module)
     # transformers has nothing to tie any more
     model.config.tie_word_embeddings = False
     model._tied_weights_keys = None
@@ -187,12 +240,12 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     """Measure each kind of packed linear once, and choose the faster way.
 
     A kind that is clearly faster dense is made dense, so a packed model is not slower than an
-    unpacked one.
+    unpacked one. Integers stay integers, so that no number changes.
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if kernel_info().tier == "none":
         for module in linears:
-            module.kernel_up_to, module.blocks = 0, False
+            module.kernel_up_to = 0
         return
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
@@ -204,7 +257,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
                 module.matrix = module.matrix.dense(dtype)
             choice = choose([m.matrix for m in modules], activations(dtype))
         for module in modules:
-            module.kernel_up_to, module.blocks = choice.kernel_up_to, choice.blocks
+            module.kernel_up_to = choice.kernel_up_to
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:

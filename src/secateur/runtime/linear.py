@@ -1,19 +1,34 @@
-"""Modules with packed weights that replace the linears and the embedding of a model."""
+"""Modules with packed weights that replace the linears and the embedding of a model.
+
+Where a matrix is integers, its activations are rounded to int8 (`quantization.activations`): in the
+kernels, and in torch where there are none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ShapeError
+from secateur.quantization.activations import GROUP, integers_of
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
+from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.operator import numbered
 
-__all__ = ["PackedEmbedding", "PackedLinear", "ReadLinear"]
+__all__ = ["IntegerLinear", "PackedEmbedding", "PackedLinear", "ReadLinear", "activations_of"]
+
+AT_ONCE = 2**22
+"""Weights that are float32 at the same time."""
+
+
+def activations_of(model: nn.Module) -> str:
+    """How a model rounds activations: `int8 g256` where they meet integers, or `none`."""
+    rounds = any(getattr(module, "rounds_inputs", None) is True for module in model.modules())
+    return f"int8 g{GROUP}" if rounds else "none"
 
 
 class PackedLinear(nn.Module):
@@ -25,8 +40,8 @@ class PackedLinear(nn.Module):
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
-        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks of integers
-            (`blocks`), or tile by tile. `install.settle` sets both after measuring.
+        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks of integers, or
+            tile by tile where values are not integers. `install.settle` sets it after measuring.
     """
 
     def __init__(
@@ -36,7 +51,6 @@ class PackedLinear(nn.Module):
         self.matrix = matrix
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.kernel_up_to = kernel_up_to
-        self.blocks = takes_blocks(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.number = numbered(self)
 
@@ -65,7 +79,12 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return stand_in(self.matrix)
+        return stand_in(self.matrix.rows, self.matrix.columns, self.matrix.dtype)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded."""
+        return self.matrix.integers
 
     def product(self, x: Tensor) -> Tensor:
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
@@ -75,7 +94,7 @@ class PackedLinear(nn.Module):
             return self.product(x.float()).half()
         if len(x) <= self.kernel_up_to:
             return by_kernel(self.matrix, x)
-        return (by_blocks if self.blocks else by_tiles)(self.matrix, x)
+        return (by_blocks if self.rounds_inputs else by_tiles)(self.matrix, x)
 
     def extra_repr(self) -> str:
         """Shape and storage, for printing."""
@@ -86,6 +105,72 @@ class PackedLinear(nn.Module):
             f"in_features={m.columns}, out_features={m.rows}, bias={self.bias is not None}, "
             f"{stored}, sparsity={share:.3f}"
         )
+
+
+class IntegerLinear(nn.Module):
+    """y = x Wᵀ + b in torch, on any device, with W of integers and rounded x.
+
+    It computes what the kernels for prompts compute, bit for bit: integer products are exact in
+    float32, and each group's sum times its scales is added with one rounding.
+
+    Args:
+        codes: the integers of W, int8 [out, in].
+        scales: float32 [out]; or [out, groups] where columns are in groups.
+        group: consecutive columns that share a scale of a row; None for whole rows.
+        bias: b [out], or None.
+    """
+
+    rounds_inputs = True
+
+    def __init__(
+        self, codes: Tensor, scales: Tensor, group: int | None = None, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        # no buffers: they would be cast with the model, and looked for in its files
+        self.codes, self.scales, self.group = codes, scales, group
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntegerLinear:
+        """Move the integers along; a cast of the model leaves them."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.codes.device)).device
+        self.codes, self.scales = self.codes.to(device), self.scales.to(device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product for activations [..., in], of their dtype."""
+        integers, steps = integers_of(x.reshape(-1, self.in_features))
+        rows = max(1, AT_ONCE // max(len(integers), self.in_features))
+        parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
+        y = torch.cat([self.product(integers, steps, *part) for part in parts], -1).to(x.dtype)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        """The product with some rows of W, float32 [tokens, rows].
+
+        Args:
+            x: rounded activations as integers [tokens, ≥ in].
+            steps: their scales [tokens, ⌈in / 256⌉].
+            codes: of the rows.
+            scales: of the rows.
+        """
+        width = self.group or GROUP
+        sums = torch.zeros(len(x), len(codes), device=x.device)
+        for begin in range(0, self.in_features, width):
+            part = codes[:, begin : begin + width].float()
+            dots = x[:, begin : begin + part.shape[1]] @ part.T
+            scale = steps[:, begin // GROUP, None]
+            if self.group is not None:
+                scale = scale * scales[:, begin // width]
+            sums = (sums.double() + dots.double() * scale.double()).float()
+        return sums if self.group is not None else sums * scales
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, without values, for model code that reads them."""
+        return stand_in(self.out_features, self.in_features, self.codes.dtype)
 
 
 class PackedEmbedding(nn.Module):
@@ -118,11 +203,13 @@ class PackedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return stand_in(self.matrix)
+        return stand_in(self.num_embeddings, self.embedding_dim, self.matrix.dtype)
 
 
 class ReadLinear(PackedLinear):
     """A linear whose weight the code of its model also reads, so that it is held dense.
+
+    Its activations are never rounded, because the model multiplies by the weight itself.
 
     Args:
         matrix: W [out, in], dense.
@@ -139,8 +226,8 @@ class ReadLinear(PackedLinear):
         return self.values
 
 
-def stand_in(matrix: KernelMatrix) -> Tensor:
+def stand_in(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A tensor on the meta device, which transformers takes for initialised."""
-    found = torch.empty(matrix.rows, matrix.columns, dtype=matrix.dtype, device="meta")
+    found = torch.empty(rows, columns, dtype=dtype, device="meta")
     found._is_hf_initialized = True  # type: ignore[attr-defined]
     return found

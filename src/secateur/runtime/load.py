@@ -16,7 +16,7 @@ from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.whole import load_whole
 from secateur.runtime.generation_config import generation_config
 from secateur.runtime.install import install
-from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.on_gpu import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
@@ -28,20 +28,25 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     expand: bool = False,
+    kernels: bool = True,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint, compressed or not, in eval mode.
 
     Every file is verified first. Kernels multiply packed matrices without expanding them. Without
-    kernels (`secateur.kernel_info()`) the matrices are expanded here. On a GPU, pruned linears stay
-    in the bitmask format where that is faster (Triton is needed); others are dense.
+    kernels (`secateur.kernel_info()`) torch multiplies them, expanded. On a GPU, pruned linears
+    stay in the bitmask format where that is faster (Triton is needed); others are expanded.
+
+    Activations that meet integers are rounded to int8 in groups of 256, as the folder says,
+    whatever multiplies them: numbers are the same to the order of sums. Only `expand` rounds none.
 
     Args:
         folder: written by `secateur compress` or transformers.
         dtype: of the computation; None for the one in `config.json`. float32 with bfloat16 values
             is exact, and needs no more memory for packed matrices.
-        expand: fill plain dense linears instead, to train or to compare.
+        expand: fill plain dense linears instead, to train or to compare. No activation is rounded.
+        kernels: False lets torch multiply, also where there are kernels.
         device: the CPU or a GPU.
         trust_remote_code: whether model code that comes with the checkpoint may run.
 
@@ -66,14 +71,14 @@ def load(
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    if device.type == "cuda" and not expand:
+    if device.type == "cuda" and kernels and not expand:
         refuse_gpu(device)
     with reused_pages():  # release the memory of measuring and unpacking
-        if device.type == "cuda" and not expand:
+        if device.type == "cuda" and kernels and not expand:
             install_on_gpu(model, packed, dtype, device)
         else:
-            install(model, packed, dtype, expand=expand)
-            if expand:
+            install(model, packed, dtype, expand=expand, kernels=kernels)
+            if device.type != "cpu":
                 model.to(device)
     model.config.dtype = dtype
     settle_saving(model)
@@ -109,7 +114,7 @@ def settle_saving(model: Any) -> None:
     """
     from secateur.runtime.quantizer import refuse_saving
 
-    unwritable = (PackedLinear, PackedEmbedding, OpenExperts)
+    unwritable = (IntegerLinear, PackedLinear, PackedEmbedding, OpenExperts)
     on_gpu = "GpuLinear"  # by its name: importing it needs Triton
     if any(isinstance(x, unwritable) or type(x).__name__ == on_gpu for x in model.modules()):
         refuse_saving(model)

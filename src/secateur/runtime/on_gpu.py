@@ -1,7 +1,8 @@
 """Loads a compressed checkpoint on a GPU; its pruned linears stay in the bitmask format there.
 
 Other matrices are dense in the dtype of the computation. Every kind of matrix is measured once, and
-is dense too where torch's dense product is faster for one token.
+is dense too where torch's dense product is faster for one token. Activations that meet integers are
+rounded on every way; a dense matrix of integers keeps them, and torch multiplies in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from secateur.models.skeleton import assign, fill_buffers, refuse_missing, store
 from secateur.quantization.groups import Scales
 from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout, formats
+from secateur.runtime.install import integers_of, path_of, replace, tie_head
 from secateur.runtime.packed import PackedCheckpoint
 
 __all__ = ["gpu_matrix", "install_on_gpu", "values_of"]
@@ -44,6 +46,8 @@ def install_on_gpu(
     view = DenseView(packed, dtype)
     names = stored_names(model, view)
     head = tied_head(model, names)
+    head_module = None
+    embedding_at = path_of(model, model.get_input_embeddings())
     refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
     choices: dict[tuple[object, ...], GpuChoice] = {}
     found: list[str] = []
@@ -58,15 +62,20 @@ def install_on_gpu(
             if kind not in choices:
                 choices[kind] = measured(matrix, dtype)
             if choices[kind].gain >= 1:
-                linear = GpuLinear(matrix, module.bias, choices[kind].kernel_up_to)
-                parent, _, leaf = path.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, linear)
+                up_to = choices[kind].kernel_up_to
+                linear = GpuLinear(matrix, module.bias, up_to, rounds_inputs=layout.integers)
+                replace(model, path, linear)
                 found.append(path)
                 continue
+        if layout is not None and layout.integers and isinstance(module, nn.Linear):
+            replace(model, path, integers_of(packed.parts(owner), layout, module.bias))
+            continue
+        if layout is not None and layout.integers and path == embedding_at and head:
+            head_module = integers_of(packed.parts(owner), layout)
         assign(model, parameter, view.read(stored).to(dtype))
     fill_buffers(model, view)
     if head:
-        model.tie_weights()
+        tie_head(model, embedding_at, head.removesuffix(".weight"), head_module)
     model.to(device)
     return found
 

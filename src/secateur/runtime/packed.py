@@ -30,10 +30,13 @@ from secateur.models.header import TensorEntry, parse_json, read_header
 from secateur.models.shard_writer import ShardWriter
 from secateur.runtime.archive import SMALLEST_BYTES, Archived, decode, encode
 from secateur.runtime.description import (
+    FIRST_WITH_ACTIVATIONS,
     NEWER,
     READABLE,
     VERSION,
     Description,
+    activations_for,
+    check_activations,
     checksum,
     describe_file,
     read_description,
@@ -52,9 +55,14 @@ __all__ = [
 QUANT_METHOD = "secateur"
 
 
-def quantization_config(archive: bool) -> dict[str, Any]:
-    """The entry of `config.json` for a compressed checkpoint."""
-    return {"quant_method": QUANT_METHOD, "version": VERSION, "archive": archive}
+def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, Any]:
+    """The entry of `config.json` for a compressed checkpoint with these matrices."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "archive": archive,
+        "activations": activations_for(layouts),
+    }
 
 
 def read_quantization_config(folder: Path) -> Any:
@@ -106,6 +114,8 @@ class PackedCheckpoint:
         folder: the same.
         version: of the format.
         archive: whether larger tensors are compressed.
+        activations: how activations are rounded that meet integers, `{"values": "int8", "group":
+            256}`; None if no matrix is integers.
         files: its safetensors files.
         layouts: of the packed matrices, by name without a suffix.
         entries: every tensor as stored in its file.
@@ -118,7 +128,7 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.version, self.archive = version_and_archive(self.folder)
+        self.version, self.archive, stated = stated_in_config(self.folder)
         self.files = shard_files(self.folder)
         check_file_names(self.folder, self.version)
         self.layouts: dict[str, Layout] = {}
@@ -129,10 +139,17 @@ class PackedCheckpoint:
         self.order: list[str] = []
         for file in self.files:
             with at(str(file)):
-                self._open(file)
+                self._open(file, stated)
+        self.activations = activations_for(self.layouts.values())
+        if self.version >= FIRST_WITH_ACTIVATIONS and self.activations != stated:
+            raise CheckpointError(
+                f"activations are said to be rounded to {stated}, but with these matrices they are "
+                f"rounded to {self.activations}",
+                where=str(self.folder),
+            )
         check_index(self.folder, self.entries)
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, activations: Mapping[str, Any] | None) -> None:
         """Check one file and add its tensors."""
         header = read_header(file)
         description = read_description(header)
@@ -150,6 +167,10 @@ class PackedCheckpoint:
         if description.archive != self.archive:
             raise CheckpointError(
                 "config.json and this file disagree on whether this is an archive"
+            )
+        if description.activations != activations:
+            raise CheckpointError(
+                "config.json and this file disagree on how activations are rounded"
             )
         twice = self.entries.keys() & header.entries.keys()
         if twice:
@@ -223,8 +244,9 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-def version_and_archive(folder: Path) -> tuple[int, bool]:
-    """The version of the format, and whether the folder is an archive, from `config.json`.
+def stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None]:
+    """What `config.json` says: the version of the format, whether the folder is an archive, and how
+    activations are rounded.
 
     Raises:
         CheckpointError: it does not describe a compressed checkpoint, or has another version.
@@ -246,7 +268,13 @@ def version_and_archive(folder: Path) -> tuple[int, bool]:
         )
     if type(record.get("archive")) is not bool:
         raise CheckpointError("archive is not true or false", where=where)
-    return version, bool(record["archive"])
+    if version < FIRST_WITH_ACTIVATIONS:
+        return version, bool(record["archive"]), None
+    if "activations" not in record:
+        raise CheckpointError("it is not said how activations are rounded", where=where)
+    with at(where):
+        check_activations(record["activations"])
+    return version, bool(record["archive"]), record["activations"]
 
 
 def check_file_names(folder: Path, version: int) -> None:
@@ -331,9 +359,10 @@ def write_packed(
         MemoryBudgetError: the disk is full.
     """
     names = tuple(sorted(file.name for file in files))
+    rounded = activations_for(layout for file in files for layout in file.layouts.values())
     remaining = iter(tensors)
     for file in files:
-        write_file(folder / file.name, file, names, remaining, archive)
+        write_file(folder / file.name, file, names, remaining, archive, rounded)
     weight_map = {name: file.name for file in files for name in file.tensors}
     size = sum((folder / file.name).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -346,6 +375,7 @@ def write_file(
     names: tuple[str, ...],
     tensors: Iterator[tuple[str, Tensor]],
     archive: bool,
+    activations: Mapping[str, Any] | None,
 ) -> None:
     """Write one file, from the next tensors."""
     squeezed = {
@@ -356,7 +386,14 @@ def write_file(
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
     nothing = PartSpec(torch.uint8, (2**50,))
     longest = describe_file(
-        Description(archive, names, planned.layouts, dict.fromkeys(planned.tensors, 0), squeezed),
+        Description(
+            archive,
+            names,
+            planned.layouts,
+            dict.fromkeys(planned.tensors, 0),
+            squeezed,
+            activations,
+        ),
         planned.tensors | dict.fromkeys(squeezed, nothing),
     )
     checksums: dict[str, int] = {}
@@ -370,5 +407,5 @@ def write_file(
             checksums[name] = checksum(as_bytes(stored))
             stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
             writer.write(name, stored)
-        description = Description(archive, names, planned.layouts, checksums, squeezed)
+        description = Description(archive, names, planned.layouts, checksums, squeezed, activations)
         writer.close(describe_file(description, stored_specs))

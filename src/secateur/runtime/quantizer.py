@@ -30,11 +30,18 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         version: of the format.
         archive: whether the files are compressed further.
+        activations: how activations are rounded that meet integers; None without integers.
     """
 
-    def __init__(self, version: int = 1, archive: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        version: int = 1,
+        archive: bool = False,
+        activations: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.quant_method: Any = QUANT_METHOD
-        self.version, self.archive = version, archive
+        self.version, self.archive, self.activations = version, archive, activations
 
 
 @register_quantizer(QUANT_METHOD)

@@ -31,7 +31,7 @@ from secateur.runtime.kernels.library import (
     library,
 )
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedLinear
+from secateur.runtime.linear import IntegerLinear, PackedLinear
 
 __all__ = ["FAMILIES", "SlotDecoder", "Token", "given_cache", "why_not"]
 
@@ -64,6 +64,8 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         return f"its rotary positions are of the kind {kind}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "it is not on the CPU"
+    if any(isinstance(module, IntegerLinear) for module in model.modules()):
+        return "torch multiplies its integers (kernels=False)"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
         return f"{capacity} tokens exceed its sliding window of {window}"

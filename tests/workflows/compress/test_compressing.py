@@ -134,8 +134,9 @@ def test_formats_shards_and_archives_come_back(
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "secateur",
-        "version": 3,
+        "version": 4,
         "archive": archive,
+        "activations": None,
     }
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert "sparsity_config" not in config

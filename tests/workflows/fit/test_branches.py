@@ -12,6 +12,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.results.fit import FitResult
 from secateur.workflows.fit.branches import Branch
+from secateur.workflows.fit.making import Kinds
+from secateur.workflows.fit.yardstick import Yardstick
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -47,13 +49,13 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
     """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
     monkeypatch.setattr("secateur.workflows.fit.branches.BRANCHES", CUTS)
     monkeypatch.setattr("secateur.workflows.fit.branches.WORTH", -1.0)
-    real = secateur.workflows.fit.yardstick.Yardstick.divergence  # type: ignore[attr-defined]
+    real = Yardstick.packed
 
-    def measured(self: object, folder: Path) -> float:
-        found: float = real(self, folder)
-        return found if "branches" in folder.parts else found + 100.0
+    def packed(self: Yardstick, sparse: Path, folder: Path, kinds: Kinds) -> tuple[Path, float]:
+        output, found = real(self, sparse, folder, kinds)
+        return output, found if "branches" in folder.parts else found + 100.0
 
-    monkeypatch.setattr("secateur.workflows.fit.yardstick.Yardstick.divergence", measured)
+    monkeypatch.setattr(Yardstick, "packed", packed)
     monkeypatch.setattr("secateur.workflows.fit.course.single", lambda *_: None)
     result = fitted(place, "cut")
     outcomes = {one.name: one.outcome for one in result.branches}

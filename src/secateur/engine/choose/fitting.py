@@ -15,6 +15,7 @@ Divergence is the mean KL(dense ‖ candidate) of the next-token probabilities, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution
 
-__all__ = ["FRONTIER", "SURVEY_TOKENS", "FitLevel", "FitSearch", "Point"]
+__all__ = ["FRONTIER", "SURVEY_TOKENS", "FitLevel", "FitSearch", "Point", "unbeaten"]
 
 SURVEY_TOKENS = 2048
 FRONTIER = 8
@@ -73,6 +74,30 @@ class Point:
     predicted: float
     families: str
     name: str = ""
+
+    def in_words(self, levels: Sequence[str]) -> str:
+        """The levels of the linears, such as `int4 in 120 of 210 linear layers, int8 in the rest`.
+
+        Args:
+            levels: the names of all levels.
+        """
+        counts = Counter(levels[level] for level in self.candidate).most_common()
+        (most, count), *others = counts
+        if not others:
+            return f"{most} in all linear layers"
+        rest = [f"{name} in {number}" for name, number in others]
+        if len(others) == 1:
+            rest = [f"{others[0][0]} in the rest"]
+        return ", ".join([f"{most} in {count} of {len(self.candidate)} linear layers", *rest])
+
+
+def unbeaten(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in cost and divergence, by cost."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, p.divergence)):
+        if not found or point.divergence < found[-1].divergence:
+            found.append(point)
+    return found
 
 
 class FitSearch:

@@ -2,7 +2,8 @@
 
 The candidates are checkpoints of one model whose linears were rounded to more or fewer bits. Level
 0 is the model itself, and each further level is smaller. A candidate takes each linear from one of
-them, and its loss is measured on the whole model:
+them, and its loss is measured on the whole model, with activations rounded where the kernels will
+round them:
 
 1. All linears on one level. The smallest level within the bound is the base. If it is the last
    level, it is the answer.
@@ -57,11 +58,13 @@ class Level:
         bytes_of: the size of each linear when stored, by its name.
         error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
             for level 0.
+        rounds_inputs: whether the values are integers, so that kernels round the inputs.
     """
 
     reader: CheckpointReader
     bytes_of: Mapping[str, int]
     error_of: Mapping[str, float]
+    rounds_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,10 @@ class StoredVariants(WeightVariants):
     def source(self, number: int) -> AbstractContextManager[Any]:
         """Nothing to open: readers read single tensors."""
         return nullcontext()
+
+    def rounds_inputs(self, level: int | None) -> bool:
+        """Whether the values of a level are integers."""
+        return bool(level) and self.levels[level or 0].rounds_inputs
 
     def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
         """The weight of a level above 0."""

@@ -1,9 +1,12 @@
-"""Versions of decoder layers that differ in the weights of their linears, for a tournament."""
+"""Versions of decoder layers that differ in the weights of their linears, for a tournament.
+
+A version may also round the inputs of linears, as the kernels do where a matrix is integers.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -13,6 +16,7 @@ from torch.func import functional_call
 from secateur.engine.choose.tournament import Version, Versions
 from secateur.engine.stream.ends import ModelEnds
 from secateur.models.architecture import Linear, linears_of
+from secateur.quantization.activations import round_activations
 from secateur.sparsity.evolution import Candidate
 
 __all__ = ["WeightVariants"]
@@ -53,9 +57,11 @@ class WeightVariants(ABC):
 
             def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
                 weights = self.weights(number, layer, version, source)
+                rounded = self.rounded(number, layer, version)
 
                 def replaced(*args: Any, **kwargs: Any) -> Any:
-                    return functional_call(layer, weights, args, kwargs)
+                    with rounded_inputs(rounded):
+                        return functional_call(layer, weights, args, kwargs)
 
                 return lambda hidden: self.ends.run(number, replaced, hidden)
 
@@ -65,16 +71,32 @@ class WeightVariants(ABC):
         self, number: int, layer: nn.Module, version: Version, source: Any
     ) -> dict[str, Tensor]:
         """The weights of a version by their names in the layer; empty for the dense model."""
-        if not isinstance(version, tuple):
-            return {}
         found = {}
-        level_of = dict(zip((self.names[p] for p in self.places[number]), version, strict=True))
-        prefix = self.ends.target.architecture.layer_name(number)
-        for name, linear in linears_of(layer, prefix).items():
-            weight = self.weight_of(linear, level_of.get(linear.name), source)
+        for name, linear, level in self.leveled(number, layer, version):
+            weight = self.weight_of(linear, level, source)
             if weight is not None:
                 found[f"{name}.weight"] = weight
         return found
+
+    def rounded(self, number: int, layer: nn.Module, version: Version) -> list[nn.Module]:
+        """The linears of a version whose inputs are rounded."""
+        found = self.leveled(number, layer, version)
+        return [linear.module for _, linear, level in found if self.rounds_inputs(level)]
+
+    def leveled(
+        self, number: int, layer: nn.Module, version: Version
+    ) -> Iterator[tuple[str, Linear, int | None]]:
+        """Each linear of a version, its name in the layer, and its level; none if it is dense."""
+        if not isinstance(version, tuple):
+            return
+        level_of = dict(zip((self.names[p] for p in self.places[number]), version, strict=True))
+        prefix = self.ends.target.architecture.layer_name(number)
+        for name, linear in linears_of(layer, prefix).items():
+            yield name, linear, level_of.get(linear.name)
+
+    def rounds_inputs(self, level: int | None) -> bool:
+        """Whether a level rounds the inputs of its linears."""
+        return False
 
     @abstractmethod
     def source(self, number: int) -> AbstractContextManager[Any]:
@@ -91,3 +113,18 @@ class WeightVariants(ABC):
             source: opened by `source`.
         """
         ...
+
+
+@contextmanager
+def rounded_inputs(linears: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which these linears round their inputs, and multiply in the dtype they have."""
+
+    def rounded(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (round_activations(args[0]).to(args[0].dtype),)
+
+    hooks = [linear.register_forward_pre_hook(rounded) for linear in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

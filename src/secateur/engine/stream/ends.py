@@ -27,7 +27,7 @@ from secateur.engine.stream.calls import (
 from secateur.engine.stream.pictures import recorded_with
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.token_values import TokenValues
-from secateur.precision import fast_matmuls
+from secateur.precision import exact_matmuls, fast_matmuls
 
 __all__ = ["STATES_BYTES", "ModelEnds"]
 
@@ -198,13 +198,16 @@ class ModelEnds:
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
 
-    def run(self, number: int, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Pass the hidden states of one window through a layer, with fast matmuls.
+    def run(
+        self, number: int, layer: Callable[..., Any], hidden: Tensor, *, fast: bool = True
+    ) -> Tensor:
+        """Pass the hidden states of one window through a layer.
 
         Args:
             number: number of the layer.
             layer: the layer, or a function with the same arguments.
             hidden: [1, sequence_length, hidden_size].
+            fast: with fast matmuls.
         """
         call = self.calls()[number]
         hidden, values = self.apart(hidden)
@@ -212,7 +215,8 @@ class ModelEnds:
             assert values is not None
             start = sum(before.columns for before in self.calls()[:number])
             call = call.filled(values[..., start : start + call.columns])
-        with fast_matmuls(self.target.device):
+        device = self.target.device
+        with fast_matmuls(device) if fast else exact_matmuls(device):
             out = call_layer(layer, hidden, call)
         return out if values is None else torch.cat([out, values], -1)
 

@@ -32,7 +32,8 @@ def quality(run: ReportedRun) -> str:
     lines = [
         "## Quality",
         "",
-        "± is one standard error; numbers with different protocol ids cannot be compared.",
+        "± is one standard error. Numbers can be compared if their protocol ids begin alike; what "
+        "follows says how the model computed.",
         "",
         markdown_row(["measure", "chance", "dense", "this model", "beside dense", "protocol"]),
         "|---|---:|---:|---:|---|---|",
@@ -44,7 +45,7 @@ def quality(run: ReportedRun) -> str:
         beside = ", ".join(filter(None, (cell.beside, verdict)))
         lines.append(
             markdown_row(
-                [row.measure, row.chance, row.dense, cell.value, beside, f"`{row.protocol_id}`"]
+                [row.measure, row.chance, row.dense, cell.value, beside, f"`{cell.protocol_id}`"]
             )
         )
     return "\n".join(lines)

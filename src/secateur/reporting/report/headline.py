@@ -216,8 +216,8 @@ def kept_by_perplexity(
             command=run.judging(),
         )
     ratio = found.perplexity / found.reference_perplexity
-    agreement = ""
-    for moved in (one for one in evaluation.divergence if one.protocol == found.protocol):
+    agreement, pairs = "", found.protocol.items()
+    for moved in (one for one in evaluation.divergence if one.protocol.items() >= pairs):
         same = percent(moved.top1_agreement)
         agreement = f" The most likely token is the same {same} of the time."
     excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from secateur.evaluation.protocol import COMPUTED, judged_part
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.wording import bare_name, percent, signed
 from secateur.runs.evaluation import (
@@ -25,13 +26,16 @@ class Cell:
 
     Attributes:
         value: the number with its standard error.
-        beside: how it compares with the dense model.
+        beside: how it compares with the dense model, and how the model computed if others in the
+            line computed otherwise.
         verdict: `worse`, `better` or `same` after a test of significance; empty without one.
+        protocol_id: the whole id.
     """
 
     value: str
     beside: str = ""
     verdict: str = ""
+    protocol_id: str = ""
 
 
 @dataclass
@@ -43,8 +47,8 @@ class QualityRow:
         better: whether `higher` or `lower` is better.
         chance: the score of guessing; empty if there is none.
         dense: the number of the dense model; empty if it was not measured.
-        protocol_id: numbers with different ids cannot be compared.
-        protocol: everything that the number depends on, in words.
+        protocol_id: what was judged; numbers with different ids cannot be compared.
+        protocol: what was judged, in words.
         cells: the numbers by name of the run.
     """
 
@@ -52,16 +56,16 @@ class QualityRow:
     better: str
     chance: str
     dense: str
-    protocol_id: str
-    protocol: str
+    protocol_id: str = ""
+    protocol: str = ""
     cells: dict[str, Cell] = field(default_factory=dict)
 
 
 def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
     """The lines of the table, in the order of the runs.
 
-    Numbers share a line only if they have the same protocol and are compared with the same dense
-    model.
+    Numbers share a line only if the same was judged, and they are compared with the same dense
+    model. Where the models of a line computed in different ways, the cells say how.
     """
     rows: dict[tuple[str, str, str], QualityRow] = {}
     for run in runs:
@@ -70,7 +74,17 @@ def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
         for row, cell in lines_of(run.evaluation):
             key = (row.measure, row.protocol_id, row.dense)
             rows.setdefault(key, row).cells[run.name] = cell
+    for row in rows.values():
+        if len({cell.protocol_id for cell in row.cells.values()}) > 1:
+            row.cells = {name: with_computing(cell) for name, cell in row.cells.items()}
     return list(rows.values())
+
+
+def with_computing(cell: Cell) -> Cell:
+    """A cell that says how its model computed."""
+    computed = cell.protocol_id.removeprefix(judged_part(cell.protocol_id)).strip("-")
+    said = f"computed in {computed.replace('-', ', activations ')}" if computed else ""
+    return replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
 
 
 def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
@@ -85,7 +99,10 @@ def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
 
 
 def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
-    """A line. If the number was inherited, its cell names the model that was measured."""
+    """A line and its cell with the id. An inherited number names the model that was measured."""
+    row.protocol_id = judged_part(found.protocol_id)
+    row.protocol = ", ".join(f"{k} {v}" for k, v in found.protocol.items() if k not in COMPUTED)
+    cell = replace(cell, protocol_id=found.protocol_id)
     if found.inherited_from is None:
         return row, cell
     said = f"not measured: of {bare_name(found.inherited_from)}, which has the same weights"
@@ -100,8 +117,6 @@ def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
         "lower",
         "",
         "" if reference is None else f"{reference:.2f}",
-        found.protocol_id,
-        words(found.protocol),
     )
     error = found.perplexity * (found.standard_error or 0)
     value = f"{found.perplexity:.2f}" + (f" ± {error:.2f}" if error else "")
@@ -113,21 +128,18 @@ def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
 
 def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers for the distance of the predictions from the dense model's."""
-    protocol = (found.protocol_id, words(found.protocol))
     change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
     kl = plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
     yield (
-        QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0", *protocol),
+        QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0"),
         Cell(kl, "nats a token"),
     )
     yield (
-        QualityRow(
-            f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1), *protocol
-        ),
+        QualityRow(f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1)),
         Cell(percent(found.top1_agreement, 1) + points_error(found.top1_standard_error)),
     )
     yield (
-        QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0", *protocol),
+        QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0"),
         Cell(change, "nats a token"),
     )
 
@@ -140,8 +152,6 @@ def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
         "higher",
         percent(found.chance, 1),
         "" if found.reference_value is None else percent(found.reference_value, 1),
-        found.protocol_id,
-        words(found.protocol),
     )
     value = percent(found.value, 1) + points_error(found.standard_error)
     beside, verdict = [], ""
@@ -174,8 +184,3 @@ def points_error(error: float | None) -> str:
 def times_hundred(value: float | None) -> float | None:
     """A fraction in percent."""
     return None if value is None else 100 * value
-
-
-def words(protocol: dict[str, object]) -> str:
-    """A protocol as one line of text."""
-    return ", ".join(f"{key} {value}" for key, value in protocol.items())

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_packed_folder
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table
+from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size, signed
 
 __all__ = ["CompressResult", "DecompressResult", "FormatTotals", "stored_as"]
@@ -101,6 +101,18 @@ class CompressResult(Result):
         """Fraction of zeros in the prunable matrices."""
         return 1 - self.linears.nonzeros / self.linears.weights
 
+    @property
+    def broken(self) -> list[str]:
+        """Bounds that the packed model does not keep."""
+        chosen = self.rounding.get("chosen")
+        if chosen is None or chosen["loss_increase"] <= chosen["max_loss_increase"]:
+            return []
+        measured, given = chosen["loss_increase"], chosen["max_loss_increase"]
+        return [
+            f"--max-loss-increase is broken: {measured:.4f} was measured on text that did not "
+            f"choose, {given:g} was given; a lower bound or more --windows keeps it"
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
         return {
@@ -149,9 +161,8 @@ class CompressResult(Result):
             error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
             closing.insert(0, ("error of rounding", error))
         if chosen := self.rounding.get("chosen"):
-            rise = f"{signed(chosen['loss_increase'], 4)} nats"
-            judged = f"{rise} on {chosen['judged_tokens']:,} tokens ({allowed(chosen)})"
-            closing.insert(0, ("change of the loss", judged))
+            closing.insert(0, ("in the search", in_the_search(chosen)))
+            closing.insert(0, ("change of the loss", judged(chosen)))
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
@@ -160,6 +171,7 @@ class CompressResult(Result):
                 formats,
             ),
             Table.facts("", closing),
+            *(Line(fault, "bold red") for fault in self.broken),
             *after_a_packed_folder(self.output),
         ]
 
@@ -183,11 +195,22 @@ class CompressResult(Result):
         )
 
 
-def allowed(chosen: dict[str, Any]) -> str:
-    """The bound on the loss, and where all matrices in one type would be."""
+def judged(chosen: dict[str, Any]) -> str:
+    """The rise of the loss of the packed model, and its bound."""
+    error = chosen["loss_increase_standard_error"]
+    beside = "" if error is None else f" ± {error:.4f}"
+    return (
+        f"{signed(chosen['loss_increase'], 4)}{beside} nats per token on "
+        f"{chosen['judged_tokens']:,} tokens that did not choose "
+        f"(at most {chosen['max_loss_increase']:g} allowed)"
+    )
+
+
+def in_the_search(chosen: dict[str, Any]) -> str:
+    """What the search estimated, of the choice and of all matrices in one type."""
     uniform = chosen["uniform_loss_increase"].items()
-    others = ", ".join(f"all {values} {signed(rise, 4)}" for values, rise in uniform)
-    return f"at most {chosen['max_loss_increase']:g} allowed; {others}"
+    others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
+    return f"{signed(chosen['searched_loss_increase'], 4)}{others}"
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:

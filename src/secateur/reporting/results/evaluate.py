@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.tables import Block, Line, Table, with_error
 from secateur.reporting.wording import without_blank_lines
 from secateur.runs.evaluation import (
     DivergenceRecord,
@@ -208,11 +208,6 @@ def generation_blocks(found: GenerationRecord) -> list[Block]:
         summary += f"; dense: {found.reference_repetition:.0%}, {found.reference_degenerate}"
     title = f"texts ({found.protocol_id})"
     return [Table.of(title, columns, rows, numbers=len(columns) - 1), Line(summary)]
-
-
-def with_error(value: float, error: float | None, form: str = ".4f") -> str:
-    """A value with its standard error, if it has one."""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 def number(value: float | None, form: str) -> str:

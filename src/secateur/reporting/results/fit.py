@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.fitting import Point
+from secateur.engine.choose.fitting import Point, unbeaten
 from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
@@ -34,7 +34,6 @@ __all__ = [
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""
-
 
 FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
 """The families of levels, in words."""
@@ -65,6 +64,7 @@ class FitCheck:
         measured: in the same unit.
         kept: whether the bound holds. A speed-up may be 5 % lower: that is the error of measuring.
         failure: why nothing could be measured; None if it was.
+        standard_error: of what was measured; None if it is not known.
     """
 
     option: str
@@ -72,6 +72,7 @@ class FitCheck:
     measured: float
     kept: bool
     failure: str | None = None
+    standard_error: float | None = None
 
     def in_words(self, value: float, *, nearest: bool = False) -> str:
         """A value in its unit; the nearest one that can be kept is rounded to that side."""
@@ -84,6 +85,12 @@ class FitCheck:
         return f"{shown:.{digits}f}" + ("" if nearest else unit)
 
     @property
+    def found(self) -> str:
+        """What was measured, with its standard error."""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return self.failure or self.in_words(self.measured) + error
+
+    @property
     def flag(self) -> str:
         """The option on the command line."""
         return "--" + self.option.replace("_", "-")
@@ -94,7 +101,7 @@ class FitCheck:
         if self.failure is not None:
             return f"{self.flag} could not be measured: {self.failure}"
         return (
-            f"{self.flag} is broken: {self.in_words(self.measured)} was measured, "
+            f"{self.flag} is broken: {self.found} was measured, "
             f"{self.in_words(self.wanted)} was given; the nearest that this model keeps is "
             f"{self.in_words(self.measured, nearest=True)}"
         )
@@ -106,11 +113,17 @@ class FitLoss:
 
     Attributes:
         file_bytes: of its weight files, at most.
-        loss_increase: above the dense model, in nats per token.
+        loss_increase: above the dense model, in nats per token, of the packed model as it runs.
+        standard_error: of it, over windows; None for one window.
     """
 
     file_bytes: int
     loss_increase: float
+    standard_error: float | None = None
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return signed(self.loss_increase, 4) + error
 
 
 @dataclass(frozen=True)
@@ -295,16 +308,17 @@ class FitResult(Result):
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
+    def in_words(self, point: Point) -> str:
+        """What a candidate is, in the names of the levels."""
+        return point.in_words([single.name for single in self.singles])
+
     def size(self, point: Point) -> float:
         """Bytes of the weight files of a candidate, at most."""
         return self.costs[0].rest + point.cost[0]
 
     def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
         """Marks of levels and of levels put together."""
-        return tuple(
-            mark(p.name, p.name or f"a mix ({p.families})", self.size(p), p.divergence)
-            for p in points
-        )
+        return tuple(mark(p.name, self.in_words(p), self.size(p), p.divergence) for p in points)
 
     def made(self, models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
         """Marks of models that were made whole."""
@@ -319,10 +333,7 @@ class FitResult(Result):
 
     def bounds(self) -> list[tuple[str, str, str]]:
         """Every bound, and what was measured."""
-        return [
-            (one.flag, one.in_words(one.wanted), one.failure or one.in_words(one.measured))
-            for one in self.checks
-        ]
+        return [(one.flag, one.in_words(one.wanted), one.found) for one in self.checks]
 
     @property
     def brought(self) -> str:
@@ -358,15 +369,12 @@ class FitResult(Result):
         facts = [
             ("weight files", binary_size(self.packed.file_bytes)),
             ("predicted at most", binary_size(self.winner.file_bytes)),
-            ("loss", f"{signed(self.losses['winner'].loss_increase, 4)} nats per token"),
+            ("loss", f"{self.losses[WINNER]} nats per token"),
             ("linears", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
             ("time", f"{self.seconds:.0f} s"),
             ("output", str(self.output)),
         ]
-        rivals = [
-            (name, binary_size(loss.file_bytes), signed(loss.loss_increase, 4))
-            for name, loss in self.losses.items()
-        ]
+        rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
         made = [
             (
                 one.name,
@@ -377,10 +385,9 @@ class FitResult(Result):
             )
             for one in sorted(self.finalists, key=lambda one: one.divergence)
         ]
-        points = sorted((*self.singles, *self.frontier), key=lambda p: p.cost)
         rows = [
-            (p.name or f"mixed ({p.families})", binary_size(self.size(p)), f"{p.divergence:.4f}")
-            for p in points
+            (self.in_words(p), binary_size(self.size(p)), f"{p.divergence:.4f}")
+            for p in unbeaten([*self.singles, *self.frontier])
         ]
         blocks: list[Block] = [
             Table.facts("the winner", facts),
@@ -400,12 +407,8 @@ class FitResult(Result):
             ),
             Line(self.brought),
             *self.tried(),
-            Table.of("levels, each made alone", ("", "size", "divergence, nats per token"), rows),
-            *(
-                [Line(f"Left out to keep the time: {', '.join(self.dropped)}.")]
-                if self.dropped
-                else []
-            ),
+            Table.of("the best of each size", ("", "size", "divergence, nats per token"), rows),
+            *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),
         ]
         return blocks + after_a_fit(self.output)

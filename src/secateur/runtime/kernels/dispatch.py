@@ -1,15 +1,16 @@
 """Measures once for each kind of matrix which way is fastest, for how many tokens.
 
-| way    | what it does                                                        |
-|--------|---------------------------------------------------------------------|
-| kernel | our kernel on the stored matrix, eight tokens at a time             |
-| blocks | our product of integers, block by block (`prompt.py`); integers only |
-| tile   | a tile of the matrix is expanded and torch multiplies it, then the next |
+| way    | what it does                                                            | for      |
+|--------|-------------------------------------------------------------------------|----------|
+| kernel | our kernel on the stored matrix, eight tokens at a time                 | all      |
+| blocks | our product of integers, block by block (`prompt.py`)                   | integers |
+| tile   | a tile of the matrix is expanded and torch multiplies it, then the next | floats   |
 
-The kernel reads less, the others compute faster; so they win for many tokens. If for one token
-the kernel is slower than on dense matrices, the matrices should be dense; `gain` measures this. The
-measurement needs more weights than the caches hold, since decoding reads all weights of a model for
-every token. Kinds with fewer weights stay packed.
+Both ways of a matrix have the same numbers, to the order of sums: activations that meet integers
+are rounded in both, others in none. The kernel reads less, the other way computes faster, so it
+wins for many tokens. If for one token the kernel is slower than on dense matrices, the matrices
+should be dense; `gain` measures this. The measurement needs more weights than the caches hold,
+since decoding reads all weights of a model for every token. Kinds with fewer weights stay packed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from torch.nn import functional
 
 from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks, takes_blocks
+from secateur.runtime.kernels.prompt import by_blocks
 
 __all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
-MANY_TOKENS = 64
 REPEATS = 5
 CACHE_BYTES = 64 * 2**20
 
@@ -44,13 +44,11 @@ class KernelChoice:
         kernel_up_to: the most tokens for which the kernel is the faster way.
         gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
             by seconds of the kernel on these; infinite where the caches hold them all, except for
-            int4 with AVX2. int4 is compared with dense int4.
-        blocks: more tokens are multiplied by blocks, not by tiles.
+            int4 with AVX2. Integers are compared with the same integers, stored dense.
     """
 
     kernel_up_to: int
     gain: float
-    blocks: bool = False
 
 
 _measured: dict[tuple[object, ...], KernelChoice] = {}
@@ -82,8 +80,7 @@ def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
     """Time all ways on random activations."""
     gain = measured_gain(matrices, dtype)
-    blocks = blocks_win(matrices, dtype)
-    many = by_blocks if blocks else by_tiles
+    many = by_blocks if matrices[0].integers else by_tiles
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
@@ -94,19 +91,7 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
         if by_eights > at_once:
             break
         up_to = tokens
-    return KernelChoice(up_to, gain, blocks)
-
-
-def blocks_win(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> bool:
-    """Whether blocks are possible, and faster than tiles for `MANY_TOKENS`."""
-    if not takes_blocks(matrices[0]):
-        return False
-    x = torch.randn(MANY_TOKENS, matrices[0].columns).to(dtype)
-    blocks, tiles = seconds(
-        [lambda m=m: by_blocks(m, x) for m in matrices[:2]],
-        [lambda m=m: by_tiles(m, x) for m in matrices[:2]],
-    )
-    return blocks < tiles
+    return KernelChoice(up_to, gain)
 
 
 def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:
@@ -119,7 +104,7 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
     stored = [m.dense(dtype) for m in matrices[:count]]
-    weights = [m.weight for m in stored if m.weight is not None]  # torch has no int4
+    weights = [m.weight for m in stored if m.weight is not None]  # torch has no integers
     kernel, own, *plain = seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
         [lambda m=m: by_kernel(m, one) for m in stored],
@@ -154,8 +139,8 @@ def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:
 def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
     """The product x · Wᵀ [tokens, out] by torch, one expanded tile after the other.
 
-    Never more than one tile is expanded. int8 values are multiplied as integers, and the result by
-    their scale.
+    Never more than one tile is expanded, and no activation is rounded. int8 values are multiplied
+    as integers, and the result by their scale.
     """
     if matrix.weight is not None:
         return functional.linear(x, matrix.weight.to(x.dtype))

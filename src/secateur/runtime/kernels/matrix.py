@@ -154,6 +154,11 @@ class KernelMatrix:
         return self
 
     @property
+    def integers(self) -> bool:
+        """Whether its values are integers, so that activations are rounded for every product."""
+        return self.dtype == torch.int8 or self.group is not None
+
+    @property
     def words(self) -> int:
         """Words of 64 columns in a row."""
         return -(-self.columns // WORD)
@@ -229,13 +234,13 @@ class KernelMatrix:
         return self.values[: self.rows * width].view(self.rows, width)[:, : self.columns]
 
     def dense(self, dtype: torch.dtype) -> KernelMatrix:
-        """The same weights, stored with their zeros: in 4 bits as before, others in a dtype."""
+        """The same weights, stored with their zeros: integers as before, others in a dtype."""
         weight = self.tile(0, self.rows)
         if self.scales is not None and self.group is not None:
             codes = GroupGrid(4, self.group).codes(weight, self.scales)
             return KernelMatrix.of_codes(codes, self.scales, self.group)
         if self.scale is not None:
-            weight = weight.float() * self.scale[:, None]
+            return KernelMatrix(weight.to(torch.int8), scale=self.scale)
         return KernelMatrix(weight.to(dtype))
 
     def room(self, rows: int) -> Tensor:

@@ -11,12 +11,7 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.library import TYPES
 from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
 
-__all__ = ["by_blocks", "takes_blocks"]
-
-
-def takes_blocks(matrix: KernelMatrix) -> bool:
-    """Whether its values are integers; torch multiplies tiles of the others."""
-    return matrix.dtype == torch.int8 or matrix.group is not None
+__all__ = ["by_blocks"]
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
@@ -37,7 +32,7 @@ def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
         raise ShapeError(
             f"x of shape {tuple(x.shape)} on {x.device}, for rows of {matrix.columns} on the cpu"
         )
-    if x.dtype not in (torch.float32, torch.bfloat16) or not takes_blocks(matrix):
+    if x.dtype not in (torch.float32, torch.bfloat16) or not matrix.integers:
         raise ShapeError(f"x is {x.dtype} and values are {matrix.dtype}; blocks need integers")
     x = x.contiguous()
     y = torch.empty(len(x), matrix.rows, dtype=x.dtype)

@@ -2,8 +2,8 @@
 
 The checkpoint is rounded as a whole to int8 and to int4, by the same runs as `--values int8` and
 `--values int4`. Then each linear takes its weights from the source or from one of the two
-(`engine.choose.values`). The loss is measured on a quarter of the calibration windows, which the
-rounding does not see.
+(`engine.choose.values`). A sixth of the calibration windows, which the rounding does not see,
+measures the loss of candidates and of the packed model; another sixth judges the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.windows import load_windows
 from secateur.engine.choose.values import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError
@@ -33,15 +32,16 @@ from secateur.workflows.compress.rounding import (
 )
 from secateur.workflows.compress.storage_plan import settled_values
 from secateur.workflows.compress.window_parts import save_parts
+from secateur.workflows.judge.increase import LossJudge
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["MixedReader", "MixedValues", "choose_values", "refuse_renamed"]
+__all__ = ["MixedChoice", "MixedReader", "MixedValues", "refuse_renamed"]
 
 ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""
 
-JUDGED_SHARE = 4
-"""One calibration window in so many measures the loss."""
+SHARE = 6
+"""One calibration window in so many chooses, and one in so many judges the result."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,8 @@ class MixedReader(CheckpointReader):
         return self.others[name].read(name) if name in self.others else super().read(name)
 
 
-def choose_values(
-    recipe: CompressRecipe,
-    reader: CheckpointReader,
-    matrices: Mapping[str, PackableMatrix],
-    zeros: Mapping[str, float],
-    work: Path,
-    progress: Progress,
-) -> MixedValues:
-    """Round the checkpoint, and choose the values of each linear.
+class MixedChoice:
+    """A checkpoint that was rounded as a whole, ready to choose the values of each linear.
 
     Args:
         recipe: with `max_loss_increase` and a calibration text.
@@ -93,47 +86,66 @@ def choose_values(
         zeros: the fraction of zeros of every linear, by its name.
         work: folder for the windows, the rounded checkpoints and the measured losses.
         progress: receives every step.
+
+    Attributes:
+        choosing: measures packed folders on the windows that choose.
+        judging: measures them on windows that neither rounded nor chose.
     """
-    assert recipe.max_loss_increase is not None
-    device = choose_device(recipe.device)
-    target = CheckpointTarget(reader, None, device, trust_remote_code=recipe.trust_remote_code)
-    fitted, judged = split_windows(recipe, target, work, progress)
-    linears = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
-    folders = {}
-    for values in ROUNDED:
-        own = with_values(recipe, values, fitted)
-        run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
-        folders[values] = round_checkpoint(run, Labelled(progress, f"rounding to {values}"))
-    readers = {values: CheckpointReader(folder) for values, folder in folders.items()}
-    for rounded in readers.values():
-        refuse_renamed(linears.values(), rounded)
-    sizes = sizes_of(recipe, reader, matrices)
-    levels = [Level(reader, sizes[""], {})]
-    levels += [Level(readers[v], sizes[v], output_errors(folders[v])) for v in ROUNDED]
-    chosen = choose_levels(
-        target, levels, judged, recipe.max_loss_increase, work / "values.jsonl", progress
-    )
-    names = {linears[linear]: level for linear, level in chosen.level_of.items() if level}
-    record = told_of(folders[ROUNDED[-1]])
-    record["mean_error"] = sum(
-        levels[level].error_of.get(linear, 0.0) for linear, level in chosen.level_of.items()
-    ) / len(chosen.level_of)
-    count = Counter(("unchanged", *ROUNDED)[level] for level in chosen.level_of.values())
-    record["chosen"] = {
-        "max_loss_increase": recipe.max_loss_increase,
-        "loss_increase": chosen.loss - chosen.source_loss,
-        "uniform_loss_increase": {
-            values: loss - chosen.source_loss
-            for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
-        },
-        "judged_tokens": judged.numel(),
-        "matrices": dict(count),
-    }
-    return MixedValues(
-        MixedReader(reader.folder, {n: levels[level].reader for n, level in names.items()}),
-        {name: ROUNDED[level - 1] for name, level in names.items()},
-        record,
-    )
+
+    def __init__(
+        self,
+        recipe: CompressRecipe,
+        reader: CheckpointReader,
+        matrices: Mapping[str, PackableMatrix],
+        zeros: Mapping[str, float],
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.reader, self.work, self.progress = reader, work, progress
+        device, trust = choose_device(recipe.device), recipe.trust_remote_code
+        self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
+        fitted, chosen, judged = split_windows(recipe, self.target, work, progress)
+        self.choosing, self.judging = (
+            LossJudge(self.target, file, progress, trust_remote_code=trust)
+            for file in (chosen, judged)
+        )
+        self.linears = {m.linear: name for name, m in matrices.items() if m.prunable}
+        self.folders = {}
+        for values in ROUNDED:
+            own = with_values(recipe, values, fitted)
+            run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
+            labelled = Labelled(progress, f"rounding to {values}")
+            self.folders[values] = round_checkpoint(run, labelled)
+        sizes = sizes_of(recipe, reader, matrices)
+        self.levels = [Level(reader, sizes[""], {})]
+        for values, folder in self.folders.items():
+            rounded = CheckpointReader(folder)
+            refuse_renamed(self.linears.values(), rounded)
+            errors = output_errors(folder)
+            self.levels.append(Level(rounded, sizes[values], errors, rounds_inputs=True))
+
+    def within(self, bound: float) -> MixedValues:
+        """The values of each linear, with a rise of the loss of at most `bound` by the search."""
+        windows, file = self.choosing.windows, self.work / "values.jsonl"
+        chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
+        names = {self.linears[linear]: n for linear, n in chosen.level_of.items() if n}
+        record = told_of(self.folders[ROUNDED[-1]])
+        errors = [self.levels[n].error_of.get(name, 0.0) for name, n in chosen.level_of.items()]
+        record["mean_error"] = sum(errors) / len(errors)
+        count = Counter(("unchanged", *ROUNDED)[level] for level in chosen.level_of.values())
+        record["chosen"] = {
+            "searched_loss_increase": chosen.loss - chosen.source_loss,
+            "uniform_loss_increase": {
+                values: loss - chosen.source_loss
+                for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
+            },
+            "matrices": dict(count),
+        }
+        return MixedValues(
+            MixedReader(self.reader.folder, {n: self.levels[x].reader for n, x in names.items()}),
+            {name: ROUNDED[level - 1] for name, level in names.items()},
+            record,
+        )
 
 
 def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
@@ -161,21 +173,21 @@ def with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressR
 
 def split_windows(
     recipe: CompressRecipe, target: CheckpointTarget, work: Path, progress: Progress
-) -> tuple[Path, Tensor]:
-    """The file of the windows for the rounding, and the windows that measure the loss.
+) -> list[Path]:
+    """The files of the windows for the rounding, for the choice and for the judgement.
 
     Raises:
-        RecipeError: there is only one window.
+        RecipeError: there are fewer windows than purposes.
     """
-    files = [work / "fitted.safetensors", work / "judged.safetensors"]
+    files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
     text = recipe.calibration.source
     assert text is not None
     save_parts(
-        text, recipe.calibration, target, files, JUDGED_SHARE,
-        "both fit the rounding and measure the loss", progress,
+        text, recipe.calibration, target, files, SHARE,
+        "fit the rounding, choose the values and judge the result", progress,
         trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
-    return files[0], load_windows(files[1])
+    return files
 
 
 def sizes_of(

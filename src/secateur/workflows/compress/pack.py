@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from secateur.runtime.choice import DEFAULT_GROUP, DENSE, LayoutChoice, without_
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
-from secateur.workflows.compress.mixed_values import choose_values
+from secateur.workflows.compress.mixed_values import MixedChoice
 from secateur.workflows.compress.options import check_compression
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import (
@@ -55,9 +55,19 @@ from secateur.workflows.compress.storage_plan import (
     settled_values,
 )
 
-__all__ = ["ChosenValues", "compress", "compress_recipe", "fractions", "pack_into"]
+__all__ = [
+    "ChosenValues",
+    "compress",
+    "compress_recipe",
+    "fractions",
+    "pack_into",
+    "pack_model",
+]
 
 COMPRESSION = "compression.json"
+
+MOST_CHOICES = 4
+"""How often values are chosen within a bound on the loss, at most."""
 
 
 @takes_options_of(CompressRecipe)
@@ -123,9 +133,11 @@ def compress_recipe(
             return CompressResult.from_json(json.loads(record))
         zeros = fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
-            mixed = choose_values(recipe, reader, matrices, zeros, folder.work, progress)
-            reader, values_of, rounding = mixed.reader, mixed.values_of, mixed.record
-        elif text is not None:
+            choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
+            report = packed_within(folder, recipe, source, matrices, choice, begun)
+            folder.finish()
+            return report
+        if text is not None:
             run = rounding_recipe(recipe, source.folder, zeros, folder.work / "rounded")
             rounded = round_checkpoint(run, progress)
             reader, rounding = CheckpointReader(rounded), told_of(rounded)
@@ -135,6 +147,41 @@ def compress_recipe(
         chosen = ChosenValues(reader, matrices, values_of, rounding)
         report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
+    return report
+
+
+def packed_within(
+    folder: RunFolder,
+    recipe: CompressRecipe,
+    source: LocalCheckpoint,
+    matrices: dict[str, PackableMatrix],
+    choice: MixedChoice,
+    begun: float,
+) -> CompressResult:
+    """Choose values within the bound on the loss, and pack them; then judge what was packed.
+
+    The search only estimates the loss. If that of the packed model, and its standard error, exceed
+    the bound on the same windows, the search runs again with a bound that is lower by the excess.
+    """
+    assert recipe.max_loss_increase is not None
+    bound = allowed = recipe.max_loss_increase
+    for _ in range(MOST_CHOICES):
+        mixed = choice.within(allowed)
+        chosen = ChosenValues(mixed.reader, matrices, mixed.values_of, mixed.record)
+        plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, choice.progress)
+        excess = choice.choosing.increase(folder.model).cautious - bound
+        if excess <= 0 or allowed <= 0:
+            break
+        allowed = max(allowed - excess, 0.0)
+    found = choice.judging.increase(folder.model)
+    mixed.record["chosen"] |= {
+        "max_loss_increase": bound,
+        "loss_increase": found.mean,
+        "loss_increase_standard_error": found.standard_error,
+        "judged_tokens": found.tokens,
+    }
+    report = make_report(chosen, packed, plan, folder.output, begun)
+    write_notes(report, source, folder, recipe.output or folder.output)
     return report
 
 
@@ -180,8 +227,29 @@ def pack_into(
         progress: receives every tensor.
         begun: when the run began, for the record.
     """
+    plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, progress)
+    report = make_report(chosen, packed, plan, folder.output, begun)
+    write_notes(report, source, folder, recipe.output or folder.output)
+    return report
+
+
+def pack_model(
+    made: Path,
+    recipe: CompressRecipe,
+    source: LocalCheckpoint,
+    chosen: ChosenValues,
+    progress: Progress,
+) -> tuple[StoragePlan, PackedCheckpoint]:
+    """Write a compressed checkpoint into an empty folder, and verify it.
+
+    Args:
+        made: the folder.
+        recipe: format, values, embeddings, archive.
+        source: the checkpoint whose configuration and tokenizer are taken over.
+        chosen: the tensors.
+        progress: receives every tensor.
+    """
     reader, matrices = chosen.reader, chosen.matrices
-    made = folder.fresh_model()
     values = settled_values(reader, matrices, recipe.values)
     plan = make_plan(reader, matrices, recipe, values, progress, chosen.values_of)
     computed = computed_dtype(plan, matrices, values)
@@ -192,12 +260,10 @@ def pack_into(
     write_packed(made, files, contents(reader, plan, matrices, progress), archive=recipe.archive)
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
-    config = packed_config(source.folder, computed, recipe.archive)
+    layouts = [layout for file in files for layout in file.layouts.values()]
+    config = packed_config(source.folder, computed, recipe.archive, layouts)
     carry_over(source.folder, made, config, same_weights=kept)
-    packed = verified(made, progress)
-    report = make_report(reader, packed, plan, matrices, folder.output, chosen.rounding, begun)
-    write_notes(report, source, folder, recipe.output or folder.output)
-    return report
+    return plan, verified(made, progress)
 
 
 def identity(
@@ -211,13 +277,15 @@ def identity(
     }
 
 
-def packed_config(source: Path, computed: torch.dtype, archive: bool) -> dict[str, Any]:
+def packed_config(
+    source: Path, computed: torch.dtype, archive: bool, layouts: Sequence[Layout]
+) -> dict[str, Any]:
     """The configuration of the compressed checkpoint."""
     config = read_config(source)
     config.pop("torch_dtype", None)
     return config | {
         "dtype": str(computed).removeprefix("torch."),
-        "quantization_config": quantization_config(archive),
+        "quantization_config": quantization_config(archive, layouts),
     }
 
 
@@ -282,15 +350,10 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
 
 
 def make_report(
-    reader: CheckpointReader,
-    packed: PackedCheckpoint,
-    plan: StoragePlan,
-    matrices: dict[str, PackableMatrix],
-    output: Path,
-    rounding: dict[str, Any],
-    begun: float,
+    chosen: ChosenValues, packed: PackedCheckpoint, plan: StoragePlan, output: Path, begun: float
 ) -> CompressResult:
     """Add up the contents of the files."""
+    reader, matrices = chosen.reader, chosen.matrices
     linears, embeddings = FormatTotals(), FormatTotals()
     dense = dict.fromkeys(("as here", "int8", "int4"), 0)
     by_format: dict[str, FormatTotals] = {}
@@ -325,7 +388,7 @@ def make_report(
         archive=packed.archive,
         negative_zeros=negative_zeros,
         value_error=plan.value_error,
-        rounding=rounding,
+        rounding=chosen.rounding,
         seconds=time.perf_counter() - begun,
     )
 

@@ -196,10 +196,11 @@ def grown(
     size, most = own.file_bytes(kinds, sizes), own.kinds[0].limit
     if size > most:
         return None, f"made, and {size - most:,.0f} bytes too large"
-    told = FitFinalist(branch.name, size, expected, None, measure.divergence(folder))
+    packed, divergence = measure.packed(sparse, folder, kinds)
+    told = FitFinalist(branch.name, size, expected, None, divergence)
     options = structure_options(ground.recipe, branch, str(ground.fitted))
     step = {"structure": options}
-    return Finalist(cut, sparse, folder, kinds, told, step), f"made: {told.divergence:.3f}"
+    return Finalist(cut, sparse, folder, packed, kinds, told, step), f"made: {divergence:.3f}"
 
 
 def inherited_menu(

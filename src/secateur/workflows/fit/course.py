@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from secateur.engine.choose.budgeted import Menu, fits
 from secateur.engine.choose.fitting import FRONTIER, SURVEY_TOKENS, FitSearch, Point
@@ -74,6 +75,9 @@ def carry_out(
     frontier, costs = surveyed(ground, search)
     singles = search.singles()  # with the survey's predictions; nothing is measured again
     contest, branches = contested(ground, search, singles, frontier, costs)
+    contest, branches, costs = within_loss(
+        ground, search, (singles, frontier), (contest, branches), costs
+    )
     if not contest:
         raise VerificationError(
             "no model that was made keeps the bounds",
@@ -85,8 +89,7 @@ def carry_out(
     )
     winner = best_of(contest)
     size = ground.costs.files.finish(folder.model, ground.progress)
-    losses = judged(ground, winner, contest)
-    rise = losses[WINNER].loss_increase
+    losses = judged(ground, folder.model, winner, contest)
     return FitResult(
         output=folder.output,
         kind_of={name: kind.name for name, kind in winner.kinds.items()},
@@ -97,12 +100,54 @@ def carry_out(
         frontier=tuple(frontier),
         losses=losses,
         costs=told_costs(ground.costs),
-        checks=checks_of(ground, folder.model, size, rise, tasks),
+        checks=checks_of(ground, folder.model, size, losses[WINNER], tasks),
         corrections=tuple(corrections),
         dropped=tuple(ground.pace.dropped),
         packed=packed,
         seconds=time.perf_counter() - begun,
     )
+
+
+def within_loss(
+    ground: Ground,
+    search: FitSearch,
+    measured: tuple[Sequence[Point], Sequence[Point]],
+    first: tuple[list[Finalist], list[FitBranch]],
+    costs: Costs,
+) -> tuple[list[Finalist], list[FitBranch], Costs]:
+    """Search again, for a larger model, while the best finalist loses more than its bound.
+
+    The search only estimates the loss, without the embeddings. So the packed model is measured on
+    the windows that choose. If its rise and the standard error exceed the bound, the next search
+    has a bound that is lower by the excess.
+
+    Args:
+        ground: of the fit.
+        search: after the survey.
+        measured: every level alone, and the frontier.
+        first: finalists and branches of the first search.
+        costs: its bounds.
+
+    Returns:
+        Finalists, branches and bounds of the last search.
+    """
+    bound = aim = ground.recipe.max_loss_increase
+    contest, branches = first
+    if bound is None or aim is None or not search.is_surveyed:
+        return contest, branches, costs
+    for _ in range(MOST):
+        if not contest:
+            break
+        excess = ground.choosing.increase(best_of(contest).packed).cautious - bound
+        if excess <= 0 or aim <= 0:
+            break
+        aim = max(aim - excess, 0.0)
+        larger = costs_within(ground, search, aim)
+        if larger.kinds[0].limit <= costs.kinds[0].limit:
+            break
+        costs = larger
+        contest, branches = contested(ground, search, *measured, costs)
+    return contest, branches, costs
 
 
 def corrected_contest(
@@ -168,7 +213,7 @@ def surveyed(ground: Ground, search: FitSearch) -> tuple[list[Point], Costs]:
         budgets = search.budgets(ground.costs.axis)
         for families in ("all", "quantize"):
             frontier += search.frontier(budgets, families)
-    return frontier, costs_within(ground, search)
+    return frontier, costs_within(ground, search, ground.recipe.max_loss_increase)
 
 
 def contested(
@@ -191,7 +236,7 @@ def contested(
     measure = Yardstick(ground, whole, "searched")
     menu = finer_menu(ground, search)
     found = refined(ground, search, menu, [*singles, *frontier], costs, measure)
-    alone = single(ground, search, singles, costs.budget)
+    alone = single(ground, search, singles, costs.budget, measure)
     most = costs.kinds[0].limit
     contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]
     cuts = Expected.of(ground, search).cuts
@@ -229,20 +274,30 @@ def refined(
     return finalists(ground, search, menu, chosen, measure, times.rest)
 
 
-def judged(ground: Ground, winner: Finalist, contest: Sequence[Finalist]) -> dict[str, FitLoss]:
-    """The loss of the winner and its rivals on text that neither made nor chose them."""
-    measure = Yardstick(ground, ground.judged, "judged")
+def judged(
+    ground: Ground, made: Path, winner: Finalist, contest: Sequence[Finalist]
+) -> dict[str, FitLoss]:
+    """The loss of the winner and its rivals, as they run, on text that neither made nor chose them.
+
+    Args:
+        ground: of the fit.
+        made: the packed winner.
+        winner: the same before packing.
+        contest: the winner and its rivals.
+    """
     rounded = [one for one in contest if one.only_rounded]
     rivals = {
         WINNER: winner,
         SINGLE: next((one for one in contest if one.told.name == SINGLE), None),
         ONLY_ROUNDED: min(rounded, key=lambda one: one.told.divergence, default=None),
     }
-    return {
-        name: FitLoss(one.told.file_bytes, measure.rise(one.folder))
-        for name, one in rivals.items()
-        if one is not None
-    }
+    found = {}
+    for name, one in rivals.items():
+        if one is not None:
+            folder = made if one is winner else one.packed
+            rise = ground.judging.increase(folder)
+            found[name] = FitLoss(one.told.file_bytes, rise.mean, rise.standard_error)
+    return found
 
 
 def told_costs(costs: Costs) -> tuple[FitCost, ...]:
@@ -301,15 +356,14 @@ def new_search(ground: Ground) -> FitSearch:
     return FitSearch(ground.target, levels, costs, ground.searched, file, ground.progress)
 
 
-def costs_within(ground: Ground, search: FitSearch) -> Costs:
+def costs_within(ground: Ground, search: FitSearch, bound: float | None) -> Costs:
     """The bounds after the survey: with a bound on the loss, the smallest size within it."""
-    recipe = ground.recipe
-    if recipe.max_loss_increase is None:
+    if bound is None:
         return ground.costs
     file = ground.work / "losses.jsonl"
     meter = LossMeter.on(ground.searched, ground, search.names, search.levels, file)
     aim = ground.costs.aim
-    least = smallest_within(search, meter, recipe.max_loss_increase, aim, ground.progress)
+    least = smallest_within(search, meter, bound, aim, ground.progress)
     return ground.costs.narrowed(least)
 
 

@@ -1,4 +1,4 @@
-"""The finalists of a fit: candidates made as real models, and measured."""
+"""The finalists of a fit: candidates made as real models, packed, and measured as they run."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Finalist:
         base: the model before pruning: the source, or a cut of it.
         sparse: the model before rounding.
         folder: the model, pruned and rounded.
+        packed: the same, packed: what is measured.
         kinds: how every linear is stored.
         told: its numbers, for the result.
         cut: the step of a chain that makes `base`; empty if nothing was cut.
@@ -44,6 +45,7 @@ class Finalist:
     base: Path
     sparse: Path
     folder: Path
+    packed: Path
     kinds: Kinds
     told: FitFinalist
     cut: Mapping[str, Any] = field(default_factory=dict)
@@ -100,34 +102,36 @@ def finalists(
         every = ground.costs.every
         kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
         sparse, folder = solved(ground, kinds, name)
+        packed, divergence = measure.packed(sparse, folder, kinds)
         sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
         told = FitFinalist(
             name=name,
             file_bytes=ground.costs.file_bytes(kinds, sizes),
             predicted=menu.predicted(candidate),
             mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
-            divergence=measure.divergence(folder),
+            divergence=divergence,
         )
-        found.append(Finalist(ground.reader.folder, sparse, folder, kinds, told))
+        found.append(Finalist(ground.reader.folder, sparse, folder, packed, kinds, told))
     return found
 
 
 def single(
-    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost
+    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost, measure: Yardstick
 ) -> Finalist | None:
     """The best single level within a budget of the linears; it is made already."""
     fitting = [point for point in points if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
-    size, found = round(ground.costs.rest[0] + best.cost[0]), best.divergence
-    told = FitFinalist(SINGLE, size, best.predicted, found, found)
     levels = ground.costs.levels
     kind = levels[best.candidate[0]]
     bare = levels.index(LevelKind("bfloat16", kind.sparsity))
     sparse, folder = (search.levels[n].level.reader.folder for n in (bare, best.candidate[0]))
     kinds = dict.fromkeys(search.names, kind)
-    return Finalist(ground.reader.folder, sparse, folder, kinds, told)
+    packed, divergence = measure.packed(sparse, folder, kinds)
+    size = round(ground.costs.rest[0] + best.cost[0])
+    told = FitFinalist(SINGLE, size, best.predicted, best.divergence, divergence)
+    return Finalist(ground.reader.folder, sparse, folder, packed, kinds, told)
 
 
 def solved(ground: Ground, kinds: Kinds, name: str) -> tuple[Path, Path]:

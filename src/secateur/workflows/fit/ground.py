@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.calibration.windows import load_windows
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
@@ -18,6 +17,7 @@ from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.fit.pace import Pace
+from secateur.workflows.judge.increase import LossJudge
 from secateur.workflows.prune.prepare import choose_device
 
 __all__ = ["Ground"]
@@ -40,8 +40,8 @@ class Ground:
         pace: the time that is left.
         work: folder for levels, windows and measured values.
         fitted: file of the windows that make levels.
-        searched: windows that choose [windows, length].
-        judged: windows that judge the result [windows, length].
+        choosing: measures packed folders on the windows that choose.
+        judging: measures them on windows that judge the result.
         progress: receives every step.
     """
 
@@ -54,9 +54,19 @@ class Ground:
     pace: Pace
     work: Path
     fitted: Path
-    searched: Tensor
-    judged: Tensor
+    choosing: LossJudge
+    judging: LossJudge
     progress: Progress
+
+    @property
+    def searched(self) -> Tensor:
+        """The windows that choose [windows, length]."""
+        return self.choosing.windows
+
+    @property
+    def judged(self) -> Tensor:
+        """The windows that judge the result [windows, length]."""
+        return self.judging.windows
 
     @classmethod
     def prepared(
@@ -83,7 +93,9 @@ class Ground:
             text.source, text, target, files, SHARE,
             "make levels, choose among them and judge", progress, trust_remote_code=trust,
         )  # fmt: skip
-        windows = load_windows(files[1]), load_windows(files[2])
+        choosing, judging = (
+            LossJudge(target, x, progress, trust_remote_code=trust) for x in files[1:]
+        )
         return cls(
             recipe,
             source,
@@ -94,7 +106,8 @@ class Ground:
             pace,
             work,
             files[0],
-            *windows,
+            choosing,
+            judging,
             progress,
         )
 

@@ -28,8 +28,14 @@ class LevelKind:
     @property
     def family(self) -> str:
         """Which techniques it uses."""
-        rounded = self.values.startswith("int")
-        return "both" if rounded and self.sparsity else "quantize" if rounded else "prune"
+        if self.rounds_inputs:
+            return "both" if self.sparsity else "quantize"
+        return "prune"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether values are integers, so that kernels round the inputs."""
+        return self.values.startswith("int")
 
 
 KINDS = (

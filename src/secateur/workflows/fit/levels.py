@@ -47,7 +47,8 @@ def made_levels(ground: Ground) -> Iterator[FitLevel]:
         refuse_renamed(ground.stored.values(), reader)
         errors = errors_of(sorted({sparse, folder} - {dense}))
         sizes = linear_bytes(reader, ground.matrices, kinds)
-        yield FitLevel(kind.name, kind.family, Level(reader, sizes, errors))
+        level = Level(reader, sizes, errors, rounds_inputs=kind.rounds_inputs)
+        yield FitLevel(kind.name, kind.family, level)
 
 
 def errors_of(folders: Iterable[Path]) -> dict[str, float]:

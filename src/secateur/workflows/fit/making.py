@@ -6,24 +6,37 @@ model that is made. The same options, as steps of a chain, are the recipe of the
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.workflows.compress.pack import fractions
-from secateur.workflows.compress.packable import PackableMatrix
+from secateur.workflows.compress.pack import ChosenValues, fractions, pack_model
+from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import BITS, round_checkpoint, rounding_recipe
 from secateur.workflows.fit.kinds import LevelKind
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = ["Kinds", "made", "pruned", "rounded", "shared", "steps_of", "trust"]
+__all__ = [
+    "Kinds",
+    "chosen_values",
+    "made",
+    "packed",
+    "packing_recipe",
+    "pruned",
+    "rounded",
+    "shared",
+    "steps_of",
+    "trust",
+]
 
 Kinds = Mapping[str, LevelKind]
 """How every linear is stored, by its name."""
@@ -100,6 +113,58 @@ def made(
     return sparse, rounded(
         recipe, sparse, matrices, kinds, text, output / "rounded", Labelled(progress, "rounding")
     )
+
+
+def packed(
+    recipe: FitRecipe,
+    source: LocalCheckpoint,
+    folder: Path,
+    kinds: Kinds,
+    output: Path,
+    progress: Progress,
+) -> Path:
+    """Pack a model that was made, unless an earlier run has. Return the folder.
+
+    Args:
+        recipe: the recipe.
+        source: the model before rounding; gives configuration and tokenizer.
+        folder: the model.
+        kinds: how every linear is stored.
+        output: folder of the result.
+        progress: receives every tensor.
+    """
+    if not output.exists():
+        unfinished = output.with_name(f"{output.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        chosen = chosen_values(recipe, folder, kinds)
+        pack_model(unfinished, packing_recipe(recipe, kinds), source, chosen, progress)
+        unfinished.rename(output)
+    return output
+
+
+def chosen_values(
+    recipe: FitRecipe, folder: Path, kinds: Kinds, rounding: dict[str, Any] | None = None
+) -> ChosenValues:
+    """What is packed of a model that was made.
+
+    Args:
+        recipe: the recipe.
+        folder: the model.
+        kinds: how every linear is stored.
+        rounding: the record of its rounding.
+    """
+    reader = CheckpointReader(folder)
+    matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
+    values = {n: kinds[m.linear].values for n, m in matrices.items() if m.prunable}
+    return ChosenValues(reader, matrices, values, rounding or {})
+
+
+def packing_recipe(recipe: FitRecipe, kinds: Kinds) -> CompressRecipe:
+    """The recipe that packs a model with these kinds."""
+    options = compress_options(recipe, kinds, "")
+    packing = {key: options[key] for key in ("values", "overrides", "embeddings")}
+    return build_recipe(CompressRecipe, {**packing, "model": recipe.model, "output": recipe.output})
 
 
 def steps_of(recipe: FitRecipe, kinds: Kinds, text: str) -> list[dict[str, Any]]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.chain import ChainRecipe
-from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.results.compress import CompressResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import NOTES, RunFolder
-from secateur.workflows.compress.pack import ChosenValues, pack_into
-from secateur.workflows.compress.packable import find_matrices
+from secateur.workflows.compress.pack import pack_into
 from secateur.workflows.compress.rounding import told_of
 from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.making import steps_of
+from secateur.workflows.fit.making import chosen_values, packing_recipe, steps_of
 
 __all__ = ["pack_winner"]
 
@@ -37,23 +33,19 @@ def pack_winner(
         winner: what is packed.
         begun: when the run began, for the record.
     """
-    recipe, reader = ground.recipe, CheckpointReader(winner.folder)
-    matrices = find_matrices(reader, "int8", recipe.trust_remote_code)
+    recipe = ground.recipe
     text = f"{recipe.output}/{NOTES}/{WINDOWS}"
     steps = steps_of(recipe, winner.kinds, text)
     if winner.cut:
         [[verb, given]] = winner.cut.items()
         steps.insert(0, {verb: {**given, "calibration": {"source": text}}})
-    options: dict[str, Any] = steps[-1]["compress"]
-    packing = {key: options[key] for key in ("values", "overrides", "embeddings")}
     ends = {"model": recipe.model, "output": recipe.output}
-    values = {n: winner.kinds[m.linear].values for n, m in matrices.items() if m.prunable}
-    rounding = told_of(winner.folder) if "calibration" in options else {}
+    rounding = told_of(winner.folder) if "calibration" in steps[-1]["compress"] else {}
     if rounding:
         rounding["calibration"] = {**rounding["calibration"], "source": text}
-    chosen = ChosenValues(reader, matrices, values, rounding)
+    chosen = chosen_values(recipe, winner.folder, winner.kinds, rounding)
     source = replace(ground.source, folder=winner.sparse)
-    compress = build_recipe(CompressRecipe, {**packing, **ends})
+    compress = packing_recipe(recipe, winner.kinds)
     report = pack_into(folder, compress, source, chosen, ground.progress, begun)
     shutil.copyfile(ground.fitted, folder.notes / WINDOWS)
     if winner.cut:

@@ -14,7 +14,7 @@ from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask
 from secateur.models.skeleton import build_skeleton
 from secateur.recipes.sizes import bytes_of
-from secateur.reporting.results.fit import FitCheck
+from secateur.reporting.results.fit import FitCheck, FitLoss
 from secateur.workflows.advise import counted
 from secateur.workflows.fit.accuracy import accuracy
 from secateur.workflows.fit.ground import Ground
@@ -28,7 +28,7 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS, MOST_SECONDS = 32, 16, 15, 90.0
 
 
 def checks_of(
-    ground: Ground, made: Path, file_bytes: int, rise: float, tasks: Sequence[PreparedTask]
+    ground: Ground, made: Path, file_bytes: int, loss: FitLoss, tasks: Sequence[PreparedTask]
 ) -> tuple[FitCheck, ...]:
     """Every bound beside what was measured.
 
@@ -36,7 +36,7 @@ def checks_of(
         ground: of the fit.
         made: folder of the packed winner.
         file_bytes: of its weight files.
-        rise: of its loss on text that did not choose, in nats per token.
+        loss: its loss on text that did not choose, measured on the packed winner as it runs.
         tasks: for the accuracy; none if it has no bound.
     """
     recipe = ground.recipe
@@ -45,8 +45,11 @@ def checks_of(
         most = bytes_of(recipe.max_size)
         found.append(FitCheck("max_size", most, file_bytes, file_bytes <= most))
     if recipe.max_loss_increase is not None:
-        bound = recipe.max_loss_increase
-        found.append(FitCheck("max_loss_increase", bound, rise, rise <= bound))
+        bound, rise = recipe.max_loss_increase, loss.loss_increase
+        error = loss.standard_error
+        found.append(
+            FitCheck("max_loss_increase", bound, rise, rise <= bound, standard_error=error)
+        )
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         found += checks_of_running(ground, made)
     if recipe.min_accuracy_kept is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,15 +14,18 @@ from secateur.engine.choose.values import StoredVariants
 from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
+from secateur.runtime.load import load
 from secateur.workflows.fit.ground import Ground
+from secateur.workflows.fit.making import Kinds, packed
 
 __all__ = ["Yardstick"]
 
 
 class Yardstick:
-    """Measures folders of models; what was measured is kept in files.
+    """Measures divergences: mean KL(dense ‖ model) of the next-token probabilities, nats per token.
 
-    The models may have other layers and widths than the dense one, but its vocabulary.
+    The models may have other layers and widths than the dense one, but its vocabulary. What was
+    measured is kept in files.
 
     Args:
         ground: of the fit.
@@ -30,39 +35,64 @@ class Yardstick:
 
     def __init__(self, ground: Ground, windows: Tensor, name: str) -> None:
         self.ground, self.windows, self.name = ground, windows, name
-        self.dense = self.lockstep(ground.target, "divergence", None)
+        self.dense = self.lockstep(ground.target, None)
 
-    @torch.no_grad()
     def divergence(self, folder: Path) -> float:
-        """Mean KL(dense ‖ model) of the next-token probabilities, in nats per token."""
-        return self.measured(folder, "divergence")
-
-    @torch.no_grad()
-    def rise(self, folder: Path) -> float:
-        """The mean loss of the next token above that of the dense model, in nats per token."""
-        return self.measured(folder, "loss") - self.measured(self.ground.reader.folder, "loss")
-
-    def measured(self, folder: Path, objective: str) -> float:
-        """A value of a model, from its file or else measured."""
-        work, tokens = self.ground.work, self.windows.numel()
-        inside = folder.is_relative_to(work)
-        name = "-".join(folder.relative_to(work).parts) if inside else "dense"
+        """The divergence of a model as it is, which is not packed."""
         device, trust = self.ground.target.device, self.ground.recipe.trust_remote_code
         target = CheckpointTarget(CheckpointReader(folder), None, device, trust_remote_code=trust)
-        lockstep = self.lockstep(target, objective, self.dense)
-        file = work / "measured" / f"{self.name}-{objective}-{name}.jsonl"
+        lockstep = self.lockstep(target, self.dense)
+        versions = ("dense",) * len(target.layers)
+        rows = range(len(self.windows))
+        return self.kept(folder, lambda: lockstep.fitness([versions], rows)[0])
+
+    def packed(self, sparse: Path, folder: Path, kinds: Kinds) -> tuple[Path, float]:
+        """Pack a model that was made, and measure it as it runs.
+
+        Args:
+            sparse: the model before rounding.
+            folder: the model.
+            kinds: how every linear is stored.
+
+        Returns:
+            The packed folder and its divergence.
+        """
+        ground, source = self.ground, replace(self.ground.source, folder=sparse)
+        output = ground.work / "packed" / self.name_of(folder)
+        packed(ground.recipe, source, folder, kinds, output, ground.progress)
+        return output, self.kept(output, lambda: self.running(output))
+
+    @torch.no_grad()
+    def running(self, folder: Path) -> float:
+        """The divergence of a packed model in the kernels."""
+        model = load(folder, trust_remote_code=self.ground.recipe.trust_remote_code)
+        self.dense.pass_dense()
+        total = 0.0
+        with self.dense.outside():
+            for row, ids in enumerate(self.windows):
+                logits = model(input_ids=ids[None]).logits[0]
+                total += self.dense.measure(row)(logits.to(self.ground.target.device))
+        return total / len(self.windows)
+
+    def kept(self, folder: Path, measure: Callable[[], float]) -> float:
+        """A value of a model, from its file or else measured."""
+        name = self.name_of(folder)
+        file = self.ground.work / "measured" / f"{self.name}-{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        told = {**fingerprint(lockstep.ends, tokens, objective, ()), "model": name}
+        told = fingerprint(self.dense.ends, self.windows.numel(), "divergence", ())
+        values = Tournament(self.dense, lambda _: (), file, {**told, "model": name})
         self.ground.progress.start(f"measuring {name}", 1)
-        measure = Tournament(lockstep, lambda _: ((),) * len(target.layers), file, told)
-        (found,) = measure([()], tokens, 0)
+        found: float = values.noted("divergence", measure)
         self.ground.progress.finish()
         return found
 
-    def lockstep(
-        self, target: CheckpointTarget, objective: str, dense: Lockstep | None
-    ) -> Lockstep:
+    def name_of(self, folder: Path) -> str:
+        """A name for a folder among the work of the run, and for the dense model."""
+        work = self.ground.work
+        return "-".join(folder.relative_to(work).parts) if folder.is_relative_to(work) else "dense"
+
+    def lockstep(self, target: CheckpointTarget, dense: Lockstep | None) -> Lockstep:
         """Passes one model, as it is, through its layers."""
         ends = ModelEnds(target, self.windows)
         variants = StoredVariants(ends, (), ())
-        return Lockstep(ends, variants, objective, self.ground.progress, dense)
+        return Lockstep(ends, variants, "divergence", self.ground.progress, dense)

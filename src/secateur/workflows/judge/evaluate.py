@@ -18,7 +18,7 @@ from secateur.evaluation.generation_checks import (
     generation_protocol,
 )
 from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_of
-from secateur.evaluation.protocol import protocol_id
+from secateur.evaluation.protocol import COMPUTED, computed_by, protocol_id
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.models.architecture import refuse_foreign
@@ -272,9 +272,7 @@ def text_records(
     Raises:
         RecipeError: the dense model splits the text into different tokens.
     """
-    windows, protocol = windows_of(
-        text, ours.model, ours.tokenizer, ours.name, sequence_length, first
-    )
+    windows, protocol = windows_of(text, ours.model, ours.tokenizer, sequence_length, first)
     if dense is None:
         with window_progress(progress, "perplexity", len(windows)) as report:
             result = perplexity(
@@ -282,7 +280,7 @@ def text_records(
             )
         return perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
-    other, _ = windows_of(text, dense.model, dense.tokenizer, dense.name, length, first)
+    other, beside = windows_of(text, dense.model, dense.tokenizer, length, first)
     if other.shape != windows.shape or bool((other != windows).any()):
         raise RecipeError(
             f"{ours.name} and {dense.name} read {text} as different tokens",
@@ -297,9 +295,10 @@ def text_records(
             progress=report,
             ranks=ranks,
         )
+    both = protocol | {f"reference_{key}": beside[key] for key in COMPUTED}
     return (
         perplexity_record(text, moved.model, moved.reference, protocol, shared),
-        [divergence_record(text, moved, protocol, shared)],
+        [divergence_record(text, moved, both, shared)],
     )
 
 
@@ -396,7 +395,7 @@ def generation_record(
     theirs: list[Sample] | None = None
     if dense is not None:
         theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
-    protocol = generation_protocol(prompts)
+    protocol = generation_protocol(prompts) | computed_by(ours.model)
     beside: Sequence[Sample | None] = theirs or [None] * len(own)
     return GenerationRecord(
         samples=[

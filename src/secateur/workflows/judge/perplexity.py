@@ -10,6 +10,7 @@ from typing import Any
 from secateur.calibration.documents import read_text
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.evaluation.protocol import computed_by
 from secateur.models.positions import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
@@ -27,7 +28,6 @@ def windows_of(
     text: str | Path,
     loaded: Any,
     tokenizer: Any,
-    name: str,
     sequence_length: int | None,
     first: int | None,
 ) -> tuple[Windows, dict[str, Any]]:
@@ -41,8 +41,7 @@ def windows_of(
         windows,
         dataset=joined.dataset,
         join=joined.join,
-        tokenizer=name,
-        dtype=next(loaded.parameters()).dtype,
+        computed=computed_by(loaded),
         start=start_tokens(tokenizer),
     )
     return windows, protocol
@@ -71,14 +70,17 @@ def window_progress(
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a model with its tokenizer. On the CPU, a compressed model stays packed."""
+    """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     place = choose_device(device)
     if is_packed(source.folder):
         loaded = load(
-            source.folder, expand=place.type != "cpu", trust_remote_code=trust_remote_code
-        ).to(place)
+            source.folder,
+            kernels=place.type == "cpu",
+            device=place,
+            trust_remote_code=trust_remote_code,
+        )
     else:
         loaded = load_whole(source.folder, place, trust_remote_code=trust_remote_code)
     return loaded, tokenizer

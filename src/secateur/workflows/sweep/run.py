@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
@@ -26,6 +25,7 @@ from secateur.calibration.windows import EXTRA, load_windows, save_windows, stor
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.evaluation.protocol import computed_by
 from secateur.models.folder_checks import read_config
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
@@ -281,28 +281,27 @@ class Work:
         """The folder of a point."""
         return self.folder / "points" / point_name(key)
 
-    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], torch.dtype]:
-        """Return the mean loss on every text, in nats per token, and the dtype of the run."""
+    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the mean loss on every text, in nats per token, and how the model computed."""
         loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
         losses = {}
         for text, windows in self.windows.items():
             with window_progress(progress, f"judging on {text}", len(windows)) as report:
                 result = perplexity(loaded, windows, start_tokens=len(self.start), progress=report)
             losses[text] = result.mean_loss
-        return losses, next(loaded.parameters()).dtype
+        return losses, computed_by(loaded)
 
     def judge_dense(self) -> None:
         """Evaluate the dense model once, as the reference of all points."""
         if self.record.dense.perplexity:
             return
-        losses, dtype = self.judge(self.source.folder, Labelled(self.progress, "dense"))
+        losses, computed = self.judge(self.source.folder, Labelled(self.progress, "dense"))
         protocol = {
             text: describe_protocol(
                 self.windows[text],
                 dataset=self.texts[text].dataset,
                 join=self.texts[text].join,
-                tokenizer=self.plan.model,
-                dtype=dtype,
+                computed=computed,
                 start=self.start,
             )
             for text in losses

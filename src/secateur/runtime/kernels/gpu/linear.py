@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import ShapeError
+from secateur.quantization.activations import round_activations
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.kernels.gpu.timing import Call, Clock, race
@@ -28,13 +29,19 @@ class GpuLinear(nn.Module):
         matrix: W [out, in].
         bias: b [out], or None.
         kernel_up_to: the most tokens for the kernel. For more, W is expanded and torch multiplies.
+        rounds_inputs: whether activations are rounded as on the CPU; products are then float32.
     """
 
     def __init__(
-        self, matrix: GpuMatrix, bias: Tensor | None = None, kernel_up_to: int = TOKENS
+        self,
+        matrix: GpuMatrix,
+        bias: Tensor | None = None,
+        kernel_up_to: int = TOKENS,
+        *,
+        rounds_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self.matrix, self.kernel_up_to = matrix, kernel_up_to
+        self.matrix, self.kernel_up_to, self.rounds_inputs = matrix, kernel_up_to, rounds_inputs
         self.out_features, self.in_features = matrix.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.number = numbered(self)
@@ -62,6 +69,12 @@ class GpuLinear(nn.Module):
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
+        if self.rounds_inputs:
+            return self.exact_product(round_activations(x)).to(x.dtype)
+        return self.exact_product(x)
+
+    def exact_product(self, x: Tensor) -> Tensor:
+        """The product with activations as they are."""
         if len(x) <= self.kernel_up_to:
             return self.matrix.multiply(x)
         return functional.linear(x, self.matrix.dense(x.dtype))
