@@ -45,7 +45,7 @@ WAYS = (
      "prune MODEL --pattern 2:4 --effort best --output SPARSE"),
     ("cost of a service", "[advice](advise.md)", "advise MODEL --hardware h200 --html page.html"),
     ("quality after one of these", "[training](#train-after-it)",
-     "train SPARSE --teacher MODEL --text TEXT --output TAUGHT"),
+     "train SPARSE --teacher MODEL --text TEXT --output TRAINED"),
 )  # fmt: skip
 
 

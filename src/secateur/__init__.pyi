@@ -203,7 +203,7 @@ def compress(
             int8, int4, int3. [auto]
         group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
             128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
-        overrides: Own values for some linears, by name; the last match counts. [none]
+        overrides: Own values for some linear layers, by name; the last match counts. [none]
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
@@ -580,17 +580,18 @@ def prune(
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
         pattern: Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as
             ROWSxCOLUMNS. [unstructured]
-        include: Names of the linears to prune. [*]
-        exclude: Names of linears that stay dense. [none]
-        overrides: Own sparsity for some linears; 0 keeps them dense. [none]
+        include: Names of the linear layers to prune. [*]
+        exclude: Names of linear layers that stay dense. [none]
+        overrides: Own sparsity for some linear layers; 0 keeps them dense. [none]
         effort: Preset: fast, balanced or best. It fills in the options that you do not give.
             [balanced, if no method is given]
-        method_overrides: Own method parameters for some linears, such as {'*.down_proj': {bits:
-            8}}. [none]
+        method_overrides: Own method parameters for some linear layers, such as {'*.down_proj':
+            {bits: 8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
-        allocation: How to divide the sparsity among the linears: uniform, owl, layer-sensitivity,
-            global or search. [uniform]
-        on_collapse: What to do if a linear lost most of its output by pruning: stop or warn. [warn]
+        allocation: How to divide the sparsity among the linear layers: uniform, owl,
+            layer-sensitivity, global or search. [uniform]
+        on_collapse: What to do if a linear layer lost most of its output by pruning: stop or warn.
+            [warn]
         field: The field of a JSONL line that holds the text. [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
@@ -641,11 +642,11 @@ def prune(
         asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
         choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
             tokens. [off]
-        sequential: group: each group of linears sees inputs from the pruned groups before it.
-            layer: all linears of a layer see inputs from the unpruned layer, as in the papers.
-            [group]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
+        sequential: group: each group of linear layers sees inputs from the pruned groups before it.
+            layer: all linear layers of a layer see inputs from the unpruned layer, as in the
+            papers. [group]
+        asymmetric: asymmetric fits pruned linear layers to the dense model's outputs. symmetric
+            fits each linear layer to its own outputs on the same inputs. [the preset's]
         fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
@@ -839,8 +840,8 @@ def structure(
         score: Score that selects the units to remove. [the preset's]
         solver: Solver that adjusts the weights that read the removed units. [the preset's]
         method_parameters: Parameters of the score and the solver. [the preset's]
-        asymmetric: asymmetric fits pruned linears to the dense model's outputs. symmetric fits each
-            linear to its own outputs on the same inputs. [the preset's]
+        asymmetric: asymmetric fits pruned linear layers to the dense model's outputs. symmetric
+            fits each linear layer to its own outputs on the same inputs. [the preset's]
         fast_matmuls: Calibrate in bfloat16 on processors where this is faster. [the preset's]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]

@@ -59,7 +59,7 @@ class WhatToCompress(Section):
     )
     overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(
         default_factory=dict,
-        description="Own values for some linears, by name; the last match counts.",
+        description="Own values for some linear layers, by name; the last match counts.",
     )
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(
         None,

@@ -21,7 +21,7 @@ class WhatToInspect(Section):
         description="Hub id, folder, GGUF file or named sample."
     )
     layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(
-        None, ge=0, description="List the linears of this decoder layer."
+        None, ge=0, description="List the linear layers of this decoder layer."
     )
     zeros: bool = Field(
         False,

@@ -45,13 +45,13 @@ class WhatToPrune(Section):
         "ROWSxCOLUMNS.",
     )
     include: Annotated[Texts, Flag(value="GLOB")] = Field(
-        ("*",), description="Names of the linears to prune."
+        ("*",), description="Names of the linear layers to prune."
     )
     exclude: Annotated[Texts, Flag(value="GLOB")] = Field(
-        (), description="Names of linears that stay dense."
+        (), description="Names of linear layers that stay dense."
     )
     overrides: Annotated[dict[str, Sparsity], Flag(value="GLOB=SPARSITY")] = Field(
-        default_factory=dict, description="Own sparsity for some linears; 0 keeps them dense."
+        default_factory=dict, description="Own sparsity for some linear layers; 0 keeps them dense."
     )
 
 
@@ -85,14 +85,15 @@ class HowToPrune(Section):
         dict[str, dict[str, int | float]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
     ] = Field(
         default_factory=dict,
-        description="Own method parameters for some linears, such as {'*.down_proj': {bits: 8}}.",
+        description="Own method parameters for some linear layers, such as "
+        "{'*.down_proj': {bits: 8}}.",
     )
     scope: Annotated[
         Literal["row", "layer", "global"] | None, Flag(default="as in the method's paper")
     ] = Field(None, description="The set of weights that compete: row, layer or global.")
     allocation: str = Field(
         "uniform",
-        description="How to divide the sparsity among the linears: uniform, owl, "
+        description="How to divide the sparsity among the linear layers: uniform, owl, "
         "layer-sensitivity, global or search.",
     )
     asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(
@@ -105,12 +106,14 @@ class HowToPrune(Section):
     )
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = Field(
         "group",
-        description="group: each group of linears sees inputs from the pruned groups before it. "
-        "layer: all linears of a layer see inputs from the unpruned layer, as in the papers.",
+        description="group: each group of linear layers sees inputs from the pruned groups before "
+        "it. "
+        "layer: all linear layers of a layer see inputs from the unpruned layer, as in the papers.",
     )
     on_collapse: Literal["stop", "warn"] = Field(
         "warn",
-        description="What to do if a linear lost most of its output by pruning: stop or warn.",
+        description="What to do if a linear layer lost most of its output by pruning: stop or "
+        "warn.",
     )
 
 
@@ -121,8 +124,9 @@ class Fitting(Section):
 
     asymmetric: Annotated[bool, Flag(off="symmetric")] = Field(
         False,
-        description="asymmetric fits pruned linears to the dense model's outputs. symmetric fits "
-        "each linear to its own outputs on the same inputs.",
+        description="asymmetric fits pruned linear layers to the dense model's outputs. symmetric "
+        "fits "
+        "each linear layer to its own outputs on the same inputs.",
     )
     fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = Field(
         False, description="Calibrate in bfloat16 on processors where this is faster."

@@ -44,8 +44,10 @@ class LoraOptions(Section):
         None, gt=0, description="The added matrix is multiplied by alpha / rank."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs.")
-    include: Texts = Field(("*",), description="Names of the linears that get adapters, as globs.")
-    exclude: Texts = Field((), description="Names of linears that get none, as globs.")
+    include: Texts = Field(
+        ("*",), description="Names of the linear layers that get adapters, as globs."
+    )
+    exclude: Texts = Field((), description="Names of linear layers that get none, as globs.")
 
     @classmethod
     def opened(cls, value: Any) -> Any:

@@ -141,7 +141,7 @@ VERBS: dict[str, Verb] = {
         Verb(
             "generate",
             RUN,
-            "Continue a prompt, or answer one message, on the CPU. Packed linears stay packed.",
+            "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.generate:GenerateRecipe",
             "secateur.workflows.judge.generate:generate",
         ),
@@ -182,7 +182,7 @@ VERBS: dict[str, Verb] = {
         Verb(
             "inspect",
             MEASURE,
-            "Show family, sizes, linears and the sparsity that is really stored.",
+            "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.inspect:InspectRecipe",
             "secateur.workflows.judge.inspect:inspect",
         ),
