@@ -42,7 +42,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": 5, "num_key_value_heads": 5}, ""),
     ({"num_key_value_heads": -1}, "num_key_value_heads is '-1', not a whole number"),
     ({"head_dim": 10**15}, "head_dim is 1000000000000000, and no stored tensor"),
-    ({"intermediate_size": 10**15}, "transformers cannot build this model"),
+    ({"intermediate_size": 10**15}, "config.json asks for (32, 1000000000000000)"),
     ({"intermediate_size": "many"}, ""),
     ({"max_position_embeddings": 10**12}, "no model has as many"),
     ({"hidden_act": "nonsense"}, "transformers cannot build this model"),

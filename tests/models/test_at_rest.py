@@ -361,7 +361,7 @@ def test_keeping_the_format_is_refused_where_it_means_nothing(tmp_path: Path) ->
         )
     assert not (tmp_path / "x").exists()
     model = load_whole(folder, torch.device("cpu"))
-    with pytest.raises(RecipeError, match="is for checkpoints"):
+    with pytest.raises(RecipeError, match="`keep_format` would change nothing"):
         secateur.prune(model, calibration=torch.ones(2, 8, dtype=torch.int64), keep_format=True)
 
 

@@ -222,7 +222,7 @@ def test_folders_that_are_no_models(tmp_path, files, fault):
         ("models/missing.gguf", "no such file or folder"),
         ("~/nowhere", "no such file or folder"),
         ("smolm2-135m", "did you mean 'smollm2-135m'"),
-        ("gpt2", "hub ids look like org/name"),
+        ("gpt2", "a hub id is ORG/NAME"),
         ("", "the name of the model is empty"),
     ],
 )

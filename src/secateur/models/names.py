@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from secateur.errors import SourceError
 from secateur.models.samples import MODELS
+from secateur.registry import did_you_mean
 
 __all__ = ["CONVERT", "PICKLES", "HubName", "hub_name", "kind_of_name", "no_such_model"]
 
@@ -52,7 +53,8 @@ def no_such_model(name: str) -> SourceError:
     return SourceError(
         f"{name}: no such file or folder, and no hub id",
         where=str(Path(name).expanduser().absolute()),
-        remedy=f"check the path; a hub id is ORG/NAME; samples: {', '.join(MODELS)}",
+        remedy="check the path; a hub id is ORG/NAME; or a sample, "
+        f"{did_you_mean(name, [*MODELS])}",
     )
 
 

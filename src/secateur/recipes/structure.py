@@ -21,16 +21,9 @@ __all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
 Kept = int | float
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 
-WIDTHS = (
-    "kv_groups",
-    "query_heads",
-    "ffn",
-    "hidden_size",
-    "keep_parameters",
-    "max_size",
-    "decode_latency",
-    "kv_cache",
-)
+BUDGETS = ("keep_parameters", "max_size", "decode_latency", "kv_cache")
+"""Options that say how much is to remain, and leave open what goes."""
+WIDTHS = ("kv_groups", "query_heads", "ffn", "hidden_size", *BUDGETS)
 """Options that cut within layers, by a score."""
 
 Counted = Flag(value="NUMBER", default="all")
@@ -226,7 +219,7 @@ class StructureRecipe(
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = structure_presets
     run: ClassVar[type[Section] | None] = Planning
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers",)),
+        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *BUDGETS)),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple", "pad"), WIDTHS),
         **DISTILLING,
