@@ -114,7 +114,7 @@ MAKING: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", MAKING)
 def test_a_card_names_no_folder_of_this_machine(case: str, tmp_path: Path) -> None:
-    place = tmp_path / "a user"
+    place = tmp_path / ("long " * 20 + "name") / "a user"
     save_tiny(place / "dense", num_hidden_layers=2)
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")

@@ -7,6 +7,7 @@ that are not text, and documents that are too deep or grow too large when aliase
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -162,4 +163,5 @@ def too_deep(where: str | None) -> RecipeError:
 
 def write_yaml(value: Any) -> str:
     """Write plain data as YAML, with keys in their order."""
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    # on one line each: a path that is broken at a space is no path any more
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
