@@ -194,5 +194,5 @@ def test_without_peft_says_how_to_get_it(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(RecipeError, match=r"secateur\[lora\]"):
+    with pytest.raises(RecipeError, match=r"pip install '\.\[lora\]'"):
         attach(pruned_model("llama"))

@@ -476,16 +476,15 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     assert (tmp_path / "p.partial" / "work").exists()
 
 
-def test_weights_without_a_place_on_the_grid(tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     source = pruned_model(tmp_path / "m")
     tensors = tensors_of(source)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match="NaN or infinite"):
-        secateur.compress(source, output=tmp_path / "c", values="int8")
-    secateur.compress(source, output=tmp_path / "c", values="keep")
-    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
-    assert_same(tmp_path / "d", source)  # kept, bit for bit
+    for values in ("int8", "keep"):
+        with pytest.raises(NumericalError, match=r"NaN or infinite(?s:.*)layers\.0\.mlp\.up_proj"):
+            secateur.compress(source, output=tmp_path / "c", values=values)
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "remedy"),
-    [({"distill_epochs": 1}, "--distill-epochs 0"), ({}, "--micro-batch-tokens")],
+    [({"distill_epochs": 1}, "distill_epochs=0"), ({}, "micro_batch_tokens")],
 )
 def test_a_budget_too_small_is_told_with_what_would_help(
     tmp_path: Path, asked: dict, remedy: str

@@ -129,7 +129,7 @@ def test_the_plan_reads_no_pictures(source: Path, file: Path) -> None:
     ({"method": "taylor"}, "gradients of this method"),
     ({"allocation": "owl"}, "allocation owl"),
     ({"distill_epochs": 1}, "distillation"),
-    ({"generated_windows": 2}, "--generated-windows"),
+    ({"generated_windows": 2}, "generated_windows"),
 ])  # fmt: skip
 def test_what_would_read_no_pictures_is_refused(
     options: dict[str, Any], reader: str, source: Path, file: Path, tmp_path: Path
