@@ -77,7 +77,7 @@ def test_the_command_advises_on_a_known_shape(
     [
         ({"hardware": "a100"}, "no hardware is called 'a100'"),
         ({"hardware": "this-machine"}, "well-known shape"),
-        ({"tokens_per_request": 10, "new_tokens": 10}, "must be less than --tokens-per-request"),
+        ({"tokens_per_request": 10, "new_tokens": 10}, "must be less than tokens_per_request"),
         ({"quality_loss": 1.0}, "quality_loss"),
         ({"requests_per_day": 0}, "requests_per_day"),
     ],

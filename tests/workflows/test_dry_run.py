@@ -112,7 +112,7 @@ def test_options_of_a_plan_on_paper_need_a_dry_run(place: Path) -> None:
     assert isinstance(secateur.prune("model", dry_run=True, sparsity=0.5), PlanResult)
     with pytest.raises(RecipeError, match="would start several"):
         secateur.prune("model", dry_run=True, sparsity=0.5, ray="local")
-    with pytest.raises(RecipeError, match="`dry_run` is for checkpoints"):
+    with pytest.raises(RecipeError, match="`dry_run` would change nothing"):
         secateur.prune(secateur.load("model"), dry_run=True, sparsity=0.5)
 
 

@@ -147,7 +147,9 @@ def carry_out(
                 another = begun[step.number - 1 :][:1] not in ([], [step.asked])
                 begun = [*begun[: step.number - 1], step.asked]
                 write_json(folder.work / BEGUN, begun)
-                step.run(before, made, labelled, trust_remote_code, resume=True, restart=another)
+                step.run(
+                    before, made, labelled, trust_remote_code, resume=not another, restart=another
+                )
             seconds = time.perf_counter() - started
             write_json(
                 account, counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
