@@ -139,7 +139,11 @@ class CompressResult(Result):
             ("weight files before", binary_size(self.source_bytes), ""),
             ("as dense bfloat16", binary_size(self.bfloat16_bytes), "100 %"),
             ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
-            ("of them linears", binary_size(self.linears.bytes), f"{self.linears.of_bfloat16:.2%}"),
+            (
+                "of them linear layers",
+                binary_size(self.linears.bytes),
+                f"{self.linears.of_bfloat16:.2%}",
+            ),
         ]
         stored = [*self.formats.items()]
         if self.embeddings.matrices:
@@ -158,7 +162,7 @@ class CompressResult(Result):
         if self.value_error:
             closing.insert(0, ("loss of rounding", f"{self.value_error:.2%} of the weights' norm"))
         if self.rounding:
-            error = f"{self.rounding['mean_error']:.2g} of the linears' outputs, squared"
+            error = f"{self.rounding['mean_error']:.2g} of the linear layers' outputs, squared"
             closing.insert(0, ("error of rounding", error))
         if chosen := self.rounding.get("chosen"):
             closing.insert(0, ("in the search", in_the_search(chosen)))
@@ -166,7 +170,7 @@ class CompressResult(Result):
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
-                f"stored as ({self.sparsity:.2%} zeros in the linears)",
+                f"stored as ({self.sparsity:.2%} zeros in the linear layers)",
                 ("format", "matrices", "size", "bits per weight", "of bfloat16"),
                 formats,
             ),

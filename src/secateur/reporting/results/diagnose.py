@@ -56,7 +56,7 @@ class DiagnoseResult(Result):
     def verdict(self) -> str:
         """One line: healthy, or the numbers of errors and warnings."""
         errors, warnings, notes = (self.count(s) for s in ("error", "warning", "note"))
-        looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linears"
+        looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linear layers"
         if self.drift:
             looked += f", {len(self.drift)} layers beside {self.dense}"
         counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),

@@ -291,7 +291,11 @@ class FitResult(Result):
             Series("mixed levels", self.marks(mixed)),
             Series("mixed, only rounded", self.marks(rounded)),
             *(
-                Series(f"every linear alike, {FAMILIES[family]}", self.marks(points), joined=False)
+                Series(
+                    f"every linear layer alike, {FAMILIES[family]}",
+                    self.marks(points),
+                    joined=False,
+                )
                 for family, points in single.items()
             ),
             Series("cut, bfloat16", self.made(cuts), joined=False),
@@ -370,7 +374,7 @@ class FitResult(Result):
             ("weight files", binary_size(self.packed.file_bytes)),
             ("predicted at most", binary_size(self.winner.file_bytes)),
             ("loss", f"{self.losses[WINNER]} nats per token"),
-            ("linears", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
+            ("linear layers", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
             ("time", f"{self.seconds:.0f} s"),
             ("output", str(self.output)),
         ]

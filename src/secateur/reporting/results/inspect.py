@@ -69,7 +69,7 @@ class InspectResult(Result):
         )
         rows = [(numbers(list(found)), *row) for (_, row), found in same]
         columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
-        return Table.of("decoder layers (--layer N lists the linears of one)", columns, rows)
+        return Table.of("decoder layers (--layer N lists the linear layers of one)", columns, rows)
 
     def linears(self, layer: int) -> Table:
         """A line for each linear of a layer."""
@@ -77,7 +77,7 @@ class InspectResult(Result):
         linears = [x for x in self.audit.linears if layer_of(x.name) == layer]
         stored = ("stored as",) if packed else ()
         return Table.of(
-            f"linears of decoder layer {layer}",
+            f"linear layers of decoder layer {layer}",
             ("name", "out", "in", "zeros", *stored),
             [linear_row(x, packed=packed) for x in linears],
         )

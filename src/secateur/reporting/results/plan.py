@@ -65,7 +65,7 @@ class PlanResult(Result):
             ("memory: statistics and solver", binary_size(plan.solve_bytes)),
         ]
         if out:
-            rows.append(("  the linear that takes most", f"{out} x {columns}"))
+            rows.append(("  the linear layer that takes most", f"{out} x {columns}"))
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
             "memory: the whole model, generating windows": plan.writing_bytes,
