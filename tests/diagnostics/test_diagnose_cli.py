@@ -23,7 +23,8 @@ def flat(text: str) -> str:
 def test_a_healthy_model_in_one_line(secateur, pair: Pair) -> None:
     done = secateur("diagnose", pair.dense)
     assert done.code == 0, done.err
-    assert done.out == (f"{pair.dense}: healthy: no error, no warning (41 tensors, 21 linear layers)\n")
+    healthy = "healthy: no error, no warning (41 tensors, 21 linear layers)"
+    assert done.out == f"{pair.dense}: {healthy}\n"
     pruned = secateur("diagnose", pair.pruned)
     assert pruned.code == 0
     first, _, rest = pruned.out.partition("\n")

@@ -19,7 +19,7 @@ def test_a_healthy_pair_has_only_notes(pair: Pair) -> None:
     for beside in (False, True):
         diagnosis = pair.diagnose(beside=beside)
         assert {x.severity for x in diagnosis.findings} == {"note"}
-        assert diagnosis.verdict.startswith("healthy: no error, no warning (41 tensors, 21 linear layers")
+        assert diagnosis.verdict.startswith("healthy: no error, no warning (41 tensors, 21 linear ")
     assert [x.layer for x in diagnosis.drift] == [0, 1, 2]
     assert set(diagnosis.bears) == {0, 1, 2}
     assert found(diagnosis, "hit-hardest")
