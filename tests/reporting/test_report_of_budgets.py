@@ -39,7 +39,7 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
         "−0.030 nats",
         "Rounding alone, at 70 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
         "3 of 10 matrices of the winner have zeros.",
-        "every linear layer alike, pruned and rounded",
+        "one level for all, pruned and rounded",
         "mixed, only rounded",
     ):
         assert told in page.text, told

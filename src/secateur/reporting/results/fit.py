@@ -291,11 +291,7 @@ class FitResult(Result):
             Series("mixed levels", self.marks(mixed)),
             Series("mixed, only rounded", self.marks(rounded)),
             *(
-                Series(
-                    f"every linear layer alike, {FAMILIES[family]}",
-                    self.marks(points),
-                    joined=False,
-                )
+                Series(f"one level for all, {FAMILIES[family]}", self.marks(points), joined=False)
                 for family, points in single.items()
             ),
             Series("cut, bfloat16", self.made(cuts), joined=False),
