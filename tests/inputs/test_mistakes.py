@@ -49,7 +49,7 @@ MISTAKES = {
     # structure
     "structure m --keep-layers 99 -o o": "the model has 3",
     "structure m --keep-layers 2 --score wanda -o o": "--score: changes nothing without",
-    "structure m --ffn 0.5 --depth-by search -o o": "changes nothing without --keep-layers",
+    "structure m --ffn 0.5 --depth-by search -o o": "changes nothing without one of --keep-layers",
     "structure m --kv-groups 0.5 --kv-cache 0.5 -o o": "give one of them",
     "structure m --ffn 0.5 --multiple 7 -o o": "no multiple of 7",
     # training
