@@ -7,8 +7,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-__all__ = ["write_gguf"]
-
 
 def write_gguf(file: Path) -> Path:
     """Two layers, an embedding and some metadata."""

@@ -15,8 +15,6 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["assistants_page", "collect", "python_page", "relinked"]
-
 DOCS = Path("docs")
 PROJECT = tuple(
     Path(name) for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["table", "write_or_check"]
-
 
 def write_or_check(root: Path, texts: Mapping[Path, str], script: str) -> None:
     """Write files, or with `--check` on the command line, end with an error if one differs.

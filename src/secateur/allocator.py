@@ -18,8 +18,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["TRAINING_BLOCK_BYTES", "TRAINING_BYTES", "give_back", "reused_pages"]
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
 TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1

@@ -22,23 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = [
-    "DISTRIBUTION",
-    "ArchitectureError",
-    "CheckpointError",
-    "KernelError",
-    "MemoryBudgetError",
-    "NumericalError",
-    "PatternError",
-    "RankError",
-    "RecipeError",
-    "SecateurError",
-    "ShapeError",
-    "SourceError",
-    "VerificationError",
-    "install_extra",
-]
-
 DISTRIBUTION = "secateur-llm"
 """The name of the package for pip. The import and the command are `secateur`."""
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["exact_matmuls", "fast_dtype", "fast_matmuls", "full_float32"]
-
 
 @contextmanager
 def full_float32() -> Iterator[None]:

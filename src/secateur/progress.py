@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
-__all__ = ["Labelled", "Progress", "ProgressBar", "Silent", "listener"]
-
 
 class Progress(Protocol):
     """Hears of every step of long work."""

@@ -24,8 +24,6 @@ from secateur.errors import RecipeError
 
 T = TypeVar("T")
 
-__all__ = ["Registry", "did_you_mean"]
-
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """A hint naming what `name` may have been meant to be, and all that there is.

@@ -51,17 +51,3 @@ STORED = "stored"
 def float32_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of a float32 tensor of this shape."""
     return 4 * prod(shape)
-
-
-__all__ = [
-    "STORED",
-    "ColumnNorm",
-    "Gram",
-    "Inputs",
-    "Mask",
-    "Score",
-    "Statistics",
-    "Weight",
-    "Windows",
-    "float32_bytes",
-]

@@ -18,8 +18,6 @@ from secateur.reporting.results.diagnose import DiagnoseResult
 from tiny import tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 
-__all__ = ["Pair", "edit", "found", "make_pair", "rewrite"]
-
 
 class Pair:
     """A dense tiny model, the same pruned, and windows to read."""

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from runtime.mutations import anywhere
 
-__all__ = ["damage"]
-
 HEAD = 4096
 EXTREME = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 

@@ -42,8 +42,6 @@ from inputs.damage import damage
 from inputs.hostile_readers import READERS, Reader
 from secateur.errors import SecateurError
 
-__all__ = ["Case", "Tally", "attack"]
-
 MEMORY, SECONDS, BATCH = 3 * 2**30, 60.0, 40
 GOOD = ("read", "refused")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -41,8 +41,6 @@ from secateur.workflows.judge.inspect import inspect
 from tiny import save_tiny
 from zoo import tiny_windows
 
-__all__ = ["READERS", "Reader"]
-
 FEW: dict[str, Any] = {"num_hidden_layers": 2}
 IDS = torch.tensor([[5, 17, 80, 33]])
 GOLDEN = Path(__file__).parents[1] / "importing" / "golden.safetensors"

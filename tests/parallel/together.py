@@ -11,16 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Started",
-    "cut_alone",
-    "cut_together",
-    "fail_in_a_layer",
-    "prune_alone",
-    "prune_together",
-    "run_together",
-]
-
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["together", "secateur.workflows.prune_and_pack"])
 

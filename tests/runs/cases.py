@@ -14,8 +14,6 @@ from secateur.calibration.windows import save_windows
 from tiny import byte_tokenizer, save_tiny
 from zoo import tiny_windows
 
-__all__ = ["CASES", "Case", "make_sources"]
-
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 
 

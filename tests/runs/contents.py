@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["contents", "every_byte"]
-
 NOT_COMPARED = {".png", ".svg", ".md", ".csv", ".jsonl"}
 VOLATILE = {"seconds", "peak_resident_bytes", "environment"}
 

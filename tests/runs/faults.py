@@ -26,8 +26,6 @@ import torch
 
 from secateur.errors import SecateurError
 
-__all__ = ["Ended", "Operation", "Point", "Shim", "Steps", "build_shim", "environment", "why_not"]
-
 KINDS = (
     "create",
     "open",

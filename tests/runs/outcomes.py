@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DIFFERENT", "IDENTICAL", "LOST", "REFUSED", "Trial", "faults_table", "table"]
-
 IDENTICAL, REFUSED, LOST, DIFFERENT = "identical", "refused", "lost", "different"
 
 

@@ -28,8 +28,6 @@ from secateur.advisor.money import (
 from secateur.advisor.options import CompressionWay, options_for
 from secateur.advisor.shape import ModelShape
 
-__all__ = ["Advice", "Considered", "Need", "advise_on"]
-
 LEAST_SAVING = 0.05
 """A change that saves less than this part of the cost is not worth its risk."""
 

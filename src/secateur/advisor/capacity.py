@@ -23,8 +23,6 @@ from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 from secateur.advisor.speed import TimeModel
 
-__all__ = ["Capacity", "Load", "ServingDevice", "TooMuch", "capacity_of", "most_requests"]
-
 BATCHES = tuple(2**n for n in range(10))
 SHARED_BY = (1, 2, 4, 8, 16)
 """How many devices may share one copy of a model."""

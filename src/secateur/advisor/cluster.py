@@ -26,8 +26,6 @@ from secateur.advisor.facts import Efficiency, Hardware, KnownShape
 from secateur.errors import RecipeError
 from secateur.parallel.shares import owners
 
-__all__ = ["ClusterPlan", "Machines", "Phase", "PlannedGroup", "PlannedModel", "plan_cluster"]
-
 Shape = tuple[int, int]
 
 SINGLE = 1 / 16

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ESTIMATED", "MEASURED", "PUBLISHED", "Estimate"]
-
 MEASURED = "measured here"
 PUBLISHED = "published"
 ESTIMATED = "estimated"

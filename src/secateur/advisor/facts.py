@@ -16,18 +16,6 @@ from secateur.advisor.estimate import Estimate
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = [
-    "API",
-    "GIVEN",
-    "THIS_MACHINE",
-    "Facts",
-    "Hardware",
-    "KnownShape",
-    "PublishedLoss",
-    "read_facts",
-]
-
-
 THIS_MACHINE = "this-machine"
 """The device whose memory and times are measured."""
 

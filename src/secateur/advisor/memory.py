@@ -19,14 +19,6 @@ from dataclasses import dataclass
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
-__all__ = [
-    "GIB",
-    "ServingMemory",
-    "memory_of",
-    "memory_with",
-    "weight_bytes",
-]
-
 GIB = 2**30
 
 FRAGMENTATION = {"cuda": 0.03, "cpu": 0.0}

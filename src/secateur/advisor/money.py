@@ -17,17 +17,6 @@ from secateur.advisor.facts import API, Facts, Hardware
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
-__all__ = [
-    "APICost",
-    "Making",
-    "ServingCost",
-    "api_cost",
-    "break_even_months",
-    "cost_of",
-    "learning_hours",
-    "making_of",
-]
-
 MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
 
 PRUNING_METHOD = "alps"

@@ -9,8 +9,6 @@ from secateur.advisor.advice import Considered, Need
 from secateur.advisor.capacity import TooMuch
 from secateur.advisor.memory import GIB
 
-__all__ = ["nearest"]
-
 
 def nearest(rows: Sequence[Considered], need: Need) -> Iterator[str]:
     """The nearest bounds that can be kept, a sentence for each; each is enough alone.

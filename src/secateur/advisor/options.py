@@ -14,17 +14,6 @@ from secateur.advisor.estimate import Estimate
 from secateur.advisor.facts import Facts, Hardware
 from secateur.advisor.shape import ModelShape
 
-__all__ = [
-    "STRUCTURES",
-    "VALUES",
-    "ZEROS",
-    "CompressionWay",
-    "CutAway",
-    "Values",
-    "Zeros",
-    "options_for",
-]
-
 
 @dataclass(frozen=True)
 class Values:

@@ -18,8 +18,6 @@ from secateur.advisor.shape import LayerKind, ModelShape
 from secateur.advisor.speed import Measured, Roofline, TimeModel, TokenTimes
 from secateur.models.layer_cache import LayerCache
 
-__all__ = ["AdviceQuestion"]
-
 
 @dataclass(frozen=True)
 class AdviceQuestion:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from secateur.advisor.facts import KnownShape
 from secateur.models.layer_cache import LayerCache
 
-__all__ = ["LayerKind", "ModelShape", "kinds_of", "known_shape"]
-
 
 @dataclass(frozen=True)
 class LayerKind:

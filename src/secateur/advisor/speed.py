@@ -26,8 +26,6 @@ from secateur.advisor.facts import Efficiency, Hardware
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 
-__all__ = ["Measured", "Roofline", "TimeModel", "TokenTimes", "weights_read"]
-
 PARALLEL_EFFICIENCY = 0.85
 """What each device still gives when several share a model; our estimate for tensor parallelism."""
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from secateur.errors import SourceError
 
-__all__ = ["Beside", "load_beside", "refuse_beside"]
-
 IDS, MASK = "input_ids", "attention_mask"
 
 

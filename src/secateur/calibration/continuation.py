@@ -29,8 +29,6 @@ from secateur.errors import SourceError
 from secateur.models.cache import OneTokenAttention, roomy_cache
 from secateur.types import Windows
 
-__all__ = ["AT_ONCE", "PREFIX", "continue_windows"]
-
 PREFIX = 16
 """Tokens that a new window takes from a calibration window."""
 

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CrossGram"]
-
 _ROWS = 512  # the largest float32 product besides the sums
 
 

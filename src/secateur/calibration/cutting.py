@@ -27,8 +27,6 @@ from secateur.errors import RecipeError
 from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
 from secateur.types import Windows
 
-__all__ = ["WindowCutter", "begins_with", "without_start"]
-
 
 @dataclass(frozen=True)
 class WindowCutter:

@@ -33,15 +33,6 @@ from secateur.models.samples import TEXTS, cache_folder, sample_text
 from secateur.registry import did_you_mean
 from secateur.runs.atomic import write_bytes
 
-__all__ = [
-    "KNOWN_DATASETS",
-    "JoinedText",
-    "check_text",
-    "keep_texts",
-    "read_documents",
-    "read_text",
-]
-
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 HUB_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")

@@ -28,8 +28,6 @@ from secateur.errors import RecipeError
 from secateur.models.tokenizer import Tokenizer, start_tokens
 from secateur.types import Windows
 
-__all__ = ["load_calibration"]
-
 
 def load_calibration(
     source: str,

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from secateur.errors import RecipeError
 
-__all__ = ["parts_of", "shares", "texts_of"]
-
 
 def parts_of(source: str) -> tuple[tuple[str, float], ...]:
     """The texts that a source names, each with its weight; 1 where none is given.

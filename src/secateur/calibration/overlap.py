@@ -8,8 +8,6 @@ from torch import Tensor
 
 from secateur.types import Windows
 
-__all__ = ["SEQUENCE", "shared_share"]
-
 SEQUENCE = 32
 """So many tokens in a row two texts do not share by chance."""
 MULTIPLIER = 6_364_136_223_846_793_005

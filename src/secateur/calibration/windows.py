@@ -19,17 +19,6 @@ from secateur.registry import did_you_mean
 from secateur.runs.atomic import write_bytes
 from secateur.types import Windows
 
-__all__ = [
-    "EXTRA",
-    "WindowPlan",
-    "check_fit",
-    "load_windows",
-    "make_windows",
-    "save_windows",
-    "stored_extra",
-    "stored_start",
-]
-
 PACKINGS = ("concatenate", "random-crop")
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 32

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.advise import AdviseRecipe
     from secateur.reporting.results.advise import AdviseResult
 
-__all__ = ["advise"]
-
 
 def run(recipe: AdviseRecipe) -> AdviseResult:
     """Advise with a progress bar."""

@@ -15,8 +15,6 @@ from secateur.cli.usage import unknown_options, usage_error
 from secateur.errors import SecateurError
 from secateur.recipes.verbs import STAGES, VERBS
 
-__all__ = ["main"]
-
 
 def make_app() -> App:
     """Build the command line. The file of a verb is imported when the verb is called."""

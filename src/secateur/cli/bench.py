@@ -10,8 +10,6 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.bench import BenchRecipe
 
-__all__ = ["bench"]
-
 
 def run(recipe: BenchRecipe) -> Any:
     """Time with a progress bar. Print on stderr why a contender could not run."""

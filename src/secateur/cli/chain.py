@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.chain import ChainRecipe
     from secateur.reporting.results.chain import ChainResult
 
-__all__ = ["chain"]
-
 
 def run(recipe: ChainRecipe, **call: Any) -> ChainResult:
     """Run all steps with a progress bar."""

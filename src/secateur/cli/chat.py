@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from secateur.recipes.generate import ChatRecipe
     from secateur.workflows.judge.generate import Conversation
 
-__all__ = ["chat"]
-
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 

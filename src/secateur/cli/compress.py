@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.compress import CompressRecipe
     from secateur.reporting.results.compress import CompressResult
 
-__all__ = ["compress"]
-
 
 def run(recipe: CompressRecipe, **call: Any) -> CompressResult:
     """Compress with a progress bar."""

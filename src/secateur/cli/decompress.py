@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.compress import DecompressRecipe
     from secateur.reporting.results.compress import DecompressResult
 
-__all__ = ["decompress"]
-
 
 def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
     """Decompress with a progress bar."""

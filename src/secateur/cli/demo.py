@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from secateur.recipes.demo import DemoRecipe
     from secateur.reporting.results.demo import DemoResult
 
-__all__ = ["demo"]
-
 MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
 CONTENDERS = ("packed", "dense int8", "dense bf16", "torch bf16")

@@ -10,8 +10,6 @@ from secateur.errors import RecipeError
 if TYPE_CHECKING:
     from secateur.recipes.diagnose import DiagnoseRecipe
 
-__all__ = ["diagnose"]
-
 
 def run(recipe: DiagnoseRecipe) -> Any:
     """Diagnose with a progress bar, or show what this machine can speed up."""

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.evaluate import EvaluateRecipe
     from secateur.reporting.results.evaluate import EvaluateResult
 
-__all__ = ["evaluate"]
-
 
 def run(recipe: EvaluateRecipe) -> EvaluateResult | None:
     """Evaluate with a progress bar. Of several processes, only the first one shows it."""

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.export import ExportRecipe
     from secateur.reporting.results.export import ExportResult
 
-__all__ = ["export"]
-
 
 def run(recipe: ExportRecipe, **call: Any) -> ExportResult:
     """Export with a progress bar."""

@@ -23,8 +23,6 @@ from secateur.engine.memory_shortage import is_shortage
 from secateur.errors import DISTRIBUTION, MemoryBudgetError, SecateurError
 from secateur.models.samples import cache_folder
 
-__all__ = ["InternalError", "UserInterruptError", "as_told"]
-
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place for --output",
     errno.EDQUOT: "free some of your quota, or choose another place for --output",

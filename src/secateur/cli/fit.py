@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from secateur.reporting.results.fit import FitResult
     from secateur.reporting.results.plan import FitPlanResult
 
-__all__ = ["fit"]
-
 
 def run(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> FitResult | FitPlanResult:
     """Fit with a progress bar, or plan."""

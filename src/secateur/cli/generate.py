@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from secateur.recipes.generate import ChatRecipe, GenerateRecipe
     from secateur.workflows.judge.generate import Conversation
 
-__all__ = ["generate", "opened", "told_defaults", "write"]
-
 
 def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
     """Continue a prompt on the CPU. Packed linears stay packed."""

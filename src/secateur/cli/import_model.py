@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.import_model import ImportRecipe
     from secateur.reporting.results.import_model import ImportResult
 
-__all__ = ["import_model"]
-
 
 def run(recipe: ImportRecipe, **call: Any) -> ImportResult:
     """Import with a progress bar."""

@@ -9,8 +9,6 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.inspect import InspectRecipe
 
-__all__ = ["inspect"]
-
 
 def run(recipe: InspectRecipe) -> Any:
     """Inspect with a progress bar."""

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.demo import MethodsRecipe
     from secateur.reporting.results.methods import MethodsResult
 
-__all__ = ["methods"]
-
 
 def run(recipe: MethodsRecipe) -> MethodsResult:
     """List them."""

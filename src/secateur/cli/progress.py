@@ -27,8 +27,6 @@ from secateur.cli.rendering import stderr
 from secateur.progress import Progress as Listener
 from secateur.reporting.wording import duration
 
-__all__ = ["ProgressLines", "TerminalBar", "show_progress"]
-
 INTERVAL_SECONDS = 5.0
 """Seconds between two lines of progress when stderr is not a terminal."""
 PREPARING = "preparing"

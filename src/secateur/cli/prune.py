@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from secateur.reporting.results.plan import PlanResult
     from secateur.reporting.results.prune import PruneResult
 
-__all__ = ["prune"]
-
 
 def run(
     recipe: PruneRecipe, *, dry_run: bool = False, **call: Any

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from secateur.recipes.push import PushRecipe
     from secateur.reporting.results.push import PushResult
 
-__all__ = ["push"]
-
 
 def run(recipe: PushRecipe) -> PushResult:
     """Publish with a progress bar."""

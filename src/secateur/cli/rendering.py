@@ -10,8 +10,6 @@ from rich.console import Console
 if TYPE_CHECKING:
     from secateur.reporting.results.result import Result
 
-__all__ = ["print_json", "print_result", "stderr", "stdout"]
-
 stdout = Console()
 stderr = Console(stderr=True)
 

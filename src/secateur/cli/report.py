@@ -9,8 +9,6 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.report import ReportRecipe
 
-__all__ = ["report"]
-
 
 def run(recipe: ReportRecipe) -> Any:
     """Write the page."""

@@ -10,8 +10,6 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.serve import ServeRecipe
 
-__all__ = ["serve"]
-
 
 def run(recipe: ServeRecipe, *, as_json: bool) -> None:
     """Load the model, say where it listens, and answer until SIGTERM or Ctrl-C."""

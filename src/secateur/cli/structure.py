@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from secateur.reporting.results.plan import CutPlanResult
     from secateur.reporting.results.structure import StructureResult
 
-__all__ = ["structure"]
-
 
 def run(
     recipe: StructureRecipe, *, dry_run: bool = False, **call: Any

@@ -9,8 +9,6 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.sweep import SweepRecipe
 
-__all__ = ["sweep"]
-
 
 def run(recipe: SweepRecipe) -> Any:
     """Sweep with a progress bar."""

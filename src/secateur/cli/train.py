@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from secateur.reporting.results.plan import TrainPlanResult
     from secateur.reporting.results.train import TrainResult
 
-__all__ = ["train"]
-
 
 def run(
     recipe: TrainRecipe, *, dry_run: bool = False, **call: Any

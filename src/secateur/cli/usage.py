@@ -16,8 +16,6 @@ from cyclopts import (
 from secateur.errors import RecipeError
 from secateur.recipes.old_names import unknown_name
 
-__all__ = ["unknown_options", "usage_error"]
-
 
 def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
     """The error for a command that cannot be parsed.

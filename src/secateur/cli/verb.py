@@ -24,8 +24,6 @@ from secateur.recipes.verbs import VERBS, imported
 if TYPE_CHECKING:
     from secateur.reporting.results.result import Result
 
-__all__ = ["command"]
-
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
 SET = Option(

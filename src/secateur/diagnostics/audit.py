@@ -30,8 +30,6 @@ from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 from secateur.sparsity.patterns.recognised import recognised
 
-__all__ = ["Audit", "LinearCount", "audit_checkpoint", "verify"]
-
 
 @dataclass(frozen=True)
 class LinearCount:

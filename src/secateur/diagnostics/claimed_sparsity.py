@@ -10,8 +10,6 @@ from secateur.diagnostics.findings import Finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.engine.prune.collapse import COLLAPSED
 
-__all__ = ["check_sparsity"]
-
 DENSE = 0.01
 """A linear with fewer zeros than this is dense; pretrained ones have almost none."""
 

@@ -15,8 +15,6 @@ from secateur.engine.prune.selection import Selection
 from secateur.errors import SecateurError
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
-__all__ = ["Claims", "LinearClaim", "read_claims"]
-
 
 @dataclass(frozen=True)
 class LinearClaim:

@@ -24,8 +24,6 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 
-__all__ = ["LayerDrift", "check_same_model", "layer_drifts"]
-
 TOKENS_AT_ONCE = 1024
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Finding, Severity
 
-__all__ = ["check_layers", "could_bear"]
-
 COLLAPSED, EXPLODED = 0.1, 10.0
 """A layer is broken if its addition, relative to the dense layer's, is outside these bounds."""
 

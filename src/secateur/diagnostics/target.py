@@ -18,8 +18,6 @@ import torch
 from secateur.diagnostics.findings import Finding
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
-__all__ = ["Machine", "Support", "check_speed", "look_at_target"]
-
 FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "avx512_vnni",
     "avx_vnni", "amx_bf16", "amx_int8", "asimd", "asimddp", "sve", "i8mm", "bf16",

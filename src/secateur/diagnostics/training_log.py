@@ -21,8 +21,6 @@ from typing import Any
 from secateur.diagnostics.findings import Finding
 from secateur.errors import SourceError
 
-__all__ = ["LoggedStep", "check_training", "read_log"]
-
 WINDOW = 20
 DEVIATIONS = 6.0
 LEAST_NOISE = 0.01

@@ -19,8 +19,6 @@ from secateur.diagnostics.findings import Finding, Severity, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.models.architecture import setting
 
-__all__ = ["DeadUnits", "check_units", "dead_units", "head_size"]
-
 MANY = 0.02
 """The share of a layer's neurons, or a linear's rows, above which zero rows are a warning."""
 

@@ -7,8 +7,6 @@ import statistics
 from secateur.diagnostics.findings import Finding
 from secateur.diagnostics.weights import Weights
 
-__all__ = ["check_values"]
-
 VANISHED = 1e-3
 """Relative to the median size of the same matrix in all layers; in SmolLM2 the least is 0.3."""
 

@@ -18,8 +18,6 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.finite import not_finite
 from secateur.models.inventory import StoredMatrix
 
-__all__ = ["LinearHealth", "Weights", "layer_sparsity", "look_at_weights"]
-
 
 @dataclass(frozen=True)
 class LinearHealth:

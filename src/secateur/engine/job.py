@@ -19,8 +19,6 @@ from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import Allocation
 
-__all__ = ["Job"]
-
 
 @dataclass(frozen=True)
 class Job:

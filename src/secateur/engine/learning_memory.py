@@ -16,16 +16,6 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import text_config
 from secateur.types import float32_bytes
 
-__all__ = [
-    "calls_of",
-    "distilling_bytes",
-    "kinds",
-    "on_grid_bytes",
-    "rehearse_training",
-    "sweep_bytes",
-    "tuning_bytes",
-]
-
 
 def rehearse_training(
     layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False

@@ -12,8 +12,6 @@ from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.runs.meter import resident_bytes
 
-__all__ = ["SOLVE_LESS", "Budget", "fitting_plan", "memory_budget"]
-
 SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
 """The remedy where a solver needs too much."""
 

@@ -13,8 +13,6 @@ from secateur.engine.memory_budget import SOLVE_LESS
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError
 
-__all__ = ["explained", "is_shortage"]
-
 SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
 """How torch's allocators put it where they raise a plain RuntimeError."""
 

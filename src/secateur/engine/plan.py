@@ -46,8 +46,6 @@ from secateur.models.open_experts import OpenExperts
 from secateur.runs.meter import resident_bytes
 from secateur.sparsity.allocation import Allocation
 
-__all__ = ["Plan", "Rehearsal", "plan_run", "rehearse"]
-
 PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
 

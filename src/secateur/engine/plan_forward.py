@@ -20,8 +20,6 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.kinds import kind_of
 from secateur.engine.stream.targets import Target
 
-__all__ = ["LayerTimes", "layer_times"]
-
 CALLS = 3
 LONG = 2.0
 """Seconds of a call after which it is not repeated."""

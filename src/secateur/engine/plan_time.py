@@ -23,8 +23,6 @@ from secateur.errors import NumericalError, PatternError
 from secateur.sparsity.methods import Method
 from secateur.types import STORED
 
-__all__ = ["PieceTimes", "foretell_seconds", "run_seconds"]
-
 WIDEST = 1024
 """Maximum rows or columns of timed matrices."""
 PROBE_SECONDS = 0.1

@@ -31,8 +31,6 @@ from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
 from secateur.runtime.slots import given_cache, why_not
 
-__all__ = ["CONTENDERS", "USUAL", "Contender", "Round", "contender"]
-
 CONTENDERS = (
     "packed",
     "packed in transformers",

@@ -42,8 +42,6 @@ from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.types import Windows
 
-__all__ = ["DivergenceResult", "divergence"]
-
 
 @dataclass(frozen=True)
 class DivergenceResult:

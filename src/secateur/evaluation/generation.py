@@ -12,8 +12,6 @@ from secateur.runtime.decode import continued
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.stepped import SteppedGeneration
 
-__all__ = ["end_tokens", "generate"]
-
 GREEDY = Sampling()
 
 

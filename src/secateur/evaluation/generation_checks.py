@@ -21,8 +21,6 @@ from secateur.evaluation.protocol import fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 
-__all__ = ["PROMPTS", "Sample", "check_generation", "generation_protocol", "repetition"]
-
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea, there lived an old woman who",

@@ -24,8 +24,6 @@ from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating, forward_logits
 from secateur.runtime.linear import PackedLinear
 
-__all__ = ["HarnessModel"]
-
 log = logging.getLogger(__name__)
 
 TOKENS_PER_FORWARD = 1024

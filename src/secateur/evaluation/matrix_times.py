@@ -44,8 +44,6 @@ from secateur.runs.environment import environment
 from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 
-__all__ = ["BASE", "MatrixTimes", "time_matrices"]
-
 Shape = tuple[int, int]
 
 Loop = tuple[float, float, float]

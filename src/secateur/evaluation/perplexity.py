@@ -36,15 +36,6 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.shares import micro_batches, rows_of
 from secateur.types import Windows
 
-__all__ = [
-    "PerplexityResult",
-    "evaluation_windows",
-    "own_batches",
-    "perplexity",
-    "protocol",
-    "summary",
-]
-
 TOKENS_PER_FORWARD = 2048
 LOGITS_BYTES = 64 * 2**20
 PROBE_TOKENS = 8

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from secateur.runtime.linear import activations_of
 
-__all__ = ["COMPUTED", "computed_by", "fingerprint", "judged_part", "protocol_id"]
-
 COMPUTED = ("dtype", "activations")
 """Keys of a protocol that say how a model computed."""
 

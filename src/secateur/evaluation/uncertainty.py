@@ -18,15 +18,6 @@ from dataclasses import dataclass
 
 from secateur.errors import RecipeError
 
-__all__ = [
-    "Comparison",
-    "central_share",
-    "compare",
-    "mean_of",
-    "retention",
-    "standard_error",
-]
-
 CENTRAL = 0.95
 FROM_CHANCE = 2.0
 

@@ -38,8 +38,6 @@ from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.dense_view import DenseView
 
-__all__ = ["CompressedTensors", "pack_int32"]
-
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of tensors, by name."""
 

@@ -12,8 +12,6 @@ from secateur.exporting import ExportSource
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.runs.output import cannot_write
 
-__all__ = ["copy_the_rest"]
-
 
 def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path) -> None:
     """Copy tokenizer, generation settings and licence, and write the configuration.

@@ -12,8 +12,6 @@ from secateur.models.architecture import describe
 from secateur.models.inventory import inventory, stored_shapes
 from secateur.models.skeleton import build_skeleton, model_names
 
-__all__ = ["DecoderLinears", "decoder_linears", "first_of"]
-
 
 @dataclass(frozen=True)
 class DecoderLinears:

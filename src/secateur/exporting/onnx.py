@@ -27,8 +27,6 @@ from secateur.exporting.folder import copy_the_rest
 from secateur.models.shard_writer import ShardWriter
 from secateur.progress import Progress
 
-__all__ = ["ONNX", "unpacked"]
-
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")
 OPTIONS = MappingProxyType({"fp32": (), "int8": SYMMETRIC, "int4": SYMMETRIC})
 """What the builder is told for each type."""

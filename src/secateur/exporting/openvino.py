@@ -15,8 +15,6 @@ from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf import GGUF
 from secateur.progress import Progress
 
-__all__ = ["OpenVINO"]
-
 KNOWN = ("llama", "qwen2")
 """Qwen3 loads too, but its greedy tokens were not those of transformers."""
 

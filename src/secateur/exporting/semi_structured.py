@@ -28,8 +28,6 @@ from secateur.runtime.semi_structured.layout import (
 )
 from secateur.runtime.semi_structured.splitting import SPLITTINGS, Splitting
 
-__all__ = ["SemiStructured"]
-
 TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
 PATTERNS = MappingProxyType({"2:4": None, **{one.name: one for one in SPLITTINGS}})
 """The patterns that can be stored, and how each is rewritten as 2:4."""

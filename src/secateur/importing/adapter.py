@@ -17,8 +17,6 @@ from secateur.models.stored import StoredModel
 from secateur.models.whole import load_whole
 from secateur.training.lora import merge, need_peft
 
-__all__ = ["MergedReader"]
-
 WEIGHTS = "adapter_model.safetensors"
 
 

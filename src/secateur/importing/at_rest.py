@@ -5,7 +5,5 @@ from __future__ import annotations
 from secateur.importing import import_formats
 from secateur.models.at_rest import stored_forms
 
-__all__: list[str] = []
-
 for form in stored_forms:
     import_formats.register(form)(stored_forms[form])

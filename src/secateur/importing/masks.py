@@ -13,8 +13,6 @@ from secateur.models.checkpoint import CheckpointReader, read_entry
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.names import CONVERT, PICKLES
 
-__all__ = ["MaskedReader"]
-
 ENDINGS = ("", ".weight", "_mask", ".weight_mask", ".mask")
 
 

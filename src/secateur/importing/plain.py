@@ -10,8 +10,6 @@ from secateur.importing import import_formats
 from secateur.importing.torch_prune import pairs_of
 from secateur.models.at_rest import AssembledReader, SourceFolder
 
-__all__ = ["PlainFolder"]
-
 UNFINISHED = {
     "._weight_mask": (
         "masks of Model-Optimizer were not applied, and their format is not documented",

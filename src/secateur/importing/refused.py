@@ -7,8 +7,6 @@ from pathlib import Path
 from secateur.errors import CheckpointError, SourceError
 from secateur.models.names import PICKLES
 
-__all__ = ["refuse_by_name"]
-
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone().contiguous() for '
     "k, v in torch.load('{file}', weights_only=True).items()}}, 'model.safetensors')\""

@@ -12,8 +12,6 @@ from torch import Tensor
 from secateur.importing import import_formats
 from secateur.models.at_rest import AssembledReader, Assembly, Parts, SourceFolder, damaged
 
-__all__ = ["MaskedPair", "TorchPrune", "as_mask", "pairs_of"]
-
 
 class MaskedPair(NamedTuple):
     """The stored names of a weight before masking and of its mask."""

@@ -21,24 +21,6 @@ from secateur.models.expert_layout import Experts, flagged_layout
 from secateur.models.open_experts import OpenExperts
 from secateur.registry import Registry
 
-__all__ = [
-    "Architecture",
-    "Family",
-    "Linear",
-    "describe",
-    "experts_of",
-    "families",
-    "family_of",
-    "hidden_size",
-    "is_router",
-    "linears_of",
-    "mixes_states",
-    "refuse_foreign",
-    "refuse_non_decoders",
-    "setting",
-    "text_config",
-]
-
 Groups = tuple[tuple[str, ...], ...]
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OtherAttention"]
-
 
 class OtherAttention(TorchFunctionMode, ABC):
     """Within this context `attend` replaces torch's attention for the calls that it `takes`."""

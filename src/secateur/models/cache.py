@@ -17,8 +17,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from secateur.models.attention import OtherAttention
 
-__all__ = ["OneTokenAttention", "roomy_cache"]
-
 
 def roomy_cache(config: Any, length: int) -> DynamicCache:
     """An empty cache for texts of at most `length` tokens.

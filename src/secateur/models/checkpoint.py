@@ -30,24 +30,6 @@ from secateur.runs.output import cannot_write
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "INDEX_NAME",
-    "INDEX_NAMES",
-    "PACKED_INDEX_NAME",
-    "CheckpointReader",
-    "PatchedCopy",
-    "TensorEntry",
-    "copied_files",
-    "note_links",
-    "read_all",
-    "read_entry",
-    "read_header",
-    "read_headers",
-    "shard_files",
-    "shard_name",
-    "write_all",
-]
-
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PACKED_INDEX_NAME = "secateur.safetensors.index.json"

@@ -6,8 +6,6 @@ from typing import Any
 
 from secateur.models.architecture import text_config
 
-__all__ = ["auto_class", "text_part"]
-
 
 def auto_class(config: Any) -> Any:
     """The Auto class of a configuration: for causal language models, or for models that see.

@@ -18,8 +18,6 @@ from secateur.errors import ArchitectureError, CheckpointError, SecateurError
 from secateur.models.checkpoint import read_headers, shard_files
 from secateur.models.header import Header, parse_json
 
-__all__ = ["check_sizes", "read_configuration", "transformers_errors"]
-
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""
 

@@ -26,8 +26,6 @@ from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 
-__all__ = ["ExpandedCopy", "StoredCopy", "copy_of", "weight_bytes_of", "write_dense"]
-
 OF_A_FORM = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 LEFT_OUT = ("config.json", *INDEX_NAMES, *OF_A_FORM)
 """Files of a source that describe the form of its weights, and do not fit its dense copy."""

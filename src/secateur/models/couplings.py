@@ -34,22 +34,6 @@ from typing import Any
 
 from secateur.models.expert_layout import Experts
 
-__all__ = [
-    "EMBEDDING_AND_HEAD",
-    "FUSED_GATED_FFN",
-    "GATED_FFN",
-    "HEAD_NORMS",
-    "LLAMA_COUPLINGS",
-    "PLAIN_FFN",
-    "SHARED_EXPERTS",
-    "SPLIT_ATTENTION",
-    "TWO_NORMS",
-    "Axes",
-    "Couplings",
-    "expert_axes",
-    "sizes_of_experts",
-]
-
 Axes = Mapping[str, tuple[str, ...]]
 """Axes by name of a module or parameter. Of a linear or an embedding: those of its weight as
 [out, in], whatever way it is stored; its bias has the first. Of a norm: the one it runs over."""

@@ -23,8 +23,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PROJECTIONS", "ExpertLayout", "Experts", "flagged_layout"]
-
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The linears of an opened expert."""
 

@@ -21,8 +21,6 @@ from secateur.models.architecture import family_of
 from secateur.models.expert_layout import Experts, flagged_layout
 from secateur.models.open_experts import opened
 
-__all__ = ["of_unknown_experts", "open_experts", "opened_experts", "refuse_fused"]
-
 
 def form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
     """How a module fuses experts; None if it is no such module, or in a form that is not known.

@@ -14,8 +14,6 @@ from secateur.errors import NumericalError
 from secateur.models.checkpoint import read_all
 from secateur.models.header import read_header
 
-__all__ = ["not_finite", "refuse_not_finite"]
-
 BLOCK_VALUES = 2**21
 """So many values are in memory while a file is checked for NaN."""
 NOT_FINITE = {

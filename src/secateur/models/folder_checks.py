@@ -10,8 +10,6 @@ from secateur.models.checkpoint import read_header, shard_files
 from secateur.models.configuration import read_configuration
 from secateur.models.header import parse_json
 
-__all__ = ["check_folder", "read_config"]
-
 
 def check_folder(folder: Path) -> None:
     """Check that a folder contains a complete model, without reading its weights.

@@ -20,8 +20,6 @@ from secateur.models.folder_checks import check_folder
 from secateur.models.samples import PARTIAL, cache_folder, sweep_partials
 from secateur.progress import Progress, Silent
 
-__all__ = ["convert_gguf"]
-
 log = logging.getLogger(__name__)
 
 LICENSE = "general.license"

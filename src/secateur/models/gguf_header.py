@@ -14,8 +14,6 @@ from typing import Any, BinaryIO
 
 from secateur.errors import CheckpointError
 
-__all__ = ["GgufArray", "GgufHeader", "GgufTensor", "read_gguf_header"]
-
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32

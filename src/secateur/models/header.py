@@ -19,8 +19,6 @@ import torch
 
 from secateur.errors import CheckpointError
 
-__all__ = ["DTYPES", "Header", "TensorEntry", "parse_json", "read_header"]
-
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -22,8 +22,6 @@ from secateur.models.samples import MODELS
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
 
-__all__ = ["download_model", "hub_or_cache", "refuse_out_of_reach", "why_unreachable"]
-
 CONNECT_SECONDS = 2.0
 PORTS = {"http": 80, "https": 443}
 WITHOUT_HUB = (

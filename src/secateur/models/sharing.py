@@ -7,8 +7,6 @@ from typing import Any
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture
 
-__all__ = ["refuse_shared", "shared_parameters"]
-
 
 def shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
     """Parameters of decoder layers that are shared: name → name of the first one.

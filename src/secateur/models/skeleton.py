@@ -24,20 +24,6 @@ from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
 from secateur.models.stored_experts import expert_renamings, split_stored, stored_experts_of
 
-__all__ = [
-    "build_skeleton",
-    "empty",
-    "fill",
-    "fill_buffers",
-    "model_names",
-    "quiet_transformers",
-    "refuse_missing",
-    "skeleton_of",
-    "stored_buffers",
-    "stored_names",
-    "without_weights",
-]
-
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:

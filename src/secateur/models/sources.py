@@ -22,8 +22,6 @@ from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 
-__all__ = ["LocalCheckpoint", "resolve"]
-
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.checkpoint import CheckpointReader
 
-__all__ = ["Group", "StoredModel"]
-
 
 @dataclass(frozen=True)
 class Group:

@@ -16,15 +16,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts
 from secateur.models.header import TensorEntry
 
-__all__ = [
-    "FusedExperts",
-    "expert_renamings",
-    "loads_one_by_one",
-    "split_stored",
-    "stored_experts_of",
-    "stored_in_table",
-]
-
 
 def stored_experts_of(model: Any) -> Experts | None:
     """Where the experts of a model are and how they are stored; None for a dense model.

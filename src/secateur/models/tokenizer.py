@@ -12,15 +12,6 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any  # checked by mypy only: importing transformers takes seconds
 
-__all__ = [
-    "Tokenizer",
-    "load_tokenizer",
-    "own_tokenizer",
-    "start_tokens",
-    "start_tokens_of",
-    "text_tokens",
-]
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["FILE_NAME", "MODEL_TYPE", "VariedConfig", "VariedForCausalLM", "varied_classes"]
-
 MODEL_TYPE = "secateur_varied"
 FILE_NAME = "modeling_secateur_varied.py"
 """The name of the copy of this file in a model's folder."""

@@ -12,9 +12,6 @@ from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.opening import computed_dtype, form_of, open_weights
 from secateur.models.skeleton import build_skeleton, quiet_transformers, refuse_missing
 
-__all__ = ["load_whole"]
-
-
 EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
 """Forms that our reader expands. compressed-tensors may round activations too: its own library does
 that while the model runs."""

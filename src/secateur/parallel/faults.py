@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 
 from secateur.errors import RankError, SecateurError
 
-__all__ = ["Fault"]
-
 
 @dataclass(frozen=True)
 class Fault:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from secateur.errors import RecipeError
 
-__all__ = ["Launched"]
-
 REMEDY = "start with torchrun --nproc-per-node N -m secateur …, or unset WORLD_SIZE and RANK"
 
 

@@ -26,8 +26,6 @@ from secateur.parallel.faults import Fault
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-__all__ = ["GRACE_SECONDS", "LEFT", "SILENCE_SECONDS", "Lookout"]
-
 T = TypeVar("T")
 
 BEAT_SECONDS = 0.5

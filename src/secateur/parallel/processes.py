@@ -28,8 +28,6 @@ from secateur.parallel.launched import Launched
 from secateur.parallel.lookout import GRACE_SECONDS, SILENCE_SECONDS, Lookout
 from secateur.parallel.ranks import ALONE, Ranks
 
-__all__ = ["Processes", "joined"]
-
 T = TypeVar("T")
 
 JOINING = timedelta(minutes=5)

@@ -12,8 +12,6 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-__all__ = ["ALONE", "Alone", "Ranks"]
-
 T = TypeVar("T")
 
 

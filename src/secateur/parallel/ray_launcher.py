@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 from secateur.errors import RankError, RecipeError, SecateurError, install_extra
 from secateur.parallel.processes import WORKING
 
-__all__ = ["LOCAL", "each", "launch"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

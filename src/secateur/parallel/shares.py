@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from secateur.errors import RecipeError
 
-__all__ = ["micro_batches", "owners", "rows_of"]
-
 
 def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:
     """Cut calibration windows into the micro-batches of a single process, for any number of them.

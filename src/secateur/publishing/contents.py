@@ -10,8 +10,6 @@ from secateur.models.checkpoint import INDEX_NAMES, copied_files, shard_files
 from secateur.models.folder_checks import check_folder
 from secateur.runs.folder import NOTES, STATE
 
-__all__ = ["CARD", "Contents", "contents_of"]
-
 CARD = "README.md"
 PRIVATE = ("windows.safetensors", STATE)
 """Notes that are not published: tokens of the calibration text, whose licence is not the model's,

@@ -10,8 +10,6 @@ from typing import NamedTuple
 from secateur.errors import VerificationError
 from secateur.runs.folder import NOTES
 
-__all__ = ["Secret", "notes_without_folders", "refuse_secrets", "secrets_in", "without_folders"]
-
 KINDS = {
     "token of the hub": r"\bhf_[A-Za-z0-9]{30,}",
     "token of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{40,}",

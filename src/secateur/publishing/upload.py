@@ -10,8 +10,6 @@ from pathlib import Path
 from secateur.errors import RecipeError, SourceError
 from secateur.models.hub import why_unreachable
 
-__all__ = ["check_repository", "upload"]
-
 
 def check_repository(repo: str) -> None:
     """Refuse a name that no repository can have.

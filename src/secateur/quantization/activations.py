@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["GROUP", "integers_of", "round_activations"]
-
 GROUP = 256
 """How many consecutive activations share a scale. The last block of a token can be shorter."""
 

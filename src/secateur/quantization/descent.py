@@ -22,8 +22,6 @@ from torch import Tensor
 
 from secateur.quantization.sweep_grids import GroupColumns
 
-__all__ = ["descend"]
-
 
 def descend(
     columns: Tensor,

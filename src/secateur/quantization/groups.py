@@ -20,8 +20,6 @@ from torch import Tensor
 from secateur.errors import NumericalError, RecipeError
 from secateur.types import Weight
 
-__all__ = ["BITS", "GROUPS", "GroupGrid", "Scales"]
-
 BITS = (3, 4)
 """The bits of a weight for which there is a grid."""
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from secateur.errors import NumericalError
 from secateur.types import Weight
 
-__all__ = ["LARGEST", "dequantize_rows", "grid_rows", "quantize_rows"]
-
 LARGEST = 127
 """The largest magnitude; −128 is never used, so that the grid is symmetric."""
 

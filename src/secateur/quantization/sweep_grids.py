@@ -18,8 +18,6 @@ from secateur.quantization.int8 import LARGEST, grid_rows
 ROOM = 2.0
 """By how much a scale may grow beyond that of the largest weight before the sweep."""
 
-__all__ = ["GroupColumns", "RowColumns", "SweepGrid"]
-
 
 @runtime_checkable
 class SweepGrid(Protocol):

@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import HOW, OUTPUT, WHAT, Flag, Recipe, Section
 
-__all__ = ["AdviseRecipe"]
-
 
 class WhatToServe(Section):
     """The model, the hardware and the load."""

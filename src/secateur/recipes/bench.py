@@ -9,9 +9,6 @@ from pydantic import Strict as Strictness
 
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["BenchRecipe"]
-
-
 Contender = Literal[
     "packed",
     "packed in transformers",

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from secateur.recipes.section import CALIBRATION, MAX_SEED, Flag, Section
 
-__all__ = ["TEXT", "Calibration", "CalibrationText", "CalibrationWindows"]
-
 TEXT = (
     "JSONL or text file, folder of texts, hub data set, named text, or safetensors file of windows."
 )

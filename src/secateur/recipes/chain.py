@@ -11,8 +11,6 @@ from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Resuming
 from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
-__all__ = ["ChainRecipe"]
-
 
 class Steps(Section):
     """The model, and the steps to run on it."""

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from secateur.recipes.section import MEMORY, Flag, Section
 
-__all__ = ["Cluster"]
-
 
 class Cluster(Section):
     """The cluster that starts the processes of a run. torchrun needs no options."""

@@ -9,8 +9,6 @@ from typing import Any
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.methods import Method, compose, methods
 
-__all__ = ["keys_of", "with_method"]
-
 PARAMETERS = "method_parameters"
 
 

@@ -13,8 +13,6 @@ from secateur.recipes.prune import Values
 from secateur.recipes.run import OutputFolder, Overwriting, Resuming
 from secateur.recipes.section import CALIBRATION, WHAT, Flag, Recipe, Section
 
-__all__ = ["CompressRecipe", "DecompressRecipe", "RoundingText"]
-
 
 class RoundingSource(Section):
     """Where the text for rounding comes from, if any is used."""

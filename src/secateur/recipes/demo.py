@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.prune import Effort
 from secateur.recipes.section import CALIBRATION, HOW, OUTPUT, Flag, Recipe, Section
 
-__all__ = ["DemoRecipe", "MethodsRecipe"]
-
 
 class DemoPruning(Section):
     """How the demo prunes."""

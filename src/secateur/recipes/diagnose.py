@@ -10,8 +10,6 @@ from pydantic import Field
 from secateur.recipes.memory import Device
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section
 
-__all__ = ["DiagnoseRecipe"]
-
 
 class WhatToDiagnose(Section):
     """The model, and what it is compared with."""

@@ -10,8 +10,6 @@ from pydantic import BeforeValidator, Field
 from secateur.recipes.memory import Device
 from secateur.recipes.section import HOW, OUTPUT, WHAT, Flag, Recipe, Section, Texts, text_alone
 
-__all__ = ["EvaluateRecipe"]
-
 
 class WhatToMeasure(Section):
     """The model, and what to measure."""

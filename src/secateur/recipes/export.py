@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.run import OutputFolder, Overwriting
 from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
-__all__ = ["ExportRecipe"]
-
 
 class WhatToExport(Section):
     """The model, and what it becomes."""

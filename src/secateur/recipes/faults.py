@@ -13,8 +13,6 @@ from secateur.recipes.old_names import unknown_name
 from secateur.recipes.options import choices_of, holds, options_of, section_of, without_none
 from secateur.recipes.section import Recipe, Section
 
-__all__ = ["Spelled", "fault_lines", "idle_lines"]
-
 Spelled = Mapping[tuple[str, ...], str]
 """How the user named an option, by its path: `--windows`, `MODEL`, or `windows` in Python. Values
 that are not in it come from YAML, and have the names of their keys."""

@@ -13,8 +13,6 @@ from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section, Texts, text_alone
 from secateur.recipes.sizes import Size
 
-__all__ = ["FitRecipe", "FitText"]
-
 
 class FitText(CalibrationWindows, CalibrationText):
     """The text that levels are made with, and that chooses among them."""

@@ -20,8 +20,6 @@ from secateur.recipes.reading import (
 from secateur.recipes.section import Recipe, Section
 from secateur.recipes.yaml_text import read_yaml
 
-__all__ = ["call_from_flags", "recipe_from_flags", "takes_several"]
-
 
 def recipe_from_flags(
     kind: type[AnyRecipe], given: Mapping[str, Any], assignments: Sequence[str] = ()

@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import HOW, MAX_SEED, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["ChatRecipe", "GenerateRecipe", "TokenDrawing"]
-
 
 class WhatToContinue(Section):
     """The model, and the text that it continues or answers."""

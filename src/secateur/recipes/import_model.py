@@ -10,8 +10,6 @@ from secateur.recipes.memory import RemoteCode
 from secateur.recipes.run import OutputFolder, Overwriting
 from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
-__all__ = ["ImportRecipe"]
-
 
 class WhatToImport(Section):
     """The model, and what is put on it."""

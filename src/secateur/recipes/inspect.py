@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import WHAT, Flag, Recipe, Section
 
-__all__ = ["InspectRecipe"]
-
 
 class WhatToInspect(Section):
     """The model, and the part of it to list."""

@@ -18,16 +18,6 @@ from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nest
 from secateur.recipes.section import Section
 from secateur.recipes.verbs import VERBS, imported
 
-__all__ = [
-    "naming_keywords",
-    "plain",
-    "python_type",
-    "recipe_of",
-    "refuse_unused",
-    "takes_options_of",
-    "type_text",
-]
-
 P, R = ParamSpec("P"), TypeVar("R")
 
 INDENT, WIDTH = " " * 8, 100

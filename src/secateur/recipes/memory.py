@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.section import MEMORY, Flag, Section, matching
 from secateur.recipes.sizes import Size, bytes_of
 
-__all__ = ["BUDGET", "FREE", "Device", "GgufDtype", "Memory", "RemoteCode"]
-
 BUDGET = (
     "Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this "
     "process. A run that needs more does not start."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["OLD_NAMES", "renamed", "unknown_name"]
-
 OLD_NAMES: Mapping[str, tuple[str, ...]] = {
     # verbs
     "distill": ("train",),

@@ -14,18 +14,6 @@ from pydantic.fields import FieldInfo
 
 from secateur.recipes.section import ADVANCED, GROUPS, Flag, Recipe, Section
 
-__all__ = [
-    "Option",
-    "all_options",
-    "choices_of",
-    "example_of",
-    "holds",
-    "options_of",
-    "run_options_of",
-    "section_of",
-    "without_none",
-]
-
 BUDGET = "memory.max_memory"
 RISKY = ("trust_remote_code", "public", "machine")
 """Switches that are no good examples."""

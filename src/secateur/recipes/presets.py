@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["DEFAULT_EFFORT", "filled_in", "presets", "structure_presets"]
-
 DEFAULT_EFFORT = "balanced"
 
 presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(

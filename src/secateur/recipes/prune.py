@@ -15,8 +15,6 @@ from secateur.recipes.recovery import DISTILLING, Distill, Reconstruct
 from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import ADVANCED, MEMORY, OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["Effort", "Fitting", "PruneCall", "PruneRecipe", "Sparsity", "Values"]
-
 Effort = Literal["fast", "balanced", "best"]
 """The names of the presets."""
 

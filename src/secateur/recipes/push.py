@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import OUTPUT, WHAT, Flag, Recipe, Section, matching
 
-__all__ = ["PushRecipe"]
-
 REPOSITORY = r"[^/\s]+/[^/\s]+"
 
 

@@ -16,17 +16,6 @@ from secateur.recipes.presets import filled_in
 from secateur.recipes.section import Recipe, Section
 from secateur.recipes.yaml_text import read_yaml, write_yaml
 
-__all__ = [
-    "AnyRecipe",
-    "build_recipe",
-    "checked_call",
-    "dump_recipe",
-    "is_recipe_file",
-    "nested",
-    "put",
-    "read_recipe_file",
-]
-
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 AnySection = TypeVar("AnySection", bound=Section)
 

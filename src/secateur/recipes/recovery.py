@@ -9,8 +9,6 @@ from pydantic import Field
 
 from secateur.recipes.section import RECOVERY, Flag, Section
 
-__all__ = ["DISTILLING", "Distill", "Reconstruct"]
-
 
 class Reconstruct(Section):
     """How each pruned layer is tuned to reproduce the dense layer's outputs."""

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from secateur.recipes.section import OUTPUT, WHAT, Flag, Recipe, Section, Texts
 
-__all__ = ["ReportRecipe"]
-
 
 class WhatToReport(Section):
     """The runs to show."""

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from secateur.recipes.section import OUTPUT, Flag, Section
 
-__all__ = ["OutputFolder", "Overwriting", "Planning", "Resuming"]
-
 
 class OutputFolder(Section):
     """Where to write the result."""

@@ -15,25 +15,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic import Strict as Strictness
 
-__all__ = [
-    "ADVANCED",
-    "CALIBRATION",
-    "GROUPS",
-    "HOW",
-    "MAX_SEED",
-    "MEMORY",
-    "OUTPUT",
-    "RECOVERY",
-    "TEACHER",
-    "WHAT",
-    "Flag",
-    "Recipe",
-    "Section",
-    "Texts",
-    "matching",
-    "text_alone",
-]
-
 WHAT = "What"
 TEACHER = "Teacher"
 HOW = "How"

@@ -10,8 +10,6 @@ from secateur.recipes.memory import RemoteCode
 from secateur.recipes.section import HOW, WHAT, Flag, Recipe, Section
 from secateur.recipes.sizes import Size, SizeOrZero
 
-__all__ = ["ServeRecipe"]
-
 
 class ServedModel(Section):
     """The model, its name, and where it listens."""

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-__all__ = ["Size", "SizeOrZero", "bytes_of"]
-
 UNITS = {
     **{f"{letter}B": 1000**power for power, letter in enumerate(("", "k", "M", "G", "T"))},
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},

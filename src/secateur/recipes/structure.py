@@ -16,8 +16,6 @@ from secateur.recipes.run import OutputFolder, Planning
 from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
 from secateur.recipes.sizes import Size
 
-__all__ = ["Depth", "Kept", "LearnedOptions", "StructureRecipe"]
-
 Kept = int | float
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 

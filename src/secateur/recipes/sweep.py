@@ -25,8 +25,6 @@ from secateur.recipes.section import (
     text_alone,
 )
 
-__all__ = ["SweepRecipe"]
-
 LENGTH = "2048, or the model's length if that is shorter"
 
 

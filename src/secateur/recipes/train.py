@@ -24,15 +24,6 @@ from secateur.recipes.section import (
 )
 from secateur.recipes.sizes import Size
 
-__all__ = [
-    "GradualOptions",
-    "IterativeOptions",
-    "LoraOptions",
-    "PruningOptions",
-    "TrainRecipe",
-    "TrainingBudget",
-]
-
 
 class LoraOptions(Section):
     """Low-rank adapters: they are trained instead of the weights, and merged at the end."""

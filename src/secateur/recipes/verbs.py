@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-__all__ = ["STAGES", "VERBS", "Verb", "imported"]
-
 MAKE, RUN, MEASURE, PUBLISH = STAGES = (
     "Make a smaller model",
     "Run a model",

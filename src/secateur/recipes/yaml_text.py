@@ -15,8 +15,6 @@ import yaml
 
 from secateur.errors import RecipeError
 
-__all__ = ["read_yaml", "write_yaml"]
-
 DEEPEST = 50
 MOST_NODES = 10_000
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["Bar", "BarChart", "Chart", "HeatMap", "LineChart", "Mark", "Series"]
-
 
 @dataclass(frozen=True)
 class Mark:

@@ -9,8 +9,6 @@ from typing import Any
 from secateur.reporting.front_matter import inherited_front_matter, shown_place, split_card
 from secateur.reporting.results.compress import CompressResult
 
-__all__ = ["compression_card", "source_part", "with_dense_card"]
-
 MARK = "<!-- the card of the dense folder -->"
 
 TEMPLATE = """{front_matter}# {name}, compressed

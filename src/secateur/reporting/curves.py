@@ -12,8 +12,6 @@ from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent, signed
 
-__all__ = ["CurvePoint", "curve_charts", "judged_points", "sweep_charts"]
-
 
 @dataclass(frozen=True)
 class CurvePoint:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from secateur.reporting.charts import LineChart, Mark
 
-__all__ = ["HEIGHT", "WIDTH", "Drawing", "draw"]
-
 WIDTH, HEIGHT = 430.0, 310.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 16.0, 40.0
 MARK = 11.0

@@ -8,16 +8,6 @@ from typing import Any
 
 from secateur.models.samples import MODELS
 
-__all__ = [
-    "OURS",
-    "front_matter",
-    "inherited_front_matter",
-    "shown_place",
-    "source_card",
-    "source_name",
-    "split_card",
-]
-
 OURS = "secateur"
 """The tag that marks cards written by secateur."""
 

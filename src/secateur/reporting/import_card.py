@@ -7,8 +7,6 @@ from pathlib import Path
 from secateur.reporting.front_matter import front_matter, shown_place, source_name, split_card
 from secateur.reporting.results.import_model import ImportResult
 
-__all__ = ["import_card"]
-
 TEMPLATE = """{front_matter}# {name}, imported
 
 Made by `secateur import` from a folder that another tool wrote. The zeros were counted in these

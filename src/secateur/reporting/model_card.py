@@ -11,8 +11,6 @@ from secateur.reporting.front_matter import front_matter, shown_place, source_na
 from secateur.reporting.tables import by_layer
 from secateur.reporting.wording import binary_size
 
-__all__ = ["model_card"]
-
 TEMPLATE = """{front_matter}# {source}, pruned to {sparsity}
 
 Made by secateur {version} with **{method[name]}** (score {score}, solver {solver}).

@@ -9,8 +9,6 @@ from typing import Any
 from secateur.reporting.charts import BarChart, Chart, HeatMap, LineChart
 from secateur.reporting.drawing import HEIGHT, WIDTH, draw
 
-__all__ = ["COLORS", "save_plots"]
-
 COLORS = ("#0f7a52", "#c2502f", "#3b5ba5", "#8a4f9e", "#a87400", "#4d5a5f")
 """Colours that people with red-green blindness can distinguish. Shapes and strokes differ too."""
 

@@ -12,8 +12,6 @@ from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.records import ReportedRun
 from secateur.runs.evaluation import EvaluationRecord
 
-__all__ = ["missing_in", "push_card"]
-
 TEXT_GENERATION = {"type": "text-generation"}
 
 

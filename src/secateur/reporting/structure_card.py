@@ -10,8 +10,6 @@ from secateur.publishing.secrets import without_folders
 from secateur.reporting.front_matter import front_matter, shown_place, source_name
 from secateur.reporting.model_card import describe_calibration
 
-__all__ = ["structure_card"]
-
 TEMPLATE = """{front_matter}# {source}, cut to {kept} of its decoder
 
 Made by secateur {version}: {steps}.

@@ -17,18 +17,6 @@ if TYPE_CHECKING:
 
     from secateur.models.inventory import Left
 
-__all__ = [
-    "Block",
-    "Line",
-    "Table",
-    "html",
-    "next_steps",
-    "not_pruned",
-    "plain_text",
-    "print_blocks",
-    "with_error",
-]
-
 PLAIN_WIDTH = 100
 """Width of a result as text, in characters."""
 

@@ -14,8 +14,6 @@ from secateur.reporting.front_matter import (
     split_card,
 )
 
-__all__ = ["training_card"]
-
 TEMPLATE = """{front_matter}# {name}, trained
 
 Trained by `secateur train` with its zeros held at every step, and looked at again in these files:

@@ -4,17 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = [
-    "bare_name",
-    "binary_size",
-    "counted",
-    "duration",
-    "percent",
-    "signed",
-    "time_range",
-    "without_blank_lines",
-]
-
 
 def bare_name(name: str) -> str:
     """The name of a model or text without its folder. Hub ids stay whole."""

@@ -15,16 +15,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "UNFINISHED",
-    "take_name",
-    "whole_folder",
-    "write_bytes",
-    "write_json",
-    "write_tensors",
-    "write_text",
-]
-
 UNFINISHED = ".unfinished"
 """Suffix of a file or folder that does not have its final name yet."""
 

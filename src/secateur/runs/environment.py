@@ -11,8 +11,6 @@ import torch
 
 from secateur.errors import DISTRIBUTION
 
-__all__ = ["environment"]
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The versions and hardware of a result."""

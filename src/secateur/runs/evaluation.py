@@ -17,18 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateur.errors import CheckpointError
 from secateur.runs.atomic import write_json
 
-__all__ = [
-    "FILE_NAME",
-    "SCHEMA",
-    "DivergenceRecord",
-    "EvaluationRecord",
-    "GenerationRecord",
-    "PerplexityRecord",
-    "SampleRecord",
-    "TaskRecord",
-    "read_evaluation",
-]
-
 FILE_NAME = "evaluation.json"
 """The name of the file in the folder `secateur/` of a run."""
 

@@ -35,8 +35,6 @@ from secateur.runs.output import (
     is_full,
 )
 
-__all__ = ["NOTES", "STATE", "RunFolder", "check_output"]
-
 NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
 

@@ -11,8 +11,6 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.progress import Progress, Silent
 
-__all__ = ["file_digests", "refuse_another"]
-
 BLOCK_BYTES = 2**22
 LONGEST = 120
 """The most characters of a value that an error shows."""

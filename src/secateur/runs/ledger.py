@@ -14,8 +14,6 @@ from typing import Any
 
 from secateur.runs.records import Layer, declared
 
-__all__ = ["Ledger"]
-
 
 class Ledger:
     """Append-only record of a run.

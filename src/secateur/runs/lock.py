@@ -19,8 +19,6 @@ try:
 except ImportError:  # Windows has none: there, nothing prevents two runs at once
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Lock", "holder", "in_use"]
-
 log = logging.getLogger(__name__)
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)

@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["Meter", "resident_bytes"]
-
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 

@@ -14,16 +14,6 @@ from safetensors import SafetensorError
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 
-__all__ = [
-    "cannot_write",
-    "check_apart",
-    "check_free",
-    "check_own",
-    "check_replaceable",
-    "check_writable",
-    "is_full",
-]
-
 LONGEST_ENDING = ".partial"
 """The suffix of the output's name while a run works."""
 

@@ -29,8 +29,6 @@ from secateur.runtime.formats.bits import (
     unpack_numbers,
 )
 
-__all__ = ["Archived", "archived_spec", "decode", "encode"]
-
 SMALLEST_BYTES = 1024
 """Tensors up to this size are not compressed."""
 

@@ -20,8 +20,6 @@ from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.slots import given_cache
 
-__all__ = ["Capture", "CapturedGeneration", "cuda_graph", "why_not_captured"]
-
 WARM_UPS = 3
 """Steps before a capture: libraries choose algorithms and take memory in the first ones."""
 

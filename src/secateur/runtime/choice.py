@@ -13,18 +13,6 @@ from secateur.registry import did_you_mean
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.formats.kept import kept_mask
 
-__all__ = [
-    "AUTO",
-    "DEFAULT_GROUP",
-    "DENSE",
-    "KEEP",
-    "LayoutChoice",
-    "check_names",
-    "choose_layout",
-    "values_for",
-    "without_negative_zeros",
-]
-
 AUTO = "auto"
 DENSE = "dense"
 """The format that holds any matrix, taken where no other is smaller."""

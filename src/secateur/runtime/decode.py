@@ -12,8 +12,6 @@ from secateur.errors import ShapeError
 from secateur.runtime.sampling import Sampling
 from secateur.runtime.slots import SlotDecoder, Token
 
-__all__ = ["Decoder", "TokenSteps", "continued"]
-
 GREEDY = Sampling()
 
 

@@ -17,8 +17,6 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.formats import Layout, PartSpec, formats
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
-__all__ = ["DenseView", "StoredIntegers", "open_checkpoint"]
-
 
 @dataclass(frozen=True)
 class StoredIntegers:

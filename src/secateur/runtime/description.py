@@ -20,19 +20,6 @@ from secateur.quantization.activations import GROUP
 from secateur.runtime.archive import Archived, archived_spec
 from secateur.runtime.formats import Layout, PartSpec
 
-__all__ = [
-    "FIRST_WITH_ACTIVATIONS",
-    "METADATA_KEY",
-    "READABLE",
-    "VERSION",
-    "Description",
-    "activations_for",
-    "check_activations",
-    "checksum",
-    "describe_file",
-    "read_description",
-]
-
 METADATA_KEY = "secateur"
 VERSION = 4
 """The version that is written. Version 3 does not say how activations are rounded, version 2 has no

@@ -9,8 +9,6 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.models.header import parse_json
 from secateur.runtime.sampling import Sampling
 
-__all__ = ["FILE", "generation_config", "sampling_in", "sampling_with"]
-
 FILE = "generation_config.json"
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")

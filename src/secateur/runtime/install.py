@@ -22,8 +22,6 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
 from secateur.runtime.packed import PackedCheckpoint
 
-__all__ = ["install", "integers_of", "matrix_of", "tie_head"]
-
 WORTH_IT = 0.9
 """A packed matrix stays packed unless a dense one is faster by more than this."""
 

@@ -19,8 +19,6 @@ from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.operator import numbered
 
-__all__ = ["IntegerLinear", "PackedEmbedding", "PackedLinear", "ReadLinear", "activations_of"]
-
 AT_ONCE = 2**22
 """Weights that are float32 at the same time."""
 

@@ -20,8 +20,6 @@ from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.on_gpu import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
-__all__ = ["load"]
-
 
 def load(
     folder: str | Path,

@@ -21,8 +21,6 @@ from secateur.runtime.formats import Layout, formats
 from secateur.runtime.install import integers_of, path_of, replace, tie_head
 from secateur.runtime.packed import PackedCheckpoint
 
-__all__ = ["gpu_matrix", "install_on_gpu", "values_of"]
-
 
 def install_on_gpu(
     model: Any, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device

@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Multiplies", "numbered"]
-
 
 class Multiplies(Protocol):
     """A linear without its bias."""

@@ -43,15 +43,6 @@ from secateur.runtime.description import (
 )
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
 
-__all__ = [
-    "QUANT_METHOD",
-    "PackedCheckpoint",
-    "PlannedFile",
-    "is_packed",
-    "quantization_config",
-    "write_packed",
-]
-
 QUANT_METHOD = "secateur"
 
 

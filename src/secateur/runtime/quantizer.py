@@ -20,8 +20,6 @@ from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
-__all__ = ["PackedConfig", "PackedQuantizer", "refuse_saving"]
-
 
 @register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["register_with_transformers"]
-
 TABLES = {
     "transformers.quantizers.auto": "secateur.runtime.quantizer",
     "transformers.models.auto.configuration_auto": "secateur.models.varied",

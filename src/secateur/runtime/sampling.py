@@ -12,8 +12,6 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 
-__all__ = ["MAX_SEED", "Draws", "Sampling"]
-
 MAX_SEED = 2**63 - 1
 """The largest seed of a torch generator."""
 

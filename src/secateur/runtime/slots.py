@@ -33,8 +33,6 @@ from secateur.runtime.kernels.library import (
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import IntegerLinear, PackedLinear
 
-__all__ = ["FAMILIES", "SlotDecoder", "Token", "given_cache", "why_not"]
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Types of transformers whose decoders have Llama's shape."""
 

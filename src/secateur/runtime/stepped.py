@@ -12,8 +12,6 @@ from torch import Tensor
 from secateur.errors import ShapeError
 from secateur.models.skeleton import quiet_transformers
 
-__all__ = ["SteppedGeneration"]
-
 NEVER = 2**31 - 1
 """More tokens than any text has: who calls decides where it ends."""
 

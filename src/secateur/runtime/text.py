@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 
 from secateur.models.tokenizer import Tokenizer
 
-__all__ = ["TextStream"]
-
 HALF = "\ufffd"
 """What tokenizers write for bytes that are no character, or not yet."""
 

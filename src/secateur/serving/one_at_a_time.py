@@ -12,8 +12,6 @@ from secateur.errors import ShapeError
 from secateur.runtime.slots import Token
 from secateur.runtime.stepped import SteppedGeneration
 
-__all__ = ["TransformersEngine"]
-
 
 class TransformersEngine:
     """One slot, decoded by transformers' `generate`. It keeps no prefixes and reads whole prompts.

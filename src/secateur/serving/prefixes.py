@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BLOCK_TOKENS", "PrefixCache"]
-
 BLOCK_TOKENS = 32
 """Tokens are kept in blocks of this many. A shorter block finds more, and costs more to look up."""
 

@@ -17,8 +17,6 @@ from secateur.runtime.sampling import Draws, Sampling
 from secateur.runtime.slots import Token
 from secateur.serving.prefixes import PrefixCache
 
-__all__ = ["Engine", "QueueFullError", "Request", "Scheduler", "ServingCounts", "ServingJob"]
-
 
 class Engine(Protocol):
     """What computes tokens. `SlotDecoder` and `TransformersEngine` are engines.

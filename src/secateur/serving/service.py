@@ -19,8 +19,6 @@ from secateur.runtime.text import TextStream
 from secateur.serving.scheduler import Request, ServingJob
 from secateur.serving.worker import Worker
 
-__all__ = ["Answer", "AnswerChoice", "End", "Piece", "Service", "TokenChance"]
-
 T = TypeVar("T")
 
 LEAST = -9999.0

@@ -8,8 +8,6 @@ import traceback
 
 from secateur.serving.scheduler import Scheduler, ServingJob
 
-__all__ = ["Worker"]
-
 
 class Worker:
     """Runs a scheduler in a thread of its own until it is stopped.

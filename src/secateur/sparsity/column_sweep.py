@@ -19,8 +19,6 @@ from torch import Tensor
 from secateur.quantization.sweep_grids import SweepGrid
 from secateur.sparsity.patterns import Pattern
 
-__all__ = ["BLOCK_COLUMNS", "Choice", "sweep"]
-
 BLOCK_COLUMNS = 128
 """Columns in a lazy block."""
 

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from secateur.types import Mask
 
-__all__ = ["fit_on_mask"]
-
 _TINY = 1e-30
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from secateur.sparsity.hessian import damped_diagonal
 from secateur.types import Gram
 
-__all__ = ["dense_target"]
-
 
 def dense_target(
     gram: Gram,

@@ -14,8 +14,6 @@ from random import Random
 
 from secateur.errors import RecipeError
 
-__all__ = ["Candidate", "Evolution", "Fitness", "Leader", "Mutation", "Stages", "ordered"]
-
 Candidate = tuple[int, ...]
 
 Stages = tuple[tuple[int, int], ...]

@@ -13,18 +13,6 @@ from torch import Tensor
 from secateur.errors import NumericalError, RecipeError
 from secateur.types import Gram, Weight
 
-__all__ = [
-    "FACTOR_SQUARES",
-    "check_damping",
-    "check_gram",
-    "check_weight",
-    "cholesky",
-    "damped_diagonal",
-    "inverse_factor",
-    "output_energy",
-    "relative_output_error",
-]
-
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
 _SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}

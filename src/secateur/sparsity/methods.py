@@ -21,8 +21,6 @@ from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.sparsity.solvers import Solution, Solver, solvers
 from secateur.types import STORED, Mask, Statistics, Weight
 
-__all__ = ["Method", "NamedMethod", "compose", "methods"]
-
 
 @dataclass(frozen=True)
 class NamedMethod:

@@ -26,8 +26,6 @@ from secateur.sparsity.column_sweep import sweep
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Weight
 
-__all__ = ["Rounding", "RoundingSolver", "kept_weights", "mark_kept"]
-
 
 @dataclass(frozen=True)
 class Rounding:

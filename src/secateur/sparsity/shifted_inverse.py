@@ -12,8 +12,6 @@ from torch import Tensor
 from secateur.errors import NumericalError
 from secateur.sparsity.hessian import cholesky
 
-__all__ = ["ShiftedInverse", "inverse"]
-
 _RECURSION_WIDTH = 256
 # How far an inverse may be off, and in how many steps that is estimated. Of the inverses of a real
 # model (SmolLM2-135M) the worst by halves is 0.006 off.

@@ -15,8 +15,6 @@ from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
 from secateur.structured.edits import parameters_of
 
-__all__ = ["Accounting", "Counts", "account", "accounting"]
-
 UNCUT_BYTES = 2
 """Bytes cached for each token in place of a removed attention sub-block."""
 

@@ -9,8 +9,6 @@ from secateur.models.architecture import describe, setting, text_config
 from secateur.structured.cut import QUERIES_OF_A_GROUP, Cut, Sizes, find
 from secateur.structured.expert_groups import refuse_uneven_groups
 
-__all__ = ["check_configuration"]
-
 
 def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
     """Refuse a cut that the configuration makes impossible.

@@ -12,17 +12,6 @@ from secateur.structured.cut import Sizes
 from secateur.structured.edits import Edit, LayerCut
 from secateur.structured.layer_settings import kept_settings
 
-__all__ = [
-    "Design",
-    "differ",
-    "kept_count",
-    "layer_changes",
-    "layer_sizes",
-    "own_sizes",
-    "size_changes",
-    "uniform",
-]
-
 
 @dataclass(frozen=True)
 class Design:

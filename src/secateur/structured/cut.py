@@ -19,17 +19,6 @@ from secateur.models.architecture import (
 )
 from secateur.models.couplings import Couplings
 
-__all__ = [
-    "QUERIES_OF_A_GROUP",
-    "UNITS",
-    "Cut",
-    "Sizes",
-    "consumers",
-    "couplings_of",
-    "sizes_of",
-    "unit_width",
-]
-
 QUERIES_OF_A_GROUP = "num_key_value_groups"
 """The name in transformers of the number of query heads that share a key."""
 

@@ -42,8 +42,6 @@ from secateur.structured.cut import (
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
 from secateur.structured.layer_settings import differing_layer, has_attention
 
-__all__ = ["Design", "design", "kept_count"]
-
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     """Design the model that a cut leaves.

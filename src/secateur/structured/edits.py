@@ -37,8 +37,6 @@ from secateur.models.couplings import Axes, Couplings
 from secateur.models.skeleton import stored_buffers
 from secateur.structured.cut import UNITS, Cut, Sizes, find
 
-__all__ = ["Edit", "Editor", "LayerCut", "gone_of", "layer_cuts", "parameters_of", "tensors_of"]
-
 
 @dataclass(frozen=True)
 class Edit:

@@ -8,8 +8,6 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.structured.cut import Sizes
 
-__all__ = ["refuse_uneven_groups"]
-
 
 def refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
     """Refuse a cut that leaves the groups of experts uneven, or too small for the router.

@@ -15,8 +15,6 @@ from torch import nn
 
 from secateur.models.architecture import text_config
 
-__all__ = ["differing_layer", "has_attention", "kept_settings"]
-
 INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
 """Entries with the indices of some layers."""
 

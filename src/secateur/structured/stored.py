@@ -21,8 +21,6 @@ from secateur.models.skeleton import model_names
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit
 
-__all__ = ["stored_edits"]
-
 
 def stored_edits(
     made: Design, stored: Mapping[str, str], reader: CheckpointReader

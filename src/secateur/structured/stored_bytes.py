@@ -15,8 +15,6 @@ from secateur.models.at_rest import DESCRIPTIONS, AssembledReader
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit
 
-__all__ = ["part_edits", "renumbered", "renumbered_description"]
-
 PATTERN = "re:"
 """How compressed-tensors marks a name as a regular expression."""
 

@@ -36,8 +36,6 @@ from secateur.structured.edits import Edit
 from secateur.structured.stored import stored_edits
 from secateur.structured.stored_bytes import part_edits, renumbered_description
 
-__all__ = ["VariedSizesWarning", "cut_checkpoint", "cut_from_zeros", "cut_model", "write_tensors"]
-
 MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """How configurations call the number of layers that predict further tokens."""
 

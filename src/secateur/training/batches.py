@@ -8,8 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Batches", "Order"]
-
 
 @dataclass(frozen=True)
 class Batch:

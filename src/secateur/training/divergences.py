@@ -21,8 +21,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "Rows", "divergence_rows", "next_token_rows"]
-
 KINDS = ("forward", "reverse", "symmetric")
 LEAST = -1e4
 """Replaces log p of impossible tokens, so that 0 · log 0 is 0. Its exponential is 0 in float32."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from secateur.errors import NumericalError, RecipeError
 from secateur.types import Windows
 
-__all__ = ["DomainLoading"]
-
 Losses = Callable[[Any], Mapping[str, float]]
 
 

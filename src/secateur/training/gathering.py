@@ -21,8 +21,6 @@ from secateur.models.architecture import Linear
 from secateur.precision import full_float32
 from secateur.types import STORED, Statistics, Windows
 
-__all__ = ["gather"]
-
 
 @full_float32()
 def gather(

@@ -17,8 +17,6 @@ from secateur.errors import RecipeError
 from secateur.sparsity.schedules import Schedule
 from secateur.training.selecting import Criterion, prunable
 
-__all__ = ["Gradual", "GradualPruning", "open_masks", "renew"]
-
 
 @dataclass(frozen=True)
 class Gradual:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 
-__all__ = ["HardConcrete"]
-
 _TEMPERATURE = 2 / 3
 _LOW, _HIGH = -0.1, 1.1
 _START = 3.0

@@ -21,8 +21,6 @@ from torch.nn import functional
 
 from secateur.training.divergences import Rows
 
-__all__ = ["head_alone", "last_hidden", "loss_of", "through_head"]
-
 BLOCK_BYTES = 64 * 2**20
 """Size of the logits that one product computes, in the dtype of the product."""
 CHUNK_BYTES = 1 * 2**20

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 
-__all__ = ["Watch", "hidden_loss", "layer_pairs"]
-
 Pairs = tuple[tuple[int, int], ...]
 
 

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Hook"]
-
 
 class Hook(Protocol):
     """Work after every step. A resumed training restores its state."""

@@ -20,8 +20,6 @@ from secateur.training.batches import Batch
 from secateur.training.hard_concrete import HardConcrete
 from secateur.training.objectives import Objective
 
-__all__ = ["Consumer", "LearnedMasks", "Shape"]
-
 
 @dataclass(frozen=True)
 class Consumer:

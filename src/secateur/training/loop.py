@@ -30,8 +30,6 @@ from secateur.training.tensorboard_log import TensorBoardLog
 from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import DivergenceWatch, mean_loss
 
-__all__ = ["Hook", "Loop", "Outcome", "train"]
-
 TICKS = 1000
 """Units of the progress bar when the clock sets the length of a training."""
 

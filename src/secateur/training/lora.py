@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 else:
     PeftModel = Any  # peft is optional, and takes seconds to import
 
-__all__ = ["ADAPTERS_ALONE", "Adapters", "attach", "base_masks", "merge", "need_peft"]
-
 ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
 """`rates` of a `TrainingPlan` that trains only adapters. Pass the loop the model inside peft's
 wrapper, `adapted.get_base_model()`."""

@@ -12,8 +12,6 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["MaskedAdapter"]
-
 
 class MaskedAdapter(Linear):
     """x · ((W₀ + scaling · B A) ⊙ M)ᵀ + bias for a linear or a Conv1D.

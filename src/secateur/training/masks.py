@@ -17,8 +17,6 @@ from secateur.models.architecture import describe
 from secateur.models.header import read_header
 from secateur.training.parts import as_part, is_shared, local, part_of
 
-__all__ = ["Masks", "first_names", "matrices", "moments", "stored_masks"]
-
 FIXED_AT_ZERO = (
     torch.optim.SGD,
     torch.optim.Adam,

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
-__all__ = ["TrainingMethod", "training_methods"]
-
 
 @dataclass(frozen=True)
 class TrainingMethod:

@@ -18,8 +18,6 @@ from secateur.training.heads import head_alone, loss_of
 from secateur.training.hidden import Watch, hidden_loss, layer_pairs
 from secateur.training.teachers import Teacher, vocabulary_of
 
-__all__ = ["Distil", "NextToken", "Objective"]
-
 
 class Objective(Protocol):
     """A loss: the mean over the tokens of a batch."""

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["as_part", "is_shared", "local", "part_of", "rows_of", "whole"]
-
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether this process has only a part of a tensor."""

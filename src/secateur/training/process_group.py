@@ -19,8 +19,6 @@ from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.training.parts import is_shared
 
-__all__ = ["ProcessGroup", "checkpointed", "units"]
-
 
 class ProcessGroup:
     """The processes that train together.

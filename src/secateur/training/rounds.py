@@ -27,16 +27,6 @@ from secateur.training.masks import Masks, stored_masks
 from secateur.training.saved import write_whole
 from secateur.training.selecting import Criterion
 
-__all__ = [
-    "KeepEarly",
-    "PruningRounds",
-    "Retrain",
-    "Round",
-    "prune_in_rounds",
-    "read_weights",
-    "write_weights",
-]
-
 REWINDS = ("none", "rate", "weights")
 
 

@@ -27,8 +27,6 @@ from secateur.training.hooks import Hook
 from secateur.training.parts import as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
-__all__ = ["Log", "Saved", "write_whole"]
-
 FACTS = "facts"
 
 

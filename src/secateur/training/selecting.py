@@ -20,8 +20,6 @@ from secateur.sparsity.scores.magnitude import Magnitude
 from secateur.training.gathering import gather
 from secateur.types import Mask, Score, Windows
 
-__all__ = ["Criterion", "exchange", "prunable", "stage"]
-
 
 @dataclass(frozen=True)
 class Criterion:

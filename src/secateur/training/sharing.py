@@ -14,8 +14,6 @@ from secateur.models.stored import StoredModel, aliases
 from secateur.models.whole import load_whole
 from secateur.training.process_group import ProcessGroup
 
-__all__ = ["load"]
-
 
 def load(
     folder: Path,

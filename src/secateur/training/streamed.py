@@ -12,8 +12,6 @@ from secateur.models.architecture import Architecture
 from secateur.training.batches import Batch
 from secateur.training.teachers import ModelTeacher, TeacherOutput
 
-__all__ = ["StreamedTeacher", "module_of"]
-
 
 def module_of(architecture: Architecture, layers: dict[int, nn.Module]) -> nn.Module:
     """Return a module of some decoder layers, whose parameters have their names in the model.

@@ -27,16 +27,6 @@ from secateur.training.batches import Batch
 from secateur.training.heads import head_alone, last_hidden, through_head
 from secateur.training.hidden import Watch
 
-__all__ = [
-    "TOP_K",
-    "ModelTeacher",
-    "Teacher",
-    "TeacherOutput",
-    "WrittenTeacher",
-    "windows_digest",
-    "write_teacher",
-]
-
 Expected = Callable[[slice, Tensor], Tensor]
 AT_ONCE_BYTES = 64 * 2**20
 TOP_K = 64

@@ -8,8 +8,6 @@ from typing import Any
 
 from secateur.errors import RecipeError, install_extra
 
-__all__ = ["TensorBoardLog"]
-
 
 class TensorBoardLog:
     """Curves in a folder that `tensorboard --logdir FOLDER` shows.

@@ -16,8 +16,6 @@ from secateur.engine.stream.attention import writes_out
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
-__all__ = ["TrainingPlan", "default_rate", "optimizers"]
-
 RATE_TIMES_WIDTH = 0.25
 TOKENS_AT_ONCE = 2048
 TOKENS_OF_RATE = 2048

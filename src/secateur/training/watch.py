@@ -13,8 +13,6 @@ from torch import Tensor
 
 from secateur.training.batches import Batch
 
-__all__ = ["DivergenceWatch", "mean_loss"]
-
 WATCHED = 10
 """Number of steps in one median."""
 SUSPECT, NOISE = 1.5, 0.1

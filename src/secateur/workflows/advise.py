@@ -31,8 +31,6 @@ from secateur.reporting.results.advise import AdviseResult
 from secateur.runs.output import check_writable
 from secateur.workflows.report import write_page
 
-__all__ = ["advise", "advise_recipe"]
-
 FREE_SHARE = 0.8
 """The fraction of this machine's memory that a model may take."""
 

@@ -31,8 +31,6 @@ from secateur.runs.identity import file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
 from secateur.workflows.chain_steps import PlannedStep, check_cuts, checked_steps
 
-__all__ = ["chain", "run_chain"]
-
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"
 

@@ -38,8 +38,6 @@ from secateur.workflows.structure.checkpoint import structure_recipe
 from secateur.workflows.structure.cut_plan import aim_of, check_together, count
 from secateur.workflows.train.checkpoint import run_training
 
-__all__ = ["STEPS", "PlannedStep", "check_cuts", "checked_steps", "named_step"]
-
 ENDS = {"model": "model", "output": "output"}
 """Placeholders for required recipe keys whose values are unknown during the check."""
 

@@ -14,8 +14,6 @@ from secateur.runs.evaluation import read_evaluation
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import cannot_write
 
-__all__ = ["carry_over"]
-
 MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json", STATE)
 """Notes that measure the weights and files, or name their run. All others record how they were
 made."""

@@ -18,8 +18,6 @@ from secateur.reporting.results.export import ExportResult
 from secateur.runs.folder import RunFolder
 from secateur.runtime.dense_view import open_checkpoint
 
-__all__ = ["export", "export_recipe"]
-
 
 @takes_options_of(ExportRecipe)
 def export(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ExportResult:

@@ -38,8 +38,6 @@ from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Import, Manifest, declared
 from secateur.workflows.checkpoint_files import carry_over
 
-__all__ = ["import_model", "import_recipe"]
-
 IMPORT, MANIFEST = "import.json", "manifest.json"
 UNKNOWN = "unknown"
 

@@ -36,8 +36,6 @@ from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.on_ray import prune_on_ray
 from secateur.workflows.prune.order import refuse_several
 
-__all__ = ["plan_recipe", "prune", "prune_recipe"]
-
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 """Keys of the recipe that are not options of its first step."""

@@ -22,8 +22,6 @@ from secateur.reporting.results.push import PushResult
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Import, read_record
 
-__all__ = ["push", "push_recipe"]
-
 
 @takes_options_of(PushRecipe)
 def push(

@@ -18,8 +18,6 @@ from secateur.reporting.report.records import Records, ReportedRun, read_records
 from secateur.reporting.results.report import ReportResult
 from secateur.runs.output import check_writable
 
-__all__ = ["report", "write_page"]
-
 
 def report(
     runs: Sequence[str | Path],

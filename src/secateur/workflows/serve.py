@@ -26,8 +26,6 @@ from secateur.serving.worker import Worker
 if TYPE_CHECKING:
     from secateur.serving.http.server import StoppableServer
 
-__all__ = ["KEY_VARIABLE", "Serving", "prepare"]
-
 KEY_VARIABLE = "SECATEUR_API_KEY"
 """Environment variable with the key, which other users of the machine cannot read."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from secateur.calibration.statistics import check_finite, statistics
 from secateur.types import Inputs
 
-__all__ = ["ColumnMean"]
-
 
 @statistics.register("column_mean")
 class ColumnMean:

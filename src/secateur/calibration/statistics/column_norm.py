@@ -10,8 +10,6 @@ from secateur.calibration.statistics import check_finite, statistics
 from secateur.types import ColumnNorm as Norms
 from secateur.types import Inputs
 
-__all__ = ["ColumnNorm"]
-
 # On the CPU, tokens are squared in chunks of about this many numbers: small enough to stay in a
 # core's cache and to be allocated without new pages from the system. 0.4 ns a number, where one
 # pass over [2048, 1536] takes 2 ns and vector_norm over the first axis 4 ns.

@@ -9,8 +9,6 @@ import torch
 from secateur.calibration.statistics import statistics
 from secateur.types import Weight
 
-__all__ = ["Fisher"]
-
 
 @statistics.register("fisher")
 class Fisher:

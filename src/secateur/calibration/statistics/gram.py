@@ -12,8 +12,6 @@ from secateur.calibration.statistics import check_finite, statistics
 from secateur.types import Gram as GramMatrix
 from secateur.types import Inputs
 
-__all__ = ["Gram"]
-
 # Rows of a panel. 512 is 1.2 to 1.9 times as fast as whole matrices for 1024 to 3072 inputs; for
 # fewer inputs, 256 costs no time and saves memory.
 _WIDE_FROM = 1024

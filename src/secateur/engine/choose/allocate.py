@@ -25,8 +25,6 @@ from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch
 
-__all__ = ["allocate", "settled_allocation"]
-
 
 def settled_allocation(work: Path) -> Path:
     """The file with the sparsity of every linear."""

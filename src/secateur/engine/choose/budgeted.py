@@ -25,8 +25,6 @@ from random import Random
 
 from secateur.sparsity.evolution import Candidate, Mutation
 
-__all__ = ["Cost", "Menu", "fits"]
-
 Cost = tuple[float, ...]
 """A number for each kind of cost. As a budget: the most of each kind, infinite for no bound."""
 

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-__all__ = ["DenseLogits"]
-
 _ROWS = 64
 
 

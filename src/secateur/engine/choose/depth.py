@@ -33,8 +33,6 @@ from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution, Stages, ordered
 
-__all__ = ["DepthSettings", "Dropped", "choose_depth", "space_of"]
-
 _UNITS = {
     "layers": (WHOLE,),
     "attention": (ATTENTION,),

@@ -16,8 +16,6 @@ from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.walk import walk_layers
 from secateur.progress import Progress
 
-__all__ = ["angular_distances", "influences"]
-
 
 @torch.no_grad()
 def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) -> list[float]:

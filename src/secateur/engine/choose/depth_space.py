@@ -13,8 +13,6 @@ from random import Random
 
 from secateur.sparsity.evolution import Candidate, Fitness, Stages, ordered
 
-__all__ = ["ATTENTION", "FFN", "WHOLE", "DepthUnit", "DropSpace", "Removal", "greedy", "lowest"]
-
 ATTENTION, FFN = 1, 2
 WHOLE = ATTENTION | FFN
 """Sub-blocks as bits."""

@@ -21,8 +21,6 @@ from secateur.models.open_experts import OpenExperts
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 
-__all__ = ["SCOPES", "SCORES", "ExpertChoice", "ExpertUse", "expert_use", "kept_experts"]
-
 SCORES = ("reap", "frequency", "random")
 SCOPES = ("layer", "global")
 

@@ -31,8 +31,6 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution
 
-__all__ = ["FRONTIER", "SURVEY_TOKENS", "FitLevel", "FitSearch", "Point", "unbeaten"]
-
 SURVEY_TOKENS = 2048
 FRONTIER = 8
 """Budgets of the frontier, evenly spaced between the smallest and the largest cost."""

@@ -31,8 +31,6 @@ from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import Architecture
 from secateur.progress import Progress
 
-__all__ = ["hidden_scores"]
-
 
 @torch.no_grad()
 def hidden_scores(

@@ -25,8 +25,6 @@ from secateur.models.architecture import Linear
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.search import LevelSearch
 
-__all__ = ["FoundLevels", "LevelVariants", "search_levels"]
-
 
 @dataclass(frozen=True)
 class FoundLevels:

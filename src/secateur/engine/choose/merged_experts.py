@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from secateur.models.open_experts import OpenExperts
 
-__all__ = ["merge_experts", "most_similar"]
-
 
 def most_similar(router: Tensor, kept: Sequence[int]) -> list[int]:
     """For each expert the kept one that the router finds most similar; itself if it stays.

@@ -15,8 +15,6 @@ from secateur.engine.choose.tournament import Version
 from secateur.engine.stream.ends import ModelEnds
 from secateur.errors import ArchitectureError
 
-__all__ = ["SubBlocks", "parameters_of", "parts_of"]
-
 _NAMES = {ATTENTION: "attention", FFN: "feed-forward"}
 
 

@@ -35,8 +35,6 @@ from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
 
-__all__ = ["LayerView", "Survey", "grains_of", "plain"]
-
 
 def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
     """The step size and the limit of the sparsity of every competing linear.

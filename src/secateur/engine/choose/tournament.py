@@ -30,17 +30,6 @@ from secateur.runs.identity import refuse_another
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.evolution import Candidate
 
-__all__ = [
-    "LEFT_OUT",
-    "WINDOW_TOKENS",
-    "Lockstep",
-    "Tournament",
-    "Variants",
-    "Versions",
-    "cut_windows",
-    "fingerprint",
-]
-
 WINDOW_TOKENS = 512
 """Number of tokens in one call of the output head. Its logits are the largest tensors here."""
 

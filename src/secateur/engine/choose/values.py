@@ -40,8 +40,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate
 
-__all__ = ["ChosenLevels", "Level", "StoredVariants", "choose_levels"]
-
 RANKING_TOKENS = 2048
 """Tokens on which a layer's rise of the loss is measured; the whole text decides in the end."""
 

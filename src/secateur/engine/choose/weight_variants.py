@@ -19,8 +19,6 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.quantization.activations import round_activations
 from secateur.sparsity.evolution import Candidate
 
-__all__ = ["WeightVariants"]
-
 
 class WeightVariants(ABC):
     """Decoder layers whose linears have the weights of given levels.

@@ -9,8 +9,6 @@ from torch import Tensor
 from secateur.engine.stream.dense_twin import HaltedLayer
 from secateur.models.architecture import Linear
 
-__all__ = ["AsymmetricTargets"]
-
 
 class AsymmetricTargets:
     """The targets of each group of linears that keep the outputs near the dense model's.

@@ -15,8 +15,6 @@ from secateur.engine.prune.linear_record import LinearRecord
 from secateur.errors import VerificationError
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["COLLAPSED", "collapse_error", "collapsed", "in_words", "lost_energy"]
-
 COLLAPSED = 0.8
 """A linear has collapsed if it lost more than this share of its output's energy."""
 

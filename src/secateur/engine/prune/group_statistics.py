@@ -14,8 +14,6 @@ from secateur.models.architecture import Linear
 from secateur.parallel.ranks import Ranks
 from secateur.sparsity.dense_target import dense_target
 
-__all__ = ["GroupStatistics"]
-
 HELD_SHARE = 4
 """One token in so many is kept apart."""
 

@@ -22,8 +22,6 @@ from secateur.engine.prune.tasks import LinearTask
 from secateur.models.architecture import Linear
 from secateur.types import STORED
 
-__all__ = ["DAMPINGS", "chosen_dampings", "held_out_error"]
-
 DAMPINGS = (0.05, 0.2, 0.8, 3.2)
 """The values that are tried, as fractions of the mean diagonal of the gram."""
 

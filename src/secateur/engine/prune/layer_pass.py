@@ -36,8 +36,6 @@ from secateur.models.architecture import Architecture, Groups, Linear, linears_o
 from secateur.parallel.shares import owners
 from secateur.precision import exact_matmuls
 
-__all__ = ["LayerContext", "LayerPass"]
-
 
 @dataclass(frozen=True)
 class LayerContext:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from secateur.engine.prune.tasks import Tasks
 from secateur.models.inventory import Left, StoredMatrix, summary, weights_of
 
-__all__ = ["left_by"]
-
 
 def left_by(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[Left]:
     """Every floating-point matrix of the model that a run does not prune, with the reason.

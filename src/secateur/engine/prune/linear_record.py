@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["LinearRecord"]
-
 
 @dataclass(frozen=True)
 class LinearRecord:

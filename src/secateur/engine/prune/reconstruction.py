@@ -30,8 +30,6 @@ from secateur.sparsity.rounding import kept_weights
 _CHOOSE_EVERY = 4
 _CHOOSING = 0.6
 
-__all__ = ["Reconstruction", "TunedWeight", "output_error", "reconstruct"]
-
 
 @dataclass(frozen=True)
 class Reconstruction:

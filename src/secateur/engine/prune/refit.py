@@ -49,8 +49,6 @@ from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.dense_target import dense_target
 
-__all__ = ["Refit", "can_refit"]
-
 Pair = tuple[Linear, Linear]
 """A linear of the cut model, and the same linear of the uncut model."""
 

@@ -17,16 +17,6 @@ from torch import Tensor
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.architecture import Architecture, Linear
 
-__all__ = [
-    "Coverage",
-    "Reach",
-    "coverage",
-    "is_reached",
-    "reach",
-    "refuse_unreached",
-    "silent_experts",
-]
-
 log = logging.getLogger(__name__)
 
 MORE = "calibrate on more text (--windows), of more kinds"

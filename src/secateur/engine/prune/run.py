@@ -38,8 +38,6 @@ from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.patterns import misplaced
 
-__all__ = ["Run"]
-
 log = logging.getLogger(__name__)
 
 

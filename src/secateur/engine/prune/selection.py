@@ -12,8 +12,6 @@ from secateur.errors import RecipeError
 
 Value = TypeVar("Value")
 
-__all__ = ["Selection", "last_match", "refuse_idle_globs"]
-
 
 @dataclass(frozen=True)
 class Selection:

@@ -12,8 +12,6 @@ from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 
-__all__ = ["NO_RECONSTRUCTION", "Settings"]
-
 NO_RECONSTRUCTION = Reconstruction(passes=0)
 
 

@@ -21,8 +21,6 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import linears_of
 from secateur.types import float32_bytes
 
-__all__ = ["SolveMemory", "gradient_bytes", "linear_bytes", "solve_bytes", "statistics_bytes"]
-
 TARGET_SQUARES = 6
 """Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
 HELD_TARGETS = 2

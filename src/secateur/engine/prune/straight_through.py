@@ -27,8 +27,6 @@ from secateur.models.architecture import Linear
 from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.rounding import kept_weights, mark_kept
 
-__all__ = ["RoundedWeight", "RoundedWeights"]
-
 
 class StraightThrough(torch.autograd.Function):
     """Rounds in the forward; in the backward it is the identity within the grid, and 0 beyond."""

@@ -20,8 +20,6 @@ from secateur.parallel.ranks import Ranks
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED
 
-__all__ = ["all_zero", "check_finite", "exchanged", "prune_group", "refuse_all_zero"]
-
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse weights in memory that are NaN or infinite.

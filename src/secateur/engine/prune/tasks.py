@@ -16,16 +16,6 @@ from secateur.errors import PatternError
 from secateur.models.architecture import linears_of
 from secateur.sparsity.methods import Method
 
-__all__ = [
-    "LinearTask",
-    "Tasks",
-    "gradient_statistics",
-    "input_statistics",
-    "left_dense",
-    "tasks_of",
-    "with_sparsities",
-]
-
 log = logging.getLogger(__name__)
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["draw_steps", "half_cosine", "in_float32", "to_float32"]
-
 
 def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
     """Return the windows of every step. Each pass reads all windows once, in its own order.

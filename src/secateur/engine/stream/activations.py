@@ -21,8 +21,6 @@ from torch import Tensor
 from secateur.models.checkpoint import read_all, write_all
 from secateur.runs.output import cannot_write
 
-__all__ = ["Activations"]
-
 HOST = torch.device("cpu")
 RANGE = re.compile(r"\.(\d+)-(\d+)\.bin")
 """The windows in the name of a file: the first one, and the one after the last."""

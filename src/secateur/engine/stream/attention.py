@@ -10,8 +10,6 @@ from torch import Tensor
 from secateur.models.attention import OtherAttention
 from secateur.precision import fast_dtype
 
-__all__ = ["AttentionOfPlan", "WrittenOut", "writes_out"]
-
 LONGEST = 512
 """The longest window, in tokens, whose scores are stored in full."""
 

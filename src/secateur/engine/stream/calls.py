@@ -23,21 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from secateur.engine.stream.carried import Carried, States, carried_of
 from secateur.errors import ArchitectureError
 
-__all__ = [
-    "LayerCall",
-    "Recorder",
-    "StandIn",
-    "call_layer",
-    "call_of",
-    "first_inputs",
-    "in_short",
-    "layer_calls",
-    "record",
-    "replaced_layers",
-    "token_values",
-    "token_values_of_all",
-]
-
 
 class AfterLastLayer(BaseException):
     """The private signal that ends a recording. No model catches it: it is not an Exception."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError
 
-__all__ = ["Carried", "Shared", "carried_of"]
-
 States = tuple[Tensor, ...]
 
 

@@ -23,8 +23,6 @@ from secateur.engine.stream.forwards import HaltingForwards, by_group
 from secateur.engine.stream.lane import Lane
 from secateur.models.architecture import Linear
 
-__all__ = ["HaltedLayer", "dense_copy", "in_step"]
-
 Groups = Sequence[Sequence[Linear]]
 
 

@@ -29,8 +29,6 @@ from secateur.engine.stream.targets import Target
 from secateur.engine.stream.token_values import TokenValues
 from secateur.precision import exact_matmuls, fast_matmuls
 
-__all__ = ["STATES_BYTES", "ModelEnds"]
-
 STATES_BYTES = 1 << 30
 """Maximum size of the hidden states of one part in `ModelEnds.parts`."""
 

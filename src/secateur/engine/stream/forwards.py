@@ -29,8 +29,6 @@ from secateur.engine.stream.residency import Parking
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 
-__all__ = ["HaltingForwards", "by_group", "by_layer"]
-
 Forward = Callable[[], None]
 Gather = Callable[[int, Tensor], None]
 

@@ -32,8 +32,6 @@ from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors
 
-__all__ = ["gather_gradients", "stored_gradients"]
-
 
 class GradientPass:
     """Gathers the statistics of every linear's gradients.

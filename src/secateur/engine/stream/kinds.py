@@ -23,16 +23,6 @@ from secateur.models.architecture import Groups, Linear, linears_of
 from secateur.models.experts import refuse_fused
 from secateur.models.sharing import refuse_shared
 
-__all__ = [
-    "LayerLayout",
-    "find_groups",
-    "input_mark",
-    "kind_of",
-    "layouts",
-    "on_meta",
-    "refuse_unknown",
-]
-
 TOKENS = 64
 """The length of the window for finding linears that share an input."""
 

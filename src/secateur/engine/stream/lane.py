@@ -13,8 +13,6 @@ from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.residency import Parking
 
-__all__ = ["Lane"]
-
 
 def nothing() -> None:
     """Report nothing."""

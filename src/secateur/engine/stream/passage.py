@@ -24,8 +24,6 @@ from secateur.engine.stream.walk import walk_layers
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.shares import micro_batches, rows_of
 
-__all__ = ["Passage"]
-
 
 class Passage:
     """Micro-batches, how each layer is called for them, and where their hidden states are.

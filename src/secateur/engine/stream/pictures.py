@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from secateur.engine.stream.calls import LayerCall, call_of, record
 from secateur.errors import ArchitectureError
 
-__all__ = ["recorded_with"]
-
 
 def recorded_with(
     model: Any, layers: nn.ModuleList, ids: Tensor, beside: Mapping[str, Tensor]

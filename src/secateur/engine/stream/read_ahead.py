@@ -9,8 +9,6 @@ from torch import Tensor
 
 from secateur.models.checkpoint import CheckpointReader
 
-__all__ = ["ReadAhead"]
-
 
 class ReadAhead:
     """Reads tensors in a thread of its own, one after the other.

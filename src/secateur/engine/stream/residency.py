@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.models.checkpoint import read_all, write_all
 
-__all__ = ["LiveTensors", "Parking"]
-
 
 class LiveTensors(TorchDispatchMode):
     """Watches operations, and tracks which of their result storages are alive.

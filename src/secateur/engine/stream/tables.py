@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["per_layer_table", "rows_in_use"]
-
 
 def per_layer_table(model: Any) -> nn.Embedding | None:
     """The table of per-layer embeddings; None if the model has none.

@@ -30,8 +30,6 @@ from secateur.models.skeleton import (
     stored_names,
 )
 
-__all__ = ["CheckpointTarget", "ModelTarget", "Target"]
-
 
 class Target(Protocol):
     """A model whose decoder layers get their weights one at a time."""

@@ -22,8 +22,6 @@ from secateur.engine.stream.calls import LayerCall, token_values
 from secateur.engine.stream.targets import Target
 from secateur.precision import exact_matmuls
 
-__all__ = ["TokenValues"]
-
 
 class TokenValues:
     """The values of one layer at a time, for the windows of this process.

@@ -8,8 +8,6 @@ from torch import nn
 
 from secateur.engine.stream.targets import Target
 
-__all__ = ["walk_layers"]
-
 
 def walk_layers(
     target: Target, numbers: Iterable[int] | None = None

@@ -28,8 +28,6 @@ from secateur.models.configuration import transformers_errors
 from secateur.models.expert_layout import PROJECTIONS, Experts
 from secateur.models.stored_experts import split_stored
 
-__all__ = ["LlamaCppModel", "Planned", "model_of"]
-
 LEAST_FFN = 32
 """llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""
 

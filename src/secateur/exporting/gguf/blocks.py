@@ -18,17 +18,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.quantization.groups import AT_ONCE, GroupGrid
 from secateur.runtime.dense_view import DenseView
 
-__all__ = [
-    "BLOCK",
-    "NEAREST",
-    "STORED",
-    "TYPES",
-    "bytes_per_row",
-    "dequantized",
-    "nearest_types",
-    "stored_blocks",
-]
-
 BLOCK = 32
 """Weights of a row in one block of Q8_0, Q5_0 and Q4_0."""
 

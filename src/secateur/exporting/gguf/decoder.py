@@ -7,8 +7,6 @@ from typing import Any
 
 import gguf
 
-__all__ = ["LlamaCppDecoder"]
-
 
 @dataclass(frozen=True)
 class LlamaCppDecoder:

@@ -16,8 +16,6 @@ import gguf
 from secateur.exporting.gguf.decoder import LlamaCppDecoder
 from secateur.exporting.gguf.rope import rope_of
 
-__all__ = ["LLAMA_CPP_FAMILIES", "LlamaCppFamily"]
-
 A = gguf.MODEL_ARCH
 SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
 

@@ -14,8 +14,6 @@ from secateur.exporting.gguf.writing import GGUFFile, padded_bytes, stored_type_
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.folder_checks import read_config
 
-__all__ = ["bytes_as_stored", "bytes_of_matrix"]
-
 
 def bytes_of_matrix(shape: tuple[int, int], values: str) -> int:
     """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""

@@ -23,8 +23,6 @@ from secateur.exporting.gguf.blocks import dequantized
 from secateur.exporting.gguf.writing import ENDS
 from secateur.progress import Progress
 
-__all__ = ["LOSSY", "MIXES", "Quantizer", "load_quantizer"]
-
 Q = gguf.GGMLQuantizationType
 F = gguf.LlamaFileType
 

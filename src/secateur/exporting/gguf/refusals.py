@@ -6,8 +6,6 @@ from pathlib import Path
 
 from secateur.errors import ArchitectureError, CheckpointError
 
-__all__ = ["differs", "refused"]
-
 
 def differs(folder: Path, why: str) -> ArchitectureError:
     """The error for a model that llama.cpp would not compute alike."""

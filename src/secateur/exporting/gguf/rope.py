@@ -16,8 +16,6 @@ from torch import Tensor
 
 from secateur.exporting.gguf.decoder import LlamaCppDecoder
 
-__all__ = ["long_rope_start", "rope_constants", "rope_differences", "rope_of", "rope_tensors"]
-
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from secateur.exporting.gguf.refusals import refused
 
-__all__ = ["SPACE", "SpaceRules", "is_sentencepiece", "piece_scores", "space_rules"]
-
 SPACE = "\u2581"
 """The sign for a space in a piece."""
 

@@ -23,8 +23,6 @@ from secateur.exporting.gguf.sentencepiece import (
 )
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 
-__all__ = ["LlamaCppVocabulary", "read_vocabulary"]
-
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}

@@ -15,8 +15,6 @@ from secateur.exporting.gguf.blocks import BLOCK, bytes_per_row, dequantized, st
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary
 from secateur.progress import Progress
 
-__all__ = ["ENDS", "GGUFFile", "padded_bytes", "stored_type_of_row"]
-
 Q = gguf.GGMLQuantizationType
 
 FILE_TYPES = {

@@ -36,8 +36,6 @@ from secateur.models.at_rest import (
 )
 from secateur.models.header import TensorEntry
 
-__all__ = ["BlockFloat8", "spread_blocks"]
-
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of float8_e4m3fn."""

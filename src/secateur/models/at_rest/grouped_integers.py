@@ -46,8 +46,6 @@ from secateur.models.at_rest import (
     without_description,
 )
 
-__all__ = ["ActivationAware", "PostTraining"]
-
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each 4-bit integer of a word belongs to, the lowest bits first."""

@@ -35,8 +35,6 @@ from secateur.models.at_rest import (
 )
 from secateur.models.header import TensorEntry
 
-__all__ = ["NUMBERS", "MicroscaledFloat4"]
-
 NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The number of each code from 0 to 15."""
 GROUP = 32

@@ -16,8 +16,6 @@ from vllm.platforms import current_platform
 from secateur.runtime.on_gpu import gpu_matrix, values_of
 from secateur.runtime.packed import PackedCheckpoint
 
-__all__ = ["BitmaskLinear", "bitmask_linear", "held_by"]
-
 Choices = dict[tuple[object, ...], Any]
 """How matrices of each kind are multiplied, once it was measured."""
 

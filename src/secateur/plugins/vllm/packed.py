@@ -25,8 +25,6 @@ from secateur.plugins.vllm.bitmask import Choices, bitmask_linear, held_by
 from secateur.plugins.vllm.reading import FOUR_BIT_DTYPES, folder_of, four_bits, tensors_of
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
-__all__ = ["FolderLoader", "PackedQuantization"]
-
 
 class PackedQuantization(QuantizationConfig):
     """The `quantization_config` of a compressed folder, as vLLM sees it.

@@ -13,8 +13,6 @@ from secateur.models.sources import resolve
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
-__all__ = ["FOUR_BIT_DTYPES", "folder_of", "four_bits", "tensors_of"]
-
 FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)
 """The dtypes in which vLLM's kernels multiply 4 bits."""
 

@@ -12,8 +12,6 @@ from transformers import LlamaConfig
 from secateur.errors import ArchitectureError
 from secateur.models.varied import MODEL_TYPE
 
-__all__ = ["ARCHITECTURE", "AttentionSizes", "FFNSizes", "LayerSizes", "VariedSizes"]
-
 ARCHITECTURE = "SecateurVariedForCausalLM"
 """What models with layers of different sizes are called in vLLM."""
 

@@ -13,8 +13,6 @@ from vllm.model_executor.models.nemotron_nas import (
     DeciModel,
 )
 
-__all__ = ["VariedDecoder", "VariedLayer"]
-
 
 class VariedLayer(DeciLMDecoderLayer):
     """A decoder layer with its own number of query heads.

@@ -9,8 +9,6 @@ from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.sweep import markdown_row
 from secateur.reporting.wording import binary_size
 
-__all__ = ["evidence"]
-
 
 def evidence(run: ReportedRun) -> str:
     """The sections headline, quality, speed and findings, as far as they were measured."""

@@ -14,17 +14,6 @@ from secateur.runs.records import LinearEntry
 ALIKE = 0.005
 """Sparsities that differ by at most this count as equal."""
 
-__all__ = [
-    "alike",
-    "all_figures",
-    "curves",
-    "drift",
-    "heat_maps",
-    "memory_charts",
-    "size_chart",
-    "speed_charts",
-]
-
 
 def all_figures(records: Records) -> list[Chart]:
     """All charts, in the order of the page."""

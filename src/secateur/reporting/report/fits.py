@@ -11,8 +11,6 @@ from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.tables import Table
 from secateur.reporting.wording import binary_size, duration, percent, signed
 
-__all__ = ["FitView", "fit_view", "pruning_brought"]
-
 BOUNDS = {
     "max_size": "at most {}",
     "max_inference_memory": "at most {} of memory",

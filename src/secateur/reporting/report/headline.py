@@ -22,8 +22,6 @@ from secateur.runs.evaluation import (
 )
 from secateur.runs.records import Compression
 
-__all__ = ["Claim", "claims", "speed_gain"]
-
 Tone = Literal["", "good", "fair", "bad"]
 
 FAIR_RATIO = 1.25

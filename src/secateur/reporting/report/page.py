@@ -38,8 +38,6 @@ from secateur.reporting.wording import bare_name, binary_size, counted, percent
 from secateur.runs.evaluation import GenerationRecord
 from secateur.runs.records import FindingEntry
 
-__all__ = ["render"]
-
 TEMPLATES = Path(__file__).parent / "templates"
 
 

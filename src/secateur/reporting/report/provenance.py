@@ -18,8 +18,6 @@ from secateur.reporting.tables import by_layer
 from secateur.reporting.wording import binary_size, percent
 from secateur.runs.records.run import Manifest
 
-__all__ = ["Part", "of_advice", "of_fit", "of_run", "of_sweep"]
-
 Facts = list[tuple[str, str]]
 
 

@@ -17,8 +17,6 @@ from secateur.runs.evaluation import (
     TaskRecord,
 )
 
-__all__ = ["Cell", "QualityRow", "quality_rows"]
-
 
 @dataclass(frozen=True)
 class Cell:

@@ -26,15 +26,6 @@ from secateur.runs.records import (
     read_record,
 )
 
-__all__ = [
-    "Records",
-    "ReportedAdvice",
-    "ReportedFit",
-    "ReportedRun",
-    "ReportedSweep",
-    "read_records",
-]
-
 FIT = Path("secateur") / "fit.json"
 
 

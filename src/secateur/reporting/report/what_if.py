@@ -17,8 +17,6 @@ from secateur.advisor.question import AdviceQuestion
 from secateur.reporting.report.records import ReportedAdvice
 from secateur.reporting.tables import Table
 
-__all__ = ["SLIDERS", "AdviceView", "Slider", "advice_view", "what_if_data"]
-
 
 @dataclass(frozen=True)
 class Slider:

@@ -19,8 +19,6 @@ from secateur.errors import CheckpointError
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 
-__all__ = ["AdviseResult"]
-
 SCHEMA = "secateur.advice/1"
 SHOWN = 8
 """Options in the table; --json has all."""

@@ -12,8 +12,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size
 
-__all__ = ["GAIN", "BenchResult"]
-
 GAIN = 1.02
 """Smallest ratio of tokens per second that counts as faster."""
 

@@ -13,8 +13,6 @@ from secateur.reporting.tables import Block, Table
 from secateur.reporting.wording import binary_size
 from secateur.runs.records import ChainStep
 
-__all__ = ["ChainResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class ChainResult(Result):

@@ -11,8 +11,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size, time_range
 
-__all__ = ["ClusterPlanResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class ClusterPlanResult(Result):

@@ -12,8 +12,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size, signed
 
-__all__ = ["CompressResult", "DecompressResult", "FormatTotals", "stored_as"]
-
 BFLOAT16_BYTES = 2
 
 

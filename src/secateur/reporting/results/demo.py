@@ -17,8 +17,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table, next_steps
 from secateur.reporting.wording import binary_size, without_blank_lines
 
-__all__ = ["DemoResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class DemoResult(Result):

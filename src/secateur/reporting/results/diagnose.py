@@ -14,8 +14,6 @@ from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 
-__all__ = ["SCHEMA", "DiagnoseResult", "TargetResult"]
-
 SCHEMA = "secateur.diagnosis/1"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 

@@ -18,8 +18,6 @@ from secateur.runs.evaluation import (
     TaskRecord,
 )
 
-__all__ = ["EvaluateResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class EvaluateResult(Result):

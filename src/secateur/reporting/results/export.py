@@ -12,8 +12,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table
 from secateur.reporting.wording import binary_size
 
-__all__ = ["ExportResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class ExportResult(Result):

@@ -19,18 +19,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size, signed
 
-__all__ = [
-    "ONLY_ROUNDED",
-    "WINNER",
-    "FitBranch",
-    "FitCheck",
-    "FitCorrection",
-    "FitCost",
-    "FitFinalist",
-    "FitLoss",
-    "FitResult",
-]
-
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""

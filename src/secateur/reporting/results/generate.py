@@ -9,8 +9,6 @@ from typing import Any
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line
 
-__all__ = ["GenerateResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class GenerateResult(Result):

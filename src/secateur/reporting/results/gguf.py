@@ -12,8 +12,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import binary_size
 
-__all__ = ["GgufInspectResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class GgufInspectResult(Result):

@@ -15,8 +15,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table
 from secateur.runs.records import Import, ImportedMatrix
 
-__all__ = ["ImportResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class ImportResult(Result):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["layer_of"]
-
 
 def layer_of(name: str) -> int:
     """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""

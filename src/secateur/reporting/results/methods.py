@@ -20,8 +20,6 @@ from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.training.methods import training_methods
 
-__all__ = ["MethodsResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class MethodsResult(Result):

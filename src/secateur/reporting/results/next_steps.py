@@ -24,18 +24,6 @@ from secateur.runs.records import Sweep, SweepPoint
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 
-__all__ = [
-    "Origin",
-    "after_a_dense_folder",
-    "after_a_fit",
-    "after_a_packed_folder",
-    "after_a_sweep",
-    "command",
-    "evaluation",
-    "free_place",
-    "generation",
-]
-
 HELD_OUT = TEXTS[-1]
 """A text for evaluation that needs no hub."""
 OWN_WINDOWS = 40

@@ -12,8 +12,6 @@ from secateur.reporting.tables import Block, Table, not_pruned
 from secateur.reporting.wording import binary_size, time_range
 from secateur.structured.accounting import Counts
 
-__all__ = ["CutPlanResult", "FitPlanResult", "PlanResult", "TrainPlanResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class PlanResult(Result):

@@ -14,8 +14,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table, by_layer, not_pruned
 from secateur.reporting.wording import binary_size
 
-__all__ = ["PruneResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class PruneResult(Result):

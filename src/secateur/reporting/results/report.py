@@ -10,8 +10,6 @@ from typing import Any
 from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Line
 
-__all__ = ["ReportResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class ReportResult(Result):

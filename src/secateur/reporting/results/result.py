@@ -7,8 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from secateur.reporting.tables import Block, html, plain_text, print_blocks
 
-__all__ = ["Result"]
-
 
 @runtime_checkable
 class Result(Protocol):

@@ -16,8 +16,6 @@ from secateur.reporting.tables import Block, Line, Table
 from secateur.reporting.wording import bare_name, binary_size, percent
 from secateur.runs.records import Sweep, SweepPoint
 
-__all__ = ["SweepResult", "markdown_row"]
-
 
 @dataclass(frozen=True, repr=False)
 class SweepResult(Result):

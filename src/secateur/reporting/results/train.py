@@ -12,8 +12,6 @@ from secateur.reporting.results.result import Result
 from secateur.reporting.tables import Block, Table
 from secateur.reporting.wording import binary_size
 
-__all__ = ["TrainResult"]
-
 
 @dataclass(frozen=True, repr=False)
 class TrainResult(Result):

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur.errors import CheckpointError
 
-__all__ = ["AnyRecord", "Record", "declared", "parsed", "read_list", "read_record"]
-
 
 class Record(BaseModel):
     """Part of a file."""

@@ -9,8 +9,6 @@ from pydantic import Field
 from secateur.runs.records.base import Record
 from secateur.runs.records.run import Source
 
-__all__ = ["Import", "ImportedMatrix"]
-
 
 class ImportedMatrix(Record):
     """One matrix of the decoder layers.

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from secateur.runs.records.base import Record
 
-__all__ = ["Bench", "DiagnosisRecord", "FindingEntry", "TimingEntry"]
-
 
 class FindingEntry(Record):
     """One finding of a diagnosis."""

@@ -8,18 +8,6 @@ from pydantic import Field
 
 from secateur.runs.records.base import Record
 
-__all__ = [
-    "MANIFEST_VERSION",
-    "Chain",
-    "ChainStep",
-    "Compression",
-    "Layer",
-    "LinearEntry",
-    "Manifest",
-    "StepEntry",
-    "Training",
-]
-
 MANIFEST_VERSION = 1
 
 

@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from secateur.runs.records.base import Record
 
-__all__ = ["PointKey", "Sweep", "SweepDense", "SweepPoint"]
-
 PointKey = tuple[str, str, float]
 """Method, pattern and sparsity of a point of a sweep."""
 

@@ -38,8 +38,6 @@ from secateur.runtime.formats.kept import (
 )
 from secateur.types import Mask, Weight
 
-__all__ = ["Bitmask"]
-
 
 @dataclass(frozen=True)
 class Bitmask:

@@ -6,16 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "count_bits",
-    "pack_bits",
-    "pack_numbers",
-    "padding_bits",
-    "row_bytes",
-    "unpack_bits",
-    "unpack_numbers",
-]
-
 BITS_OF_A_BYTE = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 

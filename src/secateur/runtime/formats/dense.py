@@ -28,8 +28,6 @@ from secateur.runtime.formats.kept import (
 )
 from secateur.types import Mask, Weight
 
-__all__ = ["Dense"]
-
 
 @dataclass(frozen=True)
 class Dense:

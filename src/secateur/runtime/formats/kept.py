@@ -14,19 +14,6 @@ from secateur.runtime.formats import Layout, PartSpec, check_specs
 from secateur.runtime.formats.bits import padding_bits, unpack_numbers
 from secateur.types import Mask, Weight
 
-__all__ = [
-    "as_stored",
-    "check_parts",
-    "check_values",
-    "decode_values",
-    "dequantized",
-    "expand",
-    "fewest_values",
-    "kept_mask",
-    "scale_specs",
-    "select",
-]
-
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
 
 

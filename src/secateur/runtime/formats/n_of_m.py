@@ -25,8 +25,6 @@ from secateur.runtime.formats.kept import (
 )
 from secateur.types import Mask, Weight
 
-__all__ = ["NOfM", "code_bits", "fill_groups", "group_counts", "ranks", "sets_of"]
-
 LARGEST_GROUP = 32
 """The largest M of N:M, so that the rank of a set of kept weights fits 32 bits."""
 

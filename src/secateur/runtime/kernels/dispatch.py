@@ -28,8 +28,6 @@ from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.kernels.prompt import by_blocks
 
-__all__ = ["KernelChoice", "by_kernel", "by_tiles", "choose", "kind_of"]
-
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
 REPEATS = 5

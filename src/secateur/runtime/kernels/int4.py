@@ -16,8 +16,6 @@ from torch import Tensor
 
 from secateur.types import Mask
 
-__all__ = ["PackedCodes", "turned_fours"]
-
 WORD = 64
 LANES = 16
 AT_ONCE = 2**22

@@ -18,21 +18,6 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-__all__ = [
-    "INT4",
-    "MAX_BATCH",
-    "TYPES",
-    "CDecoder",
-    "CLayer",
-    "CMatrix",
-    "CToken",
-    "KernelInfo",
-    "address",
-    "kernel_info",
-    "library",
-    "use_tier",
-]
-
 ABI = 5
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""

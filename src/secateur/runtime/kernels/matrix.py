@@ -27,8 +27,6 @@ from secateur.runtime.kernels.int4 import PackedCodes
 from secateur.runtime.kernels.library import INT4, MAX_BATCH, TYPES, CMatrix, address, library
 from secateur.types import Mask
 
-__all__ = ["WORD", "KernelMatrix"]
-
 WORD = 64
 """Weights for each word of the mask; rows are padded to whole words."""
 

@@ -13,8 +13,6 @@ from secateur.quantization.groups import GroupGrid
 from secateur.runtime.formats import GRID_BITS, VALUES
 from secateur.runtime.kernels.matrix import WORD
 
-__all__ = ["matrix_bytes"]
-
 OFFSET_BYTES = 8
 
 

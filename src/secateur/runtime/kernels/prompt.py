@@ -11,8 +11,6 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.library import TYPES
 from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
 
-__all__ = ["by_blocks"]
-
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
     """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 256 entries.

@@ -26,18 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "COLUMNS",
-    "FILE_NAME",
-    "ROWS",
-    "VALUES",
-    "Specs",
-    "StoredParts",
-    "is_n_of_m",
-    "lifted",
-    "part_specs",
-]
-
 FILE_NAME = "semi_structured.safetensors"
 ROWS, COLUMNS = 32, 64
 """torch multiplies matrices whose sides are multiples of these."""

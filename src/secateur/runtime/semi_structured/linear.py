@@ -25,8 +25,6 @@ from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.timing import Call, Clock, Fastest, race
 from secateur.runtime.semi_structured.layout import StoredParts, lifted
 
-__all__ = ["DENSE", "FEW", "SparseLinear", "chosen_linear", "measured", "seconds_of"]
-
 DENSE, CUTLASS, CUSPARSELT, TRITON = "dense", "CUTLASS", "cuSPARSELt", "Triton"
 LIBRARIES = (CUTLASS, CUSPARSELT)
 FEW = 4

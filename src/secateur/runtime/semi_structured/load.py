@@ -18,8 +18,6 @@ from secateur.runtime.kernels.gpu.timing import Fastest
 from secateur.runtime.semi_structured.layout import FILE_NAME, VALUES, StoredParts, part_specs
 from secateur.runtime.semi_structured.linear import chosen_linear, measured
 
-__all__ = ["load_semi_structured"]
-
 PARTS = ("packed", "meta", "columns")
 CAPABILITY = (8, 0)
 """The first generation of GPUs with sparse tensor cores: Ampere."""

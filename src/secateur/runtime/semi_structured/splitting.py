@@ -35,8 +35,6 @@ from torch.nn.functional import pad
 from secateur.errors import PatternError, ShapeError
 from secateur.runtime.semi_structured.layout import COLUMNS, is_n_of_m
 
-__all__ = ["SPLITTINGS", "Splitting", "sliding"]
-
 
 @dataclass(frozen=True)
 class Splitting:

@@ -13,8 +13,6 @@ from typing import Any
 
 from secateur.serving.service import Answer, End, Piece, TokenChance
 
-__all__ = ["DONE", "ChatWriter", "CompletionWriter", "Writer"]
-
 DONE = b"data: [DONE]\n\n"
 
 

@@ -37,8 +37,6 @@ from secateur.serving.http.streams import AnswerResponse
 from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
 
-__all__ = ["application"]
-
 log = logging.getLogger(__name__)
 
 MOST_LOGGED = 100

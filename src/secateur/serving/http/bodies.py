@@ -14,8 +14,6 @@ from fastapi.routing import APIRoute
 
 from secateur.serving.http.faults import ApiError, bad_request
 
-__all__ = ["JsonRoute", "invalid", "parsed", "shown"]
-
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """JSON's escape for half of a character; the other half may be missing."""
 

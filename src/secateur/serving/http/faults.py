@@ -7,8 +7,6 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
-__all__ = ["ApiError", "bad_request", "overloaded"]
-
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",

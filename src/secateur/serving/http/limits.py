@@ -11,8 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from secateur.serving.http.faults import ApiError
 from secateur.serving.http.metrics import Metrics
 
-__all__ = ["Limits"]
-
 OPEN = ("/", "/health", "/metrics")
 """Paths that need no key."""
 

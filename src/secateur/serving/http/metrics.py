@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from secateur.serving.scheduler import Scheduler
 
-__all__ = ["Metrics"]
-
 KNOWN = (
     "/",
     "/detokenize",

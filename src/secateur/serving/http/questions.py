@@ -12,17 +12,6 @@ from secateur.runtime.sampling import MAX_SEED
 from secateur.serving.http.bodies import shown
 from secateur.serving.http.faults import bad_request
 
-__all__ = [
-    "MAX_CHOICES",
-    "ChatQuestion",
-    "CompletionQuestion",
-    "DetokenizeQuestion",
-    "Message",
-    "Question",
-    "StreamOptions",
-    "TokenizeQuestion",
-]
-
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_CHOICES = 1024
 """Choices of one request: prompts times `n`."""

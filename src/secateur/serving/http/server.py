@@ -15,8 +15,6 @@ from starlette.types import ASGIApp
 
 from secateur.errors import RecipeError
 
-__all__ = ["StoppableServer", "listening_socket"]
-
 BACKLOG = 128
 OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

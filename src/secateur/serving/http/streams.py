@@ -16,8 +16,6 @@ from secateur.serving.http.metrics import Metrics
 from secateur.serving.service import Answer, End, Piece
 from secateur.serving.worker import Worker
 
-__all__ = ["AnswerResponse"]
-
 T = TypeVar("T")
 
 SEND_SECONDS = 60.0

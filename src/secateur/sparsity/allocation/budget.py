@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from secateur.errors import RecipeError
 
-__all__ = ["Granularity", "settle"]
-
 _BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 _SNAP = 1e-6  # of a unit: a share within this of a whole number counts as that number
 

@@ -14,8 +14,6 @@ from secateur.errors import NumericalError, PatternError, RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
-__all__ = ["GlobalThreshold", "global_threshold"]
-
 _BINS = 2**16
 _INFINITY = 0x7F800000  # the bits of float32 infinity; those of NaN are above
 

@@ -15,8 +15,6 @@ from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.hessian import relative_output_error
 
-__all__ = ["LayerSensitivity", "ranks"]
-
 _WIDEST = 0.17
 
 

@@ -14,8 +14,6 @@ from secateur.errors import RecipeError
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
-__all__ = ["OWL"]
-
 
 @allocations.register("owl")
 @dataclass(frozen=True)

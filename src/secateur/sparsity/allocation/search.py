@@ -23,8 +23,6 @@ from secateur.sparsity.allocation.layer_sensitivity import ranks
 from secateur.sparsity.evolution import Candidate, Evolution, Fitness, Leader, Stages
 from secateur.sparsity.hessian import relative_output_error
 
-__all__ = ["Ladder", "LevelSearch", "Search", "ladders", "mutate"]
-
 _MOST_MOVES = 16  # linears that one trade may change
 _PAIRS = 50  # pairs of linears that are drawn until one can trade
 _TRIES = 4

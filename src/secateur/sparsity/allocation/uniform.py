@@ -11,8 +11,6 @@ from torch import Tensor
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
-__all__ = ["Uniform"]
-
 
 @allocations.register("uniform")
 @dataclass(frozen=True)

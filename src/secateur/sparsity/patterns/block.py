@@ -14,8 +14,6 @@ from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
 from secateur.types import Mask, Score, float32_bytes
 
-__all__ = ["Block"]
-
 
 @patterns.register("block")
 @dataclass(frozen=True)

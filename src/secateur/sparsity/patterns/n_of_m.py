@@ -11,8 +11,6 @@ from secateur.sparsity.exact_count import keep_largest
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
 from secateur.types import Mask, Score, float32_bytes
 
-__all__ = ["NOfM"]
-
 
 @patterns.register("n:m")
 @dataclass(frozen=True)

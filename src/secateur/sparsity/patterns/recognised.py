@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from secateur.types import Weight
 
-__all__ = ["DENSE", "recognised"]
-
 DENSE, UNSTRUCTURED = "dense", "unstructured"
 BY_CHANCE = 0.001
 """The share of zeros that a dense matrix may have by chance."""

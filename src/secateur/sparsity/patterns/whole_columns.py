@@ -14,8 +14,6 @@ from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import patterns, unit_scores, within
 from secateur.types import Mask, Score, float32_bytes
 
-__all__ = ["WholeColumns"]
-
 
 @patterns.register("whole-columns")
 @dataclass(frozen=True)

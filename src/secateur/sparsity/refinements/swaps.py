@@ -14,8 +14,6 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.refinements import refinements
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["SparseSwaps"]
-
 # Rows swapped together: enough to make the product with the gram efficient, as long as the pairs
 # within N:M groups stay below so many entries.
 _CHUNK_ROWS = 512

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from secateur.sparsity.schedules import check_span, schedules
 
-__all__ = ["Geometric"]
-
 
 @schedules.register("geometric")
 @dataclass(frozen=True)

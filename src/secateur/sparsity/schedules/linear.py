@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from secateur.sparsity.schedules import check_span, schedules
 
-__all__ = ["LinearSchedule"]
-
 
 @schedules.register("linear")
 @dataclass(frozen=True)

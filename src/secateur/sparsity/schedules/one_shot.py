@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from secateur.sparsity.schedules import check_span, schedules
 
-__all__ = ["OneShot"]
-
 
 @schedules.register("one-shot")
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import ClassVar
 from secateur.sparsity.scores import scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
-__all__ = ["CoupledTaylor"]
-
 
 @scores.register("coupled-taylor")
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, inverse_fac
 from secateur.sparsity.scores import scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
-__all__ = ["OBSScore"]
-
 
 @scores.register("obs")
 @dataclass(frozen=True)

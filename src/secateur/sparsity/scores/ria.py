@@ -11,8 +11,6 @@ from secateur.errors import RecipeError
 from secateur.sparsity.scores import scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
-__all__ = ["RIA"]
-
 
 @scores.register("ria")
 @dataclass(frozen=True)

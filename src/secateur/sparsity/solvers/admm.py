@@ -22,8 +22,6 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["ADMM", "PreparedProximal"]
-
 
 @dataclass(frozen=True)
 class PreparedProximal:

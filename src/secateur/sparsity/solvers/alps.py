@@ -25,8 +25,6 @@ from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["ALPS", "ScaledGram"]
-
 # The support is compared, and ρ has grown by `growth`, once in this many iterations.
 _STAGE = 3
 # ρ grows at most to so many times its first value; the support stops changing long before.

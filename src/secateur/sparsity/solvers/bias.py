@@ -13,8 +13,6 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["Bias"]
-
 
 @solvers.register("bias")
 @dataclass(frozen=True)

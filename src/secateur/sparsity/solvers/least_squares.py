@@ -23,8 +23,6 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["LeastSquares", "PreparedHessian", "systems_bytes"]
-
 # Entries of the systems that are gathered and factorised together: 64 MiB in float32.
 _CHUNK_ENTRIES = 2**24
 

@@ -25,8 +25,6 @@ from secateur.sparsity.rounding import Rounding, RoundingSolver
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["OBS", "PreparedGram"]
-
 
 @dataclass(frozen=True)
 class PreparedGram:

@@ -16,8 +16,6 @@ from secateur.sparsity.solvers import Solution, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["OSSCAR", "PreparedUnits"]
-
 
 @dataclass(frozen=True)
 class PreparedUnits:

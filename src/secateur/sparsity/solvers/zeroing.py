@@ -10,8 +10,6 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
-__all__ = ["Zeroing"]
-
 
 @solvers.register("zero")
 @dataclass(frozen=True)

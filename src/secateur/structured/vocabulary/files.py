@@ -15,19 +15,6 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.header import parse_json
 from secateur.structured.vocabulary.pieces import Pieces
 
-__all__ = [
-    "LEFT_OUT",
-    "TOKENIZER",
-    "TOKENIZER_CONFIG",
-    "added_tokens",
-    "ids_in",
-    "read_tokenizer",
-    "renumbered_config",
-    "renumbered_tokenizer",
-    "renumbered_tokenizer_config",
-    "spoken",
-]
-
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 LEFT_OUT = (

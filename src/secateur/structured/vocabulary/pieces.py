@@ -24,8 +24,6 @@ from typing import Any, Protocol
 
 from secateur.errors import ArchitectureError, CheckpointError
 
-__all__ = ["MergedPieces", "Pieces", "ScoredPieces", "pieces_of"]
-
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 """The tokens of single bytes in tokenizers that begin with characters."""
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from secateur.errors import RecipeError
 from secateur.structured.vocabulary.pieces import Pieces
 
-__all__ = ["TokenUse", "kept_tokens"]
-
 
 @dataclass(frozen=True)
 class TokenUse:

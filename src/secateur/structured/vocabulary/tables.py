@@ -33,8 +33,6 @@ from secateur.structured.vocabulary.files import (
 )
 from secateur.structured.vocabulary.pieces import Pieces
 
-__all__ = ["TokenTables", "token_tables", "trim_checkpoint"]
-
 GENERATION = "generation_config.json"
 
 

@@ -35,8 +35,6 @@ from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.judge.increase import LossJudge
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["MixedChoice", "MixedReader", "MixedValues", "refuse_renamed"]
-
 ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""
 

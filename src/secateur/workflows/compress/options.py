@@ -9,8 +9,6 @@ from secateur.runtime.choice import AUTO, check_names
 from secateur.runtime.formats import GRID_BITS, VALUES
 from secateur.workflows.compress.rounding import check_calibration
 
-__all__ = ["check_compression"]
-
 
 def check_compression(recipe: CompressRecipe) -> None:
     """Check everything in a recipe that does not need its model.

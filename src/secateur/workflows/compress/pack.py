@@ -55,15 +55,6 @@ from secateur.workflows.compress.storage_plan import (
     settled_values,
 )
 
-__all__ = [
-    "ChosenValues",
-    "compress",
-    "compress_recipe",
-    "fractions",
-    "pack_into",
-    "pack_model",
-]
-
 COMPRESSION = "compression.json"
 
 MOST_CHOICES = 4

@@ -9,8 +9,6 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 
-__all__ = ["PackableMatrix", "find_matrices"]
-
 
 @dataclass(frozen=True)
 class PackableMatrix:

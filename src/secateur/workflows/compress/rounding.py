@@ -22,16 +22,6 @@ from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = [
-    "check_calibration",
-    "output_errors",
-    "own_values",
-    "round_checkpoint",
-    "rounding_recipe",
-    "told_of",
-]
-
-
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
 

@@ -25,16 +25,6 @@ from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PlannedFile
 from secateur.workflows.compress.packable import PackableMatrix
 
-__all__ = [
-    "StoragePlan",
-    "cast_others",
-    "computed_dtype",
-    "make_plan",
-    "plan_files",
-    "settled_values",
-]
-
-
 AT_ONCE = 2**20
 """Weights whose rounding is measured at the same time."""
 

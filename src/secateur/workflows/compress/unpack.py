@@ -29,8 +29,6 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 
-__all__ = ["decompress"]
-
 
 @takes_options_of(DecompressRecipe)
 def decompress(

@@ -12,8 +12,6 @@ from secateur.progress import Progress
 from secateur.recipes.calibration import CalibrationWindows
 from secateur.workflows.prune.prepare import calibration_windows
 
-__all__ = ["save_parts"]
-
 
 def save_parts(
     text: str,

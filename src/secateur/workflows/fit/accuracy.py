@@ -16,8 +16,6 @@ from secateur.progress import Labelled, Progress
 from secateur.recipes.fit import FitRecipe
 from secateur.workflows.judge.perplexity import load_model
 
-__all__ = ["accuracy", "prepared_tasks"]
-
 METRIC = "acc"
 
 

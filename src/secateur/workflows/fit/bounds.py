@@ -10,8 +10,6 @@ from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.kinds import LevelKind
 
-__all__ = ["as_seen", "other_bytes", "size_of"]
-
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""
 

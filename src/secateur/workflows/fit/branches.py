@@ -40,8 +40,6 @@ from secateur.workflows.fit.yardstick import Yardstick
 from secateur.workflows.structure.checkpoint import STEPS, structure_recipe
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 
-__all__ = ["BRANCHES", "Branch", "branched"]
-
 Inherited = Mapping[str, tuple[tuple[Cost, ...], tuple[float, ...]]]
 """Costs and rises on every level of the linears of the uncut model, by name."""
 

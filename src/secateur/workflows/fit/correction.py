@@ -21,8 +21,6 @@ from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.verify import TIMING_ERROR, speedup_of
 
-__all__ = ["MOST", "is_faster", "misses", "predicted_speedup", "tightened", "timed"]
-
 MOST = 2
 """Number of searches after the first one, at most."""
 

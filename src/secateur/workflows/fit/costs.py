@@ -38,8 +38,6 @@ from secateur.workflows.fit.bounds import as_seen
 from secateur.workflows.fit.files import FILES, PACKED_FOLDER, TargetFiles
 from secateur.workflows.fit.kinds import KINDS, LevelKind
 
-__all__ = ["MEMORY", "SECONDS", "SIZE", "CostKind", "Costs", "costs_of"]
-
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
 
 SHORT = {"bfloat16": "bf16", "int3": "int4"}

@@ -46,8 +46,6 @@ from secateur.workflows.fit.packing import pack_winner
 from secateur.workflows.fit.verify import checks_of
 from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["carry_out", "contested", "evolution_of", "new_search"]
-
 MEASURED_AT_THE_END = 8
 """What packing and judging the winner and its rivals take, in measurements of one candidate."""
 

@@ -9,8 +9,6 @@ from secateur.errors import RecipeError
 from secateur.recipes.fit import FitRecipe
 from secateur.workflows.fit.costs import MEMORY, SECONDS, SIZE, Costs
 
-__all__ = ["OPTION_OF", "check_feasible", "in_words"]
-
 OPTION_OF: Mapping[str, str] = {
     SIZE: "max_size",
     MEMORY: "max_inference_memory",

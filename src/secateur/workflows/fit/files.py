@@ -25,8 +25,6 @@ from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.bounds import other_bytes, size_of
 from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
 
-__all__ = ["FILES", "GGUF_FILE", "PACKED_FOLDER", "TargetFiles"]
-
 
 class TargetFiles(Protocol):
     """The files of a target."""

@@ -20,8 +20,6 @@ from secateur.workflows.fit.levels import linear_bytes
 from secateur.workflows.fit.making import Kinds, made
 from secateur.workflows.fit.yardstick import Yardstick
 
-__all__ = ["SINGLE", "Finalist", "finalists", "mixes", "single"]
-
 SEARCHED = "the search's choice"
 SURVEYED = "the survey's choice"
 QUANTIZED = "only rounded, mixed"

@@ -18,8 +18,6 @@ from secateur.workflows.fit.bounds import size_of
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.kinds import KINDS, LevelKind
 
-__all__ = ["finer_menu"]
-
 LEAST_RISE = 1e-12
 
 HALF, MOST = (KINDS.index(LevelKind("bfloat16", s)) for s in (0.5, 0.7))

@@ -20,8 +20,6 @@ from secateur.workflows.fit.pace import Pace
 from secateur.workflows.judge.increase import LossJudge
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["Ground"]
-
 SHARE = 6
 """One calibration window in so many chooses, and one in so many judges the result."""
 

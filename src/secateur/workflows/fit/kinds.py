@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["FINER", "KINDS", "LevelKind", "probe_of"]
-
 
 @dataclass(frozen=True)
 class LevelKind:

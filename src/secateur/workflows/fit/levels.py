@@ -21,8 +21,6 @@ from secateur.workflows.compress.rounding import output_errors
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.making import Kinds, pruned, rounded
 
-__all__ = ["linear_bytes", "made_levels"]
-
 
 def made_levels(ground: Ground) -> Iterator[FitLevel]:
     """Make every level, or reuse what an earlier run has made."""

@@ -19,8 +19,6 @@ from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate
 from secateur.workflows.fit.ground import Ground
 
-__all__ = ["LossMeter", "smallest_within"]
-
 BISECTIONS = 6
 
 

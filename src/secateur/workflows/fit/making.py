@@ -25,19 +25,6 @@ from secateur.workflows.compress.rounding import BITS, round_checkpoint, roundin
 from secateur.workflows.fit.kinds import LevelKind
 from secateur.workflows.prune.checkpoint import run_recipe
 
-__all__ = [
-    "Kinds",
-    "chosen_values",
-    "made",
-    "packed",
-    "packing_recipe",
-    "pruned",
-    "rounded",
-    "shared",
-    "steps_of",
-    "trust",
-]
-
 Kinds = Mapping[str, LevelKind]
 """How every linear is stored, by its name."""
 

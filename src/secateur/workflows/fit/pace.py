@@ -17,8 +17,6 @@ from pathlib import Path
 
 from secateur.runs.atomic import write_json
 
-__all__ = ["Pace"]
-
 MINUTE = 60.0
 
 

@@ -17,8 +17,6 @@ from secateur.workflows.fit.finalists import Finalist
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.making import chosen_values, packing_recipe, steps_of
 
-__all__ = ["pack_winner"]
-
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
 

@@ -31,8 +31,6 @@ from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.pace import Pace
 from secateur.workflows.fit.targets import check_target
 
-__all__ = ["fit", "fit_recipe", "plan_fit"]
-
 FIT = "fit.json"
 
 

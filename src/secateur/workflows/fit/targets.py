@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from secateur.errors import RecipeError
 from secateur.recipes.fit import FitRecipe
 
-__all__ = ["check_target"]
-
 OF_AN_ENGINE = ("max_inference_memory", "decode_speedup")
 """Bounds that mean nothing without an engine."""
 

@@ -19,8 +19,6 @@ from secateur.workflows.advise import counted
 from secateur.workflows.fit.accuracy import accuracy
 from secateur.workflows.fit.ground import Ground
 
-__all__ = ["TIMING_ERROR", "checks_of", "speedup_of"]
-
 TIMING_ERROR = 0.05
 """How far a speed-up may be off when it is measured again; a bound is kept up to here."""
 

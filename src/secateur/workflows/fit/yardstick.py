@@ -18,8 +18,6 @@ from secateur.runtime.load import load
 from secateur.workflows.fit.ground import Ground
 from secateur.workflows.fit.making import Kinds, packed
 
-__all__ = ["Yardstick"]
-
 
 class Yardstick:
     """Measures divergences: mean KL(dense ‖ model) of the next-token probabilities, nats per token.

@@ -27,8 +27,6 @@ from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
 from secateur.workflows.judge.session import positions_in
 
-__all__ = ["bench"]
-
 SCHEMA = "secateur.bench/1"
 
 

@@ -36,8 +36,6 @@ from secateur.runs.output import cannot_write
 from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["check_target", "diagnose"]
-
 PRUNED = 0.01
 """A model with a larger fraction of zeros in its decoder's matrices counts as pruned."""
 

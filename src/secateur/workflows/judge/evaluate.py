@@ -43,8 +43,6 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
 from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
-__all__ = ["evaluate", "run_evaluation"]
-
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
 

@@ -11,8 +11,6 @@ from secateur.reporting.results.generate import GenerateResult
 from secateur.runtime.generation_config import sampling_with
 from secateur.workflows.judge.session import Message, TextSession
 
-__all__ = ["Conversation", "generate"]
-
 
 def generate(
     model: str | Path,

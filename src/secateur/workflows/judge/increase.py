@@ -26,8 +26,6 @@ from secateur.runs.atomic import write_json
 from secateur.runtime.load import load
 from secateur.workflows.judge.perplexity import window_progress
 
-__all__ = ["LossIncrease", "LossJudge", "dense_losses"]
-
 
 @dataclass(frozen=True)
 class LossIncrease:

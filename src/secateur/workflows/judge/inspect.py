@@ -12,8 +12,6 @@ if TYPE_CHECKING:  # the header of a GGUF file needs no heavy imports
     from secateur.reporting.results.gguf import GgufInspectResult
     from secateur.reporting.results.inspect import InspectResult
 
-__all__ = ["inspect", "inspect_checkpoint"]
-
 
 def inspect(
     model: str | Path,

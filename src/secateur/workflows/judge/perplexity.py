@@ -21,8 +21,6 @@ from secateur.runtime.packed import is_packed
 from secateur.types import Windows
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["load_model", "started", "window_progress", "windows_of"]
-
 
 def windows_of(
     text: str | Path,

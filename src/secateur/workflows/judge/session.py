@@ -24,8 +24,6 @@ from secateur.runtime.slots import why_not
 from secateur.runtime.stepped import SteppedGeneration
 from secateur.runtime.text import TextStream
 
-__all__ = ["Message", "TextSession", "positions_in"]
-
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256
 """The default maximum length of a text."""

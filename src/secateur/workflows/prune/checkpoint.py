@@ -62,8 +62,6 @@ LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 WAY = "distillation.json"
 
-__all__ = ["planned", "report_of", "run_prepared", "run_recipe"]
-
 NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 

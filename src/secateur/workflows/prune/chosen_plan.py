@@ -17,8 +17,6 @@ from secateur.parallel.shares import micro_batches, rows_of
 from secateur.recipes.memory import Memory
 from secateur.workflows.prune.prepare import Prepared, settings_of
 
-__all__ = ["SWEEP_WINDOWS", "choose_plan", "tell_of_sweeps"]
-
 log = logging.getLogger(__name__)
 
 SWEEP_WINDOWS = 16

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 
 from secateur.errors import NumericalError
 
-__all__ = ["MOST_JUDGING", "RateTrials", "held_out"]
-
 FEWEST_WINDOWS = 8
 """With fewer windows nothing is held out, and the highest rate is taken."""
 

@@ -9,8 +9,6 @@ from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.reporting.results.cluster_plan import ClusterPlanResult
 from secateur.workflows.prune.composition import method_of
 
-__all__ = ["plan_on_paper"]
-
 
 def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
     """Plan the run of a recipe for a well-known shape on GPUs that are not here.

@@ -13,8 +13,6 @@ from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.methods import methods as named
 
-__all__ = ["allocation_of", "method_of", "methods", "own_methods"]
-
 
 def methods() -> MethodsResult:
     """All presets, methods and their parts, with what each needs."""

@@ -34,8 +34,6 @@ from secateur.workflows.prune.learning import (
 from secateur.workflows.prune.prepare import Prepared
 from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 
-__all__ = ["distill_checkpoint", "distill_module", "distills", "learn"]
-
 
 def distill_checkpoint(
     prepared: Prepared,

@@ -19,8 +19,6 @@ from secateur.recipes.calibration import Calibration
 from secateur.recipes.recovery import Distill
 from secateur.workflows.prune.chosen_rate import MOST_JUDGING
 
-__all__ = ["extra_windows", "split_extra", "tell_of_short_text"]
-
 log = logging.getLogger(__name__)
 
 

@@ -36,19 +36,6 @@ from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 from secateur.workflows.prune.chosen_rate import RateTrials, held_out
 
-__all__ = [
-    "FINAL",
-    "RATE",
-    "Lessons",
-    "Pupil",
-    "once",
-    "plan_of",
-    "pruned_layers",
-    "summary",
-    "trainable_names",
-    "write_layers",
-]
-
 FINAL = "final.safetensors"
 """The file with the weights of a finished training."""
 

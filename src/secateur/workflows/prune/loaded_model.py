@@ -42,8 +42,6 @@ from secateur.workflows.prune.learning import Lessons
 from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
 from secateur.workflows.prune.self_generated_text import own_windows
 
-__all__ = ["prune_module"]
-
 READY = ".safetensors"
 """The suffix of a file of ready windows, which need no tokenizer."""
 

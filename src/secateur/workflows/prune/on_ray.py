@@ -18,8 +18,6 @@ from secateur.workflows.prune.checkpoint import report_of, run_recipe
 from secateur.workflows.prune.order import follow, refuse_several
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["Showing", "prune_on_ray", "silently"]
-
 Showing = Callable[[], AbstractContextManager[Progress]]
 """Makes what shows the progress, in the first process."""
 

@@ -27,16 +27,6 @@ from secateur.runs.folder import STATE
 from secateur.runs.ledger import Ledger
 from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
 
-__all__ = [
-    "WorkOrder",
-    "digest_of",
-    "follow",
-    "give",
-    "refuse_another_model",
-    "refuse_cluster",
-    "refuse_several",
-]
-
 
 @dataclass(frozen=True)
 class WorkOrder:

@@ -14,8 +14,6 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 
-__all__ = ["BESIDE", "beside_of", "refuse_shared"]
-
 BESIDE = "beside.safetensors"
 """Of a stopped run, next to its windows."""
 

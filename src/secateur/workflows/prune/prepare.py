@@ -39,18 +39,6 @@ from secateur.workflows.prune.composition import allocation_of, method_of, own_m
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
 from secateur.workflows.prune.pictures import beside_of
 
-__all__ = [
-    "Prepared",
-    "calibration_windows",
-    "choose_device",
-    "prepare",
-    "settings_of",
-    "shared_inputs",
-    "tasks_for",
-    "window_plan",
-    "windows_needed",
-]
-
 
 @dataclass(frozen=True)
 class Prepared:

@@ -19,8 +19,6 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.workflows.prune.prepare import Prepared
 
-__all__ = ["own_windows", "with_own_windows", "with_written"]
-
 
 def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
     """Add the windows that the dense model must generate for the recipe.

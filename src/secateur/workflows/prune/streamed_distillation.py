@@ -46,8 +46,6 @@ from secateur.workflows.prune.learning import (
 )
 from secateur.workflows.prune.sweeps import Scholar, Sweeps, layer_state
 
-__all__ = ["StreamedDistillation"]
-
 PREDICTIONS = "predictions.safetensors"
 TRAINING = "training"
 """The folder of the training, with a file for each layer."""

@@ -47,8 +47,6 @@ from secateur.training.streamed import module_of
 from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.prune.learning import Pupil
 
-__all__ = ["Scholar", "Sweeps", "layer_state"]
-
 LOSSES = "losses.json"
 """The file with the losses of all finished sweeps, one for each step."""
 

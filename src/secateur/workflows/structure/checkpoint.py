@@ -74,8 +74,6 @@ VARIED = (
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and the record of their source."""
 
-__all__ = ["plan_cut", "structure", "structure_recipe"]
-
 
 @takes_options_of(StructureRecipe)
 def structure(

@@ -13,9 +13,6 @@ from secateur.recipes.structure import Kept, StructureRecipe
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
 
-__all__ = ["CutPlan", "aim_of", "count"]
-
-
 TARGETS = ("keep_parameters", "max_size", "decode_latency")
 """Options that set the total reduction of heads and neurons."""
 

@@ -25,8 +25,6 @@ from secateur.structured.design import design
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 from secateur.workflows.structure.narrow import uniform_cut
 
-__all__ = ["FILE", "found_latency"]
-
 FILE = "latency.json"
 """The file of the measurements in the work folder. A resumed run reads it."""
 

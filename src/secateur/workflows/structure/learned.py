@@ -52,8 +52,6 @@ from secateur.workflows.train.session import run_loop
 from secateur.workflows.train.text import TrainingText
 from secateur.workflows.train.weights import OpenFile, stored_model
 
-__all__ = ["check_learned", "choose_learned"]
-
 OTHER_WAYS = (
     "effort",
     "experts",

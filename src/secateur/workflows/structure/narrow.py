@@ -35,8 +35,6 @@ from secateur.workflows.prune.chosen_plan import choose_plan
 from secateur.workflows.prune.prepare import Prepared, prepare, tasks_for
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 
-__all__ = ["Narrowing", "check_width", "counted_cut", "planned_width", "uniform_cut"]
-
 NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
 LEVEL = 0.05

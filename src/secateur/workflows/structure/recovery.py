@@ -27,8 +27,6 @@ from secateur.workflows.prune.distillation import learn
 from secateur.workflows.prune.learning import FINAL, Lessons, Pupil, once, trainable_names
 from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 
-__all__ = ["distill"]
-
 WAY = "way.json"
 """The file with the number of windows in a sweep."""
 

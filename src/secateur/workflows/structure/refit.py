@@ -25,8 +25,6 @@ from secateur.sparsity.methods import compose
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.step_context import NOTES, StepContext
 
-__all__ = ["RefitStep", "refits"]
-
 
 def refits(recipe: StructureRecipe, aim: CutPlan, architecture: Architecture) -> bool:
     """Whether the recipe enables this step, and the step can help."""

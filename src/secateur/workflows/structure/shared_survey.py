@@ -23,8 +23,6 @@ from secateur.recipes.structure import StructureRecipe, WhatToCut
 from secateur.workflows.prune.order import digest_of, give, refuse_another_model
 from secateur.workflows.prune.prepare import choose_device
 
-__all__ = ["SurveyOrder", "follow", "refuse_several"]
-
 SHARED = {"model", "experts"}
 """The fields of `WhatToCut` that several processes may fill."""
 

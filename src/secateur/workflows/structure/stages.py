@@ -37,8 +37,6 @@ from secateur.workflows.structure.refit import RefitStep, refits
 from secateur.workflows.structure.shared_survey import SurveyOrder
 from secateur.workflows.structure.step_context import NOTES, StepContext
 
-__all__ = ["Step", "steps_of"]
-
 
 @dataclass(frozen=True)
 class Step:

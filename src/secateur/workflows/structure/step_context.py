@@ -16,8 +16,6 @@ from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.structure.cut_plan import CutPlan
 
-__all__ = ["NOTES", "StepContext"]
-
 NOTES = "step.json"
 """The file that a step writes beside its model."""
 

@@ -27,8 +27,6 @@ from secateur.structured.vocabulary.selection import TokenUse, kept_tokens
 from secateur.structured.vocabulary.tables import token_tables, trim_checkpoint
 from secateur.workflows.structure.step_context import NOTES
 
-__all__ = ["check_vocabulary", "trimmed_source", "trims"]
-
 STEP = "vocabulary"
 BATCH = 256
 """Documents that are encoded at once."""

@@ -9,8 +9,6 @@ from secateur.errors import RecipeError
 from secateur.runs.records import PointKey
 from secateur.sparsity.patterns import parse_pattern
 
-__all__ = ["SweepPlan", "point_name"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:

@@ -13,8 +13,6 @@ from secateur.reporting.results.sweep import SweepResult
 from secateur.workflows.sweep.plan import SweepPlan
 from secateur.workflows.sweep.run import sweep_plan
 
-__all__ = ["sweep", "sweep_recipe"]
-
 
 @takes_options_of(SweepRecipe)
 def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:

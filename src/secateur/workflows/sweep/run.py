@@ -60,8 +60,6 @@ from secateur.workflows.prune.composition import allocation_of, method_of
 from secateur.workflows.prune.prepare import choose_device, prepare, windows_needed
 from secateur.workflows.sweep.plan import SweepPlan, point_name
 
-__all__ = ["sweep_plan"]
-
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
 

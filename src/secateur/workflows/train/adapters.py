@@ -35,8 +35,6 @@ from secateur.training.rounds import PruningRounds
 from secateur.training.selecting import Criterion
 from secateur.types import Windows
 
-__all__ = ["Adapted", "adapt", "merged", "rates_of"]
-
 
 @dataclass(frozen=True)
 class Adapted:

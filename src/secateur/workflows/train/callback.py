@@ -22,8 +22,6 @@ from secateur.training.masks import Masks, first_names
 from secateur.training.parts import is_shared, local
 from secateur.workflows.train.masks import masks_in
 
-__all__ = ["SecateurCallback"]
-
 
 class SecateurCallback(TrainerCallback):
     """Keeps the zeros of a pruned model while transformers' Trainer trains it.

@@ -54,8 +54,6 @@ from secateur.workflows.train.session import Session, Trained
 from secateur.workflows.train.text import TrainingText, read_training_text
 from secateur.workflows.train.weights import check_written, write_trained
 
-__all__ = ["plan_training", "run_training", "train"]
-
 NO_PART = {
     "output",
     "device",

@@ -29,8 +29,6 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.train.adapters import rates_of
 from secateur.workflows.train.text import TrainingText
 
-__all__ = ["check_tokenizers", "objective_of", "plan_of", "teacher_of"]
-
 
 def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
     """Return length, learning rate and optimizer of a training.

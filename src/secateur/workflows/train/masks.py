@@ -22,8 +22,6 @@ from secateur.training.masks import Masks, matrices, stored_masks
 from secateur.training.parts import local
 from secateur.training.process_group import ProcessGroup
 
-__all__ = ["masks_in", "masks_of"]
-
 BY_CHANCE = 0.001
 """The share of zeros that a matrix may have by chance in a dense model."""
 

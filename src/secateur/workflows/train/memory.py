@@ -44,8 +44,6 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.train.adapters import adapters
 from secateur.workflows.train.text import TrainingText
 
-__all__ = ["TrainingMemory", "check_memory", "disk_bytes", "foretell"]
-
 
 @dataclass(frozen=True)
 class TrainingMemory:

@@ -33,8 +33,6 @@ from secateur.training.rounds import (
 from secateur.training.watch import mean_loss
 from secateur.workflows.train.session import Session, Trained, run_loop
 
-__all__ = ["train_in_rounds"]
-
 
 def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
     """Prune and train in rounds. A call after a kill resumes.

@@ -19,8 +19,6 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows
 from secateur.workflows.train.adapters import Adapted
 
-__all__ = ["Session", "Trained", "run_loop"]
-
 
 @dataclass(frozen=True)
 class Trained:

@@ -21,8 +21,6 @@ from secateur.recipes.train import TrainRecipe
 from secateur.training.teachers import windows_digest
 from secateur.types import Windows
 
-__all__ = ["TrainingText", "read_training_text"]
-
 log = logging.getLogger(__name__)
 
 LENGTH = 512

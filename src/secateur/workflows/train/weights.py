@@ -22,8 +22,6 @@ from secateur.training.masks import Masks
 from secateur.training.parts import is_shared, local, rows_of
 from secateur.workflows.train.adapters import merged
 
-__all__ = ["OpenFile", "check_written", "stored_model", "write_trained"]
-
 
 class OpenFile(Mapping[str, Tensor]):
     """The tensors of an open file, each read on access."""

@@ -17,8 +17,6 @@ from torch import Tensor
 from secateur.models.at_rest import Assembly, Parts, damaged
 from secateur.models.checkpoint import CheckpointReader
 
-__all__ = ["PARTS", "bits_of", "sparse_assembly"]
-
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 
 

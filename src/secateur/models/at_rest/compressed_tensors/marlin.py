@@ -20,8 +20,6 @@ from torch import Tensor
 from secateur.models.at_rest import Assembly, Parts, damaged
 from secateur.models.checkpoint import CheckpointReader
 
-__all__ = ["PARTS", "marlin_assembly"]
-
 PARTS = ("weight_packed", "scale_packed", "meta")
 GROUP = 128
 TILE = 16

@@ -23,8 +23,6 @@ from secateur.models.at_rest import Assembly, Parts, damaged
 from secateur.models.at_rest.compressed_tensors.bitmask import sparse_assembly
 from secateur.models.checkpoint import CheckpointReader
 
-__all__ = ["PARTS", "STORED", "quantized_assembly"]
-
 PARTS = (
     "weight",
     "weight_packed",

@@ -14,8 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["TOKENS", "bitmask_expand", "bitmask_product"]
-
 TOKENS = 16
 """The most tokens of one product."""
 

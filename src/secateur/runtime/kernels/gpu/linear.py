@@ -17,8 +17,6 @@ from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.kernels.gpu.timing import Call, Clock, race
 from secateur.runtime.operator import numbered
 
-__all__ = ["GpuChoice", "GpuLinear", "measured"]
-
 TRIED = (1, 2, 4, 8, TOKENS)
 
 

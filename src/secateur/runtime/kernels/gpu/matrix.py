@@ -23,8 +23,6 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.formats.bits import pack_bits, pack_numbers
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS, bitmask_expand, bitmask_product
 
-__all__ = ["GpuMatrix", "divided"]
-
 LANES = 32
 COLUMNS = 8 * LANES
 """Columns of a tile."""

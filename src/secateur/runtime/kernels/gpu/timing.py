@@ -9,8 +9,6 @@ from statistics import median
 
 import torch
 
-__all__ = ["Call", "Clock", "Fastest", "gpu_seconds", "race"]
-
 REPEATS = 11
 FILLS = 4
 """How often the cache is filled: for longer than Python takes to launch a call."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.matrix import divided
 
-__all__ = ["MOST", "multiply_two_of_four", "two_of_four_product"]
-
 MOST = 4
 """The most tokens of one product."""
 
