@@ -12,25 +12,19 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
-from secateur.reporting.results.advise import AdviseResult
-from secateur.reporting.results.chain import ChainResult
-from secateur.reporting.results.cluster_plan import ClusterPlanResult
+from secateur.reporting.results.advise import AdviseResult, ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import EvaluateResult
-from secateur.reporting.results.export import ExportResult
+from secateur.reporting.results.export import ExportResult, ImportResult, PushResult
 from secateur.reporting.results.fit import FitResult
-from secateur.reporting.results.import_model import ImportResult
 from secateur.reporting.results.plan import (
     CutPlanResult,
     FitPlanResult,
     PlanResult,
     TrainPlanResult,
 )
-from secateur.reporting.results.prune import PruneResult
-from secateur.reporting.results.push import PushResult
-from secateur.reporting.results.structure import StructureResult
+from secateur.reporting.results.prune import ChainResult, PruneResult, StructureResult, TrainResult
 from secateur.reporting.results.sweep import SweepResult
-from secateur.reporting.results.train import TrainResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured

@@ -18,7 +18,7 @@ from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS, USUAL
 from secateur.evaluation.speed import Speed
-from secateur.reporting.results.bench import BenchResult
+from secateur.reporting.results.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.judge.bench import tokens_of
 from slow import slow

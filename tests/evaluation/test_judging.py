@@ -14,7 +14,7 @@ from secateur.cli import main
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation_checks
 from secateur.evaluation.generation_checks import check_generation, repetition
-from secateur.runs.evaluation import EvaluationRecord, read_evaluation
+from secateur.runs.records.measured import EvaluationRecord, read_evaluation
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.runs.evaluation import read_evaluation
+from secateur.runs.records.measured import read_evaluation
 from tiny import save_tiny
 
 MEASURED = {"evaluation.json", "diagnosis.json", "bench.json"}

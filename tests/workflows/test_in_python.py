@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 from secateur.errors import RecipeError
 from secateur.progress import ProgressBar, Silent, listener
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Line, Table, html
+from secateur.reporting.tables import Line, Result, Table, html
 from tiny import save_tiny
 
 TEXTS = ["def add(a, b): return a + b\n" * 30, "for word in words: print(word)\n" * 30]

@@ -8,7 +8,7 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.chain import ChainRecipe
-    from secateur.reporting.results.chain import ChainResult
+    from secateur.reporting.results.prune import ChainResult
 
 
 def run(recipe: ChainRecipe, **call: Any) -> ChainResult:

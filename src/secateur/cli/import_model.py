@@ -8,7 +8,7 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.import_model import ImportRecipe
-    from secateur.reporting.results.import_model import ImportResult
+    from secateur.reporting.results.export import ImportResult
 
 
 def run(recipe: ImportRecipe, **call: Any) -> ImportResult:

@@ -8,7 +8,7 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.prune import PruneRecipe
-    from secateur.reporting.results.cluster_plan import ClusterPlanResult
+    from secateur.reporting.results.advise import ClusterPlanResult
     from secateur.reporting.results.plan import PlanResult
     from secateur.reporting.results.prune import PruneResult
 

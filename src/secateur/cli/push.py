@@ -8,7 +8,7 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.recipes.push import PushRecipe
-    from secateur.reporting.results.push import PushResult
+    from secateur.reporting.results.export import PushResult
 
 
 def run(recipe: PushRecipe) -> PushResult:

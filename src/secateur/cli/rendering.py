@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from secateur.reporting.results.result import Result
+    from secateur.reporting.tables import Result
 
 stdout = Console()
 stderr = Console(stderr=True)

@@ -9,7 +9,7 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.structure import StructureRecipe
     from secateur.reporting.results.plan import CutPlanResult
-    from secateur.reporting.results.structure import StructureResult
+    from secateur.reporting.results.prune import StructureResult
 
 
 def run(

@@ -10,7 +10,7 @@ from secateur.cli.verb import command
 if TYPE_CHECKING:
     from secateur.recipes.train import TrainRecipe
     from secateur.reporting.results.plan import TrainPlanResult
-    from secateur.reporting.results.train import TrainResult
+    from secateur.reporting.results.prune import TrainResult
 
 
 def run(

@@ -22,7 +22,7 @@ from secateur.recipes.section import GROUPS, OUTPUT, Flag
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
-    from secateur.reporting.results.result import Result
+    from secateur.reporting.tables import Result
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 

@@ -10,7 +10,7 @@ import torch
 
 from secateur.engine.plan import Plan
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.runs.meter import resident_bytes
+from secateur.runs.environment import resident_bytes
 
 SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
 """The remedy where a solver needs too much."""

@@ -43,7 +43,7 @@ from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.inventory import Left
 from secateur.models.layer_cache import layer_caches
 from secateur.models.open_experts import OpenExperts
-from secateur.runs.meter import resident_bytes
+from secateur.runs.environment import resident_bytes
 from secateur.sparsity.allocation import Allocation
 
 PREDICTION_BYTES = 388

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.reporting.front_matter import front_matter, shown_place, source_name, split_card
-from secateur.reporting.results.import_model import ImportResult
+from secateur.reporting.results.export import ImportResult
 
 TEMPLATE = """{front_matter}# {name}, imported
 

@@ -10,7 +10,7 @@ import yaml
 from secateur.reporting.front_matter import OURS, split_card
 from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.records import ReportedRun
-from secateur.runs.evaluation import EvaluationRecord
+from secateur.runs.records.measured import EvaluationRecord
 
 TEXT_GENERATION = {"type": "text-generation"}
 

@@ -1,4 +1,4 @@
-"""Tables and lines for people: how results look on a terminal and in `print`.
+"""Results: data for programs, and tables and lines for people.
 
 A result consists of blocks: tables and lines. `print_blocks` writes them to a terminal with
 colours, `plain_text` returns them as text.
@@ -10,12 +10,13 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from secateur.models.inventory import Left
+
 
 PLAIN_WIDTH = 100
 """Width of a result as text, in characters."""
@@ -179,3 +180,37 @@ def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
 def with_error(value: float, error: float | None, form: str = ".4f") -> str:
     """A value with its standard error, if it has one."""
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a verb returns.
+
+    The command line prints `to_json()` with `--json` and calls `show()` without it. In Python
+    `print(result)` and a result as the last line of a cell show the same tables, without colours.
+    Its dataclass takes `repr=False`: the fields hold every layer.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as one JSON object."""
+        ...
+
+    def blocks(self) -> Sequence[Block]:
+        """The tables and lines that people read."""
+        ...
+
+    def show(self) -> None:
+        """Write the tables to stdout."""
+        print_blocks(self.blocks())
+
+    def __str__(self) -> str:
+        """The tables as text."""
+        return plain_text(self.blocks())
+
+    def __repr__(self) -> str:
+        """The tables as text, for consoles."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The tables as HTML, for notebooks."""
+        return html(self.blocks())

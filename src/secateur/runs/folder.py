@@ -1,21 +1,26 @@
 """The folder of a run, from the first check to the final name of its result.
 
     OUTPUT.partial/run.json   which run this is, which process works on it, and its progress
-    OUTPUT.partial/work/      the files that a resumed run reads OUTPUT.partial/model/     the
-    result; one rename makes it OUTPUT
+    OUTPUT.partial/work/      the files that a resumed run reads
+    OUTPUT.partial/model/     the result; one rename makes it OUTPUT
     OUTPUT/secateur/run.json  which run made it, so that --resume of a finished run is recognised
 
 Every verb that writes a folder uses it. Files that a resumed run reads stay until the rename. An
-old output stays until the new one has its name. Two runs never work on one folder. Files that no
-run has made are never removed.
+old output stays until the new one has its name. A lock keeps two runs from one folder. Files that
+no run has made are never removed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +28,8 @@ from types import TracebackType
 from typing import Any
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
+from secateur.progress import Progress, Silent
 from secateur.runs.atomic import UNFINISHED, take_name, write_json
-from secateur.runs.identity import refuse_another
-from secateur.runs.lock import Lock, holder, in_use
 from secateur.runs.output import (
     cannot_write,
     check_apart,
@@ -401,3 +405,159 @@ def check_output(
     folder = RunFolder(output, verb, **{name: bool(call.get(name)) for name in names})
     folder.keep_apart(*read)
     check_free(needed_bytes, folder.output, folder.partial)
+
+
+BLOCK_BYTES = 2**22
+LONGEST = 120
+"""The most characters of a value that an error shows."""
+
+
+def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dict[str, str]:
+    """SHA-256 of files by name, because the inputs of a stopped run must not change.
+
+    Args:
+        files: to read.
+        progress: receives the steps, each a block of 4 MiB.
+    """
+    files, progress = list(files), progress or Silent()
+    blocks = sum(-(-file.stat().st_size // BLOCK_BYTES) for file in files)
+    progress.start("SHA-256 of source", max(1, blocks))
+    found = {}
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+                progress.step(note=file.name)
+        found[file.name] = digest.hexdigest()
+    progress.finish()
+    return found
+
+
+def refuse_another(
+    before: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, finished: bool = False
+) -> None:
+    """Refuse to resume a different run.
+
+    Args:
+        before: the identity that the earlier run stored.
+        now: the identity of the run that would resume it.
+        where: the earlier run.
+        finished: whether it is finished; otherwise it was stopped.
+
+    Raises:
+        RecipeError: the identities differ; lists the differences.
+    """
+    now = json.loads(json.dumps(now))
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not differing:
+        return
+    raise RecipeError(
+        f"the {'finished' if finished else 'stopped'} run was a different one "
+        f"({'; '.join(difference(key, before.get(key), now.get(key)) for key in differing)})",
+        where=str(where),
+        remedy="choose another --output, or replace the result with --overwrite"
+        if finished
+        else "repeat the options of the first call, or start anew with --restart",
+    )
+
+
+def difference(key: str, before: Any, now: Any) -> str:
+    """The difference between one part of two identities."""
+    if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
+        before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        inner = (difference(k, before.get(k), now.get(k)) for k in parts)
+        return f"{key}: {', '.join(inner)}"
+    line = f"{key}: {before!r} then, {now!r} now"
+    return line if len(line) <= 2 * LONGEST else f"{key} has changed"
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing prevents two runs at once
+    fcntl = None  # type: ignore[assignment]
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""The errors of file systems without locks."""
+
+
+def holder(verb: str) -> dict[str, Any]:
+    """The description of this process as the holder of a folder."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
+    """The error that another process works on a folder; names it if it is known."""
+    name = "another process"
+    if who is not None:
+        name = (
+            f"process {who['process']} on {who['host']} (secateur {who['verb']}, since "
+            f"{who['since']})"
+        )
+    return RecipeError(
+        f"{name} is working on this output",
+        where=str(folder),
+        remedy="wait until it ends, or choose another --output",
+    )
+
+
+class Lock:
+    """A lock on the folder itself, which needs no lock file.
+
+    The system releases it when the process ends, however it ends.
+
+    Args:
+        folder: is created if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Create and lock the folder; returns False if another process holds it."""
+        while self.descriptor is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(self.folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return False
+                except OSError as error:
+                    if error.errno not in WITHOUT_LOCKS:
+                        raise
+                    log.warning("%s is on a file system without locks: %s", self.folder, error)
+                if self.is_folder(descriptor):
+                    self.descriptor = descriptor
+                else:  # the last holder has just removed it
+                    os.close(descriptor)
+        return True
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another process holds the folder now."""
+        if self.descriptor is not None or not self.folder.exists():
+            return False
+        taken = not self.take()
+        self.release()
+        return taken
+
+    def is_folder(self, descriptor: int) -> bool:
+        """Whether an open folder is still the one of this name."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.folder))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Release the lock."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None

@@ -24,10 +24,9 @@ from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.front_matter import source_name
-from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.results.prune import ChainResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.folder import NOTES, STATE, RunFolder
-from secateur.runs.identity import file_digests, refuse_another
+from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
 from secateur.workflows.chain_steps import PlannedStep, check_cuts, checked_steps
 

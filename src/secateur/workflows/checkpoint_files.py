@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
-from secateur.runs.evaluation import FILE_NAME as EVALUATION
-from secateur.runs.evaluation import read_evaluation
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import cannot_write
+from secateur.runs.records.measured import FILE_NAME as EVALUATION
+from secateur.runs.records.measured import read_evaluation
 
 MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json", STATE)
 """Notes that measure the weights and files, or name their run. All others record how they were

@@ -28,12 +28,10 @@ from secateur.recipes.import_model import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.import_card import import_card
-from secateur.reporting.results.import_model import ImportResult
+from secateur.reporting.results.export import ImportResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import environment
-from secateur.runs.folder import RunFolder
-from secateur.runs.identity import file_digests
-from secateur.runs.meter import Meter
+from secateur.runs.environment import Meter, environment
+from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Import, Manifest, declared
 from secateur.workflows.checkpoint_files import carry_over

@@ -20,7 +20,7 @@ from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.reporting.results.cluster_plan import ClusterPlanResult
+from secateur.reporting.results.advise import ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult

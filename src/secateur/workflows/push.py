@@ -18,7 +18,7 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.push import PushRecipe
 from secateur.reporting.push_card import missing_in, push_card
 from secateur.reporting.report.records import read_run
-from secateur.reporting.results.push import PushResult
+from secateur.reporting.results.export import PushResult
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Import, read_record
 

@@ -13,9 +13,8 @@ from secateur.reporting.model_card import model_card
 from secateur.reporting.plots import save_plots
 from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.figures import all_figures
-from secateur.reporting.report.page import render
+from secateur.reporting.report.page import ReportResult, render
 from secateur.reporting.report.records import Records, ReportedRun, read_records
-from secateur.reporting.results.report import ReportResult
 from secateur.runs.output import check_writable
 
 

@@ -10,18 +10,13 @@ import pytest
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
 from secateur.models.inventory import Left
-from secateur.reporting.results.bench import BenchResult
-from secateur.reporting.results.chain import ChainResult
+from secateur.reporting.report.page import ReportResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult, FormatTotals
-from secateur.reporting.results.evaluate import EvaluateResult
-from secateur.reporting.results.generate import GenerateResult
-from secateur.reporting.results.prune import PruneResult
-from secateur.reporting.results.report import ReportResult
-from secateur.reporting.results.result import Result
-from secateur.reporting.results.train import TrainResult
-from secateur.reporting.tables import PLAIN_WIDTH
-from secateur.runs.evaluation import EvaluationRecord, PerplexityRecord
+from secateur.reporting.results.evaluate import BenchResult, EvaluateResult, GenerateResult
+from secateur.reporting.results.prune import ChainResult, PruneResult, TrainResult
+from secateur.reporting.tables import PLAIN_WIDTH, Result
 from secateur.runs.records import ChainStep
+from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
 PROTOCOL = {
     "cpu": "P", "threads": 2, "kernels": "avx2", "prompt_tokens": 4, "new_tokens": 8, "rounds": 2,

@@ -12,8 +12,7 @@ import secateur
 from gguf_example import write_gguf
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import gguf_file
-from secateur.reporting.results.gguf import GgufInspectResult
-from secateur.reporting.results.inspect import InspectResult
+from secateur.reporting.results.diagnose import GgufInspectResult, InspectResult
 from tiny import save_tiny
 
 

@@ -26,7 +26,7 @@ from secateur.engine.choose.dense_logits import DenseLogits
 from secateur.engine.stream.ends import ModelEnds
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
-from secateur.runs.identity import refuse_another
+from secateur.runs.folder import refuse_another
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.evolution import Candidate
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
-from secateur.reporting.curves import CurvePoint, curve_charts, judged_points
+from secateur.reporting.charts import (
+    Bar,
+    BarChart,
+    Chart,
+    CurvePoint,
+    HeatMap,
+    LineChart,
+    Mark,
+    Series,
+    curve_charts,
+    judged_points,
+)
 from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.wording import bare_name, binary_size
 from secateur.reporting.wording import percent as percent_of

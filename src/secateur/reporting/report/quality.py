@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from secateur.evaluation.protocol import COMPUTED, judged_part
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.wording import bare_name, percent, signed
-from secateur.runs.evaluation import (
+from secateur.runs.records.measured import (
     DivergenceRecord,
     EvaluationRecord,
     Measurement,

@@ -13,7 +13,6 @@ from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.next_steps import Origin, command
 from secateur.reporting.results.sweep import SweepResult
-from secateur.runs.evaluation import FILE_NAME, EvaluationRecord, read_evaluation
 from secateur.runs.records import (
     AnyRecord,
     Bench,
@@ -25,6 +24,7 @@ from secateur.runs.records import (
     parsed,
     read_record,
 )
+from secateur.runs.records.measured import FILE_NAME, EvaluationRecord, read_evaluation
 
 FIT = Path("secateur") / "fit.json"
 

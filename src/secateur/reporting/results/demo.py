@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.models.samples import TEXTS
-from secateur.reporting.results.bench import BenchResult
 from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.results.evaluate import BenchResult, EvaluateResult
 from secateur.reporting.results.next_steps import command, generation
 from secateur.reporting.results.prune import PruneResult
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table, next_steps
+from secateur.reporting.tables import Block, Line, Result, Table, next_steps
 from secateur.reporting.wording import binary_size, without_blank_lines
 
 

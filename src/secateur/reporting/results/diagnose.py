@@ -1,18 +1,23 @@
-"""What `diagnose` returns: findings, and the numbers of every layer and linear behind them."""
+"""What `diagnose` and `inspect` return."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Finding
 from secateur.diagnostics.target import Machine
 from secateur.diagnostics.weights import Weights, layer_sparsity
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table
+from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor
+from secateur.reporting.results.compress import stored_as
+from secateur.reporting.results.next_steps import layer_of
+from secateur.reporting.tables import Block, Line, Result, Table, by_layer, not_pruned
+from secateur.reporting.wording import binary_size
 
 SCHEMA = "secateur.diagnosis/1"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -135,3 +140,214 @@ class TargetResult(Result):
             Line(f"processor features: {', '.join(target.features) or 'not known'}"),
             Line(f"CUDA capability: {target.cuda_capability or 'no CUDA device'}"),
         ]
+
+
+@dataclass(frozen=True, repr=False)
+class InspectResult(Result):
+    """The parts of a model, and where its zeros are.
+
+    Attributes:
+        model: the name from the user.
+        audit: the counts.
+        layer: the decoder layer whose linears are listed; None lists all layers.
+        silent: experts that got no calibration token when the model was pruned, by layer.
+    """
+
+    model: str
+    audit: Audit
+    layer: int | None = None
+    silent: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All counts."""
+        silent = {layer: list(numbers) for layer, numbers in self.silent.items()}
+        return {"model": self.model, **self.audit.to_json(), "silent_experts": silent}
+
+    def blocks(self) -> Sequence[Block]:
+        """The whole model, then all layers or the linears of one layer."""
+        audit = self.audit
+        zeros, weights = (sum(getattr(x, k) for x in audit.linears) for k in ("zeros", "weights"))
+        rows = [
+            ("family", audit.family),
+            ("decoder layers", str(audit.num_hidden_layers)),
+            ("parameters", f"{audit.parameters:,}"),
+            ("weight files", binary_size(audit.file_bytes)),
+            ("stored as", ", ".join(f"{k} ({binary_size(v)})" for k, v in audit.dtypes.items())),
+            ("zeros in decoder matrices", share_of(zeros, weights)),
+            ("zeros in all parameters", share_of(audit.zeros, audit.parameters)),
+            ("cannot be pruned", not_pruned(audit.left)),
+        ]
+        if self.silent:
+            rows.append(("experts without calibration tokens", by_layer(self.silent)))
+        if audit.compressed:
+            rows.insert(4, ("compressed", audit.compressed))
+        whole = Table.facts(self.model, rows)
+        return [whole, self.layers() if self.layer is None else self.linears(self.layer)]
+
+    def layers(self) -> Table:
+        """A line for each decoder layer; one for all that follow each other and do not differ."""
+        by_layer: dict[int, list[LinearCount]] = {}
+        for linear in self.audit.linears:
+            by_layer.setdefault(layer_of(linear.name), []).append(linear)
+        same = itertools.groupby(
+            sorted(by_layer), lambda index: (index >= 0, cells(by_layer[index]))
+        )
+        rows = [(numbers(list(found)), *row) for (_, row), found in same]
+        columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
+        return Table.of("decoder layers (--layer N lists the linear layers of one)", columns, rows)
+
+    def linears(self, layer: int) -> Table:
+        """A line for each linear of a layer."""
+        packed = bool(self.audit.compressed)
+        linears = [x for x in self.audit.linears if layer_of(x.name) == layer]
+        stored = ("stored as",) if packed else ()
+        return Table.of(
+            f"linear layers of decoder layer {layer}",
+            ("name", "out", "in", "zeros", *stored),
+            [linear_row(x, packed=packed) for x in linears],
+        )
+
+
+def linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
+    """The counts of one linear."""
+    out, columns = linear.shape
+    kind = "as it is" if linear.layout is None else stored_as(linear.layout)
+    stored = (kind,) if packed else ()
+    return linear.name, str(out), str(columns), f"{linear.sparsity:.2%}", *stored
+
+
+def cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
+    """The counts of one decoder layer."""
+    weights = sum(x.weights for x in linears)
+    least = min(linears, key=lambda x: x.sparsity)
+    most = max(linears, key=lambda x: x.sparsity)
+    differ = least.sparsity < most.sparsity
+    return (
+        str(len(linears)),
+        f"{weights:,}",
+        f"{sum(x.zeros for x in linears) / weights:.2%}",
+        f"{least.sparsity:.2%} {short(least.name)}" if differ else "",
+        f"{most.sparsity:.2%} {short(most.name)}" if differ else "",
+    )
+
+
+def numbers(layers: Sequence[int]) -> str:
+    """The numbers of layers that follow each other."""
+    first, last = layers[0], layers[-1]
+    return "shared" if first < 0 else str(first) if first == last else f"{first} to {last}"
+
+
+def share_of(zeros: int, weights: int) -> str:
+    """Zeros as a share and as a count."""
+    return f"{zeros / weights if weights else 0:.2%} ({zeros:,} of {weights:,})"
+
+
+def short(name: str) -> str:
+    """The last part of a name."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+@dataclass(frozen=True, repr=False)
+class GgufInspectResult(Result):
+    """The content of a GGUF file according to its header.
+
+    Attributes:
+        model: the name from the user.
+        header: metadata and tensors.
+        layer: the layer whose tensors are listed; None lists all layers.
+    """
+
+    model: str
+    header: GgufHeader
+    layer: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters in all tensors."""
+        return sum(tensor.parameters for tensor in self.header.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Metadata and tensors."""
+        return {
+            "model": self.model,
+            "format": "gguf",
+            "version": self.header.version,
+            "file_bytes": self.header.file_bytes,
+            "parameters": self.parameters,
+            "metadata": {
+                key: asdict(value) if isinstance(value, GgufArray) else value
+                for key, value in self.header.metadata.items()
+            },
+            "tensors": [asdict(tensor) for tensor in self.header.tensors],
+        }
+
+    def blocks(self) -> Sequence[Block]:
+        """The whole file, its metadata, and its layers or the tensors of one layer."""
+        data, tensors = self.header.metadata, self.header.tensors
+        architecture = data.get("general.architecture", "not named")
+        rows = [
+            ("architecture", str(architecture)),
+            ("layers", str(data.get(f"{architecture}.block_count", "not named"))),
+            ("parameters", f"{self.parameters:,}"),
+            ("file", binary_size(self.header.file_bytes)),
+            ("stored as", types_of(tensors)),
+        ]
+        metadata = [(key, in_a_line(value)) for key, value in data.items()]
+        found: list[Block] = [Table.facts(self.model, rows)]
+        if self.layer is None:
+            found += [Table.facts("metadata", metadata), self.layers()]
+        else:
+            own = [tensor for tensor in tensors if layer_of(tensor.name) == self.layer]
+            found.append(tensor_table(f"tensors of layer {self.layer}", own))
+        return [*found, Line("zeros were not counted: --zeros reads the weights", style="dim")]
+
+    def layers(self) -> Table:
+        """A line for each run of equal layers, and one for each tensor outside them."""
+        by_layer: dict[int, list[GgufTensor]] = {}
+        for tensor in self.header.tensors:
+            by_layer.setdefault(layer_of(tensor.name), []).append(tensor)
+        outside = by_layer.pop(-1, [])
+        runs: list[tuple[list[int], tuple[str, ...]]] = []
+        for index, own in sorted(by_layer.items()):
+            row = cells_of(own)
+            if runs and runs[-1][1] == row:
+                runs[-1][0].append(index)
+            else:
+                runs.append(([index], row))
+        rows = [(str(i[0]) if len(i) == 1 else f"{i[0]} to {i[-1]}, each", *row) for i, row in runs]
+        rows += [(x.name, *cells_of([x])) for x in outside]
+        columns = ("layer", "tensors", "parameters", "size", "stored as")
+        return Table.of("layers (--layer N lists the tensors of one)", columns, rows)
+
+
+def cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
+    """Count, parameters, size and types of some tensors."""
+    return (
+        str(len(tensors)),
+        f"{sum(x.parameters for x in tensors):,}",
+        f"{sum(x.size_bytes for x in tensors):,} bytes",
+        ", ".join(dict.fromkeys(x.type for x in tensors)),
+    )
+
+
+def tensor_table(title: str, tensors: Iterable[GgufTensor]) -> Table:
+    """A line for each tensor."""
+    rows = [
+        (x.name, " x ".join(map(str, x.shape)), x.type, f"{x.size_bytes:,} bytes") for x in tensors
+    ]
+    return Table.of(title, ("name", "shape", "type", "size"), rows)
+
+
+def types_of(tensors: Iterable[GgufTensor]) -> str:
+    """The types of tensors with their sizes, the largest first."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in ordered)
+
+
+def in_a_line(value: Any) -> str:
+    """A metadata value, shortened to one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 72 else f"{text[:69]}..."

@@ -8,8 +8,7 @@ from typing import Any
 
 from secateur.calibration.statistics import statistics
 from secateur.models.architecture import families
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table
+from secateur.reporting.tables import Block, Result, Table
 from secateur.runtime.formats import formats
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods

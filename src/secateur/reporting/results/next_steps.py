@@ -1,7 +1,7 @@
 """The end of a command's output: where the files are, and which commands to try next.
 
-Every command works from the folder in which it is read, without a model hub. What it compares with
-is in the records beside the model.
+Every command works from the folder in which it is read, without a model hub. The dense model is
+known from the records in the model's folder.
 """
 
 from __future__ import annotations
@@ -224,3 +224,8 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
 def best_of(points: Iterable[SweepPoint]) -> SweepPoint:
     """The point with the least excess loss among those whose zeros are closest to one half."""
     return min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
+
+
+def layer_of(name: str) -> int:
+    """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

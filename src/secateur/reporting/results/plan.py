@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.engine.plan import Plan
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, not_pruned
+from secateur.reporting.tables import Block, Result, Table, not_pruned
 from secateur.reporting.wording import binary_size, time_range
 from secateur.structured.accounting import Counts
 

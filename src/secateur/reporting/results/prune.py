@@ -1,4 +1,4 @@
-"""What `prune` returns."""
+"""What the verbs return that write a dense model: `prune`, `structure`, `train`, `chain`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from secateur.models.inventory import Left
 from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.next_steps import after_a_dense_folder
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Table, by_layer, not_pruned
+from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
+from secateur.reporting.tables import Block, Result, Table, by_layer, not_pruned
 from secateur.reporting.wording import binary_size
+from secateur.runs.records import ChainStep
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,3 +85,190 @@ def reach_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     silent = by_layer((manifest.get("experts") or {}).get("silent", {}))
     return [*rows, ("experts without tokens", f"left dense: {silent}")] if silent else rows
+
+
+@dataclass(frozen=True, repr=False)
+class StructureResult(Result):
+    """The result of a structured cut.
+
+    Attributes:
+        manifest: choices, steps, cost and result.
+        output: the output folder.
+    """
+
+    manifest: dict[str, Any]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and its manifest."""
+        return {"output": str(self.output), **self.manifest}
+
+    def blocks(self) -> Sequence[Block]:
+        """What the cut removed in total and in each step, and what to try next."""
+        zeros = self.manifest["result"]["decoder_sparsity"]
+        tables = [self.removed(), self.steps(), self.cost()]
+        return [*tables, *after_a_dense_folder(self.output, zeros)]
+
+    def removed(self) -> Table:
+        """The model before and after."""
+        cut = self.manifest["structure"]
+        before, after = cut["before"], cut["after"]
+
+        def line(what: str, key: str) -> tuple[str, str, str, str]:
+            return (
+                what,
+                f"{before[key]:,}",
+                f"{after[key]:,}",
+                f"{share(before[key], after[key]):.1%}",
+            )
+
+        rows = [
+            line("parameters", "parameters"),
+            line("decoder layers", "decoder"),
+            line("attention", "attention"),
+            line("feed-forward", "ffn"),
+            line("embeddings and head", "embeddings"),
+            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+        ]
+        if before["experts"]:
+            rows.insert(4, line("experts", "experts"))
+        size = share(before["file_bytes"], after["file_bytes"])
+        rows.append(
+            (
+                "weight files",
+                binary_size(before["file_bytes"]),
+                binary_size(after["file_bytes"]),
+                f"{size:.1%}",
+            )
+        )
+        if cut.get("latency"):
+            then, now = (cut["latency"][f"milliseconds_{when}"] for when in ("before", "after"))
+            rows.append(
+                ("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", f"{now / then:.1%}")
+            )
+        return Table.of("cut", ("", "before", "after", "left"), rows)
+
+    def steps(self) -> Table:
+        """The part of the decoder, or the tokens, that each step kept."""
+        rows = [(x["step"], x["by"], left_of(x)) for x in self.manifest["structure"]["steps"]]
+        return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
+
+    def cost(self) -> Table:
+        """What reads the result, the cost of the cut, and the output folder."""
+        cut, cost = self.manifest["structure"], self.manifest["cost"]
+        rows = [
+            (
+                "loads with",
+                "secateur, or trust_remote_code" if cut["varied"] else "plain transformers",
+            ),
+            ("time", f"{cost['seconds']:.1f} s"),
+            ("peak memory", binary_size(cost["peak_resident_bytes"])),
+            ("output", str(self.output)),
+        ]
+        return Table.facts("", rows)
+
+
+def share(before: int, after: int) -> float:
+    """The kept share of a number."""
+    return after / before if before else 1.0
+
+
+def left_of(step: Mapping[str, Any]) -> str:
+    """What a step left, in words."""
+    if "tokens_after" in step:
+        return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
+    return f"{step_share(step):.1%}"
+
+
+def step_share(step: Mapping[str, Any]) -> float:
+    """The share of the decoder that a step kept."""
+    return share(step["decoder_before"], step["decoder_after"])
+
+
+@dataclass(frozen=True, repr=False)
+class TrainResult(Result):
+    """The result of a training.
+
+    Attributes:
+        output: the output folder.
+        sparsity: fraction of zeros in the matrices of the decoder layers, counted in the files.
+        steps: optimizer steps.
+        tokens: tokens that the model read.
+        perplexity_before: validation perplexity before the training; None without validation.
+        perplexity_after: validation perplexity of the weights that were kept.
+        manifest: versions, hardware, text, choices, cost and result.
+    """
+
+    output: Path
+    sparsity: float
+    steps: int
+    tokens: int
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and the manifest of this training."""
+        return {"output": str(self.output), **self.manifest}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        result, cost = self.manifest["result"], self.manifest["cost"]
+        seconds = cost["training_seconds"]
+        rows = [
+            ("objective", self.manifest["objective"]),
+            ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
+            ("read", f"{self.tokens:,} tokens in {self.steps:,} steps"),
+            ("time", f"{seconds:.1f} s, {self.tokens / seconds:,.0f} tokens/s"),
+            ("peak memory", binary_size(cost["peak_resident_bytes"])),
+            ("output", str(self.output)),
+        ]
+        if self.perplexity_after is not None:
+            change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
+            rows.insert(2, ("validation perplexity", f"{change} at step {result['best_step']}"))
+        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, self.sparsity)]
+
+
+@dataclass(frozen=True, repr=False)
+class ChainResult(Result):
+    """The model after each step of a chain.
+
+    Attributes:
+        links: the model at the start, and after each step.
+        output: the output folder.
+    """
+
+    links: tuple[ChainStep, ...]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
+
+    def blocks(self) -> Sequence[Block]:
+        """Sizes after each step, and where the result is."""
+        first = self.links[0]
+        rows = [
+            (
+                link.step,
+                f"{link.parameters:,}",
+                f"{link.kept:,}",
+                f"{link.kept / first.kept:.1%}",
+                binary_size(link.file_bytes),
+                f"{link.file_bytes / first.file_bytes:.1%}",
+                f"{link.seconds:.0f} s",
+            )
+            for link in self.links
+        ]
+        columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
+        return [
+            Table.of("chain", columns, rows),
+            Table.facts("", [("output", str(self.output))]),
+            *self.next_steps(),
+        ]
+
+    def next_steps(self) -> list[Block]:
+        """Commands for the folder that the last step made."""
+        if self.links[-1].step == "compress":
+            return after_a_packed_folder(self.output)
+        return after_a_dense_folder(self.output, self.links[-1].zeros)

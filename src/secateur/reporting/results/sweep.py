@@ -11,8 +11,7 @@ from typing import Any
 
 from secateur.evaluation.protocol import protocol_id
 from secateur.reporting.results.next_steps import after_a_sweep
-from secateur.reporting.results.result import Result
-from secateur.reporting.tables import Block, Line, Table
+from secateur.reporting.tables import Block, Line, Result, Table
 from secateur.reporting.wording import bare_name, binary_size, percent
 from secateur.runs.records import Sweep, SweepPoint
 

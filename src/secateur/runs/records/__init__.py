@@ -7,30 +7,40 @@
     compression.json     Compression    compress
     diagnosis.json       DiagnosisRecord      diagnose
     bench.json           Bench          bench
+    evaluation.json      EvaluationRecord     evaluate
     import.json          Import         import
     sweep.json           Sweep          sweep
     steps.json           [StepEntry]      structure, an entry for each step
 
-`evaluation.json` has its schema in `evaluation.py`. Code that writes a file calls `declared`, which
+Code that writes a file calls `declared`, which
 refuses keys that are not declared here. Code that reads one calls `read_record`, which ignores the
 keys of newer releases.
 """
 
 from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
-from secateur.runs.records.imported import Import, ImportedMatrix
-from secateur.runs.records.measured import Bench, DiagnosisRecord, FindingEntry, TimingEntry
+from secateur.runs.records.measured import (
+    Bench,
+    DiagnosisRecord,
+    FindingEntry,
+    PointKey,
+    Sweep,
+    SweepDense,
+    SweepPoint,
+    TimingEntry,
+)
 from secateur.runs.records.run import (
     MANIFEST_VERSION,
     Chain,
     ChainStep,
     Compression,
+    Import,
+    ImportedMatrix,
     Layer,
     LinearEntry,
     Manifest,
     StepEntry,
     Training,
 )
-from secateur.runs.records.sweep import PointKey, Sweep, SweepDense, SweepPoint
 
 __all__ = [
     "MANIFEST_VERSION",

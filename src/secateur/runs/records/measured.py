@@ -1,11 +1,21 @@
-"""What a diagnosis and a bench record about a finished model."""
+"""The records of measurements of finished models: evaluations, sweeps, diagnoses and benches.
+
+`evaluation.json` holds the results of several calls, every number with its protocol: a new result
+replaces an earlier one with the same protocol id, and all others stay. `docs/evaluation.md`
+documents it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from secateur.errors import CheckpointError
+from secateur.runs.atomic import write_json
 from secateur.runs.records.base import Record
 
 
@@ -100,3 +110,348 @@ class Bench(Record):
     dense_bytes: int
     verdict: str = ""
     protocol: dict[str, Any]
+
+
+FILE_NAME = "evaluation.json"
+"""The name of the file in the folder `secateur/` of a run."""
+
+FIRST_SCHEMA = "secateur.evaluation/1"
+"""One reference and environment for all results, one divergence, one set of texts."""
+
+SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
+
+
+class StrictRecord(BaseModel):
+    """A part of the file. Unknown keys are errors, so that a typo does not go unnoticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measurement(StrictRecord):
+    """The fields that every result has besides its numbers.
+
+    Attributes:
+        protocol: everything the numbers depend on besides the model.
+        protocol_id: its short name.
+        reference: the dense model of the comparison; None without one.
+        environment: versions and hardware.
+        inherited_from: the model that was measured, if it is another one with the same weights.
+    """
+
+    protocol: dict[str, Any]
+    protocol_id: str
+    reference: str | None
+    environment: dict[str, Any]
+    inherited_from: str | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """A key that two results share if the newer replaces the older."""
+        return (self.protocol_id,)
+
+    def after(self, earlier: Measurement) -> Measurement:
+        """The result that replaces an earlier one with the same key: this one.
+
+        Without a reference it keeps the earlier numbers of the reference that are still valid.
+        """
+        if self.reference is not None or earlier.reference is None:
+            return self
+        kept = self.reference_numbers(earlier)
+        return self.model_copy(update={**kept, "reference": earlier.reference}) if kept else self
+
+    def reference_numbers(self, earlier: Any) -> Mapping[str, Any]:
+        """The earlier fields of the reference that are still valid with this result, if any."""
+        return {}
+
+
+class PerplexityRecord(Measurement):
+    """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
+
+    text: str
+    perplexity: float
+    mean_loss: float
+    standard_error: float | None
+    reference_perplexity: float | None
+    seconds: float
+
+    def reference_numbers(self, earlier: PerplexityRecord) -> Mapping[str, Any]:
+        """The perplexity of the reference depends only on the protocol."""
+        return {"reference_perplexity": earlier.reference_perplexity}
+
+
+class DivergenceRecord(Measurement):
+    """Distance from the reference on a text, nats per token."""
+
+    text: str
+    kl: float
+    kl_standard_error: float | None
+    top1_agreement: float = Field(ge=0, le=1)
+    top1_standard_error: float | None
+    loss_change: float
+    loss_change_standard_error: float | None
+    tokens: int
+
+
+class TaskRecord(Measurement):
+    """One metric of one task; fields after `shots` are null without a reference."""
+
+    task: str
+    metric: str
+    value: float = Field(ge=0, le=1)
+    standard_error: float | None
+    chance: float = Field(ge=0, le=1)
+    items: int = Field(ge=1)
+    shots: int = Field(ge=0)
+    reference_value: float | None
+    difference: float | None
+    difference_standard_error: float | None
+    significant: bool | None
+    retention: float | None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Both metrics of a task have its protocol id."""
+        return self.protocol_id, self.metric
+
+    def reference_numbers(self, earlier: TaskRecord) -> Mapping[str, Any]:
+        """The comparison in pairs is valid if the score is unchanged."""
+        if self.value != earlier.value:
+            return {}
+        return {
+            "reference_value": earlier.reference_value,
+            "difference": earlier.difference,
+            "difference_standard_error": earlier.difference_standard_error,
+            "significant": earlier.significant,
+            "retention": earlier.retention,
+        }
+
+
+class SampleRecord(StrictRecord):
+    """A prompt, and the continuations by the model and the reference."""
+
+    prompt: str
+    text: str
+    reference_text: str | None
+    repetition: float = Field(ge=0, le=1)
+    reference_repetition: float | None
+    degenerate: bool
+
+
+class GenerationRecord(Measurement):
+    """Texts; `repetition` is the mean of the samples, `degenerate` their count."""
+
+    samples: list[SampleRecord]
+    repetition: float
+    degenerate: int
+    reference_repetition: float | None
+    reference_degenerate: int | None
+
+    def reference_numbers(self, earlier: GenerationRecord) -> Mapping[str, Any]:
+        """The texts of the reference are valid if the model's texts are unchanged."""
+        if [one.text for one in self.samples] != [one.text for one in earlier.samples]:
+            return {}
+        return {
+            "samples": earlier.samples,
+            "reference_repetition": earlier.reference_repetition,
+            "reference_degenerate": earlier.reference_degenerate,
+        }
+
+
+AnyResult = TypeVar("AnyResult", bound=Measurement)
+
+
+class EvaluationRecord(StrictRecord):
+    """The whole file, or the results of one call."""
+
+    schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
+    model: str
+    perplexity: list[PerplexityRecord]
+    divergence: list[DivergenceRecord]
+    tasks: list[TaskRecord]
+    generation: list[GenerationRecord]
+
+    @property
+    def results(self) -> list[Measurement]:
+        """All results of all kinds."""
+        return [*self.perplexity, *self.divergence, *self.tasks, *self.generation]
+
+    def after(self, earlier: EvaluationRecord) -> EvaluationRecord:
+        """These results, and earlier ones that were not measured again."""
+        return EvaluationRecord(
+            model=self.model,
+            perplexity=merged(earlier.perplexity, self.perplexity),
+            divergence=merged(earlier.divergence, self.divergence),
+            tasks=merged(earlier.tasks, self.tasks),
+            generation=merged(earlier.generation, self.generation),
+        )
+
+    def inherited(self) -> EvaluationRecord:
+        """The same results for another model with the same weights, each marked as inherited."""
+
+        def marked(results: Sequence[AnyResult]) -> list[AnyResult]:
+            return [
+                one.model_copy(update={"inherited_from": one.inherited_from or self.model})
+                for one in results
+            ]
+
+        return EvaluationRecord(
+            model=self.model,
+            perplexity=marked(self.perplexity),
+            divergence=marked(self.divergence),
+            tasks=marked(self.tasks),
+            generation=marked(self.generation),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, file: Path) -> None:
+        """Write the file in one step: an interrupted write keeps the old file.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        try:
+            write_json(file, self.to_json())
+        except OSError as error:
+            raise CheckpointError(
+                f"the evaluation cannot be written: {error}",
+                where=str(file),
+                remedy="name a file in a folder that exists and can be written (--output)",
+            ) from error
+
+    def add_to(self, file: Path) -> None:
+        """Add these results to a file, which need not exist yet.
+
+        Raises:
+            CheckpointError: the existing file cannot be read, or the new one cannot be written.
+        """
+        (self.after(read_evaluation(file)) if file.is_file() else self).save(file)
+
+
+def merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
+    """Earlier results, replaced where the key is the same, followed by the new ones."""
+    found: dict[tuple[str, ...], Any] = {one.key: one for one in earlier}
+    for one in newer:
+        found[one.key] = one.after(found[one.key]) if one.key in found else one
+    return list(found.values())
+
+
+def read_evaluation(file: Path) -> EvaluationRecord:
+    """Read and check the file; it may have the first schema.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has another schema; lists every fault.
+    """
+    remedy = "move the file away and run `secateur evaluate` again"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return EvaluationRecord.model_validate(from_first(values))
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        raise CheckpointError(
+            f"the evaluation does not have the schema {SCHEMA}:\n    " + "\n    ".join(faults),
+            where=str(file),
+            remedy=remedy,
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the evaluation cannot be read: {error}", where=str(file), remedy=remedy
+        ) from error
+
+
+def from_first(values: Any) -> Any:
+    """Convert the content of a file of the first schema to this one; leave others unchanged."""
+    if not isinstance(values, dict) or values.get("schema") != FIRST_SCHEMA:
+        return values
+    shared = {name: values.get(name) for name in ("reference", "environment")}
+
+    def each(found: Any) -> Any:
+        single = [] if found is None else [found]
+        results = found if isinstance(found, list) else single
+        return [{**shared, **one} if isinstance(one, dict) else one for one in results]
+
+    kinds = ("perplexity", "divergence", "tasks", "generation")
+    others = {k: v for k, v in values.items() if k not in (*shared, *kinds)}
+    return {**others, "schema": SCHEMA, **{kind: each(values.get(kind)) for kind in kinds}}
+
+
+PointKey = tuple[str, str, float]
+"""Method, pattern and sparsity of a point of a sweep."""
+
+
+class SweepPoint(Record):
+    """One pruned model of a sweep, evaluated.
+
+    Attributes:
+        method: a famous name, or a preset.
+        pattern: which zeros are allowed.
+        sparsity: the fraction of zeros that was requested.
+        perplexity: by text.
+        excess: ln(perplexity) − ln(dense perplexity), nats a token, by text.
+        zeros: the fraction of zeros found in the decoder's matrices.
+        seconds: of pruning.
+        peak_resident_bytes: of pruning.
+        notes: the folder that holds the notes of the run (`secateur/`), within that of the sweep.
+        folder: the same if the weights are there too, else None.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    perplexity: dict[str, float]
+    excess: dict[str, float]
+    zeros: float
+    seconds: float
+    peak_resident_bytes: int
+    notes: str
+    folder: str | None = None
+
+    @property
+    def key(self) -> PointKey:
+        """What distinguishes points."""
+        return self.method, self.pattern, round(self.sparsity, 6)
+
+
+class SweepDense(Record):
+    """The dense model of a sweep: its perplexity by text; empty until it is evaluated."""
+
+    perplexity: dict[str, float] = Field(default_factory=dict)
+
+
+class Sweep(Record):
+    """`sweep.json`.
+
+    Attributes:
+        model: the model that was pruned.
+        dense: what all points are compared with.
+        environment: versions and hardware.
+        conditions: what all points have in common; a resumed sweep has the same.
+        protocol: of the perplexity, by text.
+        calibration: where the windows are from; None if no method needs any.
+        points: in the order of the plan.
+        failures: points that could not be made, and why.
+    """
+
+    schema_name: Literal["secateur.sweep/1"] = Field("secateur.sweep/1", alias="schema")
+    model: str
+    dense: SweepDense
+    environment: dict[str, Any]
+    conditions: dict[str, Any]
+    protocol: dict[str, dict[str, Any]]
+    calibration: dict[str, Any] | None
+    points: tuple[SweepPoint, ...]
+    failures: tuple[dict[str, Any], ...]
+
+    @model_validator(mode="after")
+    def same_texts(self) -> Sweep:
+        """Every point has the texts of the dense model."""
+        texts = self.dense.perplexity.keys()
+        for point in self.points:
+            if not point.perplexity.keys() == point.excess.keys() == texts:
+                raise ValueError(f"{point.method} {point.pattern} was evaluated on other texts")
+        return self

@@ -29,8 +29,7 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.results.compress import CompressResult, FormatTotals, stored_as
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.folder import RunFolder
-from secateur.runs.identity import file_digests
+from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
 from secateur.runtime.choice import DEFAULT_GROUP, DENSE, LayoutChoice, without_negative_zeros

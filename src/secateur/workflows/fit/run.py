@@ -19,8 +19,7 @@ from secateur.reporting.plots import save_plots
 from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.plan import FitPlanResult
 from secateur.runs.atomic import write_json
-from secateur.runs.folder import RunFolder, check_output
-from secateur.runs.identity import file_digests
+from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.fit.accuracy import prepared_tasks
 from secateur.workflows.fit.costs import costs_of

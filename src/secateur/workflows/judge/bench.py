@@ -16,7 +16,7 @@ from secateur.models.folder_checks import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.registry import did_you_mean
-from secateur.reporting.results.bench import BenchResult
+from secateur.reporting.results.evaluate import BenchResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES

@@ -29,7 +29,9 @@ from secateur.recipes.evaluate import EvaluateRecipe
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
-from secateur.runs.evaluation import (
+from secateur.runs.folder import NOTES
+from secateur.runs.output import check_writable
+from secateur.runs.records.measured import (
     FILE_NAME,
     DivergenceRecord,
     EvaluationRecord,
@@ -39,8 +41,6 @@ from secateur.runs.evaluation import (
     TaskRecord,
     read_evaluation,
 )
-from secateur.runs.folder import NOTES
-from secateur.runs.output import check_writable
 from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
 
 DEFAULT_TEXT = "wikitext2"

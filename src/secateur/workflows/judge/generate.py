@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.reporting.results.generate import GenerateResult
+from secateur.reporting.results.evaluate import GenerateResult
 from secateur.runtime.generation_config import sampling_with
 from secateur.workflows.judge.session import Message, TextSession
 

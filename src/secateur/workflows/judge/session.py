@@ -15,7 +15,7 @@ from secateur.evaluation.generation import end_tokens
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.reporting.results.generate import GenerateResult
+from secateur.reporting.results.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, TokenSteps, continued
 from secateur.runtime.generation_config import sampling_in
 from secateur.runtime.load import load

@@ -33,11 +33,9 @@ from secateur.reporting.model_card import model_card
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import environment
-from secateur.runs.folder import NOTES, RunFolder
-from secateur.runs.identity import file_digests
+from secateur.runs.environment import Meter, environment
+from secateur.runs.folder import NOTES, RunFolder, file_digests
 from secateur.runs.ledger import Ledger
-from secateur.runs.meter import Meter
 from secateur.runs.output import check_free
 from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
 from secateur.sparsity.allocation import allocations

@@ -6,7 +6,7 @@ from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import Facts, read_facts
 from secateur.errors import RecipeError
 from secateur.recipes.prune import PruneCall, PruneRecipe
-from secateur.reporting.results.cluster_plan import ClusterPlanResult
+from secateur.reporting.results.advise import ClusterPlanResult
 from secateur.workflows.prune.composition import method_of
 
 

@@ -36,13 +36,11 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.plan import CutPlanResult
-from secateur.reporting.results.structure import StructureResult
+from secateur.reporting.results.prune import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import environment
-from secateur.runs.folder import RunFolder, check_output
-from secateur.runs.identity import file_digests
-from secateur.runs.meter import Meter
+from secateur.runs.environment import Meter, environment
+from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut

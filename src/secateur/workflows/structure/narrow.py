@@ -22,8 +22,8 @@ from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
-from secateur.runs.meter import Meter
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.accounting import Accounting, accounting

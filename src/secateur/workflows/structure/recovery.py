@@ -20,8 +20,8 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import write_json
+from secateur.runs.environment import resident_bytes
 from secateur.runs.folder import RunFolder
-from secateur.runs.meter import resident_bytes
 from secateur.workflows.prune.chosen_plan import SWEEP_WINDOWS, tell_of_sweeps
 from secateur.workflows.prune.distillation import learn
 from secateur.workflows.prune.learning import FINAL, Lessons, Pupil, once, trainable_names

@@ -35,13 +35,12 @@ from secateur.progress import Labelled, Progress, Silent, listener
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.reporting.curves import sweep_charts
+from secateur.reporting.charts import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runs.folder import NOTES, STATE
-from secateur.runs.lock import Lock, holder, in_use
+from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
 from secateur.runs.records import (
     Manifest,

@@ -24,13 +24,11 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
 from secateur.reporting.results.plan import TrainPlanResult
-from secateur.reporting.results.train import TrainResult
+from secateur.reporting.results.prune import TrainResult
 from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import environment
-from secateur.runs.folder import NOTES, RunFolder, check_output
-from secateur.runs.identity import file_digests
-from secateur.runs.meter import Meter
+from secateur.runs.environment import Meter, environment
+from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Training, declared
 from secateur.training.batches import Batches
