@@ -33,12 +33,11 @@ from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.workflows.compress.packable import find_matrices
+from secateur.workflows.fit.context import Ground, Pace
 from secateur.workflows.fit.costs import costs_of
-from secateur.workflows.fit.course import contested, new_search
-from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import probe_of
-from secateur.workflows.fit.pace import Pace
-from secateur.workflows.fit.yardstick import Yardstick
+from secateur.workflows.fit.evaluation import Yardstick
+from secateur.workflows.fit.pipeline import contested, new_search
+from secateur.workflows.fit.storage_formats import probe_of
 from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
 

@@ -35,14 +35,11 @@ from secateur.sparsity.evolution import Candidate
 from secateur.workflows.compress.mixed_values import MixedReader
 from secateur.workflows.compress.pack import ChosenValues, pack_into
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.correction import MOST, is_faster, misses
-from secateur.workflows.fit.costs import SECONDS, Costs, costs_of
-from secateur.workflows.fit.course import new_search
-from secateur.workflows.fit.feasible import check_feasible
-from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.kinds import probe_of
-from secateur.workflows.fit.pace import Pace
-from secateur.workflows.fit.verify import speedup_of
+from secateur.workflows.fit.context import Ground, Pace
+from secateur.workflows.fit.costs import SECONDS, Costs, check_feasible, costs_of
+from secateur.workflows.fit.evaluation import speedup_of
+from secateur.workflows.fit.pipeline import MOST, is_faster, misses, new_search
+from secateur.workflows.fit.storage_formats import probe_of
 from stored import known_rows
 
 MEASUREMENTS = 3

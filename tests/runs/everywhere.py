@@ -46,7 +46,7 @@ from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, t
 import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
-from secateur.workflows.fit import branches
+from secateur.workflows.fit import candidates
 from secateur.workflows.prune import learning
 
 OUTPUT = "out"
@@ -282,8 +282,8 @@ def warm_up() -> None:
         importlib.import_module(name)
     small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
     Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
-    branches.WORTH = -1.0  # so that a fit of a random model tries a cut
-    branches.BRANCHES = branches.BRANCHES[-1:]
+    candidates.WORTH = -1.0  # so that a fit of a random model tries a cut
+    candidates.BRANCHES = candidates.BRANCHES[-1:]
 
 
 def main() -> None:

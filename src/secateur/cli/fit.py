@@ -30,7 +30,7 @@ def exit_code(result: Any) -> int:
 
 def check(recipe: FitRecipe) -> None:
     """Refuse a target that a fit cannot serve before the model is looked up."""
-    from secateur.workflows.fit.targets import check_target
+    from secateur.workflows.fit.run import check_target
 
     check_target(recipe)
 

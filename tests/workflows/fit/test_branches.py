@@ -11,9 +11,9 @@ import yaml
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.results.fit import FitResult
-from secateur.workflows.fit.branches import Branch
-from secateur.workflows.fit.making import Kinds
-from secateur.workflows.fit.yardstick import Yardstick
+from secateur.workflows.fit.build_models import Kinds
+from secateur.workflows.fit.candidates import Branch
+from secateur.workflows.fit.evaluation import Yardstick
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -47,8 +47,8 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
-    monkeypatch.setattr("secateur.workflows.fit.branches.BRANCHES", CUTS)
-    monkeypatch.setattr("secateur.workflows.fit.branches.WORTH", -1.0)
+    monkeypatch.setattr("secateur.workflows.fit.candidates.BRANCHES", CUTS)
+    monkeypatch.setattr("secateur.workflows.fit.candidates.WORTH", -1.0)
     real = Yardstick.packed
 
     def packed(self: Yardstick, sparse: Path, folder: Path, kinds: Kinds) -> tuple[Path, float]:
@@ -56,7 +56,7 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
         return output, found if "branches" in folder.parts else found + 100.0
 
     monkeypatch.setattr(Yardstick, "packed", packed)
-    monkeypatch.setattr("secateur.workflows.fit.course.single", lambda *_: None)
+    monkeypatch.setattr("secateur.workflows.fit.pipeline.single", lambda *_: None)
     result = fitted(place, "cut")
     outcomes = {one.name: one.outcome for one in result.branches}
     assert outcomes["a third of the layers cut"].startswith("the same cut")

@@ -24,10 +24,17 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.fit import FitCheck
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.fit import costs as costs_module
-from secateur.workflows.fit import verify
-from secateur.workflows.fit.costs import MEMORY, SECONDS, SIZE, CostKind, Costs, way_of
-from secateur.workflows.fit.feasible import check_feasible
-from secateur.workflows.fit.kinds import FINER, KINDS
+from secateur.workflows.fit import evaluation
+from secateur.workflows.fit.costs import (
+    MEMORY,
+    SECONDS,
+    SIZE,
+    CostKind,
+    Costs,
+    check_feasible,
+    way_of,
+)
+from secateur.workflows.fit.storage_formats import FINER, KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -191,7 +198,7 @@ def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
         return [Speed("packed", (1.0,), (1.0,)), Speed("dense int8", (found,), (1.0,))]
 
     monkeypatch.setattr(costs_module, "timed_linears", lambda c, s, p: imaginary_times(s))
-    monkeypatch.setattr(verify, "raced", raced)
+    monkeypatch.setattr(evaluation, "raced", raced)
     options = {**OPTIONS, "calibration": place / "windows.safetensors", "decode_speedup": 1.3}
     found = secateur.fit(place / "dense", output=tmp_path / "fast", **options)
     (check,) = found.checks
@@ -238,7 +245,7 @@ def test_a_speedup_is_searched_and_measured_again(
                 Speed("dense int8", (measured, measured), (1.0,), 20 * 2**20)]  # fmt: skip
 
     monkeypatch.setattr(costs_module, "timed_linears", timed)
-    monkeypatch.setattr(verify, "raced", raced)
+    monkeypatch.setattr(evaluation, "raced", raced)
     found = secateur.fit(
         place / "dense", output=tmp_path / "fast", decode_speedup=1.3, max_inference_memory="1GB",
         min_accuracy_kept=0.01, tasks="arc_easy", task_data=str(place / "tasks"),
@@ -271,9 +278,9 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
 ) -> None:
     ours = Speed("packed", (1.0,), (1.0,)) if speedup else Speed("packed", failure="no kernels")
     dense = Speed("dense int8", (speedup or 1.0,), (1.0,))
-    monkeypatch.setattr(verify, "raced", lambda ground, made: [ours, dense])
+    monkeypatch.setattr(evaluation, "raced", lambda ground, made: [ours, dense])
     ground = SimpleNamespace(recipe=recipe_of(decode_speedup=1.3))
-    (check,) = verify.checks_of_running(ground, Path())  # type: ignore[arg-type]
+    (check,) = evaluation.checks_of_running(ground, Path())  # type: ignore[arg-type]
     assert check.kept == kept
     if not speedup:
         assert check.said == "--decode-speedup could not be measured: no kernels"
@@ -295,9 +302,9 @@ def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
     """On 91843e48 every layer grew, so bounds that hold were called broken."""
     save_tiny(tmp_path, family)
     ours = Speed("packed", (1.0,), (1.0,), 10 * 2**20)
-    monkeypatch.setattr(verify, "raced", lambda ground, made: [ours])
+    monkeypatch.setattr(evaluation, "raced", lambda ground, made: [ours])
     ground = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
-    (check,) = verify.checks_of_running(ground, tmp_path)  # type: ignore[arg-type]
+    (check,) = evaluation.checks_of_running(ground, tmp_path)  # type: ignore[arg-type]
     assert check.measured == 10 * 2**20 + grown
 
 

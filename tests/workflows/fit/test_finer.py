@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from secateur.runtime.choice import choose_layout
-from secateur.workflows.fit.bounds import size_of
-from secateur.workflows.fit.finer import finer_bytes, finer_rise
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+from secateur.workflows.fit.candidates import finer_bytes, finer_rise
+from secateur.workflows.fit.storage_formats import FINER, KINDS, LevelKind, size_of
 
 SHAPE = (64, 128)
 RISES = tuple(

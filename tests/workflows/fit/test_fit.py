@@ -20,9 +20,9 @@ from secateur.progress import Progress
 from secateur.recipes.sizes import bytes_of
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.fit import course
-from secateur.workflows.fit.kinds import FINER, KINDS
-from secateur.workflows.fit.loss_meter import LossMeter
+from secateur.workflows.fit import pipeline
+from secateur.workflows.fit.evaluation import LossMeter
+from secateur.workflows.fit.storage_formats import FINER, KINDS
 from secateur.workflows.judge.increase import LossIncrease, LossJudge
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -157,7 +157,7 @@ def test_a_model_that_loses_too_much_is_searched_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the search estimates does not count: the packed model is measured, and steps back."""
-    bounds, original = [], course.smallest_within
+    bounds, original = [], pipeline.smallest_within
 
     def smallest_within(
         search: FitSearch, meter: LossMeter, bound: float, aim: Cost, progress: Progress
@@ -168,7 +168,7 @@ def test_a_model_that_loses_too_much_is_searched_again(
     def increase(judge: LossJudge, folder: Path) -> LossIncrease:
         return LossIncrease(0.012 if len(bounds) == 1 else 0.009, 0.0, 1)
 
-    monkeypatch.setattr(course, "smallest_within", smallest_within)
+    monkeypatch.setattr(pipeline, "smallest_within", smallest_within)
     monkeypatch.setattr(LossJudge, "increase", increase)
     secateur.fit(
         place / "dense", output=place / "again-within", max_loss_increase=0.01,

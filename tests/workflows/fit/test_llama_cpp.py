@@ -15,8 +15,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.dense_view import open_checkpoint
 from secateur.workflows.compress.packable import find_matrices
-from secateur.workflows.fit.files import GGUF_FILE
-from secateur.workflows.fit.kinds import KINDS
+from secateur.workflows.fit.storage_formats import GGUF_FILE, KINDS
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.workflows.fit.pace import Pace
+from secateur.workflows.fit.context import Pace
 
 
 class Clock:

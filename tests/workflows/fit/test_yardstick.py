@@ -16,8 +16,8 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.fit import FitRecipe
-from secateur.workflows.fit.kinds import LevelKind
-from secateur.workflows.fit.yardstick import Yardstick
+from secateur.workflows.fit.evaluation import Yardstick
+from secateur.workflows.fit.storage_formats import LevelKind
 from secateur.workflows.judge.increase import dense_losses
 from tiny import save_tiny
 from zoo import tiny_windows

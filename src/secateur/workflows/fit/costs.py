@@ -9,7 +9,8 @@ linear on each level:
 | memory  | embeddings, norms, KV cache, working memory    | bytes that the kernels read         |
 | seconds | attention, norms, embedding, head              | from the table of timed matrices    |
 
-A size is always counted; memory and seconds are where they have a bound.
+A size is always counted; memory and seconds are where they have a bound. A bound that no model can
+keep is refused before any work, and the error names the nearest one that can be kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from secateur.advisor.memory import memory_with
 from secateur.engine.choose.budgeted import Cost, Menu
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
 from secateur.evaluation.token_times import Way
 from secateur.models.checkpoint import CheckpointReader
@@ -34,18 +35,40 @@ from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.kernels.memory import matrix_bytes
 from secateur.workflows.advise import counted
 from secateur.workflows.compress.packable import PackableMatrix
-from secateur.workflows.fit.bounds import as_seen
-from secateur.workflows.fit.files import FILES, PACKED_FOLDER, TargetFiles
-from secateur.workflows.fit.kinds import KINDS, LevelKind
+from secateur.workflows.fit.storage_formats import (
+    FILES,
+    KINDS,
+    PACKED_FOLDER,
+    LevelKind,
+    TargetFiles,
+    as_seen,
+)
 
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
+
 
 SHORT = {"bfloat16": "bf16", "int3": "int4"}
 """What values are called where they are timed; int3 is int4 in memory."""
 
+
 MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
 """Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
 predicted from a table."""
+
+
+OPTION_OF: Mapping[str, str] = {
+    SIZE: "max_size",
+    MEMORY: "max_inference_memory",
+    SECONDS: "decode_speedup",
+}
+"""The option that bounds each kind of cost."""
+
+
+NEAREST: Mapping[str, str] = {
+    SIZE: "the smallest possible size is",
+    MEMORY: "the smallest possible memory is",
+    SECONDS: "the largest speed-up by the table of timed matrices is",
+}
 
 
 @dataclass(frozen=True)
@@ -277,3 +300,64 @@ def other_held(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix])
         elif not matrix.prunable:
             total += count + 4 * entry.shape[0]
     return total
+
+
+def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
+    """Refuse a bound that no level can keep, and bounds that cannot be kept together.
+
+    Args:
+        recipe: gives the bounds.
+        costs: of the model.
+        source: bytes of the model's weight files.
+
+    Raises:
+        RecipeError: names the nearest bound that is possible.
+    """
+    bounded = [n for n, kind in enumerate(costs.kinds) if math.isfinite(kind.limit)]
+    for alone in (True, False):
+        for place in bounded:
+            least = costs.least(place, alone=alone)
+            if least is None or least > costs.kinds[place].limit:
+                raise impossible(recipe, costs, place, least, alone=alone)
+    if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
+        least = costs.least(0)
+        assert least is not None
+        raise RecipeError(
+            f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
+            where="--max-size",
+            remedy=f"leave it, or give a size from {in_words(costs, SIZE, least)} on",
+        )
+
+
+def impossible(
+    recipe: FitRecipe, costs: Costs, place: int, least: float | None, *, alone: bool
+) -> RecipeError:
+    """The error for a bound that cannot be kept; `least` is the smallest cost that can."""
+    name = costs.kinds[place].name
+    bounds = [OPTION_OF[kind.name] for kind in costs.kinds if math.isfinite(kind.limit)]
+    others = " and ".join(option for option in bounds if option != OPTION_OF[name])
+    if least is None:
+        return RecipeError(
+            f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
+        )
+    beside = "" if alone else f" with this {others}"
+    wanted = getattr(recipe, OPTION_OF[name])
+    said = {
+        SIZE: f"no level fits into {wanted}",
+        MEMORY: f"no level runs in {wanted} with {recipe.context_length} tokens of context",
+        SECONDS: f"no level decodes {wanted} times as fast as dense int8 on this machine",
+    }[name]
+    nearest = f"{NEAREST[name]} {in_words(costs, name, least)}"
+    return RecipeError(
+        said + beside,
+        where=OPTION_OF[name],
+        remedy=f"{nearest}; or cut the model first with `secateur structure`",
+    )
+
+
+def in_words(costs: Costs, name: str, value: float) -> str:
+    """A cost as the option that bounds it takes it, rounded to the side that can be kept."""
+    if name == SECONDS:
+        assert costs.times is not None
+        return f"{math.floor(100 * costs.times.base / value) / 100:g}"
+    return f"{math.ceil(10 * value / 2**20) / 10:.1f}MiB"

@@ -1,4 +1,12 @@
-"""`secateur fit`: a bound in, the best packed model within it out."""
+"""`secateur fit`: a bound in, the best packed model within it out.
+
+| target                   | what a fit does                                                   |
+|--------------------------|-------------------------------------------------------------------|
+| cpu                      | all levels: our formats and kernels, timed on this machine        |
+| any                      | all levels, no bound on time or memory: these belong to an engine |
+| llama.cpp                | what a GGUF file holds; bounds on size and loss                   |
+| vllm, transformers, h100 | refused, with what does the work instead                          |
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.mix import texts_of
+from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -21,16 +30,36 @@ from secateur.reporting.results.plan import FitPlanResult
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.fit.accuracy import prepared_tasks
-from secateur.workflows.fit.costs import costs_of
-from secateur.workflows.fit.course import carry_out
-from secateur.workflows.fit.feasible import OPTION_OF, check_feasible, in_words
-from secateur.workflows.fit.files import FILES
-from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.pace import Pace
-from secateur.workflows.fit.targets import check_target
+from secateur.workflows.fit.context import Ground, Pace
+from secateur.workflows.fit.costs import OPTION_OF, check_feasible, costs_of, in_words
+from secateur.workflows.fit.evaluation import prepared_tasks
+from secateur.workflows.fit.pipeline import carry_out
+from secateur.workflows.fit.storage_formats import FILES
 
 FIT = "fit.json"
+
+
+OF_AN_ENGINE = ("max_inference_memory", "decode_speedup")
+"""Bounds that mean nothing without an engine."""
+
+
+INSTEAD: Mapping[str, tuple[str, str]] = {
+    "vllm": (
+        "vLLM reads one scheme for all linears from compressed-tensors, w8a8 or w4a16, and gains "
+        "nothing from zeros, so there is no mix to search",
+        "secateur export MODEL --to compressed-tensors --type w8a8 or w4a16 makes both candidates",
+    ),
+    "transformers": (
+        "transformers stores and multiplies dense bfloat16, so only cuts make a model smaller or "
+        "faster there",
+        "secateur structure MODEL --params or --layers makes them",
+    ),
+    "h100": (
+        "2:4 zeros and fp8 are not measured here, and a fit predicts from measurements",
+        "secateur advise MODEL --hardware h100-80gb gives published and estimated numbers",
+    ),
+}
+"""Why there is no fit for a target, and what to do."""
 
 
 @takes_options_of(FitRecipe)
@@ -98,16 +127,6 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     )
 
 
-def opened(
-    recipe: FitRecipe, progress: Progress
-) -> tuple[LocalCheckpoint, CheckpointReader, dict[str, PackableMatrix]]:
-    """Open the model: the checkpoint, its tensors, and the matrices that can be packed."""
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    refuse_quantized(source.folder)
-    reader = CheckpointReader(source.folder)
-    return source, reader, find_matrices(reader, "int8", recipe.trust_remote_code)
-
-
 def fit_recipe(
     recipe: FitRecipe,
     progress: Progress,
@@ -149,6 +168,16 @@ def fit_recipe(
     return result
 
 
+def opened(
+    recipe: FitRecipe, progress: Progress
+) -> tuple[LocalCheckpoint, CheckpointReader, dict[str, PackableMatrix]]:
+    """Open the model: the checkpoint, its tensors, and the matrices that can be packed."""
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    refuse_quantized(source.folder)
+    reader = CheckpointReader(source.folder)
+    return source, reader, find_matrices(reader, "int8", recipe.trust_remote_code)
+
+
 def identity(recipe: FitRecipe, reader: CheckpointReader, progress: Progress) -> dict[str, Any]:
     """Everything that the result depends on."""
     return {
@@ -157,3 +186,22 @@ def identity(recipe: FitRecipe, reader: CheckpointReader, progress: Progress) ->
         "levels": [kind.name for kind in FILES[recipe.target].levels],
         "source_files": file_digests(reader.files, progress),
     }
+
+
+def check_target(recipe: FitRecipe) -> None:
+    """Refuse a target that a fit cannot serve.
+
+    Raises:
+        RecipeError: why, and what can be done.
+    """
+    if recipe.target in INSTEAD:
+        why, remedy = INSTEAD[recipe.target]
+        raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
+    bounded = [name for name in OF_AN_ENGINE if getattr(recipe, name) is not None]
+    if recipe.target != "cpu" and bounded:
+        raise RecipeError(
+            f"{bounded[0]} needs times and memory of an engine, and only those of cpu are measured "
+            f"here; the target is {recipe.target}",
+            where="--target",
+            remedy="give --target cpu, or bounds on size and loss",
+        )

@@ -1,8 +1,18 @@
-"""What a fit works on: the dense model, its matrices, and the windows of calibration text."""
+"""What all parts of a fit share: the dense model, its calibration windows, the time that is left.
+
+Levels are always made, and the winner is always packed and judged. Between them, what does not fit
+into the time any more is dropped: first generations of the search, then cuts, further candidates,
+the frontier. A phase is expected to take as long as the same or a like one took; the times are kept
+in a file, so a resumed run knows them too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +23,71 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.fit import FitRecipe
+from secateur.runs.atomic import write_json
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.fit.costs import Costs
-from secateur.workflows.fit.pace import Pace
 from secateur.workflows.judge.increase import LossJudge
 from secateur.workflows.prune.prepare import choose_device
 
+MINUTE = 60.0
+
+
 SHARE = 6
 """One calibration window in so many chooses, and one in so many judges the result."""
+
+
+class Pace:
+    """Measures phases, and says whether there is time for another.
+
+    Args:
+        minutes: for the whole fit; None for no limit.
+        file: of the times of phases.
+        begun: when the fit began, by the clock.
+        clock: returns seconds.
+
+    Attributes:
+        dropped: what was left out for lack of time, in words.
+    """
+
+    def __init__(
+        self,
+        minutes: float | None,
+        file: Path,
+        begun: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.end = math.inf if minutes is None else begun + minutes * MINUTE
+        self.file, self.clock = file, clock
+        self.took: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.dropped: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a phase; of several with one name, the longest counts."""
+        began = self.clock()
+        yield
+        taken = self.clock() - began
+        if taken > self.took.get(name, 0.0):
+            self.took[name] = taken
+            write_json(self.file, self.took)
+
+    def expected(self, *names: str) -> float:
+        """Seconds of phases together; one that was never measured takes none."""
+        return sum(self.took.get(name, 0.0) for name in names)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.end - self.clock()
+
+    def allows(self, what: str, seconds: float) -> bool:
+        """Whether there is time for something; if not, note that it is dropped."""
+        if seconds <= self.left:
+            return True
+        if what not in self.dropped:
+            self.dropped.append(what)
+        return False
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,23 @@
-"""Makes models whose linears are stored in given kinds: a run that prunes, and one that rounds.
+"""Makes models whose linears are stored in given formats: a run that prunes, and one that rounds.
 
 Both runs go through the layers in order, so every linear is fitted to the inputs that it has in the
 model that is made. The same options, as steps of a chain, are the recipe of the winner.
+
+A level is such a model with one format for all linears. All levels of one sparsity share the pruned
+model. The error of a linear on a level is the sum of the squared errors of pruning and of rounding,
+both relative to the squared outputs.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.choose.fitting import FitLevel
+from secateur.engine.choose.values import Level
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
@@ -19,14 +25,93 @@ from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.runtime.choice import AUTO, choose_layout
+from secateur.workflows.compress.mixed_values import refuse_renamed
 from secateur.workflows.compress.pack import ChosenValues, fractions, pack_model
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.compress.rounding import BITS, round_checkpoint, rounding_recipe
-from secateur.workflows.fit.kinds import LevelKind
+from secateur.workflows.compress.rounding import (
+    BITS,
+    output_errors,
+    round_checkpoint,
+    rounding_recipe,
+)
+from secateur.workflows.fit.context import Ground
+from secateur.workflows.fit.storage_formats import LevelKind
 from secateur.workflows.prune.checkpoint import run_recipe
 
 Kinds = Mapping[str, LevelKind]
 """How every linear is stored, by its name."""
+
+
+def made_levels(ground: Ground) -> Iterator[FitLevel]:
+    """Make every level, or reuse what an earlier run has made."""
+    dense = ground.reader.folder
+    for kind in ground.costs.levels:
+        kinds = dict.fromkeys(ground.stored, kind)
+        sparse = ground.work / f"pruned-{kind.sparsity:g}"
+        progress = Labelled(ground.progress, f"{kind.sparsity:.0%} zeros")
+        with ground.pace.phase("prune"):
+            sparse = pruned(ground.recipe, dense, kinds, ground.fitted, sparse, progress)
+        with ground.pace.phase("round"):
+            folder = rounded(
+                ground.recipe,
+                sparse,
+                ground.matrices,
+                kinds,
+                ground.fitted,
+                ground.work / f"{kind.values}-{kind.sparsity:g}",
+                Labelled(ground.progress, kind.name),
+            )
+        reader = CheckpointReader(folder)
+        refuse_renamed(ground.stored.values(), reader)
+        errors = errors_of(sorted({sparse, folder} - {dense}))
+        sizes = linear_bytes(reader, ground.matrices, kinds)
+        level = Level(reader, sizes, errors, rounds_inputs=kind.rounds_inputs)
+        yield FitLevel(kind.name, kind.family, level)
+
+
+def errors_of(folders: Iterable[Path]) -> dict[str, float]:
+    """The errors of every linear that some runs made, added up."""
+    total: dict[str, float] = {}
+    for folder in folders:
+        for name, error in output_errors(folder).items():
+            total[name] = total.get(name, 0.0) + error
+    return total
+
+
+def linear_bytes(
+    reader: CheckpointReader, matrices: Mapping[str, PackableMatrix], kinds: Kinds
+) -> dict[str, int]:
+    """Bytes of every linear when it is packed, by its name."""
+    sizes = {}
+    for name, matrix in matrices.items():
+        if matrix.prunable:
+            stored = reader.read(name)
+            weight = stored.t() if matrix.transposed else stored
+            values = kinds[matrix.linear].values
+            sizes[matrix.linear] = choose_layout(weight, format=AUTO, values=values).nbytes
+    return sizes
+
+
+def made(
+    recipe: FitRecipe,
+    source: Path,
+    matrices: Mapping[str, PackableMatrix],
+    kinds: Kinds,
+    text: Path,
+    output: Path,
+    progress: Progress,
+) -> tuple[Path, Path]:
+    """Prune and round a model; the arguments are those of `rounded`.
+
+    Returns:
+        The folders before and after rounding.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    sparse = pruned(recipe, source, kinds, text, output / "pruned", Labelled(progress, "pruning"))
+    return sparse, rounded(
+        recipe, sparse, matrices, kinds, text, output / "rounded", Labelled(progress, "rounding")
+    )
 
 
 def pruned(
@@ -79,27 +164,6 @@ def rounded(
     run = build_recipe(CompressRecipe, {**options, **ends})
     zeros = fractions(CheckpointReader(source), dict(matrices))
     return round_checkpoint(rounding_recipe(run, source, zeros, output), progress)
-
-
-def made(
-    recipe: FitRecipe,
-    source: Path,
-    matrices: Mapping[str, PackableMatrix],
-    kinds: Kinds,
-    text: Path,
-    output: Path,
-    progress: Progress,
-) -> tuple[Path, Path]:
-    """Prune and round a model; the arguments are those of `rounded`.
-
-    Returns:
-        The folders before and after rounding.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    sparse = pruned(recipe, source, kinds, text, output / "pruned", Labelled(progress, "pruning"))
-    return sparse, rounded(
-        recipe, sparse, matrices, kinds, text, output / "rounded", Labelled(progress, "rounding")
-    )
 
 
 def packed(

@@ -1,11 +1,18 @@
-"""Structure as branches of a fit: models with fewer layers or neurons.
+"""The candidates of a fit, made as real models, packed, and measured as they run.
 
-A branch is cut by `secateur structure` with the preset of the fit, which also refits or teaches
-what is left. It takes the survey of the uncut model over: a linear keeps its rise, times its share
-of weights. So a branch needs no levels of its own, and its candidate for the budget is known at
-once:
+A mix that is made can give a linear any sparsity, also one between those of the levels. What it
+costs is arithmetic, and what it loses lies between two levels that were measured:
 
-    expected = divergence of the branch alone + rises of its linears
+    pruning(s)     = exp(line through ln rise at 50 % and at 70 %, bfloat16)
+    rounding(v, s) = line through the rise of rounding at 0 % and at 50 %; constant above
+    rise(v, s)     = pruning(s) + rounding(v, s)
+
+A candidate can also have a cut structure: fewer layers or neurons. `secateur structure` cuts it
+with the preset of the fit, which also refits or teaches what is left. It takes over the survey of
+the uncut model: a linear keeps its rise, times its share of weights. So a cut model needs no levels
+of its own, and its best mix for the budget is known at once:
+
+    expected = divergence of the cut model alone + rises of its linears
 
 It is made only if that is less than what the best model without a cut has.
 """
@@ -15,11 +22,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import exp, log, prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-from secateur.engine.choose.budgeted import Cost, Menu
+from secateur.engine.choose.budgeted import Cost, Menu, fits
+from secateur.engine.choose.fitting import FitSearch, Point
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -29,23 +38,197 @@ from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
+from secateur.sparsity.evolution import Candidate
 from secateur.workflows.compress.packable import PackableMatrix, find_matrices
-from secateur.workflows.fit.bounds import as_seen, other_bytes, size_of
+from secateur.workflows.fit.build_models import Kinds, linear_bytes, made, shared, trust
+from secateur.workflows.fit.context import Ground
 from secateur.workflows.fit.costs import Costs, costs_of
-from secateur.workflows.fit.finalists import Finalist
-from secateur.workflows.fit.ground import Ground
-from secateur.workflows.fit.levels import linear_bytes
-from secateur.workflows.fit.making import made, shared, trust
-from secateur.workflows.fit.yardstick import Yardstick
+from secateur.workflows.fit.evaluation import Yardstick
+from secateur.workflows.fit.storage_formats import KINDS, LevelKind, as_seen, other_bytes, size_of
 from secateur.workflows.structure.checkpoint import STEPS, structure_recipe
 from secateur.workflows.structure.cut_plan import CutPlan, aim_of
 
-Inherited = Mapping[str, tuple[tuple[Cost, ...], tuple[float, ...]]]
-"""Costs and rises on every level of the linears of the uncut model, by name."""
+SEARCHED = "the search's choice"
+
+
+SURVEYED = "the survey's choice"
+
+
+QUANTIZED = "only rounded, mixed"
+
+
+SINGLE = "the best single technique"
+
+
+LEAST_RISE = 1e-12
+
+
+HALF, MOST = (KINDS.index(LevelKind("bfloat16", s)) for s in (0.5, 0.7))
+
 
 WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried. On SmolLM2, any
 cut of a tenth of the decoder costs at least 0.2 (docs/structure/README.md)."""
+
+
+Inherited = Mapping[str, tuple[tuple[Cost, ...], tuple[float, ...]]]
+"""Costs and rises on every level of the linears of the uncut model, by name."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A model that was made whole.
+
+    Attributes:
+        base: the model before pruning: the source, or a cut of it.
+        sparse: the model before rounding.
+        folder: the model, pruned and rounded.
+        packed: the same, packed: what is measured.
+        kinds: how every linear is stored.
+        told: its numbers, for the result.
+        cut: the step of a chain that makes `base`; empty if nothing was cut.
+    """
+
+    base: Path
+    sparse: Path
+    folder: Path
+    packed: Path
+    kinds: Kinds
+    told: FitFinalist
+    cut: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def only_rounded(self) -> bool:
+        """Whether it has no zeros and no cut."""
+        return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
+
+
+def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[str, Candidate]:
+    """The mixes to make, by what chose them; no mix twice.
+
+    Args:
+        search: after the survey.
+        menu: with finer sparsities (`finer`).
+        winner: of the search.
+        budget: of the search.
+    """
+    wanted = {
+        SEARCHED: winner.candidate,
+        QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
+        SURVEYED: menu.best(budget),
+    }
+    found: dict[str, Candidate] = {}
+    for name, candidate in wanted.items():
+        if candidate is not None and len(set(candidate)) > 1 and candidate not in found.values():
+            found[name] = candidate
+    return found
+
+
+def finalists(
+    ground: Ground,
+    search: FitSearch,
+    menu: Menu,
+    chosen: Mapping[str, Candidate],
+    measure: Yardstick,
+    seconds: float,
+) -> list[Finalist]:
+    """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
+
+    Args:
+        ground: of the fit.
+        search: after the survey.
+        menu: with finer sparsities (`finer`).
+        chosen: the mixes, by what chose them.
+        measure: measures on the windows that choose.
+        seconds: that one is expected to take, packed and judged.
+    """
+    found = []
+    for name, candidate in chosen.items():
+        if not ground.pace.allows(f"making {name}", seconds):
+            continue
+        every = ground.costs.every
+        kinds = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
+        sparse, folder = solved(ground, kinds, name)
+        packed, divergence = measure.packed(sparse, folder, kinds)
+        sizes = linear_bytes(CheckpointReader(folder), ground.matrices, kinds)
+        told = FitFinalist(
+            name=name,
+            file_bytes=ground.costs.file_bytes(kinds, sizes),
+            predicted=menu.predicted(candidate),
+            mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
+            divergence=divergence,
+        )
+        found.append(Finalist(ground.reader.folder, sparse, folder, packed, kinds, told))
+    return found
+
+
+def single(
+    ground: Ground, search: FitSearch, points: Sequence[Point], budget: Cost, measure: Yardstick
+) -> Finalist | None:
+    """The best single level within a budget of the linears; it is made already."""
+    fitting = [point for point in points if fits(point.cost, budget)]
+    best = min(fitting, key=lambda point: point.divergence, default=None)
+    if best is None:
+        return None
+    levels = ground.costs.levels
+    kind = levels[best.candidate[0]]
+    bare = levels.index(LevelKind("bfloat16", kind.sparsity))
+    sparse, folder = (search.levels[n].level.reader.folder for n in (bare, best.candidate[0]))
+    kinds = dict.fromkeys(search.names, kind)
+    packed, divergence = measure.packed(sparse, folder, kinds)
+    size = round(ground.costs.rest[0] + best.cost[0])
+    told = FitFinalist(SINGLE, size, best.predicted, best.divergence, divergence)
+    return Finalist(ground.reader.folder, sparse, folder, packed, kinds, told)
+
+
+def solved(ground: Ground, kinds: Kinds, name: str) -> tuple[Path, Path]:
+    """Make a mix, unless an earlier run has. Return its folders before and after rounding."""
+    told = "\n".join(f"{linear} {kind.name}" for linear, kind in sorted(kinds.items()))
+    output = ground.work / "mixes" / f"{crc32(told.encode()):08x}"
+    progress = Labelled(ground.progress, f"making {name}")
+    return made(
+        ground.recipe,
+        ground.reader.folder,
+        ground.matrices,
+        kinds,
+        ground.fitted,
+        output,
+        progress,
+    )
+
+
+def finer_menu(ground: Ground, search: FitSearch) -> Menu:
+    """The menu of the levels and, after them, of the finer kinds that the target stores.
+
+    Args:
+        ground: of the fit.
+        search: after the survey.
+    """
+    cost, rise = [], []
+    for place, name in enumerate(search.names):
+        costs, rises = search.menu.cost[place], search.menu.rise[place]
+        bytes_of = tuple(level[0] for level in costs)
+        shape, finer = ground.costs.shapes[name], ground.costs.files.finer
+        sizes = [finer_bytes(kind, shape, bytes_of) for kind in finer]
+        more = [ground.costs.of(name, kind, x) for kind, x in zip(finer, sizes, strict=True)]
+        cost.append((*costs, *more))
+        rise.append((*rises, *(finer_rise(kind, rises) for kind in finer)))
+    return Menu(tuple(cost), tuple(rise))
+
+
+def finer_bytes(kind: LevelKind, shape: tuple[int, int], bytes_of: tuple[float, ...]) -> float:
+    """Bytes of a linear: those of its level with 50 % zeros, and the difference by arithmetic."""
+    near = LevelKind(kind.values, 0.5)
+    return bytes_of[KINDS.index(near)] + size_of(shape, kind) - size_of(shape, near)
+
+
+def finer_rise(kind: LevelKind, rises: tuple[float, ...]) -> float:
+    """What a linear adds to the divergence, in nats."""
+    half, most = (log(max(rises[n], LEAST_RISE)) for n in (HALF, MOST))
+    pruning = exp(half + (most - half) * (kind.sparsity - 0.5) / 0.2)
+    bare = rises[KINDS.index(LevelKind(kind.values, 0.0))]
+    sparse = max(rises[KINDS.index(LevelKind(kind.values, 0.5))] - rises[HALF], 0.0)
+    return pruning + bare + (sparse - bare) * min(kind.sparsity / 0.5, 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How many bytes the files of a target have, and which levels it can store.
+"""How a fit can store a linear, and how many bytes that takes in the files of each target.
 
 | target    | files                                                                         |
 |-----------|-------------------------------------------------------------------------------|
@@ -11,7 +11,7 @@ keeps the numbers of int3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,10 +20,99 @@ from secateur.exporting import ExportSource
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.folder_checks import read_config
 from secateur.progress import Progress
+from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.workflows.compress.packable import PackableMatrix
-from secateur.workflows.fit.bounds import other_bytes, size_of
-from secateur.workflows.fit.kinds import FINER, KINDS, LevelKind
+
+
+@dataclass(frozen=True)
+class LevelKind:
+    """How a level stores linears.
+
+    Attributes:
+        values: such as `int4`.
+        sparsity: the fraction of zeros.
+    """
+
+    values: str
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.sparsity:.0%} zeros, {self.values}" if self.sparsity else self.values
+
+    @property
+    def family(self) -> str:
+        """Which techniques it uses."""
+        if self.rounds_inputs:
+            return "both" if self.sparsity else "quantize"
+        return "prune"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether values are integers, so that kernels round the inputs."""
+        return self.values.startswith("int")
+
+
+KINDS = (
+    LevelKind("bfloat16", 0.0),
+    LevelKind("int8", 0.0),
+    LevelKind("int4", 0.0),
+    LevelKind("int3", 0.0),
+    *(LevelKind(values, 0.5) for values in ("bfloat16", "int8", "int4", "int3")),
+    *(LevelKind(values, 0.7) for values in ("bfloat16", "int4")),
+)
+"""The levels; the first is the model itself."""
+
+FINER = tuple(
+    LevelKind(values, sparsity)
+    for values in ("int4", "int3")
+    for sparsity in (0.3, 0.4, 0.45, 0.55, 0.6, 0.65, 0.7)
+    if LevelKind(values, sparsity) not in KINDS
+)
+"""Kinds without a level of their own, for mixes that are made whole (`finer`)."""
+
+
+def probe_of(levels: Sequence[LevelKind]) -> int:
+    """The level at which the layers are surveyed: the middle of what they may lose."""
+    wanted = (LevelKind("int4", 0.5), LevelKind("int4", 0.0))
+    return next(levels.index(kind) for kind in wanted if kind in levels)
+
+
+HEADER_BYTES = 900
+"""Of a matrix in the headers of the files, at most."""
+
+
+def other_bytes(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+    """Bytes of everything that is no linear: int8 embeddings, norms in bfloat16, headers."""
+    total = 4096
+    for name, entry in reader.entries.items():
+        matrix = matrices.get(name)
+        count = entry.size_bytes // entry.dtype.itemsize
+        if matrix is None:
+            total += count * min(entry.dtype.itemsize, 2)
+        elif matrix.prunable:
+            total += HEADER_BYTES
+        else:
+            total += count + 4 * entry.shape[0]
+    return total
+
+
+def as_seen(reader: CheckpointReader, name: str, matrix: PackableMatrix) -> tuple[int, int]:
+    """The shape [out, in] of a stored matrix."""
+    first, second = reader.entries[name].shape
+    return (second, first) if matrix.transposed else (first, second)
+
+
+def size_of(shape: tuple[int, int], kind: LevelKind) -> int:
+    """Bytes of a matrix on a level: the smaller one of bitmask and dense."""
+    group = DEFAULT_GROUP if kind.values in GRID_BITS else None
+    nonzeros = round(shape[0] * shape[1] * (1 - kind.sparsity))
+    names = ("dense", "bitmask") if kind.sparsity else ("dense",)
+    layouts = [Layout(name, kind.values, shape, group=group) for name in names]
+    return min(formats[layout.format].nbytes(layout, nonzeros) for layout in layouts)
 
 
 class TargetFiles(Protocol):
