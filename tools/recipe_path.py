@@ -12,21 +12,28 @@ this order, and reads each of them once.
 - climb: a move to a room that imports the room before it, directly or not.
 
 The rooms in `GROUND` do not count: every room uses them.
+
+The last line says how far away the first change of a weight is: the modules opened until then, and
+the functions of the package that call each other at that moment, all rooms included.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, groupby, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from house_map import PACKAGE, Arrows, module_imports, reachable, room_arrows, room_of
 
 GROUND = frozenset({"errors", "types", "registry", "progress", "precision", "allocator"})
+COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>"})
+"""Frames that Python 3.12 no longer has."""
 
 
 def opened_modules(work: Callable[[], object], package: Path) -> list[str]:
@@ -46,6 +53,67 @@ def opened_modules(work: Callable[[], object], package: Path) -> list[str]:
         sys.setprofile(None)
     below = [Path(file).relative_to(package.parent).with_suffix("") for file in files]
     return [".".join(path.parts).removesuffix(".__init__") for path in below]
+
+
+class FirstWeight(NamedTuple):
+    """How far into a run its first weight changes."""
+
+    files: int
+    deep: int
+
+
+def first_weight(work: Callable[[], object], package: Path) -> FirstWeight:
+    """The modules of the folder `package` that a run opens until it changes its first weight.
+
+    A weight has changed when `copy_` has written to the memory of a parameter, and half of the
+    matrix is zero. So no function of the package is named here, and all of them may move.
+
+    Raises:
+        RuntimeError: no weight changes.
+    """
+    start, files = f"{package}/", set[str]()
+    found: list[FirstWeight] = []
+
+    def note(frame: FrameType, event: str, function: Any) -> None:
+        if found:
+            return
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(start):
+            files.add(file)
+        elif event == "c_return" and _pruned(function):
+            found.append(FirstWeight(len(files), _depth(frame, start)))
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    if not found:
+        raise RuntimeError("no `copy_` has written a pruned matrix to a parameter")
+    return found[0]
+
+
+def _pruned(function: Any) -> bool:
+    """Whether a C function that has returned is a `copy_` that wrote a pruned matrix."""
+    from torch.nn import Parameter
+
+    if function.__name__ != "copy_":
+        return False
+    written = function.__self__
+    if written.ndim != 2 or 2 * int((written == 0).sum()) < written.numel():
+        return False
+    parameters = (x for x in gc.get_objects() if issubclass(type(x), Parameter))
+    return any(x.data_ptr() == written.data_ptr() for x in parameters)
+
+
+def _depth(frame: FrameType | None, start: str) -> int:
+    """The frames of files whose path has this start, from a frame outwards."""
+    depth = 0
+    while frame is not None:
+        code = frame.f_code
+        depth += code.co_filename.startswith(start) and code.co_name not in COMPREHENSIONS
+        frame = frame.f_back
+    return depth
 
 
 def stays(opened: Sequence[str], package: str = PACKAGE) -> list[tuple[str, list[str]]]:
@@ -69,46 +137,53 @@ def picture(opened: Sequence[str], arrows: Arrows) -> str:
     for (room, modules), up in zip(path, climbed, strict=True):
         names = [name.removeprefix(f"{PACKAGE}.{room}.") for name in modules]
         lines.append(f"{'^' if up else ' '} {room}: {', '.join(names)}")
-    count = sum(len(modules) for _, modules in path)
+    opened_once = sum(len(modules) for _, modules in path)
     lines.append(
-        f"{count} modules in {len(path)} stays, {len(path) - 1} moves, {sum(climbed)} climbs"
+        f"{opened_once} modules in {len(path)} stays, {len(path) - 1} moves, {sum(climbed)} climbs"
     )
     return "\n".join(lines)
 
 
-def tiny_run(tree: Path, folder: Path) -> Callable[[str], object]:
-    """A function that prunes a tiny checkpoint of `folder` into the subfolder that it is given."""
+@contextmanager
+def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
+    """A function that prunes a tiny checkpoint with the code of a working tree.
+
+    It has run once before, so imports do not show in a profile.
+    """
     sys.path[:0] = [str(tree / "src"), str(tree / "tests")]
     import secateur
     from secateur.calibration.windows import save_windows
     from tiny import save_tiny
     from zoo import tiny_windows
 
-    save_tiny(folder / "model", num_hidden_layers=2)
-    text = folder / "windows.safetensors"
-    save_windows(tiny_windows(4, 20), text)
+    with tempfile.TemporaryDirectory() as name:
+        folder, outputs = Path(name), count()
+        save_tiny(folder / "model", num_hidden_layers=2)
+        text = folder / "windows.safetensors"
+        save_windows(tiny_windows(4, 20), text)
 
-    def prune(output: str) -> object:
-        return secateur.prune(
-            folder / "model",
-            output=folder / output,
-            method="sparsegpt",
-            sparsity=0.5,
-            calibration=text,
-        )
+        def prune() -> object:
+            return secateur.prune(
+                folder / "model",
+                output=folder / f"pruned-{next(outputs)}",
+                method="sparsegpt",
+                sparsity=0.5,
+                calibration=text,
+            )
 
-    return prune
+        prune()
+        yield prune
 
 
 def main() -> None:
     """Print the path in a working tree."""
     tree = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
     arrows = room_arrows(module_imports(tree / "src"))
-    with tempfile.TemporaryDirectory() as folder:
-        prune = tiny_run(tree, Path(folder))
-        prune("first")  # imports run now, and not under the profile
-        opened = opened_modules(lambda: prune("second"), tree / "src" / PACKAGE)
+    package = tree / "src" / PACKAGE
+    with tiny_run(tree) as prune:
+        opened, first = opened_modules(prune, package), first_weight(prune, package)
     print(picture(opened, arrows))
+    print(f"first weight: after {first.files} files, {first.deep} functions deep")
 
 
 if __name__ == "__main__":
