@@ -17,8 +17,8 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError
 from secateur.models.architecture import describe, experts_of, families, family_of, text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.expert_layout import ExpertLayout, flagged_layout
 from secateur.models.experts import opened_experts
+from secateur.models.layout import ExpertLayout, flagged_layout
 from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.stored_experts import stored_in_table

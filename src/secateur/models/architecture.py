@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.couplings import Couplings
-from secateur.models.expert_layout import Experts, flagged_layout
-from secateur.models.open_experts import OpenExperts
+from secateur.models.layout import Couplings, ExpertLayout, Experts, flagged_layout
 from secateur.registry import Registry
 
 Groups = tuple[tuple[str, ...], ...]
@@ -46,6 +44,10 @@ class Family:
     writers: tuple[str, ...] = ()
     experts: Experts | None = None
     couplings: Couplings | None = None
+
+    def like(self, *model_types: str, **changes: Any) -> Family:
+        """A family of the same layout, but for some fields."""
+        return replace(self, model_types=model_types, **changes)
 
 
 families: Registry[Family] = Registry("family", "secateur.models.families", "families")
@@ -265,8 +267,8 @@ def experts_of(model: Any) -> Experts | None:
     if family is not None:
         return family.experts
     for path, module in model.named_modules():
-        opened = isinstance(module, OpenExperts)
-        layout = module.layout if opened else flagged_layout(module)
+        own = getattr(module, "layout", None)  # of opened experts
+        layout = own if isinstance(own, ExpertLayout) else flagged_layout(module)
         if layout is not None:
             return Experts(re.split(r"\.\d+\.", path)[-1], layout=layout)
     return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import family_of
-from secateur.models.expert_layout import Experts, flagged_layout
+from secateur.models.layout import Experts, flagged_layout
 from secateur.models.open_experts import opened
 
 

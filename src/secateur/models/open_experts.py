@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.models.expert_layout import ExpertLayout
+from secateur.models.layout import ExpertLayout
 
 
 class ExpertActivation(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts
 from secateur.models.header import TensorEntry
+from secateur.models.layout import PROJECTIONS, ExpertLayout, Experts
 
 
 def stored_experts_of(model: Any) -> Experts | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.models.couplings import Couplings
 from secateur.models.layer_cache import layer_caches
+from secateur.models.layout import Couplings
 from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
 from secateur.structured.edits import parameters_of

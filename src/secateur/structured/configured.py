@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.models.architecture import Architecture, setting, text_config
-from secateur.models.couplings import Couplings
+from secateur.models.layout import Couplings
 from secateur.structured.cut import Sizes
 from secateur.structured.edits import Edit, LayerCut
 from secateur.structured.layer_settings import kept_settings

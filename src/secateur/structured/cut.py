@@ -17,7 +17,7 @@ from secateur.models.architecture import (
     setting,
     text_config,
 )
-from secateur.models.couplings import Couplings
+from secateur.models.layout import Couplings
 
 QUERIES_OF_A_GROUP = "num_key_value_groups"
 """The name in transformers of the number of query heads that share a key."""

@@ -18,7 +18,7 @@ from torch import nn
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, text_config
 from secateur.models.classes import text_part
-from secateur.models.couplings import Couplings
+from secateur.models.layout import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
 from secateur.structured.checks import check_configuration
 from secateur.structured.configured import (

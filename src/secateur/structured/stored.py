@@ -15,8 +15,8 @@ import torch
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.expert_layout import PROJECTIONS
 from secateur.models.inventory import part_beside
+from secateur.models.layout import PROJECTIONS
 from secateur.models.skeleton import model_names
 from secateur.structured.design import Design
 from secateur.structured.edits import Edit

@@ -25,7 +25,7 @@ from secateur.exporting.gguf.rope import (
 from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
-from secateur.models.expert_layout import PROJECTIONS, Experts
+from secateur.models.layout import PROJECTIONS, Experts
 from secateur.models.stored_experts import split_stored
 
 LEAST_FFN = 32

@@ -1,1 +1,1 @@
-"""Model families, one small declarative file each; found by the registry `families`."""
+"""Model families as tables, one file for each layout; found by the registry `families`."""

@@ -1,7 +1,32 @@
-"""How the experts of a layer are stored, and the matrices of each expert as views of that.
+"""How a family lays out its parameters: what must be cut together, and where experts are.
 
-transformers holds all experts of a layer in two tensors and multiplies with slices of them. The
-forms differ in four ways:
+**Couplings.** A dimension of a decoder is spread over many parameters. An FFN neuron is a row of
+two matrices and a column of a third. A KV group is a run of rows in three matrices and of columns
+in a fourth. A channel of the residual stream is an entry of nearly every parameter. `Couplings`
+describes this as data.
+
+An axis has the name of the units along it:
+
+| name        | along it                                                                        |
+|-------------|---------------------------------------------------------------------------------|
+| `hidden`    | channels of the residual stream                                                 |
+| `embedding` | the same, unless the embedding is narrower and projected                        |
+| `queries`   | query heads, those of a KV group together: groups × heads per group × head size |
+| `heads`     | one value for each query head                                                   |
+| `keys`      | key or value heads: groups × head size                                          |
+| `triples`   | query, key and value of one head after another: heads × 3 × head size           |
+| `pairs`     | query and gate of one head after another: heads × 2 × head size                 |
+| `parts`     | what latent attention computes for each head, of any size: heads × size         |
+| `neurons`   | FFN neurons                                                                     |
+| `state`     | channels of a state space or a convolution, which are not cut                   |
+| `experts`   | experts of a mixture                                                            |
+| `layers`    | what a parameter outside the layers holds for each layer: layers × size         |
+| `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
+
+Names joined by `+` are segments one after the other: `queries+keys+keys` of a fused projection.
+
+**Experts.** transformers holds all experts of a layer in two tensors and multiplies with slices of
+them. The forms differ in four ways:
 
 | form        | gate and up in one tensor          | seen as gate [neurons, hidden]           |
 |-------------|------------------------------------|------------------------------------------|
@@ -18,10 +43,75 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+Axes = Mapping[str, tuple[str, ...]]
+"""Axes by name of a module or parameter. Of a linear or an embedding: those of its weight as
+[out, in], whatever way it is stored; its bias has the first. Of a norm: the one it runs over."""
+
+
+@dataclass(frozen=True)
+class Couplings:
+    """Which parameters of the models of one family must be cut together.
+
+    Attributes:
+        layer: axes of modules and parameters, named within a decoder layer.
+        outside: axes of those outside the decoder layers, named within the model.
+        attention: the module that is the attention sub-block.
+        ffn: the modules that make up the FFN sub-block, one or several.
+        attention_norms: norms that serve the attention sub-block alone and go with it.
+        ffn_norms: norms that serve the FFN sub-block alone and go with it.
+        neurons_key: what the configuration calls the number of FFN neurons; empty if it does not
+            say it.
+        attributes: attributes of modules that hold a size, by module and attribute, as a quantity:
+            `heads`, `groups`, `queries` (heads × head size), `neurons`, `experts` or `hidden`.
+            An attribute `config.x` is a value the module reads from the model's configuration.
+        norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
+        scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+        with_neurons: entries of the configuration that another number of neurons needs besides.
+        alike: why all layers must keep the same sizes; empty where they may differ.
+        fixed: kinds of units that cannot be cut (`groups`, `neurons`, `hidden`), and why.
+    """
+
+    layer: Axes
+    outside: Axes
+    attention: str = "self_attn"
+    ffn: tuple[str, ...] = ("mlp",)
+    attention_norms: tuple[str, ...] = ()
+    ffn_norms: tuple[str, ...] = ()
+    neurons_key: str = "intermediate_size"
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    with_neurons: Mapping[str, Any] = field(default_factory=dict)
+    alike: str = ""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, path: str, base: str) -> Couplings:
+        """The couplings of the same decoder inside a larger model.
+
+        Args:
+            path: of the decoder in that model.
+            base: its name where it is the whole model.
+        """
+        outside = {
+            path + name.removeprefix(base) if name.startswith(f"{base}.") else name: axes
+            for name, axes in self.outside.items()
+        }
+        return replace(self, outside=outside)
+
+    def plus(self, axes: Axes, **changes: Any) -> Couplings:
+        """The same with axes of more modules of a layer, and with other fields changed."""
+        return replace(self, layer={**self.layer, **axes}, **changes)
+
+    def consumer(self, axis: str) -> str | None:
+        """The linear of a layer whose input columns are the units along `axis`."""
+        found = (n for n, axes in self.layer.items() if len(axes) == 2 and axes[1] == axis)
+        return next(found, None)
+
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The linears of an opened expert."""
@@ -145,6 +235,35 @@ class Experts:
                 (f"{self.module}.{e}.{down}",),
             )
         )
+
+    def axes(self, *, stream: str = "hidden") -> Axes:
+        """The axes of the router and of experts as transformers holds them, a layer's together.
+
+        Of a router they are those of its `weight`; its bias and its correction have the first.
+
+        Args:
+            stream: the axis of what experts read and write; `-` where it is a latent space.
+        """
+        first, down = self.layout.weights
+        into, out = ("-", stream), (stream, "-")
+        if self.layout.transposed:
+            into, out = out, into
+        return {
+            self.router: ("experts", "hidden"),
+            f"{self.module}.{first}": ("experts", *into),
+            f"{self.module}.{down}": ("experts", *out),
+            f"{self.module}.{first}_bias": ("experts", "-"),
+            f"{self.module}.{down}_bias": ("experts", stream),
+        }
+
+    def sizes(self, *of_router: str) -> Mapping[str, Mapping[str, str]]:
+        """The attributes in which router and experts keep their sizes, for `Couplings.attributes`.
+
+        Args:
+            of_router: attributes of the router that hold the hidden size.
+        """
+        router = {"num_experts": "experts", **dict.fromkeys(of_router, "hidden")}
+        return {self.module: {"num_experts": "experts"}, self.router: router}
 
     def opened_in(self, layers: nn.Module) -> int:
         """The most experts that a decoder layer has as modules; 0 where they are fused."""

@@ -1,0 +1,225 @@
+"""Mixtures of experts with attention in every layer."""
+
+from typing import Any
+
+from secateur.models.architecture import (
+    PRE_NORM_WRITERS,
+    SPLIT_ATTENTION_GATED_FFN,
+    SPLIT_ATTENTION_GROUPS,
+    Family,
+    Groups,
+    families,
+)
+from secateur.models.families.llama_like import (
+    GATED_FFN,
+    HEAD_NORMS,
+    HUNYUAN_NORMS,
+    LLAMA_COUPLINGS,
+    PRE_NORM,
+    SINKS,
+    SPLIT,
+    WIDE_NORMS,
+)
+from secateur.models.layout import Axes, Couplings, ExpertLayout, Experts
+
+
+def _shared(name: str) -> tuple[Groups, Axes]:
+    """The groups and axes of an expert that every token passes."""
+    gate, up, down = (f"{name}.{part}_proj" for part in ("gate", "up", "down"))
+    axes = {gate: ("-", "hidden"), up: ("-", "hidden"), down: ("hidden", "-")}
+    return ((gate, up), (down,)), axes
+
+
+SHARED_EXPERT_GROUPS, SHARED_EXPERT = _shared("mlp.shared_expert")
+SHARED_EXPERTS_GROUPS, SHARED_EXPERTS = _shared("mlp.shared_experts")
+SHARED_MLP_GROUPS, SHARED_MLP = _shared("mlp.shared_mlp")
+LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _shared("feed_forward.shared_expert")
+GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
+
+LATENT_ATTENTION: Axes = {
+    "self_attn.q_proj": ("parts", "hidden"),
+    "self_attn.q_a_proj": ("-", "hidden"),
+    "self_attn.q_a_layernorm": ("-",),
+    "self_attn.q_b_proj": ("parts", "-"),
+    "self_attn.kv_a_proj_with_mqa": ("-", "hidden"),
+    "self_attn.kv_a_layernorm": ("-",),
+    "self_attn.kv_b_proj": ("parts", "-"),
+    "self_attn.o_proj": ("hidden", "queries"),
+}
+"""Queries, keys and values of all heads come from short vectors, which stay whole."""
+
+W132 = ("w1", "w3", "w2")
+LOCAL = Experts(count="num_local_experts")
+ROUTED = Experts(count="n_routed_experts")
+STEP3 = Experts(count="n_routed_experts", stacked="moe")
+GRANITE = Experts(
+    module="block_sparse_moe.experts", router="block_sparse_moe.router", count="num_local_experts"
+)
+LLAMA4 = Experts(
+    module="feed_forward.experts",
+    router="feed_forward.router",
+    count="num_local_experts",
+    layout=ExpertLayout(transposed=True),
+    scaled_inputs=True,
+)
+GPT_OSS = Experts(
+    router="mlp.router",
+    count="num_local_experts",
+    layout=ExpertLayout(transposed=True, interleaved=True, biased=True),
+)
+
+
+def _mixture(
+    *model_types: str,
+    experts: Experts = Experts(),  # noqa: B008 - frozen
+    axes: Axes | None = None,
+    router: tuple[str, ...] = (),
+    base: Couplings = LLAMA_COUPLINGS,
+    groups: Groups = SPLIT_ATTENTION_GROUPS,
+    writers: tuple[str, ...] = ("self_attn.o_proj",),
+    **changes: Any,
+) -> Family:
+    """A family with experts in the place of the feed-forward, in all layers or in most.
+
+    Args:
+        model_types: as in `Family`.
+        experts: where they are.
+        axes: of what else has a size.
+        router: the attributes of the router that hold the hidden size.
+        base: the couplings of the dense parts.
+        groups: of the dense parts; empty to find all by running a layer of each kind.
+        writers: as in `Family`.
+        changes: of the couplings.
+    """
+    changes = {"attributes": experts.sizes(*router), **changes}
+    couplings = base.plus({**experts.axes(), **(axes or {})}, **changes)
+    return Family(model_types, "model.layers", groups, writers, experts, couplings)
+
+
+WIDTH = ("hidden_dim",)
+"""The attribute of most routers that holds the hidden size."""
+
+TABLE = {
+    # Mistral's attention, and experts of which each token is sent to two.
+    "mixtral": _mixture(
+        "mixtral", experts=Experts(stored=W132, count="num_local_experts"), router=WIDTH
+    ),
+    # Phi-3.5-MoE: LayerNorms with biases, and a router that picks two experts in turn.
+    "phimoe": _mixture(
+        "phimoe", experts=Experts(router="mlp.router", stored=W132, count="num_local_experts")
+    ),
+    # Queries and keys are normalised over all heads; no shared expert.
+    "olmoe": _mixture("olmoe", axes=WIDE_NORMS, router=WIDTH),
+    # A router with a correction; queries and keys normalised over all heads.
+    "minimax_m2": _mixture(
+        "minimax_m2",
+        experts=Experts(stored=W132, count="num_local_experts"),
+        axes={**WIDE_NORMS, "mlp.e_score_correction_bias": ("experts",)},
+        router=WIDTH,
+    ),
+    # Attention sinks; transposed experts with biases, gate and up interleaved and clamped.
+    "gpt_oss": _mixture("gpt_oss", experts=GPT_OSS, axes=SINKS, router=WIDTH),
+    # Multipliers in attention; experts stored in one tensor.
+    "granitemoe": _mixture("granitemoe", experts=GRANITE, ffn=("block_sparse_moe",)),
+    # Qwen1.5-MoE and Qwen2-MoE: many small experts, and a shared one. Layers may be dense.
+    "qwen2_moe": _mixture(
+        "qwen2_moe",
+        axes=GATED_SHARED_EXPERT,
+        router=WIDTH,
+        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERT_GROUPS),
+        writers=PRE_NORM_WRITERS,
+    ),
+    # Many small experts, none shared; normalised queries and keys. Layers may be dense.
+    "qwen3_moe": _mixture(
+        "qwen3_moe",
+        axes=HEAD_NORMS,
+        router=WIDTH,
+        groups=SPLIT_ATTENTION_GATED_FFN,
+        writers=PRE_NORM_WRITERS,
+    ),
+    # GLM-4.5 and later, dots.1: a router with a correction, dense first layers.
+    "glm4_moe": _mixture(
+        "glm4_moe",
+        "dots1",
+        experts=ROUTED,
+        axes={**HEAD_NORMS, **SHARED_EXPERTS},
+        router=WIDTH,
+        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
+        writers=PRE_NORM_WRITERS,
+    ),
+    # A router with a correction, shared experts, dense first layers.
+    "ernie4_5_moe": _mixture(
+        "ernie4_5_moe",
+        experts=Experts(count="moe_num_experts"),
+        axes={
+            **SHARED_EXPERTS,
+            "mlp.gate.moe_statics.e_score_correction_bias": ("-", "experts"),
+        },
+        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
+        writers=PRE_NORM_WRITERS,
+    ),
+    # A shared expert in every layer; queries and keys normalised after rotation.
+    "hunyuan_v1_moe": _mixture(
+        "hunyuan_v1_moe",
+        experts=Experts(router="mlp.gate.wg"),
+        axes={**HUNYUAN_NORMS, **SHARED_MLP},
+        groups=(*SPLIT_ATTENTION_GROUPS, *SHARED_MLP_GROUPS),
+        attributes={
+            "mlp.gate": {"num_experts": "experts"},
+            "mlp.experts": {"num_experts": "experts"},
+        },
+    ),
+    # The text model: transposed experts whose inputs are scaled, a shared expert, dense layers.
+    "llama4": _mixture(
+        "llama4_text",
+        experts=LLAMA4,
+        base=SPLIT,
+        axes={
+            "feed_forward.gate_proj": ("neurons", "hidden"),
+            "feed_forward.up_proj": ("neurons", "hidden"),
+            "feed_forward.down_proj": ("hidden", "neurons"),
+            **LLAMA4_SHARED,
+        },
+        groups=(
+            *SPLIT_ATTENTION_GROUPS,
+            ("feed_forward.gate_proj", "feed_forward.up_proj"),
+            ("feed_forward.down_proj",),
+            *LLAMA4_SHARED_GROUPS,
+        ),
+        writers=("self_attn.o_proj", "feed_forward.down_proj"),
+        ffn=("feed_forward",),
+        neurons_key="intermediate_size_mlp",
+    ),
+    # DeepSeek V2 and V3, GLM-4.7-Flash: latent attention, experts in groups, shared ones.
+    "deepseek": _mixture(
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe_lite",
+        experts=ROUTED,
+        base=PRE_NORM.plus({**LATENT_ATTENTION, **GATED_FFN}),
+        axes=SHARED_EXPERTS,
+        groups=(),
+        writers=(),
+        attributes={"self_attn": {"num_heads": "heads"}, **ROUTED.sizes()},
+    ),
+    # A gate for each query head; clamped experts, stored by projection.
+    "step3p7": _mixture(
+        "step3p5",
+        experts=STEP3,
+        axes={**HEAD_NORMS, "self_attn.g_proj": ("heads", "hidden"), **SHARED_EXPERTS},
+        groups=(),
+        writers=(),
+        attributes={"self_attn": {"num_heads": "heads"}, **STEP3.sizes(*WIDTH)},
+    ),
+    # The text model: experts with a clamped gate and a shared one, sparse attention.
+    "minimax_m3": Family(
+        model_types=("minimax_m3_vl_text",),
+        layers="model.layers",
+        groups=(),  # found by running a layer of each kind
+        couplings=Couplings(LOCAL.axes(stream="-"), outside={}, attributes=LOCAL.sizes()),
+        experts=LOCAL,
+    ),
+}
+
+for name, family in TABLE.items():
+    families.register(name)(family)
