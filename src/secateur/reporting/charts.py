@@ -258,10 +258,10 @@ def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
         if math.isfinite(point.perplexity) and point.perplexity > 0:
             groups.setdefault(point.alike, []).append(point)
     several = [g for g in groups.values() if len({round(p.sparsity, 2) for p in g}) > 1]
-    return [chart_of(number, group) for number, group in enumerate(several, start=1)]
+    return [_chart_of(number, group) for number, group in enumerate(several, start=1)]
 
 
-def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
+def _chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
     """The chart of a set of comparable perplexities."""
     first = group[0]
     series: dict[str, list[CurvePoint]] = {}
@@ -279,7 +279,7 @@ def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
         series=tuple(
             Series(
                 name,
-                tuple(Mark(p.sparsity, p.perplexity, short(p.perplexity), p.told) for p in own),
+                tuple(Mark(p.sparsity, p.perplexity, _short(p.perplexity), p.told) for p in own),
                 joined=own[0].joined and len(own) > 1,
             )
             for name, own in series.items()
@@ -293,6 +293,6 @@ def chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
     )
 
 
-def short(value: float) -> str:
+def _short(value: float) -> str:
     """A perplexity as a short text."""
     return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -100,9 +100,9 @@ def draw(chart: LineChart) -> Drawing:
     marks = [mark for series in chart.series for mark in series.drawn]
     ys = [m.y for m in marks] + ([chart.reference[1]] if chart.reference else [])
     log = chart.log_y and min(ys) > 0
-    x = Axis(*span([m.x for m in marks], 0.08), LEFT, WIDTH - RIGHT)
-    y = Axis(*span(ys, 0.12, log=log), HEIGHT - BOTTOM, TOP, log)
-    placed = spread([[(x(m.x), y(m.y)) for m in one.drawn] for one in chart.series])
+    x = Axis(*_span([m.x for m in marks], 0.08), LEFT, WIDTH - RIGHT)
+    y = Axis(*_span(ys, 0.12, log=log), HEIGHT - BOTTOM, TOP, log)
+    placed = _spread([[(x(m.x), y(m.y)) for m in one.drawn] for one in chart.series])
     taken = [(a - 5, b - 5, a + 5, b + 5) for places in placed for a, b in places]
     reference_y = y(chart.reference[1]) if chart.reference else None
     if reference_y is not None:  # the dashed line, and its name at the right end
@@ -112,7 +112,7 @@ def draw(chart: LineChart) -> Drawing:
     for number, one in enumerate(chart.series):
         places = placed[number]
         path = "M" + "L".join(f"{a:g} {b:g}" for a, b in places) if one.joined else ""
-        drawn = tuple(place_mark(m, *p, taken) for m, p in zip(one.drawn, places, strict=True))
+        drawn = tuple(_place_mark(m, *p, taken) for m, p in zip(one.drawn, places, strict=True))
         series.append(
             DrawnSeries(number % len(SHAPES), one.name, SHAPES[number % len(SHAPES)], path, drawn)
         )
@@ -124,17 +124,17 @@ def draw(chart: LineChart) -> Drawing:
         WIDTH - RIGHT,
         TOP,
         HEIGHT - BOTTOM,
-        tuple(Tick(x(v), tick_text(v, chart.percent_x)) for v in ticks(x.low, x.high, 6)),
+        tuple(Tick(x(v), _tick_text(v, chart.percent_x)) for v in ticks(x.low, x.high, 6)),
         tuple(
-            Tick(y(v), tick_text(v))
-            for v in (log_ticks(y.low, y.high) if log else ticks(y.low, y.high, 5))
+            Tick(y(v), _tick_text(v))
+            for v in (_log_ticks(y.low, y.high) if log else ticks(y.low, y.high, 5))
         ),
         tuple(series),
         reference_y,
     )
 
 
-def spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
+def _spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
     """Positions of marks, moved sideways by a mark's width if an earlier series has a mark there.
 
     Only series with one mark move, because on a line the position shows the value.
@@ -150,7 +150,7 @@ def spread(series: Sequence[Sequence[Place]]) -> list[list[Place]]:
     return placed
 
 
-def span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[float, float]:
+def _span(values: Sequence[float], margin: float, *, log: bool = False) -> tuple[float, float]:
     """The range from the smallest to the largest value, with some margin."""
     low, high = min(values), max(values)
     if log:
@@ -169,7 +169,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(low: float, high: float) -> list[float]:
     """Round numbers in a logarithmic range; more of them if the range is narrow."""
     factors = {True: (1, 1.5, 2, 3, 4, 5, 6, 8), False: (1, 2, 5)}[high / low < 8]
     if high / low > 2000:
@@ -179,14 +179,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found if len(found) > 2 else ticks(low, high, 5)
 
 
-def tick_text(value: float, percent: bool = False) -> str:
+def _tick_text(value: float, percent: bool = False) -> str:
     """The short label of a tick."""
     if percent:
         return f"{100 * value:.3g} %"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
+def _place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
     """Place the label of a mark where it covers nothing else, above the mark if possible."""
     half = LETTER * len(mark.label) / 2
     inner = min(max(x, LEFT + half + 1), WIDTH - half - 1)  # a long label stays in the picture
@@ -195,14 +195,14 @@ def place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
     for at_x, at_y in ((inner, y - 9), (inner, y + 17), *beside, (inner, y - 22), (inner, y + 30)):
         box = (at_x - half, at_y - LINE + 2, at_x + half, at_y + 2)
         inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
-        covered = sum(overlap(box, other) for other in taken) + (0 if inside else 100)
+        covered = sum(_overlap(box, other) for other in taken) + (0 if inside else 100)
         if covered < least:
             best, least = (at_x, at_y), covered
     taken.append((best[0] - half, best[1] - LINE + 2, best[0] + half, best[1] + 2))
     return DrawnMark(x, y, mark.told, mark.label, round(best[0], 1), round(best[1], 1))
 
 
-def overlap(one: Box, other: Box) -> float:
+def _overlap(one: Box, other: Box) -> float:
     """The area that two boxes share."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])

@@ -25,7 +25,7 @@ def front_matter(source: Mapping[str, Any], folder: Path, tags: Sequence[str]) -
     """
     from huggingface_hub import ModelCardData
 
-    known = source_card(folder)
+    known = _source_card(folder)
     sample = MODELS.get(source["name"]) if source["kind"] == "sample" else None
     base = known.get("base_model")  # the source folder was itself made from another model
     if source["kind"] == "hub":
@@ -40,7 +40,7 @@ def front_matter(source: Mapping[str, Any], folder: Path, tags: Sequence[str]) -
         language=known.get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*earlier_tags(known), *tags, OURS])),
+        tags=list(dict.fromkeys([*_earlier_tags(known), *tags, OURS])),
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -57,13 +57,13 @@ def inherited_front_matter(source: Mapping[str, Any], folder: Path) -> str:
     return front if front and source["kind"] == "folder" else front_matter(source, folder, ())
 
 
-def earlier_tags(card: Mapping[str, Any]) -> list[str]:
+def _earlier_tags(card: Mapping[str, Any]) -> list[str]:
     """The tags of a card written by secateur. Tags of other cards describe another model."""
     tags = card.get("tags") or []
     return [*tags] if OURS in tags else []
 
 
-def source_card(folder: Path) -> dict[str, Any]:
+def _source_card(folder: Path) -> dict[str, Any]:
     """The front matter of the card in a folder; empty if there is none or it cannot be read."""
     from huggingface_hub import ModelCard
 

@@ -88,12 +88,12 @@ def model_card(
         hardware=f"{environment['cpu']}, {environment['threads']} threads",
         peak=binary_size(manifest["cost"]["peak_resident_bytes"]),
         recipe=without_folders(recipe_yaml.rstrip()),
-        left=not_pruned(manifest.get("left", [])) + without_tokens(manifest.get("experts")),
+        left=_not_pruned(manifest.get("left", [])) + _without_tokens(manifest.get("experts")),
         evidence=f"{evidence}\n\n" if evidence else "",
     )
 
 
-def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
+def _not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
     """The matrices that were not pruned, one line per kind."""
     if not left:
         return "No matrix was left out."
@@ -101,7 +101,7 @@ def not_pruned(left: Sequence[Mapping[str, Any]]) -> str:
     return "These matrices were not pruned:\n\n" + "\n".join(lines)
 
 
-def without_tokens(experts: Mapping[str, Any] | None) -> str:
+def _without_tokens(experts: Mapping[str, Any] | None) -> str:
     """A sentence about experts that calibration did not reach; empty if it reached all."""
     silent = by_layer((experts or {}).get("silent", {}))
     return f"\n\nNo calibration token reached these experts, so they are dense: {silent}." * bool(

@@ -33,23 +33,23 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
     widths = [10.0 if isinstance(chart, HeatMap) else WIDTH / 68 for chart in charts]
     style: Any = {"font.size": 10, "svg.hashsalt": "secateur", "text.parse_math": False}
     with rc_context(style):
-        figure = Figure(figsize=(sum(widths), height_of(charts)), layout="constrained")
+        figure = Figure(figsize=(sum(widths), _height_of(charts)), layout="constrained")
         panels = figure.subplots(1, len(charts), squeeze=False, width_ratios=widths)[0]
         for axes, chart in zip(panels, charts, strict=True):
             axes.set_title(chart.title, loc="left", fontweight="bold")
             if isinstance(chart, LineChart):
-                draw_lines(axes, chart)
+                _draw_lines(axes, chart)
             elif isinstance(chart, HeatMap):
-                draw_heat(figure, axes, chart)
+                _draw_heat(figure, axes, chart)
             else:
-                draw_bars(axes, chart)
+                _draw_bars(axes, chart)
         files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
         figure.savefig(files[0], dpi=160, metadata={"Software": None})
         figure.savefig(files[1], metadata={"Date": None})
     return files
 
 
-def height_of(charts: Sequence[Chart]) -> float:
+def _height_of(charts: Sequence[Chart]) -> float:
     """Height of the tallest chart, in inches."""
     rows = [
         0.32 * len(c.rows) + 1.2 if isinstance(c, HeatMap) else 0.42 * len(c.bars) + 1.1
@@ -60,7 +60,7 @@ def height_of(charts: Sequence[Chart]) -> float:
     return max(*rows, *lines, 2.0)
 
 
-def draw_lines(axes: Any, chart: LineChart) -> None:
+def _draw_lines(axes: Any, chart: LineChart) -> None:
     """Draw one line per series with labelled points, and the reference as a dashed line."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
@@ -113,7 +113,7 @@ def draw_lines(axes: Any, chart: LineChart) -> None:
     axes.legend(frameon=False, loc="upper left")
 
 
-def draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
+def _draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
     """Draw one cell for each row and column, hatched if it has no value."""
     from matplotlib.colors import LogNorm, Normalize
 
@@ -133,7 +133,7 @@ def draw_heat(figure: Any, axes: Any, chart: HeatMap) -> None:
     figure.colorbar(image, ax=axes, shrink=0.9, format="{x:.1%}" if chart.percent else None)
 
 
-def draw_bars(axes: Any, chart: BarChart) -> None:
+def _draw_bars(axes: Any, chart: BarChart) -> None:
     """Draw bars from top to bottom, each with its value and a line from least to most."""
     places = range(len(chart.bars))
     values = [bar.value for bar in chart.bars]

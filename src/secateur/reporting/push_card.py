@@ -35,7 +35,7 @@ def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | N
     data.setdefault("pipeline_tag", "text-generation")
     data |= {"base_model": base_model} if base_model else {}
     if run is not None and run.evaluation is not None:
-        results = [*perplexities(run.evaluation), *scores(run.evaluation)]
+        results = [*_perplexities(run.evaluation), *_scores(run.evaluation)]
         if results:
             name = Path(repo).name
             data["model-index"] = [{"name": name, "results": results}]
@@ -46,7 +46,7 @@ def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | N
     return f"---\n{told}---\n{body}"
 
 
-def perplexities(found: EvaluationRecord) -> list[dict[str, Any]]:
+def _perplexities(found: EvaluationRecord) -> list[dict[str, Any]]:
     """The perplexities in the form that the hub reads."""
     return [
         {
@@ -64,7 +64,7 @@ def perplexities(found: EvaluationRecord) -> list[dict[str, Any]]:
     ]
 
 
-def scores(found: EvaluationRecord) -> list[dict[str, Any]]:
+def _scores(found: EvaluationRecord) -> list[dict[str, Any]]:
     """The scores of tasks in the form that the hub reads."""
     return [
         {

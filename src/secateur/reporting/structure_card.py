@@ -92,15 +92,15 @@ def structure_card(
         cache_after=after["kv_cache_bytes_per_token"],
         file_before=before["file_bytes"] / 2**20,
         file_after=after["file_bytes"] / 2**20,
-        latency=latency_row(told["latency"]),
-        chosen=chosen_on(manifest["calibration"], told["steps"]),
+        latency=_latency_row(told["latency"]),
+        chosen=_chosen_on(manifest["calibration"], told["steps"]),
         distilled=distilled,
         use=(VARIED if told["varied"] else PLAIN).format(place=place),
         recipe=without_folders(recipe_yaml.rstrip()),
     )
 
 
-def chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[str, Any]]) -> str:
+def _chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[str, Any]]) -> str:
     """The sentence about the text of the calibration; empty if no step read one."""
     if calibration is None:
         return ""
@@ -111,7 +111,7 @@ def chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[str
     return told[0].upper() + told[1:]
 
 
-def latency_row(told: Mapping[str, Any] | None) -> str:
+def _latency_row(told: Mapping[str, Any] | None) -> str:
     """The table row of a target in time; empty if there was none."""
     if told is None:
         return ""

@@ -1,6 +1,6 @@
 """Results: data for programs, and tables and lines for people.
 
-A result consists of blocks: tables and lines. `print_blocks` writes them to a terminal with
+A result consists of blocks: tables and lines. `_print_blocks` writes them to a terminal with
 colours, `plain_text` returns them as text.
 """
 
@@ -114,7 +114,7 @@ class Line:
 Block = Table | Line
 
 
-def print_blocks(blocks: Iterable[Block], console: Console | None = None) -> None:
+def _print_blocks(blocks: Iterable[Block], console: Console | None = None) -> None:
     """Write blocks to a console; to stdout if none is given."""
     from rich.console import Console
 
@@ -128,7 +128,7 @@ def plain_text(blocks: Iterable[Block]) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    print_blocks(
+    _print_blocks(
         blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
     )
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
@@ -201,7 +201,7 @@ class Result(Protocol):
 
     def show(self) -> None:
         """Write the tables to stdout."""
-        print_blocks(self.blocks())
+        _print_blocks(self.blocks())
 
     def __str__(self) -> str:
         """The tables as text."""

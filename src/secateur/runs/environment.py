@@ -25,7 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "system": platform.system(),
         "machine": platform.machine(),
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
@@ -35,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def cpu_name() -> str:
+def _cpu_name() -> str:
     """The processor's name, if the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
@@ -56,7 +56,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_resident_bytes() -> int:
+def _peak_resident_bytes() -> int:
     """Highest resident memory of this process since the last reset, or since its start."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
@@ -69,7 +69,7 @@ def peak_resident_bytes() -> int:
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
-def reset_peak() -> bool:
+def _reset_peak() -> bool:
     """Reset the peak where the system can (Linux); returns whether it did."""
     try:
         CLEAR_REFS.write_text("5")
@@ -90,13 +90,13 @@ class Meter:
         """Start measuring now."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return cls(peak_is_of_run=reset_peak())
+        return cls(peak_is_of_run=_reset_peak())
 
     def read(self) -> dict[str, float | int | bool]:
         """Seconds, peak resident bytes, and peak CUDA bytes where there is a GPU."""
         reading: dict[str, float | int | bool] = {
             "seconds": time.perf_counter() - self.started,
-            "peak_resident_bytes": peak_resident_bytes(),
+            "peak_resident_bytes": _peak_resident_bytes(),
             "peak_is_of_this_run_alone": self.peak_is_of_run,
         }
         if torch.cuda.is_available():

@@ -454,7 +454,7 @@ def refuse_another(
         return
     raise RecipeError(
         f"the {'finished' if finished else 'stopped'} run was a different one "
-        f"({'; '.join(difference(key, before.get(key), now.get(key)) for key in differing)})",
+        f"({'; '.join(_difference(key, before.get(key), now.get(key)) for key in differing)})",
         where=str(where),
         remedy="choose another --output, or replace the result with --overwrite"
         if finished
@@ -462,13 +462,13 @@ def refuse_another(
     )
 
 
-def difference(key: str, before: Any, now: Any) -> str:
+def _difference(key: str, before: Any, now: Any) -> str:
     """The difference between one part of two identities."""
     if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
         before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        inner = (difference(k, before.get(k), now.get(k)) for k in parts)
+        inner = (_difference(k, before.get(k), now.get(k)) for k in parts)
         return f"{key}: {', '.join(inner)}"
     line = f"{key}: {before!r} then, {now!r} now"
     return line if len(line) <= 2 * LONGEST else f"{key} has changed"

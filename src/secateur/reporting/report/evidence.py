@@ -12,17 +12,22 @@ from secateur.reporting.wording import binary_size
 
 def evidence(run: ReportedRun) -> str:
     """The sections headline, quality, speed and findings, as far as they were measured."""
-    parts = [headline_section(run), quality_section(run), speed_section(run), findings_section(run)]
+    parts = [
+        _headline_section(run),
+        _quality_section(run),
+        _speed_section(run),
+        _findings_section(run),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def headline_section(run: ReportedRun) -> str:
+def _headline_section(run: ReportedRun) -> str:
     """The claims that have a measurement."""
     lines = [f"- **{c.title} {c.value}**: {c.told}" for c in claims(run) if c.measured]
     return "\n".join(["## In short", "", *lines]) if lines else ""
 
 
-def quality_section(run: ReportedRun) -> str:
+def _quality_section(run: ReportedRun) -> str:
     """The table of quality."""
     rows = quality_rows([run])
     if not rows:
@@ -49,7 +54,7 @@ def quality_section(run: ReportedRun) -> str:
     return "\n".join(lines)
 
 
-def speed_section(run: ReportedRun) -> str:
+def _speed_section(run: ReportedRun) -> str:
     """Tokens per second of each way to run the model."""
     ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
     if not ran or run.bench is None:
@@ -73,7 +78,7 @@ def speed_section(run: ReportedRun) -> str:
     return "\n".join(lines)
 
 
-def findings_section(run: ReportedRun) -> str:
+def _findings_section(run: ReportedRun) -> str:
     """The findings of a diagnosis."""
     if run.diagnosis is None:
         return ""

@@ -47,11 +47,11 @@ def curves(records: Records) -> list[LineChart]:
         for sweep in records.sweeps
         for point in judged_points(sweep.result, sweep.name if several else "")
     ]
-    points += [point for run in records.runs for point in points_of(run)]
+    points += [point for run in records.runs for point in _points_of(run)]
     return curve_charts(points)
 
 
-def points_of(run: ReportedRun) -> Iterable[CurvePoint]:
+def _points_of(run: ReportedRun) -> Iterable[CurvePoint]:
     """The perplexities of a run as points."""
     for found in run.evaluation.perplexity if run.evaluation else ():
         of = found.inherited_from
@@ -74,20 +74,20 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
     If all sparsities are equal, `alike` gives a line of text instead of a heat map.
     """
     maps = []
-    if run.layers and uniform(run) is None:
+    if run.layers and _uniform(run) is None:
         maps.append(
-            heat_map(
+            _heat_map(
                 run,
                 f"sparsity-{run.name}",
                 "Sparsity of each matrix",
-                sparsity_of,
+                _sparsity_of,
                 percent=True,
                 note="Fraction of zeros.",
             )
         )
     if any(x.error is not None for layer in run.layers for x in layer.linears):
         maps.append(
-            heat_map(
+            _heat_map(
                 run,
                 f"error-{run.name}",
                 "Error of each matrix",
@@ -100,15 +100,15 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
     return maps
 
 
-def sparsity_of(linear: LinearEntry) -> float | None:
+def _sparsity_of(linear: LinearEntry) -> float | None:
     """The fraction of zeros in a matrix; None for a matrix without weights."""
     weights = linear.shape[0] * linear.shape[1]
     return linear.zeros / weights if weights else None
 
 
-def uniform(run: ReportedRun) -> float | None:
+def _uniform(run: ReportedRun) -> float | None:
     """The sparsity of all matrices, if it is equal within half a percent; None if they differ."""
-    found = [s for layer in run.layers for x in layer.linears if (s := sparsity_of(x)) is not None]
+    found = [s for layer in run.layers for x in layer.linears if (s := _sparsity_of(x)) is not None]
     if not found or max(found) - min(found) > ALIKE:
         return None
     return sum(found) / len(found)
@@ -122,7 +122,7 @@ def alike(runs: Sequence[ReportedRun]) -> list[str]:
         if not run.layers:
             without.append(run.name)
             continue
-        share = uniform(run)
+        share = _uniform(run)
         if share is not None:
             by_sparsity.setdefault(percent_of(share, 1), []).append(run.name)
         if all(x.error is None for layer in run.layers for x in layer.linears):
@@ -138,7 +138,7 @@ def alike(runs: Sequence[ReportedRun]) -> list[str]:
     return lines
 
 
-def heat_map(
+def _heat_map(
     run: ReportedRun,
     key: str,
     title: str,
@@ -152,14 +152,14 @@ def heat_map(
     cells: dict[str, dict[int, float | None]] = {}
     for layer in run.layers:
         for linear in layer.linears:
-            cells.setdefault(place_in_layer(linear.name, layer.layer), {})[layer.layer] = value(
+            cells.setdefault(_place_in_layer(linear.name, layer.layer), {})[layer.layer] = value(
                 linear
             )
     columns = [layer.layer for layer in run.layers]
     return HeatMap(
         key=key,
         title=title,
-        rows=tuple(short_names(list(cells))),
+        rows=tuple(_short_names(list(cells))),
         columns=tuple(str(number) for number in columns),
         values=tuple(tuple(row.get(number) for number in columns) for row in cells.values()),
         log=log,
@@ -168,13 +168,13 @@ def heat_map(
     )
 
 
-def place_in_layer(name: str, layer: int) -> str:
+def _place_in_layer(name: str, layer: int) -> str:
     """The name of a matrix within its layer."""
     _, found, rest = name.partition(f".{layer}.")
     return rest if found else name
 
 
-def short_names(names: Sequence[str]) -> list[str]:
+def _short_names(names: Sequence[str]) -> list[str]:
     """The last part of each name, or the whole name if two would be equal."""
     last = [name.rpartition(".")[2] for name in names]
     return [
@@ -214,9 +214,9 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
 def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
     """The size of the weight files next to the uncut dense model in bfloat16, int8 and int4."""
     bars: list[Bar] = []
-    sizes = dict.fromkeys(parameters_before(run) for run in runs)
+    sizes = dict.fromkeys(_parameters_before(run) for run in runs)
     for parameters in sizes:
-        own = [run for run in runs if parameters_before(run) == parameters]
+        own = [run for run in runs if _parameters_before(run) == parameters]
         packed = [x.compression.bfloat16_bytes for x in own if x.compression]
         dense = packed[0] if packed and not own[0].manifest.structure else 2 * parameters
         several = f", {parameters / 1e6:,.0f} M parameters" if len(sizes) > 1 else ""
@@ -227,7 +227,7 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
             for values in ("int8", "int4")
             if values in rounded and not own[0].manifest.structure
         ]
-        bars += [size_bar(run) for run in own]
+        bars += [_size_bar(run) for run in own]
     if not bars:
         return None
     return BarChart(
@@ -240,13 +240,13 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
     )
 
 
-def parameters_before(run: ReportedRun) -> int:
+def _parameters_before(run: ReportedRun) -> int:
     """The number of parameters before any cut."""
     cut = run.manifest.structure
     return cut.before.parameters if cut else run.manifest.result.parameters
 
 
-def size_bar(run: ReportedRun) -> Bar:
+def _size_bar(run: ReportedRun) -> Bar:
     """The bar for the weight files of one run."""
     packed, result = run.compression, run.manifest.result
     size = packed.file_bytes if packed else result.file_bytes

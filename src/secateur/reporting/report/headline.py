@@ -56,10 +56,10 @@ class Claim:
 
 def claims(run: ReportedRun) -> list[Claim]:
     """The three claims about a run."""
-    return [smaller(run), faster(run), quality(run)]
+    return [_smaller(run), _faster(run), _quality(run)]
 
 
-def smaller(run: ReportedRun) -> Claim:
+def _smaller(run: ReportedRun) -> Claim:
     """The size of the files, compared with the same model in dense bfloat16."""
     found, cut = run.compression, run.manifest.structure
     if found is None and cut is not None:
@@ -70,22 +70,22 @@ def smaller(run: ReportedRun) -> Claim:
             f"{binary_size(cut.after.file_bytes)} instead of "
             f"{binary_size(cut.before.file_bytes)} in the same dtype; "
             f"{percent(cut.decoder_removed, 2)} of the decoder was cut out.",
-            tone=gain_tone(saved > 0),
+            tone=_gain_tone(saved > 0),
         )
     if found is None:
-        return not_packed(run)
+        return _not_packed(run)
     saved = 1 - found.ratio
     dense = f"{binary_size(found.bfloat16_bytes)} in dense bfloat16"
     against = f"{binary_size(found.file_bytes)} instead of {dense}"
     return Claim(
         "Smaller by",
         percent(saved),
-        f"{against}{parts_of_saving(found)}.",
-        tone=gain_tone(saved > 0),
+        f"{against}{_parts_of_saving(found)}.",
+        tone=_gain_tone(saved > 0),
     )
 
 
-def parts_of_saving(found: Compression) -> str:
+def _parts_of_saving(found: Compression) -> str:
     """How much of the saving is rounding, and how much the zeros that are not stored."""
     zeros = f"{percent(found.sparsity, 2)} zeros"
     if "as here" not in found.dense_file_bytes:
@@ -94,24 +94,24 @@ def parts_of_saving(found: Compression) -> str:
     by_zeros = (dense - found.file_bytes) / whole
     if dense >= whole:
         return f"; all of it by leaving out {zeros}"
-    values = " and ".join(dict.fromkeys(v for name in found.formats if (v := values_in(name))))
+    values = " and ".join(dict.fromkeys(v for name in found.formats if (v := _values_in(name))))
     return (
         f": {percent((whole - dense) / whole)} by {values} alone ({binary_size(dense)}), "
         f"{percent(by_zeros)} more by leaving out {zeros}"
     )
 
 
-def values_in(stored: str) -> str | None:
+def _values_in(stored: str) -> str | None:
     """The type of the values in the name of a format, such as `bitmask int4 g64`."""
     return next((word for word in stored.split() if word.startswith(("int", "float", "bf"))), None)
 
 
-def gain_tone(gained: bool) -> Tone:
+def _gain_tone(gained: bool) -> Tone:
     """The tone of a size: good if the files are smaller."""
     return "good" if gained else "bad"
 
 
-def not_packed(run: ReportedRun) -> Claim:
+def _not_packed(run: ReportedRun) -> Claim:
     """A sentence: the zeros are still stored, and how large other files of these weights are."""
     result, source = run.manifest.result, run.manifest.source
     sizes = [f"{binary_size(result.file_bytes)} in this folder"]
@@ -129,7 +129,7 @@ def not_packed(run: ReportedRun) -> Claim:
     )
 
 
-def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
+def _speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
     """The fastest other contender, its tokens per second, and those of the packed model."""
     if run.bench is None:
         return None
@@ -141,9 +141,9 @@ def speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
     return best, others[best], rates["packed"]
 
 
-def faster(run: ReportedRun) -> Claim:
+def _faster(run: ReportedRun) -> Claim:
     """Tokens per second, compared with the fastest dense way to run the same model here."""
-    found = speed_gain(run)
+    found = _speed_gain(run)
     if found is None:
         failed = "" if run.bench is None else "The measurement had nothing to compare. "
         return Claim(
@@ -161,16 +161,16 @@ def faster(run: ReportedRun) -> Claim:
     return Claim("Faster by", f"{ratio:.2f}×", told, tone="good")
 
 
-def quality(run: ReportedRun) -> Claim:
+def _quality(run: ReportedRun) -> Claim:
     """How much of the dense model's quality is kept: by tasks, otherwise by perplexity."""
     found = run.evaluation
     if found is not None:
         kept = [task for task in found.tasks if task.retention is not None]
         if kept:
-            return inherited(kept, kept_on_tasks(kept, len(found.tasks)))
+            return _inherited(kept, _kept_on_tasks(kept, len(found.tasks)))
         if found.perplexity:
             first = found.perplexity[0]
-            return inherited([first], kept_by_perplexity(run, first, found))
+            return _inherited([first], _kept_by_perplexity(run, first, found))
     return Claim(
         "Quality kept",
         "not measured",
@@ -180,7 +180,7 @@ def quality(run: ReportedRun) -> Claim:
     )
 
 
-def inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
+def _inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
     """Add to a claim that it was measured on another model with the same weights, if so."""
     names = dict.fromkeys(one.inherited_from for one in results if one.inherited_from)
     if not names:
@@ -190,7 +190,7 @@ def inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
     return replace(claim, told=told)
 
 
-def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
+def _kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
     """The mean retention over tasks on which the dense model is clearly better than chance."""
     mean = sum(task.retention or 0 for task in kept) / len(kept)
     worse = sum(bool(t.significant) and (t.difference or 0) < 0 for t in kept)
@@ -205,7 +205,7 @@ def kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:
     )
 
 
-def kept_by_perplexity(
+def _kept_by_perplexity(
     run: ReportedRun, found: PerplexityRecord, evaluation: EvaluationRecord
 ) -> Claim:
     """The perplexity, with the dense model's if it was measured."""
@@ -259,7 +259,7 @@ class FitView:
 
     name: str
     made: str
-    fit_claims: list[Claim]
+    claims: list[Claim]
     chart: Drawing
     tables: list[Table]
     broken: list[str]
@@ -271,15 +271,15 @@ def fit_view(fit: ReportedFit) -> FitView:
     tables = [block for block in result.blocks() if isinstance(block, Table)]
     return FitView(
         fit.name,
-        fit_summary(result),
-        fit_claims(result),
+        _fit_summary(result),
+        _fit_claims(result),
         draw(result.chart()),
         tables,
         result.broken,
     )
 
 
-def fit_summary(result: FitResult) -> str:
+def _fit_summary(result: FitResult) -> str:
     """The bounds, how many candidates were measured, and how long it took."""
     bounds = [BOUNDS[one.option].format(one.in_words(one.wanted)) for one in result.checks]
     measured = len(result.singles) + len(result.frontier)
@@ -290,7 +290,7 @@ def fit_summary(result: FitResult) -> str:
     )
 
 
-def fit_claims(result: FitResult) -> list[Claim]:
+def _fit_claims(result: FitResult) -> list[Claim]:
     """Size, loss, and what pruning brought."""
     packed, loss = result.packed, result.losses[WINNER].loss_increase
     return [

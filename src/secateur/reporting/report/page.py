@@ -113,7 +113,7 @@ def render(records: Records, *, version: str, date: str) -> str:
     environment.filters["bare"] = without_folders
     page = environment.get_template("page.html.jinja")
     return page.render(
-        **content(records),
+        **_content(records),
         style=Markup(style),
         script=Markup(script),
         script_digest=digest,
@@ -122,18 +122,18 @@ def render(records: Records, *, version: str, date: str) -> str:
     )
 
 
-def content(records: Records) -> dict[str, Any]:
+def _content(records: Records) -> dict[str, Any]:
     """All values that the template needs."""
     runs = records.runs
     drifts = drift(runs)
     return {
-        "title": title(records),
+        "title": _title(records),
         "lead": lead(records),
-        "sections": sections(records),
-        "views": [view_of(run) for run in runs],
+        "sections": _sections(records),
+        "views": [_view_of(run) for run in runs],
         "fits": [fit_view(fit) for fit in records.fits],
         "advices": [advice_view(advice) for advice in records.advices],
-        "sweeps": [sweep_view(sweep) for sweep in records.sweeps],
+        "sweeps": [_sweep_view(sweep) for sweep in records.sweeps],
         "alike": alike(runs),
         "quality": quality_rows(runs),
         "curves": [draw(chart) for chart in curves(records)],
@@ -141,8 +141,8 @@ def content(records: Records) -> dict[str, Any]:
         "size": size_chart(runs),
         "speeds": speed_charts(runs),
         "memory": memory_charts(runs),
-        "samples": samples(runs),
-        "provenance": provenance(records),
+        "samples": _samples(runs),
+        "provenance": _provenance(records),
         "shown": SHOWN,
     }
 
@@ -154,7 +154,7 @@ SHOWN: Mapping[bool, Callable[[float], str]] = {
 """Formats the cell of a heat map; the key says whether the value is a fraction."""
 
 
-def title(records: Records) -> str:
+def _title(records: Records) -> str:
     """The title of the page."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.sweep.model for sweep in records.sweeps]
@@ -192,7 +192,7 @@ def lead(records: Records) -> str:
     return said[0].upper() + said[1:]
 
 
-def sections(records: Records) -> list[tuple[str, str]]:
+def _sections(records: Records) -> list[tuple[str, str]]:
     """The sections of the page, for the links at its head."""
     ours = bool(records.runs)
     found = [
@@ -211,14 +211,14 @@ def sections(records: Records) -> list[tuple[str, str]]:
     return [(key, name) for key, name, there in found if there]
 
 
-def view_of(run: ReportedRun) -> RunView:
+def _view_of(run: ReportedRun) -> RunView:
     """The data of a run for the page."""
     found = run.diagnosis.findings if run.diagnosis else ()
     ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-    return RunView(run, made_by(run), claims(run), chips(run), heat_maps(run), ordered)
+    return RunView(run, _made_by(run), claims(run), chips(run), heat_maps(run), ordered)
 
 
-def made_by(run: ReportedRun) -> str:
+def _made_by(run: ReportedRun) -> str:
     """A line about how the run was made."""
     method, result, cost = run.manifest.method, run.manifest.result, run.manifest.cost
     effort = f" ({method['effort']})" if method.get("effort") else ""
@@ -247,7 +247,7 @@ def chips(run: ReportedRun) -> list[tuple[str, str]]:
     return told
 
 
-def sweep_view(sweep: ReportedSweep) -> SweepView:
+def _sweep_view(sweep: ReportedSweep) -> SweepView:
     """The data of a sweep for the page."""
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
@@ -264,10 +264,10 @@ def sweep_view(sweep: ReportedSweep) -> SweepView:
     return SweepView(sweep.name, made, " ".join(told), result)
 
 
-def samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
+def _samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
     """The generated texts by prompt: first the dense model's, if it is known."""
     prompts: dict[str, list[Voice]] = {}
-    for run, texts in written(runs):
+    for run, texts in _written(runs):
         name = run.name
         if texts.inherited_from is not None:
             name = f"{bare_name(texts.inherited_from)}, same weights as {name}"
@@ -282,20 +282,20 @@ def samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
     return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
 
 
-def written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
+def _written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
     """The generated texts of every run."""
     for run in runs:
         for texts in run.evaluation.generation if run.evaluation else ():
             yield run, texts
 
 
-def provenance(records: Records) -> list[Part]:
+def _provenance(records: Records) -> list[Part]:
     """The provenance of everything on the page."""
     return [
-        *(of_run(run) for run in records.runs),
-        *(of_sweep(sweep) for sweep in records.sweeps),
-        *(of_fit(fit) for fit in records.fits),
-        *(of_advice(advice) for advice in records.advices),
+        *(_of_run(run) for run in records.runs),
+        *(_of_sweep(sweep) for sweep in records.sweeps),
+        *(_of_fit(fit) for fit in records.fits),
+        *(_of_advice(advice) for advice in records.advices),
     ]
 
 
@@ -311,7 +311,7 @@ class Part:
     recipe: str = ""
 
 
-def of_run(run: ReportedRun) -> Part:
+def _of_run(run: ReportedRun) -> Part:
     """Everything that a run and its measurements depend on."""
     m = run.manifest
     result: dict[str, Any] = {
@@ -329,25 +329,25 @@ def of_run(run: ReportedRun) -> Part:
     if "peak_bytes" in m.plan:
         cost["planned memory"] = binary_size(m.plan["peak_bytes"])
     tables = [
-        ("Source", facts({"folder": run.place, **m.source.model_dump(), "family": m.family})),
-        ("Method", facts({**m.method, "allocation": m.allocation})),
-        ("Calibration", facts(m.calibration or {"text": "none needed"})),
-        ("Result", facts(result)),
+        ("Source", _facts({"folder": run.place, **m.source.model_dump(), "family": m.family})),
+        ("Method", _facts({**m.method, "allocation": m.allocation})),
+        ("Calibration", _facts(m.calibration or {"text": "none needed"})),
+        ("Result", _facts(result)),
         ("Not pruned", [(x.names, f"{x.reason}, {x.weights:,} weights") for x in m.left]),
-        ("Reached by calibration", facts(reached(m))),
-        ("Cost", facts(cost)),
-        ("Pruned with", facts(m.environment)),
+        ("Reached by calibration", _facts(_reached(m))),
+        ("Cost", _facts(cost)),
+        ("Pruned with", _facts(m.environment)),
     ]
-    tables += judged_with(run)
+    tables += _judged_with(run)
     if run.bench:
-        tables.append(("Timed with", facts(differing(run.bench.protocol, m.environment))))
+        tables.append(("Timed with", _facts(_differing(run.bench.protocol, m.environment))))
     if run.compression:
         formats = ", ".join(run.compression.formats)
-        tables.append(("Stored as", facts({"formats": formats})))
+        tables.append(("Stored as", _facts({"formats": formats})))
     return Part(run.name, [table for table in tables if table[1]], without_folders(run.recipe))
 
 
-def reached(manifest: Manifest) -> dict[str, Any]:
+def _reached(manifest: Manifest) -> dict[str, Any]:
     """How many matrices calibration reached, and the experts that no token reached."""
     reach, silent = manifest.reach, (manifest.experts or {}).get("silent", {})
     found = {}
@@ -357,47 +357,47 @@ def reached(manifest: Manifest) -> dict[str, Any]:
     return found | ({"experts without tokens": by_layer(silent)} if silent else {})
 
 
-def judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
+def _judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
     """Everything that an evaluation depends on: one table for each set of conditions."""
     tables: list[tuple[str, Facts]] = []
     for result in run.evaluation.results if run.evaluation else ():
         held = {"reference": result.reference, "measured on": result.inherited_from}
-        table = facts({**held, **differing(result.environment, run.manifest.environment)})
+        table = _facts({**held, **_differing(result.environment, run.manifest.environment)})
         if ("Judged with", table) not in tables:
             tables.append(("Judged with", table))
     return tables
 
 
-def of_sweep(sweep: ReportedSweep) -> Part:
+def _of_sweep(sweep: ReportedSweep) -> Part:
     """Everything that the points of a sweep share."""
     result = sweep.result
     tables = [
-        ("Conditions", facts(result.sweep.conditions)),
-        ("Calibration", facts(result.sweep.calibration or {"text": "none needed"})),
-        *((f"Perplexity on {text}", facts(result.sweep.protocol[text])) for text in result.texts),
-        ("Made with", facts(result.sweep.environment)),
+        ("Conditions", _facts(result.sweep.conditions)),
+        ("Calibration", _facts(result.sweep.calibration or {"text": "none needed"})),
+        *((f"Perplexity on {text}", _facts(result.sweep.protocol[text])) for text in result.texts),
+        ("Made with", _facts(result.sweep.environment)),
     ]
     return Part(sweep.name, tables)
 
 
-def of_fit(fit: ReportedFit) -> Part:
+def _of_fit(fit: ReportedFit) -> Part:
     """The bounds of a fit, its levels, and how the winner is stored."""
     result = fit.result
     bounds: dict[str, Any] = {"folder": shown_place(fit.folder)}
     bounds |= {one.flag: one.in_words(one.wanted) for one in result.checks}
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
-        ("Bounds", facts(bounds)),
+        ("Bounds", _facts(bounds)),
         (
             "Levels",
-            facts({"levels": [one.name for one in result.singles], "seconds": result.seconds}),
+            _facts({"levels": [one.name for one in result.singles], "seconds": result.seconds}),
         ),
-        ("Stored as", facts(stored)),
+        ("Stored as", _facts(stored)),
     ]
     return Part(fit.name, [table for table in tables if table[1]])
 
 
-def of_advice(advice: ReportedAdvice) -> Part:
+def _of_advice(advice: ReportedAdvice) -> Part:
     """What an advice counts with: the model, the device, prices and losses with their sources."""
     result = advice.result
     question, known = result.question, result.facts
@@ -414,41 +414,41 @@ def of_advice(advice: ReportedAdvice) -> Part:
     return Part(
         advice.name,
         [
-            ("Model", facts(model)),
-            ("Device", facts({**device, "times": result.speed_basis})),
+            ("Model", _facts(model)),
+            ("Device", _facts({**device, "times": result.speed_basis})),
             (
                 "Facts",
-                facts(
+                _facts(
                     {
                         "collected": known.date,
                         **known.efficiency[question.hardware.kind].model_dump(),
                     }
                 ),
             ),
-            ("Accuracy kept, published", facts(losses)),
-            ("Hosted models: prompt and answer", facts(prices)),
-            ("Pruning 7 B on one A100", facts(pruning)),
+            ("Accuracy kept, published", _facts(losses)),
+            ("Hosted models: prompt and answer", _facts(prices)),
+            ("Pruning 7 B on one A100", _facts(pruning)),
         ],
     )
 
 
-def differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def _differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """The values that differ from those already shown."""
     own = {key: value for key, value in values.items() if told.get(key) != value}
     return own if len(own) == len(values) else {**own, "all else": "as pruned"}
 
 
-def facts(values: Mapping[str, Any]) -> Facts:
+def _facts(values: Mapping[str, Any]) -> Facts:
     """Names and values for people. Empty values are left out, sections are flattened."""
-    return list(flattened(values))
+    return list(_flattened(values))
 
 
-def flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def _flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     """Each value with its full name, including its section."""
     for key, value in values.items():
         name = f"{before}{key.replace('_', ' ')}"
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{name}: ")
+            yield from _flattened(value, f"{name}: ")
         elif value is not None and value != "":
             yield name, told(value)
 

@@ -69,34 +69,34 @@ def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
     for run in runs:
         if run.evaluation is None:
             continue
-        for row, cell in lines_of(run.evaluation):
+        for row, cell in _lines_of(run.evaluation):
             key = (row.measure, row.protocol_id, row.dense)
             rows.setdefault(key, row).cells[run.name] = cell
     for row in rows.values():
         if len({cell.protocol_id for cell in row.cells.values()}) > 1:
-            row.cells = {name: with_computing(cell) for name, cell in row.cells.items()}
+            row.cells = {name: _with_computing(cell) for name, cell in row.cells.items()}
     return list(rows.values())
 
 
-def with_computing(cell: Cell) -> Cell:
+def _with_computing(cell: Cell) -> Cell:
     """A cell that says how its model computed."""
     computed = cell.protocol_id.removeprefix(judged_part(cell.protocol_id)).strip("-")
     said = f"computed in {computed.replace('-', ', activations ')}" if computed else ""
     return replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
 
 
-def lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
+def _lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """The lines of one evaluation, each with its cell."""
     for perplexity in found.perplexity:
-        yield marked(perplexity, *perplexity_line(perplexity))
+        yield _marked(perplexity, *_perplexity_line(perplexity))
     for divergence in found.divergence:
-        for line in divergence_lines(divergence):
-            yield marked(divergence, *line)
+        for line in _divergence_lines(divergence):
+            yield _marked(divergence, *line)
     for task in found.tasks:
-        yield marked(task, *task_line(task))
+        yield _marked(task, *_task_line(task))
 
 
-def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
+def _marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow, Cell]:
     """A line and its cell with the id. An inherited number names the model that was measured."""
     row.protocol_id = judged_part(found.protocol_id)
     row.protocol = ", ".join(f"{k} {v}" for k, v in found.protocol.items() if k not in COMPUTED)
@@ -107,7 +107,7 @@ def marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow,
     return row, replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
 
 
-def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
+def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     """A perplexity. Its error is the error of the mean loss, as a factor."""
     reference = found.reference_perplexity
     row = QualityRow(
@@ -124,17 +124,17 @@ def perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     return row, Cell(value, beside)
 
 
-def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
+def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers for the distance of the predictions from the dense model's."""
-    change = plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
-    kl = plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
+    change = _plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
+    kl = _plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
     yield (
         QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0"),
         Cell(kl, "nats a token"),
     )
     yield (
         QualityRow(f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1)),
-        Cell(percent(found.top1_agreement, 1) + points_error(found.top1_standard_error)),
+        Cell(percent(found.top1_agreement, 1) + _points_error(found.top1_standard_error)),
     )
     yield (
         QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0"),
@@ -142,7 +142,7 @@ def divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell
     )
 
 
-def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
+def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
     """The score on a task, with chance, the difference from dense, and its significance."""
     shots = f", {found.shots} shots" if found.shots else ""
     row = QualityRow(
@@ -151,11 +151,13 @@ def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
         percent(found.chance, 1),
         "" if found.reference_value is None else percent(found.reference_value, 1),
     )
-    value = percent(found.value, 1) + points_error(found.standard_error)
+    value = percent(found.value, 1) + _points_error(found.standard_error)
     beside, verdict = [], ""
     if found.difference is not None:
-        points = plus_minus(
-            signed(100 * found.difference, 1), times_hundred(found.difference_standard_error), ".1f"
+        points = _plus_minus(
+            signed(100 * found.difference, 1),
+            _times_hundred(found.difference_standard_error),
+            ".1f",
         )
         beside.append(f"{points} points")
         if found.significant is not None:
@@ -169,16 +171,16 @@ def task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
     return row, Cell(value, ", ".join(beside), verdict)
 
 
-def plus_minus(value: str, error: float | None, form: str) -> str:
+def _plus_minus(value: str, error: float | None, form: str) -> str:
     """A value with its standard error, if it is known."""
     return value if error is None else f"{value} ± {error:{form}}"
 
 
-def points_error(error: float | None) -> str:
+def _points_error(error: float | None) -> str:
     """The standard error of a fraction, in percentage points."""
     return "" if error is None else f" ± {100 * error:.1f}"
 
 
-def times_hundred(value: float | None) -> float | None:
+def _times_hundred(value: float | None) -> float | None:
     """A fraction in percent."""
     return None if value is None else 100 * value

@@ -146,7 +146,7 @@ def read_records(places: Sequence[Path]) -> Records:
     sweeps: list[ReportedSweep] = []
     fits: list[ReportedFit] = []
     advices: list[ReportedAdvice] = []
-    for place, name in zip(places, names_of(places), strict=True):
+    for place, name in zip(places, _names_of(places), strict=True):
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
             sweeps.append(ReportedSweep(name, SweepResult(sweep, place)))
@@ -159,7 +159,7 @@ def read_records(places: Sequence[Path]) -> Records:
     return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(advices))
 
 
-def names_of(places: Sequence[Path]) -> list[str]:
+def _names_of(places: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that are all different."""
     parts = [place.resolve().parts for place in places]
     names = []
@@ -197,16 +197,16 @@ def read_run(place: Path, name: str) -> ReportedRun:
         name,
         place,
         read_record(Manifest, notes / "manifest.json"),
-        recipe=read_text(recipe) if recipe.is_file() else "",
-        layers=read_layers(notes / "layers.jsonl"),
+        recipe=_read_text(recipe) if recipe.is_file() else "",
+        layers=_read_layers(notes / "layers.jsonl"),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
-        diagnosis=read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
-        bench=read_if_there(Bench, notes / "bench.json"),
-        compression=read_if_there(Compression, notes / "compression.json"),
+        diagnosis=_read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
+        bench=_read_if_there(Bench, notes / "bench.json"),
+        compression=_read_if_there(Compression, notes / "compression.json"),
     )
 
 
-def read_text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     """Read the text of a file of a run."""
     try:
         return file.read_text(encoding="utf-8")
@@ -218,15 +218,15 @@ def read_text(file: Path) -> str:
         ) from None
 
 
-def read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
+def _read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
     """Read an optional file of a run; None if it does not exist."""
     return read_record(record, file) if file.is_file() else None
 
 
-def read_layers(file: Path) -> tuple[Layer, ...]:
+def _read_layers(file: Path) -> tuple[Layer, ...]:
     """Read the records of the layers."""
     if not file.is_file():
         return ()
-    lines = read_text(file).splitlines()
+    lines = _read_text(file).splitlines()
     layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     return tuple(sorted(layers, key=lambda layer: layer.layer))

@@ -120,7 +120,7 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
         "question": question.to_json(),
         "parts": {
             "structures": [asdict(one) for one in STRUCTURES.values()],
-            "zeros": [{**asdict(one), "decode": ends(one.decode)} for one in ZEROS.values()],
+            "zeros": [{**asdict(one), "decode": _ends(one.decode)} for one in ZEROS.values()],
             "values": [asdict(one) for one in VALUES.values()],
         },
         "constants": {
@@ -144,6 +144,6 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
     }
 
 
-def ends(value: Estimate | None) -> list[float] | None:
+def _ends(value: Estimate | None) -> list[float] | None:
     """Low, typical, high."""
     return None if value is None else [value.low, value.typical, value.high]

@@ -197,7 +197,7 @@ class AdviseResult(Result):
         if chosen is None or not chosen.option.commands(self.model):
             return []
         making = chosen.making
-        cost = f"{ranged(making.gpu_hours, ',.1f')} GPU hours, {ranged(making.usd, ',.0f')} USD"
+        cost = f"{_ranged(making.gpu_hours, ',.1f')} GPU hours, {_ranged(making.usd, ',.0f')} USD"
         lines = [Line(f"  {command}") for command in chosen.option.commands(self.model)]
         lines.append(Line(f"  takes about {cost} ({making.formula})"))
         months = self.advice.paid_back_months
@@ -255,7 +255,7 @@ class AdviseResult(Result):
         return [Line(line, "dim") for line in lines]
 
 
-def ranged(value: Estimate, form: str) -> str:
+def _ranged(value: Estimate, form: str) -> str:
     """A number with its range."""
     if value.low == value.high:
         return format(value.typical, form)

@@ -121,9 +121,9 @@ class CompressResult(Result):
             "ratio": self.ratio,
             "sparsity": self.sparsity,
             "negative_zeros": self.negative_zeros,
-            "linears": stored_json(self.linears),
-            "formats": {name: stored_json(stored) for name, stored in self.formats.items()},
-            "embeddings": stored_json(self.embeddings),
+            "linears": _stored_json(self.linears),
+            "formats": {name: _stored_json(stored) for name, stored in self.formats.items()},
+            "embeddings": _stored_json(self.embeddings),
             "rounding": self.rounding,
             "value_error": self.value_error,
             "dense_file_bytes": self.dense_file_bytes,
@@ -162,8 +162,8 @@ class CompressResult(Result):
             error = f"{self.rounding['mean_error']:.2g} of the linear layers' outputs, squared"
             closing.insert(0, ("error of rounding", error))
         if chosen := self.rounding.get("chosen"):
-            closing.insert(0, ("in the search", in_the_search(chosen)))
-            closing.insert(0, ("change of the loss", judged(chosen)))
+            closing.insert(0, ("in the search", _in_the_search(chosen)))
+            closing.insert(0, ("change of the loss", _judged(chosen)))
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
@@ -184,9 +184,9 @@ class CompressResult(Result):
             source_bytes=record["source_bytes"],
             parameters=record["bfloat16_bytes"] // BFLOAT16_BYTES,
             file_bytes=record["file_bytes"],
-            linears=counts(record["linears"]),
-            formats={name: counts(stored) for name, stored in record["formats"].items()},
-            embeddings=counts(record["embeddings"]),
+            linears=_counts(record["linears"]),
+            formats={name: _counts(stored) for name, stored in record["formats"].items()},
+            embeddings=_counts(record["embeddings"]),
             archive=record["archive"],
             negative_zeros=record["negative_zeros"],
             seconds=record["seconds"],
@@ -196,7 +196,7 @@ class CompressResult(Result):
         )
 
 
-def judged(chosen: dict[str, Any]) -> str:
+def _judged(chosen: dict[str, Any]) -> str:
     """The rise of the loss of the packed model, and its bound."""
     error = chosen["loss_increase_standard_error"]
     beside = "" if error is None else f" ± {error:.4f}"
@@ -207,7 +207,7 @@ def judged(chosen: dict[str, Any]) -> str:
     )
 
 
-def in_the_search(chosen: dict[str, Any]) -> str:
+def _in_the_search(chosen: dict[str, Any]) -> str:
     """What the search estimated, of the choice and of all matrices in one type."""
     uniform = chosen["uniform_loss_increase"].items()
     others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
@@ -220,12 +220,12 @@ def stored_as(layout: Mapping[str, Any]) -> str:
     return f"{kind} g{layout['group']}" if "group" in layout else kind
 
 
-def counts(record: dict[str, Any]) -> FormatTotals:
+def _counts(record: dict[str, Any]) -> FormatTotals:
     """Read the counts of a record; derived values are ignored."""
     return FormatTotals(**{name: record[name] for name in FormatTotals.__dataclass_fields__})
 
 
-def stored_json(stored: FormatTotals) -> dict[str, Any]:
+def _stored_json(stored: FormatTotals) -> dict[str, Any]:
     """Counts and sizes of matrices, with the values derived from them."""
     return {
         **asdict(stored),

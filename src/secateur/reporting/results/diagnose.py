@@ -92,7 +92,7 @@ class DiagnoseResult(Result):
             "verdict": self.verdict,
             "findings": [x.to_json() for x in self.findings],
             "layers": [
-                {"layer": index, "sparsity": sparsity, **drift_numbers(drift.get(index)),
+                {"layer": index, "sparsity": sparsity, **_drift_numbers(drift.get(index)),
                  "could_bear": self.bears.get(index)}
                 for index, sparsity in layer_sparsity(self.weights).items()
             ],
@@ -110,7 +110,7 @@ class DiagnoseResult(Result):
         }  # fmt: skip
 
 
-def drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
+def _drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
     """The numbers of a layer; null if unknown or not finite."""
     names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
     known = drift is not None and not drift.not_finite
@@ -173,8 +173,8 @@ class InspectResult(Result):
             ("parameters", f"{audit.parameters:,}"),
             ("weight files", binary_size(audit.file_bytes)),
             ("stored as", ", ".join(f"{k} ({binary_size(v)})" for k, v in audit.dtypes.items())),
-            ("zeros in decoder matrices", share_of(zeros, weights)),
-            ("zeros in all parameters", share_of(audit.zeros, audit.parameters)),
+            ("zeros in decoder matrices", _share_of(zeros, weights)),
+            ("zeros in all parameters", _share_of(audit.zeros, audit.parameters)),
             ("cannot be pruned", not_pruned(audit.left)),
         ]
         if self.silent:
@@ -190,7 +190,7 @@ class InspectResult(Result):
         for linear in self.audit.linears:
             by_layer.setdefault(layer_of(linear.name), []).append(linear)
         same = itertools.groupby(
-            sorted(by_layer), lambda index: (index >= 0, cells(by_layer[index]))
+            sorted(by_layer), lambda index: (index >= 0, _cells(by_layer[index]))
         )
         rows = [(numbers(list(found)), *row) for (_, row), found in same]
         columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
@@ -204,11 +204,11 @@ class InspectResult(Result):
         return Table.of(
             f"linear layers of decoder layer {layer}",
             ("name", "out", "in", "zeros", *stored),
-            [linear_row(x, packed=packed) for x in linears],
+            [_linear_row(x, packed=packed) for x in linears],
         )
 
 
-def linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
+def _linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
     """The counts of one linear."""
     out, columns = linear.shape
     kind = "as it is" if linear.layout is None else stored_as(linear.layout)
@@ -216,7 +216,7 @@ def linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
     return linear.name, str(out), str(columns), f"{linear.sparsity:.2%}", *stored
 
 
-def cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
+def _cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
     """The counts of one decoder layer."""
     weights = sum(x.weights for x in linears)
     least = min(linears, key=lambda x: x.sparsity)
@@ -226,8 +226,8 @@ def cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
         str(len(linears)),
         f"{weights:,}",
         f"{sum(x.zeros for x in linears) / weights:.2%}",
-        f"{least.sparsity:.2%} {short(least.name)}" if differ else "",
-        f"{most.sparsity:.2%} {short(most.name)}" if differ else "",
+        f"{least.sparsity:.2%} {_short(least.name)}" if differ else "",
+        f"{most.sparsity:.2%} {_short(most.name)}" if differ else "",
     )
 
 
@@ -237,12 +237,12 @@ def numbers(layers: Sequence[int]) -> str:
     return "shared" if first < 0 else str(first) if first == last else f"{first} to {last}"
 
 
-def share_of(zeros: int, weights: int) -> str:
+def _share_of(zeros: int, weights: int) -> str:
     """Zeros as a share and as a count."""
     return f"{zeros / weights if weights else 0:.2%} ({zeros:,} of {weights:,})"
 
 
-def short(name: str) -> str:
+def _short(name: str) -> str:
     """The last part of a name."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
@@ -290,15 +290,15 @@ class GgufInspectResult(Result):
             ("layers", str(data.get(f"{architecture}.block_count", "not named"))),
             ("parameters", f"{self.parameters:,}"),
             ("file", binary_size(self.header.file_bytes)),
-            ("stored as", types_of(tensors)),
+            ("stored as", _types_of(tensors)),
         ]
-        metadata = [(key, in_a_line(value)) for key, value in data.items()]
+        metadata = [(key, _in_a_line(value)) for key, value in data.items()]
         found: list[Block] = [Table.facts(self.model, rows)]
         if self.layer is None:
             found += [Table.facts("metadata", metadata), self.layers()]
         else:
             own = [tensor for tensor in tensors if layer_of(tensor.name) == self.layer]
-            found.append(tensor_table(f"tensors of layer {self.layer}", own))
+            found.append(_tensor_table(f"tensors of layer {self.layer}", own))
         return [*found, Line("zeros were not counted: --zeros reads the weights", style="dim")]
 
     def layers(self) -> Table:
@@ -309,18 +309,18 @@ class GgufInspectResult(Result):
         outside = by_layer.pop(-1, [])
         runs: list[tuple[list[int], tuple[str, ...]]] = []
         for index, own in sorted(by_layer.items()):
-            row = cells_of(own)
+            row = _cells_of(own)
             if runs and runs[-1][1] == row:
                 runs[-1][0].append(index)
             else:
                 runs.append(([index], row))
         rows = [(str(i[0]) if len(i) == 1 else f"{i[0]} to {i[-1]}, each", *row) for i, row in runs]
-        rows += [(x.name, *cells_of([x])) for x in outside]
+        rows += [(x.name, *_cells_of([x])) for x in outside]
         columns = ("layer", "tensors", "parameters", "size", "stored as")
         return Table.of("layers (--layer N lists the tensors of one)", columns, rows)
 
 
-def cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
+def _cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
     """Count, parameters, size and types of some tensors."""
     return (
         str(len(tensors)),
@@ -330,7 +330,7 @@ def cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
     )
 
 
-def tensor_table(title: str, tensors: Iterable[GgufTensor]) -> Table:
+def _tensor_table(title: str, tensors: Iterable[GgufTensor]) -> Table:
     """A line for each tensor."""
     rows = [
         (x.name, " x ".join(map(str, x.shape)), x.type, f"{x.size_bytes:,} bytes") for x in tensors
@@ -338,7 +338,7 @@ def tensor_table(title: str, tensors: Iterable[GgufTensor]) -> Table:
     return Table.of(title, ("name", "shape", "type", "size"), rows)
 
 
-def types_of(tensors: Iterable[GgufTensor]) -> str:
+def _types_of(tensors: Iterable[GgufTensor]) -> str:
     """The types of tensors with their sizes, the largest first."""
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -347,7 +347,7 @@ def types_of(tensors: Iterable[GgufTensor]) -> str:
     return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in ordered)
 
 
-def in_a_line(value: Any) -> str:
+def _in_a_line(value: Any) -> str:
     """A metadata value, shortened to one line."""
     text = " ".join(str(value).split())
     return text if len(text) <= 72 else f"{text[:69]}..."

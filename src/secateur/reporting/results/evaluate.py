@@ -105,18 +105,18 @@ class EvaluateResult(Result):
         """Tables of results, then their protocols."""
         found: list[Block] = []
         if self.texts:
-            found.append(perplexity_table(self.model, self.texts))
-        found += [divergence_table(one) for one in self.divergence]
+            found.append(_perplexity_table(self.model, self.texts))
+        found += [_divergence_table(one) for one in self.divergence]
         if self.tasks:
-            found += task_blocks(self.tasks)
+            found += _task_blocks(self.tasks)
         for one in self.generation:
-            found += generation_blocks(one)
+            found += _generation_blocks(one)
         protocols = {one.protocol_id: one.protocol for one in self.record.results}
         rows = [(key, ", ".join(f"{k} {v}" for k, v in p.items())) for key, p in protocols.items()]
         return [*found, Table.of("protocols", ("id", "what it is"), rows, numbers=2)]
 
 
-def perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
+def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
     """Perplexity on each text, with the dense model's if it was measured."""
     beside = any(one.reference_perplexity is not None for one in texts)
     columns = ["text", "perplexity", "nats per token", "protocol"]
@@ -131,12 +131,12 @@ def perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
             one.protocol_id,
         ]
         if beside:
-            row.insert(2, number(one.reference_perplexity, ".4f"))
+            row.insert(2, _number(one.reference_perplexity, ".4f"))
         rows.append(row)
     return Table.of(model, columns, rows)
 
 
-def divergence_table(found: DivergenceRecord) -> Table:
+def _divergence_table(found: DivergenceRecord) -> Table:
     """Distance from the dense model."""
     rows = [
         ("KL(dense ‖ model), nats per token", with_error(found.kl, found.kl_standard_error)),
@@ -150,13 +150,13 @@ def divergence_table(found: DivergenceRecord) -> Table:
     return Table.of(title, ("", ""), rows)
 
 
-def task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
+def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
     """Scores, with the score of guessing, so that nobody takes noise for quality."""
     beside = any(one.reference for one in tasks)
     columns = ["task", "metric", "score", "chance", "items", "shots"]
     if beside:
         columns += ["dense", "difference", "retention"]
-    rows = [task_row(one, beside=beside) for one in tasks]
+    rows = [_task_row(one, beside=beside) for one in tasks]
     table = Table.of("tasks", [*columns, "protocol"], rows, numbers=2)
     if not beside:
         return [table]
@@ -171,7 +171,7 @@ def task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
     ]
 
 
-def task_row(one: TaskRecord, *, beside: bool) -> list[str]:
+def _task_row(one: TaskRecord, *, beside: bool) -> list[str]:
     """The score on one task; with `beside` also its difference from the dense model."""
     row = [
         one.task,
@@ -185,14 +185,14 @@ def task_row(one: TaskRecord, *, beside: bool) -> list[str]:
         mark = {None: "", True: " *", False: " n.s."}[one.significant]
         error = one.difference_standard_error
         row += [
-            number(one.reference_value, ".3f"),
+            _number(one.reference_value, ".3f"),
             with_error(one.difference or 0.0, error, "+.3f") + mark,
             "no lead" if one.retention is None else f"{one.retention:.0%}",
         ]
     return [*row, one.protocol_id]
 
 
-def generation_blocks(found: GenerationRecord) -> list[Block]:
+def _generation_blocks(found: GenerationRecord) -> list[Block]:
     """Texts side by side, then their repetition."""
     columns = ["prompt", "text", "repeated"]
     if found.reference:
@@ -209,7 +209,7 @@ def generation_blocks(found: GenerationRecord) -> list[Block]:
     return [Table.of(title, columns, rows, numbers=len(columns) - 1), Line(summary)]
 
 
-def number(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     """A number as text; empty for None."""
     return "" if value is None else f"{value:{form}}"
 
@@ -288,7 +288,7 @@ class BenchResult(Result):
         """A row for each contender that ran, then sizes, verdict and protocol."""
         p = self.protocol
         rows = [
-            contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
+            _contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
         ]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
         return [
@@ -306,7 +306,7 @@ class BenchResult(Result):
         ]
 
 
-def contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
+def _contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
     """The table row of one contender."""
     return (
         numbers["contender"],

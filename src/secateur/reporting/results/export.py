@@ -114,12 +114,12 @@ class ImportResult(Result):
         zeros = f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned"
         rows = [
             ("kind of source", record.kind),
-            ("matrices stored as", counted(stored) or "plain tensors"),
+            ("matrices stored as", _counted(stored) or "plain tensors"),
             ("zeros in the decoder's matrices", zeros),
-            ("patterns", counted(self.patterns)),
+            ("patterns", _counted(self.patterns)),
         ]
         if 0 < len(self.dense) < len(record.matrices):
-            rows.append(("stayed dense", shortened(self.dense)))
+            rows.append(("stayed dense", _shortened(self.dense)))
         if stored:
             exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
             rows.append(("stored without rounding", f"{exact} of {stored.total()} matrices"))
@@ -128,7 +128,7 @@ class ImportResult(Result):
         if record.adapter is not None:
             rows.append(("adapter", f"{record.adapter['name']} ({record.adapter['kind']})"))
         if record.dropped:
-            rows.append(("not part of the model", shortened(record.dropped)))
+            rows.append(("not part of the model", _shortened(record.dropped)))
         rows += [("note", note) for note in record.notes]
         return [*rows, ("time", f"{record.seconds:.1f} s")]
 
@@ -141,7 +141,7 @@ class ImportResult(Result):
         for index, matrices in sorted(by_layer.items()):
             weights = sum(prod(x.shape) for x in matrices)
             share = sum(x.zeros for x in matrices) / weights
-            found = counted(Counter(x.pattern for x in matrices))
+            found = _counted(Counter(x.pattern for x in matrices))
             rows.append((str(index), str(len(matrices)), f"{share:.2%}", found))
         return Table.of("decoder layers", ("layer", "matrices", "zeros", "patterns"), rows)
 
@@ -154,12 +154,12 @@ class ImportResult(Result):
         ]
 
 
-def counted(counts: dict[Any, int] | Counter[Any]) -> str:
+def _counted(counts: dict[Any, int] | Counter[Any]) -> str:
     """Words with their counts."""
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def shortened(names: Iterable[str], shown: int = 4) -> str:
+def _shortened(names: Iterable[str], shown: int = 4) -> str:
     """The number of names, and the first of them."""
     known = list(names)
     return f"{len(known)}: {', '.join(known[:shown])}{', …' if len(known) > shown else ''}"

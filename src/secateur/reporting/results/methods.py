@@ -49,20 +49,20 @@ class MethodsResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """Presets, methods, training methods and parts."""
-        return [preset_table(self.presets), method_table(), *training_tables(), part_table()]
+        return [_preset_table(self.presets), _method_table(), *_training_tables(), _part_table()]
 
 
-def preset_table(presets: Mapping[str, Mapping[str, Any]]) -> Table:
+def _preset_table(presets: Mapping[str, Mapping[str, Any]]) -> Table:
     """The presets, and the recipe keys that each one sets."""
     rows = [
-        (name, ", ".join(f"{key}={in_words(value)}" for key, value in keys.items()))
+        (name, ", ".join(f"{key}={_in_words(value)}" for key, value in keys.items()))
         for name, keys in presets.items()
     ]
     title = "presets: secateur prune MODEL --effort NAME"
     return Table.of(title, ("name", "stands for"), rows, numbers=2)
 
 
-def method_table() -> Table:
+def _method_table() -> Table:
     """The methods, with their parts and papers."""
     rows = [
         (name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in methods.items()
@@ -71,7 +71,7 @@ def method_table() -> Table:
     return Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6)
 
 
-def training_tables() -> list[Table]:
+def _training_tables() -> list[Table]:
     """The methods that train, with their commands."""
     rows = [(name, m.description, m.paper) for name, m in training_methods.items()]
     commands = [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()]
@@ -82,14 +82,14 @@ def training_tables() -> list[Table]:
     ]
 
 
-def part_table() -> Table:
+def _part_table() -> Table:
     """The parts of methods, and what each one needs."""
     rows = [
         *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
         *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
         *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
         *(("pattern", n, patterns[n].written) for n in patterns),
-        *(("allocation", n, allocation_needs(allocations[n])) for n in allocations),
+        *(("allocation", n, _allocation_needs(allocations[n])) for n in allocations),
         *(
             ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
             for n in schedules
@@ -99,14 +99,14 @@ def part_table() -> Table:
     return Table.of(title, ("kind", "name", "needs"), rows, numbers=3)
 
 
-def in_words(value: Any) -> str:
+def _in_words(value: Any) -> str:
     """A recipe value as one line of text."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def allocation_needs(kind: Any) -> str:
+def _allocation_needs(kind: Any) -> str:
     """The inputs that an allocation needs, in words."""
     needs = [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
     return ", ".join(needs) or "nothing"

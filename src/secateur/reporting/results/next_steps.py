@@ -69,9 +69,9 @@ class Origin:
     def of(cls, folder: Path) -> Origin:
         """Read the records in a folder; files that are missing or damaged say nothing."""
         notes = folder / "secateur"
-        manifest, imported = read(notes / "manifest.json"), read(notes / "import.json")
-        trainings = read(notes / "training.json") or [{}]
-        packed = read(notes / "compression.json")
+        manifest, imported = _read(notes / "manifest.json"), _read(notes / "import.json")
+        trainings = _read(notes / "training.json") or [{}]
+        packed = _read(notes / "compression.json")
         first, last = trainings[0].get("recipe", {}), trainings[-1].get("recipe", {})
         if imported and not imported.get("masks"):
             manifest = {}  # what another tool pruned: its dense model is not known
@@ -89,7 +89,7 @@ class Origin:
 
     def text_words(self) -> list[str]:
         """The options of `evaluate` that choose a text which can be read here."""
-        own = [text for text in self.texts if is_own(text)]
+        own = [text for text in self.texts if _is_own(text)]
         sample = self.dense is not None and kind_of_name(self.dense) == "sample"
         if sample or any(text in TEXTS for text in self.texts):
             return ["--text", HELD_OUT]
@@ -101,7 +101,7 @@ class Origin:
         return ["--text", HELD_OUT]
 
 
-def read(file: Path) -> Any:
+def _read(file: Path) -> Any:
     """A JSON file; an empty object if it is missing or damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -109,12 +109,12 @@ def read(file: Path) -> Any:
         return {}
 
 
-def is_own(text: str) -> bool:
+def _is_own(text: str) -> bool:
     """Whether a text is a file or folder of the user, with text in it."""
     return not text.endswith(".safetensors") and Path(text).expanduser().exists()
 
 
-def evaluation(folder: Path) -> dict[str, str]:
+def _evaluation(folder: Path) -> dict[str, str]:
     """The command that evaluates a model, beside its dense model if that is known."""
     made = Origin.of(folder)
     beside = ["--dense", made.dense] if made.dense else []
@@ -141,11 +141,11 @@ def after_a_dense_folder(folder: Path, zeros: float) -> list[Block]:
     small = free_place(f"{folder}-int8")
     what = "store it without its zeros" if zeros else "store its weights in 8 bits"
     packing = {what: command("compress", folder, "--values", "int8", "--output", small)}
-    if not read(folder / "config.json").keys().isdisjoint(DESCRIPTIONS):  # in fewer bits already
+    if not _read(folder / "config.json").keys().isdisjoint(DESCRIPTIONS):  # in fewer bits already
         packing = {}
     return next_steps(
         {"the model": folder, "its card": folder / "README.md"},
-        {**evaluation(folder), **packing, **generation(folder)},
+        {**_evaluation(folder), **packing, **generation(folder)},
     )
 
 
@@ -160,7 +160,7 @@ def after_a_packed_folder(folder: Path) -> list[Block]:
         {
             **generation(folder),
             "measure speed and memory": command("bench", folder),
-            **evaluation(folder),
+            **_evaluation(folder),
         },
     )
 
@@ -182,7 +182,7 @@ def after_a_fit(folder: Path) -> list[Block]:
         {
             "talk to it": command("chat", folder),
             "serve it": command("serve", folder),
-            **evaluation(folder),
+            **_evaluation(folder),
             "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
             "give it to llama.cpp": command(
                 "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
@@ -203,7 +203,7 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     places = {what: file for what, file in files.items() if file.exists()}
     if not sweep.points:
         return next_steps(places, {})
-    best = best_of(sweep.points)
+    best = _best_of(sweep.points)
     chosen = ["--method" if best.method in methods else "--effort", best.method]
     chosen += ["--pattern", best.pattern] if best.pattern != "unstructured" else []
     if parse_pattern(best.pattern).sparsity is None:
@@ -221,7 +221,7 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     )
 
 
-def best_of(points: Iterable[SweepPoint]) -> SweepPoint:
+def _best_of(points: Iterable[SweepPoint]) -> SweepPoint:
     """The point with the least excess loss among those whose zeros are closest to one half."""
     return min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
 

@@ -63,7 +63,7 @@ class PruneResult(Result):
             ("planned memory", binary_size(self.manifest["plan"]["host_peak_bytes"])),
             ("weight files", binary_size(result["file_bytes"])),
         ]
-        rows += reach_rows(self.manifest)
+        rows += _reach_rows(self.manifest)
         if self.manifest["collapsed"]:
             rows.append(("collapsed", ", ".join(self.manifest["collapsed"])))
         pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
@@ -72,7 +72,7 @@ class PruneResult(Result):
         return [pruned, *after_a_dense_folder(self.output, self.sparsity)]
 
 
-def reach_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _reach_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How far calibration reached, and the experts that it did not reach."""
     reach, rows = manifest.get("reach") or {}, []
     if reach.get("fewest_tokens") is not None:
@@ -150,7 +150,7 @@ class StructureResult(Result):
 
     def steps(self) -> Table:
         """The part of the decoder, or the tokens, that each step kept."""
-        rows = [(x["step"], x["by"], left_of(x)) for x in self.manifest["structure"]["steps"]]
+        rows = [(x["step"], x["by"], _left_of(x)) for x in self.manifest["structure"]["steps"]]
         return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
 
     def cost(self) -> Table:
@@ -173,14 +173,14 @@ def share(before: int, after: int) -> float:
     return after / before if before else 1.0
 
 
-def left_of(step: Mapping[str, Any]) -> str:
+def _left_of(step: Mapping[str, Any]) -> str:
     """What a step left, in words."""
     if "tokens_after" in step:
         return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
-    return f"{step_share(step):.1%}"
+    return f"{_step_share(step):.1%}"
 
 
-def step_share(step: Mapping[str, Any]) -> float:
+def _step_share(step: Mapping[str, Any]) -> float:
     """The share of the decoder that a step kept."""
     return share(step["decoder_before"], step["decoder_after"])
 

@@ -279,10 +279,10 @@ class EvaluationRecord(StrictRecord):
         """These results, and earlier ones that were not measured again."""
         return EvaluationRecord(
             model=self.model,
-            perplexity=merged(earlier.perplexity, self.perplexity),
-            divergence=merged(earlier.divergence, self.divergence),
-            tasks=merged(earlier.tasks, self.tasks),
-            generation=merged(earlier.generation, self.generation),
+            perplexity=_merged(earlier.perplexity, self.perplexity),
+            divergence=_merged(earlier.divergence, self.divergence),
+            tasks=_merged(earlier.tasks, self.tasks),
+            generation=_merged(earlier.generation, self.generation),
         )
 
     def inherited(self) -> EvaluationRecord:
@@ -330,7 +330,7 @@ class EvaluationRecord(StrictRecord):
         (self.after(read_evaluation(file)) if file.is_file() else self).save(file)
 
 
-def merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
+def _merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
     """Earlier results, replaced where the key is the same, followed by the new ones."""
     found: dict[tuple[str, ...], Any] = {one.key: one for one in earlier}
     for one in newer:
@@ -347,7 +347,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
     remedy = "move the file away and run `secateur evaluate` again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return EvaluationRecord.model_validate(from_first(values))
+        return EvaluationRecord.model_validate(_from_first(values))
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
@@ -364,7 +364,7 @@ def read_evaluation(file: Path) -> EvaluationRecord:
         ) from error
 
 
-def from_first(values: Any) -> Any:
+def _from_first(values: Any) -> Any:
     """Convert the content of a file of the first schema to this one; leave others unchanged."""
     if not isinstance(values, dict) or values.get("schema") != FIRST_SCHEMA:
         return values
