@@ -47,8 +47,8 @@ from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_checkpoint
-from secateur.workflows.structure.cut_plan import aim_of, representative
-from secateur.workflows.structure.narrow import uniform_cut
+from secateur.workflows.structure.cut_plan import plan_cut, representative
+from secateur.workflows.structure.width import uniform_cut
 from stored import known_rows
 from structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
 
@@ -131,7 +131,7 @@ def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
     for kind, options in KINDS.items():
         for level in levels:
             asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
-            aim = aim_of(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
+            aim = plan_cut(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
             cut = representative(aim)
             narrowed = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
             found[f"{kind}, {level:.0%}"] = replace(

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from secateur.workflows.prune_and_pack import prune
     from secateur.workflows.push import push
     from secateur.workflows.report import report
-    from secateur.workflows.structure.checkpoint import structure
-    from secateur.workflows.sweep.recipe import sweep
+    from secateur.workflows.structure.run import structure
+    from secateur.workflows.sweep.run import sweep
     from secateur.workflows.train.callback import SecateurCallback
     from secateur.workflows.train.checkpoint import train
 
@@ -116,8 +116,8 @@ HOMES = {
     "report": "secateur.workflows.report",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
-    "structure": "secateur.workflows.structure.checkpoint",
-    "sweep": "secateur.workflows.sweep.recipe",
+    "structure": "secateur.workflows.structure.run",
+    "sweep": "secateur.workflows.sweep.run",
     "train": "secateur.workflows.train.checkpoint",
 }
 

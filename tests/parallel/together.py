@@ -123,7 +123,7 @@ def cut_alone(values: Mapping[str, Any], **call: bool) -> Any:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.workflows.structure.checkpoint import structure_recipe
+    from secateur.workflows.structure.run import structure_recipe
 
     return structure_recipe(build_recipe(StructureRecipe, values), Silent(), **call)
 
@@ -134,8 +134,8 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.workflows.structure.checkpoint import structure_recipe
-    from secateur.workflows.structure.shared_survey import follow
+    from secateur.workflows.structure.run import structure_recipe
+    from secateur.workflows.structure.steps import follow
 
     with joined("cpu") as ranks:
         for values in recipes:

@@ -14,8 +14,7 @@ from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
 from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping
-from secateur.workflows.sweep.plan import SweepPlan
-from secateur.workflows.sweep.run import sweep_plan
+from secateur.workflows.sweep.run import SweepPlan, sweep_plan
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -13,7 +13,7 @@ import transformers
 import secateur
 from same_logits import assert_same_logits
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-from secateur.structured.vocabulary.pieces import pieces_of
+from secateur.structured.token_pieces import pieces_of
 from tiny import save_tiny
 from tokenizers_of_kinds import documents, random_texts, save_tokenizer
 from weight_files import digest

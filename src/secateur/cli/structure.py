@@ -18,11 +18,11 @@ def run(
     """Cut with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
-    from secateur.workflows.structure.checkpoint import plan_cut, structure_recipe
-    from secateur.workflows.structure.shared_survey import follow
+    from secateur.workflows.structure.run import plan_structure, structure_recipe
+    from secateur.workflows.structure.steps import follow
 
     if dry_run:
-        return plan_cut(recipe, call)
+        return plan_structure(recipe, call)
     with joined(recipe.device) as ranks:
         if not ranks.first:
             follow(recipe, ranks)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def run(recipe: SweepRecipe) -> Any:
     """Sweep with a progress bar."""
     from secateur.cli.progress import show_progress
-    from secateur.workflows.sweep.recipe import sweep_recipe
+    from secateur.workflows.sweep.run import sweep_recipe
 
     with show_progress() as progress:
         return sweep_recipe(recipe, progress)

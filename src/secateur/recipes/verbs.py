@@ -74,7 +74,7 @@ VERBS: dict[str, Verb] = {
             "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
-            "secateur.workflows.structure.checkpoint:structure",
+            "secateur.workflows.structure.run:structure",
             together=True,
         ),
         Verb(
@@ -208,7 +208,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.sweep:SweepRecipe",
-            "secateur.workflows.sweep.recipe:sweep",
+            "secateur.workflows.sweep.run:sweep",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(

@@ -1,4 +1,4 @@
-"""The units of a model that can be cut, and which of them a cut keeps."""
+"""The units of a model that can be cut, which of them a cut keeps, and which cuts cannot be."""
 
 from __future__ import annotations
 
@@ -340,3 +340,94 @@ def find(layer: nn.Module, name: str) -> nn.Module | None:
         return layer.get_submodule(name)
     except AttributeError:  # there is none, or None in its place
         return None
+
+
+def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
+    """Refuse a cut that the configuration makes impossible.
+
+    Raises:
+        RecipeError: fewer experts than each token needs; padding where there is nothing to pad.
+        ArchitectureError: the index of a layer has a meaning in this model.
+    """
+    config = text_config(model.config)
+    experts = describe(model).experts
+    needed = (experts.per_token(config) if experts else None) or 0
+    for layer, kept in cut.experts.items():
+        if len(kept) < needed:
+            raise RecipeError(
+                f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
+                remedy=f"keep {needed} experts or more in each layer",
+            )
+        refuse_uneven_groups(config, kept, sizes, layer)
+    refuse_uneven_heads(model, cut)
+    refuse_sparse_activations(config, cut)
+    if pad and hasattr(model.config, "secateur_cut"):
+        raise RecipeError(
+            "this model cannot be padded: it was cut to different sizes before",
+            remedy="cut its source model, with padding",
+        )
+    if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ArchitectureError(
+            "attention is scaled by the index of its layer, so layers cannot be cut",
+            remedy="cut heads, neurons or hidden channels",
+        )
+
+
+def refuse_uneven_heads(model: Any, cut: Cut) -> None:
+    """Refuse to cut heads where layers have different numbers of query heads in a KV group.
+
+    Raises:
+        ArchitectureError: they have.
+    """
+    architecture = describe(model)
+    if not (cut.groups or cut.queries) or architecture.couplings is None:
+        return
+    attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
+    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
+    found = sorted({int(number) for number in named if number})
+    if len(found) > 1:
+        raise ArchitectureError(
+            f"heads cannot be cut, because layers have {' or '.join(map(str, found))} "
+            "query heads in a KV group",
+            remedy="cut FFN neurons, experts or layers",
+        )
+
+
+def refuse_sparse_activations(config: Any, cut: Cut) -> None:
+    """Refuse to cut FFN neurons whose activations are chosen by their mean and deviation.
+
+    Raises:
+        ArchitectureError: a layer with such a feed-forward would lose neurons.
+    """
+    sparse = setting(config, "activation_sparsity_pattern") or ()
+    for layer, kept in cut.neurons.items():
+        if kept and layer < len(sparse) and sparse[layer] > 0:
+            raise ArchitectureError(
+                f"layer {layer}: FFN neurons cannot be cut, because their activations are chosen "
+                f"by the mean and deviation of all neurons (activation sparsity {sparse[layer]:g})",
+                remedy="cut neurons of the other layers",
+            )
+
+
+def refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
+    """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
+
+    A router that picks groups first (`n_group`) divides the experts into groups of one size, in
+    their order, and rates a group by its two best experts.
+
+    Raises:
+        RecipeError: the groups are uneven, or too small.
+    """
+    groups, count = sizes.expert_groups, sizes.experts[layer]
+    if groups == 1 or not count:
+        return
+    own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
+    chosen = config.num_experts_per_tok
+    open_groups = getattr(config, "topk_group", None) or groups
+    least = max(2, -(-chosen // open_groups))
+    if len(set(own)) > 1 or own[0] < least:
+        raise RecipeError(
+            f"layer {layer}: the cut keeps {own} experts of the {groups} groups between which the "
+            "router chooses",
+            remedy=f"keep the same number in every group, {least} or more",
+        )

@@ -3,12 +3,17 @@
 A test, not a rule, decides whether plain transformers can load the result. The configuration with
 the new sizes is built on the meta device. If all parameters have the shapes of the edits and all
 heads their size, the result is plain. Otherwise it is a varied model (`models/varied.py`).
+
+A configuration says in many ways what each layer is: a list with an entry for every layer, a list
+of indices, a number of layers at the start or at the end. When layers are removed, the entries are
+changed, and the layers of the built model are compared with those they come from: a class may also
+compute what a layer is from its index, and then no configuration keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -16,31 +21,82 @@ import torch
 from torch import nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import describe, text_config
+from secateur.models.architecture import Architecture, describe, setting, text_config
 from secateur.models.classes import text_part
 from secateur.models.layout import Couplings
 from secateur.models.skeleton import quiet_transformers, skeleton_of
-from secateur.structured.checks import check_configuration
-from secateur.structured.configured import (
-    Design,
-    differ,
-    kept_count,
-    layer_changes,
-    layer_sizes,
-    own_sizes,
-    size_changes,
-    uniform,
-)
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,
+    Sizes,
+    check_configuration,
     couplings_of,
     find,
     head_size,
     sizes_of,
 )
 from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
-from secateur.structured.layer_settings import differing_layer, has_attention
+
+INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
+"""Entries with the indices of some layers."""
+
+
+FIRST = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "max_window_layers",
+    "moe_layer_start_index",
+)
+"""Entries that count layers at the start."""
+
+
+LAST = ("num_kv_shared_layers",)
+"""Entries that count layers at the end."""
+
+
+CYCLES = ("block_types",)
+"""Entries that repeat over the layers."""
+
+
+PER_LAYER = ("layer", "block", "pattern", "intermediate_size", "num_key_value_heads")
+"""What is in the names of entries with a value for each layer."""
+
+
+OF_THE_INDEX = ("layer_idx", "layer_id", "layer_number", "training")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A smaller model, before any of its tensors is made.
+
+    Attributes:
+        uncut: the uncut model, with experts as transformers stores them.
+        architecture: of the uncut model.
+        sizes: of the uncut model.
+        layers: for each kept layer, the units it keeps.
+        skeleton: the cut model, parameters on the meta device.
+        edits: of each parameter, by its name in the cut model.
+    """
+
+    uncut: Any
+    architecture: Architecture
+    sizes: Sizes
+    layers: list[LayerCut]
+    skeleton: Any
+    edits: Mapping[str, Edit]
+
+    @property
+    def varied(self) -> bool:
+        """Whether the result needs its own code to load."""
+        return hasattr(self.skeleton.config, "secateur_cut")
+
+    @property
+    def heads_per_group(self) -> int:
+        """Remaining query heads of each KV group."""
+        for layer in self.layers:
+            if layer.queries is not None:
+                return len(layer.queries) // self.sizes.groups[layer.index]
+        return self.sizes.heads_per_group
 
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
@@ -95,18 +151,6 @@ def with_fused_experts(model: Any) -> Any:
     return skeleton_of(type(model), model.config, model.dtype)
 
 
-def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Configuration class, model class and configuration of the base class in transformers."""
-    entries = model.config.to_dict()
-    config_class, model_class = type(model.config), type(model)
-    if entries.pop("secateur_cut", None) is not None:
-        config_class, model_class = config_class.__mro__[1], model_class.__mro__[2]
-        entries["model_type"] = entries.pop("base_model_type")
-        entries.pop("auto_map", None)
-        entries["architectures"] = [model_class.__name__]
-    return config_class, model_class, entries
-
-
 def built_plain(model: Any, made: Design, hidden: Any) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
     couplings, config = made.architecture.couplings, text_config(model.config)
@@ -131,6 +175,174 @@ def built_plain(model: Any, made: Design, hidden: Any) -> Any:
         if fits(skeleton, made):
             return skeleton
     return None
+
+
+def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Configuration class, model class and configuration of the base class in transformers."""
+    entries = model.config.to_dict()
+    config_class, model_class = type(model.config), type(model)
+    if entries.pop("secateur_cut", None) is not None:
+        config_class, model_class = config_class.__mro__[1], model_class.__mro__[2]
+        entries["model_type"] = entries.pop("base_model_type")
+        entries.pop("auto_map", None)
+        entries["architectures"] = [model_class.__name__]
+    return config_class, model_class, entries
+
+
+def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
+    """The changed entries of the configuration, for fewer layers or a narrower stream."""
+    config, kept = text_config(model.config), [layer.index for layer in made.layers]
+    count = len(made.architecture.layers(model))
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changes: dict[str, Any] = {key: len(kept)}
+    if count != len(kept):
+        changes |= kept_settings(config.to_dict(), kept, count)
+    if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
+        dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
+        changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
+        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(hidden)
+    return changes
+
+
+def kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -> dict[str, Any]:
+    """The entries of a configuration that change when only some layers are kept.
+
+    Args:
+        entries: of the uncut configuration.
+        kept: the indices of kept layers, ascending.
+        count: how many layers there were.
+    """
+    new_index = {old: new for new, old in enumerate(kept)}
+    found: dict[str, Any] = {}
+    for name, value in entries.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name in INDICES and isinstance(value, list):
+            found[name] = [new_index[i] for i in value if i in new_index]
+        elif name in FIRST and whole:
+            found[name] = sum(i < value for i in kept)
+        elif name in LAST and whole:
+            found[name] = sum(i >= count - value for i in kept)
+        elif name == "per_layer_config" and isinstance(value, Mapping):
+            found[name] = {new: value[key] for key, new in renumbered(value, new_index)}
+        elif name in CYCLES and isinstance(value, list | tuple) and value:
+            found[name] = [value[i % len(value)] for i in kept]
+        elif is_per_layer(name, value, count):
+            found[name] = type(value)(value[i] for i in kept)
+            if isinstance(value, str):
+                found[name] = "".join(value[i] for i in kept)
+    return found
+
+
+def renumbered(value: Mapping[str, Any], new_index: Mapping[int, int]) -> Iterator[tuple[str, int]]:
+    """The keys of a table with an entry for some layers, and the new number of each kept layer."""
+    for key in value:
+        if int(key) in new_index:
+            yield key, new_index[int(key)]
+
+
+def is_per_layer(name: str, value: Any, count: int) -> bool:
+    """Whether an entry has a value, or a letter, for each layer."""
+    if not isinstance(value, list | tuple | str) or len(value) != count:
+        return False
+    if name.startswith("mtp"):  # of layers that predict further tokens
+        return False
+    return any(part in name for part in PER_LAYER)
+
+
+def layer_sizes(made: Design) -> dict[str, list[int]]:
+    """The number of units of each kept layer, by kind; 0 in layers of another kind."""
+    kinds = ("groups", "neurons", "experts")
+    return {name: [kept_count(made, layer, name) for layer in made.layers] for name in kinds}
+
+
+def uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """One size of each kind: the largest of all layers, and the smallest where they differ.
+
+    A class may compute the sizes of some layers from one entry: late layers of small Gemma 4 have
+    twice as many neurons.
+    """
+    least = {name: min(filter(None, counts), default=0) for name, counts in sizes.items()}
+    most = {name: max(counts) for name, counts in sizes.items()}
+    return [most] if least == most else [most, least]
+
+
+def differ(counts: Sequence[int]) -> bool:
+    """Whether layers that have such units have different numbers of them."""
+    return len({count for count in counts if count}) > 1
+
+
+def own_sizes(
+    made: Design,
+    couplings: Couplings,
+    sizes: Mapping[str, Sequence[int]],
+    known: Mapping[Any, Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """The entries of the configuration for sizes in which layers differ.
+
+    Some configurations have a list for a size (`intermediate_size` of Gemma 3n). For all others it
+    is transformers' `per_layer_config`: {number of a layer: {entry: value}}. Few classes read that;
+    the others refuse it when they are built.
+
+    Args:
+        made: the design.
+        couplings: of the family.
+        sizes: from `layer_sizes`.
+        known: what the layers have of their own besides.
+    """
+    config = text_config(made.uncut.config)
+    names, experts = config.attribute_map, made.architecture.experts
+    of_all: dict[str, Any] = {}
+    own = {new: dict((known or {}).get(new, {})) for new in range(len(made.layers))}
+    for new, groups in enumerate(sizes["groups"]):
+        if groups:
+            heads = names.get("num_attention_heads", "num_attention_heads")
+            own[new] |= {heads: groups * made.heads_per_group}
+            own[new] |= {names.get("num_key_value_heads", "num_key_value_heads"): groups}
+    if isinstance(setting(config, couplings.neurons_key), list):
+        of_all[couplings.neurons_key] = list(sizes["neurons"])
+    elif couplings.neurons_key:
+        for new, neurons in enumerate(sizes["neurons"]):
+            own[new] |= {couplings.neurons_key: neurons} if neurons else {}
+    if experts is not None:
+        for new, count in enumerate(sizes["experts"]):
+            own[new] |= {names.get(experts.count, experts.count): count} if count else {}
+    alike = not (differ(sizes["groups"]) or differ(sizes["experts"]))
+    if of_all and alike and known is None:
+        return of_all
+    return of_all | {"per_layer_config": own}
+
+
+def size_changes(
+    model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
+) -> dict[str, Any]:
+    """The entries of the configuration for sizes that all layers share, or for the largest."""
+    config = text_config(model.config)
+    names = config.attribute_map
+    channels = made.sizes.hidden if hidden is None else len(hidden)
+    heads = sizes["groups"] * made.heads_per_group
+    changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
+    if heads:
+        changes[names.get("num_attention_heads", "num_attention_heads")] = heads
+        if setting(config, "num_key_value_heads") is not None:
+            changes["num_key_value_heads"] = sizes["groups"]
+        own = setting(config, "head_dim", "unknown") != "unknown"
+        if not made.sizes.latent and (own or heads * made.sizes.head_dim != channels):
+            changes["head_dim"] = made.sizes.head_dim
+    if sizes["neurons"] and couplings.neurons_key:
+        changes |= {couplings.neurons_key: sizes["neurons"], **couplings.with_neurons}
+    if made.architecture.experts is not None:
+        count = made.architecture.experts.count
+        changes[names.get(count, count)] = sizes["experts"]
+    if getattr(config, "word_embed_proj_dim", None) == made.sizes.hidden:
+        changes["word_embed_proj_dim"] = channels
+    return changes
+
+
+def kept_count(made: Design, layer: LayerCut, name: str) -> int:
+    """How many units of a kind a layer keeps."""
+    kept = getattr(layer, name)
+    return getattr(made.sizes, name)[layer.index] if kept is None else len(kept)
 
 
 def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +401,45 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
             f"these layers of {type(made.uncut).__name__} cannot be removed: {differing}",
             remedy="remove other layers, or cut units within layers",
         )
+
+
+def has_attention(config: Any) -> bool:
+    """Whether a configuration that names the kinds of its layers names one with attention."""
+    text = text_config(config)
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
+    return any(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
+
+
+def differing_layer(
+    before: Sequence[nn.Module], after: Sequence[nn.Module], kept: Sequence[int], *, resized: bool
+) -> str | None:
+    """The first setting in which a layer differs from the one it comes from; None without any.
+
+    Args:
+        before: the uncut layers.
+        after: the layers of the cut model.
+        kept: the index of each of them in the uncut model.
+        resized: whether other units are cut too, so that numbers may differ.
+    """
+    shared = any(getattr(m, "is_kv_shared_layer", False) for x in before for m in x.modules())
+    for new, old in enumerate(kept):
+        ours = dict(settings(after[new], numbers=not resized))
+        for name, value in settings(before[old], numbers=not resized):
+            if name.endswith("store_full_length_kv") and not shared:
+                continue
+            if name in ours and ours[name] != value:
+                return f"{name} of layer {old} is {value!r}, and would be {ours[name]!r}"
+    return None
+
+
+def settings(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str, Any]]:
+    """The plain attributes of all modules of a layer."""
+    kinds: Any = (bool, str, int, float) if numbers else (bool, str)
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if name in OF_THE_INDEX or name.startswith("_") or not isinstance(value, kinds):
+                continue
+            yield f"{path}.{name}".lstrip("."), value
 
 
 def for_scaled_embedding(model: Any, made: Design, hidden: Any) -> dict[str, Edit]:

@@ -34,8 +34,8 @@ from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.order import refuse_cluster
 from secateur.workflows.prune.prepare import choose_device, settings_of
-from secateur.workflows.structure.checkpoint import structure_recipe
-from secateur.workflows.structure.cut_plan import aim_of, check_together, count
+from secateur.workflows.structure.cut_plan import check_together, count, plan_cut
+from secateur.workflows.structure.run import structure_recipe
 from secateur.workflows.train.checkpoint import run_training
 
 ENDS = {"model": "model", "output": "output"}
@@ -184,7 +184,7 @@ def check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bo
         with named_step(step.number, step.verb):
             if layers is None:
                 skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
-                aim = aim_of(step.recipe, skeleton)
+                aim = plan_cut(step.recipe, skeleton)
                 layers = aim.sizes.layers - aim.drop_layers
             elif step.recipe.keep_layers is not None:
                 layers = count(step.recipe.keep_layers, layers, "decoder layers")

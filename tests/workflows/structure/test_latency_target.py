@@ -19,7 +19,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.prune import StructureResult
-from secateur.workflows.structure.checkpoint import structure_recipe
+from secateur.workflows.structure.run import structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 

@@ -45,8 +45,8 @@ from secateur.workflows.fit.context import Ground
 from secateur.workflows.fit.costs import Costs, costs_of
 from secateur.workflows.fit.evaluation import Yardstick
 from secateur.workflows.fit.storage_formats import KINDS, LevelKind, as_seen, other_bytes, size_of
-from secateur.workflows.structure.checkpoint import STEPS, structure_recipe
-from secateur.workflows.structure.cut_plan import CutPlan, aim_of
+from secateur.workflows.structure.cut_plan import CutPlan, plan_cut
+from secateur.workflows.structure.run import STEPS, structure_recipe
 
 SEARCHED = "the search's choice"
 
@@ -322,7 +322,7 @@ def cut_model(ground: Ground, branch: Branch, plans: list[CutPlan]) -> Path | st
     ends = {"model": str(ground.reader.folder), "output": str(output), **trust(recipe)}
     try:
         run = build_recipe(StructureRecipe, {**options, **ends})
-        plan = aim_of(run, ground.target.model)
+        plan = plan_cut(run, ground.target.model)
         if plan in plans:
             return "the same cut as another one: the model is small"
         plans.append(plan)

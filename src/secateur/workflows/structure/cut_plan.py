@@ -104,8 +104,8 @@ def fewer(kept: Kept, total: int, what: str) -> int | None:
     return number if number < total else None
 
 
-def aim_of(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """Return the plan of a recipe for a model. `latency.py` searches a target in time later.
+def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
+    """Return the plan of a recipe for a model. A target in time is searched later (`width.py`).
 
     Args:
         recipe: the user's recipe.

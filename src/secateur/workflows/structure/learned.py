@@ -45,8 +45,8 @@ from secateur.training.watch import mean_loss
 from secateur.types import Windows
 from secateur.workflows.prune.prepare import window_plan
 from secateur.workflows.structure.cut_plan import CutPlan, representative
-from secateur.workflows.structure.narrow import uniform_cut
-from secateur.workflows.structure.step_context import StepContext
+from secateur.workflows.structure.steps import StepContext
+from secateur.workflows.structure.width import uniform_cut
 from secateur.workflows.train.memory import check_memory, foretell
 from secateur.workflows.train.session import run_loop
 from secateur.workflows.train.text import TrainingText

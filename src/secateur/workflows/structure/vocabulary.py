@@ -21,11 +21,16 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.structured.vocabulary.files import added_tokens, ids_in, read_tokenizer, spoken
-from secateur.structured.vocabulary.pieces import Pieces, pieces_of
-from secateur.structured.vocabulary.selection import TokenUse, kept_tokens
-from secateur.structured.vocabulary.tables import token_tables, trim_checkpoint
-from secateur.workflows.structure.step_context import NOTES
+from secateur.structured.token_pieces import Pieces, TokenUse, kept_tokens, pieces_of
+from secateur.structured.vocabulary import (
+    added_tokens,
+    ids_in,
+    read_tokenizer,
+    spoken,
+    token_tables,
+    trim_checkpoint,
+)
+from secateur.workflows.structure.steps import NOTES
 
 STEP = "vocabulary"
 BATCH = 256

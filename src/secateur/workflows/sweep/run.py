@@ -1,4 +1,4 @@
-"""A sweep prunes one model in many ways and evaluates all results on the same text.
+"""`secateur sweep` prunes one model in many ways and evaluates all results on the same text.
 
 The points share the calibration windows, the tokenised texts, and the evaluation of the dense
 model. They do not share statistics: the inputs of a layer depend on the pruning of the layers
@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.models.whole import load_whole
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent, listener
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.sweep import SweepRecipe
 from secateur.reporting.charts import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
@@ -57,7 +60,6 @@ from secateur.workflows.judge.perplexity import window_progress
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of
 from secateur.workflows.prune.prepare import choose_device, prepare, windows_needed
-from secateur.workflows.sweep.plan import SweepPlan, point_name
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
@@ -406,3 +408,122 @@ def write_views(result: SweepResult) -> None:
         charts = sweep_charts([result])
     if charts:  # a chart needs two points
         save_plots(charts, result.folder / "sweep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """The points of a sweep, and the settings that all points share.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        methods: famous names or presets.
+        sparsities: fractions of zeros, for unstructured sparsity and for blocks.
+        patterns: patterns to try beside `unstructured`; N:M has its own sparsity.
+        calibration: text or windows file for all points.
+        windows: number of calibration windows.
+        sequence_length: tokens of a calibration window; None as in `secateur prune`.
+        seed: seed of the choice of windows.
+        text: text for the evaluation.
+        text_sequence_length: tokens of an evaluation window; 2048, or less if the model is shorter.
+        text_windows: evaluate only this many windows at the start of each text.
+        device: auto, cpu, cuda or cuda:N.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...] = ()
+    patterns: tuple[str, ...] = ()
+    calibration: str = "c4"
+    windows: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+    text: tuple[str, ...] = ("wikitext2",)
+    text_sequence_length: int | None = None
+    text_windows: int | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The settings that must not change when a sweep resumes. New points are allowed."""
+        told = asdict(self)
+        for free in ("methods", "sparsities", "patterns"):
+            del told[free]
+        return {**told, "text": list(self.text)}
+
+    def grid(self) -> list[PointKey]:
+        """Return method, pattern and sparsity of each point, in order.
+
+        Raises:
+            RecipeError: there is no point, or a sparsity is no fraction.
+            PatternError: a pattern has the wrong form.
+        """
+        odd = [sparsity for sparsity in self.sparsities if not 0 <= sparsity < 1]
+        if odd:
+            raise RecipeError(
+                f"{', '.join(f'{x:g}' for x in odd)}: no fraction of zeros in [0, 1)",
+                where="--sparsities",
+                remedy="0.5 prunes half of the weights",
+            )
+        columns = [("unstructured", sparsity) for sparsity in self.sparsities]
+        for text in self.patterns:
+            implied = parse_pattern(text).sparsity
+            columns += [(text, s) for s in (self.sparsities if implied is None else [implied])]
+        grid = [(method, kind, round(s, 6)) for method in self.methods for kind, s in columns]
+        if not grid or not self.text:
+            raise RecipeError(
+                f"{len(self.methods)} methods, {len(columns)} sparsities, {len(self.text)} texts "
+                "to judge on: nothing to do",
+                remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
+            )
+        return list(dict.fromkeys(grid))
+
+
+def point_name(key: PointKey) -> str:
+    """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
+    method, pattern, sparsity = key
+    implied = parse_pattern(pattern).sparsity
+    kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
+    share = [f"{100 * sparsity:g}"] if implied is None else []
+    return "-".join([method, *kind, *share])
+
+
+@takes_options_of(SweepRecipe)
+def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
+    """Prune and evaluate a model with several methods at several sparsities.
+
+    A point that fails is recorded as a failure, and the sweep continues. The next call with the
+    same output resumes the sweep, and tries failed points again.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The points, and the dense model's perplexities.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
+
+
+def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
+    """Carry out a recipe.
+
+    Raises:
+        RecipeError: there is no output folder.
+    """
+    if recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
+    shared = {name: getattr(recipe, name) for name in SweepPlan.__dataclass_fields__}
+    return sweep_plan(
+        SweepPlan(**shared),
+        recipe.output,
+        keep_models=recipe.keep_models,
+        ray=recipe.cluster.ray,
+        ray_processes=recipe.cluster.processes,
+        progress=progress,
+    )

@@ -1,4 +1,4 @@
-"""How a tokenizer makes its tokens, and what it needs for those that stay.
+"""How a tokenizer makes its tokens, which of them stay, and what these need.
 
 BPE (Sennrich et al. 2016, arXiv:1508.07909) begins with the letters of a word, or its bytes, and
 merges the pair of lowest rank until there is none. While it makes a token t within a word, pairs
@@ -18,11 +18,12 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 """The tokens of single bytes in tokenizers that begin with characters."""
@@ -228,3 +229,55 @@ class ScoredPieces:
             "vocab": [[piece, scores[piece]] for piece in order],
             "unk_id": None if name is None else order.index(name),
         }
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """What a text needs of a vocabulary.
+
+    Attributes:
+        counts: how often the text has each token, by id.
+        always: ids that stay whatever the text has: special tokens, ids in configurations.
+    """
+
+    counts: Mapping[int, int]
+    always: frozenset[int]
+
+    def share(self, kept: Iterable[int]) -> float:
+        """The share of the text's tokens that stay."""
+        total = sum(self.counts.values())
+        return sum(self.counts.get(token, 0) for token in kept) / total if total else 1.0
+
+
+def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple[int, ...]:
+    """The ids that stay, ascending.
+
+    Args:
+        pieces: of the tokenizer.
+        use: what the text needs.
+        size: keep at most this number, the most frequent ones first, each with all tokens on the
+            way to it; None keeps every token that the text has.
+
+    Raises:
+        RecipeError: fewer tokens than have to stay.
+    """
+    names = {number: token for token, number in pieces.ids.items()}
+    kept = {pieces.ids[token] for token in pieces.always()} | use.always
+
+    def needed(number: int) -> set[int]:
+        if number not in names:  # it was added to the tokenizer, which does not make it
+            return {number}
+        return {pieces.ids[token] for token in pieces.way_to(names[number])}
+
+    if size is not None and len(kept) > size:
+        raise RecipeError(
+            f"{len(kept)} tokens have to stay: bytes or letters, special tokens, and those that "
+            "configurations name",
+            where="--vocabulary-size",
+            remedy=f"give a number of at least {len(kept)}",
+        )
+    for number in sorted(use.counts, key=lambda token: (-use.counts[token], token)):
+        more = needed(number) - kept
+        if size is None or len(kept) + len(more) <= size:
+            kept |= more
+    return tuple(sorted(kept))

@@ -4,24 +4,34 @@ The linear that reads the heads (output projection) and the linear that reads th
 projection) lose whole columns. The run selects and compensates them layer by layer on pruned
 activations, as for any linear. The rows that produced these columns are then unused and are cut
 as well.
+
+A target in time is the largest size of heads and neurons that meets it. Sizes are timed, not
+calculated, because time depends on the processor, its memory, and the dtype. There are three
+passes. In each pass, a few sizes take turns with the uncut model. The next pass searches between
+the largest size that met the target and the next larger size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from secateur.engine.plan import Plan
 from secateur.engine.stream.targets import Target
 from secateur.errors import RecipeError
+from secateur.evaluation.step_time import StepTimer
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.runs.atomic import write_json
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.patterns import Pattern, parse_pattern
@@ -34,89 +44,6 @@ from secateur.workflows.prune.checkpoint import run_prepared
 from secateur.workflows.prune.chosen_plan import choose_plan
 from secateur.workflows.prune.prepare import Prepared, prepare, tasks_for
 from secateur.workflows.structure.cut_plan import CutPlan, representative
-
-NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
-
-LEVEL = 0.05
-"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
-
-
-@dataclass(frozen=True)
-class WidthRequest:
-    """The settings of a run over the linears that read units.
-
-    Attributes:
-        starts: fraction of units to remove before any allocation, by glob of linears.
-        patterns: patterns by glob of linears.
-        costs: cost of a unit in the budget of an allocation, by linear.
-        whole: globs of linears that keep all units.
-    """
-
-    starts: Mapping[str, float]
-    patterns: Mapping[str, Pattern]
-    costs: Mapping[str, int] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Narrowing:
-    """Chooses units with a pruning run, which also refits the linears that read them.
-
-    Attributes:
-        recipe: recipe of the cut.
-        folder: folder of the model.
-        output: folder of the same model with columns of zeros.
-        windows: file of the calibration tokens.
-        progress: receives every step.
-    """
-
-    recipe: StructureRecipe
-    folder: Path
-    output: Path
-    windows: Path
-    progress: Progress
-
-    def narrow(self, aim: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
-        """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
-        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
-        sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
-        cut = self.cut()
-        if allocation == "uniform":
-            cut = Cut(
-                groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
-            )
-        return cut, self.notes() | {"allocation": allocation}, self.output
-
-    def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
-        """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
-        sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
-        cut = self.cut(kinds=("queries",))
-        kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
-        return Cut(queries=kept), self.notes(), self.output
-
-    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
-        """Run, unless an earlier run made `output`. Return the sizes of the model."""
-        recipe, output = self.recipe, self.output
-        if not output.exists():
-            folder = RunFolder(output, "prune", resume=True)
-            values = values_of(recipe, allocation) | {
-                "model": str(self.folder),
-                "output": str(output),
-                "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
-            }
-            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
-            prepared = requested(prepared, request(prepared.target))
-            run_prepared(prepared, folder, self.progress, Meter.start())
-        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
-
-    def cut(self, **kinds: Any) -> Cut:
-        """The kept units of the pruned model."""
-        trust = self.recipe.trust_remote_code
-        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
-
-    def notes(self) -> dict[str, Any]:
-        """The record of the choice."""
-        return {"score": score_of(self.recipe), "solver": self.recipe.solver}
 
 
 def values_of(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
@@ -378,3 +305,296 @@ def costs_of(
                 name = f"{layer_name(layer)}.{reader}"
                 named[name] = recipe.multiple if kind == "neurons" else levels * step
     return named
+
+
+@dataclass(frozen=True)
+class Size:
+    """A timed candidate.
+
+    Attributes:
+        kept: target fraction of the parameters of heads and neurons; whole units come as near as
+            possible.
+        groups: maximum number of KV groups in a layer.
+        neurons: maximum number of FFN neurons in a layer.
+        milliseconds: time of a token.
+        milliseconds_uncut: time of a token in the uncut model, in the same turns.
+    """
+
+    kept: float
+    groups: int
+    neurons: int
+    milliseconds: float
+    milliseconds_uncut: float
+
+    @property
+    def left(self) -> float:
+        """The fraction of the uncut model's time."""
+        return self.milliseconds / self.milliseconds_uncut
+
+
+@dataclass(frozen=True)
+class SizeSearch:
+    """The inputs for making and timing sizes.
+
+    Attributes:
+        aim: the plan of the other cuts.
+        uncut: skeleton of the uncut model.
+        narrowable: the model after the other cuts.
+        multiple: the number of kept neurons is a multiple of this.
+        device: where a token is timed.
+        timer: measures the time of a token.
+        progress: receives every turn.
+    """
+
+    aim: CutPlan
+    uncut: Any
+    narrowable: Any
+    multiple: int
+    device: torch.device
+    timer: StepTimer
+    progress: Progress
+
+    @property
+    def alone(self) -> bool:
+        """Whether only heads and neurons are cut."""
+        aim = self.aim
+        others = aim.keep_experts, aim.keep_hidden, aim.keep_queries
+        return not aim.drop_layers and others == (None, None, None)
+
+    def timed(
+        self, fractions: Sequence[float], known: Collection[Size] = ()
+    ) -> tuple[list[Size], int]:
+        """Time sizes, largest first, and each number of units once.
+
+        Args:
+            fractions: fractions of heads and neurons to keep. Sizes that whole units cannot make
+                are skipped.
+            known: sizes that are already timed; skipped too.
+
+        Returns:
+            The sizes, and how many tokens were in the cache.
+        """
+        before = {(size.groups, size.neurons) for size in known}
+        made: dict[tuple[int, int], tuple[float, Any]] = {}
+        for kept in fractions:
+            try:
+                cut = uniform_cut(replace(self.aim, joint=1 - kept), self.narrowable, self.multiple)
+            except RecipeError:  # the size is too small for whole units
+                continue
+            skeleton = design(self.narrowable, cut).skeleton
+            sizes = sizes_of(skeleton)
+            narrowed = self.aim.narrowed(sizes.layers)
+            units = (
+                max(sizes.groups[i] for i in narrowed),
+                max(sizes.neurons[i] for i in narrowed),
+            )
+            if units not in before:
+                made.setdefault(units, (kept, skeleton))
+        if not made:
+            return [], 0
+        skeletons = [skeleton for _, skeleton in made.values()]
+        found = self.timer([self.uncut, *skeletons], self.device, self.progress)
+        uncut, *seconds = found.seconds
+        return [
+            Size(kept, *units, 1e3 * each, 1e3 * uncut)
+            for (units, (kept, _)), each in zip(made.items(), seconds, strict=True)
+        ], found.context_tokens
+
+
+def found_latency(
+    recipe: StructureRecipe,
+    aim: CutPlan,
+    model: Any,
+    device: torch.device,
+    timer: StepTimer,
+    progress: Progress,
+    kept: Path,
+) -> dict[str, Any]:
+    """Find the largest size that meets the target, and return all measurements.
+
+    Args:
+        recipe: recipe with a target in time.
+        aim: the plan of the other cuts, with all heads and neurons.
+        model: the uncut skeleton.
+        device: where a token is timed.
+        timer: measures the time of a token.
+        progress: receives every turn.
+        kept: file of the result; a stopped run may have written it.
+
+    Returns:
+        The record for the manifest; `joint` is the fraction of heads and neurons to remove.
+
+    Raises:
+        RecipeError: no size meets the target, or the other cuts alone meet it.
+    """
+    if kept.exists():
+        measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return measured
+    assert recipe.decode_latency is not None
+    search = SizeSearch(
+        aim,
+        design(model, Cut()).skeleton,
+        design(model, representative(aim)).skeleton,
+        recipe.multiple,
+        device,
+        timer,
+        progress,
+    )
+    best, sizes, context = largest(search, recipe.decode_latency)
+    found: dict[str, Any] = {
+        "target": recipe.decode_latency,
+        "joint": 1 - best.kept,
+        "milliseconds_before": best.milliseconds_uncut,
+        "milliseconds_after": best.milliseconds,
+        "batch": 1,
+        "context_tokens": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "candidates": [asdict(size) for size in sizes],
+    }
+    write_json(kept, found)
+    return found
+
+
+def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
+    """Return the largest size within the target, all timed sizes, and the length of the context.
+
+    Raises:
+        RecipeError: no size is within the target, or a size without any cut is.
+    """
+    sizes, context = search.timed(FIRST if search.alone else (1.0, *FIRST))
+    within = [size for size in sizes if size.left <= target]
+    if not within:
+        raise beyond_reach(target, sizes)
+    best = within[0]
+    if best.kept == 1:
+        raise RecipeError(
+            f"a token is to take {target:.0%} of its time; with all heads and neurons it takes "
+            f"{best.left:.1%}",
+            remedy="leave the target out, or choose a smaller one",
+        )
+    timed, above = list(sizes), next((s.kept for s in reversed(sizes) if s.kept > best.kept), 1.0)
+    for _ in range(PASSES - 1):
+        step = (above - best.kept) / (BETWEEN + 1)
+        sizes, _ = search.timed([above - step * (i + 1) for i in range(BETWEEN)], timed)
+        timed += sizes
+        best = max((s for s in timed if s.left <= target), key=lambda size: size.kept)
+        above = min((s.kept for s in timed if s.kept > best.kept), default=1.0)
+    return best, sorted(timed, key=lambda size: -size.kept), context
+
+
+def beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
+    """The error that no size meets the target. It names the smallest measured size."""
+    if not sizes:
+        return RecipeError(
+            "heads and neurons cannot be cut to any size between a tenth and all of them",
+            remedy="choose a smaller --multiple, or drop layers: --keep-layers",
+        )
+    least = sizes[-1]
+    return RecipeError(
+        f"a token is to take {target:.0%} of its time; with {least.groups} KV groups and "
+        f"{least.neurons} neurons a layer, the smallest size measured, it takes {least.left:.1%} "
+        f"({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
+        remedy="ask for more than that, or drop layers too: --keep-layers",
+    )
+
+
+NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
+
+
+LEVEL = 0.05
+"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
+
+
+FILE = "latency.json"
+"""The file of the measurements in the work folder. A resumed run reads it."""
+
+
+FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
+"""Fractions of heads and neurons to keep in the first pass."""
+
+
+PASSES = 3
+
+
+BETWEEN = 4
+"""Sizes of each later pass: three passes distinguish fractions of 1 %."""
+
+
+@dataclass(frozen=True)
+class WidthRequest:
+    """The settings of a run over the linears that read units.
+
+    Attributes:
+        starts: fraction of units to remove before any allocation, by glob of linears.
+        patterns: patterns by glob of linears.
+        costs: cost of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
+    """
+
+    starts: Mapping[str, float]
+    patterns: Mapping[str, Pattern]
+    costs: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Chooses units with a pruning run, which also refits the linears that read them.
+
+    Attributes:
+        recipe: recipe of the cut.
+        folder: folder of the model.
+        output: folder of the same model with columns of zeros.
+        windows: file of the calibration tokens.
+        progress: receives every step.
+    """
+
+    recipe: StructureRecipe
+    folder: Path
+    output: Path
+    windows: Path
+    progress: Progress
+
+    def narrow(self, aim: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
+        """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
+        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
+        sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
+        cut = self.cut()
+        if allocation == "uniform":
+            cut = Cut(
+                groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
+            )
+        return cut, self.notes() | {"allocation": allocation}, self.output
+
+    def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
+        """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
+        sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
+        cut = self.cut(kinds=("queries",))
+        kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
+        return Cut(queries=kept), self.notes(), self.output
+
+    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
+        """Run, unless an earlier run made `output`. Return the sizes of the model."""
+        recipe, output = self.recipe, self.output
+        if not output.exists():
+            folder = RunFolder(output, "prune", resume=True)
+            values = values_of(recipe, allocation) | {
+                "model": str(self.folder),
+                "output": str(output),
+                "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
+            }
+            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
+            prepared = requested(prepared, request(prepared.target))
+            run_prepared(prepared, folder, self.progress, Meter.start())
+        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
+
+    def cut(self, **kinds: Any) -> Cut:
+        """The kept units of the pruned model."""
+        trust = self.recipe.trust_remote_code
+        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
+
+    def notes(self) -> dict[str, Any]:
+        """The record of the choice."""
+        return {"score": score_of(self.recipe), "solver": self.recipe.solver}

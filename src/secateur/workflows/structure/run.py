@@ -1,6 +1,8 @@
 """Cuts structure: the result has fewer layers, heads, neurons, channels or experts.
 
 plan in units ─► steps, each a smaller model ─► distillation from the uncut model ─► verified
+
+The distillation is optional: the smaller model learns from the uncut one.
 """
 
 from __future__ import annotations
@@ -14,23 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from secateur.calibration.continuation import PREFIX
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.mix import texts_of
 from secateur.calibration.windows import EXTRA, load_windows, save_windows
+from secateur.engine.learning_memory import distilling_bytes
+from secateur.engine.memory_budget import memory_budget
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
-from secateur.models.architecture import text_config
-from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.architecture import describe, hidden_size, text_config
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
 from secateur.models.copies import copy_of
 from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
 from secateur.models.positions import positions_of
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.models.whole import load_whole
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
@@ -39,35 +47,62 @@ from secateur.reporting.results.plan import CutPlanResult
 from secateur.reporting.results.prune import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import Meter, environment
+from secateur.runs.environment import Meter, environment, resident_bytes
 from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
+from secateur.workflows.prune.chosen_plan import SWEEP_WINDOWS, tell_of_sweeps
+from secateur.workflows.prune.distillation import learn
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
+from secateur.workflows.prune.learning import FINAL, Lessons, Pupil, once, trainable_names
 from secateur.workflows.prune.order import give
 from secateur.workflows.prune.prepare import choose_device, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
-from secateur.workflows.structure.cut_plan import CutPlan, aim_of
-from secateur.workflows.structure.latency import FILE, found_latency
-from secateur.workflows.structure.learned import check_learned
-from secateur.workflows.structure.narrow import check_width, counted_cut, planned_width
-from secateur.workflows.structure.recovery import distill
-from secateur.workflows.structure.shared_survey import refuse_several
-from secateur.workflows.structure.stages import steps_of
-from secateur.workflows.structure.step_context import NOTES, StepContext
+from secateur.workflows.prune.streamed_distillation import StreamedDistillation
+from secateur.workflows.structure.cut_plan import CutPlan, plan_cut
+from secateur.workflows.structure.learned import check_learned, choose_learned
+from secateur.workflows.structure.steps import (
+    NOTES,
+    RefitStep,
+    Step,
+    StepContext,
+    choose_experts,
+    choose_hidden,
+    choose_layers,
+    choose_queries,
+    choose_width,
+    refits,
+    refuse_several,
+)
 from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source
+from secateur.workflows.structure.width import (
+    FILE,
+    check_width,
+    counted_cut,
+    found_latency,
+    planned_width,
+)
 
 log = logging.getLogger(__name__)
 
+
 CALIBRATION, WINDOWS = "calibration.json", "windows.safetensors"
+
+
 MANIFEST, STEPS = "manifest.json", "steps.json"
+
+
+WAY = "way.json"
+"""The file with the number of windows in a sweep."""
+
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
     "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
     "other engines need --pad"
 )
+
 
 Read = tuple[Tensor, dict[str, Any]]
 """Calibration windows [samples, sequence_length], and the record of their source."""
@@ -92,11 +127,11 @@ def structure(
     """
     recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
     if call.pop("dry_run", False):
-        return plan_cut(recipe, call)
+        return plan_structure(recipe, call)
     return structure_recipe(recipe, listener(progress), **call)
 
 
-def plan_cut(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
+def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
     """Check a recipe, and show what the cut would leave and need.
 
     Args:
@@ -147,7 +182,7 @@ def opened(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint
     if recipe.learned is not None:
         refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
-    aim = aim_of(recipe, skeleton)
+    aim = plan_cut(recipe, skeleton)
     check_width(recipe, aim, skeleton)
     check_vocabulary(recipe, source, skeleton)
     return source, skeleton, aim
@@ -196,6 +231,37 @@ def structure_recipe(
     return StructureResult(manifest, folder.output)
 
 
+def identity(
+    recipe: StructureRecipe, source: LocalCheckpoint, progress: Progress
+) -> dict[str, Any]:
+    """Everything that affects the cut model."""
+    return {
+        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+        "source_files": file_digests(shard_files(source.folder), progress),
+    }
+
+
+def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
+    """Return the steps that a plan needs, in order. The model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [Step("learned", choose_learned)]
+    found: list[Step | RefitStep] = []
+    if aim.drop_layers:
+        found.append(Step("depth", choose_layers))
+    if aim.keep_experts is not None:
+        found.append(Step("experts", choose_experts))
+    if aim.keep_hidden is not None:
+        found.append(Step("hidden", choose_hidden))
+    if refits(recipe, aim, describe(model)):
+        found.append(RefitStep())
+    if aim.keep_queries is not None:
+        found.append(Step("queries", choose_queries))
+    if aim.narrows:
+        found.append(Step("width", choose_width))
+    return found
+
+
 def cut_into(
     folder: RunFolder,
     recipe: StructureRecipe,
@@ -212,7 +278,7 @@ def cut_into(
     base, steps = trimmed_source(recipe, source, folder.work, progress)
     trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
     if steps:
-        aim = aim_of(recipe, trimmed)
+        aim = plan_cut(recipe, trimmed)
     lessons, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
     windows, _ = split_extra(lessons, calibration.get(EXTRA, 0))
     if recipe.decode_latency is not None:
@@ -253,17 +319,6 @@ def cut_into(
     card = structure_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(folder.model / "README.md", card)
     folder.finish()
-
-
-def identity(
-    recipe: StructureRecipe, source: LocalCheckpoint, progress: Progress
-) -> dict[str, Any]:
-    """Everything that affects the cut model."""
-    return {
-        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
-        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "source_files": file_digests(shard_files(source.folder), progress),
-    }
 
 
 def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
@@ -327,6 +382,118 @@ def calibration_of(
     save_windows(windows, file, start=start, extra=count)
     write_json(record, provenance)
     return windows, provenance
+
+
+def distill(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    folder: RunFolder,
+    windows: Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Distill the uncut model into the cut one, and overwrite its weights with the result.
+
+    Both models are in memory if they fit, else one decoder layer (`streamed_distillation.py`). In
+    memory everything learns but the embeddings and the head; in sweeps the decoder layers learn.
+    """
+    if not recipe.distillation.epochs:
+        return None
+    trust, reader = recipe.trust_remote_code, CheckpointReader(folder.model)
+    dense = CheckpointTarget(open_weights(source.folder), None, device, trust_remote_code=trust)
+    made = CheckpointTarget(
+        reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
+    )
+    size = sweep_windows_of(recipe, dense, folder, windows)
+    lessons = Lessons(windows, recipe.distillation, recipe.calibration.seed)
+    if size:
+        return learn_streamed(recipe, dense, made, folder, lessons, size, progress)
+    return learn_whole(recipe, source, made, folder, lessons, progress)
+
+
+def sweep_windows_of(
+    recipe: StructureRecipe, dense: CheckpointTarget, folder: RunFolder, windows: Tensor
+) -> int:
+    """Return the number of windows in a sweep; 0 if both whole models fit into memory.
+
+    The choice is stored, so a resumed run keeps it.
+    """
+    told, asked = folder.work / WAY, recipe.distillation.sweep_windows
+    if told.exists():
+        return int(json.loads(told.read_text(encoding="utf-8"))["sweep_windows"])
+    size = asked or 0
+    if asked is None:
+        budget = memory_budget(recipe.memory.max_bytes, dense.device).computing
+        # of two models of the uncut size
+        needed = distilling_bytes(dense, windows[:1])
+        needed += resident_bytes() if dense.device.type == "cpu" else 0
+        if needed > budget:
+            size = SWEEP_WINDOWS
+            tell_of_sweeps(size, needed, budget)
+    write_json(told, {"sweep_windows": size})
+    return size
+
+
+def learn_streamed(
+    recipe: StructureRecipe,
+    dense: CheckpointTarget,
+    made: CheckpointTarget,
+    folder: RunFolder,
+    lessons: Lessons,
+    size: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distill with one decoder layer in memory."""
+    width = hidden_size(made.model)
+
+    def pupil(module: nn.Module, number: int) -> Pupil:
+        return Pupil(module, frozenset(trainable_names(made, number)), width)
+
+    return StreamedDistillation(
+        dense,
+        folder.model,
+        range(len(made.layers)),
+        pupil,
+        lessons,
+        size,
+        folder.work / "distillation",
+        progress,
+        trust_remote_code=recipe.trust_remote_code,
+    ).learn_into(made)
+
+
+def learn_whole(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    made: CheckpointTarget,
+    folder: RunFolder,
+    lessons: Lessons,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distill with both models in memory."""
+    saved, device, trust = folder.work / "distillation", made.device, recipe.trust_remote_code
+
+    def train() -> dict[str, float]:
+        teacher = load_whole(
+            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        student = load_whole(folder.model, device, trust_remote_code=trust)
+        outside = {id(p) for p in student.get_input_embeddings().parameters()}
+        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
+        trained = [
+            name
+            for name, p in student.named_parameters()
+            if id(p) not in outside and p.is_floating_point() and p.numel()
+        ]
+        return learn(student, teacher, trained, lessons, progress, saved)
+
+    losses = once(saved, train)
+    assert made.output is not None
+    with safe_open(saved / FINAL, "pt") as learned:
+        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            made.output.write(made.stored[name], learned.get_tensor(name))
+    made.output.sync()
+    return losses
 
 
 def verified(
