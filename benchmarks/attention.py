@@ -22,9 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from hardware import heading, keep, markdown
 from secateur.calibration.documents import read_text
 from secateur.engine.stream.attention import WrittenOut
+from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.precision import exact_matmuls, fast_dtype, fast_matmuls
 from secateur.training.batches import Batch
 from secateur.training.objectives import NextToken

@@ -29,9 +29,9 @@ import transformers
 import secateur
 from hardware import heading, keep, markdown
 from secateur.calibration.documents import read_text
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.training.lora import Adapters, attach
 from secateur.training.masks import Masks
 

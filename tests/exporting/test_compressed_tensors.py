@@ -16,8 +16,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import ArchitectureError, ShapeError
 from secateur.exporting.compressed_tensors import pack_int32
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.whole import load_whole
 from tiny import save_tiny
 from zoo import PLAIN_MIXTURES, tiny_windows
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.configuration import check_sizes
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton
-from secateur.models.whole import load_whole
 from tiny import save_tiny
 from zoo import CONFIGS, MIXTURES
 

@@ -19,7 +19,7 @@ from runtime.packed_models import packed_model
 from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import check_folder
+from secateur.models.configuration import check_folder
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from runtime.packed_models import packed_model
 from secateur.errors import CheckpointError, NumericalError
-from secateur.models.finite import BLOCK_VALUES, not_finite, refuse_not_finite
+from secateur.models.checkpoint import BLOCK_VALUES, not_finite, refuse_not_finite
 from secateur.models.sources import resolve
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
@@ -172,7 +172,7 @@ def test_large_files_are_read_in_small_blocks(tmp_path: Path, monkeypatch) -> No
 
 def test_a_file_is_read_once_while_it_stays(model: Path, monkeypatch) -> None:
     resolve(model)
-    monkeypatch.setattr("secateur.models.finite.not_finite", lambda tensor: 1)
+    monkeypatch.setattr("secateur.models.checkpoint.not_finite", lambda tensor: 1)
     resolve(model)
     damaged(model, value=0.0)
     with pytest.raises(NumericalError, match="so are values of"):

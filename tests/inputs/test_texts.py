@@ -104,7 +104,7 @@ def test_a_decoder_of_zeros_is_refused(refused, run, model: Path, tmp_path: Path
     words = ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"]
     assert "all 21 matrices of the decoder are zero" in refused(*words)
     assert not (tmp_path / "out.partial").exists()
-    loaded = secateur.models.whole.load_whole(model, torch.device("cpu"))
+    loaded = secateur.models.opening.load_whole(model, torch.device("cpu"))
     with pytest.raises(secateur.errors.NumericalError, match="all 21 matrices"):
         secateur.prune(loaded, method="magnitude", sparsity=0.5)
 

@@ -30,8 +30,7 @@ from at_rest import (
 )
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.at_rest import AssembledReader
-from secateur.models.opening import open_weights
-from secateur.models.whole import load_whole
+from secateur.models.opening import load_whole, open_weights
 from secateur.progress import Silent
 from tiny import save_tiny
 

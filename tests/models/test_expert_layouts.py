@@ -17,11 +17,10 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError
 from secateur.models.architecture import describe, experts_of, families, family_of, text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.experts import opened_experts
+from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.layout import ExpertLayout, flagged_layout
-from secateur.models.open_experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.stored_experts import stored_in_table
+from secateur.models.stored_parameters import stored_in_table
 from slow import slow_but
 from tiny import tiny_tokenizer
 from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows

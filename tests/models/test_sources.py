@@ -22,12 +22,11 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models import gguf_file as conversion
 from secateur.models import hub, samples
-from secateur.models.folder_checks import check_folder
-from secateur.models.gguf_file import convert_gguf
+from secateur.models import sources as conversion
+from secateur.models.configuration import check_folder
 from secateur.models.samples import fetch_from_wheel
-from secateur.models.sources import resolve
+from secateur.models.sources import convert_gguf, resolve
 from secateur.models.tokenizer import load_tokenizer
 from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.diagnostics.audit import count
 from secateur.diagnostics.claims import Claims
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.models.finite import not_finite
+from secateur.models.checkpoint import not_finite
 from secateur.models.inventory import StoredMatrix
 
 

@@ -40,9 +40,9 @@ from secateur.engine.stream.kinds import LayerLayout, layouts, on_meta, refuse_u
 from secateur.engine.stream.residency import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.experts import OpenExperts
 from secateur.models.inventory import Left
 from secateur.models.layer_cache import layer_caches
-from secateur.models.open_experts import OpenExperts
 from secateur.runs.environment import resident_bytes
 from secateur.sparsity.allocation import Allocation
 

@@ -29,8 +29,7 @@ from secateur.calibration.cutting import WindowCutter
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.protocol import fingerprint
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.models.architecture import refuse_non_decoders
-from secateur.models.positions import positions_of
+from secateur.models.architecture import positions_of, refuse_non_decoders
 from secateur.models.tokenizer import Tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.shares import micro_batches, rows_of

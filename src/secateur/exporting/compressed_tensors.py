@@ -29,9 +29,8 @@ from secateur.errors import ShapeError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
-from secateur.models.checkpoint import INDEX_NAME, shard_name
+from secateur.models.checkpoint import INDEX_NAME, PLAIN, ShardWriter, shard_name
 from secateur.models.opening import computed_dtype
-from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS, GroupGrid

@@ -15,7 +15,7 @@ from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.checkpoint import ShardWriter
 from secateur.progress import Progress
 from secateur.runtime.semi_structured.layout import (
     COLUMNS,

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
-from secateur.models.checkpoint import CheckpointReader
-from secateur.models.finite import refuse_not_finite
+from secateur.models.checkpoint import CheckpointReader, refuse_not_finite
 from secateur.models.header import read_header
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton, quiet_transformers
-from secateur.models.stored import StoredModel
-from secateur.models.whole import load_whole
+from secateur.models.stored_parameters import StoredModel
 from secateur.training.lora import merge, need_peft
 
 WEIGHTS = "adapter_model.safetensors"

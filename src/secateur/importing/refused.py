@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.models.names import PICKLES
+from secateur.models.hub import PICKLES
 
 CONVERT = (
     'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone().contiguous() for '

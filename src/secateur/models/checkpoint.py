@@ -1,4 +1,4 @@
-"""Safetensors folders: read a tensor at a time, and patch a copy in place.
+"""Safetensors folders: read a tensor at a time, patch a copy in place, or write new files.
 
 A pruned model has the same tensors, shapes and dtypes as its source. So the output is a byte copy
 of the source in which the pruned tensors are overwritten at their offsets. All other tensors are
@@ -7,24 +7,30 @@ bit-identical by construction, and writing costs no memory.
 This module reads the byte layout (8-byte little-endian header length, JSON header, data) directly
 and does not use the memory map of the safetensors library: mapped pages count as resident memory,
 and an in-place write needs the offsets.
+
+A new file is written tensor by tensor, in any order, with one tensor in memory (`ShardWriter`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from io import FileIO
+from math import prod
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError
-from secateur.models.header import Header, TensorEntry, parse_json, read_header
+from secateur.errors import CheckpointError, NumericalError
+from secateur.models.header import DTYPES, Header, TensorEntry, parse_json, read_header
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 
@@ -347,3 +353,184 @@ class PatchedCopy:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         self._dirty.clear()
+
+
+PLAIN = {"format": "pt"}
+"""The metadata of a file of plain weights, as transformers writes it."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST = 2**50
+"""A number with more digits than any offset or length has."""
+
+Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+"""Dtype, shape and offset in the data, for each tensor."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors."""
+    return NAMES[dtype]
+
+
+class ShardWriter:
+    """Writes one safetensors file, tensor by tensor, in any order.
+
+    The header comes before the data and describes it, so its length must be known first. Tensors
+    with known dtype and shape get their place at once, larger dtypes first, so that each is aligned
+    to its own size. Tensors whose length is not known yet (compressed ones) follow in the order of
+    writing. The header is written last: until then no program can mistake the file for a complete
+    one.
+
+    Args:
+        file: written over.
+        known: dtype and shape of the tensors where they are known.
+        appended: names of the tensors of bytes whose length is not known yet.
+        longest_metadata: metadata at least as long as the one for `close`.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        known: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        appended: list[str],
+        longest_metadata: Mapping[str, str],
+    ) -> None:
+        self.file = file
+        self.placed: Described = {}
+        self.end = 0
+        for name, (dtype, shape) in sorted(known.items(), key=lambda x: -x[1][0].itemsize):
+            self.placed[name] = (dtype, shape, self.end)
+            self.end += torch.Size(shape).numel() * dtype.itemsize
+        unknown: Described = dict.fromkeys(appended, (torch.uint8, (LONGEST,), LONGEST))
+        self.waiting = {*known, *appended}
+        self.header_bytes = len(header_text(self.placed | unknown, longest_metadata))
+        self.header_bytes += -self.header_bytes % 8
+        try:
+            self.stream = file.open("wb", buffering=0)
+        except OSError as error:
+            raise cannot_write(error, file) from error
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stream.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor to its place; each must be written once.
+
+        Raises:
+            MemoryBudgetError: the disk is full.
+        """
+        self.waiting.remove(name)
+        if name not in self.placed:
+            self.placed[name] = (tensor.dtype, tuple(tensor.shape), self.end)
+            self.end += tensor.nbytes
+        dtype, shape, offset = self.placed[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+        try:
+            self.stream.seek(8 + self.header_bytes + offset)
+            write_all(self.stream, tensor.contiguous())
+        except OSError as error:
+            raise cannot_write(error, self.file) from error
+
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, and return when the file would survive a power cut."""
+        if self.waiting:
+            raise ValueError(f"{len(self.waiting)} tensors were not written: {min(self.waiting)}")
+        text = header_text(self.placed, metadata)
+        if len(text) > self.header_bytes:
+            raise ValueError(f"header of {len(text)} bytes where {self.header_bytes} are kept free")
+        try:
+            self.stream.seek(0)
+            self.stream.write(self.header_bytes.to_bytes(8, "little"))
+            self.stream.write(text.ljust(self.header_bytes))
+            os.fsync(self.stream.fileno())
+        except OSError as error:
+            raise cannot_write(error, self.file) from error
+
+
+def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
+    """The JSON of a header, tensors in the order of their bytes."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (dtype, shape, offset) in sorted(placed.items(), key=lambda x: x[1][2]):
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": dtype_name(dtype),
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+BLOCK_VALUES = 2**21
+"""So many values are in memory while a file is checked for NaN."""
+NOT_FINITE = {
+    torch.float8_e4m3fn: (0x7F, 0x7F),
+    torch.float8_e5m2: (0x7F, 0x7C),
+    torch.float8_e8m0fnu: (0xFF, 0xFF),
+}
+"""For floats of one byte, which torch cannot add up: the bits besides the sign, and the lowest
+pattern of these bits that is no finite number."""
+
+
+def refuse_not_finite(files: Iterable[Path]) -> None:
+    """Refuse weights that are NaN or infinite. Each file is read once, in small blocks.
+
+    A process checks a file once, as long as nobody changes it.
+
+    Args:
+        files: safetensors files, of plain weights or of the parts of packed ones.
+
+    Raises:
+        NumericalError: there are such values; the message names the tensors and their number.
+    """
+    for file in files:
+        found = file.stat()
+        check_values(file.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def check_values(file: Path, inode: int, size: int, changed: int) -> None:
+    """Refuse a file with NaN or infinite values; the other arguments say which file it is."""
+    bad: dict[str, tuple[int, int]] = {}
+    with file.open("rb", buffering=0) as stream:
+        for name, entry in read_header(file).entries.items():
+            if not entry.dtype.is_floating_point:
+                continue
+            count, odd = prod(entry.shape), 0
+            block = torch.empty(min(count, BLOCK_VALUES), dtype=entry.dtype)
+            stream.seek(entry.offset)
+            for start in range(0, count, BLOCK_VALUES):
+                block = block[: count - start]
+                read_all(stream, block)
+                odd += not_finite(block)
+            if odd:
+                bad[name] = odd, count
+    if bad:
+        name, (odd, count) = next(iter(bad.items()))
+        more = f"; so are values of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise NumericalError(
+            f"{odd} of {count} weights are NaN or infinite{more}",
+            where=f"{name} in {file}",
+            remedy="the checkpoint is damaged: download or make it again; "
+            "`secateur diagnose` lists all such tensors",
+        )
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not tensor.is_floating_point():
+        return 0
+    if tensor.dtype in NOT_FINITE:
+        bits, lowest = NOT_FINITE[tensor.dtype]
+        return int((tensor.view(torch.uint8).bitwise_and(bits) >= lowest).sum())
+    # One sum is enough for good values; only a bad one is examined in detail.
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())

@@ -15,14 +15,15 @@ from secateur.models.at_rest import AssembledReader, view_in
 from secateur.models.checkpoint import (
     INDEX_NAME,
     INDEX_NAMES,
+    PLAIN,
     CheckpointReader,
     PatchedCopy,
+    ShardWriter,
     copied_files,
     note_links,
     read_entry,
     shard_name,
 )
-from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
 

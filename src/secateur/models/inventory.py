@@ -17,10 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from secateur.errors import CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.architecture import Architecture, Linear, is_router, linears_of, mixes_states
 from secateur.models.experts import of_unknown_experts
-from secateur.models.sharing import shared_parameters
 
 EXPERTS = "experts in a layout that is not known"
 BESIDE = "not in the decoder's layers"
@@ -271,3 +270,40 @@ def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int
     for matrix in matrices:
         if matrix.linear is None:
             yield matrix.part or matrix.name, matrix.reason, matrix.weights
+
+
+def shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
+    """Parameters of decoder layers that are shared: name → name of the first one.
+
+    In a loaded model the parameters are the same objects. In a skeleton they are separate until
+    they are tied, so its class names them.
+    """
+    prefix = architecture.layers_path + "."
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and name.startswith(prefix):
+            found[name] = other
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found.update({name: other for name, other in tied.items() if name.startswith(prefix)})
+    return found
+
+
+def refuse_shared(model: Any, architecture: Architecture) -> None:
+    """Refuse decoder layers that share weights with each other.
+
+    Pruning one layer would prune all of them, but the score would use the inputs of only one.
+
+    Raises:
+        ArchitectureError: names two parameters that are the same.
+    """
+    shared = shared_parameters(model, architecture)
+    if shared:
+        name, other = next(iter(shared.items()))
+        raise ArchitectureError(
+            f"{len(shared)} parameters of decoder layers are shared with other layers; the first "
+            f"is that of {other}",
+            where=name,
+            remedy="pruning layers that share weights is not supported",
+        )

@@ -1,24 +1,38 @@
 """Finds the model that the user names: folder, GGUF file, sample or hub id → checked folder.
 
 Every source becomes a folder of safetensors with configuration and tokenizer. Pickled weights are
-refused. Code that comes with a model is fetched only if the caller trusts it.
+refused. Code that comes with a model is fetched only if the caller trusts it. A GGUF file is
+expanded once, to a folder of safetensors in the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import io
+import logging
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models.checkpoint import shard_files
-from secateur.models.finite import refuse_not_finite
-from secateur.models.folder_checks import check_folder
-from secateur.models.gguf_file import convert_gguf
-from secateur.models.hub import download_model
-from secateur.models.names import CONVERT, PICKLES, hub_name, kind_of_name, no_such_model
-from secateur.models.samples import MODELS
+from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
+from secateur.models.checkpoint import refuse_not_finite, shard_files
+from secateur.models.configuration import check_folder
+from secateur.models.hub import (
+    CONVERT,
+    PICKLES,
+    download_model,
+    hub_name,
+    kind_of_name,
+    no_such_model,
+)
+from secateur.models.samples import MODELS, PARTIAL, cache_folder, sweep_partials
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 
@@ -147,3 +161,184 @@ def from_file(file: Path, dtype: str, progress: Progress) -> Path:
         where=str(file),
         remedy="name the folder that holds config.json and the safetensors, or a .gguf file",
     )
+
+
+log = logging.getLogger(__name__)
+
+LICENSE = "general.license"
+BASE_MODELS = ("general.base_model.0.repo_url", "general.source.repo_url")
+"""Where a GGUF file names the model that it was made of."""
+
+
+def convert_gguf(
+    file: Path,
+    dtype: str = "float32",
+    *,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Expand a GGUF file to a folder of safetensors in the cache, once.
+
+    The blocks of a GGUF file are scales and small integers, so their values are exact in float32;
+    the two shorter dtypes round them. The conversion needs memory for the whole model.
+
+    Args:
+        file: the GGUF file.
+        dtype: of the safetensors.
+        key: what identifies the file's bytes; by default its name, size and time of change.
+        progress: receives the steps.
+
+    Raises:
+        CheckpointError: the file is damaged, or of an architecture that cannot be converted.
+        SourceError: the cache cannot be written.
+    """
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError(
+            f"not a GGUF file: it begins with {magic!r}",
+            where=str(file),
+            remedy="copy or download the file again",
+        )
+    status = file.stat()
+    key = key or f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    converted = cache_folder() / "converted"
+    target = converted / f"{file.stem}-{dtype}-{digest}"
+    if is_whole(target):
+        return target
+    try:
+        converted.mkdir(parents=True, exist_ok=True)
+        sweep_partials(converted)
+        with tempfile.TemporaryDirectory(dir=converted, suffix=PARTIAL) as work:
+            expand_gguf(file, dtype, Path(work), progress or Silent())
+            put_in_place(Path(work), target)
+    except OSError as error:
+        raise SourceError(
+            f"the cache cannot be written: {error}",
+            where=str(converted),
+            remedy="free some space, or set SECATEUR_HOME to a folder that can be written",
+        ) from error
+    return target
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a converted folder exists and is undamaged."""
+    try:
+        check_folder(folder)
+    except SecateurError:
+        return False
+    return True
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Rename a finished folder in one step, unless another process was first."""
+    if target.exists() and not is_whole(target):
+        shutil.rmtree(target)
+    finished = work / "finished"
+    try:
+        os.replace(finished, target)
+    except OSError:
+        if not is_whole(target):
+            raise
+
+
+def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
+    """Write a GGUF file's weights, configuration and tokenizer into `work`/finished."""
+    import torch
+    import transformers
+
+    from secateur.models.skeleton import quiet_transformers
+
+    log.info("expanding %s to %s safetensors (once)", file.name, dtype)
+    progress.start(f"reading {file.name}", 1)
+    options = {"gguf_file": file.name}
+    dequantize = {}
+    if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
+        dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    bar = BarReader(f"converting {file.name}", progress)
+    with quiet_transformers(), parsed_once(), redirect_stderr(bar):
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=getattr(torch, dtype), **options, **dequantize
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+        except Exception as error:  # the reader fails in many ways on damaged bytes
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"the GGUF file cannot be converted: {said[0]}",
+                where=str(file),
+                remedy="copy or download the file again; if it is whole, its architecture or "
+                "block type is not known to this release of transformers: name the hub id of the "
+                "model it was made from instead",
+            ) from error
+        progress.finish()
+        progress.start(f"writing {file.stem} as safetensors", 1)
+        model.save_pretrained(work / "finished")
+        tokenizer.save_pretrained(work / "finished")
+        write_card(file, work / "finished")
+        progress.finish()
+
+
+def write_card(file: Path, folder: Path) -> None:
+    """Write a model card with the licence and the base model that a GGUF file names, if it does."""
+    import gguf
+    from huggingface_hub import ModelCardData
+
+    fields = gguf.GGUFReader(str(file)).fields
+    named = {key: fields[key].contents() for key in (LICENSE, *BASE_MODELS) if key in fields}
+    base = next((str(named[key]) for key in BASE_MODELS if key in named), "")
+    found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", base)
+    license, base_model = named.get(LICENSE), found[1] if found else None
+    if license or base_model:
+        text = ModelCardData(license=license, base_model=base_model).to_yaml()
+        (folder / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8")
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within this context a GGUF file is parsed once, and its table of names is made once.
+
+    transformers parses the whole file three times, and makes the table again for every module:
+    together two thirds of the time of a conversion.
+    """
+    import gguf
+
+    module: Any = gguf
+    before = {name: getattr(module, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in before.items():
+        setattr(module, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+class BarReader(io.TextIOBase):
+    """Takes the place of stderr, and reads the percent of the bar that transformers draws there.
+
+    That bar has no switch. When it appears, transformers has read the file and converts it.
+
+    Args:
+        label: of the stage that the bar belongs to.
+        progress: receives the percents as steps of 100.
+    """
+
+    PERCENT = re.compile(r"\s(\d+)%\|")
+
+    def __init__(self, label: str, progress: Progress) -> None:
+        self.label, self.progress = label, progress
+        self.percent: int | None = None
+
+    def write(self, text: str) -> int:
+        """Take a piece of the bar."""
+        found = self.PERCENT.search(text)
+        if found:
+            percent = int(found[1])
+            if self.percent is None:
+                self.progress.finish()
+                self.progress.start(self.label, 100)
+            self.progress.step(max(0, percent - (self.percent or 0)))
+            self.percent = percent
+        return len(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, shard_files
-from secateur.models.folder_checks import check_folder
+from secateur.models.configuration import check_folder
 from secateur.runs.folder import NOTES, STATE
 
 CARD = "README.md"

@@ -18,9 +18,8 @@ import zstandard
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import as_bytes
+from secateur.models.checkpoint import as_bytes, dtype_name
 from secateur.models.header import DTYPES, MAX_DIMENSIONS, MAX_SIDE, is_counts
-from secateur.models.shard_writer import dtype_name
 from secateur.runtime.formats import PartSpec
 from secateur.runtime.formats.bits import (
     pack_numbers,

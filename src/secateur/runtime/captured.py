@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.errors import ArchitectureError, ShapeError
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.slots import given_cache
 

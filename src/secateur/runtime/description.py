@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import CheckpointError
+from secateur.models.checkpoint import dtype_name
 from secateur.models.header import Header, parse_json
-from secateur.models.shard_writer import dtype_name
 from secateur.quantization.activations import GROUP
 from secateur.runtime.archive import Archived, archived_spec
 from secateur.runtime.formats import Layout, PartSpec

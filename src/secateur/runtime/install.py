@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
 from secateur.quantization.groups import Scales
 from secateur.runtime.dense_view import DenseView

@@ -10,10 +10,9 @@ import torch
 
 from secateur.allocator import reused_pages
 from secateur.errors import CheckpointError, KernelError, install_extra
-from secateur.models.open_experts import OpenExperts
-from secateur.models.opening import computed_dtype
+from secateur.models.experts import OpenExperts
+from secateur.models.opening import computed_dtype, load_whole
 from secateur.models.skeleton import build_skeleton, quiet_transformers
-from secateur.models.whole import load_whole
 from secateur.runtime.generation_config import generation_config
 from secateur.runtime.install import install
 from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear

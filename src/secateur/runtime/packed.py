@@ -21,13 +21,13 @@ from secateur.errors import CheckpointError
 from secateur.models.checkpoint import (
     INDEX_NAMES,
     PACKED_INDEX_NAME,
+    ShardWriter,
     as_bytes,
+    not_finite,
     read_all,
     shard_files,
 )
-from secateur.models.finite import not_finite
 from secateur.models.header import TensorEntry, parse_json, read_header
-from secateur.models.shard_writer import ShardWriter
 from secateur.runtime.archive import SMALLEST_BYTES, Archived, decode, encode
 from secateur.runtime.description import (
     FIRST_WITH_ACTIVATIONS,

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.errors import CheckpointError, KernelError
 from secateur.models.checkpoint import PACKED_INDEX_NAME
 from secateur.models.experts import open_experts
-from secateur.models.stored_experts import expert_renamings, stored_experts_of
+from secateur.models.stored_parameters import expert_renamings, stored_experts_of
 from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint

@@ -22,9 +22,8 @@ from torch import nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture, describe, setting, text_config
-from secateur.models.classes import text_part
 from secateur.models.layout import Couplings
-from secateur.models.skeleton import quiet_transformers, skeleton_of
+from secateur.models.skeleton import quiet_transformers, skeleton_of, text_part
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,
     Cut,

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear, describe
 from secateur.models.at_rest import AssembledReader, without_description
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
+from secateur.models.checkpoint import (
+    INDEX_NAME,
+    PLAIN,
+    CheckpointReader,
+    ShardWriter,
+    copied_files,
+    note_links,
+)
 from secateur.models.opening import open_weights
-from secateur.models.shard_writer import PLAIN, ShardWriter
 from secateur.models.skeleton import (
     assign,
     build_skeleton,

@@ -24,7 +24,7 @@ from torch import nn
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.models.header import parse_json
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import build_skeleton, model_names

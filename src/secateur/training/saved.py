@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.checkpoint import ShardWriter
 from secateur.runs.output import cannot_write
 from secateur.training.hooks import Hook
 from secateur.training.parts import as_part, is_shared, local, rows_of, whole

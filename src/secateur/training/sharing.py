@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton
-from secateur.models.stored import StoredModel, aliases
-from secateur.models.whole import load_whole
+from secateur.models.stored_parameters import StoredModel, aliases
 from secateur.training.process_group import ProcessGroup
 
 

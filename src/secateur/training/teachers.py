@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import describe
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.training.batches import Batch
 from secateur.training.heads import head_alone, last_hidden, through_head

@@ -17,9 +17,8 @@ from secateur.advisor.speed import TokenTimes
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import Way, time_tokens
 from secateur.models.architecture import describe, linears_of
-from secateur.models.hub import download_model
+from secateur.models.hub import download_model, hub_name, kind_of_name
 from secateur.models.layer_cache import layer_caches
-from secateur.models.names import hub_name, kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener

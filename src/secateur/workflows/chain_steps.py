@@ -12,7 +12,7 @@ from typing import Any
 from secateur.calibration.documents import check_text
 from secateur.calibration.mix import texts_of
 from secateur.errors import RecipeError, SecateurError, SourceError
-from secateur.models.names import kind_of_name
+from secateur.models.hub import kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import plain

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.recipes.export import ExportRecipe

@@ -17,12 +17,12 @@ from secateur.importing.masks import MaskedReader
 from secateur.importing.refused import refuse_by_name
 from secateur.models.at_rest import AssembledReader, SourceFolder
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import read_config
 from secateur.models.copies import write_dense
-from secateur.models.folder_checks import read_config
 from secateur.models.opening import computed_dtype, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.stored import StoredModel
+from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress, listener
 from secateur.recipes.import_model import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of

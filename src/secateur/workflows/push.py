@@ -8,8 +8,7 @@ from typing import Any
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.claims import read_claims
 from secateur.errors import VerificationError
-from secateur.models.checkpoint import shard_files
-from secateur.models.finite import refuse_not_finite
+from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.progress import Progress, listener
 from secateur.publishing.contents import CARD, contents_of
 from secateur.publishing.secrets import notes_without_folders, refuse_secrets, without_folders

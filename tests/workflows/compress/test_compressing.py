@@ -24,7 +24,7 @@ from secateur.errors import (
     RecipeError,
     SecateurError,
 )
-from secateur.models import shard_writer
+from secateur.models import checkpoint
 from secateur.models.skeleton import quiet_transformers
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
@@ -496,7 +496,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if len(written) > 5:
             raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(shard_writer, "write_all", full)
+    monkeypatch.setattr(checkpoint, "write_all", full)
     with pytest.raises(MemoryBudgetError, match="the disk is full"):
         secateur.compress(source, output=tmp_path / "c", values="keep")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -513,7 +513,7 @@ def test_a_disk_too_small_is_noticed_first(tmp_path: Path, monkeypatch) -> None:
 
 KILLED = """
 import os, sys, secateur
-from secateur.models.shard_writer import ShardWriter
+from secateur.models.checkpoint import ShardWriter
 write, count = ShardWriter.write, [0]
 def killed(self, name, tensor):
     count[0] += 1

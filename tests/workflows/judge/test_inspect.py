@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from gguf_example import write_gguf
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models import gguf_file
+from secateur.models import sources
 from secateur.reporting.results.diagnose import GgufInspectResult, InspectResult
 from tiny import save_tiny
 
@@ -63,7 +63,7 @@ def test_a_gguf_file_is_read_by_its_header(tmp_path: Path, secateur, monkeypatch
     def refused(*_: object, **__: object) -> Path:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(gguf_file, "convert_gguf", refused)
+    monkeypatch.setattr(sources, "convert_gguf", refused)
     file = write_gguf(tmp_path / "m.gguf")
     done = secateur("inspect", file)
     assert done.code == 0, done.err

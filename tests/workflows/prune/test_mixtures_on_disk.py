@@ -19,7 +19,7 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.prune.run import Run
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.packed import PackedCheckpoint
 from slow import few_families

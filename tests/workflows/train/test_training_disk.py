@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import MemoryBudgetError
-from secateur.models import checkpoint, shard_writer
+from secateur.models import checkpoint
 from secateur.training import saved
 from secateur.training.loop import Loop
 from tiny import save_tiny
@@ -60,9 +60,9 @@ def failing(call: Callable[..., Any], at: int) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (shard_writer, "write_all", 3),  # the best weights, before the first step
-        (shard_writer, "write_all", 60),  # the first save
-        (shard_writer, "write_all", 300),  # a later one
+        (checkpoint, "write_all", 3),  # the best weights, before the first step
+        (checkpoint, "write_all", 60),  # the first save
+        (checkpoint, "write_all", 300),  # a later one
         (saved.Log, "written", 4),  # the log
         (checkpoint, "write_all", 5),  # the result
         (shutil, "copyfile", 1),  # its copy of the source
@@ -104,7 +104,7 @@ def test_the_plan_is_what_lies_on_the_disk(
         planned.append(needed)
         check(needed, *places)
 
-    write = shard_writer.ShardWriter.close
+    write = checkpoint.ShardWriter.close
 
     def look(self: Any, metadata: Any) -> None:
         nonlocal most
@@ -113,7 +113,7 @@ def test_the_plan_is_what_lies_on_the_disk(
         most = max(most, sum(x.stat().st_size for x in files))
 
     monkeypatch.setattr("secateur.workflows.train.checkpoint.check_free", watched)
-    monkeypatch.setattr(shard_writer.ShardWriter, "close", look)
+    monkeypatch.setattr(checkpoint.ShardWriter, "close", look)
     train(places, tmp_path / "out")
     assert most <= 1.1 * planned[0]  # headers count for much in so small a model
     assert most >= 0.7 * planned[0]

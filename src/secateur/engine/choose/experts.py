@@ -17,7 +17,7 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 
 
 def most_similar(router: Tensor, kept: Sequence[int]) -> list[int]:

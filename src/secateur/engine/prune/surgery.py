@@ -15,7 +15,7 @@ from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
-from secateur.models.finite import not_finite
+from secateur.models.checkpoint import not_finite
 from secateur.parallel.ranks import Ranks
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED

@@ -21,7 +21,7 @@ from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, SecateurError
 from secateur.models.architecture import Groups, Linear, linears_of
 from secateur.models.experts import refuse_fused
-from secateur.models.sharing import refuse_shared
+from secateur.models.inventory import refuse_shared
 
 TOKENS = 64
 """The length of the window for finding linears that share an input."""

@@ -26,7 +26,7 @@ from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
 from secateur.models.layout import PROJECTIONS, Experts
-from secateur.models.stored_experts import split_stored
+from secateur.models.stored_parameters import split_stored
 
 LEAST_FFN = 32
 """llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""

@@ -12,7 +12,7 @@ from secateur.exporting.gguf.blocks import NEAREST, bytes_per_row
 from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import GGUFFile, padded_bytes, stored_type_of_row
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 
 
 def bytes_of_matrix(shape: tuple[int, int], values: str) -> int:

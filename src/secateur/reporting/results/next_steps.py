@@ -17,7 +17,7 @@ from typing import Any
 from secateur.calibration.documents import KNOWN_DATASETS
 from secateur.calibration.mix import texts_of
 from secateur.models.at_rest import DESCRIPTIONS
-from secateur.models.names import kind_of_name
+from secateur.models.hub import kind_of_name
 from secateur.models.samples import TEXTS
 from secateur.reporting.tables import Block, next_steps
 from secateur.runs.records import Sweep, SweepPoint

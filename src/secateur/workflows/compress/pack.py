@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.engine.prune.selection import last_match
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, listener

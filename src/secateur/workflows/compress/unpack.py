@@ -10,12 +10,12 @@ import torch
 
 from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.configuration import read_config
 from secateur.models.copies import write_dense
-from secateur.models.folder_checks import read_config
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.models.sources import resolve
-from secateur.models.stored_experts import FusedExperts, loads_one_by_one
+from secateur.models.stored_parameters import FusedExperts, loads_one_by_one
 from secateur.progress import Progress, listener
 from secateur.recipes.compress import DecompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of

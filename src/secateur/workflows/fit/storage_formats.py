@@ -18,7 +18,7 @@ from typing import Protocol
 
 from secateur.exporting import ExportSource
 from secateur.models.checkpoint import CheckpointReader, shard_files
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.progress import Progress
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.dense_view import open_checkpoint

@@ -12,7 +12,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.contenders import CONTENDERS, USUAL
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.registry import did_you_mean

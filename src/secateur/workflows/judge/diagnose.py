@@ -24,7 +24,7 @@ from secateur.diagnostics.weights import Weights, layer_sparsity, look_at_weight
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
-from secateur.models.positions import positions_of
+from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener

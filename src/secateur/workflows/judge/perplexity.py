@@ -11,10 +11,10 @@ from secateur.calibration.documents import read_text
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.evaluation.protocol import computed_by
-from secateur.models.positions import positions_of
+from secateur.models.architecture import positions_of
+from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.models.whole import load_whole
 from secateur.progress import Progress
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed

@@ -16,7 +16,7 @@ from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import hidden_size
 from secateur.models.experts import open_experts
-from secateur.models.whole import load_whole
+from secateur.models.opening import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe

@@ -24,10 +24,9 @@ from secateur.engine.prune.surgery import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import tasks_of
 from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
-from secateur.models.architecture import refuse_foreign, text_config
+from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
-from secateur.models.positions import positions_of
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import own_tokenizer, start_tokens
 from secateur.progress import Progress

@@ -21,12 +21,11 @@ from secateur.engine.prune.tasks import LinearTask, tasks_of
 from secateur.engine.stream.kinds import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
-from secateur.models.architecture import text_config
+from secateur.models.architecture import positions_of, text_config
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.copies import copy_of, weight_bytes_of
 from secateur.models.opening import open_weights
-from secateur.models.positions import positions_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks

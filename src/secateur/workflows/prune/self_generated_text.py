@@ -12,9 +12,9 @@ from torch import Tensor
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens_of
-from secateur.models.whole import load_whole
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.workflows.prune.prepare import Prepared

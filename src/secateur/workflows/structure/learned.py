@@ -22,11 +22,10 @@ from torch import Tensor
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError, SourceError
-from secateur.models.architecture import hidden_size, text_config
+from secateur.models.architecture import hidden_size, positions_of, text_config
 from secateur.models.checkpoint import PatchedCopy
-from secateur.models.positions import positions_of
+from secateur.models.opening import load_whole
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainingBudget, TrainRecipe

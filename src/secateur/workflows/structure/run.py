@@ -28,15 +28,13 @@ from secateur.engine.memory_budget import memory_budget
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
-from secateur.models.architecture import describe, hidden_size, text_config
+from secateur.models.architecture import describe, hidden_size, positions_of, text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
 from secateur.models.copies import copy_of
-from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
-from secateur.models.positions import positions_of
+from secateur.models.opening import form_of, formats_of, load_whole, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.models.whole import load_whole
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent, listener

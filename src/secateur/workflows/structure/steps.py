@@ -43,7 +43,7 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.copies import copy_of
-from secateur.models.open_experts import OpenExperts
+from secateur.models.experts import OpenExperts
 from secateur.models.opening import open_weights
 from secateur.models.sources import resolve
 from secateur.parallel.ranks import ALONE, Ranks

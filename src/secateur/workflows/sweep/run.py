@@ -27,10 +27,10 @@ from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.evaluation.protocol import computed_by
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
+from secateur.models.opening import load_whole
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.models.whole import load_whole
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of

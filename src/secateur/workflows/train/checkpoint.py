@@ -16,7 +16,7 @@ import torch
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.folder_checks import read_config
+from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, Silent, listener

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
-from secateur.models.stored import StoredModel
+from secateur.models.stored_parameters import StoredModel
 from secateur.recipes.train import TrainRecipe
 from secateur.training.masks import Masks, matrices, stored_masks
 from secateur.training.parts import local

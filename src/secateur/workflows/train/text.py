@@ -15,7 +15,7 @@ from secateur.calibration.overlap import SEQUENCE, shared_share
 from secateur.calibration.windows import WindowPlan, check_fit, load_windows, pack_windows
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
-from secateur.models.positions import positions_of
+from secateur.models.architecture import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.recipes.train import TrainRecipe
 from secateur.training.teachers import windows_digest

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton
-from secateur.models.stored import StoredModel
-from secateur.models.whole import load_whole
+from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress
 from secateur.recipes.train import TrainRecipe
 from secateur.training.masks import Masks
