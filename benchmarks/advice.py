@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from hardware import heading, keep, markdown
 from int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
-from secateur.advisor.memory import memory_of
+from secateur.advisor.capacity import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.speed import Process
 from secateur.evaluation.token_times import Way, WayTimer

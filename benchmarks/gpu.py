@@ -10,7 +10,7 @@ row has an estimate of its seconds, and begins only if so many are left of `--mi
 
 Protocol. Products: random weights and random zeros; the ways take turns, and medians count; before
 each call the second cache is filled with other numbers, and launching does not count
-(`kernels/gpu/timing.py`). Models: random weights of Llama-2-7B's shape in bfloat16, the dense model
+(`kernels/gpu/linear.py`). Models: random weights of Llama-2-7B's shape in bfloat16, the dense model
 and a contender in turns, wall clock, batch 1. Pruning: random weights of the same shape, windows of
 random tokens; of methods that take long only some layers, which are all alike.
 """

@@ -21,18 +21,16 @@ from memory import random_checkpoint
 from secateur.models.architecture import describe
 from secateur.quantization.groups import GroupGrid
 from secateur.runtime.captured import Capture, CapturedGeneration, why_not_captured
-from secateur.runtime.kernels.gpu.linear import GpuLinear
+from secateur.runtime.decode import SteppedGeneration
+from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, race
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.kernels.gpu.timing import Call, Clock, race
-from secateur.runtime.semi_structured.layout import StoredParts
-from secateur.runtime.semi_structured.linear import (
+from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
+from secateur.runtime.semi_structured.load import (
     SparseLinear,
     chosen_linear,
     measured,
     seconds_of,
 )
-from secateur.runtime.semi_structured.splitting import SPLITTINGS
-from secateur.runtime.stepped import SteppedGeneration
 
 GROUP = 64
 VALUES = ("bf16", "int8", "int4")

@@ -102,7 +102,7 @@ class Engine:
 
     Attributes:
         dtype: of the checkpoint it is given.
-        contender: in `secateur.evaluation.contenders`; None for the path of what was made.
+        contender: in `secateur.evaluation.speed`; None for the path of what was made.
         made: from the checkpoint and a work folder, the folder that is loaded and what has the
             weights.
         without: kinds of cuts that it is not given.

@@ -88,8 +88,8 @@ def columns(title: str) -> tuple[str, ...]:
 def row(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
-    from secateur.exporting.gguf.families import LLAMA_CPP_FAMILIES
-    from secateur.runtime.slots import FAMILIES
+    from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES
+    from secateur.runtime.decode import FAMILIES
 
     family, model_type = declared(name)
     can = cuts(name, family)

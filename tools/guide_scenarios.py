@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from secateur.advisor.advice import Need
-from secateur.advisor.capacity import Capacity, Load
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import read_facts
-from secateur.advisor.memory import GIB
+from secateur.advisor.capacity import GIB, Capacity, Load
+from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.money import MONTH_HOURS
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.question import AdviceQuestion

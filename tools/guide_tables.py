@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from guide_scenarios import FACTS, asked, billions, ranged, scenarios, shape
-from secateur.advisor.capacity import Capacity, Load
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.memory import GIB, weight_bytes
+from secateur.advisor.capacity import GIB, Capacity, Load, weight_bytes
+from secateur.advisor.facts import Estimate
 from secateur.advisor.money import MONTH_DAYS, learning_hours, making_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.advisor.question import AdviceQuestion

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.advisor.advice import Advice, Need, advise_on
-from secateur.advisor.capacity import Capacity, Load, ServingDevice
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import read_facts
-from secateur.advisor.memory import weight_bytes
-from secateur.advisor.nearest import nearest
+from secateur.advisor.advice import Advice, Need, advise_on, nearest
+from secateur.advisor.capacity import Capacity, Load, ServingDevice, weight_bytes
+from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, known_shape

@@ -6,10 +6,16 @@ import math
 
 import pytest
 
-from secateur.advisor.capacity import Capacity, Load, ServingDevice, TooMuch, capacity_of
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import API, Facts, KnownShape, read_facts
-from secateur.advisor.memory import memory_of, weight_bytes
+from secateur.advisor.capacity import (
+    Capacity,
+    Load,
+    ServingDevice,
+    TooMuch,
+    capacity_of,
+    memory_of,
+    weight_bytes,
+)
+from secateur.advisor.facts import API, Estimate, Facts, KnownShape, read_facts
 from secateur.advisor.money import (
     Making,
     ServingCost,
@@ -259,7 +265,7 @@ def test_measured_times_of_a_cut_model(llama: ModelShape) -> None:
 
 def capacity_stub() -> Capacity:
     one = Estimate.exact(1.0)
-    from secateur.advisor.memory import ServingMemory
+    from secateur.advisor.capacity import ServingMemory
 
     return Capacity(1, 1, ServingMemory(1, 1, 1, 1), one, one, one, one, one, one, 1, (1, 1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.calibration.overlap import shared_share
+from secateur.calibration.continuation import shared_share
 
 
 def by_looking(training: torch.Tensor, judged: torch.Tensor, length: int) -> float:

@@ -15,13 +15,17 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.calibration.continuation import PREFIX, continue_windows
-from secateur.calibration.cutting import WindowCutter
 from secateur.calibration.loading import load_calibration
-from secateur.calibration.windows import WindowPlan, make_windows, save_windows, stored_start
+from secateur.calibration.windows import (
+    WindowCutter,
+    WindowPlan,
+    make_windows,
+    save_windows,
+    stored_start,
+)
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.divergence import divergence
-from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
-from secateur.evaluation.protocol import protocol_id
+from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol, protocol_id
 from secateur.models.tokenizer import start_tokens
 from secateur.recipes.train import TrainRecipe
 from secateur.workflows.train.text import read_training_text

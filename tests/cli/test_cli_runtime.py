@@ -16,8 +16,7 @@ import secateur as library
 from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
-from secateur.evaluation.contenders import CONTENDERS, USUAL
-from secateur.evaluation.speed import Speed
+from secateur.evaluation.speed import CONTENDERS, USUAL, Speed
 from secateur.reporting.results.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.judge.bench import tokens_of

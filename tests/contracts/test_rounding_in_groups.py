@@ -10,9 +10,8 @@ from oracles import group_rounding as oracle
 from oracles.scores import damped_hessian
 from oracles.sparsegpt import relative_error
 from secateur.errors import PatternError, RecipeError
-from secateur.quantization.descent import descend
 from secateur.quantization.groups import GroupGrid
-from secateur.quantization.sweep_grids import GroupColumns
+from secateur.quantization.sweep_grids import GroupColumns, descend
 from secateur.sparsity.column_sweep import Choice, sweep
 from secateur.sparsity.hessian import inverse_factor
 from secateur.sparsity.solvers.alps import ALPS

@@ -9,8 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur.diagnostics.drift import LayerDrift, compared, summed_up
-from secateur.diagnostics.layers import check_layers, could_bear, pruned_energy
+from secateur.diagnostics.drift import (
+    LayerDrift,
+    check_layers,
+    compared,
+    could_bear,
+    pruned_energy,
+    summed_up,
+)
 
 FINE = LayerDrift(0, 0.2, 0.98, 0.95, 0.3, 0.95, 1.1, 1.1)
 

@@ -15,7 +15,7 @@ from secateur.engine.plan import Plan, writing_bytes
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.cache import roomy_cache
 from secateur.recipes.train import TrainRecipe
-from secateur.runtime.slots import given_cache
+from secateur.runtime.decode import given_cache
 from secateur.workflows.train.memory import TrainingMemory, check_memory
 from zoo import tiny_model, tiny_windows
 

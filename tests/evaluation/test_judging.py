@@ -12,8 +12,8 @@ from task_rows import write_rows
 import secateur
 from secateur.cli import main
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation import generation_checks
-from secateur.evaluation.generation_checks import check_generation, repetition
+from secateur.evaluation import generation
+from secateur.evaluation.generation import check_generation, repetition
 from secateur.runs.records.measured import EvaluationRecord, read_evaluation
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
@@ -164,7 +164,7 @@ def test_repetition() -> None:
 
 def test_loops_and_silence_are_degenerate(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"loop": "abc" * 9, "silence": "", "speech": "the lamp by a river"}
-    monkeypatch.setattr(generation_checks, "generate", lambda _m, _t, prompt, _n: texts[prompt])
+    monkeypatch.setattr(generation, "generate", lambda _m, _t, prompt, _n: texts[prompt])
     samples = check_generation(None, tiny_tokenizer(), prompts=[*texts])
     assert {one.prompt: one.degenerate for one in samples} == {
         "loop": True, "silence": True, "speech": False,

@@ -12,8 +12,7 @@ import transformers
 from secateur.errors import ArchitectureError
 from secateur.evaluation import matrix_times
 from secateur.evaluation.matrix_times import BASE, how_many, machine, time_matrices
-from secateur.evaluation.random_matrices import random_matrix
-from secateur.evaluation.token_times import Way
+from secateur.evaluation.token_times import Way, random_matrix
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 

@@ -13,8 +13,7 @@ from architectures import tiny_architecture
 from secateur.errors import ArchitectureError, NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
-from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol
-from secateur.evaluation.protocol import fingerprint
+from secateur.evaluation.perplexity import evaluation_windows, fingerprint, perplexity, protocol
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.sampling import Sampling
 from tiny import save_tiny, tiny_tokenizer

@@ -14,13 +14,14 @@ import transformers
 
 from secateur.errors import ArchitectureError
 from secateur.evaluation import token_times
-from secateur.evaluation.random_matrices import another, random_matrix
 from secateur.evaluation.token_times import (
     LEAST_LAYERS,
     STEPS,
     TURNS,
     Way,
+    another,
     kept_times,
+    random_matrix,
     random_model,
     time_tokens,
 )

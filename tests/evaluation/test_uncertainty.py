@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
-from secateur.evaluation.protocol import fingerprint, judged_part, protocol_id
+from secateur.evaluation.perplexity import fingerprint, judged_part, protocol_id
 from secateur.evaluation.uncertainty import central_share, compare, retention, standard_error
 
 

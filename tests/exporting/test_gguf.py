@@ -14,8 +14,8 @@ import transformers
 import secateur
 from gguf_models import assert_alike, byte_level, save
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-from secateur.exporting.gguf.blocks import dequantized, stored_blocks
-from secateur.exporting.gguf.byte_level import split_rules
+from secateur.exporting.gguf.tokenizer import split_rules
+from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
 from trained import source_text
 from zoo import SIZES

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import secateur
 from gguf_models import PROMPTS, assert_alike, save, sentencepiece_model
 from secateur.errors import CheckpointError
-from secateur.exporting.gguf.sentencepiece import SPACE, piece_scores, space_rules
+from secateur.exporting.gguf.tokenizer import SPACE, piece_scores, space_rules
 from secateur.models.skeleton import quiet_transformers
 from trained import source_text
 

@@ -15,11 +15,11 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 import secateur
 from same_logits import assert_same_logits
 from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
-from secateur.runtime.kernels.gpu.timing import Fastest
-from secateur.runtime.semi_structured import linear as sparse_linear
+from secateur.runtime.kernels.gpu.linear import Fastest
 from secateur.runtime.semi_structured import load as loading
+from secateur.runtime.semi_structured import load as sparse_linear
 from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m
-from secateur.runtime.semi_structured.linear import SparseLinear
+from secateur.runtime.semi_structured.load import SparseLinear
 from tiny import save_tiny
 from zoo import tiny_windows
 

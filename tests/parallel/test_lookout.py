@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from secateur.errors import NumericalError
-from secateur.parallel.faults import Fault
-from secateur.parallel.lookout import LEFT, SILENCE_SECONDS, Lookout
+from secateur.parallel.watchdog import LEFT, SILENCE_SECONDS, Fault, Lookout
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
-from secateur.parallel.shares import micro_batches, owners, rows_of
+from secateur.parallel.ranks import micro_batches, owners, rows_of
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9))

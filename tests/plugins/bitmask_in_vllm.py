@@ -22,19 +22,19 @@ import engines_vllm
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
 
-    from secateur.plugins.vllm import bitmask
+    from secateur.plugins.vllm import packed
     from secateur.runtime.kernels.gpu import linear
 
-    bitmask.runs_here = lambda: True
+    packed.runs_here = lambda: True
     linear.measured = lambda matrix, dtype: linear.GpuChoice(1, asked["gain"])
     made: list[Any] = []
-    process = bitmask.BitmaskLinear.process_weights_after_loading
+    process = packed.BitmaskLinear.process_weights_after_loading
 
     def counted(self: Any, layer: Any) -> None:
         process(self, layer)
         made.append(self)
 
-    bitmask.BitmaskLinear.process_weights_after_loading = counted
+    packed.BitmaskLinear.process_weights_after_loading = counted
     engine = engines_vllm.engine_of(asked)
     tokens = engines_vllm.generated(engine, asked["prompts"], asked["tokens"])
     print("\n" + str(sum(one.dense is None for one in made)))

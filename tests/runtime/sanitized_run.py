@@ -16,18 +16,16 @@ from runtime.packed_examples import LAYOUTS, SMALL_GRIDS, packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
 from secateur.quantization.groups import GROUPS, Scales
-from secateur.runtime.decode import Decoder
+from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import matrix_of
 from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
-from secateur.runtime.kernels.dispatch import by_tiles
+from secateur.runtime.kernels.dispatch import by_blocks, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.runtime.slots import SlotDecoder, Token
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (4, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

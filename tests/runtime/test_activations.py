@@ -19,15 +19,15 @@ from runtime.kernel_examples import TIERS, using
 from runtime.packed_examples import Forgery
 from runtime.packed_models import packed_model, pruned_folder
 from secateur.errors import CheckpointError
-from secateur.evaluation.protocol import judged_part
+from secateur.evaluation.perplexity import judged_part
 from secateur.models.skeleton import quiet_transformers
 from secateur.quantization.activations import GROUP, round_activations
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.decode import Decoder
 from secateur.runtime.kernels import library as lib
+from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.linear import IntegerLinear, PackedLinear, activations_of
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import tiny_tokenizer
@@ -177,7 +177,7 @@ def test_without_kernels_integers_stay_integers(tmp_path: Path) -> None:
     assert model.to("meta").model.layers[0].mlp.up_proj.codes.device.type == "meta"
     with pytest.raises(CheckpointError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
-    assert secateur.runtime.slots.why_not(secateur.load(folder, kernels=False)) in (
+    assert secateur.runtime.decode.why_not(secateur.load(folder, kernels=False)) in (
         "torch multiplies its integers (kernels=False)",
         lib.kernel_info().reason,
     )

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import ArchitectureError, ShapeError
 from secateur.models.experts import open_experts
 from secateur.runtime.captured import CapturedGeneration, why_not_captured
-from secateur.runtime.decode import continued
-from secateur.runtime.stepped import SteppedGeneration
+from secateur.runtime.decode import SteppedGeneration, continued
 from zoo import tiny_model
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")

@@ -13,11 +13,10 @@ from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.decode import Decoder, continued
+from secateur.runtime.decode import Decoder, continued, why_not
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.sampling import Sampling
-from secateur.runtime.slots import why_not
 from slow import slow
 
 pytestmark = [

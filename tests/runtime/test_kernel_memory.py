@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.evaluation.random_matrices import random_matrix
-from secateur.runtime.kernels.memory import matrix_bytes
+from secateur.evaluation.token_times import random_matrix
+from secateur.runtime.kernels.matrix import matrix_bytes
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (63, 100), (192, 576)])

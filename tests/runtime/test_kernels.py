@@ -17,8 +17,7 @@ from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose, measured_gain
-from secateur.runtime.kernels.int4 import turned_fours
-from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.matrix import KernelMatrix, turned_fours
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"

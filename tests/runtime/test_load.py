@@ -21,12 +21,11 @@ from runtime.packed_models import IDS, packed_model, python, settled
 from same_logits import assert_same_logits
 from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.description import activations_for
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
-from secateur.runtime.packed import PackedCheckpoint
+from secateur.runtime.packed import PackedCheckpoint, activations_for
 from slow import FEW_FAMILIES, every_pair, few_families, slow_but
 from zoo import CONFIGS
 

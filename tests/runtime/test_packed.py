@@ -18,9 +18,9 @@ from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runtime import archive as archives
 from secateur.runtime.archive import archived_spec, decode, encode
-from secateur.runtime.dense_view import DenseView, open_checkpoint
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
+from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))

@@ -13,9 +13,8 @@ from secateur.quantization.groups import GROUPS
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_kernel, by_tiles
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks
 from secateur.runtime.linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,8 @@ import secateur
 from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model, settled
 from secateur.errors import KernelError, ShapeError
+from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.slots import SlotDecoder, Token
 
 pytestmark = [
     pytest.mark.skipif(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.runtime.text import TextStream
+from secateur.runtime.sampling import TextStream
 from tiny import byte_tokenizer, tiny_tokenizer
 
 BYTES = byte_tokenizer()

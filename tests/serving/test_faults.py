@@ -505,7 +505,7 @@ def test_strangers_are_warned_about(model: Path) -> None:
 
 SLOWLY = """
 import sys, time
-from secateur.runtime.slots import SlotDecoder
+from secateur.runtime.decode import SlotDecoder
 
 step = SlotDecoder.step
 SlotDecoder.step = lambda self, tokens: (time.sleep(0.03), step(self, tokens))[1]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.serving.prefixes import BLOCK_TOKENS, PrefixCache
+from secateur.serving.scheduler import BLOCK_TOKENS, PrefixCache
 
 N = BLOCK_TOKENS
 BLOCK_BYTES = N * 4

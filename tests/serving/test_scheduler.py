@@ -16,13 +16,18 @@ from torch import Tensor
 
 import secateur
 from runtime.packed_models import packed_model, settled
-from secateur.runtime.decode import Decoder, continued
+from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Sampling
-from secateur.runtime.slots import SlotDecoder, Token
 from secateur.serving.one_at_a_time import TransformersEngine
-from secateur.serving.prefixes import BLOCK_TOKENS, PrefixCache
-from secateur.serving.scheduler import QueueFullError, Request, Scheduler, ServingJob
+from secateur.serving.scheduler import (
+    BLOCK_TOKENS,
+    PrefixCache,
+    QueueFullError,
+    Request,
+    Scheduler,
+    ServingJob,
+)
 
 __all__ = ["settled"]
 

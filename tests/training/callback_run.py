@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from secateur import SecateurCallback
 from secateur.errors import RecipeError, VerificationError
-from secateur.training.parts import whole
+from secateur.training.masks import whole
 
 
 def with_ddp(folder: Path) -> None:

@@ -12,9 +12,8 @@ import torch
 from learning import EXACT, SEQUENCES, batches, pruned_model
 
 from secateur.training.loop import Loop
-from secateur.training.masks import Masks
+from secateur.training.masks import Masks, local
 from secateur.training.objectives import NextToken
-from secateur.training.parts import local
 from secateur.training.training_plan import TrainingPlan
 
 

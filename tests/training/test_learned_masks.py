@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from secateur.errors import RecipeError
-from secateur.training.hard_concrete import HardConcrete
-from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
 from zoo import tiny_model, tiny_windows
 
 LLAMA = {"neurons": Consumer("mlp.down_proj"), "groups": Consumer("self_attn.o_proj", 16)}

@@ -12,11 +12,9 @@ import transformers
 
 from oracles.divergences import divergence, lumped_divergence, next_token_loss
 from secateur.errors import RecipeError, SourceError
-from secateur.training import heads, teachers
+from secateur.training import divergences, teachers
 from secateur.training.batches import Batch, Batches
-from secateur.training.divergences import KINDS
-from secateur.training.heads import head_alone
-from secateur.training.hidden import hidden_loss, layer_pairs
+from secateur.training.divergences import KINDS, head_alone, hidden_loss, layer_pairs
 from secateur.training.objectives import Distil, NextToken
 from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
 from zoo import CONFIGS
@@ -64,8 +62,8 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, model: Any, tolerance:
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens at a time, so that several blocks of several chunks are made."""
     if request.param != "whole":
-        monkeypatch.setattr(heads, "BLOCK_BYTES", 96 * 4 * 7)
-        monkeypatch.setattr(heads, "CHUNK_BYTES", 96 * 4 * 2)
+        monkeypatch.setattr(divergences, "BLOCK_BYTES", 96 * 4 * 7)
+        monkeypatch.setattr(divergences, "CHUNK_BYTES", 96 * 4 * 2)
         monkeypatch.setattr(teachers, "AT_ONCE_BYTES", 96 * 4 * 5)
 
 

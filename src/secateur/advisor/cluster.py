@@ -21,10 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import Efficiency, Hardware, KnownShape
+from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape
 from secateur.errors import RecipeError
-from secateur.parallel.shares import owners
+from secateur.parallel.ranks import owners
 
 Shape = tuple[int, int]
 

@@ -1,8 +1,12 @@
-"""Reads the facts: hardware, prices, published losses. A user's file replaces single entries."""
+"""Reads the facts: hardware, prices, published losses. A user's file replaces single entries.
+
+Numbers with a range, and where they come from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -12,7 +16,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.advisor.estimate import Estimate
 from secateur.errors import RecipeError
 from secateur.registry import did_you_mean
 
@@ -225,3 +228,53 @@ def read_facts(override: Path | None = None) -> Facts:
             where=str(override or "facts.yaml"),
             remedy="see `secateur/advisor/facts.yaml` for the form",
         ) from None
+
+
+MEASURED = "measured here"
+PUBLISHED = "published"
+ESTIMATED = "estimated"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that lies between two others.
+
+    Attributes:
+        low: the least.
+        typical: the one to count with.
+        high: the most.
+    """
+
+    low: float
+    typical: float
+    high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Estimate:
+        """A number without a range."""
+        return cls(value, value, value)
+
+    def map(self, function: Callable[[float], float]) -> Estimate:
+        """Apply a function; a falling one swaps the ends."""
+        ends = [function(self.low), function(self.high)]
+        return Estimate(min(ends), function(self.typical), max(ends))
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """The sum; both low ends together, both high ends together."""
+        return Estimate(self.low + other.low, self.typical + other.typical, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Estimate:
+        """The multiple by a number that is not negative."""
+        return Estimate(self.low * factor, self.typical * factor, self.high * factor)
+
+    def times(self, other: Estimate) -> Estimate:
+        """The product; both low ends together, both high ends together."""
+        return Estimate(self.low * other.low, self.typical * other.typical, self.high * other.high)
+
+    def larger(self, other: Estimate) -> Estimate:
+        """The larger one, end by end."""
+        return Estimate(
+            max(self.low, other.low),
+            max(self.typical, other.typical),
+            max(self.high, other.high),
+        )

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secateur.advisor.capacity import Capacity, Load, most_requests
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import API, Facts, Hardware
+from secateur.advisor.facts import API, Estimate, Facts, Hardware
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import Facts, Hardware
+from secateur.advisor.facts import Estimate, Facts, Hardware
 from secateur.advisor.shape import ModelShape
 
 

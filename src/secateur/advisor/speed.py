@@ -21,8 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from secateur.advisor.estimate import Estimate
-from secateur.advisor.facts import Efficiency, Hardware
+from secateur.advisor.facts import Efficiency, Estimate, Hardware
 from secateur.advisor.options import CompressionWay
 from secateur.advisor.shape import ModelShape
 

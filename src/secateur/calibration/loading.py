@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.documents import read_documents
-from secateur.calibration.mix import parts_of, shares
+from secateur.calibration.documents import parts_of, read_documents, shares
 from secateur.calibration.windows import (
     EXTRA,
     START,

@@ -1,20 +1,42 @@
-"""Makes token windows from documents, checks, stores and loads them."""
+"""Makes token windows from documents, checks, stores and loads them.
+
+The one way to cut a text into windows, for calibration, training and evaluation alike.
+
+Where the tokenizer puts start tokens in front of a text, every window begins with them. A model
+trained with start tokens fails without them, because its attention rests on the first token. So a
+window of S tokens is
+
+    start tokens (k of them) + S − k tokens of text
+
+and windows that do not overlap take S − k tokens of text each: no token is lost between two of
+them, and none is read twice. Only windows have start tokens; the text itself has none. An end token
+that a tokenizer appends to a text belongs to the text. Where the tokenizer puts no start token, k
+is 0 and a window is S tokens of text.
+
+Evaluation predicts no start token. Training and gradients do not predict the first token of a
+window. For k ≤ 1 this is the same; of two start tokens they predict the second.
+
+What a model reads beside the tokens of a window, such as the pixels of a picture.
+
+A file of ready windows may have more tensors than `input_ids`. Each of them has the name of an
+argument of the model, and a row for each window: what the model's processor makes of this window
+alone. Where a picture stands, `input_ids` has the tokens that hold its place.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.calibration.beside import refuse_beside
-from secateur.calibration.cutting import WindowCutter
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models.tokenizer import Tokenizer
+from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
 from secateur.registry import did_you_mean
 from secateur.runs.atomic import write_bytes
 from secateur.types import Windows
@@ -302,3 +324,168 @@ def save_windows(
     entry = {START: json.dumps(list(start))} if start else {}
     entry |= {EXTRA: str(extra)} if extra else {}
     write_bytes(path, save({"input_ids": windows.contiguous()}, {**(metadata or {}), **entry}))
+
+
+@dataclass(frozen=True)
+class WindowCutter:
+    """Cuts windows of one length from the text of one tokenizer.
+
+    Attributes:
+        tokenizer: used with its default special tokens.
+        start: the tokens that each window begins with.
+        sequence_length: tokens in a window, the start tokens among them.
+    """
+
+    tokenizer: Tokenizer
+    start: tuple[int, ...]
+    sequence_length: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, sequence_length: int) -> WindowCutter:
+        """A cutter for a tokenizer; encoding a text shows the start tokens.
+
+        Raises:
+            RecipeError: the start tokens leave no room for text.
+        """
+        start = start_tokens(tokenizer)
+        if sequence_length <= len(start):
+            raise RecipeError(
+                f"windows of {sequence_length} tokens have no room for text: the tokenizer puts "
+                f"{len(start)} in front of each",
+                remedy=f"use a sequence length above {len(start)}",
+            )
+        return cls(tokenizer, start, sequence_length)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of text in a window."""
+        return self.sequence_length - len(self.start)
+
+    def read(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text, without start tokens."""
+        return text_tokens(self.tokenizer, texts, self.start)
+
+    def places(self, tokens: int) -> list[int]:
+        """The starts of windows that do not overlap, in a text of so many tokens."""
+        return list(range(0, tokens - self.text_length + 1, self.text_length))
+
+    def cut(self, stream: Sequence[int], places: Sequence[int]) -> Windows:
+        """The windows whose text begins at these places of a stream of token ids.
+
+        Returns:
+            Token ids [places, sequence_length], int64.
+        """
+        length = self.text_length
+        rows = [[*self.start, *stream[place : place + length]] for place in places]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.sequence_length)
+
+
+def begins_with(windows: Windows, start: Sequence[int]) -> bool:
+    """Whether every window begins with these tokens; True for no tokens.
+
+    Example:
+        >>> import torch
+        >>> from secateur.calibration.windows import begins_with
+        >>> begins_with(torch.tensor([[1, 5, 6], [1, 7, 8]]), [1])
+        True
+    """
+    head = torch.tensor(start, dtype=windows.dtype)
+    return len(start) < windows.shape[1] and bool((windows[:, : len(start)] == head).all())
+
+
+def without_start(windows: Windows, start: Sequence[int]) -> Tensor:
+    """The text of windows, [windows, text]: without start tokens, if all windows have them."""
+    return windows[:, len(start) :] if begins_with(windows, start) else windows
+
+
+IDS, MASK = "input_ids", "attention_mask"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Further arguments of the model for each calibration window.
+
+    Attributes:
+        tensors: by name of the argument, [windows, …].
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def of(self, row: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The arguments of one window.
+
+        Args:
+            row: its number.
+            device: of the model.
+            dtype: of the computation, for floating-point values.
+        """
+        return {
+            name: x[row].to(device, dtype if x.is_floating_point() else None)
+            for name, x in self.tensors.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The entry of the manifest."""
+        return {name: list(x.shape) for name, x in self.tensors.items()}
+
+    def save(self, path: Path) -> None:
+        """Write them to a file that `load_beside` reads."""
+        save_file({name: x.contiguous() for name, x in self.tensors.items()}, path)
+
+
+def names_beside(names: Iterable[str]) -> list[str]:
+    """The tensors of a file of windows that are neither tokens nor their mask."""
+    return sorted(set(names) - {IDS, MASK})
+
+
+def refuse_beside(names: Iterable[str], path: Path) -> None:
+    """Refuse a file of windows with pictures.
+
+    Args:
+        names: of its tensors.
+        path: the file.
+
+    Raises:
+        SourceError: it has more than tokens.
+    """
+    more = names_beside(names)
+    if more:
+        raise SourceError(
+            f"the windows have {', '.join(more)} beside their tokens, and only `secateur prune` of "
+            "a checkpoint reads them",
+            where=str(path),
+            remedy="use windows of text, a file with input_ids alone",
+        )
+
+
+def load_beside(path: Path, windows: int) -> Beside | None:
+    """What a file of windows has beside the tokens; None if nothing.
+
+    Args:
+        path: a file that `load_windows` has read, or one of `Beside.save`.
+        windows: how many windows there are.
+
+    Raises:
+        SourceError: a tensor has not one row for each window, or windows are padded.
+    """
+    tensors = load_file(path)
+    names = names_beside(tensors)
+    if not names:
+        return None
+    odd = next((n for n in names if tensors[n].ndim < 1 or len(tensors[n]) != windows), None)
+    if odd is not None:
+        raise SourceError(
+            f"{odd} has the shape {tuple(tensors[odd].shape)}, and there are {windows} windows",
+            where=str(path),
+            remedy="give each tensor a row for each window: what the model's processor returns for "
+            "this window alone",
+        )
+    mask = tensors.get(MASK)
+    if mask is not None and not bool(mask.all()):
+        raise SourceError(
+            f"{int((mask == 0).sum())} tokens are padding, and would count in the statistics",
+            where=f"{path}: {MASK}",
+            remedy="cut all windows to the same length, without padding",
+        )
+    return Beside({name: tensors[name] for name in names})

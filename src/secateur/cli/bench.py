@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def run(recipe: BenchRecipe) -> Any:
     """Time with a progress bar. Print on stderr why a contender could not run."""
     from secateur.cli.progress import show_progress
-    from secateur.evaluation.contenders import CONTENDERS
+    from secateur.evaluation.speed import CONTENDERS
     from secateur.workflows.judge.bench import bench as run_bench
 
     options = dict(recipe)

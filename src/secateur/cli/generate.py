@@ -33,7 +33,7 @@ def opened(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Con
         recipe: the model, and how tokens are drawn.
         chat: whether to use the chat template; None: if there is one.
     """
-    from secateur.runtime.generation_config import sampling_with
+    from secateur.runtime.sampling import sampling_with
     from secateur.workflows.judge.generate import Conversation
 
     sampling_with({}, recipe.drawing())  # a bad number is an error before any work

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError
-from secateur.parallel.launched import Launched
+from secateur.parallel.processes import Launched
 from secateur.recipes.flags import call_from_flags, recipe_from_flags, takes_several
 from secateur.recipes.options import Option, example_of, options_of, run_options_of
 from secateur.recipes.section import GROUPS, OUTPUT, Flag

@@ -26,7 +26,7 @@ from secateur.models.inventory import (
 )
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
-from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 from secateur.sparsity.patterns.recognised import recognised
 

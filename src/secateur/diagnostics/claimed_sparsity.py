@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 
-from secateur.diagnostics.claims import Claims
-from secateur.diagnostics.findings import Finding, listed
+from secateur.diagnostics.findings import Claims, Finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.engine.prune.collapse import COLLAPSED
 

@@ -1,10 +1,21 @@
-"""A finding of a diagnosis: what, how severe, where, the evidence, and the remedy."""
+"""A finding of a diagnosis: what, how severe, where, the evidence, and the remedy.
+
+Reads the records of a pruned folder as claims to check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from secateur.engine.prune.selection import Selection
+from secateur.errors import SecateurError
+from secateur.sparsity.patterns import Pattern, parse_pattern
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -43,3 +54,152 @@ def listed(items: Sequence[object], most: int = 8) -> str:
     """The first items in one line, and the number of the others."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(str(item) for item in items[:most]) + more
+
+
+@dataclass(frozen=True)
+class LinearClaim:
+    """The claims of the records about one linear.
+
+    Attributes:
+        target: its target sparsity.
+        pruned: the zeros of its mask.
+        zeros: its zeros at the end of the run.
+        error: relative squared error of its output, measured or estimated by the run.
+    """
+
+    target: float
+    pruned: int
+    zeros: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The claims of the records of a run.
+
+    Attributes:
+        folder: `secateur/` of the model's folder; None where there is none.
+        linears: the claims for each linear that the run processed.
+        pattern: the pattern of the zeros; None if it is unknown.
+        selection: which linears the recipe prunes; None without a recipe.
+        sparsity: of all decoder matrices together.
+        unseen: linears of experts that calibration did not reach, and that were left dense.
+        source: the model that was pruned.
+        faults: records that cannot be read.
+    """
+
+    folder: Path | None = None
+    linears: dict[str, LinearClaim] = field(default_factory=dict)
+    pattern: Pattern | None = None
+    selection: Selection | None = None
+    sparsity: float | None = None
+    unseen: frozenset[str] = frozenset()
+    source: str | None = None
+    faults: tuple[Finding, ...] = ()
+
+    def claimed(self, name: str) -> float | None:
+        """The claimed sparsity of a linear; 0 for one that a run with records left out."""
+        if name in self.linears:
+            return self.linears[name].target
+        return 0.0 if self.linears else None
+
+    def kept_dense(self, name: str) -> bool:
+        """Whether the recipe keeps a linear dense."""
+        if self.selection is None:
+            return False
+        own = self.selection.override(name)
+        return not self.selection.selects(name) or own == 0
+
+
+def read_claims(model: Path) -> Claims:
+    """Read the existing records of a run; a damaged one becomes a finding."""
+    folder = model / "secateur"
+    if not folder.is_dir():
+        return Claims()
+    faults: list[Finding] = []
+
+    def read(name: str, reader: Callable[[str], Any], empty: Any) -> Any:
+        file = folder / name
+        if not file.is_file():
+            return empty
+        try:
+            return reader(file.read_text(encoding="utf-8"))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            yaml.YAMLError,
+            SecateurError,
+        ) as e:
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+            faults.append(
+                Finding(
+                    "records-unreadable",
+                    "warning",
+                    str(file),
+                    f"the records of the run cannot be read: {said}",
+                    "copy the folder again; the claims of this file were not checked",
+                )
+            )
+            return empty
+
+    manifest = read("manifest.json", manifest_of, {})
+    pattern, selection = None, None
+    if manifest.get("method") != "structure":  # a cut model claims no zeros
+        pattern, selection = read("recipe.yaml", lambda x: of_recipe(x, manifest), (None, None))
+    return Claims(
+        folder,
+        read("layers.jsonl", claims_of, {}),
+        pattern,
+        selection,
+        manifest.get("sparsity"),
+        read("layers.jsonl", unseen_of, frozenset()) if not faults else frozenset(),
+        manifest.get("source"),
+        tuple(faults),
+    )
+
+
+def manifest_of(text: str) -> dict[str, Any]:
+    """Source, scope and total sparsity of a manifest."""
+    record = json.loads(text)
+    return {
+        "source": record["source"]["name"],
+        "method": record["method"].get("name"),
+        "scope": record["method"]["scope"],
+        "sparsity": float(record["result"]["decoder_sparsity"]),
+    }
+
+
+def claims_of(text: str) -> dict[str, LinearClaim]:
+    """The claims of each layer's last line; a repeated layer has two."""
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return {
+        record["name"]: LinearClaim(
+            float(record["asked"]),
+            int(record["pruned"]),
+            int(record["zeros"]),
+            record.get("lost") if record.get("error") is None else record["error"],
+        )
+        for line in lines
+        for record in line.get("linears", [])
+    }
+
+
+def unseen_of(text: str) -> frozenset[str]:
+    """The linears that the last line of a layer lists as unseen."""
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    last = {line["layer"]: line for line in lines if "layer" in line}
+    return frozenset(name for line in last.values() for name in line.get("unseen", []))
+
+
+def of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
+    """Pattern and selection of a resolved recipe."""
+    recipe = yaml.safe_load(text)
+    scope = manifest.get("scope", recipe["scope"])
+    pattern = parse_pattern(recipe["pattern"], None if scope == "group" else scope)
+    selection = Selection(
+        tuple(recipe["include"]), tuple(recipe["exclude"]), dict(recipe["overrides"])
+    )
+    return pattern, selection

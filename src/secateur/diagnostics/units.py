@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.diagnostics.claims import Claims
-from secateur.diagnostics.findings import Finding, Severity, listed
+from secateur.diagnostics.findings import Claims, Finding, Severity, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.models.architecture import setting
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.calibration.beside import Beside
+from secateur.calibration.windows import Beside
 from secateur.engine.choose.allocate import allocate
 from secateur.engine.choose.survey import Survey
 from secateur.engine.prune.run import Run

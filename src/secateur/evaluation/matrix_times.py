@@ -35,8 +35,15 @@ from typing import Any
 
 import torch
 
-from secateur.evaluation.random_matrices import another, random_matrix
-from secateur.evaluation.token_times import LAYER_BYTES, Way, WayTimer, kept_times, plausible
+from secateur.evaluation.token_times import (
+    LAYER_BYTES,
+    Way,
+    WayTimer,
+    another,
+    kept_times,
+    plausible,
+    random_matrix,
+)
 from secateur.models.samples import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json

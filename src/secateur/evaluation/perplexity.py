@@ -8,12 +8,28 @@ window of S tokens begins with it and has S − 1 tokens of text (`calibration.c
 predicts tokens 2 to S of each window, so N = windows · (S − 1). A start token is never predicted:
 after k > 1 start tokens the first prediction is token k + 1. You can compare perplexities only if
 the windows are the same token ids, with the same start tokens. `protocol` records them.
+
+The id of a protocol, for example `ppl-1a2b3c4d-bfloat16-int8g256`.
+
+A protocol is a dictionary of everything that a number depends on besides the weights. Its id has
+two parts:
+
+| part                | what it says                                                           |
+|---------------------|------------------------------------------------------------------------|
+| `ppl-1a2b3c4d`      | what was judged, and how: a hash of the protocol without labels        |
+| `bfloat16-int8g256` | how the model computed: its dtype, and how activations were rounded    |
+
+Data enters the hash by its content (`fingerprint`), so the same text under another file name has
+the same id. Numbers with the same first part are comparable. If the whole id is the same, the
+models also computed alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,14 +41,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.calibration.cutting import WindowCutter
+from secateur.calibration.windows import WindowCutter
 from secateur.errors import NumericalError, RecipeError, SourceError
-from secateur.evaluation.protocol import fingerprint
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.architecture import positions_of, refuse_non_decoders
 from secateur.models.tokenizer import Tokenizer
-from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches, rows_of
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
+from secateur.runtime.linear import activations_of
 from secateur.types import Windows
 
 TOKENS_PER_FORWARD = 2048
@@ -333,3 +348,46 @@ def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor, first: int
         for rows, target in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.cat(losses).view(len(ids), -1).double().mean(dim=1)
+
+
+COMPUTED = ("dtype", "activations")
+"""Keys of a protocol that say how a model computed."""
+
+APART = frozenset({"dataset", "split", "items_in_split", "shots_from", "join", *COMPUTED})
+"""Keys that the hash ignores: names of data hashed by its content, and those of the second part."""
+
+
+def computed_by(model: nn.Module) -> dict[str, str]:
+    """How a model computes: the dtype of its parameters, and how it rounds activations."""
+    dtype = next(model.parameters()).dtype
+    return {"dtype": str(dtype).removeprefix("torch."), "activations": activations_of(model)}
+
+
+def protocol_id(kind: str, protocol: Mapping[str, Any]) -> str:
+    """The id of a protocol.
+
+    Args:
+        kind: ppl, div, task or gen.
+        protocol: JSON values; the module says which keys are ignored.
+    """
+    counted = {key: value for key, value in protocol.items() if key not in APART}
+    hashed = digest(json.dumps([kind, counted], sort_keys=True).encode())[:8]
+    computed = [str(protocol[key]) for key in COMPUTED if protocol.get(key, "none") != "none"]
+    return "-".join([kind, hashed, *computed]).replace(" ", "")
+
+
+def judged_part(protocol_id: str) -> str:
+    """The first part of an id; numbers of all models that share it are comparable."""
+    return "-".join(protocol_id.split("-")[:2])
+
+
+def fingerprint(content: Tensor | Sequence[Any]) -> str:
+    """A hash of sixteen digits for token windows, or for JSON values such as task requests."""
+    if isinstance(content, Tensor):
+        return digest(repr(tuple(content.shape)).encode() + content.cpu().numpy().tobytes())[:16]
+    return digest(json.dumps(list(content), ensure_ascii=False).encode())[:16]
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()

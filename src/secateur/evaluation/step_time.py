@@ -28,7 +28,7 @@ from secateur.engine.stream.calls import Recorder, replaced_layers
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, quiet_transformers
 from secateur.progress import Progress
-from secateur.runtime.slots import given_cache
+from secateur.runtime.decode import given_cache
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.edits import parameters_of

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, SourceError
-from secateur.evaluation.protocol import computed_by, fingerprint, protocol_id
+from secateur.evaluation.perplexity import computed_by, fingerprint, protocol_id
 from secateur.evaluation.task_data import TaskSpec, check_request, local_rows, task_spec
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.hub import hub_or_cache

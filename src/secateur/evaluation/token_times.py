@@ -7,10 +7,14 @@ A model of the same sizes gets random matrices, each layer in memory of its own.
 t(n) is the time of a token with n decoder layers, t(0) that of embedding, last norm and head. If
 all layers have less than `LAYER_BYTES`, then n = L and nothing is extrapolated. Measured times are
 kept in the cache, with their date; the key holds the sizes, the processor and the kernels.
+
+Random matrices in the form of the kernels, for timing. Speed does not depend on the numbers.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -23,21 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.evaluation.random_matrices import another, random_matrix
 from secateur.models.samples import cache_folder
 from secateur.models.skeleton import assign, quiet_transformers, without_weights
 from secateur.progress import Progress
+from secateur.quantization.groups import Scales
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runtime.decode import Decoder
+from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import settle
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedEmbedding, PackedLinear
-from secateur.runtime.slots import FAMILIES, why_not
 
 LAYER_BYTES = 768 * 2**20
 """Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
@@ -278,3 +282,65 @@ def fill(layer: nn.Module, way: Way, matrices: dict[tuple[int, int], KernelMatri
     for name, parameter in list(layer.named_parameters()):
         if parameter.is_meta:
             assign(layer, name, torch.ones(parameter.shape, dtype=torch.bfloat16))
+
+
+GROUP = 64
+"""Weights that share a scale in int4."""
+
+DIFFERENT_ROWS = 256
+"""The zeros of so many rows are drawn; then they repeat."""
+
+EXPONENT = -20
+"""Of the scales of int4. It keeps sums of products small."""
+
+FLOATS = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def random_matrix(
+    rows: int, columns: int, values: str, sparsity: float = 0.0, group: int = GROUP
+) -> KernelMatrix:
+    """A random matrix: dense, or with the same number of zeros in each row.
+
+    Args:
+        rows: out.
+        columns: in.
+        values: bf16, float32, int8 or int4.
+        sparsity: the fraction of zeros; 0 for a dense matrix without a mask.
+        group: weights that share a scale, for int4.
+    """
+    kept = columns - round(sparsity * columns)
+    mask = random_mask(rows, columns, kept) if sparsity else None
+    if values == "int4":
+        codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
+        code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
+        exponent = torch.full((rows,), EXPONENT, dtype=torch.int8)
+        return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
+    scale = torch.rand(rows) * 2.0**EXPONENT if values == "int8" else None
+    if mask is None:
+        return KernelMatrix(numbers(rows * columns, values).view(rows, columns), scale=scale)
+    return KernelMatrix(
+        numbers(rows * kept, values), bitmask=pack_bits(mask), columns=columns, scale=scale
+    )
+
+
+@functools.cache
+def random_mask(rows: int, columns: int, kept: int) -> Tensor:
+    """With the same number of ones in each row; the masks of some rows repeat."""
+    some = torch.rand(min(rows, DIFFERENT_ROWS), columns).argsort(1) < kept
+    return some.repeat(-(-rows // len(some)), 1)[:rows]
+
+
+def numbers(count: int, values: str) -> Tensor:
+    """Random values."""
+    if values == "int8":
+        return torch.randint(-127, 128, (count,), dtype=torch.int8)
+    return torch.randn(count).mul_(0.02).to(FLOATS[values])
+
+
+def another(matrix: KernelMatrix) -> KernelMatrix:
+    """The same numbers in memory of their own."""
+    found = copy.copy(matrix)
+    found.values = matrix.values.clone()
+    found.mask = None if matrix.mask is None else matrix.mask.clone()
+    found.describe(matrix.c.type)
+    return found

@@ -27,15 +27,14 @@ from torch import Tensor
 
 from secateur.errors import ShapeError
 from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import copy_the_rest
-from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
+from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
 from secateur.models.checkpoint import INDEX_NAME, PLAIN, ShardWriter, shard_name
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.quantization.int8 import quantize_rows
-from secateur.runtime.dense_view import DenseView
+from secateur.runtime.install import DenseView
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of tensors, by name."""

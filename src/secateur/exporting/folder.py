@@ -1,15 +1,24 @@
-"""Everything of a model's folder except its weights."""
+"""Everything of a model's folder except its weights.
+
+The linears of the decoder layers of a model to export, and all its other matrices.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from secateur.errors import ArchitectureError
 from secateur.exporting import ExportSource
+from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
+from secateur.models.inventory import inventory, stored_shapes
+from secateur.models.skeleton import build_skeleton, model_names
 from secateur.runs.output import cannot_write
 
 
@@ -35,3 +44,56 @@ def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path
         (output / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise cannot_write(error, output) from error
+
+
+@dataclass(frozen=True)
+class DecoderLinears:
+    """What can be stored in another way, and what stays as it is.
+
+    Attributes:
+        shapes: (out, in) of the weight of every linear, by stored name, in the order of layers.
+        others: names of the modules with other matrices: embedding, head, routers.
+        names: the model's name for every stored tensor.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    others: tuple[str, ...]
+    names: Mapping[str, str]
+
+
+def decoder_linears(source: ExportSource) -> DecoderLinears:
+    """Find the linears of the decoder layers.
+
+    After this call, the reader shows every expert of a mixture as tensors of its own.
+
+    Raises:
+        ArchitectureError: matrices are stored transposed, or in an unknown layout.
+    """
+    model = build_skeleton(source.folder)
+    names = model_names(model, source.reader)
+    found = inventory(model, describe(model), names, stored_shapes(source.reader.entries))
+    transposed = [m.name for m in found if m.linear is not None and m.linear.transposed]
+    unknown = [m.name for m in found if m.linear is None and m.is_decoder_matrix]
+    if transposed or unknown:
+        why = "are stored transposed" if transposed else "have a layout that is not known here"
+        raise ArchitectureError(
+            f"{len(transposed or unknown)} matrices {why}; this target stores those of nn.Linear",
+            where=first_of(transposed or unknown),
+            remedy="export to another target",
+        )
+    others = {
+        name.removesuffix(".weight")
+        for matrix in found
+        if matrix.linear is None
+        for name in (matrix.name, names[matrix.name])
+    }
+    head = model.get_output_embeddings()
+    others |= {path for path, module in model.named_modules() if module is head}
+    shapes = {m.name: (m.shape[0], m.shape[1]) for m in found if m.linear is not None}
+    return DecoderLinears(MappingProxyType(shapes), tuple(sorted(others)), MappingProxyType(names))
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three of many names, for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removesuffix(".weight") for name in names[:3]) + more

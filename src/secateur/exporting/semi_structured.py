@@ -13,20 +13,20 @@ from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import copy_the_rest
-from secateur.exporting.linears import DecoderLinears, decoder_linears, first_of
+from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
 from secateur.models.checkpoint import ShardWriter
 from secateur.progress import Progress
 from secateur.runtime.semi_structured.layout import (
     COLUMNS,
     FILE_NAME,
     ROWS,
+    SPLITTINGS,
     Specs,
+    Splitting,
     StoredParts,
     is_n_of_m,
     part_specs,
 )
-from secateur.runtime.semi_structured.splitting import SPLITTINGS, Splitting
 
 TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
 PATTERNS = MappingProxyType({"2:4": None, **{one.name: one for one in SPLITTINGS}})

@@ -18,7 +18,7 @@ Contender = Literal[
     "torch int8",
     "all",
 ]
-"""The names of the ways to run a model; `secateur.evaluation.contenders` has them."""
+"""The names of the ways to run a model; `secateur.evaluation.speed` has them."""
 
 
 class WhatToTime(Section):

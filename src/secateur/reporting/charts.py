@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.evaluation.protocol import judged_part, protocol_id
+from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent, signed
 

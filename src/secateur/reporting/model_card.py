@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.reporting.front_matter import front_matter, shown_place, source_name
 from secateur.reporting.tables import by_layer
 from secateur.reporting.wording import binary_size

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.reporting.front_matter import (
     inherited_front_matter,
     shown_place,

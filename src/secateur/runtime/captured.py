@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, ShapeError
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.slots import given_cache
+from secateur.runtime.decode import given_cache
 
 WARM_UPS = 3
 """Steps before a capture: libraries choose algorithms and take memory in the first ones."""

@@ -1,23 +1,40 @@
-"""Loads a compressed checkpoint as a transformers model whose linears stay packed."""
+"""Loads a compressed checkpoint as a transformers model whose linears stay packed.
+
+Loads a compressed checkpoint on a GPU; its pruned linears stay in the bitmask format there.
+
+Other matrices are dense in the dtype of the computation. Every kind of matrix is measured once, and
+is dense too where torch's dense product is faster for one token. Activations that meet integers are
+rounded on every way; a dense matrix of integers keeps them, and torch multiplies in float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.errors import CheckpointError, KernelError, install_extra
+from secateur.errors import CheckpointError, KernelError, ShapeError, install_extra
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
-from secateur.models.skeleton import build_skeleton, quiet_transformers
-from secateur.runtime.generation_config import generation_config
-from secateur.runtime.install import install
+from secateur.models.skeleton import (
+    assign,
+    build_skeleton,
+    fill_buffers,
+    quiet_transformers,
+    refuse_missing,
+    stored_names,
+)
+from secateur.quantization.groups import Scales
+from secateur.runtime.formats import Layout, formats
+from secateur.runtime.install import DenseView, install, integers_of, path_of, replace, tie_head
 from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear
-from secateur.runtime.on_gpu import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint, is_packed
+from secateur.runtime.sampling import generation_config
 
 
 def load(
@@ -117,3 +134,97 @@ def settle_saving(model: Any) -> None:
         refuse_saving(model)
     else:
         del model.config.quantization_config
+
+
+def install_on_gpu(
+    model: Any, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Fill a skeleton from a compressed checkpoint, and move it to a device.
+
+    Args:
+        model: a transformers model with parameters on meta, its experts opened.
+        packed: the checkpoint.
+        dtype: what the model computes in.
+        device: a GPU; the CPU only with Triton's interpreter.
+
+    Returns:
+        The paths of the linears that stay packed.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not fit the configuration.
+    """
+    from secateur.runtime.kernels.gpu.linear import GpuChoice, GpuLinear, measured
+
+    view = DenseView(packed, dtype)
+    names = stored_names(model, view)
+    head = tied_head(model, names)
+    head_module = None
+    embedding_at = path_of(model, model.get_input_embeddings())
+    refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
+    choices: dict[tuple[object, ...], GpuChoice] = {}
+    found: list[str] = []
+    for parameter, stored in names.items():
+        path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
+        layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
+        module = model.get_submodule(path)
+        if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
+            matrix = gpu_matrix(packed, [owner], device)
+            share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
+            kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
+            if kind not in choices:
+                choices[kind] = measured(matrix, dtype)
+            if choices[kind].gain >= 1:
+                up_to = choices[kind].kernel_up_to
+                linear = GpuLinear(matrix, module.bias, up_to, rounds_inputs=layout.integers)
+                replace(model, path, linear)
+                found.append(path)
+                continue
+        if layout is not None and layout.integers and isinstance(module, nn.Linear):
+            replace(model, path, integers_of(packed.parts(owner), layout, module.bias))
+            continue
+        if layout is not None and layout.integers and path == embedding_at and head:
+            head_module = integers_of(packed.parts(owner), layout)
+        assign(model, parameter, view.read(stored).to(dtype))
+    fill_buffers(model, view)
+    if head:
+        tie_head(model, embedding_at, head.removesuffix(".weight"), head_module)
+    model.to(device)
+    return found
+
+
+def tied_head(model: Any, names: Any) -> str:
+    """The parameter of a head that shares the embedding's weight; empty if there is none."""
+    head = model.get_output_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    tied = path and model.config.tie_word_embeddings and f"{path}.weight" not in names
+    return f"{path}.weight" if tied else ""
+
+
+def gpu_matrix(packed: PackedCheckpoint, owners: Sequence[str], device: torch.device) -> Any:
+    """Stored matrices [out, in], one below the other, in the form of the GPU's kernels.
+
+    Raises:
+        ShapeError: their values are of different kinds.
+    """
+    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+
+    layouts = [packed.layouts[owner] for owner in owners]
+    if len({values_of(layout) for layout in layouts}) > 1:
+        raise ShapeError(f"{', '.join(owners)} have different kinds of values")
+    parts = [packed.parts(owner) for owner in owners]
+    kept = [formats[x.format].kept(p, x) for p, x in zip(parts, layouts, strict=True)]
+    mask, values = (torch.cat(each) for each in zip(*kept, strict=True))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([p[name] for p in parts])
+
+    if layouts[0].grid is None:
+        scale = joined("weight_scale") if "weight_scale" in parts[0] else None
+        return GpuMatrix.of(mask, values, scale=scale, device=device)
+    scales = Scales(joined("weight_exponent"), joined("weight_scale"))
+    return GpuMatrix.of(mask, values, scales=scales, group=layouts[0].grid.group, device=device)
+
+
+def values_of(layout: Layout) -> tuple[object, ...]:
+    """What matrices must have in common to be one: columns, values and groups."""
+    return layout.shape[1], layout.values, layout.group

@@ -1,16 +1,26 @@
-"""How the next token is drawn from the logits: for `generate`, `chat` and `serve` alike."""
+"""How the next token is drawn from the logits: for `generate`, `chat` and `serve` alike.
+
+Sampling options that come with a model, in `generation_config.json`.
+
+Text from tokens, one at a time: whole characters only, and never a part of a stop text.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
+from secateur.models.header import parse_json
+from secateur.models.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
 """The largest seed of a torch generator."""
@@ -153,3 +163,171 @@ class Draws:
                 return ordered, tokens
         ordered, tokens = chances.sort(descending=True, stable=True)
         return ordered, tokens
+
+
+FILE = "generation_config.json"
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""They count where `do_sample` is true, as in transformers."""
+
+ALWAYS = ("repetition_penalty",)
+
+
+def generation_config(folder: Path) -> Any:
+    """Transformers' own object for the file; None without a file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its checks raise many kinds of errors
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise unreadable(folder / FILE, said[0]) from None
+
+
+def sampling_in(folder: Path) -> dict[str, Any]:
+    """The options of `Sampling` that a model's folder sets.
+
+    Temperature, top-k, top-p and min-p are taken where `do_sample` is true. A model that samples
+    without naming a temperature has temperature 1. `top_k` 0 means all tokens.
+
+    Raises:
+        CheckpointError: the file is not JSON, or holds a value that makes no sense.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    try:
+        stored = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise unreadable(file, str(error)) from None
+    if not isinstance(stored, dict):
+        raise unreadable(file, "it is no JSON object")
+    samples = stored.get("do_sample") is True
+    names = (*(DRAWING if samples else ()), *ALWAYS)
+    found = {name: stored[name] for name in names if stored.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise unreadable(file, f"{name} is {value!r}")
+    if samples:
+        found.setdefault("temperature", 1.0)
+    if found.get("top_k", 1) == 0:
+        del found["top_k"]
+    try:
+        Sampling(**found)
+    except RecipeError as error:
+        raise unreadable(file, error.what) from None
+    return {name: value for name, value in found.items() if value != getattr(Sampling, name)}
+
+
+def sampling_with(defaults: dict[str, Any], given: dict[str, Any]) -> Sampling:
+    """Sampling by the options that were given, and else by those of the model.
+
+    Args:
+        defaults: from `sampling_in`.
+        given: by name; None is not given. `top_k` 0 means all tokens.
+
+    Raises:
+        RecipeError: a number is out of range.
+    """
+    options = defaults | {name: value for name, value in given.items() if value is not None}
+    if options.get("top_k") == 0:
+        options["top_k"] = None
+    return Sampling(**options)
+
+
+def unreadable(file: Path, why: str) -> CheckpointError:
+    """The error for a file that cannot be used."""
+    return CheckpointError(
+        f"the generation settings cannot be used: {why}",
+        where=str(file),
+        remedy="correct or delete the file; it only sets defaults",
+    )
+
+
+HALF = "\ufffd"
+"""What tokenizers write for bytes that are no character, or not yet."""
+
+LOOK_BACK = 6
+"""Tokens before a piece of text that are decoded with it, because some tokenizers write a token
+differently at the beginning of a text."""
+
+
+class TextStream:
+    """Turns tokens into text one at a time, and ends at a stop text.
+
+    A piece of text is passed on when no later token can change it. Half of a character waits for
+    its other bytes. A possible beginning of a stop text waits until it cannot be a stop text. Only
+    the last tokens are decoded each time, so the work for a token does not grow with the text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        stop: the text ends before the first of these.
+        tell: receives each piece.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], tell: Callable[[str], None]
+    ) -> None:
+        self.tokenizer, self.stop, self.tell = tokenizer, [s for s in stop if s], tell
+        self.longest_stop = max(map(len, self.stop), default=0)
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
+        self.passed_on = 0
+        self.from_token = self.to_token = 0  # tokens before `to_token` are in the text
+        self.stopped = False
+
+    def add(self, token: int) -> bool:
+        """Add a token. Return False if the text ends."""
+        self.times.append(time.perf_counter())
+        self.tokens.append(token)
+        self.take(self.new_text(whole=True))
+        return not self.stopped
+
+    def new_text(self, *, whole: bool) -> str:
+        """The text of the tokens that came last; with `whole`, once its characters are whole."""
+        known = self.decoded(self.tokens[self.from_token : self.to_token])
+        more = self.decoded(self.tokens[self.from_token :])
+        if whole and more.endswith(HALF):
+            return ""
+        self.to_token = len(self.tokens)
+        self.from_token = max(self.from_token, self.to_token - LOOK_BACK)
+        return more[len(known) :]
+
+    def decoded(self, tokens: list[int]) -> str:
+        """The text of some tokens, without special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+
+    def take(self, new: str) -> None:
+        """Append text, and end at a stop text."""
+        begin = max(0, len(self.text) - self.longest_stop)
+        self.text += new
+        places = [place for s in self.stop if (place := self.text.find(s, begin)) >= 0]
+        if places:
+            self.text, self.stopped = self.text[: min(places)], True
+        self.pass_on(len(self.text) - (0 if self.stopped else self.waiting()))
+
+    def waiting(self) -> int:
+        """The number of characters at the end that may begin a stop text."""
+        return max(
+            (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+            default=0,
+        )
+
+    def pass_on(self, end: int) -> None:
+        """Pass on the text up to a position."""
+        if end > self.passed_on:
+            self.tell(self.text[self.passed_on : end])
+            self.passed_on = end
+
+    def finish(self) -> None:
+        """Pass on the remaining text, half a character at the end included."""
+        if not self.stopped:
+            self.take(self.new_text(whole=False))
+        self.pass_on(len(self.text))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ShapeError
-from secateur.runtime.slots import Token
-from secateur.runtime.stepped import SteppedGeneration
+from secateur.runtime.decode import SteppedGeneration, Token
 
 
 class TransformersEngine:

@@ -2,6 +2,10 @@
 
 For ‖(W − Ŵ)X‖² every row of W has the same Hessian 2XXᵀ. The factor 2 cancels in all methods
 here, so H = gram + damping · mean(diag(gram)) · I.
+
+The least layer-wise error for a given mask, by conjugate gradients for all rows at once.
+
+Fits the dense model's outputs from the inputs of the pruned model.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.types import Gram, Weight
+from secateur.types import Gram, Mask, Weight
 
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
 # the subtraction that made the pivot has lost nearly all digits of the dtype: the factor is noise.
@@ -221,3 +225,79 @@ def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> flo
         return 0.0
     change = new_weight.detach().float() - weight.detach().float()
     return max(0.0, output_energy(change, gram) / whole)
+
+
+_TINY = 1e-30
+
+
+def fit_on_mask(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, steps: int) -> Tensor:
+    """Approach argmin tr((X − B) A (X − B)ᵀ), X = 0 where pruned; rows that are solved do not move.
+
+    Args:
+        start: first X, float32 [out, in], zero where pruned; changed in place and returned.
+        target: B A, float32 [out, in].
+        hessian: A, float32 [in, in]; converges soonest where its diagonal is 1.
+        mask: True = kept, bool [out, in].
+        steps: of conjugate gradients.
+    """
+    x = start
+    residual = (target - x @ hessian) * mask
+    direction = residual.clone()
+    energy = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        image = (direction @ hessian) * mask
+        length = energy / (direction * image).sum(1, keepdim=True).clamp_min_(_TINY)
+        x.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        left = residual.square().sum(1, keepdim=True)
+        direction = direction.mul_(left / energy.clamp_min(_TINY)).add_(residual)
+        energy = left
+    return x
+
+
+def dense_target(
+    gram: Gram,
+    moments: Float32[Tensor, "out in"],
+    anchor: Float32[Tensor, "out in"],
+    damping: float,
+) -> Float32[Tensor, "out in"]:
+    """The weight to prune, so that the outputs for inputs X̂ stay near the targets T.
+
+    With G = X̂X̂ᵀ, M = TX̂ᵀ, λ = damping · mean(diag G) and an anchor A
+
+        W* = (M + λA)(G + λI)⁻¹,    ‖T − ŴX̂‖² + λ‖A − Ŵ‖² = tr((Ŵ − W*)(G + λI)(Ŵ − W*)ᵀ) + rest
+
+    where the rest does not depend on Ŵ. So every score and solver can use W* as the weight. Inputs
+    X̂ in the pruned model differ from the inputs X of the dense one:
+
+    * T = X, A = I gives a matrix K with W* = WK for T = WX, shared by linears with the same input;
+    * T = WX + H − Ĥ, A = W is for a linear that writes to the residual stream, whose states before
+      it are H in the dense and Ĥ in the pruned model: it then also corrects that difference.
+
+    Paper: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
+    Calibration", arXiv:2504.02692, which uses the first in the column sweep of quantization; here
+    it is solved for at once, and pulled towards the anchor by the damping.
+
+    Args:
+        gram: G = X̂X̂ᵀ, float32 [in, in].
+        moments: M = TX̂ᵀ, float32 [out, in].
+        anchor: A, float32 [out, in], towards which the damping pulls.
+        damping: fraction of the mean diagonal of the gram.
+
+    Raises:
+        NumericalError: the gram is not finite, or is zero everywhere.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.hessian import dense_target
+        >>> weight, x, pruned_x = torch.ones(1, 1), torch.full((1, 1), 2.0), torch.ones(1, 1)
+        >>> dense_target(pruned_x @ pruned_x.t(), weight @ x @ pruned_x.t(), weight, damping=0.0)
+        tensor([[2.]])
+    """
+    damped, dead = damped_diagonal(gram, damping)
+    shift = torch.where(dead, damped, damping * gram.diagonal().mean())
+    hessian = gram.clone()
+    hessian.diagonal().copy_(damped)
+    target = moments + anchor * shift
+    solved: Tensor = torch.linalg.solve(hessian, target.t())
+    return solved.t().contiguous()

@@ -11,15 +11,39 @@ Forward KL makes the student cover every token that the teacher could choose. Re
 concentrates it on the teacher's likely tokens. The factor T² keeps the gradients as large as at
 T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
 Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse). Everything is in float32.
+
+The loss of a language model without all logits in memory at once.
+
+With a vocabulary of fifty thousand, the logits of a batch and their float32 copies are the largest
+tensors of a training. This module computes the logits of a few tokens, overwrites them with the
+gradient of the loss, and keeps only the gradients of the head and of the hidden state:
+
+    for some tokens:  Z = H Wᵀ;   G = ∂L/∂Z;   ∂L/∂H = G W;   ∂L/∂W += Gᵀ H
+
+Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, do the same for cross entropy.
+
+The loss that makes a student learn the hidden states of a teacher, layer by layer.
+
+    loss = mean over pairs (i, j) of   Σ ‖h_i − g_j‖² / Σ ‖g_j‖²        sums over the tokens
+
+h_i is the output of the student's decoder layer i, and g_j the output of the teacher's layer j.
+The division by the size of g_j gives all layers the same weight.
+
+Paper: Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models"
+(SquareHead), arXiv:2310.06927.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import RecipeError
 
 KINDS = ("forward", "reverse", "symmetric")
 LEAST = -1e4
@@ -100,3 +124,242 @@ def divergence_rows(
         return loss * (temperature**2 / count), gradient.mul_(temperature / count)
 
     return of
+
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of the logits that one product computes, in the dtype of the product."""
+CHUNK_BYTES = 1 * 2**20
+"""Size of the rows in float32 at one time. They should fit in a cache."""
+PROBE_TOKENS = 8
+
+
+def head_alone(model: Any) -> nn.Linear | None:
+    """Return the output head if its output is exactly the model's logits, else None.
+
+    Some families scale or cap the output of the head, so the function checks a few tokens.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear):
+        return None
+    given: list[Tensor] = []
+    handle = head.register_forward_hook(lambda *call: given.append(call[2]))
+    try:
+        with torch.no_grad():
+            ids = torch.arange(PROBE_TOKENS, device=head.weight.device) % head.out_features
+            logits = model(input_ids=ids[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    return head if len(given) == 1 and torch.equal(given[0], logits) else None
+
+
+def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tensor:
+    """Return the differentiable loss of a batch.
+
+    Args:
+        model: a causal language model.
+        head: the result of `head_alone`; None if the model must compute all logits.
+        ids: token ids [windows, length].
+        rows: computes the loss of some of the windows · length tokens.
+    """
+    if head is None:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return _OfLogits.apply(logits.flatten(0, -2), rows)
+
+    def of(hidden: Tensor) -> Tensor:
+        return _OfHead.apply(hidden.flatten(0, -2), head.weight, head.bias, rows)
+
+    with _instead(head, of):
+        loss: Tensor = model(input_ids=ids, use_cache=False).logits
+    return loss
+
+
+def last_hidden(model: Any, head: nn.Linear | None, ids: Tensor) -> Tensor:
+    """Return the input of the head, or the logits if there is no head; [tokens, width]."""
+    if head is None:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.flatten(0, -2)
+    with _instead(head, lambda hidden: hidden):
+        hidden: Tensor = model(input_ids=ids, use_cache=False).logits
+    return hidden.flatten(0, -2)
+
+
+def through_head(head: nn.Linear | None, hidden: Tensor) -> Tensor:
+    """Return the float32 logits of some tokens from the result of `last_hidden`."""
+    if head is None:
+        return hidden.float()
+    return functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+
+
+@contextmanager
+def _instead(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the forward of the head inside the context.
+
+    The model still calls the head, so hooks on that call (gathering sharded weights) still run.
+    """
+    head.forward = forward  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+class _OfHead(torch.autograd.Function):
+    """The loss from the last hidden states. The forward also computes the gradients."""
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows
+    ) -> Tensor:
+        """Args: the input of the head [tokens, width], its weight and bias, the loss of rows."""
+        of_hidden, of_weight, of_bias = context.needs_input_grad[:3]
+        kind = hidden.device.type
+        fast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if fast else hidden.dtype
+        inputs, matrix = hidden.to(dtype), weight.to(dtype)
+        to_hidden = torch.empty_like(hidden) if of_hidden else None
+        to_weight = None
+        to_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
+        loss = torch.zeros((), device=hidden.device)
+        size = max(1, BLOCK_BYTES // (len(weight) * matrix.itemsize))
+        for start in range(0, len(hidden), size):
+            some = inputs[start : start + size]
+            gradient = some @ matrix.t()
+            if bias is not None:
+                gradient += bias.to(dtype)
+            loss += _in_chunks(gradient, start, rows)
+            if to_hidden is not None:
+                to_hidden[start : start + size] = gradient @ matrix
+            if of_weight:
+                product = gradient.t() @ some
+                to_weight = (
+                    product.to(weight.dtype) if to_weight is None else to_weight.add_(product)
+                )
+            if to_bias is not None:
+                to_bias += gradient.sum(0, dtype=to_bias.dtype)
+        context.save_for_backward(*(x for x in (to_hidden, to_weight, to_bias) if x is not None))
+        context.there = [x is not None for x in (to_hidden, to_weight, to_bias)]
+        return loss
+
+    @staticmethod
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Everything is there already, up to a factor."""
+        saved = iter(context.saved_tensors)
+        return (*(next(saved).mul_(upstream) if x else None for x in context.there), None)
+
+
+class _OfLogits(torch.autograd.Function):
+    """The loss from logits. Only its gradient is as large as the logits."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, rows: Rows) -> Tensor:
+        """Args: logits [tokens, vocabulary], the loss of rows."""
+        gradient = logits.detach().clone()
+        loss = _in_chunks(gradient, 0, rows)
+        context.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Everything is there already, up to a factor."""
+        (gradient,) = context.saved_tensors
+        return gradient.mul_(upstream), None
+
+
+def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
+    """Return the loss of logits, overwritten by its gradient. The first row is token `start`."""
+    loss = torch.zeros((), device=logits.device)
+    size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    for first in range(0, len(logits), size):
+        chunk = logits[first : first + size]
+        place = slice(start + first, start + first + len(chunk))
+        part, gradient = rows(place, chunk.to(torch.float32, copy=True))
+        loss += part
+        chunk.copy_(gradient)
+    return loss
+
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -> Pairs:
+    """Pair each layer of the student with the layer of the teacher that it learns from.
+
+    A kept layer replaces the cut layers that followed it. Its output should equal the input of the
+    next kept layer in the teacher.
+
+    Args:
+        student: number of decoder layers of the student.
+        teacher: number of decoder layers of the teacher.
+        kept: the teacher's layers that the student has; None spaces them evenly.
+
+    Raises:
+        RecipeError: the student has more layers, or `kept` does not fit.
+    """
+    if student > teacher:
+        raise RecipeError(
+            f"the student has {student} layers, the teacher {teacher}",
+            remedy="name the larger model as the teacher",
+        )
+    if kept is None:
+        return tuple((i, -(-(i + 1) * teacher // student) - 1) for i in range(student))
+    kept = tuple(kept)
+    rising = list(kept) == sorted(set(kept))
+    if len(kept) != student or not rising or not 0 <= kept[0] <= kept[-1] < teacher:
+        raise RecipeError(
+            f"kept layers {list(kept)} of a student with {student} layers and a teacher with "
+            f"{teacher}",
+            remedy="name for each layer of the student which layer of the teacher it was",
+        )
+    return tuple(enumerate([*(k - 1 for k in kept[1:]), teacher - 1]))
+
+
+class Watch:
+    """Keeps the outputs of some modules while the context is open.
+
+    Args:
+        modules: decoder layers by number.
+    """
+
+    def __init__(self, modules: Mapping[int, nn.Module]) -> None:
+        self.modules = modules
+        self.seen: dict[int, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        for number, module in self.modules.items():
+            self.handles.append(module.register_forward_hook(self.taking(number)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def taking(self, number: int) -> Callable[..., None]:
+        """Return a hook that keeps the output of a module."""
+
+        def take(_: nn.Module, inputs: Any, output: Any) -> None:
+            self.seen[number] = output[0] if isinstance(output, tuple) else output
+
+        return take
+
+
+def hidden_loss(
+    student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], pairs: Pairs
+) -> Tensor:
+    """Return the loss of a batch, float32.
+
+    Raises:
+        RecipeError: the hidden states have different widths.
+    """
+    total = torch.zeros(())
+    for i, j in pairs:
+        own, target = student[i].float(), teacher[j].float()
+        if own.shape != target.shape:
+            raise RecipeError(
+                f"hidden states of width {own.shape[-1]} cannot be compared with those of the "
+                f"teacher, {target.shape[-1]}",
+                remedy="leave the hidden loss out",
+            )
+        total = total.to(own.device)
+        total = total + (own - target).square().sum() / target.square().sum()
+    return total / max(len(pairs), 1)

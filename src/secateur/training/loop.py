@@ -1,11 +1,17 @@
-"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes."""
+"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes.
+
+The curves that TensorBoard shows of a running training.
+
+The outcome of a training.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from torch import Tensor, nn
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.engine.prune.tuning import in_float32, to_float32
 from secateur.engine.stream.attention import WrittenOut
-from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.errors import NumericalError, RecipeError, SourceError, install_extra
 from secateur.models.architecture import hidden_size
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
@@ -23,10 +29,8 @@ from secateur.training.batches import Batches
 from secateur.training.hooks import Hook
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
-from secateur.training.outcome import Outcome
 from secateur.training.process_group import ProcessGroup, checkpointed
 from secateur.training.saved import Saved
-from secateur.training.tensorboard_log import TensorBoardLog
 from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import DivergenceWatch, mean_loss
 
@@ -397,3 +401,76 @@ def train(
 ) -> Outcome:
     """Train a model in place: `Loop(...).run()`, with the arguments of `Loop`."""
     return Loop(model, batches, objective, masks, plan, saved=saved, hooks=hooks, **options).run()
+
+
+class TensorBoardLog:
+    """Curves in a folder that `tensorboard --logdir FOLDER` shows.
+
+    Args:
+        folder: folder of the curves; it may hold curves of other runs.
+        step: the step at which the training resumes. Points of later steps are dropped.
+
+    Raises:
+        RecipeError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as missing:
+            raise RecipeError(
+                "curves need the package tensorboard, which is not installed",
+                remedy=install_extra("tensorboard"),
+            ) from missing
+        self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one point to each named curve at a step of the optimizer."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write the points that are still in memory."""
+        self.writer.close()
+
+
+@dataclass
+class Outcome:
+    """The outcome of a training, or its progress while it runs.
+
+    Attributes:
+        step: number of steps of the optimizer.
+        tokens: number of tokens that all processes read.
+        seconds: duration of all runs together, with validation and saving.
+        validations: (step, mean loss in nats per token) before the first step and during the run.
+        best_step: the step with the lowest validation loss; None without validation. The model ends
+            with its weights.
+        best_loss: validation loss at the best step.
+        best_kept: number of weights that the masks kept at the best step, if hooks may change
+            masks; else −1.
+        stopped: the reason for the end: `steps`, `minutes` or `patience`.
+        log: one line for every step: step, loss, learning_rate, gradient_norm.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float = math.inf
+    best_kept: int = -1
+    stopped: str = ""
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything except the log, as JSON values."""
+        facts = {k: v for k, v in vars(self).items() if k != "log"}
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {**facts, "best_loss": best}
+
+    def take(self, facts: dict[str, Any]) -> None:
+        """Continue from saved facts."""
+        for key in self.facts().keys() & facts.keys():
+            setattr(self, key, facts[key])
+        self.validations = [(int(step), loss) for step, loss in self.validations]
+        self.best_loss = math.inf if self.best_loss is None else self.best_loss

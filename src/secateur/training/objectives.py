@@ -13,9 +13,17 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.registry import did_you_mean
 from secateur.training.batches import Batch
-from secateur.training.divergences import KINDS, Rows, divergence_rows, next_token_rows
-from secateur.training.heads import head_alone, loss_of
-from secateur.training.hidden import Watch, hidden_loss, layer_pairs
+from secateur.training.divergences import (
+    KINDS,
+    Rows,
+    Watch,
+    divergence_rows,
+    head_alone,
+    hidden_loss,
+    layer_pairs,
+    loss_of,
+    next_token_rows,
+)
 from secateur.training.teachers import Teacher, vocabulary_of
 
 

@@ -24,7 +24,7 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import ShardWriter
 from secateur.runs.output import cannot_write
 from secateur.training.hooks import Hook
-from secateur.training.parts import as_part, is_shared, local, rows_of, whole
+from secateur.training.masks import as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
 FACTS = "facts"

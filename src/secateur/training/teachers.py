@@ -24,8 +24,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.training.batches import Batch
-from secateur.training.heads import head_alone, last_hidden, through_head
-from secateur.training.hidden import Watch
+from secateur.training.divergences import Watch, head_alone, last_hidden, through_head
 
 Expected = Callable[[slice, Tensor], Tensor]
 AT_ONCE_BYTES = 64 * 2**20

@@ -19,7 +19,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import shard_files
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Labelled, Progress, listener
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe

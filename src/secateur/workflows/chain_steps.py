@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import check_text
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import check_text, texts_of
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.hub import kind_of_name
 from secateur.models.skeleton import build_skeleton

@@ -16,7 +16,7 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.results.export import ExportResult
 from secateur.runs.folder import RunFolder
-from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.install import open_checkpoint
 
 
 @takes_options_of(ExportRecipe)

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import texts_of
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of

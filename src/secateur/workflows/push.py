@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint
-from secateur.diagnostics.claims import read_claims
+from secateur.diagnostics.findings import read_claims
 from secateur.errors import VerificationError
 from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.progress import Progress, listener
-from secateur.publishing.contents import CARD, contents_of
-from secateur.publishing.secrets import notes_without_folders, refuse_secrets, without_folders
-from secateur.publishing.upload import check_repository, upload
+from secateur.publishing import (
+    CARD,
+    check_repository,
+    contents_of,
+    notes_without_folders,
+    refuse_secrets,
+    upload,
+    without_folders,
+)
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.push import PushRecipe
 from secateur.reporting.push_card import missing_in, push_card

@@ -14,14 +14,12 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.serve import ServeRecipe
 from secateur.recipes.sizes import bytes_of
-from secateur.runtime.generation_config import sampling_in
+from secateur.runtime.decode import SlotDecoder, why_not
 from secateur.runtime.load import load
-from secateur.runtime.slots import SlotDecoder, why_not
+from secateur.runtime.sampling import sampling_in
 from secateur.serving.one_at_a_time import TransformersEngine
-from secateur.serving.prefixes import PrefixCache
-from secateur.serving.scheduler import Engine, Scheduler
-from secateur.serving.service import Service
-from secateur.serving.worker import Worker
+from secateur.serving.scheduler import Engine, PrefixCache, Scheduler
+from secateur.serving.service import Service, Worker
 
 if TYPE_CHECKING:
     from secateur.serving.http.server import StoppableServer

@@ -9,8 +9,7 @@ from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed
 from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import statistics
 from secateur.errors import PatternError
-from secateur.sparsity.dense_target import dense_target
-from secateur.sparsity.hessian import inverse_factor, relative_output_error
+from secateur.sparsity.hessian import dense_target, inverse_factor, relative_output_error
 from secateur.sparsity.methods import compose, methods
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores

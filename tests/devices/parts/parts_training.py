@@ -17,8 +17,7 @@ from secateur.sparsity.scores import scores
 from secateur.training.batches import Batches
 from secateur.training.divergences import KINDS
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
-from secateur.training.hard_concrete import HardConcrete
-from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
 from secateur.training.loop import train
 from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
 from secateur.training.masks import Masks, stored_masks

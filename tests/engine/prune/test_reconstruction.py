@@ -15,8 +15,8 @@ from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
 from secateur.quantization.groups import GroupGrid
+from secateur.sparsity.column_sweep import kept_weights
 from secateur.sparsity.methods import compose
-from secateur.sparsity.rounding import kept_weights
 from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]

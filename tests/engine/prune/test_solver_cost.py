@@ -21,8 +21,7 @@ from secateur.engine.prune.tasks import LinearTask, warn_of_work
 from secateur.engine.stream.residency import LiveTensors
 from secateur.errors import MemoryBudgetError
 from secateur.sparsity import shifted_inverse
-from secateur.sparsity.dense_target import dense_target
-from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor
+from secateur.sparsity.hessian import FACTOR_SQUARES, dense_target, inverse_factor
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.solvers import least_squares, solvers
 from tiny import save_tiny

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.engine.prune.straight_through import RoundedWeight
 from secateur.models.architecture import Linear
 from secateur.quantization.groups import GroupGrid
-from secateur.sparsity.rounding import kept_weights
+from secateur.sparsity.column_sweep import kept_weights
 
 
 def rounded_weight(kind: str) -> tuple[RoundedWeight, nn.Parameter, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.beside import Beside
+from secateur.calibration.windows import Beside
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import ModelTarget

@@ -18,7 +18,7 @@ from secateur.errors import ShapeError
 from secateur.models.skeleton import build_skeleton
 from secateur.quantization.groups import GroupGrid
 from secateur.runtime.linear import IntegerLinear, activations_of
-from secateur.runtime.on_gpu import install_on_gpu
+from secateur.runtime.load import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
 

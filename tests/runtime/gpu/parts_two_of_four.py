@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ShapeError
-from secateur.runtime.semi_structured.layout import StoredParts
-from secateur.runtime.semi_structured.linear import form
-from secateur.runtime.semi_structured.splitting import SPLITTINGS
+from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
+from secateur.runtime.semi_structured.load import form
 
 
 def weight_of(

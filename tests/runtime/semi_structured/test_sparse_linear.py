@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import ShapeError
-from secateur.runtime.kernels.gpu.timing import race
-from secateur.runtime.semi_structured import linear as module
-from secateur.runtime.semi_structured.layout import StoredParts, lifted
-from secateur.runtime.semi_structured.linear import SparseLinear, chosen_linear, measured
-from secateur.runtime.semi_structured.splitting import SPLITTINGS
+from secateur.runtime.kernels.gpu.linear import race
+from secateur.runtime.semi_structured import load as module
+from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts, lifted
+from secateur.runtime.semi_structured.load import SparseLinear, chosen_linear, measured
 
 DENSE, CUTLASS, CUSPARSELT, TRITON = "dense", "CUTLASS", "cuSPARSELt", "Triton"
 

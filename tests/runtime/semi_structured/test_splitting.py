@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, ShapeError
-from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m, lifted
-from secateur.runtime.semi_structured.splitting import (
+from secateur.runtime.semi_structured.layout import (
     SPLITTINGS,
     Splitting,
+    StoredParts,
     assignments,
+    is_n_of_m,
+    lifted,
     sliding,
 )
 

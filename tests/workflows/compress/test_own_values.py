@@ -12,7 +12,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny
 from zoo import tiny_windows

@@ -18,7 +18,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.recipes.sizes import bytes_of
-from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.fit import pipeline
 from secateur.workflows.fit.evaluation import LossMeter

@@ -13,7 +13,7 @@ from gguf_models import byte_level, save
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.install import open_checkpoint
 from secateur.workflows.compress.packable import find_matrices
 from secateur.workflows.fit.storage_formats import GGUF_FILE, KINDS
 from tiny import save_tiny

@@ -9,7 +9,7 @@ import pytest
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.runtime.slots import SlotDecoder
+from secateur.runtime.decode import SlotDecoder
 from secateur.workflows.judge.generate import Conversation
 from secateur.workflows.judge.session import ONE_CALL
 from tiny import save_tiny

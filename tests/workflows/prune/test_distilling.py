@@ -17,7 +17,7 @@ from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.recovery import Distill
-from secateur.sparsity.rounding import kept_weights
+from secateur.sparsity.column_sweep import kept_weights
 from secateur.workflows.prune.distillation import learn
 from secateur.workflows.prune.learning import Lessons
 from slow import few_families, slow

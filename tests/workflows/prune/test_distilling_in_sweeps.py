@@ -21,7 +21,7 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.results.plan import PlanResult
-from secateur.sparsity.rounding import kept_weights
+from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.masks import Masks
 from secateur.workflows.prune import streamed_distillation
 from secateur.workflows.prune.sweeps import Sweeps

@@ -12,7 +12,7 @@ from secateur.calibration.statistics import of_inputs, statistics
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import Ranks
-from secateur.sparsity.dense_target import dense_target
+from secateur.sparsity.hessian import dense_target
 
 HELD_SHARE = 4
 """One token in so many is kept apart."""

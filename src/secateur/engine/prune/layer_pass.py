@@ -33,7 +33,7 @@ from secateur.engine.stream.forwards import by_layer
 from secateur.engine.stream.lane import Lane
 from secateur.engine.stream.passage import Passage
 from secateur.models.architecture import Architecture, Groups, Linear, linears_of
-from secateur.parallel.shares import owners
+from secateur.parallel.ranks import owners
 from secateur.precision import exact_matmuls
 
 

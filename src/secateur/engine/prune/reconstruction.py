@@ -23,8 +23,8 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
+from secateur.sparsity.column_sweep import kept_weights
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.rounding import kept_weights
 
 # Steps between new masks, and the part of the tuning in which masks change.
 _CHOOSE_EVERY = 4

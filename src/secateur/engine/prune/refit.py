@@ -47,7 +47,7 @@ from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
-from secateur.sparsity.dense_target import dense_target
+from secateur.sparsity.hessian import dense_target
 
 Pair = tuple[Linear, Linear]
 """A linear of the cut model, and the same linear of the uncut model."""

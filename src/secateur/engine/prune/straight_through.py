@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.models.architecture import Linear
 from secateur.quantization.groups import GroupGrid
-from secateur.sparsity.rounding import kept_weights, mark_kept
+from secateur.sparsity.column_sweep import kept_weights, mark_kept
 
 
 class StraightThrough(torch.autograd.Function):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.beside import Beside
+from secateur.calibration.windows import Beside
 from secateur.engine.stream.calls import (
     LayerCall,
     StandIn,

@@ -26,8 +26,7 @@ from secateur.engine.stream.ends import ModelEnds
 from secateur.engine.stream.walk import walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of
-from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches, rows_of
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.atomic import write_tensors

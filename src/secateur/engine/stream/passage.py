@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.beside import Beside
+from secateur.calibration.windows import Beside
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.ends import ModelEnds
@@ -21,8 +21,7 @@ from secateur.engine.stream.kinds import LayerLayout, layouts
 from secateur.engine.stream.residency import Parking
 from secateur.engine.stream.targets import Target
 from secateur.engine.stream.walk import walk_layers
-from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches, rows_of
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 
 
 class Passage:

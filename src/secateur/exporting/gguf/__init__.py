@@ -11,10 +11,9 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.architectures import model_of
-from secateur.exporting.gguf.blocks import STORED, TYPES, nearest_types
 from secateur.exporting.gguf.quantizer import LOSSY, MIXES, load_quantizer
 from secateur.exporting.gguf.tokenizer import read_vocabulary
-from secateur.exporting.gguf.writing import GGUFFile
+from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
 from secateur.progress import Progress
 
 __all__ = ["GGUF"]

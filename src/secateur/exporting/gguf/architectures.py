@@ -1,32 +1,285 @@
-"""What a model is in llama.cpp: its description, its fields and its tensors."""
+"""What a model is in llama.cpp: its description, its fields and its tensors.
+
+How llama.cpp computes each family that it shares with transformers.
+
+Only what both compute alike is described: the constants that llama.cpp reads, and the reasons for
+which it would compute a model differently. Such a model is refused.
+
+A decoder as llama.cpp sees it: sizes, windows and context.
+
+Rotary positions: the fields and factors that llama.cpp reads for each kind.
+
+A kind that llama.cpp computes differently is refused. Its factors divide the frequencies of the
+pairs of channels: θ_i = base^(−2i/d) / factor_i.
+
+The errors for what llama.cpp would do differently.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, CheckpointError
 from secateur.exporting import ExportSource
-from secateur.exporting.gguf.decoder import LlamaCppDecoder
-from secateur.exporting.gguf.families import LLAMA_CPP_FAMILIES, LlamaCppFamily
-from secateur.exporting.gguf.refusals import differs
-from secateur.exporting.gguf.rope import (
-    long_rope_start,
-    rope_constants,
-    rope_differences,
-    rope_tensors,
-)
 from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
 from secateur.models.layout import PROJECTIONS, Experts
 from secateur.models.stored_parameters import split_stored
+
+
+@dataclass(frozen=True)
+class LlamaCppDecoder:
+    """A decoder as llama.cpp sees it.
+
+    Attributes:
+        arch: its architecture there.
+        config: the configuration of the base class, with the defaults of transformers.
+        head: channels of a head.
+        heads: query heads of each layer; 0 where there is no attention.
+        kv_heads: KV heads of each layer.
+        ffn: FFN neurons of each layer, or of each expert; 0 where there is no FFN.
+        vocabulary: rows of the embedding.
+        tied: whether the head is the embedding.
+        experts: experts of each layer; 0 for a dense model.
+    """
+
+    arch: gguf.MODEL_ARCH
+    config: Any
+    head: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    vocabulary: int
+    tied: bool
+    experts: int = 0
+
+    @property
+    def layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.heads)
+
+    @property
+    def varied(self) -> bool:
+        """Whether its layers differ in size or lack a sub-block."""
+        return any(
+            len(set(each)) > 1 or 0 in each for each in (self.heads, self.kv_heads, self.ffn)
+        )
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of some or all layers; None if there is none."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and "sliding_attention" not in kinds:
+            return None
+        return getattr(self.config, "sliding_window", None) or None
+
+    @property
+    def window_period(self) -> int | None:
+        """The period p, where every p-th layer sees all positions; None without such a period."""
+        sliding = [kind == "sliding_attention" for kind in self.config.layer_types]
+        layers = range(len(sliding))
+        for period in range(1, len(sliding) + 2):
+            if sliding == [layer % period < period - 1 for layer in layers]:
+                return period
+        return None
+
+
+A = gguf.MODEL_ARCH
+SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
+
+
+def no_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+    """Nothing beyond the fields of every family."""
+    return {}
+
+
+def no_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """Nothing to refuse."""
+    yield from ()
+
+
+@dataclass(frozen=True)
+class LlamaCppFamily:
+    """A family of models in llama.cpp.
+
+    Attributes:
+        arch: its architecture.
+        interleaved: whether llama.cpp rotates neighbouring channels of a head. transformers rotates
+            its halves.
+        activations: names of the activation that llama.cpp computes.
+        norm_shift: what transformers adds to the weights of norms. llama.cpp adds nothing.
+        windows: whether llama.cpp applies sliding windows.
+        varied: the architecture for layers of different sizes, if there is one.
+        own_head: whether the file must have a head, even if it is the embedding.
+        constants: `{field: value}`; a field is what follows `add_` in the writer of gguf.
+        differences: why llama.cpp would compute a model differently.
+    """
+
+    arch: gguf.MODEL_ARCH
+    interleaved: bool = False
+    activations: tuple[str, ...] = SILU
+    norm_shift: float = 0.0
+    windows: bool = False
+    varied: gguf.MODEL_ARCH | None = None
+    own_head: bool = False
+    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = no_constants
+    differences: Callable[[LlamaCppDecoder], Iterator[str]] = no_differences
+
+
+LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
+"""The layers by which llama.cpp recognises the 27B models, whose attention scale differs."""
+
+
+def gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+    """Soft caps and sliding windows of Gemma 2 and 3."""
+    config = decoder.config
+    found: dict[str, Any] = {}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name) is not None:
+            found[name] = float(getattr(config, name))
+    if decoder.window:
+        found |= {
+            "sliding_window": decoder.window,
+            "sliding_window_pattern": decoder.window_period,
+            "rope_freq_base_swa": float(rope_of(config, "sliding_attention")["rope_theta"]),
+        }
+    return found
+
+
+def gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp derives the attention scale of Gemma 2 and 3 from the sizes."""
+    config, arch = decoder.config, decoder.arch
+    by_heads = decoder.layers == LARGEST_GEMMA[arch]
+    theirs = config.hidden_size // decoder.heads[0] if by_heads else decoder.head
+    if config.query_pre_attn_scalar != theirs:
+        yield (
+            f"it divides attention scores by the root of {config.query_pre_attn_scalar}, llama.cpp "
+            f"by that of {theirs}"
+        )
+    if decoder.window and decoder.window_period is None:
+        yield "its layers with a sliding window follow no period"
+    caps = config.attn_logit_softcapping, config.final_logit_softcapping
+    if arch == A.GEMMA2 and None in caps:
+        yield "it has no soft caps"
+    if arch == A.GEMMA3 and caps[0] is not None:
+        yield "it has a soft cap on attention scores"
+    if getattr(config, "use_bidirectional_attention", None):
+        yield "its tokens see those behind them"
+    local = rope_of(config, "sliding_attention").get("rope_type")
+    if arch == A.GEMMA3 and decoder.window and local != "default":
+        yield f"the rotary positions of its local layers are of the kind {local!r}"
+    yield from must_be_tied(decoder)
+
+
+def must_be_tied(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp takes the embedding as the head of Gemma."""
+    if not decoder.tied:
+        yield "its head is not its embedding"
+
+
+def narrow_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp expects that the heads of some families are as wide as the residual stream."""
+    width = decoder.heads[0] * decoder.head
+    if width != decoder.config.hidden_size:
+        yield f"its heads have {width} channels and its hidden states {decoder.config.hidden_size}"
+
+
+def granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+    """The four multipliers of Granite."""
+    config = decoder.config
+    return {
+        "attention_scale": float(config.attention_multiplier),
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+def smollm3_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp rotates all layers of SmolLM3 but every fourth."""
+    if [int(x) for x in decoder.config.no_rope_layers] != [
+        int((layer + 1) % 4 != 0) for layer in range(decoder.layers)
+    ]:
+        yield "its layers without rotary positions are not every fourth"
+
+
+def expert_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+    """Numbers and sizes of experts."""
+    found = {
+        "expert_count": decoder.experts,
+        "expert_used_count": decoder.config.num_experts_per_tok,
+        "expert_feed_forward_length": decoder.ffn[0],
+    }
+    shared = getattr(decoder.config, "shared_expert_intermediate_size", None)
+    return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def qwen2_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp does not divide the weights of the chosen experts of Qwen2-MoE by their sum."""
+    if decoder.config.norm_topk_prob:
+        yield "it divides the weights of the chosen experts by their sum"
+    yield from narrow_differences(decoder)
+
+
+def qwen3_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """llama.cpp divides them for Qwen3-MoE."""
+    if not decoder.config.norm_topk_prob:
+        yield "it does not divide the weights of the chosen experts by their sum"
+
+
+LLAMA_CPP_FAMILIES = MappingProxyType(
+    {
+        "llama": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+        "mistral": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+        "qwen2": LlamaCppFamily(A.QWEN2),
+        "qwen3": LlamaCppFamily(A.QWEN3),
+        "gemma": LlamaCppFamily(
+            A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=must_be_tied
+        ),
+        "gemma2": LlamaCppFamily(
+            A.GEMMA2,
+            activations=GELU_TANH,
+            norm_shift=1.0,
+            windows=True,
+            constants=gemma_constants,
+            differences=gemma_differences,
+        ),
+        "gemma3_text": LlamaCppFamily(
+            A.GEMMA3,
+            activations=GELU_TANH,
+            norm_shift=1.0,
+            windows=True,
+            constants=gemma_constants,
+            differences=gemma_differences,
+        ),
+        "phi3": LlamaCppFamily(A.PHI3, differences=narrow_differences),
+        "granite": LlamaCppFamily(A.GRANITE, interleaved=True, constants=granite_constants),
+        "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=smollm3_differences),
+        "mixtral": LlamaCppFamily(A.LLAMA, interleaved=True, constants=expert_constants),
+        "qwen2_moe": LlamaCppFamily(
+            A.QWEN2MOE,
+            own_head=True,
+            constants=expert_constants,
+            differences=qwen2_moe_differences,
+        ),
+        "qwen3_moe": LlamaCppFamily(
+            A.QWEN3MOE, constants=expert_constants, differences=qwen3_moe_differences
+        ),
+    }
+)
+"""By the model type of transformers."""
+
 
 LEAST_FFN = 32
 """llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""
@@ -269,3 +522,117 @@ def stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
             stack = f"{part[1]}.mlp.experts.{called[part[3]]}.weight"
             found.setdefault(stack, {})[int(part[2])] = name
     return {stack: tuple(of[e] for e in sorted(of)) for stack, of in found.items()}
+
+
+KINDS = ("default", "linear", "yarn", "llama3", "longrope")
+
+
+def rope_of(config: Any, kind: str = "full_attention") -> dict[str, Any]:
+    """The parameters of the rotary positions.
+
+    Args:
+        config: the configuration.
+        kind: of the layers, where a model has a table for each kind of attention.
+    """
+    found = config.rope_parameters
+    return dict(found.get(kind, found))
+
+
+def rotated(decoder: LlamaCppDecoder) -> int:
+    """The channels of a head that are rotated."""
+    return int(decoder.head * rope_of(decoder.config).get("partial_rotary_factor", 1.0))
+
+
+def long_rope_start(decoder: LlamaCppDecoder) -> int | None:
+    """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
+
+    transformers takes the short factors for texts up to the original context, llama.cpp for
+    contexts up to that. None for other kinds.
+    """
+    long = rope_of(decoder.config)["rope_type"] == "longrope"
+    return original_context(decoder) if long else None
+
+
+def original_context(decoder: LlamaCppDecoder) -> int:
+    """The context of the model before its positions were stretched."""
+    config, rope = decoder.config, rope_of(decoder.config)
+    stretched = rope.get("original_max_position_embeddings")
+    return int(stretched or config.original_max_position_embeddings)
+
+
+def rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+    """The fields of the rotary positions."""
+    rope = rope_of(decoder.config)
+    found: dict[str, Any] = {
+        "rope_dimension_count": rotated(decoder),
+        "rope_freq_base": float(rope["rope_theta"]),
+    }
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        found["rope_scaling_type"] = gguf.RopeScalingType(kind)
+        found["rope_scaling_factor"] = float(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        found["rope_scaling_orig_ctx_len"] = original_context(decoder)
+    if kind == "longrope":
+        found["rope_scaling_attn_factors"] = long_attention_factor(decoder)
+    return found
+
+
+def long_attention_factor(decoder: LlamaCppDecoder) -> float:
+    """What LongRoPE multiplies sine and cosine by: √(1 + ln s / ln original), s the stretching."""
+    rope, original = rope_of(decoder.config), original_context(decoder)
+    stretched = rope.get("factor") or decoder.config.max_position_embeddings / original
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    return math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
+
+
+def rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
+    """The factors of the frequencies, float32 [rotated / 2]."""
+    rope = rope_of(decoder.config)
+    if rope["rope_type"] == "llama3":
+        yield "rope_freqs.weight", llama3_factors(rope, rotated(decoder))
+    if rope["rope_type"] == "longrope":
+        for length in ("long", "short"):
+            yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).float()
+
+
+def llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
+    """The factors by which Llama 3 stretches each frequency, float32 [size / 2]."""
+    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    factor, context = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = context * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+    """Why llama.cpp would compute other rotary positions."""
+    rope = rope_of(decoder.config)
+    kind, arch = rope["rope_type"], decoder.arch
+    if kind not in KINDS or (kind == "longrope") > (arch == gguf.MODEL_ARCH.PHI3):
+        yield f"its rotary positions are of the kind {kind!r}"
+    odd = sorted({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & rope.keys())
+    if kind == "yarn" and odd:
+        yield f"its rotary positions set {', '.join(odd)}"
+    if rotated(decoder) != decoder.head and arch != gguf.MODEL_ARCH.PHI3:
+        yield "only a part of each head is rotated"
+
+
+def differs(folder: Path, why: str) -> ArchitectureError:
+    """The error for a model that llama.cpp would not compute alike."""
+    return ArchitectureError(
+        f"llama.cpp would not compute this model like transformers: {why}",
+        where=str(folder),
+        remedy="export to another target",
+    )
+
+
+def refused(why: str, where: str) -> CheckpointError:
+    """The error for a tokenizer that a GGUF file cannot describe."""
+    return CheckpointError(
+        f"llama.cpp would not tokenize like this model: {why}",
+        where=where,
+        remedy="export to another target; to try it all the same, use llama.cpp's own converter",
+    )

@@ -19,8 +19,7 @@ import gguf
 
 from secateur.errors import VerificationError
 from secateur.exporting import Exported, missing_extra
-from secateur.exporting.gguf.blocks import dequantized
-from secateur.exporting.gguf.writing import ENDS
+from secateur.exporting.gguf.writing import ENDS, dequantized
 from secateur.progress import Progress
 
 Q = gguf.GGMLQuantizationType

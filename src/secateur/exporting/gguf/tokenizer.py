@@ -2,6 +2,14 @@
 
 llama.cpp knows two kinds: byte-level BPE with rules that it has names for, and SentencePiece with a
 score for each piece. A tokenizer that it would not follow exactly is refused.
+
+Byte-level BPE tokenizers: llama.cpp splits text by rules that it knows by name.
+
+SentencePiece tokenizers: BPE over characters, and byte tokens for other characters.
+
+llama.cpp merges the two neighbours whose piece has the highest score. transformers merges them by
+the order of a list of merges. Both give the same tokens if the list follows the pieces: the merges
+that make a piece stand together, and each pair of pieces that makes a piece is in the list.
 """
 
 from __future__ import annotations
@@ -13,14 +21,7 @@ from typing import Any
 
 import gguf
 
-from secateur.exporting.gguf.byte_level import split_rules
-from secateur.exporting.gguf.refusals import refused
-from secateur.exporting.gguf.sentencepiece import (
-    SPACE,
-    is_sentencepiece,
-    piece_scores,
-    space_rules,
-)
+from secateur.exporting.gguf.architectures import refused
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -146,3 +147,160 @@ def note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
             f"llama.cpp keeps the spaces around special tokens, which the tokenizer takes away "
             f"around {odd[0]!r}"
         )
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MARKS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|"
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    WORDS + r"\p{N}{1,3}" + REST: "llama-bpe",
+    WORDS + r"\p{N}" + REST: "qwen2",
+    MARKS + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen35",
+    TEKKEN: "tekken",
+}
+"""llama.cpp's names for the regular expressions of tokenizers that split by one."""
+
+
+def split_rules(tokenizer: dict[str, Any], where: str) -> str:
+    """llama.cpp's name of the rules by which a byte-level BPE tokenizer splits text.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        where: the folder, for errors.
+
+    Raises:
+        CheckpointError: llama.cpp does not know the rules.
+    """
+    if tokenizer.get("normalizer") not in (None, {"type": "NFC"}):
+        raise refused(f"the tokenizer normalises by {tokenizer['normalizer']['type']}", where)
+    rules = tokenizer.get("pre_tokenizer") or {"type": "none"}
+    steps = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
+    match [(step["type"], step) for step in steps]:
+        case [("ByteLevel", level)] if level.get("use_regex", True):
+            return "gpt-2"
+        case [("Digits", digits), ("ByteLevel", level)] if level.get("use_regex", True):
+            if digits.get("individual_digits"):
+                return "smollm"
+        case [("Split", split), ("ByteLevel", level)] if not level.get("use_regex", True):
+            known = SPLITS.get(split["pattern"].get("Regex", ""))
+            if known and split["behavior"] == "Isolated" and not split["invert"]:
+                return known
+    raise refused(f"its rules for splitting text are {json.dumps(rules)[:200]}", where)
+
+
+SPACE = "\u2581"
+"""The sign for a space in a piece."""
+
+ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, ESCAPED]}
+
+NO_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+"""Gemma's; no space is left to split at."""
+
+
+@dataclass(frozen=True)
+class SpaceRules:
+    """How a tokenizer treats spaces.
+
+    Attributes:
+        prefix: whether a text gets a space in front.
+        note: where llama.cpp differs; empty where it does not.
+    """
+
+    prefix: bool
+    note: str = ""
+
+
+def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` describes BPE over characters with byte tokens."""
+    model = tokenizer["model"]
+    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
+
+
+def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
+    """How a SentencePiece tokenizer treats spaces.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        where: the folder, for errors.
+
+    Raises:
+        CheckpointError: llama.cpp cannot do the same.
+    """
+    normalizer, splits = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
+    if normalizer == {"type": "Sequence", "normalizers": []}:
+        normalizer = None
+    if normalizer == PREFIXED and splits is None:
+        return SpaceRules(prefix=True)
+    if normalizer == ESCAPED and (splits is None or splits == NO_SPLIT):
+        return SpaceRules(prefix=False)
+    if normalizer is None and splits and splits["type"] == "Metaspace" and not splits["split"]:
+        return metaspace_rules(splits["prepend_scheme"])
+    raise refused(f"it treats spaces by {normalizer} and {splits}"[:300], where)
+
+
+def metaspace_rules(scheme: str) -> SpaceRules:
+    """The rules of transformers' own classes for Llama's tokenizer."""
+    if scheme == "never":
+        return SpaceRules(prefix=False)
+    note = "a text that begins with a space gets one more in llama.cpp, as in SentencePiece"
+    if scheme == "first":
+        note += ", and so does the text behind a special token"
+    return SpaceRules(prefix=True, note=note)
+
+
+def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict[str, float]:
+    """The score of each piece by which llama.cpp merges like the list of merges.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        added: tokens that are found in the text before it is merged.
+        where: the folder, for errors.
+
+    Raises:
+        CheckpointError: there are no such scores, or bytes have no token.
+    """
+    model = tokenizer["model"]
+    odd = [n for n in ("dropout", "ignore_merges", "continuing_subword_prefix") if model.get(n)]
+    if odd or model.get("end_of_word_suffix"):
+        raise refused(f"its BPE sets {', '.join(odd) or 'end_of_word_suffix'}", where)
+    vocabulary = model["vocab"]
+    for byte in range(256):
+        if f"<0x{byte:02X}>" not in vocabulary and chr(byte) not in vocabulary:
+            raise refused(f"the byte {byte} has no token", where)
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    scores: dict[str, float] = {}
+    last = None
+    for left, right in merges:
+        piece = left + right
+        if piece in added:
+            continue
+        if piece in scores and piece != last:
+            raise refused(f"the merges that make {piece!r} do not stand together", where)
+        scores.setdefault(piece, -float(len(scores)))
+        last = piece
+    refuse_unlisted(vocabulary, set(merges), added, where)
+    return scores
+
+
+def refuse_unlisted(
+    vocabulary: dict[str, int], merges: set[tuple[str, ...]], added: set[str], where: str
+) -> None:
+    """Refuse pieces that llama.cpp would merge from a pair that is not in the list."""
+    pieces = vocabulary.keys() - added
+    for piece in pieces:
+        for cut in range(1, len(piece)):
+            pair = left, right = piece[:cut], piece[cut:]
+            whole = all(len(part) == 1 or part in pieces for part in pair)
+            if whole and pair not in merges:
+                raise refused(f"{left!r} and {right!r} are never merged to {piece!r}", where)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.exporting.compressed_tensors import CPU_MULTIPLE, Scheme
 from secateur.models.sources import resolve
-from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import ReportedRun

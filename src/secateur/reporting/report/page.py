@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.diagnostics.findings import SEVERITIES
-from secateur.evaluation.generation_checks import DEGENERATE
-from secateur.publishing.secrets import without_folders
+from secateur.evaluation.generation import DEGENERATE
+from secateur.publishing import without_folders
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
 from secateur.reporting.front_matter import shown_place

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from secateur.evaluation.protocol import COMPUTED, judged_part
+from secateur.evaluation.perplexity import COMPUTED, judged_part
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.wording import bare_name, percent, signed
 from secateur.runs.records.measured import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.publishing.secrets import without_folders
+from secateur.publishing import without_folders
 from secateur.reporting.front_matter import shown_place, source_name
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.fit import FitResult

@@ -9,9 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.advisor import capacity, memory, money, speed
+from secateur.advisor import capacity, money, speed
 from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD
-from secateur.advisor.estimate import Estimate
+from secateur.advisor.facts import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.advisor.question import AdviceQuestion
 from secateur.reporting.report.records import ReportedAdvice
@@ -124,10 +124,10 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
             "values": [asdict(one) for one in VALUES.values()],
         },
         "constants": {
-            "gib": memory.GIB,
-            "chunk_tokens": memory.CHUNK_TOKENS,
-            "fragmentation": memory.FRAGMENTATION,
-            "runtime_bytes": memory.RUNTIME_BYTES,
+            "gib": capacity.GIB,
+            "chunk_tokens": capacity.CHUNK_TOKENS,
+            "fragmentation": capacity.FRAGMENTATION,
+            "runtime_bytes": capacity.RUNTIME_BYTES,
             "parallel_efficiency": speed.PARALLEL_EFFICIENCY,
             "measured_spread": speed.Measured.spread,
             "batches": list(capacity.BATCHES),

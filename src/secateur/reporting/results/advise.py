@@ -8,13 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.advisor.advice import Advice, Considered
-from secateur.advisor.capacity import Capacity, Load
+from secateur.advisor.advice import Advice, Considered, nearest
+from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.cluster import ClusterPlan
-from secateur.advisor.estimate import ESTIMATED, MEASURED, PUBLISHED, Estimate
-from secateur.advisor.facts import GIVEN, Facts
-from secateur.advisor.memory import GIB
-from secateur.advisor.nearest import nearest
+from secateur.advisor.facts import ESTIMATED, GIVEN, MEASURED, PUBLISHED, Estimate, Facts
 from secateur.advisor.question import AdviceQuestion
 from secateur.errors import CheckpointError
 from secateur.reporting.tables import Block, Line, Result, Table
@@ -86,7 +83,7 @@ class AdviseResult(Result):
             "apis": [asdict(api) for api in advice.apis],
             "basis": {
                 "times": self.speed_basis,
-                "memory": f"{ESTIMATED}: secateur/advisor/memory.py",
+                "memory": f"{ESTIMATED}: secateur/advisor/capacity.py",
                 "prices": self.price_origin(),
                 "facts_date": self.facts.date.isoformat(),
             },

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateur.diagnostics.audit import Audit, LinearCount
-from secateur.diagnostics.claims import Claims
 from secateur.diagnostics.drift import LayerDrift
-from secateur.diagnostics.findings import Finding
+from secateur.diagnostics.findings import Claims, Finding
 from secateur.diagnostics.target import Machine
 from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor

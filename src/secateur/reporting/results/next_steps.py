@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import KNOWN_DATASETS
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import KNOWN_DATASETS, texts_of
 from secateur.models.at_rest import DESCRIPTIONS
 from secateur.models.hub import kind_of_name
 from secateur.models.samples import TEXTS

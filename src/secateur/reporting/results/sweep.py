@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.evaluation.protocol import protocol_id
+from secateur.evaluation.perplexity import protocol_id
 from secateur.reporting.results.next_steps import after_a_sweep
 from secateur.reporting.tables import Block, Line, Result, Table
 from secateur.reporting.wording import bare_name, binary_size, percent

@@ -11,10 +11,13 @@ are rounded in both, others in none. The kernel reads less, the other way comput
 wins for many tokens. If for one token the kernel is slower than on dense matrices, the matrices
 should be dense; `gain` measures this. The measurement needs more weights than the caches hold,
 since decoding reads all weights of a model for every token. Kinds with fewer weights stay packed.
+
+Products for many tokens, by blocks of integers (`csrc/blocks.c`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
-from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.prompt import by_blocks
+from secateur.errors import ShapeError
+from secateur.runtime.kernels.library import MAX_BATCH, TYPES, kernel_info
+from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
@@ -150,3 +153,39 @@ def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
         tile = matrix.tile(begin, end, room).to(x.dtype)
         torch.mm(x, tile.t(), out=y[:, begin:end])
     return y if matrix.scale is None else y.mul_(matrix.scale)
+
+
+def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
+    """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 256 entries.
+
+    Args:
+        matrix: W [out, in], of int8 or in groups of 4 bits.
+        x: [tokens, in], any number of tokens, float32 or bfloat16.
+
+    Returns:
+        [tokens, out] of the dtype of x.
+
+    Raises:
+        ShapeError: x does not fit the matrix.
+        KernelError: there are no kernels here.
+    """
+    if x.ndim != 2 or x.shape[1] != matrix.columns or x.device.type != "cpu" or len(x) == 0:
+        raise ShapeError(
+            f"x of shape {tuple(x.shape)} on {x.device}, for rows of {matrix.columns} on the cpu"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16) or not matrix.integers:
+        raise ShapeError(f"x is {x.dtype} and values are {matrix.dtype}; blocks need integers")
+    x = x.contiguous()
+    y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
+    status = kernels().sct_prompt(
+        ctypes.byref(matrix.c),
+        TYPES[x.dtype],
+        x.data_ptr(),
+        matrix.columns,
+        y.data_ptr(),
+        matrix.rows,
+        len(x),
+    )
+    if status != 0:
+        raise no_kernel()
+    return y

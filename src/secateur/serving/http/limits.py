@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from secateur.serving.http.faults import ApiError
+from secateur.serving.http.errors import ApiError
 from secateur.serving.http.metrics import Metrics
 
 OPEN = ("/", "/health", "/metrics")

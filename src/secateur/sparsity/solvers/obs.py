@@ -10,18 +10,17 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import Choice, sweep
-from secateur.sparsity.conjugate_gradients import fit_on_mask
+from secateur.sparsity.column_sweep import Choice, Rounding, RoundingSolver, sweep
 from secateur.sparsity.hessian import (
     FACTOR_SQUARES,
     check_damping,
     check_weight,
     damped_diagonal,
+    fit_on_mask,
     inverse_factor,
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.rounding import Rounding, RoundingSolver
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 

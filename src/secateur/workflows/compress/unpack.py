@@ -24,8 +24,8 @@ from secateur.reporting.results.compress import DecompressResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
-from secateur.runtime.dense_view import DenseView
 from secateur.runtime.formats import Layout
+from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.checkpoint_files import carry_over
 

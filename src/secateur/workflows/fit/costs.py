@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secateur.advisor.memory import memory_with
+from secateur.advisor.capacity import memory_with
 from secateur.engine.choose.budgeted import Cost, Menu
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
@@ -32,7 +32,7 @@ from secateur.recipes.fit import FitRecipe
 from secateur.recipes.sizes import bytes_of
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS
-from secateur.runtime.kernels.memory import matrix_bytes
+from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.workflows.advise import counted
 from secateur.workflows.compress.packable import PackableMatrix
 from secateur.workflows.fit.storage_formats import (

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import texts_of
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import refuse_quantized

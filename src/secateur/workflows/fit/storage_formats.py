@@ -21,8 +21,8 @@ from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.configuration import read_config
 from secateur.progress import Progress
 from secateur.runtime.choice import DEFAULT_GROUP
-from secateur.runtime.dense_view import open_checkpoint
 from secateur.runtime.formats import GRID_BITS, Layout, formats
+from secateur.runtime.install import open_checkpoint
 from secateur.workflows.compress.packable import PackableMatrix
 
 
@@ -189,7 +189,7 @@ class GGUFFolder:
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
         """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
-        from secateur.exporting.gguf.planning import bytes_as_stored
+        from secateur.exporting.gguf.writing import bytes_as_stored
 
         linears = {name for name, matrix in matrices.items() if matrix.prunable}
         values = {name: "bfloat16" if name in linears else "int8" for name in matrices}
@@ -200,7 +200,7 @@ class GGUFFolder:
 
     def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
         """Rows of blocks."""
-        from secateur.exporting.gguf.planning import bytes_of_matrix
+        from secateur.exporting.gguf.writing import bytes_of_matrix
 
         return float(bytes_of_matrix(shape, kind.values))
 

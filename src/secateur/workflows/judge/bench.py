@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from secateur.errors import RecipeError
-from secateur.evaluation.contenders import CONTENDERS, USUAL
-from secateur.evaluation.speed import take_turns
+from secateur.evaluation.speed import CONTENDERS, USUAL, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
@@ -22,7 +21,7 @@ from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import cannot_write
 from secateur.runs.records import Bench, declared
-from secateur.runtime.dense_view import open_checkpoint
+from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
 from secateur.workflows.judge.session import positions_in
@@ -47,7 +46,7 @@ def bench(
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
-        contenders: names from `secateur.evaluation.contenders.CONTENDERS`; None for the default
+        contenders: names from `secateur.evaluation.speed.CONTENDERS`; None for the default
             ones. Packed contenders need a compressed model.
         gguf: files for llama.cpp, which must be installed (xllamacpp).
         prompt_tokens: length of the prompt of random tokens.

@@ -12,15 +12,18 @@ from torch import Tensor
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
-from secateur.diagnostics.claims import Claims, read_claims
-from secateur.diagnostics.drift import LayerDrift, check_same_model, layer_drifts
-from secateur.diagnostics.findings import Finding, by_severity
-from secateur.diagnostics.layers import check_layers, could_bear
+from secateur.diagnostics.drift import (
+    LayerDrift,
+    check_layers,
+    check_same_model,
+    could_bear,
+    layer_drifts,
+)
+from secateur.diagnostics.findings import Claims, Finding, by_severity, read_claims
 from secateur.diagnostics.target import Machine, check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
-from secateur.diagnostics.values import check_values
-from secateur.diagnostics.weights import Weights, layer_sparsity, look_at_weights
+from secateur.diagnostics.weights import Weights, check_values, layer_sparsity, look_at_weights
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
@@ -33,7 +36,7 @@ from secateur.runs import records
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.output import cannot_write
-from secateur.runtime.dense_view import DenseView, open_checkpoint
+from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.workflows.prune.prepare import choose_device
 
 PRUNED = 0.01

@@ -11,14 +11,20 @@ from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.evaluation.divergence import DivergenceResult, divergence
-from secateur.evaluation.generation_checks import (
+from secateur.evaluation.generation import (
     PROMPTS,
     Sample,
     check_generation,
     generation_protocol,
 )
-from secateur.evaluation.perplexity import PerplexityResult, perplexity, place_of
-from secateur.evaluation.protocol import COMPUTED, computed_by, protocol_id
+from secateur.evaluation.perplexity import (
+    COMPUTED,
+    PerplexityResult,
+    computed_by,
+    perplexity,
+    place_of,
+    protocol_id,
+)
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.models.architecture import refuse_foreign

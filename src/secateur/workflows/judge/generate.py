@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.reporting.results.evaluate import GenerateResult
-from secateur.runtime.generation_config import sampling_with
+from secateur.runtime.sampling import sampling_with
 from secateur.workflows.judge.session import Message, TextSession
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import read_text
-from secateur.evaluation.perplexity import evaluation_windows
+from secateur.evaluation.perplexity import computed_by, evaluation_windows
 from secateur.evaluation.perplexity import protocol as describe_protocol
-from secateur.evaluation.protocol import computed_by
 from secateur.models.architecture import positions_of
 from secateur.models.opening import load_whole
 from secateur.models.sources import resolve

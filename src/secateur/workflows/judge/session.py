@@ -16,13 +16,9 @@ from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.results.evaluate import GenerateResult
-from secateur.runtime.decode import Decoder, TokenSteps, continued
-from secateur.runtime.generation_config import sampling_in
+from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued, why_not
 from secateur.runtime.load import load
-from secateur.runtime.sampling import Sampling
-from secateur.runtime.slots import why_not
-from secateur.runtime.stepped import SteppedGeneration
-from secateur.runtime.text import TextStream
+from secateur.runtime.sampling import Sampling, TextStream, sampling_in
 
 POSITIONS = "max_position_embeddings"
 NEW_TOKENS = 256

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import texts_of
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocate import settled_allocation

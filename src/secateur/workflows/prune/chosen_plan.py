@@ -12,8 +12,7 @@ from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.tasks import LinearTask
 from secateur.errors import MemoryBudgetError
-from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.shares import micro_batches, rows_of
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.recipes.memory import Memory
 from secateur.workflows.prune.prepare import Prepared, settings_of
 

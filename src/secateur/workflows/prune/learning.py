@@ -25,7 +25,7 @@ from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.recovery import Distill
 from secateur.runs.atomic import write_json
-from secateur.sparsity.rounding import kept_weights
+from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks

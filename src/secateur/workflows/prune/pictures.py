@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.calibration.beside import Beside, load_beside
 from secateur.calibration.statistics import of_gradients
+from secateur.calibration.windows import Beside, load_beside
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import Ranks
 from secateur.recipes.prune import PruneRecipe

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.beside import Beside
 from secateur.calibration.loading import load_calibration
-from secateur.calibration.windows import EXTRA, WindowPlan, load_windows, stored_extra
+from secateur.calibration.windows import EXTRA, Beside, WindowPlan, load_windows, stored_extra
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import PREFIX
+from secateur.calibration.documents import texts_of
 from secateur.calibration.loading import load_calibration
-from secateur.calibration.mix import texts_of
 from secateur.calibration.windows import EXTRA, load_windows, save_windows
 from secateur.engine.learning_memory import distilling_bytes
 from secateur.engine.memory_budget import memory_budget

@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import read_documents
-from secateur.calibration.mix import texts_of
+from secateur.calibration.documents import read_documents, texts_of
 from secateur.errors import CheckpointError, RecipeError, VerificationError
 from secateur.models.header import parse_json
 from secateur.models.skeleton import build_skeleton

@@ -24,9 +24,8 @@ from torch import Tensor
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import EXTRA, load_windows, save_windows, stored_extra
 from secateur.errors import RecipeError, SecateurError
-from secateur.evaluation.perplexity import evaluation_windows, perplexity
+from secateur.evaluation.perplexity import computed_by, evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
-from secateur.evaluation.protocol import computed_by
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole
 from secateur.models.sources import LocalCheckpoint, resolve

@@ -33,8 +33,7 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Training, declared
 from secateur.training.batches import Batches
 from secateur.training.masks import Masks
-from secateur.training.process_group import ProcessGroup
-from secateur.training.sharing import load
+from secateur.training.process_group import ProcessGroup, load
 from secateur.training.training_plan import TrainingPlan, optimizers
 from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.prune.prepare import choose_device

@@ -16,8 +16,7 @@ from secateur.recipes.train import TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training.objectives import Distil, NextToken, Objective
-from secateur.training.process_group import ProcessGroup
-from secateur.training.sharing import load
+from secateur.training.process_group import ProcessGroup, load
 from secateur.training.teachers import (
     TOP_K,
     ModelTeacher,

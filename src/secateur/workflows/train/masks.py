@@ -18,8 +18,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored_parameters import StoredModel
 from secateur.recipes.train import TrainRecipe
-from secateur.training.masks import Masks, matrices, stored_masks
-from secateur.training.parts import local
+from secateur.training.masks import Masks, local, matrices, stored_masks
 from secateur.training.process_group import ProcessGroup
 
 BY_CHANCE = 0.001

@@ -35,7 +35,7 @@ from secateur.precision import fast_dtype
 from secateur.recipes.sizes import bytes_of
 from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.environment import resident_bytes
-from secateur.training.heads import BLOCK_BYTES
+from secateur.training.divergences import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
 from secateur.training.process_group import ProcessGroup
 from secateur.training.selecting import prunable

@@ -20,8 +20,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.runs.atomic import write_json
 from secateur.training.hooks import Hook
-from secateur.training.loop import Loop
-from secateur.training.outcome import Outcome
+from secateur.training.loop import Loop, Outcome
 from secateur.training.rounds import (
     KeepEarly,
     PruningRounds,

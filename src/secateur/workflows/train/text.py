@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.cutting import begins_with, without_start
+from secateur.calibration.continuation import SEQUENCE, shared_share
 from secateur.calibration.documents import read_documents, read_text
-from secateur.calibration.overlap import SEQUENCE, shared_share
-from secateur.calibration.windows import WindowPlan, check_fit, load_windows, pack_windows
+from secateur.calibration.windows import (
+    WindowPlan,
+    begins_with,
+    check_fit,
+    load_windows,
+    pack_windows,
+    without_start,
+)
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.architecture import positions_of

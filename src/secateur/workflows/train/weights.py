@@ -18,8 +18,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress
 from secateur.recipes.train import TrainRecipe
-from secateur.training.masks import Masks
-from secateur.training.parts import is_shared, local, rows_of
+from secateur.training.masks import Masks, is_shared, local, rows_of
 from secateur.workflows.train.adapters import merged
 
 

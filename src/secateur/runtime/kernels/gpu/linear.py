@@ -1,9 +1,14 @@
-"""A linear whose weight stays in the bitmask format on a GPU, and whether that is faster there."""
+"""A linear whose weight stays in the bitmask format on a GPU, and whether that is faster there.
+
+Measures which of several ways to multiply is the fastest, for how many tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,8 +19,7 @@ from secateur.errors import ShapeError
 from secateur.quantization.activations import round_activations
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.kernels.gpu.timing import Call, Clock, race
-from secateur.runtime.operator import numbered
+from secateur.runtime.linear import numbered
 
 TRIED = (1, 2, 4, 8, TOKENS)
 
@@ -122,3 +126,116 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
     seconds = race(TRIED, "dense", ways, clock)
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
     return GpuChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
+
+
+REPEATS = 11
+FILLS = 4
+"""How often the cache is filled: for longer than Python takes to launch a call."""
+
+GAIN = 1.03
+"""A way counts as faster than another if it is so by this factor: more than chance."""
+
+Call = Callable[[], object]
+Clock = Callable[[Sequence[Call]], list[float]]
+"""Gives the seconds of some calls."""
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest way by the number of tokens.
+
+    Args:
+        usual: the way that is right where nothing was measured.
+        ways: the fastest way for each number of tokens that was tried, in ascending order.
+    """
+
+    usual: str
+    ways: Mapping[int, str]
+
+    @classmethod
+    def of(cls, usual: str, seconds: Mapping[int, Mapping[str, float]]) -> Fastest:
+        """By seconds of each way, for each number of tokens; ties go to the usual way."""
+        found = {}
+        for tokens, taken in sorted(seconds.items()):
+            best = min(taken, key=lambda way: taken[way])
+            found[tokens] = best if taken[best] * GAIN <= taken[usual] else usual
+        return cls(usual, found)
+
+    def way(self, tokens: int) -> str:
+        """The way for a number of tokens.
+
+        Between two numbers that were tried it is the way of both, or the usual way if they differ.
+        Above the largest it is the way of the largest.
+        """
+        below = [way for tried, way in self.ways.items() if tried <= tokens]
+        above = [way for tried, way in self.ways.items() if tried >= tokens]
+        ends = {*below[-1:], *above[:1]}
+        return ends.pop() if len(ends) == 1 else self.usual
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The ways that some number of tokens takes."""
+        found = list(self.ways.values())
+        differ = any(a != b for a, b in pairwise(found))
+        return frozenset(found) | ({self.usual} if differ or not found else frozenset())
+
+
+def race(
+    tried: Sequence[int],
+    usual: str,
+    ways: Callable[[int], Mapping[str, Call]],
+    clock: Clock | None = None,
+) -> dict[int, dict[str, float]]:
+    """Seconds of every way, for each number of tokens.
+
+    A way that this GPU refuses takes no part; torch raises RuntimeError where a kernel does not
+    know the GPU or the shape.
+
+    Args:
+        tried: numbers of tokens.
+        usual: the way that must run.
+        ways: the calls for a number of tokens, by name.
+        clock: None for the current GPU.
+    """
+    found = {}
+    for tokens in tried:
+        able = {name: c for name, c in ways(tokens).items() if runs(c, must=name == usual)}
+        taken = (clock or gpu_seconds)(list(able.values()))
+        found[tokens] = dict(zip(able, taken, strict=True))
+    return found
+
+
+def runs(call: Call, *, must: bool) -> bool:
+    """Whether a call does not raise. This also compiles what it needs."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if must:
+            raise
+        return False
+    return True
+
+
+def gpu_seconds(calls: Sequence[Call]) -> list[float]:
+    """The median seconds of each call on the current GPU, the calls in turns.
+
+    Before each call the second cache is filled with other numbers, because a model that decodes
+    finds no weight there. The GPU is busy with that while Python launches the call, so the time of
+    launching does not count: it is the time within a captured graph (`runtime/captured.py`).
+    """
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    other = torch.empty(max(4 * size, 2**28), dtype=torch.uint8, device="cuda")
+    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for _ in range(REPEATS):
+        for own, call in zip(pairs, calls, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(FILLS):
+                other.zero_()
+            begin.record()
+            call()
+            end.record()
+            own.append((begin, end))
+    torch.cuda.synchronize()
+    return [median(begin.elapsed_time(end) / 1000 for begin, end in own) for own in pairs]

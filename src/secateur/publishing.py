@@ -1,0 +1,280 @@
+"""Publish: which files of a folder go to the hub, what must not, and the upload.
+
+The upload of files to a repository of the hub, by the hub's own client.
+
+The files of a folder that are published, and those that are left out.
+
+Finds keys, tokens and folders of this machine in texts that are about to be published.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from secateur.errors import CheckpointError, RecipeError, SourceError, VerificationError
+from secateur.models.checkpoint import INDEX_NAMES, copied_files, shard_files
+from secateur.models.configuration import check_folder
+from secateur.models.hub import why_unreachable
+from secateur.runs.folder import NOTES, STATE
+
+
+def check_repository(repo: str) -> None:
+    """Refuse a name that no repository can have.
+
+    Raises:
+        RecipeError: says what the hub allows.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RecipeError(
+            f"{repo!r} is not the name of a repository: {error}", remedy="write OWNER/NAME"
+        ) from None
+
+
+def upload(
+    repo: str,
+    files: Mapping[str, Path],
+    texts: Mapping[str, str],
+    *,
+    private: bool,
+    branch: str | None,
+) -> str:
+    """Create the repository if there is none, and upload the files.
+
+    The client skips what is there already, so a second call continues an interrupted one.
+
+    Args:
+        repo: OWNER/NAME.
+        files: by their names in the repository.
+        texts: of the files that are published with another text than the folder has.
+        private: whether the repository must be private.
+        branch: created if it does not exist; None for the main one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        SourceError: the hub cannot be reached, nobody is logged in, or the hub refuses.
+        RecipeError: the repository must be private and is public.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reason = why_unreachable()
+    if reason is not None:
+        raise SourceError(
+            f"the hub cannot be reached ({reason})",
+            where=f"hub: {repo}",
+            remedy="check the network; --dry-run shows offline what would be published",
+        )
+    if get_token() is None:
+        raise SourceError(
+            "nobody is logged in to the hub",
+            where=f"hub: {repo}",
+            remedy="run `hf auth login`, or set HF_TOKEN",
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
+        if private and not api.repo_info(repo, repo_type="model").private:
+            raise RecipeError(
+                "the repository is public",
+                where=f"hub: {repo}",
+                remedy="add --public if the model may be public, or choose another repository",
+            )
+        if branch is not None:
+            api.create_branch(repo, branch=branch, repo_type="model", exist_ok=True)
+        with staged(files, texts) as folder:
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                repo_type="model",
+                revision=branch,
+                commit_message="Upload by secateur push",
+            )
+    except HfHubHTTPError as error:
+        said = (error.server_message or str(error)).strip().splitlines()[0]
+        raise SourceError(
+            f"the hub refuses: {said[:300]}",
+            where=f"hub: {repo}",
+            remedy="check the name and the rights of your token (`hf auth whoami`); the same "
+            "command continues an interrupted upload",
+        ) from error
+    return str(commit.commit_url)
+
+
+@contextmanager
+def staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Path]:
+    """A folder with the texts and links to the other files, and nothing else."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, file in files.items():
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if name in texts:
+                place.write_text(texts[name], encoding="utf-8")
+            else:
+                place.symlink_to(file.resolve())
+        yield folder
+
+
+CARD = "README.md"
+PRIVATE = ("windows.safetensors", STATE)
+"""Notes that are not published: tokens of the calibration text, whose licence is not the model's,
+and the record that only `--resume` reads."""
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        folder: the folder.
+        files: what is published, by its name in the repository; the card is among them.
+        left_out: names of the other files.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    left_out: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each file in bytes."""
+        return {name: file.stat().st_size for name, file in self.files.items()}
+
+
+def contents_of(folder: Path) -> Contents:
+    """List the files of a finished model folder: model, tokenizer, licence, card and notes.
+
+    Args:
+        folder: a folder that secateur wrote.
+
+    Raises:
+        RecipeError: it is no folder, or a run still works in it.
+        CheckpointError: it is incomplete, has no card, or a file is a link out of the folder.
+    """
+    if not folder.is_dir():
+        raise RecipeError(
+            "there is no such folder", where=str(folder), remedy="name a folder of a model"
+        )
+    for place in (folder.absolute(), folder.absolute().parent):
+        if place.name.endswith(PARTIAL) or (place / STATE).is_file():
+            raise RecipeError(
+                "this is the work folder of a run that has not finished",
+                where=str(place),
+                remedy="finish the run with --resume, then name its output",
+            )
+    check_folder(folder)
+    if not (folder / CARD).is_file():
+        raise CheckpointError(
+            "the folder has no card (README.md)",
+            where=str(folder),
+            remedy="`secateur import DIR --output OUT` writes one for a model of another tool",
+        )
+    notes = [file for file in sorted((folder / NOTES).rglob("*")) if file.is_file()]
+    listed = [*copied_files(folder), *shard_files(folder), folder / CARD]
+    listed += [folder / name for name in INDEX_NAMES if (folder / name).is_file()]
+    listed += [file for file in notes if file.name not in PRIVATE]
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(set(listed))}
+    for name, file in files.items():
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                f"{name} is a link out of the folder, to {file.resolve()}",
+                where=str(file),
+                remedy="replace it by the file, if that may be published",
+            )
+    every = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in every)
+    return Contents(folder, files, tuple(name for name in names if name not in files))
+
+
+KINDS = {
+    "token of the hub": r"\bhf_[A-Za-z0-9]{30,}",
+    "token of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{40,}",
+    "key of an API": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "key of AWS": r"\bAKIA[0-9A-Z]{16}\b",
+    "token of Slack": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
+    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "password in an address": r"\bhttps?://[^/\s:@\"']+:[^/\s:@\"']+@",
+}
+PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+NAME = r"[^\s/\\\"'`,=|](?:[^/\\\"'`,=|\n]*[^\s/\\\"'`,=|])?"
+FOLDERS = re.compile(rf"(?<![^\s\"'`=,])(?:/|[A-Z]:\\+)(?:{NAME}[/\\]+)+(?={NAME})")
+"""The folders of an absolute path, up to its last name."""
+TEXTS = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ""}
+
+
+class Secret(NamedTuple):
+    """Where a secret was found; the secret itself is not kept."""
+
+    file: str
+    line: int
+    kind: str
+
+
+def secrets_in(name: str, text: str) -> Iterator[Secret]:
+    """Yield the secrets of a text.
+
+    Example:
+        >>> from secateur.publishing import secrets_in
+        >>> [*secrets_in("a.yaml", "x: 1\\ntoken: hf_" + "a" * 34)]
+        [Secret(file='a.yaml', line=2, kind='token of the hub')]
+    """
+    for kind, pattern in PATTERNS.items():
+        for found in pattern.finditer(text):
+            yield Secret(name, text.count("\n", 0, found.start()) + 1, kind)
+
+
+def texts_of(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield the files that hold text."""
+    for name, file in files.items():
+        if file.suffix in TEXTS:
+            yield name, file.read_text(encoding="utf-8", errors="replace")
+
+
+def refuse_secrets(files: Mapping[str, Path]) -> None:
+    """Refuse files that hold keys or tokens.
+
+    Raises:
+        VerificationError: names the file, the line and the kind of each, not the secret.
+    """
+    found = [secret for name, text in texts_of(files) for secret in secrets_in(name, text)]
+    if found:
+        raise VerificationError(
+            f"{len(found)} secrets would be published: "
+            + ", ".join(f"a {secret.kind}" for secret in found[:4]),
+            where=", ".join(f"{secret.file}:{secret.line}" for secret in found[:4]),
+            remedy="remove them from the files, and revoke them if they were shared before",
+        )
+
+
+def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
+    """The texts of the notes that name folders of this machine, with only the last names."""
+    notes = {name: file for name, file in files.items() if name.startswith(f"{NOTES}/")}
+    texts = {name: (text, without_folders(text)) for name, text in texts_of(notes)}
+    return {name: bare for name, (text, bare) in texts.items() if text != bare}
+
+
+def without_folders(text: str) -> str:
+    """A text in which every absolute path is reduced to its last name.
+
+    Folders describe one machine, and often its user. Relative paths and addresses stay.
+
+    Example:
+        >>> from secateur.publishing import without_folders
+        >>> without_folders("model: /home/me/my models/tiny")
+        'model: tiny'
+    """
+    return FOLDERS.sub("", text)
