@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hardware import heading, keep, markdown
 from secateur.calibration.documents import read_text
-from secateur.engine.stream.attention import WrittenOut
+from secateur.models.attention import WrittenOut
 from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer

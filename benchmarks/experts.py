@@ -31,8 +31,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from hardware import add, heading, markdown
-from secateur.engine.choose.experts import ExpertChoice, ExpertUse, expert_use, kept_experts
-from secateur.engine.choose.merged_experts import merge_experts
+from secateur.engine.choose.experts import (
+    ExpertChoice,
+    ExpertUse,
+    expert_use,
+    kept_experts,
+    merge_experts,
+)
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent

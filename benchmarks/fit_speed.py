@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hardware import add, heading
-from secateur.engine.choose.fitting import FitSearch
+from secateur.engine.choose.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve

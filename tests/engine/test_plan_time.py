@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.engine import plan_forward
+from secateur.engine import plan_time
 from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_seconds
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask
@@ -52,13 +52,13 @@ def test_every_layer_counts_as_one_of_its_kind(
     family: str, kinds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count()  # one second between any two looks at it
-    monkeypatch.setattr(plan_forward.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(plan_time.time, "perf_counter", lambda: float(next(clock)))
     target = ModelTarget(tiny_model(family))
-    found = plan_forward.layer_times(target, tiny_windows(4, 8), Settings(micro_batch_tokens=16))
+    found = plan_time.layer_times(target, tiny_windows(4, 8), Settings(micro_batch_tokens=16))
     layers = len(target.layers)
-    assert found == plan_forward.LayerTimes(forward=layers * 1.0 / 16, reading=layers * 1.0)
+    assert found == plan_time.LayerTimes(forward=layers * 1.0 / 16, reading=layers * 1.0)
     assert next(clock) == 2 * kinds + 2 * 2 * kinds  # reading, and two calls
-    assert plan_forward.layer_times(target, None, Settings()).forward == 0
+    assert plan_time.layer_times(target, None, Settings()).forward == 0
 
 
 def test_large_matrices_are_timed_at_a_fraction_that_divides_them() -> None:

@@ -19,7 +19,7 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from secateur.engine.memory_shortage import is_shortage
+from secateur.engine.memory_budget import is_shortage
 from secateur.errors import DISTRIBUTION, MemoryBudgetError, SecateurError
 from secateur.models.samples import cache_folder
 

@@ -7,7 +7,7 @@ import statistics
 
 from secateur.diagnostics.findings import Claims, Finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
-from secateur.engine.prune.collapse import COLLAPSED
+from secateur.engine.prune.group_pruning import COLLAPSED
 
 DENSE = 0.01
 """A linear with fewer zeros than this is dense; pretrained ones have almost none."""

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.diagnostics.findings import Finding, Severity
+from secateur.engine.stream.calibration_stream import Passage
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from secateur.engine.prune.selection import Selection
+from secateur.engine.prune.tasks import Selection
 from secateur.errors import SecateurError
 from secateur.sparsity.patterns import Pattern, parse_pattern
 

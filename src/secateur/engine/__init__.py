@@ -2,5 +2,5 @@
 
 Start with `prune/run.py`, which has the loop. In `stream/`, `targets` gives layers their weights,
 `calls` records how the model calls them, and `forwards` passes calibration through them.
-`prune/surgery.py` prunes a group of linears, and `plan.py` predicts memory.
+`prune/group_pruning.py` prunes a group of linears, and `plan.py` predicts memory.
 """

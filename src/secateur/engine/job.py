@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.calibration.windows import Beside
-from secateur.engine.choose.allocate import allocate
-from secateur.engine.choose.survey import Survey
+from secateur.engine.choose.allocation import Survey, allocate
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Tasks, gradient_statistics
+from secateur.engine.stream.calibration_stream import Passage
 from secateur.engine.stream.gradients import gather_gradients
-from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import Target
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger

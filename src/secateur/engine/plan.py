@@ -3,12 +3,15 @@
 The memory that a forward keeps alive is hard to estimate. So one micro-batch passes through a
 decoder layer on the meta device, where tensors have sizes but no content, and every operation is
 counted. Scores, solvers, statistics and allocations declare their own needs
-(`working_bytes`, `nbytes`, `disk_bytes`).
+(`working_bytes`, `nbytes`, `disk_bytes`). `tests/engine/prune/test_solver_cost.py` compares every
+solver's memory with its declaration, on grams that float32 can factorise and on grams that need
+float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,35 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
-from secateur.calibration.statistics import of_inputs
-from secateur.engine.choose.tournament import WINDOW_TOKENS
-from secateur.engine.learning_memory import (
-    calls_of,
-    distilling_bytes,
-    kinds,
-    on_grid_bytes,
-    sweep_bytes,
-    tuning_bytes,
-)
+from secateur.calibration.statistics import of_inputs, statistics
+from secateur.engine.choose.candidate_evaluator import WINDOW_TOKENS
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.solve_memory import (
-    SolveMemory,
-    gradient_bytes,
-    solve_bytes,
-    statistics_bytes,
-)
-from secateur.engine.prune.tasks import Tasks, input_statistics
-from secateur.engine.stream.attention import AttentionOfPlan
-from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.kinds import LayerLayout, layouts, on_meta, refuse_unknown
-from secateur.engine.stream.residency import LiveTensors
+from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, input_statistics
+from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
+from secateur.engine.stream.offload import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
 from secateur.models.inventory import Left
 from secateur.models.layer_cache import layer_caches
 from secateur.runs.environment import resident_bytes
 from secateur.sparsity.allocation import Allocation
+from secateur.types import float32_bytes
 
 PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
@@ -392,7 +382,9 @@ def forward_bytes(
     values = max(call.values().nbytes if call.varying else 0 for call in calls)
     stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
-    rehearsals = [rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds(target, calls)]
+    rehearsals = [
+        rehearse(x, groups[id(x)], hidden, call) for x, call, _ in layers_by_kind(target, calls)
+    ]
     forward = max(r.running_bytes for r in rehearsals)
     # A halted forward's own input is a view of the stored hidden states.
     halted = max(r.halted_bytes for r in rehearsals) - own
@@ -400,3 +392,180 @@ def forward_bytes(
     if waiting > 1:  # the terms that the writers of both models added to the residual stream
         held += waiting * stored
     return stored, forward, held
+
+
+def rehearse_training(
+    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
+) -> int:
+    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
+
+    Args:
+        layer: a decoder layer with its parameters on the meta device.
+        hidden: the input of a micro-batch, for its shape.
+        call: how the layer is called for it.
+        written_out: whether attention keeps its probabilities.
+    """
+    meta, parameters = torch.device("meta"), list(layer.parameters())
+    call = call.to(meta, torch.float32)
+    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
+    dtype = parameters[0].dtype
+    with on_meta(layer):
+        layer.to(torch.float32).requires_grad_(True)
+        try:
+            attention = WrittenOut() if written_out else AttentionOfPlan()
+            with torch.enable_grad(), live, attention:
+                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
+                out = call_layer(layer, x, call)
+                del out
+        finally:
+            layer.to(dtype).requires_grad_(False)
+    return live.peak_bytes
+
+
+def tuning_bytes(target: Target, windows: Tensor) -> int:
+    """The memory that tuning a layer needs besides the layer, for one micro-batch of windows."""
+    hidden, calls = calls_of(target, windows)
+
+    def of(layer: nn.Module, call: LayerCall) -> int:
+        weights = 4 * sum(p.numel() for p in layer.parameters())
+        plain = next(layer.parameters()).dtype == torch.float32
+        # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
+        return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
+
+    return max(of(layer, call) for layer, call, _ in layers_by_kind(target, calls))
+
+
+def distilling_bytes(target: Target, window: Tensor) -> int:
+    """Two whole models, one in float32 with gradients and moments, and one window's forward."""
+    hidden, calls = calls_of(target, window)
+    tokens = window.numel()
+    weights = sum(p.numel() for p in target.model.parameters())
+    trained = sum(p.numel() for p in target.layers.parameters())
+    # logits of both models, and the gradient of one
+    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
+    written_out = writes_out(target.device, window.shape[1])
+    forward = sum(
+        count * rehearse_training(layer, hidden, call, written_out=written_out)
+        for layer, call, count in layers_by_kind(target, calls)
+    )
+    return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
+
+
+def sweep_bytes(target: Target, window: Tensor) -> int:
+    """One decoder layer in float32 with gradients, moments and a mask, and one window's forward
+    through it; or everything outside the layers in float32 with one window's logits.
+
+    Args:
+        target: the model.
+        window: token ids [1, sequence_length].
+    """
+    hidden, calls = calls_of(target, window)
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
+    of_layers = sum(p.numel() for p in target.layers.parameters())
+    outside = sum(p.numel() for p in target.model.parameters()) - of_layers
+    logits = 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
+    written_out = writes_out(target.device, window.shape[1])
+    forward = max(
+        rehearse_training(layer, hidden, call, written_out=written_out)
+        for layer, call, _ in layers_by_kind(target, calls)
+    )
+    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits)
+
+
+def on_grid_bytes(tasks: Tasks) -> int:
+    """The rounded copies of matrices that learn on a grid, which the backward reads."""
+    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
+
+
+def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
+    ids = windows.to(target.device)
+    with target.outside():
+        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
+        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
+
+
+def layers_by_kind(
+    target: Target, calls: list[LayerCall]
+) -> list[tuple[nn.Module, LayerCall, int]]:
+    """One layer of each kind, how it is called, and the number of layers of that kind."""
+    pairs = list(zip(target.layers, calls, strict=True))
+    of = [kind_of(*pair) for pair in pairs]
+    first = dict(zip(reversed(of), reversed(pairs), strict=True))
+    return [(*first[kind], count) for kind, count in Counter(of).items()]
+
+
+TARGET_SQUARES = 6
+"""Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
+HELD_TARGETS = 2
+"""Number of these matrices that stay while the linears of a group are solved."""
+
+
+@dataclass(frozen=True)
+class SolveMemory:
+    """The memory for solving one linear, with its statistics: of the linear that takes most.
+
+    Attributes:
+        most: bytes at worst.
+        usual: bytes where float32 is enough for every factorisation.
+        shape: (out, in) of the linear that takes `most`.
+    """
+
+    most: int = 0
+    usual: int = 0
+    shape: tuple[int, int] = (0, 0)
+
+
+def solve_bytes(tasks: Tasks, *, asymmetric: bool, held_out: bool = False) -> SolveMemory:
+    """Return the maximum memory for solving one linear.
+
+    Args:
+        tasks: tasks of the run. Tasks that change nothing need no memory.
+        asymmetric: whether linears are fitted to the dense model.
+        held_out: whether held-out tokens choose the damping.
+    """
+    needs = {
+        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape, task.method)
+        for task in tasks.values()
+        if task.changes
+    }
+    if not needs:
+        return SolveMemory()
+    most, shape, _ = max(needs, key=lambda need: need[:2])
+    usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
+    return SolveMemory(most, usual, shape)
+
+
+def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) -> int:
+    """The memory for solving one linear, with the statistics of its inputs.
+
+    With held-out tokens there are statistics of both parts, and copies of them while they are used.
+    """
+    names = input_statistics({task.name: task}, asymmetric=asymmetric)
+    held = sum(statistics[name].nbytes(task.shape) for name in names)
+    working = task.method.working_bytes(task.shape)
+    if asymmetric:
+        square = float32_bytes((task.shape[1], task.shape[1]))
+        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
+    if held_out:
+        held *= 4
+        working += HELD_TARGETS * float32_bytes((task.shape[1], task.shape[1]))
+        working += float32_bytes(task.shape)
+    return held + working
+
+
+def gradient_bytes(tasks: Tasks) -> int:
+    """The memory of the statistics of all gradients."""
+    names = gradient_statistics(tasks)
+    return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
+
+
+def statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
+    """The memory of input statistics for all groups of a layer; large with many experts."""
+    largest = 0
+    for layer, layout in zip(target.layers, found, strict=True):
+        linears = linears_of(layer, "")
+        shapes = [linears[group[0]].shape for group in layout.groups]
+        held = sum(statistics[name].nbytes(shape) for name in names for shape in shapes)
+        largest = max(largest, held)
+    return largest

@@ -3,22 +3,29 @@
     seconds = ready + reading + forward · tokens · passes + Σ (gather + prepare + solve)
               + FILE_SECONDS · bytes
 
-A micro-batch passes through one decoder layer of each kind (`plan_forward.py`), and a method works
-on one matrix of each shape. Matrices wider than `WIDEST` are timed at a fraction of their size.
+A micro-batch passes through one decoder layer of each kind, with real weights and hidden states,
+so attention, norms and routing count as they are. A method works on one matrix of each shape.
+Matrices wider than `WIDEST` are timed at a fraction of their size.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
+from torch import Tensor
 
 from secateur.calibration.statistics import of_gradients, of_inputs, statistics
-from secateur.engine.plan_forward import LayerTimes
+from secateur.engine.plan import calls_of
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask, Tasks
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.layouts import kind_of
+from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
 from secateur.sparsity.methods import Method
 from secateur.types import STORED
@@ -195,3 +202,59 @@ def fraction_of(size: int) -> int:
     fractions = (size // k for k in range(2, size + 1) if size % k == 0)
     largest = next(x for x in fractions if x <= WIDEST)
     return largest if largest >= WIDEST // 4 else size
+
+
+CALLS = 3
+LONG = 2.0
+"""Seconds of a call after which it is not repeated."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """The time of all decoder layers together.
+
+    Attributes:
+        forward: seconds for each token that passes through all layers; 0 without calibration.
+        reading: seconds to read all layers once.
+    """
+
+    forward: float
+    reading: float
+
+
+def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> LayerTimes:
+    """Time one layer of each kind, and scale by the number of its layers.
+
+    Args:
+        target: the model.
+        windows: calibration tokens, or None.
+        settings: how the work is done.
+    """
+    layers = list(target.layers)
+    if windows is None:
+        return LayerTimes(0.0, len(layers) * read_seconds(target, 0))
+    size = max(1, settings.micro_batch_tokens // windows.shape[1])
+    hidden, calls = calls_of(target, windows[:size])
+    of = [kind_of(*pair) for pair in zip(layers, calls, strict=True)]
+    forward, reading = 0.0, 0.0
+    for kind, count in Counter(of).items():
+        index = of.index(kind)
+        began = time.perf_counter()
+        with target.layer(index) as layer, torch.no_grad(), settings.matmuls(target.device):
+            reading += count * (time.perf_counter() - began)
+            seconds: list[float] = []
+            while len(seconds) < CALLS and sum(seconds) < LONG:
+                began = time.perf_counter()
+                call_layer(layer, hidden, calls[index])
+                if target.device.type == "cuda":
+                    torch.cuda.synchronize(target.device)
+                seconds.append(time.perf_counter() - began)
+        forward += count * median(seconds)
+    return LayerTimes(forward / (hidden.shape[0] * hidden.shape[1]), reading)
+
+
+def read_seconds(target: Target, index: int) -> float:
+    """Seconds to read one layer."""
+    began = time.perf_counter()
+    with target.layer(index):
+        return time.perf_counter() - began

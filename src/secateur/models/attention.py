@@ -1,13 +1,19 @@
-"""Replaces the attention function of a model within a context; no family is changed."""
+"""Replacements of a model's attention function within a context; no family is changed.
+
+One is for the memory plan, one for fast training.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from secateur.precision import fast_dtype
 
 
 class OtherAttention(TorchFunctionMode, ABC):
@@ -27,3 +33,82 @@ class OtherAttention(TorchFunctionMode, ABC):
     @abstractmethod
     def attend(self, *args: Any, **options: Any) -> Tensor:
         """The output; arguments as of `scaled_dot_product_attention`."""
+
+
+LONGEST = 512
+"""The longest window, in tokens, whose scores are stored in full."""
+
+
+class AttentionOfPlan(OtherAttention):
+    """Attention for the plan. Like fused kernels, it makes no [sequence, sequence] matrix."""
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """An empty output of the right shape."""
+        query, _, value = args[:3]
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+class WrittenOut(OtherAttention):
+    """Attention by two products and a softmax, all in bfloat16.
+
+    torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
+    is faster on short windows (`benchmarks/attention.py` measures it). The costs: probabilities
+    are kept for the backward, and scores are rounded to 8 bits before the softmax.
+    """
+
+    def takes(self, options: dict[str, Any]) -> bool:
+        """Attention without dropout."""
+        return not options.get("dropout_p")
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """See `written_out`."""
+        return written_out(*args, **options)
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as in torch's function.
+
+    Query heads that read the same keys are rows of one product: nothing is repeated.
+    """
+    *_, heads, rows, width = query.shape
+    groups, columns = key.shape[-3:-1]
+    together = heads // groups
+    kind = torch.bfloat16
+    q = query.to(kind) * (width**-0.5 if scale is None else scale)
+    q = q.reshape(-1, together * rows, width)
+    k, v = (x.to(kind).reshape(-1, columns, x.shape[-1]) for x in (key, value))
+    scores = torch.baddbmm(_added(attn_mask, is_causal, query, columns, together), q, k.mT)
+    return (scores.softmax(-1) @ v).view(*query.shape[:-1], -1)
+
+
+def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, together: int) -> Tensor:
+    """The mask to add to the scores: [windows · groups, heads of a group · rows, columns]."""
+    *outer, heads, rows, _ = query.shape
+    if mask is None:
+        mask = query.new_ones(rows, columns, dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+    if mask.dtype == torch.bool:
+        least = torch.finfo(torch.bfloat16).min
+        mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, least)
+    mask = mask.to(torch.bfloat16)
+    if mask.numel() == rows * columns:  # one mask for all windows and heads
+        return mask.reshape(rows, columns).repeat(together, 1)
+    return mask.expand(*outer, heads, rows, columns).reshape(-1, together * rows, columns)
+
+
+def writes_out(device: torch.device, length: int) -> bool:
+    """Whether training writes the scores out for windows of this many tokens.
+
+    It does on processors with bfloat16 products, up to `LONGEST` tokens. At 1024 tokens it is not
+    faster (`benchmarks/attention.py`), and the probabilities grow with the square of the length.
+    """
+    return device.type == "cpu" and fast_dtype(device) is not None and length <= LONGEST

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.engine.prune.tuning import in_float32, to_float32
-from secateur.engine.stream.attention import WrittenOut
+from secateur.engine.prune.reconstruction import in_float32, to_float32
 from secateur.errors import NumericalError, RecipeError, SourceError, install_extra
 from secateur.models.architecture import hidden_size
+from secateur.models.attention import WrittenOut
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
 from secateur.training.batches import Batches

@@ -3,7 +3,7 @@
 Gathers inputs and gradients for scores from a whole model during training.
 
 The engine gathers the same statistics with one decoder layer in memory
-(`engine/stream/forwards.py`, `engine/stream/gradients.py`). A model in training is in memory
+(`engine/stream/halted_forwards.py`, `engine/stream/gradients.py`). A model in training is in memory
 anyway, so this module uses ordinary forwards and backwards with the current weights.
 """
 

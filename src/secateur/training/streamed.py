@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.models.architecture import Architecture
 from secateur.training.batches import Batch
 from secateur.training.teachers import ModelTeacher, TeacherOutput

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.engine.stream.attention import writes_out
 from secateur.errors import RecipeError
+from secateur.models.attention import writes_out
 from secateur.registry import did_you_mean
 
 RATE_TIMES_WIDTH = 0.25
@@ -128,7 +128,7 @@ class TrainingPlan:
         return self.micro_batch or max(1, TOKENS_AT_ONCE // length)
 
     def writes_out(self, device: torch.device, length: int) -> bool:
-        """Whether attention keeps its probabilities; see `secateur.engine.stream.attention`."""
+        """Whether attention keeps its probabilities; see `secateur.models.attention`."""
         saving = self.gradient_checkpointing or not self.fast_matmuls
         return not saving and writes_out(device, length)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.engine.choose.budgeted import Cost, Menu, fits, hull
+from secateur.engine.choose.knapsack import Cost, Menu, fits, hull
 
 
 def menu_of(seed: int, units: int, levels: int, kinds: int = 1) -> Menu:

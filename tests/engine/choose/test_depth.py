@@ -14,13 +14,19 @@ import transformers
 from torch import nn
 
 from oracles import depth as oracle
-from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth, space_of
-from secateur.engine.choose.depth_influence import angular_distances, influences
+from secateur.engine.choose.candidate_evaluator import Lockstep
+from secateur.engine.choose.depth import (
+    DepthSettings,
+    Dropped,
+    SubBlocks,
+    angular_distances,
+    choose_depth,
+    influences,
+    space_of,
+)
 from secateur.engine.choose.depth_space import DepthUnit, DropSpace, greedy, lowest
-from secateur.engine.choose.sub_blocks import SubBlocks
-from secateur.engine.choose.tournament import Lockstep
-from secateur.engine.stream import ends as stream_ends
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream import embedding_and_head as stream_ends
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe

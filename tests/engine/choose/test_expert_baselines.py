@@ -12,8 +12,14 @@ from transformers import AutoModelForCausalLM
 import secateur
 from mixtures import CHOSEN, trained_mixture, window_losses, windows_of
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.experts import ExpertChoice, ExpertUse, expert_use, kept_experts
-from secateur.engine.choose.merged_experts import merge_experts, most_similar
+from secateur.engine.choose.experts import (
+    ExpertChoice,
+    ExpertUse,
+    expert_use,
+    kept_experts,
+    merge_experts,
+    most_similar,
+)
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.experts import opened_experts

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from secateur.engine.choose.budgeted import Menu
-from secateur.engine.choose.fitting import FitLevel, FitSearch
-from secateur.engine.choose.values import Level
+from secateur.engine.choose.knapsack import Menu
+from secateur.engine.choose.stored_levels import FitLevel, FitSearch, Level
 from secateur.progress import Silent
 
 ERRORS = ((0.0, 0.01, 0.04), (0.0, 0.02, 0.03), (0.0, 0.005, 0.05))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oracles.hidden import channel_scores
-from secateur.engine.choose.hidden import hidden_scores
+from secateur.engine.choose.channels import hidden_scores
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError, NumericalError

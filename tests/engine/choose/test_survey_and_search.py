@@ -11,15 +11,18 @@ import torch
 import secateur
 from oracles import allocation as oracle
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.allocate import allocate
-from secateur.engine.choose.levels import LevelVariants, search_levels
-from secateur.engine.choose.survey import Survey, grains_of
-from secateur.engine.choose.tournament import Lockstep, Tournament
-from secateur.engine.prune.selection import Selection
+from secateur.engine.choose.allocation import (
+    LevelVariants,
+    Survey,
+    allocate,
+    grains_of,
+    search_levels,
+)
+from secateur.engine.choose.candidate_evaluator import Lockstep, Tournament
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import tasks_of
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.passage import Passage
+from secateur.engine.prune.tasks import Selection, tasks_of
+from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader

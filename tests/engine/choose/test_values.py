@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from secateur.engine.choose.values import ChosenLevels, Level, choose_levels
+from secateur.engine.choose.stored_levels import ChosenLevels, Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
@@ -110,7 +110,7 @@ def test_a_stopped_choice_repeats_nothing(levels, tmp_path, monkeypatch) -> None
     bound = 0.3 * (worst - source)
     first = chosen(levels, bound, tmp_path / "values.jsonl")
     monkeypatch.setattr(
-        "secateur.engine.choose.tournament.Lockstep.fitness",
+        "secateur.engine.choose.candidate_evaluator.Lockstep.fitness",
         lambda *_: pytest.fail("measured again"),
     )
     assert chosen(levels, bound, tmp_path / "values.jsonl") == first

@@ -10,8 +10,8 @@ from torch import nn
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.layer_pass import LayerPass
-from secateur.engine.prune.routing import Reach, reach, silent_experts
+from secateur.engine.prune.coverage import Reach, reach, silent_experts
+from secateur.engine.prune.run import LayerPass
 from secateur.errors import VerificationError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.solve_memory import (
+from secateur.engine.plan import (
     HELD_TARGETS,
     TARGET_SQUARES,
     linear_bytes,
     solve_bytes,
 )
 from secateur.engine.prune.tasks import LinearTask, warn_of_work
-from secateur.engine.stream.residency import LiveTensors
+from secateur.engine.stream.offload import LiveTensors
 from secateur.errors import MemoryBudgetError
 from secateur.sparsity import shifted_inverse
 from secateur.sparsity.hessian import FACTOR_SQUARES, dense_target, inverse_factor

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.engine.prune.straight_through import RoundedWeight
+from secateur.engine.prune.reconstruction import RoundedWeight
 from secateur.models.architecture import Linear
 from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.column_sweep import kept_weights

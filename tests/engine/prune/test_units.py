@@ -9,13 +9,11 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.allocate import allocate
-from secateur.engine.choose.survey import Survey, grains_of
+from secateur.engine.choose.allocation import Survey, allocate, grains_of
 from secateur.engine.prune.run import Run
-from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import tasks_of, with_sparsities
-from secateur.engine.stream.passage import Passage
+from secateur.engine.prune.tasks import Selection, tasks_of, with_sparsities
+from secateur.engine.stream.calibration_stream import Passage
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from secateur.engine.stream import attention
-from secateur.engine.stream.attention import LONGEST, AttentionOfPlan, WrittenOut, writes_out
+from secateur.models import attention
+from secateur.models.attention import LONGEST, AttentionOfPlan, WrittenOut, writes_out
 
 ROWS = 12
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import secateur
-from secateur.engine.choose.depth_influence import influences
+from secateur.engine.choose.depth import influences
 from secateur.engine.choose.depth_space import WHOLE, DepthUnit
-from secateur.engine.prune.layer_pass import LayerPass
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.carried import Carried, Shared
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.passage import Passage
-from secateur.engine.stream.targets import ModelTarget
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.prune.run import LayerPass
+from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calls import Carried, Shared, call_layer
+from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
@@ -144,7 +142,9 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches multiply in bfloat16 where that is fast; here they do not."""
-    monkeypatch.setattr("secateur.engine.stream.ends.fast_matmuls", lambda device: nullcontext())
+    monkeypatch.setattr(
+        "secateur.engine.stream.embedding_and_head.fast_matmuls", lambda device: nullcontext()
+    )
 
 
 @pytest.mark.usefixtures("exact")

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import secateur
 from architectures import tiny_architecture
 from oracles.hybrids import wanda
-from secateur.engine.prune.layer_pass import LayerPass
-from secateur.engine.stream.kinds import kind_of, layouts
+from secateur.engine.prune.run import LayerPass
+from secateur.engine.stream.layouts import kind_of, layouts
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe

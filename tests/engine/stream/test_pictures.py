@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.windows import Beside
+from secateur.engine.stream.calibration_stream import Passage
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.passage import Passage
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe

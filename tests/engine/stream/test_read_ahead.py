@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.engine.stream.read_ahead import ReadAhead
-from secateur.engine.stream.targets import CheckpointTarget
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.targets import CheckpointTarget, ReadAhead, walk_layers
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
 from zoo import tiny_model

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.engine.stream.passage import Passage
-from secateur.engine.stream.tables import per_layer_table
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.targets import CheckpointTarget, per_layer_table
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
 from zoo import class_of, config_of, tiny_model, tiny_windows

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from secateur.engine.stream.calibration_stream import Passage
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.passage import Passage
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.targets import CheckpointTarget, ModelTarget, walk_layers
 from secateur.models.checkpoint import CheckpointReader
 from zoo import CONFIGS, tiny_model, tiny_windows
 
@@ -110,6 +109,6 @@ def test_parts_hold_as_many_windows_as_fit(monkeypatch: pytest.MonkeyPatch) -> N
     (hidden,) = ends.embedded([0])
     assert list(ends.parts([0, 1, 2, 5], 2)) == [[0, 1, 2, 5]]
     limit = 6 * hidden.numel() * hidden.element_size()
-    monkeypatch.setattr("secateur.engine.stream.ends.STATES_BYTES", limit)
+    monkeypatch.setattr("secateur.engine.stream.embedding_and_head.STATES_BYTES", limit)
     assert list(ends.parts([0, 1, 2, 5], 2)) == [[0, 1, 2], [5]]
     assert list(ends.parts([0, 1, 2, 5], 100)) == [[0], [1], [2], [5]]

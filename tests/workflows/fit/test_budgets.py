@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.budgeted import fits
+from secateur.engine.choose.knapsack import fits
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import BASE, MatrixTimes
 from secateur.evaluation.speed import Speed

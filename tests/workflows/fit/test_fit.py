@@ -12,8 +12,8 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.engine.choose.budgeted import Cost, Menu
-from secateur.engine.choose.fitting import FitSearch
+from secateur.engine.choose.knapsack import Cost, Menu
+from secateur.engine.choose.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress

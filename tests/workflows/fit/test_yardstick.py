@@ -51,7 +51,8 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
         found = measure.divergence(tmp_path / "work" / "other")
         assert found == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
         monkeypatch.setattr(
-            "secateur.engine.choose.tournament.Lockstep.fitness", lambda *_: pytest.fail("again")
+            "secateur.engine.choose.candidate_evaluator.Lockstep.fitness",
+            lambda *_: pytest.fail("again"),
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import secateur
 from page_blocks import ROOT, blocks
-from secateur.engine.prune.layer_pass import LayerPass
+from secateur.engine.prune.run import LayerPass
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from tiny import tiny_tokenizer

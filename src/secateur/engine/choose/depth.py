@@ -7,14 +7,25 @@ One decoder layer is in memory at a time. This module does not change the model;
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
-from secateur.engine.choose.depth_influence import angular_distances, influences
+from secateur.engine.choose.candidate_evaluator import (
+    Lockstep,
+    Tournament,
+    Version,
+    cut_windows,
+    fingerprint,
+)
 from secateur.engine.choose.depth_space import (
     ATTENTION,
     FFN,
@@ -25,10 +36,8 @@ from secateur.engine.choose.depth_space import (
     greedy,
     lowest,
 )
-from secateur.engine.choose.sub_blocks import SubBlocks, parameters_of
-from secateur.engine.choose.tournament import Lockstep, Tournament, cut_windows, fingerprint
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.targets import Target
+from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution, Stages, ordered
@@ -325,3 +334,219 @@ class DepthChoice:
             scores=self.scores,
             history=tuple(self.history),
         )
+
+
+@torch.no_grad()
+def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) -> list[float]:
+    """The block influence of every unit, mean over all tokens t:
+
+        BI = 1 − mean_t cos(a_t, b_t)
+
+    with a before the unit and b after it in the residual stream. For a layer these are its input
+    and its output; for an attention sub-block x and x + attention(x); for a feed-forward sub-block
+    x + attention(x) and the layer's output.
+
+    Papers: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You
+    Expect", arXiv:2403.03853; for sub-blocks He et al. 2024, "What Matters in Transformers? Not
+    All Attention is Needed", arXiv:2406.15786. If attention and feed-forward run in parallel,
+    they still count in this order.
+    """
+    target, blocks = ends.target, SubBlocks(ends)
+    sums = dict.fromkeys(units, 0.0)
+    by_layer = [[u for u in units if u.layer == i] for i in range(len(target.layers))]
+    progress.start("depth: influence", len(ends.windows) * len(by_layer))
+    for part in ends.parts(range(len(ends.windows)), 2):
+        states = ends.embedded(part)
+        for number, layer in walk_layers(target):
+            for place, before in enumerate(states):
+                after = blocks.run(number, layer, WHOLE, before)
+                between = before
+                if any(unit.parts != WHOLE for unit in by_layer[number]):
+                    between = blocks.run(number, layer, ATTENTION, before)
+                around = {WHOLE: (before, after), ATTENTION: (before, between),
+                          FFN: (between, after)}  # fmt: skip
+                for unit in by_layer[number]:
+                    sums[unit] += _mean(cosines(*map(ends.states, around[unit.parts])))
+                states[place] = after
+                progress.step(note=f"layer {number}")
+    progress.finish()
+    return [1 - sums[unit] / len(ends.windows) for unit in units]
+
+
+@torch.no_grad()
+def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[float]:
+    """The angular distance over every run of `length` consecutive layers, mean over all tokens t:
+
+        d(l) = mean_t arccos( cos(x_t^l, x_t^(l+length)) ) / π
+
+    with x^l the input of layer l. The layers l to l + length − 1 of the least d can be dropped.
+
+    Paper: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers",
+    arXiv:2403.17887. Deviation: all tokens count, so a few windows are enough. The paper uses only
+    the last token of each window.
+    """
+    count = len(ends.target.layers)
+    sums = [0.0] * (count - length + 1)
+    progress.start("depth: angular distance", len(ends.windows) * count)
+    for part in ends.parts(range(len(ends.windows)), length + 2):
+        inputs = deque([ends.embedded(part)], maxlen=length)
+        for number, layer in walk_layers(ends.target):
+            states = []
+            for before in inputs[-1]:
+                states.append(ends.run(number, layer, before))
+                progress.step(note=f"layer {number}")
+            if len(inputs) == length:
+                for before, after in zip(inputs[0], states, strict=True):
+                    cosine = cosines(ends.states(before), ends.states(after))
+                    angles = cosine.clamp(-1, 1).arccos() / math.pi
+                    sums[number + 1 - length] += _mean(angles)
+            inputs.append(states)
+    progress.finish()
+    return [total / len(ends.windows) for total in sums]
+
+
+def cosines(one: Tensor, two: Tensor) -> Tensor:
+    """The cosine of the two states of each token, [batch, sequence]."""
+    return cosine_similarity(one.double(), two.double(), dim=-1)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+_NAMES = {ATTENTION: "attention", FFN: "feed-forward"}
+
+
+def parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules of a decoder layer that make up its attention and its feed-forward sub-block.
+
+    Every child with a matrix belongs to one of the two: to attention if its name or class contains
+    that word, else to the feed-forward sub-block. Norms belong to neither.
+    """
+    parts: dict[int, list[nn.Module]] = {ATTENTION: [], FFN: []}
+    for name, child in layer.named_children():
+        if any(p.ndim > 1 for p in child.parameters()):
+            said = f"{name} {type(child).__name__}".lower()
+            parts[ATTENTION if "attn" in said or "attention" in said else FFN].append(child)
+    return parts
+
+
+def parameters_of(layer: nn.Module) -> dict[int, int]:
+    """How many parameters each sub-block of a layer has."""
+    return {
+        part: sum(p.numel() for module in modules for p in module.parameters())
+        for part, modules in parts_of(layer).items()
+    }
+
+
+class SubBlocks:
+    """Runs layers without some of their sub-blocks.
+
+    The version of a layer is the sum of the sub-blocks that it keeps: ATTENTION, FFN or WHOLE.
+
+    A removed sub-block adds nothing to the residual stream: its modules return zeros. Without both
+    sub-blocks the layer must be the identity. That is checked once for each layer that loses a
+    sub-block. So a family is refused if something else writes to the stream: a norm with a bias
+    after the sub-blocks, or a norm on the stream itself.
+
+    Args:
+        ends: ends of the dense model.
+    """
+
+    dense: Version = WHOLE
+
+    def __init__(self, ends: ModelEnds) -> None:
+        self.ends = ends
+        self.outputs: dict[tuple[int, int], list[int]] = {}
+
+    @contextmanager
+    def opened(
+        self, number: int, layer: nn.Module
+    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
+        """The forward of each version of a layer."""
+
+        def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
+            return partial(self.run, number, layer, cast(int, version))
+
+        yield forward_of
+
+    def run(self, number: int, layer: nn.Module, kept: int, hidden: Tensor) -> Tensor:
+        """Run a layer that keeps at least one of its sub-blocks.
+
+        Raises:
+            ArchitectureError: the layer does more than add its sub-blocks to the stream.
+        """
+        if kept == WHOLE:
+            return self.ends.run(number, layer, hidden)
+        if (number, ATTENTION) not in self.outputs:
+            self.learn(number, layer, hidden)
+        with self.silenced(number, layer, WHOLE & ~kept):
+            return self.ends.run(number, layer, hidden)
+
+    def learn(self, number: int, layer: nn.Module, hidden: Tensor) -> None:
+        """Record what the sub-blocks of a layer return, and check that it adds nothing without
+        them.
+
+        Raises:
+            ArchitectureError: it adds something.
+        """
+        returned: dict[nn.Module, int] = {}
+
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            returned[module] = len(out) if isinstance(out, tuple) else 0
+
+        parts = parts_of(layer)
+        handles = [m.register_forward_hook(note) for ms in parts.values() for m in ms]
+        try:
+            self.ends.run(number, layer, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for part, modules in parts.items():
+            self.outputs[number, part] = [returned.get(module, 0) for module in modules]
+        with self.silenced(number, layer, WHOLE):
+            if not torch.equal(self.ends.run(number, layer, hidden), hidden):
+                raise ArchitectureError(
+                    f"without {' and '.join(_NAMES.values())} a {type(layer).__name__} still "
+                    "changes its input, so sub-blocks cannot be dropped one by one",
+                    where=self.ends.target.architecture.layer_name(number),
+                    remedy="drop whole layers: units: layers",
+                )
+
+    @contextmanager
+    def silenced(self, number: int, layer: nn.Module, missing: int) -> Iterator[None]:
+        """A context in which some sub-blocks of a layer return zeros.
+
+        Only `forward` is replaced, because layers read attributes of their attention.
+        """
+        parts = parts_of(layer)
+        chosen = [
+            (module, outputs)
+            for part in (ATTENTION, FFN)
+            if part & missing
+            for module, outputs in zip(parts[part], self.outputs[number, part], strict=True)
+        ]
+        before = [vars(module).get("forward") for module, _ in chosen]
+        for module, outputs in chosen:
+            vars(module)["forward"] = zeros(outputs)
+        try:
+            yield
+        finally:
+            for (module, _), forward in zip(chosen, before, strict=True):
+                del vars(module)["forward"]
+                if forward is not None:
+                    vars(module)["forward"] = forward
+
+
+def zeros(outputs: int) -> Callable[..., Any]:
+    """A forward that returns zeros in the shape of its input.
+
+    Args:
+        outputs: the length of the tuple to return, the zeros first; 0 for a plain tensor.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (nothing, *[None] * (outputs - 1)) if outputs else nothing
+
+    return forward

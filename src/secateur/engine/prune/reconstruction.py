@@ -4,26 +4,28 @@ The inputs come from the pruned model. The targets are the outputs of the same l
 model, so a layer also compensates the losses of the layers before it. All parameters of the layer
 are tuned, including norms and biases; none are added. In the first part of the tuning, pruned
 weights can be exchanged for kept ones, and the pattern stays satisfied. After that the mask is
-fixed. Matrices on a grid stay on it (`straight_through`), and their masks are fixed from the start.
+fixed. Matrices on a grid stay on it (`RoundedWeight`), and their masks are fixed from the start.
 One decoder layer is in memory, with its gradients and the two moments of Adam.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
-from secateur.engine.prune.tuning import half_cosine, in_float32
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
-from secateur.sparsity.column_sweep import kept_weights
+from secateur.quantization.groups import GroupGrid
+from secateur.sparsity.column_sweep import kept_weights, mark_kept
 from secateur.sparsity.patterns import Pattern
 
 # Steps between new masks, and the part of the tuning in which masks change.
@@ -210,3 +212,175 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         ranks.total(parameter.grad)
+
+
+def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
+    """Return the windows of every step. Each pass reads all windows once, in its own order.
+
+    Args:
+        windows: number of windows.
+        size: number of windows in a step; the last step of a pass may have fewer.
+        passes: number of passes over all windows.
+        seed: seed of the orders.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    steps = []
+    for _ in range(passes):
+        order = torch.randperm(windows, generator=draw).tolist()
+        steps += [order[i : i + size] for i in range(0, windows, size)]
+    return steps
+
+
+def half_cosine(step: int, steps: int) -> float:
+    """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@contextmanager
+def in_float32(module: nn.Module, tuned: Collection[str]) -> Iterator[None]:
+    """Hold floating parameters of a module in float32; only tuned ones get gradients.
+
+    Parameters are tracked by name, so a parameter that is replaced in the meantime can be freed.
+
+    Args:
+        module: afterwards its parameters have their old dtypes and `requires_grad`, and no
+            gradients.
+        tuned: names of the parameters that get gradients.
+    """
+    before = {
+        name: (p.dtype, p.requires_grad)
+        for name, p in module.named_parameters()
+        if p.is_floating_point()
+    }
+    to_float32(module)
+    for name in before:
+        module.get_parameter(name).requires_grad_(name in tuned)
+    try:
+        yield
+    finally:
+        for name, (dtype, wanted_gradient) in before.items():
+            p = module.get_parameter(name)
+            p.grad = None
+            if p.dtype != dtype:
+                p.data = p.data.to(dtype)
+            p.requires_grad_(wanted_gradient)
+
+
+def to_float32(module: nn.Module) -> None:
+    """Convert floating parameters of a module to contiguous float32, in place.
+
+    torch's fused Adam reads and writes the memory of a parameter as if it were contiguous. The
+    weights of experts that are stored transposed or interleaved are not.
+    """
+    for p in module.parameters():
+        if p.is_floating_point() and not (p.dtype == torch.float32 and p.is_contiguous()):
+            p.data = p.data.float().contiguous()
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds in the forward; in the backward it is the identity within the grid, and 0 beyond."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: RoundedWeight) -> Tensor:
+        """The rounded weight."""
+        ctx.save_for_backward(weight)
+        ctx.rounded = rounded
+        return rounded.nearest(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the rounded weight, without that of clipped weights."""
+        (weight,) = ctx.saved_tensors
+        return gradients[0].masked_fill(ctx.rounded.clipped(weight), 0.0), None
+
+
+class RoundedWeight:
+    """A matrix whose forwards see it rounded.
+
+    Args:
+        linear: the matrix. Its weights are on the grid; they define the scales.
+        grid: the grid.
+    """
+
+    def __init__(self, linear: Linear, grid: GroupGrid) -> None:
+        self.linear, self.grid = linear, grid
+        _, scales = grid.quantize(linear.weight)
+        self.scale = scales.values
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """A weight in the module's orientation, rounded with the scales."""
+        if self.linear.transposed:
+            return self.grid.nearest(weight.t(), self.scale).t()
+        return self.grid.nearest(weight, self.scale)
+
+    def clipped(self, weight: Tensor) -> Tensor:
+        """Where a weight in the module's orientation lies beyond the ends of the grid, bool."""
+        if self.linear.transposed:
+            return self.grid.clipped(weight.t(), self.scale).t()
+        return self.grid.clipped(weight, self.scale)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round the parameter itself."""
+        parameter = self.linear.module.get_parameter("weight")
+        kept = kept_weights(parameter)
+        parameter.copy_(self.nearest(parameter))
+        mark_kept(parameter, kept)
+
+    @contextmanager
+    def in_forwards(self) -> Iterator[None]:
+        """Round in every forward of the module."""
+        # A module finds its parameters in this dictionary, whatever it computes with them.
+        module, found = self.linear.module, self.linear.module._parameters
+
+        def enter(module: nn.Module, args: object) -> None:
+            self.held = found["weight"]
+            assert self.held is not None
+            found["weight"] = StraightThrough.apply(self.held, self)
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            found["weight"] = self.held
+
+        hooks = [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class RoundedWeights:
+    """All matrices of a training that stay on their grids; a hook of the training loop.
+
+    Args:
+        weights: the matrices.
+    """
+
+    def __init__(self, weights: Iterable[RoundedWeight]) -> None:
+        self.weights = list(weights)
+
+    @contextmanager
+    def in_forwards(self) -> Iterator[None]:
+        """Round in every forward of the modules."""
+        entered = [weight.in_forwards() for weight in self.weights]
+        with ExitStack() as stack:
+            for context in entered:
+                stack.enter_context(context)
+            yield
+
+    def settle(self) -> None:
+        """Round the parameters themselves."""
+        for weight in self.weights:
+            weight.settle()
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Round the parameters after the last step."""
+        if step == steps:
+            self.settle()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: the scales belong to the model with which the training began."""
+        return {}

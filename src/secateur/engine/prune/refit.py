@@ -35,14 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.engine.prune.group_statistics import GroupStatistics
+from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.dense_twin import HaltedLayer, in_step
-from secateur.engine.stream.lane import Lane
-from secateur.engine.stream.passage import Passage
-from secateur.engine.stream.targets import Target
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.calibration_stream import Lane, Passage
+from secateur.engine.stream.halted_forwards import HaltedLayer, in_step
+from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress

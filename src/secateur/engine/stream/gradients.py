@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from secateur.calibration.statistics import statistics
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.targets import walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of

@@ -1,16 +1,22 @@
-"""Targets of a run: a model in memory, or a checkpoint on disk."""
+"""Targets of a run: a model in memory, or a checkpoint on disk.
+
+Each decoder layer gets its weights when it is needed, in order (`walk_layers`). Where a GPU
+computes, a thread reads the next layer meanwhile. The table of per-layer embeddings of Gemma 3n
+and small Gemma 4 is the largest matrix of the model, several times as large as a decoder layer. On
+another device, or in another dtype than that of the file, the whole table would have to be copied
+each time that a layer's turn comes. So a forward gets only the rows of its own tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.engine.stream.read_ahead import ReadAhead
-from secateur.engine.stream.tables import per_layer_table, rows_in_use
 from secateur.models.architecture import Architecture, describe
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.inventory import (
@@ -216,3 +222,95 @@ class CheckpointTarget:
         for name in names:
             self.output.write(self.stored[name], self.model.get_parameter(name))
         self.output.sync()
+
+
+class ReadAhead:
+    """Reads tensors in a thread of its own, one after the other.
+
+    Nobody else has a tensor before `read` gives it away, so no memory is used by two at once.
+
+    Args:
+        reader: reads them; each call opens its file anew, so threads share nothing.
+        names: in the order in which they will be asked for.
+    """
+
+    def __init__(self, reader: CheckpointReader, names: Iterable[str]) -> None:
+        self.reader = reader
+        pool = ThreadPoolExecutor(1, "read ahead")
+        self.coming: dict[str, Future[Tensor]] = {n: pool.submit(reader.read, n) for n in names}
+        pool.shutdown(wait=False)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, as soon as it is there; one that was not begun is read here."""
+        begun = self.coming.pop(name, None)
+        return self.reader.read(name) if begun is None else begun.result()
+
+    def drop(self) -> None:
+        """Give up what nobody has asked for."""
+        for begun in self.coming.values():
+            begun.cancel()
+        self.coming.clear()
+
+
+def per_layer_table(model: Any) -> nn.Embedding | None:
+    """The table of per-layer embeddings; None if the model has none.
+
+    Args:
+        model: of transformers, which calls it so in every family that has one.
+    """
+    table = getattr(model.get_decoder(), "embed_tokens_per_layer", None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
+@contextmanager
+def rows_in_use(
+    table: nn.Embedding, whole: Tensor, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """A context in which every forward of a table has the rows of its tokens, and no others.
+
+    Args:
+        table: a module that is called with token ids.
+        whole: all rows, such as a view of a file.
+        device: where the rows go.
+        dtype: of the computation.
+    """
+    empty, padding = table.weight, table.padding_idx
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows, places = args[0].unique(return_inverse=True)
+        taken = whole[rows.to(whole.device)].to(device, dtype)
+        table.weight = nn.Parameter(taken, requires_grad=False)
+        return (places, *args[1:])
+
+    handle = table.register_forward_pre_hook(take)
+    table.padding_idx = None  # it is the number of a row of the whole; only training uses it
+    try:
+        yield
+    finally:
+        handle.remove()
+        table.weight, table.padding_idx = empty, padding
+
+
+def walk_layers(
+    target: Target, numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, nn.Module]]:
+    """Yield each decoder layer with its weights.
+
+    A layer has its weights until the next one is yielded. When the loop ends early, by `break` or
+    by an exception, the layer is emptied as well.
+
+    Args:
+        target: the model.
+        numbers: numbers of the layers to visit, in this order; None for all, from first to last.
+
+    Yields:
+        The number of a layer, and the layer.
+    """
+    order = list(range(len(target.layers)) if numbers is None else numbers)
+    try:
+        for number, following in zip(order, [*order[1:], None], strict=False):
+            with target.layer(number) as layer:
+                target.expect(following)
+                yield number, layer
+    finally:
+        target.expect(None)

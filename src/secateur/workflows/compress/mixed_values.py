@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.engine.choose.values import Level, choose_levels
+from secateur.engine.choose.stored_levels import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError
 from secateur.models.checkpoint import CheckpointReader

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.engine.prune.selection import last_match
+from secateur.engine.prune.tasks import last_match
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized

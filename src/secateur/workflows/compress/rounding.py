@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.prune.selection import last_match, refuse_idle_globs
+from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.fitting import FitLevel
-from secateur.engine.choose.values import Level
+from secateur.engine.choose.stored_levels import FitLevel, Level
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.choose.budgeted import Cost, Menu, fits
-from secateur.engine.choose.fitting import FitSearch, Point
+from secateur.engine.choose.knapsack import Cost, Menu, fits
+from secateur.engine.choose.stored_levels import FitSearch, Point
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.checkpoint import CheckpointReader

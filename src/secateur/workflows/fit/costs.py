@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.advisor.capacity import memory_with
-from secateur.engine.choose.budgeted import Cost, Menu
+from secateur.engine.choose.knapsack import Cost, Menu
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
 from secateur.evaluation.token_times import Way

@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.engine.choose.budgeted import Cost
-from secateur.engine.choose.fitting import FitLevel, FitSearch
-from secateur.engine.choose.tournament import Lockstep, Tournament, fingerprint
-from secateur.engine.choose.values import StoredVariants
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.choose.candidate_evaluator import Lockstep, Tournament, fingerprint
+from secateur.engine.choose.knapsack import Cost
+from secateur.engine.choose.stored_levels import FitLevel, FitSearch, StoredVariants
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from secateur.engine.choose.budgeted import Menu, fits
-from secateur.engine.choose.fitting import FRONTIER, SURVEY_TOKENS, FitSearch, Point
-from secateur.engine.choose.tournament import cut_windows
+from secateur.engine.choose.candidate_evaluator import cut_windows
+from secateur.engine.choose.knapsack import Menu, fits
+from secateur.engine.choose.stored_levels import FRONTIER, SURVEY_TOKENS, FitSearch, Point
 from secateur.errors import VerificationError
 from secateur.evaluation.tasks import PreparedTask
 from secateur.recipes.chain import ChainRecipe

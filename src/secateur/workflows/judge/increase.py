@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from secateur.calibration.windows import load_windows, stored_start
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import perplexity
 from secateur.evaluation.uncertainty import mean_of, standard_error

@@ -60,7 +60,7 @@ def inspect_checkpoint(
     """Report a checkpoint. This reads every tensor."""
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.diagnostics.findings import read_claims
-    from secateur.engine.prune.routing import silent_experts
+    from secateur.engine.prune.coverage import silent_experts
     from secateur.models.sources import resolve
     from secateur.reporting.results.diagnose import InspectResult
 

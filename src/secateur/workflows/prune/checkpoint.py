@@ -14,15 +14,14 @@ import torch
 from secateur.calibration.documents import texts_of
 from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
-from secateur.engine.choose.allocate import settled_allocation
+from secateur.engine.choose.allocation import settled_allocation
 from secateur.engine.job import Job
-from secateur.engine.memory_shortage import explained
+from secateur.engine.memory_budget import explained
 from secateur.engine.plan import Plan
-from secateur.engine.plan_forward import layer_times
-from secateur.engine.plan_time import foretell_seconds
-from secateur.engine.prune.leaving import left_by
-from secateur.engine.prune.routing import coverage, reach
-from secateur.engine.prune.surgery import refuse_all_zero
+from secateur.engine.plan_time import foretell_seconds, layer_times
+from secateur.engine.prune.coverage import coverage, reach
+from secateur.engine.prune.group_pruning import refuse_all_zero
+from secateur.engine.prune.tasks import left_by
 from secateur.models.inventory import Left
 from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks

@@ -14,11 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from secateur.engine.prune.straight_through import RoundedWeight, RoundedWeights
+from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, in_float32
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.prune.tuning import in_float32
-from secateur.engine.stream.targets import Target
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, hidden_size
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls

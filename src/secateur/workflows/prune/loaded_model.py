@@ -17,12 +17,10 @@ from secateur.calibration.loading import load_calibration
 from secateur.calibration.statistics import of_gradients
 from secateur.calibration.windows import EXTRA, check_fit
 from secateur.engine.job import Job
-from secateur.engine.prune.leaving import left_by
-from secateur.engine.prune.routing import reach
-from secateur.engine.prune.selection import Selection
-from secateur.engine.prune.surgery import check_finite, refuse_all_zero
-from secateur.engine.prune.tasks import tasks_of
-from secateur.engine.stream.kinds import layouts, refuse_unknown
+from secateur.engine.prune.coverage import reach
+from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
+from secateur.engine.prune.tasks import Selection, left_by, tasks_of
+from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts

@@ -14,10 +14,9 @@ from torch import Tensor
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import EXTRA, Beside, WindowPlan, load_windows, stored_extra
 from secateur.engine.prune.reconstruction import Reconstruction
-from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, tasks_of
-from secateur.engine.stream.kinds import layouts, refuse_unknown
+from secateur.engine.prune.tasks import LinearTask, Selection, tasks_of
+from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of, text_config

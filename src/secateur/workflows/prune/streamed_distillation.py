@@ -21,9 +21,8 @@ from torch import nn
 
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.ends import ModelEnds
-from secateur.engine.stream.targets import CheckpointTarget, Target
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.targets import CheckpointTarget, Target, walk_layers
 from secateur.models.architecture import hidden_size
 from secateur.models.opening import open_weights
 from secateur.precision import fast_matmuls

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.engine.prune.tuning import in_float32
+from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.attention import WrittenOut
 from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import NumericalError
+from secateur.models.attention import WrittenOut
 from secateur.precision import fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
 from secateur.runs.atomic import write_json

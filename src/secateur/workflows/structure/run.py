@@ -23,8 +23,8 @@ from secateur.calibration.continuation import PREFIX
 from secateur.calibration.documents import texts_of
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import EXTRA, load_windows, save_windows
-from secateur.engine.learning_memory import distilling_bytes
 from secateur.engine.memory_budget import memory_budget
+from secateur.engine.plan import distilling_bytes
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps

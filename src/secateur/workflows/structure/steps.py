@@ -27,18 +27,21 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.windows import load_windows
+from secateur.engine.choose.channels import hidden_scores
 from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth
-from secateur.engine.choose.experts import ExpertChoice, ExpertUse, expert_use, kept_experts
-from secateur.engine.choose.hidden import hidden_scores
-from secateur.engine.choose.merged_experts import merge_experts
+from secateur.engine.choose.experts import (
+    ExpertChoice,
+    ExpertUse,
+    expert_use,
+    kept_experts,
+    merge_experts,
+)
 from secateur.engine.memory_budget import fitting_plan
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.refit import Refit, can_refit
-from secateur.engine.prune.selection import Selection
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import tasks_of
-from secateur.engine.stream.targets import CheckpointTarget
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.prune.tasks import Selection, tasks_of
+from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
 from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import PatchedCopy

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.engine.prune.selection import refuse_idle_globs
+from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.recipes.train import (

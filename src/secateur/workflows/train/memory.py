@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.learning_memory import calls_of, rehearse_training
 from secateur.engine.memory_budget import memory_budget
+from secateur.engine.plan import calls_of, rehearse_training
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError
 from secateur.models.architecture import describe, hidden_size

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune.settings import Settings
-from secateur.engine.stream.lane import Lane
-from secateur.engine.stream.passage import Passage
+from secateur.engine.stream.calibration_stream import Lane, Passage
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import Architecture

@@ -1,37 +1,52 @@
-"""One pass through the whole dense model, for an allocation.
+"""Allocation over a model: one pass through the dense model sets the sparsity of each linear.
 
 Calibration passes through the dense model layer by layer, with one layer in memory. The allocation
 stores values of each layer: a number for each linear, its scores, or its weights at several
 levels. Each layer has one file, so a killed run resumes after the last file.
+
+The result is a task for each linear. The run later chooses the weights to prune, layer by layer,
+on the inputs of the pruned model. For the global scope with scores that do not depend on
+inputs (magnitude, gradient), the result is exactly the mask of one threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import of_inputs
-from secateur.engine.prune.group_statistics import GroupStatistics
-from secateur.engine.prune.routing import is_reached, refuse_unreached
+from secateur.engine.choose.candidate_evaluator import (
+    Lockstep,
+    Tournament,
+    WeightVariants,
+    cut_windows,
+    fingerprint,
+)
+from secateur.engine.prune.coverage import is_reached, refuse_unreached
+from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics
-from secateur.engine.stream.forwards import by_layer
+from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, with_sparsities
+from secateur.engine.stream.calibration_stream import Lane, Passage
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.gradients import stored_gradients
-from secateur.engine.stream.lane import Lane
-from secateur.engine.stream.passage import Passage
-from secateur.engine.stream.targets import Target
-from secateur.engine.stream.walk import walk_layers
+from secateur.engine.stream.halted_forwards import by_layer
+from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, linears_of
+from secateur.precision import full_float32
 from secateur.progress import Progress
-from secateur.runs.atomic import write_tensors
+from secateur.runs.atomic import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.allocation.budget import Granularity
+from secateur.sparsity.allocation.budget import Granularity, settle
+from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
 
@@ -257,3 +272,157 @@ class LayerView:
         known = self.statistics[name]
         solution = task.method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class FoundLevels:
+    """The result of a search.
+
+    Attributes:
+        sparsity_of: the sparsity of every linear.
+        divergence: divergence of the best candidate, in nats per token, on the tokens of the last
+            stage.
+        uniform_divergence: divergence of uniform sparsity, on the same tokens.
+    """
+
+    sparsity_of: dict[str, float]
+    divergence: float
+    uniform_divergence: float
+
+
+@torch.no_grad()
+def search_levels(
+    survey: Survey, search: LevelSearch, grains: Mapping[str, Granularity], files: Sequence[Path]
+) -> FoundLevels:
+    """Search the levels of all competing linears.
+
+    Args:
+        survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
+        search: the parameters.
+        grains: grains of the competing linears.
+        files: for each layer, the weights of its linears at each level, from `LevelSearch.look`.
+    """
+    assert survey.passage is not None
+    rungs = search.ladders(grains)
+    tokens = search.judged_tokens
+    ends = ModelEnds(survey.target, cut_windows(survey.passage.windows, tokens))
+    fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
+    variants = LevelVariants(ends, list(rungs), fixed, files)
+    tournament = Tournament(
+        Lockstep(ends, variants, "divergence", survey.progress),
+        variants.versions,
+        survey.work / "search.jsonl",
+        fingerprint(ends, tokens, "divergence", list(rungs)),
+    )
+    survey.progress.start("allocation: search", search.generations + 1)
+    informed = search.informed(stored_errors(files), rungs)
+    for leader in search.climb(list(rungs.values()), informed, tournament):
+        found = leader
+        survey.progress.step()
+    survey.progress.finish()
+    (uniform,) = tournament([(0,) * len(rungs)], tokens, 0)
+    levels = zip(rungs.items(), found.candidate, strict=True)
+    sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}
+    return FoundLevels(sparsity_of, found.fitness, uniform)
+
+
+def stored_errors(files: Sequence[Path]) -> dict[str, float]:
+    """The error of every linear at its target, without reading the weights in the same file."""
+    errors = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                if key.endswith("/error"):
+                    errors[key.removesuffix("/error")] = float(file.get_tensor(key))
+    return errors
+
+
+class LevelVariants(WeightVariants):
+    """Decoder layers at levels of sparsity.
+
+    Args:
+        ends: ends of the model.
+        competing: names of the competing linears; a candidate has a level for each.
+        fixed: linears with their own sparsity.
+        files: for each layer, the weights of its linears at each level.
+    """
+
+    def __init__(
+        self, ends: ModelEnds, competing: Sequence[str], fixed: set[str], files: Sequence[Path]
+    ) -> None:
+        super().__init__(ends, competing)
+        self.fixed, self.files = fixed, files
+
+    def source(self, number: int) -> AbstractContextManager[Any]:
+        """The file of the layer."""
+        return cast(AbstractContextManager[Any], safe_open(self.files[number], "pt"))
+
+    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
+        """The weight at a level; a linear with its own sparsity has only one."""
+        if level is None and linear.name not in self.fixed:
+            return None
+        weight: Tensor = source.get_tensor(f"{linear.name}/{level or 0}")
+        weight = weight.to(self.ends.target.device)
+        return weight.t() if linear.transposed else weight
+
+
+def settled_allocation(work: Path) -> Path:
+    """The file with the sparsity of every linear."""
+    return work / "allocation.json"
+
+
+@full_float32()
+def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
+    """Return the tasks of a run with the sparsities of an allocation in place of uniform ones.
+
+    Linears with their own sparsity keep it and do not compete. Excluded linears stay dense.
+
+    Args:
+        survey: survey of the dense model.
+        allocation: sets the sparsity of each linear.
+        sparsity: sparsity of the whole model.
+    """
+    grains = grains_of(survey.tasks, allocation)
+    if allocation.reach == 0 or not grains:
+        return survey.tasks
+    settled, ranks = settled_allocation(survey.work), survey.settings.ranks
+    if not ranks.once(settled.exists):
+        files = survey.execute(allocation, grains)
+        ranks.once(lambda: settle_into(settled, survey, allocation, grains, files, sparsity))
+    found = ranks.once(lambda: json.loads(settled.read_text()))
+    return with_sparsities(survey.tasks, found["sparsity_of"])
+
+
+def settle_into(
+    settled: Path,
+    survey: Survey,
+    allocation: Allocation,
+    grains: dict[str, Granularity],
+    files: list[Path],
+    sparsity: float,
+) -> None:
+    """Write the sparsity of every linear into a file, from what the survey has stored."""
+    found: dict[str, Any] = {}
+    if allocation.judged_tokens:
+        levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
+        wished = levels.sparsity_of
+        found = {
+            "divergence": levels.divergence,
+            "uniform_divergence": levels.uniform_divergence,
+        }
+    else:
+        wished = allocation.wish(partial(stored, files), grains, sparsity)
+    shares = {
+        name: plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+    }
+    write_json(settled, {"sparsity_of": shares, **found})
+    for file in files:
+        file.unlink()
+
+
+def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The allocation's stored values of all layers, with one tensor in memory at a time."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)

@@ -1,12 +1,33 @@
-"""Searches for the best way to store every linear within a budget, measured on the model.
+"""Chooses how each matrix is stored, from measurements on the model.
+
+The candidates are checkpoints of one model whose linears were rounded or pruned to several levels.
+Level 0 is the model itself. A candidate takes each linear from one of the levels. Activations are
+rounded where the kernels will round them.
+
+`choose_levels` finds the smallest files whose loss stays within a bound; each further level is
+smaller:
+
+1. All linears on one level. The smallest level within the bound is the base. If it is the last
+   level, it is the answer.
+2. From the base, the linears of one decoder layer at a time go one level further. The rise of the
+   loss is shared out among the linears of the layer by their output errors.
+3. The linears go one level further in the order of rise per saved byte. Bisection finds how many
+   can go within the bound.
+
+So the answer is a candidate whose loss was measured. It need not be the smallest one of all.
+
+`FitSearch` finds the best candidate within a budget:
 
 1. Every level is measured alone: all linears on it. These are the single techniques.
 2. The linears of one decoder layer at a time go to the probe level. The layer's divergence, divided
    by the output errors of its linears, says what an error costs there:
+
    rise(linear, level) = slope(layer) · error(linear, level) · correction(level)
+
    Errors are squared and relative: ‖(W − Ŵ)X‖² / ‖WX‖². The correction of a level makes the rises
    of all linears on it add up to what was measured in step 1.
-3. For some budgets, the best candidate by these rises (`budgeted.Menu`) is measured: the frontier.
+3. For some budgets, the best candidate by these rises (`knapsack.Knapsack`) is measured: the
+   frontier.
 4. From the best one for the wanted budget, an evolutionary search measures its mutants.
 
 Divergence is the mean KL(dense ‖ candidate) of the next-token probabilities, in nats per token.
@@ -17,19 +38,193 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.engine.choose.budgeted import Cost, Menu, fits
-from secateur.engine.choose.tournament import Lockstep, Tournament, cut_windows, fingerprint
-from secateur.engine.choose.values import Level, StoredVariants
-from secateur.engine.stream.ends import ModelEnds
+from secateur.engine.choose.candidate_evaluator import (
+    Lockstep,
+    Tournament,
+    WeightVariants,
+    cut_windows,
+    fingerprint,
+)
+from secateur.engine.choose.knapsack import Cost, Menu, fits
+from secateur.engine.stream.embedding_and_head import ModelEnds
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.architecture import Linear
+from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution
+
+RANKING_TOKENS = 2048
+"""Tokens on which a layer's rise of the loss is measured; the whole text decides in the end."""
+
+LEAST_RISE = 1e-6
+"""A rise of the loss in nats below which the measurement says nothing."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to store every linear.
+
+    Attributes:
+        reader: the checkpoint whose linears have these values.
+        bytes_of: the size of each linear when stored, by its name.
+        error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
+            for level 0.
+        rounds_inputs: whether the values are integers, so that kernels round the inputs.
+    """
+
+    reader: CheckpointReader
+    bytes_of: Mapping[str, int]
+    error_of: Mapping[str, float]
+    rounds_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class ChosenLevels:
+    """The result of a choice.
+
+    Attributes:
+        level_of: the level of each linear, by its name.
+        loss: mean loss of the next token with these levels, in nats.
+        source_loss: that of level 0, on the same text.
+        uniform_loss: the loss with all linears on one level, for each level.
+    """
+
+    level_of: dict[str, int]
+    loss: float
+    source_loss: float
+    uniform_loss: tuple[float, ...]
+
+
+@torch.no_grad()
+def choose_levels(
+    target: CheckpointTarget,
+    levels: Sequence[Level],
+    windows: Tensor,
+    bound: float,
+    file: Path | None,
+    progress: Progress,
+) -> ChosenLevels:
+    """Choose the level of every linear.
+
+    Args:
+        target: the model of level 0.
+        levels: at least two; each is stored in fewer bytes than the one before.
+        windows: tokens to measure the loss on [windows, length].
+        bound: how much the loss may rise above that of level 0, in nats per token.
+        file: file of the measured values, which a stopped run resumes from; None for none.
+        progress: receives the steps.
+    """
+    names = list(levels[0].bytes_of)
+    tokens = windows.numel()
+    ends = ModelEnds(target, cut_windows(windows, tokens))
+    variants = StoredVariants(ends, names, levels)
+    tournament = Tournament(
+        Lockstep(ends, variants, "loss", progress),
+        variants.versions,
+        file,
+        {**fingerprint(ends, tokens, "loss", names), "levels": len(levels)},
+    )
+    progress.start("choosing values", len(levels) + len(target.layers) + len(names).bit_length())
+    every = [(level,) * len(names) for level in range(len(levels))]
+    losses = tuple(tournament(every, tokens, 0))
+    progress.step(len(levels))
+    allowed = losses[0] + bound
+    base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
+    best, loss = every[base], losses[base]
+    if base + 1 < len(levels):
+        order = further_order(tournament, variants, levels, base, progress)
+        best, loss = furthest(tournament, best, loss, order, allowed, tokens, progress)
+    progress.finish()
+    return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], losses)
+
+
+def further_order(
+    tournament: Tournament,
+    variants: StoredVariants,
+    levels: Sequence[Level],
+    base: int,
+    progress: Progress,
+) -> list[int]:
+    """The places of linears, by the rise of the loss per byte saved on the level after `base`."""
+    names = variants.names
+    here, further = levels[base], levels[base + 1]
+    (reference,) = tournament([(base,) * len(names)], RANKING_TOKENS, 0)
+    rise_per_byte = {}
+    for places in variants.places:
+        tried = tuple(base + (place in places) for place in range(len(names)))
+        (loss,) = tournament([tried], RANKING_TOKENS, 0)
+        rise = max(loss - reference, LEAST_RISE)
+        errors = {place: further.error_of[names[place]] for place in places}
+        total = sum(errors.values()) or 1.0
+        for place, error in errors.items():
+            saved = here.bytes_of[names[place]] - further.bytes_of[names[place]]
+            rise_per_byte[place] = rise * error / total / max(saved, 1)
+        progress.step()
+    return sorted(rise_per_byte, key=rise_per_byte.__getitem__)
+
+
+def furthest(
+    tournament: Tournament,
+    base: Candidate,
+    loss: float,
+    order: Sequence[int],
+    allowed: float,
+    tokens: int,
+    progress: Progress,
+) -> tuple[Candidate, float]:
+    """The base with as many linears one level further, in order, as the bound allows."""
+    best, low, high = base, 0, len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        raised = set(order[:middle])
+        tried = tuple(level + (place in raised) for place, level in enumerate(base))
+        (found,) = tournament([tried], tokens, 0)
+        if found <= allowed:
+            best, loss, low = tried, found, middle
+        else:
+            high = middle
+        progress.step()
+    return best, loss
+
+
+class StoredVariants(WeightVariants):
+    """Decoder layers whose linears come from several checkpoints.
+
+    Args:
+        ends: ends of the model of level 0.
+        names: names of the linears; a candidate has a level for each.
+        levels: the checkpoints.
+    """
+
+    def __init__(self, ends: ModelEnds, names: Sequence[str], levels: Sequence[Level]) -> None:
+        super().__init__(ends, names)
+        self.levels = levels
+
+    def source(self, number: int) -> AbstractContextManager[Any]:
+        """Nothing to open: readers read single tensors."""
+        return nullcontext()
+
+    def rounds_inputs(self, level: int | None) -> bool:
+        """Whether the values of a level are integers."""
+        return bool(level) and self.levels[level or 0].rounds_inputs
+
+    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
+        """The weight of a level above 0."""
+        if not level:
+            return None
+        target = self.ends.target
+        assert isinstance(target, CheckpointTarget)
+        weight = self.levels[level].reader.read(target.stored[f"{linear.name}.weight"])
+        return weight.to(target.device, target.dtype)
+
 
 SURVEY_TOKENS = 2048
 FRONTIER = 8
