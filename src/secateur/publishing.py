@@ -94,7 +94,7 @@ def upload(
             )
         if branch is not None:
             api.create_branch(repo, branch=branch, repo_type="model", exist_ok=True)
-        with staged(files, texts) as folder:
+        with _staged(files, texts) as folder:
             commit = api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -114,7 +114,7 @@ def upload(
 
 
 @contextmanager
-def staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Path]:
+def _staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Path]:
     """A folder with the texts and links to the other files, and nothing else."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -237,7 +237,7 @@ def secrets_in(name: str, text: str) -> Iterator[Secret]:
             yield Secret(name, text.count("\n", 0, found.start()) + 1, kind)
 
 
-def texts_of(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+def _texts_of(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield the files that hold text."""
     for name, file in files.items():
         if file.suffix in TEXTS:
@@ -250,7 +250,7 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
     Raises:
         VerificationError: names the file, the line and the kind of each, not the secret.
     """
-    found = [secret for name, text in texts_of(files) for secret in secrets_in(name, text)]
+    found = [secret for name, text in _texts_of(files) for secret in secrets_in(name, text)]
     if found:
         raise VerificationError(
             f"{len(found)} secrets would be published: "
@@ -263,7 +263,7 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
 def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
     """The texts of the notes that name folders of this machine, with only the last names."""
     notes = {name: file for name, file in files.items() if name.startswith(f"{NOTES}/")}
-    texts = {name: (text, without_folders(text)) for name, text in texts_of(notes)}
+    texts = {name: (text, without_folders(text)) for name, text in _texts_of(notes)}
     return {name: bare for name, (text, bare) in texts.items() if text != bare}
 
 

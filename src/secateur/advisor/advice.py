@@ -158,7 +158,7 @@ def advise_on(
     rows = considered(model, (hardware, device), facts, need)
     base = next(row for row in rows if row.option.changed == 0)
     safe = [row for row in rows if row.possible and row.safe]
-    chosen = choose(safe, base)
+    chosen = _choose(safe, base)
     dearest = chosen.cost.month.typical if chosen and chosen.cost else float("inf")
     cheaper = tuple(
         row for row in rows
@@ -175,19 +175,19 @@ def advise_on(
     hosted = min(apis, key=lambda api: api.month, default=None)
     if hosted is not None and hosted.month > dearest - LEAST_USD:
         hosted = None
-    empty = filled < FILLED and one_copy(chosen)
-    elsewhere = cheapest(model, others, facts, need) if empty else None
+    empty = filled < FILLED and _one_copy(chosen)
+    elsewhere = _cheapest(model, others, facts, need) if empty else None
     if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
         elsewhere = None
     months = None
     if chosen is not None and chosen.cost is not None and base.cost is not None:
         months = break_even_months(chosen.making, base.cost, chosen.cost)
-    verdict = verdict_on(chosen, cheaper)
+    verdict = _verdict_on(chosen, cheaper)
     if chosen is not None and empty and (hosted or elsewhere):
-        first = instead_of(chosen, hardware, filled, hosted, elsewhere)
+        first = _instead_of(chosen, hardware, filled, hosted, elsewhere)
         verdict = f"{first} On this device, {verdict[0].lower()}{verdict[1:]}"
     elif hosted is not None:
-        verdict += f" A hosted model costs less ({priced(hosted.name, hosted.month)}): compare."
+        verdict += f" A hosted model costs less ({_priced(hosted.name, hosted.month)}): compare."
     return Advice(
         model, hardware, tuple(rows), chosen, cheaper, apis, filled, hosted, elsewhere, months,
         verdict,
@@ -199,16 +199,16 @@ def considered(model: ModelShape, place: Place, facts: Facts, need: Need) -> lis
     hardware, device = place
     price = facts.price(hardware)
     options = options_for(model, hardware)
-    rows = [consider(model, option, device, facts, need, price) for option in options]
-    return sorted(rows, key=order)
+    rows = [_consider(model, option, device, facts, need, price) for option in options]
+    return sorted(rows, key=_order)
 
 
-def one_copy(row: Considered | None) -> bool:
+def _one_copy(row: Considered | None) -> bool:
     """Whether a single copy of the model serves the load."""
     return row is not None and isinstance(row.capacity, Capacity) and row.capacity.replicas == 1
 
 
-def cheapest(
+def _cheapest(
     model: ModelShape, places: Sequence[Place], facts: Facts, need: Need
 ) -> Elsewhere | None:
     """The cheapest way to serve a load on other devices that surely keeps the bounds, if any."""
@@ -223,7 +223,7 @@ def cheapest(
     return min(found, key=lambda one: one.month, default=None)
 
 
-def instead_of(
+def _instead_of(
     chosen: Considered,
     device: Hardware,
     filled: float,
@@ -233,30 +233,30 @@ def instead_of(
     """What to do with a load that is too small for a device: two sentences."""
     assert isinstance(chosen.capacity, Capacity)
     share = "under 1%" if filled < 0.01 else f"{100 * filled:.0f}%"
-    ways = [] if hosted is None else [f"a hosted model ({priced(hosted.name, hosted.month)})"]
+    ways = [] if hosted is None else [f"a hosted model ({_priced(hosted.name, hosted.month)})"]
     if elsewhere is not None:
-        name = several(elsewhere.devices, elsewhere.device)
+        name = _several(elsewhere.devices, elsewhere.device)
         name += "" if elsewhere.option == "as it is" else f", {elsewhere.option}"
         speed = f"{1e3 * elsewhere.step:.0f} ms/token"
-        ways.append(f"smaller hardware ({priced(name, elsewhere.month)}, {speed})")
+        ways.append(f"smaller hardware ({_priced(name, elsewhere.month)}, {speed})")
     return (
         "This load does not fill a device: it needs "
-        f"{share} of {several(chosen.capacity.shared_by, device.name, 'one ')}. "
+        f"{share} of {_several(chosen.capacity.shared_by, device.name, 'one ')}. "
         f"Use {' or '.join(ways)}."
     )
 
 
-def several(count: int, name: str, one: str = "") -> str:
+def _several(count: int, name: str, one: str = "") -> str:
     """A device, or how many of it; `one` stands before a single one."""
     return f"{one}{name}" if count == 1 else f"{count} x {name}"
 
 
-def priced(name: str, month: float) -> str:
+def _priced(name: str, month: float) -> str:
     """A name and a price for people."""
     return f"{name}: {month:,.0f} USD a month" if month >= 1 else f"{name}: under 1 USD a month"
 
 
-def consider(
+def _consider(
     model: ModelShape,
     option: CompressionWay,
     device: ServingDevice,
@@ -282,13 +282,13 @@ def consider(
     return Considered(option, kept, found, cost, making, refused, kept[0] >= floor)
 
 
-def order(row: Considered) -> tuple[bool, float, int, float]:
+def _order(row: Considered) -> tuple[bool, float, int, float]:
     """Cheapest first, then the least changed, then what surely keeps more; those out last."""
     month = row.cost.month.typical if row.cost else float("inf")
     return bool(row.refused), month, row.option.changed, -row.kept[0]
 
 
-def choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
+def _choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
     """The cheapest safe option; the model itself if it costs hardly more."""
     if not safe:
         return None
@@ -300,7 +300,7 @@ def choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
     return best
 
 
-def verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
+def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
     """One sentence for people."""
     hint = (
         f" {cheaper[0].option.name} would be cheaper and may meet your limits: measure its loss."
@@ -342,16 +342,16 @@ def nearest(rows: Sequence[Considered], need: Need) -> Iterator[str]:
         ("token_ms", "--latency-p99-ms", "ms between two tokens"),
         ("first_token_ms", "--first-token-ms", "ms to the first token"),
     ):
-        quick = min(misses(rows, bound, floor), default=None)
+        quick = min(_misses(rows, bound, floor), default=None)
         if quick is not None:
             least_ms = math.ceil(10 * quick[0]) / 10
             yield f"{quick[1]} has {least_ms:g} {unit}: {flag} {least_ms:g}"
-    small = min(misses(rows, "memory", floor), default=None)
+    small = min(_misses(rows, "memory", floor), default=None)
     if small is not None and not served:
         yield f"{small[1]} needs the least memory: {small[0] / GIB:.1f} GiB"
 
 
-def misses(rows: Sequence[Considered], bound: str, floor: float) -> Iterator[tuple[float, str]]:
+def _misses(rows: Sequence[Considered], bound: str, floor: float) -> Iterator[tuple[float, str]]:
     """By how much each option breaks one bound, of those that surely keep the accuracy."""
     for row in rows:
         if (

@@ -243,23 +243,15 @@ def capacity_of(
             "memory",
             least.total,
         )
-    ways = [shared(shape, option, device, load, devices) for devices in choices]
+    ways = [_shared(shape, option, device, load, devices) for devices in choices]
     found = [one for one in ways if isinstance(one, Capacity)]
     return min(found, key=lambda one: one.devices.typical) if found else ways[0]
 
 
-def shared(
+def _shared(
     shape: ModelShape, option: CompressionWay, device: ServingDevice, load: Load, devices: int
 ) -> Capacity | TooMuch:
-    """What an option needs when so many devices share a copy, whose memory is large enough.
-
-    Args:
-        shape: already cut.
-        option: the way.
-        device: what it runs on.
-        load: requests, tokens and latencies.
-        devices: that share a copy.
-    """
+    """What an option needs when so many devices share a copy, whose memory is large enough."""
     speed = device.speed(devices)
     memory = {b: memory_of(shape, option, device.kind, b, load.context) for b in BATCHES}
     room = devices * device.memory_bytes
@@ -268,11 +260,11 @@ def shared(
     chunk = speed.prompt(shape, option, min(load.prompt_tokens, CHUNK_TOKENS))
     steps = {b: speed.step(shape, option, b, load.context) for b in fits}
     p99 = {b: steps[b] + chunk if b > 1 else steps[b] for b in fits}
-    quick = [b for b in fits if within(p99[b].typical, load.token_ms)]
-    if not quick or not within(first.typical, load.first_token_ms):
-        return missed(p99[1], first, load)
+    quick = [b for b in fits if _within(p99[b].typical, load.token_ms)]
+    if not quick or not _within(first.typical, load.first_token_ms):
+        return _missed(p99[1], first, load)
     busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
-    needed = {b: busy[b].map(lambda seconds: copies(seconds, load)) for b in quick}
+    needed = {b: busy[b].map(lambda seconds: _copies(seconds, load)) for b in quick}
     best = min(quick, key=lambda b: busy[b].typical)
     batch = next(b for b in quick if needed[b] == needed[best])
     most = needed[batch]
@@ -282,12 +274,12 @@ def shared(
     )  # fmt: skip
 
 
-def within(seconds: float, bound_ms: float | None) -> bool:
+def _within(seconds: float, bound_ms: float | None) -> bool:
     """Whether a time keeps its bound."""
     return bound_ms is None or seconds * 1e3 <= bound_ms
 
 
-def copies(busy: float, load: Load) -> float:
+def _copies(busy: float, load: Load) -> float:
     """Copies of the model for a load; at least one."""
     return max(1, math.ceil(load.requests_per_second * busy / load.utilisation))
 
@@ -297,16 +289,16 @@ def most_requests(busy: float, load: Load) -> float:
     return load.utilisation / busy / load.peak * DAY_SECONDS
 
 
-def missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
+def _missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
     """Which bound is broken, by the fewest devices that can hold the model."""
     slow, first_ms = p99.typical * 1e3, first.typical * 1e3
-    if not within(p99.typical, load.token_ms):
-        reason = f"{shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+    if not _within(p99.typical, load.token_ms):
+        reason = f"{_shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
         return TooMuch(reason, "token_ms", slow)
-    reason = f"{shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
+    reason = f"{_shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
     return TooMuch(reason, "first_token_ms", first_ms)
 
 
-def shown(milliseconds: float) -> str:
+def _shown(milliseconds: float) -> str:
     """A time that is not rounded to the bound that it breaks."""
     return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

@@ -177,17 +177,17 @@ class Facts(Entry):
         return Estimate(*device.usd_per_hour)
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:
     """Entries of `over` replace those of `base`; tables are joined down to a depth."""
     joined = dict(base)
     for key, value in over.items():
         deeper = depth > 0 and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-        joined[key] = merged(base[key], value, depth - 1) if deeper else value
+        joined[key] = _merged(base[key], value, depth - 1) if deeper else value
     return joined
 
 
 @cache
-def own_facts() -> dict[str, Any]:
+def _own_facts() -> dict[str, Any]:
     """The facts of this package, as they stand in the file."""
     found: dict[str, Any] = yaml.safe_load(
         files("secateur.advisor").joinpath("facts.yaml").read_text("utf-8")
@@ -218,7 +218,7 @@ def read_facts(override: Path | None = None) -> Facts:
                 remedy="see `secateur/advisor/facts.yaml` for the form",
             )  # fmt: skip
     try:
-        return Facts.model_validate(merged(own_facts(), given))
+        return Facts.model_validate(_merged(_own_facts(), given))
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{part}." for part in first["loc"]).removesuffix(".")

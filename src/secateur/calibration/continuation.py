@@ -82,11 +82,11 @@ def continue_windows(
             places = torch.randint(0, text.shape[1] - PREFIX, (len(rows), 1))
             words = text[rows[:, None], places + torch.arange(PREFIX)]
             beginnings = torch.cat([heads[: len(rows)], words], dim=1)
-            written.append(continued(model, beginnings, length, start, on_token).cpu())
+            written.append(_continued(model, beginnings, length, start, on_token).cpu())
     return torch.cat(written) if written else windows[:0]
 
 
-def continued(
+def _continued(
     model: Any, beginnings: Tensor, length: int, start: Sequence[int], on_token: Callable[[], None]
 ) -> Tensor:
     """Continue [windows, given] tokens to [windows, length].
@@ -158,12 +158,12 @@ def shared_share(
         0.5
     """
     length = min(length, training.shape[1], judged.shape[1])
-    known = hashes(training, length).unique()
-    sought = hashes(judged, length)
+    known = _hashes(training, length).unique()
+    sought = _hashes(judged, length)
     return float(torch.isin(sought, known).float().mean())
 
 
-def hashes(windows: Windows, length: int) -> Tensor:
+def _hashes(windows: Windows, length: int) -> Tensor:
     """A hash of every sequence, int64 [sequences]; sums and products wrap around."""
     count = windows.shape[1] - length + 1
     found = torch.zeros(len(windows), count, dtype=torch.int64)

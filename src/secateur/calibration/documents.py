@@ -106,10 +106,10 @@ def read_documents(
         SourceError: there is no such source, it cannot be reached, it has no text, or a line of
             it is malformed or has no such field.
     """
-    dataset = hub_dataset(source, config)
+    dataset = _hub_dataset(source, config)
     if dataset is not None:
-        return hub_documents(dataset, split or dataset.calibrate[0], field)
-    return local_documents(source, field)
+        return _hub_documents(dataset, split or dataset.calibrate[0], field)
+    return _local_documents(source, field)
 
 
 def read_text(
@@ -122,14 +122,14 @@ def read_text(
     Raises:
         SourceError: as `read_documents`.
     """
-    dataset = hub_dataset(source, config)
+    dataset = _hub_dataset(source, config)
     documents: Sequence[str]
     if dataset is None:
-        documents = local_documents(source, field)
+        documents = _local_documents(source, field)
         name, unit = source, "documents"
     else:
         split = split or dataset.judge[0]
-        documents = hub_documents(dataset, split, field)
+        documents = _hub_documents(dataset, split, field)
         name = f"{dataset.repo} {dataset.config or ''} {split}".replace("  ", " ")
         unit = "rows"
     whole = len(documents) == 1 and not (dataset and dataset.one_document)
@@ -144,11 +144,11 @@ def check_text(source: str) -> None:
         SourceError: there is no such text.
     """
     known = source in TEXTS or Path(source).expanduser().exists()
-    if not known and hub_dataset(source, None) is None:
-        raise no_text(source)
+    if not known and _hub_dataset(source, None) is None:
+        raise _no_text(source)
 
 
-def no_text(source: str) -> SourceError:
+def _no_text(source: str) -> SourceError:
     """The error that there is no such text."""
     return SourceError(
         f"no text is named {source!r}",
@@ -192,18 +192,18 @@ def keep_texts(texts: Sequence[Any]) -> Path:
     return file
 
 
-def local_documents(source: str, field: str) -> list[str]:
+def _local_documents(source: str, field: str) -> list[str]:
     """The documents of a file, a folder or a sample."""
     path = Path(source).expanduser()
     if path.is_file():
-        documents = list(file_documents(path, field))
+        documents = list(_file_documents(path, field))
     elif path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and bare_suffix(p)]
-        documents = [text for p in files for text in file_documents(p, field)]
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and _bare_suffix(p)]
+        documents = [text for p in files for text in _file_documents(p, field)]
     elif source in TEXTS:
         documents = sample_text(source)
     else:
-        raise no_text(source)
+        raise _no_text(source)
     if not any(text.strip() for text in documents):
         raise SourceError(
             f"{source} contains no text",
@@ -213,15 +213,14 @@ def local_documents(source: str, field: str) -> list[str]:
     return documents
 
 
-def bare_suffix(path: Path) -> str | None:
+def _bare_suffix(path: Path) -> str | None:
     """The suffix of a text file without `.gz`, or None if secateur does not read this kind."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in TEXT_SUFFIXES + LINE_SUFFIXES else None
 
 
-def file_documents(path: Path, field: str) -> Iterator[str]:
-    """The documents of one file."""
-    suffix = bare_suffix(path)
+def _file_documents(path: Path, field: str) -> Iterator[str]:
+    suffix = _bare_suffix(path)
     if suffix is None:
         raise SourceError(
             f"{path.name} is not a kind of text that secateur reads",
@@ -237,7 +236,7 @@ def file_documents(path: Path, field: str) -> Iterator[str]:
             else:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield line_document(line, f"{path}:{number}", field)
+                        yield _line_document(line, f"{path}:{number}", field)
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise SourceError(
             f"{path.name} cannot be read as UTF-8 text: {error}",
@@ -246,7 +245,7 @@ def file_documents(path: Path, field: str) -> Iterator[str]:
         ) from None
 
 
-def line_document(line: str, where: str, field: str) -> str:
+def _line_document(line: str, where: str, field: str) -> str:
     """The text of one JSON line."""
     try:
         row = json.loads(line)
@@ -291,7 +290,7 @@ def line_document(line: str, where: str, field: str) -> str:
     return text
 
 
-def hub_dataset(source: str, config: str | None) -> HubDataset | None:
+def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
     """The hub data set that a source names, or None if it is a file, a folder or a sample."""
     if Path(source).expanduser().exists():
         return None
@@ -301,7 +300,7 @@ def hub_dataset(source: str, config: str | None) -> HubDataset | None:
     return HubDataset(named["repo"], config, named["revision"]) if named else None
 
 
-def hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
+def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
     """The documents of one split of a data set on the hub."""
     import datasets
 

@@ -78,7 +78,7 @@ def load_calibration(
             split=split,
             config=config,
         )
-        return mixed(parts, plan, load)
+        return _mixed(parts, plan, load)
     record: dict[str, Any] = {"source": source}
     source = parts[0][0]
     if source.endswith(".safetensors"):
@@ -101,22 +101,13 @@ def load_calibration(
     record |= {START: list(start)} if start else {}
     record |= {EXTRA: extra} if extra else {}
     own = windows[: len(windows) - extra]
-    return windows, record | size_of(own) | {"vocabulary": vocab_size}
+    return windows, record | _size_of(own) | {"vocabulary": vocab_size}
 
 
-def mixed(
+def _mixed(
     parts: Sequence[tuple[str, float]], plan: WindowPlan, load: Callable[..., Any]
 ) -> tuple[Windows, dict[str, Any]]:
-    """Calibration windows of several texts, in an order that the seed draws.
-
-    Args:
-        parts: texts and their weights.
-        plan: of all windows together.
-        load: `load_calibration` with everything but the source and the plan.
-
-    Raises:
-        RecipeError: a text would have no window, or is a file of ready windows.
-    """
+    """Calibration windows of several texts, in an order that the seed draws."""
     weights = tuple(weight for _, weight in parts)
     counts, extras = shares(plan.windows, weights), shares(plan.extra, weights)
     for (name, _), count in zip(parts, counts, strict=True):
@@ -141,13 +132,13 @@ def mixed(
         "source": ",".join(f"{name}={weight:g}" for name, weight in parts),
         "texts": [{"source": r["source"], "samples": r["samples"]} for r in records],
         "documents": sum(r["documents"] for r in records),
-        **size_of(windows),
+        **_size_of(windows),
     }
     record |= {EXTRA: len(more)} if len(more) else {}
     return torch.cat([windows, more]), record
 
 
-def size_of(windows: Windows) -> dict[str, Any]:
+def _size_of(windows: Windows) -> dict[str, Any]:
     """The numbers and the digest of windows, for their record."""
     return {
         "samples": windows.shape[0],

@@ -116,7 +116,7 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
         RecipeError: the start tokens leave no room for text.
     """
     if plan.packing == "random-crop":
-        windows = crop_windows(documents, tokenizer, plan)
+        windows = _crop_windows(documents, tokenizer, plan)
     else:
         windows = pack_windows(documents, tokenizer, plan, plan.all_windows)
     if len(windows) < plan.windows:
@@ -172,7 +172,7 @@ def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int
     return pieces
 
 
-def crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
+def _crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """One window from a random place of each of some random long documents, and the extra ones."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
@@ -236,7 +236,7 @@ def load_windows(
             remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
     if not pictures:
-        refuse_beside(tensors, path)
+        _refuse_beside(tensors, path)
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
@@ -434,22 +434,14 @@ class Beside:
         save_file({name: x.contiguous() for name, x in self.tensors.items()}, path)
 
 
-def names_beside(names: Iterable[str]) -> list[str]:
+def _names_beside(names: Iterable[str]) -> list[str]:
     """The tensors of a file of windows that are neither tokens nor their mask."""
     return sorted(set(names) - {IDS, MASK})
 
 
-def refuse_beside(names: Iterable[str], path: Path) -> None:
-    """Refuse a file of windows with pictures.
-
-    Args:
-        names: of its tensors.
-        path: the file.
-
-    Raises:
-        SourceError: it has more than tokens.
-    """
-    more = names_beside(names)
+def _refuse_beside(names: Iterable[str], path: Path) -> None:
+    """Refuse a file of windows with pictures."""
+    more = _names_beside(names)
     if more:
         raise SourceError(
             f"the windows have {', '.join(more)} beside their tokens, and only `secateur prune` of "
@@ -470,7 +462,7 @@ def load_beside(path: Path, windows: int) -> Beside | None:
         SourceError: a tensor has not one row for each window, or windows are padded.
     """
     tensors = load_file(path)
-    names = names_beside(tensors)
+    names = _names_beside(tensors)
     if not names:
         return None
     odd = next((n for n in names if tensors[n].ndim < 1 or len(tensors[n]) != windows), None)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.advise import AdviseResult
 
 
-def run(recipe: AdviseRecipe) -> AdviseResult:
+def _run(recipe: AdviseRecipe) -> AdviseResult:
     """Advise with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.advise import advise_recipe
@@ -20,4 +20,4 @@ def run(recipe: AdviseRecipe) -> AdviseResult:
         return advise_recipe(recipe, progress)
 
 
-advise = command("advise", run, exit_code=lambda result: 0 if result.advice.chosen else 3)
+advise = command("advise", _run, exit_code=lambda result: 0 if result.advice.chosen else 3)

@@ -47,12 +47,8 @@ def make_app() -> App:
     return app
 
 
-def run(words: Sequence[str]) -> None:
-    """Run a command line.
-
-    Raises:
-        RecipeError: the command or an option does not exist, or a value is missing.
-    """
+def _run(words: Sequence[str]) -> None:
+    """Run a command line."""
     app = make_app()
     try:
         command, bound, left, _ = app.parse_known_args(list(words))
@@ -66,26 +62,26 @@ def run(words: Sequence[str]) -> None:
 def main() -> None:
     """Run a command. Every exception becomes a message and an exit code."""
     try:
-        run(sys.argv[1:])
+        _run(sys.argv[1:])
         sys.exit(0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SecateurError as error:
-        end_with(error)
+        _end_with(error)
     except (Exception, KeyboardInterrupt) as error:
         from secateur.cli.faults import as_told  # imports torch, which a typo need not wait for
 
-        end_with(as_told(error))
+        _end_with(as_told(error))
 
 
-def end_with(error: SecateurError) -> NoReturn:
+def _end_with(error: SecateurError) -> NoReturn:
     """Print an error and end the command with its exit code."""
-    print_error(error)
+    _print_error(error)
     sys.exit(error.exit_code)
 
 
-def print_error(error: SecateurError) -> None:
+def _print_error(error: SecateurError) -> None:
     """Print an error: for people on stderr, and with --json also for programs on stdout."""
     if "--json" in sys.argv:
         kind = type(error).__name__

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.recipes.bench import BenchRecipe
 
 
-def run(recipe: BenchRecipe) -> Any:
+def _run(recipe: BenchRecipe) -> Any:
     """Time with a progress bar. Print on stderr why a contender could not run."""
     from secateur.cli.progress import show_progress
     from secateur.evaluation.speed import CONTENDERS
@@ -27,9 +27,9 @@ def run(recipe: BenchRecipe) -> Any:
     return result
 
 
-def exit_code(result: Any) -> int:
+def _exit_code(result: Any) -> int:
     """1 if nothing could run."""
     return int(all(speed.failure is not None for speed in result.speeds))
 
 
-bench = command("bench", run, exit_code=exit_code)
+bench = command("bench", _run, exit_code=_exit_code)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.prune import ChainResult
 
 
-def run(recipe: ChainRecipe, **call: Any) -> ChainResult:
+def _run(recipe: ChainRecipe, **call: Any) -> ChainResult:
     """Run all steps with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.chain import run_chain
@@ -20,4 +20,4 @@ def run(recipe: ChainRecipe, **call: Any) -> ChainResult:
         return run_chain(recipe, progress, **call)
 
 
-chain = command("chain", run)
+chain = command("chain", _run)

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
-def run(recipe: ChatRecipe, *, as_json: bool) -> None:
+def _run(recipe: ChatRecipe, *, as_json: bool) -> None:
     """Answer line by line until the input ends."""
     conversation = opened(recipe)
     typed = sys.stdin.isatty()
     if typed:
-        import_line_editing()
+        _import_line_editing()
         kind = "" if conversation.chat else "no chat template: each line is a text to continue. "
         print(f"{recipe.model}: {kind}{HELP}", file=sys.stderr)
     if not as_json:
         told_defaults(conversation)
-    while (line := next_line(typed)) is not None:
+    while (line := _next_line(typed)) is not None:
         if line == "/exit":
             return
         if line == "/reset":
@@ -33,10 +33,10 @@ def run(recipe: ChatRecipe, *, as_json: bool) -> None:
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
         elif line:
-            reply(conversation, line, as_json)
+            _reply(conversation, line, as_json)
 
 
-def next_line(typed: bool) -> str | None:
+def _next_line(typed: bool) -> str | None:
     """The next line of the input; None at its end."""
     try:
         if typed:
@@ -48,7 +48,7 @@ def next_line(typed: bool) -> str | None:
     return line.strip() if line else None
 
 
-def reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
+def _reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
     """Answer one message. Ctrl-C stops the answer. An error does not end the conversation."""
     from secateur.errors import RecipeError
 
@@ -68,7 +68,7 @@ def reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
         print(made.account, file=sys.stderr)
 
 
-def import_line_editing() -> Any:
+def _import_line_editing() -> Any:
     """Import readline, if Python has it, so that `input` can edit and recall lines."""
     try:
         import readline
@@ -77,4 +77,4 @@ def import_line_editing() -> Any:
     return readline
 
 
-chat = command("chat", run, streams=True)
+chat = command("chat", _run, streams=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.compress import CompressResult
 
 
-def run(recipe: CompressRecipe, **call: Any) -> CompressResult:
+def _run(recipe: CompressRecipe, **call: Any) -> CompressResult:
     """Compress with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.compress.pack import compress_recipe
@@ -20,4 +20,4 @@ def run(recipe: CompressRecipe, **call: Any) -> CompressResult:
         return compress_recipe(recipe, progress, **call)
 
 
-compress = command("compress", run, exit_code=lambda result: 3 if result.broken else 0)
+compress = command("compress", _run, exit_code=lambda result: 3 if result.broken else 0)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.compress import DecompressResult
 
 
-def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
+def _run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
     """Decompress with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.compress.unpack import decompress_recipe
@@ -20,4 +20,4 @@ def run(recipe: DecompressRecipe, **call: Any) -> DecompressResult:
         return decompress_recipe(recipe, progress, **call)
 
 
-decompress = command("decompress", run)
+decompress = command("decompress", _run)

@@ -23,15 +23,15 @@ PROMPTS = (
 )
 
 
-def run(recipe: DemoRecipe) -> DemoResult:
+def _run(recipe: DemoRecipe) -> DemoResult:
     """Run the four steps with a progress bar, then write the report."""
     from secateur.cli.progress import show_progress
 
     with show_progress() as progress:
-        return carry_out(recipe, progress)
+        return _carry_out(recipe, progress)
 
 
-def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
+def _carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     """Run the four steps, then write the report.
 
     The dense model in int8 is judged beside the pruned one: it is what a user would take instead.
@@ -92,4 +92,4 @@ def carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)
 
 
-demo = command("demo", run)
+demo = command("demo", _run)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.recipes.diagnose import DiagnoseRecipe
 
 
-def run(recipe: DiagnoseRecipe) -> Any:
+def _run(recipe: DiagnoseRecipe) -> Any:
     """Diagnose with a progress bar, or show what this machine can speed up."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.judge.diagnose import check_target
@@ -29,7 +29,7 @@ def run(recipe: DiagnoseRecipe) -> Any:
         return run_diagnosis(**options, progress=progress)
 
 
-def check(recipe: DiagnoseRecipe) -> None:
+def _check(recipe: DiagnoseRecipe) -> None:
     """Refuse a call without a model."""
     if recipe.model is None and not recipe.machine:
         raise RecipeError(
@@ -39,10 +39,10 @@ def check(recipe: DiagnoseRecipe) -> None:
         )
 
 
-def exit_code(result: Any) -> int:
+def _exit_code(result: Any) -> int:
     """3 if a finding is an error."""
     count = getattr(result, "count", None)
     return 3 if count and count("error") else 0
 
 
-diagnose = command("diagnose", run, exit_code=exit_code, check=check)
+diagnose = command("diagnose", _run, exit_code=_exit_code, check=_check)

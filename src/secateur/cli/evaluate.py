@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.evaluate import EvaluateResult
 
 
-def run(recipe: EvaluateRecipe) -> EvaluateResult | None:
+def _run(recipe: EvaluateRecipe) -> EvaluateResult | None:
     """Evaluate with a progress bar. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
@@ -26,11 +26,11 @@ def run(recipe: EvaluateRecipe) -> EvaluateResult | None:
             return run_evaluation(recipe, progress, ranks=ranks)
 
 
-def check(recipe: EvaluateRecipe) -> None:
+def _check(recipe: EvaluateRecipe) -> None:
     """Refuse wrong tasks before the model is looked up."""
     from secateur.evaluation.task_data import check_request
 
     check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
 
 
-evaluate = command("evaluate", run, check=check)
+evaluate = command("evaluate", _run, check=_check)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.export import ExportResult
 
 
-def run(recipe: ExportRecipe, **call: Any) -> ExportResult:
+def _run(recipe: ExportRecipe, **call: Any) -> ExportResult:
     """Export with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.export import export_recipe
@@ -20,4 +20,4 @@ def run(recipe: ExportRecipe, **call: Any) -> ExportResult:
         return export_recipe(recipe, progress, **call)
 
 
-export = command("export", run)
+export = command("export", _run)

@@ -63,15 +63,15 @@ def as_told(error: BaseException) -> SecateurError:
         error: the exception.
     """
     if isinstance(error, KeyboardInterrupt):
-        return UserInterruptError("interrupted", remedy=how_to_continue(sys.argv[1:]))
+        return UserInterruptError("interrupted", remedy=_how_to_continue(sys.argv[1:]))
     if isinstance(error, OSError) and error.errno is not None:
-        return told_of_system(error)
+        return _told_of_system(error)
     if is_shortage(error):
         first = (str(error).strip() or "no memory").splitlines()[0]
         return MemoryBudgetError(
             f"memory has ended: {first[:200]}",
             remedy=f"close other programs, or lower the sizes of the run; "
-            f"{how_to_continue(sys.argv[1:])}",
+            f"{_how_to_continue(sys.argv[1:])}",
         )
     file = write_log(error)
     said = [type(error).__name__, *str(error).strip().splitlines()]
@@ -83,13 +83,13 @@ def as_told(error: BaseException) -> SecateurError:
     )
 
 
-def how_to_continue(words: list[str]) -> str:
+def _how_to_continue(words: list[str]) -> str:
     """The message after Ctrl-C: what is kept, and the command that continues.
 
-    >>> from secateur.cli.faults import how_to_continue
-    >>> how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
+    >>> from secateur.cli.faults import _how_to_continue
+    >>> _how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
     "finished work is kept; continue with: secateur prune 'my model' --output DIR --resume"
-    >>> how_to_continue(["evaluate", "DIR"])
+    >>> _how_to_continue(["evaluate", "DIR"])
     'nothing is kept; start again with: secateur evaluate DIR'
 
     Args:
@@ -104,7 +104,7 @@ def how_to_continue(words: list[str]) -> str:
     return f"nothing is kept; start again with: {again}"
 
 
-def told_of_system(error: OSError) -> SecateurError:
+def _told_of_system(error: OSError) -> SecateurError:
     """Explain an error of the operating system."""
     names = [os.fspath(x) for x in (error.filename, error.filename2) if isinstance(x, (str, bytes))]
     where = " → ".join(os.fsdecode(name) for name in names)
@@ -122,9 +122,9 @@ def write_log(error: BaseException) -> Path | None:
     state folder, the folder for temporary files. If none is writable, the traceback goes to stderr
     and the result is None.
     """
-    text = described(error)
+    text = _described(error)
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    for folder in (*work_folders(sys.argv), cache_folder() / "faults", temporary_folder()):
+    for folder in (*_work_folders(sys.argv), cache_folder() / "faults", _temporary_folder()):
         if folder is None:
             continue
         try:
@@ -138,15 +138,15 @@ def write_log(error: BaseException) -> Path | None:
     return None
 
 
-def described(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """The traceback, with command line and versions, so that the fault can be reproduced."""
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
-    lines += [f"{name}: {installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
+    lines += [f"{name}: {_installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
     return "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
 
 
-def installed(package: str) -> str:
+def _installed(package: str) -> str:
     """The installed version of a package."""
     try:
         return version(package)
@@ -154,7 +154,7 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def work_folders(arguments: list[str]) -> list[Path]:
+def _work_folders(arguments: list[str]) -> list[Path]:
     """The existing work folders of the run that a command line names."""
     for flag, value in itertools.pairwise(arguments):
         if flag in ("--output", "-o"):
@@ -163,7 +163,7 @@ def work_folders(arguments: list[str]) -> list[Path]:
     return []
 
 
-def temporary_folder() -> Path | None:
+def _temporary_folder() -> Path | None:
     """The folder for temporary files; None if the system has no writable one."""
     try:
         return Path(tempfile.gettempdir())

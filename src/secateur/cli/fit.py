@@ -23,16 +23,16 @@ def run(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> FitResult |
         return fit_recipe(recipe, progress, **call)
 
 
-def exit_code(result: Any) -> int:
+def _exit_code(result: Any) -> int:
     """3 if the made model breaks a bound."""
     return 3 if getattr(result, "broken", False) else 0
 
 
-def check(recipe: FitRecipe) -> None:
+def _check(recipe: FitRecipe) -> None:
     """Refuse a target that a fit cannot serve before the model is looked up."""
     from secateur.workflows.fit.run import check_target
 
     check_target(recipe)
 
 
-fit = command("fit", run, exit_code=exit_code, check=check)
+fit = command("fit", run, exit_code=_exit_code, check=_check)

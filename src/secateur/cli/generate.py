@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from secateur.workflows.judge.generate import Conversation
 
 
-def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
+def _run(recipe: GenerateRecipe, *, as_json: bool) -> None:
     """Continue a prompt on the CPU. Packed linears stay packed."""
     conversation = opened(recipe, chat=recipe.chat)
     prompt = recipe.prompt
@@ -23,7 +23,7 @@ def run(recipe: GenerateRecipe, *, as_json: bool) -> None:
                 file=sys.stderr,
             )
         prompt = sys.stdin.read().rstrip("\n")
-    answer(conversation, prompt, as_json)
+    _answer(conversation, prompt, as_json)
 
 
 def opened(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conversation:
@@ -48,7 +48,7 @@ def opened(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Con
     )
 
 
-def answer(conversation: Conversation, prompt: str, as_json: bool) -> None:
+def _answer(conversation: Conversation, prompt: str, as_json: bool) -> None:
     """Write one text while it is generated, then its speed; with --json everything at the end."""
     if as_json:
         from secateur.cli.rendering import print_result
@@ -81,4 +81,4 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-generate = command("generate", run, streams=True)
+generate = command("generate", _run, streams=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.export import ImportResult
 
 
-def run(recipe: ImportRecipe, **call: Any) -> ImportResult:
+def _run(recipe: ImportRecipe, **call: Any) -> ImportResult:
     """Import with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.import_model import import_recipe
@@ -20,4 +20,4 @@ def run(recipe: ImportRecipe, **call: Any) -> ImportResult:
         return import_recipe(recipe, progress, **call)
 
 
-import_model = command("import", run)
+import_model = command("import", _run)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from secateur.recipes.inspect import InspectRecipe
 
 
-def run(recipe: InspectRecipe) -> Any:
+def _run(recipe: InspectRecipe) -> Any:
     """Inspect with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.judge.inspect import inspect as run_inspection
@@ -19,4 +19,4 @@ def run(recipe: InspectRecipe) -> Any:
         return run_inspection(**dict(recipe), progress=progress)
 
 
-inspect = command("inspect", run)
+inspect = command("inspect", _run)

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from secateur.reporting.results.methods import MethodsResult
 
 
-def run(recipe: MethodsRecipe) -> MethodsResult:
+def _run(recipe: MethodsRecipe) -> MethodsResult:
     """List them."""
     from secateur.workflows.prune.composition import methods
 
     return methods()
 
 
-methods = command("methods", run)
+methods = command("methods", _run)

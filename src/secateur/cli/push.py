@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.reporting.results.export import PushResult
 
 
-def run(recipe: PushRecipe) -> PushResult:
+def _run(recipe: PushRecipe) -> PushResult:
     """Publish with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.push import push_recipe
@@ -20,4 +20,4 @@ def run(recipe: PushRecipe) -> PushResult:
         return push_recipe(recipe, progress)
 
 
-push = command("push", run)
+push = command("push", _run)

@@ -17,11 +17,11 @@ stderr = Console(stderr=True)
 def print_result(result: Result, *, as_json: bool) -> None:
     """Write a result to stdout: tables for people, or one JSON document."""
     if as_json:
-        print_json(result.to_json())
+        _print_json(result.to_json())
     else:
         result.show()
 
 
-def print_json(value: Any) -> None:
+def _print_json(value: Any) -> None:
     """Write one JSON document to stdout."""
     print(json.dumps(value, indent=2))

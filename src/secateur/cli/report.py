@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from secateur.recipes.report import ReportRecipe
 
 
-def run(recipe: ReportRecipe) -> Any:
+def _run(recipe: ReportRecipe) -> Any:
     """Write the page."""
     from secateur.workflows.report import report as write_report
 
     return write_report(**dict(recipe))
 
 
-report = command("report", run)
+report = command("report", _run)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from secateur.recipes.serve import ServeRecipe
 
 
-def run(recipe: ServeRecipe, *, as_json: bool) -> None:
+def _run(recipe: ServeRecipe, *, as_json: bool) -> None:
     """Load the model, say where it listens, and answer until SIGTERM or Ctrl-C."""
     from secateur.workflows.serve import prepare
 
@@ -26,4 +26,4 @@ def run(recipe: ServeRecipe, *, as_json: bool) -> None:
     serving.run()
 
 
-serve = command("serve", run, streams=True)
+serve = command("serve", _run, streams=True)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from secateur.recipes.sweep import SweepRecipe
 
 
-def run(recipe: SweepRecipe) -> Any:
+def _run(recipe: SweepRecipe) -> Any:
     """Sweep with a progress bar."""
     from secateur.cli.progress import show_progress
     from secateur.workflows.sweep.run import sweep_recipe
@@ -19,9 +19,9 @@ def run(recipe: SweepRecipe) -> Any:
         return sweep_recipe(recipe, progress)
 
 
-def exit_code(result: Any) -> int:
+def _exit_code(result: Any) -> int:
     """1 if a point failed."""
     return int(bool(result.failures))
 
 
-sweep = command("sweep", run, exit_code=exit_code)
+sweep = command("sweep", _run, exit_code=_exit_code)

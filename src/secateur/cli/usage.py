@@ -64,13 +64,13 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
         if name.startswith("--")
     ]
     return RecipeError.of(
-        list(faults_of(left, known)),
+        list(_faults_of(left, known)),
         where=f"secateur {verb}",
         remedy=f"secateur {verb} --help lists its options",
     )
 
 
-def faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+def _faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
     """A line for every unknown option, and for every word that belongs to no option."""
     flags = {flag.replace("-", "_"): flag for flag in known}
     before = ""

@@ -82,18 +82,18 @@ def command(
     shown = [*of_recipe, *of_call, JSON, QUIET]
     if of_recipe:
         shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
-    signature = inspect.Signature(sorted(map(parameter, shown), key=lambda p: p.kind))
+    signature = inspect.Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
 
     def carry_out(*words: str, **flags: Any) -> None:
         given = dict(signature.bind_partial(*words, **flags).arguments)
-        refuse_several(verb, given.get("dry_run", False))
+        _refuse_several(verb, given.get("dry_run", False))
         assignments = given.pop("set", None) or ()
         as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
         of_this = {o.name: given.pop(o.name) for o in of_call if o.name in given}
         call = call_from_flags(kind, of_this)
         recipe = recipe_from_flags(kind, given, assignments)
         if not call.get("dry_run"):
-            refuse_without_output(recipe, of_recipe)
+            _refuse_without_output(recipe, of_recipe)
         check(recipe)
         from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
 
@@ -128,27 +128,15 @@ class OnlyErrors(io.TextIOBase):
         return len(text)
 
 
-def refuse_without_output(recipe: Any, options: Sequence[Option]) -> None:
-    """Refuse a recipe without the output folder that its verb needs, before anything is read.
-
-    Raises:
-        RecipeError: there is none.
-    """
+def _refuse_without_output(recipe: Any, options: Sequence[Option]) -> None:
+    """Refuse a recipe without the output folder that its verb needs, before anything is read."""
     needed = any(o.path == ("output",) and o.default == "required" for o in options)
     if needed and recipe.output is None:
         raise RecipeError("no output folder", remedy="add --output DIR")
 
 
-def refuse_several(verb: str, dry_run: bool) -> None:
-    """Refuse a verb that several processes would carry out several times.
-
-    Args:
-        verb: the name of the verb.
-        dry_run: whether it only plans, which one process does alone.
-
-    Raises:
-        RecipeError: torchrun has started several processes, and the verb is for one.
-    """
+def _refuse_several(verb: str, dry_run: bool) -> None:
+    """Refuse a verb that several processes would carry out several times."""
     count = Launched.read(os.environ).count
     if count > 1:  # torch would print the stack of every connection that closes
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -161,7 +149,7 @@ def refuse_several(verb: str, dry_run: bool) -> None:
         )
 
 
-def parameter(option: Option) -> inspect.Parameter:
+def _parameter(option: Option) -> inspect.Parameter:
     """The parameter of a command for an option.
 
     Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
@@ -173,7 +161,7 @@ def parameter(option: Option) -> inspect.Parameter:
         group=HEADINGS[option.group],
         metavar=None if is_bool else option.word,
         show_default=False,
-        converter=None if is_bool else as_text,  # a `Path` would turn ./DIR into DIR
+        converter=None if is_bool else _as_text,  # a `Path` would turn ./DIR into DIR
         completer=(lambda _: choices) if choices else None,
         allow_repeating=None if takes_several(option) else True,
     )
@@ -188,8 +176,8 @@ def parameter(option: Option) -> inspect.Parameter:
         )
     off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
     named = Parameter(
-        name=[dashed(option.name), *([option.flag.short] if option.flag.short else [])],
-        negative=dashed(off) if off else (),
+        name=[_dashed(option.name), *([option.flag.short] if option.flag.short else [])],
+        negative=_dashed(off) if off else (),
     )
     return inspect.Parameter(
         option.name,
@@ -199,12 +187,12 @@ def parameter(option: Option) -> inspect.Parameter:
     )
 
 
-def as_text(kind: Any, tokens: Sequence[Token]) -> Any:
+def _as_text(kind: Any, tokens: Sequence[Token]) -> Any:
     """The text of an option as it was written; several if it may be repeated."""
     words = [token.value for token in tokens]
     return words if get_origin(kind) is list else words[0]
 
 
-def dashed(name: str) -> str:
+def _dashed(name: str) -> str:
     """A name with dashes, as in a flag."""
     return "--" + name.replace("_", "-")

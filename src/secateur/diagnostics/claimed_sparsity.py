@@ -36,13 +36,13 @@ def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[F
         claims: the records of the run; without any, the linears are compared with each other.
         rounded: the weights were rounded to int8 since the run, which makes zeros.
     """
-    found = [*claims.faults, *unasked_dense(weights, claims)]
+    found = [*claims.faults, *_unasked_dense(weights, claims)]
     for linear in weights.linears:
-        found += against_claim(linear, claims, rounded)
-    return found + against_total(weights, claims, rounded)
+        found += _against_claim(linear, claims, rounded)
+    return found + _against_total(weights, claims, rounded)
 
 
-def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
+def _against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
     """Check the total sparsity against the manifest."""
     if claims.sparsity is None:
         return []
@@ -59,7 +59,7 @@ def against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Findi
     return []
 
 
-def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
+def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
     """The faults of one linear that the records describe."""
     claim = claims.linears.get(linear.name)
     if claim is None:
@@ -115,10 +115,10 @@ def against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[F
     return found
 
 
-def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
+def _unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     """Linears that are dense although others are pruned, and whether the recipe says so."""
     known = [x.sparsity for x in weights.linears if x.known]
-    others = [x.sparsity for x in weights.linears if x.known and not of_expert(x)]
+    others = [x.sparsity for x in weights.linears if x.known and not _of_expert(x)]
     usual = statistics.median(others or known) if known else 0.0
     if usual < PRUNED:
         return []
@@ -133,18 +133,18 @@ def unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
     dense = [x for x in dense if x.known]
     left = [x for x in dense if claims.kept_dense(x.name)]
     odd = [x for x in dense if x not in left]
-    experts = [x for x in odd if of_expert(x) and not claims.linears]
+    experts = [x for x in odd if _of_expert(x) and not claims.linears]
     odd = [x for x in odd if x not in experts]
     return [
-        *dense_of_unknown_layout(unknown, usual),
-        *dense_without_records(experts, usual),
-        *dense_experts(unseen),
-        *dense_as_asked(left),
-        *dense_unasked(odd, weights, claims, usual),
+        *_dense_of_unknown_layout(unknown, usual),
+        *_dense_without_records(experts, usual),
+        *_dense_experts(unseen),
+        *_dense_as_asked(left),
+        *_dense_unasked(odd, weights, claims, usual),
     ]
 
 
-def dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[Finding]:
+def _dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[Finding]:
     """Dense matrices that no family describes."""
     if not linears:
         return []
@@ -153,15 +153,15 @@ def dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[F
         f"{usual:.1%} zeros: their layout is not known, so nothing prunes them"
     )
     remedy = "do not call the whole model sparse: `secateur inspect` counts the stored zeros"
-    return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
+    return [Finding("dense-linear", "warning", _first_names(linears), evidence, remedy)]
 
 
-def of_expert(linear: LinearHealth) -> bool:
+def _of_expert(linear: LinearHealth) -> bool:
     """Whether a matrix belongs to an expert of a mixture; most matrices may do."""
     return re.search(r"\bexperts\.\d+\.", linear.name) is not None
 
 
-def dense_without_records(linears: list[LinearHealth], usual: float) -> list[Finding]:
+def _dense_without_records(linears: list[LinearHealth], usual: float) -> list[Finding]:
     """Dense matrices of experts, as tools leave them that do not see fused experts."""
     if not linears:
         return []
@@ -170,10 +170,10 @@ def dense_without_records(linears: list[LinearHealth], usual: float) -> list[Fin
         "and no record says why"
     )
     remedy = "prune again with secateur, which opens fused experts, if they should be sparse"
-    return [Finding("dense-linear", "warning", first_names(linears), evidence, remedy)]
+    return [Finding("dense-linear", "warning", _first_names(linears), evidence, remedy)]
 
 
-def dense_experts(linears: list[LinearHealth]) -> list[Finding]:
+def _dense_experts(linears: list[LinearHealth]) -> list[Finding]:
     """Dense linears of experts that no calibration token reached."""
     if not linears:
         return []
@@ -182,18 +182,18 @@ def dense_experts(linears: list[LinearHealth]) -> list[Finding]:
         "them, according to the records"
     )
     remedy = "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)"
-    return [Finding("expert-unseen", "warning", first_names(linears), evidence, remedy)]
+    return [Finding("expert-unseen", "warning", _first_names(linears), evidence, remedy)]
 
 
-def dense_as_asked(linears: list[LinearHealth]) -> list[Finding]:
+def _dense_as_asked(linears: list[LinearHealth]) -> list[Finding]:
     """Dense linears that the recipe excludes."""
     if not linears:
         return []
     evidence = f"{len(linears)} linears are dense, as the recipe says"
-    return [Finding("left-dense", "note", first_names(linears), evidence, "nothing to do")]
+    return [Finding("left-dense", "note", _first_names(linears), evidence, "nothing to do")]
 
 
-def dense_unasked(
+def _dense_unasked(
     linears: list[LinearHealth], weights: Weights, claims: Claims, usual: float
 ) -> list[Finding]:
     """Dense linears that no record explains: a note where all of a kind are dense."""
@@ -220,6 +220,6 @@ def dense_unasked(
     return found
 
 
-def first_names(linears: list[LinearHealth]) -> str:
+def _first_names(linears: list[LinearHealth]) -> str:
     """The first four names, and the number of the others."""
     return listed([x.name for x in linears], 4)

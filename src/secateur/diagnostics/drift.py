@@ -123,8 +123,8 @@ def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict
     """The measures of `LayerDrift` for each token of a micro-batch."""
     y, dense_y, alone, x = (t.flatten(0, -2) for t in (y, dense_y, alone, dense_x))
     added, dense_added = alone - x, dense_y - x
-    length, step = never_zero(dense_y.norm(dim=-1)), never_zero(dense_added.norm(dim=-1))
-    energy = never_zero(x.square().sum(-1))
+    length, step = _never_zero(dense_y.norm(dim=-1)), _never_zero(dense_added.norm(dim=-1))
+    energy = _never_zero(x.square().sum(-1))
     return {
         "relative_error": (y - dense_y).norm(dim=-1) / length,
         "cosine": functional.cosine_similarity(y, dense_y, dim=-1),
@@ -137,7 +137,7 @@ def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict
     }
 
 
-def never_zero(x: Tensor) -> Tensor:
+def _never_zero(x: Tensor) -> Tensor:
     """Divisors with zeros replaced by the smallest number."""
     return x.clamp_min(torch.finfo(x.dtype).tiny)
 
@@ -183,7 +183,7 @@ def check_layers(
     """
     found = []
     for layer in drift:
-        found += faults_of(layer, layer_name(layer.layer))
+        found += _faults_of(layer, layer_name(layer.layer))
     last = drift[-1]
     if not last.not_finite and last.cosine < LOST_STREAM:
         found.append(
@@ -215,7 +215,7 @@ def check_layers(
     return found
 
 
-def faults_of(layer: LayerDrift, name: str) -> list[Finding]:
+def _faults_of(layer: LayerDrift, name: str) -> list[Finding]:
     """The worst fault of one layer; others may be its symptoms."""
 
     def fault(kind: str, severity: Severity, evidence: str, remedy: str) -> list[Finding]:
@@ -276,7 +276,7 @@ def could_bear(sparsity_of: Mapping[int, float], drift: Sequence[LayerDrift]) ->
         return {}
     common = statistics.median(errors.values())
     return {
-        layer: sparsity_with(pruned_energy(sparsity_of[layer]) * (common / error) ** 2)
+        layer: _sparsity_with(pruned_energy(sparsity_of[layer]) * (common / error) ** 2)
         for layer, error in errors.items()
     }
 
@@ -288,7 +288,7 @@ def pruned_energy(sparsity: float) -> float:
     return sparsity - 2 * quantile * normal.pdf(quantile)
 
 
-def sparsity_with(energy: float) -> float:
+def _sparsity_with(energy: float) -> float:
     """The sparsity with this `pruned_energy`, at most `HIGHEST`; found by bisection."""
     if energy >= pruned_energy(HIGHEST):
         return HIGHEST

@@ -145,23 +145,23 @@ def read_claims(model: Path) -> Claims:
             )
             return empty
 
-    manifest = read("manifest.json", manifest_of, {})
+    manifest = read("manifest.json", _manifest_of, {})
     pattern, selection = None, None
     if manifest.get("method") != "structure":  # a cut model claims no zeros
-        pattern, selection = read("recipe.yaml", lambda x: of_recipe(x, manifest), (None, None))
+        pattern, selection = read("recipe.yaml", lambda x: _of_recipe(x, manifest), (None, None))
     return Claims(
         folder,
-        read("layers.jsonl", claims_of, {}),
+        read("layers.jsonl", _claims_of, {}),
         pattern,
         selection,
         manifest.get("sparsity"),
-        read("layers.jsonl", unseen_of, frozenset()) if not faults else frozenset(),
+        read("layers.jsonl", _unseen_of, frozenset()) if not faults else frozenset(),
         manifest.get("source"),
         tuple(faults),
     )
 
 
-def manifest_of(text: str) -> dict[str, Any]:
+def _manifest_of(text: str) -> dict[str, Any]:
     """Source, scope and total sparsity of a manifest."""
     record = json.loads(text)
     return {
@@ -172,7 +172,7 @@ def manifest_of(text: str) -> dict[str, Any]:
     }
 
 
-def claims_of(text: str) -> dict[str, LinearClaim]:
+def _claims_of(text: str) -> dict[str, LinearClaim]:
     """The claims of each layer's last line; a repeated layer has two."""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     return {
@@ -187,14 +187,14 @@ def claims_of(text: str) -> dict[str, LinearClaim]:
     }
 
 
-def unseen_of(text: str) -> frozenset[str]:
+def _unseen_of(text: str) -> frozenset[str]:
     """The linears that the last line of a layer lists as unseen."""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     last = {line["layer"]: line for line in lines if "layer" in line}
     return frozenset(name for line in last.values() for name in line.get("unseen", []))
 
 
-def of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
+def _of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
     """Pattern and selection of a resolved recipe."""
     recipe = yaml.safe_load(text)
     scope = manifest.get("scope", recipe["scope"])

@@ -90,17 +90,17 @@ def look_at_target(cpu: str) -> Machine:
         cpu: the name of its processor.
     """
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    engines = {name: installed(name) for name in ("torch", *ENGINES)}
+    engines = {name: _installed(name) for name in ("torch", *ENGINES)}
     return Machine(
         cpu,
         cpu_features(),
         None if capability is None else f"{capability[0]}.{capability[1]}",
         engines,
-        [*own_kernels(kernel_info()), sparse_cores(capability), *other_engines(engines)],
+        [*own_kernels(kernel_info()), sparse_cores(capability), *_other_engines(engines)],
     )
 
 
-def installed(distribution: str) -> str | None:
+def _installed(distribution: str) -> str | None:
     """The installed version of a distribution."""
     try:
         return version(distribution)
@@ -162,7 +162,7 @@ def sparse_cores(capability: tuple[int, int] | None) -> Support:
     )
 
 
-def other_engines(engines: dict[str, str | None]) -> list[Support]:
+def _other_engines(engines: dict[str, str | None]) -> list[Support]:
     """Engines without support for zeros, and structured cuts, which help everywhere."""
     found = [
         Support(
@@ -203,10 +203,10 @@ def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) ->
                 "install a C compiler and secateur again for its kernels, or cut structure",
             )
         )
-    return [*found, speed_told(folder)]
+    return [*found, _speed_told(folder)]
 
 
-def speed_told(folder: Path) -> Finding:
+def _speed_told(folder: Path) -> Finding:
     """The finding of the stored measurement, if there is one."""
     file = folder / "secateur" / "bench.json"
     command = shlex.join(["secateur", "bench", str(folder)])

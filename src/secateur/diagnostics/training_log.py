@@ -60,7 +60,7 @@ def read_log(file: Path) -> list[LoggedStep]:
         try:
             row = json.loads(line)
             if "loss" in row:
-                steps.append(step_of(row, len(steps)))
+                steps.append(_step_of(row, len(steps)))
         except (ValueError, TypeError) as error:
             raise SourceError(
                 f"the line is not a step of a training: {error}",
@@ -76,7 +76,7 @@ def read_log(file: Path) -> list[LoggedStep]:
     return steps
 
 
-def step_of(row: dict[str, Any], place: int) -> LoggedStep:
+def _step_of(row: dict[str, Any], place: int) -> LoggedStep:
     """Convert a line to a step; a loss of null means NaN or infinite."""
     loss, rate = row["loss"], row.get("learning_rate")
     return LoggedStep(
@@ -100,12 +100,12 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
                 "training-not-finite",
                 "error",
                 f"{where}, step {lost.step}",
-                f"the loss is {lost.loss}{rate_text(lost)}",
+                f"the loss is {lost.loss}{_rate_text(lost)}",
                 "the weights after this step are useless: return to a checkpoint before it, "
                 "with a third of the learning rate and gradients clipped to a norm of 1",
             )
         ]
-    risen = risen_for_good([s.loss for s in steps])
+    risen = _risen_for_good([s.loss for s in steps])
     if risen is None:
         return []
     place, best, last, noise = risen
@@ -116,14 +116,14 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
             "warning",
             f"{where}, step {step.step}",
             f"from here on the loss stays above its best: {best:.3g} before, {last:.3g} at the "
-            f"end, with a noise of only {noise:.2g}{rate_text(step)}",
+            f"end, with a noise of only {noise:.2g}{_rate_text(step)}",
             "train again from the checkpoint before this step with a third of the learning rate, "
             "or with a longer warmup",
         )
     ]
 
 
-def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | None:
+def _risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | None:
     """Where the loss starts to rise for good: (place, best, last, noise); None if it does not."""
     window = min(WINDOW, len(losses) // 2)
     if window < 3:
@@ -146,6 +146,6 @@ def risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | Non
     return begin + half, best, last, noise
 
 
-def rate_text(step: LoggedStep) -> str:
+def _rate_text(step: LoggedStep) -> str:
     """The learning rate of a step, if it is known."""
     return "" if step.learning_rate is None else f"; the learning rate is {step.learning_rate:g}"

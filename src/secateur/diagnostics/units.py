@@ -66,9 +66,9 @@ class DeadUnits:
     def beyond(self, dense: DeadUnits) -> DeadUnits:
         """The units that are dead in the pruned layer but not in the dense one."""
         return DeadUnits(
-            new(self.heads, dense.heads),
-            new(self.unmade, dense.unmade),
-            new(self.unread, dense.unread),
+            _new(self.heads, dense.heads),
+            _new(self.unmade, dense.unmade),
+            _new(self.unread, dense.unread),
         )
 
 
@@ -79,17 +79,12 @@ def head_size(config: Any) -> int:
     return int(size or config.hidden_size // setting(config, "num_attention_heads"))
 
 
-def dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
-    """Find the dead heads and neurons of a decoder layer.
-
-    Args:
-        linears: its matrices, by their name within it.
-        size: of a head.
-    """
+def _dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
+    """Find the dead heads and neurons of a decoder layer."""
     heads = unmade = unread = torch.zeros(0, dtype=torch.bool)
     for values, place, reader in ATTENTION:
         if values in linears and reader in linears and linears[reader].shape[1] % size == 0:
-            heads = dead_heads(linears[values], place, linears[reader], size)
+            heads = _dead_heads(linears[values], place, linears[reader], size)
     for makers, reader in FEED_FORWARD:
         if reader in linears and all(maker in linears for maker in makers):
             unread = linears[reader].dead_columns
@@ -100,7 +95,7 @@ def dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
     return DeadUnits(heads, unmade, unread)
 
 
-def dead_heads(values: LinearHealth, place: str, reader: LinearHealth, size: int) -> Tensor:
+def _dead_heads(values: LinearHealth, place: str, reader: LinearHealth, size: int) -> Tensor:
     """Which query heads are dead: bool [heads]."""
     rows = values.dead_rows
     width = reader.shape[1]
@@ -136,34 +131,34 @@ def check_units(
     row_keeps_share = claims.pattern is not None and claims.pattern.scope in ("row", "group")
     neurons, warned = dict[str, list[int]](), False
     for index in dict.fromkeys(x.layer for x in weights.linears):
-        units, name = dead_units(weights.of_layer(index), size), layer_name(index)
+        units, name = _dead_units(weights.of_layer(index), size), layer_name(index)
         if dense is not None:
-            units = units.beyond(dead_units(dense.of_layer(index), size))
+            units = units.beyond(_dead_units(dense.of_layer(index), size))
         dead = units.neurons
         if units.heads.any():
-            found.append(heads_finding(name, numbers(units.heads), len(units.heads)))
+            found.append(_heads_finding(name, _numbers(units.heads), len(units.heads)))
         if dead.any():
-            neurons[name] = numbers(dead)
+            neurons[name] = _numbers(dead)
             unmade = int(units.unmade.sum())
             limit = 0.0 if row_keeps_share else MANY
             warned |= unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead)
     if neurons:
-        found.append(neurons_finding(neurons, "warning" if warned else "note"))
-    return found + dead_lines(weights, row_keeps_share, dense)
+        found.append(_neurons_finding(neurons, "warning" if warned else "note"))
+    return found + _dead_lines(weights, row_keeps_share, dense)
 
 
-def new(now: Tensor, before: Tensor) -> Tensor:
+def _new(now: Tensor, before: Tensor) -> Tensor:
     """Units that are dead now and were not before; all dead ones if the shapes differ."""
     return now & ~before if now.shape == before.shape else now
 
 
-def numbers(flags: Tensor) -> list[int]:
+def _numbers(flags: Tensor) -> list[int]:
     """The indices of True entries."""
     places: list[int] = flags.nonzero().flatten().tolist()
     return places
 
 
-def heads_finding(where: str, heads: list[int], total: int) -> Finding:
+def _heads_finding(where: str, heads: list[int], total: int) -> Finding:
     """The finding for the dead heads of a layer."""
     return Finding(
         "dead-head",
@@ -175,7 +170,7 @@ def heads_finding(where: str, heads: list[int], total: int) -> Finding:
     )
 
 
-def neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Finding:
+def _neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Finding:
     """The finding for the dead neurons of all layers, the worst layer named."""
     worst = max(neurons, key=lambda name: len(neurons[name]))
     others = ""
@@ -192,13 +187,13 @@ def neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Findin
     )
 
 
-def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:
+def _dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:
     """Rows and columns of linears that are all zero; names the worst linear."""
     found = []
     before = {x.name: x for x in dense.linears} if dense else {}
     for line, limit in (("row", 0.0 if row_keeps_share else MANY), ("column", MANY_UNREAD)):
-        dead = {x.name: newly_dead(x, before.get(x.name), line) for x in weights.linears}
-        shares = {x.name: dead[x.name] / len(lines_of(x, line)) for x in weights.linears}
+        dead = {x.name: _newly_dead(x, before.get(x.name), line) for x in weights.linears}
+        shares = {x.name: dead[x.name] / len(_lines_of(x, line)) for x in weights.linears}
         worst = max(shares, key=lambda name: shares[name])
         if not dead[worst]:
             continue
@@ -219,12 +214,12 @@ def dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -
     return found
 
 
-def newly_dead(linear: LinearHealth, before: LinearHealth | None, line: str) -> int:
+def _newly_dead(linear: LinearHealth, before: LinearHealth | None, line: str) -> int:
     """The number of rows or columns that are dead, but not in the dense model."""
-    dead = lines_of(linear, line)
-    return int((dead if before is None else new(dead, lines_of(before, line))).sum())
+    dead = _lines_of(linear, line)
+    return int((dead if before is None else _new(dead, _lines_of(before, line))).sum())
 
 
-def lines_of(linear: LinearHealth, line: str) -> Tensor:
+def _lines_of(linear: LinearHealth, line: str) -> Tensor:
     """Which rows or columns are dead."""
     return linear.dead_rows if line == "row" else linear.dead_columns

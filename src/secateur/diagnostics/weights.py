@@ -110,12 +110,12 @@ def look_at_weights(
             damaged[stored] = bad, tensor.numel()
         matrix = matrices.get(stored)
         if matrix is not None and matrix.is_decoder_matrix:
-            linears.append(health_of(matrix, matrix.seen(tensor), claims))
+            linears.append(_health_of(matrix, matrix.seen(tensor), claims))
         on_tensor(stored)
     return Weights(linears, damaged, len(target.reader.entries))
 
 
-def health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHealth:
+def _health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHealth:
     """Count one matrix [out, in]."""
     assert matrix.layer is not None
     name = matrix.full_name

@@ -107,7 +107,7 @@ def divergence(
         probe = windows[:1, :PROBE_TOKENS]
         both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
         for part in own_batches(count, batch_size, ranks):
-            rows.append(compared(both, windows[part], first))
+            rows.append(_compared(both, windows[part], first))
             done += part.stop - part.start
             if progress is not None:
                 progress(min(count, done * ranks.count), count)
@@ -137,13 +137,10 @@ def divergence(
     )
 
 
-def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
+def _compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
     """For each window of a batch: KL, agreement, loss of the model, loss of the reference.
 
     Each is a mean over the tokens of a window, without the `first` tokens, which are not predicted.
-
-    Returns:
-        float64 [4, batch], on the CPU.
     """
     sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
     vocabularies = [parts.vocabulary for parts, _ in sides]
@@ -156,7 +153,7 @@ def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int
     (parts, states), (dense_parts, dense_states) = sides
     targets = ids[:, first:].reshape(-1).to(states.device)
     found = [
-        token_numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
+        _token_numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
         for own, dense, t in zip(
             states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
         )
@@ -164,14 +161,14 @@ def compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int
     return torch.cat(found, dim=1).view(4, len(ids), -1).double().mean(dim=2).cpu()
 
 
-def token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
+def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
     """KL, agreement and both losses for a few tokens, float32 [4, tokens].
 
     Example:
         >>> import torch
-        >>> from secateur.evaluation.divergence import token_numbers
+        >>> from secateur.evaluation.divergence import _token_numbers
         >>> dense, pruned = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-        >>> kl, agreement, loss, dense_loss = token_numbers(pruned, dense, torch.tensor([0]))
+        >>> kl, agreement, loss, dense_loss = _token_numbers(pruned, dense, torch.tensor([0]))
         >>> [round(float(number), 3) for number in (kl, agreement, loss, dense_loss)]
         [0.12, 1.0, 0.313, 0.693]
     """

@@ -59,7 +59,7 @@ def generate(
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
     with evaluating(model):
-        steps = token_steps(model, len(ids) + max_new_tokens)
+        steps = _token_steps(model, len(ids) + max_new_tokens)
         try:
             ends = end_tokens(model)
             tokens = [*continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends)]
@@ -68,7 +68,7 @@ def generate(
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def token_steps(model: Any, tokens: int) -> CapturedGeneration | SteppedGeneration:
+def _token_steps(model: Any, tokens: int) -> CapturedGeneration | SteppedGeneration:
     """What computes a text of so many tokens: on a GPU one graph for each token, if that works."""
     if model.device.type == "cuda" and why_not_captured(model) is None:
         return CapturedGeneration(model, tokens)

@@ -62,7 +62,7 @@ class HarnessModel(HFLM):
             while same:
                 batch = same[: max(1, tokens // len(read[same[0][0]]))]
                 same = same[len(batch) :]
-                ids = padded([read[numbers[0]] for numbers in batch]).to(self.device)
+                ids = _padded([read[numbers[0]] for numbers in batch]).to(self.device)
                 states = parts.body(ids) if parts else forward_logits(self.model, ids)
                 for row, numbers in zip(states, batch, strict=True):
                     row = row[: len(read[numbers[0]])]
@@ -71,7 +71,7 @@ class HarnessModel(HFLM):
                     logits = parts.head(row[-longest:]) if parts else row[-longest:]
                     log_p = functional.log_softmax(logits.float(), dim=-1)
                     for i in numbers:
-                        answers[i] = answer(log_p, requests[i])
+                        answers[i] = _answer(log_p, requests[i])
                 self.tell(sum(map(len, batch)))
         return [found for found in answers if found is not None]
 
@@ -93,18 +93,14 @@ class HarnessModel(HFLM):
         return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
 
-def padded(rows: list[tuple[int, ...]]) -> Tensor:
+def _padded(rows: list[tuple[int, ...]]) -> Tensor:
     """Rows of tokens, padded on the right. A causal model never reads the padding."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
-def answer(log_p: Tensor, request: Request) -> Answer:
-    """The log-likelihood of a continuation, and whether greedy decoding produces it.
-
-    Raises:
-        NumericalError: the log-likelihood is not a number.
-    """
+def _answer(log_p: Tensor, request: Request) -> Answer:
+    """The log-likelihood of a continuation, and whether greedy decoding produces it."""
     tokens = torch.tensor(request[2], device=log_p.device)
     rows = log_p[-len(tokens) :]
     total = float(rows.gather(1, tokens[:, None]).sum())

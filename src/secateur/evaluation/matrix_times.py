@@ -122,13 +122,13 @@ def time_matrices(
     """
     file = file or cache_folder() / "matrix-times.json"
     counts, every = Counter(shapes), list(dict.fromkeys([BASE, *ways]))
-    table, dates = read_table(file), []
+    table, dates = _read_table(file), []
     progress.start("timing matrices", len(every) * (1 + len(counts)))
 
     def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
         if not plausible(table.get(name, {}).get("seconds")):
             table[name] = {"seconds": measure(*what), "measured": date.today().isoformat()}
-            add_entry(file, name, table[name])
+            _add_entry(file, name, table[name])
         dates.append(table[name]["measured"])
         progress.step(note=name)
         return table[name]["seconds"]
@@ -137,13 +137,13 @@ def time_matrices(
     shares: dict[tuple[Shape, Way], float] = {}
     rest = 0.0
     for way in every:
-        ends, own, beside = known(loop_entry(config, way), loop or looped, config, way)
+        ends, own, beside = known(_loop_entry(config, way), loop or looped, config, way)
         rest = ends if way == BASE else rest
         layers[way] = own * layers.get(BASE, beside) / beside
         alone = {}
         for shape in counts:
             count = how_many(counts, shape, way)
-            alone[shape] = known(matrix_entry(shape, way), timer or timed, shape, way, count)
+            alone[shape] = known(_matrix_entry(shape, way), timer or timed, shape, way, count)
         whole = sum(alone[shape] * count for shape, count in counts.items())
         shares |= {(shape, way): alone[shape] / whole for shape in counts}
     progress.finish()
@@ -190,31 +190,31 @@ def machine() -> str:
     return f"{here['cpu']}, {kernels.threads} threads, {kernels.tier}, secateur {here['secateur']}"
 
 
-def loop_entry(config: Any, way: Way) -> str:
+def _loop_entry(config: Any, way: Way) -> str:
     """The name of a loop in the table."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{config.model_type} of sizes {digest}, {in_words(way)}: ends, layers, base"
+    return f"{config.model_type} of sizes {digest}, {_in_words(way)}: ends, layers, base"
 
 
-def matrix_entry(shape: Shape, way: Way) -> str:
+def _matrix_entry(shape: Shape, way: Way) -> str:
     """The name of a matrix in the table."""
-    return f"{shape[0]} x {shape[1]}, {in_words(way)}"
+    return f"{shape[0]} x {shape[1]}, {_in_words(way)}"
 
 
-def in_words(way: Way) -> str:
+def _in_words(way: Way) -> str:
     """Values and layout."""
     layout = f"bitmask with {way.sparsity:.0%} zeros" if way.sparsity else "dense"
     return f"{way.values}, {layout}, one token"
 
 
-def read_table(file: Path) -> dict[str, Any]:
+def _read_table(file: Path) -> dict[str, Any]:
     """The times on this machine."""
     found: dict[str, Any] = kept_times(file).get(machine(), {})
     return found
 
 
-def add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
+def _add_entry(file: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Write a time beside those that other processes may have written meanwhile."""
     known = kept_times(file)
     known.setdefault(machine(), {})[name] = dict(entry)

@@ -193,7 +193,7 @@ def perplexity(
     with torch.inference_mode(), evaluating(model):
         parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
         for rows in own_batches(count, batch_size, ranks):
-            losses += window_losses(model, parts, windows[rows].to(device), first).tolist()
+            losses += _window_losses(model, parts, windows[rows].to(device), first).tolist()
             if progress is not None:
                 progress(min(count, len(losses) * ranks.count), count)
     losses = [loss for part in ranks.gather(losses) for loss in part]
@@ -338,7 +338,7 @@ def last_states(
     return parts, states[:, first - 1 : -1].flatten(0, 1)
 
 
-def window_losses(model: nn.Module, parts: Parts | None, ids: Tensor, first: int) -> Tensor:
+def _window_losses(model: nn.Module, parts: Parts | None, ids: Tensor, first: int) -> Tensor:
     """The mean loss of each window of a batch, float64 [batch]."""
     parts, states = last_states(model, parts, ids, first)
     targets = ids[:, first:].reshape(-1).to(states.device)
@@ -371,7 +371,7 @@ def protocol_id(kind: str, protocol: Mapping[str, Any]) -> str:
         protocol: JSON values; the module says which keys are ignored.
     """
     counted = {key: value for key, value in protocol.items() if key not in APART}
-    hashed = digest(json.dumps([kind, counted], sort_keys=True).encode())[:8]
+    hashed = _digest(json.dumps([kind, counted], sort_keys=True).encode())[:8]
     computed = [str(protocol[key]) for key in COMPUTED if protocol.get(key, "none") != "none"]
     return "-".join([kind, hashed, *computed]).replace(" ", "")
 
@@ -384,10 +384,10 @@ def judged_part(protocol_id: str) -> str:
 def fingerprint(content: Tensor | Sequence[Any]) -> str:
     """A hash of sixteen digits for token windows, or for JSON values such as task requests."""
     if isinstance(content, Tensor):
-        return digest(repr(tuple(content.shape)).encode() + content.cpu().numpy().tobytes())[:16]
-    return digest(json.dumps(list(content), ensure_ascii=False).encode())[:16]
+        return _digest(repr(tuple(content.shape)).encode() + content.cpu().numpy().tobytes())[:16]
+    return _digest(json.dumps(list(content), ensure_ascii=False).encode())[:16]
 
 
-def digest(data: bytes) -> str:
+def _digest(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()

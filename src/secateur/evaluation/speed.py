@@ -198,10 +198,10 @@ def take_turns(
     finally:
         for process in processes:
             process.end()
-    return [speed_of(p, found.get(p, [])) for p in processes]
+    return [_speed_of(p, found.get(p, [])) for p in processes]
 
 
-def speed_of(process: Process, rounds: list[Round]) -> Speed:
+def _speed_of(process: Process, rounds: list[Round]) -> Speed:
     """The result of a contender's rounds."""
     name = process.name if process.name in CONTENDERS else Path(process.name).name
     if "failure" in process.ready or not rounds:
@@ -214,9 +214,9 @@ def speed_of(process: Process, rounds: list[Round]) -> Speed:
     )
 
 
-def serve() -> None:
+def _serve() -> None:
     """Run the process of one contender: read a line, answer with a line."""
-    end_with_parent()
+    _end_with_parent()
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
     kernels = library()
@@ -226,29 +226,29 @@ def serve() -> None:
     prompt = torch.tensor(asked["prompt"])
     capacity = len(prompt) + asked["new_tokens"]
     try:
-        running = contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
+        running = _contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         running.round(prompt, 2)
         give_back()  # an int8 contender has rounded larger weights, which are gone
     except Exception as error:  # any error is reported, so that the other contenders continue
-        answer({"failure": failure_of(error)})
+        answer({"failure": _failure_of(error)})
         return
     answer({"resident_bytes": psutil.Process().memory_info().rss - before})
     for _ in sys.stdin:
         try:
             answer(running.round(prompt, asked["new_tokens"]))
         except Exception as error:
-            answer({"failure": failure_of(error)})
+            answer({"failure": _failure_of(error)})
             return
 
 
-def failure_of(error: Exception) -> str:
+def _failure_of(error: Exception) -> str:
     """An error in one line, with its remedy."""
     if isinstance(error, SecateurError):
         return "; ".join(part for part in (error.what, error.remedy) if part)
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this process with its parent: by a signal on Linux, elsewhere when input ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -264,7 +264,7 @@ if __name__ == "__main__":
     # output of libraries must not mix with the answers
     ANSWERS = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve()
+    _serve()
 
 
 CONTENDERS = (
@@ -380,18 +380,14 @@ class TorchInt8(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender:
-    """Load a contender. Any other name is the path of a GGUF file.
-
-    Raises:
-        KernelError: the contender cannot run on this machine.
-    """
+def _contender(name: str, folder: Path, capacity: int, threads: int) -> Contender:
+    """Load a contender. Any other name is the path of a GGUF file."""
     if name not in CONTENDERS:
         return LlamaCpp(Path(name), capacity, threads)
     packed = name.startswith("packed")
     model = load(folder, dtype=None if packed else torch.bfloat16, expand=not packed)
     if name.endswith("int8"):
-        quantize(model, ours=name.startswith("dense"))
+        _quantize(model, ours=name.startswith("dense"))
     if name in ("packed in transformers", "torch bf16", "torch int8"):
         return Transformers(model)
     reason = why_not(model, capacity)
@@ -400,7 +396,7 @@ def contender(name: str, folder: Path, capacity: int, threads: int) -> Contender
     return OneCall(model, capacity)
 
 
-def quantize(model: Any, *, ours: bool) -> None:
+def _quantize(model: Any, *, ours: bool) -> None:
     """Replace all linears, including the output head, by int8 linears."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):

@@ -88,8 +88,8 @@ def time_steps(
         layer_bytes: bytes of decoder layers to time in the largest model; at least two layers run.
         clock: returns seconds.
     """
-    layers = max(2, layer_bytes // max(bytes_of_a_layer(model) for model in models))
-    shortened = [first_of(model, layers) for model in models]
+    layers = max(2, layer_bytes // max(_bytes_of_a_layer(model) for model in models))
+    shortened = [_first_of(model, layers) for model in models]
     fill(shortened, device)
     context = context_tokens(models[0].config)
     with quiet_transformers():
@@ -106,13 +106,13 @@ def time_steps(
     return Timed(tuple(each.seconds for each in running), context)
 
 
-def bytes_of_a_layer(model: Any) -> int:
+def _bytes_of_a_layer(model: Any) -> int:
     """Bytes of the largest decoder layer."""
     layers = describe(model).layers(model)
     return max(sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers)
 
 
-def first_of(model: Any, count: int) -> Any:
+def _first_of(model: Any, count: int) -> Any:
     """A skeleton with at most `count` of the model's decoder layers, spread evenly."""
     there = len(describe(model).layers(model))
     if count >= there:

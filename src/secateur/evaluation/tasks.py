@@ -92,17 +92,17 @@ def prepare_tasks(
     """
     check_request(names, source=source, limit=limit, shots=shots)
     specs = {name: task_spec(name) for name in names}
-    return [prepared_task(name, spec, source, limit, shots) for name, spec in specs.items()]
+    return [_prepared_task(name, spec, source, limit, shots) for name, spec in specs.items()]
 
 
-def prepared_task(
+def _prepared_task(
     name: str, spec: TaskSpec, source: str, limit: int | None, shots: int
 ) -> PreparedTask:
     """A task with its rows and requests."""
     local = None if source == "hub" else local_rows(name, source)
     with quiet_harness():
         if local is None:
-            task = hub_task(name, spec)
+            task = _hub_task(name, spec)
             split = task.config.test_split or task.config.validation_split
             shots_from = task.config.fewshot_split or task.config.training_split or split
             dataset = f"{task.config.dataset_path} {task.config.dataset_name or ''}".strip()
@@ -116,7 +116,7 @@ def prepared_task(
                 )
             # with shots, examples are drawn from the same rows, so all of them are needed
             rows = local.rows if shots else local.rows[:limit]
-            task = task_of(spec, {"validation": rows, "train": local.shots})
+            task = _task_of(spec, {"validation": rows, "train": local.shots})
             split, dataset, in_split = local.split, local.dataset, len(local.rows)
             shots_from = local.shots_from
         task.set_config("num_fewshot", shots)
@@ -140,16 +140,12 @@ def prepared_task(
     return PreparedTask(name, task, limit, protocol)
 
 
-def hub_task(name: str, spec: TaskSpec) -> Any:
-    """lm-eval's task with its own data set.
-
-    Raises:
-        SourceError: the data set is not on this machine and cannot be downloaded.
-    """
+def _hub_task(name: str, spec: TaskSpec) -> Any:
+    """lm-eval's task with its own data set."""
     reason = None
     try:
         with hub_or_cache() as reason:
-            return task_of(spec, None)
+            return _task_of(spec, None)
     except (OSError, ValueError) as error:  # `datasets` raises these if it finds no data
         said = reason or next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
@@ -159,7 +155,7 @@ def hub_task(name: str, spec: TaskSpec) -> Any:
         ) from error
 
 
-def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
+def _task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
     """lm-eval's task, with its own rows or with the given ones."""
     import lm_eval.tasks
 
@@ -167,7 +163,7 @@ def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     config: dict[str, Any] = {"task": spec.harness}
     if rows is not None:
-        held = splits(rows)
+        held = _splits(rows)
         config |= {
             "custom_dataset": lambda **_: held,
             "training_split": None,
@@ -182,7 +178,7 @@ def task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
     return manager.load(group)["tasks"][spec.harness]
 
 
-def splits(rows: Mapping[str, Sequence[Any]]) -> Any:
+def _splits(rows: Mapping[str, Sequence[Any]]) -> Any:
     """Rows as an in-memory data set of `datasets`. Splits without rows are left out."""
     import datasets
 
@@ -218,11 +214,11 @@ def run_tasks(
             progress.finish()
             for request, response in zip(requests, found, strict=True):
                 request.resps, request.filtered_resps = [response], {}
-            scores += scored(one, {**one.protocol, **computed_by(model)})
+            scores += _scored(one, {**one.protocol, **computed_by(model)})
     return scores
 
 
-def scored(one: PreparedTask, protocol: Mapping[str, Any]) -> list[TaskScore]:
+def _scored(one: PreparedTask, protocol: Mapping[str, Any]) -> list[TaskScore]:
     """The metrics of a task with answered requests. lm-eval decides which answers are right."""
     task = one.task
     task.apply_filters()

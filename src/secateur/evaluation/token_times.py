@@ -119,10 +119,10 @@ def time_tokens(
     found: dict[Way, TimedWay] = {}
     progress.start("timing tokens", len(ways))
     for way in ways:
-        key = key_of(config, way)
+        key = _key_of(config, way)
         kept = known.get(key, {})
         if not plausible([kept.get(name) for name in ("ends", "layers", "prompt")]):
-            timed = time_way(config, way, clock)
+            timed = _time_way(config, way, clock)
             known = kept_times(file)
             known[key] = asdict(timed)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def plausible(seconds: Any) -> bool:
     return bool(times) and len(numbers) == len(times)
 
 
-def key_of(config: Any, way: Way) -> str:
+def _key_of(config: Any, way: Way) -> str:
     """Everything that a time depends on."""
     here = environment(torch.device("cpu"))
     sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
@@ -162,7 +162,7 @@ def key_of(config: Any, way: Way) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
+def _time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
     """Time one way: the median of some turns."""
     timer = WayTimer(config, way, clock)
     timer.turn()  # the first prompt also touches all memory
@@ -194,11 +194,11 @@ class WayTimer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if config.model_type not in FAMILIES:
-            raise cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
+            raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
         model = random_model(config, way)
         reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
         if reason is not None:
-            raise cannot(config, reason)
+            raise _cannot(config, reason)
         settle(model, torch.bfloat16)
         self.clock = clock
         self.layers, self.count = config.num_hidden_layers, len(model.model.layers)
@@ -214,8 +214,8 @@ class WayTimer:
         whole: list[float] = []
         bare: list[float] = []
         while len(whole) < MOST_STEPS:
-            whole += steps(self.decoder, self.count, self.clock)
-            bare += steps(self.decoder, 0, self.clock)
+            whole += _steps(self.decoder, self.count, self.clock)
+            bare += _steps(self.decoder, 0, self.clock)
             self.decoder.slots.rewind(0, PROMPT_TOKENS)
             ends = statistics.median(bare)
             between = statistics.median(whole) - ends
@@ -226,7 +226,7 @@ class WayTimer:
         return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
 
 
-def cannot(config: Any, reason: str) -> ArchitectureError:
+def _cannot(config: Any, reason: str) -> ArchitectureError:
     """The error for a model that our loop does not decode."""
     return ArchitectureError(
         f"this model cannot be timed without its weights: {reason}",
@@ -235,7 +235,7 @@ def cannot(config: Any, reason: str) -> ArchitectureError:
     )
 
 
-def steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[float]:
+def _steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[float]:
     """Seconds of some tokens with the first decoder layers; the first one does not count."""
     decoder.slots.c.layers = layers
     found = []
@@ -259,7 +259,7 @@ def random_model(config: Any, way: Way) -> Any:
     model.model.layers = model.model.layers[:count]
     matrices: dict[tuple[int, int], KernelMatrix] = {}
     for layer in model.model.layers:
-        fill(layer, way, matrices)
+        _fill(layer, way, matrices)
     outer = "int8" if way.values in ("int8", "int4") else "bf16"
     embedding = model.get_input_embeddings()
     ends = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
@@ -269,7 +269,7 @@ def random_model(config: Any, way: Way) -> Any:
     return model
 
 
-def fill(layer: nn.Module, way: Way, matrices: dict[tuple[int, int], KernelMatrix]) -> None:
+def _fill(layer: nn.Module, way: Way, matrices: dict[tuple[int, int], KernelMatrix]) -> None:
     """Give every linear of a layer a random matrix of its own, and norms and biases ones."""
     for path, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
@@ -309,7 +309,7 @@ def random_matrix(
         group: weights that share a scale, for int4.
     """
     kept = columns - round(sparsity * columns)
-    mask = random_mask(rows, columns, kept) if sparsity else None
+    mask = _random_mask(rows, columns, kept) if sparsity else None
     if values == "int4":
         codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
         code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
@@ -324,7 +324,7 @@ def random_matrix(
 
 
 @functools.cache
-def random_mask(rows: int, columns: int, kept: int) -> Tensor:
+def _random_mask(rows: int, columns: int, kept: int) -> Tensor:
     """With the same number of ones in each row; the masks of some rows repeat."""
     some = torch.rand(min(rows, DIFFERENT_ROWS), columns).argsort(1) < kept
     return some.repeat(-(-rows // len(some)), 1)[:rows]

@@ -96,7 +96,7 @@ def central_share(t: float, degrees: int) -> float:
     return 2 / math.pi * (angle + total) if odd else total
 
 
-def is_significant(difference: float, error: float, items: int) -> bool:
+def _is_significant(difference: float, error: float, items: int) -> bool:
     """Whether the mean difference of `items` pairs, with this standard error, is significant."""
     if error == 0:
         return difference != 0
@@ -131,7 +131,7 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
         reference_value=mean_of(reference),
         difference=difference,
         standard_error=error,
-        significant=None if error is None else is_significant(difference, error, len(differences)),
+        significant=None if error is None else _is_significant(difference, error, len(differences)),
         retention=retention(mean_of(values), mean_of(reference), standard_error(reference), chance),
     )
 

@@ -159,7 +159,7 @@ class CompressedTensors:
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the folder, one tensor in memory at a time, in as many files as the source has."""
         linears = decoder_linears(source)
-        scheme = scheme_of(source, linears, type, progress)
+        scheme = _scheme_of(source, linears, type, progress)
         copy_the_rest(source, {"quantization_config": scheme.to_json(linears.others)}, output)
         files, made, exact = source.reader.files, Exported(), 0
         weight_map: dict[str, str] = {}
@@ -167,14 +167,14 @@ class CompressedTensors:
         for number, file in enumerate(files, 1):
             shard = output / shard_name("model", number, len(files))
             names = [n for n, entry in source.reader.entries.items() if entry.file == file]
-            known = planned(source, linears, scheme, names)
+            known = _planned(source, linears, scheme, names)
             weight_map |= dict.fromkeys(known, shard.name)
             with ShardWriter(shard, known, [], PLAIN) as writer:
                 for name in names:
                     tensor = source.reader.read(name)
                     if name in linears.shapes:
                         codes, scale = scheme.rounded(source, name, tensor)
-                        for part, stored in scheme.tensors(owner_of(name), codes, scale):
+                        for part, stored in scheme.tensors(_owner_of(name), codes, scale):
                             writer.write(part, stored)
                         made.count_tensor(f"int{scheme.bits}")
                         exact += made.count_matrix(tensor, scheme.weight(codes, scale))
@@ -188,16 +188,16 @@ class CompressedTensors:
         if len(files) > 1:
             index = {"metadata": {"total_size": made.file_bytes}, "weight_map": weight_map}
             (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        made.notes += notes_on(source, linears, scheme, len(linears.shapes) - exact)
+        made.notes += _notes_on(source, linears, scheme, len(linears.shapes) - exact)
         return made
 
 
-def owner_of(name: str) -> str:
+def _owner_of(name: str) -> str:
     """The name of the linear of a weight."""
     return name.removesuffix(".weight")
 
 
-def planned(
+def _planned(
     source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: list[str]
 ) -> Specs:
     """Dtype and shape of what becomes of some tensors of the source."""
@@ -205,34 +205,26 @@ def planned(
     for name in names:
         entry = source.reader.entries[name]
         if name in linears.shapes:
-            known |= scheme.specs(owner_of(name), *linears.shapes[name])
+            known |= scheme.specs(_owner_of(name), *linears.shapes[name])
         else:
             known[name] = (entry.dtype, entry.shape)
     return known
 
 
-def scheme_of(
+def _scheme_of(
     source: ExportSource, linears: DecoderLinears, type: str, progress: Progress
 ) -> Scheme:
-    """The scheme of a type for this model.
-
-    Raises:
-        ShapeError: no group divides the inputs of all linears.
-    """
+    """The scheme of a type for this model."""
     if type == "w8a8":
         return Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
     if type == "w8a16":
         return Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
-    group, scale = group_of(source, linears, progress), computed_dtype(source.folder)
+    group, scale = _group_of(source, linears, progress), computed_dtype(source.folder)
     return Scheme(4, packed=True, group=group, activations=None, scale=scale)
 
 
-def group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:
-    """The group for 4 bits: the largest that rounds no matrix which is on an int4 grid already.
-
-    Raises:
-        ShapeError: no group divides the inputs of all linears.
-    """
+def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:
+    """The group for 4 bits: the largest that rounds no matrix which is on an int4 grid already."""
     possible = sorted(GROUPS, reverse=True)
     odd = [n for n, (_, columns) in linears.shapes.items() if columns % possible[-1]]
     if odd:
@@ -257,7 +249,7 @@ def group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) 
     return best[0]
 
 
-def notes_on(
+def _notes_on(
     source: ExportSource, linears: DecoderLinears, scheme: Scheme, rounded: int
 ) -> list[str]:
     """What a user must know about the folder."""

@@ -61,14 +61,14 @@ class ONNX:
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             dense = Path(scratch) / "dense"
             dense.mkdir()
-            write_dense(source, dense, progress)
-            build(dense, output, type, Path(scratch))
-        made = counted(source, output / "model.onnx", progress)
+            _write_dense(source, dense, progress)
+            _build(dense, output, type, Path(scratch))
+        made = _counted(source, output / "model.onnx", progress)
         made.file_bytes = sum(file.stat().st_size for file in output.iterdir())
         return made
 
 
-def write_dense(source: ExportSource, folder: Path, progress: Progress) -> None:
+def _write_dense(source: ExportSource, folder: Path, progress: Progress) -> None:
     """Write an ordinary folder, which the builder can load whatever the source is."""
     copy_the_rest(source, {}, folder)
     entries = source.reader.entries
@@ -82,12 +82,8 @@ def write_dense(source: ExportSource, folder: Path, progress: Progress) -> None:
     progress.finish()
 
 
-def build(dense: Path, output: Path, type: str, scratch: Path) -> None:
-    """Run the model builder.
-
-    Raises:
-        ArchitectureError: it does not know the model.
-    """
+def _build(dense: Path, output: Path, type: str, scratch: Path) -> None:
+    """Run the model builder."""
     asked = ["-m", "model", "-i", dense, "-o", output, "-p", type, "-e", "cpu", "-c", scratch]
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     command = [*builder, *map(str, asked), *OPTIONS[type]]
@@ -101,7 +97,7 @@ def build(dense: Path, output: Path, type: str, scratch: Path) -> None:
         )
 
 
-def counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
+def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
     """Count the zeros of every matrix in the graph."""
     import onnx_ir
 
@@ -113,20 +109,20 @@ def counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
         where = f"model.layers.{part[1]}.{'self_attn' if part[2] == 'attn' else 'mlp'}"
         names = [f"{where}.{name}.weight" for name in FUSED.get(part[3], (part[3],))]
         weight = torch.cat([source.reader.read(name) for name in names])
-        made.count_matrix(weight, weight_of(node))
-        made.count_tensor(kind_of(node))
+        made.count_matrix(weight, _weight_of(node))
+        made.count_tensor(_kind_of(node))
         progress.step(note=node.name)
     progress.finish()
     return made
 
 
-def kind_of(node: Any) -> str:
+def _kind_of(node: Any) -> str:
     """How the matrix of a node is stored."""
     bits = node.attributes.get("bits")
     return f"int{bits.value}" if bits is not None else "float32"
 
 
-def weight_of(node: Any) -> Tensor:
+def _weight_of(node: Any) -> Tensor:
     """The matrix [out, in] that a node multiplies with."""
     constants = [x.const_value.numpy() for x in node.inputs if x is not None and x.const_value]
     if node.op_type == "MatMul":

@@ -48,17 +48,17 @@ class SemiStructured:
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write one file, one tensor in memory at a time; the source is read twice."""
         linears, dtype = decoder_linears(source), TYPES[type]
-        stored = stored_as(source, linears, progress)
+        stored = _stored_as(source, linears, progress)
         copy_the_rest(source, {"dtype": str(dtype).removeprefix("torch.")}, output)
         made, rounded = Exported(), 0
         progress.start("writing", len(source.reader.entries))
-        known = known_specs(source, linears, stored, dtype)
+        known = _known_specs(source, linears, stored, dtype)
         with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
             for name in source.reader.entries:
                 tensor, own = source.reader.read(name), linears.names[name]
-                value = cast(tensor, dtype, name)
+                value = _cast(tensor, dtype, name)
                 if name in stored:
-                    parts = encoded(value, PATTERNS[stored[name]])
+                    parts = _encoded(value, PATTERNS[stored[name]])
                     for part, content in parts.named(own.removesuffix(".weight")).items():
                         writer.write(part, content)
                     value = parts.dense
@@ -83,16 +83,12 @@ class SemiStructured:
         return made
 
 
-def stored_as(
+def _stored_as(
     source: ExportSource, linears: DecoderLinears, progress: Progress
 ) -> Mapping[str, str]:
-    """The pattern of every linear that is stored in parts.
-
-    Raises:
-        PatternError: names the linears that have none of the patterns.
-    """
-    found = patterns_of(source, tuple(linears.shapes), progress)
-    wide = {n: lifted_columns(p, linears.shapes[n][1]) for n, p in found.items()}
+    """The pattern of every linear that is stored in parts."""
+    found = _patterns_of(source, tuple(linears.shapes), progress)
+    wide = {n: _lifted_columns(p, linears.shapes[n][1]) for n, p in found.items()}
     return {
         name: pattern
         for name, pattern in found.items()
@@ -100,7 +96,7 @@ def stored_as(
     }
 
 
-def known_specs(
+def _known_specs(
     source: ExportSource, linears: DecoderLinears, stored: Mapping[str, str], dtype: torch.dtype
 ) -> Specs:
     """Dtype and shape of everything in the file."""
@@ -109,21 +105,17 @@ def known_specs(
         own = linears.names[name]
         if name in stored:
             (out, columns), pattern = linears.shapes[name], stored[name]
-            lifted, split = lifted_columns(pattern, columns), PATTERNS[pattern] is not None
+            lifted, split = _lifted_columns(pattern, columns), PATTERNS[pattern] is not None
             known |= part_specs(own.removesuffix(".weight"), out, lifted, dtype, split=split)
         else:
             known[own] = (dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
     return known
 
 
-def patterns_of(
+def _patterns_of(
     source: ExportSource, linears: tuple[str, ...], progress: Progress
 ) -> Mapping[str, str]:
-    """The pattern of every linear: the first of `PATTERNS` that it has.
-
-    Raises:
-        PatternError: names those that have none.
-    """
+    """The pattern of every linear: the first of `PATTERNS` that it has."""
     progress.start("checking the pattern", len(linears))
     found: dict[str, str] = {}
     for name in linears:
@@ -145,13 +137,13 @@ def patterns_of(
     return found
 
 
-def lifted_columns(pattern: str, in_features: int) -> int:
+def _lifted_columns(pattern: str, in_features: int) -> int:
     """Columns of the 2:4 matrix of a pattern."""
     splitting = PATTERNS[pattern]
     return in_features if splitting is None else splitting.lifted(in_features)
 
 
-def encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
+def _encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
     """The parts of a weight."""
     columns = weight.shape[1]
     if splitting is None:
@@ -159,12 +151,8 @@ def encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
     return StoredParts.of(splitting.split(weight), columns, splitting.columns(columns))
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A floating-point tensor in another dtype.
-
-    Raises:
-        NumericalError: a weight is too large.
-    """
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A floating-point tensor in another dtype."""
     if not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)

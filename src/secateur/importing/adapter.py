@@ -43,7 +43,7 @@ class MergedReader(CheckpointReader):
         stored = CheckpointReader(folder)
         self.folder, self.files, self.entries = folder, stored.files, stored.entries
         self.stored = stored
-        check_adapter(adapter)
+        _check_adapter(adapter)
         refuse_not_finite([adapter / WEIGHTS])
         peft = need_peft()
         model = load_whole(
@@ -56,7 +56,7 @@ class MergedReader(CheckpointReader):
                 warnings.filterwarnings("ignore")
                 adapted = peft.PeftModel.from_pretrained(model, str(adapter))
             known = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-            refuse_unknown(adapter, known | adapted.state_dict().keys())
+            _refuse_unknown(adapter, known | adapted.state_dict().keys())
             self.kind = str(adapted.active_peft_config.peft_type.value)
             merged = merge(adapted)
         except (SecateurError, MemoryError):
@@ -87,12 +87,8 @@ class MergedReader(CheckpointReader):
         return self.changed[name].to(self.entries[name].dtype).contiguous()
 
 
-def refuse_unknown(adapter: Path, known: set[str]) -> None:
-    """Refuse an adapter with tensors that peft left out, which it does without a word.
-
-    Raises:
-        CheckpointError: names one.
-    """
+def _refuse_unknown(adapter: Path, known: set[str]) -> None:
+    """Refuse an adapter with tensors that peft left out, which it does without a word."""
     left = sorted(read_header(adapter / WEIGHTS).entries.keys() - known)
     if left:
         raise CheckpointError(
@@ -103,13 +99,8 @@ def refuse_unknown(adapter: Path, known: set[str]) -> None:
         )
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse a folder that holds no adapter in safetensors.
-
-    Raises:
-        SourceError: there is no such folder, or no adapter in it.
-        CheckpointError: the adapter is a pickle, or damaged.
-    """
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter in safetensors."""
     if not (folder / "adapter_config.json").is_file():
         raise SourceError(
             "the folder has no adapter_config.json",

@@ -42,7 +42,7 @@ class MaskedReader(CheckpointReader):
         self.entries = model.entries
         self.masks: dict[str, TensorEntry] = {}
         for stored, entry in read_header(file).entries.items():
-            name = owner(stored, model)
+            name = _owner(stored, model)
             if name in self.masks:
                 raise damaged(f"there are two masks of {name}", file)
             if entry.shape != model.entries[name].shape:
@@ -64,12 +64,8 @@ class MaskedReader(CheckpointReader):
         return tensor
 
 
-def owner(mask: str, model: CheckpointReader) -> str:
-    """The tensor that a mask is of.
-
-    Raises:
-        RecipeError: there is none.
-    """
+def _owner(mask: str, model: CheckpointReader) -> str:
+    """The tensor that a mask is of."""
     stems = {mask.removesuffix(ending) for ending in ENDINGS}
     names = {name for stem in stems for name in (stem, f"{stem}.weight")} & model.entries.keys()
     if len(names) != 1:

@@ -62,11 +62,11 @@ class TorchPrune:
                     f"the mask is {list(mask.shape)}, the weight {list(original.shape)}", pair.mask
                 )
             parts = {"original": pair.original, "mask": pair.mask}
-            made[name] = Assembly(parts, original.shape, original.dtype, self.name, masked)
+            made[name] = Assembly(parts, original.shape, original.dtype, self.name, _masked)
         return AssembledReader(source.reader, made, source.config)
 
 
-def masked(parts: Parts) -> Tensor:
+def _masked(parts: Parts) -> Tensor:
     """The weight with zeros where the mask is 0."""
     return torch.where(as_mask(parts["mask"]), parts["original"], 0)
 

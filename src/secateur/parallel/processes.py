@@ -60,16 +60,12 @@ def joined(device: str = "auto") -> Ranks:
         return ALONE
     on_gpu = device.startswith(("auto", "cuda")) and torch.cuda.is_available()
     if on_gpu:
-        take_gpu(launched, torch.cuda.device_count(), device)
+        _take_gpu(launched, torch.cuda.device_count(), device)
     return Processes(launched, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
 
-def take_gpu(launched: Launched, gpus: int, device: str) -> None:
-    """Give this process a GPU of its own.
-
-    Raises:
-        RecipeError: there are more processes than GPUs, or the recipe names one GPU for all.
-    """
+def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
+    """Give this process a GPU of its own."""
     if ":" in device:
         raise RecipeError(
             f"{launched.here} processes of this machine would all use {device}",
@@ -97,7 +93,7 @@ class Processes:
     def __init__(self, launched: Launched, backend: str) -> None:
         self.rank, self.count, self.here = launched.rank, launched.count, launched.here
         if not dist.is_initialized():  # Ray has already made the group
-            meet(launched, backend)
+            _meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
@@ -112,17 +108,17 @@ class Processes:
 
     def total(self, tensor: Tensor) -> None:
         """Replace a tensor in place by its sum over all processes; all get the same bits."""
-        with self.together(), in_one_piece(tensor) as whole:
+        with self.together(), _in_one_piece(tensor) as whole:
             dist.all_reduce(whole)
 
     def share(self, tensor: Tensor, owner: int) -> None:
         """Replace a tensor in place by the one of process `owner`, bit for bit."""
-        with self.together(), in_one_piece(tensor) as whole:
+        with self.together(), _in_one_piece(tensor) as whole:
             dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
-        own = as_bytes(value)
+        own = _as_bytes(value)
         size = torch.tensor([len(own)])
         with self.together():
             sizes = [torch.zeros_like(size) for _ in range(self.count)]
@@ -130,16 +126,16 @@ class Processes:
             longest = int(max(sizes))
             texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
             dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
-        return [as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
+        return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
 
     def once(self, work: Callable[[], T]) -> T:
         """Do some work in the first process alone, and return its result in all."""
-        text = as_bytes(work() if self.first else None)
+        text = _as_bytes(work() if self.first else None)
         size = torch.tensor([len(text)])
         self.share(size, 0)
         text = text if self.first else text.new_zeros(int(size))
         self.share(text, 0)
-        found: T = as_value(text)
+        found: T = _as_value(text)
         return found
 
     def wait(self) -> None:
@@ -169,7 +165,7 @@ class Processes:
     def __enter__(self) -> Processes:
         self.lookout.start()
         self.wait()  # every process has a number before another one looks at it
-        self.before = catch(self.terminated)
+        self.before = _catch(self.terminated)
         return self
 
     def __exit__(
@@ -203,7 +199,7 @@ class Processes:
             if rank != 0:
                 raise told from error
             return
-        if not in_main_thread():  # Ray collects the errors of all
+        if not _in_main_thread():  # Ray collects the errors of all
             return
         if self.lookout.acknowledged([0], HEARING_SECONDS):
             time.sleep(PRINTING_SECONDS)
@@ -225,12 +221,8 @@ class Processes:
         )
 
 
-def meet(launched: Launched, backend: str) -> None:
-    """Connect this process with all others.
-
-    Raises:
-        RankError: not all have come.
-    """
+def _meet(launched: Launched, backend: str) -> None:
+    """Connect this process with all others."""
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=JOINING))
         store.set(f"here/{rank}", "yes")
@@ -246,7 +238,7 @@ def meet(launched: Launched, backend: str) -> None:
 
 
 @contextmanager
-def in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
+def _in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor whose numbers are consecutive in memory, for an operation in place."""
     whole = tensor.detach().contiguous()
     yield whole
@@ -254,25 +246,25 @@ def in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
         tensor.detach().copy_(whole)
 
 
-def as_bytes(value: object) -> Tensor:
+def _as_bytes(value: object) -> Tensor:
     """Plain data as JSON, one byte in each number, uint8."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def as_value(text: Tensor) -> Any:
-    """The plain data that `as_bytes` has written."""
+def _as_value(text: Tensor) -> Any:
+    """The plain data that `_as_bytes` has written."""
     return json.loads(text.numpy().tobytes())
 
 
-def catch(handler: Callable[[int, FrameType | None], None]) -> Any:
+def _catch(handler: Callable[[int, FrameType | None], None]) -> Any:
     """Handle the signal with which launchers end processes. Return the handler before.
 
     Only the main thread can do this.
     """
-    return signal.signal(signal.SIGTERM, handler) if in_main_thread() else None
+    return signal.signal(signal.SIGTERM, handler) if _in_main_thread() else None
 
 
-def in_main_thread() -> bool:
+def _in_main_thread() -> bool:
     """Whether the work runs in the main thread. Ray runs it in another one."""
     return threading.current_thread() is threading.main_thread()
 

@@ -38,9 +38,9 @@ def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[],
         SecateurError: the first error of a process.
         RankError: a process has ended without an error of its own.
     """
-    ray = imported()
-    with connected(ray, address, processes), tempfile.TemporaryDirectory() as place:
-        count = processes or natural_count(ray, on_gpu)
+    ray = _imported()
+    with _connected(ray, address, processes), tempfile.TemporaryDirectory() as place:
+        count = processes or _natural_count(ray, on_gpu)
         trainer = ray.train.torch.TorchTrainer(
             in_folder,
             train_loop_config={"folder": os.getcwd(), "work": work},
@@ -80,11 +80,11 @@ def each(
         RecipeError: Ray is missing, or the cluster has too few GPUs.
         RankError: a process has ended without an error of its own.
     """
-    ray = imported()
-    with connected(ray, address, processes):
-        count = processes or natural_count(ray, on_gpu)
+    ray = _imported()
+    with _connected(ray, address, processes):
+        count = processes or _natural_count(ray, on_gpu)
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
-        remote = ray.remote(num_cpus=cores, num_gpus=int(on_gpu), max_retries=0)(done_in_folder)
+        remote = ray.remote(num_cpus=cores, num_gpus=int(on_gpu), max_retries=0)(_done_in_folder)
         left, running = list(items), dict[Any, T]()
         while left or running:
             while left and len(running) < count:
@@ -101,18 +101,14 @@ def each(
             yield item, found
 
 
-def done_in_folder(folder: str, work: Callable[[T], R], item: T) -> R:
+def _done_in_folder(folder: str, work: Callable[[T], R], item: T) -> R:
     """What each task does: the work, in the folder in which the command was given."""
     os.chdir(folder)
     return work(item)
 
 
-def imported() -> Any:
-    """Import Ray with its trainer for torch.
-
-    Raises:
-        RecipeError: it is not installed.
-    """
+def _imported() -> Any:
+    """Import Ray with its trainer for torch."""
     try:
         import ray
         import ray.train
@@ -123,12 +119,8 @@ def imported() -> Any:
 
 
 @contextmanager
-def connected(ray: Any, address: str, processes: int | None) -> Iterator[None]:
-    """A context with a connection to a cluster, or with a small one on this machine.
-
-    Raises:
-        RecipeError: nothing answers at the address.
-    """
+def _connected(ray: Any, address: str, processes: int | None) -> Iterator[None]:
+    """A context with a connection to a cluster, or with a small one on this machine."""
     if ray.is_initialized():
         yield
         return
@@ -150,12 +142,8 @@ def connected(ray: Any, address: str, processes: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def natural_count(ray: Any, on_gpu: bool) -> int:
-    """The number of processes that a cluster suggests: its GPUs, or its machines.
-
-    Raises:
-        RecipeError: GPUs are needed and there are none.
-    """
+def _natural_count(ray: Any, on_gpu: bool) -> int:
+    """The number of processes that a cluster suggests: its GPUs, or its machines."""
     if not on_gpu:
         return sum(1 for node in ray.nodes() if node["Alive"])
     gpus = int(ray.cluster_resources().get("GPU", 0))

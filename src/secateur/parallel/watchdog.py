@@ -76,7 +76,7 @@ class Lookout:
     def start(self) -> None:
         """Begin to count and to look."""
         self.store.set(host(self.rank), socket.gethostname())
-        self.store.set(beat(self.rank), "0")
+        self.store.set(_beat(self.rank), "0")
         self.thread.start()
 
     def stop(self) -> None:
@@ -84,7 +84,7 @@ class Lookout:
         self.over.set()
         self.thread.join()
         if self.fault is None:
-            self.quietly(lambda: self.store.set(beat(self.rank), LEFT))
+            self.quietly(lambda: self.store.set(_beat(self.rank), LEFT))
 
     # -- faults ----------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Lookout:
         while not self.over.wait(BEAT_SECONDS):
             number += 1
             try:
-                self.store.set(beat(self.rank), str(number))
+                self.store.set(_beat(self.rank), str(number))
                 if self.store.check(["fault"]):
                     self.hear(Fault.read(self.store.get("fault").decode()))
                 self.look_at_others()
@@ -139,7 +139,7 @@ class Lookout:
         """Report a process whose number stands still."""
         now = self.clock()
         for other, (number, since) in self.seen.items():
-            found = self.read(beat(other))  # nothing yet, if it has died at the start
+            found = self.read(_beat(other))  # nothing yet, if it has died at the start
             if found != number:
                 self.seen[other] = found, now
             elif (
@@ -178,7 +178,7 @@ class Lookout:
             return None
 
 
-def beat(rank: int) -> str:
+def _beat(rank: int) -> str:
     """The key of a process's number in the store."""
     return f"beat/{rank}"
 

@@ -51,18 +51,14 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
     for start in range(0, out, rows):
         block = slice(start, start + rows)
         values = weight[block].float()
-        scale[block] = scales_of(values)
+        scale[block] = _scales_of(values)
         rounded = (values / scale[block, None]).round_().clamp_(-LARGEST, LARGEST)
         quantized[block] = rounded.to(torch.int8)
     return quantized, scale
 
 
-def scales_of(values: Tensor) -> Tensor:
-    """The scale of each row of float32 values, [rows].
-
-    Raises:
-        NumericalError: a value is NaN or infinite.
-    """
+def _scales_of(values: Tensor) -> Tensor:
+    """The scale of each row of float32 values, [rows]."""
     peak = values.abs().amax(dim=1)
     if not torch.isfinite(peak).all():
         odd = int((~torch.isfinite(values)).sum())

@@ -114,8 +114,8 @@ def encode(tensor: Tensor, width: int = 8) -> tuple[Tensor, Archived]:
     planes = planes.reshape(-1, spec.dtype.itemsize).t().contiguous()
     codec = f"zstd-{width}"
     if codec in WIDENED:
-        numbers = unpack_numbers(tensor, width, widened_count(spec, width))
-        level, content = LEVEL_OF_NUMBERS, pack_numbers(numbers, widened_bits(width))
+        numbers = unpack_numbers(tensor, width, _widened_count(spec, width))
+        level, content = LEVEL_OF_NUMBERS, pack_numbers(numbers, _widened_bits(width))
     else:
         level, content, codec = LEVEL, planes, "zstd"
     frame = zstandard.ZstdCompressor(level=level).compress(as_bytes(content))
@@ -135,20 +135,16 @@ def decode(stored: Tensor, archived: Archived) -> Tensor:
     """
     spec = archived.spec
     if archived.codec in WIDENED:
-        return narrowed(stored, spec, WIDENED[archived.codec])
-    planes = stored if archived.codec == "none" else opened(stored, spec.nbytes)
+        return _narrowed(stored, spec, WIDENED[archived.codec])
+    planes = stored if archived.codec == "none" else _opened(stored, spec.nbytes)
     if planes.numel() != spec.nbytes:
         raise CheckpointError(f"{planes.numel()} bytes where {spec.nbytes} are needed")
     elements = planes.reshape(spec.dtype.itemsize, -1).t().contiguous()
     return elements.view(-1).view(spec.dtype).reshape(spec.shape)
 
 
-def opened(stored: Tensor, size: int) -> Tensor:
-    """The content of a frame, which has this size.
-
-    Raises:
-        CheckpointError: this is no frame, or it has another size.
-    """
+def _opened(stored: Tensor, size: int) -> Tensor:
+    """The content of a frame, which has this size."""
     frame = as_bytes(stored)
     try:
         holds = zstandard.frame_content_size(frame)
@@ -160,16 +156,12 @@ def opened(stored: Tensor, size: int) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def narrowed(stored: Tensor, spec: PartSpec, width: int) -> Tensor:
-    """The bit streams whose widened numbers are in a frame.
-
-    Raises:
-        CheckpointError: this is no frame, it has another size, or numbers need more bits.
-    """
+def _narrowed(stored: Tensor, spec: PartSpec, width: int) -> Tensor:
+    """The bit streams whose widened numbers are in a frame."""
     *rows, length = spec.shape
-    count, wide = widened_count(spec, width), widened_bits(width)
+    count, wide = _widened_count(spec, width), _widened_bits(width)
     row = row_bytes(count * wide)
-    content = opened(stored, prod(rows) * row).reshape(*rows, row)
+    content = _opened(stored, prod(rows) * row).reshape(*rows, row)
     numbers = unpack_numbers(content, wide, count)
     packed = pack_numbers(numbers, width)
     beyond = int((numbers >= 2**width).sum()) + int(packed[..., length:].count_nonzero())
@@ -179,11 +171,11 @@ def narrowed(stored: Tensor, spec: PartSpec, width: int) -> Tensor:
     return packed[..., :length].contiguous()
 
 
-def widened_bits(width: int) -> int:
+def _widened_bits(width: int) -> int:
     """The bits of a widened number: 4 or 8, so that bytes hold whole numbers."""
     return 4 if width < 4 else 8
 
 
-def widened_count(spec: PartSpec, width: int) -> int:
+def _widened_count(spec: PartSpec, width: int) -> int:
     """The numbers that the bytes of a row hold, the last one perhaps in part."""
     return -(-8 * spec.shape[-1] // width)

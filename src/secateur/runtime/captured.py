@@ -46,7 +46,7 @@ def why_not_captured(model: Any) -> str | None:
     return None
 
 
-def cuda_graph(call: Callable[[], Tensor], rewind: Callable[[], None]) -> Callable[[], Tensor]:
+def _cuda_graph(call: Callable[[], Tensor], rewind: Callable[[], None]) -> Callable[[], Tensor]:
     """Capture a call on the current GPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -81,7 +81,7 @@ class CapturedGeneration:
         ArchitectureError: `why_not_captured` has a reason.
     """
 
-    def __init__(self, model: Any, capacity: int, capture: Capture = cuda_graph) -> None:
+    def __init__(self, model: Any, capacity: int, capture: Capture = _cuda_graph) -> None:
         from transformers import StaticCache
 
         reason = why_not_captured(model)

@@ -85,7 +85,7 @@ def values_for(dtype: torch.dtype, requested: str, name: str) -> str:
     return WITHOUT_LOSS[dtype] if requested == KEEP else requested
 
 
-def group_of(values: str, group: int | None) -> int | None:
+def _group_of(values: str, group: int | None) -> int | None:
     """The group size of a layout with these values: None where there are no groups."""
     return (group or DEFAULT_GROUP) if values in GRID_BITS else None
 
@@ -118,7 +118,7 @@ def choose_layout(
     """
     out, columns = weight.shape
     dense = Layout(
-        DENSE, values, (out, columns), transposed=transposed, group=group_of(values, group)
+        DENSE, values, (out, columns), transposed=transposed, group=_group_of(values, group)
     )
     stored = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
     nonzero = stored != 0

@@ -39,7 +39,7 @@ READ = ".dt_proj"
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
     """Checked parts of a matrix, in the form for the kernels."""
     if layout.grid is not None:
-        return matrix_of_codes(parts, layout, layout.grid.group)
+        return _matrix_of_codes(parts, layout, layout.grid.group)
     if layout.format == "dense":
         return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)
@@ -63,8 +63,7 @@ def integers_of(
     return IntegerLinear(codes, scales.values, layout.grid.group, bias)
 
 
-def matrix_of_codes(parts: Mapping[str, Tensor], layout: Layout, group: int) -> KernelMatrix:
-    """`matrix_of` for int4 and int3."""
+def _matrix_of_codes(parts: Mapping[str, Tensor], layout: Layout, group: int) -> KernelMatrix:
     scales = Scales(parts["weight_exponent"], parts["weight_scale"])
     if layout.format == "dense":
         codes = decode_values(parts["weight"], layout, layout.shape[1])
@@ -125,20 +124,20 @@ def install(
         parts, old = packed.parts(owner), model.get_submodule(path)
         module: nn.Module | None = None
         if path == embedding_at:
-            rows = rows_of(parts, layout, dtype, kernels)
+            rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                module = embedding_of(old, rows, dtype)
+                module = _embedding_of(old, rows, dtype)
             if tied and (replaced or layout.integers):
                 alike = rows.integers or not layout.integers
                 head_module = (
-                    PackedLinear(rows) if alike else linear_of(parts, layout, dtype, kernels)
+                    PackedLinear(rows) if alike else _linear_of(parts, layout, dtype, kernels)
                 )
         elif path.endswith(READ):
             if replaced:
                 module = ReadLinear(KernelMatrix(view.read(stored).to(dtype)), old.bias)
         elif replaced or layout.integers:
-            check_replaceable(old, path)
-            module = linear_of(parts, layout, dtype, kernels, old.bias)
+            _check_replaceable(old, path)
+            module = _linear_of(parts, layout, dtype, kernels, old.bias)
         if module is None:
             assign(model, parameter, view.read(stored).to(dtype))
         else:
@@ -149,14 +148,14 @@ def install(
     if head_at and tied:
         tie_head(model, embedding_at, head_at, head_module)
     settle(model, dtype)
-    keep_dtype(model, dtype)
+    _keep_dtype(model, dtype)
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
     return found
 
 
-def linear_of(
+def _linear_of(
     parts: Mapping[str, Tensor],
     layout: Layout,
     dtype: torch.dtype,
@@ -171,7 +170,7 @@ def linear_of(
     return PackedLinear(KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype)), bias)
 
 
-def rows_of(
+def _rows_of(
     parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, kernels: bool
 ) -> KernelMatrix:
     """The matrix of an embedding, whose rows are read alone."""
@@ -180,19 +179,15 @@ def rows_of(
     return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
 
 
-def embedding_of(old: Any, matrix: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
+def _embedding_of(old: Any, matrix: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
     """The replacement for an embedding."""
     # Gemma's embedding multiplies its output; others have no such attribute
     factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
     return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
 
 
-def check_replaceable(old: Any, path: str) -> None:
-    """Refuse a packed matrix of a module that is no linear.
-
-    Raises:
-        CheckpointError: names the module.
-    """
+def _check_replaceable(old: Any, path: str) -> None:
+    """Refuse a packed matrix of a module that is no linear."""
     from transformers.pytorch_utils import Conv1D
 
     if not isinstance(old, (nn.Linear, Conv1D)):
@@ -230,7 +225,7 @@ def tie_head(
     model.all_tied_weights_keys = {}
 
 
-def keep_dtype(model: Any, dtype: torch.dtype) -> None:
+def _keep_dtype(model: Any, dtype: torch.dtype) -> None:
     """Give a model without parameters an empty one, because transformers reads its dtype off them.
 
     OLMo's norms have no weights, so a packed OLMo may have no parameter at all.
@@ -254,18 +249,18 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         return
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
-        kinds[kind_of(module.matrix, activations(dtype))].append(module)
+        kinds[kind_of(module.matrix, _activations(dtype))].append(module)
     for modules in kinds.values():
-        choice = choose([m.matrix for m in modules], activations(dtype))
+        choice = choose([m.matrix for m in modules], _activations(dtype))
         if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
             for module in modules:
                 module.matrix = module.matrix.dense(dtype)
-            choice = choose([m.matrix for m in modules], activations(dtype))
+            choice = choose([m.matrix for m in modules], _activations(dtype))
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
 
 
-def activations(dtype: torch.dtype) -> torch.dtype:
+def _activations(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the kernels' activations for a model of this dtype."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -307,10 +302,10 @@ class DenseView(CheckpointReader):
             layout = packed.layouts.get(name)
             if layout is None:
                 file, spec = packed.entries[name].file, packed.specs[name]
-                self.entries[name] = entry_of(file, spec)
+                self.entries[name] = _entry_of(file, spec)
             else:
                 file = packed.entries[f"{name}.{packed.parts_of(name)[0]}"].file
-                self.entries[f"{name}.weight"] = entry_of(file, self.dense_spec(layout))
+                self.entries[f"{name}.weight"] = _entry_of(file, self.dense_spec(layout))
 
     def dense_spec(self, layout: Layout) -> PartSpec:
         """Dtype and shape of the matrix in the dense checkpoint."""
@@ -363,7 +358,7 @@ class DenseView(CheckpointReader):
             yield name, self.read(name)
 
 
-def entry_of(file: Path, spec: PartSpec) -> TensorEntry:
+def _entry_of(file: Path, spec: PartSpec) -> TensorEntry:
     """An entry for a dense tensor that no file contains."""
     return TensorEntry(file, 0, spec.nbytes, spec.dtype, spec.shape)
 

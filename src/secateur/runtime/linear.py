@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return stand_in(self.matrix.rows, self.matrix.columns, self.matrix.dtype)
+        return _stand_in(self.matrix.rows, self.matrix.columns, self.matrix.dtype)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -173,7 +173,7 @@ class IntegerLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return stand_in(self.out_features, self.in_features, self.codes.dtype)
+        return _stand_in(self.out_features, self.in_features, self.codes.dtype)
 
 
 class PackedEmbedding(nn.Module):
@@ -206,7 +206,7 @@ class PackedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return stand_in(self.num_embeddings, self.embedding_dim, self.matrix.dtype)
+        return _stand_in(self.num_embeddings, self.embedding_dim, self.matrix.dtype)
 
 
 class ReadLinear(PackedLinear):
@@ -229,7 +229,7 @@ class ReadLinear(PackedLinear):
         return self.values
 
 
-def stand_in(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _stand_in(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A tensor on the meta device, which transformers takes for initialised."""
     found = torch.empty(rows, columns, dtype=dtype, device="meta")
     found._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ def load(
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     if device.type == "cuda" and kernels and not expand:
-        refuse_gpu(device)
+        _refuse_gpu(device)
     with reused_pages():  # release the memory of measuring and unpacking
         if device.type == "cuda" and kernels and not expand:
             install_on_gpu(model, packed, dtype, device)
@@ -95,7 +95,7 @@ def load(
             if device.type != "cpu":
                 model.to(device)
     model.config.dtype = dtype
-    settle_saving(model)
+    _settle_saving(model)
     with quiet_transformers():
         settings = generation_config(folder)
     if settings is not None:
@@ -103,12 +103,8 @@ def load(
     return model.eval()
 
 
-def refuse_gpu(device: torch.device) -> None:
-    """Refuse a GPU that cannot run the kernels.
-
-    Raises:
-        KernelError: there is none, or Triton is missing.
-    """
+def _refuse_gpu(device: torch.device) -> None:
+    """Refuse a GPU that cannot run the kernels."""
     has_triton = find_spec("triton") is not None
     if torch.cuda.is_available() and has_triton:
         return
@@ -120,7 +116,7 @@ def refuse_gpu(device: torch.device) -> None:
     )
 
 
-def settle_saving(model: Any) -> None:
+def _settle_saving(model: Any) -> None:
     """Make `save_pretrained` write a dense model, and refuse a packed one.
 
     For packed modules transformers would write a checkpoint without weights. For opened experts it
@@ -157,7 +153,7 @@ def install_on_gpu(
 
     view = DenseView(packed, dtype)
     names = stored_names(model, view)
-    head = tied_head(model, names)
+    head = _tied_head(model, names)
     head_module = None
     embedding_at = path_of(model, model.get_input_embeddings())
     refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
@@ -192,7 +188,7 @@ def install_on_gpu(
     return found
 
 
-def tied_head(model: Any, names: Any) -> str:
+def _tied_head(model: Any, names: Any) -> str:
     """The parameter of a head that shares the embedding's weight; empty if there is none."""
     head = model.get_output_embeddings()
     path = next((name for name, module in model.named_modules() if module is head), "")

@@ -53,12 +53,8 @@ def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, A
     }
 
 
-def read_quantization_config(folder: Path) -> Any:
-    """The `quantization_config` of a folder; None if it has none.
-
-    Raises:
-        CheckpointError: `config.json` is missing or not JSON.
-    """
+def _read_quantization_config(folder: Path) -> Any:
+    """The `quantization_config` of a folder; None if it has none."""
     file = folder / "config.json"
     try:
         config = parse_json(file.read_bytes())
@@ -75,12 +71,12 @@ def is_packed(folder: Path) -> bool:
     Raises:
         CheckpointError: `config.json` is missing or not JSON.
     """
-    record = read_quantization_config(folder)
+    record = _read_quantization_config(folder)
     return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def _at(where: str) -> Iterator[None]:
     """Add the place to errors that do not name it."""
     try:
         yield
@@ -116,9 +112,9 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.version, self.archive, stated = stated_in_config(self.folder)
+        self.version, self.archive, stated = _stated_in_config(self.folder)
         self.files = shard_files(self.folder)
-        check_file_names(self.folder, self.version)
+        _check_file_names(self.folder, self.version)
         self.layouts: dict[str, Layout] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.specs: dict[str, PartSpec] = {}
@@ -126,7 +122,7 @@ class PackedCheckpoint:
         self._checksums: dict[str, int] = {}
         self.order: list[str] = []
         for file in self.files:
-            with at(str(file)):
+            with _at(str(file)):
                 self._open(file, stated)
         self.activations = activations_for(self.layouts.values())
         if self.version >= FIRST_WITH_ACTIVATIONS and self.activations != stated:
@@ -135,12 +131,12 @@ class PackedCheckpoint:
                 f"rounded to {self.activations}",
                 where=str(self.folder),
             )
-        check_index(self.folder, self.entries)
+        _check_index(self.folder, self.entries)
 
     def _open(self, file: Path, activations: Mapping[str, Any] | None) -> None:
         """Check one file and add its tensors."""
         header = read_header(file)
-        description = read_description(header)
+        description = _read_description(header)
         names = sorted(x.name for x in self.files)
         if list(description.files) != names:
             raise CheckpointError(
@@ -166,18 +162,18 @@ class PackedCheckpoint:
         specs = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
         specs |= {name: x.spec for name, x in description.archived.items()}
         for name, layout in description.layouts.items():
-            with at(f"{file}: {name}"):
-                check_specs(parts_among(specs, name), layout)
+            with _at(f"{file}: {name}"):
+                check_specs(_parts_among(specs, name), layout)
         self.layouts |= description.layouts
         self.entries |= header.entries
         self.specs |= specs
         self._archived |= description.archived
         self._checksums |= description.checksums
-        self.order += reading_order(header.entries, description.layouts)
+        self.order += _reading_order(header.entries, description.layouts)
 
     def parts_of(self, name: str) -> list[str]:
         """The suffixes of the parts of a packed matrix."""
-        return list(parts_among(self.specs, name))
+        return list(_parts_among(self.specs, name))
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The parts of a packed matrix by suffix, verified: they can be unpacked safely.
@@ -187,7 +183,7 @@ class PackedCheckpoint:
         """
         layout = self.layouts[name]
         parts = {suffix: self.read(f"{name}.{suffix}") for suffix in self.parts_of(name)}
-        with at(f"{self.entries[f'{name}.{next(iter(parts))}'].file}: {name}"):
+        with _at(f"{self.entries[f'{name}.{next(iter(parts))}'].file}: {name}"):
             formats[layout.format].check(parts, layout)
         return parts
 
@@ -201,7 +197,7 @@ class PackedCheckpoint:
         """
         entry = self.entries[name]
         stored = torch.empty(entry.shape, dtype=entry.dtype)
-        with at(f"{entry.file}: {name}"):
+        with _at(f"{entry.file}: {name}"):
             with entry.file.open("rb", buffering=0) as stream:
                 stream.seek(entry.offset)
                 read_all(stream, stored)
@@ -232,14 +228,11 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-def stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None]:
+def _stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None]:
     """What `config.json` says: the version of the format, whether the folder is an archive, and how
     activations are rounded.
-
-    Raises:
-        CheckpointError: it does not describe a compressed checkpoint, or has another version.
     """
-    record = read_quantization_config(folder)
+    record = _read_quantization_config(folder)
     where = str(folder / "config.json")
     if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -260,17 +253,13 @@ def stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None]
         return version, bool(record["archive"]), None
     if "activations" not in record:
         raise CheckpointError("it is not said how activations are rounded", where=where)
-    with at(where):
-        check_activations(record["activations"])
+    with _at(where):
+        _check_activations(record["activations"])
     return version, bool(record["archive"]), record["activations"]
 
 
-def check_file_names(folder: Path, version: int) -> None:
-    """Refuse weight files with the names of another version.
-
-    Raises:
-        CheckpointError: the names are wrong.
-    """
+def _check_file_names(folder: Path, version: int) -> None:
+    """Refuse weight files with the names of another version."""
     indexed = (folder / PACKED_INDEX_NAME).is_file()
     if indexed != (version > 1):
         raise CheckpointError(
@@ -281,24 +270,20 @@ def check_file_names(folder: Path, version: int) -> None:
         )
 
 
-def parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
+def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
     return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
 
 
-def reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
+def _reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
     """Packed matrices by name without suffix, and all other tensors, in the header's order."""
     suffixes = part_suffixes()
     owners = {f"{name}.{suffix}": name for name in layouts for suffix in suffixes}
     return list(dict.fromkeys(owners.get(name, name) for name in entries))
 
 
-def check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse an index of shards that names the wrong file for a tensor.
-
-    Raises:
-        CheckpointError: names the tensor.
-    """
+def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse an index of shards that names the wrong file for a tensor."""
     index = next((folder / n for n in INDEX_NAMES if (folder / n).is_file()), None)
     if index is None:
         return
@@ -350,14 +335,14 @@ def write_packed(
     rounded = activations_for(layout for file in files for layout in file.layouts.values())
     remaining = iter(tensors)
     for file in files:
-        write_file(folder / file.name, file, names, remaining, archive, rounded)
+        _write_file(folder / file.name, file, names, remaining, archive, rounded)
     weight_map = {name: file.name for file in files for name in file.tensors}
     size = sum((folder / file.name).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / PACKED_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_file(
+def _write_file(
     path: Path,
     planned: PlannedFile,
     names: tuple[str, ...],
@@ -373,7 +358,7 @@ def write_file(
     }
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
     nothing = PartSpec(torch.uint8, (2**50,))
-    longest = describe_file(
+    longest = _describe_file(
         Description(
             archive,
             names,
@@ -396,7 +381,7 @@ def write_file(
             stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
             writer.write(name, stored)
         description = Description(archive, names, planned.layouts, checksums, squeezed, activations)
-        writer.close(describe_file(description, stored_specs))
+        writer.close(_describe_file(description, stored_specs))
 
 
 METADATA_KEY = "secateur"
@@ -439,12 +424,8 @@ def activations_for(layouts: Iterable[Layout]) -> dict[str, Any] | None:
     return dict(ACTIVATIONS) if any(layout.integers for layout in layouts) else None
 
 
-def check_activations(stated: Any) -> None:
-    """Refuse a way to round activations that is not ours.
-
-    Raises:
-        CheckpointError: names it.
-    """
+def _check_activations(stated: Any) -> None:
+    """Refuse a way to round activations that is not ours."""
     if stated is not None and stated != ACTIVATIONS:
         raise CheckpointError(
             f"activations are rounded to {str(stated)[:80]}; this release rounds them to "
@@ -458,13 +439,8 @@ def checksum(stored: memoryview) -> int:
     return zlib.crc32(stored)
 
 
-def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
-    """The metadata of a file.
-
-    Args:
-        description: of the content.
-        stored: dtype and shape of its tensors, as they are stored.
-    """
+def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
+    """The metadata of a file."""
     record: dict[str, Any] = {
         "version": description.version,
         "archive": description.archive,
@@ -474,11 +450,11 @@ def describe_file(description: Description, stored: Mapping[str, PartSpec]) -> d
         "checksums": {name: f"{value:08x}" for name, value in description.checksums.items()},
         "archived": {name: x.to_json() for name, x in description.archived.items()},
     }
-    record["digest"] = digest(record, stored)
+    record["digest"] = _digest(record, stored)
     return {"format": "pt", METADATA_KEY: json.dumps(record, separators=(",", ":"))}
 
 
-def digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
+def _digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     """The CRC-32 of the description without its digest, and of names, dtypes and shapes."""
     tensors = {name: [dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
     covered = {key: value for key, value in record.items() if key != "digest"} | {
@@ -488,23 +464,18 @@ def digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     return f"{checksum(memoryview(text.encode())):08x}"
 
 
-def read_description(header: Header) -> Description:
-    """Read and check the description of a file.
-
-    Raises:
-        CheckpointError: there is none, it has another version, is damaged, or describes other
-            tensors than those of the file.
-    """
-    record = parse_description(header)
+def _read_description(header: Header) -> Description:
+    """Read and check the description of a file."""
+    record = _parse_description(header)
     stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
-    if record["digest"] != digest(record, stored):
+    if record["digest"] != _digest(record, stored):
         raise CheckpointError(
             "the description of the file does not match its digest",
             remedy="the header was changed or damaged: copy or download the file again",
         )
-    check_kinds(record)
-    check_names("checksums", record["checksums"], stored, all_of_them=True)
-    check_names("archived tensors", record["archived"], stored, all_of_them=False)
+    _check_kinds(record)
+    _check_names("checksums", record["checksums"], stored, all_of_them=True)
+    _check_names("archived tensors", record["archived"], stored, all_of_them=False)
     if record["archived"] and not record["archive"]:
         raise CheckpointError("tensors are archived, but the file claims to be no archive")
     layouts = {name: Layout.from_json(layout) for name, layout in record["layouts"].items()}
@@ -517,19 +488,15 @@ def read_description(header: Header) -> Description:
         record["archive"],
         tuple(record["files"]),
         layouts,
-        {name: read_checksum(name, text) for name, text in record["checksums"].items()},
+        {name: _read_checksum(name, text) for name, text in record["checksums"].items()},
         {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
         record.get("activations"),
         record["version"],
     )
 
 
-def parse_description(header: Header) -> dict[str, Any]:
-    """The JSON of the description, if this release reads its version.
-
-    Raises:
-        CheckpointError: there is none, or it has another version.
-    """
+def _parse_description(header: Header) -> dict[str, Any]:
+    """The JSON of the description, if this release reads its version."""
     if METADATA_KEY not in header.metadata:
         raise CheckpointError(
             "the file does not say how its matrices are stored",
@@ -554,15 +521,11 @@ def parse_description(header: Header) -> dict[str, Any]:
     return record
 
 
-def check_kinds(record: Mapping[str, Any]) -> None:
-    """Refuse values of the wrong kind.
-
-    Raises:
-        CheckpointError: names the key.
-    """
+def _check_kinds(record: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong kind."""
     if type(record["archive"]) is not bool:
         raise CheckpointError("archive is not true or false")
-    check_activations(record.get("activations"))
+    _check_activations(record.get("activations"))
     files = record["files"]
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise CheckpointError("files is not a list of names")
@@ -571,25 +534,17 @@ def check_kinds(record: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{key} is not a JSON object")
 
 
-def check_names(
+def _check_names(
     kind: str, named: Mapping[str, Any], stored: Mapping[str, PartSpec], *, all_of_them: bool
 ) -> None:
-    """Refuse names of tensors that are not in the file, and optionally missing names.
-
-    Raises:
-        CheckpointError: names one of them.
-    """
+    """Refuse names of tensors that are not in the file, and optionally missing names."""
     odd = (set(named) ^ set(stored)) if all_of_them else set(named) - set(stored)
     if odd:
         raise CheckpointError(f"{kind} and tensors disagree about {min(odd)!r}")
 
 
-def read_checksum(name: str, text: Any) -> int:
-    """A checksum of eight hexadecimal digits.
-
-    Raises:
-        CheckpointError: this is no checksum.
-    """
+def _read_checksum(name: str, text: Any) -> int:
+    """A checksum of eight hexadecimal digits."""
     try:
         if isinstance(text, str) and len(text) == 8 and text == f"{int(text, 16):08x}":
             return int(text, 16)

@@ -187,7 +187,7 @@ def generation_config(folder: Path) -> Any:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # its checks raise many kinds of errors
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise unreadable(folder / FILE, said[0]) from None
+        raise _unreadable(folder / FILE, said[0]) from None
 
 
 def sampling_in(folder: Path) -> dict[str, Any]:
@@ -205,15 +205,15 @@ def sampling_in(folder: Path) -> dict[str, Any]:
     try:
         stored = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise unreadable(file, str(error)) from None
+        raise _unreadable(file, str(error)) from None
     if not isinstance(stored, dict):
-        raise unreadable(file, "it is no JSON object")
+        raise _unreadable(file, "it is no JSON object")
     samples = stored.get("do_sample") is True
     names = (*(DRAWING if samples else ()), *ALWAYS)
     found = {name: stored[name] for name in names if stored.get(name) is not None}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise unreadable(file, f"{name} is {value!r}")
+            raise _unreadable(file, f"{name} is {value!r}")
     if samples:
         found.setdefault("temperature", 1.0)
     if found.get("top_k", 1) == 0:
@@ -221,7 +221,7 @@ def sampling_in(folder: Path) -> dict[str, Any]:
     try:
         Sampling(**found)
     except RecipeError as error:
-        raise unreadable(file, error.what) from None
+        raise _unreadable(file, error.what) from None
     return {name: value for name, value in found.items() if value != getattr(Sampling, name)}
 
 
@@ -241,7 +241,7 @@ def sampling_with(defaults: dict[str, Any], given: dict[str, Any]) -> Sampling:
     return Sampling(**options)
 
 
-def unreadable(file: Path, why: str) -> CheckpointError:
+def _unreadable(file: Path, why: str) -> CheckpointError:
     """The error for a file that cannot be used."""
     return CheckpointError(
         f"the generation settings cannot be used: {why}",

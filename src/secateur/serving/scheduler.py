@@ -199,9 +199,9 @@ class Scheduler:
         """End what was cancelled, what is too late, and after `close` what waits."""
         now = self.clock()
         with self.lock:
-            reasons = [(job, "refused" if self.closed else why(job, now)) for job in self.queue]
+            reasons = [(job, "refused" if self.closed else _why(job, now)) for job in self.queue]
             self.queue = deque(job for job, reason in reasons if reason is None)
-        reasons += [(job, why(job, now)) for job in self.running]
+        reasons += [(job, _why(job, now)) for job in self.running]
         for job, reason in reasons:
             if reason is not None:
                 self.finish(job, reason)
@@ -321,7 +321,7 @@ class Scheduler:
             job.end("error")
 
 
-def why(job: ServingJob, now: float) -> str | None:
+def _why(job: ServingJob, now: float) -> str | None:
     """Why a job ends before its text does; None if it does not."""
     if job.cancelled:
         return "cancelled"

@@ -151,7 +151,7 @@ def merge(adapted: PeftModel) -> Any:
         for name, adapter in base.named_modules()
         if isinstance(adapter, MaskedAdapter)
     }
-    found = {plain_name(name): mask for name, mask in Masks.of(base).kept.items()} | trained
+    found = {_plain_name(name): mask for name, mask in Masks.of(base).kept.items()} | trained
     merged = adapted.merge_and_unload()
     parameters = dict(merged.named_parameters())
     kept = Masks({name: mask for name, mask in found.items() if name in parameters})
@@ -178,12 +178,12 @@ def base_masks(base: nn.Module) -> Masks:
     return Masks({name: kept for name, kept in Masks.of(base).kept.items() if name in frozen})
 
 
-def plain_name(name: str) -> str:
+def _plain_name(name: str) -> str:
     """The name of a parameter before adapters were attached.
 
     Example:
-        >>> from secateur.training.lora import plain_name
-        >>> plain_name("layers.0.q_proj.base_layer.weight")
+        >>> from secateur.training.lora import _plain_name
+        >>> _plain_name("layers.0.q_proj.base_layer.weight")
         'layers.0.q_proj.weight'
     """
     return ".".join(p for p in name.split(".") if p not in ("base_layer", "original_module"))

@@ -60,7 +60,7 @@ class Masks:
         This includes experts that transformers holds in one tensor (`matrices`). If processes
         share the model, each has the masks of its part.
         """
-        masks = {name: part_of_zeros(weight) for name, weight in matrices(model).items()}
+        masks = {name: _part_of_zeros(weight) for name, weight in matrices(model).items()}
         return cls({name: mask for name, mask in masks.items() if not local(mask).all()})
 
     @classmethod
@@ -76,7 +76,7 @@ class Masks:
         """
         parameters, kept = dict(model.named_parameters()), {}
         for name, mask in masks:
-            fitting(name, mask, parameters)
+            _fitting(name, mask, parameters)
             if not mask.all():
                 kept[name] = part_of(mask, parameters[name])
         return cls(kept)
@@ -93,7 +93,7 @@ class Masks:
         """
         parameters = dict(model.named_parameters())
         for name, mask in self.kept.items():
-            fitting(name, mask, parameters)
+            _fitting(name, mask, parameters)
 
     def held_in(self, model: nn.Module) -> Masks:
         """Return this process's part of the masks, on the devices of the parameters."""
@@ -210,7 +210,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def part_of_zeros(weight: Tensor) -> Tensor:
+def _part_of_zeros(weight: Tensor) -> Tensor:
     """Return the mask of a weight's zeros, True = kept, sharded as the weight."""
     kept = local(weight.detach()) != 0
     return as_part(kept, weight) if is_shared(weight) else kept
@@ -229,12 +229,8 @@ def first_names(names: Iterable[str], shown: int = 4) -> str:
     return ", ".join(known[:shown]) + more
 
 
-def fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a mask that does not fit the parameters.
-
-    Raises:
-        RecipeError: the parameter is not there, or has another shape.
-    """
+def _fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a mask that does not fit the parameters."""
     if name not in parameters:
         raise RecipeError(
             f"there is a mask of {name}, but the model has no such parameter",

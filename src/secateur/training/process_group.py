@@ -77,8 +77,8 @@ class ProcessGroup:
         if isinstance(model, FSDPModule):
             self.reshard(model)
             return
-        mesh, chosen = init_device_mesh(self.device.type, (self.ranks,)), units(model, apart)
-        refuse_shared(chosen)
+        mesh, chosen = init_device_mesh(self.device.type, (self.ranks,)), _units(model, apart)
+        _refuse_shared(chosen)
         for unit in chosen:
             fill(unit)
             before = [p for p in unit.parameters() if not is_shared(p)]
@@ -121,13 +121,8 @@ class ProcessGroup:
         self.accelerator.wait_for_everyone()
 
 
-def units(model: Any, apart: bool = True) -> list[nn.Module]:
-    """Return the units of a model that FSDP2 gathers one at a time: decoder layers, and the rest.
-
-    Args:
-        model: a causal language model.
-        apart: whether untied embeddings and head are separate units, placed before the rest.
-    """
+def _units(model: Any, apart: bool = True) -> list[nn.Module]:
+    """The units of a model that FSDP2 gathers one at a time: decoder layers, and the rest."""
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = [inputs, head] if apart and isinstance(head, nn.Linear) else []
     if outside and inputs.weight is head.weight:
@@ -135,12 +130,8 @@ def units(model: Any, apart: bool = True) -> list[nn.Module]:
     return [*describe(model).layers(model), *outside, model]
 
 
-def refuse_shared(chosen: Sequence[nn.Module]) -> None:
-    """Refuse units that share a parameter. The last unit holds all parameters and is not checked.
-
-    Raises:
-        ArchitectureError: two units share a parameter; the message names it.
-    """
+def _refuse_shared(chosen: Sequence[nn.Module]) -> None:
+    """Refuse units that share a parameter. The last unit holds all, and is not checked."""
     seen: set[int] = set()
     for unit in chosen[:-1]:
         own = {id(p): name for name, p in unit.named_parameters()}

@@ -119,7 +119,7 @@ class Saved:
                     tensors[f"moments/{name}/{key}"] = value
                 elif value is not None:
                     numbers[f"moments/{name}/{key}"] = value
-        tensors |= changed_by(hooks)
+        tensors |= _changed_by(hooks)
         stored = {"identity": self.identity, "numbers": numbers, **facts}
         self.write(file, tensors, {FACTS: json.dumps(stored)})
 
@@ -141,10 +141,10 @@ class Saved:
         with safe_open(file, framework="pt") as stored:
             names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
             for name, parameter in parameters.items():
-                put(stored, f"weights/{name}", parameter)
+                _put(stored, f"weights/{name}", parameter)
                 start = f"moments/{name}/"
                 state = {
-                    key.removeprefix(start): read_part(stored, key, parameter, fused)
+                    key.removeprefix(start): _read_part(stored, key, parameter, fused)
                     for key in names
                     if key.startswith(start)
                 }
@@ -153,7 +153,7 @@ class Saved:
                 if state:
                     optimizer.state[parameter] = state
             with torch.no_grad():
-                for name, tensor in changed_by(hooks).items():
+                for name, tensor in _changed_by(hooks).items():
                     tensor.copy_(stored.get_tensor(name))
         return facts
 
@@ -172,7 +172,7 @@ class Saved:
         if file is not None and file.exists():
             with safe_open(file, framework="pt") as stored:
                 for name, parameter in parameters.items():
-                    put(stored, f"weights/{name}", parameter)
+                    _put(stored, f"weights/{name}", parameter)
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse to resume another training."""
@@ -204,7 +204,7 @@ class Saved:
         elif file is not None and file.exists():
             with safe_open(file, framework="pt") as stored:
                 for name, parameter in parameters.items():
-                    put(stored, name, parameter)
+                    _put(stored, name, parameter)
 
     def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Write the final weights. The checkpoint is made from them."""
@@ -243,7 +243,7 @@ def write_whole(
     unfinished, metadata = file.with_suffix(".unfinished"), metadata or {}
     known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     try:
-        with ShardWriter(unfinished, known, [], metadata) if writes else nobody() as to:
+        with ShardWriter(unfinished, known, [], metadata) if writes else _nobody() as to:
             for name, tensor in tensors.items():
                 value = whole(tensor)
                 if to is not None:
@@ -257,23 +257,23 @@ def write_whole(
         unfinished.rename(file)
 
 
-def changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:
+def _changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:
     """The tensors that hooks change, by their names in the file."""
     return {f"hooks/{i}/{n}": x for i, hook in enumerate(hooks) for n, x in hook.state().items()}
 
 
-def nobody() -> AbstractContextManager[None]:
+def _nobody() -> AbstractContextManager[None]:
     """The context of a process that does not write the file."""
     return nullcontext()
 
 
 @torch.no_grad()
-def put(stored: Any, key: str, parameter: nn.Parameter) -> None:
+def _put(stored: Any, key: str, parameter: nn.Parameter) -> None:
     """Set a parameter to a value from an open file."""
-    local(parameter).copy_(local(read_part(stored, key, parameter)))
+    local(parameter).copy_(local(_read_part(stored, key, parameter)))
 
 
-def read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
+def _read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> Tensor:
     """Read a tensor of an open file for a parameter, on its device and divided like it.
 
     The function reads only this process's rows, and copies them. A mapped tensor would keep

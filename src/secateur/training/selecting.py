@@ -254,7 +254,6 @@ def _watched(
 
 
 def _running(linears: Sequence[Linear], names: frozenset[str]) -> dict[tuple[str, str], Statistic]:
-    """The statistics of linears, by linear and by statistic."""
     return {
         (x.name, key): statistics[key](x.shape, x.weight.device) for x in linears for key in names
     }

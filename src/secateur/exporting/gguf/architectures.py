@@ -99,12 +99,12 @@ A = gguf.MODEL_ARCH
 SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
-def no_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _no_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """Nothing beyond the fields of every family."""
     return {}
 
 
-def no_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _no_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """Nothing to refuse."""
     yield from ()
 
@@ -133,15 +133,15 @@ class LlamaCppFamily:
     windows: bool = False
     varied: gguf.MODEL_ARCH | None = None
     own_head: bool = False
-    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = no_constants
-    differences: Callable[[LlamaCppDecoder], Iterator[str]] = no_differences
+    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = _no_constants
+    differences: Callable[[LlamaCppDecoder], Iterator[str]] = _no_differences
 
 
 LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
 """The layers by which llama.cpp recognises the 27B models, whose attention scale differs."""
 
 
-def gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """Soft caps and sliding windows of Gemma 2 and 3."""
     config = decoder.config
     found: dict[str, Any] = {}
@@ -152,12 +152,12 @@ def gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
         found |= {
             "sliding_window": decoder.window,
             "sliding_window_pattern": decoder.window_period,
-            "rope_freq_base_swa": float(rope_of(config, "sliding_attention")["rope_theta"]),
+            "rope_freq_base_swa": float(_rope_of(config, "sliding_attention")["rope_theta"]),
         }
     return found
 
 
-def gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp derives the attention scale of Gemma 2 and 3 from the sizes."""
     config, arch = decoder.config, decoder.arch
     by_heads = decoder.layers == LARGEST_GEMMA[arch]
@@ -176,26 +176,26 @@ def gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
         yield "it has a soft cap on attention scores"
     if getattr(config, "use_bidirectional_attention", None):
         yield "its tokens see those behind them"
-    local = rope_of(config, "sliding_attention").get("rope_type")
+    local = _rope_of(config, "sliding_attention").get("rope_type")
     if arch == A.GEMMA3 and decoder.window and local != "default":
         yield f"the rotary positions of its local layers are of the kind {local!r}"
-    yield from must_be_tied(decoder)
+    yield from _must_be_tied(decoder)
 
 
-def must_be_tied(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _must_be_tied(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp takes the embedding as the head of Gemma."""
     if not decoder.tied:
         yield "its head is not its embedding"
 
 
-def narrow_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _narrow_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp expects that the heads of some families are as wide as the residual stream."""
     width = decoder.heads[0] * decoder.head
     if width != decoder.config.hidden_size:
         yield f"its heads have {width} channels and its hidden states {decoder.config.hidden_size}"
 
 
-def granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """The four multipliers of Granite."""
     config = decoder.config
     return {
@@ -206,7 +206,7 @@ def granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     }
 
 
-def smollm3_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _smollm3_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp rotates all layers of SmolLM3 but every fourth."""
     if [int(x) for x in decoder.config.no_rope_layers] != [
         int((layer + 1) % 4 != 0) for layer in range(decoder.layers)
@@ -214,7 +214,7 @@ def smollm3_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
         yield "its layers without rotary positions are not every fourth"
 
 
-def expert_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _expert_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """Numbers and sizes of experts."""
     found = {
         "expert_count": decoder.experts,
@@ -225,14 +225,14 @@ def expert_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
-def qwen2_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _qwen2_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp does not divide the weights of the chosen experts of Qwen2-MoE by their sum."""
     if decoder.config.norm_topk_prob:
         yield "it divides the weights of the chosen experts by their sum"
-    yield from narrow_differences(decoder)
+    yield from _narrow_differences(decoder)
 
 
-def qwen3_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _qwen3_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp divides them for Qwen3-MoE."""
     if not decoder.config.norm_topk_prob:
         yield "it does not divide the weights of the chosen experts by their sum"
@@ -245,36 +245,36 @@ LLAMA_CPP_FAMILIES = MappingProxyType(
         "qwen2": LlamaCppFamily(A.QWEN2),
         "qwen3": LlamaCppFamily(A.QWEN3),
         "gemma": LlamaCppFamily(
-            A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=must_be_tied
+            A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=_must_be_tied
         ),
         "gemma2": LlamaCppFamily(
             A.GEMMA2,
             activations=GELU_TANH,
             norm_shift=1.0,
             windows=True,
-            constants=gemma_constants,
-            differences=gemma_differences,
+            constants=_gemma_constants,
+            differences=_gemma_differences,
         ),
         "gemma3_text": LlamaCppFamily(
             A.GEMMA3,
             activations=GELU_TANH,
             norm_shift=1.0,
             windows=True,
-            constants=gemma_constants,
-            differences=gemma_differences,
+            constants=_gemma_constants,
+            differences=_gemma_differences,
         ),
-        "phi3": LlamaCppFamily(A.PHI3, differences=narrow_differences),
-        "granite": LlamaCppFamily(A.GRANITE, interleaved=True, constants=granite_constants),
-        "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=smollm3_differences),
-        "mixtral": LlamaCppFamily(A.LLAMA, interleaved=True, constants=expert_constants),
+        "phi3": LlamaCppFamily(A.PHI3, differences=_narrow_differences),
+        "granite": LlamaCppFamily(A.GRANITE, interleaved=True, constants=_granite_constants),
+        "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),
+        "mixtral": LlamaCppFamily(A.LLAMA, interleaved=True, constants=_expert_constants),
         "qwen2_moe": LlamaCppFamily(
             A.QWEN2MOE,
             own_head=True,
-            constants=expert_constants,
-            differences=qwen2_moe_differences,
+            constants=_expert_constants,
+            differences=_qwen2_moe_differences,
         ),
         "qwen3_moe": LlamaCppFamily(
-            A.QWEN3MOE, constants=expert_constants, differences=qwen3_moe_differences
+            A.QWEN3MOE, constants=_expert_constants, differences=_qwen3_moe_differences
         ),
     }
 )
@@ -330,7 +330,7 @@ class LlamaCppModel:
     @property
     def stretched_from(self) -> int | None:
         """The original context of a model with LongRoPE; None without it."""
-        return long_rope_start(self.decoder)
+        return _long_rope_start(self.decoder)
 
     def add_fields(self, writer: gguf.GGUFWriter) -> None:
         """Write the sizes and constants that llama.cpp reads."""
@@ -344,7 +344,7 @@ class LlamaCppModel:
             "key_length": decoder.head,
             "value_length": decoder.head,
             "layer_norm_rms_eps": decoder.config.rms_norm_eps,
-            **rope_constants(decoder),
+            **_rope_constants(decoder),
             **self.family.constants(decoder),
         }
         sizes = {
@@ -364,7 +364,7 @@ class LlamaCppModel:
         """
         names = gguf.get_tensor_name_map(self.decoder.arch, self.decoder.layers)
         entries = source.reader.entries
-        stacked = stacked_experts(source)
+        stacked = _stacked_experts(source)
         of_experts = {name for group in stacked.values() for name in group}
         plain = {name: (name,) for name in entries if name not in of_experts}
         if self.decoder.tied:
@@ -391,7 +391,7 @@ class LlamaCppModel:
                 for name in ("gate", "up"):
                     yield f"blk.{layer}.ffn_{name}.weight", torch.zeros(LEAST_FFN, hidden)
                 yield f"blk.{layer}.ffn_down.weight", torch.zeros(hidden, LEAST_FFN)
-        yield from rope_tensors(self.decoder)
+        yield from _rope_tensors(self.decoder)
 
     def read(self, reader: CheckpointReader, one: Planned) -> Tensor:
         """A tensor of the source as llama.cpp expects it, float32."""
@@ -423,19 +423,19 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     kind = model_type(source)
     family = LLAMA_CPP_FAMILIES.get(kind)
     if family is None:
-        raise differs(source.folder, f"models of type {kind!r} are not described for it here")
-    experts = experts_of(source)
+        raise _differs(source.folder, f"models of type {kind!r} are not described for it here")
+    experts = _experts_of(source)
     if experts is not None:
         split_stored(source.reader, experts, {name: name for name in source.reader.entries})
-    decoder = decoder_of(source, family, configuration(source, kind))
+    decoder = _decoder_of(source, family, _configuration(source, kind))
     if decoder.varied:
         if family.varied is None:
-            raise differs(
+            raise _differs(
                 source.folder, f"its layers differ in size, which it does not allow of {kind}"
             )
         decoder = replace(decoder, arch=family.varied)
     model = LlamaCppModel(family, decoder)
-    check(model, source)
+    _check(model, source)
     list(model.tensors(source))  # refuses tensors without a place
     return model
 
@@ -445,7 +445,7 @@ def model_type(source: ExportSource) -> str:
     return str(source.config.get("base_model_type", source.config.get("model_type")))
 
 
-def configuration(source: ExportSource, kind: str) -> Any:
+def _configuration(source: ExportSource, kind: str) -> Any:
     """The configuration of the base class, with the defaults of transformers."""
     from transformers import AutoConfig
 
@@ -454,11 +454,11 @@ def configuration(source: ExportSource, kind: str) -> Any:
         return AutoConfig.for_model(kind, **own)
 
 
-def decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppDecoder:
+def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppDecoder:
     """The sizes of a model, read off its tensors."""
     entries, layers = source.reader.entries, range(config.num_hidden_layers)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    stacked = stacked_experts(source)
+    stacked = _stacked_experts(source)
 
     def side(part: str, number: int) -> tuple[int, ...]:
         names = [f"model.layers.{layer}.{part}.weight" for layer in layers]
@@ -474,7 +474,7 @@ def decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Lla
         ffn = tuple(entries[down[0]].shape[1] if down else 0 for down in downs)
         counts = {len(down) for down in downs}
         if len(counts) > 1:
-            raise differs(source.folder, f"its layers have {sorted(counts)} experts")
+            raise _differs(source.folder, f"its layers have {sorted(counts)} experts")
         (count,) = counts
     return LlamaCppDecoder(
         family.arch,
@@ -489,28 +489,28 @@ def decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Lla
     )
 
 
-def check(model: LlamaCppModel, source: ExportSource) -> None:
+def _check(model: LlamaCppModel, source: ExportSource) -> None:
     """Refuse what llama.cpp would compute differently."""
     family, decoder = model.family, model.decoder
     config = decoder.config
     names = ("hidden_activation", "hidden_act")
     activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
     if activation not in family.activations:
-        raise differs(source.folder, f"the activation is {activation}")
-    for why in (*rope_differences(decoder), *family.differences(decoder)):
-        raise differs(source.folder, why)
+        raise _differs(source.folder, f"the activation is {activation}")
+    for why in (*_rope_differences(decoder), *family.differences(decoder)):
+        raise _differs(source.folder, why)
 
 
-def experts_of(source: ExportSource) -> Experts | None:
+def _experts_of(source: ExportSource) -> Experts | None:
     """Where the experts of a model are; None for a dense model."""
     kind = model_type(source)
     found = (families[name] for name in families)
     return next((family.experts for family in found if kind in family.model_types), None)
 
 
-def stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
+def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
     """The experts' matrices that the file stacks: {name of the stack: names in the source}."""
-    experts = experts_of(source)
+    experts = _experts_of(source)
     if experts is None:
         return {}
     called = dict(zip(experts.stored, PROJECTIONS, strict=True))
@@ -527,44 +527,39 @@ def stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 
 
-def rope_of(config: Any, kind: str = "full_attention") -> dict[str, Any]:
-    """The parameters of the rotary positions.
-
-    Args:
-        config: the configuration.
-        kind: of the layers, where a model has a table for each kind of attention.
-    """
+def _rope_of(config: Any, kind: str = "full_attention") -> dict[str, Any]:
+    """The parameters of the rotary positions."""
     found = config.rope_parameters
     return dict(found.get(kind, found))
 
 
-def rotated(decoder: LlamaCppDecoder) -> int:
+def _rotated(decoder: LlamaCppDecoder) -> int:
     """The channels of a head that are rotated."""
-    return int(decoder.head * rope_of(decoder.config).get("partial_rotary_factor", 1.0))
+    return int(decoder.head * _rope_of(decoder.config).get("partial_rotary_factor", 1.0))
 
 
-def long_rope_start(decoder: LlamaCppDecoder) -> int | None:
+def _long_rope_start(decoder: LlamaCppDecoder) -> int | None:
     """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
 
     transformers takes the short factors for texts up to the original context, llama.cpp for
     contexts up to that. None for other kinds.
     """
-    long = rope_of(decoder.config)["rope_type"] == "longrope"
-    return original_context(decoder) if long else None
+    long = _rope_of(decoder.config)["rope_type"] == "longrope"
+    return _original_context(decoder) if long else None
 
 
-def original_context(decoder: LlamaCppDecoder) -> int:
+def _original_context(decoder: LlamaCppDecoder) -> int:
     """The context of the model before its positions were stretched."""
-    config, rope = decoder.config, rope_of(decoder.config)
+    config, rope = decoder.config, _rope_of(decoder.config)
     stretched = rope.get("original_max_position_embeddings")
     return int(stretched or config.original_max_position_embeddings)
 
 
-def rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     """The fields of the rotary positions."""
-    rope = rope_of(decoder.config)
+    rope = _rope_of(decoder.config)
     found: dict[str, Any] = {
-        "rope_dimension_count": rotated(decoder),
+        "rope_dimension_count": _rotated(decoder),
         "rope_freq_base": float(rope["rope_theta"]),
     }
     kind = rope["rope_type"]
@@ -572,32 +567,32 @@ def rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
         found["rope_scaling_type"] = gguf.RopeScalingType(kind)
         found["rope_scaling_factor"] = float(rope["factor"])
     if kind in ("yarn", "longrope"):
-        found["rope_scaling_orig_ctx_len"] = original_context(decoder)
+        found["rope_scaling_orig_ctx_len"] = _original_context(decoder)
     if kind == "longrope":
-        found["rope_scaling_attn_factors"] = long_attention_factor(decoder)
+        found["rope_scaling_attn_factors"] = _long_attention_factor(decoder)
     return found
 
 
-def long_attention_factor(decoder: LlamaCppDecoder) -> float:
+def _long_attention_factor(decoder: LlamaCppDecoder) -> float:
     """What LongRoPE multiplies sine and cosine by: √(1 + ln s / ln original), s the stretching."""
-    rope, original = rope_of(decoder.config), original_context(decoder)
+    rope, original = _rope_of(decoder.config), _original_context(decoder)
     stretched = rope.get("factor") or decoder.config.max_position_embeddings / original
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     return math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
 
 
-def rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
+def _rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
     """The factors of the frequencies, float32 [rotated / 2]."""
-    rope = rope_of(decoder.config)
+    rope = _rope_of(decoder.config)
     if rope["rope_type"] == "llama3":
-        yield "rope_freqs.weight", llama3_factors(rope, rotated(decoder))
+        yield "rope_freqs.weight", _llama3_factors(rope, _rotated(decoder))
     if rope["rope_type"] == "longrope":
         for length in ("long", "short"):
             yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).float()
 
 
-def llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
+def _llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
     """The factors by which Llama 3 stretches each frequency, float32 [size / 2]."""
     frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     factor, context = rope["factor"], rope["original_max_position_embeddings"]
@@ -607,20 +602,20 @@ def llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
-def rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """Why llama.cpp would compute other rotary positions."""
-    rope = rope_of(decoder.config)
+    rope = _rope_of(decoder.config)
     kind, arch = rope["rope_type"], decoder.arch
     if kind not in KINDS or (kind == "longrope") > (arch == gguf.MODEL_ARCH.PHI3):
         yield f"its rotary positions are of the kind {kind!r}"
     odd = sorted({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & rope.keys())
     if kind == "yarn" and odd:
         yield f"its rotary positions set {', '.join(odd)}"
-    if rotated(decoder) != decoder.head and arch != gguf.MODEL_ARCH.PHI3:
+    if _rotated(decoder) != decoder.head and arch != gguf.MODEL_ARCH.PHI3:
         yield "only a part of each head is rotated"
 
 
-def differs(folder: Path, why: str) -> ArchitectureError:
+def _differs(folder: Path, why: str) -> ArchitectureError:
     """The error for a model that llama.cpp would not compute alike."""
     return ArchitectureError(
         f"llama.cpp would not compute this model like transformers: {why}",

@@ -71,7 +71,7 @@ class Quantizer:
         Raises:
             VerificationError: llama.cpp could not quantize the file.
         """
-        before = tensors_of(exact)
+        before = _tensors_of(exact)
         options = self.library.llama_model_quantize_default_params()
         options.nthread = 0  # as many as there are processors
         options.ftype = int(MIXES[type])
@@ -89,7 +89,7 @@ class Quantizer:
                 where=str(file),
                 remedy="export to q8_0, q5_0 or q4_0, which need no quantizer",
             )
-        made = compared(before, tensors_of(file), progress)
+        made = _compared(before, _tensors_of(file), progress)
         made.notes += notes
         made.file_bytes = file.stat().st_size
         return made
@@ -99,7 +99,7 @@ class Quantizer:
         """Drop llama.cpp's log, two lines for every tensor, inside the context."""
         before = self.ffi.new("ggml_log_callback *"), self.ffi.new("void **")
         self.library.llama_log_get(*before)
-        drop = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", ignored)
+        drop = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", _ignored)
         self.library.llama_log_set(drop, self.ffi.NULL)
         try:
             yield
@@ -113,7 +113,7 @@ class Quantizer:
             What must stay alive while the quantizer runs.
         """
         chosen = {
-            name: keeping(name, int(x.shape[0])) for name, x in tensors.items() if len(x.shape) > 1
+            name: _keeping(name, int(x.shape[0])) for name, x in tensors.items() if len(x.shape) > 1
         }
         alive: list[Any] = [self.ffi.new("char[]", f"^{name}$".encode()) for name in chosen]
         table = self.ffi.new("struct llama_model_tensor_override[]", len(chosen) + 1)
@@ -123,11 +123,11 @@ class Quantizer:
         return [*alive, table]
 
 
-def ignored(level: int, text: Any, user_data: Any) -> None:
+def _ignored(level: int, text: Any, user_data: Any) -> None:
     """A line of llama.cpp's log."""
 
 
-def keeping(name: str, columns: int) -> Q:
+def _keeping(name: str, columns: int) -> Q:
     """The smallest type from 3 bits that keeps the zeros of a matrix; more for the ends."""
     if columns % LONG_BLOCK:
         return Q.Q8_0 if name in ENDS else Q.Q4_0
@@ -147,12 +147,12 @@ def load_quantizer() -> Quantizer:
     return Quantizer(get_ffi(), get_lib())
 
 
-def tensors_of(file: Path) -> dict[str, gguf.ReaderTensor]:
+def _tensors_of(file: Path) -> dict[str, gguf.ReaderTensor]:
     """The tensors of a file, as views of it."""
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
-def compared(
+def _compared(
     before: dict[str, gguf.ReaderTensor], after: dict[str, gguf.ReaderTensor], progress: Progress
 ) -> Exported:
     """Count types, and the zeros that are still exactly zero."""

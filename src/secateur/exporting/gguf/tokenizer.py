@@ -66,10 +66,10 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
     if backend is None:
         raise refused("it is not one of the library tokenizers", str(folder))
     content, where = json.loads(backend.to_str()), str(folder)
-    words, kinds = words_of(tokenizer, rows, where)
+    words, kinds = _words_of(tokenizer, rows, where)
     found = LlamaCppVocabulary({"token_list": words, "token_types": kinds})
-    if is_sentencepiece(content):
-        add_pieces(found, content, tokenizer, where)
+    if _is_sentencepiece(content):
+        _add_pieces(found, content, tokenizer, where)
     elif content["model"]["type"] == "BPE":
         merges = content["model"]["merges"]
         found.fields |= {
@@ -86,11 +86,11 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
     found.fields["add_bos_token"] = bool(start_tokens(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         found.fields["chat_template"] = tokenizer.chat_template
-    note_stripping(found, tokenizer)
+    _note_stripping(found, tokenizer)
     return found
 
 
-def words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[gguf.TokenType]]:
+def _words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[gguf.TokenType]]:
     """The text and the type of each token."""
     added = tokenizer.added_tokens_decoder
     words, kinds = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
@@ -105,7 +105,7 @@ def words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[ggu
     return words, kinds
 
 
-def add_pieces(
+def _add_pieces(
     found: LlamaCppVocabulary, content: dict[str, Any], tokenizer: Any, where: str
 ) -> None:
     """Add the fields of a SentencePiece tokenizer."""
@@ -115,7 +115,7 @@ def add_pieces(
     for index, word in enumerate(words):
         if index == tokenizer.unk_token_id:
             kinds[index] = gguf.TokenType.UNKNOWN
-        elif kinds[index] == gguf.TokenType.NORMAL and is_byte(word):
+        elif kinds[index] == gguf.TokenType.NORMAL and _is_byte(word):
             kinds[index] = gguf.TokenType.BYTE
         elif word in added and set(word) == {SPACE}:
             # Gemma stores runs of spaces; llama.cpp looks for them in the text itself
@@ -130,12 +130,12 @@ def add_pieces(
         found.notes.append(spaces.note)
 
 
-def is_byte(word: str) -> bool:
+def _is_byte(word: str) -> bool:
     """Whether a token stands for a byte."""
     return len(word) == 6 and word.startswith("<0x") and word.endswith(">")
 
 
-def note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
+def _note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
     """Note tokens that swallow the spaces around them, which llama.cpp does only for Phi-3."""
     added = tokenizer.added_tokens_decoder.values()
     words = {token.content for token in added}
@@ -221,7 +221,7 @@ class SpaceRules:
     note: str = ""
 
 
-def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
+def _is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
     """Whether a `tokenizer.json` describes BPE over characters with byte tokens."""
     model = tokenizer["model"]
     return model["type"] == "BPE" and bool(model.get("byte_fallback"))
@@ -245,11 +245,11 @@ def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
     if normalizer == ESCAPED and (splits is None or splits == NO_SPLIT):
         return SpaceRules(prefix=False)
     if normalizer is None and splits and splits["type"] == "Metaspace" and not splits["split"]:
-        return metaspace_rules(splits["prepend_scheme"])
+        return _metaspace_rules(splits["prepend_scheme"])
     raise refused(f"it treats spaces by {normalizer} and {splits}"[:300], where)
 
 
-def metaspace_rules(scheme: str) -> SpaceRules:
+def _metaspace_rules(scheme: str) -> SpaceRules:
     """The rules of transformers' own classes for Llama's tokenizer."""
     if scheme == "never":
         return SpaceRules(prefix=False)
@@ -289,11 +289,11 @@ def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict
             raise refused(f"the merges that make {piece!r} do not stand together", where)
         scores.setdefault(piece, -float(len(scores)))
         last = piece
-    refuse_unlisted(vocabulary, set(merges), added, where)
+    _refuse_unlisted(vocabulary, set(merges), added, where)
     return scores
 
 
-def refuse_unlisted(
+def _refuse_unlisted(
     vocabulary: dict[str, int], merges: set[tuple[str, ...]], added: set[str], where: str
 ) -> None:
     """Refuse pieces that llama.cpp would merge from a pair that is not in the list."""

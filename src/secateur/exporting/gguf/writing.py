@@ -35,8 +35,8 @@ from secateur.runtime.install import DenseView
 def bytes_of_matrix(shape: tuple[int, int], values: str) -> int:
     """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""
     rows, columns = shape
-    kind = stored_type_of_row(columns, NEAREST[values])
-    return padded_bytes(rows * bytes_per_row(columns, kind))
+    kind = _stored_type_of_row(columns, NEAREST[values])
+    return _padded_bytes(rows * _bytes_per_row(columns, kind))
 
 
 def bytes_as_stored(reader: CheckpointReader, values: Mapping[str, str]) -> int:
@@ -85,7 +85,7 @@ NEAREST = MappingProxyType(
 """The type for stored values: exact for floats and, where it is on a grid of groups, for int4."""
 
 
-def bytes_per_row(columns: int, type: Q) -> int:
+def _bytes_per_row(columns: int, type: Q) -> int:
     """The bytes of a row of so many weights."""
     block, size = gguf.GGML_QUANT_SIZES[type]
     return columns // block * size
@@ -114,7 +114,7 @@ def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
     values = weight.float()
     if type == Q.Q4_0:
         rows = values.flatten(0, -2).split(max(1, AT_ONCE // values.shape[-1]))
-        return np.concatenate([q4_0(part) for part in rows]).reshape(*weight.shape[:-1], -1)
+        return np.concatenate([_q4_0(part) for part in rows]).reshape(*weight.shape[:-1], -1)
     return gguf.quants.quantize(values.numpy(), type)
 
 
@@ -124,7 +124,7 @@ def dequantized(stored: np.ndarray, type: Q) -> Tensor:
     return torch.from_numpy(found if found.flags.writeable else found.copy())  # a view of a file
 
 
-def q4_0(values: Tensor) -> np.ndarray:
+def _q4_0(values: Tensor) -> np.ndarray:
     """A float32 matrix as blocks of Q4_0, exact where a block is on an int4 grid.
 
     A block is the scale d, float16, and 16 bytes: byte j holds q + 8 of weight j in its lower half
@@ -219,8 +219,8 @@ class GGUFFile:
         """
         plan = self.plan()
         self.opened(scratch, plan).close()
-        weights = sum(padded_bytes(tensor_bytes(one, self.type_of(one))) for one in plan)
-        return padded_bytes(scratch.stat().st_size) + weights
+        weights = sum(_padded_bytes(_tensor_bytes(one, self.type_of(one))) for one in plan)
+        return _padded_bytes(scratch.stat().st_size) + weights
 
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
@@ -232,7 +232,7 @@ class GGUFFile:
         self.model.add_fields(writer)
         self.vocabulary.add_fields(writer)
         for one in plan:
-            add_info(writer, one, self.type_of(one))
+            _add_info(writer, one, self.type_of(one))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -241,11 +241,11 @@ class GGUFFile:
     def wanted(self, one: Planned) -> Q:
         """The type that a matrix would have without conditions; the largest one of a stack."""
         kinds = [self.own.get(name, self.kind) for name in one.sources] or [self.kind]
-        return max(kinds, key=lambda kind: bytes_per_row(LARGEST_BLOCK, kind))
+        return max(kinds, key=lambda kind: _bytes_per_row(LARGEST_BLOCK, kind))
 
     def type_of(self, one: Planned) -> Q:
         """The type of a tensor."""
-        return stored_type(one, self.wanted(one))
+        return _stored_type(one, self.wanted(one))
 
     def notes(self, plan: list[Planned]) -> list[str]:
         """What a user must know about the file."""
@@ -270,35 +270,35 @@ class GGUFFile:
         return notes
 
 
-def stored_type(one: Planned, wanted: Q) -> Q:
+def _stored_type(one: Planned, wanted: Q) -> Q:
     """The type of a tensor when the matrices are of the type `wanted`."""
     if len(one.shape) == 1 or one.name.endswith(ROUTERS):
         return Q.F32
     if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
         wanted = Q.Q8_0
-    return stored_type_of_row(one.shape[-1], wanted)
+    return _stored_type_of_row(one.shape[-1], wanted)
 
 
-def stored_type_of_row(columns: int, wanted: Q) -> Q:
+def _stored_type_of_row(columns: int, wanted: Q) -> Q:
     """The type of a matrix with so many columns: float16 where a row has no whole blocks."""
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if columns % block == 0 else Q.F16
 
 
-def tensor_bytes(one: Planned, kind: Q) -> int:
+def _tensor_bytes(one: Planned, kind: Q) -> int:
     """Bytes of a tensor in a type."""
-    return bytes_per_row(one.shape[-1], kind) * int(np.prod(one.shape[:-1], dtype=np.int64))
+    return _bytes_per_row(one.shape[-1], kind) * int(np.prod(one.shape[:-1], dtype=np.int64))
 
 
-def padded_bytes(count: int) -> int:
+def _padded_bytes(count: int) -> int:
     """Bytes with the padding that aligns what follows."""
     return gguf.GGUFWriter.ggml_pad(count, gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
-def add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
+def _add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
     """Announce a tensor."""
-    rows, size = one.shape[:-1], bytes_per_row(one.shape[-1], kind)
-    nbytes = tensor_bytes(one, kind)
+    rows, size = one.shape[:-1], _bytes_per_row(one.shape[-1], kind)
+    nbytes = _tensor_bytes(one, kind)
     if kind in NUMPY:
         writer.add_tensor_info(one.name, one.shape, np.dtype(NUMPY[kind]), nbytes)
     else:

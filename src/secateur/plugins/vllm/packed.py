@@ -95,7 +95,7 @@ class PackedQuantization(QuantizationConfig):
             return None
         merged, found = self.packed_modules_mapping, None
         if self.packed is not None:
-            found = bitmask_linear(self.packed, prefix, merged, self.choices)
+            found = _bitmask_linear(self.packed, prefix, merged, self.choices)
         return found or UnquantizedLinearMethod()
 
 
@@ -110,26 +110,20 @@ class FolderLoader(DefaultModelLoader):
         """Every tensor, under the name that the dense checkpoint has for it."""
         self.counter_before_loading_weights = time.perf_counter()
         folder = folder_of(model_config.model, model_config.revision)
-        yield from tensors_of(folder, model_config.dtype, besides=held_by(model))
+        yield from tensors_of(folder, model_config.dtype, besides=_held_by(model))
 
 
 Choices = dict[tuple[object, ...], Any]
 """How matrices of each kind are multiplied, once it was measured."""
 
 
-def bitmask_linear(
+def _bitmask_linear(
     packed: PackedCheckpoint, prefix: str, merged: Mapping[str, Sequence[str]], choices: Choices
 ) -> BitmaskLinear | None:
     """How a layer of vLLM is multiplied; None if its weight becomes dense.
 
     It becomes dense on a CPU, where several GPUs share it, without Triton, and where a stored
     matrix is dense or matrices that vLLM merges have different kinds of values.
-
-    Args:
-        packed: the folder.
-        prefix: the name of the layer.
-        merged: the stored linears in each that vLLM merges, by the last part of their names.
-        choices: shared by all layers.
     """
     parent, _, leaf = prefix.rpartition(".")
     owners = [f"{parent}.{part}" for part in merged.get(leaf, [leaf])]
@@ -202,7 +196,7 @@ class BitmaskLinear(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def held_by(model: nn.Module) -> frozenset[str]:
+def _held_by(model: nn.Module) -> frozenset[str]:
     """The stored weights that a model reads itself, so that vLLM need not load them."""
     methods = (getattr(module, "quant_method", None) for module in model.modules())
     found = [m.owners for m in methods if isinstance(m, BitmaskLinear)]

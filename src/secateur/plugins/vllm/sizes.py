@@ -81,7 +81,7 @@ class VariedSizes(LlamaConfig):
         Raises:
             ArchitectureError: vLLM has no class for such layers.
         """
-        refuse_others(config_dict)
+        _refuse_others(config_dict)
         own = {**config_dict, "architectures": [ARCHITECTURE]}
         own.pop("auto_map", None)
         return super().from_dict(own, **kwargs)
@@ -114,12 +114,8 @@ class VariedSizes(LlamaConfig):
         return found
 
 
-def refuse_others(config: Mapping[str, Any]) -> None:
-    """Refuse what the class of vLLM would compute differently.
-
-    Raises:
-        ArchitectureError: says what.
-    """
+def _refuse_others(config: Mapping[str, Any]) -> None:
+    """Refuse what the class of vLLM would compute differently."""
     base, cut = config.get("base_model_type"), config.get("secateur_cut", {})
     resized = [n for n in cut.get("shapes", {}) if not re.fullmatch(RESIZED, n)]
     why = None

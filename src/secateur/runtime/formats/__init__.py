@@ -99,31 +99,31 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, str) or self.format not in formats:
-            raise refused(self, f"there is no format {self.format!r}")
+            raise _refused(self, f"there is no format {self.format!r}")
         if not isinstance(self.values, str) or self.values not in VALUES:
-            raise refused(self, f"values cannot be {self.values!r}")
+            raise _refused(self, f"values cannot be {self.values!r}")
         sides = self.shape
         if not isinstance(sides, tuple) or len(sides) != 2 or {type(x) for x in sides} != {int}:
-            raise refused(self, "the shape is not two whole numbers")
+            raise _refused(self, "the shape is not two whole numbers")
         if not all(1 <= x <= MAX_SIDE for x in sides):
-            raise refused(self, f"a side is below 1 or above {MAX_SIDE}")
+            raise _refused(self, f"a side is below 1 or above {MAX_SIDE}")
         if type(self.transposed) is not bool:
-            raise refused(self, "transposed is not true or false")
+            raise _refused(self, "transposed is not true or false")
         if self.values in GRID_BITS:
             if type(self.group) is not int or self.group not in GROUPS:
-                raise refused(self, f"{self.values} needs a group of {GROUPS}, not {self.group!r}")
+                raise _refused(self, f"{self.values} needs a group of {GROUPS}, not {self.group!r}")
         elif self.group is not None:
-            raise refused(self, f"{self.values} has no groups")
+            raise _refused(self, f"{self.values} has no groups")
         why = formats[self.format].why_not(self)
         if why is not None:
-            raise refused(self, why)
+            raise _refused(self, why)
 
     @property
     def kept_of_group(self) -> tuple[int, int]:
         """(N, M) of the pattern."""
         written = re.fullmatch(r"([1-9][0-9]?):([1-9][0-9]?)", str(self.pattern), re.ASCII)
         if written is None:
-            raise refused(self, "the pattern is not N:M")
+            raise _refused(self, "the pattern is not N:M")
         return int(written[1]), int(written[2])
 
     @property
@@ -183,7 +183,7 @@ class Layout:
         return cls(**{**record, "shape": tuple(shape) if isinstance(shape, list) else shape})
 
 
-def refused(layout: Layout, why: str) -> CheckpointError:
+def _refused(layout: Layout, why: str) -> CheckpointError:
     """The error for an impossible layout."""
     fields = (layout.format, layout.values, layout.shape, layout.pattern, layout.group)
     described = ", ".join(map(repr, fields))

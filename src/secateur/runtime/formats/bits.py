@@ -47,10 +47,10 @@ def pack_numbers(numbers: Tensor, width: int) -> Tensor:
     found = numbers.numpy()
     wide = np.zeros((*rows, blocks * 8), found.dtype)
     wide[..., :count] = found
-    wide = unsigned(wide.reshape(*rows, blocks, 8)) & (2**width - 1)
+    wide = _unsigned(wide.reshape(*rows, blocks, 8)) & (2**width - 1)
     packed = np.zeros((*rows, blocks, width), np.uint8)
     for place in range(8):
-        for byte, shift in bytes_of(place, width):
+        for byte, shift in _bytes_of(place, width):
             moved = wide[..., place] >> shift if shift >= 0 else wide[..., place] << -shift
             packed[..., byte] |= moved.astype(np.uint8)  # the lowest 8 bits
     trimmed = packed.reshape(*rows, blocks * width)[..., : row_bytes(count * width)]
@@ -75,20 +75,20 @@ def unpack_numbers(packed: Tensor, width: int, count: int) -> Tensor:
     stored = stored.reshape(*rows, blocks, width)
     numbers = np.zeros((*rows, blocks, 8), np.uint8 if width <= 8 else np.int32)
     for place in range(8):
-        for byte, shift in bytes_of(place, width):
+        for byte, shift in _bytes_of(place, width):
             part = stored[..., byte].astype(numbers.dtype, copy=False)
             numbers[..., place] |= part << shift if shift >= 0 else part >> -shift
     numbers &= numbers.dtype.type(2**width - 1)
     return torch.from_numpy(np.ascontiguousarray(numbers.reshape(*rows, -1)[..., :count]))
 
 
-def bytes_of(place: int, width: int) -> list[tuple[int, int]]:
+def _bytes_of(place: int, width: int) -> list[tuple[int, int]]:
     """The bytes that hold the number at `place` of 8 numbers, and where each begins in it."""
     first, last = place * width, (place + 1) * width - 1
     return [(byte, 8 * byte - first) for byte in range(first // 8, last // 8 + 1)]
 
 
-def unsigned(numbers: np.ndarray) -> np.ndarray:
+def _unsigned(numbers: np.ndarray) -> np.ndarray:
     """The same bits of 8 bits without a sign; wider numbers as they are."""
     return numbers.view(np.uint8) if numbers.dtype.itemsize == 1 else numbers
 

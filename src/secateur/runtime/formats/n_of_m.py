@@ -40,14 +40,14 @@ def code_bits(kept: int, group: int) -> int:
     return (comb(group, kept) - 1).bit_length()
 
 
-def binomials(kept: int, group: int) -> Tensor:
+def _binomials(kept: int, group: int) -> Tensor:
     """C(j, k) for j < M and k <= N, int32 [M, N + 1]."""
     return torch.tensor(
         [[comb(j, k) for k in range(kept + 1)] for j in range(group)], dtype=torch.int32
     )
 
 
-def ranks(mask: Mask, kept: int) -> Tensor:
+def _ranks(mask: Mask, kept: int) -> Tensor:
     """The rank of each set of kept weights in the combinatorial number system.
 
         rank = Σ_i C(p_i, i)    for the kept positions p_1 < p_2 < … < p_N, counted from 0
@@ -63,11 +63,11 @@ def ranks(mask: Mask, kept: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from secateur.runtime.formats.n_of_m import ranks
-        >>> ranks(torch.tensor([[True, True, False, False], [False, True, False, True]]), kept=2)
+        >>> from secateur.runtime.formats.n_of_m import _ranks
+        >>> _ranks(torch.tensor([[True, True, False, False], [False, True, False, True]]), kept=2)
         tensor([0, 4], dtype=torch.int32)
     """
-    table = binomials(kept, mask.shape[1])
+    table = _binomials(kept, mask.shape[1])
     rank = torch.zeros(len(mask), dtype=torch.int32)
     seen = torch.zeros(len(mask), dtype=torch.int32)
     for position in range(mask.shape[1]):
@@ -77,9 +77,9 @@ def ranks(mask: Mask, kept: int) -> Tensor:
     return rank
 
 
-def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
-    """The sets of kept weights with these ranks: the inverse of `ranks`, bool [groups, M]."""
-    table = binomials(kept, group)
+def _sets_of(rank: Tensor, kept: int, group: int) -> Mask:
+    """The sets of kept weights with these ranks: the inverse of `_ranks`, bool [groups, M]."""
+    table = _binomials(kept, group)
     left = torch.full_like(rank, kept)
     rank = rank.clone()
     mask = torch.empty(len(rank), group, dtype=torch.bool)
@@ -94,44 +94,40 @@ def sets_of(rank: Tensor, kept: int, group: int) -> Mask:
 
 
 @cache
-def tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
-    """Tables of rank by set and set by rank; a set is a whole number with bit j for position j.
-
-    Returns:
-        int32 [2^M], 0 where the set does not have N positions; and int32 [C(M, N)]. For M up to 16.
-    """
+def _tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
+    """Tables of rank by set and set by rank; a set is a whole number with bit j for position j."""
     bits = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
     sets = torch.nonzero(bits.sum(dim=1) == kept).view(-1)
     rank_of = torch.zeros(2**group, dtype=torch.int32)
-    rank_of[sets] = ranks(bits[sets].bool(), kept)
+    rank_of[sets] = _ranks(bits[sets].bool(), kept)
     set_of = torch.empty(len(sets), dtype=torch.int32)
     set_of[rank_of[sets].long()] = sets.int()
     return rank_of, set_of
 
 
-def codes_of_groups(mask: Mask, kept: int) -> Tensor:
-    """`ranks`, by a table where M is at most 16."""
+def _codes_of_groups(mask: Mask, kept: int) -> Tensor:
+    """`_ranks`, by a table where M is at most 16."""
     group = mask.shape[1]
     if group > LARGEST_TABLE:
-        return ranks(mask, kept)
+        return _ranks(mask, kept)
     sets = torch.zeros(len(mask), dtype=torch.int32)
     for position in range(group):
         sets |= mask[:, position].int() << position
-    return tables(kept, group)[0].index_select(0, sets)
+    return _tables(kept, group)[0].index_select(0, sets)
 
 
-def groups_of_codes(rank: Tensor, kept: int, group: int) -> Mask:
-    """`sets_of`, by a table where M is at most 16."""
+def _groups_of_codes(rank: Tensor, kept: int, group: int) -> Mask:
+    """`_sets_of`, by a table where M is at most 16."""
     if group > LARGEST_TABLE:
-        return sets_of(rank, kept, group)
-    sets = tables(kept, group)[1].index_select(0, rank)
+        return _sets_of(rank, kept, group)
+    sets = _tables(kept, group)[1].index_select(0, rank)
     mask = torch.empty(len(rank), group, dtype=torch.bool)
     for position in range(group):
         mask[:, position] = (sets >> position) & 1
     return mask
 
 
-def group_counts(mask: Mask, group: int) -> Tensor:
+def _group_counts(mask: Mask, group: int) -> Tensor:
     """How many weights each group of M keeps, uint8 [groups]; `in` is a multiple of M."""
     groups = mask.view(torch.uint8).reshape(-1, group)
     counts = groups[:, 0].clone()
@@ -140,13 +136,9 @@ def group_counts(mask: Mask, group: int) -> Tensor:
     return counts
 
 
-def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
-    """Also keep the first zeros of a group, until exactly N are kept.
-
-    Raises:
-        CheckpointError: a group keeps more than N.
-    """
-    counts = group_counts(mask, group)
+def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
+    """Also keep the first zeros of a group, until exactly N are kept."""
+    counts = _group_counts(mask, group)
     fullest = int(counts.max())
     if fullest > kept:
         raise CheckpointError(
@@ -164,7 +156,7 @@ def fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     return filled.reshape(mask.shape)
 
 
-def patterns_that_fit(nonzero: Mask) -> list[str]:
+def _patterns_that_fit(nonzero: Mask) -> list[str]:
     """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
     found = []
     counts = nonzero.contiguous().view(torch.uint8)
@@ -182,7 +174,7 @@ def patterns_that_fit(nonzero: Mask) -> list[str]:
 class NOfM:
     """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
 
-    A code is the rank of the group's set (see `ranks`) in bits = ceil(log2 C(M, N)) bits. The
+    A code is the rank of the group's set (see `_ranks`) in bits = ceil(log2 C(M, N)) bits. The
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
     up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros.
     Integers add their scales. int4 and int3 are one bit stream:
@@ -203,7 +195,7 @@ class NOfM:
 
     def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One for each pattern that holds every weight that is not zero."""
-        found = patterns_that_fit(nonzero)
+        found = _patterns_that_fit(nonzero)
         return [replace(dense, format=self.name, pattern=pattern) for pattern in found]
 
     def why_not(self, layout: Layout) -> str | None:
@@ -242,8 +234,8 @@ class NOfM:
         """
         kept, group = layout.kept_of_group
         mask, stored, scales = as_stored(weight, layout)
-        mask = fill_groups(mask, kept, group)
-        rank = codes_of_groups(mask.reshape(-1, group), kept)
+        mask = _fill_groups(mask, kept, group)
+        rank = _codes_of_groups(mask.reshape(-1, group), kept)
         codes = pack_numbers(rank.view(layout.shape[0], -1), code_bits(kept, group))
         values = encode_values(select(stored, mask), layout)
         return {"codes": codes, "compressed": values, **scales}
@@ -251,7 +243,7 @@ class NOfM:
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in], N in each group, and values."""
         kept, group = layout.kept_of_group
-        mask = groups_of_codes(self.codes(parts, layout), kept, group)
+        mask = _groups_of_codes(self.codes(parts, layout), kept, group)
         values = decode_values(parts["compressed"], layout, layout.weights // group * kept)
         return mask.reshape(layout.shape), values
 

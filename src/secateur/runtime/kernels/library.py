@@ -147,11 +147,11 @@ def library() -> ctypes.CDLL | None:
             where=str(built[0]),
             remedy="install again to rebuild them",
         )
-    declare(loaded)
+    _declare(loaded)
     return loaded
 
 
-def declare(loaded: ctypes.CDLL) -> None:
+def _declare(loaded: ctypes.CDLL) -> None:
     """The signatures of csrc/secateur.h."""
     matrix = ctypes.POINTER(CMatrix)
     signatures = {

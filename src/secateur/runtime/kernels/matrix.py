@@ -88,10 +88,10 @@ class KernelMatrix:
         if bitmask is None and self.columns % WORD == 0:
             self.values = values.contiguous().view(-1)
         elif bitmask is None:
-            self.values = padded(values, self.rows, self.words * WORD)
+            self.values = _padded(values, self.rows, self.words * WORD)
         else:
             self.mask = mask_words(bitmask, self.columns, self.words)
-            counts = bits_set(self.mask).view(self.rows, -1).sum(1, dtype=torch.int64)
+            counts = _bits_set(self.mask).view(self.rows, -1).sum(1, dtype=torch.int64)
             self.offsets = torch.zeros(self.rows + 1, dtype=torch.int64)
             torch.cumsum(counts, 0, out=self.offsets[1:])
             self.nonzeros = int(self.offsets[-1])
@@ -100,7 +100,7 @@ class KernelMatrix:
                     f"the bitmask keeps {self.nonzeros} weights, but there are "
                     f"{values.numel()} values"
                 )
-            self.values = padded(values.view(1, -1), 1, values.numel())
+            self.values = _padded(values.view(1, -1), 1, values.numel())
         self.describe(TYPES[self.dtype])
 
     @classmethod
@@ -284,7 +284,7 @@ def no_kernel() -> KernelError:
     )
 
 
-def padded(values: Tensor, rows: int, width: int) -> Tensor:
+def _padded(values: Tensor, rows: int, width: int) -> Tensor:
     """Values [rows, ≤ width] in rows of `width`, zeros between, and room to read past the end."""
     ahead = READ_AHEAD_BYTES // values.element_size()
     flat = torch.zeros(rows * width + ahead, dtype=values.dtype)
@@ -308,7 +308,7 @@ def mask_words(bitmask: Tensor, columns: int, words: int) -> Tensor:
     return out
 
 
-def bits_set(mask: Tensor) -> Tensor:
+def _bits_set(mask: Tensor) -> Tensor:
     """How many bits of each byte are set."""
     return _BITS_SET[mask.int()]
 
@@ -345,9 +345,9 @@ class PackedCodes:
             ahead: bytes that can be read past the end.
         """
         rows, columns = codes.shape
-        pairs, width = -(-rows // 2), words_of(columns) * WORD
+        pairs, width = -(-rows // 2), _words_of(columns) * WORD
         values = torch.zeros(pairs * width + ahead, dtype=torch.uint8)
-        for first, turned in turned_rows(codes, group):
+        for first, turned in _turned_rows(codes, group):
             both = (turned[0::2] & 15) | (turned[1::2] << 4)
             values[first // 2 * width :][: both.numel()] = both.view(torch.uint8).view(-1)
         return PackedCodes(values, None, None, rows * columns)
@@ -371,21 +371,21 @@ class PackedCodes:
         values = np.zeros(int(offsets[-1]) + ahead, dtype=np.uint8)
         masks = []
         both = zip(
-            turned_rows(codes, group), turned_rows(kept.view(torch.int8), group), strict=True
+            _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
         )
         for (first, turned), (_, here) in both:
             mask = here.numpy().view(np.bool_)
-            masks.append(pair_mask_words(mask))
+            masks.append(_pair_mask_words(mask))
             for odd in (0, 1):
                 count = counts[first + odd : first + len(turned) : 2]
                 starts = offsets[first // 2 :][: len(count)]
-                to = places(starts, count)
+                to = _places(starts, count)
                 stored = turned[odd::2].numpy()[mask[odd::2]].view(np.uint8)
                 values[to] |= (stored << 4) if odd else (stored & 15)
         return PackedCodes(torch.from_numpy(values), torch.cat(masks), offsets, int(counts.sum()))
 
 
-def words_of(columns: int) -> int:
+def _words_of(columns: int) -> int:
     """Words of 64 columns, the last one filled up."""
     return -(-columns // WORD)
 
@@ -402,14 +402,10 @@ def turned_fours(words: int, group: int) -> Tensor:
     return torch.cat(found)
 
 
-def turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
-    """Some rows of bytes at a time, in the kernels' order of columns.
-
-    Yields:
-        The first row, and rows [even, words · 64]: filled up with zeros.
-    """
+def _turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of bytes at a time, in the kernels' order of columns."""
     rows, columns = matrix.shape
-    words = words_of(columns)
+    words = _words_of(columns)
     order = turned_fours(words, group)
     step = 2 * max(1, AT_ONCE // (2 * words * WORD))
     for first in range(0, rows, step):
@@ -420,14 +416,14 @@ def turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
         yield first, turned.view(torch.int8)
 
 
-def pair_mask_words(mask: np.ndarray) -> Tensor:
+def _pair_mask_words(mask: np.ndarray) -> Tensor:
     """Bits of an even number of rows; the words of both rows of a pair alternate."""
     packed = np.packbits(mask, axis=1, bitorder="little")
     pairs = packed.reshape(len(mask) // 2, 2, -1, WORD // 8)
     return torch.from_numpy(np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).reshape(-1))
 
 
-def places(starts: Tensor, counts: Tensor) -> np.ndarray:
+def _places(starts: Tensor, counts: Tensor) -> np.ndarray:
     """Runs of counts[i] numbers from starts[i] on, one after the other."""
     before = torch.cumsum(counts, 0) - counts
     total = int(counts.sum())

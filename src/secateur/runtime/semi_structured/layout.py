@@ -238,7 +238,7 @@ def assignments(splitting: Splitting) -> Tensor:
         before = owners.get(code ^ 1 << last)
         if before is not None and code.bit_count() <= splitting.n:
             owners[code] = list(before)
-            if not give_home(last, homes, owners[code], set()):
+            if not _give_home(last, homes, owners[code], set()):
                 raise PatternError(f"the windows do not take every {splitting.name}")
     codes = torch.tensor(list(owners))
     held = torch.tensor(list(owners.values()))
@@ -248,14 +248,14 @@ def assignments(splitting: Splitting) -> Tensor:
     return table.flatten(1)
 
 
-def give_home(column: int, homes: list[list[int]], owner: list[int], seen: set[int]) -> bool:
+def _give_home(column: int, homes: list[list[int]], owner: list[int], seen: set[int]) -> bool:
     """Put a column into a window; where it is full, one of its two moves (an augmenting path)."""
     for window in homes[column]:
         if window in seen:
             continue
         seen.add(window)
         inside = [c for c, w in enumerate(owner) if w == window]
-        if len(inside) < 2 or any(give_home(c, homes, owner, seen) for c in inside):
+        if len(inside) < 2 or any(_give_home(c, homes, owner, seen) for c in inside):
             owner[column] = window
             return True
     return False

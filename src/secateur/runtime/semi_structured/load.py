@@ -77,17 +77,17 @@ def load_semi_structured(
     if not expand:
         refuse_device(device)
     entries = read_header(file).entries
-    model = empty_model(folder, first_float(entries))
+    model = _empty_model(folder, _first_float(entries))
     sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
     held = {f"{name}.{part}" for name in sparse for part in PARTS}
     owners: dict[str, Any] = dict(model.named_modules())
     choices: dict[tuple[object, ...], Fastest] = {}
     with safe_open(file, framework="pt", device=str(device)) as opened:
         for name in entries.keys() - held:
-            put(model, name, opened.get_tensor(name), file)
+            _put(model, name, opened.get_tensor(name), file)
         for name in sparse:
             linear: Any = owners.get(name)
-            parts = read_parts(name, linear, opened, entries, file)
+            parts = _read_parts(name, linear, opened, entries, file)
             if expand:
                 linear.weight = nn.Parameter(parts.dense, requires_grad=False)
                 continue
@@ -124,7 +124,7 @@ def refuse_device(device: torch.device) -> None:
         )
 
 
-def empty_model(folder: Path, dtype: torch.dtype) -> Any:
+def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a folder, its experts opened, its parameters on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,26 +135,15 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def first_float(entries: dict[str, TensorEntry]) -> torch.dtype:
+def _first_float(entries: dict[str, TensorEntry]) -> torch.dtype:
     """The dtype of the weights."""
     return next((e.dtype for e in entries.values() if e.dtype.is_floating_point), torch.bfloat16)
 
 
-def read_parts(
+def _read_parts(
     name: str, linear: Any, opened: Any, entries: Mapping[str, TensorEntry], file: Path
 ) -> StoredParts:
-    """The parts of a linear.
-
-    Args:
-        name: of the linear.
-        linear: the module of this name; None if there is none.
-        opened: reads tensors of the file by name.
-        entries: of the file.
-        file: for messages.
-
-    Raises:
-        CheckpointError: the parts do not fit the linear.
-    """
+    """The parts of a linear."""
     found = {p: entries[f"{name}.{p}"] for p in PARTS if f"{name}.{p}" in entries}
     told = {f"{name}.{p}": (entry.dtype, entry.shape) for p, entry in found.items()}
     fits = isinstance(linear, nn.Linear) and "packed" in found and found["packed"].dtype in VALUES
@@ -166,7 +155,7 @@ def read_parts(
     if fits:
         tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
         parts = StoredParts(linear.in_features, **tensors)
-        if parts.columns is None or in_range(parts.columns, linear.in_features):
+        if parts.columns is None or _in_range(parts.columns, linear.in_features):
             return parts
     raise CheckpointError(
         f"{name} is stored as 2:4 parts that do not fit the model of config.json",
@@ -175,17 +164,13 @@ def read_parts(
     )
 
 
-def in_range(columns: Tensor, in_features: int) -> bool:
+def _in_range(columns: Tensor, in_features: int) -> bool:
     """Whether all are columns of the weight."""
     return bool(((columns >= 0) & (columns < in_features)).all())
 
 
-def put(model: Any, name: str, value: Tensor, file: Path) -> None:
-    """Put a stored tensor in its place in the model.
-
-    Raises:
-        CheckpointError: there is no such place, or it has another shape.
-    """
+def _put(model: Any, name: str, value: Tensor, file: Path) -> None:
+    """Put a stored tensor in its place in the model."""
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)

@@ -76,7 +76,7 @@ def application(
 
     app = FastAPI(title="Secateur", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.router.route_class = JsonRoute
-    add_faults(app)
+    _add_faults(app)
     endpoints = Endpoints(service, metrics)
     app.post("/v1/chat/completions", response_class=Response)(endpoints.chat)
     app.post("/v1/completions", response_class=Response)(endpoints.complete)
@@ -86,7 +86,7 @@ def application(
     app.post("/detokenize")(endpoints.detokenize)
     app.get("/health", response_class=Response)(endpoints.health)
     app.get("/metrics", response_class=PlainTextResponse)(endpoints.metrics_text)
-    front_page = FrontPage(service.name, paths_of(app), api_key)
+    front_page = FrontPage(service.name, _paths_of(app), api_key)
     app.get("/", include_in_schema=False)(front_page.answer)
     return Limits(app, metrics, api_key, body_bytes, body_seconds)
 
@@ -292,7 +292,7 @@ class Endpoints:
         return room if wanted is None else wanted
 
 
-def add_faults(app: FastAPI) -> None:
+def _add_faults(app: FastAPI) -> None:
     """Write all errors of an application as OpenAI's API does."""
 
     async def ours(_: Request, error: ApiError) -> Response:
@@ -305,7 +305,7 @@ def add_faults(app: FastAPI) -> None:
         path, headers = request.url.path, Headers(error.headers)
         said = str(error.detail)
         if error.status_code == 404:
-            paths = ", ".join(f"{method} {known}" for method, known, _ in paths_of(app))
+            paths = ", ".join(f"{method} {known}" for method, known, _ in _paths_of(app))
             said = f"there is no path {shown(path)}; this server has {paths}"
         elif error.status_code == 405:
             said = f"{request.method} {path} is not possible, only {headers.get('allow')}"
@@ -366,7 +366,7 @@ class FrontPage:
 
     Args:
         name: of the model.
-        paths: from `paths_of`.
+        paths: from `_paths_of`.
         api_key: what clients send; None: nothing.
     """
 
@@ -393,7 +393,7 @@ class FrontPage:
         return HTMLResponse(page, headers=HEADERS)
 
 
-def paths_of(app: FastAPI) -> list[tuple[str, str, str]]:
+def _paths_of(app: FastAPI) -> list[tuple[str, str, str]]:
     """The paths of an application: method, path, and what it answers."""
     return [
         (method, route.path.replace(":path", ""), route.description)

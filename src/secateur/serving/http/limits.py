@@ -61,7 +61,7 @@ class Limits:
             await response(scope, receive, counted)
             return
         if body is not None:
-            await self.app(scope, after(body, receive), counted)
+            await self.app(scope, _after(body, receive), counted)
 
     def check_key(self, scope: Scope) -> None:
         """Refuse a request without the key."""
@@ -92,7 +92,7 @@ class Limits:
                 return b"".join(parts)
 
 
-def after(body: bytes, receive: Receive) -> Receive:
+def _after(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives a body that was read, and then what comes after it."""
     given = False
 

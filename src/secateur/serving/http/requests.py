@@ -76,7 +76,7 @@ SIMILAR = 0.8
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-def a_list_of(kind: type, value: Any) -> bool:
+def _a_list_of(kind: type, value: Any) -> bool:
     """Whether a value is a list with parts of one type only."""
     return isinstance(value, list) and all(type(part) is kind for part in value)
 
@@ -99,7 +99,7 @@ class Message(BaseModel):
     @classmethod
     def check_content(cls, value: Any) -> Any:
         """Say what a content may be."""
-        if value is None or isinstance(value, str) or a_list_of(dict, value):
+        if value is None or isinstance(value, str) or _a_list_of(dict, value):
             return value
         raise ValueError("must be a string or a list of objects")
 
@@ -158,7 +158,7 @@ class Question(BaseModel, ABC):
         """Say what `stop` may be."""
         texts = [value] if isinstance(value, str) else value or []
         if (
-            a_list_of(str, texts)
+            _a_list_of(str, texts)
             and len(texts) <= MAX_STOPS
             and all(1 <= len(text) <= MAX_STOP_LENGTH for text in texts)
         ):
@@ -271,9 +271,9 @@ class CompletionQuestion(Question):
         """Say what a prompt may be."""
         if (
             isinstance(value, str)
-            or a_list_of(str, value)
-            or a_list_of(int, value)
-            or (a_list_of(list, value) and all(a_list_of(int, ids) for ids in value))
+            or _a_list_of(str, value)
+            or _a_list_of(int, value)
+            or (_a_list_of(list, value) and all(_a_list_of(int, ids) for ids in value))
         ):
             return value
         raise ValueError("must be a string, a list of tokens, or a list of strings or such lists")
@@ -283,7 +283,7 @@ class CompletionQuestion(Question):
         """All prompts."""
         given: Any = self.prompt
         prompts: list[str | list[int]] = (
-            [given] if isinstance(given, str) or a_list_of(int, given) else given
+            [given] if isinstance(given, str) or _a_list_of(int, given) else given
         )
         return prompts
 
@@ -365,19 +365,15 @@ class JsonRoute(APIRoute):
         async def read(request: Request) -> Response:
             with_body = JsonRequest(request.scope, request.receive)
             if request.method == "POST":
-                check_type(request.headers.get("content-type", ""))
-                with_body.known = parsed(await with_body.body())
+                _check_type(request.headers.get("content-type", ""))
+                with_body.known = _parsed(await with_body.body())
             return await handle(with_body)
 
         return read
 
 
-def check_type(content_type: str) -> None:
-    """Refuse another type than JSON, which a page of another site could send.
-
-    Raises:
-        ApiError: it is another one, or none.
-    """
+def _check_type(content_type: str) -> None:
+    """Refuse another type than JSON, which a page of another site could send."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(
@@ -386,12 +382,8 @@ def check_type(content_type: str) -> None:
         )
 
 
-def parsed(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body.
-
-    Raises:
-        ApiError: it is something else.
-    """
+def _parsed(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body."""
 
     def no_number(name: str) -> None:
         raise bad_request(f"the body is not JSON: {name} is no number of JSON")
@@ -402,7 +394,7 @@ def parsed(body: bytes) -> dict[str, Any]:
             raise bad_request("the body is empty; it has to be a JSON object")
         found = json.loads(text, parse_constant=no_number)
         if SURROGATE.search(body):
-            check_text(found, ())
+            _check_text(found, ())
     except UnicodeDecodeError as error:
         raise bad_request(
             f"the body is not UTF-8: byte {body[error.start]:#x} at position {error.start}"
@@ -421,30 +413,26 @@ def parsed(body: bytes) -> dict[str, Any]:
     return found
 
 
-def check_text(value: Any, path: Sequence[str | int]) -> None:
-    """Refuse half of a surrogate pair, anywhere in a body.
-
-    Raises:
-        ApiError: names the place.
-    """
+def _check_text(value: Any, path: Sequence[str | int]) -> None:
+    """Refuse half of a surrogate pair, anywhere in a body."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            where = place_of(path)
+            where = _place_of(path)
             raise bad_request(
                 f"{where} is not text at character {error.start}: half of a surrogate pair", where
             ) from None
     elif isinstance(value, dict):
         for name, part in value.items():
-            check_text(name, (*path, "a name"))
-            check_text(part, (*path, name))
+            _check_text(name, (*path, "a name"))
+            _check_text(part, (*path, name))
     elif isinstance(value, list):
         for number, part in enumerate(value):
-            check_text(part, (*path, number))
+            _check_text(part, (*path, number))
 
 
-def place_of(path: Sequence[str | int]) -> str:
+def _place_of(path: Sequence[str | int]) -> str:
     """A place in a body, such as `messages[0].role`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")[:80]
@@ -466,7 +454,7 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         errors: those of pydantic.
     """
     first = errors[0]
-    param = place_of([part for part in first["loc"] if part != "body"])
+    param = _place_of([part for part in first["loc"] if part != "body"])
     if first["type"] == "missing":
         return bad_request(f"{param} is missing", param)
     bounds = {

@@ -184,12 +184,12 @@ class CompletionWriter(Writer):
         return {
             "tokens": [c.text for c in chances],
             "token_logprobs": [c.log_probability for c in chances],
-            "top_logprobs": [None if c.log_probability is None else named(c) for c in chances],
+            "top_logprobs": [None if c.log_probability is None else _named(c) for c in chances],
             "text_offset": offsets,
         }
 
 
-def named(chance: TokenChance) -> dict[str, float]:
+def _named(chance: TokenChance) -> dict[str, float]:
     """The likeliest tokens by their texts. Bytes of characters share one; the likeliest has it."""
     found: dict[str, float] = {}
     for text, log in chance.others:
@@ -228,7 +228,7 @@ class AnswerResponse(Response):
         """Answer one request."""
         sending = self.send_stream(send) if self.stream else self.send_whole(scope, receive, send)
         try:
-            await until_gone(receive, sending)
+            await _until_gone(receive, sending)
         finally:
             for job in self.answer.jobs:
                 self.worker.cancel(job)  # does nothing where it has ended
@@ -249,7 +249,7 @@ class AnswerResponse(Response):
                 first = False
             for place, (number, event) in enumerate(come):
                 if isinstance(event, End):
-                    if (fault := fault_of(event)) is not None:
+                    if (fault := _fault_of(event)) is not None:
                         yield come[:place]
                         raise fault
                     self.ends[number] = event
@@ -300,7 +300,7 @@ class AnswerResponse(Response):
             await asyncio.wait_for(send(part), SEND_SECONDS)
 
 
-async def until_gone(receive: Receive, sending: Awaitable[Any]) -> None:
+async def _until_gone(receive: Receive, sending: Awaitable[Any]) -> None:
     """Wait for a coroutine, or until the client has gone."""
     tasks = [asyncio.ensure_future(sending), asyncio.ensure_future(gone(receive))]
     try:
@@ -319,7 +319,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-def fault_of(end: End) -> ApiError | None:
+def _fault_of(end: End) -> ApiError | None:
     """The error that an end is; None if it is an ordinary one."""
     faults: dict[str, Callable[[], ApiError]] = {
         "timeout": lambda: ApiError(504, "the request took too long", code="timeout"),

@@ -72,14 +72,14 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
         base = common if common <= 2 * smallest else grain.weights
         unit = base * max(1, round(step * grain.total / base))
         if coarsest > 2 * smallest:
-            unit = nearest_part(coarsest // grain.weights, unit // grain.weights) * grain.weights
+            unit = _nearest_part(coarsest // grain.weights, unit // grain.weights) * grain.weights
         down = (grain.uniform - grain.lowest) * grain.weights // unit
         up = (grain.highest - grain.uniform) * grain.weights // unit
         found[name] = Ladder(grain, unit, -min(levels, down), min(levels, up))
     return found
 
 
-def nearest_part(whole: int, wished: int) -> int:
+def _nearest_part(whole: int, wished: int) -> int:
     """The divisor of `whole` that is nearest to `wished`, by ratio."""
     parts = [d for d in range(1, whole + 1) if whole % d == 0]
     return min(parts, key=lambda d: abs(math.log(d / wished)))

@@ -222,15 +222,7 @@ def _pairs_of_groups(
 
 
 def _take(weight: Tensor, pairs: _Pairs, gram: Gram, left: Tensor, least_gain: Tensor) -> Tensor:
-    """Which pairs to swap, bool [rows, pairs]: the best first, the others corrected each time.
-
-    Args:
-        weight: [rows, in].
-        pairs: the swaps to choose from.
-        gram: [in, in].
-        left: how many swaps each row may still make.
-        least_gain: what a swap must gain.
-    """
+    """Which pairs to swap, bool [rows, pairs]: the best first, the others corrected each time."""
     rows, count = pairs.change.shape
     change, left = pairs.change.clone(), left.clone()
     together = _changes_together(weight, pairs, gram)

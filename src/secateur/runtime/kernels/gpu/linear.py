@@ -199,13 +199,13 @@ def race(
     """
     found = {}
     for tokens in tried:
-        able = {name: c for name, c in ways(tokens).items() if runs(c, must=name == usual)}
-        taken = (clock or gpu_seconds)(list(able.values()))
+        able = {name: c for name, c in ways(tokens).items() if _runs(c, must=name == usual)}
+        taken = (clock or _gpu_seconds)(list(able.values()))
         found[tokens] = dict(zip(able, taken, strict=True))
     return found
 
 
-def runs(call: Call, *, must: bool) -> bool:
+def _runs(call: Call, *, must: bool) -> bool:
     """Whether a call does not raise. This also compiles what it needs."""
     try:
         call()
@@ -218,7 +218,7 @@ def runs(call: Call, *, must: bool) -> bool:
     return True
 
 
-def gpu_seconds(calls: Sequence[Call]) -> list[float]:
+def _gpu_seconds(calls: Sequence[Call]) -> list[float]:
     """The median seconds of each call on the current GPU, the calls in turns.
 
     Before each call the second cache is filled with other numbers, because a model that decodes
