@@ -113,7 +113,7 @@ def fitting_plan(
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
     remedy = "lower --micro-batch-tokens, --windows or --sequence-length"
     if whole and whole > room:
-        remedy = f"leave out what needs the whole model ({too_large(plan, room)})"
+        remedy = f"leave out what needs the whole model ({_too_large(plan, room)})"
     elif plan.solve_bytes > max(room, budget.computing / 2):
         out, columns = plan.solve_shape
         needed += (
@@ -123,7 +123,7 @@ def fitting_plan(
     raise MemoryBudgetError(needed, remedy=f"{remedy}, or raise --max-memory")
 
 
-def too_large(plan: Plan, room: float) -> str:
+def _too_large(plan: Plan, room: float) -> str:
     """The options that leave out what needs more than this memory."""
     options = {
         "--distill-epochs 0": plan.distilling_bytes,
@@ -158,7 +158,7 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(x in str(error).lower() for x in SAYINGS)
 
 
-def largest_term(plan: Plan) -> Term:
+def _largest_term(plan: Plan) -> Term:
     """The part of a plan that needs most memory."""
     out, columns = plan.solve_shape
     terms = [
@@ -176,12 +176,12 @@ def largest_term(plan: Plan) -> Term:
         ),
         Term("tuning a layer", plan.tuning_bytes, "use --tune-passes 0"),
         Term("generating windows", plan.writing_bytes, "use --generated-windows 0"),
-        Term("distillation", plan.distilling_bytes, less_distillation(plan)),
+        Term("distillation", plan.distilling_bytes, _less_distillation(plan)),
     ]
     return max(terms, key=lambda term: term.nbytes)
 
 
-def less_distillation(plan: Plan) -> str:
+def _less_distillation(plan: Plan) -> str:
     """The option that makes a distillation smaller."""
     return "use --distill-epochs 0" if plan.sweep_windows else "use --distill-sweep-windows 16"
 
@@ -198,7 +198,7 @@ def explained(plan: Plan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        term, gib = largest_term(plan), 2**30
+        term, gib = _largest_term(plan), 2**30
         said = (str(error).strip() or "no memory").splitlines()[0]
         planned, free = plan.peak_bytes / gib, psutil.virtual_memory().available / gib
         raise MemoryBudgetError(

@@ -53,15 +53,8 @@ class Rehearsal:
     halted_bytes: int
 
 
-def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> Rehearsal:
-    """Pass one micro-batch through a layer on the meta device.
-
-    Args:
-        layer: a decoder layer with its parameters on the meta device.
-        groups: linears by shared input.
-        hidden: an input of the layer, for its shape and dtype.
-        call: how the layer is called.
-    """
+def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> Rehearsal:
+    """Pass one micro-batch through a layer on the meta device."""
     meta = torch.device("meta")
     call = call.to(meta)
     permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
@@ -202,18 +195,18 @@ def plan_run(
     tokens = windows.numel() if windows is not None else 0
     stored, forward, waiting, tuning, distilling, lessons = 0, 0, 0, 0, 0, tokens + extra_tokens
     if windows is not None:
-        waits_for = waits(tasks, settings)
+        waits_for = _waits(tasks, settings)
         stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
         if settings.tunes:
             tuning = tuning_bytes(target, windows[: settings.micro_batch_tokens // length or 1])
         if epochs:
-            distilling = learning_bytes(target, tasks, windows[:1], sweep_windows)
+            distilling = _learning_bytes(target, tasks, windows[:1], sweep_windows)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
     stored *= 1 + settings.dense_needed
-    gradients = gradient_bytes(tasks)
-    solving = solving_bytes(target, tasks, found, settings)
+    gradients = _gradient_bytes(tasks)
+    solving = _solving_bytes(target, tasks, found, settings)
     passed = allocation.tokens(tokens) + tokens * passes(settings)
-    passed += lessons * learning_passes(epochs, sweep_windows)
+    passed += lessons * _learning_passes(epochs, sweep_windows)
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=layer_bytes(target) * (1 + settings.asymmetric),
@@ -222,19 +215,19 @@ def plan_run(
         waiting_bytes=waiting,
         solve_bytes=solving.most
         + gradients // len(layers)
-        + survey_bytes(target, found, allocation, prunable // len(layers), windows),
+        + _survey_bytes(target, found, allocation, prunable // len(layers), windows),
         solve_shape=solving.shape,
         fallback_bytes=solving.most - solving.usual,
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
         distilling_bytes=distilling,
-        loading_bytes=whole_bytes(target) if unwritten or (epochs and not sweep_windows) else 0,
+        loading_bytes=_whole_bytes(target) if unwritten or (epochs and not sweep_windows) else 0,
         disk_bytes=output_bytes
-        + pruning_disk(stored, gradients, len(layers))
+        + _pruning_disk(stored, gradients, len(layers))
         + allocation.disk_bytes(prunable, target.dtype.itemsize)
         + bool(epochs)
-        * learning_disk(prunable, len(layers), of_token, lessons, sweep_windows * length),
-        flops=2 * working_weights(target) * passed,
+        * _learning_disk(prunable, len(layers), of_token, lessons, sweep_windows * length),
+        flops=2 * _working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
@@ -245,7 +238,7 @@ def plan_run(
     )
 
 
-def solving_bytes(
+def _solving_bytes(
     target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings
 ) -> SolveMemory:
     """The memory for the linear that needs most, with the statistics that are there meanwhile."""
@@ -253,7 +246,7 @@ def solving_bytes(
     solve = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
     if settings.sequential == "layer":
         names = input_statistics(tasks, asymmetric=asymmetric)
-        held = statistics_bytes(target, found, names)
+        held = _statistics_bytes(target, found, names)
         solve = replace(solve, most=solve.most + held, usual=solve.usual + held)
     return solve
 
@@ -264,33 +257,26 @@ def layer_bytes(target: Target) -> int:
     return weights * target.dtype.itemsize
 
 
-def whole_bytes(target: Target) -> int:
+def _whole_bytes(target: Target) -> int:
     """The size of the whole model in its dtype."""
     return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
 
 
-def pruning_disk(stored: int, gradients: int, layers: int) -> int:
+def _pruning_disk(stored: int, gradients: int, layers: int) -> int:
     """The files of hidden states, which are read and written anew, and of gradients."""
     return 2 * stored + (gradients + layers * stored if gradients else 0)
 
 
-def learning_bytes(target: Target, tasks: Tasks, window: Tensor, sweep_windows: int) -> int:
+def _learning_bytes(target: Target, tasks: Tasks, window: Tensor, sweep_windows: int) -> int:
     """The memory of the distillation: of two whole models, or of one layer."""
     if sweep_windows:
-        return sweep_bytes(target, window) + on_grid_bytes(tasks) // len(target.layers)
-    return distilling_bytes(target, window) + on_grid_bytes(tasks)
+        return _sweep_bytes(target, window) + _on_grid_bytes(tasks) // len(target.layers)
+    return distilling_bytes(target, window) + _on_grid_bytes(tasks)
 
 
-def learning_disk(prunable: int, layers: int, of_token: int, tokens: int, at_once: int) -> int:
+def _learning_disk(prunable: int, layers: int, of_token: int, tokens: int, at_once: int) -> int:
     """The files of a distillation: weights and moments. In sweeps also the hidden states of the
     dense model, its predictions, and the states and gradients of a sweep.
-
-    Args:
-        prunable: number of weights in the matrices.
-        layers: number of decoder layers.
-        of_token: bytes of the hidden state of a token in float32.
-        tokens: number of tokens that the distillation reads.
-        at_once: number of tokens in a sweep; 0 for both whole models in memory.
     """
     learned = 12 * prunable
     if not at_once:
@@ -299,7 +285,7 @@ def learning_disk(prunable: int, layers: int, of_token: int, tokens: int, at_onc
     return learned + learned // layers + (2 * of_token + PREDICTION_BYTES) * tokens + of_sweep
 
 
-def working_weights(target: Target) -> int:
+def _working_weights(target: Target) -> int:
     """Number of weights in the decoder's matrices that one token uses, without unused experts."""
     architecture, config = target.architecture, text_config(target.model.config)
     experts, total = architecture.experts, 0.0
@@ -337,7 +323,7 @@ def passes(settings: Settings) -> int:
     return plain + settings.dense_needed + tuned
 
 
-def learning_passes(epochs: int, sweep_windows: int) -> int:
+def _learning_passes(epochs: int, sweep_windows: int) -> int:
     """Forwards of all tokens of a distillation; a forward with its backward counts as three."""
     # In sweeps the dense model passes once, and every layer runs again for its backward. Trials of
     # the learning rate are a fifth of a training.
@@ -345,14 +331,14 @@ def learning_passes(epochs: int, sweep_windows: int) -> int:
     return bool(epochs) * learned
 
 
-def waits(tasks: Tasks, settings: Settings) -> int:
+def _waits(tasks: Tasks, settings: Settings) -> int:
     """How many halted forwards of each micro-batch wait in memory for the others."""
     gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
     halting = gathered and settings.sequential == "group" and settings.in_memory
     return halting * (1 + settings.asymmetric)
 
 
-def survey_bytes(
+def _survey_bytes(
     target: Target,
     found: Sequence[LayerLayout],
     allocation: Allocation,
@@ -363,7 +349,7 @@ def survey_bytes(
     held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
     if windows is None:  # the allocation reads only weights
         return held
-    held += statistics_bytes(target, found, of_inputs(allocation.requires))
+    held += _statistics_bytes(target, found, of_inputs(allocation.requires))
     if allocation.judged_tokens:
         # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
@@ -383,7 +369,7 @@ def forward_bytes(
     stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
     rehearsals = [
-        rehearse(x, groups[id(x)], hidden, call) for x, call, _ in layers_by_kind(target, calls)
+        _rehearse(x, groups[id(x)], hidden, call) for x, call, _ in _layers_by_kind(target, calls)
     ]
     forward = max(r.running_bytes for r in rehearsals)
     # A halted forward's own input is a view of the stored hidden states.
@@ -432,7 +418,7 @@ def tuning_bytes(target: Target, windows: Tensor) -> int:
         # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
         return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
 
-    return max(of(layer, call) for layer, call, _ in layers_by_kind(target, calls))
+    return max(of(layer, call) for layer, call, _ in _layers_by_kind(target, calls))
 
 
 def distilling_bytes(target: Target, window: Tensor) -> int:
@@ -446,18 +432,14 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
         count * rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, count in layers_by_kind(target, calls)
+        for layer, call, count in _layers_by_kind(target, calls)
     )
     return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
 
 
-def sweep_bytes(target: Target, window: Tensor) -> int:
+def _sweep_bytes(target: Target, window: Tensor) -> int:
     """One decoder layer in float32 with gradients, moments and a mask, and one window's forward
     through it; or everything outside the layers in float32 with one window's logits.
-
-    Args:
-        target: the model.
-        window: token ids [1, sequence_length].
     """
     hidden, calls = calls_of(target, window)
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
@@ -467,12 +449,12 @@ def sweep_bytes(target: Target, window: Tensor) -> int:
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
         rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, _ in layers_by_kind(target, calls)
+        for layer, call, _ in _layers_by_kind(target, calls)
     )
     return max((4 * 4 + 1) * weights + forward, 4 * outside + logits)
 
 
-def on_grid_bytes(tasks: Tasks) -> int:
+def _on_grid_bytes(tasks: Tasks) -> int:
     """The rounded copies of matrices that learn on a grid, which the backward reads."""
     return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
 
@@ -485,7 +467,7 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
         return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
 
 
-def layers_by_kind(
+def _layers_by_kind(
     target: Target, calls: list[LayerCall]
 ) -> list[tuple[nn.Module, LayerCall, int]]:
     """One layer of each kind, how it is called, and the number of layers of that kind."""
@@ -554,13 +536,13 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) 
     return held + working
 
 
-def gradient_bytes(tasks: Tasks) -> int:
+def _gradient_bytes(tasks: Tasks) -> int:
     """The memory of the statistics of all gradients."""
     names = gradient_statistics(tasks)
     return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
 
 
-def statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
+def _statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
     """The memory of input statistics for all groups of a layer; large with many experts."""
     largest = 0
     for layer, layout in zip(target.layers, found, strict=True):

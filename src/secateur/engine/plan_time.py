@@ -120,7 +120,7 @@ def run_seconds(
     return total
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call. Calls repeat for a tenth of a second, at least twice."""
     best, calls, begun = float("inf"), 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - begun < PROBE_SECONDS:
@@ -136,7 +136,7 @@ def piece_times(
     method: Method, shape: Shape, sparsity: float, settings: Settings, device: torch.device
 ) -> PieceTimes:
     """Time a method on a random matrix of a shape, or of a fraction of it."""
-    small = timed_shape(method, shape, sparsity)
+    small = _timed_shape(method, shape, sparsity)
     rows, columns = small
     wider, taller = shape[1] / columns, shape[0] / rows
     x = torch.randn(columns + 64, columns, device=device)
@@ -145,17 +145,17 @@ def piece_times(
     gathering, shared = 0.0, dict[str, torch.Tensor]()
     for name in names:
         gathered = statistics[name](small, device)
-        seconds = timed(lambda gathered=gathered: gathered.update(x), device)
+        seconds = _timed(lambda gathered=gathered: gathered.update(x), device)
         growth = statistics[name].nbytes(shape) / statistics[name].nbytes(small)
         gathering += growth * seconds / len(x)
         shared[name] = gathered.value()
     own = {name: torch.rand(small, device=device) for name in of_gradients(method.requires)}
     return PieceTimes(
-        gathering, *solving_seconds(method, weight, shared, own, sparsity, wider, taller)
+        gathering, *_solving_seconds(method, weight, shared, own, sparsity, wider, taller)
     )
 
 
-def solving_seconds(
+def _solving_seconds(
     method: Method,
     weight: torch.Tensor,
     shared: Mapping[str, torch.Tensor],
@@ -177,7 +177,7 @@ def solving_seconds(
     return (middle - started) * wider**3, (ended - middle) * wider**2 * taller
 
 
-def timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
+def _timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
     """The largest fraction of a shape that is at most `WIDEST` wide and fits the pattern."""
     small = (fraction_of(shape[0]), fraction_of(shape[1]))
     try:
@@ -232,7 +232,7 @@ def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> L
     """
     layers = list(target.layers)
     if windows is None:
-        return LayerTimes(0.0, len(layers) * read_seconds(target, 0))
+        return LayerTimes(0.0, len(layers) * _read_seconds(target, 0))
     size = max(1, settings.micro_batch_tokens // windows.shape[1])
     hidden, calls = calls_of(target, windows[:size])
     of = [kind_of(*pair) for pair in zip(layers, calls, strict=True)]
@@ -253,7 +253,7 @@ def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> L
     return LayerTimes(forward / (hidden.shape[0] * hidden.shape[1]), reading)
 
 
-def read_seconds(target: Target, index: int) -> float:
+def _read_seconds(target: Target, index: int) -> float:
     """Seconds to read one layer."""
     began = time.perf_counter()
     with target.layer(index):

@@ -73,13 +73,13 @@ def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
     return grains
 
 
-def plain(task: LinearTask, share: float) -> float:
+def _plain(task: LinearTask, share: float) -> float:
     """Return the sparsity of a task if it prunes as many weights as `share`, else `share`."""
     pattern, shape, asked = task.method.pattern, task.shape, task.sparsity
     return asked if pattern.pruned(shape, asked) == pattern.pruned(shape, share) else share
 
 
-def needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
+def _needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
     """The statistics of inputs that an allocation needs."""
     names = set(allocation.requires)
     for task in tasks.values():
@@ -90,7 +90,7 @@ def needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
     return of_inputs(names)
 
 
-def first_missing(files: Sequence[Path]) -> int:
+def _first_missing(files: Sequence[Path]) -> int:
     """The number of the first file that does not exist; their number if all do."""
     return next((i for i, file in enumerate(files) if not file.exists()), len(files))
 
@@ -128,8 +128,8 @@ class Survey:
         """Pass every layer to the allocation. Return one file for each layer."""
         count = len(self.target.layers)
         files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
-        names = needed_statistics(self.tasks, allocation)
-        start = self.settings.ranks.once(lambda: first_missing(files))
+        names = _needed_statistics(self.tasks, allocation)
+        start = self.settings.ranks.once(lambda: _first_missing(files))
         if start == count:
             return files
         passage = self.passage if names else None
@@ -262,7 +262,7 @@ class LayerView:
     def solve(self, name: str, sparsity: float) -> Tensor:
         """The weight after pruning by the run, in the dtype of the model."""
         task, weight = self.tasks[name], self.linears[name].weight
-        sparsity = plain(task, sparsity)
+        sparsity = _plain(task, sparsity)
         if sparsity == 0:
             return weight
         group = self.group.get(name, 0)
@@ -315,7 +315,7 @@ def search_levels(
         fingerprint(ends, tokens, "divergence", list(rungs)),
     )
     survey.progress.start("allocation: search", search.generations + 1)
-    informed = search.informed(stored_errors(files), rungs)
+    informed = search.informed(_stored_errors(files), rungs)
     for leader in search.climb(list(rungs.values()), informed, tournament):
         found = leader
         survey.progress.step()
@@ -326,7 +326,7 @@ def search_levels(
     return FoundLevels(sparsity_of, found.fitness, uniform)
 
 
-def stored_errors(files: Sequence[Path]) -> dict[str, float]:
+def _stored_errors(files: Sequence[Path]) -> dict[str, float]:
     """The error of every linear at its target, without reading the weights in the same file."""
     errors = {}
     for path in files:
@@ -388,12 +388,12 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
     settled, ranks = settled_allocation(survey.work), survey.settings.ranks
     if not ranks.once(settled.exists):
         files = survey.execute(allocation, grains)
-        ranks.once(lambda: settle_into(settled, survey, allocation, grains, files, sparsity))
+        ranks.once(lambda: _settle_into(settled, survey, allocation, grains, files, sparsity))
     found = ranks.once(lambda: json.loads(settled.read_text()))
     return with_sparsities(survey.tasks, found["sparsity_of"])
 
 
-def settle_into(
+def _settle_into(
     settled: Path,
     survey: Survey,
     allocation: Allocation,
@@ -413,7 +413,7 @@ def settle_into(
     else:
         wished = allocation.wish(partial(stored, files), grains, sparsity)
     shares = {
-        name: plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+        name: _plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
     }
     write_json(settled, {"sparsity_of": shares, **found})
     for file in files:

@@ -248,15 +248,15 @@ def fingerprint(
         units: names of the units of candidates.
     """
     return {
-        "windows": checksum(ends.windows),
+        "windows": _checksum(ends.windows),
         "judged_tokens": tokens,
         "objective": objective,
-        "embedded": checksum(ends.embedded([0])[0]),
+        "embedded": _checksum(ends.embedded([0])[0]),
         "units": list(units),
     }
 
 
-def checksum(tensor: Tensor) -> str:
+def _checksum(tensor: Tensor) -> str:
     """CRC-32 of the bytes of a tensor, in hexadecimal digits."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return f"{crc32(data.numpy().tobytes()):08x}"
@@ -337,7 +337,7 @@ class WeightVariants(ABC):
                 rounded = self.rounded(number, layer, version)
 
                 def replaced(*args: Any, **kwargs: Any) -> Any:
-                    with rounded_inputs(rounded):
+                    with _rounded_inputs(rounded):
                         return functional_call(layer, weights, args, kwargs)
 
                 return lambda hidden: self.ends.run(number, replaced, hidden)
@@ -393,7 +393,7 @@ class WeightVariants(ABC):
 
 
 @contextmanager
-def rounded_inputs(linears: Iterable[nn.Module]) -> Iterator[None]:
+def _rounded_inputs(linears: Iterable[nn.Module]) -> Iterator[None]:
     """A context in which these linears round their inputs, and multiply in the dtype they have."""
 
     def rounded(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -54,7 +54,7 @@ def hidden_scores(
         on_gpu=settings.on_gpu,
     )  # fmt: skip
     scores = torch.zeros(hidden)
-    all_readers = [readers_of(layer, architecture) for layer in layers]
+    all_readers = [_readers_of(layer, architecture) for layer in layers]
     passage.open(0, dense=False)
     assert passage.hidden is not None
     progress.start("hidden channels", len(passage.batches()) * len(layers))
@@ -79,13 +79,10 @@ def hidden_scores(
     return scores
 
 
-def readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
+def _readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
     """The modules of a decoder layer that read the residual stream.
 
     Experts do not count: each reads only some of the tokens that the router reads.
-
-    Raises:
-        ArchitectureError: the family declares no couplings.
     """
     if architecture.couplings is None:
         raise ArchitectureError(

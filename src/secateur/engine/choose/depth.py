@@ -200,7 +200,7 @@ def space_of(target: Target, how: DepthSettings) -> DropSpace:
     units = []
     total = 0
     for index, layer in enumerate(target.layers):
-        sizes = parameters_of(layer)
+        sizes = _parameters_of(layer)
         total += sum(sizes.values())
         for parts in _UNITS[how.units]:
             size = sum(n for part, n in sizes.items() if part & parts)
@@ -322,7 +322,7 @@ class DepthChoice:
     def dropped(self, removal: Removal) -> Dropped:
         """Return the units to drop, by layer."""
         kept = self.space.kept(removal.candidate)
-        every = sum(sum(parameters_of(layer).values()) for layer in self.target.layers)
+        every = sum(sum(_parameters_of(layer).values()) for layer in self.target.layers)
         parameters = sum(self.space.units[i].parameters for i in removal.candidate)
         return Dropped(
             layers=tuple(i for i, parts in enumerate(kept) if parts == 0),
@@ -366,7 +366,7 @@ def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) 
                 around = {WHOLE: (before, after), ATTENTION: (before, between),
                           FFN: (between, after)}  # fmt: skip
                 for unit in by_layer[number]:
-                    sums[unit] += _mean(cosines(*map(ends.states, around[unit.parts])))
+                    sums[unit] += _mean(_cosines(*map(ends.states, around[unit.parts])))
                 states[place] = after
                 progress.step(note=f"layer {number}")
     progress.finish()
@@ -397,7 +397,7 @@ def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[
                 progress.step(note=f"layer {number}")
             if len(inputs) == length:
                 for before, after in zip(inputs[0], states, strict=True):
-                    cosine = cosines(ends.states(before), ends.states(after))
+                    cosine = _cosines(ends.states(before), ends.states(after))
                     angles = cosine.clamp(-1, 1).arccos() / math.pi
                     sums[number + 1 - length] += _mean(angles)
             inputs.append(states)
@@ -405,7 +405,7 @@ def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[
     return [total / len(ends.windows) for total in sums]
 
 
-def cosines(one: Tensor, two: Tensor) -> Tensor:
+def _cosines(one: Tensor, two: Tensor) -> Tensor:
     """The cosine of the two states of each token, [batch, sequence]."""
     return cosine_similarity(one.double(), two.double(), dim=-1)
 
@@ -417,7 +417,7 @@ def _mean(values: Tensor) -> float:
 _NAMES = {ATTENTION: "attention", FFN: "feed-forward"}
 
 
-def parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
+def _parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules of a decoder layer that make up its attention and its feed-forward sub-block.
 
     Every child with a matrix belongs to one of the two: to attention if its name or class contains
@@ -431,11 +431,11 @@ def parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
     return parts
 
 
-def parameters_of(layer: nn.Module) -> dict[int, int]:
+def _parameters_of(layer: nn.Module) -> dict[int, int]:
     """How many parameters each sub-block of a layer has."""
     return {
         part: sum(p.numel() for module in modules for p in module.parameters())
-        for part, modules in parts_of(layer).items()
+        for part, modules in _parts_of(layer).items()
     }
 
 
@@ -495,7 +495,7 @@ class SubBlocks:
         def note(module: nn.Module, args: Any, out: Any) -> None:
             returned[module] = len(out) if isinstance(out, tuple) else 0
 
-        parts = parts_of(layer)
+        parts = _parts_of(layer)
         handles = [m.register_forward_hook(note) for ms in parts.values() for m in ms]
         try:
             self.ends.run(number, layer, hidden)
@@ -519,7 +519,7 @@ class SubBlocks:
 
         Only `forward` is replaced, because layers read attributes of their attention.
         """
-        parts = parts_of(layer)
+        parts = _parts_of(layer)
         chosen = [
             (module, outputs)
             for part in (ATTENTION, FFN)
@@ -528,7 +528,7 @@ class SubBlocks:
         ]
         before = [vars(module).get("forward") for module, _ in chosen]
         for module, outputs in chosen:
-            vars(module)["forward"] = zeros(outputs)
+            vars(module)["forward"] = _zeros(outputs)
         try:
             yield
         finally:
@@ -538,12 +538,8 @@ class SubBlocks:
                     vars(module)["forward"] = forward
 
 
-def zeros(outputs: int) -> Callable[..., Any]:
-    """A forward that returns zeros in the shape of its input.
-
-    Args:
-        outputs: the length of the tuple to return, the zeros first; 0 for a plain tensor.
-    """
+def _zeros(outputs: int) -> Callable[..., Any]:
+    """A forward that returns zeros in the shape of its input."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])

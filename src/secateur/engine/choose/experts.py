@@ -221,16 +221,12 @@ def kept_experts(
     scores = {layer: heard.score(how.score, how.seed + layer) for layer, heard in use.items()}
     counts = dict.fromkeys(scores, keep)
     if how.scope == "global":
-        counts = global_counts(scores, keep, how)
-    return {layer: best(score, counts[layer], how.groups) for layer, score in scores.items()}
+        counts = _global_counts(scores, keep, how)
+    return {layer: _best(score, counts[layer], how.groups) for layer, score in scores.items()}
 
 
-def global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) -> dict[int, int]:
-    """How many experts each layer keeps if all compete.
-
-    Raises:
-        RecipeError: the router divides the experts into groups.
-    """
+def _global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) -> dict[int, int]:
+    """How many experts each layer keeps if all compete."""
     if how.groups > 1:
         raise RecipeError(
             f"the router chooses between {how.groups} groups of experts, which stay equally large, "
@@ -248,7 +244,7 @@ def global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) ->
     return counts
 
 
-def best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
+def _best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
     """The indices of the highest scores, as many of each group, ascending."""
     size = len(score) // groups
     order = [torch.argsort(own, descending=True, stable=True) for own in score.split(size)]

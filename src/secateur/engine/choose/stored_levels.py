@@ -140,13 +140,13 @@ def choose_levels(
     base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
     best, loss = every[base], losses[base]
     if base + 1 < len(levels):
-        order = further_order(tournament, variants, levels, base, progress)
-        best, loss = furthest(tournament, best, loss, order, allowed, tokens, progress)
+        order = _further_order(tournament, variants, levels, base, progress)
+        best, loss = _furthest(tournament, best, loss, order, allowed, tokens, progress)
     progress.finish()
     return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], losses)
 
 
-def further_order(
+def _further_order(
     tournament: Tournament,
     variants: StoredVariants,
     levels: Sequence[Level],
@@ -171,7 +171,7 @@ def further_order(
     return sorted(rise_per_byte, key=rise_per_byte.__getitem__)
 
 
-def furthest(
+def _furthest(
     tournament: Tournament,
     base: Candidate,
     loss: float,

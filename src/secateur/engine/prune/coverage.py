@@ -110,14 +110,14 @@ def coverage(layers: Sequence[Mapping[str, Any]], architecture: Architecture) ->
     records = [r for x in layers for r in x["linears"] if architecture.of_expert(r["name"])]
     seen = [(r["tokens"], r["shape"][1]) for r in records if r.get("tokens") is not None]
     unseen = [name for x in layers for name in x.get("unseen", ())]
-    heard = {number_of(r["name"]) for r in records if r.get("tokens") != 0}
-    silent = silent_experts(name for name in unseen if number_of(name) not in heard)
+    heard = {_number_of(r["name"]) for r in records if r.get("tokens") != 0}
+    silent = silent_experts(name for name in unseen if _number_of(name) not in heard)
     return Coverage(
         len(records),
         sum(tokens < inputs for tokens, inputs in seen),
         min((tokens for tokens, _ in seen), default=None),
         unseen,
-        len({number_of(r["name"]) for r in records} | {number_of(name) for name in unseen}),
+        len({_number_of(r["name"]) for r in records} | {_number_of(name) for name in unseen}),
         silent,
     )
 
@@ -125,12 +125,12 @@ def coverage(layers: Sequence[Mapping[str, Any]], architecture: Architecture) ->
 def silent_experts(unseen: Iterable[str]) -> dict[str, list[int]]:
     """The numbers of experts, by the number of the layer, from the names of their linears."""
     found: dict[str, list[int]] = {}
-    for layer, expert in sorted({number_of(name) for name in unseen}):
+    for layer, expert in sorted({_number_of(name) for name in unseen}):
         found.setdefault(str(layer), []).append(expert)
     return found
 
 
-def number_of(name: str) -> tuple[int, int]:
+def _number_of(name: str) -> tuple[int, int]:
     """The numbers of the layer and of the expert in the name of an expert's linear."""
     layer, expert, *_ = (*(int(x) for x in name.split(".") if x.isdecimal()), -1, -1)
     return layer, expert

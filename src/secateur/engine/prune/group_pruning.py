@@ -204,7 +204,7 @@ def prune_group(
         linear.assign(solution.weight)
         if solution.shift is not None:
             linear.shift(solution.shift)
-        records.append(verified(linear, task, solution, lost, started))
+        records.append(_verified(linear, task, solution, lost, started))
     return records
 
 
@@ -230,14 +230,10 @@ def exchanged(
     return [LinearRecord.of_json(by_name[linear.name]) for linear in linears]
 
 
-def verified(
+def _verified(
     linear: Linear, task: LinearTask, solution: Solution, lost: float | None, started: float
 ) -> LinearRecord:
-    """Compare the stored zeros of a linear with the number that its pattern requires.
-
-    Raises:
-        VerificationError: there are fewer zeros than its task requires, or a value is not finite.
-    """
+    """Compare the stored zeros of a linear with the number that its pattern requires."""
     weight = linear.weight
     expected = task.method.pattern.pruned(linear.shape, task.sparsity)
     pruned = weight.numel() - int(solution.mask.sum())
@@ -342,7 +338,7 @@ DAMPINGS = (0.05, 0.2, 0.8, 3.2)
 """The values that are tried, as fractions of the mean diagonal of the gram."""
 
 
-def held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
+def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
     """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ).
 
     Args:
@@ -352,8 +348,8 @@ def held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
 
     Example:
         >>> import torch
-        >>> from secateur.engine.prune.group_pruning import held_out_error
-        >>> held_out_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]))
+        >>> from secateur.engine.prune.group_pruning import _held_out_error
+        >>> _held_out_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]))
         -8.0
     """
     inner = (weight @ gram).sub_(moments, alpha=2.0)
@@ -392,6 +388,6 @@ def chosen_dampings(
         for damping in DAMPINGS:
             target = fit.fitted(writer, damping)(linear)
             solution = task.method.solve(target, prepared, known, task.sparsity)
-            errors[damping] = held_out_error(solution.weight, gram, moments)
+            errors[damping] = _held_out_error(solution.weight, gram, moments)
         found[linear.name] = min(errors, key=errors.__getitem__)
     return found

@@ -78,7 +78,7 @@ class Reconstruction:
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0."""
-        return self.learning_rate * half_cosine(step, steps)
+        return self.learning_rate * _half_cosine(step, steps)
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def reconstruct(
                     error = output_error(call.states(output), call.states(target))
                     error = error * (len(inputs) / len(windows))
                     error.backward()
-            sum_gradients(parameters, ranks)
+            _sum_gradients(parameters, ranks)
             choosing = step < _CHOOSING * len(steps)
             for tuned in pruned:
                 tuned.before_step(choosing=choosing)
@@ -204,7 +204,7 @@ def reconstruct(
         on_grid.settle()
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Add up the gradients of all processes. One without windows in this step has none."""
     if ranks.count == 1:
         return
@@ -231,7 +231,7 @@ def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int
     return steps
 
 
-def half_cosine(step: int, steps: int) -> float:
+def _half_cosine(step: int, steps: int) -> float:
     """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 

@@ -119,18 +119,14 @@ def tasks_of(
             rounded=own.solver.rounds and selection.selects(name),
             left=left,
         )
-        check(task)
+        _check(task)
         found[name] = task
     warn_of_work(found)
     return found
 
 
-def check(task: LinearTask) -> None:
-    """Refuse a task that cannot be carried out.
-
-    Raises:
-        PatternError, ShapeError: the matrix cannot hold the sparsity; the message names the linear.
-    """
+def _check(task: LinearTask) -> None:
+    """Refuse a task that cannot be carried out."""
     if task.sparsity > 0:
         try:
             task.method.check(task.shape, task.sparsity)
@@ -221,16 +217,8 @@ class Selection:
             own = last_match(self.starts, name)
         return sparsity if own is None else own
 
-    def check(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
-        """Refuse globs that match nothing, because they are spelling mistakes.
-
-        Args:
-            names: of all linears.
-            others: further globs to check.
-
-        Raises:
-            RecipeError: there are such globs; the message lists all of them.
-        """
+    def _check(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Refuse globs that match nothing, because they are spelling mistakes."""
         names = list(names)
         globs = [*self.include, *self.exclude, *self.overrides, *self.starts, *others]
         refuse_idle_globs(globs, names)
@@ -278,10 +266,10 @@ def left_by(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[Left]:
         tasks: tasks of a planned or finished run.
         matrices: all matrices of the model (`models.inventory`).
     """
-    return summary(reasons(tasks, matrices))
+    return summary(_reasons(tasks, matrices))
 
 
-def reasons(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:
+def _reasons(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:
     """Name, reason and number of weights of every matrix that is not pruned."""
     matrices = list(matrices)
     yield from weights_of(matrices)

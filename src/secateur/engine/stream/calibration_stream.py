@@ -238,7 +238,7 @@ class Passage:
         self.hidden = self.dense = None
 
 
-def nothing() -> None:
+def _nothing() -> None:
     """Report nothing."""
 
 
@@ -258,7 +258,7 @@ class Lane:
     states: Activations
     index: int
     matmuls: Callable[[], AbstractContextManager[object]] = nullcontext
-    step: Callable[[], None] = nothing
+    step: Callable[[], None] = _nothing
 
     @property
     def batches(self) -> list[slice]:

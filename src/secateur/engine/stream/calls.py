@@ -102,20 +102,10 @@ class Carried:
             start += prod(size)
 
 
-def carried_of(
+def _carried_of(
     hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
 ) -> Carried | None:
-    """The columns for a model; None if its layers take one hidden state for each token, no more.
-
-    Args:
-        hidden: the input of its first layer.
-        tokens: the shape [batch, sequence] of the tokens behind it.
-        found: what its layers share, by name in the model's dictionary.
-        where: the model, for messages.
-
-    Raises:
-        ArchitectureError: hidden states or shared tensors have another form.
-    """
+    """The columns for a model; None if its layers take one hidden state for each token, no more."""
     if hidden.ndim == 3 and not found:
         return None
     stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
@@ -319,7 +309,7 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
             layers[index] = original
 
 
-def record(
+def _record(
     model: Any,
     layers: nn.ModuleList,
     input_ids: Tensor,
@@ -361,7 +351,7 @@ def first_inputs(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor
 
     It is not packed: see `LayerCall.packed`.
     """
-    hidden = record(model, layers, input_ids)[0].hidden
+    hidden = _record(model, layers, input_ids)[0].hidden
     assert hidden is not None
     return hidden
 
@@ -378,7 +368,7 @@ def token_values(
         index: the number of the layer.
         of: its call, which says what depends on the tokens.
     """
-    call = record(model, layers, ids)[index].call
+    call = _record(model, layers, ids)[index].call
     assert call is not None
     return replace(call, varying=of.varying).values()
 
@@ -387,8 +377,8 @@ def token_values_of_all(
     model: Any, layers: nn.ModuleList, ids: Tensor, calls: Sequence[LayerCall]
 ) -> Tensor:
     """`token_values` of all layers side by side, from one forward."""
-    recorded = zip(record(model, layers, ids), calls, strict=True)
-    found = [replace(call_of(one), varying=call.varying) for one, call in recorded]
+    recorded = zip(_record(model, layers, ids), calls, strict=True)
+    found = [replace(_call_of(one), varying=call.varying) for one, call in recorded]
     return torch.cat([call.values() for call in found if call.varying], -1)
 
 
@@ -406,11 +396,11 @@ def layer_calls(
     Raises:
         ArchitectureError: arguments depend on the tokens, but not one by one.
     """
-    recorded = [record(model, layers, batch, beside) for batch in batches]
-    calls = [call_of(recorder) for recorder in recorded[0]]
+    recorded = [_record(model, layers, batch, beside) for batch in batches]
+    calls = [_call_of(recorder) for recorder in recorded[0]]
     for other in recorded[1:]:
         for index, recorder in enumerate(other):
-            found = varying(calls[index], call_of(recorder), batches[0].shape)
+            found = varying(calls[index], _call_of(recorder), batches[0].shape)
             if found is None:
                 raise ArchitectureError(
                     f"decoder layer {index} of {type(model).__name__} is handed values that depend "
@@ -421,12 +411,12 @@ def layer_calls(
             calls[index] = replace(calls[index], varying=tuple(sorted(known.items())))
     hidden = recorded[0][0].hidden
     assert hidden is not None
-    shared = shared_states(layers, hidden, calls)
-    carried = carried_of(hidden, batches[0].shape, shared, type(model).__name__)
+    shared = _shared_states(layers, hidden, calls)
+    carried = _carried_of(hidden, batches[0].shape, shared, type(model).__name__)
     return [replace(call, carried=carried) for call in calls]
 
 
-def call_of(recorder: Recorder) -> LayerCall:
+def _call_of(recorder: Recorder) -> LayerCall:
     """The call that was recorded."""
     assert recorder.call is not None
     return recorder.call
@@ -461,15 +451,12 @@ class Watched(dict[str, States]):
         return super().__getitem__(key)
 
 
-def shared_states(
+def _shared_states(
     layers: nn.ModuleList, hidden: Tensor, calls: list[LayerCall]
 ) -> Mapping[str, States]:
     """What layers compute and later layers read, found by running those that get a dictionary.
 
     They run on the meta device, so the tensors have shapes but no values.
-
-    Raises:
-        ArchitectureError: such a layer does not run by itself.
     """
     shared, meta = Watched(), torch.device("meta")
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
@@ -498,7 +485,7 @@ def recorded_with(
     Raises:
         ArchitectureError: the model adds something to the hidden states between its layers.
     """
-    recorders = record(model, layers, ids, beside)
+    recorders = _record(model, layers, ids, beside)
     hidden = recorders[0].hidden
     assert hidden is not None
     for index, recorder in enumerate(recorders):
@@ -509,4 +496,4 @@ def recorded_with(
                 f"layers, first before layer {index}",
                 remedy="calibrate this model on text alone",
             )
-    return hidden, [call_of(recorder) for recorder in recorders]
+    return hidden, [_call_of(recorder) for recorder in recorders]

@@ -69,7 +69,7 @@ class GradientPass:
 
     def result(self, index: int) -> Path:
         """The file of one layer."""
-        return gradient_file(self.results, index)
+        return _gradient_file(self.results, index)
 
     def execute(self) -> None:
         """Run forward, loss and backward. Steps that a killed run finished are skipped."""
@@ -201,10 +201,10 @@ def stored_gradients(
     if not names:
         return lambda linear: {}
     assert work is not None
-    stored = load_file(gradient_file(work, index))
+    stored = load_file(_gradient_file(work, index))
     return lambda linear: {name: stored[f"{linear.name}/{name}"].to(device) for name in names}
 
 
-def gradient_file(work: Path, index: int) -> Path:
+def _gradient_file(work: Path, index: int) -> Path:
     """The file with the statistics of one layer's gradients."""
     return work / f"gradients-{index:04d}.safetensors"

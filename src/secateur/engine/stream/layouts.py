@@ -91,14 +91,14 @@ def layouts(target: Target, length: int) -> list[LayerLayout]:
     declared = [declared_layout(target, layer) for layer in target.layers]
     if all(layout is not None for layout in declared):
         return [layout for layout in declared if layout is not None]
-    hidden, calls = sample(target, min(length, TOKENS))
+    hidden, calls = _sample(target, min(length, TOKENS))
     found: dict[Hashable, LayerLayout] = {}
     result = []
     for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
         kind = kind_of(layer, calls[index])
         if known is None and kind not in found:
             name = target.architecture.layer_name(index)
-            found[kind] = seen_layout(layer, name, hidden, calls[index])
+            found[kind] = _seen_layout(layer, name, hidden, calls[index])
         result.append(known or found[kind])
     return result
 
@@ -114,12 +114,8 @@ def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
     return LayerLayout(tuple(tuple(group) for group in groups if group))
 
 
-def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
-    """An input of the first layer, [1, length, hidden], and how each layer is called.
-
-    Raises:
-        ArchitectureError: calls or hidden states have a form that cannot pass layer by layer.
-    """
+def _sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
+    """An input of the first layer, [1, length, hidden], and how each layer is called."""
     vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(length, device=target.device)[None] % vocabulary
     with target.outside():
@@ -134,18 +130,8 @@ def sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     return hidden, calls
 
 
-def seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
-    """The layout of a layer, from one forward.
-
-    Args:
-        layer: the layer, with weights or on the meta device.
-        name: its full name.
-        hidden: an input.
-        call: how it is called.
-
-    Raises:
-        ArchitectureError: it cannot run by itself.
-    """
+def _seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
+    """The layout of a layer, from one forward."""
     linears = linears_of(layer, name)
     device = next(layer.parameters()).device
 
@@ -183,10 +169,10 @@ def on_meta(layer: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        put_back(layer, buffers)
+        _put_back(layer, buffers)
 
 
-def put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+def _put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Give a layer its real buffers again."""
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")

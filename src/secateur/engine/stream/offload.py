@@ -99,11 +99,11 @@ class Parking:
         self.alive[forward] = self.live.current
         self.parked[forward] = [(storage, storage.nbytes()) for storage in storages]
         if self.folder is None:
-            self.saved[forward] = [content(s).to("cpu", copy=True) for s in storages]
+            self.saved[forward] = [_content(s).to("cpu", copy=True) for s in storages]
         else:
             with self.file(forward).open("wb", buffering=0) as stream:
                 for storage in storages:
-                    write_all(stream, content(storage).cpu())
+                    write_all(stream, _content(storage).cpu())
         for storage in storages:
             storage.resize_(0)
 
@@ -117,13 +117,13 @@ class Parking:
             storage.resize_(size)
         if self.folder is None:
             for (storage, _), saved in zip(kept, self.saved.pop(forward), strict=True):
-                content(storage).copy_(saved)
+                _content(storage).copy_(saved)
             return
         with self.file(forward).open("rb", buffering=0) as stream:
             for storage, size in kept:
                 host = torch.empty(size, dtype=torch.uint8)
                 read_all(stream, host)
-                content(storage).copy_(host)
+                _content(storage).copy_(host)
         self.file(forward).unlink()
 
     def file(self, forward: int) -> Path:
@@ -132,6 +132,6 @@ class Parking:
         return self.folder / f"parked-{self.first + forward:05d}.bin"
 
 
-def content(storage: torch.UntypedStorage) -> Tensor:
+def _content(storage: torch.UntypedStorage) -> Tensor:
     """The bytes of a storage as a tensor that shares its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -183,7 +183,7 @@ class CheckpointTarget:
             return
         name = next(n for n, p in self.model.named_parameters() if p is table.weight)
         ((_, whole),) = self.reader.mapped([self.stored[name]])
-        with rows_in_use(table, whole, self.device, self.dtype):
+        with _rows_in_use(table, whole, self.device, self.dtype):
             yield
 
     @contextmanager
@@ -263,17 +263,10 @@ def per_layer_table(model: Any) -> nn.Embedding | None:
 
 
 @contextmanager
-def rows_in_use(
+def _rows_in_use(
     table: nn.Embedding, whole: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """A context in which every forward of a table has the rows of its tokens, and no others.
-
-    Args:
-        table: a module that is called with token ids.
-        whole: all rows, such as a view of a file.
-        device: where the rows go.
-        dtype: of the computation.
-    """
+    """A context in which every forward of a table has the rows of its tokens, and no others."""
     empty, padding = table.weight, table.padding_idx
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
