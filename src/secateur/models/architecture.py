@@ -242,13 +242,8 @@ def setting(config: Any, name: str, default: Any = None) -> Any:
     return getattr(config, name, default) if read is None else read(name, default)
 
 
-def decoder_inside(model: Any, base: str) -> str | None:
-    """The path of the decoder of a model that also sees or hears; None for a plain decoder.
-
-    Args:
-        model: any model.
-        base: the name of the decoder in a causal language model of its family.
-    """
+def _decoder_inside(model: Any, base: str) -> str | None:
+    """The path of the decoder of a model that also sees or hears; None for a plain decoder."""
     config = getattr(model, "config", None)
     if config is None or text_config(config) is config:
         return None
@@ -286,14 +281,14 @@ def describe(model: Any) -> Architecture:
         groups, experts, layers = family.groups, family.experts, family.layers
         name, couplings = next(n for n in families if families[n] is family), family.couplings
         base = layers.partition(".")[0]
-        inside = decoder_inside(model, base)
+        inside = _decoder_inside(model, base)
         if inside is not None:
             layers = inside + layers.removeprefix(base)
             couplings = couplings and couplings.inside(inside, base)
         if experts is not None:
             groups += experts.groups(experts.opened_in(model.get_submodule(layers)))
         return Architecture(name, layers, groups, family.writers, experts, couplings)
-    candidates = sorted(candidate_layers(model), key=lambda c: c[1], reverse=True)
+    candidates = sorted(_candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of decoder layers made of linears",
@@ -334,7 +329,7 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
         )
 
 
-def candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
+def _candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
     """Lists of modules of the decoder that hold linears: (path, number of weights in linears).
 
     The modules may be of several classes, as in hybrids. Where a model names its decoder

@@ -203,11 +203,11 @@ class CheckpointReader:
 def read_entry(entry: TensorEntry) -> Tensor:
     """The tensor at a place in a file, in memory of its own."""
     with entry.file.open("rb", buffering=0) as stream:
-        _, tensor = read_span(stream, entry)
+        _, tensor = _read_span(stream, entry)
     return tensor if entry.strides is None else tensor.contiguous()
 
 
-def read_span(stream: FileIO, entry: TensorEntry) -> tuple[Tensor, Tensor]:
+def _read_span(stream: FileIO, entry: TensorEntry) -> tuple[Tensor, Tensor]:
     """All values from the first to the last one of a tensor in a file, and the tensor among them.
 
     Of a view that is not contiguous, values of other tensors lie between its own: of an expert's
@@ -338,7 +338,7 @@ class PatchedCopy:
             with file.open("r+b", buffering=0) as stream:
                 values = tensor.detach().to("cpu", entry.dtype)
                 if entry.strides is not None:
-                    whole, own = read_span(stream, entry)
+                    whole, own = _read_span(stream, entry)
                     own.copy_(values)
                     values = whole
                 stream.seek(entry.offset)
@@ -402,7 +402,7 @@ class ShardWriter:
             self.end += torch.Size(shape).numel() * dtype.itemsize
         unknown: Described = dict.fromkeys(appended, (torch.uint8, (LONGEST,), LONGEST))
         self.waiting = {*known, *appended}
-        self.header_bytes = len(header_text(self.placed | unknown, longest_metadata))
+        self.header_bytes = len(_header_text(self.placed | unknown, longest_metadata))
         self.header_bytes += -self.header_bytes % 8
         try:
             self.stream = file.open("wb", buffering=0)
@@ -443,7 +443,7 @@ class ShardWriter:
         """Write the header, and return when the file would survive a power cut."""
         if self.waiting:
             raise ValueError(f"{len(self.waiting)} tensors were not written: {min(self.waiting)}")
-        text = header_text(self.placed, metadata)
+        text = _header_text(self.placed, metadata)
         if len(text) > self.header_bytes:
             raise ValueError(f"header of {len(text)} bytes where {self.header_bytes} are kept free")
         try:
@@ -455,7 +455,7 @@ class ShardWriter:
             raise cannot_write(error, self.file) from error
 
 
-def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
+def _header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
     """The JSON of a header, tensors in the order of their bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (dtype, shape, offset) in sorted(placed.items(), key=lambda x: x[1][2]):
@@ -492,11 +492,11 @@ def refuse_not_finite(files: Iterable[Path]) -> None:
     """
     for file in files:
         found = file.stat()
-        check_values(file.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+        _check_values(file.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def check_values(file: Path, inode: int, size: int, changed: int) -> None:
+def _check_values(file: Path, inode: int, size: int, changed: int) -> None:
     """Refuse a file with NaN or infinite values; the other arguments say which file it is."""
     bad: dict[str, tuple[int, int]] = {}
     with file.open("rb", buffering=0) as stream:

@@ -75,7 +75,7 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
         stored.layers, stored.side = MOST_LAYERS, MOST_SIDE
     for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
         if isinstance(part, dict):
-            check_part(part, stored, str(folder / "config.json"))
+            _check_part(part, stored, str(folder / "config.json"))
 
 
 class StoredSizes:
@@ -93,11 +93,11 @@ class StoredSizes:
                 for found in re.finditer(r"\d+", name):
                     numbered[name[: found.start()]].add(found[0])
         self.layers = max(map(len, numbered.values()), default=0)
-        sides = [side for header in headers for shape in shapes_in(header) for side in shape]
+        sides = [side for header in headers for shape in _shapes_in(header) for side in shape]
         self.side = max([self.layers, *sides])
 
 
-def shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
+def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
     """The shapes of the tensors of a file, and of the matrices packed in it."""
     yield from (entry.shape for entry in header.entries.values())
     try:
@@ -108,10 +108,10 @@ def shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
         return  # none, or damaged, which the reader of packed files reports
 
 
-def check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None:
+def _check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None:
     """Check the numbers of a configuration, or of the part of it that describes the decoder."""
     found = {}
-    for name, key in keys_of(part).items():
+    for name, key in _keys_of(part).items():
         value = part.get(key)
         if value is None or isinstance(value, list):  # absent, or one for each layer
             continue
@@ -137,10 +137,10 @@ def check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None
                 remedy="the configuration and the weights are of different models, or the weights "
                 "are incomplete: copy or download both again",
             )
-    check_heads(found, "head_dim" in part or has_default(part, "head_dim"), where)
+    _check_heads(found, "head_dim" in part or _has_default(part, "head_dim"), where)
 
 
-def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
+def _check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
     """Refuse numbers of heads that do not divide the hidden size, or are not divided by groups."""
     heads = found.get("num_attention_heads")
     if heads is None:
@@ -155,21 +155,21 @@ def check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
     raise CheckpointError(what, where=where, remedy="copy or download config.json again")
 
 
-def keys_of(part: Mapping[str, Any]) -> dict[str, str]:
+def _keys_of(part: Mapping[str, Any]) -> dict[str, str]:
     """The names that this type of model has for the checked sizes."""
     names = (LAYERS, *WIDTHS, "max_position_embeddings")
-    called = dict(getattr(config_class(part), "attribute_map", {}))
+    called = dict(getattr(_config_class(part), "attribute_map", {}))
     if "decoder_layers" in part:  # an encoder-decoder maps the name to its encoder's
         called[LAYERS] = "decoder_layers"
     return {name: called.get(name, name) for name in names}
 
 
-def has_default(part: Mapping[str, Any], name: str) -> bool:
+def _has_default(part: Mapping[str, Any], name: str) -> bool:
     """Whether the type of model has a default for a missing key."""
-    return getattr(config_class(part), name, None) is not None
+    return getattr(_config_class(part), name, None) is not None
 
 
-def config_class(part: Mapping[str, Any]) -> Any:
+def _config_class(part: Mapping[str, Any]) -> Any:
     """The configuration class of transformers; None for types that it does not know."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -210,7 +210,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: names what is missing or damaged, with the bytes expected and found.
     """
-    check_config(folder)
+    _check_config(folder)
     read_configuration(folder)
     for shard in shard_files(folder):
         with shard.open("rb") as stream:
@@ -223,7 +223,7 @@ def check_folder(folder: Path) -> None:
         read_header(shard)
 
 
-def check_config(folder: Path) -> None:
+def _check_config(folder: Path) -> None:
     """Check that a folder has a configuration."""
     file = folder / "config.json"
     if not file.is_file():

@@ -23,14 +23,8 @@ from secateur.models.architecture import family_of
 from secateur.models.layout import ExpertLayout, Experts, flagged_layout
 
 
-def form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
-    """How a module fuses experts; None if it is no such module, or in a form that is not known.
-
-    Args:
-        path: of the module.
-        module: any module of the model.
-        declared: by the family of the model.
-    """
+def _form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
+    """How a module fuses experts; None if it is no such module, or in a form that is not known."""
     if declared is not None and path.endswith("." + declared.module):
         shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
         return declared if declared.layout.fits(shapes) else None
@@ -49,11 +43,11 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     family, replaced = family_of(model), {}
     declared = family.experts if family else None
     for path, module in list(model.named_modules()):
-        form = form_of(path, module, declared)
+        form = _form_of(path, module, declared)
         if form is not None:
             replaced[path] = module
             with no_init_weights():  # the linears already have their weights
-                put(model, path, opened(module, form.layout, scaled_inputs=form.scaled_inputs))
+                _put(model, path, _opened(module, form.layout, scaled_inputs=form.scaled_inputs))
     return replaced
 
 
@@ -95,27 +89,22 @@ def opened_experts(model: nn.Module) -> Iterator[None]:
     finally:
         family = family_of(model)
         for path, fused in replaced.items():
-            form = form_of(path, fused, family.experts if family else None)
+            form = _form_of(path, fused, family.experts if family else None)
             assert form is not None
-            close(opened(fused, form.layout), model.get_submodule(path))
-            put(model, path, fused)
+            _close(_opened(fused, form.layout), model.get_submodule(path))
+            _put(model, path, fused)
 
 
 @torch.no_grad()
-def close(views: nn.Module, experts: nn.Module) -> None:
-    """Copy the weights of opened experts back if they are no longer views.
-
-    Args:
-        views: the experts of the fused module, opened anew.
-        experts: the experts as they were used.
-    """
+def _close(views: nn.Module, experts: nn.Module) -> None:
+    """Copy the weights of opened experts back if they are no longer views."""
     for name, was in views.named_parameters():
         now = experts.get_parameter(name)
         if now.data_ptr() != was.data_ptr():
             was.copy_(now)
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Replace a module by another."""
     owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
@@ -134,9 +123,9 @@ class ExpertActivation(nn.Module):
     def __init__(self, fused: nn.Module, layout: ExpertLayout) -> None:
         super().__init__()
         # In a tuple, because transformers would initialise a module of this class.
-        self.fused = (without_parameters(fused),)
+        self.fused = (_without_parameters(fused),)
         self.interleaved = layout.interleaved
-        self.own = has_own_gate(fused)
+        self.own = _has_own_gate(fused)
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Gate and up, or up alone, [tokens, neurons] each, to [tokens, neurons]."""
@@ -152,13 +141,13 @@ class ExpertActivation(nn.Module):
         return gated
 
 
-def has_own_gate(fused: nn.Module) -> bool:
+def _has_own_gate(fused: nn.Module) -> bool:
     """Whether a class of experts replaces act(gate) · up by something else."""
     own = getattr(type(fused), "_apply_gate", None)
     return own is not None and own.__name__ != "_default_apply_gate"
 
 
-def without_parameters(module: nn.Module) -> nn.Module:
+def _without_parameters(module: nn.Module) -> nn.Module:
     """A module with the settings of another, but none of its parameters."""
     shell = copy.copy(module)
     shell._parameters = {}
@@ -179,7 +168,7 @@ class Expert(nn.Module):
     ) -> None:
         super().__init__()
         for name in layout.projections:
-            linear = bare_linear(parts[f"{name}.weight"], parts.get(f"{name}.bias"))
+            linear = _bare_linear(parts[f"{name}.weight"], parts.get(f"{name}.bias"))
             self.add_module(name, linear)
         self.first = layout.projections[:-1]
         self.activation = activation
@@ -280,7 +269,7 @@ class ScaledExperts(OpenExperts):
         return torch.ones(len(self.sent(every[expert])), device=every.device)
 
 
-def bare_linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+def _bare_linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
     """A linear around an existing weight [out, in] and bias [out]."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight
@@ -289,7 +278,7 @@ def bare_linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Li
     return linear
 
 
-def opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = False) -> OpenExperts:
+def _opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = False) -> OpenExperts:
     """The experts of a fused module; their weights are views of its parameters."""
     parts: list[dict[str, nn.Parameter]] = []
     for name in layout.names:

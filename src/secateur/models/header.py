@@ -127,18 +127,14 @@ def read_header(file: Path) -> Header:
             "the metadata is not a table of texts", where=str(file), remedy=REMEDY
         )
     entries = {
-        name: read_entry(file, name, described, 8 + length) for name, described in header.items()
+        name: _read_entry(file, name, described, 8 + length) for name, described in header.items()
     }
-    check_ranges(file, entries, 8 + length, size)
+    _check_ranges(file, entries, 8 + length, size)
     return Header(entries, metadata)
 
 
-def read_entry(file: Path, name: str, described: Any, start_of_data: int) -> TensorEntry:
-    """One tensor's line of the header; its shape must need exactly the bytes it has.
-
-    Raises:
-        CheckpointError: a key is missing or of the wrong kind, or shape and bytes disagree.
-    """
+def _read_entry(file: Path, name: str, described: Any, start_of_data: int) -> TensorEntry:
+    """One tensor's line of the header; its shape must need exactly the bytes it has."""
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"tensor {name!r} {what}", where=str(file), remedy=REMEDY)
@@ -165,14 +161,10 @@ def is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
-def check_ranges(
+def _check_ranges(
     file: Path, entries: Mapping[str, TensorEntry], start_of_data: int, size: int
 ) -> None:
-    """Refuse tensors that overlap, bytes that belong to none, and a file that ends early.
-
-    Raises:
-        CheckpointError: names the sizes that disagree.
-    """
+    """Refuse tensors that overlap, bytes that belong to none, and a file that ends early."""
     expected = max((e.offset + e.size_bytes for e in entries.values()), default=start_of_data)
     if expected != size:
         raise CheckpointError(

@@ -177,7 +177,7 @@ def download_model(
     reason = "not tried" if offline else why_unreachable()
     try:
         if reason is None:
-            folder = fetch(repo, options, progress)
+            folder = _fetch(repo, options, progress)
         else:
             folder = huggingface_hub.snapshot_download(repo, local_files_only=True, **options)
     except errors.GatedRepoError:
@@ -206,7 +206,7 @@ def download_model(
     raise SourceError(what, where=f"hub: {repo}", remedy=remedy)
 
 
-def fetch(repo: str, options: dict[str, Any], progress: Progress) -> str:
+def _fetch(repo: str, options: dict[str, Any], progress: Progress) -> str:
     """Download a snapshot from a hub that answers; files that are in the cache are not fetched."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
@@ -218,13 +218,13 @@ def fetch(repo: str, options: dict[str, Any], progress: Progress) -> str:
     total = sum(sizes[name] for name in filter_repo_objects(sizes, **patterns))
     progress.start(f"downloading {repo}", max(1, total // MIB))
     folder: str = huggingface_hub.snapshot_download(
-        repo, tqdm_class=byte_counter(progress), **options
+        repo, tqdm_class=_byte_counter(progress), **options
     )
     progress.finish()
     return folder
 
 
-def byte_counter(progress: Progress) -> Any:
+def _byte_counter(progress: Progress) -> Any:
     """A class like tqdm that draws nothing and passes the bytes it counts on to a progress.
 
     The hub's client may count the bytes of a file twice, as they arrive and as they are written,

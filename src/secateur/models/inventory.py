@@ -120,7 +120,7 @@ def stored_linears(
         for index, layer in enumerate(architecture.layers(model))
         for linear in linears_of(layer, architecture.layer_name(index)).values()
     }
-    absent = linears.keys() - set(names) - shared_parameters(model, architecture).keys()
+    absent = linears.keys() - set(names) - _shared_parameters(model, architecture).keys()
     if absent:
         raise CheckpointError(
             f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
@@ -155,7 +155,7 @@ def inventory(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     within = re.compile(re.escape(architecture.layers_path) + r"\.(\d+)\.")
     count = len(architecture.layers(model))
-    path = stored_path(architecture, names, linears)
+    path = _stored_path(architecture, names, linears)
     found = []
     for stored, shape in shapes.items():
         if len(shape) < 2:
@@ -166,7 +166,7 @@ def inventory(
         if name in linears:
             found.append(StoredMatrix(stored, shape, *linears[name]))
         elif name in parameters:
-            reason = reason_of(model, architecture, name, inside=inside is not None)
+            reason = _reason_of(model, architecture, name, inside=inside is not None)
             part = part_beside(stored, path) if reason == BESIDE else ""
             found.append(StoredMatrix(stored, shape, inside, None, reason, part))
         elif inside is not None:
@@ -192,15 +192,8 @@ def stored_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {n: tuple(e.shape) for n, e in entries.items() if e.dtype.is_floating_point}
 
 
-def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool) -> str:
-    """Why a parameter of two or more dimensions is no linear that can be pruned.
-
-    Args:
-        model: loaded, or a skeleton.
-        architecture: its description.
-        name: of the parameter.
-        inside: whether it belongs to a decoder layer.
-    """
+def _reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool) -> str:
+    """Why a parameter of two or more dimensions is no linear that can be pruned."""
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     sort = type(module).__name__
@@ -231,7 +224,7 @@ def reason_of(model: Any, architecture: Architecture, name: str, *, inside: bool
     return "gate with one output" if isinstance(module, nn.Linear) else f"parameter of {sort}"
 
 
-def stored_path(
+def _stored_path(
     architecture: Architecture, names: Mapping[str, str], linears: Collection[str]
 ) -> str:
     """The path of the decoder layers in stored names, which may have another prefix."""
@@ -272,7 +265,7 @@ def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int
             yield matrix.part or matrix.name, matrix.reason, matrix.weights
 
 
-def shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
+def _shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
     """Parameters of decoder layers that are shared: name → name of the first one.
 
     In a loaded model the parameters are the same objects. In a skeleton they are separate until
@@ -298,7 +291,7 @@ def refuse_shared(model: Any, architecture: Architecture) -> None:
     Raises:
         ArchitectureError: names two parameters that are the same.
     """
-    shared = shared_parameters(model, architecture)
+    shared = _shared_parameters(model, architecture)
     if shared:
         name, other = next(iter(shared.items()))
         raise ArchitectureError(

@@ -101,16 +101,16 @@ def layer_caches(model: Any) -> list[LayerCache]:
     found: list[LayerCache] = []
     stored: dict[str, LayerCache] = {}
     """The last layer of each kind that keeps keys and values: later ones may read them."""
-    holders = holders_of(model.config, len(layers))
+    holders = _holders_of(model.config, len(layers))
     for layer, kind, holder in zip(layers, kinds, holders, strict=False):
-        cache = cache_of(layer, config, holder, stored.get(kind))
+        cache = _cache_of(layer, config, holder, stored.get(kind))
         if cache.values:
             stored[kind] = cache
         found.append(cache)
     return found
 
 
-def holders_of(config: Any, layers: int) -> list[Any]:
+def _holders_of(config: Any, layers: int) -> list[Any]:
     """The objects in which transformers would keep the caches of so many layers."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -121,15 +121,8 @@ def holders_of(config: Any, layers: int) -> list[Any]:
     return found + [DynamicLayer() for _ in range(layers - len(found))]
 
 
-def cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | None) -> LayerCache:
-    """The cache of one decoder layer.
-
-    Args:
-        layer: the decoder layer.
-        config: of the decoder.
-        holder: the object in which transformers keeps the layer's cache.
-        source: of the layer whose keys and values this one reads if it has none of its own.
-    """
+def _cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | None) -> LayerCache:
+    """The cache of one decoder layer."""
     from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
     from secateur.models.varied import NoAttention
@@ -138,73 +131,73 @@ def cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | No
     state = state_bytes(layer) if recurrent else 0
     if recurrent and not hasattr(holder, "keys"):
         return LayerCache(state_bytes=state)
-    attention = attention_of(layer)
+    attention = _attention_of(layer)
     if any(isinstance(module, NoAttention) for module in layer.modules()):
         return LayerCache()
     if isinstance(holder, DummyLayer):
         if attention is None or source is None:
             return LayerCache()
-        width = 2 * outputs_of(attention, config)
+        width = 2 * _outputs_of(attention, config)
         return LayerCache(read=source.values, window=source.window, width=width, step_width=width)
     window = getattr(holder, "sliding_window", None)
     rank = int(getattr(attention, "kv_lora_rank", None) or 0)
     if rank:
-        return latent_cache(attention, rank, config, window)
-    keys, values = keys_and_values(attention, config)
-    width = outputs_of(attention, config) * (keys + values) // max(1, values)
+        return _latent_cache(attention, rank, config, window)
+    keys, values = _keys_and_values(attention, config)
+    width = _outputs_of(attention, config) * (keys + values) // max(1, values)
     kept = keys + values + (int(config.index_head_dim) if hasattr(holder, "indexer_keys") else 0)
     return LayerCache(kept, kept, window, state, width, width)
 
 
-def latent_cache(attention: Any, rank: int, config: Any, window: int | None) -> LayerCache:
+def _latent_cache(attention: Any, rank: int, config: Any, window: int | None) -> LayerCache:
     """The cache of latent attention, whose heads share a latent vector and a rotary key."""
     rotary, size = int(attention.qk_rope_head_dim), int(attention.v_head_dim)
-    heads = outputs_of(attention, config) // size
+    heads = _outputs_of(attention, config) // size
     kept = rank + rotary
     width = heads * (int(attention.qk_nope_head_dim) + rotary + size)
     return LayerCache(kept, kept, window, 0, width, heads * (2 * rank + rotary), latent=True)
 
 
-def attention_of(layer: nn.Module) -> Any:
+def _attention_of(layer: nn.Module) -> Any:
     """The module with the linears of queries, keys and values; None if the layer has none."""
     known = {"q_proj", "k_proj", "kv_a_proj_with_mqa", *FUSED}
     modules = (m for m in layer.modules() if known & {name for name, _ in m.named_children()})
     return next(modules, None)
 
 
-def keys_and_values(attention: Any, config: Any) -> tuple[int, int]:
+def _keys_and_values(attention: Any, config: Any) -> tuple[int, int]:
     """How many values the keys and the values of a token have, all KV heads together.
 
     Where the linears have unknown names, the configuration says it.
     """
-    own = shapes_of(attention)
+    own = _shapes_of(attention)
     if "k_proj" in own:
         keys = own["k_proj"][0]
         return keys, own.get("v_proj", own["k_proj"])[0]
     for name in FUSED:
         if name in own:
-            both = own[name][0] - outputs_of(attention, config)
+            both = own[name][0] - _outputs_of(attention, config)
             return both // 2, both // 2
     heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads") or 0
-    return heads * head_size(config), heads * head_size(config)
+    return heads * _head_size(config), heads * _head_size(config)
 
 
-def outputs_of(attention: Any, config: Any) -> int:
+def _outputs_of(attention: Any, config: Any) -> int:
     """Query heads times the size of a value: the inputs of the output linear."""
-    own = shapes_of(attention)
+    own = _shapes_of(attention)
     output = next((own[name] for name in OUTPUTS if name in own), None)
     if output is not None:
         return output[1]
-    return (setting(config, "num_attention_heads") or 0) * head_size(config)
+    return (setting(config, "num_attention_heads") or 0) * _head_size(config)
 
 
-def head_size(config: Any) -> int:
+def _head_size(config: Any) -> int:
     """The size of a head by the configuration."""
     heads = setting(config, "num_attention_heads") or 1
     return int(setting(config, "head_dim") or config.hidden_size // heads)
 
 
-def shapes_of(attention: Any) -> dict[str, tuple[int, int]]:
+def _shapes_of(attention: Any) -> dict[str, tuple[int, int]]:
     """(out, in) of the linears of an attention module, by their names; none without a module."""
     children = () if attention is None else attention.named_children()
     weights = ((name, module, getattr(module, "weight", None)) for name, module in children)
@@ -219,10 +212,10 @@ def state_bytes(layer: nn.Module) -> int:
     """Bytes of the recurrent states of a layer, and of the inputs that its convolutions keep."""
     convolutions = (m.weight for m in layer.modules() if isinstance(m, nn.Conv1d))
     inputs = sum(int(weight.shape[0] * weight.shape[-1]) for weight in convolutions)
-    return STATE_BYTES * states_of(layer) + INPUT_BYTES * inputs
+    return STATE_BYTES * _states_of(layer) + INPUT_BYTES * inputs
 
 
-def states_of(layer: nn.Module) -> int:
+def _states_of(layer: nn.Module) -> int:
     """The number of values in the recurrent states of a layer.
 
     Mamba (arXiv:2312.00752) and Mamba-2: channels · state size. Gated DeltaNet (arXiv:2412.06464):

@@ -43,7 +43,7 @@ def refuse_quantized(folder: Path) -> None:
     Raises:
         CheckpointError: it is quantized, or compressed already.
     """
-    method = method_of(read_config(folder))
+    method = _method_of(read_config(folder))
     if method is None:
         return
     if method == "secateur":
@@ -57,11 +57,11 @@ def refuse_quantized(folder: Path) -> None:
         where=str(folder),
         remedy="run `secateur import DIR --output DENSE` and name that"
         if method in stored_forms
-        else without(method),
+        else _without(method),
     )
 
 
-def method_of(config: Mapping[str, Any]) -> str | None:
+def _method_of(config: Mapping[str, Any]) -> str | None:
     """What a configuration calls the form of its weights; None if it names none."""
     told = config.get("quantization_config")
     if told is not None and not isinstance(told, dict):
@@ -70,14 +70,14 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(described.get("quant_method", "compressed-tensors")) if described else None
 
 
-def without(method: str) -> str:
+def _without(method: str) -> str:
     """What to do with a form that is not read."""
     return REMEDIES.get(method, DENSE)
 
 
 def form_of(folder: Path) -> str | None:
     """The name of the form in which the weights of a folder are stored; None for plain tensors."""
-    method = method_of(read_config(folder))
+    method = _method_of(read_config(folder))
     return "compressed-tensors" if method == "sparseml" else method
 
 
@@ -148,7 +148,7 @@ def load_whole(
     report: dict[str, Any]
     with quiet_transformers(), transformers_errors(folder):
         if form_of(folder) in EXPANDED:
-            loaded, report = load_expanded(folder, dtype, trust_remote_code)
+            loaded, report = _load_expanded(folder, dtype, trust_remote_code)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             loaded, report = auto_class(config).from_pretrained(
@@ -167,7 +167,7 @@ def load_whole(
     return loaded
 
 
-def load_expanded(
+def _load_expanded(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
     """A model whose weights are stored in fewer bits, with what our reader makes of them."""

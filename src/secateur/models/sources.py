@@ -91,13 +91,13 @@ def resolve(
         NumericalError: weights are NaN or infinite.
         RecipeError: `dtype` is not one of the three.
     """
-    found = found_model(model, dtype, trust_remote_code, offline, progress or Silent())
+    found = _found_model(model, dtype, trust_remote_code, offline, progress or Silent())
     if values:
         refuse_not_finite(shard_files(found.folder))
     return found
 
 
-def found_model(
+def _found_model(
     model: str | os.PathLike[str],
     dtype: str | None,
     trust_remote_code: bool,
@@ -122,9 +122,9 @@ def found_model(
         )
     if kind == "folder":
         check_folder(path)
-        return LocalCheckpoint(path, name, "folder", None, weight_bytes(path))
+        return LocalCheckpoint(path, name, "folder", None, _weight_bytes(path))
     if kind == "file":
-        folder = from_file(path, dtype or "float32", progress)
+        folder = _from_file(path, dtype or "float32", progress)
         return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
     if kind == "sample":
         sample = MODELS[name]
@@ -140,15 +140,15 @@ def found_model(
     folder = download_model(hub.repo, hub.revision, trust_remote_code, offline, progress)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
-    return LocalCheckpoint(folder, name, "hub", folder.name, weight_bytes(folder))
+    return LocalCheckpoint(folder, name, "hub", folder.name, _weight_bytes(folder))
 
 
-def weight_bytes(folder: Path) -> int:
+def _weight_bytes(folder: Path) -> int:
     """The size of the weight files of a checkpoint."""
     return sum(file.stat().st_size for file in shard_files(folder))
 
 
-def from_file(file: Path, dtype: str, progress: Progress) -> Path:
+def _from_file(file: Path, dtype: str, progress: Progress) -> Path:
     """The checkpoint folder for a single file: only a GGUF file is a whole model."""
     if file.suffix == ".gguf":
         return convert_gguf(file, dtype, progress=progress)
@@ -205,13 +205,13 @@ def convert_gguf(
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     converted = cache_folder() / "converted"
     target = converted / f"{file.stem}-{dtype}-{digest}"
-    if is_whole(target):
+    if _is_whole(target):
         return target
     try:
         converted.mkdir(parents=True, exist_ok=True)
         sweep_partials(converted)
         with tempfile.TemporaryDirectory(dir=converted, suffix=PARTIAL) as work:
-            expand_gguf(file, dtype, Path(work), progress or Silent())
+            _expand_gguf(file, dtype, Path(work), progress or Silent())
             put_in_place(Path(work), target)
     except OSError as error:
         raise SourceError(
@@ -222,7 +222,7 @@ def convert_gguf(
     return target
 
 
-def is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     """Whether a converted folder exists and is undamaged."""
     try:
         check_folder(folder)
@@ -233,17 +233,17 @@ def is_whole(folder: Path) -> bool:
 
 def put_in_place(work: Path, target: Path) -> None:
     """Rename a finished folder in one step, unless another process was first."""
-    if target.exists() and not is_whole(target):
+    if target.exists() and not _is_whole(target):
         shutil.rmtree(target)
     finished = work / "finished"
     try:
         os.replace(finished, target)
     except OSError:
-        if not is_whole(target):
+        if not _is_whole(target):
             raise
 
 
-def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
+def _expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
     """Write a GGUF file's weights, configuration and tokenizer into `work`/finished."""
     import torch
     import transformers
@@ -257,7 +257,7 @@ def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
     if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     bar = BarReader(f"converting {file.name}", progress)
-    with quiet_transformers(), parsed_once(), redirect_stderr(bar):
+    with quiet_transformers(), _parsed_once(), redirect_stderr(bar):
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype=getattr(torch, dtype), **options, **dequantize
@@ -276,11 +276,11 @@ def expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None:
         progress.start(f"writing {file.stem} as safetensors", 1)
         model.save_pretrained(work / "finished")
         tokenizer.save_pretrained(work / "finished")
-        write_card(file, work / "finished")
+        _write_card(file, work / "finished")
         progress.finish()
 
 
-def write_card(file: Path, folder: Path) -> None:
+def _write_card(file: Path, folder: Path) -> None:
     """Write a model card with the licence and the base model that a GGUF file names, if it does."""
     import gguf
     from huggingface_hub import ModelCardData
@@ -296,7 +296,7 @@ def write_card(file: Path, folder: Path) -> None:
 
 
 @contextmanager
-def parsed_once() -> Iterator[None]:
+def _parsed_once() -> Iterator[None]:
     """Within this context a GGUF file is parsed once, and its table of names is made once.
 
     transformers parses the whole file three times, and makes the table again for every module:

@@ -36,7 +36,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     Raises:
         CheckpointError: the folder has no tokenizer, or it cannot be read.
     """
-    if not has_tokenizer(folder):
+    if not _has_tokenizer(folder):
         raise CheckpointError(
             "the folder has no tokenizer",
             where=str(folder),
@@ -75,7 +75,7 @@ def own_tokenizer(model: Any) -> Tokenizer:
     if not name:
         why = "its configuration does not say where it came from"
     elif Path(name).is_dir():
-        if has_tokenizer(Path(name)):
+        if _has_tokenizer(Path(name)):
             return load_tokenizer(Path(name))
         why = f"{name}, where it came from, has none"
     else:
@@ -94,7 +94,7 @@ def own_tokenizer(model: Any) -> Tokenizer:
     )
 
 
-def has_tokenizer(folder: Path) -> bool:
+def _has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder has files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
@@ -133,7 +133,7 @@ def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[i
     Raises:
         CheckpointError: the tokenizer cannot be read.
     """
-    if not has_tokenizer(folder):
+    if not _has_tokenizer(folder):
         return ()
     return start_tokens(load_tokenizer(folder, trust_remote_code=trust_remote_code))
 

@@ -83,11 +83,11 @@ def varied_classes(base_model_type: str) -> tuple[Any, Any]:
         {"config_class": config_class, "__module__": __name__},
     )
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    read_as_the_base(base_model, base_model_type, model_class)
+    _read_as_the_base(base_model, base_model_type, model_class)
     return config_class, model_class
 
 
-def read_as_the_base(base_model: Any, base_model_type: str, model_class: Any) -> None:
+def _read_as_the_base(base_model: Any, base_model_type: str, model_class: Any) -> None:
     """Convert stored names as for the base class, for example fuse experts stored one by one."""
     from transformers import conversion_mapping
 
@@ -104,7 +104,7 @@ class Varied:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        resize(self, config, config.secateur_cut)
+        _resize(self, config, config.secateur_cut)
 
     def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> None:
         """Save like the base class, and copy this file to the folder."""
@@ -112,14 +112,14 @@ class Varied:
         shutil.copyfile(__file__, Path(folder) / FILE_NAME)
 
 
-def resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
+def _resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
     """Give the modules of a built model their own sizes."""
     for path, kind in differences.get("absent", {}).items():
         old = model.get_submodule(path)
         stand_ins = {"attention": NoAttention(getattr(old, "layer_idx", 0)), "ffn": NoOutput()}
         model.set_submodule(path, stand_ins.get(kind, nn.Identity()))
     for path, shape in differences.get("shapes", {}).items():
-        reshape(model, path, tuple(shape))
+        _reshape(model, path, tuple(shape))
     for path, values in differences.get("attributes", {}).items():
         module = model.get_submodule(path)
         read = {n.removeprefix("config."): v for n, v in values.items() if n.startswith("config.")}
@@ -131,7 +131,7 @@ def resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
     model.tie_weights()
 
 
-def reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
+def _reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
     """Give the weight and bias of a module, or a parameter, another shape."""
     owner, _, leaf = path.rpartition(".")
     if leaf in getattr(model.get_submodule(owner), "_parameters", {}):
@@ -141,14 +141,14 @@ def reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
         leaves = {"weight": shape}
         if getattr(module, "bias", None) is not None:
             leaves["bias"] = shape[-1:] if isinstance(module, Conv1D) else shape[:1]
-        name_sizes(module, shape)
+        _name_sizes(module, shape)
     for name, size in leaves.items():
         old = getattr(module, name)
         setattr(module, name, nn.Parameter(torch.empty(size, dtype=old.dtype, device=old.device)))
     model._init_weights(module)
 
 
-def name_sizes(module: Any, shape: tuple[int, ...]) -> None:
+def _name_sizes(module: Any, shape: tuple[int, ...]) -> None:
     """Set the size attributes of modules of torch and transformers."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape

@@ -65,10 +65,10 @@ class BlockFloat8:
             ArchitectureError: the matrices are in 4-bit floating point.
         """
         told, entries = described_by(source.config), source.reader.entries
-        block = block_of(told, source)
+        block = _block_of(told, source)
         made = {}
         for name, entry in entries.items():
-            scale = scale_of(name, entries)
+            scale = _scale_of(name, entries)
             if entry.dtype == FLOAT8 and scale is None:
                 raise damaged(f"{name} is float8, and there is no scale of it", entry.file)
             if scale is None or scale == name:
@@ -81,7 +81,7 @@ class BlockFloat8:
                     remedy="name the model in bfloat16, or one whose matrices are all in float8",
                 )
             if entry.dtype == FLOAT8:
-                made[name] = assembly(name, entry, scale, entries[scale], block, source.dtype)
+                made[name] = _assembly(name, entry, scale, entries[scale], block, source.dtype)
         refuse_empty(made, self.name, source)
         dropped = tuple(n for n in entries if n.rpartition(".")[2] in OF_ACTIVATIONS)
         notes: tuple[str, ...] = ()
@@ -91,12 +91,8 @@ class BlockFloat8:
         return AssembledReader(source.reader, made, config, dropped=dropped, notes=notes)
 
 
-def block_of(told: Mapping[str, Any], source: SourceFolder) -> tuple[int, int] | None:
-    """The rows and columns of a block; None for one scale for each matrix.
-
-    Raises:
-        CheckpointError: the configuration names no two sizes.
-    """
+def _block_of(told: Mapping[str, Any], source: SourceFolder) -> tuple[int, int] | None:
+    """The rows and columns of a block; None for one scale for each matrix."""
     found = told.get("weight_block_size", (128, 128))
     if found is None:
         return None
@@ -107,7 +103,7 @@ def block_of(told: Mapping[str, Any], source: SourceFolder) -> tuple[int, int] |
     return found[0], found[1]
 
 
-def scale_of(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
+def _scale_of(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
     """The name of the scales of a tensor, if there are any."""
     owner = name.removesuffix(".weight")
     patterns = SCALES if owner != name else SCALES[:1]
@@ -115,7 +111,7 @@ def scale_of(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
     return next((found for found in names if found in entries), None)
 
 
-def assembly(
+def _assembly(
     name: str,
     entry: TensorEntry,
     scale_name: str,
@@ -123,17 +119,13 @@ def assembly(
     block: tuple[int, int] | None,
     dtype: torch.dtype,
 ) -> Assembly:
-    """The matrix, or the stacked matrices, that a tensor and its scales make.
-
-    Raises:
-        CheckpointError: the scales have another shape than the blocks.
-    """
+    """The matrix, or the stacked matrices, that a tensor and its scales make."""
     if len(entry.shape) not in (2, 3):
         raise damaged(f"a tensor of shape {list(entry.shape)} has scales", name)
     exponents = scale.dtype == torch.uint8
     if not scale.dtype.is_floating_point and not exponents:
         raise damaged(f"the scales are {scale.dtype}", scale_name)
-    sizes = fitting_blocks(entry.shape, scale.shape, block)
+    sizes = _fitting_blocks(entry.shape, scale.shape, block)
     if sizes is None:
         raise damaged(
             f"the scales are {list(scale.shape)}; {list(entry.shape)} in blocks of "
@@ -145,22 +137,16 @@ def assembly(
         entry.shape,
         dtype,
         "float8 in blocks" if block else "float8",
-        partial(multiplied, block=sizes),
-        partial(rounded_back, block=sizes, dtype=dtype),
+        partial(_multiplied, block=sizes),
+        partial(_rounded_back, block=sizes, dtype=dtype),
         stacked=len(entry.shape) == 3 and len(scale.shape) == 3,
     )
 
 
-def fitting_blocks(
+def _fitting_blocks(
     shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """The size of a block for which these scales belong to a tensor; None if there is none.
-
-    Args:
-        shape: of the tensor, [..., out, in].
-        scales: the shape of its scales.
-        block: the size that the configuration gives.
-    """
+    """The size of a block for which these scales belong to a tensor; None if there is none."""
     rows, columns = shape[-2:]
     if torch.Size(scales).numel() == 1:
         return rows, columns
@@ -173,16 +159,16 @@ def fitting_blocks(
     return rows // scales[-2], columns // scales[-1]
 
 
-def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
+def _spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
     """Scales [..., blocks, blocks] as they multiply a matrix [..., out, in]: float32.
 
     Example:
         >>> import torch
-        >>> from secateur.models.at_rest.fp8 import spread_blocks
-        >>> spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
+        >>> from secateur.models.at_rest.fp8 import _spread_blocks
+        >>> _spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
         [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
     """
-    wide = powers_of_two(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
+    wide = _powers_of_two(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
     if wide.numel() == 1:
         return wide.reshape((1,) * len(shape))
     for axis, size in ((-2, block[0]), (-1, block[1])):
@@ -190,28 +176,28 @@ def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int])
     return wide
 
 
-def powers_of_two(exponents: Tensor) -> Tensor:
+def _powers_of_two(exponents: Tensor) -> Tensor:
     """2^(e − 127) for bytes e, float32."""
     return torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - 127)
 
 
-def multiplied(parts: Parts, block: tuple[int, int]) -> Tensor:
+def _multiplied(parts: Parts, block: tuple[int, int]) -> Tensor:
     """The dense tensor, float32."""
     weight = parts["weight"]
-    return weight.to(torch.float32) * spread_blocks(parts["scale"], tuple(weight.shape), block)
+    return weight.to(torch.float32) * _spread_blocks(parts["scale"], tuple(weight.shape), block)
 
 
-def rounded_back(
+def _rounded_back(
     values: Tensor, parts: Parts, block: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The parts for new values: the scales stay, and so does every number that did not change.
 
     A number is rounded to the nearest one of its block's grid, from −448 to 448 times the scale.
     """
-    scale = spread_blocks(parts["scale"], tuple(values.shape), block)
+    scale = _spread_blocks(parts["scale"], tuple(values.shape), block)
     wanted = torch.where(values == 0, 0.0, values.to(torch.float32) / scale)
     codes = wanted.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8)
-    same = multiplied(parts, block).to(dtype) == values
+    same = _multiplied(parts, block).to(dtype) == values
     codes = torch.where(same & (values != 0), parts["weight"].view(torch.uint8), codes)
     return {"weight": codes.view(FLOAT8), "scale": parts["scale"]}
 

@@ -78,7 +78,7 @@ class PostTraining:
                 "float16 or bfloat16",
             )
         lower = sum(1 << shift for shift in range(0, 32, bits)) if layout == "gptq" else 0
-        return reader_of(source, lambda parts: along_inputs(parts, bits, lower), bits, rows=True)
+        return _reader_of(source, lambda parts: _along_inputs(parts, bits, lower), bits, rows=True)
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,11 @@ class ActivationAware:
                 where=str(source.folder),
                 remedy="4 bits in version gemm are; name the model in float16 or bfloat16",
             )
-        return reader_of(source, along_outputs, 4, rows=False)
+        return _reader_of(source, _along_outputs, 4, rows=False)
 
 
-def reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> AssembledReader:
-    """The reader of a folder.
-
-    Args:
-        source: the folder.
-        make: makes a matrix of its parts.
-        bits: of an integer.
-        rows: whether words hold consecutive inputs; otherwise consecutive outputs.
-
-    Raises:
-        CheckpointError: parts are missing, or do not fit each other.
-    """
+def _reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> AssembledReader:
+    """The reader of a folder."""
     entries = source.reader.entries
     found: dict[str, dict[str, str]] = {}
     for name in entries:
@@ -134,7 +124,7 @@ def reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> Asse
         if missing:
             raise damaged(f"there is no {min(missing)} beside it", parts["qweight"])
         shapes = {role: entries[name].shape for role, name in parts.items()}
-        shape = shape_of(shapes, 32 // bits, rows=rows)
+        shape = _shape_of(shapes, 32 // bits, rows=rows)
         if shape is None or any(entries[parts[x]].dtype != torch.int32 for x in ROLES[:2]):
             raise damaged(
                 "the parts do not fit each other: "
@@ -147,7 +137,7 @@ def reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> Asse
     return AssembledReader(source.reader, made, without_description(source.config))
 
 
-def shape_of(
+def _shape_of(
     shapes: Mapping[str, tuple[int, ...]], factor: int, *, rows: bool
 ) -> tuple[int, int] | None:
     """The shape [out, in] of a matrix; None if its parts do not fit each other."""
@@ -163,17 +153,17 @@ def shape_of(
     return (outputs, inputs) if whole and outputs % factor == 0 else None
 
 
-def unpacked(words: Tensor, bits: int) -> Tensor:
+def _unpacked(words: Tensor, bits: int) -> Tensor:
     """The unsigned integers of words along a new last axis, the lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 
-def along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
+def _along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
     """A matrix [out, in] of GPTQ, float64, whose words of zeros are stored `lower`."""
-    integers = unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
+    integers = _unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
     words = parts["qzeros"].to(torch.int64) + lower  # the lower 32 bits are the sum modulo 2³²
-    zeros = unpacked(words, bits).flatten(1)
+    zeros = _unpacked(words, bits).flatten(1)
     groups, inputs = len(zeros), len(integers)
     order = parts.get("g_idx")
     if order is None:
@@ -185,11 +175,11 @@ def along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
     return ((integers - zeros[order]).to(torch.float64) * scales[order]).t()
 
 
-def along_outputs(parts: Parts) -> Tensor:
+def _along_outputs(parts: Parts) -> Tensor:
     """A matrix [out, in] of AWQ, float64."""
     place = torch.tensor(AWQ_ORDER).argsort()
     integers, zeros = (
-        unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
+        _unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
     )
     size = len(integers) // len(zeros)
     spread = (integers - zeros.repeat_interleave(size, 0)).to(torch.float64)

@@ -66,17 +66,13 @@ class MicroscaledFloat4:
             stem = name.removesuffix(BLOCKS)
             if stem != name:
                 scales = entries[stem + SCALES]
-                made[stem] = assembly(stem, entries[name], scales, source.dtype)
+                made[stem] = _assembly(stem, entries[name], scales, source.dtype)
         refuse_empty(made, self.name, source)
         return AssembledReader(source.reader, made, without_description(source.config))
 
 
-def assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype) -> Assembly:
-    """The experts that blocks and scales make.
-
-    Raises:
-        CheckpointError: they do not fit each other.
-    """
+def _assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype) -> Assembly:
+    """The experts that blocks and scales make."""
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
         raise damaged(f"blocks of {blocks.dtype}, scales of {scales.dtype}", stem)
     if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, GROUP // 2):
@@ -87,13 +83,13 @@ def assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.d
         (experts, groups * GROUP, out),
         dtype,
         "mxfp4",
-        expanded,
-        partial(rounded_back, dtype=dtype),
+        _expanded,
+        partial(_rounded_back, dtype=dtype),
         stacked=True,
     )
 
 
-def expanded(parts: Parts) -> Tensor:
+def _expanded(parts: Parts) -> Tensor:
     """The experts [experts, in, out], float32."""
     blocks, scales = parts["blocks"], parts["scales"]
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
@@ -104,7 +100,7 @@ def expanded(parts: Parts) -> Tensor:
     return values.flatten(-2).transpose(1, 2)
 
 
-def rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str, Tensor]:
+def _rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parts for new values: the scales stay, and so does every number that did not change.
 
     A number is rounded to the nearest one of its group's grid. Of two that are equally near, the
@@ -118,7 +114,7 @@ def rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str, 
     codes += 8 * ((wanted < 0) & (codes > 0)).to(torch.uint8)
     stored = parts["blocks"]
     before = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)
-    same = expanded(parts).to(dtype) == values
+    same = _expanded(parts).to(dtype) == values
     kept = same.transpose(1, 2).unflatten(-1, (-1, GROUP)) & (rows != 0)
     pairs = torch.where(kept, before, codes).unflatten(-1, (-1, 2))
     return {"blocks": pairs[..., 0] | (pairs[..., 1] << 4), "scales": scales}

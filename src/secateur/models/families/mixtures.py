@@ -79,18 +79,7 @@ def _mixture(
     writers: tuple[str, ...] = ("self_attn.o_proj",),
     **changes: Any,
 ) -> Family:
-    """A family with experts in the place of the feed-forward, in all layers or in most.
-
-    Args:
-        model_types: as in `Family`.
-        experts: where they are.
-        axes: of what else has a size.
-        router: the attributes of the router that hold the hidden size.
-        base: the couplings of the dense parts.
-        groups: of the dense parts; empty to find all by running a layer of each kind.
-        writers: as in `Family`.
-        changes: of the couplings.
-    """
+    """A family with experts in the place of the feed-forward, in all layers or in most."""
     changes = {"attributes": experts.sizes(*router), **changes}
     couplings = base.plus({**experts.axes(), **(axes or {})}, **changes)
     return Family(model_types, "model.layers", groups, writers, experts, couplings)

@@ -55,27 +55,23 @@ class CompressedTensorsFolder:
             ArchitectureError: the weights are rotated, or in 4-bit floating point.
         """
         told, stored = described_by(source.config), source.reader.entries
-        refuse_unknown(told, stored)
-        widths = frozenset(widths_of(told))
+        _refuse_unknown(told, stored)
+        widths = frozenset(_widths_of(told))
         made: dict[str, Assembly] = {}
-        for name, parts in grouped(stored).items():
+        for name, parts in _grouped(stored).items():
             try:
-                made[name] = assembled(source, parts, widths)
+                made[name] = _assembled(source, parts, widths)
             except CheckpointError as error:
                 raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
         dropped = tuple(n for n in stored if n.rpartition(".")[2] in OF_ACTIVATIONS)
         said = "the source also rounds activations; the result does not"
-        notes = (said,) if rounds_activations(told) else ()
+        notes = (said,) if _rounds_activations(told) else ()
         config = without_description(source.config)
         return AssembledReader(source.reader, made, config, dropped=dropped, notes=notes)
 
 
-def refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
-    """Refuse what a plain model cannot express, and formats that are not read.
-
-    Raises:
-        ArchitectureError: names it.
-    """
+def _refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
+    """Refuse what a plain model cannot express, and formats that are not read."""
     remedy = "name the model before this step, or decompress it with the tool that made it"
     if told.get("transform_config"):
         raise ArchitectureError(
@@ -87,7 +83,7 @@ def refuse_unknown(told: Mapping[str, Any], stored: Iterable[str]) -> None:
             raise ArchitectureError(f"{why} is not read", where=name, remedy=remedy)
 
 
-def groups_of(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _groups_of(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The groups of matrices that a configuration describes."""
     groups = told.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -95,24 +91,24 @@ def groups_of(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-def widths_of(told: Mapping[str, Any]) -> Iterator[int]:
+def _widths_of(told: Mapping[str, Any]) -> Iterator[int]:
     """The bits of the integers that a configuration names."""
-    for group in groups_of(told):
+    for group in _groups_of(told):
         weights = group.get("weights")
         bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
         if type(bits) is int and 1 <= bits <= 8:
             yield bits
 
 
-def rounds_activations(told: Mapping[str, Any]) -> bool:
+def _rounds_activations(told: Mapping[str, Any]) -> bool:
     """Whether the model was meant to round activations too, or its cache of keys and values."""
     return bool(told.get("kv_cache_scheme")) or any(
         group.get("input_activations") or group.get("output_activations")
-        for group in groups_of(told)
+        for group in _groups_of(told)
     )
 
 
-def grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
+def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     """The stored names of the parts of each dense tensor.
 
     Parts stand beside each other: `layer.weight_scale`, `layer.bitmask`. Early files have them
@@ -130,12 +126,8 @@ def grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
-    """The dense tensor of some parts.
-
-    Raises:
-        CheckpointError: parts are missing, or contradict each other.
-    """
+def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
+    """The dense tensor of some parts."""
 
     def among(names: Iterable[str]) -> dict[str, str]:
         return {role: parts[role] for role in names if role in parts}

@@ -48,17 +48,13 @@ def sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> Assem
         )
     stored_as = "sparse-bitmask" if "row_offsets" in parts else "sparse-24-bitmask"
     return Assembly(
-        parts, shape, entries["compressed"].dtype, stored_as, lambda p: opened(p, shape)
+        parts, shape, entries["compressed"].dtype, stored_as, lambda p: _opened(p, shape)
     )
 
 
-def opened(parts: Parts, shape: tuple[int, ...]) -> Tensor:
-    """The dense tensor.
-
-    Raises:
-        CheckpointError: mask, values and offsets contradict each other.
-    """
-    bits = bits_of(parts["bitmask"])
+def _opened(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    """The dense tensor."""
+    bits = _bits_of(parts["bitmask"])
     kept = bits[..., : shape[-1]]
     values = parts["compressed"].flatten()
     if bits[..., shape[-1] :].any():
@@ -78,13 +74,13 @@ def opened(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     return dense.view(values.dtype)
 
 
-def bits_of(packed: Tensor) -> Tensor:
+def _bits_of(packed: Tensor) -> Tensor:
     """Bools of the bits of bytes [..., n] → [..., 8 n], the lowest bit first.
 
     Example:
         >>> import torch
-        >>> from secateur.models.at_rest.compressed_tensors.bitmask import bits_of
-        >>> bits_of(torch.tensor([5], dtype=torch.uint8)).int().tolist()
+        >>> from secateur.models.at_rest.compressed_tensors.bitmask import _bits_of
+        >>> _bits_of(torch.tensor([5], dtype=torch.uint8)).int().tolist()
         [1, 0, 1, 0, 0, 0, 0, 0]
     """
     shifts = torch.arange(8, dtype=torch.uint8)

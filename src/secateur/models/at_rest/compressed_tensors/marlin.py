@@ -58,30 +58,30 @@ def marlin_assembly(
         raise damaged(f"{groups} groups of scales for {columns} columns", parts["scale_packed"])
     bits, shape = 32 // factor, (rows, columns)
     stored_as = f"marlin-24 int{bits}"
-    return Assembly(parts, shape, dtype, stored_as, lambda p: opened(p, bits, shape))
+    return Assembly(parts, shape, dtype, stored_as, lambda p: _opened(p, bits, shape))
 
 
-def opened(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
+def _opened(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] in float64, exact."""
     rows, columns = shape
-    integers = in_order(unpacked(parts["weight_packed"], bits), bits, rows)
+    integers = in_order(_unpacked(parts["weight_packed"], bits), bits, rows)
     values = integers.t().to(torch.float64) - 2 ** (bits - 1)
-    places = indices_of(parts["meta"].flatten(), rows, columns // 16)
+    places = _indices_of(parts["meta"].flatten(), rows, columns // 16)
     first, second = places[..., 0], places[..., 1]
     if not (first < second).all():
         raise damaged("two indices of a group of 4 are not in ascending order", "meta")
     dense = torch.zeros(rows, columns // 4, 4, dtype=torch.float64)
     dense.scatter_(-1, places, values.reshape(rows, columns // 4, 2))
-    return dense.view(rows, columns) * scales_of(parts["scale_packed"], shape)
+    return dense.view(rows, columns) * _scales_of(parts["scale_packed"], shape)
 
 
-def unpacked(packed: Tensor, bits: int) -> Tensor:
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """The unsigned integers of int32 words along the last axis, the lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
 
 
-def kernel_order(bits: int) -> Tensor:
+def _kernel_order(bits: int) -> Tensor:
     """The place in a tile of 16 × 64 of each integer, in the order of the kernel: [1024].
 
     A thread t of 32 holds rows 2 (t mod 4) + {0, 1, 8, 9} of two blocks in the columns from
@@ -104,12 +104,12 @@ def kernel_order(bits: int) -> Tensor:
 def in_order(stored: Tensor, bits: int, rows: int) -> Tensor:
     """The integers [in / 2, out] of the stored ones [in / 32, 16 out]."""
     tiles = torch.empty_like(stored).view(-1, 1024)
-    tiles[:, kernel_order(bits)] = stored.reshape(-1, 1024)
+    tiles[:, _kernel_order(bits)] = stored.reshape(-1, 1024)
     square = tiles.view(len(stored), rows // TILE, TILE, TILE)
     return square.transpose(1, 2).reshape(len(stored) * TILE, rows)
 
 
-def indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
+def _indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
     """The columns within each group of 4 of the two kept weights: int64 [out, in / 4, 2].
 
     Word w of row r, each of four groups, is stored as follows. The lowest six bits b₅ … b₀ of the
@@ -128,16 +128,16 @@ def indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
     return (found >> torch.arange(0, 16, 2) & 3).view(rows, 4 * words, 2)
 
 
-def scales_of(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+def _scales_of(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """The scales as they multiply the matrix: float64 [out, in], or [out, 1]."""
     columns = shape[1]
     groups = len(packed)
     # The library leaves the order of scales alone if a group is as long as half the columns.
-    plain = packed if groups == 1 or columns <= 2 * GROUP else scales_in_order(packed)
+    plain = packed if groups == 1 or columns <= 2 * GROUP else _scales_in_order(packed)
     return plain.t().to(torch.float64).repeat_interleave(columns // groups, 1)
 
 
-def scales_in_order(packed: Tensor) -> Tensor:
+def _scales_in_order(packed: Tensor) -> Tensor:
     """The scales [groups, out] of stored ones: of every 8, the two halves alternate."""
     alternating = torch.arange(8).view(2, 4).t().flatten()
     plain = torch.empty_like(packed).view(-1, 8)

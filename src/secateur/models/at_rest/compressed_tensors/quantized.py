@@ -60,40 +60,36 @@ def quantized_assembly(
         if role in parts and len(reader.entries[parts[role]].shape) > 2:
             raise damaged(f"{role} has more than two dimensions", parts[role])
     if "weight_packed" in parts:
-        shape, bits = packed_shape(reader, parts, widths)
-        make, stored_as = partial(from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
+        shape, bits = _packed_shape(reader, parts, widths)
+        make, stored_as = partial(_from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
         return Assembly(parts, shape, dtype, stored_as, make)
     if sparse:
         inner = sparse_assembly(reader, sparse)
-        check_dtype(inner.dtype, sparse["compressed"])
+        _check_dtype(inner.dtype, sparse["compressed"])
         return Assembly(
             {**sparse, **parts},
             inner.shape,
             dtype,
-            f"{inner.stored_as} {dtype_word(inner.dtype)}",
-            lambda p: scaled(inner.make({role: p[role] for role in sparse}), p),
+            f"{inner.stored_as} {_dtype_word(inner.dtype)}",
+            lambda p: _scaled(inner.make({role: p[role] for role in sparse}), p),
         )
     if "weight" not in parts:
         raise damaged("there are scales without a weight", parts["weight_scale"])
     entry = reader.entries[parts["weight"]]
-    check_dtype(entry.dtype, parts["weight"])
+    _check_dtype(entry.dtype, parts["weight"])
     if len(entry.shape) != 2:
         raise damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
-    kind = dtype_word(entry.dtype)
-    return Assembly(parts, entry.shape, dtype, kind, lambda p: scaled(p["weight"], p))
+    kind = _dtype_word(entry.dtype)
+    return Assembly(parts, entry.shape, dtype, kind, lambda p: _scaled(p["weight"], p))
 
 
-def dtype_word(dtype: torch.dtype) -> str:
+def _dtype_word(dtype: torch.dtype) -> str:
     """The usual word for a stored dtype."""
     return "int8" if dtype == torch.int8 else "float8"
 
 
-def check_dtype(dtype: torch.dtype, where: str) -> None:
-    """Refuse a weight that has a scale and is no integer or float8.
-
-    Raises:
-        CheckpointError: names the dtype.
-    """
+def _check_dtype(dtype: torch.dtype, where: str) -> None:
+    """Refuse a weight that has a scale and is no integer or float8."""
     if dtype not in STORED:
         raise CheckpointError(
             f"a weight of {dtype} has a scale; it would be rounded while the model runs",
@@ -103,14 +99,10 @@ def check_dtype(dtype: torch.dtype, where: str) -> None:
         )
 
 
-def packed_shape(
+def _packed_shape(
     reader: CheckpointReader, parts: Mapping[str, str], widths: frozenset[int]
 ) -> tuple[tuple[int, int], int]:
-    """The shape of a matrix of packed integers, and their bits.
-
-    Raises:
-        CheckpointError: the shape is missing or impossible, or no width fits.
-    """
+    """The shape of a matrix of packed integers, and their bits."""
     place, entry = parts["weight_packed"], reader.entries[parts["weight_packed"]]
     if "weight_shape" not in parts:
         raise damaged("there is no weight_shape beside it", place)
@@ -130,14 +122,14 @@ def packed_shape(
     return (rows, columns), fits[0]
 
 
-def from_words(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
+def _from_words(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The matrix of packed integers, float64."""
     integers = words(parts["weight_packed"], bits)
     zero = parts.get("weight_zero_point")
     if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
         zero = words(zero.t(), bits)[:, : shape[0]].t() - 2 ** (bits - 1)
         parts = {**parts, "weight_zero_point": zero}
-    return scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)
+    return _scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)
 
 
 def words(packed: Tensor, bits: int) -> Tensor:
@@ -153,12 +145,12 @@ def words(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
 
 
-def scaled(stored: Tensor, parts: Parts) -> Tensor:
+def _scaled(stored: Tensor, parts: Parts) -> Tensor:
     """(q − zero_point) · scale, float64."""
     scale = parts["weight_scale"]
     if not scale.dtype.is_floating_point:
         raise damaged(f"the scales are {scale.dtype}", "weight_scale")
-    spread = partial(spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
+    spread = partial(_spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
     value = stored.to(torch.float64)
     zero = parts.get("weight_zero_point")
     if zero is not None:
@@ -169,12 +161,8 @@ def scaled(stored: Tensor, parts: Parts) -> Tensor:
     return value * spread(scale.to(torch.float64))
 
 
-def spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> Tensor:
-    """Scales in a shape that multiplies a matrix.
-
-    Raises:
-        CheckpointError: their shape does not divide the matrix, or a column names no group.
-    """
+def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> Tensor:
+    """Scales in a shape that multiplies a matrix."""
     rows, columns = shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
