@@ -1,12 +1,13 @@
 """Formats at rest: how a checkpoint stores its matrices, and what they mean.
 
 A form is one way to store matrices in fewer bits. It shows a folder as dense tensors, each of them
-made from its stored parts when it is read. So every verb reads every form with one reader. One
-file for each form.
+made from its stored parts when it is read. So every verb reads every form with one reader. There is
+one file for each tool or dtype.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,8 @@ __all__ = [
     "DESCRIPTIONS",
     "AssembledReader",
     "Assembly",
+    "Described",
+    "NamedForm",
     "Parts",
     "SourceFolder",
     "StoredForm",
@@ -32,12 +35,16 @@ __all__ = [
     "described_by",
     "refuse_empty",
     "stored_forms",
+    "unpacked",
     "view_in",
     "without_description",
 ]
 
 Parts = Mapping[str, Tensor]
 """Stored tensors, by what each of them is for a matrix."""
+
+Described = Mapping[str, Any]
+"""What `config.json` says about the form of the weights."""
 
 DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
 """The keys of `config.json` that say how weights are stored."""
@@ -229,6 +236,47 @@ class StoredForm(Protocol):
         ...
 
 
+class NamedForm(ABC):
+    """A form that `quant_method` of the configuration names; a subclass makes its matrices.
+
+    Attributes:
+        of_activations: the last part of the names of tensors that are no part of the dense model.
+    """
+
+    name: ClassVar[str]
+    of_activations: ClassVar[tuple[str, ...]] = ()
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names this form."""
+        return described_by(source.config).get("quant_method") == self.name
+
+    def open(self, source: SourceFolder) -> AssembledReader:
+        """Return a reader that makes each matrix when it is read."""
+        described = described_by(source.config)
+        return AssembledReader(
+            source.reader,
+            self.assemblies(source, described),
+            without_description(source.config),
+            dropped=tuple(
+                n for n in source.reader.entries if n.rpartition(".")[2] in self.of_activations
+            ),
+            notes=self.notes(described),
+        )
+
+    @abstractmethod
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """The dense tensors that have parts, by name.
+
+        Raises:
+            CheckpointError: parts are missing, or contradict each other.
+            ArchitectureError: the source needs what a plain model cannot express.
+        """
+
+    def notes(self, described: Described) -> tuple[str, ...]:
+        """What a user must know, one sentence each."""
+        return ()
+
+
 def damaged(what: str, where: object) -> CheckpointError:
     """An error about a file that contradicts itself."""
     return CheckpointError(what, where=str(where), remedy="copy or download the file again")
@@ -242,6 +290,19 @@ def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) 
     """
     if not made:
         raise damaged(f"config.json says {form}, and no matrix is stored so", source.folder)
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """The unsigned integers of int32 words along a new last axis, the lowest bits first.
+
+    Example:
+        >>> import torch
+        >>> from secateur.models.at_rest import unpacked
+        >>> unpacked(torch.tensor([0x21], dtype=torch.int32), 4)[0, :3].tolist()
+        [1, 2, 0]
+    """
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits  # leftover bits are skipped
+    return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:

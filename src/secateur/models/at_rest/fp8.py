@@ -17,22 +17,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
 from secateur.models.at_rest import (
-    AssembledReader,
     Assembly,
+    Described,
+    NamedForm,
     Parts,
     SourceFolder,
     damaged,
-    described_by,
     refuse_empty,
     stored_forms,
-    without_description,
 )
 from secateur.models.header import TensorEntry
 
@@ -48,24 +47,15 @@ OF_ACTIVATIONS = (
 
 
 @dataclass(frozen=True)
-class BlockFloat8:
+class BlockFloat8(NamedForm):
     """`quant_method: fp8`."""
 
     name: ClassVar[str] = "fp8"
+    of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
 
-    def recognises(self, source: SourceFolder) -> bool:
-        """Whether the configuration names fp8."""
-        return described_by(source.config).get("quant_method") == self.name
-
-    def open(self, source: SourceFolder) -> AssembledReader:
-        """Return a reader that multiplies each matrix with its scales when it is read.
-
-        Raises:
-            CheckpointError: a matrix has no scale, or one that does not fit.
-            ArchitectureError: the matrices are in 4-bit floating point.
-        """
-        told, entries = described_by(source.config), source.reader.entries
-        block = _block_of(told, source)
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """Refuses matrices without scales, and 4-bit floating point."""
+        entries, block = source.reader.entries, _block_of(described, source)
         made = {}
         for name, entry in entries.items():
             scale = _scale_of(name, entries)
@@ -83,22 +73,21 @@ class BlockFloat8:
             if entry.dtype == FLOAT8:
                 made[name] = _assembly(name, entry, scale, entries[scale], block, source.dtype)
         refuse_empty(made, self.name, source)
-        dropped = tuple(n for n in entries if n.rpartition(".")[2] in OF_ACTIVATIONS)
-        notes: tuple[str, ...] = ()
-        if told.get("activation_scheme"):
-            notes = ("the source rounds activations to float8 as well; the result does not",)
-        config = without_description(source.config)
-        return AssembledReader(source.reader, made, config, dropped=dropped, notes=notes)
+        return made
+
+    def notes(self, described: Described) -> tuple[str, ...]:
+        """Whether the source rounds activations."""
+        said = "the source rounds activations to float8 as well; the result does not"
+        return (said,) if described.get("activation_scheme") else ()
 
 
-def _block_of(told: Mapping[str, Any], source: SourceFolder) -> tuple[int, int] | None:
+def _block_of(described: Described, source: SourceFolder) -> tuple[int, int] | None:
     """The rows and columns of a block; None for one scale for each matrix."""
-    found = told.get("weight_block_size", (128, 128))
+    found = described.get("weight_block_size", (128, 128))
     if found is None:
         return None
-    if not isinstance(found, (list, tuple)) or len(found) != 2:
-        raise damaged(f"weight_block_size is {str(found)[:40]}", source.folder / "config.json")
-    if any(type(size) is not int or size < 1 for size in found):
+    pair = isinstance(found, (list, tuple)) and len(found) == 2
+    if not pair or any(type(size) is not int or size < 1 for size in found):
         raise damaged(f"weight_block_size is {str(found)[:40]}", source.folder / "config.json")
     return found[0], found[1]
 

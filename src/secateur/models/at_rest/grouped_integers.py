@@ -26,24 +26,25 @@ github.com/casper-hansen/AutoAWQ. The product is exact in float64 and rounded on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
 from secateur.models.at_rest import (
-    AssembledReader,
     Assembly,
+    Described,
+    NamedForm,
     Parts,
     SourceFolder,
     damaged,
-    described_by,
     refuse_empty,
     stored_forms,
-    without_description,
+    unpacked,
 )
 
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
@@ -52,24 +53,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class PostTraining:
+class PostTraining(NamedForm):
     """`quant_method: gptq`, with integers of 2, 4 or 8 bits."""
 
     name: ClassVar[str] = "gptq"
 
-    def recognises(self, source: SourceFolder) -> bool:
-        """Whether the configuration names gptq."""
-        return described_by(source.config).get("quant_method") == self.name
-
-    def open(self, source: SourceFolder) -> AssembledReader:
-        """Return a reader that makes each matrix when it is read.
-
-        Raises:
-            CheckpointError: parts are missing, or do not fit each other.
-            ArchitectureError: the integers are packed for one kernel, or have another width.
-        """
-        told = described_by(source.config)
-        bits, layout = told.get("bits"), told.get("checkpoint_format", "gptq")
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """Refuses integers of other widths, or packed for one kernel."""
+        bits, layout = described.get("bits"), described.get("checkpoint_format", "gptq")
         if bits not in (2, 4, 8) or layout not in ("gptq", "gptq_v2"):
             raise ArchitectureError(
                 f"GPTQ of {bits} bits in the layout {layout} is not read",
@@ -78,40 +69,33 @@ class PostTraining:
                 "float16 or bfloat16",
             )
         lower = sum(1 << shift for shift in range(0, 32, bits)) if layout == "gptq" else 0
-        return _reader_of(source, lambda parts: _along_inputs(parts, bits, lower), bits, rows=True)
+        make = partial(_along_inputs, bits=bits, lower=lower)
+        return _assemblies(source, make, bits, rows=True)
 
 
 @dataclass(frozen=True)
-class ActivationAware:
+class ActivationAware(NamedForm):
     """`quant_method: awq`, version gemm."""
 
     name: ClassVar[str] = "awq"
 
-    def recognises(self, source: SourceFolder) -> bool:
-        """Whether the configuration names awq."""
-        return described_by(source.config).get("quant_method") == self.name
-
-    def open(self, source: SourceFolder) -> AssembledReader:
-        """Return a reader that makes each matrix when it is read.
-
-        Raises:
-            CheckpointError: parts are missing, or do not fit each other.
-            ArchitectureError: the integers are packed for another kernel, or have another width.
-        """
-        told = described_by(source.config)
-        bits = told.get("bits", told.get("w_bit"))
-        version = str(told.get("version", "gemm")).lower()
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """Refuses integers of other widths, or packed for another kernel."""
+        bits = described.get("bits", described.get("w_bit"))
+        version = str(described.get("version", "gemm")).lower()
         if bits != 4 or version != "gemm":
             raise ArchitectureError(
                 f"AWQ of {bits} bits in version {version} is not read",
                 where=str(source.folder),
                 remedy="4 bits in version gemm are; name the model in float16 or bfloat16",
             )
-        return _reader_of(source, _along_outputs, 4, rows=False)
+        return _assemblies(source, _along_outputs, 4, rows=False)
 
 
-def _reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> AssembledReader:
-    """The reader of a folder."""
+def _assemblies(
+    source: SourceFolder, make: Callable[[Parts], Tensor], bits: int, *, rows: bool
+) -> dict[str, Assembly]:
+    """The matrices of a folder; words hold consecutive inputs if `rows`, else outputs."""
     entries = source.reader.entries
     found: dict[str, dict[str, str]] = {}
     for name in entries:
@@ -134,7 +118,7 @@ def _reader_of(source: SourceFolder, make: Any, bits: int, *, rows: bool) -> Ass
         name = f"{owner}.weight"
         made[name] = Assembly(parts, shape, source.dtype, f"int{bits} in groups", make)
     refuse_empty(made, f"int{bits} in groups", source)
-    return AssembledReader(source.reader, made, without_description(source.config))
+    return made
 
 
 def _shape_of(
@@ -153,17 +137,11 @@ def _shape_of(
     return (outputs, inputs) if whole and outputs % factor == 0 else None
 
 
-def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """The unsigned integers of words along a new last axis, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-
-
 def _along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
     """A matrix [out, in] of GPTQ, float64, whose words of zeros are stored `lower`."""
-    integers = _unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
+    integers = unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
     words = parts["qzeros"].to(torch.int64) + lower  # the lower 32 bits are the sum modulo 2³²
-    zeros = _unpacked(words, bits).flatten(1)
+    zeros = unpacked(words, bits).flatten(1)
     groups, inputs = len(zeros), len(integers)
     order = parts.get("g_idx")
     if order is None:
@@ -179,7 +157,7 @@ def _along_outputs(parts: Parts) -> Tensor:
     """A matrix [out, in] of AWQ, float64."""
     place = torch.tensor(AWQ_ORDER).argsort()
     integers, zeros = (
-        _unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
+        unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
     )
     size = len(integers) // len(zeros)
     spread = (integers - zeros.repeat_interleave(size, 0)).to(torch.float64)

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from secateur.models.at_rest import (
-    AssembledReader,
     Assembly,
+    Described,
+    NamedForm,
     Parts,
     SourceFolder,
     damaged,
-    described_by,
     refuse_empty,
     stored_forms,
-    without_description,
 )
 from secateur.models.header import TensorEntry
 
@@ -42,21 +41,13 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 
 @dataclass(frozen=True)
-class MicroscaledFloat4:
+class MicroscaledFloat4(NamedForm):
     """`quant_method: mxfp4`."""
 
     name: ClassVar[str] = "mxfp4"
 
-    def recognises(self, source: SourceFolder) -> bool:
-        """Whether the configuration names mxfp4."""
-        return described_by(source.config).get("quant_method") == self.name
-
-    def open(self, source: SourceFolder) -> AssembledReader:
-        """Return a reader that expands the experts of a layer when they are read.
-
-        Raises:
-            CheckpointError: blocks or scales are missing, or do not fit each other.
-        """
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """Refuses blocks without scales, and scales without blocks."""
         entries, made = source.reader.entries, {}
         for name in entries:
             for end, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
@@ -68,7 +59,7 @@ class MicroscaledFloat4:
                 scales = entries[stem + SCALES]
                 made[stem] = _assembly(stem, entries[name], scales, source.dtype)
         refuse_empty(made, self.name, source)
-        return AssembledReader(source.reader, made, without_description(source.config))
+        return made
 
 
 def _assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype) -> Assembly:

@@ -1,0 +1,501 @@
+"""Folders of compressed-tensors, as llm-compressor and SparseML write and wrote them.
+
+The reader is our own: the library dropped the sparse formats, and never read marlin-24. The names
+of the parts say how a matrix is stored, so mixtures of formats need no case of their own.
+
+**Matrices without their zeros: the formats sparse-bitmask and sparse-24-bitmask.**
+
+compressed   the values that are kept, row after row
+bitmask      uint8 [rows, ⌈columns / 8⌉]; bit i of byte j is column 8 j + i
+shape        of the dense tensor
+row_offsets  sparse-bitmask only: the index of the first value of each row
+
+**Integers of 4 or 8 bits with 2:4 zeros, in the order of a GPU kernel: the format marlin-24.**
+
+    weight_packed  int32 [in / 32, out · 16 / F]; F = 8 integers of 4 bits or 4 of 8 bits each
+    scale_packed   float16 [groups of 128 columns, or 1; out]
+    meta           int16, out · in / 16 of them: which 2 of every 4 columns the integers belong to
+
+    W = (q − 2^(bits − 1)) · scale       at the 2 columns that meta names; 0 at the other 2
+
+The orders are those of Marlin 2:4 (github.com/IST-DASLab/Sparse-Marlin) for the integers and of
+CUTLASS for the indices. The library that wrote these files cannot read them back.
+
+**Integers and float8 with scales: pack-, int-, float- and naive-quantized.**
+
+weight             int8 or float8 [out, in]                                  or
+weight_packed      int32 [out, ⌈in / F⌉], F = ⌊32 / bits⌋ integers in each word, the lowest first,
+                   plus 2^(bits − 1); weight_shape has the two sizes
+weight_scale       one; [out, 1]; [out or 1, groups of columns]; [blocks of rows, of columns]
+weight_zero_point  in the shape of the scale, or packed along its rows; none: 0
+weight_g_idx       [in], the group of each column; none, or −1: in order
+
+W = (q − zero_point) · scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.at_rest import (
+    Assembly,
+    Described,
+    NamedForm,
+    Parts,
+    SourceFolder,
+    damaged,
+    described_by,
+    stored_forms,
+    unpacked,
+)
+from secateur.models.checkpoint import CheckpointReader
+
+METHODS = ("compressed-tensors", "sparseml")
+OF_ACTIVATIONS = (
+    "input_scale", "input_zero_point", "input_g_idx", "output_scale", "output_zero_point",
+    "k_scale", "v_scale", "k_zero_point", "v_zero_point", "q_scale", "q_zero_point",
+)  # fmt: skip
+NOT_READ = {
+    "weight_global_scale": "4-bit floating point (nvfp4, mxfp4)",
+    "input_global_scale": "4-bit floating point (nvfp4, mxfp4)",
+}
+BITMASK_PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+MARLIN_PARTS = ("weight_packed", "scale_packed", "meta")
+MARLIN_GROUP = 128
+TILE = 16
+SCALED_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_shape",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
+)
+STORED = (torch.int8, torch.float8_e4m3fn)
+"""The dtypes of weights that have a scale."""
+
+
+@dataclass(frozen=True)
+class CompressedTensorsFolder(NamedForm):
+    """Every format of compressed-tensors except 4-bit floating point."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
+
+    def recognises(self, source: SourceFolder) -> bool:
+        """Whether the configuration names compressed-tensors."""
+        return described_by(source.config).get("quant_method") in METHODS or (
+            "compression_config" in source.config or "sparsity_config" in source.config
+        )
+
+    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+        """Refuses rotated weights, and 4-bit floating point."""
+        stored = source.reader.entries
+        _refuse_unknown(described, stored)
+        widths = frozenset(_widths_of(described))
+        made: dict[str, Assembly] = {}
+        for name, parts in _grouped(stored).items():
+            try:
+                made[name] = _assembled(source, parts, widths)
+            except CheckpointError as error:
+                raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
+        return made
+
+    def notes(self, described: Described) -> tuple[str, ...]:
+        """Whether the source rounds activations, or its cache of keys and values."""
+        said = "the source also rounds activations; the result does not"
+        rounds = bool(described.get("kv_cache_scheme")) or any(
+            group.get("input_activations") or group.get("output_activations")
+            for group in _groups_of(described)
+        )
+        return (said,) if rounds else ()
+
+
+def _refuse_unknown(described: Described, stored: Iterable[str]) -> None:
+    """Refuse what a plain model cannot express, and formats that are not read."""
+    remedy = "name the model before this step, or decompress it with the tool that made it"
+    if described.get("transform_config"):
+        raise ArchitectureError(
+            "the model rotates its activations while it runs (transform_config)", remedy=remedy
+        )
+    for name in stored:
+        why = NOT_READ.get(name.rpartition(".")[2])
+        if why is not None:
+            raise ArchitectureError(f"{why} is not read", where=name, remedy=remedy)
+
+
+def _groups_of(described: Described) -> Iterator[Described]:
+    """The groups of matrices that a configuration describes."""
+    groups = described.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping):
+            yield group
+
+
+def _widths_of(described: Described) -> Iterator[int]:
+    """The bits of the integers that a configuration names."""
+    for group in _groups_of(described):
+        weights = group.get("weights")
+        bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
+        if type(bits) is int and 1 <= bits <= 8:
+            yield bits
+
+
+def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The stored names of the parts of each dense tensor.
+
+    Parts stand beside each other: `layer.weight_scale`, `layer.bitmask`. Early files have them
+    below the name of the tensor: `layer.weight.bitmask`, also for vectors.
+    """
+    roles = {*BITMASK_PARTS, *MARLIN_PARTS, *SCALED_PARTS} - {"weight"}
+    found: dict[str, dict[str, str]] = {}
+    for name in stored:
+        owner, _, role = name.rpartition(".")
+        if role in roles:
+            dense = owner if owner.endswith((".weight", ".bias")) else f"{owner}.weight"
+            found.setdefault(dense, {})[role] = name
+    for dense in found.keys() & set(stored):
+        found[dense]["weight"] = dense
+    return found
+
+
+def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
+    """The dense tensor of some parts."""
+
+    def among(names: Iterable[str]) -> dict[str, str]:
+        return {role: parts[role] for role in names if role in parts}
+
+    sparse = among(BITMASK_PARTS)
+    scaled = among(SCALED_PARTS)
+    if among(("scale_packed", "meta")):
+        extra = parts.keys() - set(MARLIN_PARTS)
+        if extra:
+            raise damaged(f"{min(extra)} does not belong to marlin-24", parts[min(extra)])
+        return _marlin_assembly(source.reader, parts, source.dtype)
+    if sparse and "weight" in parts:
+        raise damaged("the weight is stored, and so is its bitmask", parts["weight"])
+    if scaled:
+        return _scaled_assembly(source.reader, scaled, sparse, source.dtype, widths)
+    return _sparse_assembly(source.reader, sparse)
+
+
+def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> Assembly:
+    """The tensor that these parts make.
+
+    Args:
+        reader: the stored tensors; only the shape is read now.
+        parts: the names of `BITMASK_PARTS`.
+
+    Raises:
+        CheckpointError: a part is missing, or has an impossible shape.
+    """
+    missing = {"compressed", "bitmask", "shape"} - parts.keys()
+    if missing:
+        raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
+    place, entries = parts["bitmask"], {role: reader.entries[name] for role, name in parts.items()}
+    if entries["shape"].dtype.is_floating_point or prod(entries["shape"].shape) not in (1, 2):
+        raise damaged("the shape of the tensor is not one or two whole numbers", parts["shape"])
+    shape = tuple(int(x) for x in reader.read(parts["shape"]).flatten())
+    if min(shape) < 1 or entries["bitmask"].dtype != torch.uint8:
+        raise damaged(f"a bitmask of {entries['bitmask'].dtype} for the shape {list(shape)}", place)
+    packed = (*shape[:-1], -(-shape[-1] // 8))
+    if entries["bitmask"].shape != packed:
+        raise damaged(
+            f"the bitmask is {list(entries['bitmask'].shape)}, the shape {list(shape)} needs "
+            f"{list(packed)}",
+            place,
+        )
+    stored_as = "sparse-bitmask" if "row_offsets" in parts else "sparse-24-bitmask"
+    return Assembly(
+        parts, shape, entries["compressed"].dtype, stored_as, lambda p: _unmasked(p, shape)
+    )
+
+
+def _unmasked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    """The dense tensor."""
+    bits = _bits_of(parts["bitmask"])
+    kept = bits[..., : shape[-1]]
+    values = parts["compressed"].flatten()
+    if bits[..., shape[-1] :].any():
+        raise damaged("the bitmask keeps weights beyond the last column", "bitmask")
+    counts = kept.sum(-1, dtype=torch.int64).flatten()
+    if int(counts.sum()) != values.numel():
+        raise damaged(
+            f"the bitmask keeps {int(counts.sum())} weights, {values.numel()} are stored", "bitmask"
+        )
+    if "row_offsets" in parts:
+        starts = counts.cumsum(0) - counts
+        if not torch.equal(parts["row_offsets"].flatten().to(torch.int64), starts):
+            raise damaged("the offsets of the rows are not those of the bitmask", "row_offsets")
+    raw = torch.uint8 if values.itemsize == 1 else values.dtype  # float8 has no scatter
+    dense = torch.zeros(shape, dtype=raw)
+    dense[kept] = values.view(raw)
+    return dense.view(values.dtype)
+
+
+def _bits_of(packed: Tensor) -> Tensor:
+    """Bools of the bits of bytes [..., n] → [..., 8 n], the lowest bit first.
+
+    Example:
+        >>> import torch
+        >>> from secateur.models.at_rest.compressed_tensors import _bits_of
+        >>> _bits_of(torch.tensor([5], dtype=torch.uint8)).int().tolist()
+        [1, 0, 1, 0, 0, 0, 0, 0]
+    """
+    shifts = torch.arange(8, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def _marlin_assembly(
+    reader: CheckpointReader, parts: Mapping[str, str], dtype: torch.dtype
+) -> Assembly:
+    """The matrix that these parts make.
+
+    Args:
+        reader: the stored tensors.
+        parts: the names of `MARLIN_PARTS`.
+        dtype: of the model.
+
+    Raises:
+        CheckpointError: a part is missing, or has an impossible shape or dtype.
+    """
+    missing = set(MARLIN_PARTS) - parts.keys()
+    if missing:
+        raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
+    packed, scale, meta = (reader.entries[parts[role]] for role in MARLIN_PARTS)
+    place = parts["weight_packed"]
+    if (packed.dtype, meta.dtype) != (torch.int32, torch.int16) or len(packed.shape) != 2:
+        raise damaged("the integers are not int32, or the indices not int16", place)
+    if len(scale.shape) != 2 or not scale.dtype.is_floating_point:
+        raise damaged("the scales are no matrix of floating point", parts["scale_packed"])
+    columns, (groups, rows) = packed.shape[0] * 2 * TILE, scale.shape
+    factor = rows * TILE // packed.shape[1] if packed.shape[1] else 0
+    indices = rows * columns // TILE
+    if factor not in (4, 8) or factor * packed.shape[1] != rows * TILE or rows % 64:
+        raise damaged(f"{list(packed.shape)} integers do not fill {rows} rows", place)
+    if torch.Size(meta.shape).numel() != indices:
+        raise damaged(f"{list(meta.shape)} indices for a matrix of {rows} × {columns}", place)
+    if groups != 1 and groups * MARLIN_GROUP != columns:
+        raise damaged(f"{groups} groups of scales for {columns} columns", parts["scale_packed"])
+    bits, shape = 32 // factor, (rows, columns)
+    stored_as = f"marlin-24 int{bits}"
+    return Assembly(parts, shape, dtype, stored_as, lambda p: _from_marlin(p, bits, shape))
+
+
+def _from_marlin(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
+    """The dense matrix [out, in] in float64, exact."""
+    rows, columns = shape
+    integers = _in_order(unpacked(parts["weight_packed"], bits).flatten(-2), bits, rows)
+    values = integers.t().to(torch.float64) - 2 ** (bits - 1)
+    places = _indices_of(parts["meta"].flatten(), rows, columns // 16)
+    first, second = places[..., 0], places[..., 1]
+    if not (first < second).all():
+        raise damaged("two indices of a group of 4 are not in ascending order", "meta")
+    dense = torch.zeros(rows, columns // 4, 4, dtype=torch.float64)
+    dense.scatter_(-1, places, values.reshape(rows, columns // 4, 2))
+    return dense.view(rows, columns) * _scales_of(parts["scale_packed"], shape)
+
+
+def _kernel_order(bits: int) -> Tensor:
+    """The place in a tile of 16 × 64 of each integer, in the order of the kernel: [1024].
+
+    A thread t of 32 holds rows 2 (t mod 4) + {0, 1, 8, 9} of two blocks in the columns from
+    16 · (t div 8) + 8 · (t div 4 mod 2). Four neighbouring columns follow one another, and the
+    integers of one word alternate between its halves.
+    """
+    thread, column, block = torch.arange(32), torch.arange(4), torch.arange(2)
+    row = 2 * (thread % 4).view(-1, 1) + torch.tensor([0, 1, 8, 9])
+    start = 256 * (thread // 8) + 8 * (thread // 4 % 2)
+    place = (
+        start.view(-1, 1, 1, 1)
+        + column.view(1, -1, 1, 1)
+        + 4 * block.view(1, 1, -1, 1)
+        + 16 * row.view(32, 1, 1, 4)
+    )
+    halves = torch.arange(32 // bits).view(-1, 2).t().flatten()
+    return place.reshape(-1, 32 // bits)[:, halves].flatten()
+
+
+def _in_order(stored: Tensor, bits: int, rows: int) -> Tensor:
+    """The integers [in / 2, out] of the stored ones [in / 32, 16 out]."""
+    tiles = torch.empty_like(stored).view(-1, 1024)
+    tiles[:, _kernel_order(bits)] = stored.reshape(-1, 1024)
+    square = tiles.view(len(stored), rows // TILE, TILE, TILE)
+    return square.transpose(1, 2).reshape(len(stored) * TILE, rows)
+
+
+def _indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
+    """The columns within each group of 4 of the two kept weights: int64 [out, in / 4, 2].
+
+    Word w of row r, each of four groups, is stored as follows. The lowest six bits b₅ … b₀ of the
+    row become b₁ b₅ b₄ b₃ b₀ b₂; then 2 × 2 squares of rows and words are transposed; then pairs of
+    words are stored row after row.
+    """
+    row, word = torch.arange(rows).view(-1, 1), torch.arange(words).view(1, -1)
+    low = row % 64
+    moved = (
+        (row - low) + 32 * (low // 2 % 2) + 4 * (low // 8) + 2 * (low % 2) + low // 4 % 2
+    ).expand(rows, words)
+    word = word.expand(rows, words)
+    line, column = moved - moved % 2 + word % 2, word - word % 2 + moved % 2
+    place = column // 2 * (2 * rows) + 2 * line + column % 2
+    found = meta.to(torch.int64)[place].unsqueeze(-1) & 0xFFFF
+    return (found >> torch.arange(0, 16, 2) & 3).view(rows, 4 * words, 2)
+
+
+def _scales_of(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The scales as they multiply the matrix: float64 [out, in], or [out, 1]."""
+    columns = shape[1]
+    groups = len(packed)
+    # The library leaves the order of scales alone if a group is as long as half the columns.
+    plain = packed if groups == 1 or columns <= 2 * MARLIN_GROUP else _scales_in_order(packed)
+    return plain.t().to(torch.float64).repeat_interleave(columns // groups, 1)
+
+
+def _scales_in_order(packed: Tensor) -> Tensor:
+    """The scales [groups, out] of stored ones: of every 8, the two halves alternate."""
+    alternating = torch.arange(8).view(2, 4).t().flatten()
+    plain = torch.empty_like(packed).view(-1, 8)
+    plain[:, alternating] = packed.reshape(-1, 8)
+    return plain.view(packed.shape)
+
+
+def _scaled_assembly(
+    reader: CheckpointReader,
+    parts: Mapping[str, str],
+    sparse: Mapping[str, str],
+    dtype: torch.dtype,
+    widths: frozenset[int],
+) -> Assembly:
+    """The matrix that these parts make.
+
+    Args:
+        reader: the stored tensors; only the shape is read now.
+        parts: the names of `SCALED_PARTS`.
+        sparse: the names of `BITMASK_PARTS`, if the integers are stored without zeros.
+        dtype: of the model.
+        widths: the bits of integers that the configuration names.
+
+    Raises:
+        CheckpointError: a part is missing, or has an impossible shape or dtype.
+    """
+    if "weight_scale" not in parts:
+        raise damaged("there is no weight_scale beside it", next(iter(parts.values())))
+    for role in ("weight_scale", "weight_zero_point"):
+        if role in parts and len(reader.entries[parts[role]].shape) > 2:
+            raise damaged(f"{role} has more than two dimensions", parts[role])
+    if "weight_packed" in parts:
+        shape, bits = _packed_shape(reader, parts, widths)
+        make, stored_as = partial(_from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
+        return Assembly(parts, shape, dtype, stored_as, make)
+    if sparse:
+        inner = _sparse_assembly(reader, sparse)
+        _check_dtype(inner.dtype, sparse["compressed"])
+        return Assembly(
+            {**sparse, **parts},
+            inner.shape,
+            dtype,
+            f"{inner.stored_as} {_dtype_word(inner.dtype)}",
+            lambda p: _scaled(inner.make({role: p[role] for role in sparse}), p),
+        )
+    if "weight" not in parts:
+        raise damaged("there are scales without a weight", parts["weight_scale"])
+    entry = reader.entries[parts["weight"]]
+    _check_dtype(entry.dtype, parts["weight"])
+    if len(entry.shape) != 2:
+        raise damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
+    kind = _dtype_word(entry.dtype)
+    return Assembly(parts, entry.shape, dtype, kind, lambda p: _scaled(p["weight"], p))
+
+
+def _dtype_word(dtype: torch.dtype) -> str:
+    """The usual word for a stored dtype."""
+    return "int8" if dtype == torch.int8 else "float8"
+
+
+def _check_dtype(dtype: torch.dtype, where: str) -> None:
+    """Refuse a weight that has a scale and is no integer or float8."""
+    if dtype not in STORED:
+        raise CheckpointError(
+            f"a weight of {dtype} has a scale; it would be rounded while the model runs",
+            where=where,
+            remedy="save the model in a compressed format (int-quantized, pack-quantized, "
+            "float-quantized), or without its quantization",
+        )
+
+
+def _packed_shape(
+    reader: CheckpointReader, parts: Mapping[str, str], widths: frozenset[int]
+) -> tuple[tuple[int, int], int]:
+    """The shape of a matrix of packed integers, and their bits."""
+    place, entry = parts["weight_packed"], reader.entries[parts["weight_packed"]]
+    if "weight_shape" not in parts:
+        raise damaged("there is no weight_shape beside it", place)
+    sizes = reader.entries[parts["weight_shape"]]
+    if sizes.dtype.is_floating_point or torch.Size(sizes.shape).numel() != 2:
+        raise damaged("the shape of the matrix is not two whole numbers", parts["weight_shape"])
+    rows, columns = (int(x) for x in reader.read(parts["weight_shape"]).flatten())
+    if entry.dtype != torch.int32 or min(rows, columns) < 1:
+        raise damaged(f"packed integers of {entry.dtype} for [{rows}, {columns}]", place)
+    fits = [bits for bits in widths if entry.shape == (rows, -(-columns // (32 // bits)))]
+    if len(fits) != 1:
+        raise damaged(
+            f"{list(entry.shape)} words do not hold [{rows}, {columns}] integers of "
+            f"{' or '.join(map(str, sorted(widths))) or 'no'} bits, as config.json says",
+            place,
+        )
+    return (rows, columns), fits[0]
+
+
+def _from_words(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
+    """The matrix of packed integers, float64."""
+    integers = unpacked(parts["weight_packed"], bits).flatten(-2)
+    zero = parts.get("weight_zero_point")
+    if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
+        zero = unpacked(zero.t(), bits).flatten(-2)[:, : shape[0]].t() - 2 ** (bits - 1)
+        parts = {**parts, "weight_zero_point": zero}
+    return _scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)
+
+
+def _scaled(stored: Tensor, parts: Parts) -> Tensor:
+    """(q − zero_point) · scale, float64."""
+    scale = parts["weight_scale"]
+    if not scale.dtype.is_floating_point:
+        raise damaged(f"the scales are {scale.dtype}", "weight_scale")
+    spread = partial(_spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
+    value = stored.to(torch.float64)
+    zero = parts.get("weight_zero_point")
+    if zero is not None:
+        if zero.numel() != scale.numel():
+            what = f"zero points {list(zero.shape)} beside scales {list(scale.shape)}"
+            raise damaged(what, "weight_zero_point")
+        value = value - spread(zero.to(torch.float64).reshape(scale.shape))
+    return value * spread(scale.to(torch.float64))
+
+
+def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> Tensor:
+    """Scales in a shape that multiplies a matrix."""
+    rows, columns = shape
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    if scale.ndim != 2 or rows % scale.shape[0] or columns % scale.shape[1]:
+        raise damaged(f"scales {list(scale.shape)} do not divide {list(shape)}", "weight_scale")
+    groups = scale.shape[1]
+    if order is not None and not (order == -1).any():
+        if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= groups:
+            raise damaged(f"a column names a group that is not one of {groups}", "weight_g_idx")
+        scale = scale[:, order.to(torch.int64)]
+    else:
+        scale = scale.repeat_interleave(columns // groups, 1)
+    return scale.repeat_interleave(rows // scale.shape[0], 0)
+
+
+stored_forms.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())
