@@ -32,7 +32,7 @@ from secateur.progress import Silent
 from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.workflows.compress.packable import find_matrices
+from secateur.workflows.compress.storage_plan import find_matrices
 from secateur.workflows.fit.context import Ground, Pace
 from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.evaluation import Yardstick

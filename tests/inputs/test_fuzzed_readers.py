@@ -24,7 +24,7 @@ from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
-from secateur.workflows.chain_steps import checked_steps
+from secateur.workflows.chain import checked_steps
 from secateur.workflows.judge.inspect import inspect
 from tiny import save_tiny
 

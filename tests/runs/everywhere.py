@@ -46,8 +46,8 @@ from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, t
 import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
+from secateur.training import distillation
 from secateur.workflows.fit import candidates
-from secateur.workflows.prune import learning
 
 OUTPUT = "out"
 Counts = Mapping[tuple[bool, bool], int]
@@ -126,8 +126,8 @@ class Bench:
 
         def work(steps: Steps) -> None:
             if self.case.saves:
-                assert hasattr(learning, "SAVE_MINUTES")
-                learning.SAVE_MINUTES = 0.0
+                assert hasattr(distillation, "SAVE_MINUTES")
+                distillation.SAVE_MINUTES = 0.0
             self.case.call(self.sources, self.output, steps, **options)
 
         return self.shim.attempt(work, self.here, point)

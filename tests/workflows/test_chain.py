@@ -12,7 +12,7 @@ import torch
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
-from secateur.workflows import chain_steps
+from secateur.workflows import chain
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_model, tiny_windows
@@ -92,10 +92,10 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
     def fails(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    failing = replace(chain_steps.STEPS["compress"], run=fails)
+    failing = replace(chain.STEPS["compress"], run=fails)
 
     with monkeypatch.context() as patched:
-        patched.setattr(chain_steps, "STEPS", {**chain_steps.STEPS, "compress": failing})
+        patched.setattr(chain, "STEPS", {**chain.STEPS, "compress": failing})
         with pytest.raises(KeyboardInterrupt):
             secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     done = tmp_path / "out.partial" / "work" / "02-prune"

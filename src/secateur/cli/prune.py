@@ -19,9 +19,8 @@ def run(
     """Prune with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
-    from secateur.workflows.prune.on_ray import prune_on_ray
     from secateur.workflows.prune.order import follow
-    from secateur.workflows.prune_and_pack import plan_recipe, prune_recipe
+    from secateur.workflows.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
 
     if dry_run:
         return plan_recipe(recipe, call)

@@ -1,19 +1,30 @@
-"""`secateur prune`: prunes a checkpoint, and can pack the result; or prunes a loaded model."""
+"""`secateur prune`: prunes a checkpoint, and can pack the result; or prunes a loaded model.
+
+Prunes a checkpoint on a Ray cluster: Ray starts the processes, and they share the work.
+
+Plans a pruning run on a cluster, on paper.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
+from secateur.advisor.facts import Facts, read_facts
 from secateur.calibration.documents import texts_of
 from secateur.errors import RecipeError
+from secateur.parallel.processes import joined
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, listener
+from secateur.parallel.ray_launcher import launch
+from secateur.progress import Progress, Silent, listener
 from secateur.publishing import without_folders
 from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.composed import with_method
@@ -27,14 +38,13 @@ from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_text
 from secateur.runs.folder import NOTES, check_output
 from secateur.sparsity.methods import Method
-from secateur.workflows.chain import run_chain
-from secateur.workflows.chain_steps import checked_steps
+from secateur.workflows.chain import checked_steps, run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import planned, report_of, run_recipe
-from secateur.workflows.prune.cluster_plan import plan_on_paper
+from secateur.workflows.prune.composition import method_of
 from secateur.workflows.prune.loaded_model import prune_module
-from secateur.workflows.prune.on_ray import prune_on_ray
-from secateur.workflows.prune.order import refuse_several
+from secateur.workflows.prune.order import follow, refuse_several
+from secateur.workflows.prune.prepare import choose_device
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -185,3 +195,90 @@ def name_recipe(recipe: PruneRecipe, output: Path) -> None:
     text = card.read_text(encoding="utf-8").replace("`secateur chain", "`secateur prune")
     write_text(card, text.replace(without_folders(chain), without_folders(whole)))
     write_text(file, whole)
+
+
+Showing = Callable[[], AbstractContextManager[Progress]]
+"""Makes what shows the progress, in the first process."""
+
+
+def silently() -> AbstractContextManager[Progress]:
+    """Show no progress."""
+    return nullcontext(Silent())
+
+
+def prune_on_ray(
+    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = silently
+) -> PruneResult:
+    """Carry out a recipe in processes that Ray starts.
+
+    Args:
+        recipe: the recipe. All machines see its files under the same names.
+        call: `resume`, `restart` and `overwrite`, as `run_recipe` takes them.
+        showing: makes what shows the progress.
+
+    Raises:
+        SecateurError: as `run_recipe`; and if Ray or its cluster is missing.
+    """
+    cluster = recipe.cluster
+    assert cluster.ray is not None
+    refuse_several(recipe, count=cluster.processes or 2)
+    on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
+    values = recipe.model_dump(mode="json", exclude={"cluster"})
+    work = partial(do_share, values, dict(call), showing)
+    launch(cluster.ray, cluster.processes, on_gpu, work)
+    return report_of(Path(recipe.output or "").absolute())
+
+
+def do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -> None:
+    """What one process does."""
+    recipe = build_recipe(PruneRecipe, values)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            follow(recipe, ranks)
+            return
+        with showing() as progress:
+            run_recipe(recipe, progress, **call, ranks=ranks)
+
+
+def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
+    """Plan the run of a recipe for a well-known shape on GPUs that are not here.
+
+    Raises:
+        RecipeError: the model is no well-known shape, or the GPU or the solver is unknown.
+    """
+    facts = read_facts()
+    if recipe.model not in facts.shapes:
+        raise RecipeError(
+            f"{recipe.model} is no well-known shape, and a plan on paper needs one",
+            where="--gpus",
+            remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
+            "machine",
+        )
+    hardware = facts.device(full_name(asked.gpu, facts))
+    method, _ = method_of(recipe)
+    length = recipe.calibration.sequence_length or 2048
+    assert asked.gpus is not None
+    machines = Machines(
+        asked.nodes,
+        asked.gpus,
+        hardware,
+        facts.efficiency[hardware.kind],
+        float(asked.network.removesuffix("Gb")) * 1e9 / 8,
+    )
+    plan = plan_cluster(
+        PlannedModel.of(facts.shapes[recipe.model]),
+        machines,
+        tokens=recipe.calibration.windows * length,
+        length=length,
+        solver=method.solver_name,
+        gram="gram" in method.requires or recipe.asymmetric,
+        whole_layer=recipe.sequential == "layer",
+        asymmetric=recipe.asymmetric,
+    )
+    return ClusterPlanResult(recipe.model, hardware.name, plan)
+
+
+def full_name(gpu: str, facts: Facts) -> str:
+    """The name of a GPU in the facts, of which the beginning is enough."""
+    found = [name for name in facts.hardware if name.startswith(gpu)]
+    return found[0] if len(found) == 1 else gpu

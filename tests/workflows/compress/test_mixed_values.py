@@ -14,10 +14,10 @@ from secateur.calibration.windows import load_windows
 from secateur.errors import RecipeError
 from secateur.reporting.results.compress import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.compress.mixed_values import MixedChoice, MixedValues
 from secateur.workflows.compress.pack import MOST_CHOICES
+from secateur.workflows.compress.rounding import MixedChoice, MixedValues
 from secateur.workflows.compress.window_parts import save_parts
-from secateur.workflows.judge.increase import LossIncrease, LossJudge
+from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
 from trained import save_trained, source_text
 
 OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "auto"}
@@ -90,7 +90,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
         save_parts(text, options, target, files, *args, **more)
         parts.update({file.stem: load_windows(file) for file in files})
 
-    monkeypatch.setattr("secateur.workflows.compress.mixed_values.save_parts", noted)
+    monkeypatch.setattr("secateur.workflows.compress.rounding.save_parts", noted)
     options = {**OPTIONS, "calibration": pruned / "text.txt", "max_loss_increase": 5.0}
     found = secateur.compress(pruned / "pruned", output=tmp_path / "out", **options)
     assert [name for name, _, _ in judged] == ["chosen", "judged"]

@@ -23,7 +23,7 @@ from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.fit import pipeline
 from secateur.workflows.fit.evaluation import LossMeter
 from secateur.workflows.fit.storage_formats import FINER, KINDS
-from secateur.workflows.judge.increase import LossIncrease, LossJudge
+from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
 from tiny import save_tiny
 from zoo import tiny_windows
 

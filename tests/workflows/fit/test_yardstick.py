@@ -18,7 +18,7 @@ from secateur.progress import Silent
 from secateur.recipes.fit import FitRecipe
 from secateur.workflows.fit.evaluation import Yardstick
 from secateur.workflows.fit.storage_formats import LevelKind
-from secateur.workflows.judge.increase import dense_losses
+from secateur.workflows.judge.perplexity import dense_losses
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -10,8 +10,7 @@ import pytest
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.runtime.decode import SlotDecoder
-from secateur.workflows.judge.generate import Conversation
-from secateur.workflows.judge.session import ONE_CALL
+from secateur.workflows.judge.generate import ONE_CALL, Conversation
 from tiny import save_tiny
 
 TEMPLATE = (

@@ -12,8 +12,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import NumericalError
 from secateur.progress import Silent
+from secateur.training.distillation import RateTrials, held_out_windows, trial_steps
 from secateur.training.training_plan import default_rate
-from secateur.workflows.prune.chosen_rate import RateTrials, held_out, trial_steps
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
@@ -59,7 +59,7 @@ def test_a_lost_trial_is_no_choice() -> None:
 
 
 def test_sizes() -> None:
-    assert [held_out(n) for n in (1, 7, 8, 16, 32, 1000)] == [0, 0, 2, 4, 8, 8]
+    assert [held_out_windows(n) for n in (1, 7, 8, 16, 32, 1000)] == [0, 0, 2, 4, 8, 8]
     assert [trial_steps(n) for n in (2, 8, 192, 1000)] == [1, 2, 48, 64]
 
 
@@ -87,7 +87,7 @@ def test_trials_change_nothing_but_the_rate() -> None:
 
 def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = tiny_windows(32)
-    monkeypatch.setattr("secateur.workflows.prune.learning.default_rate", lambda *_: 0.4)
+    monkeypatch.setattr("secateur.training.distillation.default_rate", lambda *_: 0.4)
     losses = []
     for rate in (None, 0.4):
         model, dense = tiny_model("llama"), tiny_model("llama")

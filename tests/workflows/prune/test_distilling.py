@@ -16,10 +16,8 @@ from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
-from secateur.recipes.recovery import Distill
 from secateur.sparsity.column_sweep import kept_weights
-from secateur.workflows.prune.distillation import learn
-from secateur.workflows.prune.learning import Lessons
+from secateur.training.distillation import DistillationData, Student
 from slow import few_families, slow
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -115,8 +113,10 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() 
     names = [name for name in before if "layers.1" in name]
 
     def learnt() -> dict[str, float]:
-        lessons = Lessons(tiny_windows(8), Distill(epochs=3), 0)
-        return learn(student, teacher, names, lessons, Silent())
+        data = DistillationData(tiny_windows(8), seed=0, epochs=3)
+        return Student(student, frozenset(names), student.config.hidden_size).learn(
+            teacher, data, Silent()
+        )
 
     told = learnt()
     assert told["loss_after"] < told["loss_before"]
@@ -174,7 +174,7 @@ GRID = {
 def test_stopped_and_gone_on_with_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], how: dict
 ) -> None:
-    monkeypatch.setattr("secateur.workflows.prune.learning.SAVE_MINUTES", 0.0)
+    monkeypatch.setattr("secateur.training.distillation.SAVE_MINUTES", 0.0)
     folder = save_tiny(tmp_path / "model")
     file = tmp_path / "windows.safetensors"
     save_windows(tiny_windows(5, 24), file)

@@ -15,7 +15,7 @@ from commands import runner
 from secateur.errors import RecipeError
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training import loop
-from secateur.workflows.train import rounds as in_rounds
+from secateur.workflows.train import session as in_rounds
 from tiny import save_tiny
 from trained import source_text
 

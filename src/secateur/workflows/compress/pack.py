@@ -4,6 +4,8 @@ There are two passes over the source, with one matrix in memory. The first pass 
 chooses the smallest layout for each matrix, so all sizes are known. The second pass packs and
 writes. The result is read again and verified before the folder gets its final name. With
 calibration text, a resumable run first moves the weights to int8 grids (`rounding`).
+
+Checks the options of a compression before any model is read.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.engine.prune.tasks import last_match
+from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
@@ -26,29 +29,38 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, listener
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.registry import did_you_mean
 from secateur.reporting.compression_card import compression_card
 from secateur.reporting.results.compress import CompressResult, FormatTotals, stored_as
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Compression, declared
-from secateur.runtime.choice import DEFAULT_GROUP, DENSE, LayoutChoice, without_negative_zeros
-from secateur.runtime.formats import Layout, formats
+from secateur.runtime.choice import (
+    AUTO,
+    DEFAULT_GROUP,
+    DENSE,
+    LayoutChoice,
+    check_names,
+    without_negative_zeros,
+)
+from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
-from secateur.workflows.compress.mixed_values import MixedChoice
-from secateur.workflows.compress.options import check_compression
-from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import (
+    MixedChoice,
+    check_calibration,
     own_values,
     round_checkpoint,
     rounding_recipe,
     told_of,
 )
 from secateur.workflows.compress.storage_plan import (
+    PackableMatrix,
     StoragePlan,
     cast_others,
     computed_dtype,
+    find_matrices,
     make_plan,
     plan_files,
     settled_values,
@@ -404,3 +416,39 @@ def write_notes(
     write_json(folder.notes / COMPRESSION, record)
     card = compression_card(report, source.record(), source.folder, output)
     write_text(folder.model / "README.md", card)
+
+
+def check_compression(recipe: CompressRecipe) -> None:
+    """Check everything in a recipe that does not need its model.
+
+    Raises:
+        RecipeError: a format is unknown, or options do not fit together.
+    """
+    bound = recipe.max_loss_increase
+    grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
+    check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
+    for glob, values in recipe.overrides.items():
+        if values not in VALUES:
+            raise RecipeError(
+                f"unknown values {values!r}",
+                where=f"override {glob!r}",
+                remedy=did_you_mean(values, [*VALUES]),
+            )
+    if bound is not None and recipe.overrides:
+        raise RecipeError(
+            "a bound on the loss chooses the values of all linears, but some have their own",
+            where="--overrides",
+            remedy="leave one of the two out",
+        )
+    if bound is None:
+        check_calibration(recipe)
+    elif recipe.values != AUTO:
+        raise RecipeError(
+            f"a bound on the loss chooses the values, but they are {recipe.values!r}",
+            remedy="use --values auto, or leave --max-loss-increase out",
+        )
+    elif recipe.calibration.source is None:
+        raise RecipeError(
+            "a bound on the loss needs text to measure the loss on",
+            remedy="add --calibration TEXT, or leave --max-loss-increase out",
+        )

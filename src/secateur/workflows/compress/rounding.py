@@ -3,6 +3,13 @@
 This uses the pruning run, layer by layer. The zeros stay the same. Every other weight moves to the
 grid of its row or group, and the weights of a row compensate each other's rounding errors. The
 result is a checkpoint of the same dtype with weights on grids.
+
+Chooses the values of each matrix within a bound on the loss.
+
+The checkpoint is rounded as a whole to int8 and to int4, by the same runs as `--values int8` and
+`--values int4`. Then each linear takes its weights from the source or from one of the two
+(`engine.choose.values`). A sixth of the calibration windows, which the rounding does not see,
+measures the loss of candidates and of the packed model; another sixth judges the result.
 """
 
 from __future__ import annotations
@@ -10,17 +17,27 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from secateur.engine.choose.stored_levels import Level, choose_levels
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
-from secateur.errors import RecipeError
-from secateur.progress import Progress
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.runtime.choice import DEFAULT_GROUP
+from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
+from secateur.workflows.compress.storage_plan import PackableMatrix, settled_values
+from secateur.workflows.compress.window_parts import save_parts
+from secateur.workflows.judge.perplexity import LossJudge
 from secateur.workflows.prune.checkpoint import run_recipe
+from secateur.workflows.prune.prepare import choose_device
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
@@ -122,3 +139,178 @@ def output_errors(rounded: Path) -> dict[str, float]:
     lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     linears = [linear for line in lines for linear in json.loads(line)["linears"]]
     return {linear["name"]: linear["error"] for linear in linears}
+
+
+ROUNDED = ("int8", "int4")
+"""The values to choose from besides those of the source, from the largest."""
+
+SHARE = 6
+"""One calibration window in so many chooses, and one in so many judges the result."""
+
+
+@dataclass(frozen=True)
+class MixedValues:
+    """The result of the choice.
+
+    Attributes:
+        reader: reads every tensor from the checkpoint that it was chosen from.
+        values_of: the values of each linear that is rounded, by stored name.
+        record: for the notes of the result.
+    """
+
+    reader: CheckpointReader
+    values_of: Mapping[str, str]
+    record: dict[str, Any]
+
+
+class MixedReader(CheckpointReader):
+    """A checkpoint some of whose tensors are read from other folders.
+
+    Args:
+        folder: the checkpoint.
+        others: the readers of these tensors, by stored name; dtypes and shapes are the same.
+    """
+
+    def __init__(self, folder: Path, others: Mapping[str, CheckpointReader]) -> None:
+        super().__init__(folder)
+        self.others = others
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from the folder that it was chosen from."""
+        return self.others[name].read(name) if name in self.others else super().read(name)
+
+
+class MixedChoice:
+    """A checkpoint that was rounded as a whole, ready to choose the values of each linear.
+
+    Args:
+        recipe: with `max_loss_increase` and a calibration text.
+        reader: the source.
+        matrices: that can be packed, by stored name.
+        zeros: the fraction of zeros of every linear, by its name.
+        work: folder for the windows, the rounded checkpoints and the measured losses.
+        progress: receives every step.
+
+    Attributes:
+        choosing: measures packed folders on the windows that choose.
+        judging: measures them on windows that neither rounded nor chose.
+    """
+
+    def __init__(
+        self,
+        recipe: CompressRecipe,
+        reader: CheckpointReader,
+        matrices: Mapping[str, PackableMatrix],
+        zeros: Mapping[str, float],
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.reader, self.work, self.progress = reader, work, progress
+        device, trust = choose_device(recipe.device), recipe.trust_remote_code
+        self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
+        fitted, chosen, judged = split_windows(recipe, self.target, work, progress)
+        self.choosing, self.judging = (
+            LossJudge(self.target, file, progress, trust_remote_code=trust)
+            for file in (chosen, judged)
+        )
+        self.linears = {m.linear: name for name, m in matrices.items() if m.prunable}
+        self.folders = {}
+        for values in ROUNDED:
+            own = with_values(recipe, values, fitted)
+            run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
+            labelled = Labelled(progress, f"rounding to {values}")
+            self.folders[values] = round_checkpoint(run, labelled)
+        sizes = sizes_of(recipe, reader, matrices)
+        self.levels = [Level(reader, sizes[""], {})]
+        for values, folder in self.folders.items():
+            rounded = CheckpointReader(folder)
+            refuse_renamed(self.linears.values(), rounded)
+            errors = output_errors(folder)
+            self.levels.append(Level(rounded, sizes[values], errors, rounds_inputs=True))
+
+    def within(self, bound: float) -> MixedValues:
+        """The values of each linear, with a rise of the loss of at most `bound` by the search."""
+        windows, file = self.choosing.windows, self.work / "values.jsonl"
+        chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
+        names = {self.linears[linear]: n for linear, n in chosen.level_of.items() if n}
+        record = told_of(self.folders[ROUNDED[-1]])
+        errors = [self.levels[n].error_of.get(name, 0.0) for name, n in chosen.level_of.items()]
+        record["mean_error"] = sum(errors) / len(errors)
+        count = Counter(("unchanged", *ROUNDED)[level] for level in chosen.level_of.values())
+        record["chosen"] = {
+            "searched_loss_increase": chosen.loss - chosen.source_loss,
+            "uniform_loss_increase": {
+                values: loss - chosen.source_loss
+                for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
+            },
+            "matrices": dict(count),
+        }
+        return MixedValues(
+            MixedReader(self.reader.folder, {n: self.levels[x].reader for n, x in names.items()}),
+            {name: ROUNDED[level - 1] for name, level in names.items()},
+            record,
+        )
+
+
+def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
+    """Refuse a model whose rounded copy stores its matrices under other names.
+
+    Raises:
+        ArchitectureError: names one of them.
+    """
+    missing = next((name for name in names if name not in rounded.entries), None)
+    if missing is not None:
+        raise ArchitectureError(
+            f"the rounded copy does not store {missing!r} under this name, so values cannot be "
+            "chosen for each matrix",
+            where=str(rounded.folder),
+            remedy="choose the values yourself: --values int8 or --values int4",
+        )
+
+
+def with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressRecipe:
+    """The recipe that rounds to these values on ready windows."""
+    text = recipe.calibration.model_copy(update={"source": str(windows)})
+    group = recipe.group_size if values == "int4" else None
+    return recipe.model_copy(update={"values": values, "group_size": group, "calibration": text})
+
+
+def split_windows(
+    recipe: CompressRecipe, target: CheckpointTarget, work: Path, progress: Progress
+) -> list[Path]:
+    """The files of the windows for the rounding, for the choice and for the judgement.
+
+    Raises:
+        RecipeError: there are fewer windows than purposes.
+    """
+    files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
+    text = recipe.calibration.source
+    assert text is not None
+    save_parts(
+        text, recipe.calibration, target, files, SHARE,
+        "fit the rounding, choose the values and judge the result", progress,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
+    return files
+
+
+def sizes_of(
+    recipe: CompressRecipe, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]
+) -> dict[str, dict[str, int]]:
+    """The size in bytes of every linear, by values ("" for those of the source) and name."""
+    base = settled_values(reader, dict(matrices), recipe.values)
+    sizes: dict[str, dict[str, int]] = {values: {} for values in ("", *ROUNDED)}
+    for name, matrix in matrices.items():
+        if not matrix.prunable:
+            continue
+        stored = reader.read(name)
+        for values, found in sizes.items():
+            choice = choose_layout(
+                stored.t() if matrix.transposed else stored,
+                format=recipe.format,
+                values=values_for(stored.dtype, values or base, name),
+                transposed=matrix.transposed,
+                group=recipe.group_size,
+            )
+            found[matrix.linear] = choice.nbytes
+    return sizes

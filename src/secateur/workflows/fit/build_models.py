@@ -25,15 +25,15 @@ from secateur.recipes.fit import FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import AUTO, choose_layout
-from secateur.workflows.compress.mixed_values import refuse_renamed
 from secateur.workflows.compress.pack import ChosenValues, fractions, pack_model
-from secateur.workflows.compress.packable import PackableMatrix, find_matrices
 from secateur.workflows.compress.rounding import (
     BITS,
     output_errors,
+    refuse_renamed,
     round_checkpoint,
     rounding_recipe,
 )
+from secateur.workflows.compress.storage_plan import PackableMatrix, find_matrices
 from secateur.workflows.fit.context import Ground
 from secateur.workflows.fit.storage_formats import LevelKind
 from secateur.workflows.prune.checkpoint import run_recipe

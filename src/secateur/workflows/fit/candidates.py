@@ -39,7 +39,7 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.results.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.sparsity.evolution import Candidate
-from secateur.workflows.compress.packable import PackableMatrix, find_matrices
+from secateur.workflows.compress.storage_plan import PackableMatrix, find_matrices
 from secateur.workflows.fit.build_models import Kinds, linear_bytes, made, shared, trust
 from secateur.workflows.fit.context import Ground
 from secateur.workflows.fit.costs import Costs, costs_of

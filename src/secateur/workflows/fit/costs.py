@@ -34,7 +34,7 @@ from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.workflows.advise import counted
-from secateur.workflows.compress.packable import PackableMatrix
+from secateur.workflows.compress.storage_plan import PackableMatrix
 from secateur.workflows.fit.storage_formats import (
     FILES,
     KINDS,

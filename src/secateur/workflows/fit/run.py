@@ -29,7 +29,7 @@ from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.plan import FitPlanResult
 from secateur.runs.atomic import write_json
 from secateur.runs.folder import RunFolder, check_output, file_digests
-from secateur.workflows.compress.packable import PackableMatrix, find_matrices
+from secateur.workflows.compress.storage_plan import PackableMatrix, find_matrices
 from secateur.workflows.fit.context import Ground, Pace
 from secateur.workflows.fit.costs import OPTION_OF, check_feasible, costs_of, in_words
 from secateur.workflows.fit.evaluation import prepared_tasks

@@ -23,7 +23,7 @@ from secateur.progress import Progress
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.workflows.compress.packable import PackableMatrix
+from secateur.workflows.compress.storage_plan import PackableMatrix
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from secateur.runs.records import Bench, declared
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
-from secateur.workflows.judge.session import positions_in
+from secateur.workflows.judge.generate import positions_in
 
 SCHEMA = "secateur.bench/1"
 

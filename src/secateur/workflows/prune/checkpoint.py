@@ -21,10 +21,12 @@ from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
-from secateur.engine.prune.tasks import left_by
+from secateur.engine.prune.tasks import Tasks, left_by
+from secateur.models.experts import open_experts
 from secateur.models.inventory import Left
-from secateur.models.opening import formats_of
+from secateur.models.opening import formats_of, load_whole
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
@@ -41,12 +43,20 @@ from secateur.sparsity.allocation import allocations
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.workflows.prune.chosen_plan import choose_plan
-from secateur.workflows.prune.distillation import distill_checkpoint
+from secateur.training.distillation import (
+    FINAL,
+    DistillationData,
+    Student,
+    once,
+    pruned_layers,
+    write_layers,
+)
+from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.pictures import BESIDE, refuse_shared
 from secateur.workflows.prune.prepare import (
     Prepared,
+    choose_plan,
     fingerprint,
     prepare,
     settings_of,
@@ -155,7 +165,7 @@ def run_prepared(
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
-            distilled = distill_checkpoint(prepared, done, folder, chosen.sweep_windows, progress)
+            distilled = _distill(prepared, done, folder, chosen.sweep_windows, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = left_by(done, prepared.target.matrices())
         audit = audit_checkpoint(
@@ -177,6 +187,58 @@ def run_prepared(
         write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+
+def _distill(
+    prepared: Prepared,
+    tasks: Tasks,
+    folder: RunFolder,
+    sweep_windows: int,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Let the pruned model learn from the dense one. Return the losses, or None if it does not.
+
+    With `sweep_windows` one layer is in memory, else both whole models. All trained weights are in
+    a complete file before the first layer is overwritten. So a resumed run either trains the pruned
+    model again or writes the trained weights. It never mixes the two.
+    """
+    recipe, dense = prepared.recipe, prepared.target
+    how, layers = recipe.distillation, pruned_layers(dense, tasks)
+    if not how.epochs or not layers:
+        return None
+    saved, device, trust = folder.work / "distillation", dense.device, recipe.trust_remote_code
+    data = DistillationData(
+        prepared.all_windows,
+        recipe.calibration.seed,
+        how.epochs,
+        how.peak_learning_rate,
+        how.next_token,
+    )
+    if sweep_windows:
+        return LayerwiseDistillation(
+            dense,
+            folder.model,
+            layers,
+            lambda module, number: Student.of(module, dense, tasks, [number]),
+            data,
+            sweep_windows,
+            saved,
+            progress,
+            trust_remote_code=trust,
+        ).learn_into(dense)
+
+    def learn() -> dict[str, float]:
+        teacher = load_whole(
+            prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        model = load_whole(folder.model, device, trust_remote_code=trust)
+        open_experts(model)  # its parameters get the names in the skeleton
+        student = Student.of(model, dense, tasks, layers)
+        return student.learn(teacher, data, progress, saved)
+
+    losses = once(saved, learn)
+    write_layers(saved / FINAL, dense, layers)
+    return losses
 
 
 def way_of(folder: RunFolder) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur.calibration.windows import EXTRA, WindowPlan
 from secateur.recipes.calibration import Calibration
 from secateur.recipes.recovery import Distill
-from secateur.workflows.prune.chosen_rate import MOST_JUDGING
+from secateur.training.distillation import MOST_HELD_OUT
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
     """
     if not how.epochs:
         return 0
-    judging = MOST_JUDGING if how.peak_learning_rate is None else 0
+    judging = MOST_HELD_OUT if how.peak_learning_rate is None else 0
     needed = -(-how.tokens // plan.sequence_length) - plan.windows - options.generated_windows
     return max(judging, needed)
 

@@ -32,10 +32,9 @@ from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
+from secateur.training.distillation import DistillationData, Student, pruned_layers
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
-from secateur.workflows.prune.distillation import distill_module, distills
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
-from secateur.workflows.prune.learning import Lessons
 from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
 from secateur.workflows.prune.self_generated_text import own_windows
 
@@ -121,14 +120,21 @@ def prune_module(
             tasks = tasks_of(
                 target, selection, method, sparsity, found, methods=own_methods(recipe)
             )
-            teacher = copy.deepcopy(model) if distills(recipe, target, tasks) else None
+            how, layers = recipe.distillation, pruned_layers(target, tasks)
+            teacher = copy.deepcopy(model) if how.epochs and layers else None
             job = Job(target, tasks, windows, settings, allocation, sparsity)
             done = job.carry_out(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                how, seed = recipe.distillation, recipe.calibration.seed
-                lessons = Lessons(torch.cat([windows, extra]), how, seed)
-                distill_module(model, teacher, target, done, lessons, progress)
+                data = DistillationData(
+                    torch.cat([windows, extra]),
+                    recipe.calibration.seed,
+                    how.epochs,
+                    how.peak_learning_rate,
+                    how.next_token,
+                )
+                student = Student.of(model, target, done, pruned_layers(target, done))
+                student.learn(teacher, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = left_by(done, matrices)

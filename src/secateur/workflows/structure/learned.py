@@ -46,10 +46,10 @@ from secateur.workflows.prune.prepare import window_plan
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 from secateur.workflows.structure.steps import StepContext
 from secateur.workflows.structure.width import uniform_cut
+from secateur.workflows.train.checkpoint import OpenFile, stored_model
 from secateur.workflows.train.memory import check_memory, foretell
 from secateur.workflows.train.session import run_loop
 from secateur.workflows.train.text import TrainingText
-from secateur.workflows.train.weights import OpenFile, stored_model
 
 OTHER_WAYS = (
     "effort",

@@ -50,14 +50,12 @@ from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.workflows.prune.chosen_plan import SWEEP_WINDOWS, tell_of_sweeps
-from secateur.workflows.prune.distillation import learn
+from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
+from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
-from secateur.workflows.prune.learning import FINAL, Lessons, Pupil, once, trainable_names
 from secateur.workflows.prune.order import give
-from secateur.workflows.prune.prepare import choose_device, window_plan
+from secateur.workflows.prune.prepare import SWEEP_WINDOWS, choose_device, log_sweeps, window_plan
 from secateur.workflows.prune.self_generated_text import with_written
-from secateur.workflows.prune.streamed_distillation import StreamedDistillation
 from secateur.workflows.structure.cut_plan import CutPlan, plan_cut
 from secateur.workflows.structure.learned import check_learned, choose_learned
 from secateur.workflows.structure.steps import (
@@ -392,7 +390,7 @@ def distill(
 ) -> dict[str, float] | None:
     """Distill the uncut model into the cut one, and overwrite its weights with the result.
 
-    Both models are in memory if they fit, else one decoder layer (`streamed_distillation.py`). In
+    Both models are in memory if they fit, else one decoder layer (`training/layerwise.py`). In
     memory everything learns but the embeddings and the head; in sweeps the decoder layers learn.
     """
     if not recipe.distillation.epochs:
@@ -403,10 +401,13 @@ def distill(
         reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
     )
     size = sweep_windows_of(recipe, dense, folder, windows)
-    lessons = Lessons(windows, recipe.distillation, recipe.calibration.seed)
+    how = recipe.distillation
+    data = DistillationData(
+        windows, recipe.calibration.seed, how.epochs, how.peak_learning_rate, how.next_token
+    )
     if size:
-        return learn_streamed(recipe, dense, made, folder, lessons, size, progress)
-    return learn_whole(recipe, source, made, folder, lessons, progress)
+        return learn_streamed(recipe, dense, made, folder, data, size, progress)
+    return learn_whole(recipe, source, made, folder, data, progress)
 
 
 def sweep_windows_of(
@@ -427,7 +428,7 @@ def sweep_windows_of(
         needed += resident_bytes() if dense.device.type == "cpu" else 0
         if needed > budget:
             size = SWEEP_WINDOWS
-            tell_of_sweeps(size, needed, budget)
+            log_sweeps(size, needed, budget)
     write_json(told, {"sweep_windows": size})
     return size
 
@@ -437,22 +438,22 @@ def learn_streamed(
     dense: CheckpointTarget,
     made: CheckpointTarget,
     folder: RunFolder,
-    lessons: Lessons,
+    data: DistillationData,
     size: int,
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with one decoder layer in memory."""
     width = hidden_size(made.model)
 
-    def pupil(module: nn.Module, number: int) -> Pupil:
-        return Pupil(module, frozenset(trainable_names(made, number)), width)
+    def student_of(module: nn.Module, number: int) -> Student:
+        return Student(module, frozenset(trainable_names(made, number)), width)
 
-    return StreamedDistillation(
+    return LayerwiseDistillation(
         dense,
         folder.model,
         range(len(made.layers)),
-        pupil,
-        lessons,
+        student_of,
+        data,
         size,
         folder.work / "distillation",
         progress,
@@ -465,7 +466,7 @@ def learn_whole(
     source: LocalCheckpoint,
     made: CheckpointTarget,
     folder: RunFolder,
-    lessons: Lessons,
+    data: DistillationData,
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with both models in memory."""
@@ -483,7 +484,8 @@ def learn_whole(
             for name, p in student.named_parameters()
             if id(p) not in outside and p.is_floating_point() and p.numel()
         ]
-        return learn(student, teacher, trained, lessons, progress, saved)
+        width = hidden_size(student)
+        return Student(student, frozenset(trained), width).learn(teacher, data, progress, saved)
 
     losses = once(saved, train)
     assert made.output is not None

@@ -41,8 +41,7 @@ from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 from secateur.workflows.prune.checkpoint import run_prepared
-from secateur.workflows.prune.chosen_plan import choose_plan
-from secateur.workflows.prune.prepare import Prepared, prepare, tasks_for
+from secateur.workflows.prune.prepare import Prepared, choose_plan, prepare, tasks_for
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 
 

@@ -18,8 +18,7 @@ from transformers import TrainerCallback
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.training.lora import base_masks
-from secateur.training.masks import Masks, first_names, is_shared, local
-from secateur.workflows.train.masks import masks_in
+from secateur.training.masks import Masks, first_names, is_shared, local, masks_in
 
 
 class SecateurCallback(TrainerCallback):

@@ -41,7 +41,7 @@ from secateur.training.process_group import ProcessGroup
 from secateur.training.selecting import prunable
 from secateur.training.teachers import TOP_K
 from secateur.training.training_plan import TrainingPlan
-from secateur.workflows.train.adapters import adapters
+from secateur.workflows.train.setup import adapters
 from secateur.workflows.train.text import TrainingText
 
 
