@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import NamedTuple
 
-from house_map import Arrows, packages
+from house_map import Arrows
 
 TWIN_FIELDS = 5
 SHORTEST = 5
@@ -39,6 +39,11 @@ class Module(NamedTuple):
     def lines(self) -> int:
         """The number of lines."""
         return len(self.text)
+
+    @property
+    def is_package(self) -> bool:
+        """Whether it is the `__init__` of a package."""
+        return self.path.endswith("__init__.py")
 
     @property
     def name(self) -> str:
@@ -88,15 +93,15 @@ def neighbours(modules: list[Module], imports: Arrows) -> list[Neighbour]:
     for importer, imported in imports.items():
         for name in imported:
             importers[name].add(importer)
-    folders, registered = set(packages(imports)), registered_packages(modules)
-    by_name = {module.name: module for module in modules}
+    registered = registered_packages(modules)
+    by_name = {module.name: module for module in modules if not module.is_package}
     found = []
     for name in sorted(imports):
         package = name.rpartition(".")[0]
-        if name in folders or package in registered or len(importers[name]) != 1:
+        if name not in by_name or package in registered or len(importers[name]) != 1:
             continue
         (importer,) = importers[name]
-        if importer not in folders and importer.rpartition(".")[0] == package:
+        if importer in by_name and importer.rpartition(".")[0] == package:
             found.append(Neighbour(by_name[name], by_name[importer]))
     return found
 
@@ -217,9 +222,9 @@ def lines_by_kind(module: Module) -> Counter[str]:
         elif isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets):
             marked |= dict.fromkeys(_lines_of(node), "__all__")
         elif isinstance(node, ast.Module | ast.ClassDef | Definition):
-            for line in node.body:
-                if isinstance(line, ast.Expr) and _is_string(line.value):
-                    marked |= dict.fromkeys(_lines_of(line), "docstring")
+            for part in node.body:
+                if isinstance(part, ast.Expr) and _is_string(part.value):
+                    marked |= dict.fromkeys(_lines_of(part), "docstring")
     found: Counter[str] = Counter()
     for number, line in enumerate(module.text, 1):
         bare = line.strip()

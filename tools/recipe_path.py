@@ -75,8 +75,6 @@ def first_weight(work: Callable[[], object], package: Path) -> FirstWeight:
     found: list[FirstWeight] = []
 
     def note(frame: FrameType, event: str, function: Any) -> None:
-        if found:
-            return
         file = frame.f_code.co_filename
         if event == "call" and file.startswith(start):
             files.add(file)

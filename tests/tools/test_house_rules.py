@@ -136,6 +136,13 @@ def test_what_a_package_gathers_or_registers_is_no_neighbour(house: Path) -> Non
     assert counted_neighbours(house) == []
 
 
+def test_a_package_is_in_a_folder_of_its_own(house: Path) -> None:
+    write(house, "garden/bench.py", "")
+    (house / "cottage" / "kitchen" / "drawer").mkdir()
+    write(house, "kitchen/drawer/__init__.py", "from cottage.kitchen.table import Table\n")
+    assert counted_neighbours(house) == []
+
+
 FIVE = "".join(f"    {name}: int\n" for name in "abcde")
 
 

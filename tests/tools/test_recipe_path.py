@@ -85,17 +85,19 @@ def test_how_far_the_first_weight_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     package.mkdir()
     (package / "__init__.py").write_text("def foot(weight, value):\n    weight.copy_(value)\n")
     (package / "top.py").write_text(
-        "import ladder\nfrom ladder import spare\n"
+        "import ladder\nfrom ladder import rung, spare\n"
         "def climb(weight, dense, pruned):\n"
         "    ladder.foot(dense.clone(), pruned)\n"  # no parameter
         "    ladder.foot(weight, dense)\n"  # no zeros
+        "    rung.step()\n"
         "    [ladder.foot(weight, pruned) for _ in range(2)]\n"
         "    spare.later()\n"
     )
+    (package / "rung.py").write_text("def step(): ...\n")
     (package / "spare.py").write_text("def later(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     top = importlib.import_module("ladder.top")
     weight = LINEAR.weight.detach()  # shares the memory of the parameter
-    assert first_weight(lambda: top.climb(weight, DENSE, PRUNED), package) == (2, 2)
+    assert first_weight(lambda: top.climb(weight, DENSE, PRUNED), package) == (3, 2)
     with pytest.raises(RuntimeError, match="pruned matrix"):
         first_weight(lambda: top.climb(weight, DENSE, DENSE), package)
