@@ -92,6 +92,7 @@ def test_how_far_the_first_weight_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "    rung.step()\n"
         "    [ladder.foot(weight, pruned) for _ in range(2)]\n"
         "    spare.later()\n"
+        "    ladder.foot(weight, pruned)\n"
     )
     (package / "rung.py").write_text("def step(): ...\n")
     (package / "spare.py").write_text("def later(): ...\n")
