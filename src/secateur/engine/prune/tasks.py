@@ -217,7 +217,7 @@ class Selection:
             own = last_match(self.starts, name)
         return sparsity if own is None else own
 
-    def _check(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
+    def check(self, names: Iterable[str], others: Iterable[str] = ()) -> None:
         """Refuse globs that match nothing, because they are spelling mistakes."""
         names = list(names)
         globs = [*self.include, *self.exclude, *self.overrides, *self.starts, *others]
