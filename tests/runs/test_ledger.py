@@ -6,7 +6,10 @@ from pathlib import Path
 
 from secateur.runs.ledger import Ledger
 
-LINEAR = {"name": "a", "shape": [4, 8], "zeros": 16}
+LINEAR = {
+    "name": "a", "shape": [4, 8], "asked": 0.5, "pruned": 16, "zeros": 16, "error": None,
+    "lost": None, "seconds": 0.1, "tokens": None,
+}  # fmt: skip
 
 
 def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import secateur
-from runtime.packed_examples import Forgery
 from runtime.packed_models import IDS, packed_model, pruned_folder, python, settled  # noqa: F401
 from same_logits import assert_same_logits
 from secateur.errors import CheckpointError
@@ -92,50 +91,11 @@ def test_opened_experts_are_not_saved(tmp_path: Path) -> None:
         secateur.load(tmp_path / "c", expand=True).save_pretrained(tmp_path / "saved")
 
 
-def as_version_1(folder: Path, shards: int) -> None:
-    """Turn a folder into what releases before version 2 wrote."""
-    names = {x.name: x.name.replace("secateur", "model") for x in folder.glob("*.safetensors")}
-    for name, older in names.items():
-        forgery = Forgery(folder / name)
-        forgery.told |= {"version": 1, "files": sorted(names.values())}
-        del forgery.told["activations"]
-        forgery.write()
-        (folder / name).rename(folder / older)
-    index = folder / "secateur.safetensors.index.json"
-    if shards > 1:
-        text = index.read_text().replace("secateur-", "model-")
-        (folder / "model.safetensors.index.json").write_text(text)
-    index.unlink()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["version"] = 1
-    del config["quantization_config"]["activations"]
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("shards", [1, 2])
-def test_version_1_is_still_read(tmp_path: Path, shards: int) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = packed_model(tmp_path, shards=shards)
-    with torch.no_grad():
-        expected = secateur.load(folder)(IDS).logits
-        as_version_1(folder, shards)
-        assert_same_logits(secateur.load(folder)(IDS).logits, expected)
-        assert_same_logits(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, expected)
-
-
-def test_files_of_one_version_and_a_configuration_of_the_other(tmp_path: Path) -> None:
+def test_a_folder_without_its_index(tmp_path: Path) -> None:
     folder = packed_model(tmp_path)
-    forgery = Forgery(folder / "secateur.safetensors")
-    forgery.told["version"] = 1
-    del forgery.told["activations"]
-    forgery.write()
-    with pytest.raises(CheckpointError, match=r"has version 1, but config\.json says 4"):
-        PackedCheckpoint(folder)
     (folder / "secateur.safetensors.index.json").unlink()
     (folder / "secateur.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"says version 4, and secateur.*is missing"):
+    with pytest.raises(CheckpointError, match=r"secateur.safetensors.index.json is missing"):
         PackedCheckpoint(folder)
 
 

@@ -200,8 +200,8 @@ def misplace(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=5), "version 5, but this release reads 1 to 4"),
-        (lambda f: config_with(f, version=1), "config.json says version 1, and secateur"),
+        (lambda f: config_with(f, version=5), "version 5, but this release reads version 4"),
+        (lambda f: config_with(f, version=3), "version 3, but this release reads version 4"),
         (lambda f: config_with(f, version=True), "version True"),
         (lambda f: config_with(f, archive="no"), "archive is not true or false"),
         (lambda f: config_with(f, archive=True), "disagree on whether this is an archive"),

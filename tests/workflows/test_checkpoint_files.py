@@ -32,7 +32,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     secateur.diagnose(run)
     (run / "secateur" / "bench.json").write_text(
-        json.dumps({"contenders": [], "file_bytes": 1, "dense_bytes": 1, "protocol": {}})
+        json.dumps(
+            {
+                "schema": "secateur.bench/1",
+                "model": "m",
+                "contenders": [],
+                "file_bytes": 1,
+                "dense_bytes": 1,
+                "verdict": "",
+                "protocol": {},
+            }
+        )
     )
     steps = run / "secateur" / "steps" / "prune"
     steps.mkdir(parents=True)

@@ -144,7 +144,8 @@ def test_a_packed_model_is_not_told_to_be_packed(run: Run) -> None:
     notes = Path("a result/secateur/bench.json")
     notes.write_text(
         json.dumps({
-            "model": "a result", "contenders": [], "file_bytes": 1, "dense_bytes": 2,
+            "schema": "secateur.bench/1", "model": "a result", "contenders": [],
+            "file_bytes": 1, "dense_bytes": 2,
             "verdict": "no gain: dense int8 is as fast or faster (1.10 times)",
             "protocol": {"cpu": "x"},
         })

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import (
-    INDEX_NAMES,
     PACKED_INDEX_NAME,
     ShardWriter,
     as_bytes,
@@ -96,7 +95,6 @@ class PackedCheckpoint:
 
     Attributes:
         folder: the same.
-        version: of the format.
         archive: whether larger tensors are compressed.
         activations: how activations are rounded that meet integers, `{"values": "int8", "group":
             256}`; None if no matrix is integers.
@@ -112,9 +110,14 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.version, self.archive, stated = _stated_in_config(self.folder)
+        self.archive, stated = _stated_in_config(self.folder)
         self.files = shard_files(self.folder)
-        _check_file_names(self.folder, self.version)
+        if not (self.folder / PACKED_INDEX_NAME).is_file():
+            raise CheckpointError(
+                f"{PACKED_INDEX_NAME} is missing",
+                where=str(self.folder),
+                remedy="copy or download all files of the folder again",
+            )
         self.layouts: dict[str, Layout] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.specs: dict[str, PartSpec] = {}
@@ -125,7 +128,7 @@ class PackedCheckpoint:
             with _at(str(file)):
                 self._open(file, stated)
         self.activations = activations_for(self.layouts.values())
-        if self.version >= FIRST_WITH_ACTIVATIONS and self.activations != stated:
+        if self.activations != stated:
             raise CheckpointError(
                 f"activations are said to be rounded to {stated}, but with these matrices they are "
                 f"rounded to {self.activations}",
@@ -143,10 +146,6 @@ class PackedCheckpoint:
                 f"the checkpoint has the files {', '.join(description.files)[:200]}; "
                 f"the folder has {', '.join(names)[:200]}",
                 remedy="copy or download the missing files",
-            )
-        if description.version != self.version:
-            raise CheckpointError(
-                f"this file has version {description.version}, but config.json says {self.version}"
             )
         if description.archive != self.archive:
             raise CheckpointError(
@@ -228,10 +227,8 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-def _stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None]:
-    """What `config.json` says: the version of the format, whether the folder is an archive, and how
-    activations are rounded.
-    """
+def _stated_in_config(folder: Path) -> tuple[bool, Mapping[str, Any] | None]:
+    """What `config.json` says: whether this is an archive, and how activations are rounded."""
     record = _read_quantization_config(folder)
     where = str(folder / "config.json")
     if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
@@ -240,34 +237,14 @@ def _stated_in_config(folder: Path) -> tuple[int, bool, Mapping[str, Any] | None
             where=where,
             remedy="make one with `secateur compress DIR --output OUT`",
         )
-    version = record.get("version")
-    if type(version) is not int or version not in READABLE:
-        raise CheckpointError(
-            f"the folder has version {str(version)[:40]}, but this release reads 1 to {VERSION}",
-            where=where,
-            remedy=NEWER,
-        )
-    if type(record.get("archive")) is not bool:
-        raise CheckpointError("archive is not true or false", where=where)
-    if version < FIRST_WITH_ACTIVATIONS:
-        return version, bool(record["archive"]), None
-    if "activations" not in record:
-        raise CheckpointError("it is not said how activations are rounded", where=where)
     with _at(where):
+        _check_version(record.get("version"))
+        if type(record.get("archive")) is not bool:
+            raise CheckpointError("archive is not true or false")
+        if "activations" not in record:
+            raise CheckpointError("it is not said how activations are rounded")
         _check_activations(record["activations"])
-    return version, bool(record["archive"]), record["activations"]
-
-
-def _check_file_names(folder: Path, version: int) -> None:
-    """Refuse weight files with the names of another version."""
-    indexed = (folder / PACKED_INDEX_NAME).is_file()
-    if indexed != (version > 1):
-        raise CheckpointError(
-            f"config.json says version {version}, and {PACKED_INDEX_NAME} is "
-            f"{'there' if indexed else 'missing'}",
-            where=str(folder),
-            remedy="copy or download all files of the folder again",
-        )
+    return record["archive"], record["activations"]
 
 
 def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
@@ -284,9 +261,7 @@ def _reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Lay
 
 def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Refuse an index of shards that names the wrong file for a tensor."""
-    index = next((folder / n for n in INDEX_NAMES if (folder / n).is_file()), None)
-    if index is None:
-        return
+    index = folder / PACKED_INDEX_NAME
     record = parse_json(index.read_bytes())["weight_map"]
     found = {name: entry.file.name for name, entry in entries.items()}
     odd = {*record.items()} ^ {*found.items()}
@@ -386,10 +361,7 @@ def _write_file(
 
 METADATA_KEY = "secateur"
 VERSION = 4
-"""The version that is written. Version 3 does not say how activations are rounded, version 2 has no
-groups, and version 1 also has other file names."""
-READABLE = (1, 2, 3, 4)
-FIRST_WITH_GROUPS, FIRST_WITH_ACTIVATIONS = 3, 4
+"""The version of the format that is written, and the only one that is read."""
 KEYS = {"version", "archive", "activations", "files", "layouts", "checksums", "archived", "digest"}
 ACTIVATIONS = {"values": "int8", "group": GROUP}
 """How activations are rounded that meet integers: the only way that the kernels have."""
@@ -407,7 +379,6 @@ class Description:
         checksums: CRC-32 of the stored bytes of each tensor.
         archived: the tensors that archived bytes decode to.
         activations: how activations are rounded that meet integers; None without integers.
-        version: of the format.
     """
 
     archive: bool
@@ -415,13 +386,20 @@ class Description:
     layouts: Mapping[str, Layout]
     checksums: Mapping[str, int]
     archived: Mapping[str, Archived]
-    activations: Mapping[str, Any] | None = None
-    version: int = VERSION
+    activations: Mapping[str, Any] | None
 
 
 def activations_for(layouts: Iterable[Layout]) -> dict[str, Any] | None:
     """How activations are rounded in a model with these matrices; None if no matrix is integers."""
     return dict(ACTIVATIONS) if any(layout.integers for layout in layouts) else None
+
+
+def _check_version(stated: Any) -> None:
+    if type(stated) is not int or stated != VERSION:
+        raise CheckpointError(
+            f"the format has version {str(stated)[:40]}, but this release reads version {VERSION}",
+            remedy=NEWER,
+        )
 
 
 def _check_activations(stated: Any) -> None:
@@ -442,7 +420,7 @@ def checksum(stored: memoryview) -> int:
 def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
     """The metadata of a file."""
     record: dict[str, Any] = {
-        "version": description.version,
+        "version": VERSION,
         "archive": description.archive,
         "activations": description.activations,
         "files": list(description.files),
@@ -479,19 +457,13 @@ def _read_description(header: Header) -> Description:
     if record["archived"] and not record["archive"]:
         raise CheckpointError("tensors are archived, but the file claims to be no archive")
     layouts = {name: Layout.from_json(layout) for name, layout in record["layouts"].items()}
-    grouped = [name for name, layout in layouts.items() if layout.group is not None]
-    if grouped and record["version"] < FIRST_WITH_GROUPS:
-        raise CheckpointError(
-            f"{min(grouped)!r} has groups, and version {record['version']} of the format has none"
-        )
     return Description(
         record["archive"],
         tuple(record["files"]),
         layouts,
         {name: _read_checksum(name, text) for name, text in record["checksums"].items()},
         {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
-        record.get("activations"),
-        record["version"],
+        record["activations"],
     )
 
 
@@ -506,17 +478,12 @@ def _parse_description(header: Header) -> dict[str, Any]:
         record = parse_json(header.metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"the description is not JSON: {error}") from None
-    if not isinstance(record, dict) or type(record.get("version")) is not int:
+    if not isinstance(record, dict) or "version" not in record:
         raise CheckpointError("the description has no version")
-    if record["version"] not in READABLE:
+    _check_version(record["version"])
+    if set(record) != KEYS:
         raise CheckpointError(
-            f"the file has version {record['version']}, but this release reads 1 to {VERSION}",
-            remedy=NEWER,
-        )
-    keys = KEYS if record["version"] >= FIRST_WITH_ACTIVATIONS else KEYS - {"activations"}
-    if set(record) != keys:
-        raise CheckpointError(
-            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ keys))[:200]}"
+            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ KEYS))[:200]}"
         )
     return record
 
@@ -525,7 +492,7 @@ def _check_kinds(record: Mapping[str, Any]) -> None:
     """Refuse values of the wrong kind."""
     if type(record["archive"]) is not bool:
         raise CheckpointError("archive is not true or false")
-    _check_activations(record.get("activations"))
+    _check_activations(record["activations"])
     files = record["files"]
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise CheckpointError("files is not a list of names")

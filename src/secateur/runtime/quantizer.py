@@ -18,7 +18,7 @@ from secateur.models.experts import open_experts
 from secateur.models.stored_parameters import expert_renamings, stored_experts_of
 from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
-from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
+from secateur.runtime.packed import QUANT_METHOD, VERSION, PackedCheckpoint
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        version: int = 1,
+        version: int = VERSION,
         archive: bool = False,
         activations: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -78,8 +78,7 @@ class PackedQuantizer(HfQuantizer):
         transformers does not look for these file names. So without secateur it finds no weights,
         and does not draw the packed matrices at random.
         """
-        if self.quantization_config.version > 1:
-            config.transformers_weights = PACKED_INDEX_NAME
+        config.transformers_weights = PACKED_INDEX_NAME
         return config
 
     # releases of transformers before update_attn_implementation pass the configuration to this

@@ -225,7 +225,7 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
         bars += [
             Bar(f"dense {values}{several}", rounded[values] / 2**20, binary_size(rounded[values]))
             for values in ("int8", "int4")
-            if values in rounded and not own[0].manifest.structure
+            if rounded and not own[0].manifest.structure
         ]
         bars += [_size_bar(run) for run in own]
     if not bars:

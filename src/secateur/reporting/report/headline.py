@@ -88,8 +88,6 @@ def _smaller(run: ReportedRun) -> Claim:
 def _parts_of_saving(found: Compression) -> str:
     """How much of the saving is rounding, and how much the zeros that are not stored."""
     zeros = f"{percent(found.sparsity, 2)} zeros"
-    if "as here" not in found.dense_file_bytes:
-        return f"; {zeros} are left out"
     whole, dense = found.bfloat16_bytes, found.dense_file_bytes["as here"]
     by_zeros = (dense - found.file_bytes) / whole
     if dense >= whole:
@@ -114,11 +112,11 @@ def _gain_tone(gained: bool) -> Tone:
 def _not_packed(run: ReportedRun) -> Claim:
     """A sentence: the zeros are still stored, and how large other files of these weights are."""
     result, source = run.manifest.result, run.manifest.source
-    sizes = [f"{binary_size(result.file_bytes)} in this folder"]
-    if result.parameters:
-        sizes.append(f"{binary_size(2 * result.parameters)} as dense bfloat16")
-    if source.file_bytes:
-        sizes.append(f"{binary_size(source.file_bytes)} in {run.dense}")
+    sizes = [
+        f"{binary_size(result.file_bytes)} in this folder",
+        f"{binary_size(2 * result.parameters)} as dense bfloat16",
+        f"{binary_size(source.file_bytes)} in {run.dense}",
+    ]
     return Claim(
         "Smaller by",
         "not packed",

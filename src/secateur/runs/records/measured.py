@@ -34,12 +34,12 @@ class LayerState(Record):
 
     layer: int
     sparsity: float
-    relative_error: float | None = None
-    cosine: float | None = None
-    norm_ratio: float | None = None
-    own_error: float | None = None
-    contribution: float | None = None
-    could_bear: float | None = None
+    relative_error: float | None
+    cosine: float | None
+    norm_ratio: float | None
+    own_error: float | None
+    contribution: float | None
+    could_bear: float | None
 
 
 class MatrixState(Record):
@@ -57,18 +57,18 @@ class SupportEntry(Record):
 
     kind: str
     engine: str
-    faster: bool | None = None
+    faster: bool | None
     reason: str
 
 
 class TargetMachine(Record):
     """The machine of a diagnosis."""
 
-    cpu: str = ""
-    features: tuple[str, ...] = ()
-    cuda_capability: str | None = None
-    engines: dict[str, str | None] = Field(default_factory=dict)
-    supports: tuple[SupportEntry, ...] = ()
+    cpu: str
+    features: tuple[str, ...]
+    cuda_capability: str | None
+    engines: dict[str, str | None]
+    supports: tuple[SupportEntry, ...]
 
 
 class DiagnosisRecord(Record):
@@ -76,14 +76,14 @@ class DiagnosisRecord(Record):
 
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
     model: str
-    dense: str | None = None
-    environment: dict[str, Any] = Field(default_factory=dict)
-    protocol: dict[str, Any] = Field(default_factory=dict)
-    verdict: str = ""
+    dense: str | None
+    environment: dict[str, Any]
+    protocol: dict[str, Any]
+    verdict: str
     findings: tuple[FindingEntry, ...]
-    layers: tuple[LayerState, ...] = ()
-    linears: tuple[MatrixState, ...] = ()
-    target: TargetMachine | None = None
+    layers: tuple[LayerState, ...]
+    linears: tuple[MatrixState, ...]
+    target: TargetMachine
 
 
 class TimingEntry(Record):
@@ -103,20 +103,17 @@ class TimingEntry(Record):
 class Bench(Record):
     """`bench.json`."""
 
-    schema_name: Literal["secateur.bench/1"] = Field("secateur.bench/1", alias="schema")
-    model: str = ""
+    schema_name: Literal["secateur.bench/1"] = Field(alias="schema")
+    model: str
     contenders: tuple[TimingEntry, ...]
     file_bytes: int
     dense_bytes: int
-    verdict: str = ""
+    verdict: str
     protocol: dict[str, Any]
 
 
 FILE_NAME = "evaluation.json"
 """The name of the file in the folder `secateur/` of a run."""
-
-FIRST_SCHEMA = "secateur.evaluation/1"
-"""One reference and environment for all results, one divergence, one set of texts."""
 
 SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
 
@@ -339,15 +336,14 @@ def _merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[An
 
 
 def read_evaluation(file: Path) -> EvaluationRecord:
-    """Read and check the file; it may have the first schema.
+    """Read and check the file.
 
     Raises:
         CheckpointError: the file cannot be read, or has another schema; lists every fault.
     """
     remedy = "move the file away and run `secateur evaluate` again"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return EvaluationRecord.model_validate(_from_first(values))
+        return EvaluationRecord.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
@@ -362,22 +358,6 @@ def read_evaluation(file: Path) -> EvaluationRecord:
         raise CheckpointError(
             f"the evaluation cannot be read: {error}", where=str(file), remedy=remedy
         ) from error
-
-
-def _from_first(values: Any) -> Any:
-    """Convert the content of a file of the first schema to this one; leave others unchanged."""
-    if not isinstance(values, dict) or values.get("schema") != FIRST_SCHEMA:
-        return values
-    shared = {name: values.get(name) for name in ("reference", "environment")}
-
-    def each(found: Any) -> Any:
-        single = [] if found is None else [found]
-        results = found if isinstance(found, list) else single
-        return [{**shared, **one} if isinstance(one, dict) else one for one in results]
-
-    kinds = ("perplexity", "divergence", "tasks", "generation")
-    others = {k: v for k, v in values.items() if k not in (*shared, *kinds)}
-    return {**others, "schema": SCHEMA, **{kind: each(values.get(kind)) for kind in kinds}}
 
 
 PointKey = tuple[str, str, float]

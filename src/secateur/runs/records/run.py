@@ -16,8 +16,8 @@ class Source(Record):
 
     name: str
     kind: str
-    revision: str | None = None
-    file_bytes: int | None = None
+    revision: str | None
+    file_bytes: int
 
 
 class Cost(Record):
@@ -25,7 +25,7 @@ class Cost(Record):
 
     seconds: float
     peak_resident_bytes: int
-    peak_is_of_this_run_alone: bool = False
+    peak_is_of_this_run_alone: bool
     peak_cuda_bytes: int | None = None
     resumed: bool = False
     processes: int = 1
@@ -47,13 +47,13 @@ class Counted(Record):
     parameters: int
     decoder: int
     file_bytes: int
-    attention: int = 0
-    ffn: int = 0
-    experts: int = 0
-    norms: int = 0
-    embeddings: int = 0
-    other: int = 0
-    kv_cache_bytes_per_token: int = 0
+    attention: int
+    ffn: int
+    experts: int
+    norms: int
+    embeddings: int
+    other: int
+    kv_cache_bytes_per_token: int
 
 
 class Structure(Record):
@@ -62,10 +62,10 @@ class Structure(Record):
     before: Counted
     after: Counted
     decoder_removed: float
-    removed: float = 0.0
-    varied: bool = False
-    steps: tuple[dict[str, Any], ...] = ()
-    latency: dict[str, Any] | None = None
+    removed: float
+    varied: bool
+    steps: tuple[dict[str, Any], ...]
+    latency: dict[str, Any] | None
 
 
 class LeftEntry(Record):
@@ -80,7 +80,7 @@ class LeftEntry(Record):
 class Manifest(Record):
     """`manifest.json`."""
 
-    manifest_version: int = MANIFEST_VERSION
+    manifest_version: int
     source: Source
     formats: dict[str, str] | None = None
     family: str = ""
@@ -112,19 +112,19 @@ class LinearEntry(Record):
     name: str
     shape: tuple[int, int]
     zeros: int
-    asked: float | None = None
-    pruned: int | None = None
-    error: float | None = None
-    lost: float | None = None
-    seconds: float = 0.0
-    tokens: int | None = None
+    asked: float
+    pruned: int
+    error: float | None
+    lost: float | None
+    seconds: float
+    tokens: int | None
 
 
 class Layer(Record):
     """A line of `layers.jsonl`."""
 
     layer: int
-    seconds: float = 0.0
+    seconds: float
     linears: tuple[LinearEntry, ...]
     reconstruction: dict[str, float] = Field(default_factory=dict)
     collapsed: dict[str, float] = Field(default_factory=dict)
@@ -177,22 +177,22 @@ class Chain(Record):
 class Compression(Record):
     """`compression.json`."""
 
-    source: str = ""
-    output: str = ""
-    archive: bool = False
+    source: str
+    output: str
+    archive: bool
     source_bytes: int
     bfloat16_bytes: int
     file_bytes: int
     ratio: float
     sparsity: float
-    negative_zeros: int = 0
-    linears: dict[str, float] = Field(default_factory=dict)
-    formats: dict[str, dict[str, float]] = Field(default_factory=dict)
-    embeddings: dict[str, float] = Field(default_factory=dict)
-    rounding: dict[str, Any] = Field(default_factory=dict)
-    value_error: float | None = None
-    dense_file_bytes: dict[str, int] = Field(default_factory=dict)
-    seconds: float = 0.0
+    negative_zeros: int
+    linears: dict[str, float]
+    formats: dict[str, dict[str, float]]
+    embeddings: dict[str, float]
+    rounding: dict[str, Any]
+    value_error: float
+    dense_file_bytes: dict[str, int]
+    seconds: float
 
 
 class StepEntry(Record):
@@ -271,8 +271,8 @@ class ImportedMatrix(Record):
     shape: tuple[int, int]
     zeros: int
     pattern: str
-    stored_as: str | None = None
-    rounded: bool = False
+    stored_as: str | None
+    rounded: bool
 
 
 class Import(Record):
@@ -292,14 +292,14 @@ class Import(Record):
         matrices: every matrix of the decoder layers.
     """
 
-    schema_name: Literal["secateur.import/1"] = Field("secateur.import/1", alias="schema")
+    schema_name: Literal["secateur.import/1"] = Field(alias="schema")
     source: Source
     kind: str
-    masks: dict[str, str] | None = None
-    adapter: dict[str, str] | None = None
-    told: dict[str, Any] = Field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    masks: dict[str, str] | None
+    adapter: dict[str, str] | None
+    told: dict[str, Any]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
     environment: dict[str, Any]
     seconds: float
     sparsity: float
