@@ -38,7 +38,7 @@ from secateur.workflows.fit.costs import costs_of
 from secateur.workflows.fit.evaluation import Yardstick
 from secateur.workflows.fit.pipeline import contested, new_search
 from secateur.workflows.fit.storage_formats import probe_of
-from secateur.workflows.prune.prepare import calibration_windows
+from secateur.workflows.run_windows import calibration_windows
 from stored import known_rows
 
 MIB = 2**20

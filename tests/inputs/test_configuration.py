@@ -137,7 +137,7 @@ def test_a_checkpoint_that_lacks_a_matrix(refused, model: Path, tmp_path: Path, 
 def test_what_a_checkpoint_may_lack(tmp_path: Path) -> None:
     tied = save_tiny(tmp_path / "m", "llama", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
-    load_whole(tied, secateur.workflows.prune.prepare.choose_device("cpu"))
+    load_whole(tied, secateur.runs.environment.choose_device("cpu"))
 
 
 def test_code_of_the_checkpoint_is_refused_as_an_error(refused, model: Path) -> None:

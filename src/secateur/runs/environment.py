@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from secateur.errors import DISTRIBUTION
+from secateur.errors import DISTRIBUTION, RecipeError
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -102,3 +102,28 @@ class Meter:
         if torch.cuda.is_available():
             reading["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
         return reading
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a recipe.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(
+            f"device {name!r} is not auto, cpu, cuda or cuda:N",
+            remedy="leave --device out: auto takes the GPU if torch sees one",
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            f"device {name!r} was asked for, and torch sees no CUDA device here",
+            remedy="use --device cpu, or install a CUDA build of torch",
+        )
+    return device

@@ -40,6 +40,7 @@ from secateur.registry import did_you_mean
 from secateur.reporting.front_matter import source_name
 from secateur.reporting.results.prune import ChainResult
 from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another
 from secateur.runs.records import Chain, ChainStep, declared, read_record
 from secateur.sparsity.allocation import allocations
@@ -52,7 +53,7 @@ from secateur.workflows.compress.pack import check_compression, compress_recipe
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.order import refuse_cluster
-from secateur.workflows.prune.prepare import choose_device, settings_of
+from secateur.workflows.prune.prepare import settings_of
 from secateur.workflows.structure.cut_plan import check_together, count, plan_cut
 from secateur.workflows.structure.run import structure_recipe
 from secateur.workflows.train.checkpoint import run_training

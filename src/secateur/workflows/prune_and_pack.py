@@ -36,6 +36,7 @@ from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_text
+from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, check_output
 from secateur.sparsity.methods import Method
 from secateur.workflows.chain import checked_steps, run_chain
@@ -44,7 +45,6 @@ from secateur.workflows.prune.checkpoint import planned, report_of, run_recipe
 from secateur.workflows.prune.composition import method_of
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.order import follow, refuse_several
-from secateur.workflows.prune.prepare import choose_device
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}

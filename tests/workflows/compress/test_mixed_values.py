@@ -16,8 +16,8 @@ from secateur.reporting.results.compress import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.compress.pack import MOST_CHOICES
 from secateur.workflows.compress.rounding import MixedChoice, MixedValues
-from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
+from secateur.workflows.run_windows import save_parts
 from trained import save_trained, source_text
 
 OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "auto"}

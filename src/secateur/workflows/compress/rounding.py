@@ -32,12 +32,12 @@ from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.runs.environment import choose_device
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.workflows.compress.storage_plan import PackableMatrix, settled_values
-from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.judge.perplexity import LossJudge
 from secateur.workflows.prune.checkpoint import run_recipe
-from secateur.workflows.prune.prepare import choose_device
+from secateur.workflows.run_windows import save_parts
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""

@@ -24,11 +24,11 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.fit import FitRecipe
 from secateur.runs.atomic import write_json
+from secateur.runs.environment import choose_device
 from secateur.workflows.compress.storage_plan import PackableMatrix
-from secateur.workflows.compress.window_parts import save_parts
 from secateur.workflows.fit.costs import Costs
 from secateur.workflows.judge.perplexity import LossJudge
-from secateur.workflows.prune.prepare import choose_device
+from secateur.workflows.run_windows import save_parts
 
 MINUTE = 60.0
 

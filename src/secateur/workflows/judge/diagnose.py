@@ -34,10 +34,9 @@ from secateur.progress import Progress, listener
 from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
 from secateur.runs import records
 from secateur.runs.atomic import write_json
-from secateur.runs.environment import environment
+from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import cannot_write
 from secateur.runtime.install import DenseView, open_checkpoint
-from secateur.workflows.prune.prepare import choose_device
 
 PRUNED = 0.01
 """A model with a larger fraction of zeros in its decoder's matrices counts as pruned."""

@@ -34,10 +34,10 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
+from secateur.runs.environment import choose_device
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
 from secateur.types import Windows
-from secateur.workflows.prune.prepare import choose_device
 
 
 def windows_of(

@@ -53,7 +53,6 @@ from secateur.training.distillation import (
 )
 from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
-from secateur.workflows.prune.pictures import BESIDE, refuse_shared
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -62,8 +61,9 @@ from secateur.workflows.prune.prepare import (
     settings_of,
     shared_inputs,
     tasks_for,
+    with_own_windows,
 )
-from secateur.workflows.prune.self_generated_text import with_own_windows
+from secateur.workflows.run_windows import BESIDE, refuse_shared
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"

@@ -34,9 +34,14 @@ from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.training.distillation import DistillationData, Student, pruned_layers
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
-from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
-from secateur.workflows.prune.prepare import settings_of, window_plan, windows_needed
-from secateur.workflows.prune.self_generated_text import own_windows
+from secateur.workflows.prune.prepare import settings_of, windows_needed
+from secateur.workflows.run_windows import (
+    extra_windows,
+    generate_windows,
+    log_short_text,
+    split_extra,
+    window_plan,
+)
 
 READY = ".safetensors"
 """The suffix of a file of ready windows, which need no tokenizer."""
@@ -150,7 +155,7 @@ def with_generated(
     """Append the windows that the model generates."""
     options = recipe.calibration
     start = () if tokenizer is None else start_tokens(tokenizer)
-    own = own_windows(model, windows, options.generated_windows, start, options.seed, progress)
+    own = generate_windows(model, windows, options.generated_windows, start, options.seed, progress)
     return torch.cat([windows, own])
 
 
@@ -181,5 +186,5 @@ def module_windows(
         vocab_size=vocabulary,
         positions=positions,
     )
-    tell_of_short_text(asked, record)
+    log_short_text(asked, record)
     return split_extra(windows, record.get(EXTRA, 0))

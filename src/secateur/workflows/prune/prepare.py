@@ -1,10 +1,8 @@
-"""Prepares a run from a recipe: source, method, windows, plan.
-
-Chooses the plan of a run that fits into memory.
-"""
+"""Prepares a run from a recipe: source, method, windows, and a plan that fits into memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -15,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.loading import load_calibration
-from secateur.calibration.windows import EXTRA, Beside, WindowPlan, load_windows, stored_extra
+from secateur.calibration.continuation import PREFIX
+from secateur.calibration.windows import EXTRA, Beside, load_windows, stored_extra
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
@@ -25,23 +23,29 @@ from secateur.engine.prune.tasks import LinearTask, Selection, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.models.architecture import positions_of, text_config
+from secateur.models.architecture import positions_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.copies import copy_of, weight_bytes_of
 from secateur.models.opening import open_weights
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
-from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
+from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
-from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
-from secateur.workflows.prune.pictures import beside_of
+from secateur.workflows.run_windows import (
+    beside_of,
+    calibration_windows,
+    extra_windows,
+    log_short_text,
+    split_extra,
+    window_plan,
+    with_generated_windows,
+)
 
 
 @dataclass(frozen=True)
@@ -93,31 +97,6 @@ class Prepared:
         """Size of the result's files."""
         weights = weight_bytes_of(self.reader, keep_format=self.recipe.keep_format)
         return weights + sum(f.stat().st_size for f in copied_files(self.reader.folder))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a recipe.
-
-    Raises:
-        RecipeError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(
-            f"device {name!r} is not auto, cpu, cuda or cuda:N",
-            remedy="leave --device out: auto takes the GPU if torch sees one",
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(
-            f"device {name!r} was asked for, and torch sees no CUDA device here",
-            remedy="use --device cpu, or install a CUDA build of torch",
-        )
-    return device
 
 
 def settings_of(
@@ -290,65 +269,8 @@ def windows_of(
         only_plan=only_plan,
         pictures=pictures,
     )
-    tell_of_short_text(asked, record)
+    log_short_text(asked, record)
     return windows, record
-
-
-def calibration_windows(
-    text: str,
-    options: CalibrationWindows,
-    folder: Path,
-    target: Target,
-    *,
-    extra: int = 0,
-    trust_remote_code: bool = False,
-    only_plan: bool = False,
-    pictures: bool = False,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return the windows of a text for a model, and their source.
-
-    Args:
-        text: the text, or a file of ready windows.
-        options: how the text is cut.
-        folder: folder of the model, with its tokenizer.
-        target: the model.
-        extra: number of windows after these, as far as the text has them.
-        trust_remote_code: whether code from the folder may run.
-        only_plan: read no text; use blank windows of the right number and length.
-        pictures: whether the caller passes what the windows have beside their tokens.
-    """
-    plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
-    plan = replace(plan, extra=extra)
-    if only_plan and not ready:
-        blank = torch.zeros((plan.all_windows, plan.sequence_length), dtype=torch.int64)
-        return blank, {EXTRA: extra}
-    tokenizer = None if ready else load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return load_calibration(
-        text,
-        tokenizer,
-        plan,
-        field=options.field,
-        vocab_size=text_config(target.model.config).vocab_size,
-        positions=positions_of(target.model.config),
-        pictures=pictures,
-    )
-
-
-def window_plan(options: CalibrationWindows, config: Any) -> WindowPlan:
-    """Return how text is cut into windows for a model of this configuration.
-
-    Raises:
-        RecipeError: the requested windows are longer than the model's context.
-    """
-    longest = positions_of(config) or 2048
-    length = options.sequence_length or min(2048, longest)
-    if length > longest:
-        raise RecipeError(
-            f"sequence length {length} exceeds the model's {longest} positions",
-            where="--sequence-length",
-            remedy=f"use --sequence-length {longest} or less",
-        )
-    return WindowPlan(options.windows, length, options.seed, options.packing)
 
 
 def fingerprint(windows: Tensor | None) -> str | None:
@@ -491,3 +413,24 @@ def log_sweeps(size: int, whole: float, budget: float) -> None:
         whole / 2**30,
         budget / 2**30,
     )
+
+
+def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
+    """Add the windows that the dense model must generate for the recipe.
+
+    The whole model is in memory while it generates, and is freed afterwards.
+    """
+    assert prepared.windows is not None
+    assert prepared.calibration is not None
+    windows = with_generated_windows(
+        prepared.source.folder,
+        prepared.windows,
+        prepared.unwritten,
+        prepared.recipe.calibration.seed,
+        prepared.target.device,
+        progress,
+        trust_remote_code=prepared.recipe.trust_remote_code,
+    )
+    told = {"generated": prepared.unwritten, "generated_prefix": PREFIX}
+    calibration = {**prepared.calibration, **told}
+    return dataclasses.replace(prepared, windows=windows, unwritten=0, calibration=calibration)

@@ -42,7 +42,7 @@ from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import mean_loss
 from secateur.types import Windows
-from secateur.workflows.prune.prepare import window_plan
+from secateur.workflows.run_windows import window_plan
 from secateur.workflows.structure.cut_plan import CutPlan, representative
 from secateur.workflows.structure.steps import StepContext
 from secateur.workflows.structure.width import uniform_cut

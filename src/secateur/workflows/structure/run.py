@@ -45,17 +45,22 @@ from secateur.reporting.results.plan import CutPlanResult
 from secateur.reporting.results.prune import StructureResult
 from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import Meter, environment, resident_bytes
+from secateur.runs.environment import Meter, choose_device, environment, resident_bytes
 from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
 from secateur.training.layerwise import LayerwiseDistillation
-from secateur.workflows.prune.extra_windows import extra_windows, split_extra, tell_of_short_text
 from secateur.workflows.prune.order import give
-from secateur.workflows.prune.prepare import SWEEP_WINDOWS, choose_device, log_sweeps, window_plan
-from secateur.workflows.prune.self_generated_text import with_written
+from secateur.workflows.prune.prepare import SWEEP_WINDOWS, log_sweeps
+from secateur.workflows.run_windows import (
+    extra_windows,
+    log_short_text,
+    split_extra,
+    window_plan,
+    with_generated_windows,
+)
 from secateur.workflows.structure.cut_plan import CutPlan, plan_cut
 from secateur.workflows.structure.learned import check_learned, choose_learned
 from secateur.workflows.structure.steps import (
@@ -332,7 +337,7 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         vocab_size=text_config(config).vocab_size,
         positions=positions_of(config),
     )
-    tell_of_short_text(plan.extra, record)
+    log_short_text(plan.extra, record)
     return windows, record
 
 
@@ -359,7 +364,7 @@ def calibration_of(
     windows, extra = split_extra(windows, provenance.get(EXTRA, 0))
     options = recipe.calibration
     if options.generated_windows:
-        windows = with_written(
+        windows = with_generated_windows(
             source.folder,
             windows,
             options.generated_windows,

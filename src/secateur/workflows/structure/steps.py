@@ -53,13 +53,13 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.structure import StructureRecipe, WhatToCut
 from secateur.runs.atomic import whole_folder, write_json
+from secateur.runs.environment import choose_device
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.workflows.prune.order import digest_of, give, refuse_another_model
-from secateur.workflows.prune.prepare import choose_device
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.width import Narrowing
 

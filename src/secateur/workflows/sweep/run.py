@@ -41,7 +41,7 @@ from secateur.reporting.charts import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.atomic import write_json
-from secateur.runs.environment import environment
+from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
 from secateur.runs.records import (
@@ -58,7 +58,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.workflows.judge.perplexity import window_progress
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of
-from secateur.workflows.prune.prepare import choose_device, prepare, windows_needed
+from secateur.workflows.prune.prepare import prepare, windows_needed
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""

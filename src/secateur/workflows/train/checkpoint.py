@@ -36,7 +36,7 @@ from secateur.reporting.results.plan import TrainPlanResult
 from secateur.reporting.results.prune import TrainResult
 from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import Meter, environment
+from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Training, declared
@@ -45,7 +45,6 @@ from secateur.training.masks import Masks, is_shared, local, rows_of
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.training_plan import TrainingPlan, optimizers
 from secateur.workflows.checkpoint_files import carry_over
-from secateur.workflows.prune.prepare import choose_device
 from secateur.workflows.train.memory import TrainingMemory, check_memory, disk_bytes, foretell
 from secateur.workflows.train.session import Session, Trained, train_in_rounds
 from secateur.workflows.train.setup import (
