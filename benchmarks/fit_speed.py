@@ -79,11 +79,11 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
     with folder:
         folder.begin({})
         while len(rounds) <= MOST:
-            found = search.menu.best(aimed_at(costs, aimed).aim)
+            found = search.knapsack.best(aimed_at(costs, aimed).aim)
             if found is None or found == candidate:
                 break
             packed = packed_mix(ground, search, found, folder)
-            predicted = costs.times.base / (costs.rest[-1] + search.menu.total(found)[-1])
+            predicted = costs.times.base / (costs.rest[-1] + search.knapsack.total(found)[-1])
             measured = speedup_of(ground, folder.model)
             assert measured is not None
             rounds.append({"aimed": aimed, "predicted": predicted, "measured": measured})
@@ -103,7 +103,7 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
         "rounds": rounds,
         "measured": again,
         "mib": packed.file_bytes / 2**20,
-        "predicted_divergence": search.menu.predicted(candidate),
+        "predicted_divergence": search.knapsack.predicted(candidate),
         "linears": {name: kinds.count(name) for name in dict.fromkeys(kinds)},
     }
 

@@ -18,7 +18,7 @@ from secateur.errors import VerificationError
 from secateur.models.architecture import describe
 from secateur.models.at_rest import AssembledReader
 from secateur.models.inventory import (
-    Left,
+    SkippedMatrix,
     inventory,
     stored_shapes,
     summary,
@@ -70,7 +70,7 @@ class Audit:
     parameters: int
     file_bytes: int
     zeros: int = 0
-    left: list[Left] = field(default_factory=list)
+    left: list[SkippedMatrix] = field(default_factory=list)
     family: str = ""
     num_hidden_layers: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.diagnostics.findings import Finding, Severity
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
@@ -94,9 +94,11 @@ def layer_drifts(
         windows: token ids [windows, sequence_length].
         progress: hears of every layer.
     """
-    ours, theirs = (Passage(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense))
-    for passage in (ours, theirs):
-        passage.open(0, dense=False)
+    ours, theirs = (
+        CalibrationStream(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense)
+    )
+    for calibration in (ours, theirs):
+        calibration.open(0, dense=False)
     found = []
     progress.start("layers", len(pruned.layers))
     for (index, layer), (_, dense_layer) in zip(ours.walk(), theirs.walk(), strict=True):

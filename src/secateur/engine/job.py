@@ -11,7 +11,7 @@ from secateur.engine.choose.allocation import Survey, allocate
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Tasks, gradient_statistics
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import gather_gradients
 from secateur.engine.stream.targets import Target
 from secateur.progress import Progress
@@ -52,25 +52,25 @@ class Job:
         Returns:
             The tasks that were carried out.
         """
-        passage = self.passage()
+        calibration = self.calibration()
         names = gradient_statistics(self.tasks)
         if names:
-            assert passage is not None
+            assert calibration is not None
             assert self.settings.work is not None
             ranks = self.settings.ranks
-            gather_gradients(passage.ends, names, self.settings.work, progress, ranks)
-        survey = Survey(self.target, self.tasks, passage, self.settings, progress)
+            gather_gradients(calibration.outer, names, self.settings.work, progress, ranks)
+        survey = Survey(self.target, self.tasks, calibration, self.settings, progress)
         tasks = allocate(survey, self.allocation, self.sparsity)
-        run = Run(self.target, tasks, passage, self.settings, ledger, progress)
+        run = Run(self.target, tasks, calibration, self.settings, ledger, progress)
         run.execute(done)
         return run.tasks
 
-    def passage(self) -> Passage | None:
+    def calibration(self) -> CalibrationStream | None:
         """The calibration stream."""
         if self.windows is None:
             return None
         how = self.settings
-        return Passage(
+        return CalibrationStream(
             self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
             self.beside, on_gpu=how.on_gpu,
         )  # fmt: skip

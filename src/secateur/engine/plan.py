@@ -30,7 +30,7 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
-from secateur.models.inventory import Left
+from secateur.models.inventory import SkippedMatrix
 from secateur.models.layer_cache import layer_caches
 from secateur.runs.environment import resident_bytes
 from secateur.sparsity.allocation import Allocation
@@ -128,7 +128,7 @@ class Plan:
     num_hidden_layers: int
     prunable_weights: int
     calibration_tokens: int
-    left: list[Left] = field(default_factory=list)
+    left: list[SkippedMatrix] = field(default_factory=list)
     on_gpu: bool = False
     stays_on_gpu: bool = False
     seconds: tuple[float, float] | None = None

@@ -76,7 +76,7 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
-class Left:
+class SkippedMatrix:
     """Tensors of one sort that are not pruned.
 
     Attributes:
@@ -245,7 +245,7 @@ def part_beside(name: str, layers_path: str) -> str:
     return ".".join(mine[: same + 1])
 
 
-def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
+def summary(left: Iterable[tuple[str, str, int]]) -> list[SkippedMatrix]:
     """What is not pruned, in a few lines: one line for tensors whose names differ only in numbers.
 
     Args:
@@ -255,7 +255,7 @@ def summary(left: Iterable[tuple[str, str, int]]) -> list[Left]:
     for name, reason, weights in left:
         sort = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         groups.setdefault((sort, reason), []).append(weights)
-    return [Left(n, reason, len(all_), sum(all_)) for (n, reason), all_ in groups.items()]
+    return [SkippedMatrix(n, reason, len(all_), sum(all_)) for (n, reason), all_ in groups.items()]
 
 
 def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.models.inventory import Left
+    from secateur.models.inventory import SkippedMatrix
 
 
 PLAIN_WIDTH = 100
@@ -165,7 +165,7 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     return lines
 
 
-def not_pruned(left: Sequence[Left]) -> str:
+def not_pruned(left: Sequence[SkippedMatrix]) -> str:
     """Matrices that are not pruned, one line per kind."""
     return "\n".join(one.line() for one in left) or "nothing"
 

@@ -41,7 +41,7 @@ from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_page
 from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, Target, walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Architecture, hidden_size
@@ -150,7 +150,7 @@ class LayerwiseDistillation:
         """Distill. The trained weights are in files."""
         if not (self.work / PREDICTIONS).exists():
             self._predict()
-        ends = ModelEnds(self.target, self.data.windows)
+        ends = EmbeddingAndHead(self.target, self.data.windows)
         with ends.outside(), ends.returning(None):
             loss = Distil.between(
                 self.target.model,
@@ -175,7 +175,7 @@ class LayerwiseDistillation:
         return {**losses, "learning_rate": rate, "sweep_windows": float(self.size)}
 
     @torch.no_grad()
-    def _dense_outputs(self, ends: ModelEnds) -> Activations:
+    def _dense_outputs(self, ends: EmbeddingAndHead) -> Activations:
         """Store and return the outputs of the dense model's last layer."""
         windows = self.data.windows
         (example,) = ends.embed([slice(0, 1)])
@@ -206,7 +206,7 @@ class LayerwiseDistillation:
     def _predict(self) -> None:
         """Store the dense model's predictions."""
         windows = self.data.windows
-        ends = ModelEnds(self.dense, windows, self.work)
+        ends = EmbeddingAndHead(self.dense, windows, self.work)
         states = self._dense_outputs(ends)
         self.progress.start("dense predictions", len(windows))
         with ends.outside():
@@ -272,7 +272,7 @@ class _StreamedTeacher(ModelTeacher):
         states: the outputs of its last decoder layer for all windows.
     """
 
-    def __init__(self, ends: ModelEnds, states: Activations) -> None:
+    def __init__(self, ends: EmbeddingAndHead, states: Activations) -> None:
         self.ends, self.states = ends, states
         with ends.returning(None):  # to find the head, the model runs without its layers
             super().__init__(ends.target.model)
@@ -304,10 +304,10 @@ class StreamedStudent:
     windows: Tensor
     learning: Sequence[int]
     student_of: Callable[[nn.Module, int], Student]
-    ends: ModelEnds
+    ends: EmbeddingAndHead
     loss: Objective
     folder: Path
-    ends_of_layers: dict[int, ModelEnds] = field(default_factory=dict)
+    ends_of_layers: dict[int, EmbeddingAndHead] = field(default_factory=dict)
 
     def calls(self, number: int, windows: Sequence[int]) -> list[LayerCall]:
         """How a layer is called for each of some windows.
@@ -320,7 +320,7 @@ class StreamedStudent:
             if number not in self.ends_of_layers:
                 folder = self.folder / f"values-{number:04d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                self.ends_of_layers[number] = ModelEnds(self.target, self.windows, folder)
+                self.ends_of_layers[number] = EmbeddingAndHead(self.target, self.windows, folder)
             ends = self.ends_of_layers[number]
         return [ends.call(number, [window]) for window in windows]
 

@@ -111,7 +111,8 @@ def test_hidden_states_may_be_anywhere(
     """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
     parked: list[str] = []
     monkeypatch.setattr(
-        "secateur.engine.stream.offload.Parking.park", lambda self, forward: parked.append("")
+        "secateur.engine.stream.offload.ActivationOffload.park",
+        lambda self, forward: parked.append(""),
     )
     made = {}
     options = saved(tmp_path)

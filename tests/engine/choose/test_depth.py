@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from oracles import depth as oracle
-from secateur.engine.choose.candidate_evaluator import Lockstep
+from secateur.engine.choose.candidate_evaluator import CandidateEvaluator
 from secateur.engine.choose.depth import (
     DepthSettings,
     Dropped,
@@ -26,7 +26,7 @@ from secateur.engine.choose.depth import (
 )
 from secateur.engine.choose.depth_space import DepthUnit, DropSpace, greedy, lowest
 from secateur.engine.stream import embedding_and_head as stream_ends
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe
@@ -104,8 +104,8 @@ def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
         (0, 0, 0): oracle.without_blocks(before, [n for i in range(3) for n in writers(family, i)]),
     }
     for objective in ("divergence", "loss"):
-        ends = ModelEnds(ModelTarget(model), WINDOWS)
-        judge = Lockstep(ends, SubBlocks(ends), objective, Silent())
+        outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
+        judge = CandidateEvaluator(outer, SubBlocks(outer), objective, Silent())
         for rows in ([0, 1, 2, 3, 4, 5], [4, 5, 0]):
             found = judge.fitness(list(candidates), rows)
             for value, other in zip(found, candidates.values(), strict=True):
@@ -122,15 +122,15 @@ def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_sub_block_that_is_left_out_adds_exactly_nothing(family: str) -> None:
     target = ModelTarget(tiny_model(family))
-    ends = ModelEnds(target, WINDOWS)
-    blocks = SubBlocks(ends)
-    (hidden,) = ends.embedded([0])
+    outer = EmbeddingAndHead(target, WINDOWS)
+    blocks = SubBlocks(outer)
+    (hidden,) = outer.embedded([0])
     layer = target.layers[1]
     with torch.no_grad():
         blocks.learn(1, layer, hidden)
         with blocks.silenced(1, layer, 3):
-            assert torch.equal(ends.run(1, layer, hidden), hidden)
-        assert not torch.equal(ends.run(1, layer, hidden), hidden)
+            assert torch.equal(outer.run(1, layer, hidden), hidden)
+        assert not torch.equal(outer.run(1, layer, hidden), hidden)
 
 
 def states(model: nn.Module, family: str) -> list[list[torch.Tensor]]:
@@ -168,17 +168,17 @@ def test_influence_and_angular_distance(family: str) -> None:
     model = tiny_model(family)
     target = ModelTarget(model)
     seen = states(model, family)
-    ends = ModelEnds(target, WINDOWS)
-    found = influences(ends, space_of(target, DepthSettings(count=1)).units, Silent())
+    outer = EmbeddingAndHead(target, WINDOWS)
+    found = influences(outer, space_of(target, DepthSettings(count=1)).units, Silent())
     assert found == pytest.approx([oracle.influence(x, y) for x, _, y in seen], abs=1e-6)
     found = influences(
-        ends, space_of(target, DepthSettings(units="blocks", share=0.3)).units, Silent()
+        outer, space_of(target, DepthSettings(units="blocks", share=0.3)).units, Silent()
     )
     expected = [oracle.influence(*pair) for x, m, y in seen for pair in ((x, m), (m, y))]
     assert found == pytest.approx(expected, abs=1e-6)
     for length in (1, 2, 3):
         expected = [oracle.angle(seen[i][0], seen[i + length - 1][2]) for i in range(4 - length)]
-        assert angular_distances(ends, length, Silent()) == pytest.approx(expected, abs=1e-6)
+        assert angular_distances(outer, length, Silent()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_methods_of_one_pass_drop_what_scores_lowest() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from secateur.engine.choose.knapsack import Menu
+from secateur.engine.choose.knapsack import Knapsack
 from secateur.engine.choose.stored_levels import FitLevel, FitSearch, Level
 from secateur.progress import Silent
 
@@ -36,8 +36,8 @@ def imaginary(measure: Any) -> FitSearch:
         levels.append(FitLevel(str(level), "quantize", Level(None, {}, errors)))  # type: ignore[arg-type]
     search.levels, search.costs = levels, (((3.0,), (2.0,), (1.0,)),) * 3
     search.variants = SimpleNamespace(places=[[0, 1], [2]])  # type: ignore[assignment]
-    search.tournament = lambda candidates, *_: list(map(measure, candidates))  # type: ignore[assignment]
-    search.menu = Menu(search.costs, ((0.0,) * 3,) * 3)
+    search.fitness = lambda candidates, *_: list(map(measure, candidates))  # type: ignore[assignment]
+    search.knapsack = Knapsack(search.costs, ((0.0,) * 3,) * 3)
     return search
 
 
@@ -45,7 +45,7 @@ def test_the_survey_predicts_every_candidate() -> None:
     search = imaginary(truth)
     search.survey(1)
     for candidate in [(0, 1, 2), (2, 2, 2), (2, 0, 1), (0, 0, 0)]:
-        assert search.menu.predicted(candidate) == pytest.approx(truth(candidate))
+        assert search.knapsack.predicted(candidate) == pytest.approx(truth(candidate))
 
 
 def test_whole_levels_correct_the_predictions() -> None:
@@ -54,5 +54,5 @@ def test_whole_levels_correct_the_predictions() -> None:
         lambda candidate: truth(candidate) * (0.8 if len(set(candidate)) == 1 else 1)
     )
     search.survey(1)
-    assert search.menu.predicted((2, 2, 2)) == pytest.approx(0.8 * truth((2, 2, 2)))
-    assert search.menu.predicted((1, 1, 1)) == pytest.approx(0.8 * truth((1, 1, 1)))
+    assert search.knapsack.predicted((2, 2, 2)) == pytest.approx(0.8 * truth((2, 2, 2)))
+    assert search.knapsack.predicted((1, 1, 1)) == pytest.approx(0.8 * truth((1, 1, 1)))

@@ -18,11 +18,11 @@ from secateur.engine.choose.allocation import (
     grains_of,
     search_levels,
 )
-from secateur.engine.choose.candidate_evaluator import Lockstep, Tournament
+from secateur.engine.choose.candidate_evaluator import CandidateEvaluator, FitnessCache
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Selection, tasks_of
-from secateur.engine.stream.calibration_stream import Passage
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -49,15 +49,15 @@ def survey_of(
     model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None
 ) -> Survey:
     target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
-    passage = Passage(target, tiny_windows(), 40, True, work)
+    calibration = CalibrationStream(target, tiny_windows(), 40, True, work)
     tasks = tasks_of(
         target,
         Selection(overrides=overrides or {}),
         compose(method, "unstructured", scope),
         sparsity,
-        passage.layouts,
+        calibration.layouts,
     )
-    return Survey(target, tasks, passage, Settings(micro_batch_tokens=40, work=work), Silent())
+    return Survey(target, tasks, calibration, Settings(micro_batch_tokens=40, work=work), Silent())
 
 
 def shares_of(survey: Survey, allocation, sparsity=0.5) -> dict[str, float]:
@@ -172,12 +172,12 @@ def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
     assert max(shares) > 0.6485
 
 
-def tournament_of(survey: Survey, rungs, files: list[Path]) -> Tournament:
-    ends = ModelEnds(survey.target, tiny_windows())
+def tournament_of(survey: Survey, rungs, files: list[Path]) -> FitnessCache:
+    outer = EmbeddingAndHead(survey.target, tiny_windows())
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
-    variants = LevelVariants(ends, list(rungs), fixed, files)
-    lockstep = Lockstep(ends, variants, "divergence", Silent())
-    return Tournament(lockstep, variants.versions, None, {})
+    variants = LevelVariants(outer, list(rungs), fixed, files)
+    evaluator = CandidateEvaluator(outer, variants, "divergence", Silent())
+    return FitnessCache(evaluator, variants.versions, None, {})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -240,18 +240,18 @@ def test_a_killed_search_measures_nothing_twice(
     grains = grains_of(survey.tasks, SMALL)
     files = survey.execute(SMALL, grains)
     measured: list[int] = []
-    plain = Lockstep.fitness
+    plain = CandidateEvaluator.fitness
 
-    def counted(self: Lockstep, candidates, rows) -> list[float]:
+    def counted(self: CandidateEvaluator, candidates, rows) -> list[float]:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(len(candidates))
         return plain(self, candidates, rows)
 
-    monkeypatch.setattr(Lockstep, "fitness", counted)
+    monkeypatch.setattr(CandidateEvaluator, "fitness", counted)
     with pytest.raises(KeyboardInterrupt):
         search_levels(survey, SMALL, grains, files)
-    monkeypatch.setattr(Lockstep, "fitness", plain)
+    monkeypatch.setattr(CandidateEvaluator, "fitness", plain)
     before = (tmp_path / "search.jsonl").read_text()
     resumed = search_levels(survey, SMALL, grains, files)
     after = (tmp_path / "search.jsonl").read_text()

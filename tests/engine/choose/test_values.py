@@ -110,7 +110,7 @@ def test_a_stopped_choice_repeats_nothing(levels, tmp_path, monkeypatch) -> None
     bound = 0.3 * (worst - source)
     first = chosen(levels, bound, tmp_path / "values.jsonl")
     monkeypatch.setattr(
-        "secateur.engine.choose.candidate_evaluator.Lockstep.fitness",
+        "secateur.engine.choose.candidate_evaluator.CandidateEvaluator.fitness",
         lambda *_: pytest.fail("measured again"),
     )
     assert chosen(levels, bound, tmp_path / "values.jsonl") == first

@@ -13,7 +13,7 @@ from secateur.engine.choose.allocation import Survey, allocate, grains_of
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Selection, tasks_of, with_sparsities
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
@@ -64,7 +64,7 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
     sizes, readers, costs = sizes_of(model), consumers(model), unit_costs(model)
     target, each = ModelTarget(model), {"groups": 1, "neurons": multiple}
     shares = shares or dict.fromkeys(readers, 0.5)
-    passage = Passage(target, tiny_windows(), 40, True, work)
+    calibration = CalibrationStream(target, tiny_windows(), 40, True, work)
     tasks = tasks_of(
         target,
         Selection(
@@ -73,7 +73,7 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
         ),
         compose(None, "unstructured", score=score, solver=solver),
         0.0,
-        passage.layouts,
+        calibration.layouts,
         methods={
             f"*.{name}": compose(
                 None, f"*x{unit_width(sizes, kind)}/{each[kind]}", score=score, solver=solver
@@ -86,13 +86,15 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
             for layer in range(len(target.layers))
         },
     )
-    return Survey(target, tasks, passage, Settings(micro_batch_tokens=40, work=work), Silent())
+    return Survey(target, tasks, calibration, Settings(micro_batch_tokens=40, work=work), Silent())
 
 
 def execute(survey: Survey, tasks=None) -> Ledger:
     ledger = Ledger()
     tasks = survey.tasks if tasks is None else tasks
-    Run(survey.target, tasks, survey.passage, survey.settings, ledger, survey.progress).execute()
+    Run(
+        survey.target, tasks, survey.calibration, survey.settings, ledger, survey.progress
+    ).execute()
     return ledger
 
 

@@ -17,9 +17,9 @@ import secateur
 from secateur.engine.choose.depth import influences
 from secateur.engine.choose.depth_space import WHOLE, DepthUnit
 from secateur.engine.prune.run import LayerPass
-from secateur.engine.stream.calibration_stream import Passage
-from secateur.engine.stream.calls import Carried, Shared, call_layer
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.calls import PackedHiddenStates, Shared, call_layer
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
@@ -33,15 +33,15 @@ WINDOWS = tiny_windows(5, 12)
 
 def logits_of(model: nn.Module, folder: Path | None) -> Tensor:
     """The logits of all windows, layer by layer, two windows at a time."""
-    passage = Passage(ModelTarget(model), WINDOWS, 24, folder is None, folder)
-    passage.open(0, dense=False)
-    for number, layer in passage.walk():
-        for batch in passage.batches():
-            out = call_layer(layer, passage.read(batch), passage.call(number, batch))
-            passage.write(batch, out)
-    passage.advance(len(passage.target.layers))
+    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 24, folder is None, folder)
+    calibration.open(0, dense=False)
+    for number, layer in calibration.walk():
+        for batch in calibration.batches():
+            out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+            calibration.write(batch, out)
+    calibration.advance(len(calibration.target.layers))
     rows = range(len(WINDOWS))
-    return torch.stack([passage.ends.head(r, passage.read(slice(r, r + 1))) for r in rows])
+    return torch.stack([calibration.outer.head(r, calibration.read(slice(r, r + 1))) for r in rows])
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -58,7 +58,9 @@ def test_layer_by_layer_is_the_model(name: str, place: str, tmp_path: Path) -> N
 
 
 def test_what_is_carried_is_packed_without_loss() -> None:
-    carried = Carried(6, 3, (Shared("full", ((2, 4), (2, 5))), Shared("sliding", ((1, 4),))))
+    carried = PackedHiddenStates(
+        6, 3, (Shared("full", ((2, 4), (2, 5))), Shared("sliding", ((1, 4),)))
+    )
     hidden = torch.randn(3, 2, 7, 6)
     full = torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 5)
     packed = carried.pack(hidden, {"full": full})
@@ -153,15 +155,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_passes_windows_one_by_one(name: str) -> None:
     """It does not say which window it passes, so what depends on the tokens travels along."""
     model: Any = tiny_model(name)
-    ends = ModelEnds(ModelTarget(model), WINDOWS)
+    outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
     rows = [3, 1]
-    states = ends.embedded(rows)
-    for number, layer in walk_layers(ends.target):
-        states = [ends.run(number, layer, x) for x in states]
-    found = torch.stack([ends.head(row, x) for row, x in zip(rows, states, strict=True)])
+    states = outer.embedded(rows)
+    for number, layer in walk_layers(outer.target):
+        states = [outer.run(number, layer, x) for x in states]
+    found = torch.stack([outer.head(row, x) for row, x in zip(rows, states, strict=True)])
     expected = model(input_ids=WINDOWS[rows], use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert ends.states(states[0]).shape[-1] == (128 if "gemma3n" in name else 32)
+    assert outer.states(states[0]).shape[-1] == (128 if "gemma3n" in name else 32)
 
 
 @pytest.mark.slow
@@ -177,9 +179,9 @@ def test_an_allocation_that_searches() -> None:
 def test_influences_are_of_hidden_states_alone() -> None:
     """Keys and values that travel with them do not count."""
     model: Any = tiny_model("gemma4_text shared")
-    ends = ModelEnds(ModelTarget(model), WINDOWS)
+    outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
     units = [DepthUnit(i, WHOLE, 1, 1) for i in range(5)]
-    found = influences(ends, units, Silent())
+    found = influences(outer, units, Silent())
     with torch.no_grad():
         out = model.model(input_ids=WINDOWS, use_cache=False, output_hidden_states=True)
     states = out.hidden_states[:5]  # the last one is normed

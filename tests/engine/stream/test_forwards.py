@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.stream.halted_forwards import HaltingForwards, by_group, by_layer
-from secateur.engine.stream.offload import Parking
+from secateur.engine.stream.offload import ActivationOffload
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
 from zoo import tiny_model, tiny_windows
@@ -32,7 +32,7 @@ class Stage:
         assert groups is not None
         self.groups = [[linears[name] for name in group] for group in groups]
         self.outputs: dict[int, torch.Tensor] = {}
-        self.parking: Parking | None = None
+        self.parking: ActivationOffload | None = None
 
     def forward(self, index: int):
         def run() -> None:
@@ -65,7 +65,9 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
     expected = stage.plain()
     if place != "frames":
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
-        stage.parking = Parking(kept, tmp_path if place == "disk" else None, torch.device("cpu"))
+        stage.parking = ActivationOffload(
+            kept, tmp_path if place == "disk" else None, torch.device("cpu")
+        )
     order, pruned = [], []
     stage.pass_by_group(lambda i, group, x, _: order.append((group, tuple(x.shape))), pruned.append)
     assert pruned == [0, 1, 2, 3]
@@ -79,7 +81,7 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
 def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage = Stage()
     kept = [*stage.layer.parameters(), *stage.call.tensors()]
-    stage.parking = parking = Parking(kept, tmp_path, torch.device("cpu"))
+    stage.parking = parking = ActivationOffload(kept, tmp_path, torch.device("cpu"))
     held_while_others_run = []
 
     def gather(_: int, group: int, x: torch.Tensor, dense: None) -> None:

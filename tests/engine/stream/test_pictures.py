@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.windows import Beside
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
@@ -78,15 +78,15 @@ def test_layer_by_layer_is_the_model(name: str) -> None:
     windows, tensors = with_pictures(name)
     beside = Beside(tensors)
     expected = heard(model, windows, beside)
-    passage = Passage(ModelTarget(model), windows, 2048, True, None, beside=beside)
-    passage.open(0, dense=False)
-    for number, layer in passage.walk():
-        assert len(passage.batches()) == COUNT
-        for row, batch in enumerate(passage.batches()):
-            hidden = passage.read(batch)
+    calibration = CalibrationStream(ModelTarget(model), windows, 2048, True, None, beside=beside)
+    calibration.open(0, dense=False)
+    for number, layer in calibration.walk():
+        assert len(calibration.batches()) == COUNT
+        for row, batch in enumerate(calibration.batches()):
+            hidden = calibration.read(batch)
             torch.testing.assert_close(hidden, expected[number][row], rtol=0, atol=1e-6)
-            passage.write(batch, call_layer(layer, hidden, passage.call(number, batch)))
-    plain = Passage(ModelTarget(model), windows, 2048, True, None)
+            calibration.write(batch, call_layer(layer, hidden, calibration.call(number, batch)))
+    plain = CalibrationStream(ModelTarget(model), windows, 2048, True, None)
     if name == "llava":  # the others do not run with places of pictures and no picture
         plain.open(0, dense=False)
         assert not torch.allclose(plain.read(slice(0, 1)), expected[0][0])
@@ -98,6 +98,8 @@ def test_what_is_added_between_layers_is_refused() -> None:
     config.vision_config.deepstack_visual_indexes = [0]
     model: Any = class_of(config).from_config(config, dtype=torch.float32).eval()
     windows, tensors = with_pictures("qwen2_5_vl")
-    passage = Passage(ModelTarget(model), windows, 2048, True, None, beside=Beside(tensors))
+    calibration = CalibrationStream(
+        ModelTarget(model), windows, 2048, True, None, beside=Beside(tensors)
+    )
     with pytest.raises(ArchitectureError, match=r"adds .*pixel_values.* between its layers"):
-        passage.open(0, dense=False)
+        calibration.open(0, dense=False)

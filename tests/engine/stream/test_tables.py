@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import CheckpointTarget, per_layer_table
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
@@ -33,12 +33,12 @@ def test_a_forward_has_the_rows_of_its_tokens(name: str, tmp_path: Path) -> None
     before = table.weight
     sizes = []
     table.register_forward_hook(lambda module, args, out: sizes.append(len(module.weight)))
-    passage = Passage(target, WINDOWS, 16, True, None)
-    passage.open(0, dense=False)
-    for number, _ in passage.walk():
-        for batch in passage.batches():
-            passage.call(number, batch)
-            passage.write(batch, passage.read(batch))
+    calibration = CalibrationStream(target, WINDOWS, 16, True, None)
+    calibration.open(0, dense=False)
+    for number, _ in calibration.walk():
+        for batch in calibration.batches():
+            calibration.call(number, batch)
+            calibration.write(batch, calibration.read(batch))
     assert len(sizes) > len(WINDOWS) * len(target.layers)
     assert max(sizes) <= WINDOWS.shape[1] * 2  # of the tokens of a micro-batch
     assert table.weight is before
@@ -53,8 +53,8 @@ def test_arguments_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
     target = stored_in_bfloat16(name, tmp_path)
     windows = WINDOWS.clone()
     windows[1, 2:4] = 0
-    passage = Passage(target, windows, 16, True, None)
-    passage.open(0, dense=False)
+    calibration = CalibrationStream(target, windows, 16, True, None)
+    calibration.open(0, dense=False)
     with quiet_transformers():
         whole = class_of(config_of(name)).from_pretrained(tmp_path, dtype=torch.float32).eval()
     seen: dict[int, Any] = {}
@@ -65,7 +65,7 @@ def test_arguments_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
         )
     whole(input_ids=windows, use_cache=False)
     for number in range(len(target.layers)):
-        call = passage.ends.call(number, range(3))
+        call = calibration.outer.call(number, range(3))
         args, kwargs = seen[number]
         given = [*args[1:], *kwargs.values()]
         own = call.values()

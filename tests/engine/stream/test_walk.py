@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget, walk_layers
 from secateur.models.checkpoint import CheckpointReader
 from zoo import CONFIGS, tiny_model, tiny_windows
@@ -56,36 +56,36 @@ def test_a_loop_that_ends_early_leaves_no_layer_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_is_written_enters_the_next_layer(in_memory: bool, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    passage = Passage(ModelTarget(model), WINDOWS, 40, in_memory, tmp_path)
-    passage.open(0, dense=False)
+    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 40, in_memory, tmp_path)
+    calibration.open(0, dense=False)
     with torch.no_grad():
         expected = model.model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
-        for number, layer in passage.walk():
-            for batch in passage.batches():
-                inputs = passage.read(batch)
+        for number, layer in calibration.walk():
+            for batch in calibration.batches():
+                inputs = calibration.read(batch)
                 torch.testing.assert_close(inputs, expected[number][batch])
-                passage.write(batch, call_layer(layer, inputs, passage.call(number, batch)))
+                calibration.write(batch, call_layer(layer, inputs, calibration.call(number, batch)))
     assert not list(tmp_path.glob("inputs-*"))  # the inputs of finished layers are gone
 
 
 def test_a_walk_resumes_from_stored_inputs(tmp_path: Path) -> None:
     target = ModelTarget(tiny_model("llama"))
 
-    def walked(passage: Passage, start: int, stop: int) -> list[torch.Tensor]:
+    def walked(calibration: CalibrationStream, start: int, stop: int) -> list[torch.Tensor]:
         inputs = []
-        for number, layer in passage.walk(passage.open(start, dense=False)):
-            inputs.append(torch.cat([passage.read(batch) for batch in passage.batches()]))
+        for number, layer in calibration.walk(calibration.open(start, dense=False)):
+            inputs.append(torch.cat([calibration.read(batch) for batch in calibration.batches()]))
             if number == stop:
                 break
-            for batch in passage.batches():
-                out = call_layer(layer, passage.read(batch), passage.call(number, batch))
-                passage.write(batch, out)
+            for batch in calibration.batches():
+                out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+                calibration.write(batch, out)
         return inputs
 
     with torch.no_grad():
-        whole = walked(Passage(target, WINDOWS, 40, True, None), 0, 2)
-        walked(Passage(target, WINDOWS, 40, True, tmp_path), 0, 1)
-        (again, last) = walked(Passage(target, WINDOWS, 40, True, tmp_path), 1, 2)
+        whole = walked(CalibrationStream(target, WINDOWS, 40, True, None), 0, 2)
+        walked(CalibrationStream(target, WINDOWS, 40, True, tmp_path), 0, 1)
+        (again, last) = walked(CalibrationStream(target, WINDOWS, 40, True, tmp_path), 1, 2)
     assert torch.equal(again, whole[1])
     assert torch.equal(last, whole[2])
 
@@ -93,22 +93,22 @@ def test_a_walk_resumes_from_stored_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_from_one_end_to_the_other_is_the_model(family: str) -> None:
     model = tiny_model(family)
-    ends = ModelEnds(ModelTarget(model), WINDOWS)
+    outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
     with torch.no_grad():
-        (hidden,) = ends.embedded([4])
-        for number, layer in walk_layers(ends.target):
-            hidden = call_layer(layer, hidden, ends.calls()[number])
-        with ends.outside():
-            logits = ends.head(4, hidden)
+        (hidden,) = outer.embedded([4])
+        for number, layer in walk_layers(outer.target):
+            hidden = call_layer(layer, hidden, outer.calls()[number])
+        with outer.outside():
+            logits = outer.head(4, hidden)
         expected = model(input_ids=WINDOWS[4:5]).logits[0]
     torch.testing.assert_close(logits, expected)
 
 
 def test_parts_hold_as_many_windows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = ModelEnds(ModelTarget(tiny_model("llama")), WINDOWS)
-    (hidden,) = ends.embedded([0])
-    assert list(ends.parts([0, 1, 2, 5], 2)) == [[0, 1, 2, 5]]
+    outer = EmbeddingAndHead(ModelTarget(tiny_model("llama")), WINDOWS)
+    (hidden,) = outer.embedded([0])
+    assert list(outer.parts([0, 1, 2, 5], 2)) == [[0, 1, 2, 5]]
     limit = 6 * hidden.numel() * hidden.element_size()
     monkeypatch.setattr("secateur.engine.stream.embedding_and_head.STATES_BYTES", limit)
-    assert list(ends.parts([0, 1, 2, 5], 2)) == [[0, 1, 2], [5]]
-    assert list(ends.parts([0, 1, 2, 5], 100)) == [[0], [1], [2], [5]]
+    assert list(outer.parts([0, 1, 2, 5], 2)) == [[0, 1, 2], [5]]
+    assert list(outer.parts([0, 1, 2, 5], 100)) == [[0], [1], [2], [5]]

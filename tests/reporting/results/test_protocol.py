@@ -9,7 +9,7 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.models.inventory import Left
+from secateur.models.inventory import SkippedMatrix
 from secateur.reporting.report.page import ReportResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult, FormatTotals
 from secateur.reporting.results.evaluate import BenchResult, EvaluateResult, GenerateResult
@@ -48,7 +48,10 @@ def step(name: str, zeros: int) -> ChainStep:
 
 
 RESULTS = {
-    "prune": (PruneResult(0.5, [], left=[Left("lm_head", "the head", 1, 1000)]), "lm_head: the"),
+    "prune": (
+        PruneResult(0.5, [], left=[SkippedMatrix("lm_head", "the head", 1, 1000)]),
+        "lm_head: the",
+    ),
     "train": (
         TrainResult(
             Path("out"), 0.5, 10, 4096, 30.0, 20.0,

@@ -12,7 +12,7 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.engine.choose.knapsack import Cost, Menu
+from secateur.engine.choose.knapsack import Cost, Knapsack
 from secateur.engine.choose.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -108,10 +108,10 @@ def test_the_search_also_begins_near_single_levels() -> None:
     search = FitSearch.__new__(FitSearch)
     search.names, search.levels = ["a", "b", "c"], [None, None, None]  # type: ignore[list-item]
     rises = ((0.0, 0.1, 0.9), (0.0, 0.5, 0.9), (0.0, 0.1, 0.2))
-    search.menu = Menu((((8.0,), (4.0,), (2.0,)),) * 3, rises)
+    search.knapsack = Knapsack((((8.0,), (4.0,), (2.0,)),) * 3, rises)
     # 12 is all of the middle one; within 10 one linear has to go on, the one that loses the least
     assert (1, 1, 2) in search.between((10.0,))
-    assert all(search.menu.total(x) <= (10.0,) for x in search.between((10.0,)))
+    assert all(search.knapsack.total(x) <= (10.0,) for x in search.between((10.0,)))
     assert search.between((100.0,)) == []
 
 

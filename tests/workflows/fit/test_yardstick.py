@@ -51,7 +51,7 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
         found = measure.divergence(tmp_path / "work" / "other")
         assert found == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
         monkeypatch.setattr(
-            "secateur.engine.choose.candidate_evaluator.Lockstep.fitness",
+            "secateur.engine.choose.candidate_evaluator.CandidateEvaluator.fitness",
             lambda *_: pytest.fail("again"),
         )
 

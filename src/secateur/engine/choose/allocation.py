@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.candidate_evaluator import (
-    Lockstep,
-    Tournament,
+    CandidateEvaluator,
+    FitnessCache,
     WeightVariants,
     cut_windows,
     fingerprint,
@@ -35,8 +35,8 @@ from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, with_sparsities
-from secateur.engine.stream.calibration_stream import Lane, Passage
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
 from secateur.engine.stream.targets import Target, walk_layers
@@ -101,7 +101,7 @@ class Survey:
     Args:
         target: the model.
         tasks: the tasks of the linears before the allocation.
-        passage: the calibration stream; None without calibration.
+        calibration: the calibration stream; None without calibration.
         settings: how the work is done.
         progress: receives every step.
     """
@@ -110,11 +110,11 @@ class Survey:
         self,
         target: Target,
         tasks: Tasks,
-        passage: Passage | None,
+        calibration: CalibrationStream | None,
         settings: Settings,
         progress: Progress,
     ) -> None:
-        self.target, self.tasks, self.passage = target, tasks, passage
+        self.target, self.tasks, self.calibration = target, tasks, calibration
         self.settings, self.progress = settings, progress
 
     @property
@@ -132,19 +132,23 @@ class Survey:
         start = self.settings.ranks.once(lambda: _first_missing(files))
         if start == count:
             return files
-        passage = self.passage if names else None
-        if passage is not None:
-            start = passage.open(start, dense=False)
-        steps = len(passage.batches()) if passage is not None else 1
+        calibration = self.calibration if names else None
+        if calibration is not None:
+            start = calibration.open(start, dense=False)
+        steps = len(calibration.batches()) if calibration is not None else 1
         self.progress.start("allocation: dense model", steps * (count - start))
-        walk = passage.walk(start) if passage else walk_layers(self.target, range(start, count))
+        walk = (
+            calibration.walk(start)
+            if calibration
+            else walk_layers(self.target, range(start, count))
+        )
         for index, layer in walk:
             self.look(index, layer, allocation, grains, names, files[index])
-            if passage is None:
+            if calibration is None:
                 self.progress.step(note=f"layer {index}")
         self.progress.finish()
-        if passage is not None:
-            passage.close()
+        if calibration is not None:
+            calibration.close()
         return files
 
     def look(
@@ -174,12 +178,12 @@ class Survey:
         self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]
     ) -> dict[str, GroupStatistics]:
         """Pass calibration through a dense layer. Return the statistics of each linear's input."""
-        assert self.passage is not None
-        assert self.passage.hidden is not None
+        assert self.calibration is not None
+        assert self.calibration.hidden is not None
         last = index + 1 == len(self.target.layers)
         step = partial(self.progress.step, note=f"layer {index}")
-        lane = Lane(self.passage, self.passage.hidden, index, step=step)
-        groups = [[linears[name] for name in g] for g in self.passage.layouts[index].groups]
+        lane = LayerInputs(self.calibration, self.calibration.hidden, index, step=step)
+        groups = [[linears[name] for name in g] for g in self.calibration.layouts[index].groups]
         groups = [g for g in groups if any(self.tasks[x.name].changes for x in g)]
         gathered = [GroupStatistics(names, group[0], self.target.device) for group in groups]
         forwards = [partial(lane.pass_one, layer, batch, stores=not last) for batch in lane.batches]
@@ -302,25 +306,25 @@ def search_levels(
         grains: grains of the competing linears.
         files: for each layer, the weights of its linears at each level, from `LevelSearch.look`.
     """
-    assert survey.passage is not None
+    assert survey.calibration is not None
     rungs = search.ladders(grains)
     tokens = search.judged_tokens
-    ends = ModelEnds(survey.target, cut_windows(survey.passage.windows, tokens))
+    outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
-    variants = LevelVariants(ends, list(rungs), fixed, files)
-    tournament = Tournament(
-        Lockstep(ends, variants, "divergence", survey.progress),
+    variants = LevelVariants(outer, list(rungs), fixed, files)
+    fitness = FitnessCache(
+        CandidateEvaluator(outer, variants, "divergence", survey.progress),
         variants.versions,
         survey.work / "search.jsonl",
-        fingerprint(ends, tokens, "divergence", list(rungs)),
+        fingerprint(outer, tokens, "divergence", list(rungs)),
     )
     survey.progress.start("allocation: search", search.generations + 1)
     informed = search.informed(_stored_errors(files), rungs)
-    for leader in search.climb(list(rungs.values()), informed, tournament):
+    for leader in search.climb(list(rungs.values()), informed, fitness):
         found = leader
         survey.progress.step()
     survey.progress.finish()
-    (uniform,) = tournament([(0,) * len(rungs)], tokens, 0)
+    (uniform,) = fitness([(0,) * len(rungs)], tokens, 0)
     levels = zip(rungs.items(), found.candidate, strict=True)
     sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}
     return FoundLevels(sparsity_of, found.fitness, uniform)
@@ -341,16 +345,20 @@ class LevelVariants(WeightVariants):
     """Decoder layers at levels of sparsity.
 
     Args:
-        ends: ends of the model.
+        outer: embedding and head of the model.
         competing: names of the competing linears; a candidate has a level for each.
         fixed: linears with their own sparsity.
         files: for each layer, the weights of its linears at each level.
     """
 
     def __init__(
-        self, ends: ModelEnds, competing: Sequence[str], fixed: set[str], files: Sequence[Path]
+        self,
+        outer: EmbeddingAndHead,
+        competing: Sequence[str],
+        fixed: set[str],
+        files: Sequence[Path],
     ) -> None:
-        super().__init__(ends, competing)
+        super().__init__(outer, competing)
         self.fixed, self.files = fixed, files
 
     def source(self, number: int) -> AbstractContextManager[Any]:
@@ -362,7 +370,7 @@ class LevelVariants(WeightVariants):
         if level is None and linear.name not in self.fixed:
             return None
         weight: Tensor = source.get_tensor(f"{linear.name}/{level or 0}")
-        weight = weight.to(self.ends.target.device)
+        weight = weight.to(self.outer.target.device)
         return weight.t() if linear.transposed else weight
 
 

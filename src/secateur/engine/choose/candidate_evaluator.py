@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
@@ -68,27 +68,27 @@ class Variants(Protocol):
         ...
 
 
-class Lockstep:
+class CandidateEvaluator:
     """Passes candidates through the layers together, and compares their outputs.
 
     Args:
-        ends: ends of the model, with the windows for the measurement.
+        outer: embedding and head of the model, with the windows for the measurement.
         variants: the versions of its layers.
         objective: `divergence`: mean KL(dense ‖ candidate) of the next-token probabilities;
             `loss`: mean cross-entropy of the next tokens; both in nats per token.
         progress: receives the layers, in steps of size 0.
-        reference: of the dense model, on the same windows, if `ends` are those of another model.
+        reference: of the dense model, on the same windows, if `outer` are those of another model.
     """
 
     def __init__(
         self,
-        ends: ModelEnds,
+        outer: EmbeddingAndHead,
         variants: Variants,
         objective: str,
         progress: Progress,
-        reference: Lockstep | None = None,
+        reference: CandidateEvaluator | None = None,
     ) -> None:
-        self.ends, self.variants, self.objective = ends, variants, objective
+        self.outer, self.variants, self.objective = outer, variants, objective
         self.progress = progress
         self.reference = reference or self
         self.dense: list[Tensor] = []
@@ -99,7 +99,7 @@ class Lockstep:
         if self.objective == "divergence":
             self.reference.pass_dense()
         sums = dict.fromkeys(candidates, 0.0)
-        for part in self.ends.parts(rows, 2 * len(sums)):
+        for part in self.outer.parts(rows, 2 * len(sums)):
             hidden = self.last_hidden(list(sums), part)
             with self.outside():
                 for place, row in enumerate(part):
@@ -112,8 +112,8 @@ class Lockstep:
         """Pass the dense model through the layers, unless it has been."""
         if self.dense:
             return
-        dense = (self.variants.dense,) * len(self.ends.target.layers)
-        for part in self.ends.parts(range(len(self.ends.windows)), 2):
+        dense = (self.variants.dense,) * len(self.outer.target.layers)
+        for part in self.outer.parts(range(len(self.outer.windows)), 2):
             self.dense += self.last_hidden([dense], part)[dense]
 
     @contextmanager
@@ -121,8 +121,8 @@ class Lockstep:
         """A context in which everything outside the layers has its weights, for `measure`."""
         with ExitStack() as stack:
             if self.objective == "divergence" and self.reference is not self:
-                stack.enter_context(self.reference.ends.outside())
-            stack.enter_context(self.ends.outside())
+                stack.enter_context(self.reference.outer.outside())
+            stack.enter_context(self.outer.outside())
             yield
 
     def measure(self, row: int) -> Callable[[Tensor], float]:
@@ -131,20 +131,20 @@ class Lockstep:
             reference = self.reference
             dense = DenseLogits.of(reference.logits(row, reference.dense[row]))
             return lambda logits: dense.divergence(logits) / len(logits)
-        following = self.ends.windows[row, 1:].to(self.ends.target.device)
+        following = self.outer.windows[row, 1:].to(self.outer.target.device)
         return lambda logits: float(cross_entropy(logits[:-1].float(), following))
 
     def logits(self, row: int, hidden: Tensor) -> Tensor:
         """The logits of the last layer's output for one window."""
-        with fast_matmuls(self.ends.target.device):
-            return self.ends.head(row, hidden)
+        with fast_matmuls(self.outer.target.device):
+            return self.outer.head(row, hidden)
 
     def last_hidden(
         self, candidates: Sequence[Versions], rows: Sequence[int]
     ) -> Mapping[Versions, list[Tensor]]:
         """The last layer's outputs of each candidate for some windows."""
-        target = self.ends.target
-        states: dict[Versions, list[Tensor]] = {(): self.ends.embedded(rows)}
+        target = self.outer.target
+        states: dict[Versions, list[Tensor]] = {(): self.outer.embedded(rows)}
         for number in range(len(target.layers)):
             reached = list(dict.fromkeys(c[: number + 1] for c in candidates))
             following = {v: states[v[:-1]] for v in reached if v[-1] == LEFT_OUT}
@@ -163,11 +163,11 @@ class Lockstep:
         return states
 
 
-class Tournament:
+class FitnessCache:
     """The fitness of candidates, from the file of measured values or else from the model.
 
     Args:
-        lockstep: measures candidates that are not in the file.
+        evaluator: measures candidates that are not in the file.
         versions: returns a candidate's version of each layer.
         file: file of the values; None keeps them in memory only.
         fingerprint: everything that affects the values.
@@ -178,12 +178,12 @@ class Tournament:
 
     def __init__(
         self,
-        lockstep: Lockstep,
+        evaluator: CandidateEvaluator,
         versions: Callable[[Candidate], Versions],
         file: Path | None,
         fingerprint: Mapping[str, Any],
     ) -> None:
-        self.lockstep, self.versions = lockstep, versions
+        self.evaluator, self.versions = evaluator, versions
         self.ledger = Ledger(file)
         self.values: dict[tuple[Candidate, tuple[int, ...]], float] = {}
         self.notes: dict[str, Any] = {}
@@ -216,13 +216,13 @@ class Tournament:
             tokens: number of tokens to measure on, in whole windows, at least one window.
             draw: chooses the windows if not all are used.
         """
-        total, length = self.lockstep.ends.windows.shape
+        total, length = self.evaluator.outer.windows.shape
         count = min(max(1, tokens // length), total)
         first = 0 if count == total else draw * count
         rows = tuple((first + i) % total for i in range(count))
         new = [c for c in dict.fromkeys(candidates) if (c, rows) not in self.values]
         if new:
-            found = self.lockstep.fitness([self.versions(c) for c in new], rows)
+            found = self.evaluator.fitness([self.versions(c) for c in new], rows)
             self.values |= {(c, rows): value for c, value in zip(new, found, strict=True)}
             self.ledger.append({"windows": rows, "candidates": new, "values": found})
         return [self.values[candidate, rows] for candidate in candidates]
@@ -237,21 +237,21 @@ def cut_windows(windows: Tensor, tokens: int) -> Tensor:
 
 
 def fingerprint(
-    ends: ModelEnds, tokens: int, objective: str, units: Sequence[str]
+    outer: EmbeddingAndHead, tokens: int, objective: str, units: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that affects measured values.
 
     Args:
-        ends: ends of the model, with the calibration windows.
+        outer: embedding and head of the model, with the calibration windows.
         tokens: number of tokens in the last stage.
-        objective: objective of `Lockstep`.
+        objective: objective of `CandidateEvaluator`.
         units: names of the units of candidates.
     """
     return {
-        "windows": _checksum(ends.windows),
+        "windows": _checksum(outer.windows),
         "judged_tokens": tokens,
         "objective": objective,
-        "embedded": _checksum(ends.embedded([0])[0]),
+        "embedded": _checksum(outer.embedded([0])[0]),
         "units": list(units),
     }
 
@@ -306,15 +306,15 @@ class WeightVariants(ABC):
     model it is `dense`.
 
     Args:
-        ends: ends of the model.
+        outer: embedding and head of the model.
         names: names of the linears; a candidate has a level for each.
     """
 
     dense: ClassVar[Version] = "dense"
 
-    def __init__(self, ends: ModelEnds, names: Sequence[str]) -> None:
-        self.ends, self.names = ends, list(names)
-        layer_name, count = ends.target.architecture.layer_name, len(ends.target.layers)
+    def __init__(self, outer: EmbeddingAndHead, names: Sequence[str]) -> None:
+        self.outer, self.names = outer, list(names)
+        layer_name, count = outer.target.architecture.layer_name, len(outer.target.layers)
         prefixes = [layer_name(index) + "." for index in range(count)]
         self.places = [
             [place for place, name in enumerate(names) if name.startswith(prefix)]
@@ -340,7 +340,7 @@ class WeightVariants(ABC):
                     with _rounded_inputs(rounded):
                         return functional_call(layer, weights, args, kwargs)
 
-                return lambda hidden: self.ends.run(number, replaced, hidden)
+                return lambda hidden: self.outer.run(number, replaced, hidden)
 
             yield forward_of
 
@@ -367,7 +367,7 @@ class WeightVariants(ABC):
         if not isinstance(version, tuple):
             return
         level_of = dict(zip((self.names[p] for p in self.places[number]), version, strict=True))
-        prefix = self.ends.target.architecture.layer_name(number)
+        prefix = self.outer.target.architecture.layer_name(number)
         for name, linear in linears_of(layer, prefix).items():
             yield name, linear, level_of.get(linear.name)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune.settings import Settings
-from secateur.engine.stream.calibration_stream import Lane, Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import Architecture
@@ -49,18 +49,18 @@ def hidden_scores(
         NumericalError: an input of a layer is infinite or not a number.
     """
     layers, architecture = target.layers, target.architecture
-    passage = Passage(
+    calibration = CalibrationStream(
         target, windows, settings.micro_batch_tokens, settings.in_memory, settings.work,
         on_gpu=settings.on_gpu,
     )  # fmt: skip
     scores = torch.zeros(hidden)
     all_readers = [_readers_of(layer, architecture) for layer in layers]
-    passage.open(0, dense=False)
-    assert passage.hidden is not None
-    progress.start("hidden channels", len(passage.batches()) * len(layers))
-    for index, layer in passage.walk():
+    calibration.open(0, dense=False)
+    assert calibration.hidden is not None
+    progress.start("hidden channels", len(calibration.batches()) * len(layers))
+    for index, layer in calibration.walk():
         step = partial(progress.step, note=f"layer {index}")
-        lane = Lane(passage, passage.hidden, index, step=step)
+        lane = LayerInputs(calibration, calibration.hidden, index, step=step)
         modules = [layer.get_submodule(name) for name in all_readers[index]]
         reads = StreamReads(modules, hidden, target.device)
         try:
@@ -75,7 +75,7 @@ def hidden_scores(
             where = architecture.layer_name(index)
             raise NumericalError(error.what, where=where, remedy=error.remedy) from None
     progress.finish()
-    passage.close()
+    calibration.close()
     return scores
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from secateur.engine.choose.candidate_evaluator import (
-    Lockstep,
-    Tournament,
+    CandidateEvaluator,
+    FitnessCache,
     Version,
     cut_windows,
     fingerprint,
@@ -36,7 +36,7 @@ from secateur.engine.choose.depth_space import (
     greedy,
     lowest,
 )
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.progress import Progress
@@ -250,15 +250,15 @@ class DepthChoice:
         progress: Progress,
     ) -> None:
         self.target, self.how, self.space, self.progress = target, how, space, progress
-        self.ends = ModelEnds(target, windows)
+        self.outer = EmbeddingAndHead(target, windows)
         tokens = how.evolution.full_tokens
-        measured = ModelEnds(target, cut_windows(windows, tokens))
+        measured = EmbeddingAndHead(target, cut_windows(windows, tokens))
         names = [unit.name for unit in space.units]
-        self.tournament = Tournament(
-            Lockstep(measured, SubBlocks(measured), how.objective, progress),
+        self.fitness = FitnessCache(
+            CandidateEvaluator(measured, SubBlocks(measured), how.objective, progress),
             space.kept,
             work / "depth.jsonl" if work else None,
-            fingerprint(self.ends, tokens, how.objective, names),
+            fingerprint(self.outer, tokens, how.objective, names),
         )
         self.scores: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
@@ -266,8 +266,8 @@ class DepthChoice:
     def influence(self) -> Removal:
         """The units of least influence."""
         units = self.space.units
-        found = self.tournament.noted(
-            "influence", lambda: influences(self.ends, units, self.progress)
+        found = self.fitness.noted(
+            "influence", lambda: influences(self.outer, units, self.progress)
         )
         self.scores = dict(zip([unit.name for unit in units], found, strict=True))
         return lowest(self.space, found)
@@ -275,7 +275,7 @@ class DepthChoice:
     def angular(self) -> Removal:
         """The consecutive layers of least angular distance."""
         length = self.space.run_length
-        distances = angular_distances(self.ends, length, self.progress)
+        distances = angular_distances(self.outer, length, self.progress)
         self.scores = {str(first): distance for first, distance in enumerate(distances)}
         first = ordered(distances)[0]
         return Removal(tuple(range(first, first + length)), math.nan, ())
@@ -284,7 +284,7 @@ class DepthChoice:
         """The result of greedy removal."""
         self.progress.start("depth: greedy", self.space.budget)
         reached = 0
-        for removal in greedy(self.space, self.how.stages, self.tournament):
+        for removal in greedy(self.space, self.how.stages, self.fitness):
             self.record("greedy", removal.candidate, removal.fitness)
             now = min(self.space.budget, self.space.cost(removal.candidate))
             self.progress.step(now - reached)
@@ -298,7 +298,7 @@ class DepthChoice:
         mutate = partial(self.space.mutate, order=removed.order)
         starts = [removed.candidate, influence.candidate]
         self.progress.start("depth: search", self.how.generations + 1)
-        for best in self.how.evolution.climb(starts, mutate, self.tournament):
+        for best in self.how.evolution.climb(starts, mutate, self.fitness):
             stage = "search" if best.generation else "start"
             self.record(stage, best.candidate, best.fitness)
             self.progress.step()
@@ -337,7 +337,9 @@ class DepthChoice:
 
 
 @torch.no_grad()
-def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) -> list[float]:
+def influences(
+    outer: EmbeddingAndHead, units: Sequence[DepthUnit], progress: Progress
+) -> list[float]:
     """The block influence of every unit, mean over all tokens t:
 
         BI = 1 − mean_t cos(a_t, b_t)
@@ -351,12 +353,12 @@ def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) 
     All Attention is Needed", arXiv:2406.15786. If attention and feed-forward run in parallel,
     they still count in this order.
     """
-    target, blocks = ends.target, SubBlocks(ends)
+    target, blocks = outer.target, SubBlocks(outer)
     sums = dict.fromkeys(units, 0.0)
     by_layer = [[u for u in units if u.layer == i] for i in range(len(target.layers))]
-    progress.start("depth: influence", len(ends.windows) * len(by_layer))
-    for part in ends.parts(range(len(ends.windows)), 2):
-        states = ends.embedded(part)
+    progress.start("depth: influence", len(outer.windows) * len(by_layer))
+    for part in outer.parts(range(len(outer.windows)), 2):
+        states = outer.embedded(part)
         for number, layer in walk_layers(target):
             for place, before in enumerate(states):
                 after = blocks.run(number, layer, WHOLE, before)
@@ -366,15 +368,15 @@ def influences(ends: ModelEnds, units: Sequence[DepthUnit], progress: Progress) 
                 around = {WHOLE: (before, after), ATTENTION: (before, between),
                           FFN: (between, after)}  # fmt: skip
                 for unit in by_layer[number]:
-                    sums[unit] += _mean(_cosines(*map(ends.states, around[unit.parts])))
+                    sums[unit] += _mean(_cosines(*map(outer.states, around[unit.parts])))
                 states[place] = after
                 progress.step(note=f"layer {number}")
     progress.finish()
-    return [1 - sums[unit] / len(ends.windows) for unit in units]
+    return [1 - sums[unit] / len(outer.windows) for unit in units]
 
 
 @torch.no_grad()
-def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[float]:
+def angular_distances(outer: EmbeddingAndHead, length: int, progress: Progress) -> list[float]:
     """The angular distance over every run of `length` consecutive layers, mean over all tokens t:
 
         d(l) = mean_t arccos( cos(x_t^l, x_t^(l+length)) ) / π
@@ -385,24 +387,24 @@ def angular_distances(ends: ModelEnds, length: int, progress: Progress) -> list[
     arXiv:2403.17887. Deviation: all tokens count, so a few windows are enough. The paper uses only
     the last token of each window.
     """
-    count = len(ends.target.layers)
+    count = len(outer.target.layers)
     sums = [0.0] * (count - length + 1)
-    progress.start("depth: angular distance", len(ends.windows) * count)
-    for part in ends.parts(range(len(ends.windows)), length + 2):
-        inputs = deque([ends.embedded(part)], maxlen=length)
-        for number, layer in walk_layers(ends.target):
+    progress.start("depth: angular distance", len(outer.windows) * count)
+    for part in outer.parts(range(len(outer.windows)), length + 2):
+        inputs = deque([outer.embedded(part)], maxlen=length)
+        for number, layer in walk_layers(outer.target):
             states = []
             for before in inputs[-1]:
-                states.append(ends.run(number, layer, before))
+                states.append(outer.run(number, layer, before))
                 progress.step(note=f"layer {number}")
             if len(inputs) == length:
                 for before, after in zip(inputs[0], states, strict=True):
-                    cosine = _cosines(ends.states(before), ends.states(after))
+                    cosine = _cosines(outer.states(before), outer.states(after))
                     angles = cosine.clamp(-1, 1).arccos() / math.pi
                     sums[number + 1 - length] += _mean(angles)
             inputs.append(states)
     progress.finish()
-    return [total / len(ends.windows) for total in sums]
+    return [total / len(outer.windows) for total in sums]
 
 
 def _cosines(one: Tensor, two: Tensor) -> Tensor:
@@ -450,13 +452,13 @@ class SubBlocks:
     after the sub-blocks, or a norm on the stream itself.
 
     Args:
-        ends: ends of the dense model.
+        outer: embedding and head of the dense model.
     """
 
     dense: Version = WHOLE
 
-    def __init__(self, ends: ModelEnds) -> None:
-        self.ends = ends
+    def __init__(self, outer: EmbeddingAndHead) -> None:
+        self.outer = outer
         self.outputs: dict[tuple[int, int], list[int]] = {}
 
     @contextmanager
@@ -477,11 +479,11 @@ class SubBlocks:
             ArchitectureError: the layer does more than add its sub-blocks to the stream.
         """
         if kept == WHOLE:
-            return self.ends.run(number, layer, hidden)
+            return self.outer.run(number, layer, hidden)
         if (number, ATTENTION) not in self.outputs:
             self.learn(number, layer, hidden)
         with self.silenced(number, layer, WHOLE & ~kept):
-            return self.ends.run(number, layer, hidden)
+            return self.outer.run(number, layer, hidden)
 
     def learn(self, number: int, layer: nn.Module, hidden: Tensor) -> None:
         """Record what the sub-blocks of a layer return, and check that it adds nothing without
@@ -498,18 +500,18 @@ class SubBlocks:
         parts = _parts_of(layer)
         handles = [m.register_forward_hook(note) for ms in parts.values() for m in ms]
         try:
-            self.ends.run(number, layer, hidden)
+            self.outer.run(number, layer, hidden)
         finally:
             for handle in handles:
                 handle.remove()
         for part, modules in parts.items():
             self.outputs[number, part] = [returned.get(module, 0) for module in modules]
         with self.silenced(number, layer, WHOLE):
-            if not torch.equal(self.ends.run(number, layer, hidden), hidden):
+            if not torch.equal(self.outer.run(number, layer, hidden), hidden):
                 raise ArchitectureError(
                     f"without {' and '.join(_NAMES.values())} a {type(layer).__name__} still "
                     "changes its input, so sub-blocks cannot be dropped one by one",
-                    where=self.ends.target.architecture.layer_name(number),
+                    where=self.outer.target.architecture.layer_name(number),
                     remedy="drop whole layers: units: layers",
                 )
 

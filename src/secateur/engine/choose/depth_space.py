@@ -1,7 +1,7 @@
 """The sets of layers or sub-blocks that can be dropped, and how to choose among them.
 
 This is the part without a model: the cost of a set, greedy removal, and the mutations of the search
-(`sparsity.evolution`). `engine.choose.tournament` measures the fitness of a set.
+(`sparsity.evolution`). `engine.choose.fitness` measures the fitness of a set.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calibration_stream import Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
@@ -142,22 +142,22 @@ def expert_use(
     Raises:
         ArchitectureError: no layer has experts.
     """
-    passage = Passage(target, windows, micro_batch_tokens, True, None, ranks)
-    passage.open(0, dense=False)
+    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None, ranks)
+    calibration.open(0, dense=False)
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
-    for number, layer in passage.walk():
+    for number, layer in calibration.walk():
         listeners = [Listener(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-        for batch in passage.batches():
-            out = call_layer(layer, passage.read(batch), passage.call(number, batch))
-            passage.write(batch, out)
+        for batch in calibration.batches():
+            out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+            calibration.write(batch, out)
         for listener in listeners:
             use = listener.close()
             ranks.total(use.tokens)
             ranks.total(use.outputs)
             found[number] = use
         progress.step(note=f"layer {number}")
-    passage.close()
+    calibration.close()
     progress.finish()
     if not found:
         raise ArchitectureError(

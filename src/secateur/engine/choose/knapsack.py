@@ -44,7 +44,7 @@ def fits(cost: Cost, budget: Cost) -> bool:
 
 
 @dataclass(frozen=True)
-class Menu:
+class Knapsack:
     """The levels of every unit.
 
     Attributes:

@@ -47,14 +47,14 @@ import torch
 from torch import Tensor
 
 from secateur.engine.choose.candidate_evaluator import (
-    Lockstep,
-    Tournament,
+    CandidateEvaluator,
+    FitnessCache,
     WeightVariants,
     cut_windows,
     fingerprint,
 )
-from secateur.engine.choose.knapsack import Cost, Menu, fits
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.choose.knapsack import Cost, Knapsack, fits
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import CheckpointReader
@@ -124,30 +124,30 @@ def choose_levels(
     """
     names = list(levels[0].bytes_of)
     tokens = windows.numel()
-    ends = ModelEnds(target, cut_windows(windows, tokens))
-    variants = StoredVariants(ends, names, levels)
-    tournament = Tournament(
-        Lockstep(ends, variants, "loss", progress),
+    outer = EmbeddingAndHead(target, cut_windows(windows, tokens))
+    variants = StoredVariants(outer, names, levels)
+    fitness = FitnessCache(
+        CandidateEvaluator(outer, variants, "loss", progress),
         variants.versions,
         file,
-        {**fingerprint(ends, tokens, "loss", names), "levels": len(levels)},
+        {**fingerprint(outer, tokens, "loss", names), "levels": len(levels)},
     )
     progress.start("choosing values", len(levels) + len(target.layers) + len(names).bit_length())
     every = [(level,) * len(names) for level in range(len(levels))]
-    losses = tuple(tournament(every, tokens, 0))
+    losses = tuple(fitness(every, tokens, 0))
     progress.step(len(levels))
     allowed = losses[0] + bound
     base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
     best, loss = every[base], losses[base]
     if base + 1 < len(levels):
-        order = _further_order(tournament, variants, levels, base, progress)
-        best, loss = _furthest(tournament, best, loss, order, allowed, tokens, progress)
+        order = _further_order(fitness, variants, levels, base, progress)
+        best, loss = _furthest(fitness, best, loss, order, allowed, tokens, progress)
     progress.finish()
     return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], losses)
 
 
 def _further_order(
-    tournament: Tournament,
+    fitness: FitnessCache,
     variants: StoredVariants,
     levels: Sequence[Level],
     base: int,
@@ -156,11 +156,11 @@ def _further_order(
     """The places of linears, by the rise of the loss per byte saved on the level after `base`."""
     names = variants.names
     here, further = levels[base], levels[base + 1]
-    (reference,) = tournament([(base,) * len(names)], RANKING_TOKENS, 0)
+    (reference,) = fitness([(base,) * len(names)], RANKING_TOKENS, 0)
     rise_per_byte = {}
     for places in variants.places:
         tried = tuple(base + (place in places) for place in range(len(names)))
-        (loss,) = tournament([tried], RANKING_TOKENS, 0)
+        (loss,) = fitness([tried], RANKING_TOKENS, 0)
         rise = max(loss - reference, LEAST_RISE)
         errors = {place: further.error_of[names[place]] for place in places}
         total = sum(errors.values()) or 1.0
@@ -172,7 +172,7 @@ def _further_order(
 
 
 def _furthest(
-    tournament: Tournament,
+    fitness: FitnessCache,
     base: Candidate,
     loss: float,
     order: Sequence[int],
@@ -186,7 +186,7 @@ def _furthest(
         middle = (low + high) // 2
         raised = set(order[:middle])
         tried = tuple(level + (place in raised) for place, level in enumerate(base))
-        (found,) = tournament([tried], tokens, 0)
+        (found,) = fitness([tried], tokens, 0)
         if found <= allowed:
             best, loss, low = tried, found, middle
         else:
@@ -199,13 +199,15 @@ class StoredVariants(WeightVariants):
     """Decoder layers whose linears come from several checkpoints.
 
     Args:
-        ends: ends of the model of level 0.
+        outer: embedding and head of the model of level 0.
         names: names of the linears; a candidate has a level for each.
         levels: the checkpoints.
     """
 
-    def __init__(self, ends: ModelEnds, names: Sequence[str], levels: Sequence[Level]) -> None:
-        super().__init__(ends, names)
+    def __init__(
+        self, outer: EmbeddingAndHead, names: Sequence[str], levels: Sequence[Level]
+    ) -> None:
+        super().__init__(outer, names)
         self.levels = levels
 
     def source(self, number: int) -> AbstractContextManager[Any]:
@@ -220,7 +222,7 @@ class StoredVariants(WeightVariants):
         """The weight of a level above 0."""
         if not level:
             return None
-        target = self.ends.target
+        target = self.outer.target
         assert isinstance(target, CheckpointTarget)
         weight = self.levels[level].reader.read(target.stored[f"{linear.name}.weight"])
         return weight.to(target.device, target.dtype)
@@ -318,18 +320,18 @@ class FitSearch:
         self.names = list(costs)
         self.costs = tuple(tuple(costs[name]) for name in self.names)
         self.tokens = windows.numel()
-        ends = ModelEnds(target, cut_windows(windows, self.tokens))
-        self.variants = StoredVariants(ends, self.names, [one.level for one in levels])
-        self.tournament = Tournament(
-            Lockstep(ends, self.variants, "divergence", progress),
+        outer = EmbeddingAndHead(target, cut_windows(windows, self.tokens))
+        self.variants = StoredVariants(outer, self.names, [one.level for one in levels])
+        self.fitness = FitnessCache(
+            CandidateEvaluator(outer, self.variants, "divergence", progress),
             self.variants.versions,
             file,
             {
-                **fingerprint(ends, self.tokens, "divergence", self.names),
+                **fingerprint(outer, self.tokens, "divergence", self.names),
                 "levels": [one.name for one in levels],
             },
         )
-        self.menu = Menu(self.costs, tuple((0.0,) * len(levels) for _ in self.names))
+        self.knapsack = Knapsack(self.costs, tuple((0.0,) * len(levels) for _ in self.names))
 
     @torch.no_grad()
     def singles(self) -> list[Point]:
@@ -339,7 +341,7 @@ class FitSearch:
         points = []
         for number, one in enumerate(self.levels):
             candidate = (number,) * len(self.names)
-            (found,) = self.tournament([candidate], self.tokens, 0)
+            (found,) = self.fitness([candidate], self.tokens, 0)
             points.append(self.point(candidate, found, one.family, one.name))
             self.progress.step(note=one.name)
         self.progress.finish()
@@ -347,7 +349,7 @@ class FitSearch:
 
     @torch.no_grad()
     def survey(self, probe: int) -> None:
-        """Measure what errors cost in each layer, and fill the menu.
+        """Measure what errors cost in each layer, and fill the knapsack.
 
         Args:
             probe: the level that layers go to, one at a time.
@@ -357,7 +359,7 @@ class FitSearch:
         rises: list[tuple[float, ...]] = [()] * len(self.names)
         for places in layers:
             tried = tuple(probe if place in places else 0 for place in range(len(self.names)))
-            (found,) = self.tournament([tried], min(SURVEY_TOKENS, self.tokens), 0)
+            (found,) = self.fitness([tried], min(SURVEY_TOKENS, self.tokens), 0)
             whole = sum(self.error(place, probe) for place in places)
             slope = max(found, 0.0) / max(whole, LEAST_ERROR)
             for place in places:
@@ -365,14 +367,14 @@ class FitSearch:
                 rises[place] = tuple(slope * self.error(place, n) for n in count)
             self.progress.step()
         self.progress.finish()
-        self.menu = Menu(self.costs, self.corrected(rises))
+        self.knapsack = Knapsack(self.costs, self.corrected(rises))
 
     def corrected(self, rises: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
         """Rises scaled so that those of each level add up to what the level alone measured."""
         corrections = []
         for level in range(len(self.levels)):
             total = sum(rise[level] for rise in rises)
-            (found,) = self.tournament([(level,) * len(self.names)], self.tokens, 0)
+            (found,) = self.fitness([(level,) * len(self.names)], self.tokens, 0)
             corrections.append(max(found, 0.0) / total if total > 0 else 0.0)
         return tuple(
             tuple(one * correction for one, correction in zip(rise, corrections, strict=True))
@@ -382,7 +384,7 @@ class FitSearch:
     @property
     def is_surveyed(self) -> bool:
         """Whether rises are known."""
-        return any(map(any, self.menu.rise))
+        return any(map(any, self.knapsack.rise))
 
     def error(self, place: int, level: int) -> float:
         """The squared relative error of a linear's outputs on a level."""
@@ -395,10 +397,12 @@ class FitSearch:
 
     def budgets(self, axis: int) -> list[Cost]:
         """Budgets of the frontier, in one kind of cost; the other kinds have none."""
-        totals = [self.menu.total((n,) * len(self.names))[axis] for n in range(1, len(self.levels))]
-        least, most = self.menu.least[axis], max(totals)
+        totals = [
+            self.knapsack.total((n,) * len(self.names))[axis] for n in range(1, len(self.levels))
+        ]
+        least, most = self.knapsack.least[axis], max(totals)
         values = [least + (most - least) * n / (FRONTIER - 1) for n in range(FRONTIER)]
-        free = [math.inf] * len(self.menu.least)
+        free = [math.inf] * len(self.knapsack.least)
         return [(*free[:axis], value, *free[axis + 1 :]) for value in values]
 
     @torch.no_grad()
@@ -407,10 +411,10 @@ class FitSearch:
         self.progress.start(f"measuring the frontier ({families})", len(budgets))
         points, seen = [], set()
         for budget in budgets:
-            candidate = self.menu.best(budget, self.allowed(families))
+            candidate = self.knapsack.best(budget, self.allowed(families))
             if candidate is not None and candidate not in seen:
                 seen.add(candidate)
-                (found,) = self.tournament([candidate], self.tokens, 0)
+                (found,) = self.fitness([candidate], self.tokens, 0)
                 points.append(self.point(candidate, found, families))
             self.progress.step()
         self.progress.finish()
@@ -422,10 +426,10 @@ class FitSearch:
         They stay near a single level, so they do not depend on the survey as much as others.
         """
         count = range(len(self.levels))
-        totals = [self.menu.total((n,) * len(self.names)) for n in count]
+        totals = [self.knapsack.total((n,) * len(self.names)) for n in count]
         inside = [fits(total, budget) for total in totals]
         pairs = [(a, b) for a in count for b in count if inside[b] and not inside[a]]
-        found = (self.menu.best(budget, pair) for pair in pairs)
+        found = (self.knapsack.best(budget, pair) for pair in pairs)
         return list(dict.fromkeys(candidate for candidate in found if candidate is not None))
 
     @torch.no_grad()
@@ -447,7 +451,7 @@ class FitSearch:
         search = evolution(self.tokens)
         self.progress.start("searching", search.generations + 1)
         best = None
-        for best in search.climb(starts, self.menu.mutation(budget), self.tournament):
+        for best in search.climb(starts, self.knapsack.mutation(budget), self.fitness):
             self.progress.step(note=f"divergence {best.fitness:.4f}")
             if best.generation < search.generations and not go_on():
                 break
@@ -458,10 +462,10 @@ class FitSearch:
     @torch.no_grad()
     def measured(self, candidate: Candidate) -> float:
         """The divergence of a candidate on all windows."""
-        (found,) = self.tournament([candidate], self.tokens, 0)
+        (found,) = self.fitness([candidate], self.tokens, 0)
         return found
 
     def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
         """A measured candidate."""
-        predicted = self.menu.predicted(candidate)
-        return Point(candidate, self.menu.total(candidate), found, predicted, families, name)
+        predicted = self.knapsack.predicted(candidate)
+        return Point(candidate, self.knapsack.total(candidate), found, predicted, families, name)

@@ -38,7 +38,7 @@ from secateur.allocator import reused_pages
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calibration_stream import Lane, Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
 from secateur.engine.stream.halted_forwards import HaltedLayer, in_step
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
@@ -92,8 +92,8 @@ class Refit:
         for place in places:
             if place:
                 place.mkdir(exist_ok=True)
-        self.dense = Passage(dense, windows, tokens, in_memory, places[0], on_gpu=on_gpu)
-        self.cut = Passage(cut, windows, tokens, in_memory, places[1], on_gpu=on_gpu)
+        self.dense = CalibrationStream(dense, windows, tokens, in_memory, places[0], on_gpu=on_gpu)
+        self.cut = CalibrationStream(cut, windows, tokens, in_memory, places[1], on_gpu=on_gpu)
 
     @torch.no_grad()
     @full_float32()
@@ -109,8 +109,8 @@ class Refit:
                 self.lane(self.dense, index).pass_through(layer)
             for place in range(done, len(self.layers)):
                 self.refit_layer(place)
-        for passage in (self.dense, self.cut):
-            passage.close()
+        for calibration in (self.dense, self.cut):
+            calibration.close()
         self.progress.finish()
 
     def open(self, done: int) -> int:
@@ -133,12 +133,14 @@ class Refit:
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
 
-    def lane(self, passage: Passage, index: int) -> Lane:
+    def lane(self, calibration: CalibrationStream, index: int) -> LayerInputs:
         """The hidden states of one of the models at one of its layers."""
-        assert passage.hidden is not None
+        assert calibration.hidden is not None
         matmuls = partial(self.settings.matmuls, self.dense.target.device)
         note = f"layer {index}"
-        return Lane(passage, passage.hidden, index, matmuls, lambda: self.progress.step(note=note))
+        return LayerInputs(
+            calibration, calibration.hidden, index, matmuls, lambda: self.progress.step(note=note)
+        )
 
     def refit_layer(self, place: int) -> None:
         """Read, refit and record one layer of the cut model."""
@@ -162,18 +164,22 @@ class Refit:
     @contextmanager
     def ahead(self, index: int, gap: int) -> Iterator[Activations | None]:
         """The uncut model's stream after the removed layers that follow; None if there are none."""
-        passage = self.dense
+        calibration = self.dense
         if not gap:
             yield None
             return
-        assert passage.hidden is not None
-        folder = None if passage.in_memory or passage.work is None else passage.work / "ahead"
+        assert calibration.hidden is not None
+        folder = (
+            None
+            if calibration.in_memory or calibration.work is None
+            else calibration.work / "ahead"
+        )
         if folder:
             folder.mkdir(exist_ok=True)
-        shape, dtype = passage.hidden.shape, passage.hidden.dtype
-        stream = Activations(shape, dtype, folder, passage.in_memory, home=passage.home)
-        for number, layer in walk_layers(passage.target, range(index, index + 1 + gap)):
-            first = self.lane(passage, number)
+        shape, dtype = calibration.hidden.shape, calibration.hidden.dtype
+        stream = Activations(shape, dtype, folder, calibration.in_memory, home=calibration.home)
+        for number, layer in walk_layers(calibration.target, range(index, index + 1 + gap)):
+            first = self.lane(calibration, number)
             lane = first if number == index else replace(first, states=stream)
             for batch in lane.batches:
                 stream.write(batch, lane.outputs(layer, batch))

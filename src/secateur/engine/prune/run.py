@@ -46,7 +46,7 @@ from secateur.engine.prune.reconstruction import (
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Tasks, gradient_statistics, input_statistics, left_dense
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calibration_stream import Lane, Passage
+from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_layer, dense_copy, in_step
@@ -69,7 +69,7 @@ class Run:
     Args:
         target: the model.
         tasks: the task of each linear (`tasks_of`).
-        passage: the calibration stream; None if the tasks need none.
+        calibration: the calibration stream; None if the tasks need none.
         settings: how the work is done.
         ledger: record of finished layers.
         progress: receives every step.
@@ -82,12 +82,12 @@ class Run:
         self,
         target: Target,
         tasks: Tasks,
-        passage: Passage | None,
+        calibration: CalibrationStream | None,
         settings: Settings,
         ledger: Ledger,
         progress: Progress,
     ) -> None:
-        self.target, self.tasks, self.passage = target, tasks, passage
+        self.target, self.tasks, self.calibration = target, tasks, calibration
         self.settings, self.ledger, self.progress = settings, ledger, progress
         self.statistics = input_statistics(tasks, asymmetric=settings.asymmetric)
         self.steps_taken = 0
@@ -105,13 +105,13 @@ class Run:
         """The number of progress steps in one layer: one for every forward of a micro-batch."""
         if not self.forwards_needed:
             return 1
-        assert self.passage is not None
+        assert self.calibration is not None
         forwards = 1 if self.settings.sequential == "group" else 2
-        steps = len(self.passage.batches()) * forwards
+        steps = len(self.calibration.batches()) * forwards
         if self.settings.dense_needed:
-            steps += len(self.passage.batches())
+            steps += len(self.calibration.batches())
         if self.settings.tunes:
-            steps += (2 + self.settings.reconstruction.passes) * len(self.passage.batches())
+            steps += (2 + self.settings.reconstruction.passes) * len(self.calibration.batches())
         return steps
 
     def step(self, index: int) -> None:
@@ -125,8 +125,8 @@ class Run:
         """Prune every layer from number `done` on."""
         layers = self.target.layers
         if self.forwards_needed and done < len(layers):
-            assert self.passage is not None
-            done = self.passage.open(done, dense=self.settings.dense_needed)
+            assert self.calibration is not None
+            done = self.calibration.open(done, dense=self.settings.dense_needed)
             if done == 0:  # also if the hidden states of a stopped run are lost
                 self.ledger.begin()
         for entry in self.ledger.layers:
@@ -137,8 +137,8 @@ class Run:
             for index, layer in walk_layers(self.target, range(done, len(layers))):
                 self.prune_layer(index, layer, started)
                 started = time.perf_counter()
-        if self.passage is not None:
-            self.passage.close()
+        if self.calibration is not None:
+            self.calibration.close()
         self.progress.finish()
         found = coverage(self.ledger.layers, self.target.architecture)
         if found is not None and self.settings.ranks.first:
@@ -206,16 +206,16 @@ class Run:
         started: float,
     ) -> None:
         """Record a layer in the ledger when all its files are safe on disk."""
-        if self.passage is not None and index + 1 < len(self.target.layers):
-            self.passage.advance(index + 1)
+        if self.calibration is not None and index + 1 < len(self.target.layers):
+            self.calibration.advance(index + 1)
         self.settings.ranks.wait()  # all have stored their inputs of the next layer
         seconds = time.perf_counter() - started
         lost = collapsed([record for record in records if not self.takes_all(record)])
         entries = [record.to_json() for record in records]
         self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
         self.settings.ranks.wait()  # the ledger of the first process has its line
-        if self.passage is not None:
-            self.passage.forget(index)
+        if self.calibration is not None:
+            self.calibration.forget(index)
         # The last layer's forwards end early, because nothing reads their outputs.
         self.progress.step(self.steps_per_layer - self.steps_taken, note=f"layer {index}")
         if lost:
@@ -240,8 +240,8 @@ class Run:
     def context(self, index: int) -> LayerContext:
         """Return the inputs for the work on one layer."""
         groups: Groups = ()
-        if self.statistics and self.passage is not None:
-            groups = self.passage.layouts[index].groups
+        if self.statistics and self.calibration is not None:
+            groups = self.calibration.layouts[index].groups
         return LayerContext(
             index,
             index + 1 == len(self.target.layers),
@@ -250,7 +250,7 @@ class Run:
             groups,
             self.statistics,
             self.settings,
-            self.passage,
+            self.calibration,
             self.own_statistics(index),
             lambda: self.step(index),
         )
@@ -273,7 +273,7 @@ class LayerContext:
         groups: the layer's linears by shared input, by their names within it.
         statistics: statistics of inputs to gather; empty if no forward is needed.
         settings: how the work is done.
-        passage: the calibration stream; None without calibration.
+        calibration: the calibration stream; None without calibration.
         own: returns the statistics of a linear's own gradients.
         step: called after every forward.
     """
@@ -285,7 +285,7 @@ class LayerContext:
     groups: Groups
     statistics: frozenset[str]
     settings: Settings
-    passage: Passage | None
+    calibration: CalibrationStream | None
     own: Callable[[Linear], Mapping[str, Tensor]]
     step: Callable[[], None]
 
@@ -323,33 +323,33 @@ class LayerPass:
         return not self.context.last and not self.tunes
 
     @property
-    def passage(self) -> Passage:
+    def calibration(self) -> CalibrationStream:
         """The calibration stream."""
-        assert self.context.passage is not None
-        return self.context.passage
+        assert self.context.calibration is not None
+        return self.context.calibration
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> LayerInputs:
         """The hidden states of the pruned model."""
-        return self.lane_of(self.passage.hidden)
+        return self.lane_of(self.calibration.hidden)
 
     @property
-    def dense_lane(self) -> Lane:
+    def dense_lane(self) -> LayerInputs:
         """The hidden states of the dense model."""
-        return self.lane_of(self.passage.dense)
+        return self.lane_of(self.calibration.dense)
 
-    def lane_of(self, states: Activations | None) -> Lane:
+    def lane_of(self, states: Activations | None) -> LayerInputs:
         """Hidden states of one model at this layer."""
         assert states is not None
-        matmuls = partial(self.context.settings.matmuls, self.passage.target.device)
-        return Lane(self.passage, states, self.context.index, matmuls, self.context.step)
+        matmuls = partial(self.context.settings.matmuls, self.calibration.target.device)
+        return LayerInputs(self.calibration, states, self.context.index, matmuls, self.context.step)
 
     def prune(self) -> list[LinearRecord]:
         """Gather and prune, and propagate the layer unless tuning comes first."""
         context = self.context
         if context.settings.tunes and not context.settings.asymmetric:
             self.dense_lane.pass_through(self.layer)
-            self.passage.advance_dense(context.index + 1)
+            self.calibration.advance_dense(context.index + 1)
         if context.statistics:
             self.prune_on_the_way()
             return self.records
@@ -402,12 +402,12 @@ class LayerPass:
         )
         if dense is not None:
             self.targets = AsymmetricTargets(pruned, dense, writers)
-        if self.passage.batches():
+        if self.calibration.batches():
             in_step(pruned, dense, self.gather, self.prune_next, dense_outputs=True)
         else:
             self.follow([pruned, *([dense] if dense else [])])
         if dense is not None:
-            self.passage.advance_dense(context.index + 1)
+            self.calibration.advance_dense(context.index + 1)
 
     def follow(self, halted: Sequence[HaltedLayer]) -> None:
         """Prune all groups of a process that has no micro-batches, in the order of the first one.
@@ -427,7 +427,7 @@ class LayerPass:
 
         Only a forward shows which group comes next, so a process without any asks the first one.
         """
-        if self.passage.some_idle:
+        if self.calibration.some_idle:
             group = self.context.settings.ranks.gather(group)[0]
         self.prune_groups([group])
 
@@ -438,7 +438,7 @@ class LayerPass:
         """
         if group not in self.gathered:
             size = self.targets.size(group) if self.targets else 0
-            linear, device = self.groups[group][0], self.passage.target.device
+            linear, device = self.groups[group][0], self.calibration.target.device
             names = self.context.statistics
             self.gathered[group] = GroupStatistics(
                 names,
@@ -458,7 +458,7 @@ class LayerPass:
 
     def gather_alone(self, group: int, x: Tensor) -> None:
         """Add the input of a group while a forward runs."""
-        with exact_matmuls(self.passage.target.device):
+        with exact_matmuls(self.calibration.target.device):
             self.seen(group).update(x)
 
     def prune_groups(self, groups: Sequence[int]) -> None:
@@ -573,13 +573,15 @@ class LayerPass:
 
     def tune(self) -> dict[str, float]:
         """Tune a pruned layer and propagate it. Return its output error before and after."""
-        passage, index = self.passage, self.context.index
+        calibration, index = self.calibration, self.context.index
         how, ranks = self.context.settings.reconstruction, self.context.settings.ranks
         before = self.measured_error(stores=False)
         reconstruct(
             self.layer,
             self.tuned_weights(),
-            draw_steps(len(passage.windows), passage.windows_at_once, how.passes, seed=index),
+            draw_steps(
+                len(calibration.windows), calibration.windows_at_once, how.passes, seed=index
+            ),
             self.examples,
             how,
             tell=self.context.step,
@@ -593,26 +595,26 @@ class LayerPass:
 
     def examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, LayerCall]]:
         """Inputs, targets and call of some windows: together, or one by one this process's."""
-        passage, own, index = self.passage, self.passage.own, self.context.index
+        calibration, own, index = self.calibration, self.calibration.own, self.context.index
         mine = [w for w in windows if own.start <= w < own.stop]
         rows = [slice(w, w + 1) for w in mine]
-        pairs = [(passage.read(row), passage.read_dense(row)) for row in rows]
+        pairs = [(calibration.read(row), calibration.read_dense(row)) for row in rows]
         if self.context.settings.ranks.count > 1:
-            calls = [passage.ends.call(index, [w]) for w in mine]
+            calls = [calibration.outer.call(index, [w]) for w in mine]
             return [(*pair, call) for pair, call in zip(pairs, calls, strict=True)]
         inputs, targets = zip(*pairs, strict=True)
-        return [(torch.cat(inputs), torch.cat(targets), passage.ends.call(index, mine))]
+        return [(torch.cat(inputs), torch.cat(targets), calibration.outer.call(index, mine))]
 
     def measured_error(self, *, stores: bool) -> float:
         """The mean output error of the layer over all windows. It can also pass on the outputs."""
-        total, passage = 0.0, self.passage
-        for batch in passage.batches():
+        total, calibration = 0.0, self.calibration
+        for batch in calibration.batches():
             out, call = self.lane.outputs(self.layer, batch), self.lane.call(batch)
-            target = call.states(passage.read_dense(batch))
+            target = call.states(calibration.read_dense(batch))
             total += float(output_error(call.states(out), target)) * len(out)
             if stores:
-                passage.write(batch, out)
-        return sum(self.context.settings.ranks.gather(total)) / len(passage.windows)
+                calibration.write(batch, out)
+        return sum(self.context.settings.ranks.gather(total)) / len(calibration.windows)
 
 
 class AsymmetricTargets:

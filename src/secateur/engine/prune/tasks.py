@@ -19,7 +19,7 @@ from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError
 from secateur.models.architecture import linears_of
-from secateur.models.inventory import Left, StoredMatrix, summary, weights_of
+from secateur.models.inventory import SkippedMatrix, StoredMatrix, summary, weights_of
 from secateur.sparsity.methods import Method
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def last_match(values: Mapping[str, Value], name: str) -> Value | None:
     return own[-1] if own else None
 
 
-def left_by(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[Left]:
+def skipped_matrices(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> list[SkippedMatrix]:
     """Every floating-point matrix of the model that a run does not prune, with the reason.
 
     Args:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from secateur.calibration.windows import Beside
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.layouts import LayerLayout, layouts
-from secateur.engine.stream.offload import Parking
+from secateur.engine.stream.offload import ActivationOffload
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 
 
-class Passage:
+class CalibrationStream:
     """Micro-batches, how each layer is called for them, and where their hidden states are.
 
     Args:
@@ -60,10 +60,10 @@ class Passage:
         self.dense: Activations | None = None
 
     @cached_property
-    def ends(self) -> ModelEnds:
+    def outer(self) -> EmbeddingAndHead:
         """What is before and behind the layers, and how these are called."""
         folder = None if self.in_memory else self.work
-        return ModelEnds(self.target, self.windows, folder, self.own, self.beside)
+        return EmbeddingAndHead(self.target, self.windows, folder, self.own, self.beside)
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -101,14 +101,16 @@ class Passage:
 
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
-        return self.ends.call(index, range(batch.start, batch.stop))
+        return self.outer.call(index, range(batch.start, batch.stop))
 
     def shared_tensors(self, index: int) -> list[Tensor]:
         """A layer's arguments that no forward owns, for all sizes of micro-batch."""
         sizes = {batch.stop - batch.start for batch in self.batches()}
-        return self.ends.shared_tensors(index, sizes)
+        return self.outer.shared_tensors(index, sizes)
 
-    def parking(self, index: int, layer: nn.Module, stream: Activations) -> Parking | None:
+    def parking(
+        self, index: int, layer: nn.Module, stream: Activations
+    ) -> ActivationOffload | None:
         """Return the parking of a layer's halted forwards; None if they stay in memory.
 
         Args:
@@ -120,7 +122,7 @@ class Passage:
             return None
         permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
         folder = None if self.in_memory else stream.folder
-        return Parking(permanent, folder, self.target.device, self.own.start)
+        return ActivationOffload(permanent, folder, self.target.device, self.own.start)
 
     def open(self, start: int, *, dense: bool) -> int:
         """Make the inputs of layer `start` ready, or else those of layer 0.
@@ -133,9 +135,9 @@ class Passage:
             The layer whose inputs are ready: 0 if there are no stored ones.
         """
         for size in {batch.stop - batch.start for batch in self.batches()}:
-            self.ends.calls(size)  # recorded before any layer has its weights
+            self.outer.calls(size)  # recorded before any layer has its weights
         if self.ranks.count > 1:
-            self.ends.calls()  # tuning takes the windows of a process one by one
+            self.outer.calls()  # tuning takes the windows of a process one by one
         streams = self.open_streams(dense)
         stored = start > 0 and all(stream.has(start) for stream in streams)
         start = start if all(self.ranks.gather(stored)) else 0
@@ -145,7 +147,7 @@ class Passage:
                 stream.resume(start)
             return start
         batches = self.batches()
-        for batch, hidden in zip(batches, self.ends.embed(batches), strict=True):
+        for batch, hidden in zip(batches, self.outer.embed(batches), strict=True):
             for stream in streams:
                 stream.write(batch, hidden)
         for stream in streams:
@@ -154,7 +156,7 @@ class Passage:
 
     def open_streams(self, dense: bool) -> list[Activations]:
         """Empty streams, in memory or on disk."""
-        (hidden,) = self.ends.embed([slice(0, 1)])
+        (hidden,) = self.outer.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
         self.hidden = Activations(
             shape, hidden.dtype, self.work, self.in_memory, self.own, home=self.home
@@ -243,18 +245,18 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Lane:
+class LayerInputs:
     """The hidden states of one model at one decoder layer.
 
     Attributes:
-        passage: the micro-batches, and how the layer is called for each.
+        calibration: the micro-batches, and how the layer is called for each.
         states: where the hidden states are read from and written to.
         index: the number of the layer.
         matmuls: returns a context for the forwards.
         step: called after every forward.
     """
 
-    passage: Passage
+    calibration: CalibrationStream
     states: Activations
     index: int
     matmuls: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -263,11 +265,11 @@ class Lane:
     @property
     def batches(self) -> list[slice]:
         """The micro-batches, as ranges of calibration windows."""
-        return self.passage.batches()
+        return self.calibration.batches()
 
     def read(self, batch: slice) -> Tensor:
         """The inputs of the layer, on the device of the model."""
-        return self.states.read(batch).to(self.passage.target.device)
+        return self.states.read(batch).to(self.calibration.target.device)
 
     def write(self, batch: slice, outputs: Tensor) -> None:
         """Store the outputs of the layer."""
@@ -275,11 +277,11 @@ class Lane:
 
     def call(self, batch: slice) -> LayerCall:
         """How the model calls the layer for a micro-batch."""
-        return self.passage.call(self.index, batch)
+        return self.calibration.call(self.index, batch)
 
-    def parking(self, layer: nn.Module) -> Parking | None:
+    def parking(self, layer: nn.Module) -> ActivationOffload | None:
         """The parking of halted forwards; None if they stay in memory."""
-        return self.passage.parking(self.index, layer, self.states)
+        return self.calibration.parking(self.index, layer, self.states)
 
     def outputs(self, layer: nn.Module, batch: slice) -> Tensor:
         """Pass one micro-batch through the layer; the outputs are not stored."""

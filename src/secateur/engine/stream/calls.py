@@ -44,7 +44,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Carried:
+class PackedHiddenStates:
     """The columns of the packed tensor [batch, sequence, width]:
 
         hidden states 1 | … | hidden states n | keys, values of one kind of layer | …
@@ -104,7 +104,7 @@ class Carried:
 
 def _carried_of(
     hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
-) -> Carried | None:
+) -> PackedHiddenStates | None:
     """The columns for a model; None if its layers take one hidden state for each token, no more."""
     if hidden.ndim == 3 and not found:
         return None
@@ -126,7 +126,7 @@ def _carried_of(
         Shared(key, tuple((x.shape[1], x.shape[3]) for x in tensors))
         for key, tensors in found.items()
     )
-    return Carried(hidden.shape[-1], stacked, shared)
+    return PackedHiddenStates(hidden.shape[-1], stacked, shared)
 
 
 class AfterLastLayer(BaseException):
@@ -153,7 +153,7 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     in_tuple: bool = False
-    carried: Carried | None = None
+    carried: PackedHiddenStates | None = None
     varying: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:

@@ -39,7 +39,7 @@ from secateur.engine.stream.targets import Target
 from secateur.precision import exact_matmuls, fast_matmuls
 
 STATES_BYTES = 1 << 30
-"""Maximum size of the hidden states of one part in `ModelEnds.parts`."""
+"""Maximum size of the hidden states of one part in `EmbeddingAndHead.parts`."""
 
 
 class Injector(StandIn):
@@ -62,7 +62,7 @@ class Injector(StandIn):
         return self.answer(args[0] if args else kwargs["hidden_states"])
 
 
-class ModelEnds:
+class EmbeddingAndHead:
     """Embeds windows, records how the layers are called, and turns hidden states into logits.
 
     Args:

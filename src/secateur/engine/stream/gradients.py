@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from secateur.calibration.statistics import statistics
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import walk_layers
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of
@@ -36,7 +36,7 @@ class GradientPass:
     """Gathers the statistics of every linear's gradients.
 
     Args:
-        ends: ends of the dense model, with the calibration windows.
+        outer: embedding and head of the dense model, with the calibration windows.
         names: names of the statistics.
         work: folder for `gradients-0000.safetensors` and so on; existing files are kept.
         progress: receives every step.
@@ -45,13 +45,13 @@ class GradientPass:
 
     def __init__(
         self,
-        ends: ModelEnds,
+        outer: EmbeddingAndHead,
         names: frozenset[str],
         work: Path,
         progress: Progress,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.target, self.windows = ends.target, ends.windows
+        self.target, self.windows = outer.target, outer.windows
         self.names, self.ranks = names, ranks
         self.work, self.progress = work / "gradient-pass", progress
         self.results = work
@@ -59,8 +59,8 @@ class GradientPass:
         each = micro_batches(len(self.windows), 1, ranks.count)
         self.each = rows_of(ranks.rank, each, ranks.count)
         own = slice(self.each[0].start, self.each[-1].stop)
-        self.ends = ModelEnds(self.target, self.windows, self.work, own)
-        (hidden,) = self.ends.embed([slice(0, 1)])
+        self.outer = EmbeddingAndHead(self.target, self.windows, self.work, own)
+        (hidden,) = self.outer.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
         self.inputs = Activations(shape, hidden.dtype, self.work, False, own)
         upstream = self.work / "upstream"
@@ -93,7 +93,7 @@ class GradientPass:
     def forward(self, count: int) -> None:
         """Keep the inputs of every layer."""
         if not self.inputs.has(0):
-            for rows, hidden in zip(self.each, self.ends.embed(self.each), strict=True):
+            for rows, hidden in zip(self.each, self.outer.embed(self.each), strict=True):
                 self.inputs.write(rows, hidden)
             self.inputs.advance(0)
         missing = [index for index in range(count) if not self.inputs.has(index + 1)]
@@ -101,7 +101,7 @@ class GradientPass:
             self.inputs.layer = index
             for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device)
-                call = self.ends.call(index, [rows.start])
+                call = self.outer.call(index, [rows.start])
                 self.inputs.write(rows, call_layer(layer, hidden, call))
                 self.progress.step(note=f"forward, layer {index}")
             self.inputs.advance(index + 1)
@@ -109,11 +109,11 @@ class GradientPass:
     def loss(self, count: int) -> None:
         """Pass the last hidden states through the head. Return the gradient of the last layer."""
         self.inputs.layer = count
-        with self.ends.outside(), torch.enable_grad():
+        with self.outer.outside(), torch.enable_grad():
             for rows in self.each:
                 row, ids = rows.start, self.windows[rows.start]
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                logits = self.ends.head(row, hidden)
+                logits = self.outer.head(row, hidden)
                 loss = cross_entropy(logits[:-1].float(), ids[1:].to(self.target.device))
                 if not torch.isfinite(loss):
                     raise NumericalError(
@@ -140,7 +140,7 @@ class GradientPass:
             ]
             for rows in self.each:
                 hidden = self.inputs.read(rows).to(self.target.device).requires_grad_()
-                out = call_layer(layer, hidden, self.ends.call(index, [rows.start]))
+                out = call_layer(layer, hidden, self.outer.call(index, [rows.start]))
                 upstream = self.upstream.read(rows).to(self.target.device)
                 found = torch.autograd.grad(out, [hidden, *leaves], upstream)
                 self.upstream.write(rows, found[0])
@@ -166,7 +166,7 @@ class GradientPass:
 
 @full_float32()
 def gather_gradients(
-    ends: ModelEnds,
+    outer: EmbeddingAndHead,
     names: frozenset[str],
     work: Path,
     progress: Progress,
@@ -175,7 +175,7 @@ def gather_gradients(
     """Gather statistics of every linear's gradients into files of the work folder.
 
     Args:
-        ends: ends of the dense model, with the calibration windows.
+        outer: embedding and head of the dense model, with the calibration windows.
         names: names of the statistics.
         work: the folder; files of a stopped run are kept.
         progress: receives every step.
@@ -184,7 +184,7 @@ def gather_gradients(
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
-    GradientPass(ends, names, work, progress, ranks).execute()
+    GradientPass(outer, names, work, progress, ranks).execute()
 
 
 def stored_gradients(

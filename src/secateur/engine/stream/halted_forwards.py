@@ -34,10 +34,10 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from secateur.engine.stream.calibration_stream import Lane
+from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.layouts import input_mark
-from secateur.engine.stream.offload import Parking
+from secateur.engine.stream.offload import ActivationOffload
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 
@@ -122,7 +122,7 @@ class HaltingForwards:
         self,
         groups: Sequence[Sequence[Linear]],
         forwards: Sequence[Forward],
-        parking: Parking | None,
+        parking: ActivationOffload | None,
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.matmuls = matmuls
@@ -236,7 +236,7 @@ class HaltedLayer:
 
     def __init__(
         self,
-        lane: Lane,
+        lane: LayerInputs,
         layer: nn.Module,
         groups: Groups,
         writers: Sequence[Linear] = (),

@@ -65,7 +65,7 @@ class LiveTensors(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.live())
 
 
-class Parking:
+class ActivationOffload:
     """Moves the tensors of halted forwards out of memory, and back.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.models.inventory import Left
+from secateur.models.inventory import SkippedMatrix
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.tables import Block, Result, Table, by_layer, not_pruned
@@ -32,7 +32,7 @@ class PruneResult(Result):
     layers: list[dict[str, Any]]
     manifest: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
-    left: list[Left] = field(default_factory=list)
+    left: list[SkippedMatrix] = field(default_factory=list)
     compression: CompressResult | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Structure(Record):
 
 
 class LeftEntry(Record):
-    """Tensors of one sort that were not pruned; see `models.inventory.Left`."""
+    """Tensors of one sort that were not pruned; see `models.inventory.SkippedMatrix`."""
 
     names: str
     reason: str

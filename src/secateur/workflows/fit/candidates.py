@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.choose.knapsack import Cost, Menu, fits
+from secateur.engine.choose.knapsack import Cost, Knapsack, fits
 from secateur.engine.choose.stored_levels import FitSearch, Point
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
@@ -103,19 +103,21 @@ class Finalist:
         return not self.cut and not any(kind.sparsity for kind in self.kinds.values())
 
 
-def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[str, Candidate]:
+def mixes(
+    search: FitSearch, knapsack: Knapsack, winner: Point, budget: Cost
+) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
         search: after the survey.
-        menu: with finer sparsities (`finer`).
+        knapsack: with finer sparsities (`finer`).
         winner: of the search.
         budget: of the search.
     """
     wanted = {
         SEARCHED: winner.candidate,
-        QUANTIZED: search.menu.best(budget, search.allowed("quantize")),
-        SURVEYED: menu.best(budget),
+        QUANTIZED: search.knapsack.best(budget, search.allowed("quantize")),
+        SURVEYED: knapsack.best(budget),
     }
     found: dict[str, Candidate] = {}
     for name, candidate in wanted.items():
@@ -127,7 +129,7 @@ def mixes(search: FitSearch, menu: Menu, winner: Point, budget: Cost) -> dict[st
 def finalists(
     ground: Ground,
     search: FitSearch,
-    menu: Menu,
+    knapsack: Knapsack,
     chosen: Mapping[str, Candidate],
     measure: Yardstick,
     seconds: float,
@@ -137,7 +139,7 @@ def finalists(
     Args:
         ground: of the fit.
         search: after the survey.
-        menu: with finer sparsities (`finer`).
+        knapsack: with finer sparsities (`finer`).
         chosen: the mixes, by what chose them.
         measure: measures on the windows that choose.
         seconds: that one is expected to take, packed and judged.
@@ -154,7 +156,7 @@ def finalists(
         told = FitFinalist(
             name=name,
             file_bytes=ground.costs.file_bytes(kinds, sizes),
-            predicted=menu.predicted(candidate),
+            predicted=knapsack.predicted(candidate),
             mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
             divergence=divergence,
         )
@@ -197,8 +199,8 @@ def solved(ground: Ground, kinds: Kinds, name: str) -> tuple[Path, Path]:
     )
 
 
-def finer_menu(ground: Ground, search: FitSearch) -> Menu:
-    """The menu of the levels and, after them, of the finer kinds that the target stores.
+def finer_knapsack(ground: Ground, search: FitSearch) -> Knapsack:
+    """The knapsack of the levels and, after them, of the finer kinds that the target stores.
 
     Args:
         ground: of the fit.
@@ -206,14 +208,14 @@ def finer_menu(ground: Ground, search: FitSearch) -> Menu:
     """
     cost, rise = [], []
     for place, name in enumerate(search.names):
-        costs, rises = search.menu.cost[place], search.menu.rise[place]
+        costs, rises = search.knapsack.cost[place], search.knapsack.rise[place]
         bytes_of = tuple(level[0] for level in costs)
         shape, finer = ground.costs.shapes[name], ground.costs.files.finer
         sizes = [finer_bytes(kind, shape, bytes_of) for kind in finer]
         more = [ground.costs.of(name, kind, x) for kind, x in zip(finer, sizes, strict=True)]
         cost.append((*costs, *more))
         rise.append((*rises, *(finer_rise(kind, rises) for kind in finer)))
-    return Menu(tuple(cost), tuple(rise))
+    return Knapsack(tuple(cost), tuple(rise))
 
 
 def finer_bytes(kind: LevelKind, shape: tuple[int, int], bytes_of: tuple[float, ...]) -> float:
@@ -257,7 +259,7 @@ BRANCHES = (
 def branched(
     ground: Ground,
     names: Sequence[str],
-    menu: Menu,
+    knapsack: Knapsack,
     best: Finalist,
     costs: Costs,
     measure: Yardstick,
@@ -267,7 +269,7 @@ def branched(
     Args:
         ground: of the fit.
         names: of the linears of the uncut model.
-        menu: of the uncut model, with finer sparsities (`finer`).
+        knapsack: of the uncut model, with finer sparsities (`finer`).
         best: the best model without a cut.
         costs: the bounds.
         measure: measures on the windows that choose.
@@ -280,7 +282,7 @@ def branched(
     if best.told.divergence <= WORTH:
         return found, told
     plans: list[CutPlan] = []
-    inherited = dict(zip(names, zip(menu.cost, menu.rise, strict=True), strict=True))
+    inherited = dict(zip(names, zip(knapsack.cost, knapsack.rise, strict=True), strict=True))
     for branch in BRANCHES:
         cut = cut_model(ground, branch, plans)
         if isinstance(cut, str):
@@ -361,11 +363,11 @@ def grown(
         own = costs.of_another(costs_of(ground.recipe, reader, matrices, ground.progress))
     except ArchitectureError as error:
         return None, error.what
-    menu, names = inherited_menu(ground, inherited, reader, matrices, own)
-    candidate = menu.best(own.aim)
+    knapsack, names = inherited_knapsack(ground, inherited, reader, matrices, own)
+    candidate = knapsack.best(own.aim)
     if candidate is None:
         return None, "no level fits"
-    expected = alone + menu.predicted(candidate)
+    expected = alone + knapsack.predicted(candidate)
     if expected >= leader:
         return None, f"expected {expected:.3f}, and the best has {leader:.3f}"
     kinds = {name: own.every[level] for name, level in zip(names, candidate, strict=True)}
@@ -384,14 +386,14 @@ def grown(
     return Finalist(cut, sparse, folder, packed, kinds, told, step), f"made: {divergence:.3f}"
 
 
-def inherited_menu(
+def inherited_knapsack(
     ground: Ground,
     inherited: Inherited,
     reader: CheckpointReader,
     matrices: Mapping[str, PackableMatrix],
     costs: Costs,
-) -> tuple[Menu, list[str]]:
-    """The menu of a branch, taken over from the uncut model; and the names of its linears."""
+) -> tuple[Knapsack, list[str]]:
+    """The knapsack of a branch, taken over from the uncut model; and the names of its linears."""
     cost, rise, names = [], [], []
     for uncut, stored, linear in origins(ground, reader, matrices):
         home, (known, rises) = ground.stored[uncut], inherited[uncut]
@@ -406,7 +408,7 @@ def inherited_menu(
         cost.append(tuple(costs.of(linear, kind, size) for kind, size in kinds))
         rise.append(tuple(of_weights * one for one in rises))
         names.append(linear)
-    return Menu(tuple(cost), tuple(rise)), names
+    return Knapsack(tuple(cost), tuple(rise)), names
 
 
 def origins(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.advisor.capacity import memory_with
-from secateur.engine.choose.knapsack import Cost, Menu
+from secateur.engine.choose.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
 from secateur.evaluation.token_times import Way
@@ -215,9 +215,9 @@ class Costs:
         every = [[self.of(name, kind) for kind in self.levels] for name in self.shapes]
         others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
         wanted = tuple(tuple(level[place] for level in levels) for levels in every)
-        menu = Menu(tuple(map(tuple, every)), wanted)
-        candidate = menu.best(others)
-        found = None if candidate is None else menu.predicted(candidate)
+        knapsack = Knapsack(tuple(map(tuple, every)), wanted)
+        candidate = knapsack.best(others)
+        found = None if candidate is None else knapsack.predicted(candidate)
         kind = self.kinds[place]
         return None if found is None else kind.rest + found / (1 - MARGINS[kind.name])
 

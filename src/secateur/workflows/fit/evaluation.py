@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.engine.choose.candidate_evaluator import Lockstep, Tournament, fingerprint
+from secateur.engine.choose.candidate_evaluator import CandidateEvaluator, FitnessCache, fingerprint
 from secateur.engine.choose.knapsack import Cost
 from secateur.engine.choose.stored_levels import FitLevel, FitSearch, StoredVariants
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
@@ -69,16 +69,16 @@ class Yardstick:
 
     def __init__(self, ground: Ground, windows: Tensor, name: str) -> None:
         self.ground, self.windows, self.name = ground, windows, name
-        self.dense = self.lockstep(ground.target, None)
+        self.dense = self.evaluator(ground.target, None)
 
     def divergence(self, folder: Path) -> float:
         """The divergence of a model as it is, which is not packed."""
         device, trust = self.ground.target.device, self.ground.recipe.trust_remote_code
         target = CheckpointTarget(CheckpointReader(folder), None, device, trust_remote_code=trust)
-        lockstep = self.lockstep(target, self.dense)
+        evaluator = self.evaluator(target, self.dense)
         versions = ("dense",) * len(target.layers)
         rows = range(len(self.windows))
-        return self.kept(folder, lambda: lockstep.fitness([versions], rows)[0])
+        return self.kept(folder, lambda: evaluator.fitness([versions], rows)[0])
 
     def packed(self, sparse: Path, folder: Path, kinds: Kinds) -> tuple[Path, float]:
         """Pack a model that was made, and measure it as it runs.
@@ -113,8 +113,8 @@ class Yardstick:
         name = self.name_of(folder)
         file = self.ground.work / "measured" / f"{self.name}-{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        told = fingerprint(self.dense.ends, self.windows.numel(), "divergence", ())
-        values = Tournament(self.dense, lambda _: (), file, {**told, "model": name})
+        told = fingerprint(self.dense.outer, self.windows.numel(), "divergence", ())
+        values = FitnessCache(self.dense, lambda _: (), file, {**told, "model": name})
         self.ground.progress.start(f"measuring {name}", 1)
         found: float = values.noted("divergence", measure)
         self.ground.progress.finish()
@@ -125,11 +125,13 @@ class Yardstick:
         work = self.ground.work
         return "-".join(folder.relative_to(work).parts) if folder.is_relative_to(work) else "dense"
 
-    def lockstep(self, target: CheckpointTarget, dense: Lockstep | None) -> Lockstep:
+    def evaluator(
+        self, target: CheckpointTarget, dense: CandidateEvaluator | None
+    ) -> CandidateEvaluator:
         """Passes one model, as it is, through its layers."""
-        ends = ModelEnds(target, self.windows)
-        variants = StoredVariants(ends, (), ())
-        return Lockstep(ends, variants, "divergence", self.ground.progress, dense)
+        outer = EmbeddingAndHead(target, self.windows)
+        variants = StoredVariants(outer, (), ())
+        return CandidateEvaluator(outer, variants, "divergence", self.ground.progress, dense)
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,12 @@ class LossMeter:
     """The loss of candidates on some windows.
 
     Attributes:
-        tournament: measures, or reads what was measured.
+        fitness: measures, or reads what was measured.
         tokens: of the windows.
         linears: how many a candidate has.
     """
 
-    tournament: Tournament
+    fitness: FitnessCache
     tokens: int
     linears: int
 
@@ -164,17 +166,17 @@ class LossMeter:
             levels: the levels; 0 is the model itself.
             file: of the measured values.
         """
-        ends = ModelEnds(ground.target, windows)
-        variants = StoredVariants(ends, names, [one.level for one in levels])
-        told = fingerprint(ends, windows.numel(), "loss", names)
-        lockstep = Lockstep(ends, variants, "loss", ground.progress)
-        measure = Tournament(lockstep, variants.versions, file, told)
+        outer = EmbeddingAndHead(ground.target, windows)
+        variants = StoredVariants(outer, names, [one.level for one in levels])
+        told = fingerprint(outer, windows.numel(), "loss", names)
+        evaluator = CandidateEvaluator(outer, variants, "loss", ground.progress)
+        measure = FitnessCache(evaluator, variants.versions, file, told)
         return cls(measure, windows.numel(), len(names))
 
     @torch.no_grad()
     def loss(self, candidate: Candidate) -> float:
         """The mean loss of the next token, in nats."""
-        (found,) = self.tournament([candidate], self.tokens, 0)
+        (found,) = self.fitness([candidate], self.tokens, 0)
         return found
 
     def rise(self, candidate: Candidate) -> float:
@@ -197,11 +199,11 @@ def smallest_within(
     Returns:
         Bytes of all linears.
     """
-    low, high = search.menu.least[0], min(aim[0], search.menu.most[0])
+    low, high = search.knapsack.least[0], min(aim[0], search.knapsack.most[0])
     progress.start("finding the smallest size", BISECTIONS)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        candidate = search.menu.best((middle, *aim[1:]))
+        candidate = search.knapsack.best((middle, *aim[1:]))
         rise = math.inf if candidate is None else meter.rise(candidate)
         low, high = (low, middle) if rise <= bound else (middle, high)
         progress.step(note=f"{middle / 2**20:.1f} MiB of linears: {rise:+.4f}")

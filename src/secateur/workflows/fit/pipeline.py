@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.engine.choose.candidate_evaluator import cut_windows
-from secateur.engine.choose.knapsack import Menu, fits
+from secateur.engine.choose.knapsack import Knapsack, fits
 from secateur.engine.choose.stored_levels import FRONTIER, SURVEY_TOKENS, FitSearch, Point
 from secateur.errors import VerificationError
 from secateur.evaluation.tasks import PreparedTask
@@ -52,7 +52,7 @@ from secateur.workflows.fit.candidates import (
     Finalist,
     branched,
     finalists,
-    finer_menu,
+    finer_knapsack,
     mixes,
     single,
 )
@@ -273,8 +273,8 @@ def contested(
     """
     whole = cut_windows(ground.searched, ground.searched.numel())
     measure = Yardstick(ground, whole, "searched")
-    menu = finer_menu(ground, search)
-    found = refined(ground, search, menu, [*singles, *frontier], costs, measure)
+    knapsack = finer_knapsack(ground, search)
+    found = refined(ground, search, knapsack, [*singles, *frontier], costs, measure)
     alone = single(ground, search, singles, costs.budget, measure)
     most = costs.kinds[0].limit
     contest = [one for one in (alone, *found) if one is not None and one.told.file_bytes <= most]
@@ -282,14 +282,14 @@ def contested(
     if not ground.recipe.structure or not contest or not ground.pace.allows("cuts", cuts):
         return contest, []
     best = best_of(contest)
-    grown, branches = branched(ground, search.names, menu, best, costs, measure)
+    grown, branches = branched(ground, search.names, knapsack, best, costs, measure)
     return [*contest, *grown], branches
 
 
 def refined(
     ground: Ground,
     search: FitSearch,
-    menu: Menu,
+    knapsack: Knapsack,
     points: Sequence[Point],
     costs: Costs,
     measure: Yardstick,
@@ -298,9 +298,9 @@ def refined(
     if not search.is_surveyed:
         return []
     inside, times = costs.aim, Expected.of(ground, search)
-    quantized = search.menu.best(inside, search.allowed("quantize"))
+    quantized = search.knapsack.best(inside, search.allowed("quantize"))
     starts = [p.candidate for p in points if fits(p.cost, inside)]
-    starts += [c for c in (search.menu.best(inside), quantized) if c is not None]
+    starts += [c for c in (search.knapsack.best(inside), quantized) if c is not None]
     starts += search.between(inside)
     if not starts:
         return []
@@ -309,8 +309,8 @@ def refined(
         return ground.pace.allows("generations of the search", times.generation + times.rest)
 
     winner = search.refined(starts, inside, lambda n: evolution_of(ground.recipe, n), go_on)
-    chosen = mixes(search, menu, winner, inside)
-    return finalists(ground, search, menu, chosen, measure, times.rest)
+    chosen = mixes(search, knapsack, winner, inside)
+    return finalists(ground, search, knapsack, chosen, measure, times.rest)
 
 
 def evolution_of(recipe: FitRecipe, tokens: int) -> Evolution:

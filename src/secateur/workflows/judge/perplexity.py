@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_start
-from secateur.engine.stream.embedding_and_head import ModelEnds
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import computed_by, evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
@@ -174,7 +174,7 @@ def dense_losses(
         start: start tokens of a window, which are not predicted.
         progress: receives the windows.
     """
-    ends, device, first = ModelEnds(target, windows), target.device, max(1, start)
+    ends, device, first = EmbeddingAndHead(target, windows), target.device, max(1, start)
     progress.start("judging the dense model", len(windows))
     losses: list[float] = []
     for rows in ends.parts(range(len(windows)), 2):

@@ -21,9 +21,9 @@ from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
-from secateur.engine.prune.tasks import Tasks, left_by
+from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.models.experts import open_experts
-from secateur.models.inventory import Left
+from secateur.models.inventory import SkippedMatrix
 from secateur.models.opening import formats_of, load_whole
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_dtype
@@ -80,7 +80,7 @@ def planned(recipe: PruneRecipe) -> PlanResult:
     ready = time.perf_counter() - began
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(prepared, tasks, recipe.memory)
-    left = left_by(tasks, prepared.target.matrices())
+    left = skipped_matrices(tasks, prepared.target.matrices())
     settings = settings_of(recipe, activations, None)
     seconds = foretell_seconds(
         tasks,
@@ -167,7 +167,7 @@ def run_prepared(
             done = job.carry_out(ledger, progress, finished)
             distilled = _distill(prepared, done, folder, chosen.sweep_windows, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
-        left = left_by(done, prepared.target.matrices())
+        left = skipped_matrices(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
             lambda name: done[name].method.pattern,
@@ -255,7 +255,7 @@ def report_of(output: Path) -> PruneResult:
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
     manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
-    left = [Left(**one) for one in manifest["left"]]
+    left = [SkippedMatrix(**one) for one in manifest["left"]]
     sparsity = manifest["result"]["decoder_sparsity"]
     return PruneResult(sparsity, ledger.layers, manifest, output, left)
 

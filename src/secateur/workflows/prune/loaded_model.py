@@ -19,7 +19,7 @@ from secateur.calibration.windows import EXTRA, check_fit
 from secateur.engine.job import Job
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
-from secateur.engine.prune.tasks import Selection, left_by, tasks_of
+from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
@@ -142,7 +142,7 @@ def prune_module(
                 student.learn(teacher, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
-            left = left_by(done, matrices)
+            left = skipped_matrices(done, matrices)
             sparsity = decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
