@@ -10,6 +10,7 @@ import torch
 
 import secateur
 from secateur.calibration.statistics.gram import Gram
+from secateur.calibration.windows import save_windows
 from secateur.engine.prune.reconstruction import Reconstruction, output_error
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.errors import RecipeError
@@ -237,7 +238,7 @@ def test_parking_on_disk_changes_nothing(tmp_path: Path) -> None:
     source, windows = tmp_path / "source", tiny_windows(6)
     tiny_model("llama").save_pretrained(source)
     file = tmp_path / "w.safetensors"
-    secateur.calibration.windows.save_windows(windows, file)
+    save_windows(windows, file)
     found = []
     for place in ("memory", "disk"):
         out = tmp_path / place
