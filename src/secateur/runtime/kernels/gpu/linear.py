@@ -19,7 +19,7 @@ from secateur.errors import ShapeError
 from secateur.quantization.activations import round_activations
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.linear import numbered
+from secateur.runtime.kernels.operator import numbered
 
 TRIED = (1, 2, 4, 8, TOKENS)
 
