@@ -172,13 +172,13 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
 def is_router(layer: nn.Module, name: str) -> bool:
     """Whether a module of a decoder layer sends tokens to experts, or is a part of what does.
 
-    It is called `gate` or `router`, or has a class with such a name, and stands beside `experts`.
+    It is called `gate` or `router`, or has a class with such a name, and has `experts` as a neighbour.
     """
     owner = layer
     for part in filter(None, name.split(".")):
-        beside = hasattr(owner, "experts") and part in ("gate", "router")
+        routes = hasattr(owner, "experts") and part in ("gate", "router")
         owner = getattr(owner, part)
-        if beside or "router" in type(owner).__name__.lower():
+        if routes or "router" in type(owner).__name__.lower():
             return True
     return False
 
@@ -215,11 +215,7 @@ def hidden_size(model: Any) -> int:
 
 
 def refuse_foreign(model: nn.Module) -> None:
-    """Refuse a module that no class of transformers has made.
-
-    Raises:
-        ArchitectureError: it has no configuration.
-    """
+    """Refuse a module that no class of transformers has made."""
     if not hasattr(model, "config"):
         raise ArchitectureError(
             f"{type(model).__name__} is no causal language model of transformers: it has no "
@@ -270,12 +266,7 @@ def experts_of(model: Any) -> Experts | None:
 
 
 def describe(model: Any) -> Architecture:
-    """Describe a causal language model.
-
-    Raises:
-        ArchitectureError: the model is no causal decoder, or it has no list of decoder layers with
-            linears.
-    """
+    """Describe a causal language model."""
     family = family_of(model)
     if family is not None:
         groups, experts, layers = family.groups, family.experts, family.layers
@@ -291,7 +282,7 @@ def describe(model: Any) -> Architecture:
     candidates = sorted(_candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(
-            f"{type(model).__name__} has no list of decoder layers made of linears",
+            f"{type(model).__name__} has no list of decoder layers made of linear layers",
             remedy="declare its family: see CONTRIBUTING.md, 'Add a model family'",
         )
     path = candidates[0][0]
@@ -304,9 +295,6 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
 
     In an encoder no attention is causal. Where the attention modules do not say, the configuration
     may (`is_decoder`).
-
-    Raises:
-        ArchitectureError: the model is one of them.
     """
     config = getattr(model, "config", None)
     remedy = "Secateur works on causal decoders, which predict the next token from those before it"
@@ -350,11 +338,7 @@ def _candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
 
 
 def positions_of(config: Any) -> int | None:
-    """The number of positions in a model's configuration; None if it has none.
-
-    Args:
-        config: of a transformers model; of a model that also sees or hears, its text part.
-    """
+    """The number of positions in a model's configuration; None if it has none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)
     return found if isinstance(found, int) else None

@@ -23,10 +23,6 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
 
     Layers that store something other than keys and values of each token (recurrent states) stay as
     transformers makes them.
-
-    Args:
-        config: of the model.
-        length: the number of tokens that fit.
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):

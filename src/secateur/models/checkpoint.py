@@ -53,12 +53,7 @@ def shard_name(stem: str, number: int, count: int) -> str:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, compressed or not, in order; each one exists.
-
-    Raises:
-        CheckpointError: there are none, the index names missing files, or the folder contains a
-            dense and a compressed checkpoint.
-    """
+    """The safetensors files of a checkpoint, compressed or not, in order; each one exists."""
     index = folder / INDEX_NAME
     if (folder / PACKED_INDEX_NAME).is_file():
         if index.is_file() or (folder / SINGLE_NAME).is_file():
@@ -111,11 +106,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def read_headers(files: Sequence[Path]) -> list[Header]:
-    """The headers of all files of a checkpoint, each checked against the size of its file.
-
-    Raises:
-        CheckpointError: a file is damaged, or a tensor is in two of them.
-    """
+    """The headers of all files of a checkpoint, each checked against the size of its file."""
     headers = [read_header(file) for file in files]
     owner: dict[str, Path] = {}
     for file, header in zip(files, headers, strict=True):
@@ -163,9 +154,6 @@ class CheckpointReader:
             name: of the tensor; the reader no longer shows it.
             views: by name, views of a tensor on the meta device that has the shape of the stored
                 one. Together they hold each of its values once.
-
-        Raises:
-            CheckpointError: a name is taken, or the views do not add up to the tensor.
         """
         entry = self.entries[name]
         taken = sorted(views.keys() & self.entries.keys())
@@ -235,11 +223,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_all(stream: FileIO, tensor: Tensor) -> None:
-    """Fill a contiguous CPU tensor from an unbuffered file, from its current position.
-
-    Raises:
-        CheckpointError: the file ends first.
-    """
+    """Fill a contiguous CPU tensor from an unbuffered file, from its current position."""
     view = as_bytes(tensor)
     done = 0
     while done < len(view):
@@ -283,26 +267,14 @@ def note_links(files: Iterable[Path]) -> None:
 
 
 class PatchedCopy:
-    """A copy of a checkpoint whose tensors can be overwritten in place.
-
-    Args:
-        source: the checkpoint copied.
-        folder: of the copy, which `create` makes.
-    """
+    """A copy of a checkpoint whose tensors can be overwritten in place."""
 
     def __init__(self, source: CheckpointReader, folder: Path) -> None:
         self.source, self.folder = source, folder
         self._dirty: set[Path] = set()
 
     def create(self, progress: Progress | None = None) -> None:
-        """Copy all files, and replace files of the same names.
-
-        Args:
-            progress: receives the steps, in MiB.
-
-        Raises:
-            MemoryBudgetError: the disk is full.
-        """
+        """Copy all files, and replace files of the same names."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = [*copied_files(self.source.folder), *self.source.files]
         note_links(files)
@@ -321,12 +293,7 @@ class PatchedCopy:
             raise cannot_write(error, self.folder) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Overwrite one tensor; it is cast to the stored dtype.
-
-        Raises:
-            CheckpointError: the shape differs from the stored one.
-            MemoryBudgetError: the disk is full.
-        """
+        """Overwrite one tensor; it is cast to the stored dtype."""
         entry = self.source.entries[name]
         if tuple(tensor.shape) != entry.shape:
             raise CheckpointError(
@@ -421,11 +388,7 @@ class ShardWriter:
         self.stream.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place; each must be written once.
-
-        Raises:
-            MemoryBudgetError: the disk is full.
-        """
+        """Write one tensor to its place; each must be written once."""
         self.waiting.remove(name)
         if name not in self.placed:
             self.placed[name] = (tensor.dtype, tuple(tensor.shape), self.end)
@@ -483,12 +446,6 @@ def refuse_not_finite(files: Iterable[Path]) -> None:
     """Refuse weights that are NaN or infinite. Each file is read once, in small blocks.
 
     A process checks a file once, as long as nobody changes it.
-
-    Args:
-        files: safetensors files, of plain weights or of the parts of packed ones.
-
-    Raises:
-        NumericalError: there are such values; the message names the tensors and their number.
     """
     for file in files:
         found = file.stat()

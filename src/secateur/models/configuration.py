@@ -32,11 +32,7 @@ MOST_LAYERS, MOST_SIDE = 1024, 2**22
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """The JSON of `config.json`.
-
-    Raises:
-        CheckpointError: it is missing, not JSON, or does not name a type of model.
-    """
+    """The JSON of `config.json`."""
     file = folder / "config.json"
     try:
         config = parse_json(file.read_bytes())
@@ -65,9 +61,6 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
     Args:
         folder: of the checkpoint.
         alone: whether the folder may have no weights; then no model known is nearly as large.
-
-    Raises:
-        CheckpointError: names the key, its value and the content of the headers.
     """
     config = read_configuration(folder)
     stored = StoredSizes([] if alone else read_headers(shard_files(folder)))
@@ -182,9 +175,6 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     """Turn every error of transformers on a configuration into an `ArchitectureError`.
 
     Its model classes check little, and each fails in its own way.
-
-    Raises:
-        ArchitectureError: transformers cannot build the model.
     """
     try:
         yield
@@ -206,9 +196,6 @@ def check_folder(folder: Path) -> None:
 
     The configuration must name a model type, all shards must exist, and the header of each one must
     describe every byte of its file.
-
-    Raises:
-        CheckpointError: names what is missing or damaged, with the bytes expected and found.
     """
     _check_config(folder)
     read_configuration(folder)

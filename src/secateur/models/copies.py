@@ -33,16 +33,7 @@ LEFT_OUT = ("config.json", *INDEX_NAMES, *OF_A_FORM)
 
 
 def copy_of(reader: CheckpointReader, folder: Path, *, keep_format: bool = False) -> PatchedCopy:
-    """The kind of copy for a source: plain tensors stay at their places.
-
-    Args:
-        reader: the source.
-        folder: of the copy.
-        keep_format: write back into the form of the source, if it has one.
-
-    Raises:
-        RecipeError: the form cannot take new values.
-    """
+    """The copy for a source: in place for plain tensors, else dense or, on demand, in its form."""
     if not isinstance(reader, AssembledReader):
         return PatchedCopy(reader, folder)
     return StoredCopy(reader, folder) if keep_format else ExpandedCopy(reader, folder)
@@ -56,12 +47,7 @@ def weight_bytes_of(reader: CheckpointReader, *, keep_format: bool = False) -> i
 
 
 class ExpandedCopy(PatchedCopy):
-    """A copy whose tensors are dense: the form of the source and its configuration are gone.
-
-    Args:
-        source: shows the source as dense tensors.
-        folder: of the copy, which `create` makes.
-    """
+    """A copy whose tensors are dense: the form of the source and its configuration are gone."""
 
     source: AssembledReader
 
@@ -70,12 +56,7 @@ class ExpandedCopy(PatchedCopy):
         self._written: CheckpointReader | None = None
 
     def create(self, progress: Progress | None = None) -> None:
-        """Write all tensors dense, and copy the other files. Replaces files of the same names.
-
-        Raises:
-            CheckpointError: parts of the source contradict each other.
-            MemoryBudgetError: the disk is full.
-        """
+        """Write all tensors dense, and copy the other files. Replaces files of the same names."""
         self.folder.mkdir(parents=True, exist_ok=True)
         others = [f for f in copied_files(self.source.folder) if f.name not in LEFT_OUT]
         note_links(others)
@@ -111,13 +92,6 @@ class StoredCopy(PatchedCopy):
     """A copy in the form of the source: new values are rounded to the stored scales.
 
     Zeros stay zeros, and numbers that did not change keep their bytes.
-
-    Args:
-        source: shows the source as dense tensors.
-        folder: of the copy, which `create` makes.
-
-    Raises:
-        RecipeError: the form cannot take new values.
     """
 
     source: AssembledReader
@@ -140,12 +114,7 @@ class StoredCopy(PatchedCopy):
         self.raw.create(progress)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Overwrite one tensor in its form; it is cast to the dtype of the model first.
-
-        Raises:
-            CheckpointError: the shape differs from the dense one.
-            MemoryBudgetError: the disk is full.
-        """
+        """Overwrite one tensor in its form; it is cast to the dtype of the model first."""
         owner = self.source.owner.get(name, name)
         if owner not in self.source.made:
             self.raw.write(name, tensor)
@@ -184,11 +153,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:
-    """Write every tensor that a reader shows, and an index if there are several files.
-
-    Raises:
-        MemoryBudgetError: the disk is full.
-    """
+    """Write every tensor that a reader shows, and an index if there are several files."""
     progress.start("writing tensors", len(view.entries))
     weight_map: dict[str, str] = {}
     for number, file in enumerate(view.files, start=1):

@@ -33,11 +33,7 @@ def _form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts 
 
 
 def open_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Open all experts of a model whose form is known, in place.
-
-    Returns:
-        The replaced fused modules, by path; empty for a model without experts.
-    """
+    """Open all experts of a model whose form is known, in place."""
     from transformers.initialization import no_init_weights
 
     family, replaced = family_of(model), {}
@@ -52,23 +48,13 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def of_unknown_experts(path: str, module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter contains matrices of experts in an unknown layout.
-
-    Args:
-        path: of the module.
-        module: the owner of the parameter.
-        parameter: within a decoder layer; the caller excludes routers.
-    """
+    """Whether a parameter contains matrices of experts in an unknown layout. Ask of no router."""
     named = "expert" in f"{path}.{type(module).__name__}".lower()
     return named and parameter.ndim > 1 and not isinstance(module, nn.Linear)
 
 
 def refuse_fused(layers: nn.Module) -> None:
-    """Refuse decoder layers with experts that cannot be opened.
-
-    Raises:
-        ArchitectureError: their form is unknown.
-    """
+    """Refuse decoder layers with experts that cannot be opened."""
     for path, module in layers.named_modules():
         for parameter in module.parameters(recurse=False):
             if of_unknown_experts(path, module, parameter):
@@ -114,10 +100,6 @@ class ExpertActivation(nn.Module):
     """What an expert computes between its linears, by the code of the class of transformers.
 
     Most classes multiply act(gate) by up; some clamp both first (gpt-oss, MiniMax-M3).
-
-    Args:
-        fused: the experts as transformers holds them.
-        layout: their form.
     """
 
     def __init__(self, fused: nn.Module, layout: ExpertLayout) -> None:
@@ -183,10 +165,6 @@ class Expert(nn.Module):
 class OpenExperts(nn.ModuleList):
     """The experts of a layer; replaces the fused module and is called like it.
 
-    Args:
-        experts: in the order of their numbers.
-        layout: the form in which they were fused.
-
     Attributes:
         call_idle: whether an expert without tokens is called too, with no rows. Then all forwards
             pass all linears in the same order, and gradients reach every weight. Generation is
@@ -229,12 +207,7 @@ class OpenExperts(nn.ModuleList):
         return token, place
 
     def weights(self, given: Mapping[str, Tensor], expert: int) -> Tensor:
-        """The weights of the outputs of an expert, for each token that it received.
-
-        Args:
-            given: the arguments of `forward`.
-            expert: its number.
-        """
+        """The weights of the outputs of an expert, for each token that it received."""
         return given["top_k_weights"][self.routed(given["top_k_index"], expert)]
 
 

@@ -87,11 +87,7 @@ class GgufHeader:
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
-    """Read the header of a GGUF file.
-
-    Raises:
-        CheckpointError: it is no GGUF file, is cut off, or describes what cannot be.
-    """
+    """Read the header of a GGUF file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -105,11 +101,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
 
 
 class Reader:
-    """Reads the parts of a header one after the other.
-
-    Raises:
-        ValueError: a part is not what the format allows.
-    """
+    """Reads the parts of a header one after the other."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self.stream, self.size = stream, size

@@ -51,9 +51,6 @@ def why_unreachable(seconds: float = CONNECT_SECONDS) -> str | None:
 
     Connects to the proxy instead where one is set. A thread looks up the name, because the
     system's resolver takes no time limit.
-
-    Args:
-        seconds: how long to try.
     """
     from huggingface_hub import constants
 
@@ -113,9 +110,6 @@ def refuse_out_of_reach(model: str) -> None:
     and the hub does not answer.
 
     Takes two seconds at most and imports nothing heavy, so a command can ask first.
-
-    Raises:
-        SourceError: saying what can be named instead.
     """
     kind = kind_of_name(model)
     if kind is None and "/" in model:  # without a slash it may be a shape that `advise` knows
@@ -158,10 +152,6 @@ def download_model(
         offline: read the local cache only.
         progress: receives the bytes that arrive, in MiB.
         weights: False fetches the configuration alone.
-
-    Raises:
-        SourceError: the hub has no such model, or it is neither in the cache nor within reach.
-        CheckpointError: it has no safetensors.
     """
     import huggingface_hub
     from huggingface_hub import errors

@@ -22,7 +22,7 @@ from secateur.models.architecture import Architecture, Linear, is_router, linear
 from secateur.models.experts import of_unknown_experts
 
 EXPERTS = "experts in a layout that is not known"
-BESIDE = "not in the decoder's layers"
+OUTSIDE = "not in the decoder's layers"
 NOT_BUILT = "stored, but no part of the causal language model that transformers builds"
 UNKNOWN = "a decoder layer's tensor in a form that is not known"
 
@@ -106,14 +106,6 @@ def stored_linears(
     """The linears of the decoder layers with their layer's number, by the names of their weights.
 
     A layer that shares its weights with another need not be stored.
-
-    Args:
-        model: loaded, or a skeleton.
-        architecture: its description.
-        names: of the parameters that are stored, as the model calls them.
-
-    Raises:
-        CheckpointError: a linear is not stored.
     """
     linears = {
         f"{linear.name}.weight": (index, linear)
@@ -167,13 +159,13 @@ def inventory(
             found.append(StoredMatrix(stored, shape, *linears[name]))
         elif name in parameters:
             reason = _reason_of(model, architecture, name, inside=inside is not None)
-            part = part_beside(stored, path) if reason == BESIDE else ""
+            part = part_outside(stored, path) if reason == OUTSIDE else ""
             found.append(StoredMatrix(stored, shape, inside, None, reason, part))
         elif inside is not None:
             reason = EXPERTS if "expert" in name else UNKNOWN
             found.append(StoredMatrix(stored, shape, inside, None, reason))
         else:
-            part = part_beside(stored, path)
+            part = part_outside(stored, path)
             found.append(StoredMatrix(stored, shape, None, None, NOT_BUILT, part))
     last = len(place)
     return sorted(
@@ -203,7 +195,7 @@ def _reason_of(model: Any, architecture: Architecture, name: str, *, inside: boo
     if module is model.get_output_embeddings():
         return "output head"
     if not inside:
-        return BESIDE
+        return OUTSIDE
     if isinstance(module, _ConvNd):
         return "convolution"
     if "norm" in sort.lower():
@@ -236,7 +228,7 @@ def _stored_path(
     return path
 
 
-def part_beside(name: str, layers_path: str) -> str:
+def part_outside(name: str, layers_path: str) -> str:
     """The largest part of a model that contains a parameter but not the decoder layers."""
     mine, theirs = name.split("."), layers_path.split(".")
     same = 0
@@ -287,9 +279,6 @@ def refuse_shared(model: Any, architecture: Architecture) -> None:
     """Refuse decoder layers that share weights with each other.
 
     Pruning one layer would prune all of them, but the score would use the inputs of only one.
-
-    Raises:
-        ArchitectureError: names two parameters that are the same.
     """
     shared = _shared_parameters(model, architecture)
     if shared:

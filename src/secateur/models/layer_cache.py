@@ -91,9 +91,6 @@ def layer_caches(model: Any) -> list[LayerCache]:
 
     transformers says of which kind each layer is; the shapes of its linears say how much it keeps,
     so cut models are counted too. A kind of layer that is unknown counts as full attention.
-
-    Raises:
-        ArchitectureError: the model is no causal decoder.
     """
     layers = describe(model).layers(model)
     config = text_config(model.config)

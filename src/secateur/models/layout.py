@@ -71,7 +71,7 @@ class Couplings:
             An attribute `config.x` is a value the module reads from the model's configuration.
         norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
         scaled_embedding: embeddings are multiplied by the square root of the hidden size.
-        with_neurons: entries of the configuration that another number of neurons needs besides.
+        with_neurons: entries of the configuration that another number of neurons needs too.
         alike: why all layers must keep the same sizes; empty where they may differ.
         fixed: kinds of units that cannot be cut (`groups`, `neurons`, `hidden`), and why.
     """

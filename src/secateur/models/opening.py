@@ -38,11 +38,7 @@ REMEDIES: Mapping[str, str] = {
 
 
 def refuse_quantized(folder: Path) -> None:
-    """Refuse a checkpoint whose weights are not plain numbers.
-
-    Raises:
-        CheckpointError: it is quantized, or compressed already.
-    """
+    """Refuse a checkpoint whose weights are not plain numbers."""
     method = _method_of(read_config(folder))
     if method is None:
         return
@@ -63,9 +59,9 @@ def refuse_quantized(folder: Path) -> None:
 
 def _method_of(config: Mapping[str, Any]) -> str | None:
     """What a configuration calls the form of its weights; None if it names none."""
-    told = config.get("quantization_config")
-    if told is not None and not isinstance(told, dict):
-        return str(told)
+    named = config.get("quantization_config")
+    if named is not None and not isinstance(named, dict):
+        return str(named)
     described = described_by(config)
     return str(described.get("quant_method", "compressed-tensors")) if described else None
 

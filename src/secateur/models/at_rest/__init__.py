@@ -106,9 +106,6 @@ class AssembledReader(CheckpointReader):
         entries: the dense tensors; the offsets of made ones mean nothing.
         rounded: made tensors that were read, and whether their dtype cannot hold the exact values.
         splits: the tensors that are shown as several ones, with views of each.
-
-    Raises:
-        CheckpointError: a dense tensor is stored and made at once.
     """
 
     def __init__(
@@ -140,21 +137,13 @@ class AssembledReader(CheckpointReader):
             )
 
     def read(self, name: str) -> Tensor:
-        """One dense tensor, in memory of its own.
-
-        Raises:
-            CheckpointError: its parts contradict each other.
-        """
+        """One dense tensor, in memory of its own."""
         if name in self.owner:
             return self.part_of(self.owner[name], name)
         return self.whole(name) if name in self.made else read_entry(self.entries[name])
 
     def whole(self, name: str) -> Tensor:
-        """A made tensor, also if it is shown as several.
-
-        Raises:
-            CheckpointError: its parts contradict each other.
-        """
+        """A made tensor, also if it is shown as several."""
         assembly = self.made[name]
         parts = {role: self.stored.read(part) for role, part in assembly.parts.items()}
         try:
@@ -205,12 +194,7 @@ class AssembledReader(CheckpointReader):
 
 
 def view_in(whole: Tensor, entry: TensorEntry) -> Tensor:
-    """A tensor that is a part of another one, as a view.
-
-    Args:
-        whole: contiguous.
-        entry: of the part; its offset counts from the first byte of the whole.
-    """
+    """A part of a contiguous tensor, as a view; the entry's offset counts from its first byte."""
     start = entry.offset // entry.dtype.itemsize
     if entry.strides is not None:
         return whole.view(-1).as_strided(entry.shape, entry.strides, start)
@@ -283,11 +267,7 @@ def damaged(what: str, where: object) -> CheckpointError:
 
 
 def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) -> None:
-    """Refuse a folder whose configuration names a form in which no matrix is stored.
-
-    Raises:
-        CheckpointError: says so.
-    """
+    """Refuse a folder whose configuration names a form in which no matrix is stored."""
     if not made:
         raise damaged(f"config.json says {form}, and no matrix is stored so", source.folder)
 

@@ -188,15 +188,7 @@ def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset
 
 
 def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> Assembly:
-    """The tensor that these parts make.
-
-    Args:
-        reader: the stored tensors; only the shape is read now.
-        parts: the names of `BITMASK_PARTS`.
-
-    Raises:
-        CheckpointError: a part is missing, or has an impossible shape.
-    """
+    """The tensor that these parts make."""
     missing = {"compressed", "bitmask", "shape"} - parts.keys()
     if missing:
         raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
@@ -257,16 +249,7 @@ def _bits_of(packed: Tensor) -> Tensor:
 def _marlin_assembly(
     reader: CheckpointReader, parts: Mapping[str, str], dtype: torch.dtype
 ) -> Assembly:
-    """The matrix that these parts make.
-
-    Args:
-        reader: the stored tensors.
-        parts: the names of `MARLIN_PARTS`.
-        dtype: of the model.
-
-    Raises:
-        CheckpointError: a part is missing, or has an impossible shape or dtype.
-    """
+    """The matrix that these parts make."""
     missing = set(MARLIN_PARTS) - parts.keys()
     if missing:
         raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
@@ -375,18 +358,7 @@ def _scaled_assembly(
     dtype: torch.dtype,
     widths: frozenset[int],
 ) -> Assembly:
-    """The matrix that these parts make.
-
-    Args:
-        reader: the stored tensors; only the shape is read now.
-        parts: the names of `SCALED_PARTS`.
-        sparse: the names of `BITMASK_PARTS`, if the integers are stored without zeros.
-        dtype: of the model.
-        widths: the bits of integers that the configuration names.
-
-    Raises:
-        CheckpointError: a part is missing, or has an impossible shape or dtype.
-    """
+    """The matrix that these parts make."""
     if "weight_scale" not in parts:
         raise damaged("there is no weight_scale beside it", next(iter(parts.values())))
     for role in ("weight_scale", "weight_zero_point"):
