@@ -172,7 +172,7 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
 def is_router(layer: nn.Module, name: str) -> bool:
     """Whether a module of a decoder layer sends tokens to experts, or is a part of what does.
 
-    It is called `gate` or `router`, or has a class with such a name, and has `experts` as a neighbour.
+    It is called `gate` or `router`, or has a class with such a name, and is next to `experts`.
     """
     owner = layer
     for part in filter(None, name.split(".")):
