@@ -5,7 +5,8 @@
 - Twins are two classes with five or more fields of the same name. A field is an annotated name in
   the body of the class. A class and its subclass are no twins, and a protocol has none.
 - A function is named once if its name stands in one place outside its own lines, as a name or an
-  attribute. Imports do not count. Only functions of modules count, not methods.
+  attribute. Imports do not count, and underscores at the start make no other name. Only functions
+  of modules count, not methods.
 - A statement line is not blank, and is no part of a comment, docstring, import or `__all__`.
 """
 
@@ -192,10 +193,10 @@ def named_once(modules: list[Module]) -> list[Once]:
     for module in modules:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Name):
-                places[node.id].append((module.path, node.lineno))
+                places[node.id.lstrip("_")].append((module.path, node.lineno))
             elif isinstance(node, ast.Attribute):
                 line = node.end_lineno or node.lineno
-                places[node.attr].append((module.path, line))
+                places[node.attr.lstrip("_")].append((module.path, line))
     found = []
     for module in modules:
         for function in module.tree.body:
@@ -205,7 +206,7 @@ def named_once(modules: list[Module]) -> list[Once]:
             own = range(function.lineno, last + 1)
             uses = [
                 f"{path}:{line}"
-                for path, line in places[function.name]
+                for path, line in places[function.name.lstrip("_")]
                 if path != module.path or line not in own
             ]
             if len(uses) == 1:

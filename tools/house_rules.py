@@ -160,6 +160,16 @@ def listed(kind: str, found: list[Module], imports: Arrows) -> str:
     return "\n".join(map(str, twins(found) if kind == "twins" else named_once(found)))
 
 
+def distance_of_a_weight(tree: Path) -> dict[str, float]:
+    """The numbers of a house for which a recipe has to run."""
+    with tiny_run(tree) as prune:
+        first = first_weight(prune, tree / "src" / PACKAGE)
+    return {
+        "files a run opens before it changes a weight": first.files,
+        "functions deep where it changes a weight": first.deep,
+    }
+
+
 def main() -> None:
     """Print numbers and violations of this working tree; the exit code is 1 if a rule is broken."""
     parser = argparse.ArgumentParser(description="Check the house rules.")
@@ -171,21 +181,18 @@ def main() -> None:
     if chosen.list:
         print(listed(chosen.list, found, imports))
         return
-    with tiny_run(tree) as prune:
-        first = first_weight(prune, tree / "src" / PACKAGE)
-    today = numbers(found, imports) | {
-        "files a run opens before it changes a weight": first.files,
-        "functions deep where it changes a weight": first.deep,
-    }
+    broken = violations(found, imports)
+    print("".join(f"{line}\n" for line in broken), file=sys.stderr, end="", flush=True)
+    today = numbers(found, imports) | distance_of_a_weight(tree)
     if chosen.lower:
         print("\n".join(lower(HERE, today)) or "no number has fallen")
         return
     print(table(today))
     median, long = sizes(found)
     print(f"lines of a module: median {median}, nine of ten have at most {long}")
-    broken = violations(found, imports) + risen(today)
-    if broken:
-        print("\n".join(broken), file=sys.stderr)
+    more = risen(today)
+    print("".join(f"{line}\n" for line in more), file=sys.stderr, end="")
+    if broken or more:
         sys.exit(1)
     print(f"house rules: no violations, {len(TO_FIX)} to fix")
 

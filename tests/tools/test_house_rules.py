@@ -176,6 +176,7 @@ def test_functions_that_are_named_once(house: Path) -> None:
     assert counted_once(house, twice) == []
     assert counted_once(house, twice.removesuffix("sit()\n")) == ["sit"]
     assert counted_once(house, "def sit(): ...\ndef rest():\n    sit()\n    rest()\n") == ["sit"]
+    assert counted_once(house, "def _sit(): ...\n_sit()\nsit = 1\n") == []  # a shorter name
     assert counted_once(house, "class Bench:\n    def sit(self): ...\nBench().sit()\n") == []
     assert counted_once(house, "from cottage.kitchen.table import lay\nlay()\n") == []
     write(house, "kitchen/table.py", "def lay(): ...\n")
