@@ -40,13 +40,13 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 665,
-    "modules that only their neighbour imports": 59,
+    "source files": 438,
+    "modules that only their neighbour imports": 20,
     "pairs of classes with five equal fields": 24,
-    "percent of lines that import": 8.3,
-    "lines of statements": 44520,
-    "functions named in one place": 733,
-    "files a run opens before it changes a weight": 108,
+    "percent of lines that import": 7.0,
+    "lines of statements": 44167,
+    "functions named in one place": 728,
+    "files a run opens before it changes a weight": 80,
     "functions deep where it changes a weight": 18,
 }
 """The most that each number may be."""
