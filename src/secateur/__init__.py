@@ -127,10 +127,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name not in HOMES:
-        renamed = importlib.import_module("secateur.recipes.old_names").renamed(name, HOMES)
-        hint = f"; it is now called {renamed[0]!r}" if renamed else ""
-        raise AttributeError(f"module 'secateur' has no attribute {name!r}{hint}")
-
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
     found = getattr(importlib.import_module(HOMES[name]), name)
     if isinstance(found, FunctionType):
         found = importlib.import_module("secateur.recipes.keywords").naming_keywords(found)

@@ -38,7 +38,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"train": {"gradual": {"sparsity": 0.5, "schedule": "cubical"}}}, "unknown schedule"),
     ({"structure": {}}, "the recipe cuts nothing"),
     ({"structure": {"ffn": 0.5, "score": "wandas"}}, "unknown score 'wandas'"),
-    ({"structure": {"ffn": 0.5, "heads": 0.5}}, "heads: this key is now called 'kv_groups'"),
+    ({"structure": {"ffn": 0.5, "kv_group": 0.5}}, "kv_group: unknown key; did you mean 'kv_gr"),
     ({"structure": {"keep_layers": 99}}, "keeps 99 decoder layers, but the model has"),
     ({"structure": {"hidden_size": 999}}, "keeps 999 channels"),
     ({"structure": {"ffn": 0.5, "vocabulary": "nofile.txt"}}, "no text is named 'nofile.txt'"),

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from secateur.recipes.old_names import unknown_name
 from secateur.recipes.options import choices_of, holds, options_of, section_of, without_none
 from secateur.recipes.section import Recipe, Section
 
@@ -180,3 +179,10 @@ def unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
         return f"unknown key; in a recipe this is {home!r}"
     known = dict.fromkeys([*kind.model_fields, *(option.name for option in options)])
     return unknown_name("key", name, list(known))
+
+
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """The hint of an error about an unknown key, option or verb: a similar name, or all names."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what}; {hint}"
