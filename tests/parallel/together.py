@@ -105,7 +105,7 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.workflows.prune.order import follow
+    from secateur.workflows.prune.workers import run_worker
     from secateur.workflows.prune_and_pack import prune_recipe
 
     with joined("cpu") as ranks:
@@ -114,7 +114,7 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
             if ranks.first:
                 prune_recipe(recipe, Silent(), ranks=ranks, **call)
             else:
-                follow(recipe, ranks)
+                run_worker(recipe, ranks)
             ranks.wait()
 
 

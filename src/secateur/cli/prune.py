@@ -19,7 +19,7 @@ def run(
     """Prune with a progress bar, or plan. Of several processes, only the first one shows it."""
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
-    from secateur.workflows.prune.order import follow
+    from secateur.workflows.prune.workers import run_worker
     from secateur.workflows.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
 
     if dry_run:
@@ -28,7 +28,7 @@ def run(
         return prune_on_ray(recipe, call, show_progress)
     with joined(recipe.device) as ranks:
         if not ranks.first:
-            follow(recipe, ranks)
+            run_worker(recipe, ranks)
             return None
         with show_progress() as progress:
             return prune_recipe(recipe, progress, ranks=ranks, **call)

@@ -52,8 +52,8 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.workflows.compress.pack import check_compression, compress_recipe
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
-from secateur.workflows.prune.order import refuse_cluster
 from secateur.workflows.prune.prepare import settings_of
+from secateur.workflows.prune.workers import refuse_cluster
 from secateur.workflows.structure.cut_plan import check_together, count, plan_cut
 from secateur.workflows.structure.run import structure_recipe
 from secateur.workflows.train.checkpoint import run_training
@@ -111,12 +111,12 @@ def run_chain(
         asked = {"steps": [step.asked for step in steps]}  # may change while the chain is stopped
         folder.begin({"model": recipe.model, "source_files": weights}, asked)
         if not folder.finished:
-            links = carry_out(
+            links = run_steps(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
             report = ChainResult(links, folder.output)
             gather_notes(folder)
-            name_the_ends(folder, recipe, source)
+            name_model_and_output(folder, recipe, source)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
     return read_report(folder.output)
@@ -146,7 +146,7 @@ def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
     return begun
 
 
-def carry_out(
+def run_steps(
     steps: Sequence[PlannedStep],
     model: str,
     source: Path,
@@ -187,7 +187,7 @@ def carry_out(
     return tuple(links)
 
 
-def name_the_ends(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
+def name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
     """Write the recipe of the chain, and name its model and its output in card and records.
 
     The steps have named their own folders, which are gone. Only the last one is the output; the
@@ -198,7 +198,7 @@ def name_the_ends(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoin
     ends[str(folder.work / steps[-1])] = str(folder.output)
     for file in sorted(folder.notes.rglob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, ends_named(found, ends, source))
+        write_json(file, with_names(found, ends, source))
     whole = dump_recipe(recipe)
     write_text(folder.notes / RECIPE, whole)
     card, model = folder.model / "README.md", source_name(source.record())
@@ -214,14 +214,14 @@ def name_the_ends(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoin
     write_text(card, made.join((first, "".join(others))))
 
 
-def ends_named(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
+def with_names(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
     """A record in which the folders of steps are replaced by the chain's model or its output."""
     if isinstance(value, dict):
         if value.get("kind") == "folder" and value.get("name") in ends:
             return source.record()
-        return {key: ends_named(x, ends, source) for key, x in value.items()}
+        return {key: with_names(x, ends, source) for key, x in value.items()}
     if isinstance(value, list):
-        return [ends_named(x, ends, source) for x in value]
+        return [with_names(x, ends, source) for x in value]
     return ends.get(value, value) if isinstance(value, str) else value
 
 

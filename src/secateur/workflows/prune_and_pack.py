@@ -41,10 +41,10 @@ from secateur.runs.folder import NOTES, check_output
 from secateur.sparsity.methods import Method
 from secateur.workflows.chain import checked_steps, run_chain
 from secateur.workflows.compress.pack import COMPRESSION
-from secateur.workflows.prune.checkpoint import planned, report_of, run_recipe
+from secateur.workflows.prune.checkpoint import plan_pruning, report_of, run_recipe
 from secateur.workflows.prune.composition import method_of
 from secateur.workflows.prune.loaded_model import prune_module
-from secateur.workflows.prune.order import follow, refuse_several
+from secateur.workflows.prune.workers import refuse_several, run_worker
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -125,7 +125,7 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
     asked = PruneCall(dry_run=True, **call)
     if asked.gpus is not None:
         return plan_on_paper(recipe, asked)
-    plan = planned(recipe)
+    plan = plan_pruning(recipe)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
     return plan
@@ -234,7 +234,7 @@ def do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) ->
     recipe = build_recipe(PruneRecipe, values)
     with joined(recipe.device) as ranks:
         if not ranks.first:
-            follow(recipe, ranks)
+            run_worker(recipe, ranks)
             return
         with showing() as progress:
             run_recipe(recipe, progress, **call, ranks=ranks)

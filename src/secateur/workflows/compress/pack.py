@@ -53,7 +53,7 @@ from secateur.workflows.compress.rounding import (
     own_values,
     round_checkpoint,
     rounding_recipe,
-    told_of,
+    rounding_record,
 )
 from secateur.workflows.compress.storage_plan import (
     PackableMatrix,
@@ -133,7 +133,7 @@ def compress_recipe(
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
             return CompressResult.from_json(json.loads(record))
-        zeros = fractions(reader, matrices) if text is not None else {}
+        zeros = zero_fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
             report = packed_within(folder, recipe, source, matrices, choice, begun)
@@ -142,7 +142,7 @@ def compress_recipe(
         if text is not None:
             run = rounding_recipe(recipe, source.folder, zeros, folder.work / "rounded")
             rounded = round_checkpoint(run, progress)
-            reader, rounding = CheckpointReader(rounded), told_of(rounded)
+            reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
         if recipe.overrides:
             values_of = stored_values(recipe, matrices)
@@ -259,7 +259,9 @@ def pack_model(
     files = plan_files(reader, plan)
     check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
     progress.start("packing", len(reader.entries))
-    write_packed(made, files, contents(reader, plan, matrices, progress), archive=recipe.archive)
+    write_packed(
+        made, files, packed_tensors(reader, plan, matrices, progress), archive=recipe.archive
+    )
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
     layouts = [layout for file in files for layout in file.layouts.values()]
@@ -291,7 +293,9 @@ def packed_config(
     }
 
 
-def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> dict[str, float]:
+def zero_fractions(
+    reader: CheckpointReader, matrices: dict[str, PackableMatrix]
+) -> dict[str, float]:
     """The fraction of zeros of every linear, by its name."""
     found = {}
     for name, matrix in matrices.items():
@@ -301,7 +305,7 @@ def fractions(reader: CheckpointReader, matrices: dict[str, PackableMatrix]) -> 
     return found
 
 
-def contents(
+def packed_tensors(
     reader: CheckpointReader,
     plan: StoragePlan,
     matrices: dict[str, PackableMatrix],

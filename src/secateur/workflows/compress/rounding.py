@@ -120,7 +120,7 @@ def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
     return output
 
 
-def told_of(rounded: Path) -> dict[str, Any]:
+def rounding_record(rounded: Path) -> dict[str, Any]:
     """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
     manifest = json.loads((notes / "manifest.json").read_text(encoding="utf-8"))
@@ -233,7 +233,7 @@ class MixedChoice:
         windows, file = self.choosing.windows, self.work / "values.jsonl"
         chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
         names = {self.linears[linear]: n for linear, n in chosen.level_of.items() if n}
-        record = told_of(self.folders[ROUNDED[-1]])
+        record = rounding_record(self.folders[ROUNDED[-1]])
         errors = [self.levels[n].error_of.get(name, 0.0) for name, n in chosen.level_of.items()]
         record["mean_error"] = sum(errors) / len(errors)
         count = Counter(("unchanged", *ROUNDED)[level] for level in chosen.level_of.values())

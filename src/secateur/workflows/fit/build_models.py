@@ -25,7 +25,7 @@ from secateur.recipes.fit import FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import AUTO, choose_layout
-from secateur.workflows.compress.pack import ChosenValues, fractions, pack_model
+from secateur.workflows.compress.pack import ChosenValues, pack_model, zero_fractions
 from secateur.workflows.compress.rounding import (
     BITS,
     output_errors,
@@ -161,7 +161,7 @@ def rounded(
         return source
     ends = {"model": str(source), "output": str(output), **trust(recipe)}
     run = build_recipe(CompressRecipe, {**options, **ends})
-    zeros = fractions(CheckpointReader(source), dict(matrices))
+    zeros = zero_fractions(CheckpointReader(source), dict(matrices))
     return round_checkpoint(rounding_recipe(run, source, zeros, output), progress)
 
 

@@ -44,7 +44,7 @@ from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder
 from secateur.sparsity.evolution import Evolution
 from secateur.workflows.compress.pack import pack_into
-from secateur.workflows.compress.rounding import told_of
+from secateur.workflows.compress.rounding import rounding_record
 from secateur.workflows.fit.build_models import chosen_values, made_levels, packing_recipe, steps_of
 from secateur.workflows.fit.candidates import (
     BRANCHES,
@@ -452,7 +452,7 @@ def pack_winner(
         [[verb, given]] = winner.cut.items()
         steps.insert(0, {verb: {**given, "calibration": {"source": text}}})
     ends = {"model": recipe.model, "output": recipe.output}
-    rounding = told_of(winner.folder) if "calibration" in steps[-1]["compress"] else {}
+    rounding = rounding_record(winner.folder) if "calibration" in steps[-1]["compress"] else {}
     if rounding:
         rounding["calibration"] = {**rounding["calibration"], "source": text}
     chosen = chosen_values(recipe, winner.folder, winner.kinds, rounding)

@@ -96,7 +96,7 @@ def bench(
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     result = BenchResult(str(model), compressed, speeds, size, dense, protocol)
-    keep(result, folder)
+    write_record(result, folder)
     return result
 
 
@@ -143,7 +143,7 @@ def check_asked(
         raise RecipeError("there is no such GGUF file", where=missing[0], remedy="check the path")
 
 
-def keep(report: BenchResult, folder: Path) -> None:
+def write_record(report: BenchResult, folder: Path) -> None:
     """Write the results beside the records of a pruning run, if the folder has them."""
     if not (folder / NOTES).is_dir():
         return

@@ -98,20 +98,22 @@ def diagnose(
     progress = listener(progress)
     steps = [] if training_log is None else read_log(Path(training_log))
     place = choose_device(device)
-    ours = opened(model, place, trust_remote_code)
+    ours = open_in_float32(model, place, trust_remote_code)
     reference = None
     if dense is not None:
-        theirs = opened(dense, place, trust_remote_code)
-        reference = beside(ours, theirs, str(text), windows, sequence_length, trust_remote_code)
+        theirs = open_in_float32(dense, place, trust_remote_code)
+        reference = open_reference(
+            ours, theirs, str(text), windows, sequence_length, trust_remote_code
+        )
     claims = read_claims(ours.reader.folder)
-    weights, findings = looked_at(ours, claims, reference, progress)
+    weights, findings = check_weights(ours, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
     if reference is not None:
         drift = layer_drifts(ours, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
     target = check_target().target
-    findings += about_pruned(ours, claims, weights, reference, target)
+    findings += pruned_findings(ours, claims, weights, reference, target)
     findings += check_training(steps, str(training_log))
     found = DiagnoseResult(
         str(model),
@@ -125,11 +127,13 @@ def diagnose(
         environment(place),
         reference.protocol if reference else {},
     )
-    keep(found)
+    write_diagnosis(found)
     return found
 
 
-def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> CheckpointTarget:
+def open_in_float32(
+    model: str | Path, device: torch.device, trust_remote_code: bool
+) -> CheckpointTarget:
     """Open a checkpoint, compressed or not, for computation in float32.
 
     float32 shows the effect of pruning without the rounding of bfloat16.
@@ -144,7 +148,7 @@ def opened(model: str | Path, device: torch.device, trust_remote_code: bool) -> 
     )
 
 
-def beside(
+def open_reference(
     ours: CheckpointTarget,
     theirs: CheckpointTarget,
     text: str,
@@ -193,7 +197,7 @@ def token_windows(
     return tokens, start_tokens(tokenizer)
 
 
-def looked_at(
+def check_weights(
     ours: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
 ) -> tuple[Weights, list[Finding]]:
     """Check every stored tensor, and return the findings."""
@@ -225,7 +229,7 @@ def stored_as_int8(target: CheckpointTarget) -> bool:
     return any(layout.values == "int8" for layout in target.reader.packed.layouts.values())
 
 
-def about_pruned(
+def pruned_findings(
     ours: CheckpointTarget,
     claims: Claims,
     weights: Weights,
@@ -238,11 +242,11 @@ def about_pruned(
     pattern = claims.pattern.name if claims.pattern else "unstructured"
     return [
         *check_speed(ours.reader.folder, pattern, weights.sparsity, target),
-        *not_looked_at(claims, reference),
+        *skipped_checks(claims, reference),
     ]
 
 
-def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
+def skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]:
     """Notes about the checks of a pruned model that were impossible."""
     found = []
     if not claims.linears:
@@ -269,7 +273,7 @@ def not_looked_at(claims: Claims, reference: Reference | None) -> list[Finding]:
     return found
 
 
-def keep(found: DiagnoseResult) -> None:
+def write_diagnosis(found: DiagnoseResult) -> None:
     """Write the diagnosis beside the records of the run, if there are any."""
     folder = found.claims.folder
     if folder is None:

@@ -52,7 +52,6 @@ from secateur.training.distillation import (
     write_layers,
 )
 from secateur.training.layerwise import LayerwiseDistillation
-from secateur.workflows.prune.order import WorkOrder, digest_of, give, refuse_cluster
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
@@ -63,17 +62,18 @@ from secateur.workflows.prune.prepare import (
     tasks_for,
     with_own_windows,
 )
+from secateur.workflows.prune.workers import WorkerJob, broadcast, digest_of, refuse_cluster
 from secateur.workflows.run_windows import BESIDE, refuse_shared
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
-WAY = "distillation.json"
+DISTILLATION_MODE = "distillation.json"
 
 NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
-def planned(recipe: PruneRecipe) -> PlanResult:
+def plan_pruning(recipe: PruneRecipe) -> PlanResult:
     """What a recipe would need on this machine."""
     began = time.perf_counter()
     prepared = prepare(recipe, only_plan=True, pictures=True)
@@ -137,7 +137,9 @@ def run_prepared(
     recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory, ranks, way_of(folder))
+    chosen, activations = choose_plan(
+        prepared, tasks, recipe.memory, ranks, stored_sweep_windows(folder)
+    )
     if not folder.finished:
         check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
@@ -145,12 +147,12 @@ def run_prepared(
     with folder:
         folder.begin(identity(prepared, progress))
         if folder.finished:
-            give(None, ranks)
+            broadcast(None, ranks)
             return report_of(folder.output)
         if not folder.resumed:
             refuse_all_zero(prepared.target)
         prepared = with_kept_windows(prepared, folder, progress)
-        write_json(folder.work / WAY, {"sweep_windows": chosen.sweep_windows})
+        write_json(folder.work / DISTILLATION_MODE, {"sweep_windows": chosen.sweep_windows})
         job = Job(
             prepared.target,
             tasks,
@@ -161,7 +163,7 @@ def run_prepared(
             prepared.beside,
         )
         finished = begin(prepared, ledger, progress)
-        give(order_of(prepared, folder, activations, finished, ledger), ranks)
+        broadcast(worker_job(prepared, folder, activations, finished, ledger), ranks)
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
@@ -241,9 +243,9 @@ def _distill(
     return losses
 
 
-def way_of(folder: RunFolder) -> int | None:
+def stored_sweep_windows(folder: RunFolder) -> int | None:
     """How many windows a sweep of a stopped run has, whatever fits now; None for a new run."""
-    told = folder.work / WAY
+    told = folder.work / DISTILLATION_MODE
     if not (folder.state and told.exists()):
         return None
     windows: int = json.loads(told.read_text(encoding="utf-8"))["sweep_windows"]
@@ -305,11 +307,11 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     return 0
 
 
-def order_of(
+def worker_job(
     prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
-) -> WorkOrder:
+) -> WorkerJob:
     """What the other processes of the run must know."""
-    return WorkOrder(
+    return WorkerJob(
         partial=str(folder.partial),
         state=folder.state_text(),
         windows=None if prepared.windows is None else str(folder.work / WINDOWS),

@@ -47,7 +47,7 @@ from secateur.workflows.structure.cut_plan import CutPlan, representative
 from secateur.workflows.structure.steps import StepContext
 from secateur.workflows.structure.width import uniform_cut
 from secateur.workflows.train.checkpoint import OpenFile, stored_model
-from secateur.workflows.train.memory import check_memory, foretell
+from secateur.workflows.train.memory import check_memory, training_memory
 from secateur.workflows.train.session import run_loop
 from secateur.workflows.train.text import TrainingText
 
@@ -310,7 +310,7 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
         memory=TrainingBudget(max_memory=context.recipe.memory.max_memory),
         trust_remote_code=context.recipe.trust_remote_code,
     )
-    needed = foretell(
+    needed = training_memory(
         recipe, target, None, TrainingText(windows, None, {}), plan, ProcessGroup(context.device)
     )
     tokens = min(plan.at_once(windows.shape[1]), how.batch) * windows.shape[1]

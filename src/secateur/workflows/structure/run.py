@@ -52,8 +52,8 @@ from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
 from secateur.training.layerwise import LayerwiseDistillation
-from secateur.workflows.prune.order import give
 from secateur.workflows.prune.prepare import SWEEP_WINDOWS, log_sweeps
+from secateur.workflows.prune.workers import broadcast
 from secateur.workflows.run_windows import (
     extra_windows,
     log_short_text,
@@ -227,7 +227,7 @@ def structure_recipe(
         if not folder.finished:
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter, ranks)
-    give(None, ranks)
+    broadcast(None, ranks)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
     return StructureResult(manifest, folder.output)
 

@@ -59,7 +59,7 @@ from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from secateur.workflows.prune.order import digest_of, give, refuse_another_model
+from secateur.workflows.prune.workers import broadcast, digest_of, refuse_another_model
 from secateur.workflows.structure.cut_plan import CutPlan
 from secateur.workflows.structure.width import Narrowing
 
@@ -179,7 +179,7 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     target, recipe = context.target(folder), context.recipe
     assert context.aim.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    give(SurveyOrder(str(context.windows_file), digest_of(target.reader)), context.ranks)
+    broadcast(SurveyOrder(str(context.windows_file), digest_of(target.reader)), context.ranks)
     use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
@@ -373,7 +373,7 @@ def follow(recipe: StructureRecipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: this process sees other files than the first one.
     """
-    while (told := give(None, ranks)) is not None:
+    while (told := broadcast(None, ranks)) is not None:
         order = SurveyOrder(**told)
         file = Path(order.windows)
         if not file.exists():

@@ -45,7 +45,12 @@ from secateur.training.masks import Masks, is_shared, local, rows_of
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.training_plan import TrainingPlan, optimizers
 from secateur.workflows.checkpoint_files import carry_over
-from secateur.workflows.train.memory import TrainingMemory, check_memory, disk_bytes, foretell
+from secateur.workflows.train.memory import (
+    TrainingMemory,
+    check_memory,
+    disk_bytes,
+    training_memory,
+)
 from secateur.workflows.train.session import Session, Trained, train_in_rounds
 from secateur.workflows.train.setup import (
     Adapted,
@@ -118,7 +123,7 @@ def plan_training(
     refuse_quantized(source.folder)
     target = target_of(recipe, source, processes)
     text = text_of(recipe, source, target, progress)
-    found = foresee(recipe, source, target, text, None, processes)
+    found = plan_resources(recipe, source, target, text, None, processes)
     places = () if found.teacher is None else (found.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
     check_output(recipe.output, "train", found.disk_bytes, read, call)
@@ -192,7 +197,7 @@ def train_into(
         )
     if folder.finished:
         return
-    found = foresee(recipe, source, target, text, work, processes)
+    found = plan_resources(recipe, source, target, text, work, processes)
     teacher = found.teacher
     if teacher is not None:
         folder.keep_apart(teacher.folder)
@@ -265,7 +270,7 @@ def text_of(
     return text
 
 
-def foresee(
+def plan_resources(
     recipe: TrainRecipe,
     source: LocalCheckpoint,
     target: CheckpointTarget,
@@ -283,7 +288,7 @@ def foresee(
     teacher = teacher_of(recipe, work)
     if teacher is not None:
         check_tokenizers(source, teacher, recipe.trust_remote_code)
-    memory = foretell(recipe, target, teacher, text, plan, processes)
+    memory = training_memory(recipe, target, teacher, text, plan, processes)
     check_memory(memory, recipe, processes.device)
     return Foreseen(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
 

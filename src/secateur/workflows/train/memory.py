@@ -95,7 +95,7 @@ class TrainingMemory:
         return {"peak": self.peak, "host_peak": self.host_peak, **asdict(self)}
 
 
-def foretell(
+def training_memory(
     recipe: TrainRecipe,
     target: CheckpointTarget,
     teacher: LocalCheckpoint | None,

@@ -112,9 +112,9 @@ def objective_of(
         return NextToken.of(model)
     options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
     options |= {"next_token": recipe.next_token}
-    file = written_down(recipe, work)
+    file = teacher_file(recipe, work)
     if place is None:
-        return Distil.between(model, written(file, text), **options)
+        return Distil.between(model, stored_teacher(file, text), **options)
     teacher = load(
         place.folder,
         processes,
@@ -147,7 +147,7 @@ def objective_of(
         )
     progress.finish()
     processes.wait()
-    return Distil.between(model, written(file, text), hidden=recipe.hidden_weight, **options)
+    return Distil.between(model, stored_teacher(file, text), hidden=recipe.hidden_weight, **options)
 
 
 def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None:
@@ -163,17 +163,17 @@ def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None
     if recipe.teacher is None:
         return None
     stored = recipe.teacher_file or (work is not None and recipe.top_k)
-    if stored and written_down(recipe, work or Path()).exists():
+    if stored and teacher_file(recipe, work or Path()).exists():
         return None
     return resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
 
 
-def written_down(recipe: TrainRecipe, work: Path) -> Path:
+def teacher_file(recipe: TrainRecipe, work: Path) -> Path:
     """The file of a teacher's predictions."""
     return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
 
 
-def written(file: Path, text: TrainingText) -> WrittenTeacher:
+def stored_teacher(file: Path, text: TrainingText) -> WrittenTeacher:
     """Return the teacher's stored predictions for this text.
 
     Raises:

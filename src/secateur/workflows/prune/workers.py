@@ -29,7 +29,7 @@ from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
 
 
 @dataclass(frozen=True)
-class WorkOrder:
+class WorkerJob:
     """Everything that the other processes cannot find out by themselves.
 
     Attributes:
@@ -51,12 +51,12 @@ class WorkOrder:
     source: str
 
 
-def give(order: Any | None, ranks: Ranks) -> dict[str, Any] | None:
+def broadcast(order: Any | None, ranks: Ranks) -> dict[str, Any] | None:
     """Pass an order of the first process, a dataclass, on to the others; None if there is none."""
     return ranks.once(lambda: None if order is None else asdict(order))
 
 
-def follow(recipe: PruneRecipe, ranks: Ranks) -> None:
+def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     """Do the share of one process, which is not the first.
 
     Args:
@@ -66,10 +66,10 @@ def follow(recipe: PruneRecipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: this process sees other files than the first one.
     """
-    told = give(None, ranks)
+    told = broadcast(None, ranks)
     if told is None:  # an earlier run has finished everything
         return
-    order = WorkOrder(**told)
+    order = WorkerJob(**told)
     refuse_other_files(order, ranks.rank)
     windows = Path(order.windows) if order.windows else None
     prepared = prepare(recipe, stored_windows=windows)
@@ -110,7 +110,7 @@ def refuse_another_model(rank: int, folder: Path) -> NoReturn:
     )
 
 
-def refuse_other_files(order: WorkOrder, rank: int) -> None:
+def refuse_other_files(order: WorkerJob, rank: int) -> None:
     """Refuse a process that does not see the folder of the run.
 
     Raises:
