@@ -45,6 +45,24 @@ INDEX_NAMES = (PACKED_INDEX_NAME, INDEX_NAME)
 SHARD_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 
 
+PLAIN = {"format": "pt"}
+"""The metadata of a file of plain weights, as transformers writes it."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST = 2**50
+"""A number with more digits than any offset or length has."""
+Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+"""Dtype, shape and offset in the data, for each tensor."""
+BLOCK_VALUES = 2**21
+"""So many values are in memory while a file is checked for NaN."""
+NOT_FINITE = {
+    torch.float8_e4m3fn: (0x7F, 0x7F),
+    torch.float8_e5m2: (0x7F, 0x7C),
+    torch.float8_e8m0fnu: (0xFF, 0xFF),
+}
+"""For floats of one byte, which torch cannot add up: the bits besides the sign, and the lowest
+pattern of these bits that is no finite number."""
+
+
 def shard_name(stem: str, number: int, count: int) -> str:
     """What the file `number` (from 1) of `count` is called, `stem` being `model` or `secateur`."""
     return (
@@ -322,17 +340,6 @@ class PatchedCopy:
         self._dirty.clear()
 
 
-PLAIN = {"format": "pt"}
-"""The metadata of a file of plain weights, as transformers writes it."""
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST = 2**50
-"""A number with more digits than any offset or length has."""
-
-Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
-"""Dtype, shape and offset in the data, for each tensor."""
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in safetensors."""
     return NAMES[dtype]
@@ -429,17 +436,6 @@ def _header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [offset, end],
         }
     return json.dumps(header, separators=(",", ":")).encode()
-
-
-BLOCK_VALUES = 2**21
-"""So many values are in memory while a file is checked for NaN."""
-NOT_FINITE = {
-    torch.float8_e4m3fn: (0x7F, 0x7F),
-    torch.float8_e5m2: (0x7F, 0x7C),
-    torch.float8_e8m0fnu: (0xFF, 0xFF),
-}
-"""For floats of one byte, which torch cannot add up: the bits besides the sign, and the lowest
-pattern of these bits that is no finite number."""
 
 
 def refuse_not_finite(files: Iterable[Path]) -> None:

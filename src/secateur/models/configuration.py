@@ -17,7 +17,7 @@ from typing import Any
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError
 from secateur.models.checkpoint import read_header, read_headers, shard_files
-from secateur.models.header import Header, parse_json
+from secateur.models.header import Header, damaged, parse_json
 
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""
@@ -38,11 +38,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         config = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         fault = "cannot be read" if isinstance(error, OSError) else "is not JSON"
-        raise CheckpointError(
-            f"the configuration {fault}: {error}",
-            where=str(file),
-            remedy="copy or download the file again",
-        ) from None
+        raise damaged(f"the configuration {fault}: {error}", file) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             "this is not the configuration of a model: it has no 'model_type'",
@@ -130,7 +126,11 @@ def _check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> Non
                 remedy="the configuration and the weights are of different models, or the weights "
                 "are incomplete: copy or download both again",
             )
-    _check_heads(found, "head_dim" in part or _has_default(part, "head_dim"), where)
+    _check_heads(
+        found,
+        "head_dim" in part or getattr(_config_class(part), "head_dim", None) is not None,
+        where,
+    )
 
 
 def _check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
@@ -155,11 +155,6 @@ def _keys_of(part: Mapping[str, Any]) -> dict[str, str]:
     if "decoder_layers" in part:  # an encoder-decoder maps the name to its encoder's
         called[LAYERS] = "decoder_layers"
     return {name: called.get(name, name) for name in names}
-
-
-def _has_default(part: Mapping[str, Any], name: str) -> bool:
-    """Whether the type of model has a default for a missing key."""
-    return getattr(_config_class(part), name, None) is not None
 
 
 def _config_class(part: Mapping[str, Any]) -> Any:

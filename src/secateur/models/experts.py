@@ -104,10 +104,13 @@ class ExpertActivation(nn.Module):
 
     def __init__(self, fused: nn.Module, layout: ExpertLayout) -> None:
         super().__init__()
+        shell = copy.copy(fused)
+        shell._parameters = {}
         # In a tuple, because transformers would initialise a module of this class.
-        self.fused = (_without_parameters(fused),)
+        self.fused = (shell,)
         self.interleaved = layout.interleaved
-        self.own = _has_own_gate(fused)
+        own = getattr(type(fused), "_apply_gate", None)  # in the place of act(gate) · up
+        self.own = own is not None and own.__name__ != "_default_apply_gate"
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Gate and up, or up alone, [tokens, neurons] each, to [tokens, neurons]."""
@@ -121,19 +124,6 @@ class ExpertActivation(nn.Module):
             together = torch.cat(parts, dim=-1)
         gated: Tensor = of._apply_gate(together)
         return gated
-
-
-def _has_own_gate(fused: nn.Module) -> bool:
-    """Whether a class of experts replaces act(gate) · up by something else."""
-    own = getattr(type(fused), "_apply_gate", None)
-    return own is not None and own.__name__ != "_default_apply_gate"
-
-
-def _without_parameters(module: nn.Module) -> nn.Module:
-    """A module with the settings of another, but none of its parameters."""
-    shell = copy.copy(module)
-    shell._parameters = {}
-    return shell
 
 
 class Expert(nn.Module):

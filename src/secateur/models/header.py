@@ -38,7 +38,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 MAX_SIDE = 2**40
-REMEDY = "copy or download the file again"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """The escape of half of a character: one of a pair, or a fault."""
 
@@ -73,6 +72,11 @@ class Header:
     metadata: dict[str, str]
 
 
+def damaged(what: str, where: object) -> CheckpointError:
+    """An error about a file that contradicts itself."""
+    return CheckpointError(what, where=str(where), remedy="copy or download the file again")
+
+
 def parse_json(text: bytes | str) -> Any:
     """JSON in which no object names a key twice."""
 
@@ -100,24 +104,18 @@ def read_header(file: Path) -> Header:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"not a whole safetensors file: {size} bytes, header length {length}",
-                where=str(file),
-                remedy=REMEDY,
+            raise damaged(
+                f"not a whole safetensors file: {size} bytes, header length {length}", file
             )
         try:
             header = parse_json(stream.read(length))
         except ValueError as error:
-            raise CheckpointError(
-                f"the header is not JSON: {error}", where=str(file), remedy=REMEDY
-            ) from None
+            raise damaged(f"the header is not JSON: {error}", file) from None
     if not isinstance(header, dict):
-        raise CheckpointError("the header is not a JSON object", where=str(file), remedy=REMEDY)
+        raise damaged("the header is not a JSON object", file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(
-            "the metadata is not a table of texts", where=str(file), remedy=REMEDY
-        )
+        raise damaged("the metadata is not a table of texts", file)
     entries = {
         name: _read_entry(file, name, described, 8 + length) for name, described in header.items()
     }
@@ -129,7 +127,7 @@ def _read_entry(file: Path, name: str, described: Any, start_of_data: int) -> Te
     """One tensor's line of the header; its shape must need exactly the bytes it has."""
 
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"tensor {name!r} {what}", where=str(file), remedy=REMEDY)
+        return damaged(f"tensor {name!r} {what}", file)
 
     if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
@@ -159,17 +157,12 @@ def _check_ranges(
     """Refuse tensors that overlap, bytes that belong to none, and a file that ends early."""
     expected = max((e.offset + e.size_bytes for e in entries.values()), default=start_of_data)
     if expected != size:
-        raise CheckpointError(
-            f"the file has {size} bytes, its header describes {expected}",
-            where=str(file),
-            remedy=REMEDY,
-        )
+        raise damaged(f"the file has {size} bytes, its header describes {expected}", file)
     end = start_of_data
     for name, entry in sorted(entries.items(), key=lambda x: (x[1].offset, x[1].size_bytes)):
         if entry.offset != end:
-            raise CheckpointError(
+            raise damaged(
                 f"tensor {name!r} begins at byte {entry.offset}, the one before it ends at {end}",
-                where=str(file),
-                remedy=REMEDY,
+                file,
             )
         end += entry.size_bytes

@@ -46,6 +46,14 @@ IGNORED = ["*/*", "consolidated*"]
 MIB = 2**20
 
 
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+CONVERT = (
+    "convert it to safetensors where you trust it: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+)
+
+
 def why_unreachable(seconds: float = CONNECT_SECONDS) -> str | None:
     """Why no connection to the hub can be made; None if one can.
 
@@ -242,14 +250,6 @@ def _byte_counter(progress: Progress) -> Any:
             return super().update(n or 0)
 
     return Counter
-
-
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-CONVERT = (
-    "convert it to safetensors where you trust it: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
-)
 
 
 class HubName(NamedTuple):

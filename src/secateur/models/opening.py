@@ -37,6 +37,11 @@ REMEDIES: Mapping[str, str] = {
 """What to do about forms that are not read."""
 
 
+EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
+"""Forms that our reader expands. compressed-tensors may round activations too: its own library does
+that while the model runs."""
+
+
 def refuse_quantized(folder: Path) -> None:
     """Refuse a checkpoint whose weights are not plain numbers."""
     method = _method_of(read_config(folder))
@@ -53,7 +58,7 @@ def refuse_quantized(folder: Path) -> None:
         where=str(folder),
         remedy="run `secateur import DIR --output DENSE` and name that"
         if method in stored_forms
-        else _without(method),
+        else REMEDIES.get(method, DENSE),
     )
 
 
@@ -64,11 +69,6 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
         return str(named)
     described = described_by(config)
     return str(described.get("quant_method", "compressed-tensors")) if described else None
-
-
-def _without(method: str) -> str:
-    """What to do with a form that is not read."""
-    return REMEDIES.get(method, DENSE)
 
 
 def form_of(folder: Path) -> str | None:
@@ -111,11 +111,6 @@ def computed_dtype(folder: Path) -> torch.dtype:
         if named in DTYPES:
             return DTYPES[named]
     return torch.bfloat16
-
-
-EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
-"""Forms that our reader expands. compressed-tensors may round activations too: its own library does
-that while the model runs."""
 
 
 def load_whole(

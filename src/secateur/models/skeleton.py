@@ -24,6 +24,9 @@ from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
 from secateur.models.stored_parameters import expert_renamings, split_stored, stored_experts_of
 
+LARGE = 2**24
+"""Values of a tensor that is large."""
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -70,10 +73,6 @@ class _LargeOnMeta(TorchFunctionMode):
             if math.prod(size) > LARGE:
                 options["device"] = "meta"
         return func(*args, **options)
-
-
-LARGE = 2**24
-"""Values of a tensor that is large."""
 
 
 def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder
+from secateur.models.header import damaged
 from secateur.models.hub import (
     CONVERT,
     PICKLES,
@@ -37,6 +38,12 @@ from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
+
+
+log = logging.getLogger(__name__)
+LICENSE = "general.license"
+BASE_MODELS = ("general.base_model.0.repo_url", "general.source.repo_url")
+"""Where a GGUF file names the model that it was made of."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,6 @@ def _from_file(file: Path, dtype: str, progress: Progress) -> Path:
     )
 
 
-log = logging.getLogger(__name__)
-
-LICENSE = "general.license"
-BASE_MODELS = ("general.base_model.0.repo_url", "general.source.repo_url")
-"""Where a GGUF file names the model that it was made of."""
-
-
 def convert_gguf(
     file: Path,
     dtype: str = "float32",
@@ -191,11 +191,7 @@ def convert_gguf(
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic != b"GGUF":
-        raise CheckpointError(
-            f"not a GGUF file: it begins with {magic!r}",
-            where=str(file),
-            remedy="copy or download the file again",
-        )
+        raise damaged(f"not a GGUF file: it begins with {magic!r}", file)
     status = file.stat()
     key = key or f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader, read_entry
-from secateur.models.header import TensorEntry
+from secateur.models.header import TensorEntry, damaged
 from secateur.registry import Registry
 
 __all__ = [
@@ -259,11 +259,6 @@ class NamedForm(ABC):
     def notes(self, described: Described) -> tuple[str, ...]:
         """What a user must know, one sentence each."""
         return ()
-
-
-def damaged(what: str, where: object) -> CheckpointError:
-    """An error about a file that contradicts itself."""
-    return CheckpointError(what, where=str(where), remedy="copy or download the file again")
 
 
 def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) -> None:

@@ -157,17 +157,14 @@ def _spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]
         >>> _spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
         [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
     """
-    wide = _powers_of_two(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
+    wide = scale.to(torch.float32)
+    if scale.dtype == torch.uint8:  # exponents
+        wide = torch.ldexp(torch.ones(scale.shape), scale.to(torch.int32) - 127)
     if wide.numel() == 1:
         return wide.reshape((1,) * len(shape))
     for axis, size in ((-2, block[0]), (-1, block[1])):
         wide = wide.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
     return wide
-
-
-def _powers_of_two(exponents: Tensor) -> Tensor:
-    """2^(e − 127) for bytes e, float32."""
-    return torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - 127)
 
 
 def _multiplied(parts: Parts, block: tuple[int, int]) -> Tensor:
