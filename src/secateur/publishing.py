@@ -1,10 +1,6 @@
-"""Publish: which files of a folder go to the hub, what must not, and the upload.
+"""Publish: which files of a folder go to the hub, and their upload by the hub's own client.
 
-The upload of files to a repository of the hub, by the hub's own client.
-
-The files of a folder that are published, and those that are left out.
-
-Finds keys, tokens and folders of this machine in texts that are about to be published.
+Texts that hold keys, tokens or folders of this machine are refused.
 """
 
 from __future__ import annotations

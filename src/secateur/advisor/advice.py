@@ -7,7 +7,7 @@ same, the one that changes least. Possible ones are named with the advice to mea
 A device costs the same however little it serves. For a load that needs less than half of one, the
 verdict begins with that, and names the hosted model and the other device that would cost less.
 
-Which bounds would have to be looser, when nothing serves a load within them.
+When nothing serves a load within its bounds, the advice names those that would have to be looser.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ keeps the bound. The batch is the smallest that needs no more copies, at none of
 sequences as this load has at once. As many devices share a copy of the model as makes the sum of
 devices least: more of them leave more memory for a larger batch.
 
-The memory that serving a model takes.
+Serving takes this memory:
 
     weights  = linears · bits / 8 + ends · head_bits / 8 + other · 2
     KV cache = batch · Σ layers of a kind · (min(context, window) · values · 2 + state)

@@ -1,6 +1,6 @@
 """Reads the facts: hardware, prices, published losses. A user's file replaces single entries.
 
-Numbers with a range, and where they come from.
+Numbers have a range, and say where they come from.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Paper: Williams et al. 2024, "Self-calibration for Language Model Quantization a
 arXiv:2410.17170. There a text begins with the start token alone and its temperature falls from a
 tuned value. Here it begins in a calibration window, which keeps it near the user's text.
 
-Checks whether a model was trained on its evaluation text, by shared sequences of tokens.
+`overlap` checks whether windows share sequences of tokens with an evaluation text.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@
 Files may also be compressed (`.gz`). Unless a split is named, calibration reads the `train` split
 of a data set, and evaluation its `test` or `validation` split.
 
-Several calibration texts with weights, in one line: `code.jsonl=2,math.jsonl=1,c4`.
+Several texts with weights stand in one line: `code.jsonl=2,math.jsonl=1,c4`.
 """
 
 from __future__ import annotations

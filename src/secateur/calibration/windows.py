@@ -1,10 +1,8 @@
 """Makes token windows from documents, checks, stores and loads them.
 
-The one way to cut a text into windows, for calibration, training and evaluation alike.
-
-Where the tokenizer puts start tokens in front of a text, every window begins with them. A model
-trained with start tokens fails without them, because its attention rests on the first token. So a
-window of S tokens is
+Calibration, training and evaluation cut texts in the same way. Where the tokenizer puts start
+tokens in front of a text, every window begins with them. A model trained with start tokens fails
+without them, because its attention rests on the first token. So a window of S tokens is
 
     start tokens (k of them) + S − k tokens of text
 
@@ -15,8 +13,6 @@ is 0 and a window is S tokens of text.
 
 Evaluation predicts no start token. Training and gradients do not predict the first token of a
 window. For k ≤ 1 this is the same; of two start tokens they predict the second.
-
-What a model reads beside the tokens of a window, such as the pixels of a picture.
 
 A file of ready windows may have more tensors than `input_ids`. Each of them has the name of an
 argument of the model, and a row for each window: what the model's processor makes of this window

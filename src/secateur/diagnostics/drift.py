@@ -9,7 +9,7 @@ For a token x that enters a layer, y is the output of the dense layer and ŷ tha
 Every number is the median over tokens. A few tokens would dominate a mean: in any healthy model,
 the first token and some delimiters have hidden states a thousand times as large as the others.
 
-Findings from the drift of layers: collapse, broken residuals, the layers hit hardest.
+Findings from it: collapse, broken residuals, the layers hit hardest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A finding of a diagnosis: what, how severe, where, the evidence, and the remedy.
+"""Findings of a diagnosis, and the claims that they check.
 
-Reads the records of a pruned folder as claims to check.
+A finding says what, how severe, where, the evidence, and the remedy. Claims are what the records of
+a pruned folder promise.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One tensor is in memory at a time. For each matrix it keeps counts, and for each row and column
 whether it is all zero; dead heads and neurons follow from these.
 
-Finds impossible values: NaN, Inf, and matrices that have shrunk to almost zero.
+Impossible values are findings: NaN, Inf, and matrices that have shrunk to almost zero.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Generate a text with a transformers model.
-
-Continue a few prompts with the most likely tokens, and look for repetitions.
+"""Generate texts with a transformers model, and look for repetitions.
 
 A damaged model often repeats itself long before its perplexity shows the damage. So each text is
 checked for repeated 4-grams:

@@ -4,15 +4,13 @@
 
 The protocol: the text is tokenised once, as one stream, and cut into windows that do not overlap.
 The last partial window is dropped. If the tokenizer puts a start token in front of a text, each
-window of S tokens begins with it and has S − 1 tokens of text (`calibration.cutting`). The model
+window of S tokens begins with it and has S − 1 tokens of text (`calibration.windows`). The model
 predicts tokens 2 to S of each window, so N = windows · (S − 1). A start token is never predicted:
 after k > 1 start tokens the first prediction is token k + 1. You can compare perplexities only if
 the windows are the same token ids, with the same start tokens. `protocol` records them.
 
-The id of a protocol, for example `ppl-1a2b3c4d-bfloat16-int8g256`.
-
-A protocol is a dictionary of everything that a number depends on besides the weights. Its id has
-two parts:
+A protocol is a dictionary of everything that a number depends on besides the weights. Its id, for
+example `ppl-1a2b3c4d-bfloat16-int8g256`, has two parts:
 
 | part                | what it says                                                           |
 |---------------------|------------------------------------------------------------------------|

@@ -5,8 +5,6 @@ can be measured and thread pools do not interfere. All contenders load first. Th
 one reads the prompt and generates its tokens while the others sleep, then the next. So other load
 on the machine affects all of them alike.
 
-The ways to run a checkpoint on a CPU, for comparison with each other.
-
 | contender                | weights                            | loop                         |
 |--------------------------|------------------------------------|------------------------------|
 | `packed`                 | as they are stored                 | one call into C per token    |

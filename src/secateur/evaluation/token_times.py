@@ -8,7 +8,7 @@ t(n) is the time of a token with n decoder layers, t(0) that of embedding, last 
 all layers have less than `LAYER_BYTES`, then n = L and nothing is extrapolated. Measured times are
 kept in the cache, with their date; the key holds the sizes, the processor and the kernels.
 
-Random matrices in the form of the kernels, for timing. Speed does not depend on the numbers.
+The matrices are random, since speed does not depend on the numbers.
 """
 
 from __future__ import annotations

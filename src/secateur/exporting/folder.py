@@ -1,7 +1,4 @@
-"""Everything of a model's folder except its weights.
-
-The linears of the decoder layers of a model to export, and all its other matrices.
-"""
+"""A folder to export: linear layers of decoder layers, all other matrices, and other files."""
 
 from __future__ import annotations
 

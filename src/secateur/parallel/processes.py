@@ -3,8 +3,6 @@
 The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `joined` reads them. Numbers pass
 through torch.distributed: gloo between processors, NCCL between GPUs. Plain data passes as JSON, so
 no process unpickles what another one sends.
-
-What a launcher tells a process about its place among the others.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The processes of a run: one alone, or several that calculate together.
+"""The processes of a run: one alone, or several that calculate together and share the work.
 
 Every process runs the same code. Rank 0 is the first process: it alone writes files, and it tells
 the others what only it knows (`once`). A single process is `ALONE`, which does nothing.
-
-Divides work among the processes of a run.
 """
 
 from __future__ import annotations

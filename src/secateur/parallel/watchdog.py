@@ -9,8 +9,6 @@ fault counts, and all read it.
 A process that hears of a fault has `GRACE_SECONDS` to end by itself: the sum that it waits for
 fails when the connection to the failed process closes. Otherwise the thread ends it. A run may be
 killed at any moment, so nothing is lost.
-
-What ended a run of several processes: which of them, and why.
 """
 
 from __future__ import annotations

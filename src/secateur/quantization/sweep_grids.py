@@ -3,10 +3,9 @@
 A sweep holds the weight transposed, [in, out], and goes from its first column to its last. Both
 grids answer the same two calls: `begin` at each step of columns, `round` at each column.
 
-Coordinate descent over the integers and the scales of a rounded matrix.
-
-The layer-wise error of all rows x of X̂ (targets t) is Σ (x − t) H (x − t)ᵀ. With everything else
-held, it is a parabola in one weight, and one in the scale s of one group with its integers q:
+Coordinate descent then improves the integers and the scales of a rounded matrix. The layer-wise
+error of all rows x of X̂ (targets t) is Σ (x − t) H (x − t)ᵀ. With everything else held, it is a
+parabola in one weight, and one in the scale s of one group with its integers q:
 
     w_j ← s · round((x_j − r_j / H_jj) / s)      r = (x − t) H, the residual of the row
     s   ← s − q rᵀ / (q H qᵀ)                    over the group's columns; then the nearest scale

@@ -1,6 +1,4 @@
-"""Decodes one sequence, token by token, with the loop that also decodes several (`slots.py`).
-
-Decodes several sequences at once, without a framework between the operations.
+"""Decodes one or several sequences, without a framework between the operations.
 
 At a hundred million to a billion parameters, launching some three hundred small operations for each
 token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
@@ -8,7 +6,7 @@ grouped queries, SwiGLU; biases and norms of queries and keys where the family h
 (`csrc/decode.c`) computes up to eight tokens, on matrices as they are stored. Every sequence has a
 slot of the caches. Long prompts go through transformers in pieces, and the slot keeps their cache.
 
-Models that our own loop does not take, token by token through transformers' `generate`.
+Models that this loop does not take go token by token through transformers' `generate`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Installs a compressed checkpoint in a model: packed modules replace dense ones.
 
-Shows a compressed checkpoint as a dense one.
+`DenseView` shows a compressed checkpoint as a dense one.
 """
 
 from __future__ import annotations

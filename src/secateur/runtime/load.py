@@ -1,10 +1,9 @@
-"""Loads a compressed checkpoint as a transformers model whose linears stay packed.
+"""Loads a compressed checkpoint as a transformers model whose linear layers stay packed.
 
-Loads a compressed checkpoint on a GPU; its pruned linears stay in the bitmask format there.
-
-Other matrices are dense in the dtype of the computation. Every kind of matrix is measured once, and
-is dense too where torch's dense product is faster for one token. Activations that meet integers are
-rounded on every way; a dense matrix of integers keeps them, and torch multiplies in float32.
+On a GPU, pruned linear layers stay in the bitmask format. Other matrices are dense in the dtype of
+the computation. Every kind of matrix is measured once, and is dense too where torch's dense product
+is faster for one token. Activations that meet integers are rounded on every way; a dense matrix of
+integers keeps them, and torch multiplies in float32.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ A compressed checkpoint is a folder of transformers that stores packed matrices 
 reader trusts nothing. Opening a folder checks names, dtypes, shapes and sizes, from the headers
 alone. Reading a tensor checks checksums, masks and codes. Every returned tensor has passed.
 
-The description of a compressed file: the JSON under `secateur` in its metadata.
-
-It gives the layout of every packed matrix, how activations are rounded, the checksum of every
-stored tensor, and the decoding of archived ones. A digest covers all of this with names, dtypes and
-shapes, so that a changed header is detected like changed data.
+Each file describes itself in the JSON under `secateur` in its metadata. The description gives the
+layout of every packed matrix, how activations are rounded, the checksum of every stored tensor, and
+the decoding of archived ones. A digest covers all of this with names, dtypes and shapes, so that a
+changed header is detected like changed data.
 """
 
 from __future__ import annotations

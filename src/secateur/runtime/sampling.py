@@ -1,8 +1,7 @@
-"""How the next token is drawn from the logits: for `generate`, `chat` and `serve` alike.
+"""From logits to text, for `generate`, `chat` and `serve` alike.
 
-Sampling options that come with a model, in `generation_config.json`.
-
-Text from tokens, one at a time: whole characters only, and never a part of a stop text.
+Options that are not given come from the model's `generation_config.json`. Text grows by whole
+characters only, and never by a part of a stop text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decides which tokens of which requests are computed next. It knows no threads and no HTTP.
 
-Keys and values of beginnings that several prompts share, such as a system message.
+Keys and values of beginnings that several prompts share, such as a system message, are kept.
 """
 
 from __future__ import annotations

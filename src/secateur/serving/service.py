@@ -1,6 +1,6 @@
 """From a prompt to pieces of text: what the HTTP layer needs of a model, and no HTTP.
 
-The thread that computes. HTTP runs in another one, and gives it jobs.
+A thread of its own computes. HTTP runs in another one, and gives it jobs.
 """
 
 from __future__ import annotations

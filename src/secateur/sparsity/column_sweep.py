@@ -7,7 +7,7 @@ With UᵀU = H⁻¹ upper triangular, for each column i from left to right
 
 for all j > i. Without a grid Q_:i = W_:i where kept.
 
-Rounds the kept weights of a linear to a grid of few bits; the zeros of its mask are held.
+Rounding of a pruned linear layer, whose zeros are held, has three steps:
 
     X* ← argmin tr((X − W) H (X − W)ᵀ),   X = 0 where pruned       conjugate gradients on the mask
     sweep X* column by column: scales, integers; later columns make up for earlier ones

@@ -3,9 +3,8 @@
 For ‖(W − Ŵ)X‖² every row of W has the same Hessian 2XXᵀ. The factor 2 cancels in all methods
 here, so H = gram + damping · mean(diag(gram)) · I.
 
-The least layer-wise error for a given mask, by conjugate gradients for all rows at once.
-
-Fits the dense model's outputs from the inputs of the pruned model.
+For a given mask, conjugate gradients find the least error for all rows at once. Targets may be the
+dense model's outputs, fitted from the inputs of the pruned model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The divergence between the predictions of two models, and its gradient, for every token.
+"""The losses between two models, and their gradients: of predictions, and of hidden states.
 
 Let z be the logits of the student, q = softmax(z / T), and p the teacher's distribution at the
 same temperature T. All losses are per token and multiplied by T²:
@@ -12,8 +12,6 @@ concentrates it on the teacher's likely tokens. The factor T² keeps the gradien
 T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
 Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse). Everything is in float32.
 
-The loss of a language model without all logits in memory at once.
-
 With a vocabulary of fifty thousand, the logits of a batch and their float32 copies are the largest
 tensors of a training. This module computes the logits of a few tokens, overwrites them with the
 gradient of the loss, and keeps only the gradients of the head and of the hidden state:
@@ -22,7 +20,7 @@ gradient of the loss, and keeps only the gradients of the head and of the hidden
 
 Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, do the same for cross entropy.
 
-The loss that makes a student learn the hidden states of a teacher, layer by layer.
+A student may also learn the hidden states of a teacher, layer by layer:
 
     loss = mean over pairs (i, j) of   Σ ‖h_i − g_j‖² / Σ ‖g_j‖²        sums over the tokens
 

@@ -3,7 +3,7 @@
 Every KV group, neuron, layer or channel has a gate. For each set of gates, two Lagrange multipliers
 drive the number of open gates to its target. The result is the indices of a structured cut.
 
-Hard concrete gates: they can be exactly 0 or 1 and still have gradients.
+The gates are hard concrete: they can be exactly 0 or 1 and still have gradients.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes.
-
-The curves that TensorBoard shows of a running training.
-
-The outcome of a training.
-"""
+"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ One process uses plain torch. Several processes, started by `accelerate launch` 
 FSDP2 (torch's `fully_shard`; accelerate itself applies it only on GPUs). Each process holds a part
 of every weight, gradient, moment and mask, and reads its share of every step's windows.
 
-Loads a checkpoint in several processes. Each reads its part, and none loads all of it.
+Of a checkpoint each process reads its part, and none loads all of it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """The next masks of a model in training: any score and pattern select the weights to keep.
 
-Gathers inputs and gradients for scores from a whole model during training.
-
-The engine gathers the same statistics with one decoder layer in memory
-(`engine/stream/halted_forwards.py`, `engine/stream/gradients.py`). A model in training is in memory
-anyway, so this module uses ordinary forwards and backwards with the current weights.
+The engine gathers the statistics of scores with one decoder layer in memory. A model in training is
+in memory anyway, so this module uses ordinary forwards and backwards with the current weights.
 """
 
 from __future__ import annotations

@@ -1,18 +1,9 @@
 """What a model is in llama.cpp: its description, its fields and its tensors.
 
-How llama.cpp computes each family that it shares with transformers.
-
-Only what both compute alike is described: the constants that llama.cpp reads, and the reasons for
-which it would compute a model differently. Such a model is refused.
-
-A decoder as llama.cpp sees it: sizes, windows and context.
-
-Rotary positions: the fields and factors that llama.cpp reads for each kind.
-
-A kind that llama.cpp computes differently is refused. Its factors divide the frequencies of the
-pairs of channels: θ_i = base^(−2i/d) / factor_i.
-
-The errors for what llama.cpp would do differently.
+Families are described where llama.cpp and transformers compute alike: the constants that llama.cpp
+reads, and the reasons for which it would compute a model differently. Such a model is refused, and
+so are rotary positions of a kind that llama.cpp computes differently. Its factors divide the
+frequencies of the pairs of channels: θ_i = base^(−2i/d) / factor_i.
 """
 
 from __future__ import annotations

@@ -3,11 +3,8 @@
 llama.cpp knows two kinds: byte-level BPE with rules that it has names for, and SentencePiece with a
 score for each piece. A tokenizer that it would not follow exactly is refused.
 
-Byte-level BPE tokenizers: llama.cpp splits text by rules that it knows by name.
-
-SentencePiece tokenizers: BPE over characters, and byte tokens for other characters.
-
-llama.cpp merges the two neighbours whose piece has the highest score. transformers merges them by
+SentencePiece tokenizers are BPE over characters, with byte tokens for other characters. llama.cpp
+merges the two neighbours whose piece has the highest score. transformers merges them by
 the order of a list of merges. Both give the same tokens if the list follows the pieces: the merges
 that make a piece stand together, and each pair of pieces that makes a piece is in the list.
 """

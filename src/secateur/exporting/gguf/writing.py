@@ -1,9 +1,5 @@
 """Writes a GGUF file, one tensor in memory at a time.
 
-The bytes of a GGUF file of the type `stored`, before there is one.
-
-Blocks of GGUF: how a matrix is stored in each type.
-
 A block that is on an int4 grid already (`quantization.groups`) is stored in Q4_0 without a change:
 its scale has 5 significant bits, which float16 holds between 2⁻²⁰ and 65504, and |q| ≤ 7 fits in
 −8 … 7. All other blocks are rounded as llama.cpp rounds them, by the package gguf.

@@ -3,7 +3,7 @@
 | way    | what it does                                                            | for      |
 |--------|-------------------------------------------------------------------------|----------|
 | kernel | our kernel on the stored matrix, eight tokens at a time                 | all      |
-| blocks | our product of integers, block by block (`prompt.py`)                   | integers |
+| blocks | our product of integers, block by block (`csrc/blocks.c`)               | integers |
 | tile   | a tile of the matrix is expanded and torch multiplies it, then the next | floats   |
 
 Both ways of a matrix have the same numbers, to the order of sums: activations that meet integers
@@ -11,8 +11,6 @@ are rounded in both, others in none. The kernel reads less, the other way comput
 wins for many tokens. If for one token the kernel is slower than on dense matrices, the matrices
 should be dense; `gain` measures this. The measurement needs more weights than the caches hold,
 since decoding reads all weights of a model for every token. Kinds with fewer weights stay packed.
-
-Products for many tokens, by blocks of integers (`csrc/blocks.c`).
 """
 
 from __future__ import annotations

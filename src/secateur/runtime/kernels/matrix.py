@@ -8,18 +8,17 @@
 | `scale`   | float32 [out] where values are int8       | the same                             |
 
 words = ⌈in / 64⌉; entries past `in` are zero. Weights of 3 and 4 bits have two rows to a byte, an
-order of columns of their own (`int4.py`), and `scales` of groups instead of `scale`. Kernels may
+order of columns of their own, and `scales` of groups instead of `scale`. Kernels may
 read 64 bytes past the end of the values, so that they can load whole registers. All padding happens
 here, when a matrix is loaded; files have none. A dense weight whose rows are already whole words is
 used without a copy.
 
-Weights of 4 bits in the order in which the kernels read them; `csrc/secateur.h` defines it.
-
-Two rows share bytes: the lower four bits of a byte are a weight of the even row, the upper four one
-of the odd row. Columns are in another order than in the file. A block of k words of 64 columns is
+`csrc/secateur.h` defines the order of weights of 4 bits. Two rows share bytes: the lower four bits
+of a byte are a weight of the even row, the upper four one of the odd row. Columns are in another
+order than in the file. A block of k words of 64 columns is
 16 runs of 4k columns; word j of the block holds columns 4j to 4j + 3 of every run.
 
-The memory of a matrix in the form that the kernels read, by arithmetic.
+The memory of a matrix:
 
     dense     rows · words · 64 · b / 8
     bitmask   nonzeros · b / 8 + rows · words · 8 + 8 · (rows + 1)

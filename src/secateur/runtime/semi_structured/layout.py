@@ -10,19 +10,18 @@ this name, so it never draws such matrices at random. All other tensors are plai
 `torch.sparse.SparseSemiStructuredTensorCUTLASS` takes both parts as they are, so nothing is encoded
 on the GPU.
 
-A weight of another pattern is first written as a wider 2:4 matrix [out, lifted] (`splitting.py`).
-Then `packed` and `meta` are those of the wider matrix, and there is a third part:
+A weight of another pattern is first written as a wider 2:4 matrix [out, lifted]. Then `packed` and
+`meta` are those of the wider matrix, and there is a third part:
 
     NAME.columns   the column of the weight that each wide column is from, int32 [lifted]
 
 so the product of the weight and x is that of the wide matrix and x[columns].
 
-Rewrites milder patterns as 2:4, so that sparse tensor cores multiply them exactly.
-
-A block of consecutive weights is covered by windows of 4 columns. A column may be in two windows,
-and each kept weight goes to one of them, so that no window gets more than 2. The windows side by
-side are a 2:4 matrix, wider than the weight, which is multiplied with activations whose columns are
-repeated alike:
+Milder patterns are rewritten as 2:4, so that sparse tensor cores multiply them exactly. A block of
+consecutive weights is covered by windows of 4 columns. A column may be in two windows, and each
+kept weight goes to one of them, so that no window gets more than 2. The windows side by side are a
+2:4 matrix, wider than the weight, which is multiplied with activations whose columns are repeated
+alike:
 
     y = W x = W' x[columns],    W' [out, lifted],    lifted = in · 4 · windows / block
 

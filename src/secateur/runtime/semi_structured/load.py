@@ -1,6 +1,6 @@
 """Loads a folder of the export `semi-structured`, for sparse tensor cores or expanded.
 
-A linear on a GPU that takes each way to multiply only where it was measured to be faster.
+Each linear layer takes the way to multiply that was measured to be fastest:
 
 | way        | what it does                                                 | tokens |
 |------------|--------------------------------------------------------------|--------|

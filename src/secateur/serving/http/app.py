@@ -1,7 +1,4 @@
-"""The application: OpenAI's endpoints, health and metrics.
-
-The page at `/`: the model, the paths and an example.
-"""
+"""The application: OpenAI's endpoints, health, metrics, and the page at `/`."""
 
 from __future__ import annotations
 

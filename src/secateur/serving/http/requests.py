@@ -1,7 +1,4 @@
-"""What a client may ask: the bodies of requests, checked.
-
-Bodies of requests: JSON, with our own words for what is wrong.
-"""
+"""What a client may ask: the bodies of requests, checked, with our own words for what is wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a server answers: the JSON of OpenAI's API, whole or in chunks.
+"""What a server answers: the JSON of OpenAI's API, whole or as a stream of events.
 
-Answers that end when their client goes: a whole one, or a stream of events.
+An answer ends when its client goes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A linear whose weight stays in the bitmask format on a GPU, and whether that is faster there.
+"""A linear layer whose weight stays in the bitmask format on a GPU, where that is faster.
 
-Measures which of several ways to multiply is the fastest, for how many tokens.
+A race measures which of several ways to multiply is the fastest, for how many tokens.
 """
 
 from __future__ import annotations
