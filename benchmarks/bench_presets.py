@@ -10,7 +10,7 @@ and ALPS run in the papers' order (`--sequential layer`), with the parameters of
 Float32, one thread, no times.
 
 Every finished row is kept in `results/bench-presets.json` at once and skipped when it is there. In
-that file `best` is an earlier preset: it distils on 49,152 tokens and takes the rate of its short
+that file `best` distils on 49,152 tokens and takes the rate of its short
 trials, or the highest; `best, judged on read windows` judged the trials on windows that the
 statistics had read. `results/bench-rates.json` has `best` as it is, and given rates, for models
 that the same script trained again on another machine.
