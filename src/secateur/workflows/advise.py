@@ -64,10 +64,10 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         price = (recipe.usd_per_hour,) * 3
         told = {"usd_per_hour": price, "price_source": GIVEN}
         hardware = hardware.model_copy(update=told)
-    shape, config = shape_of(recipe, facts, progress)
+    shape, config = _shape_of(recipe, facts, progress)
     times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
     if recipe.hardware == THIS_MACHINE:
-        times, basis = times_here(recipe, facts, hardware, shape, config, progress)
+        times, basis = _times_here(recipe, facts, hardware, shape, config, progress)
     memory = hardware.memory_gib
     total = psutil.virtual_memory().total * FREE_SHARE if memory is None else memory * 2**30
     new_tokens = recipe.answer_tokens()
@@ -90,7 +90,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     return result
 
 
-def times_here(
+def _times_here(
     recipe: AdviseRecipe,
     facts: Facts,
     hardware: Hardware,
@@ -98,11 +98,7 @@ def times_here(
     config: Any,
     progress: Progress,
 ) -> tuple[dict[str, TokenTimes], str]:
-    """Times of every way to store the model on this machine, and how they were found.
-
-    Raises:
-        RecipeError: there is no configuration to time.
-    """
+    """Times of every way to store the model on this machine, and how they were found."""
     if config is None:
         raise RecipeError(
             f"{recipe.model} is a well-known shape, and this machine can be timed only with the "
@@ -124,13 +120,8 @@ def times_here(
     return times, f"decoded on this machine with random weights, {dates[0]}"
 
 
-def shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
-    """The sizes of the model, and its configuration; None for a well-known shape.
-
-    Raises:
-        SourceError: there is no such model.
-        ArchitectureError: transformers cannot build it.
-    """
+def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
+    """The sizes of the model, and its configuration; None for a well-known shape."""
     name = recipe.model
     if name in facts.shapes and kind_of_name(name) is None:
         return known_shape(name, facts.shapes[name]), None

@@ -105,32 +105,25 @@ def run_chain(
     folder.keep_apart(recipe.model)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
-    check_cuts(steps, source.folder, recipe.trust_remote_code)
+    _check_cuts(steps, source.folder, recipe.trust_remote_code)
     with folder:
         weights = file_digests(shard_files(source.folder), progress)
         asked = {"steps": [step.asked for step in steps]}  # may change while the chain is stopped
         folder.begin({"model": recipe.model, "source_files": weights}, asked)
         if not folder.finished:
-            links = run_steps(
+            links = _run_steps(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
             report = ChainResult(links, folder.output)
-            gather_notes(folder)
-            name_model_and_output(folder, recipe, source)
+            _gather_notes(folder)
+            _name_model_and_output(folder, recipe, source)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
-    return read_report(folder.output)
+    return _read_report(folder.output)
 
 
-def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
-    """Refuse to resume a chain if one of its finished steps differs.
-
-    Returns:
-        The recorded recipes of all steps that have begun.
-
-    Raises:
-        RecipeError: a finished step differs; the message names the step and the difference.
-    """
+def _check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
+    """Refuse to resume a chain if one of its finished steps differs."""
     file = folder.work / BEGUN
     begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     for number, asked in enumerate(begun, start=1):
@@ -146,7 +139,7 @@ def check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
     return begun
 
 
-def run_steps(
+def _run_steps(
     steps: Sequence[PlannedStep],
     model: str,
     source: Path,
@@ -159,9 +152,9 @@ def run_steps(
     The recipe of a step is written before it begins. Its report is written when its folder is
     complete. When all reports exist, the folder of the last step becomes the result.
     """
-    begun = check_done(steps, folder)
+    begun = _check_done(steps, folder)
     before: str | Path = model  # the first step reports the model under the user's name
-    links = [counted("source", source, 0.0, trust_remote_code, progress)]
+    links = [_counted("source", source, 0.0, trust_remote_code, progress)]
     for step in steps:
         made = folder.work / f"{step.number:02d}-{step.verb}"
         account = made.with_suffix(".json")
@@ -177,7 +170,7 @@ def run_steps(
                 )
             seconds = time.perf_counter() - started
             write_json(
-                account, counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
+                account, _counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
             )
         links.append(read_record(ChainStep, account))
         before = made
@@ -187,7 +180,7 @@ def run_steps(
     return tuple(links)
 
 
-def name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
+def _name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
     """Write the recipe of the chain, and name its model and its output in card and records.
 
     The steps have named their own folders, which are gone. Only the last one is the output; the
@@ -198,7 +191,7 @@ def name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalC
     ends[str(folder.work / steps[-1])] = str(folder.output)
     for file in sorted(folder.notes.rglob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, with_names(found, ends, source))
+        write_json(file, _with_names(found, ends, source))
     whole = dump_recipe(recipe)
     write_text(folder.notes / RECIPE, whole)
     card, model = folder.model / "README.md", source_name(source.record())
@@ -214,18 +207,18 @@ def name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalC
     write_text(card, made.join((first, "".join(others))))
 
 
-def with_names(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
+def _with_names(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
     """A record in which the folders of steps are replaced by the chain's model or its output."""
     if isinstance(value, dict):
         if value.get("kind") == "folder" and value.get("name") in ends:
             return source.record()
-        return {key: with_names(x, ends, source) for key, x in value.items()}
+        return {key: _with_names(x, ends, source) for key, x in value.items()}
     if isinstance(value, list):
-        return [with_names(x, ends, source) for x in value]
+        return [_with_names(x, ends, source) for x in value]
     return ends.get(value, value) if isinstance(value, str) else value
 
 
-def counted(
+def _counted(
     step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
 ) -> ChainStep:
     """Describe the contents of a folder."""
@@ -241,7 +234,7 @@ def counted(
     )
 
 
-def gather_notes(folder: RunFolder) -> None:
+def _gather_notes(folder: RunFolder) -> None:
     """Copy the notes of every step except the last beside the notes of the result."""
     for step in sorted(folder.work.iterdir()):
         if (step / NOTES).is_dir():
@@ -253,7 +246,7 @@ def gather_notes(folder: RunFolder) -> None:
             )
 
 
-def read_report(output: Path) -> ChainResult:
+def _read_report(output: Path) -> ChainResult:
     """Read the report in the result of a chain."""
     return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)
 
@@ -304,12 +297,12 @@ class PlannedStep:
     def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry out the step, from one folder to another."""
         ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
-        with named_step(self.number, self.verb):
+        with _named_step(self.number, self.verb):
             STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
 
 
 @contextmanager
-def named_step(number: int, verb: str) -> Iterator[None]:
+def _named_step(number: int, verb: str) -> Iterator[None]:
     """Name the step in an error: `step 2, distill`."""
     try:
         yield
@@ -318,7 +311,7 @@ def named_step(number: int, verb: str) -> Iterator[None]:
         raise type(error)(error.what, where=where, remedy=error.remedy) from error
 
 
-def check_prune(recipe: PruneRecipe) -> None:
+def _check_prune(recipe: PruneRecipe) -> None:
     """Check the parts of a pruning recipe, and that they fit together."""
     if recipe.compress.values is not None:
         raise RecipeError(
@@ -332,7 +325,7 @@ def check_prune(recipe: PruneRecipe) -> None:
     settings_of(recipe, "memory", None)
 
 
-def check_structure(recipe: StructureRecipe) -> None:
+def _check_structure(recipe: StructureRecipe) -> None:
     """Check the parts of a structured cut, and that it cuts something."""
     check_together(recipe)
     for registry, name in (
@@ -345,7 +338,7 @@ def check_structure(recipe: StructureRecipe) -> None:
     choose_device(recipe.device)
 
 
-def check_training(recipe: TrainRecipe) -> None:
+def _check_training(recipe: TrainRecipe) -> None:
     """Check the optimizer, the device, and the parts of gradual pruning."""
     TrainingPlan(steps=1, optimizer=recipe.optimizer)
     choose_device(recipe.device)
@@ -356,9 +349,9 @@ def check_training(recipe: TrainRecipe) -> None:
 
 
 STEPS: Mapping[str, StepKind] = {
-    "structure": StepKind(StructureRecipe, structure_recipe, check_structure),
-    "prune": StepKind(PruneRecipe, run_recipe, check_prune),
-    "train": StepKind(TrainRecipe, run_training, check_training),
+    "structure": StepKind(StructureRecipe, structure_recipe, _check_structure),
+    "prune": StepKind(PruneRecipe, run_recipe, _check_prune),
+    "train": StepKind(TrainRecipe, run_training, _check_training),
     "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
 }
 """The possible steps, by verb."""
@@ -373,7 +366,7 @@ def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
     Raises:
         SecateurError: a step cannot be carried out; the message says which one and why.
     """
-    found = [checked(number, step) for number, step in enumerate(steps, start=1)]
+    found = [_checked(number, step) for number, step in enumerate(steps, start=1)]
     for before, after in pairwise(found):
         if before.verb == "compress":
             raise RecipeError(
@@ -384,24 +377,16 @@ def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
     return found
 
 
-def check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
+def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
     """Check cuts on the configuration of the model, before any step runs.
 
     The first cut is checked whole, and of a later one the number of layers.
-
-    Args:
-        steps: all steps.
-        source: folder of the model before the first step.
-        trust_remote_code: whether code that comes with the model may run.
-
-    Raises:
-        SecateurError: the model has no such sizes; the message names the step.
     """
     layers = None
     for step in steps:
         if step.verb != "structure":
             continue
-        with named_step(step.number, step.verb):
+        with _named_step(step.number, step.verb):
             if layers is None:
                 skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
                 aim = plan_cut(step.recipe, skeleton)
@@ -410,12 +395,8 @@ def check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bo
                 layers = count(step.recipe.keep_layers, layers, "decoder layers")
 
 
-def check_reads(recipe: Any) -> None:
-    """Check that the texts, masks and teacher of a step can be found; reads none.
-
-    Raises:
-        SourceError: one is missing.
-    """
+def _check_reads(recipe: Any) -> None:
+    """Check that the texts, masks and teacher of a step can be found; reads none."""
     learned = getattr(recipe, "learned", None)
     texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
     texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
@@ -435,12 +416,8 @@ def check_reads(recipe: Any) -> None:
         )
 
 
-def checked(number: int, step: Any) -> PlannedStep:
-    """One step.
-
-    Raises:
-        SecateurError: the step cannot be carried out; the message says why.
-    """
+def _checked(number: int, step: Any) -> PlannedStep:
+    """One step."""
     where = f"step {number}"
     if not isinstance(step, Mapping) or len(step) != 1:
         raise RecipeError(
@@ -465,8 +442,8 @@ def checked(number: int, step: Any) -> PlannedStep:
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
     kind = STEPS[verb]
-    with named_step(number, verb):
+    with _named_step(number, verb):
         recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
         kind.check(recipe)
-        check_reads(recipe)
+        _check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)

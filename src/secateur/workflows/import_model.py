@@ -83,7 +83,7 @@ def import_recipe(
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     with folder:
-        opened = open_source(recipe, source)
+        opened = _open_source(recipe, source)
         made = folder.fresh_model()
         check_free(opened.reader.total_bytes, made)
         write_dense(opened.reader, made, progress)
@@ -95,11 +95,11 @@ def import_recipe(
         audit = audit_checkpoint(
             made, find_patterns=True, trust_remote_code=trust, progress=progress
         )
-        record = record_of(recipe, source, opened, audit)
+        record = _record_of(recipe, source, opened, audit)
         record["seconds"] = time.perf_counter() - begun
         write_json(folder.notes / IMPORT, declared(Import, record))
         if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur
-            manifest = manifest_of(record, audit, meter)
+            manifest = _manifest_of(record, audit, meter)
             write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
         write_text(folder.notes / "import.yaml", dump_recipe(recipe))
         result = ImportResult(folder.output, Import.model_validate(record), audit.parameters)
@@ -126,14 +126,8 @@ class OpenedSource:
     reader: CheckpointReader
 
 
-def open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
-    """Recognise a source and open it.
-
-    Raises:
-        RecipeError: masks and an adapter at once, or an adapter for a compressed source.
-        SourceError: no kind of source fits.
-        CheckpointError: files are damaged, or contradict each other.
-    """
+def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
+    """Recognise a source and open it."""
     config = read_config(source.folder)
     found = SourceFolder(
         source.folder, config, CheckpointReader(source.folder), computed_dtype(source.folder)
@@ -164,17 +158,17 @@ def open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
     return OpenedSource(kinds[0], dict(told) if isinstance(told, dict) else {}, plain, reader)
 
 
-def record_of(
+def _record_of(
     recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit
 ) -> dict[str, Any]:
     """The record of an import, without its wall time."""
     plain, masks, adapter = opened.plain, None, None
     if recipe.masks is not None:
-        masks = digested(Path(recipe.masks))
+        masks = _digested(Path(recipe.masks))
     if isinstance(opened.reader, MergedReader):
         assert recipe.adapter is not None
         folder = Path(recipe.adapter)
-        adapter = {**digested(folder / WEIGHTS), "name": folder.name, "kind": opened.reader.kind}
+        adapter = {**_digested(folder / WEIGHTS), "name": folder.name, "kind": opened.reader.kind}
     stored_as = {
         name.removesuffix(".weight"): assembly.stored_as for name, assembly in plain.made.items()
     }
@@ -204,12 +198,12 @@ def record_of(
     }
 
 
-def digested(file: Path) -> dict[str, str]:
+def _digested(file: Path) -> dict[str, str]:
     """The name and SHA-256 of a file."""
     return {"name": file.name, "sha256": file_digests([file])[file.name]}
 
 
-def manifest_of(record: dict[str, Any], audit: Audit, meter: Meter) -> dict[str, Any]:
+def _manifest_of(record: dict[str, Any], audit: Audit, meter: Meter) -> dict[str, Any]:
     """The manifest of a model that another tool has pruned: what is known of its making."""
     patterns = {matrix["pattern"] for matrix in record["matrices"]} - {"dense"}
     return {

@@ -112,10 +112,10 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
     Raises:
         SecateurError: as the run would.
     """
-    check_storage(recipe)
+    _check_storage(recipe)
     packs = recipe.compress.values is not None
     if packs:
-        checked_steps(chain_of(recipe).steps)
+        checked_steps(_chain_of(recipe).steps)
     if recipe.cluster.ray is not None:
         raise RecipeError(
             "a dry run plans for one process, and Ray would start several",
@@ -124,7 +124,7 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
         )
     asked = PruneCall(dry_run=True, **call)
     if asked.gpus is not None:
-        return plan_on_paper(recipe, asked)
+        return _plan_on_paper(recipe, asked)
     plan = plan_pruning(recipe)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
@@ -151,24 +151,20 @@ def prune_recipe(
         ranks: the processes that share the work; this one is the first.
     """
     refuse_several(recipe, ranks.count)
-    check_storage(recipe)
+    _check_storage(recipe)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return run_recipe(recipe, progress, **call, ranks=ranks)
-    output = run_chain(chain_of(recipe), progress, **call).output
-    name_recipe(recipe, output)
+    output = run_chain(_chain_of(recipe), progress, **call).output
+    _name_recipe(recipe, output)
     record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
     return dataclasses.replace(
         report_of(output), compression=CompressResult.from_json({**record, "output": output})
     )
 
 
-def check_storage(recipe: PruneRecipe) -> None:
-    """Refuse options about how weights are stored that contradict each other.
-
-    Raises:
-        RecipeError: names the options.
-    """
+def _check_storage(recipe: PruneRecipe) -> None:
+    """Refuse options about how weights are stored that contradict each other."""
     if recipe.compress.values is not None and recipe.keep_format:
         raise RecipeError(
             "--keep-format and --compress both say how the weights are stored",
@@ -176,7 +172,7 @@ def check_storage(recipe: PruneRecipe) -> None:
         )
 
 
-def chain_of(recipe: PruneRecipe) -> ChainRecipe:
+def _chain_of(recipe: PruneRecipe) -> ChainRecipe:
     """The chain that prunes and then compresses."""
     options = recipe.model_dump(mode="json", exclude=OF_THE_CHAIN, exclude_none=True)
     values = {
@@ -188,7 +184,7 @@ def chain_of(recipe: PruneRecipe) -> ChainRecipe:
     return build_recipe(ChainRecipe, values)
 
 
-def name_recipe(recipe: PruneRecipe, output: Path) -> None:
+def _name_recipe(recipe: PruneRecipe, output: Path) -> None:
     """Replace the recipe of the chain by the recipe of the pruning."""
     file, card = output / NOTES / RECIPE, output / "README.md"
     chain, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
@@ -201,13 +197,13 @@ Showing = Callable[[], AbstractContextManager[Progress]]
 """Makes what shows the progress, in the first process."""
 
 
-def silently() -> AbstractContextManager[Progress]:
+def _silently() -> AbstractContextManager[Progress]:
     """Show no progress."""
     return nullcontext(Silent())
 
 
 def prune_on_ray(
-    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = silently
+    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = _silently
 ) -> PruneResult:
     """Carry out a recipe in processes that Ray starts.
 
@@ -224,12 +220,12 @@ def prune_on_ray(
     refuse_several(recipe, count=cluster.processes or 2)
     on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
     values = recipe.model_dump(mode="json", exclude={"cluster"})
-    work = partial(do_share, values, dict(call), showing)
+    work = partial(_do_share, values, dict(call), showing)
     launch(cluster.ray, cluster.processes, on_gpu, work)
     return report_of(Path(recipe.output or "").absolute())
 
 
-def do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -> None:
+def _do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -> None:
     """What one process does."""
     recipe = build_recipe(PruneRecipe, values)
     with joined(recipe.device) as ranks:
@@ -240,12 +236,8 @@ def do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) ->
             run_recipe(recipe, progress, **call, ranks=ranks)
 
 
-def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
-    """Plan the run of a recipe for a well-known shape on GPUs that are not here.
-
-    Raises:
-        RecipeError: the model is no well-known shape, or the GPU or the solver is unknown.
-    """
+def _plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
+    """Plan the run of a recipe for a well-known shape on GPUs that are not here."""
     facts = read_facts()
     if recipe.model not in facts.shapes:
         raise RecipeError(
@@ -254,7 +246,7 @@ def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
             remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
             "machine",
         )
-    hardware = facts.device(full_name(asked.gpu, facts))
+    hardware = facts.device(_full_name(asked.gpu, facts))
     method, _ = method_of(recipe)
     length = recipe.calibration.sequence_length or 2048
     assert asked.gpus is not None
@@ -278,7 +270,7 @@ def plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
     return ClusterPlanResult(recipe.model, hardware.name, plan)
 
 
-def full_name(gpu: str, facts: Facts) -> str:
+def _full_name(gpu: str, facts: Facts) -> str:
     """The name of a GPU in the facts, of which the beginning is enough."""
     found = [name for name in facts.hardware if name.startswith(gpu)]
     return found[0] if len(found) == 1 else gpu

@@ -68,7 +68,7 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     audit = audit_checkpoint(
         contents.folder, trust_remote_code=recipe.trust_remote_code, progress=progress
     )
-    refuse_lost_zeros(contents.folder, audit)
+    _refuse_lost_zeros(contents.folder, audit)
     recorded = (contents.folder / NOTES / "manifest.json").is_file()
     run = read_run(contents.folder, "this model") if recorded else None
     written = contents.files[CARD].read_text(encoding="utf-8")
@@ -96,12 +96,8 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     )
 
 
-def refuse_lost_zeros(folder: Path, audit: Audit) -> None:
-    """Refuse a folder with fewer zeros than its records say.
-
-    Raises:
-        VerificationError: names the matrices.
-    """
+def _refuse_lost_zeros(folder: Path, audit: Audit) -> None:
+    """Refuse a folder with fewer zeros than its records say."""
     claims = read_claims(folder)
     claimed = {name: claim.pruned for name, claim in claims.linears.items()}
     if (folder / NOTES / "import.json").is_file():

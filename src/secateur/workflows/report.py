@@ -47,9 +47,9 @@ def report(
             remedy="name one run folder, or leave --card out",
         )
     write_page(records, page)
-    written = save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
+    written = _save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
     if card is not None:
-        Path(card).write_text(card_text(records.runs[0]), encoding="utf-8")
+        Path(card).write_text(_card_text(records.runs[0]), encoding="utf-8")
     return ReportResult(page, written, Path(card) if card is not None else None)
 
 
@@ -60,7 +60,7 @@ def write_page(records: Records, page: Path) -> None:
     page.write_text(render(records, version=version(DISTRIBUTION), date=today), encoding="utf-8")
 
 
-def save_all_plots(records: Records, folder: Path) -> list[Path]:
+def _save_all_plots(records: Records, folder: Path) -> list[Path]:
     """Write every chart of the page as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -70,7 +70,7 @@ def save_all_plots(records: Records, folder: Path) -> list[Path]:
     return files
 
 
-def card_text(run: ReportedRun) -> str:
+def _card_text(run: ReportedRun) -> str:
     """Write the model card of a run with all its measurements."""
     written = run.folder / "README.md"
     manifest = run.manifest.model_dump()

@@ -82,7 +82,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
     api_key = recipe.api_key or os.environ.get(KEY_VARIABLE) or None
     listening = listening_socket(recipe.host, recipe.port)
     try:
-        service, lines = serving(recipe)
+        service, lines = _serving(recipe)
     except BaseException:
         listening.close()
         raise
@@ -101,7 +101,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
     return Serving(service, server, listening, tuple(lines))
 
 
-def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
+def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     """The model of a recipe, and what a person should know of it."""
     folder = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code).folder
     tokenizers = [
@@ -109,8 +109,8 @@ def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     ]
     defaults = sampling_in(folder)
     model = load(folder, trust_remote_code=recipe.trust_remote_code)
-    capacity = capacity_of(model, recipe.context_length)
-    engine, line = engine_of(model, capacity, recipe.slots)
+    capacity = _capacity_of(model, recipe.context_length)
+    engine, line = _engine_of(model, capacity, recipe.slots)
     scheduler = Scheduler(
         engine,
         queue_limit=recipe.queue,
@@ -138,12 +138,8 @@ def serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     return service, lines
 
 
-def capacity_of(model: Any, context: int | None) -> int:
-    """How many tokens a prompt and its answer may have together.
-
-    Raises:
-        RecipeError: more are wanted than the model has positions.
-    """
+def _capacity_of(model: Any, context: int | None) -> int:
+    """How many tokens a prompt and its answer may have together."""
     positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
     if context is not None and context > positions:
         raise RecipeError(
@@ -154,7 +150,7 @@ def capacity_of(model: Any, context: int | None) -> int:
     return context or min(positions, POSITIONS)
 
 
-def engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
+def _engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
     """What computes, and a line about it."""
     reason = why_not(model, capacity)
     if reason is not None:

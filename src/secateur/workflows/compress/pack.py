@@ -128,7 +128,7 @@ def compress_recipe(
     rounding: dict[str, Any] = {}
     values_of: Mapping[str, str] = {}
     with folder:
-        made_of = identity(recipe, reader, progress)
+        made_of = _identity(recipe, reader, progress)
         folder.begin(made_of if text is not None else {}, made_of)
         if folder.finished:
             record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
@@ -136,7 +136,7 @@ def compress_recipe(
         zeros = zero_fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
-            report = packed_within(folder, recipe, source, matrices, choice, begun)
+            report = _packed_within(folder, recipe, source, matrices, choice, begun)
             folder.finish()
             return report
         if text is not None:
@@ -145,14 +145,14 @@ def compress_recipe(
             reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
         if recipe.overrides:
-            values_of = stored_values(recipe, matrices)
+            values_of = _stored_values(recipe, matrices)
         chosen = ChosenValues(reader, matrices, values_of, rounding)
         report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
     return report
 
 
-def packed_within(
+def _packed_within(
     folder: RunFolder,
     recipe: CompressRecipe,
     source: LocalCheckpoint,
@@ -182,12 +182,14 @@ def packed_within(
         "loss_increase_standard_error": found.standard_error,
         "judged_tokens": found.tokens,
     }
-    report = make_report(chosen, packed, plan, folder.output, begun)
-    write_notes(report, source, folder, recipe.output or folder.output)
+    report = _make_report(chosen, packed, plan, folder.output, begun)
+    _write_notes(report, source, folder, recipe.output or folder.output)
     return report
 
 
-def stored_values(recipe: CompressRecipe, matrices: Mapping[str, PackableMatrix]) -> dict[str, str]:
+def _stored_values(
+    recipe: CompressRecipe, matrices: Mapping[str, PackableMatrix]
+) -> dict[str, str]:
     """The values of linears that have their own, by stored name."""
     names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
     own = own_values(recipe, names)
@@ -230,8 +232,8 @@ def pack_into(
         begun: when the run began, for the record.
     """
     plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, progress)
-    report = make_report(chosen, packed, plan, folder.output, begun)
-    write_notes(report, source, folder, recipe.output or folder.output)
+    report = _make_report(chosen, packed, plan, folder.output, begun)
+    _write_notes(report, source, folder, recipe.output or folder.output)
     return report
 
 
@@ -260,17 +262,17 @@ def pack_model(
     check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
     progress.start("packing", len(reader.entries))
     write_packed(
-        made, files, packed_tensors(reader, plan, matrices, progress), archive=recipe.archive
+        made, files, _packed_tensors(reader, plan, matrices, progress), archive=recipe.archive
     )
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
     layouts = [layout for file in files for layout in file.layouts.values()]
-    config = packed_config(source.folder, computed, recipe.archive, layouts)
+    config = _packed_config(source.folder, computed, recipe.archive, layouts)
     carry_over(source.folder, made, config, same_weights=kept)
     return plan, verified(made, progress)
 
 
-def identity(
+def _identity(
     recipe: CompressRecipe, reader: CheckpointReader, progress: Progress
 ) -> dict[str, Any]:
     """Everything that affects the compressed weights."""
@@ -281,7 +283,7 @@ def identity(
     }
 
 
-def packed_config(
+def _packed_config(
     source: Path, computed: torch.dtype, archive: bool, layouts: Sequence[Layout]
 ) -> dict[str, Any]:
     """The configuration of the compressed checkpoint."""
@@ -305,7 +307,7 @@ def zero_fractions(
     return found
 
 
-def packed_tensors(
+def _packed_tensors(
     reader: CheckpointReader,
     plan: StoragePlan,
     matrices: dict[str, PackableMatrix],
@@ -323,7 +325,7 @@ def packed_tensors(
                 yield name, stored
             else:
                 tensor = tensor.t() if layout.transposed else tensor
-                parts = packed_parts(tensor, layout, plan.choices[name])
+                parts = _packed_parts(tensor, layout, plan.choices[name])
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
                 stored = formats[layout.format].unpack(parts, layout) if counts else tensor
@@ -332,7 +334,7 @@ def packed_tensors(
             progress.step(note=name)
 
 
-def packed_parts(weight: Tensor, layout: Layout, choice: LayoutChoice) -> dict[str, Tensor]:
+def _packed_parts(weight: Tensor, layout: Layout, choice: LayoutChoice) -> dict[str, Tensor]:
     """The parts of a matrix [out, in] of the source."""
     if not layout.integers:  # a cast can make zeros too
         weight = weight.to(layout.dtype)
@@ -355,7 +357,7 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
     return packed
 
 
-def make_report(
+def _make_report(
     chosen: ChosenValues, packed: PackedCheckpoint, plan: StoragePlan, output: Path, begun: float
 ) -> CompressResult:
     """Add up the contents of the files."""
@@ -374,7 +376,7 @@ def make_report(
             continue
         linears.add(*counted)
         for values in dense:
-            dense[values] += dense_bytes(choice.layout, values)
+            dense[values] += _dense_bytes(choice.layout, values)
         kind = stored_as(choice.layout.to_json())
         by_format.setdefault(kind, FormatTotals()).add(*counted)
         if layout is not None:
@@ -399,20 +401,15 @@ def make_report(
     )
 
 
-def dense_bytes(layout: Layout, values: str) -> int:
-    """The size of a matrix that stores its zeros.
-
-    Args:
-        layout: how it is stored.
-        values: int8 or int4; `as here` for the values of the layout.
-    """
+def _dense_bytes(layout: Layout, values: str) -> int:
+    """The size of a matrix that stores its zeros."""
     dense = replace(layout, format=DENSE, pattern=None)
     if values != "as here":
         dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
     return formats[DENSE].nbytes(dense, layout.weights)
 
 
-def write_notes(
+def _write_notes(
     report: CompressResult, source: LocalCheckpoint, folder: RunFolder, output: str | Path
 ) -> None:
     """Write the record of the compression and the card."""

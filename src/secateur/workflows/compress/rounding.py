@@ -208,7 +208,7 @@ class MixedChoice:
         self.reader, self.work, self.progress = reader, work, progress
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
         self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
-        fitted, chosen, judged = split_windows(recipe, self.target, work, progress)
+        fitted, chosen, judged = _split_windows(recipe, self.target, work, progress)
         self.choosing, self.judging = (
             LossJudge(self.target, file, progress, trust_remote_code=trust)
             for file in (chosen, judged)
@@ -216,11 +216,11 @@ class MixedChoice:
         self.linears = {m.linear: name for name, m in matrices.items() if m.prunable}
         self.folders = {}
         for values in ROUNDED:
-            own = with_values(recipe, values, fitted)
+            own = _with_values(recipe, values, fitted)
             run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
             labelled = Labelled(progress, f"rounding to {values}")
             self.folders[values] = round_checkpoint(run, labelled)
-        sizes = sizes_of(recipe, reader, matrices)
+        sizes = _sizes_of(recipe, reader, matrices)
         self.levels = [Level(reader, sizes[""], {})]
         for values, folder in self.folders.items():
             rounded = CheckpointReader(folder)
@@ -268,21 +268,17 @@ def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
         )
 
 
-def with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressRecipe:
+def _with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressRecipe:
     """The recipe that rounds to these values on ready windows."""
     text = recipe.calibration.model_copy(update={"source": str(windows)})
     group = recipe.group_size if values == "int4" else None
     return recipe.model_copy(update={"values": values, "group_size": group, "calibration": text})
 
 
-def split_windows(
+def _split_windows(
     recipe: CompressRecipe, target: CheckpointTarget, work: Path, progress: Progress
 ) -> list[Path]:
-    """The files of the windows for the rounding, for the choice and for the judgement.
-
-    Raises:
-        RecipeError: there are fewer windows than purposes.
-    """
+    """The files of the windows for the rounding, for the choice and for the judgement."""
     files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
     text = recipe.calibration.source
     assert text is not None
@@ -294,7 +290,7 @@ def split_windows(
     return files
 
 
-def sizes_of(
+def _sizes_of(
     recipe: CompressRecipe, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]
 ) -> dict[str, dict[str, int]]:
     """The size in bytes of every linear, by values ("" for those of the source) and name."""

@@ -74,11 +74,11 @@ def decompress_recipe(
     view = DenseView(packed)
     config = read_config(source.folder)
     del config["quantization_config"]
-    rounded = any(not is_exact(layout, view.computed) for layout in packed.layouts.values())
+    rounded = any(not _is_exact(layout, view.computed) for layout in packed.layouts.values())
     with folder:
         made = folder.fresh_model()
         check_free(view.total_bytes, made)
-        write_dense(as_transformers_loads(view), made, listener(progress))
+        write_dense(_as_transformers_loads(view), made, listener(progress))
         carry_over(source.folder, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()
@@ -98,7 +98,7 @@ def decompress_recipe(
     )
 
 
-def is_exact(layout: Layout, computed: torch.dtype) -> bool:
+def _is_exact(layout: Layout, computed: torch.dtype) -> bool:
     """Whether the dense checkpoint holds exactly the stored weights.
 
     int8 values times their scales are rounded to the dtype of the configuration; int4 and int3
@@ -107,7 +107,7 @@ def is_exact(layout: Layout, computed: torch.dtype) -> bool:
     return not layout.integers or (layout.grid is not None and computed != torch.float16)
 
 
-def as_transformers_loads(view: DenseView) -> CheckpointReader:
+def _as_transformers_loads(view: DenseView) -> CheckpointReader:
     """The tensors of a view, with fused experts where transformers cannot fuse them itself.
 
     A compressed folder stores experts one by one.

@@ -60,7 +60,7 @@ def bench(
             range.
     """
     names = USUAL if contenders is None else contenders
-    check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
+    _check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
     progress = listener(progress)
     folder = resolve(str(model), progress=progress).folder
     positions = positions_in(folder)
@@ -73,7 +73,7 @@ def bench(
         )
     compressed = is_packed(folder)
     if not compressed:
-        names = without_packed(names, model, chosen=contenders is not None)
+        names = _without_packed(names, model, chosen=contenders is not None)
     reader = open_checkpoint(folder)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, tokens_of(folder), (prompt_tokens,), generator=generator).tolist()
@@ -96,16 +96,12 @@ def bench(
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     result = BenchResult(str(model), compressed, speeds, size, dense, protocol)
-    write_record(result, folder)
+    _write_record(result, folder)
     return result
 
 
-def without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> list[str]:
-    """Return the contenders of a model without packed weights.
-
-    Raises:
-        RecipeError: the user named a packed contender.
-    """
+def _without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> list[str]:
+    """Return the contenders of a model without packed weights."""
     packed = [name for name in names if name.startswith("packed")]
     if packed and chosen:
         raise RecipeError(
@@ -117,7 +113,7 @@ def without_packed(names: Sequence[str], model: str | Path, *, chosen: bool) -> 
     return [name for name in names if name not in packed]
 
 
-def check_asked(
+def _check_asked(
     contenders: Sequence[str],
     gguf: Sequence[str | Path],
     prompt_tokens: int,
@@ -143,7 +139,7 @@ def check_asked(
         raise RecipeError("there is no such GGUF file", where=missing[0], remedy="check the path")
 
 
-def write_record(report: BenchResult, folder: Path) -> None:
+def _write_record(report: BenchResult, folder: Path) -> None:
     """Write the results beside the records of a pruning run, if the folder has them."""
     if not (folder / NOTES).is_dir():
         return

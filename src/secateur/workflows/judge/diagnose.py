@@ -98,22 +98,22 @@ def diagnose(
     progress = listener(progress)
     steps = [] if training_log is None else read_log(Path(training_log))
     place = choose_device(device)
-    ours = open_in_float32(model, place, trust_remote_code)
+    ours = _open_in_float32(model, place, trust_remote_code)
     reference = None
     if dense is not None:
-        theirs = open_in_float32(dense, place, trust_remote_code)
-        reference = open_reference(
+        theirs = _open_in_float32(dense, place, trust_remote_code)
+        reference = _open_reference(
             ours, theirs, str(text), windows, sequence_length, trust_remote_code
         )
     claims = read_claims(ours.reader.folder)
-    weights, findings = check_weights(ours, claims, reference, progress)
+    weights, findings = _check_weights(ours, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
     if reference is not None:
         drift = layer_drifts(ours, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, ours.architecture.layer_name, bears)
     target = check_target().target
-    findings += pruned_findings(ours, claims, weights, reference, target)
+    findings += _pruned_findings(ours, claims, weights, reference, target)
     findings += check_training(steps, str(training_log))
     found = DiagnoseResult(
         str(model),
@@ -127,11 +127,11 @@ def diagnose(
         environment(place),
         reference.protocol if reference else {},
     )
-    write_diagnosis(found)
+    _write_diagnosis(found)
     return found
 
 
-def open_in_float32(
+def _open_in_float32(
     model: str | Path, device: torch.device, trust_remote_code: bool
 ) -> CheckpointTarget:
     """Open a checkpoint, compressed or not, for computation in float32.
@@ -148,7 +148,7 @@ def open_in_float32(
     )
 
 
-def open_reference(
+def _open_reference(
     ours: CheckpointTarget,
     theirs: CheckpointTarget,
     text: str,
@@ -158,7 +158,7 @@ def open_reference(
 ) -> Reference:
     """Open a dense model of the same kind, and the windows that both models read."""
     check_same_model(ours, theirs)
-    tokens, start = token_windows(ours, text, windows, sequence_length, trust_remote_code)
+    tokens, start = _token_windows(ours, text, windows, sequence_length, trust_remote_code)
     named = {"start_tokens": list(start)} if start else {}
     protocol = {
         "text": text,
@@ -170,7 +170,7 @@ def open_reference(
     return Reference(theirs, tokens, protocol)
 
 
-def token_windows(
+def _token_windows(
     target: CheckpointTarget,
     text: str,
     windows: int,
@@ -197,22 +197,22 @@ def token_windows(
     return tokens, start_tokens(tokenizer)
 
 
-def check_weights(
+def _check_weights(
     ours: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
 ) -> tuple[Weights, list[Finding]]:
     """Check every stored tensor, and return the findings."""
-    weights = read_weights(ours, claims, "weights", progress)
+    weights = _read_weights(ours, claims, "weights", progress)
     dense = None
     if reference is not None:
-        dense = read_weights(reference.target, Claims(), "dense weights", progress)
+        dense = _read_weights(reference.target, Claims(), "dense weights", progress)
     name, size = ours.architecture.layer_name, head_size(ours.model.config)
     findings = check_values(weights)
-    findings += check_sparsity(weights, claims, rounded=stored_as_int8(ours))
+    findings += check_sparsity(weights, claims, rounded=_stored_as_int8(ours))
     findings += check_units(weights, claims, size, name, dense)
     return weights, findings
 
 
-def read_weights(
+def _read_weights(
     target: CheckpointTarget, claims: Claims, label: str, progress: Progress
 ) -> Weights:
     """Yield all tensors of a checkpoint, and report progress."""
@@ -222,14 +222,14 @@ def read_weights(
     return weights
 
 
-def stored_as_int8(target: CheckpointTarget) -> bool:
+def _stored_as_int8(target: CheckpointTarget) -> bool:
     """Whether a compressed checkpoint holds rounded matrices."""
     if not isinstance(target.reader, DenseView):
         return False
     return any(layout.values == "int8" for layout in target.reader.packed.layouts.values())
 
 
-def pruned_findings(
+def _pruned_findings(
     ours: CheckpointTarget,
     claims: Claims,
     weights: Weights,
@@ -242,11 +242,11 @@ def pruned_findings(
     pattern = claims.pattern.name if claims.pattern else "unstructured"
     return [
         *check_speed(ours.reader.folder, pattern, weights.sparsity, target),
-        *skipped_checks(claims, reference),
+        *_skipped_checks(claims, reference),
     ]
 
 
-def skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]:
+def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]:
     """Notes about the checks of a pruned model that were impossible."""
     found = []
     if not claims.linears:
@@ -273,7 +273,7 @@ def skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]
     return found
 
 
-def write_diagnosis(found: DiagnoseResult) -> None:
+def _write_diagnosis(found: DiagnoseResult) -> None:
     """Write the diagnosis beside the records of the run, if there are any."""
     folder = found.claims.folder
     if folder is None:

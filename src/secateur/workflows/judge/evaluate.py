@@ -110,7 +110,7 @@ def evaluate(
         refuse_unused(EvaluateRecipe, options, UNUSED, "a loaded model stays as it is")
     if tokenizer is not None and not any(isinstance(x, nn.Module) for x in (model, dense)):
         raise RecipeError("a checkpoint has its own tokenizer", remedy="leave `tokenizer` out")
-    own = {"model": name_of(model), "dense": None if dense is None else name_of(dense)}
+    own = {"model": _name_of(model), "dense": None if dense is None else _name_of(dense)}
     recipe, _ = recipe_of(EvaluateRecipe, own, options)
     return run_evaluation(
         recipe,
@@ -149,52 +149,48 @@ def run_evaluation(
     Raises:
         RecipeError: several processes, and something other than texts is to be measured.
     """
-    refuse_several(recipe, ranks.count)
-    refuse_idle(recipe)
+    _refuse_several(recipe, ranks.count)
+    _refuse_idle(recipe)
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
-    kept = None if model is not None else stored_results(recipe.model)
+    kept = None if model is not None else _stored_results(recipe.model)
     # read the rows of tasks first, so a missing task is an error before a model is loaded
     prepared = prepare_tasks(
         recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
     place, trust = recipe.device, recipe.trust_remote_code
-    ours = loaded_model(model or recipe.model, tokenizer, place, trust)
+    ours = _loaded_model(model or recipe.model, tokenizer, place, trust)
     reference = None
     if recipe.dense is not None:
-        reference = loaded_model(dense or recipe.dense, tokenizer, place, trust)
+        reference = _loaded_model(dense or recipe.dense, tokenizer, place, trust)
     shared = {
         "reference": reference.name if reference else None,
         "environment": environment(place_of(ours.model)),
     }
     texts, apart = [], list[DivergenceRecord]()
     for text in names:
-        found, moved = text_records(
+        found, moved = _text_records(
             ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress, ranks
         )
         texts.append(found)
         apart = apart or moved
     generated = []
     if recipe.generation:
-        generated = [generation_record(ours, reference, shared, prompts, progress)]
+        generated = [_generation_record(ours, reference, shared, prompts, progress)]
     record = EvaluationRecord(
         model=ours.name,
         perplexity=texts,
         divergence=apart,
-        tasks=task_records(ours, reference, shared, prepared, progress),
+        tasks=_task_records(ours, reference, shared, prepared, progress),
         generation=generated,
     )
-    ranks.once(lambda: store(record, kept, recipe.output))
+    ranks.once(lambda: _store(record, kept, recipe.output))
     return EvaluateResult(record)
 
 
-def refuse_several(recipe: EvaluateRecipe, count: int) -> None:
-    """Refuse what several processes cannot measure yet.
-
-    Raises:
-        RecipeError: names the option.
-    """
+def _refuse_several(recipe: EvaluateRecipe, count: int) -> None:
+    """Refuse what several processes cannot measure yet."""
     for option, given in (("--tasks", recipe.tasks), ("--generation", recipe.generation)):
         if count > 1 and given:
             raise RecipeError(
@@ -203,12 +199,8 @@ def refuse_several(recipe: EvaluateRecipe, count: int) -> None:
             )
 
 
-def refuse_idle(recipe: EvaluateRecipe) -> None:
-    """Refuse windows where no text is read.
-
-    Raises:
-        RecipeError: names the options.
-    """
+def _refuse_idle(recipe: EvaluateRecipe) -> None:
+    """Refuse windows where no text is read."""
     cut = [n for n in ("windows", "sequence_length") if getattr(recipe, n) is not None]
     if cut and not recipe.text and (recipe.tasks or recipe.generation):
         raise RecipeError(
@@ -217,7 +209,7 @@ def refuse_idle(recipe: EvaluateRecipe) -> None:
         )
 
 
-def store(record: EvaluationRecord, kept: Path | None, output: str | None) -> None:
+def _store(record: EvaluationRecord, kept: Path | None, output: str | None) -> None:
     """Write the results to the files that keep them."""
     if kept is not None:
         record.add_to(kept)
@@ -225,12 +217,8 @@ def store(record: EvaluationRecord, kept: Path | None, output: str | None) -> No
         record.save(Path(output))
 
 
-def stored_results(model: str) -> Path | None:
-    """The file that keeps the results of a run folder; None for any other model.
-
-    Raises:
-        CheckpointError: the file exists, but results cannot be added to it.
-    """
+def _stored_results(model: str) -> Path | None:
+    """The file that keeps the results of a run folder; None for any other model."""
     if not (Path(model) / NOTES).is_dir():
         return None
     file = Path(model) / NOTES / FILE_NAME
@@ -239,27 +227,22 @@ def stored_results(model: str) -> Path | None:
     return file
 
 
-def name_of(model: str | Path | nn.Module) -> str:
+def _name_of(model: str | Path | nn.Module) -> str:
     """The name of a model in the records."""
     return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
-def loaded_model(
+def _loaded_model(
     model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
 ) -> LoadedModel:
-    """Return a model in memory, with its tokenizer.
-
-    Raises:
-        RecipeError: the caller passed a loaded model without a tokenizer, and none is where it
-            came from.
-    """
+    """Return a model in memory, with its tokenizer."""
     if not isinstance(model, nn.Module):
         return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
     refuse_foreign(model)
-    return LoadedModel(name_of(model), model, tokenizer or own_tokenizer(model))
+    return LoadedModel(_name_of(model), model, tokenizer or own_tokenizer(model))
 
 
-def text_records(
+def _text_records(
     ours: LoadedModel,
     dense: LoadedModel | None,
     shared: dict[str, Any],
@@ -272,9 +255,6 @@ def text_records(
     """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
 
     `shared` holds the dense model and the environment that every result names.
-
-    Raises:
-        RecipeError: the dense model splits the text into different tokens.
     """
     windows, protocol = windows_of(text, ours.model, ours.tokenizer, sequence_length, first)
     if dense is None:
@@ -282,7 +262,7 @@ def text_records(
             result = perplexity(
                 ours.model, windows, start_tokens=started(protocol), progress=report, ranks=ranks
             )
-        return perplexity_record(text, result, None, protocol, shared), []
+        return _perplexity_record(text, result, None, protocol, shared), []
     length = windows.shape[1]
     other, beside = windows_of(text, dense.model, dense.tokenizer, length, first)
     if other.shape != windows.shape or bool((other != windows).any()):
@@ -301,12 +281,12 @@ def text_records(
         )
     both = protocol | {f"reference_{key}": beside[key] for key in COMPUTED}
     return (
-        perplexity_record(text, moved.model, moved.reference, protocol, shared),
-        [divergence_record(text, moved, both, shared)],
+        _perplexity_record(text, moved.model, moved.reference, protocol, shared),
+        [_divergence_record(text, moved, both, shared)],
     )
 
 
-def perplexity_record(
+def _perplexity_record(
     text: str | Path,
     result: PerplexityResult,
     reference: PerplexityResult | None,
@@ -327,7 +307,7 @@ def perplexity_record(
     )
 
 
-def divergence_record(
+def _divergence_record(
     text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], shared: dict[str, Any]
 ) -> DivergenceRecord:
     """The stored form of a divergence."""
@@ -346,7 +326,7 @@ def divergence_record(
     )
 
 
-def task_records(
+def _task_records(
     ours: LoadedModel,
     dense: LoadedModel | None,
     shared: dict[str, Any],
@@ -387,7 +367,7 @@ def task_record(score: TaskScore, beside: Comparison | None, shared: dict[str, A
     )
 
 
-def generation_record(
+def _generation_record(
     ours: LoadedModel,
     dense: LoadedModel | None,
     shared: dict[str, Any],

@@ -130,7 +130,7 @@ class Conversation:
         given = dict(sampling or {})
         self.sampling = sampling_with(self.session.defaults, given)
         if self.sampling.temperature == 0:
-            refuse_idle(given)
+            _refuse_idle(given)
         self.taken = {
             name: value for name, value in self.session.defaults.items() if given.get(name) is None
         }
@@ -142,7 +142,7 @@ class Conversation:
                     "a system message needs the chat template", remedy="leave --no-chat out"
                 )
             self.chat = True
-            self.start = [{"role": "system", "content": check_text(system)}]
+            self.start = [{"role": "system", "content": _check_text(system)}]
         if self.chat:  # refuses a missing template, or a system message that the template refuses
             self.session.conversation([*self.start, {"role": "user", "content": "Hello"}])
         self.messages: list[Message] = [*self.start]
@@ -159,7 +159,7 @@ class Conversation:
         """
         if not prompt.strip():
             raise RecipeError("the prompt is empty", remedy="give at least one word")
-        check_text(prompt)
+        _check_text(prompt)
         asked = [*self.messages, {"role": "user", "content": prompt}]
         made = self.session.write(
             prompt,
@@ -177,12 +177,8 @@ class Conversation:
         self.messages = [*self.start]
 
 
-def refuse_idle(given: Mapping[str, Any]) -> None:
-    """Refuse options that choose among likely tokens where the most likely one is always taken.
-
-    Raises:
-        RecipeError: names them.
-    """
+def _refuse_idle(given: Mapping[str, Any]) -> None:
+    """Refuse options that choose among likely tokens where the most likely one is always taken."""
     nothing = {"top_k": (None, 0), "top_p": (None, 1), "min_p": (None, 0)}
     idle = [name for name, usual in nothing.items() if given.get(name) not in usual]
     if idle:
@@ -192,12 +188,8 @@ def refuse_idle(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_text(prompt: str) -> str:
-    """Return the same text if UTF-8 can encode it.
-
-    Raises:
-        RecipeError: the text holds half of a surrogate pair.
-    """
+def _check_text(prompt: str) -> str:
+    """Return the same text if UTF-8 can encode it."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -303,7 +295,7 @@ class TextSession:
         Raises:
             RecipeError: the prompt has no token, or prompt and text exceed the model's positions.
         """
-        check_length(max_new_tokens or 1, self.positions)
+        _check_length(max_new_tokens or 1, self.positions)
         chat = messages is not None
         read = self.conversation(messages or []) if chat else prompt
         ids = self.tokenizer(read, return_tensors="pt", add_special_tokens=not chat)["input_ids"][0]
@@ -311,7 +303,7 @@ class TextSession:
             raise RecipeError(
                 "the prompt has no token", remedy="give a prompt of at least one word"
             )
-        check_length(len(ids) + (max_new_tokens or 1), self.positions)
+        _check_length(len(ids) + (max_new_tokens or 1), self.positions)
         self.load()
         if max_new_tokens is None:
             max_new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
@@ -377,12 +369,8 @@ def positions_in(folder: Path) -> int | None:
     return value if type(value) is int else None
 
 
-def check_length(tokens: int, positions: int | None) -> None:
-    """Refuse more tokens than the model has positions.
-
-    Raises:
-        RecipeError: there are more tokens than positions; the message gives both numbers.
-    """
+def _check_length(tokens: int, positions: int | None) -> None:
+    """Refuse more tokens than the model has positions."""
     if positions is not None and tokens > positions:
         raise RecipeError(
             f"prompt and new tokens are {tokens}, and the model has {positions} positions",

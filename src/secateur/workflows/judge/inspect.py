@@ -39,22 +39,22 @@ def inspect(
     """
     file = Path(model).expanduser()
     if not zeros and file.suffix == ".gguf" and file.is_file():
-        return inspect_gguf(file, str(model), layer)
-    return inspect_checkpoint(str(model), layer, trust_remote_code, progress)
+        return _inspect_gguf(file, str(model), layer)
+    return _inspect_checkpoint(str(model), layer, trust_remote_code, progress)
 
 
-def inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
+def _inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
     """Report the header of a GGUF file."""
     from secateur.models.gguf_header import read_gguf_header
     from secateur.reporting.results.diagnose import GgufInspectResult
     from secateur.reporting.results.next_steps import layer_of
 
     header = read_gguf_header(file)
-    check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
+    _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
     return GgufInspectResult(model, header, layer)
 
 
-def inspect_checkpoint(
+def _inspect_checkpoint(
     model: str, layer: int | None, trust_remote_code: bool, progress: Progress | None
 ) -> InspectResult:
     """Report a checkpoint. This reads every tensor."""
@@ -66,16 +66,12 @@ def inspect_checkpoint(
 
     source = resolve(model, trust_remote_code=trust_remote_code, values=False, progress=progress)
     audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)
-    check_layer(layer, audit.num_hidden_layers)
+    _check_layer(layer, audit.num_hidden_layers)
     return InspectResult(model, audit, layer, silent_experts(read_claims(source.folder).unseen))
 
 
-def check_layer(layer: int | None, layers: int) -> None:
-    """Refuse a layer that the model does not have.
-
-    Raises:
-        RecipeError: there is no such layer; the message names the valid ones.
-    """
+def _check_layer(layer: int | None, layers: int) -> None:
+    """Refuse a layer that the model does not have."""
     if layer is not None and not 0 <= layer < layers:
         raise RecipeError(
             f"there is no decoder layer {layer}: the model has {layers}",

@@ -138,20 +138,20 @@ def run_prepared(
     folder.keep_apart(prepared.source.folder)
     tasks = tasks_for(prepared)
     chosen, activations = choose_plan(
-        prepared, tasks, recipe.memory, ranks, stored_sweep_windows(folder)
+        prepared, tasks, recipe.memory, ranks, _stored_sweep_windows(folder)
     )
     if not folder.finished:
         check_free(chosen.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
-        folder.begin(identity(prepared, progress))
+        folder.begin(_identity(prepared, progress))
         if folder.finished:
             broadcast(None, ranks)
             return report_of(folder.output)
         if not folder.resumed:
             refuse_all_zero(prepared.target)
-        prepared = with_kept_windows(prepared, folder, progress)
+        prepared = _with_kept_windows(prepared, folder, progress)
         write_json(folder.work / DISTILLATION_MODE, {"sweep_windows": chosen.sweep_windows})
         job = Job(
             prepared.target,
@@ -162,8 +162,8 @@ def run_prepared(
             prepared.sparsity,
             prepared.beside,
         )
-        finished = begin(prepared, ledger, progress)
-        broadcast(worker_job(prepared, folder, activations, finished, ledger), ranks)
+        finished = _begin(prepared, ledger, progress)
+        broadcast(_worker_job(prepared, folder, activations, finished, ledger), ranks)
         with torch.random.fork_rng(devices=[]), explained(chosen):
             torch.manual_seed(recipe.calibration.seed)
             done = job.carry_out(ledger, progress, finished)
@@ -178,7 +178,7 @@ def run_prepared(
             progress=progress,
         )
         verify(audit)
-        manifest = make_manifest(prepared, chosen, activations, audit, meter, folder)
+        manifest = _make_manifest(prepared, chosen, activations, audit, meter, folder)
         manifest["distillation"] = distilled
         found = coverage(ledger.layers, prepared.target.architecture)
         manifest["cost"]["processes"] = ranks.count
@@ -186,7 +186,7 @@ def run_prepared(
         manifest["reach"] = reached.to_json()
         manifest["left"] = [one.to_json() for one in left]
         manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
-        write_notes(manifest, prepared, folder)
+        _write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
@@ -243,7 +243,7 @@ def _distill(
     return losses
 
 
-def stored_sweep_windows(folder: RunFolder) -> int | None:
+def _stored_sweep_windows(folder: RunFolder) -> int | None:
     """How many windows a sweep of a stopped run has, whatever fits now; None for a new run."""
     told = folder.work / DISTILLATION_MODE
     if not (folder.state and told.exists()):
@@ -262,7 +262,7 @@ def report_of(output: Path) -> PruneResult:
     return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
-def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
+def _identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Everything that affects the pruned weights."""
     recipe = prepared.recipe.model_dump(mode="json", exclude=NO_PART)
     return {
@@ -274,7 +274,7 @@ def identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     }
 
 
-def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
+def _with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
     """Add all calibration windows, and store them for a resumed run.
 
     The record of their source is written first, so existing windows are complete.
@@ -297,7 +297,7 @@ def with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     return prepared
 
 
-def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
+def _begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     """Make the copy for the pruned weights if it is missing. Return the finished layers."""
     if ledger.begun:
         return ledger.resume()
@@ -307,7 +307,7 @@ def begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
     return 0
 
 
-def worker_job(
+def _worker_job(
     prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
 ) -> WorkerJob:
     """What the other processes of the run must know."""
@@ -322,7 +322,7 @@ def worker_job(
     )
 
 
-def make_manifest(
+def _make_manifest(
     prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, folder: RunFolder
 ) -> dict[str, Any]:
     """The record of a finished run."""
@@ -347,7 +347,7 @@ def make_manifest(
             "distillation": prepared.recipe.distillation.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },
-        "allocation": describe_allocation(prepared, folder.work),
+        "allocation": _describe_allocation(prepared, folder.work),
         "calibration": prepared.calibration,
         "calibration_digest": fingerprint(prepared.windows),
         "environment": environment(prepared.target.device),
@@ -362,7 +362,7 @@ def make_manifest(
     }
 
 
-def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
+def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     """The allocation, the range of its sparsities, and the measurements of a search."""
     told = {
         "name": prepared.recipe.allocation,
@@ -376,7 +376,7 @@ def describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     return {**told, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
-def write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+def _write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
     """Write recipe, manifest, windows and card into the result."""
     if prepared.windows is not None:
         shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)

@@ -19,7 +19,7 @@ def methods() -> MethodsResult:
     return MethodsResult({name: presets[name] for name in presets})
 
 
-def composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
+def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
     """The method of a recipe with some parameters."""
     return compose(
         recipe.method,
@@ -41,7 +41,7 @@ def own_methods(recipe: PruneRecipe) -> dict[str, Method]:
     found = {}
     for glob, own in recipe.method_overrides.items():
         try:
-            found[glob] = composed(recipe, {**recipe.method_parameters, **own})
+            found[glob] = _composed(recipe, {**recipe.method_parameters, **own})
         except RecipeError as error:
             where = f"method override {glob!r}"
             raise RecipeError(error.what, where=where, remedy=error.remedy) from None
@@ -64,7 +64,7 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
                 where=f"--{part}",
                 remedy="name a method, or compose one of --score and --solver without --method",
             )
-    method = composed(recipe, recipe.method_parameters)
+    method = _composed(recipe, recipe.method_parameters)
     solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
     if solver.rounds and not solver.grid and trains:
         raise RecipeError(

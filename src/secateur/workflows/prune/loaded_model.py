@@ -101,7 +101,7 @@ def prune_module(
     if windows_needed(recipe, method, allocation):
         ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
         tokenizer = tokenizer or (None if ready else own_tokenizer(model))
-        windows, extra = module_windows(recipe, calibration, tokenizer, model)
+        windows, extra = _module_windows(recipe, calibration, tokenizer, model)
     ledger = Ledger()
     selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
     needs_disk = of_gradients(method.requires) or allocation.reach > 0
@@ -114,7 +114,7 @@ def prune_module(
     model.eval()
     try:
         if windows is not None and recipe.calibration.generated_windows:
-            windows = with_generated(recipe, windows, tokenizer, model, progress)
+            windows = _with_generated(recipe, windows, tokenizer, model, progress)
         with opened_experts(model), scratch as folder, quiet_transformers():
             target = ModelTarget(model)
             refuse_all_zero(target)
@@ -143,13 +143,13 @@ def prune_module(
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = skipped_matrices(done, matrices)
-            sparsity = decoder_sparsity(model, matrices)
+            sparsity = _decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
     return PruneResult(sparsity, ledger.layers, left=left)
 
 
-def with_generated(
+def _with_generated(
     recipe: PruneRecipe, windows: Tensor, tokenizer: Any, model: Any, progress: Progress
 ) -> Tensor:
     """Append the windows that the model generates."""
@@ -159,7 +159,7 @@ def with_generated(
     return torch.cat([windows, own])
 
 
-def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:
+def _decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:
     """The fraction of zeros in the matrices of the decoder layers."""
     names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
     weights = [model.get_parameter(name) for name in names]
@@ -168,7 +168,7 @@ def decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> floa
     return 1 - kept / total if total else 0.0
 
 
-def module_windows(
+def _module_windows(
     recipe: PruneRecipe, calibration: object, tokenizer: Any, model: Any
 ) -> tuple[Tensor, Tensor]:
     """Calibration windows for a loaded model, and the extra ones of its distillation."""

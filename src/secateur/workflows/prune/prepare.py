@@ -123,12 +123,12 @@ def settings_of(
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
-        reconstruction=reconstruction_of(recipe),
+        reconstruction=_reconstruction_of(recipe),
         ranks=ranks,
     )
 
 
-def reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
+def _reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
     """Return the tuning of pruned layers in a recipe."""
     how = recipe.reconstruction
     return Reconstruction(how.passes, how.learning_rate, how.remask)
@@ -171,7 +171,7 @@ def prepare(
         progress=progress,
     )
     reader = open_weights(source.folder)
-    refuse_dense_format(recipe, reader)
+    _refuse_dense_format(recipe, reader)
     target = CheckpointTarget(
         reader,
         copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
@@ -195,10 +195,10 @@ def prepare(
     if not windows_needed(recipe, method, allocation):
         return prepared
     kept = stored_windows if stored_windows and stored_windows.exists() else None
-    return with_windows(prepared, kept, progress, only_plan=only_plan, pictures=pictures)
+    return _with_windows(prepared, kept, progress, only_plan=only_plan, pictures=pictures)
 
 
-def with_windows(
+def _with_windows(
     prepared: Prepared, kept: Path | None, progress: Progress, *, only_plan: bool, pictures: bool
 ) -> Prepared:
     """Add the windows of a recipe, or those of an earlier run; see `prepare`."""
@@ -209,7 +209,7 @@ def with_windows(
         count = stored_extra(kept)
     else:
         progress.start("reading calibration text", 1)
-        windows, calibration = windows_of(recipe, prepared.source, target, only_plan, pictures)
+        windows, calibration = _windows_of(recipe, prepared.source, target, only_plan, pictures)
         progress.finish()
         count = calibration.get(EXTRA, 0)
     windows, extra = split_extra(windows, count)
@@ -227,12 +227,8 @@ def with_windows(
     )
 
 
-def refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
-    """Refuse to keep the format of a source that stores plain numbers, or to train in one.
-
-    Raises:
-        RecipeError: says which.
-    """
+def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
+    """Refuse to keep the format of a source that stores plain numbers, or to train in one."""
     if not recipe.keep_format:
         return
     if not isinstance(reader, AssembledReader):
@@ -249,7 +245,7 @@ def refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
         )
 
 
-def windows_of(
+def _windows_of(
     recipe: PruneRecipe,
     source: LocalCheckpoint,
     target: Target,
@@ -361,7 +357,7 @@ def choose_plan(
         )
 
     every = prepared.planned_windows
-    own = every if ranks.count == 1 else largest_share(every, memory, ranks)
+    own = every if ranks.count == 1 else _largest_share(every, memory, ranks)
 
     def fitting(sweep_windows: int) -> tuple[Plan, str]:
         return fitting_plan(
@@ -389,7 +385,7 @@ def choose_plan(
     return plan, activations
 
 
-def largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tensor | None:
+def _largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tensor | None:
     """The calibration windows of the first process; no other has more."""
     if windows is None:
         return None

@@ -70,7 +70,7 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     if told is None:  # an earlier run has finished everything
         return
     order = WorkerJob(**told)
-    refuse_other_files(order, ranks.rank)
+    _refuse_other_files(order, ranks.rank)
     windows = Path(order.windows) if order.windows else None
     prepared = prepare(recipe, stored_windows=windows)
     if digest_of(prepared.reader) != order.source:
@@ -110,12 +110,8 @@ def refuse_another_model(rank: int, folder: Path) -> NoReturn:
     )
 
 
-def refuse_other_files(order: WorkerJob, rank: int) -> None:
-    """Refuse a process that does not see the folder of the run.
-
-    Raises:
-        RecipeError: the folder is missing here, or is another one.
-    """
+def _refuse_other_files(order: WorkerJob, rank: int) -> None:
+    """Refuse a process that does not see the folder of the run."""
     state = Path(order.partial) / STATE
     try:
         same = state.read_text(encoding="utf-8") == order.state

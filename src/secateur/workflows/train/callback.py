@@ -54,20 +54,20 @@ class SecateurCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Find the masks, and set pruned weights and moments of a resumed training to 0."""
-        model = inner(given["model"])
-        refuse_hidden(args, model)
+        model = _inner(given["model"])
+        _refuse_hidden(args, model)
         self.release()
         self.masks = self.found(model, is_adapted=model is not given["model"])
-        if not sum_over_processes([self.masks.zeros], model)[0]:
+        if not _sum_over_processes([self.masks.zeros], model)[0]:
             raise RecipeError(
                 "the model has no zeros to hold",
                 remedy="train a pruned model, or name a pruned folder: SecateurCallback('PRUNED')",
             )
-        self.masks.apply(model, inner_optimizer(given.get("optimizer")))
+        self.masks.apply(model, _inner_optimizer(given.get("optimizer")))
         for parameter, mask in self.masks.of_parameters(model):
             if parameter.requires_grad and not is_shared(parameter):
                 # before the trainer clips, so that pruned weights do not count in the norm
-                self.hooks.append(parameter.register_hook(partial(held_gradient, mask)))
+                self.hooks.append(parameter.register_hook(partial(_held_gradient, mask)))
 
     def found(self, model: nn.Module, is_adapted: bool) -> Masks:
         """The masks that this training holds, for the model within peft's wrapper."""
@@ -84,16 +84,16 @@ class SecateurCallback(TrainerCallback):
             self.place,
             model,
             trust_remote_code=self.trust_remote_code,
-            sums=partial(sum_over_processes, model=model),
+            sums=partial(_sum_over_processes, model=model),
         )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Remove the gradients of pruned weights; those of FSDP 2 have passed no hook."""
-        self.masks.hold_gradients(inner(given["model"]))
+        self.masks.hold_gradients(_inner(given["model"]))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Set pruned weights and their moments to 0, unless the optimizer keeps them there."""
-        self.masks.hold(inner(given["model"]), inner_optimizer(given.get("optimizer")))
+        self.masks.hold(_inner(given["model"]), _inner_optimizer(given.get("optimizer")))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check the zeros if the trainer saves after this step."""
@@ -125,10 +125,10 @@ class SecateurCallback(TrainerCallback):
         Raises:
             VerificationError: names the matrices.
         """
-        model = inner(model)
+        model = _inner(model)
         filled = self.masks.filled(model)
         # all processes must stop together, and each knows only its part
-        total = int(sum_over_processes([sum(filled.values())], model)[0])
+        total = int(_sum_over_processes([sum(filled.values())], model)[0])
         if total:
             raise VerificationError(
                 f"{total:,} pruned weights are not zero any more; {consequence}",
@@ -144,30 +144,26 @@ class SecateurCallback(TrainerCallback):
         self.hooks.clear()
 
 
-def held_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
+def _held_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
     """A gradient without the parts of pruned weights."""
     return gradient * mask
 
 
-def inner(model: Any) -> nn.Module:
+def _inner(model: Any) -> nn.Module:
     """The model within peft's wrapper."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 
 
-def inner_optimizer(optimizer: Any) -> Any:
+def _inner_optimizer(optimizer: Any) -> Any:
     """The optimizer within accelerate's wrapper, whose class says what it does to zeros."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def refuse_hidden(args: Any, model: nn.Module) -> None:
-    """Refuse ways to share a model out that hide its parameters from a callback.
-
-    Raises:
-        RecipeError: DeepSpeed, FSDP 1 or tensor parallelism.
-    """
+def _refuse_hidden(args: Any, model: nn.Module) -> None:
+    """Refuse ways to share a model out that hide its parameters from a callback."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import Shard
 
@@ -185,7 +181,7 @@ def refuse_hidden(args: Any, model: nn.Module) -> None:
         )
 
 
-def sum_over_processes(values: Sequence[float], model: nn.Module) -> list[float]:
+def _sum_over_processes(values: Sequence[float], model: nn.Module) -> list[float]:
     """Add up numbers over the processes that share a model; as they are if each has all of it."""
     shared = [local(p) for p in model.parameters() if is_shared(p)]
     if not shared:

@@ -121,15 +121,15 @@ def plan_training(
     processes = ProcessGroup(choose_device(recipe.device))
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     refuse_quantized(source.folder)
-    target = target_of(recipe, source, processes)
-    text = text_of(recipe, source, target, progress)
-    found = plan_resources(recipe, source, target, text, None, processes)
+    target = _target_of(recipe, source, processes)
+    text = _text_of(recipe, source, target, progress)
+    found = _plan_resources(recipe, source, target, text, None, processes)
     places = () if found.teacher is None else (found.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
     check_output(recipe.output, "train", found.disk_bytes, read, call)
     record, plan = text.record, found.plan
     return TrainPlanResult(
-        objective=loss_text(recipe),
+        objective=_loss_text(recipe),
         text=record["source"],
         windows=record["windows"],
         sequence_length=record["sequence_length"],
@@ -172,12 +172,12 @@ def run_training(
     processes.wait()  # all must read the folder before one of them locks it
     with folder if processes.main else nullcontext():
         processes.wait()
-        train_into(folder, recipe, source, processes, progress, meter)
+        _train_into(folder, recipe, source, processes, progress, meter)
         processes.wait()
-    return report_of(folder.output)
+    return _report_of(folder.output)
 
 
-def train_into(
+def _train_into(
     folder: RunFolder,
     recipe: TrainRecipe,
     source: LocalCheckpoint,
@@ -187,17 +187,17 @@ def train_into(
 ) -> None:
     """Run or resume the training, and write the model, unless an earlier run finished it."""
     trust, work = recipe.trust_remote_code, folder.work
-    target = target_of(recipe, source, processes)
-    text = text_of(recipe, source, target, progress)
+    target = _target_of(recipe, source, processes)
+    text = _text_of(recipe, source, target, progress)
     if processes.main:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
-        folder.begin(identity(recipe, target.reader, text, progress), settled)
+        folder.begin(_identity(recipe, target.reader, text, progress), settled)
         folder.worth_resuming = lambda: any(
             file.name != "best.safetensors" for file in work.rglob("*.safetensors")
         )
     if folder.finished:
         return
-    found = plan_resources(recipe, source, target, text, work, processes)
+    found = _plan_resources(recipe, source, target, text, work, processes)
     teacher = found.teacher
     if teacher is not None:
         folder.keep_apart(teacher.folder)
@@ -222,10 +222,10 @@ def train_into(
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        manifest = manifest_of(recipe, source, text, session, trained, meter, found.memory)
-        write(recipe, source, adapted.masks, manifest, trained, folder, progress)
+        manifest = _manifest_of(recipe, source, text, session, trained, meter, found.memory)
+        _write(recipe, source, adapted.masks, manifest, trained, folder, progress)
     processes.wait()
-    check_written(folder.model, adapted.masks, trust_remote_code=trust)
+    _check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
     if processes.main:
         folder.finish()
@@ -248,7 +248,7 @@ class Foreseen:
     disk_bytes: int
 
 
-def target_of(
+def _target_of(
     recipe: TrainRecipe, source: LocalCheckpoint, processes: ProcessGroup
 ) -> CheckpointTarget:
     """The model, with its layers on the meta device."""
@@ -260,7 +260,7 @@ def target_of(
     )
 
 
-def text_of(
+def _text_of(
     recipe: TrainRecipe, source: LocalCheckpoint, target: CheckpointTarget, progress: Progress
 ) -> TrainingText:
     """Read the texts of a recipe."""
@@ -270,7 +270,7 @@ def text_of(
     return text
 
 
-def plan_resources(
+def _plan_resources(
     recipe: TrainRecipe,
     source: LocalCheckpoint,
     target: CheckpointTarget,
@@ -278,11 +278,7 @@ def plan_resources(
     work: Path | None,
     processes: ProcessGroup,
 ) -> Foreseen:
-    """Check everything that needs no weights.
-
-    Raises:
-        SecateurError: the training cannot be carried out.
-    """
+    """Check everything that needs no weights."""
     check_together(recipe, processes)
     plan = plan_of(recipe, text, target.model)
     teacher = teacher_of(recipe, work)
@@ -293,7 +289,7 @@ def plan_resources(
     return Foreseen(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
 
 
-def report_of(output: Path) -> TrainResult:
+def _report_of(output: Path) -> TrainResult:
     """Read the result of a finished training from its notes."""
     manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
     result = manifest["result"]
@@ -308,7 +304,7 @@ def report_of(output: Path) -> TrainResult:
     )
 
 
-def identity(
+def _identity(
     recipe: TrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
 ) -> dict[str, Any]:
     """Everything that affects the trained weights."""
@@ -322,7 +318,7 @@ def identity(
 # -- results -------------------------------------------------------------------------------------
 
 
-def manifest_of(
+def _manifest_of(
     recipe: TrainRecipe,
     source: LocalCheckpoint,
     text: TrainingText,
@@ -336,7 +332,7 @@ def manifest_of(
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return {
         "source": source.record(),
-        "objective": objective_text(recipe, session.adapted),
+        "objective": _objective_text(recipe, session.adapted),
         "text": text.record,
         "learning_rate": trained.learning_rate,
         "optimizer": optimizers()[recipe.optimizer.lower()].__name__,
@@ -355,7 +351,7 @@ def manifest_of(
     }
 
 
-def loss_text(recipe: TrainRecipe) -> str:
+def _loss_text(recipe: TrainRecipe) -> str:
     """Describe in words the loss of a training."""
     text = "next token"
     if recipe.teacher is not None:
@@ -370,9 +366,9 @@ def loss_text(recipe: TrainRecipe) -> str:
     return text
 
 
-def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
+def _objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
     """Describe in words the loss of a training, and its pruning."""
-    text = loss_text(recipe)
+    text = _loss_text(recipe)
     pruned = Masks(adapted.opened).sparsity
     if recipe.gradual is not None:
         text += f", pruned gradually to {pruned:.0%}"
@@ -382,7 +378,7 @@ def objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
     return text
 
 
-def write(
+def _write(
     recipe: TrainRecipe,
     source: LocalCheckpoint,
     masks: Masks,
@@ -393,7 +389,7 @@ def write(
 ) -> None:
     """Write the model and its notes."""
     made = folder.fresh_model()
-    write_trained(recipe, source.folder, masks, trained.final, made, progress)
+    _write_trained(recipe, source.folder, masks, trained.final, made, progress)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
     manifest["result"]["decoder_sparsity"] = audit_checkpoint(
         made, trust_remote_code=recipe.trust_remote_code, progress=progress
@@ -428,24 +424,13 @@ class OpenFile(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def write_trained(
+def _write_trained(
     recipe: TrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
 ) -> None:
     """Write a copy of the source with the new values of the trained parameters.
 
     The copy has the names, shapes, dtypes and files of the source. Tensors that were not trained
     are the same byte for byte. With adapters the whole model is in memory, as in their training.
-
-    Args:
-        recipe: recipe of the training.
-        source: the folder of the initial model.
-        masks: the zeros of the result.
-        final: the file of the final float32 weights.
-        made: the folder of the copy.
-        progress: receives the steps of the copying.
-
-    Raises:
-        MemoryBudgetError: the disk is full.
     """
     stored, trust = stored_model(source, recipe.trust_remote_code), recipe.trust_remote_code
     copy = PatchedCopy(stored.reader, made)
@@ -460,17 +445,8 @@ def write_trained(
     copy.sync()
 
 
-def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
-    """Read a trained checkpoint again, one parameter at a time. Each process checks its part.
-
-    Args:
-        folder: the checkpoint.
-        masks: the zeros of the checkpoint, reduced to this process's part.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-
-    Raises:
-        VerificationError: a pruned weight is not zero in the checkpoint.
-    """
+def _check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
+    """Read a trained checkpoint again, one parameter at a time. Each process checks its part."""
     stored = stored_model(folder, trust_remote_code)
     for name, mask in masks.kept.items():
         rows = rows_of(mask) if is_shared(mask) else slice(None)

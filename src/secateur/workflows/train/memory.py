@@ -130,18 +130,18 @@ def training_memory(
     return TrainingMemory(
         process=resident_bytes(),
         weights=4 * (weights + trained * (recipe.lora is not None)) // ranks,
-        gathered=gathered_bytes(target, 4) if ranks > 1 else 0,
-        optimizer=4 * trained * (1 + moments_of(plan)) // ranks,
+        gathered=_gathered_bytes(target, 4) if ranks > 1 else 0,
+        optimizer=4 * trained * (1 + _moments_of(plan)) // ranks,
         adapters=products,
-        forward=forward_bytes(target, micro, plan, processes.device),
+        forward=_forward_bytes(target, micro, plan, processes.device),
         logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
-        teacher=0 if teacher is None else teacher_bytes(teacher, processes, trust),
+        teacher=0 if teacher is None else _teacher_bytes(teacher, processes, trust),
         masks=sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
         on_gpu=processes.device.type == "cuda",
     )
 
 
-def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
+def _gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
     """The maximum size of a student's gathered parts in one of several processes."""
     layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
     outside = [
@@ -152,7 +152,7 @@ def gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
     return itemsize * max(3 * max(layers), 2 * max(outside))
 
 
-def forward_bytes(
+def _forward_bytes(
     target: CheckpointTarget, windows: Tensor, plan: TrainingPlan, device: torch.device
 ) -> int:
     """The activations that the decoder layers keep for one micro-batch until their backward.
@@ -166,7 +166,7 @@ def forward_bytes(
     return one + layers * 4 * hidden.numel() if plan.gradient_checkpointing else layers * one
 
 
-def moments_of(plan: TrainingPlan) -> int:
+def _moments_of(plan: TrainingPlan) -> int:
     """The number of weight-sized tensors in the optimizer's state, measured with one weight."""
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
@@ -175,7 +175,7 @@ def moments_of(plan: TrainingPlan) -> int:
     return len(list(moments(optimizer, weight)))
 
 
-def teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
+def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
     """The size of a teacher's weights in one process.
 
     Each of several processes has a part of the decoder layers, one whole layer, and everything
@@ -203,13 +203,13 @@ def disk_bytes(
         how = adapters(recipe)
         trained = sum(how.rank * sum(linear.shape) for linear in how.chosen(target.model))
     final = 4 * trained
-    state = final * (1 + moments_of(plan))
+    state = final * (1 + _moments_of(plan))
     masks = sum(x.weight.numel() for x in prunable(target.model))
     if recipe.gradual is not None:
         state += masks
     rounds = 0
     if recipe.iterative is not None:
-        rounds = rounds_bytes(recipe.iterative, sum(named.values()), masks)
+        rounds = _rounds_bytes(recipe.iterative, sum(named.values()), masks)
     best = final * (text.validation is not None)
     taught = 0
     if recipe.teacher is not None and (recipe.top_k or recipe.teacher_file):
@@ -218,16 +218,11 @@ def disk_bytes(
     return state + best + taught + rounds + max(state, best, final + result)
 
 
-def rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
+def _rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
     """The maximum disk use of iterative pruning besides the training of a round.
 
     This covers the float32 weights and the masks of the last round and of this one. Rewinding
     weights adds the early weights and the weights of the first training.
-
-    Args:
-        how: options of the recipe.
-        weights: number of weights of the model.
-        masks: number of weights that have a mask.
     """
     copies = 4 if how.rewind == "weights" else 2
     return 4 * weights * copies + 2 * masks

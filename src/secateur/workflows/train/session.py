@@ -119,12 +119,12 @@ def run_loop(loop: Loop) -> Outcome:
     Raises:
         NumericalError: the training failed; the message names the log, and how to resume.
     """
-    with quiet_transformers(), naming_the_log(loop):
+    with quiet_transformers(), _naming_the_log(loop):
         return loop.run()
 
 
 @contextmanager
-def naming_the_log(loop: Loop) -> Iterator[None]:
+def _naming_the_log(loop: Loop) -> Iterator[None]:
     """Add the log of a failed training to its error, and how to resume."""
     try:
         yield
@@ -152,11 +152,11 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         )
     rounds.span(1, plan.steps)
     files = RoundFiles(session.work / "rounds")
-    before = validation_loss(session)
+    before = _validation_loss(session)
     early = None
     if rounds.rewind == "weights":
         early = files.place / "early.safetensors"
-        train_before(session, rounds.rewind_step, early, files)
+        _train_before(session, rounds.rewind_step, early, files)
 
     def retrain(this: Round) -> None:
         assert this.folder is not None
@@ -178,7 +178,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
     return files.trained(names, before)
 
 
-def validation_loss(session: Session) -> float | None:
+def _validation_loss(session: Session) -> float | None:
     """The next-token loss of the validation windows before any round."""
     loop = session.loop(session.work, board=None)
     if loop.validation is None or loop.next_token is None:
@@ -187,15 +187,8 @@ def validation_loss(session: Session) -> float | None:
     return mean_loss(loop.model, loop.next_token, loop.validation, size, loop.matmuls)
 
 
-def train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
-    """Train before the first round. This gives its weights, and the early weights to rewind to.
-
-    Args:
-        session: session of the run.
-        step: the step to go back to; 0 for the weights of the source.
-        early: file for the weights of that step.
-        files: files of the rounds.
-    """
+def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
+    """Train before the first round. This gives its weights, and the early weights to rewind to."""
     model, weights = session.adapted.model, files.place / "dense.safetensors"
     if not step and not early.exists():
         write_weights(model, early)
@@ -262,7 +255,7 @@ class RoundFiles:
             outcome = Outcome()
             outcome.take(report["facts"])
             steps, first = outcome.step - report["first_step"], report["first_step"]
-            entries.append(entry(report, outcome, steps))
+            entries.append(_entry(report, outcome, steps))
             whole.validations += [(whole.step + s - first, x) for s, x in outcome.validations]
             if outcome.best_step is not None:
                 whole.best_step = whole.step + outcome.best_step - first
@@ -276,7 +269,7 @@ class RoundFiles:
         return Trained(whole, rate, final, self.log(names[-1]), entries)
 
 
-def entry(report: dict[str, Any], outcome: Outcome, steps: int) -> dict[str, Any]:
+def _entry(report: dict[str, Any], outcome: Outcome, steps: int) -> dict[str, Any]:
     """The record of one training in the notes of the model."""
     losses = [loss for _, loss in outcome.validations]
     return {

@@ -73,7 +73,7 @@ def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan
         clip=recipe.clip,
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
-        rates=rates_of(recipe, model),
+        rates=_rates_of(recipe, model),
         micro_batch=recipe.micro_batch_windows,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,
@@ -112,9 +112,9 @@ def objective_of(
         return NextToken.of(model)
     options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
     options |= {"next_token": recipe.next_token}
-    file = teacher_file(recipe, work)
+    file = _teacher_file(recipe, work)
     if place is None:
-        return Distil.between(model, stored_teacher(file, text), **options)
+        return Distil.between(model, _stored_teacher(file, text), **options)
     teacher = load(
         place.folder,
         processes,
@@ -126,7 +126,7 @@ def objective_of(
         model,
         ModelTeacher(teacher),
         teacher_depth=len(describe(teacher).layers(teacher)),
-        teacher_layers=teacher_layers(recipe, source, place.name),
+        teacher_layers=_teacher_layers(recipe, source, place.name),
         hidden=recipe.hidden_weight,
         **options,
     )
@@ -147,7 +147,9 @@ def objective_of(
         )
     progress.finish()
     processes.wait()
-    return Distil.between(model, stored_teacher(file, text), hidden=recipe.hidden_weight, **options)
+    return Distil.between(
+        model, _stored_teacher(file, text), hidden=recipe.hidden_weight, **options
+    )
 
 
 def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None:
@@ -163,22 +165,18 @@ def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None
     if recipe.teacher is None:
         return None
     stored = recipe.teacher_file or (work is not None and recipe.top_k)
-    if stored and teacher_file(recipe, work or Path()).exists():
+    if stored and _teacher_file(recipe, work or Path()).exists():
         return None
     return resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
 
 
-def teacher_file(recipe: TrainRecipe, work: Path) -> Path:
+def _teacher_file(recipe: TrainRecipe, work: Path) -> Path:
     """The file of a teacher's predictions."""
     return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
 
 
-def stored_teacher(file: Path, text: TrainingText) -> WrittenTeacher:
-    """Return the teacher's stored predictions for this text.
-
-    Raises:
-        RecipeError: the file belongs to another text.
-    """
+def _stored_teacher(file: Path, text: TrainingText) -> WrittenTeacher:
+    """Return the teacher's stored predictions for this text."""
     teacher = WrittenTeacher(file)
     if teacher.record["windows"] != windows_digest(text.windows):
         raise RecipeError(
@@ -189,7 +187,7 @@ def stored_teacher(file: Path, text: TrainingText) -> WrittenTeacher:
     return teacher
 
 
-def teacher_layers(
+def _teacher_layers(
     recipe: TrainRecipe, source: LocalCheckpoint, teacher: str
 ) -> tuple[int, ...] | None:
     """Return the teacher's layers that the student has, from the recipe or the notes of its cut.
@@ -272,10 +270,10 @@ def adapt(
     held = Masks({**Masks.of(model).kept, **opened})
     sparsity = Masks(opened).sparsity
     if recipe.iterative is not None:
-        rounds = iterative(recipe.iterative, sparsity, windows)
+        rounds = _iterative(recipe.iterative, sparsity, windows)
         return Adapted(model, held, held, (), rounds, opened)
     assert recipe.gradual is not None
-    hook = GradualPruning(opened, gradual(recipe.gradual, sparsity, windows))
+    hook = GradualPruning(opened, _gradual(recipe.gradual, sparsity, windows))
     return Adapted(model, held, held, (hook,), None, opened)
 
 
@@ -335,21 +333,12 @@ def adapters(recipe: TrainRecipe) -> Adapters:
     return Adapters(how.rank, alpha, how.dropout, how.include, how.exclude)
 
 
-def rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
-    """Return factors of the learning rate by globs of parameter names. The last match counts.
-
-    Args:
-        recipe: recipe of a training.
-        model: the model or its skeleton.
-
-    Raises:
-        RecipeError: a glob matches no parameter; or the recipe has rates, but everything except the
-            adapters is frozen.
-    """
+def _rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
+    """Return factors of the learning rate by globs of parameter names. The last match counts."""
     names = [name for name, _ in model.named_parameters()]
     refuse_idle_globs(recipe.rates, names, "parameter")
     if recipe.lora is None:
-        return {**decayed(model, recipe.layer_decay), **recipe.rates}
+        return {**_decayed(model, recipe.layer_decay), **recipe.rates}
     if recipe.rates or recipe.layer_decay != 1:
         raise RecipeError(
             "with adapters nothing else is trained, so --rates and --layer-decay change nothing",
@@ -358,7 +347,7 @@ def rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
     return ADAPTERS_ALONE
 
 
-def decayed(model: Any, decay: float) -> dict[str, float]:
+def _decayed(model: Any, decay: float) -> dict[str, float]:
     """Layer-wise learning rates.
 
         layer i of L        decay^(L − 1 − i)
@@ -367,13 +356,6 @@ def decayed(model: Any, decay: float) -> dict[str, float]:
 
     Paper: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
     arXiv:1801.06146, which divides by 2.6 from layer to layer (decay 0.38).
-
-    Args:
-        model: the model or its skeleton.
-        decay: factor per layer, above 0 and at most 1; 1 changes nothing.
-
-    Returns:
-        Factors by globs of parameter names.
     """
     if decay == 1:
         return {}
@@ -386,34 +368,22 @@ def decayed(model: Any, decay: float) -> dict[str, float]:
     return rates
 
 
-def gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
-    """Return the gradual pruning of a recipe. Arguments and errors as in `pruning`."""
-    schedule, criterion = pruning(how, how.schedule, sparsity, windows, "gradual")
+def _gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
+    """Return the gradual pruning of a recipe. Arguments and errors as in `_pruning`."""
+    schedule, criterion = _pruning(how, how.schedule, sparsity, windows, "gradual")
     return Gradual(schedule, criterion, how.every, how.begin, how.end, how.regrowth)
 
 
-def iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> PruningRounds:
-    """Return the iterative pruning of a recipe. Arguments and errors as in `pruning`."""
-    schedule, criterion = pruning(how, how.schedule, sparsity, windows, "iterative")
+def _iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> PruningRounds:
+    """Return the iterative pruning of a recipe. Arguments and errors as in `_pruning`."""
+    schedule, criterion = _pruning(how, how.schedule, sparsity, windows, "iterative")
     return PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
 
 
-def pruning(
+def _pruning(
     how: PruningOptions, schedule: str, sparsity: float, windows: Windows, way: str
 ) -> tuple[Schedule, Criterion]:
-    """Return the schedule of the sparsity, and the rule that chooses weights.
-
-    Args:
-        how: options of the recipe.
-        schedule: name of the schedule.
-        sparsity: current sparsity of the model.
-        windows: training windows, for scores that need text.
-        way: `gradual` or `iterative`, for messages.
-
-    Raises:
-        RecipeError: the sparsity is missing, differs from the pattern's, or is below the model's.
-        PatternError: there is no such pattern.
-    """
+    """Return the schedule of the sparsity, and the rule that chooses weights."""
     pattern = parse_pattern(how.pattern, how.scope)
     last = how.sparsity if pattern.sparsity is None else pattern.sparsity
     if last is None:

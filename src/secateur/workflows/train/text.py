@@ -65,7 +65,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     """
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
-    windows = windows_of(recipe, folder, length, config)
+    windows = _windows_of(recipe, folder, length, config)
     validation, watched = None, "none"
     if recipe.validation_windows and recipe.validation_text is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
@@ -89,7 +89,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
     if shared and recipe.validation_text is not None:
-        refuse_overlap(shared, watched)
+        _refuse_overlap(shared, watched)
     return TrainingText(
         windows,
         validation,
@@ -107,15 +107,12 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     )
 
 
-def windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> Windows:
+def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> Windows:
     """Return the windows of all texts, up to the number in the recipe.
 
     Several texts contribute equally: each gives as many windows as the shortest, in turns.
-
-    Raises:
-        SourceError: a text is not available, or files have windows of different lengths.
     """
-    found = [windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
+    found = [_windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
     if len({windows.shape[1] for windows in found}) > 1:
         lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
         raise SourceError(
@@ -126,7 +123,7 @@ def windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> W
     return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
 
 
-def windows_of_text(
+def _windows_of_text(
     text: str, recipe: TrainRecipe, folder: Path, length: int, config: Any
 ) -> Windows:
     """Return the windows of one text, up to its share of the number in the recipe."""
@@ -143,12 +140,8 @@ def windows_of_text(
     return windows
 
 
-def refuse_overlap(shared: float, watched: str) -> None:
-    """Refuse training text that contains validation text; warn if it shares only a few phrases.
-
-    Raises:
-        RecipeError: more than 1 % of the validation text is in the training text.
-    """
+def _refuse_overlap(shared: float, watched: str) -> None:
+    """Refuse training text that contains validation text; warn if it shares only a few phrases."""
     if shared > REFUSED:
         raise RecipeError(
             f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
