@@ -45,7 +45,7 @@ RATCHETS: Mapping[str, float] = {
     "pairs of classes with five equal fields": 24,
     "percent of lines that import": 8.3,
     "lines of statements": 44167,
-    "functions named in one place": 728,
+    "functions named in one place": 733,
     "files a run opens before it changes a weight": 80,
     "functions deep where it changes a weight": 18,
 }
