@@ -85,7 +85,7 @@ def test_pruned_as_by_hand(family: str, tmp_path: Path, caplog: pytest.LogCaptur
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, expected[name]), name
         torch.testing.assert_close(logits(model), logits(by_hand))
-    told = {r["name"]: r["tokens"] for layer in report.layers for r in layer["linears"]}
+    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
     assert {n: told.get(f"{path}.{n}.down_proj", 0) for n in range(len(seen))} == dict(
         enumerate(seen)
     )
@@ -157,9 +157,9 @@ def test_calibration_reaches_experts_however_they_are_computed(implementation: s
         report = secateur.prune(
             model, method="wanda", sparsity=0.5, calibration=tiny_windows(20, 16)
         )
-        experts = [r for x in report.layers for r in x["linears"] if ".experts." in r["name"]]
+        experts = [r for x in report.layers for r in x.linears if ".experts." in r.name]
         assert experts
-        assert all(record["tokens"] > 0 for record in experts)
+        assert all(record.tokens > 0 for record in experts)
         plain = tiny_model(family)
         secateur.prune(plain, method="wanda", sparsity=0.5, calibration=tiny_windows(20, 16))
         found[family] = plain

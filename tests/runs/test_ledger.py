@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.runs.ledger import Ledger
+from secateur.runs.records import Layer, LinearRecord
 
-LINEAR = {
-    "name": "a", "shape": [4, 8], "asked": 0.5, "pruned": 16, "zeros": 16, "error": None,
-    "lost": None, "seconds": 0.1, "tokens": None,
-}  # fmt: skip
+LINEAR = LinearRecord(
+    name="a", shape=(4, 8), asked=0.5, pruned=16, zeros=16, error=None, lost=None, seconds=0.1
+)
+FIRST, SECOND = (Layer(layer=number, seconds=1.0, linears=(LINEAR,)) for number in range(2))
 
 
 def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:
@@ -17,8 +18,8 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:
     first = Ledger(file)
     assert not first.begun
     first.begin()
-    first.finish_layer(0, [LINEAR], 1.0)
-    first.finish_layer(1, [LINEAR], 1.0)
+    first.finish_layer(FIRST)
+    first.finish_layer(SECOND)
     whole = file.read_bytes()
     for cut in range(1, len(whole.splitlines()[-1])):
         file.write_bytes(whole[:-cut])
@@ -26,7 +27,7 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path: Path) -> None:
         assert again.begun
         assert again.resume() == 1
         assert file.read_bytes() == whole.splitlines(keepends=True)[0]
-        again.finish_layer(1, [LINEAR], 1.0)
+        again.finish_layer(SECOND)
         assert file.read_bytes() == whole
         assert again.layers == first.layers
 

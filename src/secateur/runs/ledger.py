@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.runs.records import Layer, declared
+from secateur.runs.records import Layer
 
 
 class Ledger:
@@ -27,9 +26,10 @@ class Ledger:
         self.entries: list[dict[str, Any]] = []
 
     @property
-    def layers(self) -> list[dict[str, Any]]:
-        """The entries of finished layers, in order of completion."""
-        return [entry for entry in self.entries if "layer" in entry]
+    def layers(self) -> list[Layer]:
+        """The records of finished layers, in order of completion."""
+        lines = (entry for entry in self.entries if "layer" in entry)
+        return [Layer.model_validate(entry, extra="ignore") for entry in lines]
 
     @property
     def begun(self) -> bool:
@@ -55,33 +55,9 @@ class Ledger:
         os.truncate(self.file, whole)
         return len(self.layers)
 
-    def finish_layer(
-        self,
-        index: int,
-        records: list[dict[str, Any]],
-        seconds: float,
-        reconstruction: dict[str, float] | None = None,
-        collapsed: dict[str, float] | None = None,
-        unseen: Sequence[str] = (),
-    ) -> None:
-        """Record a finished layer.
-
-        Args:
-            index: of the layer.
-            records: of its linears.
-            seconds: its wall time.
-            reconstruction: the errors before and after tuning.
-            collapsed: linears that lost their outputs.
-            unseen: linears of experts that calibration did not reach, and that stay dense.
-        """
-        entry: dict[str, Any] = {"layer": index, "seconds": seconds, "linears": records}
-        if reconstruction:
-            entry["reconstruction"] = reconstruction
-        if collapsed:
-            entry["collapsed"] = collapsed
-        if unseen:
-            entry["unseen"] = list(unseen)
-        self.append(declared(Layer, entry))
+    def finish_layer(self, layer: Layer) -> None:
+        """Record a finished layer."""
+        self.append(layer.to_json())
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one line so that it survives a power cut."""

@@ -104,7 +104,7 @@ def test_every_allocation_prunes_exactly_what_uniform_does(
             model, sparsity=0.6, allocation=name, calibration=tiny_windows(), **options
         )
         found[name] = zeros(model)
-        asked = {r["asked"] for layer in report.layers for r in layer["linears"]}
+        asked = {r.asked for layer in report.layers for r in layer.linears}
         assert (len(asked) == 1) == (name == "uniform")
     assert found["uniform"] == found[allocation]
 

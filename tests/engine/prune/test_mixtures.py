@@ -101,7 +101,7 @@ def test_pruned_as_by_plain_loops(family: str, sequential: str, method: str) -> 
         else:
             assert torch.equal(parameter == 0, expected[name] == 0), name
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-4)
-    told = {r["name"]: r["tokens"] for layer in report.layers for r in layer["linears"]}
+    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
     assert {n: told[f"{n}.down_proj"] for n in seen} == seen
     assert all(told[n] == 48 * 4 for n in told if ".experts." not in n)
 
@@ -177,7 +177,7 @@ def lonely(family: str = "mixtral") -> nn.Module:
 def test_an_expert_without_tokens_is_left(options: dict, caplog: pytest.LogCaptureFixture) -> None:
     model, before = lonely(), lonely()
     report = secateur.prune(model, sparsity=0.5, calibration=tiny_windows(), **options)
-    unseen = [n for layer in report.layers for n in layer["unseen"]]
+    unseen = [n for layer in report.layers for n in layer.unseen]
     assert sorted(unseen) == sorted(
         f"model.layers.{i}.mlp.experts.4.{p}" for i in range(3)
         for p in ("gate_proj", "up_proj", "down_proj")

@@ -13,13 +13,20 @@ from secateur.calibration.windows import save_windows
 from secateur.engine.prune.coverage import Reach, reach, silent_experts
 from secateur.engine.prune.run import LayerPass
 from secateur.errors import VerificationError
+from secateur.runs.records import Layer, LinearRecord
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
 
-def line(*records: tuple[str, int | None], unseen: tuple[str, ...] = ()) -> dict[str, Any]:
-    linears = [{"name": name, "tokens": tokens} for name, tokens in records]
-    return {"linears": linears, "unseen": list(unseen)}
+def line(*records: tuple[str, int | None], unseen: tuple[str, ...] = ()) -> Layer:
+    linears = tuple(
+        LinearRecord(
+            name=name, shape=(8, 8), asked=0.5, pruned=0, zeros=0, error=None, lost=None,
+            seconds=0.0, tokens=tokens,
+        )
+        for name, tokens in records
+    )  # fmt: skip
+    return Layer(layer=0, seconds=0.0, linears=linears, unseen=unseen)
 
 
 def test_what_was_reached_is_counted() -> None:
@@ -53,7 +60,7 @@ def test_every_matrix_has_its_tokens(method: str, sequential: str) -> None:
     report = secateur.prune(
         model, method=method, sparsity=0.5, calibration=tiny_windows(6, 20), sequential=sequential
     )
-    told = {r["name"]: r["tokens"] for layer in report.layers for r in layer["linears"]}
+    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
     if method == "magnitude":
         assert set(told.values()) == {None}
         return

@@ -46,9 +46,9 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
     after = float(output_error(hidden_states(tuned, windows)[-1], dense))
     assert after < 0.7 * before
     for layer in report.layers:
-        told = layer["reconstruction"]
+        told = layer.reconstruction
         assert told["error_after"] < told["error_before"]
-    assert after == pytest.approx(report.layers[-1]["reconstruction"]["error_after"], rel=1e-4)
+    assert after == pytest.approx(report.layers[-1].reconstruction["error_after"], rel=1e-4)
     for name, zeros in zeros_of(tuned).items():
         assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
     assert all(p.requires_grad and p.grad is None for p in tuned.parameters())
@@ -63,7 +63,7 @@ def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
     secateur.prune(plain, **options)
     report = secateur.prune(tuned, **options, tune_passes=16, tune_learning_rate=3e-3)
     for layer in report.layers:
-        told = layer["reconstruction"]
+        told = layer.reconstruction
         assert told["error_after"] < 0.95 * told["error_before"]
     first = describe(plain).layers(plain)[0], describe(tuned).layers(tuned)[0]
     before, after = (linears_of(layer, "0") for layer in first)
@@ -121,8 +121,7 @@ def test_bfloat16_is_tuned_in_float32_and_stays_bfloat16() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert report.sparsity == 0.5
     assert all(
-        x["reconstruction"]["error_after"] < x["reconstruction"]["error_before"]
-        for x in report.layers
+        x.reconstruction["error_after"] < x.reconstruction["error_before"] for x in report.layers
     )
 
 
@@ -139,7 +138,7 @@ def test_layers_left_dense_are_not_tuned() -> None:
         strict=True,
     ):
         assert torch.equal(before, after)
-    assert ["reconstruction" in layer for layer in report.layers][:2] == [False, True]
+    assert [bool(layer.reconstruction) for layer in report.layers][:2] == [False, True]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])

@@ -168,7 +168,7 @@ def test_the_unit_solver_loses_least_in_the_first_layer(tmp_path):
         model = tiny_model("llama")
         survey = unit_survey(model, tmp_path, solver, score, shares={"neurons": 0.25})
         first = execute(survey).layers[0]
-        errors += [x["error"] for x in first["linears"] if x["name"].endswith("down_proj")]
+        errors += [x.error for x in first.linears if x.name.endswith("down_proj")]
     assert errors[0] <= errors[1] < 1
 
 

@@ -71,7 +71,7 @@ def test_global_scope_prunes_exactly_what_was_asked_overall(method: str) -> None
     weights = [weight_of(m) for m in matrices(model).values()]
     total = sum(w.numel() for w in weights)
     assert sum(int((w == 0).sum()) for w in weights) == round(0.6 * total)
-    shares = {r["asked"] for layer in report.layers for r in layer["linears"]}
+    shares = {r.asked for layer in report.layers for r in layer.linears}
     assert len(shares) > 5
 
 

@@ -76,7 +76,7 @@ def test_every_kind_is_pruned_as_by_plain_forwards(name: str, pattern: str) -> N
     expected = dict(plain.named_parameters())
     for parameter, value in ours.named_parameters():
         assert torch.equal(value, expected[parameter]), parameter
-    assert {r["name"] for layer in report.layers for r in layer["linears"]} == ran
+    assert {r.name for layer in report.layers for r in layer.linears} == ran
     for matrix in ran:
         weight = ours.get_submodule(matrix).weight
         assert (weight == 0).sum() * 2 == weight.numel(), matrix

@@ -88,8 +88,8 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
         assert torch.equal(stored == 0, expected), leaf
         differ += int((by_hand(model, name, text) != expected).sum())
     assert differ > 20  # pictures matter
-    linears = [linear for layer in told.layers for linear in layer["linears"]]
-    assert {linear["tokens"] for linear in linears} == {4 * 14}
+    linears = [linear for layer in told.layers for linear in layer.linears]
+    assert {linear.tokens for linear in linears} == {4 * 14}
     assert told.manifest["calibration"]["beside"] == {
         "pixel_values": [4, 1, 3, 16, 16], "token_type_ids": [4, 1, 14],
     }  # fmt: skip

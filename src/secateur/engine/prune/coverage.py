@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.architecture import Architecture, Linear
+from secateur.runs.records import Layer
 
 log = logging.getLogger(__name__)
 
@@ -98,26 +99,26 @@ class Coverage:
             )
 
 
-def coverage(layers: Sequence[Mapping[str, Any]], architecture: Architecture) -> Coverage | None:
+def coverage(layers: Sequence[Layer], architecture: Architecture) -> Coverage | None:
     """Summarise the experts from the ledger; None for a model without experts.
 
     Args:
-        layers: the ledger's lines of its layers.
+        layers: of the ledger.
         architecture: shows which linears belong to experts.
     """
     if architecture.experts is None:
         return None
-    records = [r for x in layers for r in x["linears"] if architecture.of_expert(r["name"])]
-    seen = [(r["tokens"], r["shape"][1]) for r in records if r.get("tokens") is not None]
-    unseen = [name for x in layers for name in x.get("unseen", ())]
-    heard = {_number_of(r["name"]) for r in records if r.get("tokens") != 0}
+    records = [r for x in layers for r in x.linears if architecture.of_expert(r.name)]
+    seen = [(r.tokens, r.shape[1]) for r in records if r.tokens is not None]
+    unseen = [name for x in layers for name in x.unseen]
+    heard = {_number_of(r.name) for r in records if r.tokens != 0}
     silent = silent_experts(name for name in unseen if _number_of(name) not in heard)
     return Coverage(
         len(records),
         sum(tokens < inputs for tokens, inputs in seen),
         min((tokens for tokens, _ in seen), default=None),
         unseen,
-        len({_number_of(r["name"]) for r in records} | {_number_of(name) for name in unseen}),
+        len({_number_of(r.name) for r in records} | {_number_of(name) for name in unseen}),
         silent,
     )
 
@@ -156,19 +157,19 @@ class Reach:
         return asdict(self)
 
 
-def reach(layers: Sequence[Mapping[str, Any]], changed: Iterable[str]) -> Reach:
+def reach(layers: Sequence[Layer], changed: Iterable[str]) -> Reach:
     """Count what a run reached, and refuse a matrix that it passed over.
 
     Args:
-        layers: the ledger's lines of its layers.
+        layers: of the ledger.
         changed: names of the linears that were to be pruned.
 
     Raises:
         VerificationError: a linear has no record, or it was pruned without calibration tokens
             where others had some.
     """
-    records = {r["name"]: r.get("tokens") for x in layers for r in x["linears"]}
-    unseen = {name for x in layers for name in x.get("unseen", ())}
+    records = {r.name: r.tokens for x in layers for r in x.linears}
+    unseen = {name for x in layers for name in x.unseen}
     counted = [tokens for tokens in records.values() if tokens is not None]
     lost = sorted(set(changed) - records.keys() - unseen)
     if counted:

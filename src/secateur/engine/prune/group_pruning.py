@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from secateur.errors import NumericalError, VerificationError
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.checkpoint import not_finite
 from secateur.parallel.ranks import Ranks
+from secateur.runs.records import LinearRecord
 from secateur.sparsity.hessian import dense_target
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED, Mask, Statistics, Weight
@@ -227,7 +226,7 @@ def exchanged(
     for linear, owner in zip(linears, owned, strict=True):
         for parameter in linear.module.parameters(recurse=False):
             ranks.share(parameter, owner)
-    return [LinearRecord.of_json(by_name[linear.name]) for linear in linears]
+    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
 
 
 def _verified(
@@ -247,51 +246,15 @@ def _verified(
         )
     check_finite([(f"{linear.name}.weight", weight)])
     return LinearRecord(
-        linear.name,
-        linear.shape,
-        task.sparsity,
-        pruned,
-        zeros,
-        solution.error,
-        lost,
-        time.perf_counter() - started,
+        name=linear.name,
+        shape=linear.shape,
+        asked=task.sparsity,
+        pruned=pruned,
+        zeros=zeros,
+        error=solution.error,
+        lost=lost,
+        seconds=time.perf_counter() - started,
     )
-
-
-@dataclass(frozen=True)
-class LinearRecord:
-    """The result of a run for one linear.
-
-    Attributes:
-        name: its full name.
-        shape: (out, in).
-        asked: the sparsity of its task.
-        pruned: number of weights that the mask removes.
-        zeros: number of zero weights afterwards (the source may already have zeros).
-        error: relative squared error of its output on the calibration inputs, if known.
-        lost: an estimate of that error if the solver measures none (`engine.prune.collapse`).
-        seconds: time for scoring, masking and solving.
-        tokens: number of calibration tokens that it received; None if its inputs did not matter.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    asked: float
-    pruned: int
-    zeros: int
-    error: float | None
-    lost: float | None
-    seconds: float
-    tokens: int | None = None
-
-    @classmethod
-    def of_json(cls, entry: Mapping[str, Any]) -> LinearRecord:
-        """The record in the plain data that `to_json` has made."""
-        return cls(**{**entry, "shape": tuple(entry["shape"])})
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain data."""
-        return asdict(self)
 
 
 COLLAPSED = 0.8

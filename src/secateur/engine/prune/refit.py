@@ -45,6 +45,7 @@ from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
+from secateur.runs.records import Layer
 from secateur.sparsity.hessian import dense_target
 
 Pair = tuple[Linear, Linear]
@@ -157,7 +158,8 @@ class Refit:
                         self.dense.write(batch, wanted.read(batch))
                 self.dense.advance(index + 1 + gap)
                 self.cut.advance(place + 1)
-        self.ledger.finish_layer(place, [], time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.ledger.finish_layer(Layer(layer=place, seconds=seconds, linears=()))
         self.dense.forget(index)
         self.cut.forget(place)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,7 +27,6 @@ from secateur.allocator import reused_pages
 from secateur.engine.prune.coverage import coverage, is_reached
 from secateur.engine.prune.group_pruning import (
     GroupStatistics,
-    LinearRecord,
     all_zero,
     chosen_dampings,
     collapse_error,
@@ -58,6 +57,7 @@ from secateur.parallel.ranks import owners
 from secateur.precision import exact_matmuls, full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
+from secateur.runs.records import Layer, LinearRecord
 from secateur.sparsity.patterns import misplaced
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Run:
             if done == 0:  # also if the hidden states of a stopped run are lost
                 self.ledger.begin()
         for entry in self.ledger.layers:
-            self.tasks = left_dense(self.tasks, entry.get("unseen", ()))
+            self.tasks = left_dense(self.tasks, entry.unseen)
         self.progress.start("pruning", self.steps_per_layer * (len(layers) - done))
         with reused_pages():
             started = time.perf_counter()  # before the first layer is read
@@ -211,8 +211,9 @@ class Run:
         self.settings.ranks.wait()  # all have stored their inputs of the next layer
         seconds = time.perf_counter() - started
         lost = collapsed([record for record in records if not self.takes_all(record)])
-        entries = [record.to_json() for record in records]
-        self.ledger.finish_layer(index, entries, seconds, tuned, lost, unseen)
+        found = {"reconstruction": tuned, "collapsed": lost, "unseen": tuple(unseen)}
+        given = {name: value for name, value in found.items() if value}
+        self.ledger.finish_layer(Layer(layer=index, seconds=seconds, linears=records, **given))
         self.settings.ranks.wait()  # the ledger of the first process has its line
         if self.calibration is not None:
             self.calibration.forget(index)
@@ -503,7 +504,7 @@ class LayerPass:
                 if own.get(linear.name) is False:
                     fitted(linear)  # keeps what tuning needs, though another process solves it
         found = prune_group(linears, shared, context.own, context.tasks, fitted)
-        return [replace(record, tokens=seen.tokens) for record in found]
+        return [record.model_copy(update={"tokens": seen.tokens}) for record in found]
 
     def dampings(
         self, seen: GroupStatistics, group: int, linears: Sequence[Linear]

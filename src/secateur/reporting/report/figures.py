@@ -19,7 +19,7 @@ from secateur.reporting.charts import (
 from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.wording import bare_name, binary_size
 from secateur.reporting.wording import percent as percent_of
-from secateur.runs.records import LinearEntry
+from secateur.runs.records import LinearRecord
 
 ALIKE = 0.005
 """Sparsities that differ by at most this count as equal."""
@@ -100,7 +100,7 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
     return maps
 
 
-def _sparsity_of(linear: LinearEntry) -> float | None:
+def _sparsity_of(linear: LinearRecord) -> float | None:
     """The fraction of zeros in a matrix; None for a matrix without weights."""
     weights = linear.shape[0] * linear.shape[1]
     return linear.zeros / weights if weights else None
@@ -142,7 +142,7 @@ def _heat_map(
     run: ReportedRun,
     key: str,
     title: str,
-    value: Callable[[LinearEntry], float | None],
+    value: Callable[[LinearRecord], float | None],
     *,
     log: bool = False,
     percent: bool = False,

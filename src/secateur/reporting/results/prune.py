@@ -12,7 +12,7 @@ from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.tables import Block, Result, Table, by_layer, not_pruned
 from secateur.reporting.wording import binary_size
-from secateur.runs.records import ChainStep
+from secateur.runs.records import ChainStep, Layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,7 +21,7 @@ class PruneResult(Result):
 
     Attributes:
         sparsity: fraction of zeros in the matrices of the decoder layers.
-        layers: a record for each decoder layer, as in `layers.jsonl`; `linears` has its matrices.
+        layers: a record for each decoder layer, as in `layers.jsonl`.
         manifest: versions, hardware, choices, cost and result; empty for a loaded model.
         output: the output folder; None for a loaded model.
         left: matrices that were not pruned, and the reasons.
@@ -29,7 +29,7 @@ class PruneResult(Result):
     """
 
     sparsity: float
-    layers: list[dict[str, Any]]
+    layers: list[Layer]
     manifest: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     left: list[SkippedMatrix] = field(default_factory=list)
@@ -39,7 +39,8 @@ class PruneResult(Result):
         """The folder and its manifest; for a loaded model sparsity, layers and what was left."""
         if self.output is None:
             left = [one.to_json() for one in self.left]
-            return {"sparsity": self.sparsity, "layers": self.layers, "left": left}
+            layers = [layer.to_json() for layer in self.layers]
+            return {"sparsity": self.sparsity, "layers": layers, "left": left}
         packed = {} if self.compression is None else {"compression": self.compression.to_json()}
         return {"output": str(self.output), **self.manifest, **packed}
 

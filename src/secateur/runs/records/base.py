@@ -7,21 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
 from secateur.errors import CheckpointError
 
 
 class Record(BaseModel):
-    """Part of a file."""
+    """A file, or a part of one. A misspelled key is an error when a record is made."""
 
     model_config = ConfigDict(
-        frozen=True, protected_namespaces=(), extra="ignore", populate_by_name=True
+        frozen=True,
+        protected_namespaces=(),
+        extra="forbid",
+        populate_by_name=True,
+        ser_json_inf_nan="constants",
     )
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+class PartialRecord(Record):
+    """A record of which only the given keys are written, in the order in which they were given."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_order(cls, values: Any, make: Any) -> Any:
+        record = make(values)
+        if isinstance(values, Mapping):
+            fields = record.__dict__
+            given = {name: fields[name] for name in values if name in fields}
+            object.__setattr__(record, "__dict__", {**given, **fields})
+        return record
+
+    @model_serializer(mode="wrap")
+    def _given_keys(self, write: Any) -> dict[str, Any]:
+        given = self.model_fields_set
+        return {name: value for name, value in write(self).items() if name in given}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -33,8 +56,7 @@ def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValidationError: the content does not match its declaration, which is a fault in secateur.
     """
-    plain = json.loads(json.dumps(content))
-    record.model_validate(plain, extra="forbid")
+    record.model_validate(json.loads(json.dumps(content)))
     return dict(content)
 
 
@@ -76,7 +98,7 @@ def parsed(record: type[AnyRecord], text: str, where: str) -> AnyRecord:
         CheckpointError: the text is no JSON, or has another schema.
     """
     try:
-        return record.model_validate(json.loads(text))
+        return record.model_validate(json.loads(text), extra="ignore")  # of newer releases
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc']) or 'all of it'}: {fault['msg']}"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from secateur.runs.records.base import Record
+from secateur.runs.records.base import PartialRecord, Record
 
 MANIFEST_VERSION = 1
 
@@ -106,26 +106,47 @@ class Manifest(Record):
         return 1 - (1 - gone) * (1 - self.result.decoder_sparsity)
 
 
-class LinearEntry(Record):
-    """One matrix of a line of `layers.jsonl`; see `engine.prune.surgery.LinearRecord`."""
+class LinearRecord(Record):
+    """One pruned matrix, in a line of `layers.jsonl`.
+
+    Attributes:
+        name: its full name.
+        shape: (out, in).
+        asked: the sparsity of its task.
+        pruned: number of weights that the mask removes.
+        zeros: number of zero weights afterwards (the source may already have zeros).
+        error: relative squared error of its output on the calibration inputs, if known.
+        lost: an estimate of that error if the solver measures none (`engine.prune.collapse`).
+        seconds: time for scoring, masking and solving.
+        tokens: number of calibration tokens that it received; None if its inputs did not matter.
+    """
 
     name: str
     shape: tuple[int, int]
-    zeros: int
     asked: float
     pruned: int
+    zeros: int
     error: float | None
     lost: float | None
     seconds: float
-    tokens: int | None
+    tokens: int | None = None
 
 
-class Layer(Record):
-    """A line of `layers.jsonl`."""
+class Layer(PartialRecord):
+    """A line of `layers.jsonl`.
+
+    Attributes:
+        layer: its number.
+        seconds: its wall time.
+        linears: its pruned matrices.
+        reconstruction: the errors before and after tuning.
+        collapsed: linears that lost their outputs.
+        unseen: linears of experts that calibration did not reach, and that stay dense.
+    """
 
     layer: int
     seconds: float
-    linears: tuple[LinearEntry, ...]
+    linears: tuple[LinearRecord, ...]
     reconstruction: dict[str, float] = Field(default_factory=dict)
     collapsed: dict[str, float] = Field(default_factory=dict)
     unseen: tuple[str, ...] = ()

@@ -185,7 +185,7 @@ def run_prepared(
         manifest["experts"] = found and found.to_json()
         manifest["reach"] = reached.to_json()
         manifest["left"] = [one.to_json() for one in left]
-        manifest["collapsed"] = [n for layer in ledger.layers for n in layer.get("collapsed", ())]
+        manifest["collapsed"] = [n for layer in ledger.layers for n in layer.collapsed]
         _write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
