@@ -33,12 +33,17 @@ from secateur.recipes.calibration import CalibrationWindows
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.workflows.compress.storage_plan import find_matrices
-from secateur.workflows.fit.context import Ground, Pace
+from secateur.workflows.fit.context import FitContext, TimeBudget
 from secateur.workflows.fit.costs import costs_of
-from secateur.workflows.fit.evaluation import Yardstick
-from secateur.workflows.fit.pipeline import contested, new_search
-from secateur.workflows.fit.storage_formats import probe_of
-from secateur.workflows.run_windows import calibration_windows
+from secateur.workflows.fit.evaluation import ModelEvaluator
+from secateur.workflows.fit.run import (
+    ExpectedSeconds,
+    best_of,
+    build_candidates,
+    make_search,
+    survey_levels,
+)
+from secateur.workflows.prune.prepare import calibration_windows
 from stored import known_rows
 
 MIB = 2**20
@@ -65,26 +70,29 @@ def rows(args: argparse.Namespace) -> None:
     matrices = find_matrices(reader, "int8", False)
     costs = costs_of(recipe, reader, matrices, Silent())
     (rest,) = costs.rest
-    pace = Pace(None, args.work / "pace.json", 0.0)
+    budget = TimeBudget(None, args.work / "pace.json", 0.0)
     args.work.mkdir(parents=True, exist_ok=True)
-    ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
-    search = new_search(ground)
-    search.survey(probe_of(costs.levels))
-    singles = search.singles()
+    context = FitContext.prepare(
+        recipe, source, reader, matrices, costs, budget, args.work, Silent()
+    )
+    search = make_search(context)
+    expected = ExpectedSeconds.of(context, search)
+    survey, _ = survey_levels(context, search, expected)
+    survey = replace(survey, frontier=())
     options = CalibrationWindows(windows=16, sequence_length=512)
-    wiki, _ = calibration_windows(str(args.text), options, source.folder, ground.target)
-    texts = {"c4": ground.judged, "wiki": wiki}
-    measures = {name: Yardstick(ground, text, name) for name, text in texts.items()}
+    wiki, _ = calibration_windows(str(args.text), options, source.folder, context.target)
+    texts = {"c4": context.judging.windows, "wiki": wiki}
+    measures = {name: ModelEvaluator(context, text, name) for name, text in texts.items()}
 
-    def kept(size: float, contender: str, folder: Path, cost: float, **told: float) -> None:
+    def kept(size: float, contender: str, folder: Path, cost: float, **values: float) -> None:
         if known(size, contender):
             return
         loss = {name: measure.rise(folder) for name, measure in measures.items()}
-        row = {"size": size, "contender": contender, "mib": (rest + cost) / MIB, **told, **loss}
+        row = {"size": size, "contender": contender, "mib": (rest + cost) / MIB, **values, **loss}
         add("fit", {"judged": "see benchmarks/fit.py"}, row)
         print(row, flush=True)
 
-    for point, level in zip(singles, search.levels, strict=True):
+    for point, level in zip(survey.singles, search.levels, strict=True):
         folder = level.level.reader.folder
         kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
     for kind in args.llama_cpp:
@@ -97,12 +105,12 @@ def rows(args: argparse.Namespace) -> None:
             continue
         began = time.perf_counter()
         within = costs.narrowed(size * MIB - rest)
-        contest, branches = contested(ground, search, singles, (), within)
-        best = min(contest, key=lambda one: one.told.divergence)
-        for one in [*contest, replace(best, told=replace(best.told, name="winner"))]:
-            told = {n: getattr(one.told, n) for n in ("predicted", "mixed", "divergence")}
-            kept(size, one.told.name, one.folder, one.told.file_bytes - rest, **told)
-        print(branches)
+        candidates, cuts = build_candidates(context, survey, expected, within)
+        best = best_of(candidates)
+        for one in [*candidates, replace(best, row=replace(best.row, name="winner"))]:
+            values = {n: getattr(one.row, n) for n in ("predicted", "mixed", "divergence")}
+            kept(size, one.row.name, one.folder, one.row.file_bytes - rest, **values)
+        print(cuts)
         print(f"{size} MiB: {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -35,11 +35,11 @@ from secateur.sparsity.evolution import Candidate
 from secateur.workflows.compress.pack import ChosenValues, pack_into
 from secateur.workflows.compress.rounding import MixedReader
 from secateur.workflows.compress.storage_plan import find_matrices
-from secateur.workflows.fit.context import Ground, Pace
+from secateur.workflows.fit.context import FitContext, TimeBudget
 from secateur.workflows.fit.costs import SECONDS, Costs, check_feasible, costs_of
 from secateur.workflows.fit.evaluation import speedup_of
-from secateur.workflows.fit.pipeline import MOST, is_faster, misses, new_search
-from secateur.workflows.fit.storage_formats import probe_of
+from secateur.workflows.fit.run import MOST, is_faster, make_search, misses
+from secateur.workflows.fit.storage_formats import StorageFormat
 from stored import known_rows
 
 MEASUREMENTS = 3
@@ -70,10 +70,12 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
         check_feasible(recipe, costs, 10**9)
     except RecipeError as error:
         return {**row, "refused": f"{error.what}; {error.remedy}"}
-    pace = Pace(None, args.work / "pace.json", time.perf_counter())
-    ground = Ground.prepared(recipe, source, reader, matrices, costs, pace, args.work, Silent())
-    search = new_search(ground)
-    search.survey(probe_of(costs.levels))
+    budget = TimeBudget(None, args.work / "pace.json", time.perf_counter())
+    context = FitContext.prepare(
+        recipe, source, reader, matrices, costs, budget, args.work, Silent()
+    )
+    search = make_search(context)
+    search.survey(costs.levels.index(StorageFormat("int4", 0.5)))
     folder, rounds = RunFolder(str(output), "compress", overwrite=True, restart=True), []
     candidate, aimed = None, speedup
     with folder:
@@ -82,19 +84,19 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
             found = search.knapsack.best(aimed_at(costs, aimed).aim)
             if found is None or found == candidate:
                 break
-            packed = packed_mix(ground, search, found, folder)
+            packed = packed_mix(context, search, found, folder)
             predicted = costs.times.base / (costs.rest[-1] + search.knapsack.total(found)[-1])
-            measured = speedup_of(ground, folder.model)
+            measured = speedup_of(context, folder.model)
             assert measured is not None
             rounds.append({"aimed": aimed, "predicted": predicted, "measured": measured})
             if candidate is not None and not is_faster(measured, rounds[-2]["measured"]):
-                packed = packed_mix(ground, search, candidate, folder)
+                packed = packed_mix(context, search, candidate, folder)
                 break
             candidate = found
-            if not misses(ground, measured):
+            if not misses(context, measured):
                 break
             aimed = speedup * predicted / measured
-        again = [speedup_of(ground, folder.model) for _ in range(MEASUREMENTS)]
+        again = [speedup_of(context, folder.model) for _ in range(MEASUREMENTS)]
         folder.finish()
     assert candidate is not None
     kinds = [costs.levels[level].name for level in candidate]
@@ -118,18 +120,18 @@ def aimed_at(costs: Costs, speedup: float) -> Costs:
 
 
 def packed_mix(
-    ground: Ground, search: FitSearch, candidate: Candidate, folder: RunFolder
+    context: FitContext, search: FitSearch, candidate: Candidate, folder: RunFolder
 ) -> CompressResult:
     """Pack a mix of levels."""
     levels = dict(zip(search.names, candidate, strict=True))
-    stored = ground.stored
+    stored = context.stored
     readers = {stored[n]: search.levels[level].level.reader for n, level in levels.items() if level}
-    values = {stored[n]: ground.costs.levels[level].values for n, level in levels.items()}
-    ends = {"model": ground.recipe.model, "output": ground.recipe.output}
+    values = {stored[n]: context.costs.levels[level].values for n, level in levels.items()}
+    ends = {"model": context.recipe.model, "output": context.recipe.output}
     recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})
-    mixed = MixedReader(ground.reader.folder, readers)
-    chosen = ChosenValues(mixed, dict(ground.matrices), values, {})
-    return pack_into(folder, recipe, ground.source, chosen, Silent(), time.perf_counter())
+    mixed = MixedReader(context.source.folder, readers)
+    chosen = ChosenValues(mixed, dict(context.matrices), values, {})
+    return pack_into(folder, recipe, context.source, chosen, Silent(), time.perf_counter())
 
 
 def main() -> None:

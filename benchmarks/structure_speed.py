@@ -47,8 +47,7 @@ from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_checkpoint
-from secateur.workflows.structure.cut_plan import plan_cut, representative
-from secateur.workflows.structure.width import uniform_cut
+from secateur.workflows.structure.cut_plan import plan_cut, representative, uniform_cut
 from stored import known_rows
 from structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
 
@@ -131,9 +130,9 @@ def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
     for kind, options in KINDS.items():
         for level in levels:
             asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
-            aim = plan_cut(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
-            cut = representative(aim)
-            narrowed = uniform_cut(aim, design(skeleton, cut).skeleton, MULTIPLE)
+            plan = plan_cut(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
+            cut = representative(plan)
+            narrowed = uniform_cut(plan, design(skeleton, cut).skeleton, MULTIPLE)
             found[f"{kind}, {level:.0%}"] = replace(
                 cut, groups=narrowed.groups, neurons=narrowed.neurons
             )

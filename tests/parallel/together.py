@@ -135,7 +135,7 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
     from secateur.workflows.structure.run import structure_recipe
-    from secateur.workflows.structure.steps import follow
+    from secateur.workflows.structure.steps import run_worker
 
     with joined("cpu") as ranks:
         for values in recipes:
@@ -143,7 +143,7 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
             if ranks.first:
                 structure_recipe(recipe, Silent(), ranks=ranks)
             else:
-                follow(recipe, ranks)
+                run_worker(recipe, ranks)
             ranks.wait()
 
 

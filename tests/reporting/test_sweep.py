@@ -12,20 +12,24 @@ import pytest
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
+from secateur.progress import Progress
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.sweep import SweepRecipe
+from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping
-from secateur.workflows.sweep.run import SweepPlan, sweep_plan
+from secateur.workflows.sweep.run import sweep_recipe
 from tiny import save_tiny
 from zoo import tiny_windows
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> SweepPlan:
+def recipe(tmp_path: Path) -> SweepRecipe:
     """Two methods at two sparsities and one pattern."""
     save_windows(tiny_windows(), tmp_path / "w.safetensors")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
-    return SweepPlan(
+    return SweepRecipe(
         model=str(save_tiny(tmp_path / "model")),
         methods=("wanda", "sparsegpt"),
         sparsities=(0.3, 0.6),
@@ -34,6 +38,13 @@ def plan(tmp_path: Path) -> SweepPlan:
         text=(str(text),),
         text_sequence_length=16,
     )
+
+
+def swept(
+    recipe: SweepRecipe, output: Path, progress: Progress | None = None, **change: object
+) -> SweepResult:
+    values = recipe.model_dump(exclude_unset=True) | {"output": str(output)} | change
+    return sweep_recipe(build_recipe(SweepRecipe, values), progress)
 
 
 class Killed(BaseException):
@@ -65,15 +76,15 @@ def measured(folder: Path) -> list[tuple[object, ...]]:
     return [(p.key, p.perplexity, p.excess, p.zeros) for p in points]
 
 
-def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
+def test_the_whole_grid(recipe: SweepRecipe, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    result = sweep_plan(plan, out)
+    result = swept(recipe, out)
     assert [p.key for p in result.points] == [
         (method, pattern, sparsity)
         for method in ("wanda", "sparsegpt")
         for pattern, sparsity in (("unstructured", 0.3), ("unstructured", 0.6), ("2:4", 0.5))
     ]
-    [text] = plan.text
+    [text] = recipe.text
     for point in result.points:
         assert point.zeros == pytest.approx(point.sparsity, abs=0.02)
         assert point.excess[text] == pytest.approx(
@@ -85,9 +96,9 @@ def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
     assert result.sweep.protocol[text]["sequence_length"] == 16
     assert result.sweep.calibration is not None
     assert result.sweep.calibration["source"].endswith("w.safetensors")
-    told = json.loads((out / "sweep.json").read_text())
-    assert told["schema"] == "secateur.sweep/1"
-    assert told == result.to_json()
+    record = json.loads((out / "sweep.json").read_text())
+    assert record["schema"] == "secateur.sweep/1"
+    assert record == result.to_json()
     with (out / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["method"] for row in rows] == ["dense", *["wanda"] * 3, *["sparsegpt"] * 3]
@@ -108,13 +119,13 @@ def test_the_whole_grid(plan: SweepPlan, tmp_path: Path) -> None:
     ],
 )
 def test_killed_it_goes_on_to_the_same_table(
-    plan: SweepPlan, tmp_path: Path, stage: str, steps: int, left: str | None
+    recipe: SweepRecipe, tmp_path: Path, stage: str, steps: int, left: str | None
 ) -> None:
     with pytest.raises(Killed):
-        sweep_plan(plan, tmp_path / "killed", progress=KilledAt(stage, steps))
+        swept(recipe, tmp_path / "killed", progress=KilledAt(stage, steps))
     assert left is None or (tmp_path / "killed" / left).exists()
-    sweep_plan(plan, tmp_path / "killed")
-    sweep_plan(plan, tmp_path / "whole")
+    swept(recipe, tmp_path / "killed")
+    swept(recipe, tmp_path / "whole")
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
     left_over = [
         *tmp_path.glob("killed/points/*.partial"),
@@ -124,7 +135,7 @@ def test_killed_it_goes_on_to_the_same_table(
 
 
 def test_what_is_done_is_not_done_again(
-    plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: SweepRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
 
@@ -133,50 +144,50 @@ def test_what_is_done_is_not_done_again(
         return perplexity(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweeping, "perplexity", counted)
-    few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
-    sweep_plan(few, tmp_path / "s", keep_models=True)
+    few = recipe.model_copy(update={"methods": ("magnitude",), "patterns": ()})
+    swept(few, tmp_path / "s", keep_models=True)
     assert len(calls) == 3  # dense and two points
-    more = SweepPlan(**{**vars(few), "methods": ("magnitude", "wanda"), "sparsities": (0.3, 0.6)})
-    result = sweep_plan(more, tmp_path / "s")
+    more = few.model_copy(update={"methods": ("magnitude", "wanda"), "sparsities": (0.3, 0.6)})
+    result = swept(more, tmp_path / "s")
     assert len(calls) == 5  # points may be added, and nothing is judged twice
     assert [p.folder is not None for p in result.points] == [True, True, False, False]
     assert (tmp_path / "s" / str(result.points[0].folder) / "model.safetensors").exists()
-    assert sweep_plan(more, tmp_path / "s").to_json() == result.to_json()
+    assert swept(more, tmp_path / "s").to_json() == result.to_json()
     assert len(calls) == 5
 
 
-def test_another_sweep_is_refused(plan: SweepPlan, tmp_path: Path) -> None:
-    few = SweepPlan(**{**vars(plan), "methods": ("magnitude",), "patterns": ()})
-    sweep_plan(few, tmp_path / "s")
-    for change, told in (
+def test_another_sweep_is_refused(recipe: SweepRecipe, tmp_path: Path) -> None:
+    few = recipe.model_copy(update={"methods": ("magnitude",), "patterns": ()})
+    swept(few, tmp_path / "s")
+    for change, message in (
         ({"seed": 3}, "seed: 0 then, 3 now"),
         ({"text_sequence_length": 20}, "text_sequence_length: 16 then, 20 now"),
         ({"sparsities": (0.3,)}, "measured, but not asked for now: magnitude-60"),
     ):
-        with pytest.raises(RecipeError, match=told):
-            sweep_plan(SweepPlan(**{**vars(few), **change}), tmp_path / "s")
-    Path(plan.text[0]).write_text("another text of the same name. " * 30)
+        with pytest.raises(RecipeError, match=message):
+            swept(few.model_copy(update=change), tmp_path / "s")
+    Path(recipe.text[0]).write_text("another text of the same name. " * 30)
     with pytest.raises(RecipeError, match="texts_sha256"):
-        sweep_plan(few, tmp_path / "s")
+        swept(few, tmp_path / "s")
 
 
-def test_other_windows_are_refused(plan: SweepPlan, tmp_path: Path) -> None:
-    few = SweepPlan(**{**vars(plan), "methods": ("wanda",), "patterns": ()})
-    sweep_plan(few, tmp_path / "s")
+def test_other_windows_are_refused(recipe: SweepRecipe, tmp_path: Path) -> None:
+    few = recipe.model_copy(update={"methods": ("wanda",), "patterns": ()})
+    swept(few, tmp_path / "s")
     save_windows(tiny_windows(seed=5), tmp_path / "s" / "windows.safetensors")
     with pytest.raises(RecipeError, match="not those that the sweep began with"):
-        sweep_plan(few, tmp_path / "s")
+        swept(few, tmp_path / "s")
 
 
-def test_a_broken_record_is_named(plan: SweepPlan, tmp_path: Path) -> None:
+def test_a_broken_record_is_named(recipe: SweepRecipe, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for content in ("{", "[]", '{"schema": "other/1"}', '{"schema": "secateur.sweep/1"}'):
         (tmp_path / "s" / "sweep.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"sweep\.json"):
-            sweep_plan(plan, tmp_path / "s")
+            swept(recipe, tmp_path / "s")
 
 
-def test_nonsense_is_refused_before_any_work(plan: SweepPlan, tmp_path: Path) -> None:
+def test_nonsense_is_refused_before_any_work(recipe: SweepRecipe, tmp_path: Path) -> None:
     for change, error in (
         ({"methods": ("wnda",)}, RecipeError),
         ({"methods": ()}, RecipeError),
@@ -184,30 +195,30 @@ def test_nonsense_is_refused_before_any_work(plan: SweepPlan, tmp_path: Path) ->
         ({"sparsities": (30.0,)}, RecipeError),
     ):
         with pytest.raises(error):
-            sweep_plan(SweepPlan(**{**vars(plan), **change}), tmp_path / "s")
+            swept(recipe.model_copy(update=change), tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
 def test_a_point_that_fails_does_not_stop_the_others(
-    secateur, plan: SweepPlan, tmp_path: Path
+    secateur, recipe: SweepRecipe, tmp_path: Path
 ) -> None:
     words = (
-        "sweep", plan.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "3:5",
-        "--calibration", plan.calibration, "--text", plan.text[0], "--text-sequence-length", 16,
+        "sweep", recipe.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "3:5",
+        "--calibration", recipe.calibration, "--text", recipe.text[0], "--text-sequence-length", 16,
         "-o", tmp_path / "s",
     )  # fmt: skip
     shown = secateur(*words)
     assert shown.code == 1
     assert "failed: wanda 3:5" in shown.out
-    told = json.loads(secateur(*words, "--json").out)
-    assert [p["pattern"] for p in told["points"]] == ["unstructured"]
-    assert [f["pattern"] for f in told["failures"]] == ["3:5"]
+    record = json.loads(secateur(*words, "--json").out)
+    assert [p["pattern"] for p in record["points"]] == ["unstructured"]
+    assert [f["pattern"] for f in record["failures"]] == ["3:5"]
 
 
-def test_on_the_command_line(secateur, plan: SweepPlan, tmp_path: Path) -> None:
+def test_on_the_command_line(secateur, recipe: SweepRecipe, tmp_path: Path) -> None:
     words = (
-        "sweep", plan.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",
-        "--text", plan.text[0], "--text-sequence-length", 16, "-o", tmp_path / "s",
+        "sweep", recipe.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",
+        "--text", recipe.text[0], "--text-sequence-length", 16, "-o", tmp_path / "s",
     )  # fmt: skip
     shown = secateur(*words)
     assert shown.code == 0, shown.err

@@ -92,11 +92,11 @@ def cut_on_disk(
         model.save_pretrained(folder / "source")
     with warnings.catch_warnings():
         warnings.simplefilter(varied, VariedSizesWarning)
-        told = cut_checkpoint(folder / "source", cut, folder / "out")
+        counted = cut_checkpoint(folder / "source", cut, folder / "out")
     with quiet_transformers():
         loaded, found = class_of(model.config).from_pretrained(
             folder / "out", output_loading_info=True
         )
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    return told, loaded
+    return counted, loaded

@@ -14,12 +14,12 @@ folders = [Path(folder) for folder in sys.argv[1:]]
 
 for folder in folders:
     if (folder / CODE).exists():
-        told = ""
+        message = ""
         try:
             transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         except ValueError as error:
-            told = str(error)
-        assert "trust_remote_code" in told, f"{folder}: {told}"
+            message = str(error)
+        assert "trust_remote_code" in message, f"{folder}: {message}"
 
 for folder in folders:
     expected = torch.load(folder / "expected.pt", weights_only=True)

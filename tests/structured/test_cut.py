@@ -49,9 +49,9 @@ IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_impossible_cuts_are_refused(name: str) -> None:
-    told, message = IMPOSSIBLE[name]
+    record, message = IMPOSSIBLE[name]
     with pytest.raises(RecipeError, match=message) as caught:
-        cut_model(tiny_model("llama"), Cut(**told))
+        cut_model(tiny_model("llama"), Cut(**record))
     assert caught.value.remedy
     assert caught.value.exit_code == 2
 
@@ -82,12 +82,12 @@ def test_json_gives_the_cut_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "record",
     [{"layers": "all"}, {"layers": [0.5]}, {"groups": [1]}, {"groups": {"x": [1]}}, {"heads": {}}],
 )
-def test_json_of_something_else_is_refused(told: Any) -> None:
+def test_json_of_something_else_is_refused(record: Any) -> None:
     with pytest.raises(RecipeError, match="does not describe a cut"):
-        Cut.from_json(told)
+        Cut.from_json(record)
 
 
 def test_sizes_are_read_from_the_modules() -> None:

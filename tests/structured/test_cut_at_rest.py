@@ -69,10 +69,10 @@ def test_layers_and_experts_leave_the_bytes_of_the_others(tmp_path: Path) -> Non
         assert same_bytes(tensor, before[old]), name
         checked += tensor.dtype == torch.float8_e4m3fn
     assert checked == 2 * (4 + 3 * 3)
-    told = described(tmp_path / "c")
-    assert told["quant_method"] == "fp8"
+    description = described(tmp_path / "c")
+    assert description["quant_method"] == "fp8"
     gates = [f"model.layers.{n}.mlp.gate" for n in range(2)]
-    assert told["modules_to_not_convert"] == ["lm_head", *gates]
+    assert description["modules_to_not_convert"] == ["lm_head", *gates]
 
 
 def test_the_cut_model_is_that_of_the_dense_one(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_a_cut_model_is_distilled_in_the_dense_dtype(tmp_path: Path) -> None:
 
 def test_lists_of_modules_get_the_new_numbers(tmp_path: Path) -> None:
     folder = in_float8(tmp_path / "m", "qwen3")
-    told = described(folder)
+    description = described(folder)
     names = [
         "lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.mlp", "re:.*norm$",
         r"re:.*layers\.[12]\.mlp\.down_proj", "model.layers.*.self_attn",
     ]  # fmt: skip
-    describe_as(folder, {**told, "modules_to_not_convert": names})
+    describe_as(folder, {**description, "modules_to_not_convert": names})
     cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
     assert described(tmp_path / "c")["modules_to_not_convert"] == [
         "lm_head", "model.layers.1.mlp", "re:.*norm$", "model.layers.1.mlp.down_proj",

@@ -68,18 +68,18 @@ def test_streaming_gives_the_tensors_of_the_cut_model(
     source = save_tiny(tmp_path / "source", family, shards=3, dtype=torch.bfloat16)
     model = load(source)
     cut = CUTS[name](sizes_of(model))
-    told = cut_folder(source, cut, tmp_path / "out")
+    counted = cut_folder(source, cut, tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VariedSizesWarning)
         expected = cut_model(model, cut)
-        assert told == accounting(model, cut)
+        assert counted == accounting(model, cut)
     reader = CheckpointReader(tmp_path / "out")
     parameters = dict(expected.named_parameters())
     stored = stored_names(build_skeleton(tmp_path / "out"), reader)
     assert stored.keys() == parameters.keys()
     assert set(stored.values()) == reader.entries.keys() == known_names(source, reader)
     assert all(torch.equal(reader.read(stored[n]), p) for n, p in parameters.items())
-    assert told.after.file_bytes == reader.total_bytes
+    assert counted.after.file_bytes == reader.total_bytes
     windows = tiny_windows(2)
     with torch.no_grad():
         assert_same_logits(load(tmp_path / "out")(windows).logits, expected(windows).logits)
@@ -100,8 +100,8 @@ def test_plain_transformers_loads_the_results(tmp_path: Path) -> None:
         folder = tmp_path / f"{family} {name}".replace(" ", "-").replace(",", "")
         cut_folder(source, cut, folder)
         with torch.no_grad():
-            told = {"windows": windows, "logits": load(folder)(windows, use_cache=False).logits}
-        torch.save(told, folder / "expected.pt")
+            counted = {"windows": windows, "logits": load(folder)(windows, use_cache=False).logits}
+        torch.save(counted, folder / "expected.pt")
         folders.append(str(folder))
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("load_plain.py")), *folders],
@@ -118,8 +118,8 @@ def test_plain_transformers_loads_the_results(tmp_path: Path) -> None:
 def test_padding_on_the_way(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "qwen3")
     cut = Cut(neurons={0: (1, 2, 3), 1: (), 2: (7,)})
-    told = cut_checkpoint(source, cut, tmp_path / "out", pad=True)
-    assert not told.varied
+    counted = cut_checkpoint(source, cut, tmp_path / "out", pad=True)
+    assert not counted.varied
     assert load(tmp_path / "out").config.intermediate_size == 3
 
 
@@ -150,8 +150,8 @@ def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
     assert float((weight == 0).float().mean()) == 0.5
     with torch.no_grad():
         assert not torch.equal(pruned(windows).logits, before)
-    [told] = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16).texts
-    assert told.perplexity > 0
+    [counted] = secateur.evaluate(tmp_path / "pruned", text=text, sequence_length=16).texts
+    assert counted.perplexity > 0
     findings = secateur.diagnose(
         tmp_path / "pruned", dense=folder, text=str(tmp_path / "windows.safetensors"), windows=2
     )

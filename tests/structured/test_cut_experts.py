@@ -59,8 +59,8 @@ def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> Non
     model: Any = tiny_model(family)
     kept = kept_of(model)
     source = saved(model, tmp_path / "source")
-    told = cut_checkpoint(source, Cut(experts=kept), tmp_path / "out")
-    assert not told.varied
+    counted = cut_checkpoint(source, Cut(experts=kept), tmp_path / "out")
+    assert not counted.varied
     smaller = loaded(tmp_path / "out")
     assert_same_logits(logits(smaller), logits(cut_model(model, Cut(experts=kept))))
     experts: Any = describe(model).experts

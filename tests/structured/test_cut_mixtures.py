@@ -67,14 +67,14 @@ def test_cut_mixtures_equal_masked_ones(family: str, name: str, tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VariedSizesWarning)
         smaller = cut_model(model, cut)
-        told = cut_checkpoint(source, cut, tmp_path / "out")
-        assert told == accounting(model, cut) == accounting(build_skeleton(source), cut)
+        counted = cut_checkpoint(source, cut, tmp_path / "out")
+        assert counted == accounting(model, cut) == accounting(build_skeleton(source), cut)
     parameters = list(smaller.parameters())
-    assert told.after.parameters == sum(p.numel() for p in parameters)
+    assert counted.after.parameters == sum(p.numel() for p in parameters)
     differing = {"without FFN", "everything"}
     if len(sparse_layers(model)) > 1:
         differing.add("experts, differing")
-    assert told.varied == (name in differing)
+    assert counted.varied == (name in differing)
     with quiet_transformers():
         loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", output_loading_info=True
@@ -117,9 +117,9 @@ def test_experts_that_are_stored_fused(tmp_path: Path) -> None:
     model: Any = tiny_model("mixtral")
     with quiet_transformers():
         model.save_pretrained(tmp_path / "source", save_original_format=False)
-    told = cut_checkpoint(tmp_path / "source", Cut(experts=dict.fromkeys(range(3), (1, 3))),
+    counted = cut_checkpoint(tmp_path / "source", Cut(experts=dict.fromkeys(range(3), (1, 3))),
                           tmp_path / "out")  # fmt: skip
-    assert not told.varied
+    assert not counted.varied
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_local_experts"] == 2
     with quiet_transformers():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

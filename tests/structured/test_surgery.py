@@ -75,12 +75,12 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     )
     with quiet_transformers():
         smaller.save_pretrained(tmp_path)
-        loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, output_loading_info=True
         )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    assert not told["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     assert_same_logits(logits(loaded.eval(), windows), logits(smaller, windows))
     prompt = windows[:, :9]  # longer than the sliding windows
     with_cache, without = (greedy(loaded, prompt, 6, use) for use in (True, False))

@@ -49,10 +49,10 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     model: Any = tiny_model(family)
     cut, windows = CUTS[name](sizes_of(model)), tiny_windows(2)
     smaller = cut_quietly(model, cut)
-    told, loaded = cut_on_disk(model, cut, tmp_path)
-    assert told == accounting(model, cut)
-    assert told.after.parameters == sum(p.numel() for p in smaller.parameters())
-    assert told.varied == (name == "neurons" and family not in LISTED)
+    counted, loaded = cut_on_disk(model, cut, tmp_path)
+    assert counted == accounting(model, cut)
+    assert counted.after.parameters == sum(p.numel() for p in smaller.parameters())
+    assert counted.varied == (name == "neurons" and family not in LISTED)
     assert close(logits(loaded.eval(), windows), logits(smaller, windows))
     with_cache, without = (greedy(loaded, windows[:, :9], 6, use) for use in (True, False))
     assert torch.equal(with_cache.sequences, without.sequences)
@@ -70,8 +70,8 @@ def test_a_number_of_neurons_for_each_layer_is_a_list_where_the_class_reads_one(
     with quiet_transformers():
         tiny_model("gemma3n_text").save_pretrained(tmp_path / "source")
     cut = Cut(neurons={0: (1, 2, 5, 7), 2: tuple(range(20))})
-    told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
-    assert not told.varied
+    counted = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    assert not counted.varied
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["intermediate_size"] == [4, 48, 20]
     assert "per_layer_config" not in config

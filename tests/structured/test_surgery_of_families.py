@@ -44,9 +44,9 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
         model.save_pretrained(tmp_path / "source")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VariedSizesWarning)
-        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
-    assert told == accounting(model, cut) == accounting(build_skeleton(tmp_path / "source"), cut)
-    assert told.after.parameters == sum(p.numel() for p in smaller.parameters())
+        counted = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    assert counted == accounting(model, cut) == accounting(build_skeleton(tmp_path / "source"), cut)
+    assert counted.after.parameters == sum(p.numel() for p in smaller.parameters())
     with quiet_transformers():
         loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", output_loading_info=True

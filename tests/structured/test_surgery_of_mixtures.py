@@ -48,7 +48,7 @@ def last(counts: tuple[int, ...]) -> int:
 
 
 def with_small_epsilon(model: Any) -> Any:
-    """Values of an untrained model are small beside ε, and one ε cannot follow all norms."""
+    """Values of an untrained model are small next to ε, and one ε cannot follow all norms."""
     model.config.rms_norm_eps = 1e-24
     for module in model.modules():
         for name in ("eps", "variance_epsilon"):
@@ -75,9 +75,9 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     if family in DELTANETS:
         model = with_all_experts(model)
     smaller = cut_quietly(model, cut)
-    told, loaded = cut_on_disk(model, cut, tmp_path)
-    assert told.removed == accounting(model, cut).removed
-    assert told.after.parameters == sum(p.numel() for p in smaller.parameters())
+    counted, loaded = cut_on_disk(model, cut, tmp_path)
+    assert counted.removed == accounting(model, cut).removed
+    assert counted.after.parameters == sum(p.numel() for p in smaller.parameters())
     if cut.hidden is None:  # the stored ε of some norms is their class's own
         assert close(logits(loaded.eval(), windows), logits(smaller, windows))
         with_cache, without = (greedy(loaded, windows[:, :9], 6, use) for use in (True, False))
@@ -97,11 +97,11 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
 def test_latent_attention_caches_as_much_with_fewer_heads() -> None:
     """A cache holds what all heads are computed from."""
     model: Any = tiny_model("deepseek_v3")
-    told = accounting(model, Cut(groups=dict.fromkeys(range(3), (0, 2))))
-    assert told.before.kv_cache_bytes_per_token == told.after.kv_cache_bytes_per_token
+    counted = accounting(model, Cut(groups=dict.fromkeys(range(3), (0, 2))))
+    assert counted.before.kv_cache_bytes_per_token == counted.after.kv_cache_bytes_per_token
     cache = model(input_ids=tiny_windows(2, 7), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == told.before.kv_cache_bytes_per_token * 14
+    assert held == counted.before.kv_cache_bytes_per_token * 14
     parts = describe(model).couplings
     assert parts is not None
     smaller = cut_quietly(model, Cut(groups=dict.fromkeys(range(3), (0, 2))))

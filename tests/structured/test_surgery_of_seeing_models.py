@@ -39,15 +39,15 @@ def test_cut_equals_masked_and_the_rest_stays(family: str, name: str, tmp_path: 
     model: Any = tiny_model(family)
     cut, windows = CUTS[name](sizes_of(model)), tiny_windows(2)
     smaller = cut_quietly(model, cut)
-    told, loaded = cut_on_disk(model, cut, tmp_path, varied="error")
-    assert told == accounting(model, cut)
+    counted, loaded = cut_on_disk(model, cut, tmp_path, varied="error")
+    assert counted == accounting(model, cut)
     assert type(loaded) is type(model)
     before, after = (
         load_file(tmp_path / which / "model.safetensors") for which in ("source", "out")
     )
-    beside = [n for n in before if "vision" in n or "visual" in n or "connector" in n]
-    assert len(beside) > 4
-    assert all(torch.equal(before[n], after[n]) for n in beside)
+    others = [n for n in before if "vision" in n or "visual" in n or "connector" in n]
+    assert len(others) > 4
+    assert all(torch.equal(before[n], after[n]) for n in others)
     units = {kind: getattr(cut, kind) for kind in ("layers", "groups", "neurons")}
     assert_same_logits(logits(loaded.eval(), windows), logits(smaller, windows))
     switch_off(model, family, **units)
@@ -62,8 +62,8 @@ def test_heads_of_each_layer_are_a_table_where_the_class_reads_one(tmp_path: Pat
     cut, windows = Cut(groups={0: (1,), 1: (0,)}), tiny_windows(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", VariedSizesWarning)
-        told = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
-    assert not told.varied
+        counted = cut_checkpoint(tmp_path / "source", cut, tmp_path / "out")
+    assert not counted.varied
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert text["num_key_value_heads"] == 2
     half = {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -175,10 +175,10 @@ def test_other_cuts_see_the_smaller_model(tmp_path: Path) -> None:
     }  # fmt: skip
     made = trim(source, tmp_path / "out", **options)
     small, cut = loaded(tmp_path / "out")
-    told = made.manifest["structure"]
-    assert [step["step"] for step in told["steps"]] == ["vocabulary", "depth", "width"]
-    assert told["after"]["parameters"] == sum(p.numel() for p in small.parameters())
-    assert told["before"]["embeddings"] > told["after"]["embeddings"]
+    record = made.manifest["structure"]
+    assert [step["step"] for step in record["steps"]] == ["vocabulary", "depth", "width"]
+    assert record["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert record["before"]["embeddings"] > record["after"]["embeddings"]
     assert small.config.vocab_size == len(cut)
     assert small(cut("x", return_tensors="pt").input_ids).logits.isfinite().all()
 

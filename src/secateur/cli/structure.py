@@ -19,13 +19,13 @@ def run(
     from secateur.cli.progress import show_progress
     from secateur.parallel.processes import joined
     from secateur.workflows.structure.run import plan_structure, structure_recipe
-    from secateur.workflows.structure.steps import follow
+    from secateur.workflows.structure.steps import run_worker
 
     if dry_run:
         return plan_structure(recipe, call)
     with joined(recipe.device) as ranks:
         if not ranks.first:
-            follow(recipe, ranks)
+            run_worker(recipe, ranks)
             return None
         with show_progress() as progress:
             return structure_recipe(recipe, progress, ranks=ranks, **call)

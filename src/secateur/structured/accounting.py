@@ -102,20 +102,12 @@ def account(made: Design) -> Accounting:
         for n, p in parameters_of(made.skeleton).items()
     ]
     return Accounting(
-        counts(model, made, before),
-        counts(made.skeleton, made, after),
-        made.varied,
+        _counts(model, made, before), _counts(made.skeleton, made, after), made.varied
     )
 
 
-def counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int, int]]) -> Counts:
-    """Count a model.
-
-    Args:
-        model: with its modules in place.
-        made: the design, which describes the family.
-        parameters: name, parameter, bytes and number of values.
-    """
+def _counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int, int]]) -> Counts:
+    """Count a model."""
     from secateur.models.varied import NoAttention
 
     prefix = made.architecture.layers_path + "."
@@ -123,7 +115,7 @@ def counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int
     for name, parameter, size, values in parameters:
         inner = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else None
         module = model.get_submodule(name.rpartition(".")[0])
-        found[kind_of(inner, module, parameter, made.architecture.couplings)] += values
+        found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
         found["decoder"] += values if inner is not None else 0
         found["file_bytes"] += size
     named = {name: found[name] for name in Counts.__dataclass_fields__}
@@ -133,17 +125,10 @@ def counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int
     return Counts(**(named | {"kv_cache_bytes_per_token": cache}))
 
 
-def kind_of(
+def _kind_of(
     inner: str | None, module: nn.Module, parameter: Tensor, couplings: Couplings | None
 ) -> str:
-    """The kind of a parameter.
-
-    Args:
-        inner: the name within a decoder layer; None outside.
-        module: the owner of the parameter.
-        parameter: the parameter.
-        couplings: of the family.
-    """
+    """The kind of a parameter."""
     if "Norm" in type(module).__name__:
         return "norms"
     if inner is None:

@@ -112,9 +112,9 @@ class Cut:
             values: dict[str, Any] = {}
             for name, value in record.items():
                 if name in ("layers", "hidden"):
-                    values[name] = None if value is None else whole_numbers(value)
+                    values[name] = None if value is None else _whole_numbers(value)
                 else:
-                    values[name] = {int(i): whole_numbers(kept) for i, kept in value.items()}
+                    values[name] = {int(i): _whole_numbers(kept) for i, kept in value.items()}
             return cls(**values)
         except (TypeError, ValueError, AttributeError) as error:
             raise RecipeError(
@@ -140,20 +140,20 @@ class Cut:
             )
 
     def faults(self, sizes: Sizes) -> Iterator[str]:
-        """All faults, in words."""
-        yield from faults_of("decoder layers", self.layers, sizes.layers)
-        yield from faults_of("hidden channels", self.hidden, sizes.hidden)
+        """Sentences that describe every fault."""
+        yield from _faults_of("decoder layers", self.layers, sizes.layers)
+        yield from _faults_of("hidden channels", self.hidden, sizes.hidden)
         for name, what in UNITS.items():
             counts = getattr(sizes, name)
             for layer, kept in getattr(self, name).items():
                 if not 0 <= layer < sizes.layers:
                     yield f"{what} of layer {layer}: there are {sizes.layers} layers"
                 elif name in ("experts", "queries") or kept:
-                    yield from faults_of(f"{what} of layer {layer}", kept, counts[layer])
+                    yield from _faults_of(f"{what} of layer {layer}", kept, counts[layer])
         yield from self.uneven(sizes)
 
     def uneven(self, sizes: Sizes) -> Iterator[str]:
-        """The faults of the kept query heads, in words."""
+        """Sentences about the kept query heads."""
         if not self.queries:
             return
         if self.groups:
@@ -179,8 +179,8 @@ UNITS = {
 }
 
 
-def faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
-    """The faults of a list of kept units, in words."""
+def _faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
+    """Sentences about a list of kept units."""
     if kept is None:
         return
     if not kept:
@@ -194,12 +194,8 @@ def faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str
         yield f"{what}: not ascending, or named twice"
 
 
-def whole_numbers(value: Any) -> Kept:
-    """A list of whole numbers as a tuple.
-
-    Raises:
-        TypeError: this is no such list.
-    """
+def _whole_numbers(value: Any) -> Kept:
+    """A list of whole numbers as a tuple."""
     if not isinstance(value, list | tuple) or not all(type(x) is int for x in value):
         raise TypeError(f"{str(value)[:60]} is no list of whole numbers")
     return tuple(value)
@@ -226,14 +222,14 @@ def sizes_of(model: Any) -> Sizes:
     )
     width = per_group * head_dim
     return Sizes(
-        hidden=hidden_of(model, couplings),
+        hidden=_hidden_of(model, couplings),
         head_dim=head_dim,
         heads_per_group=per_group,
-        groups=tuple(columns(x, couplings.consumer("queries")) // width for x in layers),
-        neurons=tuple(columns(x, couplings.consumer("neurons")) for x in layers),
-        experts=tuple(experts_of(layer, couplings) for layer in layers),
+        groups=tuple(_columns(x, couplings.consumer("queries")) // width for x in layers),
+        neurons=tuple(_columns(x, couplings.consumer("neurons")) for x in layers),
+        experts=tuple(_experts_of(layer, couplings) for layer in layers),
         expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
-        latent=next(filter(None, (latent_of(layer, couplings) for layer in layers)), 0),
+        latent=next(filter(None, (_latent_of(layer, couplings) for layer in layers)), 0),
     )
 
 
@@ -298,14 +294,14 @@ def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
     return next((size for name in names if (size := getattr(module, name, None))), None)
 
 
-def latent_of(layer: nn.Module, couplings: Couplings) -> int:
+def _latent_of(layer: nn.Module, couplings: Couplings) -> int:
     """Values that latent attention caches for a token; 0 without it."""
     module: Any = find(layer, couplings.attention)
     rank = int(getattr(module, "kv_lora_rank", None) or 0)
     return rank + int(module.qk_rope_head_dim) if rank else 0
 
 
-def columns(layer: nn.Module, name: str | None) -> int:
+def _columns(layer: nn.Module, name: str | None) -> int:
     """Input columns of a linear of a layer; 0 if there is no such linear."""
     module = None if name is None else find(layer, name)
     if getattr(module, "weight", None) is None:
@@ -314,7 +310,7 @@ def columns(layer: nn.Module, name: str | None) -> int:
     return Linear("", module).shape[1]
 
 
-def experts_of(layer: nn.Module, couplings: Couplings) -> int:
+def _experts_of(layer: nn.Module, couplings: Couplings) -> int:
     """How many experts a layer has."""
     there = dict(layer.named_parameters())
     for name, axes in couplings.layer.items():
@@ -324,7 +320,7 @@ def experts_of(layer: nn.Module, couplings: Couplings) -> int:
     return 0
 
 
-def hidden_of(model: Any, couplings: Couplings) -> int:
+def _hidden_of(model: Any, couplings: Couplings) -> int:
     """Channels of the residual stream: rows of the linears that write to it."""
     there = dict(model.named_parameters())
     for name, axes in couplings.outside.items():
@@ -358,9 +354,9 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
                 f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
                 remedy=f"keep {needed} experts or more in each layer",
             )
-        refuse_uneven_groups(config, kept, sizes, layer)
-    refuse_uneven_heads(model, cut)
-    refuse_sparse_activations(config, cut)
+        _refuse_uneven_groups(config, kept, sizes, layer)
+    _refuse_uneven_heads(model, cut)
+    _refuse_sparse_activations(config, cut)
     if pad and hasattr(model.config, "secateur_cut"):
         raise RecipeError(
             "this model cannot be padded: it was cut to different sizes before",
@@ -373,12 +369,8 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
         )
 
 
-def refuse_uneven_heads(model: Any, cut: Cut) -> None:
-    """Refuse to cut heads where layers have different numbers of query heads in a KV group.
-
-    Raises:
-        ArchitectureError: they have.
-    """
+def _refuse_uneven_heads(model: Any, cut: Cut) -> None:
+    """Refuse to cut heads where layers have different numbers of query heads in a KV group."""
     architecture = describe(model)
     if not (cut.groups or cut.queries) or architecture.couplings is None:
         return
@@ -393,12 +385,8 @@ def refuse_uneven_heads(model: Any, cut: Cut) -> None:
         )
 
 
-def refuse_sparse_activations(config: Any, cut: Cut) -> None:
-    """Refuse to cut FFN neurons whose activations are chosen by their mean and deviation.
-
-    Raises:
-        ArchitectureError: a layer with such a feed-forward would lose neurons.
-    """
+def _refuse_sparse_activations(config: Any, cut: Cut) -> None:
+    """Refuse to cut FFN neurons whose activations are chosen by their mean and deviation."""
     sparse = setting(config, "activation_sparsity_pattern") or ()
     for layer, kept in cut.neurons.items():
         if kept and layer < len(sparse) and sparse[layer] > 0:
@@ -409,14 +397,11 @@ def refuse_sparse_activations(config: Any, cut: Cut) -> None:
             )
 
 
-def refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
+def _refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
     """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
 
     A router that picks groups first (`n_group`) divides the experts into groups of one size, in
     their order, and rates a group by its two best experts.
-
-    Raises:
-        RecipeError: the groups are uneven, or too small.
     """
     groups, count = sizes.expert_groups, sizes.experts[layer]
     if groups == 1 or not count:

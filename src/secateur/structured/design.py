@@ -18,7 +18,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture, describe, setting, text_config
@@ -39,7 +39,6 @@ from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cut
 INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
 """Entries with the indices of some layers."""
 
-
 FIRST = (
     "first_k_dense_replace",
     "num_dense_layers",
@@ -48,18 +47,14 @@ FIRST = (
 )
 """Entries that count layers at the start."""
 
-
 LAST = ("num_kv_shared_layers",)
 """Entries that count layers at the end."""
-
 
 CYCLES = ("block_types",)
 """Entries that repeat over the layers."""
 
-
 PER_LAYER = ("layer", "block", "pattern", "intermediate_size", "num_key_value_heads")
 """What is in the names of entries with a value for each layer."""
-
 
 OF_THE_INDEX = ("layer_idx", "layer_id", "layer_number", "training")
 
@@ -72,6 +67,7 @@ class Design:
         uncut: the uncut model, with experts as transformers stores them.
         architecture: of the uncut model.
         sizes: of the uncut model.
+        hidden: the kept channels of the residual stream; None = all.
         layers: for each kept layer, the units it keeps.
         skeleton: the cut model, parameters on the meta device.
         edits: of each parameter, by its name in the cut model.
@@ -80,6 +76,7 @@ class Design:
     uncut: Any
     architecture: Architecture
     sizes: Sizes
+    hidden: Tensor | None
     layers: list[LayerCut]
     skeleton: Any
     edits: Mapping[str, Edit]
@@ -88,6 +85,11 @@ class Design:
     def varied(self) -> bool:
         """Whether the result needs its own code to load."""
         return hasattr(self.skeleton.config, "secateur_cut")
+
+    @property
+    def channels(self) -> int:
+        """Remaining channels of the residual stream."""
+        return self.sizes.hidden if self.hidden is None else len(self.hidden)
 
     @property
     def heads_per_group(self) -> int:
@@ -110,7 +112,7 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
         RecipeError: the cut is impossible.
         ArchitectureError: the family does not declare what the cut needs, or no class fits.
     """
-    model = with_fused_experts(model)
+    model = _with_fused_experts(model)
     architecture, sizes = describe(model), sizes_of(model)
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
@@ -123,10 +125,10 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     # A class that ties the number of heads to the hidden size needs the old number of heads.
     for padding in ("largest", "uncut") if pad else (None,):
         layers = layer_cuts(cut, sizes, padding)
-        made = Design(model, architecture, sizes, layers, None, editor.edits(layers))
-        plain = built_plain(model, made, hidden)
+        made = Design(model, architecture, sizes, hidden, layers, None, editor.edits(layers))
+        plain = _built_plain(made)
         if plain is not None:
-            return replace(made, skeleton=plain, edits=for_scaled_embedding(model, made, hidden))
+            return replace(made, skeleton=plain, edits=_for_scaled_embedding(made))
     if pad:
         raise ArchitectureError(
             "no plain class of transformers has these sizes, padded or not",
@@ -139,10 +141,10 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
             f"{len(sizes.neurons)} layers: its configuration names their kinds in an unknown way",
             remedy="this family's layers cannot be cut yet",
         )
-    return replace(made, skeleton=built_varied(model, made, hidden))
+    return replace(made, skeleton=_built_varied(made))
 
 
-def with_fused_experts(model: Any) -> Any:
+def _with_fused_experts(model: Any) -> Any:
     """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
     experts = describe(model).experts
     if experts is None or not experts.opened_in(describe(model).layers(model)):
@@ -150,33 +152,38 @@ def with_fused_experts(model: Any) -> Any:
     return skeleton_of(type(model), model.config, model.dtype)
 
 
-def built_plain(model: Any, made: Design, hidden: Any) -> Any:
+def _built_plain(made: Design) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
-    couplings, config = made.architecture.couplings, text_config(model.config)
-    changes = layer_changes(model, made, hidden)
+    model, couplings = made.uncut, made.architecture.couplings
+    changes = _layer_changes(made)
     forms = [changes]
     if couplings is not None:
         if any(gone_of(couplings, layer) for layer in made.layers):
             return None
-        sizes = layer_sizes(made)
-        forms = [
-            changes | size_changes(model, made, couplings, one, hidden) for one in uniform(sizes)
-        ]
-        if getattr(config, "is_heterogeneous", False) or any(map(differ, sizes.values())):
+        # units of each kept layer; 0 in layers of another kind
+        sizes = {
+            kind: [_kept_count(made, layer, kind) for layer in made.layers]
+            for kind in ("groups", "neurons", "experts")
+        }
+        forms = [changes | _size_changes(made, couplings, one) for one in _uniform(sizes)]
+        heterogeneous = getattr(text_config(model.config), "is_heterogeneous", False)
+        if heterogeneous or any(map(_differ, sizes.values())):
             known = changes.get("per_layer_config")
-            forms.insert(0, forms[0] | own_sizes(made, couplings, sizes, known))
-    config_class, model_class, entries = base_classes(model)
+            forms.insert(0, forms[0] | _own_sizes(made, couplings, sizes, known))
+    config_class, model_class, entries = _base_classes(model)
+    part = text_part(model.config)  # which describes the decoder
     for form in forms:
         try:
-            skeleton = built(model_class, config_class, changed(model, entries, form), model)
+            whole = {**entries, **(form if part is None else {part: {**entries[part], **form}})}
+            skeleton = _built(model_class, config_class, whole, model)
         except Exception:  # each class refuses sizes in its own way
             continue
-        if fits(skeleton, made):
+        if _fits(skeleton, made):
             return skeleton
     return None
 
 
-def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Configuration class, model class and configuration of the base class in transformers."""
     entries = model.config.to_dict()
     config_class, model_class = type(model.config), type(model)
@@ -188,30 +195,24 @@ def base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     return config_class, model_class, entries
 
 
-def layer_changes(model: Any, made: Design, hidden: Any) -> dict[str, Any]:
+def _layer_changes(made: Design) -> dict[str, Any]:
     """The changed entries of the configuration, for fewer layers or a narrower stream."""
-    config, kept = text_config(model.config), [layer.index for layer in made.layers]
-    count = len(made.architecture.layers(model))
+    config, kept = text_config(made.uncut.config), [layer.index for layer in made.layers]
+    count = len(made.architecture.layers(made.uncut))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
     if count != len(kept):
-        changes |= kept_settings(config.to_dict(), kept, count)
+        changes |= _kept_settings(config.to_dict(), kept, count)
     if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
         dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
-        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(hidden)
+    if made.hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
+        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(made.hidden)
     return changes
 
 
-def kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -> dict[str, Any]:
-    """The entries of a configuration that change when only some layers are kept.
-
-    Args:
-        entries: of the uncut configuration.
-        kept: the indices of kept layers, ascending.
-        count: how many layers there were.
-    """
+def _kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -> dict[str, Any]:
+    """The entries of a configuration that change when only some layers are kept."""
     new_index = {old: new for new, old in enumerate(kept)}
     found: dict[str, Any] = {}
     for name, value in entries.items():
@@ -223,24 +224,19 @@ def kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -
         elif name in LAST and whole:
             found[name] = sum(i >= count - value for i in kept)
         elif name == "per_layer_config" and isinstance(value, Mapping):
-            found[name] = {new: value[key] for key, new in renumbered(value, new_index)}
+            found[name] = {
+                new_index[int(key)]: inner for key, inner in value.items() if int(key) in new_index
+            }
         elif name in CYCLES and isinstance(value, list | tuple) and value:
             found[name] = [value[i % len(value)] for i in kept]
-        elif is_per_layer(name, value, count):
+        elif _is_per_layer(name, value, count):
             found[name] = type(value)(value[i] for i in kept)
             if isinstance(value, str):
                 found[name] = "".join(value[i] for i in kept)
     return found
 
 
-def renumbered(value: Mapping[str, Any], new_index: Mapping[int, int]) -> Iterator[tuple[str, int]]:
-    """The keys of a table with an entry for some layers, and the new number of each kept layer."""
-    for key in value:
-        if int(key) in new_index:
-            yield key, new_index[int(key)]
-
-
-def is_per_layer(name: str, value: Any, count: int) -> bool:
+def _is_per_layer(name: str, value: Any, count: int) -> bool:
     """Whether an entry has a value, or a letter, for each layer."""
     if not isinstance(value, list | tuple | str) or len(value) != count:
         return False
@@ -249,13 +245,7 @@ def is_per_layer(name: str, value: Any, count: int) -> bool:
     return any(part in name for part in PER_LAYER)
 
 
-def layer_sizes(made: Design) -> dict[str, list[int]]:
-    """The number of units of each kept layer, by kind; 0 in layers of another kind."""
-    kinds = ("groups", "neurons", "experts")
-    return {name: [kept_count(made, layer, name) for layer in made.layers] for name in kinds}
-
-
-def uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+def _uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     """One size of each kind: the largest of all layers, and the smallest where they differ.
 
     A class may compute the sizes of some layers from one entry: late layers of small Gemma 4 have
@@ -266,12 +256,12 @@ def uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     return [most] if least == most else [most, least]
 
 
-def differ(counts: Sequence[int]) -> bool:
+def _differ(counts: Sequence[int]) -> bool:
     """Whether layers that have such units have different numbers of them."""
     return len({count for count in counts if count}) > 1
 
 
-def own_sizes(
+def _own_sizes(
     made: Design,
     couplings: Couplings,
     sizes: Mapping[str, Sequence[int]],
@@ -282,12 +272,6 @@ def own_sizes(
     Some configurations have a list for a size (`intermediate_size` of Gemma 3n). For all others it
     is transformers' `per_layer_config`: {number of a layer: {entry: value}}. Few classes read that;
     the others refuse it when they are built.
-
-    Args:
-        made: the design.
-        couplings: of the family.
-        sizes: from `layer_sizes`.
-        known: what the layers have of their own besides.
     """
     config = text_config(made.uncut.config)
     names, experts = config.attribute_map, made.architecture.experts
@@ -306,19 +290,16 @@ def own_sizes(
     if experts is not None:
         for new, count in enumerate(sizes["experts"]):
             own[new] |= {names.get(experts.count, experts.count): count} if count else {}
-    alike = not (differ(sizes["groups"]) or differ(sizes["experts"]))
+    alike = not (_differ(sizes["groups"]) or _differ(sizes["experts"]))
     if of_all and alike and known is None:
         return of_all
     return of_all | {"per_layer_config": own}
 
 
-def size_changes(
-    model: Any, made: Design, couplings: Couplings, sizes: Mapping[str, int], hidden: Any
-) -> dict[str, Any]:
+def _size_changes(made: Design, couplings: Couplings, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The entries of the configuration for sizes that all layers share, or for the largest."""
-    config = text_config(model.config)
-    names = config.attribute_map
-    channels = made.sizes.hidden if hidden is None else len(hidden)
+    config = text_config(made.uncut.config)
+    names, channels = config.attribute_map, made.channels
     heads = sizes["groups"] * made.heads_per_group
     changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
     if heads:
@@ -338,19 +319,13 @@ def size_changes(
     return changes
 
 
-def kept_count(made: Design, layer: LayerCut, name: str) -> int:
+def _kept_count(made: Design, layer: LayerCut, name: str) -> int:
     """How many units of a kind a layer keeps."""
     kept = getattr(layer, name)
     return getattr(made.sizes, name)[layer.index] if kept is None else len(kept)
 
 
-def changed(model: Any, entries: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration with changes to the part that describes the decoder."""
-    part = text_part(model.config)
-    return {**entries, **(changes if part is None else {part: {**entries[part], **changes}})}
-
-
-def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
+def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
     """A skeleton of a class, from the entries of its configuration."""
     with quiet_transformers():
         config = config_class.from_dict(dict(entries))
@@ -358,12 +333,8 @@ def built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like:
     return skeleton_of(model_class, config, like.dtype)
 
 
-def fits(skeleton: Any, made: Design) -> bool:
-    """Whether parameters and heads of a skeleton match the design.
-
-    Raises:
-        ArchitectureError: they do, but a layer would have another setting than before.
-    """
+def _fits(skeleton: Any, made: Design) -> bool:
+    """Whether parameters and heads of a skeleton match; refuses one with other settings."""
     shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in made.edits.items()}:
         return False
@@ -372,29 +343,25 @@ def fits(skeleton: Any, made: Design) -> bool:
         sizes = {head_size(layer, couplings) for layer in made.architecture.layers(skeleton)}
         if not sizes - {None} <= {made.sizes.head_dim}:
             return False
-    refuse_other_settings(skeleton, made)
+    _refuse_other_settings(skeleton, made)
     return True
 
 
-def refuse_other_settings(skeleton: Any, made: Design) -> None:
-    """Refuse removed layers where the class computes what a layer is from its index.
-
-    Raises:
-        ArchitectureError: names a setting that a layer would lose.
-    """
+def _refuse_other_settings(skeleton: Any, made: Design) -> None:
+    """Refuse removed layers where the class computes what a layer is from its index."""
     before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
     if len(before) == len(after):
         return
     there = tensors_of(made.uncut)
     resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
     kept = [layer.index for layer in made.layers]
-    if has_attention(made.uncut.config) and not has_attention(skeleton.config):
+    if _has_attention(made.uncut.config) and not _has_attention(skeleton.config):
         raise ArchitectureError(
             f"no layer with attention would stay of {len(kept)}, and transformers counts the "
             "tokens of its cache in such layers",
             remedy="keep one of them",
         )
-    differing = differing_layer(before, after, kept, resized=resized)
+    differing = _differing_layer(before, after, kept, resized=resized)
     if differing is not None:
         raise ArchitectureError(
             f"these layers of {type(made.uncut).__name__} cannot be removed: {differing}",
@@ -402,28 +369,21 @@ def refuse_other_settings(skeleton: Any, made: Design) -> None:
         )
 
 
-def has_attention(config: Any) -> bool:
+def _has_attention(config: Any) -> bool:
     """Whether a configuration that names the kinds of its layers names one with attention."""
     text = text_config(config)
     kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
     return any(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
 
 
-def differing_layer(
+def _differing_layer(
     before: Sequence[nn.Module], after: Sequence[nn.Module], kept: Sequence[int], *, resized: bool
 ) -> str | None:
-    """The first setting in which a layer differs from the one it comes from; None without any.
-
-    Args:
-        before: the uncut layers.
-        after: the layers of the cut model.
-        kept: the index of each of them in the uncut model.
-        resized: whether other units are cut too, so that numbers may differ.
-    """
+    """The first setting in which a layer differs from the one it comes from; None without any."""
     shared = any(getattr(m, "is_kv_shared_layer", False) for x in before for m in x.modules())
     for new, old in enumerate(kept):
-        ours = dict(settings(after[new], numbers=not resized))
-        for name, value in settings(before[old], numbers=not resized):
+        ours = dict(_plain_attributes(after[new], numbers=not resized))
+        for name, value in _plain_attributes(before[old], numbers=not resized):
             if name.endswith("store_full_length_kv") and not shared:
                 continue
             if name in ours and ours[name] != value:
@@ -431,7 +391,7 @@ def differing_layer(
     return None
 
 
-def settings(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str, Any]]:
+def _plain_attributes(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str, Any]]:
     """The plain attributes of all modules of a layer."""
     kinds: Any = (bool, str, int, float) if numbers else (bool, str)
     for path, module in layer.named_modules():
@@ -441,32 +401,29 @@ def settings(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}".lstrip("."), value
 
 
-def for_scaled_embedding(model: Any, made: Design, hidden: Any) -> dict[str, Edit]:
+def _for_scaled_embedding(made: Design) -> dict[str, Edit]:
     """The edits where the factor of embeddings, √(hidden size), has become smaller.
 
     The embedding compensates for it. Where the head is tied to the embedding, the logits would grow
     too, so the final norm cancels the compensation.
     """
     edits, couplings = dict(made.edits), made.architecture.couplings
-    if hidden is None or couplings is None or not couplings.scaled_embedding:
+    if made.hidden is None or couplings is None or not couplings.scaled_embedding:
         return edits
-    factor = sqrt(made.sizes.hidden / len(hidden))
+    factor = sqrt(made.sizes.hidden / len(made.hidden))
     embedding = next(n for n, axes in couplings.outside.items() if axes == ("-", "hidden"))
     norm = next(n for n, axes in couplings.outside.items() if axes == ("hidden",))
     name = f"{embedding}.weight"
     edits[name] = replace(edits[name], scale=factor)
-    if model.config.tie_word_embeddings:
+    if made.uncut.config.tie_word_embeddings:
         edit = edits[f"{norm}.weight"]
         edits[f"{norm}.weight"] = replace(edit, scale=edit.scale / factor)
     return edits
 
 
-def built_varied(model: Any, made: Design, hidden: Any) -> Any:
-    """The skeleton of a varied model.
-
-    Raises:
-        ArchitectureError: its parameters do not match the design, or it is inside another model.
-    """
+def _built_varied(made: Design) -> Any:
+    """The skeleton of a varied model."""
+    model = made.uncut
     if text_part(model.config) is not None:
         raise ArchitectureError(
             f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
@@ -481,9 +438,9 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
         )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 
-    config_class, model_class, entries = base_classes(model)
-    entries |= layer_changes(model, made, hidden)
-    base = built(model_class, config_class, entries, model)
+    config_class, model_class, entries = _base_classes(model)
+    entries |= _layer_changes(made)
+    base = _built(model_class, config_class, entries, model)
     varied_config, varied_model = varied_classes(entries["model_type"])
     code = FILE_NAME.removesuffix(".py")
     entries |= {
@@ -494,10 +451,10 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
             "AutoConfig": f"{code}.VariedConfig",
             "AutoModelForCausalLM": f"{code}.VariedForCausalLM",
         },
-        "secateur_cut": difference(base, made, hidden),
+        "secateur_cut": _difference(base, made),
     }
-    skeleton = built(varied_model, varied_config, entries, model)
-    if not fits(skeleton, made):
+    skeleton = _built(varied_model, varied_config, entries, model)
+    if not _fits(skeleton, made):
         raise ArchitectureError(
             "no model of this family can have these sizes",
             where=type(model).__name__,
@@ -506,14 +463,14 @@ def built_varied(model: Any, made: Design, hidden: Any) -> Any:
     return skeleton
 
 
-def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
+def _difference(base: Any, made: Design) -> dict[str, Any]:
     """The differences between the cut model and a model that its base class builds."""
     couplings = couplings_of(made.architecture)
     absent: dict[str, str] = {}
     attributes: dict[str, dict[str, int]] = {}
     for new, layer in enumerate(made.layers):
         name = made.architecture.layer_name(new)
-        for gone in gone_of(couplings, layer) + already_gone(made, couplings, layer):
+        for gone in gone_of(couplings, layer) + _already_gone(made, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
             if find(base, f"{name}.{gone}") is not None:
                 absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
@@ -524,8 +481,8 @@ def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
             quantities = {**couplings.attributes.get(path, {})}
             if hasattr(module, QUERIES_OF_A_GROUP):
                 quantities[QUERIES_OF_A_GROUP] = "heads_per_group"
-            own = {a: quantity(made, layer, q, hidden) for a, q in quantities.items()}
-            own = {a: v for a, v in own.items() if v != read(base, module, a)}
+            own = {a: _quantity(made, layer, q) for a, q in quantities.items()}
+            own = {a: v for a, v in own.items() if v != _read(base, module, a)}
             if own:
                 attributes[f"{name}.{path}"] = own
     shapes: dict[str, list[int]] = {}
@@ -538,7 +495,7 @@ def difference(base: Any, made: Design, hidden: Any) -> dict[str, Any]:
     return {"shapes": shapes, "attributes": attributes, "absent": absent}
 
 
-def already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
+def _already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     """Modules of a layer whose sub-blocks the uncut model lacks."""
     empty = torch.tensor([], dtype=torch.long)
     sizes, i = made.sizes, layer.index
@@ -551,19 +508,23 @@ def already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[s
     return tuple(name for name, empty in zip(gone, without, strict=True) if empty)
 
 
-def quantity(made: Design, layer: LayerCut, name: str, hidden: Any) -> int:
+def _quantity(made: Design, layer: LayerCut, name: str) -> int:
     """A size that an attribute of a module holds."""
-    sizes, groups = made.sizes, kept_count(made, layer, "groups")
     if name == "hidden":
-        return sizes.hidden if hidden is None else len(hidden)
+        return made.channels
     if name in ("neurons", "experts"):
-        return kept_count(made, layer, name)
+        return _kept_count(made, layer, name)
+    groups = _kept_count(made, layer, "groups")
     heads = groups * made.heads_per_group
-    found = {"groups": groups, "heads": heads, "queries": heads * sizes.head_dim}
-    return {**found, "heads_per_group": made.heads_per_group}[name]
+    return {
+        "groups": groups,
+        "heads": heads,
+        "queries": heads * made.sizes.head_dim,
+        "heads_per_group": made.heads_per_group,
+    }[name]
 
 
-def read(base: Any, module: nn.Module, attribute: str) -> Any:
+def _read(base: Any, module: nn.Module, attribute: str) -> Any:
     """An attribute of a module, or of the configuration it reads."""
     if attribute.startswith("config."):
         return getattr(base.config, attribute.removeprefix("config."))

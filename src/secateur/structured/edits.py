@@ -56,6 +56,11 @@ class Edit:
     scale: float = 1.0
     offset: float = 0.0
 
+    @classmethod
+    def copy(cls, source: str, shape: tuple[int, ...]) -> Edit:
+        """An edit that changes nothing."""
+        return cls(source, (None,) * len(shape), shape)
+
     def __call__(self, parameter: Tensor) -> Tensor:
         """The new values, in their own memory unless nothing changes."""
         for axis, index in enumerate(self.kept):
@@ -187,7 +192,7 @@ class Editor:
         if "layers" not in axes or len(kept) == self.sizes.layers:
             return edit
         axis = axes.index("layers")
-        entries = spread(torch.tensor(kept), edit.shape[axis] // self.sizes.layers)
+        entries = _spread(torch.tensor(kept), edit.shape[axis] // self.sizes.layers)
         indices, shape = list(edit.kept), list(edit.shape)
         indices[axis], shape[axis] = entries, len(entries)
         return replace(edit, kept=tuple(indices), shape=tuple(shape))
@@ -210,26 +215,24 @@ class Editor:
                     where=name,
                     remedy="declare it in the couplings of the model's family",
                 )
-            return Edit(name, (None,) * parameter.ndim, tuple(parameter.shape))
+            return Edit.copy(name, tuple(parameter.shape))
         if parameter.ndim == 1:
             axes = axes[:1]
         elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
             axes = axes[::-1]
         kept = tuple(
-            along_parts(size, self.sizes, layer)
-            if axis == "parts"
-            else kept_along(axis, self.sizes, layer, self.stream)
+            _kept_along(axis, size, self.sizes, layer, self.stream)
             for axis, size in zip(axes, parameter.shape, strict=True)
         )
         sides = zip(parameter.shape, kept, strict=True)
         shape = tuple(n if k is None else len(k) for n, k in sides)
         edit = Edit(name, kept, shape)
-        if kept[0] is not None and is_rms_norm(module):
+        if kept[0] is not None and _is_rms_norm(module):
             scale = norm_scale(axes[0], parameter.shape[0], kept[0])
             edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
         if axes[0] in ("queries", "keys"):
             edit = replace(edit, scale=edit.scale * self.before_norm(owner, kept[0]))
-        if leaf == "bias" and is_padding(inner.rpartition(".")[0], self.couplings, layer):
+        if leaf == "bias" and _is_padding(inner.rpartition(".")[0], self.couplings, layer):
             edit = replace(edit, kept=(torch.full(shape, -1),))
         return edit
 
@@ -242,7 +245,7 @@ class Editor:
         """
         attention, _, linear = name.rpartition(".")
         norms = (find(self.model, f"{attention}.{norm}") for norm in READ_BY.get(linear, ()))
-        norm: Any = next((x for x in norms if x is not None and is_rms_norm(x)), None)
+        norm: Any = next((x for x in norms if x is not None and _is_rms_norm(x)), None)
         if norm is None:
             return 1.0
         factor = 1.0 if self.stream is None else sqrt(self.sizes.hidden / len(self.stream))
@@ -273,7 +276,7 @@ def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     return gone
 
 
-def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
+def _is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
     """Whether this linear of a layer reads a sub-block that consists only of zeros."""
     for axis, kept in (("queries", layer.groups), ("neurons", layer.neurons)):
         if name == couplings.consumer(axis) and kept is not None:
@@ -281,7 +284,7 @@ def is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
     return False
 
 
-def is_rms_norm(module: nn.Module) -> bool:
+def _is_rms_norm(module: nn.Module) -> bool:
     """Whether this is a norm by the root of the mean square."""
     return any(name in type(module).__name__ for name in ("RMSNorm", "L2Norm"))
 
@@ -299,21 +302,29 @@ def norm_scale(axis: str, before: int, kept: Tensor) -> float:
     return sqrt(int((kept >= 0).sum()) / len(kept))
 
 
-def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) -> Tensor | None:
+def _kept_along(
+    axis: str, size: int, sizes: Sizes, layer: LayerCut, stream: Tensor | None
+) -> Tensor | None:
     """Indices kept along an axis of a stored parameter; None = all.
 
     Args:
         axis: its name, or several joined by `+`.
+        size: entries along it.
         sizes: of the uncut model.
         layer: the kept units of the layer.
         stream: channels of the residual stream that are kept.
     """
-    segments = axis.split("+")
+    widths, segments = _unit_widths(sizes), axis.split("+")
     if len(segments) > 1:
-        parts = [kept_along(s, sizes, layer, stream) for s in segments]
+        full = [
+            sizes.groups[layer.index] * widths[x] if x in widths else sizes.neurons[layer.index]
+            for x in segments
+        ]
+        parts = [
+            _kept_along(x, n, sizes, layer, stream) for x, n in zip(segments, full, strict=True)
+        ]
         if all(part is None for part in parts):
             return None
-        full = [length(s, sizes, layer.index) for s in segments]
         starts = [sum(full[:n]) for n in range(len(full))]
         return torch.cat(
             [
@@ -323,51 +334,35 @@ def kept_along(axis: str, sizes: Sizes, layer: LayerCut, stream: Tensor | None) 
                 for part, start, count in zip(parts, starts, full, strict=True)
             ]
         )
-    widths = unit_widths(sizes)
+    if axis == "parts":  # of latent attention, whose heads are all groups
+        kept = layer.groups if layer.queries is None else layer.queries
+        return None if kept is None else _spread(kept, size // sizes.groups[layer.index])
     if axis in widths:
         if layer.queries is not None:
-            return along_queries(axis, sizes, layer.queries)
-        return None if layer.groups is None else spread(layer.groups, widths[axis])
+            return _along_queries(axis, sizes, layer.queries)
+        return None if layer.groups is None else _spread(layer.groups, widths[axis])
     by_name = {"hidden": stream, "neurons": layer.neurons, "experts": layer.experts}
     return by_name.get(axis)
 
 
-def along_parts(size: int, sizes: Sizes, layer: LayerCut) -> Tensor | None:
-    """Kept indices along an axis of latent attention, whose heads are all groups; None = all.
-
-    Args:
-        size: entries along the axis.
-        sizes: of the uncut model.
-        layer: the kept units of the layer.
-    """
-    kept = layer.groups if layer.queries is None else layer.queries
-    return None if kept is None else spread(kept, size // sizes.groups[layer.index])
-
-
-def along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
-    """Kept indices along an axis of heads, if query heads are removed; None = all.
-
-    Args:
-        axis: its name.
-        sizes: of the uncut model.
-        kept: query heads.
-    """
+def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
+    """Kept indices along an axis of heads, if query heads are removed; None = all."""
     if axis == "heads":
         return kept
     if axis == "pairs":
-        return spread(kept, 2 * sizes.head_dim)
+        return _spread(kept, 2 * sizes.head_dim)
     if axis != "triples":
-        return spread(kept, sizes.head_dim) if axis == "queries" else None
+        return _spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
     parts = []
     for group in range(int(kept[-1]) // each + 1):  # its query heads, and its key and value
         own = kept[kept // each == group] - group * each
         heads = torch.cat([own, torch.tensor([each, each + 1])])
-        parts.append(spread(heads + group * (each + 2), size))
+        parts.append(_spread(heads + group * (each + 2), size))
     return torch.cat(parts)
 
 
-def unit_widths(sizes: Sizes) -> dict[str, int]:
+def _unit_widths(sizes: Sizes) -> dict[str, int]:
     """How many consecutive entries a KV group has along each axis of heads."""
     size = sizes.head_dim
     return {
@@ -379,13 +374,7 @@ def unit_widths(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def length(axis: str, sizes: Sizes, layer: int) -> int:
-    """Entries along an axis of the uncut model."""
-    widths = unit_widths(sizes)
-    return sizes.groups[layer] * widths[axis] if axis in widths else sizes.neurons[layer]
-
-
-def spread(units: Tensor, width: int) -> Tensor:
+def _spread(units: Tensor, width: int) -> Tensor:
     """Indices of all entries of units of `width` consecutive ones; -1 stays -1."""
     entries = units[:, None] * width + torch.arange(width)
     return torch.where(units[:, None] < 0, -1, entries).flatten()

@@ -1,22 +1,35 @@
-"""Cuts a model in memory, or a checkpoint one tensor at a time."""
+"""Cuts a model in memory, or a checkpoint one tensor at a time.
+
+The tensors that a checkpoint stores need not be the parameters of the model: it may omit the base
+model's prefix, and most checkpoints store every expert's linears one by one, where transformers has
+all experts of a layer in one parameter. Stored names are those of the source, with layers and
+experts numbered anew.
+
+A checkpoint in a form at rest is cut without touching the bytes of what stays, where only layers or
+experts go: these are whole matrices. The parts of the others are copied, under names with the new
+numbers, and the configuration still says how they are stored. Its lists of modules (those that are
+not converted) get the new numbers too.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.models.architecture import Linear, describe
-from secateur.models.at_rest import AssembledReader, without_description
+from secateur.models.at_rest import DESCRIPTIONS, AssembledReader, without_description
 from secateur.models.checkpoint import (
     INDEX_NAME,
     PLAIN,
@@ -25,10 +38,13 @@ from secateur.models.checkpoint import (
     copied_files,
     note_links,
 )
+from secateur.models.inventory import part_outside
+from secateur.models.layout import PROJECTIONS
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import (
     assign,
     build_skeleton,
+    model_names,
     quiet_transformers,
     stored_buffers,
     stored_names,
@@ -39,11 +55,12 @@ from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
-from secateur.structured.stored import stored_edits
-from secateur.structured.stored_bytes import part_edits, renumbered_description
 
 MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 """How configurations call the number of layers that predict further tokens."""
+
+PATTERN = "re:"
+"""How compressed-tensors marks a name as a regular expression."""
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +82,7 @@ def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
         ArchitectureError: the family does not declare what the cut needs.
     """
     made = design(model, cut, pad=pad)
-    warn_if_varied(made)
+    _warn_if_varied(made)
     result = made.skeleton
     there, buffers = dict(model.named_parameters()), stored_buffers(model)
     with torch.no_grad():
@@ -122,36 +139,34 @@ def cut_checkpoint(
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut, pad=pad)
     stored = stored_names(model, reader, split=False)
-    edits = stored_edits(made, stored, reader)
-    warn_if_varied(made)
+    edits = _stored_edits(made, stored, reader)
+    _warn_if_varied(made)
     used = {*stored.values(), *(edit.source for edit in edits.values())}
-    leave_out_unbuilt(made, sorted(reader.entries.keys() - used))
+    _leave_out_unbuilt(made, sorted(reader.entries.keys() - used))
     result = account(made)
-    kept = part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
+    kept = _part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)
-    write_beside(folder, output_folder, made)
+    _write_other_files(folder, output_folder, made)
     if isinstance(reader, AssembledReader):
-        describe_form(made, reader, output_folder / "config.json", kept is not None)
+        _describe_form(made, reader, output_folder / "config.json", kept is not None)
         reader, edits = (reader, edits) if kept is None else (reader.stored, kept)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 
 
-def describe_form(made: Design, reader: AssembledReader, file: Path, kept: bool) -> None:
-    """Let the configuration of a cut model say how its weights are stored.
-
-    Args:
-        made: the design.
-        reader: the source.
-        file: the configuration of the cut model.
-        kept: whether the weights are stored as in the source; otherwise they are plain numbers.
-    """
-    config = json.loads(file.read_text(encoding="utf-8"))
-    told = renumbered_description(made, config, reader) if kept else without_description(config)
-    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _warn_if_varied(made: Design) -> None:
+    """Warn about what loading a varied model needs."""
+    if made.varied:
+        warnings.warn(
+            "no plain class of transformers has these sizes: transformers loads the result with "
+            "trust_remote_code=True (its code is stored with the weights) or once secateur is "
+            "imported; other engines do not. Padding may give sizes that a plain class has",
+            VariedSizesWarning,
+            stacklevel=3,
+        )
 
 
-def leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
+def _leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
     """Name stored tensors that the class does not build, such as layers for further tokens.
 
     The cut cannot follow them, and engines that use them need the uncut sizes. So the result lacks
@@ -171,24 +186,8 @@ def leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
             setattr(config, key, 0)
 
 
-def warn_if_varied(made: Design) -> None:
-    """Warn about what loading a varied model needs."""
-    if made.varied:
-        warnings.warn(
-            "no plain class of transformers has these sizes: transformers loads the result with "
-            "trust_remote_code=True (its code is stored with the weights) or once secateur is "
-            "imported; other engines do not. Padding may give sizes that a plain class has",
-            VariedSizesWarning,
-            stacklevel=3,
-        )
-
-
-def write_beside(folder: Path, output: Path, made: Design) -> None:
-    """Write the configuration and copy the model's other files.
-
-    Raises:
-        MemoryBudgetError: the disk is full.
-    """
+def _write_other_files(folder: Path, output: Path, made: Design) -> None:
+    """Write the configuration and copy the model's other files."""
     from secateur.models import varied
 
     try:
@@ -230,6 +229,224 @@ def write_tensors(
     progress.finish()
 
 
+def _stored_edits(
+    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+) -> dict[str, Edit]:
+    """Edits of stored tensors, by the stored names of the results.
+
+    A tower for pictures may be stored in another form, such as queries, keys and values in one
+    matrix. Its tensors are copied.
+    """
+    found: dict[str, Edit] = {}
+    copied = _copied_parts(made, stored, reader)
+    for name, edit in made.edits.items():
+        whole = edit.source in stored  # experts may be stored fused, as transformers holds them
+        if not whole and _part_of(made, edit.source) in copied:
+            continue
+        for expert, part in [(None, edit)] if whole else _stored_parts(made, edit, stored):
+            if part.source not in stored:
+                raise CheckpointError(
+                    f"the checkpoint does not contain {part.source}",
+                    where=str(reader.folder),
+                    remedy="the file is incomplete, or of another model than config.json says",
+                )
+            source = stored[part.source]
+            target = _renumbered_name(made, source, edit.source, name, expert)
+            found[target] = replace(part, source=source)
+    for names in copied.values():
+        for name in names:
+            found[name] = Edit.copy(name, reader.entries[name].shape)
+    return found
+
+
+def _copied_parts(
+    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+) -> dict[str, list[str]]:
+    """Tensors outside the decoder that are stored in another form, by part of the model."""
+    found: dict[str, list[str]] = {}
+    there = set(stored.values())
+    if reader.entries.keys() <= there:
+        return found
+    for name, own in model_names(made.uncut, reader, split=False).items():
+        part = _part_of(made, own)
+        if name not in there and part:
+            found.setdefault(part, []).append(name)
+    built = {_part_of(made, edit.source) for edit in made.edits.values()}
+    return {part: names for part, names in found.items() if part in built}
+
+
+def _part_of(made: Design, name: str) -> str:
+    """The part of a model outside its decoder that a parameter belongs to; empty within it."""
+    decoder = made.architecture.layers_path.rpartition(".")[0]
+    return "" if name.startswith(f"{decoder}.") else part_outside(name, decoder)
+
+
+def _stored_parts(
+    made: Design, edit: Edit, stored: Mapping[str, str]
+) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
+    """The edits of the tensors that hold a parameter, with the expert's old and new number.
+
+    A checkpoint may store gate and up of all experts in a tensor each, or the linears of each
+    expert; other parameters are whole.
+    """
+    owner = edit.source.rpartition(".")[0]
+    halves = [f"{owner}.{name}" for name in PROJECTIONS[:2]]
+    if not edit.source.endswith(".gate_up_proj") or halves[0] not in stored:
+        yield from _parts_of_experts(made, edit)
+        return
+    count, both, inner = edit.shape
+    for half in halves:
+        yield None, replace(edit, source=half, shape=(count, both // 2, inner))
+
+
+def _parts_of_experts(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
+    """The edits of each expert's linears, with its old and new number; others unchanged."""
+    experts = made.architecture.experts
+    owner, _, leaf = edit.source.rpartition(".")
+    if (
+        experts is None
+        or not owner.endswith(f".{experts.module}")
+        or leaf not in experts.layout.names
+    ):
+        yield None, edit
+        return
+    whole = made.uncut.get_parameter(edit.source)
+    axes = edit.kept[1:]
+    if experts.layout.transposed and not leaf.endswith("_bias"):
+        axes = axes[::-1]
+    kept = range(len(whole)) if edit.kept[0] is None else edit.kept[0].tolist()
+    apart = experts.layout.apart(leaf, torch.empty(edit.shape, device="meta"))
+    for new, old in enumerate(kept):
+        for part, view in apart[new].items():
+            yield (old, new), Edit(f"{owner}.{old}.{part}", axes, tuple(view.shape))
+
+
+def _renumbered_name(
+    made: Design, stored: str, source: str, target: str, expert: tuple[int, int] | None
+) -> str:
+    """A stored name with the new number of its layer, and of its expert."""
+    prefix = made.architecture.layers_path + "."
+    if not source.startswith(prefix):
+        return stored
+    old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
+    stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
+    if expert is not None:
+        stored = re.sub(rf"\.experts\.{expert[0]}\.", f".experts.{expert[1]}.", stored, count=1)
+    return stored
+
+
+def _part_edits(
+    made: Design, edits: Mapping[str, Edit], reader: AssembledReader
+) -> dict[str, Edit] | None:
+    """Edits of the stored parts, by their names in the cut checkpoint.
+
+    None if the cut changes a matrix that is made of parts, so that it has to be expanded. Whole
+    experts can be taken from parts that hold all of a layer.
+    """
+    found: dict[str, Edit] = {}
+    entries = reader.stored.entries
+    for target, edit in edits.items():
+        assembly = reader.made.get(edit.source)
+        if assembly is None:
+            found[target] = edit
+            continue
+        first, *others = edit.kept
+        if edit.scale != 1 or any(kept is not None for kept in others):
+            return None
+        if first is not None and not assembly.stacked:
+            return None
+        for part in assembly.parts.values():
+            name, shape = _renumbered(made, part), entries[part].shape
+            assert name is not None
+            kept = tuple(first if axis == 0 else None for axis in range(len(shape)))
+            length = shape[:1] if first is None else (len(first),)
+            found[name] = Edit(part, kept, (*length, *shape[1:]))
+    for name in reader.dropped:  # scales of activations: another program may use them
+        new = _renumbered(made, name)
+        if new is not None:
+            found[new] = Edit.copy(name, entries[name].shape)
+    return found
+
+
+def _describe_form(made: Design, reader: AssembledReader, file: Path, kept: bool) -> None:
+    """Write how the weights are stored: as in the source where `kept`, else as plain numbers."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _renumbered_description(made, config, reader) if kept else without_description(config)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _renumbered_description(
+    made: Design, config: Mapping[str, Any], reader: AssembledReader
+) -> dict[str, Any]:
+    """A configuration whose description of the form names the modules of the cut model.
+
+    Every list of module names is renumbered. A regular expression with numbers in it is replaced by
+    the names of the modules that it stands for.
+    """
+    modules = sorted({name.rpartition(".")[0] for name in reader.entries})
+
+    def anew(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: anew(inner) for key, inner in value.items()}
+        if isinstance(value, list) and all(isinstance(x, str) for x in value):
+            return list(dict.fromkeys(new for x in value for new in _names_of(made, x, modules)))
+        return value
+
+    result = dict(config)
+    for key in DESCRIPTIONS:
+        if key in result:
+            result[key] = anew(result[key])
+    text = result.get("text_config")
+    if isinstance(text, Mapping):
+        found = {key: anew(text[key]) for key in DESCRIPTIONS if key in text}
+        result["text_config"] = {**text, **found}
+    return result
+
+
+def _names_of(made: Design, name: str, modules: list[str]) -> Iterator[str]:
+    """The names in the cut model of what one entry of a list names."""
+    if not name.startswith(PATTERN):
+        new = _renumbered(made, name)
+        if new is not None:
+            yield new
+    elif not re.search(r"\d", name):
+        yield name
+    else:
+        pattern = re.compile(name.removeprefix(PATTERN))
+        for module in modules:
+            new = _renumbered(made, module) if pattern.match(module) else None
+            if new is not None:
+                yield new
+
+
+def _renumbered(made: Design, name: str) -> str | None:
+    """The name of a module or tensor with the new numbers of its layer and its expert.
+
+    It may lack the base model's prefix. None if its layer or its expert is removed.
+    """
+    leaf = made.architecture.layers_path.rpartition(".")[2]
+    found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=\.|$)", name)
+    if found is None:
+        return name
+    order = [layer.index for layer in made.layers]
+    if int(found[1]) not in order:
+        return None
+    new = order.index(int(found[1]))
+    start, rest = name[: found.start(1)] + str(new), name[found.end(1) :]
+    experts = made.architecture.experts
+    kept = made.layers[new].experts
+    if experts is None or kept is None:
+        return start + rest
+    where = re.escape(experts.module.rpartition(".")[2])
+    inner = re.search(rf"\.{where}\.(\d+)(?=\.|$)", rest)
+    if inner is None:
+        return start + rest
+    places = kept.tolist()
+    if int(inner[1]) not in places:
+        return None
+    return f"{start}{rest[: inner.start(1)]}{places.index(int(inner[1]))}{rest[inner.end(1) :]}"
+
+
 def cut_from_zeros(
     pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"), trust_remote_code: bool = False
 ) -> Cut:
@@ -262,7 +479,7 @@ def cut_from_zeros(
                 continue
             prefix = f"{architecture.layer_name(i)}.{name}"
             linear = Linear(prefix, layer.get_submodule(name))
-            weight, bias = values_of(linear, reader, stored)
+            weight, bias = _values_of(linear, reader, stored)
             used = weight.reshape(len(weight), count, unit_width(sizes, kind)).ne(0).any((0, 2))
             kept = tuple(used.nonzero().flatten().tolist())
             if not kept and bias is not None and bool(bias.any()):
@@ -272,7 +489,7 @@ def cut_from_zeros(
     return Cut(**found)
 
 
-def values_of(
+def _values_of(
     linear: Linear, reader: CheckpointReader | None, stored: Mapping[str, str]
 ) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a linear, read from the file if it is of a checkpoint."""

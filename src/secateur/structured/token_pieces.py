@@ -60,18 +60,18 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     """
     model = tokenizer.get("model")
     if not isinstance(model, Mapping):
-        raise damaged_tokenizer("it has no model", where)
+        raise _damaged_tokenizer("it has no model", where)
     kind = model.get("type")
     if kind is None:  # files of early releases do not say it
         kind = "BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown"
     try:
         if kind == "BPE":
-            refuse_affixes(model, where)
-            return MergedPieces(model, is_byte_level(tokenizer))
+            _refuse_affixes(model, where)
+            return MergedPieces(model, _is_byte_level(tokenizer))
         if kind == "Unigram":
             return ScoredPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
+        raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
     raise ArchitectureError(
         f"tokens of a {kind} tokenizer cannot be removed yet",
         where=where,
@@ -80,12 +80,8 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     )
 
 
-def refuse_affixes(model: Mapping[str, Any], where: str) -> None:
-    """Refuse BPE that marks the inside or the end of words in its tokens.
-
-    Raises:
-        ArchitectureError: it does.
-    """
+def _refuse_affixes(model: Mapping[str, Any], where: str) -> None:
+    """Refuse BPE that marks the inside or the end of words in its tokens."""
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ArchitectureError(
@@ -95,7 +91,7 @@ def refuse_affixes(model: Mapping[str, Any], where: str) -> None:
             )
 
 
-def damaged_tokenizer(what: str, where: str) -> CheckpointError:
+def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
     """An error about a tokenizer that contradicts itself."""
     return CheckpointError(
         f"the tokenizer cannot be read: {what}",
@@ -104,7 +100,7 @@ def damaged_tokenizer(what: str, where: str) -> CheckpointError:
     )
 
 
-def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
     """Whether a tokenizer turns bytes into letters before it merges them."""
 
     def kinds(part: Any) -> Iterator[str]:
@@ -131,7 +127,7 @@ class MergedPieces:
     def __init__(self, model: Mapping[str, Any], byte_level: bool) -> None:
         self.model, self.byte_level = model, byte_level
         self.ids: Mapping[str, int] = dict(model["vocab"])
-        self.merges = [pair_of(merge) for merge in model["merges"]]
+        self.merges = [_pair_of(merge) for merge in model["merges"]]
         self.ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
         self.ways: dict[str, set[str]] = {}
 
@@ -140,7 +136,7 @@ class MergedPieces:
         unknown = self.model.get("unk_token")
         found = {str(unknown)} & self.ids.keys() if unknown is not None else set()
         if self.byte_level:
-            return found | (byte_letters() & self.ids.keys())
+            return found | (_byte_letters() & self.ids.keys())
         if self.model.get("byte_fallback") and self.ids.keys() >= BYTES:
             return found | BYTES
         return found | {token for token in self.ids if len(token) == 1}
@@ -178,13 +174,13 @@ class MergedPieces:
         return {**self.model, "vocab": vocab, "merges": merges}
 
 
-def pair_of(merge: Any) -> tuple[str, str]:
+def _pair_of(merge: Any) -> tuple[str, str]:
     """The two parts of a merge, as a list or as a text with a space between them."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
 
 
-def byte_letters() -> set[str]:
+def _byte_letters() -> set[str]:
     """The 256 letters that stand for bytes: printable characters for themselves, others from 256.
 
     As in GPT-2's `bytes_to_unicode`.

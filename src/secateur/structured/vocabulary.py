@@ -13,26 +13,30 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.configuration import read_config
 from secateur.models.header import parse_json
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import build_skeleton, model_names
+from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
 from secateur.runs.output import cannot_write
+from secateur.structured.accounting import Accounting, accounting
+from secateur.structured.cut import Cut
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
-from secateur.structured.token_pieces import Pieces
+from secateur.structured.token_pieces import Pieces, TokenUse, kept_tokens, pieces_of
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -50,10 +54,16 @@ OF_IDS = re.compile(r"_token_(id|ids|index|idx)$")
 LISTS = (
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "force_words_ids",
 )  # fmt: skip
-"""Keys of configurations whose values are token ids, beside those that `OF_IDS` finds."""
+"""Keys of configurations whose values are token ids, besides those that `OF_IDS` finds."""
 
 
 GENERATION = "generation_config.json"
+
+TOKEN_WORDS = ("token", "vocab", "wte", "word")
+"""In the names of embeddings of tokens."""
+
+BATCH = 256
+"""Documents that are encoded at once."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,11 @@ def token_tables(model: Any) -> TokenTables:
                         remedy="leave the vocabulary as it is",
                     )
                 found.append(f"{path}.{name}")
-        elif isinstance(module, nn.Embedding) and "position" not in path and has_tokens(path):
+        elif (
+            isinstance(module, nn.Embedding)
+            and "position" not in path
+            and any(word in path.rpartition(".")[2] for word in TOKEN_WORDS)
+        ):
             raise ArchitectureError(
                 "another table has a row for each token",
                 where=path,
@@ -104,9 +118,131 @@ def token_tables(model: Any) -> TokenTables:
     return TokenTables(tuple(found), rows)
 
 
-def has_tokens(path: str) -> bool:
-    """Whether the name of an embedding says that it is one of tokens."""
-    return any(word in path.rpartition(".")[2] for word in ("token", "vocab", "wte", "word"))
+def trim_vocabulary(
+    folder: Path,
+    output: Path,
+    documents: Sequence[str],
+    size: int | None,
+    *,
+    where: str,
+    trust_remote_code: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write a checkpoint without the tokens that a text does not need.
+
+    Args:
+        folder: the checkpoint.
+        output: of the new one; it exists.
+        documents: of the text.
+        size: how many tokens stay; None for all that the text has.
+        where: the text, for messages.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        progress: receives every batch of documents and every tensor.
+
+    Returns:
+        Numbers of tokens, of documents that keep their tokens, and of parameters.
+
+    Raises:
+        RecipeError: fewer tokens than have to stay, or none is removed.
+        VerificationError: a text is cut into other tokens than before.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    pieces = pieces_of(read_tokenizer(folder), str(folder))
+    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    rows = token_tables(skeleton).rows
+    progress.start("counting tokens", -(-len(documents) // BATCH))
+    counts: Counter[int] = Counter()
+    for ids in _encoded(tokenizer, documents, progress):
+        counts.update(ids)
+    progress.finish()
+    use = TokenUse(counts, _staying(folder, pieces, counts, rows))
+    kept = kept_tokens(pieces, use, size)
+    if len(kept) == rows:
+        raise RecipeError(
+            f"the text needs all {rows} tokens",
+            where=where,
+            remedy="give --vocabulary-size, or a text that needs fewer",
+        )
+    trim_checkpoint(
+        folder, output, pieces, kept, trust_remote_code=trust_remote_code, progress=progress
+    )
+    same = _check_tokens(folder, output, documents, kept, trust_remote_code, progress)
+    before = accounting(skeleton, Cut()).before
+    made = build_skeleton(output, trust_remote_code=trust_remote_code)
+    varied = hasattr(skeleton.config, "secateur_cut")
+    return {
+        "tokens_before": rows,
+        "tokens_after": len(kept),
+        "documents": len(documents),
+        "same_documents": same,
+        "covered": use.share(kept),
+        **asdict(Accounting(before, accounting(made, Cut()).before, varied)),
+    }
+
+
+def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> frozenset[int]:
+    """Ids that stay whatever the text has.
+
+    These are special tokens, added tokens that a chat template or the tokenizer's configuration
+    mentions, and the ids in configurations.
+    """
+    tokenizer, texts = read_tokenizer(folder), template_texts(folder)
+    found = {
+        number
+        for number, text, special in added_tokens(tokenizer)
+        if special or text in texts or counts[number]
+    }
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            config = parse_json((folder / name).read_bytes())
+            found |= {number for number in ids_in(config) if number < rows}
+    highest = max([*pieces.ids.values(), *found])
+    if highest >= rows:
+        raise CheckpointError(
+            f"the tokenizer has the id {highest}, the embedding has {rows} rows",
+            where=str(folder),
+            remedy="resize the model's embedding to its tokenizer first",
+        )
+    return frozenset(found)
+
+
+def _encoded(
+    tokenizer: Tokenizer, documents: Sequence[str], progress: Progress
+) -> Iterator[list[int]]:
+    """The ids of each document, with the special tokens around it."""
+    for start in range(0, len(documents), BATCH):
+        texts = [documents[n] for n in range(start, min(start + BATCH, len(documents)))]
+        yield from text_tokens(tokenizer, texts, ())
+        progress.step()
+
+
+def _check_tokens(
+    folder: Path,
+    partial: Path,
+    documents: Sequence[str],
+    kept: tuple[int, ...],
+    trust: bool,
+    progress: Progress,
+) -> int:
+    """Encode every document with both tokenizers. Return how many keep all their tokens."""
+    old, new = (load_tokenizer(x, trust_remote_code=trust) for x in (folder, partial))
+    number = {before: after for after, before in enumerate(kept)}
+    progress.start("checking tokens", 2 * -(-len(documents) // BATCH))
+    same = 0
+    pairs = zip(_encoded(old, documents, progress), _encoded(new, documents, progress), strict=True)
+    for place, (before, after) in enumerate(pairs):
+        if all(token in number for token in before):
+            same += 1
+            if [number[token] for token in before] != after:
+                raise VerificationError(
+                    f"document {place} of the text becomes {len(after)} tokens, and not the same "
+                    f"{len(before)} as before",
+                    where=str(folder),
+                    remedy="this tokenizer cannot be trimmed: leave the vocabulary as it is, and "
+                    "please report it",
+                )
+    progress.finish()
+    return same
 
 
 def trim_checkpoint(
@@ -139,17 +275,17 @@ def trim_checkpoint(
     tables = token_tables(model)
     opened = open_weights(folder)
     reader = opened.stored if isinstance(opened, AssembledReader) else opened
-    edits = row_edits(model, tables, reader, torch.tensor(kept))
+    edits = _row_edits(model, tables, reader, torch.tensor(kept))
     if isinstance(opened, AssembledReader):
-        refuse_packed_tables(opened, edits, tables.names)
+        _refuse_packed_tables(opened, edits, tables.names)
     try:
-        write_files(folder, output, pieces, kept, tables)
+        _write_files(folder, output, pieces, kept, tables)
     except OSError as error:
         raise cannot_write(error, output) from error
     write_tensors(reader, edits, output, progress or Silent())
 
 
-def row_edits(
+def _row_edits(
     model: Any, tables: TokenTables, reader: CheckpointReader, index: torch.Tensor
 ) -> dict[str, Edit]:
     """The edit of every stored tensor.
@@ -169,7 +305,7 @@ def row_edits(
         if own or copy:
             edits[stored] = Edit(stored, (index, *others), (len(index), *entry.shape[1:]))
         else:
-            edits[stored] = Edit(stored, (None,) * len(entry.shape), entry.shape)
+            edits[stored] = Edit.copy(stored, entry.shape)
     if not found:
         raise CheckpointError(
             f"the checkpoint does not contain {tables.names[0]}",
@@ -179,14 +315,10 @@ def row_edits(
     return edits
 
 
-def refuse_packed_tables(
+def _refuse_packed_tables(
     opened: AssembledReader, edits: Mapping[str, Edit], tables: tuple[str, ...]
 ) -> None:
-    """Refuse an embedding or a head that is stored in fewer bits.
-
-    Raises:
-        ArchitectureError: names it.
-    """
+    """Refuse an embedding or a head that is stored in fewer bits."""
     cut = {name for name, edit in edits.items() if any(kept is not None for kept in edit.kept)}
     for name, assembly in opened.made.items():
         if cut & {name, *assembly.parts.values()} or name in tables:
@@ -197,24 +329,24 @@ def refuse_packed_tables(
             )
 
 
-def write_files(
+def _write_files(
     folder: Path, output: Path, pieces: Pieces, kept: tuple[int, ...], tables: TokenTables
 ) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     new = {old: number for number, old in enumerate(kept)}
     written = {
-        TOKENIZER: renumbered_tokenizer(read_tokenizer(folder), pieces, new),
-        "config.json": with_own_shapes(
-            renumbered_config(read_config(folder), new, tables.rows, len(kept)), tables, len(kept)
+        TOKENIZER: _renumbered_tokenizer(read_tokenizer(folder), pieces, new),
+        "config.json": _with_own_shapes(
+            _renumbered_config(read_config(folder), new, tables.rows, len(kept)), tables, len(kept)
         ),
     }
     for name in (TOKENIZER_CONFIG, GENERATION):
         if (folder / name).is_file():
-            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
             written[name] = (
-                renumbered_tokenizer_config(told, new)
+                _renumbered_tokenizer_config(content, new)
                 if name == TOKENIZER_CONFIG
-                else renumbered_config(told, new, tables.rows, len(kept))
+                else _renumbered_config(content, new, tables.rows, len(kept))
             )
     note_links(copied_files(folder))
     for file in copied_files(folder):
@@ -225,7 +357,7 @@ def write_files(
         (output / name).write_text(text, encoding="utf-8")
 
 
-def with_own_shapes(config: dict[str, Any], tables: TokenTables, count: int) -> dict[str, Any]:
+def _with_own_shapes(config: dict[str, Any], tables: TokenTables, count: int) -> dict[str, Any]:
     """The configuration of a model of different sizes (`models/varied.py`) with the new rows."""
     shapes = config.get("secateur_cut", {}).get("shapes", {})
     owners = {name.rpartition(".")[0] for name in tables.names} & shapes.keys()
@@ -263,7 +395,7 @@ def added_tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]
         yield token["id"], token["content"], bool(token.get("special"))
 
 
-def spoken(folder: Path) -> str:
+def template_texts(folder: Path) -> str:
     """All texts in chat templates and in the tokenizer's configuration, which may hold tokens.
 
     The list of all added tokens does not count.
@@ -279,21 +411,15 @@ def spoken(folder: Path) -> str:
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
     for name in (TOKENIZER_CONFIG, "chat_template.json"):
         if (folder / name).is_file():
-            told = parse_json((folder / name).read_bytes())
-            found += texts({k: v for k, v in told.items() if k != "added_tokens_decoder"})
+            content = parse_json((folder / name).read_bytes())
+            found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
     return "\0".join(found)
 
 
-def renumbered_tokenizer(
+def _renumbered_tokenizer(
     tokenizer: Mapping[str, Any], pieces: Pieces, new: Mapping[int, int]
 ) -> dict[str, Any]:
-    """The content of `tokenizer.json` with the tokens that stay.
-
-    Args:
-        tokenizer: the old content.
-        pieces: of it.
-        new: the new id of each old one that stays.
-    """
+    """The content of `tokenizer.json` with the tokens that stay."""
     kept = {token: new[number] for token, number in pieces.ids.items() if number in new}
     added = [
         {**token, "id": new[token["id"]]}
@@ -301,20 +427,20 @@ def renumbered_tokenizer(
         if token["id"] in new
     ]
     result = {**tokenizer, "model": pieces.trimmed(kept), "added_tokens": added}
-    result["post_processor"] = renumbered_processor(tokenizer.get("post_processor"), new)
+    result["post_processor"] = _renumbered_processor(tokenizer.get("post_processor"), new)
     padding = tokenizer.get("padding")
     if isinstance(padding, Mapping) and padding.get("pad_id") in new:
         result["padding"] = {**padding, "pad_id": new[padding["pad_id"]]}
     return result
 
 
-def renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
+def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
     """What adds special tokens to a text, with their new ids."""
     if isinstance(processor, list):
-        return [renumbered_processor(inner, new) for inner in processor]
+        return [_renumbered_processor(inner, new) for inner in processor]
     if not isinstance(processor, Mapping):
         return processor
-    result = {key: renumbered_processor(inner, new) for key, inner in processor.items()}
+    result = {key: _renumbered_processor(inner, new) for key, inner in processor.items()}
     for key in ("sep", "cls"):  # of BERT and RoBERTa: the token and its id
         if isinstance(processor.get(key), list):
             token, number = processor[key]
@@ -324,10 +450,12 @@ def renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
     return result
 
 
-def renumbered_tokenizer_config(told: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+def _renumbered_tokenizer_config(
+    config: Mapping[str, Any], new: Mapping[int, int]
+) -> dict[str, Any]:
     """The content of `tokenizer_config.json` with the tokens that stay."""
-    result = dict(told)
-    tokens = told.get("added_tokens_decoder")
+    result = dict(config)
+    tokens = config.get("added_tokens_decoder")
     if isinstance(tokens, Mapping):
         result["added_tokens_decoder"] = {
             str(new[int(number)]): token for number, token in tokens.items() if int(number) in new
@@ -335,17 +463,10 @@ def renumbered_tokenizer_config(told: Mapping[str, Any], new: Mapping[int, int])
     return result
 
 
-def renumbered_config(
+def _renumbered_config(
     config: Mapping[str, Any], new: Mapping[int, int], rows: int, count: int
 ) -> dict[str, Any]:
-    """A configuration for the smaller vocabulary.
-
-    Args:
-        config: of the model, or of generation.
-        new: the new id of each old one that stays.
-        rows: the size of the old vocabulary, with rows that no token uses.
-        count: the size of the new one.
-    """
+    """A configuration for the smaller vocabulary."""
 
     def sized(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -355,7 +476,7 @@ def renumbered_config(
             for key, inner in value.items()
         }
 
-    result: dict[str, Any] = sized(each_id(config, new.__getitem__))
+    result: dict[str, Any] = sized(_each_id(config, new.__getitem__))
     return result
 
 
@@ -367,11 +488,11 @@ def ids_in(config: Mapping[str, Any]) -> set[int]:
         found.add(number)
         return number
 
-    each_id(config, note)
+    _each_id(config, note)
     return found
 
 
-def each_id(value: Any, change: Any) -> Any:
+def _each_id(value: Any, change: Any) -> Any:
     """A configuration in which every token id from 0 is replaced by what `change` makes of it."""
 
     def changed(inner: Any) -> Any:
@@ -385,7 +506,7 @@ def each_id(value: Any, change: Any) -> Any:
         return {
             key: changed(inner)
             if isinstance(inner, int | list) and (OF_IDS.search(key) or key in LISTS)
-            else each_id(inner, change)
+            else _each_id(inner, change)
             for key, inner in value.items()
         }
     return value

@@ -34,7 +34,7 @@ from secateur.workflows.fit.costs import (
     check_feasible,
     way_of,
 )
-from secateur.workflows.fit.storage_formats import FINER, KINDS
+from secateur.workflows.fit.storage_formats import FINER, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -46,7 +46,7 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
-    ways = {way_of(kind) for kind in (*KINDS, *FINER)} | {BASE}
+    ways = {way_of(kind) for kind in (*LEVELS, *FINER)} | {BASE}
     whole = sum(map(math.prod, shapes.values()))
     layers = {way: 1e-9 * whole * way.bits / 8 * (3 if way.sparsity else 1) for way in ways}
     shares = {(s, way): math.prod(s) / whole for s in set(shapes.values()) for way in ways}
@@ -74,7 +74,7 @@ def test_the_least_of_one_cost_within_the_others(
 ) -> None:
     costs = costs_within(size, memory, speedup)
     others = tuple(math.inf if n == place else most for n, most in enumerate(costs.aim))
-    every = [[costs.of(name, kind) for kind in KINDS] for name in SHAPES]
+    every = [[costs.of(name, kind) for kind in LEVELS] for name in SHAPES]
     totals = [tuple(map(sum, zip(*each, strict=True))) for each in product(*every)]
     fitting = [total[place] for total in totals if fits(total, others)]
     found = costs.least(place)
@@ -91,13 +91,13 @@ def test_the_least_of_one_cost_within_the_others(
 
 def test_seconds_and_memory_are_those_of_the_way_of_a_level() -> None:
     costs = costs_within(math.inf, math.inf, 1.0)
-    int4, int3 = KINDS[2], KINDS[3]
+    int4, int3 = LEVELS[2], LEVELS[3]
     assert (int4.values, int3.values) == ("int4", "int3")
     # int3 is smaller in the files, and int4 in memory and in the kernels
     assert costs.of("a", int3)[0] < costs.of("a", int4)[0]
     assert costs.of("a", int3)[1:] == costs.of("a", int4)[1:]
     assert costs.of("a", int4, 7.0)[0] == 7.0
-    assert costs.of("b", KINDS[1])[2] == pytest.approx(1e-9 * 2048 * 1024)
+    assert costs.of("b", LEVELS[1])[2] == pytest.approx(1e-9 * 2048 * 1024)
 
 
 def recipe_of(**options: Any) -> FitRecipe:
@@ -127,11 +127,11 @@ def test_an_impossible_bound_names_the_nearest_which_is_possible(
     with pytest.raises(RecipeError, match=said) as caught:
         check_feasible(recipe_of(**options), costs, 10**9)
     (option,) = [caught.value.where]
-    told = str(caught.value.remedy).split(";")[0].rsplit(" ", 1)[1]
+    possible = str(caught.value.remedy).split(";")[0].rsplit(" ", 1)[1]
     place = ["max_size", "max_inference_memory", "decode_speedup"].index(str(option))
     nearest = list(limits)
-    nearest[place] = float(told.removesuffix("MiB")) * (2**20 if place < 2 else 1)
-    check_feasible(recipe_of(**{**options, option: told if place < 2 else float(told)}),
+    nearest[place] = float(possible.removesuffix("MiB")) * (2**20 if place < 2 else 1)
+    check_feasible(recipe_of(**{**options, option: possible if place < 2 else float(possible)}),
                    costs_within(*nearest), 10**9)  # fmt: skip
 
 
@@ -191,14 +191,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float
 ) -> None:
-    told: list[float] = [1.2, then, then]
+    speedups: list[float] = [1.2, then, then]
 
-    def raced(ground: Any, made: Path) -> list[Speed]:
-        found = told.pop(0) if len(told) > 1 else told[0]
+    def race(context: Any, made: Path) -> list[Speed]:
+        found = speedups.pop(0) if len(speedups) > 1 else speedups[0]
         return [Speed("packed", (1.0,), (1.0,)), Speed("dense int8", (found,), (1.0,))]
 
-    monkeypatch.setattr(costs_module, "timed_linears", lambda c, s, p: imaginary_times(s))
-    monkeypatch.setattr(evaluation, "raced", raced)
+    monkeypatch.setattr(costs_module, "time_linears", lambda c, s, p: imaginary_times(s))
+    monkeypatch.setattr(evaluation, "race", race)
     options = {**OPTIONS, "calibration": place / "windows.safetensors", "decode_speedup": 1.3}
     found = secateur.fit(place / "dense", output=tmp_path / "fast", **options)
     (check,) = found.checks
@@ -225,7 +225,7 @@ def imaginary_speedup(folder: Path, kinds: Mapping[str, str]) -> float:
     stored = load_file(folder / "model.safetensors")
     shapes: dict[str, Any] = {name: tuple(stored[f"{name}.weight"].shape) for name in kinds}
     times = imaginary_times(shapes)
-    by_name = {kind.name: kind for kind in (*KINDS, *FINER)}
+    by_name = {kind.name: kind for kind in (*LEVELS, *FINER)}
     taken = sum(times.seconds(shapes[n], way_of(by_name[kind])) for n, kind in kinds.items())
     return times.base / (times.rest + taken)
 
@@ -239,13 +239,13 @@ def test_a_speedup_is_searched_and_measured_again(
     def timed(config: Any, shapes: Any, progress: Any) -> MatrixTimes:
         return imaginary_times(shapes)
 
-    def raced(ground: Any, made: Path) -> list[Speed]:
+    def race(context: Any, made: Path) -> list[Speed]:
         assert (made / "config.json").exists()
         return [Speed("packed", (1.0, 1.0), (1.0,), 10 * 2**20),
                 Speed("dense int8", (measured, measured), (1.0,), 20 * 2**20)]  # fmt: skip
 
-    monkeypatch.setattr(costs_module, "timed_linears", timed)
-    monkeypatch.setattr(evaluation, "raced", raced)
+    monkeypatch.setattr(costs_module, "time_linears", timed)
+    monkeypatch.setattr(evaluation, "race", race)
     found = secateur.fit(
         place / "dense", output=tmp_path / "fast", decode_speedup=1.3, max_inference_memory="1GB",
         min_accuracy_kept=0.01, tasks="arc_easy", task_data=str(place / "tasks"),
@@ -266,8 +266,8 @@ def test_a_speedup_is_searched_and_measured_again(
     (fault,) = found.broken
     assert "--decode-speedup is broken: 1.200 was measured, 1.300 was given" in fault
     assert fault.endswith("the nearest that this model keeps is 1.200")
-    told = json.loads((tmp_path / "fast" / "secateur" / "fit.json").read_text())
-    assert [one["option"] for one in told["checks"]] == list(checks)
+    record = json.loads((tmp_path / "fast" / "secateur" / "fit.json").read_text())
+    assert [one["option"] for one in record["checks"]] == list(checks)
 
 
 @pytest.mark.parametrize(
@@ -278,9 +278,9 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
 ) -> None:
     ours = Speed("packed", (1.0,), (1.0,)) if speedup else Speed("packed", failure="no kernels")
     dense = Speed("dense int8", (speedup or 1.0,), (1.0,))
-    monkeypatch.setattr(evaluation, "raced", lambda ground, made: [ours, dense])
-    ground = SimpleNamespace(recipe=recipe_of(decode_speedup=1.3))
-    (check,) = evaluation.checks_of_running(ground, Path())  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluation, "race", lambda context, made: [ours, dense])
+    context = SimpleNamespace(recipe=recipe_of(decode_speedup=1.3))
+    (check,) = evaluation.check_running(context, Path())  # type: ignore[arg-type]
     assert check.kept == kept
     if not speedup:
         assert check.said == "--decode-speedup could not be measured: no kernels"
@@ -302,9 +302,9 @@ def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
     """On 91843e48 every layer grew, so bounds that hold were called broken."""
     save_tiny(tmp_path, family)
     ours = Speed("packed", (1.0,), (1.0,), 10 * 2**20)
-    monkeypatch.setattr(evaluation, "raced", lambda ground, made: [ours])
-    ground = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
-    (check,) = evaluation.checks_of_running(ground, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluation, "race", lambda context, made: [ours])
+    context = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
+    (check,) = evaluation.check_running(context, tmp_path)  # type: ignore[arg-type]
     assert check.measured == 10 * 2**20 + grown
 
 

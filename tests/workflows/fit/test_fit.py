@@ -12,17 +12,16 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.engine.choose.knapsack import Cost, Knapsack
+from secateur.engine.choose.knapsack import Knapsack
 from secateur.engine.choose.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.progress import Progress
 from secateur.recipes.sizes import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.workflows.fit import pipeline
-from secateur.workflows.fit.evaluation import LossMeter
-from secateur.workflows.fit.storage_formats import FINER, KINDS
+from secateur.workflows.fit import run
+from secateur.workflows.fit.context import FitContext
+from secateur.workflows.fit.storage_formats import FINER, LEVELS
 from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -43,14 +42,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def told(folder: Path) -> dict[str, Any]:
+def result_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "secateur" / "fit.json").read_text())
     return found
 
 
 def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
     size = sum(file.stat().st_size for file in (place / "small").glob("*.safetensors"))
-    found = told(place / "small")
+    found = result_of(place / "small")
     assert size <= bytes_of("75KiB")
     linears = sum(
         entry.size_bytes
@@ -63,8 +62,8 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
 
 def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
     packed = PackedCheckpoint(place / "small")
-    kinds = {kind.name: kind for kind in (*KINDS, *FINER)}
-    for name, chosen in told(place / "small")["kind_of"].items():
+    kinds = {kind.name: kind for kind in (*LEVELS, *FINER)}
+    for name, chosen in result_of(place / "small")["kind_of"].items():
         layout, kind = packed.layouts.get(name), kinds[chosen]
         values = "bfloat16" if layout is None else layout.values
         assert values == kind.values, name
@@ -77,7 +76,7 @@ def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
 
 
 def test_the_winner_is_the_best_that_was_made_and_no_worse_than_any_single(place: Path) -> None:
-    found = told(place / "small")
+    found = result_of(place / "small")
     budget = bytes_of("75KiB") - found["costs"][0]["rest"]
     singles = [p["divergence"] for p in found["singles"] if p["cost"][0] <= budget]
     (single,) = (x for x in found["finalists"] if x["name"] == "the best single technique")
@@ -95,8 +94,8 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
     options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     options["output"] = place / "again"
     secateur.chain(options.pop("model"), **options)
-    for told_in in (place / "small" / "README.md", *recipe.parent.glob("*.json")):
-        assert ".partial" not in told_in.read_text(encoding="utf-8"), told_in.name
+    for notes in (place / "small" / "README.md", *recipe.parent.glob("*.json")):
+        assert ".partial" not in notes.read_text(encoding="utf-8"), notes.name
     files = sorted(file.name for file in (place / "small").glob("*.safetensors"))
     assert files
     for file in files:
@@ -146,7 +145,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
     found = secateur.evaluate(
         place / "small", dense=place / "dense", text=tmp_path / "text.txt", sequence_length=24
     )
-    loss = told(place / "small")["losses"]["winner"]
+    loss = result_of(place / "small")["losses"]["winner"]
     assert found.protocol["activations"] == "int8 g256"
     assert loss["loss_increase"] == pytest.approx(found.divergence[0].loss_change, abs=1e-4)
     error = found.divergence[0].loss_change_standard_error
@@ -157,18 +156,16 @@ def test_a_model_that_loses_too_much_is_searched_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the search estimates does not count: the packed model is measured, and steps back."""
-    bounds, original = [], pipeline.smallest_within
+    bounds, original = [], run.smallest_within
 
-    def smallest_within(
-        search: FitSearch, meter: LossMeter, bound: float, aim: Cost, progress: Progress
-    ) -> float:
+    def smallest_within(context: FitContext, search: FitSearch, bound: float) -> float:
         bounds.append(bound)
-        return original(search, meter, 0.01, aim, progress) + 3000 * len(bounds)
+        return original(context, search, 0.01) + 3000 * len(bounds)
 
     def increase(judge: LossJudge, folder: Path) -> LossIncrease:
         return LossIncrease(0.012 if len(bounds) == 1 else 0.009, 0.0, 1)
 
-    monkeypatch.setattr(pipeline, "smallest_within", smallest_within)
+    monkeypatch.setattr(run, "smallest_within", smallest_within)
     monkeypatch.setattr(LossJudge, "increase", increase)
     secateur.fit(
         place / "dense", output=place / "again-within", max_loss_increase=0.01,

@@ -15,7 +15,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
 from secateur.workflows.compress.storage_plan import find_matrices
-from secateur.workflows.fit.storage_formats import GGUF_FILE, KINDS
+from secateur.workflows.fit.storage_formats import GGUF_FILE, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -33,7 +33,7 @@ def bytes_with(place: Path, level: int) -> int:
     reader = CheckpointReader(place / "dense")
     matrices = find_matrices(reader, "int8", False)
     shapes = [reader.entries[name].shape for name, one in matrices.items() if one.prunable]
-    linears = [GGUF_FILE.linear((out, into), KINDS[level], None) for out, into in shapes]
+    linears = [GGUF_FILE.linear((out, into), LEVELS[level], None) for out, into in shapes]
     return round(GGUF_FILE.rest(reader, matrices) + sum(linears))
 
 
@@ -70,7 +70,7 @@ def test_a_fit_for_llama_cpp_writes_the_file_that_it_counted(tmp_path: Path) -> 
 
 
 def test_zeros_are_not_offered() -> None:
-    assert [kind.name for kind in GGUF_FILE.levels] == ["bfloat16", "int8", "int4"]
+    assert [level.name for level in GGUF_FILE.levels] == ["bfloat16", "int8", "int4"]
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_refused_before_work(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def cut(places: Path, output: Path, learned: dict[str, Any] | int = HOW, **optio
 
 def steps(output: Path) -> list[dict[str, Any]]:
     """The notes of the cut."""
-    told: list[dict[str, Any]] = json.loads((output / "secateur" / "steps.json").read_text())
-    return told
+    found: list[dict[str, Any]] = json.loads((output / "secateur" / "steps.json").read_text())
+    return found
 
 
 def test_every_kind_has_exactly_its_target_size(places: Path, tmp_path: Path) -> None:
@@ -50,19 +50,19 @@ def test_every_kind_has_exactly_its_target_size(places: Path, tmp_path: Path) ->
     assert (config.num_hidden_layers, config.hidden_size) == (2, 24)
     assert (config.intermediate_size, config.num_key_value_heads) == (36, 1)
     assert report.manifest["structure"]["varied"] is False
-    (told,) = steps(tmp_path / "out")
-    assert (told["step"], told["by"], told["steps"]) == ("learned", "learned masks", 6)
-    assert len(told["cut"]["layers"]) == 2
-    assert {len(units) for units in told["cut"]["neurons"].values()} == {36}
+    (step,) = steps(tmp_path / "out")
+    assert (step["step"], step["by"], step["steps"]) == ("learned", "learned masks", 6)
+    assert len(step["cut"]["layers"]) == 2
+    assert {len(units) for units in step["cut"]["neurons"].values()} == {36}
 
 
 def test_the_cut_has_the_weights_that_were_trained(places: Path, tmp_path: Path) -> None:
     cut(places, tmp_path / "out", keep_layers=None, kv_groups=None, hidden_size=None)
-    (told,) = steps(tmp_path / "out")
+    (step,) = steps(tmp_path / "out")
     before = load_file(places / "source" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    kept = before[name][told["cut"]["neurons"]["1"]]
+    kept = before[name][step["cut"]["neurons"]["1"]]
     assert after[name].shape == kept.shape
     assert not torch.equal(after[name], kept)
     moved = (after[name] - kept).abs().max()
@@ -85,11 +85,11 @@ def test_domains_are_loaded_by_their_losses(places: Path, tmp_path: Path) -> Non
     two = str(places / "two.safetensors")
     how = {**HOW, "domains": [two], "references": {two: 0.1}, "update_every": 2, "held_out": 4}
     cut(places, tmp_path / "out", how)
-    (told,) = steps(tmp_path / "out")
+    (step,) = steps(tmp_path / "out")
     one = str(places / "one.safetensors")
-    assert set(told["proportions"]) == set(told["losses"]) == set(told["references"]) == {one, two}
-    assert told["references"][two] == 0.1
-    assert told["proportions"][two] > 0.9  # far above its reference, the other one is not
+    assert set(step["proportions"]) == set(step["losses"]) == set(step["references"]) == {one, two}
+    assert step["references"][two] == 0.1
+    assert step["proportions"][two] > 0.9  # far above its reference, the other one is not
 
 
 class Killed(KeyboardInterrupt):

@@ -68,9 +68,9 @@ def test_sweeps_over_one_window_are_the_usual_steps(
         report = secateur.structure(
             source, output=out, **options, distill_next_token=1.0, distill_sweep_windows=size
         )
-        told = report.manifest["distillation"]
-        assert told["loss_after"] < told["loss_before"]
-        assert told.get("sweep_windows", 0) == size
+        record = report.manifest["distillation"]
+        assert record["loss_after"] < record["loss_before"]
+        assert record.get("sweep_windows", 0) == size
         found.append(weights_of(out))
     assert moved(found[0], plain, ".layers.") > 1
     assert moved(found[0], found[1], ".layers.") < 0.05**2 * moved(found[0], plain, ".layers.")
@@ -107,5 +107,5 @@ def test_other_cuts_learn_in_sweeps_too(
         source, output=tmp_path / "out", **options, **cut, distill_next_token=1.0,
         distill_sweep_windows=4,
     )  # fmt: skip
-    told = report.manifest["distillation"]
-    assert told["loss_after"] < told["loss_before"]
+    record = report.manifest["distillation"]
+    assert record["loss_after"] < record["loss_before"]

@@ -87,8 +87,8 @@ def test_as_many_query_heads_in_every_group(
         tmp_path / "source", output=tmp_path / "out", calibration=windows, query_heads=3,
         score="activation",
     )  # fmt: skip
-    told = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
-    kept = {int(layer): heads for layer, heads in told[0]["cut"]["queries"].items()}
+    record = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
+    kept = {int(layer): heads for layer, heads in record[0]["cut"]["queries"].items()}
     ids = tiny_windows(2)
     inputs: list[torch.Tensor] = []
     for layer in model.model.layers:
@@ -172,11 +172,11 @@ def test_a_fraction_of_the_parameters(
         source, output=tmp_path / "out", calibration=windows, keep_parameters=0.7,
         allocation=allocation, effort="fast",
     )  # fmt: skip
-    told = report.manifest["structure"]
+    record = report.manifest["structure"]
     neuron = 3 * 32  # gate, up and down of a hidden size of 32
     most = 3 * neuron if allocation == "uniform" else 6 * neuron
-    assert abs(told["after"]["decoder"] - 0.7 * told["before"]["decoder"]) <= most
-    assert told["after"]["decoder"] == decoder_parameters(tmp_path / "out")
+    assert abs(record["after"]["decoder"] - 0.7 * record["before"]["decoder"]) <= most
+    assert record["after"]["decoder"] == decoder_parameters(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_layers_at_the_ends_stay_whole(
 def test_a_target_is_reached_by_the_layers_between_the_ends(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
-    told = secateur.structure(
+    record = secateur.structure(
         source, output=tmp_path / "out", calibration=windows, keep_parameters=0.8, whole_first=1,
         effort="fast",
     ).manifest["structure"]  # fmt: skip
@@ -214,18 +214,18 @@ def test_a_target_is_reached_by_the_layers_between_the_ends(
     assert (sizes.groups[0], sizes.neurons[0]) == (2, 48)
     assert sizes.neurons[1] == sizes.neurons[2] < 48
     neuron = 3 * 32
-    assert abs(told["after"]["decoder"] - 0.8 * told["before"]["decoder"]) <= 2 * neuron
+    assert abs(record["after"]["decoder"] - 0.8 * record["before"]["decoder"]) <= 2 * neuron
 
 
 def test_a_report_and_a_diagnosis_of_a_cut_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
-    told = secateur.structure(
+    record = secateur.structure(
         source, output=tmp_path / "out", calibration=windows, ffn=0.5, effort="fast"
     ).manifest["structure"]
     secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    left = f"{1 - told['decoder_removed']:.2%}".removesuffix("%")
+    left = f"{1 - record['decoder_removed']:.2%}".removesuffix("%")
     assert re.search(rf"cut to {left}\s%", page)
     found = secateur.diagnose(tmp_path / "out")
     assert [f.id for f in found.findings if f.severity != "note"] == []
@@ -268,8 +268,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         distill_epochs=8, distill_learning_rate=1e-4,
     )  # fmt: skip
     assert plain.manifest["distillation"] is None
-    told = taught.manifest["distillation"]
-    assert told["loss_after"] < told["loss_before"]
+    record = taught.manifest["distillation"]
+    assert record["loss_after"] < record["loss_before"]
     dense, ids = AutoModelForCausalLM.from_pretrained(source), tiny_windows()
     wanted = dense(ids).logits.detach().log_softmax(-1)
 
@@ -318,11 +318,11 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
 def test_what_is_impossible_is_refused_before_any_work(
     options: dict[str, Any], said: str, source: Path, tmp_path: Path, windows: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=said) as told:
+    with pytest.raises(RecipeError, match=said) as caught:
         secateur.structure(
             source, output=tmp_path / "out", calibration=windows, effort="fast", **options
         )
-    assert told.value.exit_code == 2
+    assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
@@ -30,14 +28,11 @@ from secateur.workflows.fit.costs import Costs
 from secateur.workflows.judge.perplexity import LossJudge
 from secateur.workflows.run_windows import save_parts
 
-MINUTE = 60.0
-
-
 SHARE = 6
 """One calibration window in so many chooses, and one in so many judges the result."""
 
 
-class Pace:
+class TimeBudget:
     """Measures phases, and says whether there is time for another.
 
     Args:
@@ -47,7 +42,7 @@ class Pace:
         clock: returns seconds.
 
     Attributes:
-        dropped: what was left out for lack of time, in words.
+        dropped: what was left out for lack of time, for people.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class Pace:
         begun: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.end = math.inf if minutes is None else begun + minutes * MINUTE
+        self.end = math.inf if minutes is None else begun + minutes * 60.0
         self.file, self.clock = file, clock
         self.took: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         self.dropped: list[str] = []
@@ -91,19 +86,18 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Ground:
+class FitContext:
     """What a fit works on.
 
     Attributes:
         recipe: the recipe.
         source: the dense model.
-        reader: reads it.
         target: its layers, one at a time.
         matrices: that can be packed, by stored name.
         costs: what the model pays with, and how much of it.
-        pace: the time that is left.
+        time: the time that is left.
         work: folder for levels, windows and measured values.
-        fitted: file of the windows that make levels.
+        calibration_file: file of the windows that make levels.
         choosing: measures packed folders on the windows that choose.
         judging: measures them on windows that judge the result.
         progress: receives every step.
@@ -111,39 +105,28 @@ class Ground:
 
     recipe: FitRecipe
     source: LocalCheckpoint
-    reader: CheckpointReader
     target: CheckpointTarget
     matrices: Mapping[str, PackableMatrix]
     costs: Costs
-    pace: Pace
+    time: TimeBudget
     work: Path
-    fitted: Path
+    calibration_file: Path
     choosing: LossJudge
     judging: LossJudge
     progress: Progress
 
-    @property
-    def searched(self) -> Tensor:
-        """The windows that choose [windows, length]."""
-        return self.choosing.windows
-
-    @property
-    def judged(self) -> Tensor:
-        """The windows that judge the result [windows, length]."""
-        return self.judging.windows
-
     @classmethod
-    def prepared(
+    def prepare(
         cls,
         recipe: FitRecipe,
         source: LocalCheckpoint,
         reader: CheckpointReader,
         matrices: Mapping[str, PackableMatrix],
         costs: Costs,
-        pace: Pace,
+        time: TimeBudget,
         work: Path,
         progress: Progress,
-    ) -> Ground:
+    ) -> FitContext:
         """Cut the calibration text into windows, unless an earlier run has.
 
         Raises:
@@ -161,19 +144,9 @@ class Ground:
             LossJudge(target, x, progress, trust_remote_code=trust) for x in files[1:]
         )
         return cls(
-            recipe,
-            source,
-            reader,
-            target,
-            matrices,
-            costs,
-            pace,
-            work,
-            files[0],
-            choosing,
-            judging,
-            progress,
-        )
+            recipe, source, target, matrices, costs, time, work, files[0],
+            choosing, judging, progress,
+        )  # fmt: skip
 
     @property
     def stored(self) -> dict[str, str]:

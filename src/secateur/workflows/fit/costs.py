@@ -30,31 +30,26 @@ from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
 from secateur.recipes.fit import FitRecipe
 from secateur.recipes.sizes import bytes_of
-from secateur.runtime.choice import DEFAULT_GROUP
-from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.workflows.advise import counted
 from secateur.workflows.compress.storage_plan import PackableMatrix
 from secateur.workflows.fit.storage_formats import (
     FILES,
-    KINDS,
+    LEVELS,
     PACKED_FOLDER,
-    LevelKind,
+    StorageFormat,
     TargetFiles,
-    as_seen,
+    matrix_shape,
 )
 
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
 
-
 SHORT = {"bfloat16": "bf16", "int3": "int4"}
 """What values are called where they are timed; int3 is int4 in memory."""
-
 
 MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
 """Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
 predicted from a table."""
-
 
 OPTION_OF: Mapping[str, str] = {
     SIZE: "max_size",
@@ -62,7 +57,6 @@ OPTION_OF: Mapping[str, str] = {
     SECONDS: "decode_speedup",
 }
 """The option that bounds each kind of cost."""
-
 
 NEAREST: Mapping[str, str] = {
     SIZE: "the smallest possible size is",
@@ -157,13 +151,13 @@ class Costs:
         return replace(self, kinds=tuple(kinds))
 
     @property
-    def levels(self) -> tuple[LevelKind, ...]:
+    def levels(self) -> tuple[StorageFormat, ...]:
         """The levels of every linear; the first is the model itself."""
         return self.files.levels
 
     @property
-    def every(self) -> tuple[LevelKind, ...]:
-        """The levels, and the kinds that a mix may have besides them."""
+    def every(self) -> tuple[StorageFormat, ...]:
+        """The levels, and the formats that a mix may have besides them."""
         return (*self.files.levels, *self.files.finer)
 
     @property
@@ -171,36 +165,38 @@ class Costs:
         """What everything that is no linear costs."""
         return tuple(kind.rest for kind in self.kinds)
 
-    def of(self, name: str, kind: LevelKind, size: float | None = None) -> Cost:
+    def of(self, name: str, stored: StorageFormat, size: float | None = None) -> Cost:
         """The cost of a linear.
 
         Args:
             name: of the linear.
-            kind: how it is stored.
+            stored: how it is stored.
             size: its bytes in a packed folder, if its weights are known.
         """
         shape = self.shapes[name]
         found = {
-            SIZE: lambda: self.files.linear(shape, kind, size),
-            MEMORY: lambda: float(held_bytes(shape, kind)),
-            SECONDS: lambda: self.seconds(shape, kind),
+            SIZE: lambda: self.files.linear(shape, stored, size),
+            MEMORY: lambda: float(
+                matrix_bytes(shape, stored.values, stored.sparsity, stored.group)
+            ),
+            SECONDS: lambda: self.seconds(shape, stored),
         }
-        return tuple(found[one.name]() for one in self.kinds)
+        return tuple(found[kind.name]() for kind in self.kinds)
 
-    def file_bytes(self, kinds: Mapping[str, LevelKind], sizes: Mapping[str, int]) -> int:
+    def file_bytes(self, formats: Mapping[str, StorageFormat], sizes: Mapping[str, int]) -> int:
         """Bytes of the files of a whole model.
 
         Args:
-            kinds: how every linear is stored.
+            formats: how every linear is stored.
             sizes: the bytes of every linear in a packed folder.
         """
-        linears = [self.of(name, kind, float(sizes[name]))[0] for name, kind in kinds.items()]
+        linears = [self.of(name, one, float(sizes[name]))[0] for name, one in formats.items()]
         return round(self.rest[0] + sum(linears))
 
-    def seconds(self, shape: tuple[int, int], kind: LevelKind) -> float:
+    def seconds(self, shape: tuple[int, int], stored: StorageFormat) -> float:
         """Of a linear, for one token."""
         assert self.times is not None
-        return self.times.seconds(shape, way_of(kind))
+        return self.times.seconds(shape, way_of(stored))
 
     def least(self, place: int, *, alone: bool = False) -> float | None:
         """The smallest cost of one kind that a whole model can have, within the other bounds.
@@ -212,14 +208,15 @@ class Costs:
         Returns:
             None if no model keeps the other bounds.
         """
-        every = [[self.of(name, kind) for kind in self.levels] for name in self.shapes]
+        every = [[self.of(name, level) for level in self.levels] for name in self.shapes]
         others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
         wanted = tuple(tuple(level[place] for level in levels) for levels in every)
         knapsack = Knapsack(tuple(map(tuple, every)), wanted)
         candidate = knapsack.best(others)
-        found = None if candidate is None else knapsack.predicted(candidate)
+        if candidate is None:
+            return None
         kind = self.kinds[place]
-        return None if found is None else kind.rest + found / (1 - MARGINS[kind.name])
+        return kind.rest + knapsack.predicted(candidate) / (1 - MARGINS[kind.name])
 
 
 def costs_of(
@@ -239,29 +236,29 @@ def costs_of(
     Raises:
         ArchitectureError: the speed is bounded, and our loop cannot decode the model.
     """
-    shapes = {m.linear: as_seen(reader, n, m) for n, m in matrices.items() if m.prunable}
+    shapes = {m.linear: matrix_shape(reader, n, m) for n, m in matrices.items() if m.prunable}
     files = FILES[recipe.target]
     size = files.rest(reader, matrices)
-    kinds = [CostKind(SIZE, size, limit_of(recipe.max_size))]
+    kinds = [CostKind(SIZE, size, _limit(recipe.max_size))]
     times = None
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         model = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
     if recipe.max_inference_memory is not None:
         shape = counted("", model)
-        held = memory_with(other_held(reader, matrices), shape, "cpu", 1, recipe.context_length)
-        kinds.append(CostKind(MEMORY, held.total, limit_of(recipe.max_inference_memory)))
+        held = memory_with(_resident_rest(reader, matrices), shape, "cpu", 1, recipe.context_length)
+        kinds.append(CostKind(MEMORY, held.total, _limit(recipe.max_inference_memory)))
     if recipe.decode_speedup is not None:
-        times = timed_linears(model.config, shapes, progress)
+        times = time_linears(model.config, shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
     return Costs(tuple(kinds), shapes, times, files)
 
 
-def limit_of(size: int | str | None) -> float:
+def _limit(size: int | str | None) -> float:
     """A bound in bytes; infinite for none."""
     return math.inf if size is None else float(bytes_of(size))
 
 
-def timed_linears(
+def time_linears(
     config: Any, shapes: Mapping[str, tuple[int, int]], progress: Progress
 ) -> MatrixTimes:
     """The times of all linears on all levels, from the table of this machine.
@@ -269,27 +266,20 @@ def timed_linears(
     Raises:
         ArchitectureError: our loop cannot decode the model.
     """
-    ways = [way_of(kind) for kind in KINDS]
     try:
-        return time_matrices(config, list(shapes.values()), ways, progress)
+        return time_matrices(config, list(shapes.values()), [*map(way_of, LEVELS)], progress)
     except ArchitectureError as error:
         raise ArchitectureError(
             error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
         ) from error
 
 
-def way_of(kind: LevelKind) -> Way:
-    """How linears of a level are timed."""
-    return Way(SHORT.get(kind.values, kind.values), kind.sparsity)
+def way_of(stored: StorageFormat) -> Way:
+    """How linears of a format are timed."""
+    return Way(SHORT.get(stored.values, stored.values), stored.sparsity)
 
 
-def held_bytes(shape: tuple[int, int], kind: LevelKind) -> int:
-    """Bytes of a linear in memory."""
-    group = DEFAULT_GROUP if kind.values in GRID_BITS else None
-    return matrix_bytes(shape, kind.values, kind.sparsity, group)
-
-
-def other_held(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+def _resident_rest(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
     """Bytes in memory of the weights that are no linears: int8 embeddings, norms in bfloat16."""
     total = 0
     for name, entry in reader.entries.items():
@@ -318,18 +308,18 @@ def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
         for place in bounded:
             least = costs.least(place, alone=alone)
             if least is None or least > costs.kinds[place].limit:
-                raise impossible(recipe, costs, place, least, alone=alone)
+                raise _impossible(recipe, costs, place, least, alone=alone)
     if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
         least = costs.least(0)
         assert least is not None
         raise RecipeError(
             f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
             where="--max-size",
-            remedy=f"leave it, or give a size from {in_words(costs, SIZE, least)} on",
+            remedy=f"leave it, or give a size from {as_option(costs, SIZE, least)} on",
         )
 
 
-def impossible(
+def _impossible(
     recipe: FitRecipe, costs: Costs, place: int, least: float | None, *, alone: bool
 ) -> RecipeError:
     """The error for a bound that cannot be kept; `least` is the smallest cost that can."""
@@ -340,23 +330,22 @@ def impossible(
         return RecipeError(
             f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
         )
-    beside = "" if alone else f" with this {others}"
-    wanted = getattr(recipe, OPTION_OF[name])
-    said = {
-        SIZE: f"no level fits into {wanted}",
-        MEMORY: f"no level runs in {wanted} with {recipe.context_length} tokens of context",
-        SECONDS: f"no level decodes {wanted} times as fast as dense int8 on this machine",
+    given = getattr(recipe, OPTION_OF[name])
+    fault = {
+        SIZE: f"no level fits into {given}",
+        MEMORY: f"no level runs in {given} with {recipe.context_length} tokens of context",
+        SECONDS: f"no level decodes {given} times as fast as dense int8 on this machine",
     }[name]
-    nearest = f"{NEAREST[name]} {in_words(costs, name, least)}"
+    nearest = f"{NEAREST[name]} {as_option(costs, name, least)}"
     return RecipeError(
-        said + beside,
+        fault + ("" if alone else f" with this {others}"),
         where=OPTION_OF[name],
         remedy=f"{nearest}; or cut the model first with `secateur structure`",
     )
 
 
-def in_words(costs: Costs, name: str, value: float) -> str:
-    """A cost as the option that bounds it takes it, rounded to the side that can be kept."""
+def as_option(costs: Costs, name: str, value: float) -> str:
+    """A cost in the form of the option that bounds it, rounded to the side that can be kept."""
     if name == SECONDS:
         assert costs.times is not None
         return f"{math.floor(100 * costs.times.base / value) / 100:g}"

@@ -5,13 +5,13 @@
 | cpu, any  | a packed folder: all levels, zeros by a bitmask; embeddings are int8          |
 | llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0; embeddings as Q8_0 |
 
-A GGUF file stores zeros like other weights, so levels with zeros are not offered for it. No type
-keeps the numbers of int3.
+A level is a format that all linears have at once. A GGUF file stores zeros like other weights, so
+levels with zeros are not offered for it. No type keeps the numbers of int3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,10 +25,16 @@ from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
 from secateur.workflows.compress.storage_plan import PackableMatrix
 
+HEADER_BYTES = 900
+"""Of a matrix in the headers of the files, at most."""
+
+GGUF_NAME = "model"
+"""The file is `model-stored.gguf`."""
+
 
 @dataclass(frozen=True)
-class LevelKind:
-    """How a level stores linears.
+class StorageFormat:
+    """How linears are stored.
 
     Attributes:
         values: such as `int4`.
@@ -55,63 +61,42 @@ class LevelKind:
         """Whether values are integers, so that kernels round the inputs."""
         return self.values.startswith("int")
 
+    @property
+    def group(self) -> int | None:
+        """Values that share a scale; None without a grid."""
+        return DEFAULT_GROUP if self.values in GRID_BITS else None
 
-KINDS = (
-    LevelKind("bfloat16", 0.0),
-    LevelKind("int8", 0.0),
-    LevelKind("int4", 0.0),
-    LevelKind("int3", 0.0),
-    *(LevelKind(values, 0.5) for values in ("bfloat16", "int8", "int4", "int3")),
-    *(LevelKind(values, 0.7) for values in ("bfloat16", "int4")),
+
+LEVELS = (
+    StorageFormat("bfloat16", 0.0),
+    StorageFormat("int8", 0.0),
+    StorageFormat("int4", 0.0),
+    StorageFormat("int3", 0.0),
+    *(StorageFormat(values, 0.5) for values in ("bfloat16", "int8", "int4", "int3")),
+    *(StorageFormat(values, 0.7) for values in ("bfloat16", "int4")),
 )
 """The levels; the first is the model itself."""
 
 FINER = tuple(
-    LevelKind(values, sparsity)
+    StorageFormat(values, sparsity)
     for values in ("int4", "int3")
     for sparsity in (0.3, 0.4, 0.45, 0.55, 0.6, 0.65, 0.7)
-    if LevelKind(values, sparsity) not in KINDS
+    if StorageFormat(values, sparsity) not in LEVELS
 )
-"""Kinds without a level of their own, for mixes that are made whole (`finer`)."""
+"""Formats without a level of their own, for mixes that are made whole (`candidates`)."""
 
 
-def probe_of(levels: Sequence[LevelKind]) -> int:
-    """The level at which the layers are surveyed: the middle of what they may lose."""
-    wanted = (LevelKind("int4", 0.5), LevelKind("int4", 0.0))
-    return next(levels.index(kind) for kind in wanted if kind in levels)
-
-
-HEADER_BYTES = 900
-"""Of a matrix in the headers of the files, at most."""
-
-
-def other_bytes(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
-    """Bytes of everything that is no linear: int8 embeddings, norms in bfloat16, headers."""
-    total = 4096
-    for name, entry in reader.entries.items():
-        matrix = matrices.get(name)
-        count = entry.size_bytes // entry.dtype.itemsize
-        if matrix is None:
-            total += count * min(entry.dtype.itemsize, 2)
-        elif matrix.prunable:
-            total += HEADER_BYTES
-        else:
-            total += count + 4 * entry.shape[0]
-    return total
-
-
-def as_seen(reader: CheckpointReader, name: str, matrix: PackableMatrix) -> tuple[int, int]:
+def matrix_shape(reader: CheckpointReader, name: str, matrix: PackableMatrix) -> tuple[int, int]:
     """The shape [out, in] of a stored matrix."""
     first, second = reader.entries[name].shape
     return (second, first) if matrix.transposed else (first, second)
 
 
-def size_of(shape: tuple[int, int], kind: LevelKind) -> int:
-    """Bytes of a matrix on a level: the smaller one of bitmask and dense."""
-    group = DEFAULT_GROUP if kind.values in GRID_BITS else None
-    nonzeros = round(shape[0] * shape[1] * (1 - kind.sparsity))
-    names = ("dense", "bitmask") if kind.sparsity else ("dense",)
-    layouts = [Layout(name, kind.values, shape, group=group) for name in names]
+def size_of(shape: tuple[int, int], stored: StorageFormat) -> int:
+    """Bytes of a matrix in a packed folder: the smaller one of bitmask and dense."""
+    nonzeros = round(shape[0] * shape[1] * (1 - stored.sparsity))
+    names = ("dense", "bitmask") if stored.sparsity else ("dense",)
+    layouts = [Layout(name, stored.values, shape, group=stored.group) for name in names]
     return min(formats[layout.format].nbytes(layout, nonzeros) for layout in layouts)
 
 
@@ -119,13 +104,13 @@ class TargetFiles(Protocol):
     """The files of a target."""
 
     @property
-    def levels(self) -> tuple[LevelKind, ...]:
+    def levels(self) -> tuple[StorageFormat, ...]:
         """The levels that it stores; the first is the model itself."""
         ...
 
     @property
-    def finer(self) -> tuple[LevelKind, ...]:
-        """Kinds for mixes that are made whole, besides the levels."""
+    def finer(self) -> tuple[StorageFormat, ...]:
+        """Formats for mixes that are made whole, besides the levels."""
         ...
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
@@ -140,12 +125,12 @@ class TargetFiles(Protocol):
         """
         ...
 
-    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
         """Bytes of a linear [out, in].
 
         Args:
             shape: of the linear.
-            kind: how it is stored.
+            stored: how it is stored.
             packed: its bytes in a packed folder, if its weights are known.
         """
         ...
@@ -164,16 +149,26 @@ class TargetFiles(Protocol):
 class PackedFolder:
     """Files of ours."""
 
-    levels: tuple[LevelKind, ...] = KINDS
-    finer: tuple[LevelKind, ...] = FINER
+    levels: tuple[StorageFormat, ...] = LEVELS
+    finer: tuple[StorageFormat, ...] = FINER
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
         """Int8 embeddings, norms in bfloat16, headers."""
-        return other_bytes(reader, matrices)
+        total = 4096
+        for name, entry in reader.entries.items():
+            matrix = matrices.get(name)
+            count = entry.size_bytes // entry.dtype.itemsize
+            if matrix is None:
+                total += count * min(entry.dtype.itemsize, 2)
+            elif matrix.prunable:
+                total += HEADER_BYTES
+            else:
+                total += count + 4 * entry.shape[0]
+        return total
 
-    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
         """What the formats say, of the weights where they are known."""
-        return float(size_of(shape, kind)) if packed is None else packed
+        return float(size_of(shape, stored)) if packed is None else packed
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Nothing is missing."""
@@ -182,10 +177,10 @@ class PackedFolder:
 
 @dataclass(frozen=True)
 class GGUFFolder:
-    """A packed folder with a GGUF file beside, which is what counts."""
+    """A packed folder and a GGUF file in it, which is what counts."""
 
-    levels: tuple[LevelKind, ...] = KINDS[:3]
-    finer: tuple[LevelKind, ...] = ()
+    levels: tuple[StorageFormat, ...] = LEVELS[:3]
+    finer: tuple[StorageFormat, ...] = ()
 
     def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
         """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
@@ -198,11 +193,11 @@ class GGUFFolder:
         bare = self.levels[0]
         return whole - round(sum(self.linear((out, into), bare, None) for out, into in shapes))
 
-    def linear(self, shape: tuple[int, int], kind: LevelKind, packed: float | None) -> float:
+    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
         """Rows of blocks."""
         from secateur.exporting.gguf.writing import bytes_of_matrix
 
-        return float(bytes_of_matrix(shape, kind.values))
+        return float(bytes_of_matrix(shape, stored.values))
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Export every matrix in the type nearest to how it is stored."""
@@ -212,9 +207,6 @@ class GGUFFolder:
         source = ExportSource(GGUF_NAME, folder, config, reader)
         return GGUF().write(source, "stored", folder, progress).file_bytes
 
-
-GGUF_NAME = "model"
-"""The file is `model-stored.gguf`."""
 
 PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
 

@@ -10,15 +10,16 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.recipes.sizes import bytes_of
 from secateur.recipes.structure import Kept, StructureRecipe
-from secateur.structured.accounting import accounting
-from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of
+from secateur.sparsity.patterns import parse_pattern
+from secateur.structured.accounting import Accounting, accounting
+from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of, unit_width
+from secateur.structured.design import design
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")
 """Options that set the total reduction of heads and neurons."""
 
 UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
-
 
 KINDS = {
     "kv_groups": "groups",
@@ -28,6 +29,13 @@ KINDS = {
     "hidden_size": "hidden",
 }
 """The kind of units that an option cuts."""
+
+UNIT_NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
+
+
+def trims_vocabulary(recipe: StructureRecipe) -> bool:
+    """Whether a recipe removes tokens."""
+    return recipe.vocabulary is not None or recipe.vocabulary_size is not None
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class CutPlan:
         neurons: fraction of FFN neurons to remove.
         joint: fraction to remove from the parameters of heads and neurons together; None if each
             has its own fraction.
-        ends: number of layers at the start and at the end that keep all heads and neurons.
+        whole_layers: number of layers at the start and at the end that keep all heads and neurons.
     """
 
     sizes: Sizes
@@ -55,11 +63,11 @@ class CutPlan:
     heads: float = 0.0
     neurons: float = 0.0
     joint: float | None = None
-    ends: tuple[int, int] = (0, 0)
+    whole_layers: tuple[int, int] = (0, 0)
 
     def narrowed(self, layers: int) -> range:
         """The layers whose heads and neurons are cut, from the given number of remaining layers."""
-        return range(self.ends[0], layers - self.ends[1])
+        return range(self.whole_layers[0], layers - self.whole_layers[1])
 
     @property
     def narrows(self) -> bool:
@@ -74,7 +82,7 @@ class CutPlan:
 
 
 def count(kept: Kept, total: int, what: str) -> int:
-    """Return how many of `total` units to keep.
+    """How many of `total` units to keep.
 
     Args:
         kept: a number of units, or a fraction (a float of at most 1).
@@ -98,14 +106,14 @@ def count(kept: Kept, total: int, what: str) -> int:
     return int(number)
 
 
-def fewer(kept: Kept, total: int, what: str) -> int | None:
-    """Return how many units to keep; None for all. Arguments and errors as in `count`."""
+def _fewer(kept: Kept, total: int, what: str) -> int | None:
+    """How many units to keep; None for all. Arguments and errors as in `count`."""
     number = count(kept, total, what)
     return number if number < total else None
 
 
 def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """Return the plan of a recipe for a model. A target in time is searched later (`width.py`).
+    """The plan of a recipe for a model. A target in time is searched later (`width.py`).
 
     Args:
         recipe: the user's recipe.
@@ -126,14 +134,14 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         drop = layers - count(recipe.keep_layers, layers, "decoder layers")
     hidden = experts = None
     if recipe.hidden_size is not None:
-        hidden = fewer(recipe.hidden_size, sizes.hidden, "channels of the residual stream")
+        hidden = _fewer(recipe.hidden_size, sizes.hidden, "channels of the residual stream")
     if recipe.experts is not None:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
-        experts = experts_of(recipe.experts, sizes)
-    queries = queries_of(recipe, sizes)
+        experts = _experts_of(recipe.experts, sizes)
+    queries = _queries_of(recipe, sizes)
     heads = neurons = 0.0
-    ends = ends_of(recipe, layers - drop)
+    whole_layers = _whole_layers(recipe, layers - drop)
     if recipe.kv_cache is not None and sizes.latent:
         raise RecipeError(
             f"each layer keeps {sizes.latent} values of a token, however many heads it has",
@@ -142,50 +150,41 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         )
     if recipe.kv_cache is not None:  # removed layers no longer need their part of the cache
         gone = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
-        heads = gone * (layers - drop) / (layers - drop - sum(ends))
+        heads = gone * (layers - drop) / (layers - drop - sum(whole_layers))
         if heads >= 1:
             raise RecipeError(
-                f"no KV groups would stay between the {sum(ends)} layers that keep all",
+                f"no KV groups would stay between the {sum(whole_layers)} layers that keep all",
                 remedy="keep more of the cache, or fewer layers whole",
             )
         if recipe.allocation in (None, "uniform"):  # only whole groups, at most the target
             most = max(1, *sizes.groups)
             heads = ceil(heads * most - 1e-9) / most
     if recipe.kv_groups is not None:
-        heads = 1 - share(recipe.kv_groups, sizes.groups, "KV groups")
+        heads = 1 - _share(recipe.kv_groups, sizes.groups, "KV groups")
     if recipe.ffn is not None:
-        neurons = 1 - share(recipe.ffn, sizes.neurons, "FFN neurons")
+        neurons = 1 - _share(recipe.ffn, sizes.neurons, "FFN neurons")
     if any(n % recipe.multiple for n in sizes.neurons):
         raise RecipeError(
             f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
             remedy="choose a number that divides them, such as 8 or 64",
         )
     if any(getattr(recipe, name) is not None for name in TARGETS):
-        check_narrowable(model, sizes)
-    aim = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, ends=ends)
-    target = decoder_target(recipe, model)
+        _check_narrowable(sizes)
+    plan = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, whole_layers=whole_layers)
+    target = _decoder_target(recipe, model)
     if target is not None:
-        aim = with_target(aim, target, model)
-    tokens = recipe.vocabulary is not None or recipe.vocabulary_size is not None
-    if not aim.cuts and recipe.decode_latency is None and not tokens:
+        plan = _with_target(plan, target, model)
+    if not plan.cuts and recipe.decode_latency is None and not trims_vocabulary(recipe):
         raise RecipeError(
             "the recipe cuts nothing: the model already has these sizes",
             remedy="give a smaller number, or a fraction below 1 such as 0.75",
         )
-    return aim
+    return plan
 
 
-def experts_of(wanted: int | float, sizes: Sizes) -> int | None:
-    """How many experts each layer keeps; as many of each group between which a router chooses.
-
-    Args:
-        wanted: a number, or a fraction; a fraction is rounded to even groups.
-        sizes: of the model.
-
-    Raises:
-        RecipeError: the groups would be uneven.
-    """
-    kept, groups = fewer(wanted, max(sizes.experts), "experts of a layer"), sizes.expert_groups
+def _experts_of(wanted: int | float, sizes: Sizes) -> int | None:
+    """How many experts each layer keeps; as many of each group between which a router chooses."""
+    kept, groups = _fewer(wanted, max(sizes.experts), "experts of a layer"), sizes.expert_groups
     if kept is None or kept % groups == 0:
         return kept
     if isinstance(wanted, int):
@@ -208,7 +207,7 @@ def check_together(recipe: StructureRecipe) -> None:
     steps = ("keep_layers", "experts", "hidden_size", "query_heads")
     others = [n for n in steps if getattr(recipe, n) is not None]
     if not targets + widths + others:
-        if recipe.vocabulary is not None or recipe.vocabulary_size is not None:
+        if trims_vocabulary(recipe):
             return
         raise RecipeError(
             "the recipe cuts nothing",
@@ -237,12 +236,8 @@ def check_together(recipe: StructureRecipe) -> None:
         )
 
 
-def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
-    """Return how many query heads of each KV group to keep; None for all.
-
-    Raises:
-        RecipeError: a group has only one query head, or the number is impossible.
-    """
+def _queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
+    """How many query heads of each KV group to keep; None for all."""
     if recipe.query_heads is None:
         return None
     each = sizes.heads_per_group
@@ -251,41 +246,28 @@ def queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
             "every query head of the model has a key and a value of its own",
             remedy="cut them together, with --kv-groups",
         )
-    return fewer(recipe.query_heads, each, "query heads of a KV group")
+    return _fewer(recipe.query_heads, each, "query heads of a KV group")
 
 
-def ends_of(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
-    """Return the number of layers at the start and at the end that keep all heads and neurons.
-
-    Args:
-        recipe: the user's recipe.
-        layers: number of remaining layers.
-
-    Raises:
-        RecipeError: no layer would remain between them, or the recipe cuts query heads, which
-            must be equally many in all layers.
-    """
-    ends = recipe.whole_first, recipe.whole_last
-    if sum(ends) >= layers:
+def _whole_layers(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
+    """The number of layers at the start and at the end that keep all heads and neurons."""
+    first, last = recipe.whole_first, recipe.whole_last
+    if first + last >= layers:
         raise RecipeError(
-            f"{ends[0]} layers at the start and {ends[1]} at the end keep everything, but only "
+            f"{first} layers at the start and {last} at the end keep everything, but only "
             f"{layers} layers remain",
             remedy="keep fewer layers whole",
         )
-    if any(ends) and recipe.query_heads is not None:
+    if first + last and recipe.query_heads is not None:
         raise RecipeError(
             "all layers must have equally many query heads in a KV group, so no layer can keep all",
             remedy="leave --whole-first and --whole-last out, or --query-heads",
         )
-    return ends
+    return first, last
 
 
-def check_narrowable(model: Any, sizes: Sizes) -> None:
-    """Refuse a target that cuts of heads and neurons cannot reach.
-
-    Raises:
-        RecipeError: there are no neurons to fill the gap that whole heads leave.
-    """
+def _check_narrowable(sizes: Sizes) -> None:
+    """Refuse a target that cuts of heads and neurons cannot reach."""
     if max(sizes.neurons) < 2:
         raise RecipeError(
             "the model has no FFN neurons outside its experts, and cuts of whole heads alone "
@@ -294,12 +276,8 @@ def check_narrowable(model: Any, sizes: Sizes) -> None:
         )
 
 
-def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
-    """Return the fraction of units to keep in every layer.
-
-    Raises:
-        RecipeError: the number exceeds the model's, or no layer has such units.
-    """
+def _share(kept: Kept, each: tuple[int, ...], what: str) -> float:
+    """The fraction of units to keep in every layer."""
     most = max(each)
     if not most:
         raise RecipeError(f"the model has no {what} to cut")
@@ -310,8 +288,8 @@ def share(kept: Kept, each: tuple[int, ...], what: str) -> float:
     return count(kept, most, f"{what} of a layer") / most
 
 
-def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
-    """Return the fraction of the decoder's parameters to keep; None without a target."""
+def _decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
+    """The fraction of the decoder's parameters to keep; None without a target."""
     if recipe.keep_parameters is not None:
         return recipe.keep_parameters
     if recipe.max_size is None:
@@ -329,15 +307,11 @@ def decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     return left
 
 
-def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
-    """Return the plan with the fraction that heads and neurons must lose together.
-
-    Raises:
-        RecipeError: the other cuts already reach the target, or no width can reach it.
-    """
-    found = accounting(model, representative(aim))
+def _with_target(plan: CutPlan, target: float, model: Any) -> CutPlan:
+    """The plan with the fraction that heads and neurons must lose together."""
+    found = accounting(model, representative(plan))
     whole, rest = found.before.decoder, found.after
-    width = rest.ffn + (rest.attention if any(aim.sizes.groups) else 0)
+    width = rest.ffn + (rest.attention if any(plan.sizes.groups) else 0)
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
         most, least = rest.decoder / whole, (rest.decoder - width) / whole
@@ -346,27 +320,149 @@ def with_target(aim: CutPlan, target: float, model: Any) -> CutPlan:
             f"leave {most:.2%}, and without any heads and neurons {least:.2%} would be left",
             remedy=f"give a target between {least:.2%} and {most:.2%}, or leave it out",
         )
-    return replace(aim, joint=joint)
+    return replace(plan, joint=joint)
 
 
-def representative(aim: CutPlan) -> Cut:
+def representative(plan: CutPlan) -> Cut:
     """A cut that keeps the planned numbers of layers, experts, channels, query heads: the first."""
-    layers = range(aim.sizes.layers - aim.drop_layers)
+    layers = range(plan.sizes.layers - plan.drop_layers)
     experts = {}
-    if aim.keep_experts is not None:
-        each = aim.sizes.expert_groups  # which keep the same number
+    if plan.keep_experts is not None:
+        each = plan.sizes.expert_groups  # which keep the same number
         experts = {
-            i: tuple(e for e in range(n) if e * each % n < aim.keep_experts)
-            for i, n in enumerate(aim.sizes.experts)
+            i: tuple(e for e in range(n) if e * each % n < plan.keep_experts)
+            for i, n in enumerate(plan.sizes.experts)
             if n and i in layers
         }
-    hidden = None if aim.keep_hidden is None else tuple(range(aim.keep_hidden))
+    hidden = None if plan.keep_hidden is None else tuple(range(plan.keep_hidden))
     queries = {}
-    if aim.keep_queries is not None:
-        each = aim.sizes.heads_per_group
+    if plan.keep_queries is not None:
+        each = plan.sizes.heads_per_group
         queries = {
-            i: tuple(head for head in range(n) if head % each < aim.keep_queries)
-            for i, n in enumerate(aim.sizes.queries)
+            i: tuple(head for head in range(n) if head % each < plan.keep_queries)
+            for i, n in enumerate(plan.sizes.queries)
             if n and i in layers
         }
     return Cut(layers=tuple(layers), queries=queries, experts=experts, hidden=hidden)
+
+
+def counted_cut(recipe: StructureRecipe, plan: CutPlan, model: Any) -> Accounting:
+    """Count what a cut would remove, if all layers lose equally many units.
+
+    Args:
+        recipe: the user's recipe.
+        plan: the plan of the cut; a target in time is not known yet.
+        model: the uncut skeleton.
+    """
+    whole = accounting(model, representative(plan), pad=recipe.pad)
+    if not plan.narrows:
+        return whole
+    left = design(model, representative(plan), pad=recipe.pad).skeleton
+    found = accounting(left, uniform_cut(plan, left, recipe.multiple), pad=recipe.pad)
+    return Accounting(whole.before, found.after, whole.varied or found.varied)
+
+
+def check_width(recipe: StructureRecipe, plan: CutPlan, model: Any) -> None:
+    """Refuse, before any work, a width that whole heads and neurons cannot make.
+
+    Args:
+        recipe: the user's recipe.
+        plan: the plan of the recipe; a target in time is not checked here.
+        model: the uncut skeleton.
+
+    Raises:
+        RecipeError: no unit of a kind would stay, or no unit of a cut kind would go.
+    """
+    if not plan.narrows:
+        return
+    left = design(model, representative(plan)).skeleton
+    sizes = sizes_of(left)
+    if recipe.allocation not in (None, "uniform"):
+        width_shares(plan, sizes, left)
+        return
+    cut = uniform_cut(plan, left, recipe.multiple)
+    for kind, gone in (("groups", plan.heads), ("neurons", plan.neurons)):
+        units = getattr(sizes, kind)
+        if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
+            raise RecipeError(
+                f"all {max(units)} {UNIT_NAMES[kind]} of a layer would stay",
+                remedy="keep less, or in smaller multiples: --multiple",
+            )
+
+
+def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
+    """A cut that removes the same number of heads and neurons from all layers.
+
+    It keeps the first units. A run later selects the units on text; their number, and so size and
+    speed, stay the same.
+
+    Args:
+        plan: the plan of the cut.
+        model: loaded or a skeleton, already cut to the kept layers, experts and channels.
+        multiple: the number of kept neurons is a multiple of this.
+
+    Raises:
+        RecipeError: whole units cannot reach the aim, or no unit of a kind would stay.
+    """
+    sizes = sizes_of(model)
+    kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
+    for kind, gone in width_shares(plan, sizes, model).items():
+        width = unit_width(sizes, kind)
+        pattern = parse_pattern(pattern_text(sizes, kind, multiple))
+        for layer in plan.narrowed(sizes.layers):
+            units: int = getattr(sizes, kind)[layer]
+            if units and gone:
+                left = units - pattern.pruned((1, units * width), gone) // width
+                if not left:
+                    raise RecipeError(
+                        f"none of the {units} {UNIT_NAMES[kind]} of a layer would stay",
+                        remedy="keep more, or drop layers too: --keep-layers",
+                    )
+                kept[kind][layer] = tuple(range(left))
+    return Cut(groups=kept["groups"], neurons=kept["neurons"])
+
+
+def width_shares(plan: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
+    """The fractions of groups and of neurons to remove, before any allocation.
+
+    With a joint target, the fraction of groups is rounded down to whole groups, and neurons make
+    up the rest: there are hundreds of neurons for each group. The cut layers compensate for the
+    layers that stay whole.
+    """
+    if plan.joint is None:
+        return {k: x for k, x in (("groups", plan.heads), ("neurons", plan.neurons)) if x}
+    costs = unit_costs(sizes, model)
+    cut = plan.narrowed(sizes.layers)
+    gone = plan.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
+    total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
+    found = {}
+    if "groups" in costs:
+        most = max(sizes.groups)
+        found["groups"] = int(min(1, gone / sum(total.values())) * most + 1e-9) / most
+    found["neurons"] = (gone - found.get("groups", 0.0) * total.get("groups", 0)) / total["neurons"]
+    if not 0 <= found["neurons"] < 1:
+        raise RecipeError(
+            f"{found['neurons']:.0%} of the FFN neurons would have to go",
+            remedy="keep more parameters, or drop layers too: --keep-layers",
+        )
+    return found
+
+
+def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
+    """The pattern of the linear that reads units of a kind."""
+    together = multiple if kind == "neurons" else 1
+    return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
+
+
+def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
+    """The number of parameters that one unit of each kind removes."""
+    found = {}
+    for kind in ("groups", "neurons"):
+        each: tuple[int, ...] = getattr(sizes, kind)
+        if max(each) > 1:
+            layer = each.index(max(each))
+            fewer = {layer: tuple(range(each[layer] - 1))}
+            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
+            counted = accounting(model, cut)
+            found[kind] = counted.before.decoder - counted.after.decoder
+    return found

@@ -43,9 +43,8 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import mean_loss
 from secateur.types import Windows
 from secateur.workflows.run_windows import window_plan
-from secateur.workflows.structure.cut_plan import CutPlan, representative
+from secateur.workflows.structure.cut_plan import CutPlan, representative, uniform_cut
 from secateur.workflows.structure.steps import StepContext
-from secateur.workflows.structure.width import uniform_cut
 from secateur.workflows.train.checkpoint import OpenFile, stored_model
 from secateur.workflows.train.memory import check_memory, training_memory
 from secateur.workflows.train.session import run_loop
@@ -87,20 +86,30 @@ def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     how, trust = context.recipe.learned, context.recipe.trust_remote_code
     assert how is not None
     work, device = context.scratch("learned"), context.device
-    plan = plan_of(how)
-    found = domains_of(context, how, work)
-    check_fits(context, folder, found, plan)
+    # the loss rises while the gates close, so a rising loss does not end the training
+    training = TrainingPlan(
+        steps=how.steps,
+        learning_rate=how.learning_rate,
+        validations=0,
+        save_minutes=how.save_minutes,
+        diverged=0.0,
+    )
+    found = _domains_of(context, how, work)
+    _check_fits(context, folder, found, training)
     model = load_whole(folder, device, trust_remote_code=trust)
-    seed = context.recipe.calibration.seed
-    gates = LearnedMasks(model, shape_of(context, how), consumers_of(model), seed)
+    seed, sizes = context.recipe.calibration.seed, sizes_of(model)
+    readers = {
+        kind: Consumer(name, unit_width(sizes, kind)) for kind, name in consumers(model).items()
+    }
+    gates = LearnedMasks(model, _shape_of(context, how), readers, seed)
     next_token = NextToken.of(model)
-    loading = loading_of(found, how, model, next_token, plan, seed)
+    loading = _loading_of(found, how, model, next_token, training, seed)
     loop = Loop(
         model,
         Batches(torch.cat(list(found.windows.values())), how.batch, seed, loading),
         gates.objective(next_token),
         Masks.of(model),
-        plan,
+        training,
         saved=work,
         hooks=(gates,) if loading is None else (gates, loading),
         progress=context.progress,
@@ -121,49 +130,31 @@ def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
             "proportions": loading.proportions,
         }
     made = context.work / "learned-weights"
-    write_weights(folder, work / "final.safetensors", made, trust)
+    _write_weights(folder, work / "final.safetensors", made, trust)
     return cut, notes, made
 
 
-def plan_of(how: LearnedOptions) -> TrainingPlan:
-    """Return length and learning rate of the training of the weights.
-
-    The loss rises while the gates close, so a rising loss does not end the training.
-    """
-    return TrainingPlan(
-        steps=how.steps,
-        learning_rate=how.learning_rate,
-        validations=0,
-        save_minutes=how.save_minutes,
-        diverged=0.0,
-    )
-
-
-def shape_of(context: StepContext, how: LearnedOptions) -> Shape:
-    """Return the target sizes: the number of units of each kind to keep in every layer."""
-    aim, sizes = context.aim, context.aim.sizes
+def _shape_of(context: StepContext, how: LearnedOptions) -> Shape:
+    """The target sizes: the number of units of each kind to keep in every layer."""
+    plan, sizes = context.plan, context.plan.sizes
     model = context.target(context.source).model
-    widths = widths_of(aim, model, context.recipe.multiple)
+    widths = _widths_of(plan, model, context.recipe.multiple)
     return Shape(
         groups=widths.get("groups"),
         neurons=widths.get("neurons"),
-        layers=sizes.layers - aim.drop_layers if aim.drop_layers else None,
-        hidden=aim.keep_hidden,
+        layers=sizes.layers - plan.drop_layers if plan.drop_layers else None,
+        hidden=plan.keep_hidden,
         learning_rate=how.mask_learning_rate,
         warm_up=how.target_warm_up,
     )
 
 
-def widths_of(aim: CutPlan, model: Any, multiple: int) -> dict[str, int]:
-    """Return the KV groups and neurons to keep in every layer, for the kinds that are cut.
-
-    Raises:
-        RecipeError: the layers of the model differ.
-    """
-    if not aim.narrows:
+def _widths_of(plan: CutPlan, model: Any, multiple: int) -> dict[str, int]:
+    """The KV groups and neurons to keep in every layer, for the kinds that are cut."""
+    if not plan.narrows:
         return {}
-    left = design(model, representative(aim)).skeleton
-    cut, found = uniform_cut(aim, left, multiple), {}
+    left = design(model, representative(plan)).skeleton
+    cut, found = uniform_cut(plan, left, multiple), {}
     for kind in ("groups", "neurons"):
         counts = {len(units) for units in getattr(cut, kind).values()}
         if len(counts) > 1:
@@ -175,16 +166,6 @@ def widths_of(aim: CutPlan, model: Any, multiple: int) -> dict[str, int]:
         if counts:
             found[kind] = counts.pop()
     return found
-
-
-def consumers_of(model: Any) -> dict[str, Consumer]:
-    """Return the linears whose input columns are KV groups and neurons."""
-    sizes = sizes_of(model)
-    named = consumers(model)
-    return {kind: Consumer(name, unit_width(sizes, kind)) for kind, name in named.items()}
-
-
-# -- text ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,19 +181,14 @@ class Domains:
     held_out: Mapping[str, Windows]
 
 
-def domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
-    """Return the windows of calibration and of other domains. A resumed run reads its own files.
-
-    Raises:
-        RecipeError: a domain appears twice, or references name unknown domains.
-        SourceError: a text is missing or too short.
-    """
+def _domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
+    """The windows of calibration and of other domains. A resumed run reads its own files."""
     source = context.recipe.calibration.source
     found: dict[str, Tensor] = {source: context.windows}
     for number, text in enumerate(how.domains):
         file = work / f"domain-{number}.safetensors"
         if not file.exists():
-            save_windows(windows_of(context, text), file)
+            save_windows(_windows_of(context, text), file)
         found[text] = load_windows(file)
     if len(found) <= len(how.domains):
         raise RecipeError("a domain is named twice", remedy="name each text once")
@@ -242,7 +218,7 @@ def domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains
     )
 
 
-def windows_of(context: StepContext, text: str) -> Tensor:
+def _windows_of(context: StepContext, text: str) -> Tensor:
     """Cut the same number of windows from a text as from the calibration text, of equal length."""
     recipe, config = context.recipe, context.target(context.source).model.config
     length = int(context.windows.shape[1])
@@ -261,15 +237,15 @@ def windows_of(context: StepContext, text: str) -> Tensor:
     return windows
 
 
-def loading_of(
+def _loading_of(
     found: Domains,
     how: LearnedOptions,
     model: Any,
     next_token: NextToken,
-    plan: TrainingPlan,
+    training: TrainingPlan,
     seed: int,
 ) -> DomainLoading | None:
-    """Return the dynamic batch loading; None if there is only one domain.
+    """The dynamic batch loading; None if there is only one domain.
 
     If the recipe gives no reference for a domain, the loss of the uncut model is the reference.
     """
@@ -278,9 +254,9 @@ def loading_of(
 
     def losses(model: Any) -> dict[str, float]:
         device = next(model.parameters()).device
-        matmuls = partial(fast_matmuls if plan.fast_matmuls else exact_matmuls, device)
+        matmuls = partial(fast_matmuls if training.fast_matmuls else exact_matmuls, device)
         return {
-            name: mean_loss(model, next_token, ids, plan.at_once(ids.shape[1]), matmuls)
+            name: mean_loss(model, next_token, ids, training.at_once(ids.shape[1]), matmuls)
             for name, ids in found.held_out.items()
         }
 
@@ -291,15 +267,8 @@ def loading_of(
     )
 
 
-# -- memory and weights --------------------------------------------------------------------------
-
-
-def check_fits(context: StepContext, folder: Path, found: Domains, plan: TrainingPlan) -> None:
-    """Refuse a training that does not fit in memory.
-
-    Raises:
-        MemoryBudgetError: the training needs more; the message says how much.
-    """
+def _check_fits(context: StepContext, folder: Path, found: Domains, training: TrainingPlan) -> None:
+    """Refuse a training that does not fit in memory."""
     target = context.target(folder)
     windows = torch.cat(list(found.windows.values()))
     how = context.recipe.learned
@@ -311,9 +280,14 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
         trust_remote_code=context.recipe.trust_remote_code,
     )
     needed = training_memory(
-        recipe, target, None, TrainingText(windows, None, {}), plan, ProcessGroup(context.device)
+        recipe,
+        target,
+        None,
+        TrainingText(windows, None, {}),
+        training,
+        ProcessGroup(context.device),
     )
-    tokens = min(plan.at_once(windows.shape[1]), how.batch) * windows.shape[1]
+    tokens = min(training.at_once(windows.shape[1]), how.batch) * windows.shape[1]
     sizes = sizes_of(target.model)
     # The product of an activation and its gates is kept for the backward.
     gated = max(sizes.neurons) + max(sizes.queries) * sizes.head_dim
@@ -322,15 +296,8 @@ def check_fits(context: StepContext, folder: Path, found: Domains, plan: Trainin
     check_memory(replace(needed, forward=forward), recipe, context.device)
 
 
-def write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
-    """Write a copy of a checkpoint with trained weights.
-
-    Args:
-        folder: the checkpoint.
-        final: file of the float32 weights.
-        made: the copy. A copy that a killed run left is replaced.
-        trust: whether code that comes with the checkpoint may run.
-    """
+def _write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
+    """Write a copy of a checkpoint with trained weights."""
     shutil.rmtree(made, ignore_errors=True)
     stored = stored_model(folder, trust)
     with whole_folder(made) as partial_folder:

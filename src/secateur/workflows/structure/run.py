@@ -25,6 +25,7 @@ from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import EXTRA, load_windows, save_windows
 from secateur.engine.memory_budget import memory_budget
 from secateur.engine.plan import distilling_bytes
+from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
@@ -61,52 +62,43 @@ from secateur.workflows.run_windows import (
     window_plan,
     with_generated_windows,
 )
-from secateur.workflows.structure.cut_plan import CutPlan, plan_cut
+from secateur.workflows.structure.cut_plan import (
+    CutPlan,
+    check_width,
+    counted_cut,
+    plan_cut,
+    trims_vocabulary,
+)
 from secateur.workflows.structure.learned import check_learned, choose_learned
 from secateur.workflows.structure.steps import (
     NOTES,
     RefitStep,
     Step,
     StepContext,
+    check_vocabulary,
     choose_experts,
     choose_hidden,
     choose_layers,
     choose_queries,
     choose_width,
-    refits,
     refuse_several,
+    trimmed_source,
 )
-from secateur.workflows.structure.vocabulary import check_vocabulary, trimmed_source
-from secateur.workflows.structure.width import (
-    FILE,
-    check_width,
-    counted_cut,
-    found_latency,
-    planned_width,
-)
+from secateur.workflows.structure.width import LATENCY, find_latency, plan_width_run
 
 log = logging.getLogger(__name__)
 
-
 CALIBRATION, WINDOWS = "calibration.json", "windows.safetensors"
-
-
 MANIFEST, STEPS = "manifest.json", "steps.json"
 
-
-WAY = "way.json"
+DISTILLATION_MODE = "way.json"
 """The file with the number of windows in a sweep."""
-
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
     "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
     "other engines need --pad"
 )
-
-
-Read = tuple[Tensor, dict[str, Any]]
-"""Calibration windows [samples, sequence_length], and the record of their source."""
 
 
 @takes_options_of(StructureRecipe)
@@ -142,36 +134,29 @@ def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanR
     Raises:
         SecateurError: as the cut would.
     """
-    source, skeleton, aim = opened(recipe, Silent())
-    steps = [step.name for step in steps_of(recipe, aim, skeleton)]
-    tokens = recipe.vocabulary is not None or recipe.vocabulary_size is not None
-    steps = ["vocabulary"] * tokens + steps + ["distillation"] * bool(recipe.distillation.epochs)
-    found = counted_cut(recipe, aim, skeleton)
-    unknown = [
-        name
-        for name, given in {
-            "--vocabulary": tokens,
-            "--decode-latency": recipe.decode_latency is not None,
-            "--depth-units blocks": recipe.depth.units == "blocks" and aim.drop_layers > 0,
-        }.items()
-        if given
-    ]
-    fits = aim.narrows and recipe.learned is None
-    plan = planned_width(recipe, aim, source.folder) if fits else None
+    source, skeleton, plan = _open(recipe, Silent())
+    steps = [step.name for step in _steps_of(recipe, plan, skeleton)]
+    trimmed = trims_vocabulary(recipe)
+    steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
+    found = counted_cut(recipe, plan, skeleton)
+    conditions = {
+        "--vocabulary": trimmed,
+        "--decode-latency": recipe.decode_latency is not None,
+        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
+    }
+    unknown = tuple(name for name, given in conditions.items() if given)
+    memory = None
+    if plan.narrows and recipe.learned is None:
+        memory = plan_width_run(recipe, plan, source.folder)
     size = found.before.file_bytes if unknown else found.after.file_bytes
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "structure", size, read, call)
-    return CutPlanResult(
-        tuple(steps), found.before, None if unknown else found.after, tuple(unknown), plan
-    )
+    after = None if unknown else found.after
+    return CutPlanResult(tuple(steps), found.before, after, unknown, memory)
 
 
-def opened(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint, Any, CutPlan]:
-    """Open the model and check the recipe: the checkpoint, its skeleton, and the plan in units.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
+def _open(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint, Any, CutPlan]:
+    """Open the model and check the recipe: the checkpoint, its skeleton, and the plan in units."""
     check_learned(recipe)
     source = resolve(
         recipe.model,
@@ -183,10 +168,10 @@ def opened(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint
     if recipe.learned is not None:
         refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
-    aim = plan_cut(recipe, skeleton)
-    check_width(recipe, aim, skeleton)
+    plan = plan_cut(recipe, skeleton)
+    check_width(recipe, plan, skeleton)
     check_vocabulary(recipe, source, skeleton)
-    return source, skeleton, aim
+    return source, skeleton, plan
 
 
 def structure_recipe(
@@ -220,55 +205,51 @@ def structure_recipe(
     )
     domains = recipe.learned.domains if recipe.learned is not None else ()
     folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source), *domains)
-    source, skeleton, aim = opened(recipe, progress)
+    source, skeleton, plan = _open(recipe, progress)
     folder.keep_apart(source.folder)
     with folder:
-        folder.begin(identity(recipe, source, progress))
+        identity = {
+            **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+            "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+            "source_files": file_digests(shard_files(source.folder), progress),
+        }
+        folder.begin(identity)
         if not folder.finished:
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
-            cut_into(folder, recipe, source, skeleton, aim, timer, progress, meter, ranks)
+            _cut_into(folder, recipe, source, skeleton, plan, timer, progress, meter, ranks)
     broadcast(None, ranks)
     manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
     return StructureResult(manifest, folder.output)
 
 
-def identity(
-    recipe: StructureRecipe, source: LocalCheckpoint, progress: Progress
-) -> dict[str, Any]:
-    """Everything that affects the cut model."""
-    return {
-        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
-        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "source_files": file_digests(shard_files(source.folder), progress),
-    }
-
-
-def steps_of(recipe: StructureRecipe, aim: CutPlan, model: Any) -> list[Step | RefitStep]:
-    """Return the steps that a plan needs, in order. The model is the uncut skeleton."""
+def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[Step | RefitStep]:
+    """The steps that a plan needs, in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
         return [Step("learned", choose_learned)]
     found: list[Step | RefitStep] = []
-    if aim.drop_layers:
+    if plan.drop_layers:
         found.append(Step("depth", choose_layers))
-    if aim.keep_experts is not None:
+    if plan.keep_experts is not None:
         found.append(Step("experts", choose_experts))
-    if aim.keep_hidden is not None:
+    if plan.keep_hidden is not None:
         found.append(Step("hidden", choose_hidden))
-    if refits(recipe, aim, describe(model)):
+    channels = plan.keep_hidden is not None
+    helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    if helps and can_refit(describe(model), channels=channels):
         found.append(RefitStep())
-    if aim.keep_queries is not None:
+    if plan.keep_queries is not None:
         found.append(Step("queries", choose_queries))
-    if aim.narrows:
+    if plan.narrows:
         found.append(Step("width", choose_width))
     return found
 
 
-def cut_into(
+def _cut_into(
     folder: RunFolder,
     recipe: StructureRecipe,
     source: LocalCheckpoint,
     skeleton: Any,
-    aim: CutPlan,
+    plan: CutPlan,
     timer: StepTimer,
     progress: Progress,
     meter: Meter,
@@ -279,41 +260,39 @@ def cut_into(
     base, steps = trimmed_source(recipe, source, folder.work, progress)
     trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
     if steps:
-        aim = plan_cut(recipe, trimmed)
-    lessons, calibration = calibration_of(recipe, base, trimmed.config, folder, aim, progress)
-    windows, _ = split_extra(lessons, calibration.get(EXTRA, 0))
+        plan = plan_cut(recipe, trimmed)
+    all_windows, calibration = torch.empty((0, 0), dtype=torch.int64), dict[str, Any]()
+    if plan.cuts or recipe.decode_latency or recipe.distillation.epochs:
+        all_windows, calibration = _calibrate(recipe, base, trimmed.config, folder, progress)
+    windows, _ = split_extra(all_windows, calibration.get(EXTRA, 0))
     if recipe.decode_latency is not None:
-        latency = found_latency(recipe, aim, trimmed, device, timer, progress, folder.work / FILE)
-        aim = replace(aim, joint=latency["joint"])
-    made = base.folder
+        latency = find_latency(
+            recipe, plan, trimmed, device, timer, progress, folder.work / LATENCY
+        )
+        plan = replace(plan, joint=latency["joint"])
+    made, file = base.folder, folder.work / WINDOWS
     context = StepContext(
-        recipe,
-        aim,
-        base.folder,
-        windows,
-        folder.work / WINDOWS,
-        device,
-        folder.work,
-        progress,
-        ranks,
+        recipe, plan, base.folder, windows, file, device, folder.work, progress, ranks
     )
-    for step in steps_of(recipe, aim, trimmed):
-        made, notes = step.carry_out(context, made)
+    for step in _steps_of(recipe, plan, trimmed):
+        made, notes = step.run(context, made)
         steps.append(notes)
     stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
     copy_of(stored, folder.model).create(progress)
     (folder.model / NOTES).unlink(missing_ok=True)
-    distilled = distill(recipe, base, folder, lessons, device, progress)
-    found = verified(skeleton, source.folder, folder.model, steps, recipe)
+    distilled = None
+    if recipe.distillation.epochs:
+        distilled = _distill(recipe, base, folder, all_windows, device, progress)
+    found = _verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
-    manifest = manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
+    manifest = _manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
     manifest["formats"] = formats_of(source.folder, folder.model)
     manifest["structure"]["latency"] = latency
     manifest["cost"]["resumed"] = folder.resumed
     write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
     if calibration:
-        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+        shutil.copyfile(file, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
@@ -322,14 +301,30 @@ def cut_into(
     folder.finish()
 
 
-def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: Any) -> Read:
-    """Return the calibration windows of the text, the extra ones at the end, and their record."""
-    options, tokenizer = recipe.calibration, None
+def _calibrate(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    config: Any,
+    folder: RunFolder,
+    progress: Progress,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Make the windows of the text, those that the uncut model generates, and the extra ones.
+
+    A resumed run reads the stored windows. The record of their source is written last, so a record
+    means that the windows are complete.
+
+    Returns:
+        Calibration windows [windows, sequence_length], and the record of their source.
+    """
+    file, record = folder.work / WINDOWS, folder.work / CALIBRATION
+    if record.exists():
+        return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
+    options, tokenizer, trust = recipe.calibration, None, recipe.trust_remote_code
     plan = window_plan(options, config)
     plan = replace(plan, extra=extra_windows(plan, options, recipe.distillation))
     if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
-    windows, record = load_calibration(
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
+    windows, provenance = load_calibration(
         options.source,
         tokenizer,
         plan,
@@ -337,151 +332,97 @@ def read_calibration(recipe: StructureRecipe, source: LocalCheckpoint, config: A
         vocab_size=text_config(config).vocab_size,
         positions=positions_of(config),
     )
-    log_short_text(plan.extra, record)
-    return windows, record
-
-
-def calibration_of(
-    recipe: StructureRecipe,
-    source: LocalCheckpoint,
-    config: Any,
-    folder: RunFolder,
-    aim: CutPlan,
-    progress: Progress,
-) -> Read:
-    """Return the windows of the text, those that the uncut model generates, and the extra ones.
-
-    Without a step that reads them there are none, and no record.
-    A resumed run reads the stored windows. The record of their source is written last, so a record
-    means that the windows are complete.
-    """
-    if not (aim.cuts or recipe.decode_latency or recipe.distillation.epochs):
-        return torch.empty((0, 0), dtype=torch.int64), {}
-    file, record = folder.work / WINDOWS, folder.work / CALIBRATION
-    if record.exists():
-        return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
-    windows, provenance = read_calibration(recipe, source, config)
-    windows, extra = split_extra(windows, provenance.get(EXTRA, 0))
-    options = recipe.calibration
-    if options.generated_windows:
+    log_short_text(plan.extra, provenance)
+    count, start = provenance.get(EXTRA, 0), provenance.get("start_tokens", ())
+    windows, extra = split_extra(windows, count)
+    generated = options.generated_windows
+    if generated:
         windows = with_generated_windows(
-            source.folder,
-            windows,
-            options.generated_windows,
-            options.seed,
-            choose_device(recipe.device),
-            progress,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        provenance = {
-            **provenance,
-            "generated": options.generated_windows,
-            "generated_prefix": PREFIX,
-        }
-    start, count = provenance.get("start_tokens", ()), provenance.get(EXTRA, 0)
+            source.folder, windows, generated, options.seed, choose_device(recipe.device),
+            progress, trust_remote_code=trust,
+        )  # fmt: skip
+        provenance = {**provenance, "generated": generated, "generated_prefix": PREFIX}
     windows = torch.cat([windows, extra])
     save_windows(windows, file, start=start, extra=count)
     write_json(record, provenance)
     return windows, provenance
 
 
-def distill(
+def _distill(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
     folder: RunFolder,
     windows: Tensor,
     device: torch.device,
     progress: Progress,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Distill the uncut model into the cut one, and overwrite its weights with the result.
 
     Both models are in memory if they fit, else one decoder layer (`training/layerwise.py`). In
     memory everything learns but the embeddings and the head; in sweeps the decoder layers learn.
     """
-    if not recipe.distillation.epochs:
-        return None
     trust, reader = recipe.trust_remote_code, CheckpointReader(folder.model)
     dense = CheckpointTarget(open_weights(source.folder), None, device, trust_remote_code=trust)
     made = CheckpointTarget(
         reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
     )
-    size = sweep_windows_of(recipe, dense, folder, windows)
-    how = recipe.distillation
-    data = DistillationData(
-        windows, recipe.calibration.seed, how.epochs, how.peak_learning_rate, how.next_token
-    )
-    if size:
-        return learn_streamed(recipe, dense, made, folder, data, size, progress)
-    return learn_whole(recipe, source, made, folder, data, progress)
+    size = _sweep_windows(recipe, dense, folder.work / DISTILLATION_MODE, windows)
+    how, seed = recipe.distillation, recipe.calibration.seed
+    data = DistillationData(windows, seed, how.epochs, how.peak_learning_rate, how.next_token)
+    saved = folder.work / "distillation"
+    if not size:
+        return _distill_whole(recipe, source, made, folder.model, data, saved, progress)
+    width = hidden_size(made.model)
+
+    def student_of(module: nn.Module, number: int) -> Student:
+        return Student(module, frozenset(trainable_names(made, number)), width)
+
+    layers = range(len(made.layers))
+    return LayerwiseDistillation(
+        dense, folder.model, layers, student_of, data, size, saved, progress,
+        trust_remote_code=trust,
+    ).learn_into(made)  # fmt: skip
 
 
-def sweep_windows_of(
-    recipe: StructureRecipe, dense: CheckpointTarget, folder: RunFolder, windows: Tensor
+def _sweep_windows(
+    recipe: StructureRecipe, dense: CheckpointTarget, file: Path, windows: Tensor
 ) -> int:
-    """Return the number of windows in a sweep; 0 if both whole models fit into memory.
+    """The number of windows in a sweep; 0 if both whole models fit into memory.
 
     The choice is stored, so a resumed run keeps it.
     """
-    told, asked = folder.work / WAY, recipe.distillation.sweep_windows
-    if told.exists():
-        return int(json.loads(told.read_text(encoding="utf-8"))["sweep_windows"])
-    size = asked or 0
-    if asked is None:
-        budget = memory_budget(recipe.memory.max_bytes, dense.device).computing
+    if file.exists():
+        return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
+    size = recipe.distillation.sweep_windows
+    if size is None:
+        size, budget = 0, memory_budget(recipe.memory.max_bytes, dense.device).computing
         # of two models of the uncut size
         needed = distilling_bytes(dense, windows[:1])
         needed += resident_bytes() if dense.device.type == "cpu" else 0
         if needed > budget:
             size = SWEEP_WINDOWS
             log_sweeps(size, needed, budget)
-    write_json(told, {"sweep_windows": size})
+    write_json(file, {"sweep_windows": size})
     return size
 
 
-def learn_streamed(
-    recipe: StructureRecipe,
-    dense: CheckpointTarget,
-    made: CheckpointTarget,
-    folder: RunFolder,
-    data: DistillationData,
-    size: int,
-    progress: Progress,
-) -> dict[str, float]:
-    """Distill with one decoder layer in memory."""
-    width = hidden_size(made.model)
-
-    def student_of(module: nn.Module, number: int) -> Student:
-        return Student(module, frozenset(trainable_names(made, number)), width)
-
-    return LayerwiseDistillation(
-        dense,
-        folder.model,
-        range(len(made.layers)),
-        student_of,
-        data,
-        size,
-        folder.work / "distillation",
-        progress,
-        trust_remote_code=recipe.trust_remote_code,
-    ).learn_into(made)
-
-
-def learn_whole(
+def _distill_whole(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
     made: CheckpointTarget,
-    folder: RunFolder,
+    folder: Path,
     data: DistillationData,
+    saved: Path,
     progress: Progress,
 ) -> dict[str, float]:
     """Distill with both models in memory."""
-    saved, device, trust = folder.work / "distillation", made.device, recipe.trust_remote_code
+    device, trust = made.device, recipe.trust_remote_code
 
     def train() -> dict[str, float]:
         teacher = load_whole(
             source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
         )
-        student = load_whole(folder.model, device, trust_remote_code=trust)
+        student = load_whole(folder, device, trust_remote_code=trust)
         outside = {id(p) for p in student.get_input_embeddings().parameters()}
         outside |= {id(p) for p in student.get_output_embeddings().parameters()}
         trained = [
@@ -501,14 +442,10 @@ def learn_whole(
     return losses
 
 
-def verified(
+def _verified(
     skeleton: Any, source: Path, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
 ) -> Accounting:
-    """Count the parameters of the written model, and compare them with the notes of the steps.
-
-    Raises:
-        VerificationError: the numbers of parameters differ.
-    """
+    """Count the parameters of the written model, and compare them with the notes of the steps."""
     made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
     if form_of(source) is not None:
@@ -524,7 +461,7 @@ def verified(
     return Accounting(before, after, steps[-1]["varied"])
 
 
-def manifest_of(
+def _manifest_of(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
     steps: list[dict[str, Any]],
@@ -551,7 +488,7 @@ def manifest_of(
         },
         "allocation": {"name": recipe.allocation or "uniform"},
         "structure": {
-            "steps": [summary(step) for step in steps],
+            "steps": [_summary(step) for step in steps],
             "before": {**asdict(found.before), "parameters": found.before.parameters},
             "after": {**asdict(found.after), "parameters": found.after.parameters},
             "decoder_removed": found.decoder_removed,
@@ -571,7 +508,7 @@ def manifest_of(
     }
 
 
-def summary(step: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a step without its lists of indices, which `steps.json` keeps."""
     tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
     return {

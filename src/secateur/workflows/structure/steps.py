@@ -19,16 +19,17 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import read_documents, texts_of
 from secateur.calibration.windows import load_windows
 from secateur.engine.choose.channels import hidden_scores
-from secateur.engine.choose.depth import DepthSettings, Dropped, choose_depth
+from secateur.engine.choose.depth import DepthSettings, choose_depth
 from secateur.engine.choose.experts import (
     ExpertChoice,
     ExpertUse,
@@ -38,17 +39,16 @@ from secateur.engine.choose.experts import (
 )
 from secateur.engine.memory_budget import fitting_plan
 from secateur.engine.plan import Plan, plan_run
-from secateur.engine.prune.refit import Refit, can_refit
+from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import Selection, tasks_of
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
-from secateur.models.architecture import Architecture
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.copies import copy_of
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import open_weights
-from secateur.models.sources import resolve
+from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.structure import StructureRecipe, WhatToCut
@@ -59,13 +59,14 @@ from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from secateur.structured.token_pieces import pieces_of
+from secateur.structured.vocabulary import read_tokenizer, token_tables, trim_vocabulary
 from secateur.workflows.prune.workers import broadcast, digest_of, refuse_another_model
-from secateur.workflows.structure.cut_plan import CutPlan
-from secateur.workflows.structure.width import Narrowing
+from secateur.workflows.structure.cut_plan import CutPlan, trims_vocabulary
+from secateur.workflows.structure.width import WidthRun
 
 NOTES = "step.json"
-"""The file that a step writes beside its model."""
-
+"""The file that a step writes into the folder of its model."""
 
 SHARED = {"model", "experts"}
 """The fields of `WhatToCut` that several processes may fill."""
@@ -77,7 +78,7 @@ class StepContext:
 
     Attributes:
         recipe: recipe of the cut.
-        aim: the plan in units.
+        plan: of the cut, in units.
         source: the folder of the uncut model.
         windows: calibration tokens [samples, sequence_length].
         windows_file: the file of these windows.
@@ -88,7 +89,7 @@ class StepContext:
     """
 
     recipe: StructureRecipe
-    aim: CutPlan
+    plan: CutPlan
     source: Path
     windows: Tensor
     windows_file: Path
@@ -123,7 +124,7 @@ class Step:
     name: str
     choose: Callable[[StepContext, Path], tuple[Cut, dict[str, Any], Path]]
 
-    def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def run(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Choose and cut, unless an earlier run did. Return the new folder and its notes."""
         made = context.work / self.name
         if not made.exists():
@@ -143,13 +144,83 @@ class Step:
                 (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
             if kept != folder:
                 shutil.rmtree(kept)
-        notes = json.loads((made / NOTES).read_text(encoding="utf-8"))
-        return made, notes
+        return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
+
+
+def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton: Any) -> None:
+    """Refuse what cannot be trimmed, before any work.
+
+    Raises:
+        RecipeError: the text is a file of windows, or the size is not smaller.
+        ArchitectureError: the tokenizer or the model is of a kind that cannot be trimmed.
+    """
+    if not trims_vocabulary(recipe):
+        return
+    pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
+    rows = token_tables(skeleton).rows
+    if any(text.endswith(".safetensors") for text in texts_of(_vocabulary_text(recipe))):
+        raise RecipeError(
+            "tokens are counted in a text, and this is a file of windows",
+            where=_vocabulary_text(recipe),
+            remedy="name a text with --vocabulary",
+        )
+    if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
+        raise RecipeError(
+            "windows of token ids would have other ids after the vocabulary is trimmed",
+            where=recipe.calibration.source,
+            remedy="calibrate on a text, or trim the vocabulary in a run of its own",
+        )
+    if recipe.vocabulary_size is not None and recipe.vocabulary_size >= rows:
+        raise RecipeError(
+            f"the vocabulary has {rows} tokens, the recipe keeps {recipe.vocabulary_size}",
+            where="--vocabulary-size",
+            remedy="give a smaller number",
+        )
+
+
+def trimmed_source(
+    recipe: StructureRecipe, source: LocalCheckpoint, work: Path, progress: Progress
+) -> tuple[LocalCheckpoint, list[dict[str, Any]]]:
+    """The model with the smaller vocabulary, and the notes of the step.
+
+    It is the first step, so that all later ones see the smaller model. A recipe that removes no
+    token gives the source itself, and no notes. The folder is whole or does not exist, so a killed
+    run resumes after it.
+
+    Raises:
+        RecipeError: fewer tokens than have to stay, or none is removed.
+        VerificationError: a text is cut into other tokens than before.
+    """
+    if not trims_vocabulary(recipe):
+        return source, []
+    made, text, field = work / "vocabulary", _vocabulary_text(recipe), recipe.calibration.field
+    if not made.exists():
+        with whole_folder(made) as partial:
+            documents = [d for x in texts_of(text) for d in read_documents(x, field=field)]
+            found = trim_vocabulary(
+                source.folder,
+                partial,
+                documents,
+                recipe.vocabulary_size,
+                where=text,
+                trust_remote_code=recipe.trust_remote_code,
+                progress=progress,
+            )
+            by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
+            notes = {"step": "vocabulary", "by": by, "text": text, **found}
+            (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
+    notes = json.loads((made / NOTES).read_text(encoding="utf-8"))
+    return replace(source, folder=made), [notes]
+
+
+def _vocabulary_text(recipe: StructureRecipe) -> str:
+    """The text in which tokens are counted."""
+    return recipe.vocabulary or recipe.calibration.source
 
 
 def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the decoder layers or sub-blocks to remove."""
-    how, sizes, drop = context.recipe.depth, context.aim.sizes, context.aim.drop_layers
+    how, sizes, drop = context.recipe.depth, context.plan.sizes, context.plan.drop_layers
     by_layers = how.units == "layers"
     depth = DepthSettings(
         units=how.units,
@@ -161,25 +232,20 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
     work = context.scratch("depth")
     dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
     notes = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
-    return without(dropped, sizes.layers), notes, folder
-
-
-def without(dropped: Dropped, layers: int) -> Cut:
-    """Return the cut without the dropped units."""
-    kept = tuple(i for i in range(layers) if i not in dropped.layers)
-    return Cut(
-        layers=kept,
+    cut = Cut(
+        layers=tuple(i for i in range(sizes.layers) if i not in dropped.layers),
         groups=dict.fromkeys(dropped.attention, ()),
         neurons=dict.fromkeys(dropped.ffn, ()),
     )
+    return cut, notes, folder
 
 
 def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the experts to keep, and merge the others into them if the recipe says so."""
     target, recipe = context.target(folder), context.recipe
-    assert context.aim.keep_experts is not None
+    assert context.plan.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    broadcast(SurveyOrder(str(context.windows_file), digest_of(target.reader)), context.ranks)
+    broadcast(SurveyJob(str(context.windows_file), digest_of(target.reader)), context.ranks)
     use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
@@ -190,15 +256,18 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
         recipe.experts_scope,
         recipe.calibration.seed,
     )
-    kept = kept_experts(use, context.aim.keep_experts, how)
+    kept = kept_experts(use, context.plan.keep_experts, how)
     if recipe.experts_by == "merge":
-        folder = merged(context, folder, kept, use)
-    told = {str(layer): heard.to_json() for layer, heard in use.items()}
-    notes = {"by": recipe.experts_by, "scope": recipe.experts_scope, "use": told}
+        folder = _merge_experts(context, folder, kept, use)
+    notes = {
+        "by": recipe.experts_by,
+        "scope": recipe.experts_scope,
+        "use": {str(layer): of_layer.to_json() for layer, of_layer in use.items()},
+    }
     return Cut(experts=kept), notes, folder
 
 
-def merged(
+def _merge_experts(
     context: StepContext,
     folder: Path,
     kept: Mapping[int, tuple[int, ...]],
@@ -227,33 +296,33 @@ def merged(
 def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
     target = context.target(folder)
-    assert context.aim.keep_hidden is not None
+    assert context.plan.keep_hidden is not None
     settings = Settings(
         micro_batch_tokens=context.recipe.memory.micro_batch_tokens,
         fast_matmuls=context.recipe.fast_matmuls,
         work=context.scratch("hidden"),
     )
-    hidden = context.aim.sizes.hidden
+    hidden = context.plan.sizes.hidden
     scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
-    order = scores.argsort(descending=True, stable=True)[: context.aim.keep_hidden]
+    order = scores.argsort(descending=True, stable=True)[: context.plan.keep_hidden]
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
 
 def choose_queries(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
-    assert context.aim.keep_queries is not None
-    return narrowing(context, folder, "thinned").thin_groups(context.aim.keep_queries)
+    assert context.plan.keep_queries is not None
+    return _width_run(context, folder, "thinned").cut_queries(context.plan.keep_queries)
 
 
 def choose_width(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the heads and neurons to keep, and refit their readers in a folder."""
-    return narrowing(context, folder, "narrowed").narrow(context.aim)
+    return _width_run(context, folder, "narrowed").cut_width(context.plan)
 
 
-def narrowing(context: StepContext, folder: Path, name: str) -> Narrowing:
-    """Return a run that chooses units of a model folder and writes to a folder of this name."""
+def _width_run(context: StepContext, folder: Path, name: str) -> WidthRun:
+    """A run that chooses units of a model folder and writes to a folder of this name."""
     output = context.work / name
-    return Narrowing(context.recipe, folder, output, context.windows_file, context.progress)
+    return WidthRun(context.recipe, folder, output, context.windows_file, context.progress)
 
 
 class RefitStep:
@@ -261,7 +330,7 @@ class RefitStep:
 
     name = "refit"
 
-    def carry_out(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def run(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Refit into a new folder, unless an earlier run did. Return the folder and its notes.
 
         A killed refit resumes after the last layer in its ledger.
@@ -277,7 +346,13 @@ class RefitStep:
             else:
                 copy.create(context.progress)
                 ledger.begin()
-            self.refit(context, context.target(folder, copy), ledger).execute(done)
+            cut, dense = context.target(folder, copy), context.target(context.source)
+            layers = _kept(context, "depth", "layers") or range(len(dense.layers))
+            hidden = _kept(context, "hidden", "hidden")
+            settings = _refit_settings(context, dense)
+            Refit(
+                dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
+            ).execute(done)
             notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
             record = dict.fromkeys(("before", "after"), notes["after"])
             record |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
@@ -285,31 +360,9 @@ class RefitStep:
             partial.rename(made)
         return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
 
-    def refit(self, context: StepContext, cut: CheckpointTarget, ledger: Ledger) -> Refit:
-        """Return the refit of the model that the previous steps left."""
-        dense = context.target(context.source)
-        layers = kept(context, "depth", "layers") or range(len(dense.layers))
-        return Refit(
-            dense,
-            cut,
-            layers,
-            kept(context, "hidden", "hidden"),
-            context.windows,
-            settings_of(context, dense),
-            ledger,
-            context.progress,
-        )
 
-
-def refits(recipe: StructureRecipe, aim: CutPlan, architecture: Architecture) -> bool:
-    """Whether the recipe enables this step, and the step can help."""
-    channels = aim.keep_hidden is not None
-    chosen = recipe.asymmetric and (channels or aim.drop_layers > 0)
-    return chosen and can_refit(architecture, channels=channels)
-
-
-def kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
-    """Return the units of one kind that the earlier steps kept; None for all."""
+def _kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
+    """The units of one kind that an earlier step kept; None for all."""
     notes = context.work / step / NOTES
     if not notes.exists():
         return None
@@ -317,12 +370,8 @@ def kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
     return found
 
 
-def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
-    """Return the settings, with hidden states on disk if memory cannot hold them.
-
-    Raises:
-        MemoryBudgetError: there is not enough memory even with hidden states on disk.
-    """
+def _refit_settings(context: StepContext, dense: CheckpointTarget) -> Settings:
+    """Settings with hidden states on disk if memory cannot hold them."""
     memory = context.recipe.memory
     # a run that fits writers to the uncut model needs the same: two layers and their forwards
     tasks = tasks_of(dense, Selection(), compose("wanda", "unstructured"), 0.5)
@@ -340,18 +389,14 @@ def settings_of(context: StepContext, dense: CheckpointTarget) -> Settings:
     def planned(activations: str) -> Plan:
         return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
 
-    return settings(
-        fitting_plan(
-            planned,
-            dense.device,
-            max_memory=memory.max_bytes,
-            activations=memory.activations,
-        )[1]
+    _, activations = fitting_plan(
+        planned, dense.device, max_memory=memory.max_bytes, activations=memory.activations
     )
+    return settings(activations)
 
 
 @dataclass(frozen=True)
-class SurveyOrder:
+class SurveyJob:
     """What the other processes need to survey experts.
 
     Attributes:
@@ -363,7 +408,7 @@ class SurveyOrder:
     source: str
 
 
-def follow(recipe: StructureRecipe, ranks: Ranks) -> None:
+def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
     """Do the share of one process, which is not the first.
 
     Args:
@@ -373,20 +418,20 @@ def follow(recipe: StructureRecipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: this process sees other files than the first one.
     """
-    while (told := broadcast(None, ranks)) is not None:
-        order = SurveyOrder(**told)
-        file = Path(order.windows)
+    while (content := broadcast(None, ranks)) is not None:
+        job = SurveyJob(**content)
+        file = Path(job.windows)
         if not file.exists():
             raise RecipeError(
                 f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
                 "windows of the run",
-                where=order.windows,
+                where=job.windows,
                 remedy="put --output on a file system that all machines share",
             )
         trust = recipe.trust_remote_code
         source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
         reader = open_weights(source.folder)
-        if digest_of(reader) != order.source:
+        if digest_of(reader) != job.source:
             refuse_another_model(ranks.rank, source.folder)
         target = CheckpointTarget(
             reader, None, choose_device(recipe.device), trust_remote_code=trust

@@ -36,19 +36,118 @@ from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 from secateur.workflows.prune.checkpoint import run_prepared
 from secateur.workflows.prune.prepare import Prepared, choose_plan, prepare, tasks_for
-from secateur.workflows.structure.cut_plan import CutPlan, representative
+from secateur.workflows.structure.cut_plan import (
+    CutPlan,
+    pattern_text,
+    representative,
+    uniform_cut,
+    unit_costs,
+    width_shares,
+)
+
+LEVEL = 0.05
+"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
+
+LATENCY = "latency.json"
+"""The file of the measurements in the work folder. A resumed run reads it."""
+
+FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
+"""Fractions of heads and neurons to keep in the first pass."""
+
+PASSES = 3
+
+BETWEEN = 4
+"""Sizes of each later pass: three passes distinguish fractions of 1 %."""
 
 
-def values_of(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class WidthRequest:
+    """The settings of a run over the linears that read units.
+
+    Attributes:
+        starts: fraction of units to remove before any allocation, by glob of linears.
+        patterns: patterns by glob of linears.
+        costs: cost of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
+    """
+
+    starts: Mapping[str, float]
+    patterns: Mapping[str, Pattern]
+    costs: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WidthRun:
+    """Chooses units with a pruning run, which also refits the linears that read them.
+
+    Attributes:
+        recipe: recipe of the cut.
+        folder: folder of the model.
+        output: folder of the same model with columns of zeros.
+        windows: file of the calibration tokens.
+        progress: receives every step.
+    """
+
+    recipe: StructureRecipe
+    folder: Path
+    output: Path
+    windows: Path
+    progress: Progress
+
+    def cut_width(self, plan: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
+        """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
+        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
+        sizes = self.prune(lambda target: _width_asked(recipe, plan, target), allocation)
+        cut = self.cut()
+        if allocation == "uniform":
+            cut = Cut(
+                groups=_evened(cut.groups, sizes.groups),
+                neurons=_evened(cut.neurons, sizes.neurons),
+            )
+        return cut, self.notes() | {"allocation": allocation}, self.output
+
+    def cut_queries(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
+        """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
+        sizes = self.prune(lambda target: _queries_asked(heads, target), "uniform")
+        cut = self.cut(kinds=("queries",))
+        kept = {i: _evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
+        return Cut(queries=kept), self.notes(), self.output
+
+    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
+        """Run, unless an earlier run made `output`. Return the sizes of the model."""
+        recipe, output = self.recipe, self.output
+        if not output.exists():
+            folder = RunFolder(output, "prune", resume=True)
+            values = _values_of(recipe, allocation) | {
+                "model": str(self.folder),
+                "output": str(output),
+                "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
+            }
+            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
+            prepared = _requested(prepared, request(prepared.target))
+            run_prepared(prepared, folder, self.progress, Meter.start())
+        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
+
+    def cut(self, **kinds: Any) -> Cut:
+        """The kept units of the pruned model."""
+        trust = self.recipe.trust_remote_code
+        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
+
+    def notes(self) -> dict[str, Any]:
+        """The record of the choice."""
+        return {"score": _score_of(self.recipe), "solver": self.recipe.solver}
+
+
+def _values_of(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
     """The recipe of the pruning run that chooses units, without model, output and text."""
     return {
-        "score": score_of(recipe),
+        "score": _score_of(recipe),
         "solver": recipe.solver,
         "method_parameters": recipe.method_parameters,
         "sparsity": 0.0,
@@ -61,232 +160,38 @@ def values_of(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
     }
 
 
-def requested(prepared: Prepared, found: WidthRequest) -> Prepared:
-    """The same run over the linears that read units."""
-    selection = replace(
-        prepared.selection,
-        include=tuple(found.starts),
-        exclude=found.whole,
-        starts=found.starts,
-    )
-    methods = {
-        glob: replace(prepared.method, pattern=pattern) for glob, pattern in found.patterns.items()
-    }
-    return replace(prepared, selection=selection, methods=methods, costs=found.costs)
-
-
-def planned_width(recipe: StructureRecipe, aim: CutPlan, folder: Path) -> Plan:
-    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
-
-    Args:
-        recipe: the user's recipe.
-        aim: the plan of the cut.
-        folder: folder of the uncut model.
-
-    Raises:
-        MemoryBudgetError: the run exceeds the budget.
-    """
-    values = values_of(recipe, recipe.allocation or "uniform") | {
-        "model": str(folder),
-        "calibration": recipe.calibration.model_dump(),
-    }
-    prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
-    prepared = requested(prepared, width_asked(recipe, aim, prepared.target))
-    return choose_plan(prepared, tasks_for(prepared), recipe.memory)[0]
-
-
-def counted_cut(recipe: StructureRecipe, aim: CutPlan, model: Any) -> Accounting:
-    """Count what a cut would remove, if all layers lose equally many units.
-
-    Args:
-        recipe: the user's recipe.
-        aim: the plan of the cut; a target in time is not known yet.
-        model: the uncut skeleton.
-    """
-    whole = accounting(model, representative(aim), pad=recipe.pad)
-    if not aim.narrows:
-        return whole
-    left = design(model, representative(aim), pad=recipe.pad).skeleton
-    found = accounting(left, uniform_cut(aim, left, recipe.multiple), pad=recipe.pad)
-    return Accounting(whole.before, found.after, whole.varied or found.varied)
-
-
-def width_asked(recipe: StructureRecipe, aim: CutPlan, target: Target) -> WidthRequest:
-    """Return the settings for the readers of heads and neurons."""
-    model = target.model
-    sizes, readers = sizes_of(model), consumers(model)
-    starts = {f"*.{readers[k]}": x for k, x in shares(aim, sizes, model).items()}
-    layer_name, cut = target.architecture.layer_name, aim.narrowed(sizes.layers)
-    return WidthRequest(
-        {glob: share for glob, share in starts.items() if share > 0 or aim.joint is not None},
-        {
-            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
-            for kind, name in readers.items()
-        },
-        costs_of(layer_name, readers, sizes, model, recipe),
-        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
-    )
-
-
-def queries_asked(heads: int, target: Target) -> WidthRequest:
-    """Return the settings for the readers of query heads that keep the given number in a group."""
-    sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
-    each = sizes.heads_per_group
-    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
-    return WidthRequest({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
-
-
-def evened(
-    kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
-) -> dict[int, tuple[int, ...]]:
-    """Keep the same number of units in each cut layer: the number in the layer that kept most.
-
-    A layer keeps fewer if some of its units were already dead: their weights were zero before the
-    choice. Some dead units stay, so that all layers have one size.
-    """
-    most = max(map(len, kept.values()), default=0)
-    return {layer: filled(units, range(there[layer]), most) for layer, units in kept.items()}
-
-
-def evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
-    """Keep the same number of query heads in each KV group of a layer; see `evened`."""
-    each = sizes.heads_per_group
-    found: list[int] = []
-    for start in range(0, sizes.queries[layer], each):
-        group = range(start, start + each)
-        found += filled([head for head in kept if head in group], group, heads)
-    return tuple(found)
-
-
-def filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
-    """Return `count` units: the kept ones, then the first of the others."""
-    spare = [unit for unit in there if unit not in kept]
-    return tuple(sorted([*kept, *spare[: count - len(kept)]]))
-
-
-def score_of(recipe: StructureRecipe) -> str | None:
-    """Return the score of the recipe. With only a solver, this is the solver's own score."""
+def _score_of(recipe: StructureRecipe) -> str | None:
+    """The score of the recipe. With only a solver, this is the solver's own score."""
     if recipe.score is None and recipe.solver is not None:
         return solvers[recipe.solver].selects_by or "wanda"
     return recipe.score
 
 
-def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
-    """Return the pattern of the linear that reads units of a kind."""
-    together = multiple if kind == "neurons" else 1
-    return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
+def _width_asked(recipe: StructureRecipe, plan: CutPlan, target: Target) -> WidthRequest:
+    """The settings for the readers of heads and neurons."""
+    model = target.model
+    sizes, readers = sizes_of(model), consumers(model)
+    starts = {f"*.{readers[k]}": x for k, x in width_shares(plan, sizes, model).items()}
+    layer_name, cut = target.architecture.layer_name, plan.narrowed(sizes.layers)
+    return WidthRequest(
+        {glob: share for glob, share in starts.items() if share > 0 or plan.joint is not None},
+        {
+            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+            for kind, name in readers.items()
+        },
+        _costs_of(layer_name, readers, sizes, model, recipe),
+        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
+    )
 
 
-def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
-    """Return the number of parameters that one unit of each kind removes."""
-    found = {}
-    for kind in ("groups", "neurons"):
-        each: tuple[int, ...] = getattr(sizes, kind)
-        if max(each) > 1:
-            layer = each.index(max(each))
-            fewer = {layer: tuple(range(each[layer] - 1))}
-            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
-            counted = accounting(model, cut)
-            found[kind] = counted.before.decoder - counted.after.decoder
-    return found
-
-
-def shares(aim: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
-    """Return the fractions of groups and of neurons to remove, before any allocation.
-
-    With a joint target, the fraction of groups is rounded down to whole groups, and neurons make
-    up the rest: there are hundreds of neurons for each group. The cut layers compensate for the
-    layers that stay whole.
-
-    Raises:
-        RecipeError: removing all neurons would not be enough.
-    """
-    if aim.joint is None:
-        return {k: x for k, x in (("groups", aim.heads), ("neurons", aim.neurons)) if x}
-    costs = unit_costs(sizes, model)
-    cut = aim.narrowed(sizes.layers)
-    gone = aim.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
-    total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
-    found = {}
-    if "groups" in costs:
-        most = max(sizes.groups)
-        found["groups"] = int(min(1, gone / sum(total.values())) * most + 1e-9) / most
-    found["neurons"] = (gone - found.get("groups", 0.0) * total.get("groups", 0)) / total["neurons"]
-    if not 0 <= found["neurons"] < 1:
-        raise RecipeError(
-            f"{found['neurons']:.0%} of the FFN neurons would have to go",
-            remedy="keep more parameters, or drop layers too: --keep-layers",
-        )
-    return found
-
-
-def check_width(recipe: StructureRecipe, aim: CutPlan, model: Any) -> None:
-    """Refuse, before any work, a width that whole heads and neurons cannot make.
-
-    Args:
-        recipe: the user's recipe.
-        aim: the plan of the recipe; a target in time is not checked here.
-        model: the uncut skeleton.
-
-    Raises:
-        RecipeError: no unit of a kind would stay, or no unit of a cut kind would go.
-    """
-    if not aim.narrows:
-        return
-    left = design(model, representative(aim)).skeleton
-    sizes = sizes_of(left)
-    if recipe.allocation not in (None, "uniform"):
-        shares(aim, sizes, left)
-        return
-    cut = uniform_cut(aim, left, recipe.multiple)
-    for kind, gone in (("groups", aim.heads), ("neurons", aim.neurons)):
-        units = getattr(sizes, kind)
-        if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
-            raise RecipeError(
-                f"all {max(units)} {NAMES[kind]} of a layer would stay",
-                remedy="keep less, or in smaller multiples: --multiple",
-            )
-
-
-def uniform_cut(aim: CutPlan, model: Any, multiple: int) -> Cut:
-    """Return a cut that removes the same number of heads and neurons from all layers.
-
-    It keeps the first units. A run later selects the units on text; their number, and so size and
-    speed, stay the same.
-
-    Args:
-        aim: the plan of the cut.
-        model: loaded or a skeleton, already cut to the kept layers, experts and channels.
-        multiple: the number of kept neurons is a multiple of this.
-
-    Raises:
-        RecipeError: whole units cannot reach the aim, or no unit of a kind would stay.
-    """
-    sizes = sizes_of(model)
-    kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
-    for kind, gone in shares(aim, sizes, model).items():
-        width, pattern = unit_width(sizes, kind), parse_pattern(pattern_text(sizes, kind, multiple))
-        for layer in aim.narrowed(sizes.layers):
-            units: int = getattr(sizes, kind)[layer]
-            if units and gone:
-                left = units - pattern.pruned((1, units * width), gone) // width
-                if not left:
-                    raise RecipeError(
-                        f"none of the {units} {NAMES[kind]} of a layer would stay",
-                        remedy="keep more, or drop layers too: --keep-layers",
-                    )
-                kept[kind][layer] = tuple(range(left))
-    return Cut(groups=kept["groups"], neurons=kept["neurons"])
-
-
-def costs_of(
+def _costs_of(
     layer_name: Callable[[int], str],
     readers: Mapping[str, str],
     sizes: Sizes,
     model: Any,
     recipe: StructureRecipe,
 ) -> dict[str, int]:
-    """Return the cost of a unit of each linear in the budget of an allocation, in neurons.
+    """The cost of a unit of each linear in the budget of an allocation, in neurons.
 
     A group costs the number of neurons with as many parameters, rounded to a few levels of a
     search, so that groups and neurons are exchangeable.
@@ -304,6 +209,76 @@ def costs_of(
                 name = f"{layer_name(layer)}.{reader}"
                 named[name] = recipe.multiple if kind == "neurons" else levels * step
     return named
+
+
+def _queries_asked(heads: int, target: Target) -> WidthRequest:
+    """The settings for the readers of query heads that keep the given number in a group."""
+    sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+    each = sizes.heads_per_group
+    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+    return WidthRequest({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+
+
+def _requested(prepared: Prepared, found: WidthRequest) -> Prepared:
+    """The same run over the linears that read units."""
+    selection = replace(
+        prepared.selection,
+        include=tuple(found.starts),
+        exclude=found.whole,
+        starts=found.starts,
+    )
+    methods = {
+        glob: replace(prepared.method, pattern=pattern) for glob, pattern in found.patterns.items()
+    }
+    return replace(prepared, selection=selection, methods=methods, costs=found.costs)
+
+
+def _evened(
+    kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]
+) -> dict[int, tuple[int, ...]]:
+    """Keep the same number of units in each cut layer: the number in the layer that kept most.
+
+    A layer keeps fewer if some of its units were already dead: their weights were zero before the
+    choice. Some dead units stay, so that all layers have one size.
+    """
+    most = max(map(len, kept.values()), default=0)
+    return {layer: _filled(units, range(there[layer]), most) for layer, units in kept.items()}
+
+
+def _evened_groups(heads: int, sizes: Sizes, layer: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Keep the same number of query heads in each KV group of a layer; see `_evened`."""
+    each = sizes.heads_per_group
+    found: list[int] = []
+    for start in range(0, sizes.queries[layer], each):
+        group = range(start, start + each)
+        found += _filled([head for head in kept if head in group], group, heads)
+    return tuple(found)
+
+
+def _filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
+    """Return `count` units: the kept ones, then the first of the others."""
+    spare = [unit for unit in there if unit not in kept]
+    return tuple(sorted([*kept, *spare[: count - len(kept)]]))
+
+
+def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Plan:
+    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
+
+    Args:
+        recipe: the user's recipe.
+        plan: the plan of the cut.
+        folder: folder of the uncut model.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget.
+    """
+    values = _values_of(recipe, recipe.allocation or "uniform") | {
+        "model": str(folder),
+        "calibration": recipe.calibration.model_dump(),
+    }
+    prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
+    prepared = _requested(prepared, _width_asked(recipe, plan, prepared.target))
+    return choose_plan(prepared, tasks_for(prepared), recipe.memory)[0]
 
 
 @dataclass(frozen=True)
@@ -336,7 +311,7 @@ class SizeSearch:
     """The inputs for making and timing sizes.
 
     Attributes:
-        aim: the plan of the other cuts.
+        plan: the plan of the other cuts.
         uncut: skeleton of the uncut model.
         narrowable: the model after the other cuts.
         multiple: the number of kept neurons is a multiple of this.
@@ -345,7 +320,7 @@ class SizeSearch:
         progress: receives every turn.
     """
 
-    aim: CutPlan
+    plan: CutPlan
     uncut: Any
     narrowable: Any
     multiple: int
@@ -356,9 +331,9 @@ class SizeSearch:
     @property
     def alone(self) -> bool:
         """Whether only heads and neurons are cut."""
-        aim = self.aim
-        others = aim.keep_experts, aim.keep_hidden, aim.keep_queries
-        return not aim.drop_layers and others == (None, None, None)
+        plan = self.plan
+        others = plan.keep_experts, plan.keep_hidden, plan.keep_queries
+        return not plan.drop_layers and others == (None, None, None)
 
     def timed(
         self, fractions: Sequence[float], known: Collection[Size] = ()
@@ -377,12 +352,14 @@ class SizeSearch:
         made: dict[tuple[int, int], tuple[float, Any]] = {}
         for kept in fractions:
             try:
-                cut = uniform_cut(replace(self.aim, joint=1 - kept), self.narrowable, self.multiple)
+                cut = uniform_cut(
+                    replace(self.plan, joint=1 - kept), self.narrowable, self.multiple
+                )
             except RecipeError:  # the size is too small for whole units
                 continue
             skeleton = design(self.narrowable, cut).skeleton
             sizes = sizes_of(skeleton)
-            narrowed = self.aim.narrowed(sizes.layers)
+            narrowed = self.plan.narrowed(sizes.layers)
             units = (
                 max(sizes.groups[i] for i in narrowed),
                 max(sizes.neurons[i] for i in narrowed),
@@ -400,9 +377,9 @@ class SizeSearch:
         ], found.context_tokens
 
 
-def found_latency(
+def find_latency(
     recipe: StructureRecipe,
-    aim: CutPlan,
+    plan: CutPlan,
     model: Any,
     device: torch.device,
     timer: StepTimer,
@@ -413,7 +390,7 @@ def found_latency(
 
     Args:
         recipe: recipe with a target in time.
-        aim: the plan of the other cuts, with all heads and neurons.
+        plan: the plan of the other cuts, with all heads and neurons.
         model: the uncut skeleton.
         device: where a token is timed.
         timer: measures the time of a token.
@@ -431,15 +408,15 @@ def found_latency(
         return measured
     assert recipe.decode_latency is not None
     search = SizeSearch(
-        aim,
+        plan,
         design(model, Cut()).skeleton,
-        design(model, representative(aim)).skeleton,
+        design(model, representative(plan)).skeleton,
         recipe.multiple,
         device,
         timer,
         progress,
     )
-    best, sizes, context = largest(search, recipe.decode_latency)
+    best, sizes, context = _largest(search, recipe.decode_latency)
     found: dict[str, Any] = {
         "target": recipe.decode_latency,
         "joint": 1 - best.kept,
@@ -456,16 +433,12 @@ def found_latency(
     return found
 
 
-def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
-    """Return the largest size within the target, all timed sizes, and the length of the context.
-
-    Raises:
-        RecipeError: no size is within the target, or a size without any cut is.
-    """
+def _largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
+    """The largest size within the target, all timed sizes, and the length of the context."""
     sizes, context = search.timed(FIRST if search.alone else (1.0, *FIRST))
     within = [size for size in sizes if size.left <= target]
     if not within:
-        raise beyond_reach(target, sizes)
+        raise _beyond_reach(target, sizes)
     best = within[0]
     if best.kept == 1:
         raise RecipeError(
@@ -483,7 +456,7 @@ def largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
     return best, sorted(timed, key=lambda size: -size.kept), context
 
 
-def beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
+def _beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
     """The error that no size meets the target. It names the smallest measured size."""
     if not sizes:
         return RecipeError(
@@ -497,103 +470,3 @@ def beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
         f"({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
         remedy="ask for more than that, or drop layers too: --keep-layers",
     )
-
-
-NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
-
-
-LEVEL = 0.05
-"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
-
-
-FILE = "latency.json"
-"""The file of the measurements in the work folder. A resumed run reads it."""
-
-
-FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
-"""Fractions of heads and neurons to keep in the first pass."""
-
-
-PASSES = 3
-
-
-BETWEEN = 4
-"""Sizes of each later pass: three passes distinguish fractions of 1 %."""
-
-
-@dataclass(frozen=True)
-class WidthRequest:
-    """The settings of a run over the linears that read units.
-
-    Attributes:
-        starts: fraction of units to remove before any allocation, by glob of linears.
-        patterns: patterns by glob of linears.
-        costs: cost of a unit in the budget of an allocation, by linear.
-        whole: globs of linears that keep all units.
-    """
-
-    starts: Mapping[str, float]
-    patterns: Mapping[str, Pattern]
-    costs: Mapping[str, int] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Narrowing:
-    """Chooses units with a pruning run, which also refits the linears that read them.
-
-    Attributes:
-        recipe: recipe of the cut.
-        folder: folder of the model.
-        output: folder of the same model with columns of zeros.
-        windows: file of the calibration tokens.
-        progress: receives every step.
-    """
-
-    recipe: StructureRecipe
-    folder: Path
-    output: Path
-    windows: Path
-    progress: Progress
-
-    def narrow(self, aim: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
-        """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
-        recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
-        sizes = self.prune(lambda target: width_asked(recipe, aim, target), allocation)
-        cut = self.cut()
-        if allocation == "uniform":
-            cut = Cut(
-                groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons)
-            )
-        return cut, self.notes() | {"allocation": allocation}, self.output
-
-    def thin_groups(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
-        """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
-        sizes = self.prune(lambda target: queries_asked(heads, target), "uniform")
-        cut = self.cut(kinds=("queries",))
-        kept = {i: evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
-        return Cut(queries=kept), self.notes(), self.output
-
-    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
-        """Run, unless an earlier run made `output`. Return the sizes of the model."""
-        recipe, output = self.recipe, self.output
-        if not output.exists():
-            folder = RunFolder(output, "prune", resume=True)
-            values = values_of(recipe, allocation) | {
-                "model": str(self.folder),
-                "output": str(output),
-                "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
-            }
-            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
-            prepared = requested(prepared, request(prepared.target))
-            run_prepared(prepared, folder, self.progress, Meter.start())
-        return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
-
-    def cut(self, **kinds: Any) -> Cut:
-        """The kept units of the pruned model."""
-        trust = self.recipe.trust_remote_code
-        return cut_from_zeros(CheckpointReader(self.output), trust_remote_code=trust, **kinds)
-
-    def notes(self) -> dict[str, Any]:
-        """The record of the choice."""
-        return {"score": score_of(self.recipe), "solver": self.recipe.solver}

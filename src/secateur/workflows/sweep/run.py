@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,57 +62,108 @@ from secateur.workflows.prune.prepare import prepare, windows_needed
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
 
+CONDITIONS = (
+    "model",
+    "calibration",
+    "windows",
+    "sequence_length",
+    "seed",
+    "text",
+    "text_sequence_length",
+    "text_windows",
+    "device",
+    "trust_remote_code",
+)
+"""The options that must not change when a sweep resumes. New points are allowed."""
 
-def sweep_plan(
-    plan: SweepPlan,
-    output: str | Path,
-    *,
-    keep_models: bool = False,
-    ray: str | None = None,
-    ray_processes: int | None = None,
-    progress: Progress | None = None,
-) -> SweepResult:
-    """Prune and evaluate a model at every point of a plan, or resume a stopped sweep.
 
-    This writes `sweep.json` after every point, and a table and a plot at the end. A point that
-    fails is recorded as a failure, and the sweep continues. The next call tries it again.
+@takes_options_of(SweepRecipe)
+def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
+    """Prune and evaluate a model with several methods at several sparsities.
+
+    A point that fails is recorded as a failure, and the sweep continues. The next call with the
+    same output resumes the sweep, and tries failed points again.
 
     Args:
-        plan: the plan of the sweep.
-        output: folder of the sweep.
-        keep_models: keep the weights of every point.
-        ray: address of a Ray cluster whose processes take the points, or `local`.
-        ray_processes: how many points at a time.
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The points, and the dense model's perplexities.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
+
+
+def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
+    """Prune and evaluate a model at every point of a recipe, or resume a stopped sweep.
+
+    This writes `sweep.json` after every point, and a table and a plot at the end.
+
+    Args:
+        recipe: the recipe.
         progress: receives every step.
 
     Raises:
-        SecateurError: the plan is invalid, or the folder holds another sweep.
+        SecateurError: the recipe is invalid, or the folder holds another sweep.
     """
-    folder = Path(output)
+    if recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
+    folder = Path(recipe.output)
     check_writable(folder / "sweep.json", file=True)
     check_own(folder, "sweep", "sweep.json")
-    for read in (plan.model, plan.calibration, *plan.text):
+    for read in (recipe.model, recipe.calibration, *recipe.text):
         check_apart(read, folder, folder)
-    with alone(folder):
-        work = Work(plan, folder, keep_models, listener(progress))
-        work.begin()
-        work.judge_dense()
-        done = {point.key: point for point in work.record.points}
+    with _locked(folder):
+        run = SweepRun(recipe, folder, listener(progress))
+        run.begin()
+        run.judge_dense()
+        done = {point.key: point for point in run.record.points}
         for point in done.values():
-            work.drop_weights(point)
-        left = [key for key in work.grid if key not in done]
-        outcomes = work.in_turn(left)
-        if ray is not None:
-            outcomes = work.on_ray(left, ray, ray_processes)
-        for key, found in outcomes:
-            work.note(key, found)
-        result = SweepResult(work.record, folder)
-        write_views(result)
+            run.drop_weights(point)
+        left = [key for key in run.grid if key not in done]
+        for key, found in run.on_ray(left) if recipe.cluster.ray is not None else run.in_turn(left):
+            run.note(key, found)
+        result = SweepResult(run.record, folder)
+        _write_views(result)
     return result
 
 
+def _grid(recipe: SweepRecipe) -> list[PointKey]:
+    """Method, pattern and sparsity of each point, in order.
+
+    Raises:
+        RecipeError: there is no point.
+        PatternError: a pattern has the wrong form.
+    """
+    columns = [("unstructured", sparsity) for sparsity in recipe.sparsities]
+    for text in recipe.patterns:
+        implied = parse_pattern(text).sparsity
+        columns += [(text, s) for s in (recipe.sparsities if implied is None else [implied])]
+    grid = [(method, kind, round(s, 6)) for method in recipe.methods for kind, s in columns]
+    if not grid or not recipe.text:
+        raise RecipeError(
+            f"{len(recipe.methods)} methods, {len(columns)} sparsities, {len(recipe.text)} texts "
+            "to judge on: nothing to do",
+            remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
+        )
+    return list(dict.fromkeys(grid))
+
+
+def _point_name(key: PointKey) -> str:
+    """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
+    method, pattern, sparsity = key
+    implied = parse_pattern(pattern).sparsity
+    kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
+    share = [f"{100 * sparsity:g}"] if implied is None else []
+    return "-".join([method, *kind, *share])
+
+
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder of a sweep. A new folder that stays empty is removed afterwards.
 
     Raises:
@@ -123,8 +173,8 @@ def alone(folder: Path) -> Iterator[None]:
     lock, who = Lock(folder), folder / "run.json"
     try:
         if not lock.take():
-            told = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
-            raise in_use(told, folder)
+            record = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
+            raise in_use(record, folder)
         write_json(who, holder("sweep"))
         yield
     except OSError as error:
@@ -137,22 +187,22 @@ def alone(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-class Work:
+class SweepRun:
     """A running sweep: its folder, its measurements so far, and the data that all points share.
 
     Raises:
         SecateurError: a recipe is invalid. Nothing is written in this case.
     """
 
-    def __init__(self, plan: SweepPlan, folder: Path, keep: bool, progress: Progress) -> None:
-        self.plan, self.folder, self.keep, self.progress = plan, folder, keep, progress
-        self.grid = plan.grid()
-        self.device = choose_device(plan.device)
-        self.needy = [key for key in self.grid if self.needs_windows(key)]
+    def __init__(self, recipe: SweepRecipe, folder: Path, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.grid = _grid(recipe)
+        self.device = choose_device(recipe.device)
+        self.calibrated = [key for key in self.grid if self.needs_windows(key)]
         self.source = resolve(
-            plan.model, trust_remote_code=plan.trust_remote_code, progress=progress
+            recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress
         )
-        self.texts, self.windows, self.start = texts_of(plan, self.source)
+        self.texts, self.windows, self.start = _evaluation_texts(recipe, self.source)
         self.record = self.found_or_new()
 
     @property
@@ -161,17 +211,20 @@ class Work:
         return self.folder / "windows.safetensors"
 
     def found_or_new(self) -> Sweep:
-        """Return the record of the sweep in the folder, or an empty one.
+        """The record of the sweep in the folder, or an empty one.
 
         Raises:
-            RecipeError: the folder holds another sweep, or points that are not in this plan.
+            RecipeError: the folder holds another sweep, or points that are not in this recipe.
         """
-        digests = {text: digest(windows) for text, windows in self.windows.items()}
-        conditions = {**self.plan.conditions, "texts_sha256": digests}
+        conditions = {name: getattr(self.recipe, name) for name in CONDITIONS}
+        conditions |= {
+            "text": list(self.recipe.text),
+            "texts_sha256": {text: _digest(windows) for text, windows in self.windows.items()},
+        }
         file = self.folder / "sweep.json"
         if not file.exists():
             return Sweep(
-                model=self.plan.model,
+                model=self.recipe.model,
                 dense=SweepDense(),
                 environment=environment(self.device),
                 conditions=conditions,
@@ -187,7 +240,7 @@ class Work:
             for name in names
             if found.conditions.get(name) != conditions.get(name)
         ]
-        missing = [point_name(p.key) for p in found.points if p.key not in self.grid]
+        missing = [_point_name(p.key) for p in found.points if p.key not in self.grid]
         if missing:
             differing.append(f"measured, but not asked for now: {', '.join(missing)}")
         if differing:
@@ -200,7 +253,7 @@ class Work:
         return found.model_copy(update={"failures": ()})
 
     def save(self, **changes: Any) -> None:
-        """Change fields of the record and write it, with the points in the order of the plan."""
+        """Change fields of the record and write it, with the points in the order of the recipe."""
         record = self.record.model_copy(update=changes)
         points = sorted(record.points, key=lambda point: self.grid.index(point.key))
         self.record = record.model_copy(update={"points": tuple(points)})
@@ -213,15 +266,15 @@ class Work:
             RecipeError: the windows differ from the windows at the start of the sweep.
         """
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
-        if self.needy and self.record.calibration is None:
-            prepared = prepare(self.recipe(self.needy[0], self.plan.calibration))
+        if self.calibrated and self.record.calibration is None:
+            prepared = prepare(self.recipe_of(self.calibrated[0], self.recipe.calibration))
             assert prepared.windows is not None
-            told = prepared.calibration or {}
+            calibration = prepared.calibration or {}
             save_windows(
                 prepared.all_windows,
                 self.windows_file,
-                start=told.get("start_tokens", ()),
-                extra=told.get(EXTRA, 0),
+                start=calibration.get("start_tokens", ()),
+                extra=calibration.get(EXTRA, 0),
             )
             self.save(calibration=prepared.calibration)
             return
@@ -239,49 +292,49 @@ class Work:
     def stored_digest(self) -> str:
         """The digest of the stored calibration windows, without the extra ones."""
         windows = load_windows(self.windows_file)
-        return digest(windows[: len(windows) - stored_extra(self.windows_file)])
+        return _digest(windows[: len(windows) - stored_extra(self.windows_file)])
 
-    def recipe(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
-        """Return the recipe of a point. By default it uses the calibration windows of the sweep.
+    def recipe_of(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
+        """The recipe of a point. By default it uses the calibration windows of the sweep.
 
         Raises:
             SecateurError: the recipe is invalid.
         """
         method, pattern, sparsity = key
-        plan = self.plan
+        shared = self.recipe
         implied = parse_pattern(pattern).sparsity
         return build_recipe(
             PruneRecipe,
             {
-                "model": plan.model,
+                "model": shared.model,
                 "output": str(self.place(key)),
                 "effort" if method in presets and method not in methods else "method": method,
                 "pattern": pattern,
                 "sparsity": sparsity if implied is None else None,
                 "calibration": {
                     "source": calibration or str(self.windows_file),
-                    "windows": plan.windows,
-                    "sequence_length": plan.sequence_length,
-                    "seed": plan.seed,
+                    "windows": shared.windows,
+                    "sequence_length": shared.sequence_length,
+                    "seed": shared.seed,
                 },
-                "device": plan.device,
-                "trust_remote_code": plan.trust_remote_code,
+                "device": shared.device,
+                "trust_remote_code": shared.trust_remote_code,
             },
         )
 
     def needs_windows(self, key: PointKey) -> bool:
         """Whether a point needs calibration. This also checks its recipe."""
-        recipe = self.recipe(key)
+        recipe = self.recipe_of(key)
         method, _ = method_of(recipe)
         return windows_needed(recipe, method, allocation_of(recipe, method))
 
     def place(self, key: PointKey) -> Path:
         """The folder of a point."""
-        return self.folder / "points" / point_name(key)
+        return self.folder / "points" / _point_name(key)
 
     def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], dict[str, str]]:
-        """Return the mean loss on every text, in nats per token, and how the model computed."""
-        loaded = load_whole(folder, self.device, trust_remote_code=self.plan.trust_remote_code)
+        """The mean loss on every text, in nats per token, and how the model computed."""
+        loaded = load_whole(folder, self.device, trust_remote_code=self.recipe.trust_remote_code)
         losses = {}
         for text, windows in self.windows.items():
             with window_progress(progress, f"judging on {text}", len(windows)) as report:
@@ -310,21 +363,21 @@ class Work:
     def in_turn(self, keys: list[PointKey]) -> Iterator[Outcome]:
         """Measure points one after the other."""
         for key in keys:
-            place = f"{1 + self.grid.index(key)}/{len(self.grid)} {point_name(key)}"
+            place = f"{1 + self.grid.index(key)}/{len(self.grid)} {_point_name(key)}"
             try:
                 yield key, self.measure(key, Labelled(self.progress, place))
             except SecateurError as error:
                 yield key, error
 
-    def on_ray(
-        self, keys: list[PointKey], address: str, processes: int | None
-    ) -> Iterator[Outcome]:
+    def on_ray(self, keys: list[PointKey]) -> Iterator[Outcome]:
         """Measure points in processes of a Ray cluster, in the order in which they end."""
-        work = partial(measured_alone, self.plan, self.folder.absolute(), self.keep)
+        address, processes = self.recipe.cluster.ray, self.recipe.cluster.processes
+        assert address is not None
+        work = partial(_measure_alone, self.recipe, self.folder.absolute())
         on_gpu = self.device.type == "cuda"
         self.progress.start("points", len(keys))
         for key, found in each(address, processes, on_gpu, work, keys):
-            self.progress.step(note=point_name(key))
+            self.progress.step(note=_point_name(key))
             yield key, found
         self.progress.finish()
 
@@ -343,7 +396,7 @@ class Work:
         place = self.place(key)
         begun = place.with_name(place.name + ".partial")
         if begun.exists() or not place.exists():  # else it is pruned but not evaluated
-            run_recipe(self.recipe(key), progress, resume=True)
+            run_recipe(self.recipe_of(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.record.dense.perplexity
@@ -356,7 +409,7 @@ class Work:
             seconds=manifest.cost.seconds,
             peak_resident_bytes=manifest.cost.peak_resident_bytes,
             notes=notes,
-            folder=notes if self.keep else None,
+            folder=notes if self.recipe.keep_models else None,
         )
 
     def drop_weights(self, point: SweepPoint) -> None:
@@ -373,156 +426,37 @@ class Work:
             (place / NOTES / name).unlink(missing_ok=True)
 
 
-def measured_alone(plan: SweepPlan, folder: Path, keep: bool, key: PointKey) -> SweepPoint:
+def _measure_alone(recipe: SweepRecipe, folder: Path, key: PointKey) -> SweepPoint:
     """Measure a point in a process of its own. The process that began the sweep records it."""
-    return Work(plan, folder, keep, Silent()).measure(key, Silent())
+    return SweepRun(recipe, folder, Silent()).measure(key, Silent())
 
 
-def texts_of(
-    plan: SweepPlan, source: LocalCheckpoint
+def _evaluation_texts(
+    recipe: SweepRecipe, source: LocalCheckpoint
 ) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
-    """Return the evaluation texts, their windows, and the start tokens of each window."""
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=plan.trust_remote_code)
+    """The evaluation texts, their windows, and the start tokens of each window."""
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
     config = read_config(source.folder)
     longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
-    length = plan.text_sequence_length or min(2048, longest)
-    texts = {text: read_text(text) for text in plan.text}
+    length = recipe.text_sequence_length or min(2048, longest)
+    texts = {text: read_text(text) for text in recipe.text}
     windows = {
-        text: evaluation_windows(joined.text, tokenizer, length, max_windows=plan.text_windows)
+        text: evaluation_windows(joined.text, tokenizer, length, max_windows=recipe.text_windows)
         for text, joined in texts.items()
     }
     return texts, windows, start_tokens(tokenizer)
 
 
-def digest(windows: Tensor) -> str:
+def _digest(windows: Tensor) -> str:
     """A digest that identifies a set of windows."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
-def write_views(result: SweepResult) -> None:
-    """Write the table and the plot of a sweep beside its `sweep.json`."""
+def _write_views(result: SweepResult) -> None:
+    """Write the table and the plot of a sweep into its folder."""
     (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
     (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
     if result.points:
         charts = sweep_charts([result])
     if charts:  # a chart needs two points
         save_plots(charts, result.folder / "sweep")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """The points of a sweep, and the settings that all points share.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        methods: famous names or presets.
-        sparsities: fractions of zeros, for unstructured sparsity and for blocks.
-        patterns: patterns to try beside `unstructured`; N:M has its own sparsity.
-        calibration: text or windows file for all points.
-        windows: number of calibration windows.
-        sequence_length: tokens of a calibration window; None as in `secateur prune`.
-        seed: seed of the choice of windows.
-        text: text for the evaluation.
-        text_sequence_length: tokens of an evaluation window; 2048, or less if the model is shorter.
-        text_windows: evaluate only this many windows at the start of each text.
-        device: auto, cpu, cuda or cuda:N.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-    """
-
-    model: str
-    methods: tuple[str, ...]
-    sparsities: tuple[float, ...] = ()
-    patterns: tuple[str, ...] = ()
-    calibration: str = "c4"
-    windows: int = 128
-    sequence_length: int | None = None
-    seed: int = 0
-    text: tuple[str, ...] = ("wikitext2",)
-    text_sequence_length: int | None = None
-    text_windows: int | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """The settings that must not change when a sweep resumes. New points are allowed."""
-        told = asdict(self)
-        for free in ("methods", "sparsities", "patterns"):
-            del told[free]
-        return {**told, "text": list(self.text)}
-
-    def grid(self) -> list[PointKey]:
-        """Return method, pattern and sparsity of each point, in order.
-
-        Raises:
-            RecipeError: there is no point, or a sparsity is no fraction.
-            PatternError: a pattern has the wrong form.
-        """
-        odd = [sparsity for sparsity in self.sparsities if not 0 <= sparsity < 1]
-        if odd:
-            raise RecipeError(
-                f"{', '.join(f'{x:g}' for x in odd)}: no fraction of zeros in [0, 1)",
-                where="--sparsities",
-                remedy="0.5 prunes half of the weights",
-            )
-        columns = [("unstructured", sparsity) for sparsity in self.sparsities]
-        for text in self.patterns:
-            implied = parse_pattern(text).sparsity
-            columns += [(text, s) for s in (self.sparsities if implied is None else [implied])]
-        grid = [(method, kind, round(s, 6)) for method in self.methods for kind, s in columns]
-        if not grid or not self.text:
-            raise RecipeError(
-                f"{len(self.methods)} methods, {len(columns)} sparsities, {len(self.text)} texts "
-                "to judge on: nothing to do",
-                remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
-            )
-        return list(dict.fromkeys(grid))
-
-
-def point_name(key: PointKey) -> str:
-    """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
-    method, pattern, sparsity = key
-    implied = parse_pattern(pattern).sparsity
-    kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
-    share = [f"{100 * sparsity:g}"] if implied is None else []
-    return "-".join([method, *kind, *share])
-
-
-@takes_options_of(SweepRecipe)
-def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
-    """Prune and evaluate a model with several methods at several sparsities.
-
-    A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The points, and the dense model's perplexities.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
-
-
-def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
-    """Carry out a recipe.
-
-    Raises:
-        RecipeError: there is no output folder.
-    """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    shared = {name: getattr(recipe, name) for name in SweepPlan.__dataclass_fields__}
-    return sweep_plan(
-        SweepPlan(**shared),
-        recipe.output,
-        keep_models=recipe.keep_models,
-        ray=recipe.cluster.ray,
-        ray_processes=recipe.cluster.processes,
-        progress=progress,
-    )

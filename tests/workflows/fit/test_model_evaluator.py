@@ -16,8 +16,8 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.fit import FitRecipe
-from secateur.workflows.fit.evaluation import Yardstick
-from secateur.workflows.fit.storage_formats import LevelKind
+from secateur.workflows.fit.evaluation import ModelEvaluator
+from secateur.workflows.fit.storage_formats import StorageFormat
 from secateur.workflows.judge.perplexity import dense_losses
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -38,7 +38,7 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
     save_tiny(tmp_path / "work" / "other", **{"num_hidden_layers": 2, **shape})
     windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
     device = torch.device("cpu")
-    ground = SimpleNamespace(
+    context = SimpleNamespace(
         target=CheckpointTarget(reader, None, device), work=tmp_path / "work",
         recipe=SimpleNamespace(trust_remote_code=False), progress=Silent(),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
         other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
     for _ in range(2):  # the second one reads its file
-        measure = Yardstick(ground, windows, "some")  # type: ignore[arg-type]
+        measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
         found = measure.divergence(tmp_path / "work" / "other")
         assert found == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
         monkeypatch.setattr(
@@ -78,16 +78,16 @@ def test_a_packed_model_is_measured_as_it_runs(tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", **sizes)
     windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
     recipe = FitRecipe(model=str(tmp_path / "dense"), output="x", max_size="1MiB")
-    ground = SimpleNamespace(
+    context = SimpleNamespace(
         target=CheckpointTarget(reader, None, torch.device("cpu")), work=tmp_path / "work",
         source=resolve(str(tmp_path / "dense")), recipe=recipe, progress=Silent(),
     )  # fmt: skip
     names = [x for x in reader.entries if "_proj.weight" in x]
-    kinds = dict.fromkeys((x.removesuffix(".weight") for x in names), LevelKind("int4", 0.0))
-    ground.work.mkdir()
-    measure = Yardstick(ground, windows, "some")  # type: ignore[arg-type]
+    formats = dict.fromkeys((x.removesuffix(".weight") for x in names), StorageFormat("int4", 0.0))
+    context.work.mkdir()
+    measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
     folder = tmp_path / "dense"
-    packed, found = measure.packed(folder, folder, kinds)
+    packed, found = measure.packed(folder, folder, formats)
     assert packed == tmp_path / "work" / "packed" / "dense"
     assert {x.name for x in tmp_path.iterdir()} == {"dense", "work"}
     dense = logits_of(folder, windows)

@@ -11,18 +11,18 @@ import yaml
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.results.fit import FitResult
-from secateur.workflows.fit.build_models import Kinds
-from secateur.workflows.fit.candidates import Branch
-from secateur.workflows.fit.evaluation import Yardstick
+from secateur.workflows.fit.build_models import Formats
+from secateur.workflows.fit.candidates import StructuredCandidate
+from secateur.workflows.fit.evaluation import ModelEvaluator
 from tiny import save_tiny
 from zoo import tiny_windows
 
 OPTIONS = {"effort": "fast", "generations": 0, "max_size": "75KiB"}
 CUTS = (
-    Branch("one layer cut", "layers", {"keep_layers": 2}),
-    Branch("a third of the layers cut", "third", {"keep_layers": 0.67}),
-    Branch("half of the neurons cut", "ffn", {"ffn": 0.5}),
-    Branch("no such layers", "none", {"keep_layers": 9}),
+    StructuredCandidate("one layer cut", "layers", {"keep_layers": 2}),
+    StructuredCandidate("a third of the layers cut", "third", {"keep_layers": 0.67}),
+    StructuredCandidate("half of the neurons cut", "ffn", {"ffn": 0.5}),
+    StructuredCandidate("no such layers", "none", {"keep_layers": 9}),
 )
 
 
@@ -47,16 +47,18 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
-    monkeypatch.setattr("secateur.workflows.fit.candidates.BRANCHES", CUTS)
+    monkeypatch.setattr("secateur.workflows.fit.candidates.STRUCTURED_CANDIDATES", CUTS)
     monkeypatch.setattr("secateur.workflows.fit.candidates.WORTH", -1.0)
-    real = Yardstick.packed
+    real = ModelEvaluator.packed
 
-    def packed(self: Yardstick, sparse: Path, folder: Path, kinds: Kinds) -> tuple[Path, float]:
-        output, found = real(self, sparse, folder, kinds)
+    def packed(
+        self: ModelEvaluator, sparse: Path, folder: Path, formats: Formats
+    ) -> tuple[Path, float]:
+        output, found = real(self, sparse, folder, formats)
         return output, found if "branches" in folder.parts else found + 100.0
 
-    monkeypatch.setattr(Yardstick, "packed", packed)
-    monkeypatch.setattr("secateur.workflows.fit.pipeline.single", lambda *_: None)
+    monkeypatch.setattr(ModelEvaluator, "packed", packed)
+    monkeypatch.setattr("secateur.workflows.fit.run.best_single", lambda *_: None)
     result = fitted(place, "cut")
     outcomes = {one.name: one.outcome for one in result.branches}
     assert outcomes["a third of the layers cut"].startswith("the same cut")
