@@ -258,13 +258,6 @@ def answer(told: dict[str, Any]) -> None:
     ANSWERS.flush()
 
 
-if __name__ == "__main__":
-    # output of libraries must not mix with the answers
-    ANSWERS = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    _serve()
-
-
 CONTENDERS = (
     "packed",
     "packed in transformers",
@@ -407,3 +400,10 @@ def _quantize(model: Any, *, ours: bool) -> None:
             new = TorchInt8(weight, module.bias)
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner) if owner else model, leaf, new)
+
+
+if __name__ == "__main__":
+    # output of libraries must not mix with the answers
+    ANSWERS = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve()
