@@ -29,9 +29,9 @@ from secateur import export
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.recipes.calibration import CalibrationWindows
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.shared import CalibrationWindows
 from secateur.workflows.compress.storage_plan import find_matrices
 from secateur.workflows.fit.context import FitContext, TimeBudget
 from secateur.workflows.fit.costs import costs_of

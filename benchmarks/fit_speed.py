@@ -26,8 +26,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.recipes.compress import CompressRecipe
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.compress import CompressResult
 from secateur.runs.folder import RunFolder

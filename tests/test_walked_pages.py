@@ -25,8 +25,7 @@ import page_givens
 import secateur as package
 from commands import Outcome
 from page_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, commands, name_of, run_blocks
-from secateur.recipes.chain import ChainRecipe
-from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe
 from slow import slow_but
 

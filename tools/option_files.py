@@ -22,8 +22,7 @@ from typing import Any
 
 import secateur
 from secateur.recipes.keywords import type_text
-from secateur.recipes.options import Option, options_of, run_options_of
-from secateur.recipes.section import GROUPS
+from secateur.recipes.options import GROUPS, Option, options_of, run_options_of
 from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
 from written_files import write_or_check
 

@@ -20,8 +20,7 @@ from secateur.calibration.documents import read_documents
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_folder
-from secateur.recipes.chain import ChainRecipe
-from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
 from secateur.workflows.chain import checked_steps

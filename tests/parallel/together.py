@@ -208,7 +208,7 @@ def judge_together(model: str, dense: str, text: str, output: str) -> None:
     """What each process does: its share of an evaluation."""
     from secateur.parallel.processes import joined
     from secateur.progress import Silent
-    from secateur.recipes.evaluate import EvaluateRecipe
+    from secateur.recipes.measure import EvaluateRecipe
     from secateur.recipes.reading import build_recipe
     from secateur.workflows.judge.evaluate import run_evaluation
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from secateur.errors import RecipeError
-from secateur.recipes.faults import idle_lines
 from secateur.recipes.keywords import recipe_of
 from secateur.recipes.options import example_of, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe
+from secateur.recipes.reading import build_recipe, idle_lines
 from secateur.recipes.verbs import VERBS, imported
 from secateur.workflows.prune.composition import method_of
 

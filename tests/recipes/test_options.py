@@ -12,12 +12,10 @@ import pytest
 import secateur
 from secateur.cli.app import make_app
 from secateur.errors import RecipeError
-from secateur.recipes.flags import read_flag, recipe_from_flags
 from secateur.recipes.keywords import recipe_of
-from secateur.recipes.options import options_of, run_options_of
+from secateur.recipes.options import GROUPS, options_of, run_options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, nested
-from secateur.recipes.section import GROUPS
+from secateur.recipes.reading import build_recipe, nested, read_flag, recipe_from_flags
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from secateur.errors import RecipeError
-from secateur.recipes.flags import recipe_from_flags
-from secateur.recipes.options import options_of
+from secateur.recipes.options import bytes_of, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.recipes.serve import ServeRecipe
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.reading import build_recipe, dump_recipe, recipe_from_flags
+from secateur.recipes.running import ServeRecipe
 from secateur.recipes.verbs import VERBS, imported
 from secateur.recipes.yaml_text import read_yaml
 

@@ -13,8 +13,8 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
 from secateur.progress import Progress
+from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.sweep import SweepRecipe
 from secateur.reporting.results.sweep import SweepResult
 from secateur.runs.records import Sweep, read_record
 from secateur.workflows.sweep import run as sweeping

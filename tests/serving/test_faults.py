@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from secateur.errors import RecipeError
-from secateur.recipes.serve import ServeRecipe
+from secateur.recipes.running import ServeRecipe
 from secateur.workflows.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running
 from slow import slow

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.advise import AdviseRecipe
+    from secateur.recipes.measure import AdviseRecipe
     from secateur.reporting.results.advise import AdviseResult
 
 

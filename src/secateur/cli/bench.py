@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.bench import BenchRecipe
+    from secateur.recipes.measure import BenchRecipe
 
 
 def _run(recipe: BenchRecipe) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.chain import ChainRecipe
+    from secateur.recipes.prune import ChainRecipe
     from secateur.reporting.results.prune import ChainResult
 
 

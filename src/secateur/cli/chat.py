@@ -9,7 +9,7 @@ from secateur.cli.generate import opened, told_defaults, write
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.generate import ChatRecipe
+    from secateur.recipes.running import ChatRecipe
     from secateur.workflows.judge.generate import Conversation
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"

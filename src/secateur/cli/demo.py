@@ -10,7 +10,7 @@ from secateur.cli.verb import command
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
-    from secateur.recipes.demo import DemoRecipe
+    from secateur.recipes.prune import DemoRecipe
     from secateur.reporting.results.demo import DemoResult
 
 MODEL = "smollm2-135m"

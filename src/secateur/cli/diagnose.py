@@ -8,7 +8,7 @@ from secateur.cli.verb import command
 from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
-    from secateur.recipes.diagnose import DiagnoseRecipe
+    from secateur.recipes.measure import DiagnoseRecipe
 
 
 def _run(recipe: DiagnoseRecipe) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.evaluate import EvaluateRecipe
+    from secateur.recipes.measure import EvaluateRecipe
     from secateur.reporting.results.evaluate import EvaluateResult
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.export import ExportRecipe
+    from secateur.recipes.exchange import ExportRecipe
     from secateur.reporting.results.export import ExportResult
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.fit import FitRecipe
+    from secateur.recipes.compress import FitRecipe
     from secateur.reporting.results.fit import FitResult
     from secateur.reporting.results.plan import FitPlanResult
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.generate import ChatRecipe, GenerateRecipe
+    from secateur.recipes.running import ChatRecipe, GenerateRecipe
     from secateur.workflows.judge.generate import Conversation
 
 

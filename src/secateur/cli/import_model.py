@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.import_model import ImportRecipe
+    from secateur.recipes.exchange import ImportRecipe
     from secateur.reporting.results.export import ImportResult
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.inspect import InspectRecipe
+    from secateur.recipes.measure import InspectRecipe
 
 
 def _run(recipe: InspectRecipe) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.demo import MethodsRecipe
+    from secateur.recipes.prune import MethodsRecipe
     from secateur.reporting.results.methods import MethodsResult
 
 

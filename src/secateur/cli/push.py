@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.push import PushRecipe
+    from secateur.recipes.exchange import PushRecipe
     from secateur.reporting.results.export import PushResult
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.report import ReportRecipe
+    from secateur.recipes.measure import ReportRecipe
 
 
 def _run(recipe: ReportRecipe) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.serve import ServeRecipe
+    from secateur.recipes.running import ServeRecipe
 
 
 def _run(recipe: ServeRecipe, *, as_json: bool) -> None:

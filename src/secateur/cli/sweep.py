@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.cli.verb import command
 
 if TYPE_CHECKING:
-    from secateur.recipes.sweep import SweepRecipe
+    from secateur.recipes.measure import SweepRecipe
 
 
 def _run(recipe: SweepRecipe) -> Any:

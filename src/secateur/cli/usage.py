@@ -14,7 +14,7 @@ from cyclopts import (
 )
 
 from secateur.errors import RecipeError
-from secateur.recipes.faults import unknown_name
+from secateur.recipes.reading import unknown_name
 
 
 def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeError:

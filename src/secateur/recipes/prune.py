@@ -1,4 +1,4 @@
-"""The recipe of `secateur prune`."""
+"""The recipes of `prune`, and of `demo`, `methods` and `chain`, which prune among other things."""
 
 from __future__ import annotations
 
@@ -6,14 +6,35 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic import Strict as Strictness
 
-from secateur.recipes.calibration import Calibration
-from secateur.recipes.cluster import Cluster
-from secateur.recipes.memory import Device, GgufDtype, Memory
+from secateur.recipes.options import (
+    ADVANCED,
+    CALIBRATION,
+    HOW,
+    MEMORY,
+    OUTPUT,
+    WHAT,
+    Flag,
+    Recipe,
+    Section,
+    Texts,
+)
 from secateur.recipes.presets import presets
-from secateur.recipes.recovery import DISTILLING, Distill, Reconstruct
-from secateur.recipes.run import OutputFolder, Planning
-from secateur.recipes.section import ADVANCED, MEMORY, OUTPUT, WHAT, Flag, Recipe, Section, Texts
+from secateur.recipes.shared import (
+    DISTILLING,
+    Calibration,
+    Cluster,
+    Device,
+    Distill,
+    GgufDtype,
+    Memory,
+    OutputFolder,
+    Planning,
+    Reconstruct,
+    RemoteCode,
+    Resuming,
+)
 
 Effort = Literal["fast", "balanced", "best"]
 """The names of the presets."""
@@ -235,3 +256,67 @@ class PruneRecipe(
     memory: Memory = Field(default_factory=lambda: Memory())
     cluster: Cluster = Field(default_factory=lambda: Cluster())
     compress: Compress = Field(default_factory=lambda: Compress())
+
+
+class DemoPruning(Section):
+    """How the demo prunes."""
+
+    group: ClassVar[str] = HOW
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="Fraction of zeros.")
+    effort: Effort = Field("balanced", description="Preset: fast, balanced or best.")
+
+
+class DemoCalibration(Section):
+    """How much text the demo reads to prune."""
+
+    group: ClassVar[str] = CALIBRATION
+
+    windows: int = Field(20, ge=1, description="Calibration windows of 512 tokens.")
+
+
+class DemoJudging(Section):
+    """How much text the demo reads to judge."""
+
+    group: ClassVar[str] = HOW
+
+    text_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
+
+
+class DemoOutput(Section):
+    """Where the demo writes."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str, Flag(short="-o", value="DIR")] = Field(
+        "demo-run", description="Folder for the packed model and the report. It is replaced."
+    )
+
+
+class DemoRecipe(DemoOutput, DemoJudging, DemoCalibration, DemoPruning, Recipe):
+    """One demo."""
+
+
+class MethodsRecipe(Recipe):
+    """The list of methods has no options."""
+
+
+class Steps(Section):
+    """The model, and the steps to run on it."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="RECIPE")] = Field(
+        description="YAML file with the keys `model`, `output` and `steps`: a list of verbs with "
+        "their options."
+    )
+    steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
+        min_length=1,
+        description="Each step is a verb (structure, prune, train, compress) with its options.",
+    )
+
+
+class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):
+    """Several verbs in a row. Each works on the result of the one before it."""
+
+    run: ClassVar[type[Section] | None] = Resuming

@@ -7,14 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from secateur.recipes.calibration import Calibration
-from secateur.recipes.memory import Device, GgufDtype, Memory
+from secateur.recipes.options import WHAT, Flag, Recipe, Section, Size, Texts
 from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
-from secateur.recipes.recovery import DISTILLING, Distill
-from secateur.recipes.run import OutputFolder, Planning
-from secateur.recipes.section import WHAT, Flag, Recipe, Section, Texts
-from secateur.recipes.sizes import Size
+from secateur.recipes.shared import (
+    DISTILLING,
+    Calibration,
+    Device,
+    Distill,
+    GgufDtype,
+    Memory,
+    OutputFolder,
+    Planning,
+)
 
 Kept = int | float
 """A number of units to keep, or a fraction of them (a float of at most 1)."""

@@ -7,9 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from secateur.recipes.memory import BUDGET, FREE, Device
-from secateur.recipes.run import OutputFolder, Planning
-from secateur.recipes.section import (
+from secateur.recipes.options import (
     HOW,
     MAX_SEED,
     MEMORY,
@@ -19,10 +17,11 @@ from secateur.recipes.section import (
     Flag,
     Recipe,
     Section,
+    Size,
     Texts,
     text_alone,
 )
-from secateur.recipes.sizes import Size
+from secateur.recipes.shared import BUDGET, FREE, Device, OutputFolder, Planning
 
 
 class LoraOptions(Section):

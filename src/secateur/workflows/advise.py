@@ -22,8 +22,8 @@ from secateur.models.layer_cache import layer_caches
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
-from secateur.recipes.advise import AdviseRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.measure import AdviseRecipe
 from secateur.registry import did_you_mean
 from secateur.reporting.report.records import Records, ReportedAdvice
 from secateur.reporting.results.advise import AdviseResult

@@ -28,12 +28,11 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Labelled, Progress, listener
 from secateur.publishing import without_folders
-from secateur.recipes.chain import ChainRecipe
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import plain, recipe_of, takes_options_of
-from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.options import Recipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
-from secateur.recipes.section import Recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.registry import did_you_mean

@@ -11,7 +11,7 @@ from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
-from secateur.recipes.export import ExportRecipe
+from secateur.recipes.exchange import ExportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.results.export import ExportResult

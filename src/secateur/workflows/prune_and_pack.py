@@ -26,10 +26,8 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.ray_launcher import launch
 from secateur.progress import Progress, Silent, listener
 from secateur.publishing import without_folders
-from secateur.recipes.chain import ChainRecipe
-from secateur.recipes.composed import with_method
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.prune import PruneCall, PruneRecipe
+from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.results.advise import ClusterPlanResult
 from secateur.reporting.results.compress import CompressResult
@@ -42,7 +40,7 @@ from secateur.sparsity.methods import Method
 from secateur.workflows.chain import checked_steps, run_chain
 from secateur.workflows.compress.pack import COMPRESSION
 from secateur.workflows.prune.checkpoint import plan_pruning, report_of, run_recipe
-from secateur.workflows.prune.composition import method_of
+from secateur.workflows.prune.composition import method_of, with_method
 from secateur.workflows.prune.loaded_model import prune_module
 from secateur.workflows.prune.workers import refuse_several, run_worker
 

@@ -19,8 +19,8 @@ from secateur.publishing import (
     upload,
     without_folders,
 )
+from secateur.recipes.exchange import PushRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.push import PushRecipe
 from secateur.reporting.push_card import missing_in, push_card
 from secateur.reporting.report.records import read_run
 from secateur.reporting.results.export import PushResult

@@ -32,9 +32,8 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.parallel.ranks import Ranks
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.calibration import Calibration, CalibrationWindows
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.recovery import Distill
+from secateur.recipes.shared import Calibration, CalibrationWindows, Distill
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.training.distillation import MOST_HELD_OUT

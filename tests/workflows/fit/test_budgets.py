@@ -19,7 +19,7 @@ from secateur.engine.choose.knapsack import fits
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import BASE, MatrixTimes
 from secateur.evaluation.speed import Speed
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.fit import FitCheck
 from secateur.runtime.kernels.library import kernel_info

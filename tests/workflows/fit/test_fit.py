@@ -16,7 +16,7 @@ from secateur.engine.choose.knapsack import Knapsack
 from secateur.engine.choose.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.fit import run

@@ -15,7 +15,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import FitRecipe
 from secateur.workflows.fit.evaluation import ModelEvaluator
 from secateur.workflows.fit.storage_formats import StorageFormat
 from secateur.workflows.judge.perplexity import dense_losses

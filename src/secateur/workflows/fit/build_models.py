@@ -20,8 +20,7 @@ from typing import Any
 from secateur.engine.choose.stored_levels import FitLevel, Level
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
-from secateur.recipes.compress import CompressRecipe
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import AUTO, choose_layout

@@ -20,7 +20,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import FitRecipe
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
 from secateur.workflows.compress.storage_plan import PackableMatrix

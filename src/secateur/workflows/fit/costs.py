@@ -28,8 +28,8 @@ from secateur.evaluation.token_times import Way
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
-from secateur.recipes.fit import FitRecipe
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.compress import FitRecipe
+from secateur.recipes.options import bytes_of
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.workflows.advise import counted
 from secateur.workflows.compress.storage_plan import PackableMatrix

@@ -30,8 +30,8 @@ from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Labelled
-from secateur.recipes.fit import FitRecipe
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.compress import FitRecipe
+from secateur.recipes.options import bytes_of
 from secateur.reporting.results.fit import FitCheck, FitLoss
 from secateur.runtime.load import load
 from secateur.sparsity.evolution import Candidate

@@ -42,9 +42,9 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress, listener
-from secateur.recipes.chain import ChainRecipe
-from secateur.recipes.fit import FitRecipe
+from secateur.recipes.compress import FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.compress import CompressResult

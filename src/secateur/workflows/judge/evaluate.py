@@ -31,8 +31,8 @@ from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
-from secateur.recipes.evaluate import EvaluateRecipe
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
+from secateur.recipes.measure import EvaluateRecipe
 from secateur.reporting.results.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES

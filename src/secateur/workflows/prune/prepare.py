@@ -31,8 +31,8 @@ from secateur.models.opening import open_weights
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
-from secateur.recipes.memory import Memory
 from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method

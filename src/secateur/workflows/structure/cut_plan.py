@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.options import bytes_of
 from secateur.recipes.structure import Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.accounting import Accounting, accounting

@@ -32,10 +32,10 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.sweep import SweepRecipe
 from secateur.reporting.charts import sweep_charts
 from secateur.reporting.plots import save_plots
 from secateur.reporting.results.sweep import SweepResult

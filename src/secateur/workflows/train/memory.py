@@ -32,7 +32,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
-from secateur.recipes.sizes import bytes_of
+from secateur.recipes.options import bytes_of
 from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training.divergences import BLOCK_BYTES

