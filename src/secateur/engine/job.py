@@ -41,7 +41,7 @@ class Job:
     sparsity: float
     beside: Beside | None = None
 
-    def carry_out(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
+    def run(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
         """Gather gradients if the method needs them, allocate, and prune the layers.
 
         Args:

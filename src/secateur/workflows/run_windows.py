@@ -9,9 +9,11 @@ file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,15 @@ from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_page
 from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
 from secateur.calibration.loading import load_calibration
 from secateur.calibration.statistics import of_gradients
-from secateur.calibration.windows import EXTRA, Beside, WindowPlan, load_beside, save_windows
+from secateur.calibration.windows import (
+    EXTRA,
+    Beside,
+    WindowPlan,
+    load_beside,
+    load_windows,
+    save_windows,
+    stored_extra,
+)
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of, text_config
@@ -34,14 +44,84 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Calibration, CalibrationWindows, Distill
+from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
-from secateur.training.distillation import MOST_HELD_OUT
+from secateur.training.distillation import MOST_HELD_OUT, DistillationData
 
 log = logging.getLogger(__name__)
 
+WINDOWS, RECORD = "windows.safetensors", "calibration.json"
+"""The files of the windows of a run, and of their source."""
+
 BESIDE = "beside.safetensors"
 """The file with the pictures of a stopped run, next to its windows."""
+
+
+@dataclass(frozen=True)
+class RunWindows:
+    """The windows of a pruning.
+
+    Attributes:
+        calibration: token ids [windows, length].
+        extra: windows of the text that only the distillation reads.
+        record: the source of the windows.
+        ungenerated: number of calibration windows that the dense model must still generate.
+        stored: whether they are in the folder of a stopped run.
+        multimodal: what the model reads besides the tokens, such as pictures.
+    """
+
+    calibration: Tensor
+    extra: Tensor
+    record: dict[str, Any]
+    ungenerated: int = 0
+    stored: bool = False
+    multimodal: Beside | None = None
+
+    @classmethod
+    def load(cls, file: Path, config: Any) -> RunWindows:
+        """Read the windows of a stopped run, for a model of this configuration."""
+        calibration, extra = split_extra(
+            load_windows(file, positions=positions_of(config)), stored_extra(file)
+        )
+        record = file.with_name(RECORD)
+        found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        return cls(calibration, extra, found, stored=True)
+
+    def save(self, folder: Path) -> None:
+        """Store the windows for a resumed run.
+
+        The record of their source is written first, so existing windows are complete.
+        """
+        if self.multimodal is not None:
+            self.multimodal.save(folder / BESIDE)
+        write_json(folder / RECORD, self.record)
+        save_windows(
+            self.all,
+            folder / WINDOWS,
+            start=self.record.get("start_tokens", ()),
+            extra=len(self.extra),
+        )
+
+    @property
+    def all(self) -> Tensor:
+        """The windows of the distillation: those of the calibration, and the extra ones."""
+        return torch.cat([self.calibration, self.extra])
+
+    @property
+    def planned(self) -> Tensor:
+        """All calibration windows. Those with pictures or not generated yet are blank."""
+        if self.multimodal is not None:
+            return torch.zeros_like(self.calibration)
+        if not self.ungenerated:
+            return self.calibration
+        blank = self.calibration.new_zeros(self.ungenerated, self.calibration.shape[1])
+        return torch.cat([self.calibration, blank])
+
+    @property
+    def digest(self) -> str:
+        """A digest of the calibration tokens."""
+        return hashlib.sha256(self.calibration.numpy().tobytes()).hexdigest()[:16]
 
 
 def window_plan(options: CalibrationWindows, config: Any) -> WindowPlan:
@@ -82,7 +162,7 @@ def calibration_windows(
         extra: number of windows after these, as far as the text has them.
         trust_remote_code: whether code from the folder may run.
         only_plan: read no text; use blank windows of the right number and length.
-        pictures: whether the caller passes what the windows have beside their tokens.
+        pictures: whether the caller passes what the windows have besides their tokens.
     """
     plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
     plan = replace(plan, extra=extra)
@@ -101,6 +181,11 @@ def calibration_windows(
     )
 
 
+def distillation_data(windows: Tensor, how: Distill, seed: int) -> DistillationData:
+    """Return the data of a distillation, from the options of its recipe."""
+    return DistillationData(windows, seed, how.epochs, how.peak_learning_rate, how.next_token)
+
+
 def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
     """Return how many windows a distillation reads besides those of the calibration.
 
@@ -111,9 +196,9 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
     """
     if not how.epochs:
         return 0
-    judging = MOST_HELD_OUT if how.peak_learning_rate is None else 0
+    held_out = MOST_HELD_OUT if how.peak_learning_rate is None else 0
     needed = -(-how.tokens // plan.sequence_length) - plan.windows - options.generated_windows
-    return max(judging, needed)
+    return max(held_out, needed)
 
 
 def log_short_text(asked: int, record: Mapping[str, Any]) -> None:
@@ -178,14 +263,14 @@ def generate_windows(
     return own
 
 
-def beside_of(
+def multimodal_inputs(
     recipe: PruneRecipe,
     method: Method,
     allocation: Allocation,
     windows: Tensor,
     stored: Path | None,
 ) -> Beside | None:
-    """What the calibration windows of a recipe have beside their tokens; None if nothing.
+    """What a model reads besides the tokens of a recipe's windows; None if nothing.
 
     Args:
         recipe: the recipe.
@@ -201,8 +286,8 @@ def beside_of(
     file = stored.with_name(BESIDE) if stored else Path(recipe.calibration.source).expanduser()
     if file.suffix != ".safetensors" or not file.exists():
         return None
-    beside = load_beside(file, len(windows))
-    if beside is None:
+    multimodal = load_beside(file, len(windows))
+    if multimodal is None:
         return None
     without = {
         "the gradients of this method": of_gradients(method.requires | allocation.requires),
@@ -213,20 +298,20 @@ def beside_of(
     reader = next((name for name, used in without.items() if used), None)
     if reader is not None:
         raise RecipeError(
-            f"{reader} would read the windows without {', '.join(sorted(beside.tensors))}",
+            f"{reader} would read the windows without {', '.join(sorted(multimodal.tensors))}",
             where=str(file),
             remedy="leave it out, or calibrate on text",
         )
-    return beside
+    return multimodal
 
 
-def refuse_shared(beside: Beside | None, ranks: Ranks) -> None:
+def refuse_shared(multimodal: Beside | None, ranks: Ranks) -> None:
     """Refuse pictures in several processes.
 
     Raises:
         RecipeError: there are pictures, and several processes.
     """
-    if beside is not None and ranks.count > 1:
+    if multimodal is not None and ranks.count > 1:
         raise RecipeError(
             f"{ranks.count} processes cannot share windows with pictures",
             remedy="run one process, or calibrate on text",

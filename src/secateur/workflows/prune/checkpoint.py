@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.calibration.continuation import PREFIX
 from secateur.calibration.documents import texts_of
-from secateur.calibration.windows import save_windows
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocation import settled_allocation
-from secateur.engine.job import Job
 from secateur.engine.memory_budget import explained
 from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds, layer_times
@@ -45,7 +44,6 @@ from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.training.distillation import (
     FINAL,
-    DistillationData,
     Student,
     once,
     pruned_layers,
@@ -55,19 +53,20 @@ from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.prepare import (
     Prepared,
     choose_plan,
-    fingerprint,
     prepare,
     settings_of,
-    shared_inputs,
-    tasks_for,
-    with_own_windows,
 )
-from secateur.workflows.prune.workers import WorkerJob, broadcast, digest_of, refuse_cluster
-from secateur.workflows.run_windows import BESIDE, refuse_shared
+from secateur.workflows.prune.workers import WorkerJob, broadcast, refuse_cluster
+from secateur.workflows.run_windows import (
+    WINDOWS,
+    distillation_data,
+    refuse_shared,
+    with_generated_windows,
+)
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
-WINDOWS, CALIBRATION = "windows.safetensors", "calibration.json"
 DISTILLATION_MODE = "distillation.json"
+"""The file with the number of windows in a sweep of the distillation."""
 
 NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
@@ -78,22 +77,27 @@ def plan_pruning(recipe: PruneRecipe) -> PlanResult:
     began = time.perf_counter()
     prepared = prepare(recipe, only_plan=True, pictures=True)
     ready = time.perf_counter() - began
-    tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(prepared, tasks, recipe.memory)
-    left = skipped_matrices(tasks, prepared.target.matrices())
+    tasks, target, windows = prepared.tasks(), prepared.target, prepared.windows
+    plan, activations = choose_plan(prepared, tasks, recipe.memory)
     settings = settings_of(recipe, activations, None)
+    shared_inputs = [
+        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
+        for index, layout in enumerate(prepared.layouts)
+        for group in layout.groups
+    ]
     seconds = foretell_seconds(
         tasks,
-        shared_inputs(prepared, tasks),
-        layer_times(prepared.target, prepared.planned_windows, settings),
+        [(name,) for name in tasks] if windows is None else shared_inputs,
+        layer_times(target, None if windows is None else windows.planned, settings),
         ready=ready,
-        passed=chosen.passed_tokens,
+        passed=plan.passed_tokens,
         output_bytes=prepared.output_bytes,
-        tokens=chosen.calibration_tokens,
+        tokens=plan.calibration_tokens,
         settings=settings,
-        device=prepared.target.device,
+        device=target.device,
     )
-    return PlanResult(dataclasses.replace(chosen, left=left, seconds=seconds), activations)
+    left = skipped_matrices(tasks, target.matrices())
+    return PlanResult(replace(plan, left=left, seconds=seconds), activations)
 
 
 def run_recipe(
@@ -113,7 +117,7 @@ def run_recipe(
         resume: resume a stopped run, or start if there is none.
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
-        ranks: the processes that share the work; this one is the first (`order.py`).
+        ranks: the processes that share the work; this one is the first (`workers.py`).
     """
     refuse_cluster(recipe)
     meter = Meter.start()
@@ -122,7 +126,8 @@ def run_recipe(
     kept = folder.notes if folder.finished else folder.work
     windows = kept / WINDOWS if folder.state else None
     prepared = prepare(recipe, folder.model, windows, pictures=True, progress=progress)
-    refuse_shared(prepared.beside, ranks)
+    if prepared.windows is not None:
+        refuse_shared(prepared.windows.multimodal, ranks)
     return run_prepared(prepared, folder, progress, meter, ranks)
 
 
@@ -134,14 +139,14 @@ def run_prepared(
     ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Carry out a prepared recipe in a folder that no other run uses."""
-    recipe = prepared.recipe
     folder.keep_apart(prepared.source.folder)
-    tasks = tasks_for(prepared)
-    chosen, activations = choose_plan(
-        prepared, tasks, recipe.memory, ranks, _stored_sweep_windows(folder)
-    )
+    tasks = prepared.tasks()
+    mode, sweep_windows = folder.work / DISTILLATION_MODE, None
+    if folder.state and mode.exists():  # a resumed run keeps its mode, whatever fits now
+        sweep_windows = json.loads(mode.read_text(encoding="utf-8"))["sweep_windows"]
+    plan, activations = choose_plan(prepared, tasks, prepared.recipe.memory, ranks, sweep_windows)
     if not folder.finished:
-        check_free(chosen.disk_bytes, folder.output, folder.partial)
+        check_free(plan.disk_bytes, folder.output, folder.partial)
     ledger = Ledger(folder.notes / LEDGER)
     folder.worth_resuming = lambda: bool(ledger.entries)
     with folder:
@@ -151,37 +156,35 @@ def run_prepared(
             return report_of(folder.output)
         if not folder.resumed:
             refuse_all_zero(prepared.target)
-        prepared = _with_kept_windows(prepared, folder, progress)
-        write_json(folder.work / DISTILLATION_MODE, {"sweep_windows": chosen.sweep_windows})
-        job = Job(
-            prepared.target,
-            tasks,
-            prepared.windows,
-            settings_of(recipe, activations, folder.work, ranks),
-            prepared.allocation,
-            prepared.sparsity,
-            prepared.beside,
-        )
-        finished = _begin(prepared, ledger, progress)
-        broadcast(_worker_job(prepared, folder, activations, finished, ledger), ranks)
-        with torch.random.fork_rng(devices=[]), explained(chosen):
-            torch.manual_seed(recipe.calibration.seed)
-            done = job.carry_out(ledger, progress, finished)
-            distilled = _distill(prepared, done, folder, chosen.sweep_windows, progress)
+        prepared = _complete_windows(prepared, folder, progress)
+        write_json(mode, {"sweep_windows": plan.sweep_windows})
+        job = prepared.job(tasks, activations, folder.work, ranks)
+        finished = 0
+        if ledger.begun:
+            finished = ledger.resume()
+        else:
+            assert prepared.target.output is not None
+            prepared.target.output.create(progress)
+            ledger.begin()
+        broadcast(WorkerJob.of(prepared, folder, activations, finished, ledger), ranks)
+        with torch.random.fork_rng(devices=[]), explained(plan):
+            torch.manual_seed(prepared.recipe.calibration.seed)
+            done = job.run(ledger, progress, finished)
+            losses = _distill(prepared, done, folder, plan.sweep_windows, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = skipped_matrices(done, prepared.target.matrices())
         audit = audit_checkpoint(
             folder.model,
             lambda name: done[name].method.pattern,
             {name: task.sparsity for name, task in done.items()},
-            trust_remote_code=recipe.trust_remote_code,
+            trust_remote_code=prepared.recipe.trust_remote_code,
             progress=progress,
         )
         verify(audit)
-        manifest = _make_manifest(prepared, chosen, activations, audit, meter, folder)
-        manifest["distillation"] = distilled
+        cost = {**meter.read(), "resumed": folder.resumed, "processes": ranks.count}
+        manifest = _manifest(prepared, plan, activations, audit, cost, folder)
         found = coverage(ledger.layers, prepared.target.architecture)
-        manifest["cost"]["processes"] = ranks.count
+        manifest["distillation"] = losses
         manifest["experts"] = found and found.to_json()
         manifest["reach"] = reached.to_json()
         manifest["left"] = [one.to_json() for one in left]
@@ -209,13 +212,8 @@ def _distill(
     if not how.epochs or not layers:
         return None
     saved, device, trust = folder.work / "distillation", dense.device, recipe.trust_remote_code
-    data = DistillationData(
-        prepared.all_windows,
-        recipe.calibration.seed,
-        how.epochs,
-        how.peak_learning_rate,
-        how.next_token,
-    )
+    assert prepared.windows is not None
+    data = distillation_data(prepared.windows.all, how, recipe.calibration.seed)
     if sweep_windows:
         return LayerwiseDistillation(
             dense,
@@ -243,15 +241,6 @@ def _distill(
     return losses
 
 
-def _stored_sweep_windows(folder: RunFolder) -> int | None:
-    """How many windows a sweep of a stopped run has, whatever fits now; None for a new run."""
-    told = folder.work / DISTILLATION_MODE
-    if not (folder.state and told.exists()):
-        return None
-    windows: int = json.loads(told.read_text(encoding="utf-8"))["sweep_windows"]
-    return windows
-
-
 def report_of(output: Path) -> PruneResult:
     """Read the result of a finished run from its notes."""
     ledger = Ledger(output / NOTES / LEDGER)
@@ -270,63 +259,48 @@ def _identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         "micro_batch_tokens": prepared.recipe.memory.micro_batch_tokens,
         "starts": dict(prepared.selection.starts),
         "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
-        "source_files": file_digests(prepared.reader.files, progress),
+        "source_files": file_digests(prepared.target.reader.files, progress),
     }
 
 
-def _with_kept_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
-    """Add all calibration windows, and store them for a resumed run.
-
-    The record of their source is written first, so existing windows are complete.
-    """
-    told = folder.work / CALIBRATION
-    if prepared.stored:
-        provenance = json.loads(told.read_text(encoding="utf-8"))
-        return dataclasses.replace(prepared, calibration=provenance)
-    if prepared.unwritten:
-        prepared = with_own_windows(prepared, progress)
-    if prepared.beside is not None:
-        prepared.beside.save(folder.work / BESIDE)
-        record = {**(prepared.calibration or {}), "beside": prepared.beside.shapes}
-        prepared = dataclasses.replace(prepared, calibration=record)
-    write_json(told, prepared.calibration)
-    if prepared.windows is not None:
-        start = (prepared.calibration or {}).get("start_tokens", ())
-        extra = len(prepared.all_windows) - len(prepared.windows)
-        save_windows(prepared.all_windows, folder.work / WINDOWS, start=start, extra=extra)
-    return prepared
-
-
-def _begin(prepared: Prepared, ledger: Ledger, progress: Progress) -> int:
-    """Make the copy for the pruned weights if it is missing. Return the finished layers."""
-    if ledger.begun:
-        return ledger.resume()
-    assert prepared.target.output is not None
-    prepared.target.output.create(progress)
-    ledger.begin()
-    return 0
+def _complete_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
+    """Add the windows that the dense model generates, and store all for a resumed run."""
+    windows, recipe = prepared.windows, prepared.recipe
+    if windows is None or windows.stored:
+        return prepared
+    if windows.ungenerated:
+        calibration = with_generated_windows(
+            prepared.source.folder,
+            windows.calibration,
+            windows.ungenerated,
+            recipe.calibration.seed,
+            prepared.target.device,
+            progress,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        record = {
+            **windows.record,
+            "generated": windows.ungenerated,
+            "generated_prefix": PREFIX,
+        }
+        windows = replace(windows, calibration=calibration, ungenerated=0, record=record)
+    if windows.multimodal is not None:
+        record = {**windows.record, "beside": windows.multimodal.shapes}
+        windows = replace(windows, record=record)
+    windows.save(folder.work)
+    return replace(prepared, windows=windows)
 
 
-def _worker_job(
-    prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
-) -> WorkerJob:
-    """What the other processes of the run must know."""
-    return WorkerJob(
-        partial=str(folder.partial),
-        state=folder.state_text(),
-        windows=None if prepared.windows is None else str(folder.work / WINDOWS),
-        activations=activations,
-        done=done,
-        entries=ledger.entries,
-        source=digest_of(prepared.reader),
-    )
-
-
-def _make_manifest(
-    prepared: Prepared, plan: Plan, activations: str, audit: Audit, meter: Meter, folder: RunFolder
+def _manifest(
+    prepared: Prepared,
+    plan: Plan,
+    activations: str,
+    audit: Audit,
+    cost: dict[str, Any],
+    folder: RunFolder,
 ) -> dict[str, Any]:
     """The record of a finished run."""
-    method = prepared.method
+    method, windows = prepared.method, prepared.windows
     return {
         "manifest_version": MANIFEST_VERSION,
         "source": prepared.source.record(),
@@ -348,11 +322,11 @@ def _make_manifest(
             "asked_sparsity": prepared.sparsity,
         },
         "allocation": _describe_allocation(prepared, folder.work),
-        "calibration": prepared.calibration,
-        "calibration_digest": fingerprint(prepared.windows),
+        "calibration": windows and windows.record,
+        "calibration_digest": windows and windows.digest,
         "environment": environment(prepared.target.device),
         "plan": {**plan.to_json(), "activations": activations},
-        "cost": {**meter.read(), "resumed": folder.resumed},
+        "cost": cost,
         "result": {
             "decoder_sparsity": audit.sparsity,
             "model_sparsity": audit.model_sparsity,
@@ -364,16 +338,16 @@ def _make_manifest(
 
 def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     """The allocation, the range of its sparsities, and the measurements of a search."""
-    told = {
+    record = {
         "name": prepared.recipe.allocation,
         "parameters": allocations.describe(prepared.allocation),
     }
     settled = settled_allocation(work)
     if not settled.exists():
-        return told
+        return record
     found = json.loads(settled.read_text())
     shares = found.pop("sparsity_of").values()
-    return {**told, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
+    return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
 def _write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:

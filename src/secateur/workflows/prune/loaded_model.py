@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,10 +32,11 @@ from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
-from secateur.training.distillation import DistillationData, Student, pruned_layers
+from secateur.training.distillation import Student, pruned_layers
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.prune.prepare import settings_of, windows_needed
 from secateur.workflows.run_windows import (
+    distillation_data,
     extra_windows,
     generate_windows,
     log_short_text,
@@ -102,42 +103,35 @@ def prune_module(
         ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
         tokenizer = tokenizer or (None if ready else own_tokenizer(model))
         windows, extra = _module_windows(recipe, calibration, tokenizer, model)
-    ledger = Ledger()
-    selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
-    needs_disk = of_gradients(method.requires) or allocation.reach > 0
-    scratch: Any = (
-        tempfile.TemporaryDirectory(prefix="secateur-")
-        if needs_disk
-        else contextlib.nullcontext(None)
-    )
-    was_training = model.training
+    ledger, how, was_training = Ledger(), recipe.distillation, model.training
     model.eval()
     try:
         if windows is not None and recipe.calibration.generated_windows:
-            windows = _with_generated(recipe, windows, tokenizer, model, progress)
-        with opened_experts(model), scratch as folder, quiet_transformers():
+            cut = recipe.calibration
+            start = () if tokenizer is None else start_tokens(tokenizer)
+            made = generate_windows(
+                model, windows, cut.generated_windows, start, cut.seed, progress
+            )
+            windows = torch.cat([windows, made])
+        with ExitStack() as stack, opened_experts(model), quiet_transformers():
+            work = None
+            if of_gradients(method.requires) or allocation.reach > 0:
+                work = Path(stack.enter_context(TemporaryDirectory(prefix="secateur-")))
             target = ModelTarget(model)
             refuse_all_zero(target)
-            work = Path(folder) if folder else None
             settings = settings_of(recipe, "memory", work)
             refuse_unknown(target)
+            selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
             found = () if windows is None else layouts(target, windows.shape[1])
             tasks = tasks_of(
                 target, selection, method, sparsity, found, methods=own_methods(recipe)
             )
-            how, layers = recipe.distillation, pruned_layers(target, tasks)
-            teacher = copy.deepcopy(model) if how.epochs and layers else None
+            teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
             job = Job(target, tasks, windows, settings, allocation, sparsity)
-            done = job.carry_out(ledger, progress)
+            done = job.run(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                data = DistillationData(
-                    torch.cat([windows, extra]),
-                    recipe.calibration.seed,
-                    how.epochs,
-                    how.peak_learning_rate,
-                    how.next_token,
-                )
+                data = distillation_data(torch.cat([windows, extra]), how, recipe.calibration.seed)
                 student = Student.of(model, target, done, pruned_layers(target, done))
                 student.learn(teacher, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
@@ -147,16 +141,6 @@ def prune_module(
     finally:
         model.train(was_training)
     return PruneResult(sparsity, ledger.layers, left=left)
-
-
-def _with_generated(
-    recipe: PruneRecipe, windows: Tensor, tokenizer: Any, model: Any, progress: Progress
-) -> Tensor:
-    """Append the windows that the model generates."""
-    options = recipe.calibration
-    start = () if tokenizer is None else start_tokens(tokenizer)
-    own = generate_windows(model, windows, options.generated_windows, start, options.seed, progress)
-    return torch.cat([windows, own])
 
 
 def _decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from secateur.calibration.continuation import PREFIX
-from secateur.calibration.windows import EXTRA, Beside, load_windows, stored_extra
+from secateur.calibration.windows import EXTRA
+from secateur.engine.job import Job
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Selection, tasks_of
-from secateur.engine.stream.layouts import layouts, refuse_unknown
+from secateur.engine.prune.tasks import LinearTask, Selection, Tasks, tasks_of
+from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.models.architecture import positions_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.copies import copy_of, weight_bytes_of
@@ -38,14 +33,19 @@ from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.run_windows import (
-    beside_of,
+    RunWindows,
     calibration_windows,
     extra_windows,
     log_short_text,
+    multimodal_inputs,
     split_extra,
     window_plan,
-    with_generated_windows,
 )
+
+log = logging.getLogger(__name__)
+
+SWEEP_WINDOWS = 16
+"""Number of windows in a sweep of the distillation, where the whole model does not fit."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +54,66 @@ class Prepared:
 
     recipe: PruneRecipe
     source: LocalCheckpoint
-    reader: CheckpointReader
     target: CheckpointTarget
     method: Method
     allocation: Allocation
     selection: Selection
     sparsity: float
-    windows: Tensor | None
-    calibration: dict[str, Any] | None
-    unwritten: int = 0
-    """Number of calibration windows that the dense model must still generate."""
-    stored: bool = False
-    """Whether the windows come from a stopped run."""
+    windows: RunWindows | None = None
+    """None if no part of the recipe reads text."""
     methods: Mapping[str, Method] = field(default_factory=dict)
     """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
-    beside: Beside | None = None
-    """What the model reads beside the tokens of the windows, such as pictures."""
-    extra: Tensor | None = None
-    """Windows of the text that only the distillation reads."""
-
-    @property
-    def planned_windows(self) -> Tensor | None:
-        """All windows of the run. Those with pictures or not generated yet are blank."""
-        if self.windows is not None and self.beside is not None:
-            return torch.zeros_like(self.windows)
-        if self.windows is None or not self.unwritten:
-            return self.windows
-        blank = self.windows.new_zeros(self.unwritten, self.windows.shape[1])
-        return torch.cat([self.windows, blank])
-
-    @property
-    def all_windows(self) -> Tensor:
-        """The windows of the distillation: those of the calibration, and the extra ones."""
-        assert self.windows is not None
-        assert self.extra is not None
-        return torch.cat([self.windows, self.extra])
 
     @property
     def output_bytes(self) -> int:
         """Size of the result's files."""
-        weights = weight_bytes_of(self.reader, keep_format=self.recipe.keep_format)
-        return weights + sum(f.stat().st_size for f in copied_files(self.reader.folder))
+        reader = self.target.reader
+        weights = weight_bytes_of(reader, keep_format=self.recipe.keep_format)
+        return weights + sum(f.stat().st_size for f in copied_files(reader.folder))
+
+    @property
+    def layouts(self) -> Sequence[LayerLayout]:
+        """The groups of linears in each layer; empty without text."""
+        if self.windows is None:
+            return ()
+        return layouts(self.target, self.windows.calibration.shape[1])
+
+    def tasks(self) -> dict[str, LinearTask]:
+        """Return the task of each linear.
+
+        Raises:
+            RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+        """
+        return tasks_of(
+            self.target,
+            self.selection,
+            self.method,
+            self.sparsity,
+            self.layouts,
+            methods=self.methods,
+            costs=self.costs,
+        )
+
+    def job(self, tasks: Tasks, activations: str, work: Path, ranks: Ranks) -> Job:
+        """Return the work of the engine.
+
+        Args:
+            tasks: the task of each linear.
+            activations: `memory` or `disk`.
+            work: folder for the files of the work.
+            ranks: the processes that share it.
+        """
+        return Job(
+            self.target,
+            tasks,
+            None if self.windows is None else self.windows.calibration,
+            settings_of(self.recipe, activations, work, ranks),
+            self.allocation,
+            self.sparsity,
+            None if self.windows is None else self.windows.multimodal,
+        )
 
 
 def settings_of(
@@ -113,6 +130,7 @@ def settings_of(
             "it were pruned; in the order 'layer' they are not known",
             remedy="use --sequential group, or --symmetric",
         )
+    tuning = recipe.reconstruction
     return Settings(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
@@ -123,15 +141,9 @@ def settings_of(
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
-        reconstruction=_reconstruction_of(recipe),
+        reconstruction=Reconstruction(tuning.passes, tuning.learning_rate, tuning.remask),
         ranks=ranks,
     )
-
-
-def _reconstruction_of(recipe: PruneRecipe) -> Reconstruction:
-    """Return the tuning of pruned layers in a recipe."""
-    how = recipe.reconstruction
-    return Reconstruction(how.passes, how.learning_rate, how.remask)
 
 
 def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
@@ -179,51 +191,30 @@ def prepare(
         trust_remote_code=recipe.trust_remote_code,
     )
     refuse_unknown(target)
-    prepared = Prepared(
+    windows = None
+    if windows_needed(recipe, method, allocation):
+        stored = stored_windows if stored_windows and stored_windows.exists() else None
+        if stored is not None:
+            windows = RunWindows.load(stored, target.model.config)
+        else:
+            progress.start("reading calibration text", 1)
+            windows = _read_windows(
+                recipe, source.folder, target, only_plan=only_plan, pictures=pictures
+            )
+            progress.finish()
+        if pictures:
+            found = multimodal_inputs(recipe, method, allocation, windows.calibration, stored)
+            windows = replace(windows, multimodal=found)
+    return Prepared(
         recipe,
         source,
-        reader,
         target,
         method,
         allocation,
         Selection(recipe.include, recipe.exclude, recipe.overrides),
         sparsity,
-        windows=None,
-        calibration=None,
-        methods=methods,
-    )
-    if not windows_needed(recipe, method, allocation):
-        return prepared
-    kept = stored_windows if stored_windows and stored_windows.exists() else None
-    return _with_windows(prepared, kept, progress, only_plan=only_plan, pictures=pictures)
-
-
-def _with_windows(
-    prepared: Prepared, kept: Path | None, progress: Progress, *, only_plan: bool, pictures: bool
-) -> Prepared:
-    """Add the windows of a recipe, or those of an earlier run; see `prepare`."""
-    recipe, target = prepared.recipe, prepared.target
-    calibration: dict[str, Any] | None = None
-    if kept is not None:
-        windows = load_windows(kept, positions=positions_of(target.model.config))
-        count = stored_extra(kept)
-    else:
-        progress.start("reading calibration text", 1)
-        windows, calibration = _windows_of(recipe, prepared.source, target, only_plan, pictures)
-        progress.finish()
-        count = calibration.get(EXTRA, 0)
-    windows, extra = split_extra(windows, count)
-    beside = None
-    if pictures:
-        beside = beside_of(recipe, prepared.method, prepared.allocation, windows, kept)
-    return replace(
-        prepared,
-        windows=windows,
-        extra=extra,
-        calibration=calibration,
-        unwritten=0 if kept else recipe.calibration.generated_windows,
-        stored=kept is not None,
-        beside=beside,
+        windows,
+        methods,
     )
 
 
@@ -245,20 +236,17 @@ def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
         )
 
 
-def _windows_of(
-    recipe: PruneRecipe,
-    source: LocalCheckpoint,
-    target: Target,
-    only_plan: bool,
-    pictures: bool,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return the calibration windows of a recipe, the extra ones at the end, and their source."""
-    plan = window_plan(recipe.calibration, target.model.config)
-    asked = extra_windows(plan, recipe.calibration, recipe.distillation)
+def _read_windows(
+    recipe: PruneRecipe, folder: Path, target: Target, *, only_plan: bool, pictures: bool
+) -> RunWindows:
+    """Return the windows of a recipe for the model of a folder."""
+    options = recipe.calibration
+    plan = window_plan(options, target.model.config)
+    asked = extra_windows(plan, options, recipe.distillation)
     windows, record = calibration_windows(
-        recipe.calibration.source,
-        recipe.calibration,
-        source.folder,
+        options.source,
+        options,
+        folder,
         target,
         extra=asked,
         trust_remote_code=recipe.trust_remote_code,
@@ -266,50 +254,8 @@ def _windows_of(
         pictures=pictures,
     )
     log_short_text(asked, record)
-    return windows, record
-
-
-def fingerprint(windows: Tensor | None) -> str | None:
-    """A digest of the calibration tokens."""
-    if windows is None:
-        return None
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-
-
-def tasks_for(prepared: Prepared) -> dict[str, LinearTask]:
-    """Return the task of each linear in the run of a prepared recipe.
-
-    Raises:
-        RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
-    """
-    windows = prepared.windows
-    return tasks_of(
-        prepared.target,
-        prepared.selection,
-        prepared.method,
-        prepared.sparsity,
-        () if windows is None else layouts(prepared.target, windows.shape[1]),
-        methods=prepared.methods,
-        costs=prepared.costs,
-    )
-
-
-def shared_inputs(prepared: Prepared, tasks: Mapping[str, LinearTask]) -> list[tuple[str, ...]]:
-    """The full names of linears that share an input. Without text, each linear is alone."""
-    windows, target = prepared.windows, prepared.target
-    if windows is None:
-        return [(name,) for name in tasks]
-    return [
-        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
-        for index, layout in enumerate(layouts(target, windows.shape[1]))
-        for group in layout.groups
-    ]
-
-
-log = logging.getLogger(__name__)
-
-SWEEP_WINDOWS = 16
-"""Number of windows in a sweep of the distillation, where the whole model does not fit."""
+    calibration, extra = split_extra(windows, record.get(EXTRA, 0))
+    return RunWindows(calibration, extra, record, options.generated_windows)
 
 
 def choose_plan(
@@ -351,13 +297,16 @@ def choose_plan(
             prepared.recipe.distillation.epochs,
             prepared.allocation,
             prepared.output_bytes,
-            prepared.unwritten,
+            0 if prepared.windows is None else prepared.windows.ungenerated,
             sweep_windows,
-            0 if prepared.extra is None else prepared.extra.numel(),
+            0 if prepared.windows is None else prepared.windows.extra.numel(),
         )
 
-    every = prepared.planned_windows
-    own = every if ranks.count == 1 else _largest_share(every, memory, ranks)
+    every = own = None if prepared.windows is None else prepared.windows.planned
+    if every is not None and ranks.count > 1:  # no process has more windows than the first one
+        at_once = max(1, memory.micro_batch_tokens // every.shape[1])
+        batches = micro_batches(len(every), at_once, ranks.count)
+        own = every[: rows_of(0, batches, ranks.count)[-1].stop]
 
     def fitting(sweep_windows: int) -> tuple[Plan, str]:
         return fitting_plan(
@@ -385,15 +334,6 @@ def choose_plan(
     return plan, activations
 
 
-def _largest_share(windows: Tensor | None, memory: Memory, ranks: Ranks) -> Tensor | None:
-    """The calibration windows of the first process; no other has more."""
-    if windows is None:
-        return None
-    at_once = max(1, memory.micro_batch_tokens // windows.shape[1])
-    batches = micro_batches(len(windows), at_once, ranks.count)
-    return windows[: rows_of(0, batches, ranks.count)[-1].stop]
-
-
 def log_sweeps(size: int, whole: float, budget: float) -> None:
     """Log that a distillation takes sweeps, and why.
 
@@ -409,24 +349,3 @@ def log_sweeps(size: int, whole: float, budget: float) -> None:
         whole / 2**30,
         budget / 2**30,
     )
-
-
-def with_own_windows(prepared: Prepared, progress: Progress) -> Prepared:
-    """Add the windows that the dense model must generate for the recipe.
-
-    The whole model is in memory while it generates, and is freed afterwards.
-    """
-    assert prepared.windows is not None
-    assert prepared.calibration is not None
-    windows = with_generated_windows(
-        prepared.source.folder,
-        prepared.windows,
-        prepared.unwritten,
-        prepared.recipe.calibration.seed,
-        prepared.target.device,
-        progress,
-        trust_remote_code=prepared.recipe.trust_remote_code,
-    )
-    told = {"generated": prepared.unwritten, "generated_prefix": PREFIX}
-    calibration = {**prepared.calibration, **told}
-    return dataclasses.replace(prepared, windows=windows, unwritten=0, calibration=calibration)

@@ -1,7 +1,7 @@
-"""What the first process of a run tells the others, and what they do.
+"""What the first process of a pruning sends the others, and what they do.
 
 The first process does everything that one process does: it reads the recipe, checks it, opens the
-run folder, and writes the result. When all is ready, it gives an order. Until then the others have
+run folder, and writes the result. When all is ready, it sends a job. Until then the others have
 done nothing, so whatever the first one refuses is refused before any work. They open the same
 source, take the calibration windows from the work folder, and prune layer by layer together with
 the first process. They write only their own hidden states.
@@ -17,15 +17,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from secateur.engine.job import Job
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
-from secateur.runs.folder import STATE
+from secateur.runs.folder import STATE, RunFolder
 from secateur.runs.ledger import Ledger
-from secateur.workflows.prune.prepare import prepare, settings_of, tasks_for
+from secateur.workflows.prune.prepare import Prepared, prepare
+from secateur.workflows.run_windows import WINDOWS
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,25 @@ class WorkerJob:
     entries: list[dict[str, Any]]
     source: str
 
+    @classmethod
+    def of(
+        cls, prepared: Prepared, folder: RunFolder, activations: str, done: int, ledger: Ledger
+    ) -> WorkerJob:
+        """Describe the work of a run in its folder."""
+        return cls(
+            partial=str(folder.partial),
+            state=folder.state_text(),
+            windows=None if prepared.windows is None else str(folder.work / WINDOWS),
+            activations=activations,
+            done=done,
+            entries=ledger.entries,
+            source=tensor_digest(prepared.target.reader),
+        )
 
-def broadcast(order: Any | None, ranks: Ranks) -> dict[str, Any] | None:
-    """Pass an order of the first process, a dataclass, on to the others; None if there is none."""
-    return ranks.once(lambda: None if order is None else asdict(order))
+
+def broadcast(job: Any | None, ranks: Ranks) -> dict[str, Any] | None:
+    """Send the job of the first process, a dataclass, to the others; None if there is none."""
+    return ranks.once(lambda: None if job is None else asdict(job))
 
 
 def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
@@ -66,34 +81,35 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: this process sees other files than the first one.
     """
-    told = broadcast(None, ranks)
-    if told is None:  # an earlier run has finished everything
+    values = broadcast(None, ranks)
+    if values is None:  # an earlier run has finished everything
         return
-    order = WorkerJob(**told)
-    _refuse_other_files(order, ranks.rank)
-    windows = Path(order.windows) if order.windows else None
-    prepared = prepare(recipe, stored_windows=windows)
-    if digest_of(prepared.reader) != order.source:
+    job = WorkerJob(**values)
+    try:
+        same = (Path(job.partial) / STATE).read_text(encoding="utf-8") == job.state
+    except OSError:
+        same = False
+    if not same:
+        raise RecipeError(
+            f"process {ranks.rank} on {socket.gethostname()} does not see the folder of the run",
+            where=job.partial,
+            remedy="put --output on a file system that all machines share",
+        )
+    prepared = prepare(recipe, stored_windows=Path(job.windows) if job.windows else None)
+    if tensor_digest(prepared.target.reader) != job.source:
         refuse_another_model(ranks.rank, prepared.source.folder)
     ledger = Ledger()
-    ledger.entries = list(order.entries)
-    job = Job(
-        prepared.target,
-        tasks_for(prepared),
-        prepared.windows,
-        settings_of(recipe, order.activations, Path(order.partial) / "work", ranks),
-        prepared.allocation,
-        prepared.sparsity,
-    )
+    ledger.entries = list(job.entries)
+    work = prepared.job(prepared.tasks(), job.activations, Path(job.partial) / "work", ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
-        job.carry_out(ledger, Silent(), order.done)
+        work.run(ledger, Silent(), job.done)
 
 
-def digest_of(reader: CheckpointReader) -> str:
+def tensor_digest(reader: CheckpointReader) -> str:
     """A digest of the names, shapes and dtypes of a checkpoint's tensors."""
-    told = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in reader.entries.items())
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    entries = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in reader.entries.items())
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
 def refuse_another_model(rank: int, folder: Path) -> NoReturn:
@@ -108,21 +124,6 @@ def refuse_another_model(rank: int, folder: Path) -> NoReturn:
         where=str(folder),
         remedy="give all machines the same files",
     )
-
-
-def _refuse_other_files(order: WorkerJob, rank: int) -> None:
-    """Refuse a process that does not see the folder of the run."""
-    state = Path(order.partial) / STATE
-    try:
-        same = state.read_text(encoding="utf-8") == order.state
-    except OSError:
-        same = False
-    if not same:
-        raise RecipeError(
-            f"process {rank} on {socket.gethostname()} does not see the folder of the run",
-            where=order.partial,
-            remedy="put --output on a file system that all machines share",
-        )
 
 
 def refuse_several(recipe: PruneRecipe, count: int) -> None:

@@ -56,6 +56,7 @@ from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.workflows.prune.workers import broadcast
 from secateur.workflows.run_windows import (
+    distillation_data,
     extra_windows,
     log_short_text,
     split_extra,
@@ -368,7 +369,7 @@ def _distill(
     )
     size = _sweep_windows(recipe, dense, folder.work / DISTILLATION_MODE, windows)
     how, seed = recipe.distillation, recipe.calibration.seed
-    data = DistillationData(windows, seed, how.epochs, how.peak_learning_rate, how.next_token)
+    data = distillation_data(windows, how, seed)
     saved = folder.work / "distillation"
     if not size:
         return _distill_whole(recipe, source, made, folder.model, data, saved, progress)

@@ -61,7 +61,7 @@ from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.structured.token_pieces import pieces_of
 from secateur.structured.vocabulary import read_tokenizer, token_tables, trim_vocabulary
-from secateur.workflows.prune.workers import broadcast, digest_of, refuse_another_model
+from secateur.workflows.prune.workers import broadcast, refuse_another_model, tensor_digest
 from secateur.workflows.structure.cut_plan import CutPlan, trims_vocabulary
 from secateur.workflows.structure.width import WidthRun
 
@@ -245,7 +245,7 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     target, recipe = context.target(folder), context.recipe
     assert context.plan.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    broadcast(SurveyJob(str(context.windows_file), digest_of(target.reader)), context.ranks)
+    broadcast(SurveyJob(str(context.windows_file), tensor_digest(target.reader)), context.ranks)
     use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
@@ -431,7 +431,7 @@ def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
         trust = recipe.trust_remote_code
         source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
         reader = open_weights(source.folder)
-        if digest_of(reader) != job.source:
+        if tensor_digest(reader) != job.source:
             refuse_another_model(ranks.rank, source.folder)
         target = CheckpointTarget(
             reader, None, choose_device(recipe.device), trust_remote_code=trust

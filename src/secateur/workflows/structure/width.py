@@ -40,7 +40,7 @@ from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 from secateur.workflows.prune.checkpoint import run_prepared
-from secateur.workflows.prune.prepare import Prepared, choose_plan, prepare, tasks_for
+from secateur.workflows.prune.prepare import Prepared, choose_plan, prepare
 from secateur.workflows.structure.cut_plan import (
     CutPlan,
     pattern_text,
@@ -278,7 +278,7 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Plan
     }
     prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
     prepared = _requested(prepared, _width_asked(recipe, plan, prepared.target))
-    return choose_plan(prepared, tasks_for(prepared), recipe.memory)[0]
+    return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
-from secateur.calibration.windows import EXTRA, load_windows, save_windows, stored_extra
+from secateur.calibration.windows import load_windows, save_windows, stored_extra
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import computed_by, evaluation_windows, perplexity
 from secateur.evaluation.perplexity import protocol as describe_protocol
@@ -267,16 +267,16 @@ class SweepRun:
         """
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         if self.calibrated and self.record.calibration is None:
-            prepared = prepare(self.recipe_of(self.calibrated[0], self.recipe.calibration))
-            assert prepared.windows is not None
-            calibration = prepared.calibration or {}
+            recipe = self.recipe_of(self.calibrated[0], self.recipe.calibration)
+            windows = prepare(recipe).windows
+            assert windows is not None
             save_windows(
-                prepared.all_windows,
+                windows.all,
                 self.windows_file,
-                start=calibration.get("start_tokens", ()),
-                extra=calibration.get(EXTRA, 0),
+                start=windows.record.get("start_tokens", ()),
+                extra=len(windows.extra),
             )
-            self.save(calibration=prepared.calibration)
+            self.save(calibration=windows.record)
             return
         if (
             self.record.calibration is not None
