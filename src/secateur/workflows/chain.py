@@ -1,9 +1,8 @@
 """A chain runs several verbs in order (cut, prune, train, compress) and reports each step.
 
-Each step reads the folder of the previous step. A step's folder is complete, or it does not exist.
-So a killed chain resumes with its unfinished step, and that step resumes where it stopped.
-
-The steps of a chain: the possible verbs, and the checks before the first step runs.
+All steps are checked before the first one runs. Each reads the folder of the previous one. A step's
+folder is complete, or it does not exist. So a killed chain resumes with its unfinished step, and
+that step resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -59,6 +58,67 @@ from secateur.workflows.train.checkpoint import run_training
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"
+
+
+ENDS = {"model": "model", "output": "output"}
+"""Placeholders for required recipe keys whose values are unknown during the check."""
+
+
+GIVEN = {*ENDS, "resume", "restart", "overwrite", "progress", "trust_remote_code"}
+"""Options of a verb that the chain sets itself."""
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A verb that can be a step.
+
+    Attributes:
+        recipe: the class of its recipe.
+        run: carries out a recipe; takes the recipe, a progress and the options of the call.
+        check: checks everything in a recipe that does not need its model.
+    """
+
+    recipe: type[Recipe]
+    run: Callable[..., Any]
+    check: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a chain.
+
+    Attributes:
+        number: its number, from 1.
+        verb: the verb it runs.
+        recipe: the recipe, with placeholders for the model and the output.
+    """
+
+    number: int
+    verb: str
+    recipe: Any
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Everything that affects the step's model, apart from the model before it."""
+        return {
+            self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
+        }
+
+    def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
+        """Carry out the step, from one folder to another."""
+        ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
+        with _named_step(self.number, self.verb):
+            STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
+
+
+@contextmanager
+def _named_step(number: int, verb: str) -> Iterator[None]:
+    """Name the step in an error: `step 2, distill`."""
+    try:
+        yield
+    except SecateurError as error:
+        where = f"step {number}, {verb}" + (f": {error.where}" if error.where else "")
+        raise type(error)(error.what, where=where, remedy=error.remedy) from error
 
 
 @takes_options_of(ChainRecipe)
@@ -250,64 +310,96 @@ def _read_report(output: Path) -> ChainResult:
     return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)
 
 
-ENDS = {"model": "model", "output": "output"}
-"""Placeholders for required recipe keys whose values are unknown during the check."""
+def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
+    """Read and check all steps, without the model.
 
-GIVEN = {*ENDS, "resume", "restart", "overwrite", "progress", "trust_remote_code"}
-"""Options of a verb that the chain sets itself."""
+    Args:
+        steps: each maps one verb to its options.
 
-
-@dataclass(frozen=True)
-class StepKind:
-    """A verb that can be a step.
-
-    Attributes:
-        recipe: the class of its recipe.
-        run: carries out a recipe; takes the recipe, a progress and the options of the call.
-        check: checks everything in a recipe that does not need its model.
+    Raises:
+        SecateurError: a step cannot be carried out; the message says which one and why.
     """
+    found = [_checked(number, step) for number, step in enumerate(steps, start=1)]
+    for before, after in pairwise(found):
+        if before.verb == "compress":
+            raise RecipeError(
+                f"step {before.number} compresses the model, and {after.verb} needs a dense one",
+                where=f"step {after.number}, {after.verb}",
+                remedy="put compress last",
+            )
+    return found
 
-    recipe: type[Recipe]
-    run: Callable[..., Any]
-    check: Callable[[Any], None]
+
+def _checked(number: int, step: Any) -> PlannedStep:
+    """One step."""
+    where = f"step {number}"
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise RecipeError(
+            "a step is one verb with its options", where=where, remedy="prune: {sparsity: 0.5}"
+        )
+    verb, given = next(iter(step.items()))
+    if verb not in STEPS:
+        raise RecipeError(
+            f"{verb!r} is not a step", where=where, remedy=did_you_mean(str(verb), [*STEPS])
+        )
+    where = f"{where}, {verb}"
+    if given is not None and not isinstance(given, Mapping):
+        raise RecipeError(
+            f"the options are {str(given)[:40]!r}, not keys and values",
+            where=where,
+            remedy=f"{verb}: {{key: value}}",
+        )
+    options = {str(key): plain(value) for key, value in (given or {}).items()}
+    own = sorted(GIVEN & options.keys())
+    if own:
+        raise RecipeError(
+            f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
+        )
+    kind = STEPS[verb]
+    with _named_step(number, verb):
+        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
+        kind.check(recipe)
+        _check_reads(recipe)
+    return PlannedStep(number, str(verb), recipe)
 
 
-@dataclass(frozen=True)
-class PlannedStep:
-    """One step of a chain.
+def _check_reads(recipe: Any) -> None:
+    """Check that the texts, masks and teacher of a step can be found; reads none."""
+    learned = getattr(recipe, "learned", None)
+    texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
+    texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
+    calibration = getattr(recipe, "calibration", None)
+    if calibration is not None and calibration.source is not None:
+        texts += texts_of(calibration.source)
+    for text in filter(None, texts):
+        check_text(text)
+    mask, teacher = getattr(recipe, "mask", None), getattr(recipe, "teacher", None)
+    if mask is not None and not Path(mask).expanduser().exists():
+        raise SourceError("there is no such file", where=str(mask), remedy="check --mask")
+    if teacher is not None and kind_of_name(teacher) is None:
+        raise SourceError(
+            f"no such file or folder, and not a hub id: {teacher!r}",
+            where="teacher",
+            remedy="check the path; hub ids look like org/name",
+        )
 
-    Attributes:
-        number: its number, from 1.
-        verb: the verb it runs.
-        recipe: the recipe, with placeholders for the model and the output.
+
+def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
+    """Check cuts on the configuration of the model, before any step runs.
+
+    The first cut is checked whole, and of a later one the number of layers.
     """
-
-    number: int
-    verb: str
-    recipe: Any
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """Everything that affects the step's model, apart from the model before it."""
-        return {
-            self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
-        }
-
-    def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
-        """Carry out the step, from one folder to another."""
-        ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
-        with _named_step(self.number, self.verb):
-            STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
-
-
-@contextmanager
-def _named_step(number: int, verb: str) -> Iterator[None]:
-    """Name the step in an error: `step 2, distill`."""
-    try:
-        yield
-    except SecateurError as error:
-        where = f"step {number}, {verb}" + (f": {error.where}" if error.where else "")
-        raise type(error)(error.what, where=where, remedy=error.remedy) from error
+    layers = None
+    for step in steps:
+        if step.verb != "structure":
+            continue
+        with _named_step(step.number, step.verb):
+            if layers is None:
+                skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+                aim = plan_cut(step.recipe, skeleton)
+                layers = aim.sizes.layers - aim.drop_layers
+            elif step.recipe.keep_layers is not None:
+                layers = count(step.recipe.keep_layers, layers, "decoder layers")
 
 
 def _check_prune(recipe: PruneRecipe) -> None:
@@ -354,95 +446,3 @@ STEPS: Mapping[str, StepKind] = {
     "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
 }
 """The possible steps, by verb."""
-
-
-def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
-    """Read and check all steps, without the model.
-
-    Args:
-        steps: each maps one verb to its options.
-
-    Raises:
-        SecateurError: a step cannot be carried out; the message says which one and why.
-    """
-    found = [_checked(number, step) for number, step in enumerate(steps, start=1)]
-    for before, after in pairwise(found):
-        if before.verb == "compress":
-            raise RecipeError(
-                f"step {before.number} compresses the model, and {after.verb} needs a dense one",
-                where=f"step {after.number}, {after.verb}",
-                remedy="put compress last",
-            )
-    return found
-
-
-def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
-    """Check cuts on the configuration of the model, before any step runs.
-
-    The first cut is checked whole, and of a later one the number of layers.
-    """
-    layers = None
-    for step in steps:
-        if step.verb != "structure":
-            continue
-        with _named_step(step.number, step.verb):
-            if layers is None:
-                skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
-                aim = plan_cut(step.recipe, skeleton)
-                layers = aim.sizes.layers - aim.drop_layers
-            elif step.recipe.keep_layers is not None:
-                layers = count(step.recipe.keep_layers, layers, "decoder layers")
-
-
-def _check_reads(recipe: Any) -> None:
-    """Check that the texts, masks and teacher of a step can be found; reads none."""
-    learned = getattr(recipe, "learned", None)
-    texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
-    texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
-    calibration = getattr(recipe, "calibration", None)
-    if calibration is not None and calibration.source is not None:
-        texts += texts_of(calibration.source)
-    for text in filter(None, texts):
-        check_text(text)
-    mask, teacher = getattr(recipe, "mask", None), getattr(recipe, "teacher", None)
-    if mask is not None and not Path(mask).expanduser().exists():
-        raise SourceError("there is no such file", where=str(mask), remedy="check --mask")
-    if teacher is not None and kind_of_name(teacher) is None:
-        raise SourceError(
-            f"no such file or folder, and not a hub id: {teacher!r}",
-            where="teacher",
-            remedy="check the path; hub ids look like org/name",
-        )
-
-
-def _checked(number: int, step: Any) -> PlannedStep:
-    """One step."""
-    where = f"step {number}"
-    if not isinstance(step, Mapping) or len(step) != 1:
-        raise RecipeError(
-            "a step is one verb with its options", where=where, remedy="prune: {sparsity: 0.5}"
-        )
-    verb, given = next(iter(step.items()))
-    if verb not in STEPS:
-        raise RecipeError(
-            f"{verb!r} is not a step", where=where, remedy=did_you_mean(str(verb), [*STEPS])
-        )
-    where = f"{where}, {verb}"
-    if given is not None and not isinstance(given, Mapping):
-        raise RecipeError(
-            f"the options are {str(given)[:40]!r}, not keys and values",
-            where=where,
-            remedy=f"{verb}: {{key: value}}",
-        )
-    options = {str(key): plain(value) for key, value in (given or {}).items()}
-    own = sorted(GIVEN & options.keys())
-    if own:
-        raise RecipeError(
-            f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
-        )
-    kind = STEPS[verb]
-    with _named_step(number, verb):
-        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
-        kind.check(recipe)
-        _check_reads(recipe)
-    return PlannedStep(number, str(verb), recipe)

@@ -1,8 +1,7 @@
-"""`secateur prune`: prunes a checkpoint, and can pack the result; or prunes a loaded model.
+"""`secateur prune`: prunes a checkpoint or a loaded model, and can pack the result.
 
-Prunes a checkpoint on a Ray cluster: Ray starts the processes, and they share the work.
-
-Plans a pruning run on a cluster, on paper.
+On a Ray cluster, Ray starts processes that share the work. For a cluster that is not here, the run
+of a well-known shape is planned on paper.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from secateur.reporting.results.compress import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.compress.pack import MOST_CHOICES
 from secateur.workflows.compress.rounding import MixedChoice, MixedValues
-from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
+from secateur.workflows.judge.perplexity import LossComparison, LossIncrease
 from secateur.workflows.run_windows import save_parts
 from trained import save_trained, source_text
 
@@ -40,14 +40,14 @@ Judged = list[tuple[str, torch.Tensor, LossIncrease]]
 def judged(monkeypatch: pytest.MonkeyPatch) -> Judged:
     """Every judgement of a packed folder: its windows' name, the windows, and the result."""
     found: Judged = []
-    original = LossJudge.increase
+    original = LossComparison.increase
 
-    def noted(judge: LossJudge, folder: Path) -> LossIncrease:
+    def noted(judge: LossComparison, folder: Path) -> LossIncrease:
         rise = original(judge, folder)
         found.append((judge.file.stem, judge.windows, rise))
         return rise
 
-    monkeypatch.setattr(LossJudge, "increase", noted)
+    monkeypatch.setattr(LossComparison, "increase", noted)
     return found
 
 
@@ -130,7 +130,7 @@ def test_a_packed_model_that_loses_too_much_is_chosen_again(
 
     monkeypatch.setattr(MixedChoice, "within", within)
     monkeypatch.setattr(
-        LossJudge,
+        LossComparison,
         "increase",
         lambda judge, _: last if judge.file.stem == "judged" else next(rises),
     )

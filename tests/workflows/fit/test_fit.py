@@ -22,7 +22,7 @@ from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.fit import run
 from secateur.workflows.fit.context import FitContext
 from secateur.workflows.fit.storage_formats import FINER, LEVELS
-from secateur.workflows.judge.perplexity import LossIncrease, LossJudge
+from secateur.workflows.judge.perplexity import LossComparison, LossIncrease
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -162,11 +162,11 @@ def test_a_model_that_loses_too_much_is_searched_again(
         bounds.append(bound)
         return original(context, search, 0.01) + 3000 * len(bounds)
 
-    def increase(judge: LossJudge, folder: Path) -> LossIncrease:
+    def increase(judge: LossComparison, folder: Path) -> LossIncrease:
         return LossIncrease(0.012 if len(bounds) == 1 else 0.009, 0.0, 1)
 
     monkeypatch.setattr(run, "smallest_within", smallest_within)
-    monkeypatch.setattr(LossJudge, "increase", increase)
+    monkeypatch.setattr(LossComparison, "increase", increase)
     secateur.fit(
         place / "dense", output=place / "again-within", max_loss_increase=0.01,
         calibration=place / "windows.safetensors", **OPTIONS,

@@ -4,8 +4,6 @@ There are two passes over the source, with one matrix in memory. The first pass 
 chooses the smallest layout for each matrix, so all sizes are known. The second pass packs and
 writes. The result is read again and verified before the folder gets its final name. With
 calibration text, a resumable run first moves the weights to int8 grids (`rounding`).
-
-Checks the options of a compression before any model is read.
 """
 
 from __future__ import annotations
@@ -150,6 +148,42 @@ def compress_recipe(
         report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
     return report
+
+
+def check_compression(recipe: CompressRecipe) -> None:
+    """Check everything in a recipe that does not need its model.
+
+    Raises:
+        RecipeError: a format is unknown, or options do not fit together.
+    """
+    bound = recipe.max_loss_increase
+    grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
+    check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
+    for glob, values in recipe.overrides.items():
+        if values not in VALUES:
+            raise RecipeError(
+                f"unknown values {values!r}",
+                where=f"override {glob!r}",
+                remedy=did_you_mean(values, [*VALUES]),
+            )
+    if bound is not None and recipe.overrides:
+        raise RecipeError(
+            "a bound on the loss chooses the values of all linears, but some have their own",
+            where="--overrides",
+            remedy="leave one of the two out",
+        )
+    if bound is None:
+        check_calibration(recipe)
+    elif recipe.values != AUTO:
+        raise RecipeError(
+            f"a bound on the loss chooses the values, but they are {recipe.values!r}",
+            remedy="use --values auto, or leave --max-loss-increase out",
+        )
+    elif recipe.calibration.source is None:
+        raise RecipeError(
+            "a bound on the loss needs text to measure the loss on",
+            remedy="add --calibration TEXT, or leave --max-loss-increase out",
+        )
 
 
 def _packed_within(
@@ -417,39 +451,3 @@ def _write_notes(
     write_json(folder.notes / COMPRESSION, record)
     card = compression_card(report, source.record(), source.folder, output)
     write_text(folder.model / "README.md", card)
-
-
-def check_compression(recipe: CompressRecipe) -> None:
-    """Check everything in a recipe that does not need its model.
-
-    Raises:
-        RecipeError: a format is unknown, or options do not fit together.
-    """
-    bound = recipe.max_loss_increase
-    grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
-    check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
-    for glob, values in recipe.overrides.items():
-        if values not in VALUES:
-            raise RecipeError(
-                f"unknown values {values!r}",
-                where=f"override {glob!r}",
-                remedy=did_you_mean(values, [*VALUES]),
-            )
-    if bound is not None and recipe.overrides:
-        raise RecipeError(
-            "a bound on the loss chooses the values of all linears, but some have their own",
-            where="--overrides",
-            remedy="leave one of the two out",
-        )
-    if bound is None:
-        check_calibration(recipe)
-    elif recipe.values != AUTO:
-        raise RecipeError(
-            f"a bound on the loss chooses the values, but they are {recipe.values!r}",
-            remedy="use --values auto, or leave --max-loss-increase out",
-        )
-    elif recipe.calibration.source is None:
-        raise RecipeError(
-            "a bound on the loss needs text to measure the loss on",
-            remedy="add --calibration TEXT, or leave --max-loss-increase out",
-        )

@@ -4,12 +4,11 @@ This uses the pruning run, layer by layer. The zeros stay the same. Every other 
 grid of its row or group, and the weights of a row compensate each other's rounding errors. The
 result is a checkpoint of the same dtype with weights on grids.
 
-Chooses the values of each matrix within a bound on the loss.
-
-The checkpoint is rounded as a whole to int8 and to int4, by the same runs as `--values int8` and
-`--values int4`. Then each linear takes its weights from the source or from one of the two
-(`engine.choose.values`). A sixth of the calibration windows, which the rounding does not see,
-measures the loss of candidates and of the packed model; another sixth judges the result.
+Within a bound on the loss (`MixedChoice`), the checkpoint is rounded as a whole to int8 and to
+int4, by the same runs as `--values int8` and `--values int4`. Then each linear takes its weights
+from the source or from one of the two (`engine/choose/stored_levels.py`). A sixth of the
+calibration windows, which the rounding does not see, measures the loss of candidates and of the
+packed model; another sixth measures that of the result.
 """
 
 from __future__ import annotations
@@ -35,12 +34,20 @@ from secateur.recipes.reading import build_recipe
 from secateur.runs.environment import choose_device
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.workflows.compress.storage_plan import PackableMatrix, settled_values
-from secateur.workflows.judge.perplexity import LossJudge
+from secateur.workflows.judge.perplexity import LossComparison
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.run_windows import save_parts
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
+
+
+ROUNDED = ("int8", "int4")
+"""The values to choose from besides those of the source, from the largest."""
+
+
+SHARE = 6
+"""One calibration window in so many chooses, and one in so many judges the result."""
 
 
 def check_calibration(recipe: CompressRecipe) -> None:
@@ -141,13 +148,6 @@ def output_errors(rounded: Path) -> dict[str, float]:
     return {linear["name"]: linear["error"] for linear in linears}
 
 
-ROUNDED = ("int8", "int4")
-"""The values to choose from besides those of the source, from the largest."""
-
-SHARE = 6
-"""One calibration window in so many chooses, and one in so many judges the result."""
-
-
 @dataclass(frozen=True)
 class MixedValues:
     """The result of the choice.
@@ -210,7 +210,7 @@ class MixedChoice:
         self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
         fitted, chosen, judged = _split_windows(recipe, self.target, work, progress)
         self.choosing, self.judging = (
-            LossJudge(self.target, file, progress, trust_remote_code=trust)
+            LossComparison(self.target, file, progress, trust_remote_code=trust)
             for file in (chosen, judged)
         )
         self.linears = {m.linear: name for name, m in matrices.items() if m.prunable}

@@ -25,7 +25,7 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
 from secateur.workflows.compress.storage_plan import PackableMatrix
 from secateur.workflows.fit.costs import Costs
-from secateur.workflows.judge.perplexity import LossJudge
+from secateur.workflows.judge.perplexity import LossComparison
 from secateur.workflows.run_windows import save_parts
 
 SHARE = 6
@@ -111,8 +111,8 @@ class FitContext:
     time: TimeBudget
     work: Path
     calibration_file: Path
-    choosing: LossJudge
-    judging: LossJudge
+    choosing: LossComparison
+    judging: LossComparison
     progress: Progress
 
     @classmethod
@@ -141,7 +141,7 @@ class FitContext:
             "make levels, choose among them and judge", progress, trust_remote_code=trust,
         )  # fmt: skip
         choosing, judging = (
-            LossJudge(target, x, progress, trust_remote_code=trust) for x in files[1:]
+            LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
         )
         return cls(
             recipe, source, target, matrices, costs, time, work, files[0],

@@ -1,6 +1,6 @@
 """Generates text with a checkpoint, compressed or not: one text, or a conversation.
 
-A loaded model that generates text piece by piece, with the fastest available loop.
+A `TextSession` holds the model, and generates piece by piece with the fastest available loop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,23 @@ from secateur.reporting.results.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Sampling, TextStream, sampling_in, sampling_with
+
+POSITIONS = "max_position_embeddings"
+
+
+NEW_TOKENS = 256
+"""The default maximum length of a text."""
+
+
+ROOM_TOKENS = 4096
+"""Room for a conversation, if the model has as many positions. Memory is used when it fills."""
+
+
+ONE_CALL = "fused decode loop"
+
+
+Message = dict[str, str]
+"""A line of a conversation: `role` (system, user or assistant) and `content`."""
 
 
 def generate(
@@ -198,17 +215,6 @@ def _check_text(prompt: str) -> str:
             remedy="give the prompt as UTF-8",
         ) from None
     return prompt
-
-
-POSITIONS = "max_position_embeddings"
-NEW_TOKENS = 256
-"""The default maximum length of a text."""
-ROOM_TOKENS = 4096
-"""Room for a conversation, if the model has as many positions. Memory is used when it fills."""
-ONE_CALL = "fused decode loop"
-
-Message = dict[str, str]
-"""A line of a conversation: `role` (system, user or assistant) and `content`."""
 
 
 class TextSession:

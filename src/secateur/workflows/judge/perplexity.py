@@ -1,10 +1,9 @@
-"""The inputs of every perplexity measurement: a loaded model, windows, and their protocol.
+"""The inputs of every perplexity (a loaded model, windows, their protocol), and rises of the loss.
 
-How far the loss of a packed model, as it runs, is above that of the dense model.
-
-The packed folder is loaded and judged as `secateur evaluate` does it: kernels multiply, activations
-that meet integers are rounded, and sums are those of its dtype. The dense model passes through its
-layers one at a time, so that only one of them is in memory.
+`LossComparison` compares a packed model, as it runs, with the dense one. The packed folder is
+loaded and measured as `secateur evaluate` does it: kernels multiply, activations that meet integers
+are rounded, and sums are those of its dtype. The dense model passes through its layers one at a
+time, so that only one of them is in memory.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ class LossIncrease:
         return self.mean + (self.standard_error or 0.0)
 
 
-class LossJudge:
+class LossComparison:
     """Measures packed folders against the dense model, on some windows.
 
     Args:

@@ -1,6 +1,6 @@
 """Trains a checkpoint on text or with a teacher, keeps its zeros, and writes a run folder.
 
-Writes the float32 weights of a training into a checkpoint, with one tensor in memory.
+The result is a copy of the source, into which the float32 weights are written one tensor at a time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""One training with all its inputs, and its output for the files of the result.
+"""One training with all its inputs, or iterative pruning, which trains in rounds.
 
-Iterative pruning of a recipe: the rounds, their files, and their reports.
-
-work/rounds/early.safetensors the weights to go back to, with rewind `weights`
-work/rounds/dense.*               the training before the first round, with rewind `weights`
-work/rounds/round-N.*             see `secateur.training.rounds`
-work/rounds/NAME.json, NAME.jsonl what a finished training reports, and its log
+    work/rounds/early.safetensors      the weights to go back to, with rewind `weights`
+    work/rounds/dense.*                the training before the first round, with rewind `weights`
+    work/rounds/round-N.*              see `secateur.training.rounds`
+    work/rounds/NAME.json, NAME.jsonl  the report of a finished training, and its log
 
 A killed run resumes at the last save of the unfinished training.
 """

@@ -1,6 +1,4 @@
-"""Makes the plan, the loss and the teacher from the recipe of a training.
-
-Prepares a model for a training: its trained parameters and its masks.
+"""Makes from the recipe of a training its plan, masks, loss, teacher, and trained parameters.
 
 weights     all weights learn, the masks stay                       the default
 lora        adapters learn, with the masks in their products; they are merged at the end
@@ -51,6 +49,29 @@ from secateur.types import Windows
 from secateur.workflows.train.text import TrainingText
 
 
+def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
+    """Refuse ways to train that exclude each other.
+
+    Raises:
+        RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
+            with several processes.
+    """
+    ways = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
+    given = [name for name, options in ways.items() if options is not None]
+    if len(given) > 1 and "lora" in given:
+        raise RecipeError(
+            f"adapters keep the zeros there are, {given[0]} pruning makes new ones",
+            remedy="prune first, then train adapters",
+        )
+    if len(given) > 1:
+        raise RecipeError("gradual and iterative are two ways to prune", remedy="give one")
+    if given and processes.ranks > 1:
+        raise RecipeError(
+            f"{given[0]} needs a single process",
+            remedy="start the command without torchrun or accelerate launch",
+        )
+
+
 def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
     """Return length, learning rate and optimizer of a training.
 
@@ -80,6 +101,31 @@ def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan
         validations=recipe.validations,
         patience=recipe.patience,
         save_minutes=recipe.save_minutes,
+    )
+
+
+def masks_of(recipe: TrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
+    """Return the masks that a training holds.
+
+    Args:
+        recipe: may name masks. Without them, the training holds the zeros of the model.
+        model: the model with its initial weights; it may be sharded.
+        processes: the processes.
+
+    Raises:
+        RecipeError: the masks belong to another model, hold no zeros, or would free weights that
+            are zero in the model.
+        SourceError: the file holds no masks.
+    """
+    if recipe.mask is None:
+        return Masks.of(model)
+    prunes = recipe.gradual is not None or recipe.iterative is not None
+    return masks_in(
+        Path(recipe.mask),
+        model,
+        trust_remote_code=recipe.trust_remote_code,
+        regrows=recipe.regrow or prunes,  # pruning keeps the zeros itself
+        sums=processes.sums,
     )
 
 
@@ -275,54 +321,6 @@ def adapt(
     assert recipe.gradual is not None
     hook = GradualPruning(opened, _gradual(recipe.gradual, sparsity, windows))
     return Adapted(model, held, held, (hook,), None, opened)
-
-
-def masks_of(recipe: TrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
-    """Return the masks that a training holds.
-
-    Args:
-        recipe: may name masks. Without them, the training holds the zeros of the model.
-        model: the model with its initial weights; it may be sharded.
-        processes: the processes.
-
-    Raises:
-        RecipeError: the masks belong to another model, hold no zeros, or would free weights that
-            are zero in the model.
-        SourceError: the file holds no masks.
-    """
-    if recipe.mask is None:
-        return Masks.of(model)
-    prunes = recipe.gradual is not None or recipe.iterative is not None
-    return masks_in(
-        Path(recipe.mask),
-        model,
-        trust_remote_code=recipe.trust_remote_code,
-        regrows=recipe.regrow or prunes,  # pruning keeps the zeros itself
-        sums=processes.sums,
-    )
-
-
-def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
-    """Refuse ways to train that exclude each other.
-
-    Raises:
-        RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
-            with several processes.
-    """
-    ways = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
-    given = [name for name, options in ways.items() if options is not None]
-    if len(given) > 1 and "lora" in given:
-        raise RecipeError(
-            f"adapters keep the zeros there are, {given[0]} pruning makes new ones",
-            remedy="prune first, then train adapters",
-        )
-    if len(given) > 1:
-        raise RecipeError("gradual and iterative are two ways to prune", remedy="give one")
-    if given and processes.ranks > 1:
-        raise RecipeError(
-            f"{given[0]} needs a single process",
-            remedy="start the command without torchrun or accelerate launch",
-        )
 
 
 def adapters(recipe: TrainRecipe) -> Adapters:
