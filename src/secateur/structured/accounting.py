@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.models.layer_cache import layer_caches
 from secateur.models.layout import Couplings
+from secateur.runs.records import Counts
 from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
 from secateur.structured.edits import parameters_of
@@ -18,38 +19,8 @@ from secateur.structured.edits import parameters_of
 UNCUT_BYTES = 2
 """Bytes cached for each token in place of a removed attention sub-block."""
 
-
-@dataclass(frozen=True)
-class Counts:
-    """The parts of a model, counted. Tied weights count once.
-
-    Attributes:
-        attention: parameters of attention sub-blocks, without norms.
-        ffn: parameters of dense feed-forwards.
-        experts: parameters of mixtures of experts, with routers.
-        norms: parameters of norms.
-        embeddings: parameters of embeddings, head and their projections.
-        other: all other parameters.
-        decoder: all parameters of the decoder layers.
-        kv_cache_bytes_per_token: what one token adds to the caches of all layers, in the model's
-            dtype; layers with a sliding window stop growing at the window.
-        file_bytes: bytes of all tensors, without file headers.
-    """
-
-    attention: int
-    ffn: int
-    experts: int
-    norms: int
-    embeddings: int
-    other: int
-    decoder: int
-    kv_cache_bytes_per_token: int
-    file_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        """All parameters."""
-        return self.attention + self.ffn + self.experts + self.norms + self.embeddings + self.other
+KINDS = ("attention", "ffn", "experts", "norms", "embeddings", "other")
+"""The kinds of parameters; each parameter has one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +46,11 @@ class Accounting:
     def decoder_removed(self) -> float:
         """The removed fraction of the parameters of the decoder layers."""
         return 1 - self.after.decoder / self.before.decoder
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts by kind, without their sum."""
+        before, after = (x.model_dump(exclude={"parameters"}) for x in (self.before, self.after))
+        return {"before": before, "after": after, "varied": self.varied}
 
 
 def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
@@ -118,11 +94,14 @@ def _counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, in
         found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
         found["decoder"] += values if inner is not None else 0
         found["file_bytes"] += size
-    named = {name: found[name] for name in Counts.__dataclass_fields__}
     removed = sum(isinstance(module, NoAttention) for module in model.modules())
     values = sum(cache.values for cache in layer_caches(model))
     cache = values * model.dtype.itemsize + removed * UNCUT_BYTES
-    return Counts(**(named | {"kv_cache_bytes_per_token": cache}))
+    return Counts(
+        **{name: found[name] for name in (*KINDS, "decoder", "file_bytes")},
+        kv_cache_bytes_per_token=cache,
+        parameters=sum(found[kind] for kind in KINDS),
+    )
 
 
 def _kind_of(

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def trim_vocabulary(
         "documents": len(documents),
         "same_documents": same,
         "covered": use.share(kept),
-        **asdict(Accounting(before, accounting(made, Cut()).before, varied)),
+        **Accounting(before, accounting(made, Cut()).before, varied).to_json(),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.engine.plan import Plan
 from secateur.reporting.tables import Block, Result, Table, not_pruned
 from secateur.reporting.wording import binary_size, time_range
-from secateur.structured.accounting import Counts
+from secateur.runs.records import Counts
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,8 +105,8 @@ class CutPlanResult(Result):
         """All figures."""
         return {
             "steps": list(self.steps),
-            "before": {**asdict(self.before), "parameters": self.before.parameters},
-            "after": self.after and {**asdict(self.after), "parameters": self.after.parameters},
+            "before": self.before.to_json(),
+            "after": self.after and self.after.to_json(),
             "unknown": list(self.unknown),
             "plan": self.plan and self.plan.to_json(),
         }

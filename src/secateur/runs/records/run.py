@@ -41,26 +41,40 @@ class RunResult(Record):
     file_bytes: int
 
 
-class Counted(Record):
-    """The parameters of a model by kind."""
+class Counts(Record):
+    """The parts of a model, counted. Tied weights count once.
 
-    parameters: int
-    decoder: int
-    file_bytes: int
+    Attributes:
+        attention: parameters of attention sub-blocks, without norms.
+        ffn: parameters of dense feed-forwards.
+        experts: parameters of mixtures of experts, with routers.
+        norms: parameters of norms.
+        embeddings: parameters of embeddings, head and their projections.
+        other: all other parameters.
+        decoder: all parameters of the decoder layers.
+        kv_cache_bytes_per_token: what one token adds to the caches of all layers, in the model's
+            dtype; layers with a sliding window stop growing at the window.
+        file_bytes: bytes of all tensors, without file headers.
+        parameters: all parameters.
+    """
+
     attention: int
     ffn: int
     experts: int
     norms: int
     embeddings: int
     other: int
+    decoder: int
     kv_cache_bytes_per_token: int
+    file_bytes: int
+    parameters: int
 
 
 class Structure(Record):
     """What a structured cut removed."""
 
-    before: Counted
-    after: Counted
+    before: Counts
+    after: Counts
     decoder_removed: float
     removed: float
     varied: bool

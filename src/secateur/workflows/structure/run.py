@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,8 +450,8 @@ def _verified(
     made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
     if form_of(source) is not None:
-        before = replace(before, file_bytes=CheckpointReader(source).total_bytes)
-        after = replace(after, file_bytes=CheckpointReader(whole).total_bytes)
+        before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
+        after = after.model_copy(update={"file_bytes": CheckpointReader(whole).total_bytes})
     promised = steps[-1]["after"]["decoder"]
     if after.decoder != promised:
         raise VerificationError(
@@ -490,8 +490,8 @@ def _manifest_of(
         "allocation": {"name": recipe.allocation or "uniform"},
         "structure": {
             "steps": [_summary(step) for step in steps],
-            "before": {**asdict(found.before), "parameters": found.before.parameters},
-            "after": {**asdict(found.after), "parameters": found.after.parameters},
+            "before": found.before.to_json(),
+            "after": found.after.to_json(),
             "decoder_removed": found.decoder_removed,
             "removed": found.removed,
             "varied": found.varied,

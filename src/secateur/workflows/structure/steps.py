@@ -19,7 +19,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class Step:
                     trust_remote_code=context.recipe.trust_remote_code,
                     progress=context.progress,
                 )
-                notes = {"step": self.name, "cut": cut.to_json(), **how, **asdict(found)}
+                notes = {"step": self.name, "cut": cut.to_json(), **how, **found.to_json()}
                 (partial / NOTES).write_text(json.dumps(notes), encoding="utf-8")
             if kept != folder:
                 shutil.rmtree(kept)
