@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.engine.plan import Plan
-from secateur.engine.stream.targets import Target
 from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.models.checkpoint import CheckpointReader
@@ -66,23 +65,6 @@ BETWEEN = 4
 
 
 @dataclass(frozen=True)
-class WidthRequest:
-    """The settings of a run over the linears that read units.
-
-    Attributes:
-        starts: fraction of units to remove before any allocation, by glob of linears.
-        patterns: patterns by glob of linears.
-        costs: cost of a unit in the budget of an allocation, by linear.
-        whole: globs of linears that keep all units.
-    """
-
-    starts: Mapping[str, float]
-    patterns: Mapping[str, Pattern]
-    costs: Mapping[str, int] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class WidthRun:
     """Chooses units with a pruning run, which also refits the linears that read them.
 
@@ -103,7 +85,7 @@ class WidthRun:
     def cut_width(self, plan: CutPlan) -> tuple[Cut, dict[str, Any], Path]:
         """Cut heads and neurons. Return the kept units, the record of the choice, and `output`."""
         recipe, allocation = self.recipe, self.recipe.allocation or "uniform"
-        sizes = self.prune(lambda target: _width_asked(recipe, plan, target), allocation)
+        sizes = self.prune(lambda run: _of_width(run, recipe, plan), allocation)
         cut = self.cut()
         if allocation == "uniform":
             cut = Cut(
@@ -114,13 +96,13 @@ class WidthRun:
 
     def cut_queries(self, heads: int) -> tuple[Cut, dict[str, Any], Path]:
         """Cut query heads in every KV group. Return kept units, record of choice, and `output`."""
-        sizes = self.prune(lambda target: _queries_asked(heads, target), "uniform")
+        sizes = self.prune(lambda run: _of_queries(run, heads), "uniform")
         cut = self.cut(kinds=("queries",))
         kept = {i: _evened_groups(heads, sizes, i, units) for i, units in cut.queries.items()}
         return Cut(queries=kept), self.notes(), self.output
 
-    def prune(self, request: Callable[[Target], WidthRequest], allocation: str) -> Sizes:
-        """Run, unless an earlier run made `output`. Return the sizes of the model."""
+    def prune(self, narrowed: Callable[[Prepared], Prepared], allocation: str) -> Sizes:
+        """Prune, unless an earlier run made `output`. Return the sizes of the model."""
         recipe, output = self.recipe, self.output
         if not output.exists():
             folder = RunFolder(output, "prune", resume=True)
@@ -129,8 +111,7 @@ class WidthRun:
                 "output": str(output),
                 "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
             }
-            prepared = prepare(build_recipe(PruneRecipe, values), folder.model)
-            prepared = _requested(prepared, request(prepared.target))
+            prepared = narrowed(prepare(build_recipe(PruneRecipe, values), folder.model))
             run_prepared(prepared, folder, self.progress, Meter.start())
         return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
 
@@ -167,21 +148,53 @@ def _score_of(recipe: StructureRecipe) -> str | None:
     return recipe.score
 
 
-def _width_asked(recipe: StructureRecipe, plan: CutPlan, target: Target) -> WidthRequest:
-    """The settings for the readers of heads and neurons."""
-    model = target.model
+def _of_width(prepared: Prepared, recipe: StructureRecipe, plan: CutPlan) -> Prepared:
+    """A run over the linears that read heads and neurons."""
+    target, model = prepared.target, prepared.target.model
     sizes, readers = sizes_of(model), consumers(model)
     starts = {f"*.{readers[k]}": x for k, x in width_shares(plan, sizes, model).items()}
     layer_name, cut = target.architecture.layer_name, plan.narrowed(sizes.layers)
-    return WidthRequest(
+    patterns = {
+        f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+        for kind, name in readers.items()
+    }
+    return _over(
+        prepared,
         {glob: share for glob, share in starts.items() if share > 0 or plan.joint is not None},
-        {
-            f"*.{name}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
-            for kind, name in readers.items()
-        },
+        patterns,
         _costs_of(layer_name, readers, sizes, model, recipe),
         tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
     )
+
+
+def _of_queries(prepared: Prepared, heads: int) -> Prepared:
+    """A run over the linears that read query heads; it keeps so many of each group."""
+    model = prepared.target.model
+    sizes, reader = sizes_of(model), consumers(model)["groups"]
+    each = sizes.heads_per_group
+    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+    return _over(prepared, {f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+
+
+def _over(
+    prepared: Prepared,
+    starts: Mapping[str, float],
+    patterns: Mapping[str, Pattern],
+    costs: Mapping[str, int] | None = None,
+    whole: tuple[str, ...] = (),
+) -> Prepared:
+    """The same run over linears that read units.
+
+    Args:
+        prepared: the run.
+        starts: fraction of units to remove before any allocation, by glob of linears.
+        patterns: patterns by glob of linears.
+        costs: cost of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
+    """
+    selection = replace(prepared.selection, include=tuple(starts), exclude=whole, starts=starts)
+    methods = {g: replace(prepared.method, pattern=pattern) for g, pattern in patterns.items()}
+    return replace(prepared, selection=selection, methods=methods, costs=costs or {})
 
 
 def _costs_of(
@@ -209,28 +222,6 @@ def _costs_of(
                 name = f"{layer_name(layer)}.{reader}"
                 named[name] = recipe.multiple if kind == "neurons" else levels * step
     return named
-
-
-def _queries_asked(heads: int, target: Target) -> WidthRequest:
-    """The settings for the readers of query heads that keep the given number in a group."""
-    sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
-    each = sizes.heads_per_group
-    pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
-    return WidthRequest({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
-
-
-def _requested(prepared: Prepared, found: WidthRequest) -> Prepared:
-    """The same run over the linears that read units."""
-    selection = replace(
-        prepared.selection,
-        include=tuple(found.starts),
-        exclude=found.whole,
-        starts=found.starts,
-    )
-    methods = {
-        glob: replace(prepared.method, pattern=pattern) for glob, pattern in found.patterns.items()
-    }
-    return replace(prepared, selection=selection, methods=methods, costs=found.costs)
 
 
 def _evened(
@@ -277,7 +268,7 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Plan
         "calibration": recipe.calibration.model_dump(),
     }
     prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
-    prepared = _requested(prepared, _width_asked(recipe, plan, prepared.target))
+    prepared = _of_width(prepared, recipe, plan)
     return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]
 
 
