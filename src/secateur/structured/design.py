@@ -60,8 +60,8 @@ OF_THE_INDEX = ("layer_idx", "layer_id", "layer_number", "training")
 
 
 @dataclass(frozen=True)
-class Design:
-    """A smaller model, before any of its tensors is made.
+class Blueprint:
+    """What a cut leaves, before there is a model that has these sizes.
 
     Attributes:
         uncut: the uncut model, with experts as transformers stores them.
@@ -69,7 +69,6 @@ class Design:
         sizes: of the uncut model.
         hidden: the kept channels of the residual stream; None = all.
         layers: for each kept layer, the units it keeps.
-        skeleton: the cut model, parameters on the meta device.
         edits: of each parameter, by its name in the cut model.
     """
 
@@ -78,13 +77,7 @@ class Design:
     sizes: Sizes
     hidden: Tensor | None
     layers: list[LayerCut]
-    skeleton: Any
     edits: Mapping[str, Edit]
-
-    @property
-    def varied(self) -> bool:
-        """Whether the result needs its own code to load."""
-        return hasattr(self.skeleton.config, "secateur_cut")
 
     @property
     def channels(self) -> int:
@@ -98,6 +91,27 @@ class Design:
             if layer.queries is not None:
                 return len(layer.queries) // self.sizes.groups[layer.index]
         return self.sizes.heads_per_group
+
+    def count(self, layer: LayerCut, kind: str) -> int:
+        """How many units of a kind a layer keeps."""
+        kept = getattr(layer, kind)
+        return getattr(self.sizes, kind)[layer.index] if kept is None else len(kept)
+
+
+@dataclass(frozen=True)
+class Design(Blueprint):
+    """A smaller model, before any of its tensors is made.
+
+    Attributes:
+        skeleton: the cut model, parameters on the meta device.
+    """
+
+    skeleton: Any
+
+    @property
+    def varied(self) -> bool:
+        """Whether the result needs its own code to load."""
+        return hasattr(self.skeleton.config, "secateur_cut")
 
 
 def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
@@ -125,10 +139,11 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     # A class that ties the number of heads to the hidden size needs the old number of heads.
     for padding in ("largest", "uncut") if pad else (None,):
         layers = layer_cuts(cut, sizes, padding)
-        made = Design(model, architecture, sizes, hidden, layers, None, editor.edits(layers))
-        plain = _built_plain(made)
+        blueprint = Blueprint(model, architecture, sizes, hidden, layers, editor.edits(layers))
+        plain = _built_plain(blueprint)
         if plain is not None:
-            return replace(made, skeleton=plain, edits=_for_scaled_embedding(made))
+            blueprint = replace(blueprint, edits=_for_scaled_embedding(blueprint))
+            return Design(**vars(blueprint), skeleton=plain)
     if pad:
         raise ArchitectureError(
             "no plain class of transformers has these sizes, padded or not",
@@ -137,11 +152,11 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
         )
     if architecture.couplings is None:
         raise ArchitectureError(
-            f"{type(model).__name__} cannot be built with {len(made.layers)} of its "
+            f"{type(model).__name__} cannot be built with {len(blueprint.layers)} of its "
             f"{len(sizes.neurons)} layers: its configuration names their kinds in an unknown way",
             remedy="this family's layers cannot be cut yet",
         )
-    return replace(made, skeleton=_built_varied(made))
+    return Design(**vars(blueprint), skeleton=_built_varied(blueprint))
 
 
 def _with_fused_experts(model: Any) -> Any:
@@ -152,24 +167,24 @@ def _with_fused_experts(model: Any) -> Any:
     return skeleton_of(type(model), model.config, model.dtype)
 
 
-def _built_plain(made: Design) -> Any:
+def _built_plain(blueprint: Blueprint) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
-    model, couplings = made.uncut, made.architecture.couplings
-    changes = _layer_changes(made)
+    model, couplings = blueprint.uncut, blueprint.architecture.couplings
+    changes = _layer_changes(blueprint)
     forms = [changes]
     if couplings is not None:
-        if any(gone_of(couplings, layer) for layer in made.layers):
+        if any(gone_of(couplings, layer) for layer in blueprint.layers):
             return None
         # units of each kept layer; 0 in layers of another kind
         sizes = {
-            kind: [_kept_count(made, layer, kind) for layer in made.layers]
+            kind: [blueprint.count(layer, kind) for layer in blueprint.layers]
             for kind in ("groups", "neurons", "experts")
         }
-        forms = [changes | _size_changes(made, couplings, one) for one in _uniform(sizes)]
+        forms = [changes | _size_changes(blueprint, couplings, one) for one in _uniform(sizes)]
         heterogeneous = getattr(text_config(model.config), "is_heterogeneous", False)
         if heterogeneous or any(map(_differ, sizes.values())):
             known = changes.get("per_layer_config")
-            forms.insert(0, forms[0] | _own_sizes(made, couplings, sizes, known))
+            forms.insert(0, forms[0] | _own_sizes(blueprint, couplings, sizes, known))
     config_class, model_class, entries = _base_classes(model)
     part = text_part(model.config)  # which describes the decoder
     for form in forms:
@@ -178,7 +193,7 @@ def _built_plain(made: Design) -> Any:
             skeleton = _built(model_class, config_class, whole, model)
         except Exception:  # each class refuses sizes in its own way
             continue
-        if _fits(skeleton, made):
+        if _fits(skeleton, blueprint):
             return skeleton
     return None
 
@@ -195,19 +210,21 @@ def _base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     return config_class, model_class, entries
 
 
-def _layer_changes(made: Design) -> dict[str, Any]:
+def _layer_changes(blueprint: Blueprint) -> dict[str, Any]:
     """The changed entries of the configuration, for fewer layers or a narrower stream."""
-    config, kept = text_config(made.uncut.config), [layer.index for layer in made.layers]
-    count = len(made.architecture.layers(made.uncut))
+    config, kept = text_config(blueprint.uncut.config), [layer.index for layer in blueprint.layers]
+    count = len(blueprint.architecture.layers(blueprint.uncut))
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
     if count != len(kept):
         changes |= _kept_settings(config.to_dict(), kept, count)
     if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
-        dense = [new for new, i in enumerate(kept) if not made.sizes.experts[i]]
+        dense = [new for new, i in enumerate(kept) if not blueprint.sizes.experts[i]]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if made.hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
-        changes["rms_norm_eps"] = config.rms_norm_eps * made.sizes.hidden / len(made.hidden)
+    if blueprint.hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
+        changes["rms_norm_eps"] = (
+            config.rms_norm_eps * blueprint.sizes.hidden / len(blueprint.hidden)
+        )
     return changes
 
 
@@ -262,7 +279,7 @@ def _differ(counts: Sequence[int]) -> bool:
 
 
 def _own_sizes(
-    made: Design,
+    blueprint: Blueprint,
     couplings: Couplings,
     sizes: Mapping[str, Sequence[int]],
     known: Mapping[Any, Mapping[str, Any]] | None,
@@ -273,14 +290,14 @@ def _own_sizes(
     is transformers' `per_layer_config`: {number of a layer: {entry: value}}. Few classes read that;
     the others refuse it when they are built.
     """
-    config = text_config(made.uncut.config)
-    names, experts = config.attribute_map, made.architecture.experts
+    config = text_config(blueprint.uncut.config)
+    names, experts = config.attribute_map, blueprint.architecture.experts
     of_all: dict[str, Any] = {}
-    own = {new: dict((known or {}).get(new, {})) for new in range(len(made.layers))}
+    own = {new: dict((known or {}).get(new, {})) for new in range(len(blueprint.layers))}
     for new, groups in enumerate(sizes["groups"]):
         if groups:
             heads = names.get("num_attention_heads", "num_attention_heads")
-            own[new] |= {heads: groups * made.heads_per_group}
+            own[new] |= {heads: groups * blueprint.heads_per_group}
             own[new] |= {names.get("num_key_value_heads", "num_key_value_heads"): groups}
     if isinstance(setting(config, couplings.neurons_key), list):
         of_all[couplings.neurons_key] = list(sizes["neurons"])
@@ -296,33 +313,29 @@ def _own_sizes(
     return of_all | {"per_layer_config": own}
 
 
-def _size_changes(made: Design, couplings: Couplings, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _size_changes(
+    blueprint: Blueprint, couplings: Couplings, sizes: Mapping[str, int]
+) -> dict[str, Any]:
     """The entries of the configuration for sizes that all layers share, or for the largest."""
-    config = text_config(made.uncut.config)
-    names, channels = config.attribute_map, made.channels
-    heads = sizes["groups"] * made.heads_per_group
+    config = text_config(blueprint.uncut.config)
+    names, channels = config.attribute_map, blueprint.channels
+    heads = sizes["groups"] * blueprint.heads_per_group
     changes: dict[str, Any] = {names.get("hidden_size", "hidden_size"): channels}
     if heads:
         changes[names.get("num_attention_heads", "num_attention_heads")] = heads
         if setting(config, "num_key_value_heads") is not None:
             changes["num_key_value_heads"] = sizes["groups"]
         own = setting(config, "head_dim", "unknown") != "unknown"
-        if not made.sizes.latent and (own or heads * made.sizes.head_dim != channels):
-            changes["head_dim"] = made.sizes.head_dim
+        if not blueprint.sizes.latent and (own or heads * blueprint.sizes.head_dim != channels):
+            changes["head_dim"] = blueprint.sizes.head_dim
     if sizes["neurons"] and couplings.neurons_key:
         changes |= {couplings.neurons_key: sizes["neurons"], **couplings.with_neurons}
-    if made.architecture.experts is not None:
-        count = made.architecture.experts.count
+    if blueprint.architecture.experts is not None:
+        count = blueprint.architecture.experts.count
         changes[names.get(count, count)] = sizes["experts"]
-    if getattr(config, "word_embed_proj_dim", None) == made.sizes.hidden:
+    if getattr(config, "word_embed_proj_dim", None) == blueprint.sizes.hidden:
         changes["word_embed_proj_dim"] = channels
     return changes
-
-
-def _kept_count(made: Design, layer: LayerCut, name: str) -> int:
-    """How many units of a kind a layer keeps."""
-    kept = getattr(layer, name)
-    return getattr(made.sizes, name)[layer.index] if kept is None else len(kept)
 
 
 def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
@@ -333,29 +346,33 @@ def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like
     return skeleton_of(model_class, config, like.dtype)
 
 
-def _fits(skeleton: Any, made: Design) -> bool:
+def _fits(skeleton: Any, blueprint: Blueprint) -> bool:
     """Whether parameters and heads of a skeleton match; refuses one with other settings."""
     shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
-    if shapes != {name: edit.shape for name, edit in made.edits.items()}:
+    if shapes != {name: edit.shape for name, edit in blueprint.edits.items()}:
         return False
-    couplings = made.architecture.couplings
+    couplings = blueprint.architecture.couplings
     if couplings is not None:
-        sizes = {head_size(layer, couplings) for layer in made.architecture.layers(skeleton)}
-        if not sizes - {None} <= {made.sizes.head_dim}:
+        sizes = {head_size(layer, couplings) for layer in blueprint.architecture.layers(skeleton)}
+        if not sizes - {None} <= {blueprint.sizes.head_dim}:
             return False
-    _refuse_other_settings(skeleton, made)
+    _refuse_other_settings(skeleton, blueprint)
     return True
 
 
-def _refuse_other_settings(skeleton: Any, made: Design) -> None:
+def _refuse_other_settings(skeleton: Any, blueprint: Blueprint) -> None:
     """Refuse removed layers where the class computes what a layer is from its index."""
-    before, after = (list(made.architecture.layers(model)) for model in (made.uncut, skeleton))
+    before, after = (
+        list(blueprint.architecture.layers(model)) for model in (blueprint.uncut, skeleton)
+    )
     if len(before) == len(after):
         return
-    there = tensors_of(made.uncut)
-    resized = any(edit.shape != tuple(there[edit.source].shape) for edit in made.edits.values())
-    kept = [layer.index for layer in made.layers]
-    if _has_attention(made.uncut.config) and not _has_attention(skeleton.config):
+    there = tensors_of(blueprint.uncut)
+    resized = any(
+        edit.shape != tuple(there[edit.source].shape) for edit in blueprint.edits.values()
+    )
+    kept = [layer.index for layer in blueprint.layers]
+    if _has_attention(blueprint.uncut.config) and not _has_attention(skeleton.config):
         raise ArchitectureError(
             f"no layer with attention would stay of {len(kept)}, and transformers counts the "
             "tokens of its cache in such layers",
@@ -364,7 +381,7 @@ def _refuse_other_settings(skeleton: Any, made: Design) -> None:
     differing = _differing_layer(before, after, kept, resized=resized)
     if differing is not None:
         raise ArchitectureError(
-            f"these layers of {type(made.uncut).__name__} cannot be removed: {differing}",
+            f"these layers of {type(blueprint.uncut).__name__} cannot be removed: {differing}",
             remedy="remove other layers, or cut units within layers",
         )
 
@@ -401,45 +418,45 @@ def _plain_attributes(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str,
             yield f"{path}.{name}".lstrip("."), value
 
 
-def _for_scaled_embedding(made: Design) -> dict[str, Edit]:
+def _for_scaled_embedding(blueprint: Blueprint) -> dict[str, Edit]:
     """The edits where the factor of embeddings, √(hidden size), has become smaller.
 
     The embedding compensates for it. Where the head is tied to the embedding, the logits would grow
     too, so the final norm cancels the compensation.
     """
-    edits, couplings = dict(made.edits), made.architecture.couplings
-    if made.hidden is None or couplings is None or not couplings.scaled_embedding:
+    edits, couplings = dict(blueprint.edits), blueprint.architecture.couplings
+    if blueprint.hidden is None or couplings is None or not couplings.scaled_embedding:
         return edits
-    factor = sqrt(made.sizes.hidden / len(made.hidden))
+    factor = sqrt(blueprint.sizes.hidden / len(blueprint.hidden))
     embedding = next(n for n, axes in couplings.outside.items() if axes == ("-", "hidden"))
     norm = next(n for n, axes in couplings.outside.items() if axes == ("hidden",))
     name = f"{embedding}.weight"
     edits[name] = replace(edits[name], scale=factor)
-    if made.uncut.config.tie_word_embeddings:
+    if blueprint.uncut.config.tie_word_embeddings:
         edit = edits[f"{norm}.weight"]
         edits[f"{norm}.weight"] = replace(edit, scale=edit.scale / factor)
     return edits
 
 
-def _built_varied(made: Design) -> Any:
+def _built_varied(blueprint: Blueprint) -> Any:
     """The skeleton of a varied model."""
-    model = made.uncut
+    model = blueprint.uncut
     if text_part(model.config) is not None:
         raise ArchitectureError(
             f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
             "inside, for which Secateur writes no class of its own",
             remedy="cut every layer alike, or fill up smaller layers (--pad)",
         )
-    alike = couplings_of(made.architecture).alike
+    alike = couplings_of(blueprint.architecture).alike
     if alike:
         raise ArchitectureError(
-            f"all layers of this family ({made.architecture.family}) must be cut alike: {alike}",
+            f"all layers of this family ({blueprint.architecture.family}) must be cut alike: {alike}",
             remedy="cut every layer alike, or fill up smaller layers (--pad)",
         )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 
     config_class, model_class, entries = _base_classes(model)
-    entries |= _layer_changes(made)
+    entries |= _layer_changes(blueprint)
     base = _built(model_class, config_class, entries, model)
     varied_config, varied_model = varied_classes(entries["model_type"])
     code = FILE_NAME.removesuffix(".py")
@@ -451,10 +468,10 @@ def _built_varied(made: Design) -> Any:
             "AutoConfig": f"{code}.VariedConfig",
             "AutoModelForCausalLM": f"{code}.VariedForCausalLM",
         },
-        "secateur_cut": _difference(base, made),
+        "secateur_cut": _difference(base, blueprint),
     }
     skeleton = _built(varied_model, varied_config, entries, model)
-    if not _fits(skeleton, made):
+    if not _fits(skeleton, blueprint):
         raise ArchitectureError(
             "no model of this family can have these sizes",
             where=type(model).__name__,
@@ -463,14 +480,14 @@ def _built_varied(made: Design) -> Any:
     return skeleton
 
 
-def _difference(base: Any, made: Design) -> dict[str, Any]:
+def _difference(base: Any, blueprint: Blueprint) -> dict[str, Any]:
     """The differences between the cut model and a model that its base class builds."""
-    couplings = couplings_of(made.architecture)
+    couplings = couplings_of(blueprint.architecture)
     absent: dict[str, str] = {}
     attributes: dict[str, dict[str, int]] = {}
-    for new, layer in enumerate(made.layers):
-        name = made.architecture.layer_name(new)
-        for gone in gone_of(couplings, layer) + _already_gone(made, couplings, layer):
+    for new, layer in enumerate(blueprint.layers):
+        name = blueprint.architecture.layer_name(new)
+        for gone in gone_of(couplings, layer) + _already_gone(blueprint, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
             if find(base, f"{name}.{gone}") is not None:
                 absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
@@ -481,13 +498,13 @@ def _difference(base: Any, made: Design) -> dict[str, Any]:
             quantities = {**couplings.attributes.get(path, {})}
             if hasattr(module, QUERIES_OF_A_GROUP):
                 quantities[QUERIES_OF_A_GROUP] = "heads_per_group"
-            own = {a: _quantity(made, layer, q) for a, q in quantities.items()}
+            own = {a: _quantity(blueprint, layer, q) for a, q in quantities.items()}
             own = {a: v for a, v in own.items() if v != _read(base, module, a)}
             if own:
                 attributes[f"{name}.{path}"] = own
     shapes: dict[str, list[int]] = {}
     for name, parameter in base.named_parameters():
-        edit = made.edits.get(base.all_tied_weights_keys.get(name, name))
+        edit = blueprint.edits.get(base.all_tied_weights_keys.get(name, name))
         owner, _, leaf = name.rpartition(".")
         if edit is None or edit.shape == tuple(parameter.shape) or leaf == "bias":
             continue
@@ -495,32 +512,32 @@ def _difference(base: Any, made: Design) -> dict[str, Any]:
     return {"shapes": shapes, "attributes": attributes, "absent": absent}
 
 
-def _already_gone(made: Design, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
+def _already_gone(blueprint: Blueprint, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     """Modules of a layer whose sub-blocks the uncut model lacks."""
     empty = torch.tensor([], dtype=torch.long)
-    sizes, i = made.sizes, layer.index
+    sizes, i = blueprint.sizes, layer.index
     groups = None if sizes.groups[i] else empty
     neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
     gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None))
-    uncut = made.architecture.layers(made.uncut)[i]  # stand-ins have no parameters
+    uncut = blueprint.architecture.layers(blueprint.uncut)[i]  # stand-ins have no parameters
     there = (find(uncut, name) for name in gone)
     without = (module is not None and not list(module.parameters()) for module in there)
     return tuple(name for name, empty in zip(gone, without, strict=True) if empty)
 
 
-def _quantity(made: Design, layer: LayerCut, name: str) -> int:
+def _quantity(blueprint: Blueprint, layer: LayerCut, name: str) -> int:
     """A size that an attribute of a module holds."""
     if name == "hidden":
-        return made.channels
+        return blueprint.channels
     if name in ("neurons", "experts"):
-        return _kept_count(made, layer, name)
-    groups = _kept_count(made, layer, "groups")
-    heads = groups * made.heads_per_group
+        return blueprint.count(layer, name)
+    groups = blueprint.count(layer, "groups")
+    heads = groups * blueprint.heads_per_group
     return {
         "groups": groups,
         "heads": heads,
-        "queries": heads * made.sizes.head_dim,
-        "heads_per_group": made.heads_per_group,
+        "queries": heads * blueprint.sizes.head_dim,
+        "heads_per_group": blueprint.heads_per_group,
     }[name]
 
 
