@@ -447,10 +447,10 @@ def _built_varied(blueprint: Blueprint) -> Any:
             "inside, for which Secateur writes no class of its own",
             remedy="cut every layer alike, or fill up smaller layers (--pad)",
         )
-    alike = couplings_of(blueprint.architecture).alike
+    family, alike = blueprint.architecture.family, couplings_of(blueprint.architecture).alike
     if alike:
         raise ArchitectureError(
-            f"all layers of this family ({blueprint.architecture.family}) must be cut alike: {alike}",
+            f"all layers of this family ({family}) must be cut alike: {alike}",
             remedy="cut every layer alike, or fill up smaller layers (--pad)",
         )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
