@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.diagnostics.audit import audit_checkpoint
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_config
@@ -54,6 +53,7 @@ from secateur.workflows.train.memory import (
 from secateur.workflows.train.session import Session, Trained, train_in_rounds
 from secateur.workflows.train.setup import (
     Adapted,
+    TrainingInputs,
     adapt,
     check_together,
     check_tokenizers,
@@ -63,7 +63,6 @@ from secateur.workflows.train.setup import (
     plan_of,
     teacher_of,
 )
-from secateur.workflows.train.text import TrainingText, read_training_text
 
 NO_PART = {
     "output",
@@ -121,15 +120,14 @@ def plan_training(
     processes = ProcessGroup(choose_device(recipe.device))
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     refuse_quantized(source.folder)
-    target = _target_of(recipe, source, processes)
-    text = _text_of(recipe, source, target, progress)
-    found = _plan_resources(recipe, source, target, text, None, processes)
+    inputs = TrainingInputs.read(recipe, source, processes, progress)
+    found = _planned(inputs, None)
     places = () if found.teacher is None else (found.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
     check_output(recipe.output, "train", found.disk_bytes, read, call)
-    record, plan = text.record, found.plan
+    record, plan = inputs.text.record, found.plan
     return TrainPlanResult(
-        objective=_loss_text(recipe),
+        objective=_objective_text(recipe),
         text=record["source"],
         windows=record["windows"],
         sequence_length=record["sequence_length"],
@@ -187,26 +185,30 @@ def _train_into(
 ) -> None:
     """Run or resume the training, and write the model, unless an earlier run finished it."""
     trust, work = recipe.trust_remote_code, folder.work
-    target = _target_of(recipe, source, processes)
-    text = _text_of(recipe, source, target, progress)
+    inputs = TrainingInputs.read(recipe, source, processes, progress)
+    text = inputs.text
     if processes.main:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
-        folder.begin(_identity(recipe, target.reader, text, progress), settled)
+        identity = {  # everything that affects the trained weights
+            **recipe.model_dump(mode="json", exclude=NO_PART),
+            "tokens": text.record["sha256"],
+            "source_files": file_digests(inputs.target.reader.files, progress),
+        }
+        folder.begin(identity, settled)
         folder.worth_resuming = lambda: any(
             file.name != "best.safetensors" for file in work.rglob("*.safetensors")
         )
     if folder.finished:
         return
-    found = _plan_resources(recipe, source, target, text, work, processes)
-    teacher = found.teacher
-    if teacher is not None:
-        folder.keep_apart(teacher.folder)
+    found = _planned(inputs, work)
+    if found.teacher is not None:
+        folder.keep_apart(found.teacher.folder)
     check_free(found.disk_bytes, folder.output, folder.partial)
     # Weights are not rounded between the rounds of iterative pruning.
     dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
     masks = masks_of(recipe, model, processes)
-    objective = objective_of(recipe, source, teacher, model, text, work, progress, processes)
+    objective = objective_of(inputs, found.teacher, model, work, progress)
     adapted = adapt(recipe, model, masks, text.windows, processes)
     session = Session(
         adapted,
@@ -222,7 +224,7 @@ def _train_into(
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        manifest = _manifest_of(recipe, source, text, session, trained, meter, found.memory)
+        manifest = _manifest(inputs, session, trained, meter, found.memory)
         _write(recipe, source, adapted.masks, manifest, trained, folder, progress)
     processes.wait()
     _check_written(folder.model, adapted.masks, trust_remote_code=trust)
@@ -232,7 +234,7 @@ def _train_into(
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class PlannedTraining:
     """What is known of a training before the weights are read.
 
     Attributes:
@@ -248,45 +250,17 @@ class Foreseen:
     disk_bytes: int
 
 
-def _target_of(
-    recipe: TrainRecipe, source: LocalCheckpoint, processes: ProcessGroup
-) -> CheckpointTarget:
-    """The model, with its layers on the meta device."""
-    return CheckpointTarget(
-        CheckpointReader(source.folder),
-        None,
-        processes.device,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
-def _text_of(
-    recipe: TrainRecipe, source: LocalCheckpoint, target: CheckpointTarget, progress: Progress
-) -> TrainingText:
-    """Read the texts of a recipe."""
-    progress.start("reading training text", 1)
-    text = read_training_text(recipe, source.folder, target.model.config)
-    progress.finish()
-    return text
-
-
-def _plan_resources(
-    recipe: TrainRecipe,
-    source: LocalCheckpoint,
-    target: CheckpointTarget,
-    text: TrainingText,
-    work: Path | None,
-    processes: ProcessGroup,
-) -> Foreseen:
+def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
     """Check everything that needs no weights."""
-    check_together(recipe, processes)
-    plan = plan_of(recipe, text, target.model)
+    recipe, target, text = inputs.recipe, inputs.target, inputs.text
+    check_together(recipe, inputs.processes)
+    plan = plan_of(inputs)
     teacher = teacher_of(recipe, work)
     if teacher is not None:
-        check_tokenizers(source, teacher, recipe.trust_remote_code)
-    memory = training_memory(recipe, target, teacher, text, plan, processes)
-    check_memory(memory, recipe, processes.device)
-    return Foreseen(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
+        check_tokenizers(inputs.source, teacher, recipe.trust_remote_code)
+    memory = training_memory(recipe, target, teacher, text, plan, inputs.processes)
+    check_memory(memory, recipe, inputs.processes.device)
+    return PlannedTraining(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
 
 
 def _report_of(output: Path) -> TrainResult:
@@ -304,36 +278,23 @@ def _report_of(output: Path) -> TrainResult:
     )
 
 
-def _identity(
-    recipe: TrainRecipe, reader: CheckpointReader, text: TrainingText, progress: Progress
-) -> dict[str, Any]:
-    """Everything that affects the trained weights."""
-    return {
-        **recipe.model_dump(mode="json", exclude=NO_PART),
-        "tokens": text.record["sha256"],
-        "source_files": file_digests(reader.files, progress),
-    }
-
-
 # -- results -------------------------------------------------------------------------------------
 
 
-def _manifest_of(
-    recipe: TrainRecipe,
-    source: LocalCheckpoint,
-    text: TrainingText,
+def _manifest(
+    inputs: TrainingInputs,
     session: Session,
     trained: Trained,
     meter: Meter,
     memory: TrainingMemory,
 ) -> dict[str, Any]:
     """The record of a finished training."""
-    outcome = trained.outcome
+    outcome, recipe = trained.outcome, inputs.recipe
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return {
-        "source": source.record(),
+        "source": inputs.source.record(),
         "objective": _objective_text(recipe, session.adapted),
-        "text": text.record,
+        "text": inputs.text.record,
         "learning_rate": trained.learning_rate,
         "optimizer": optimizers()[recipe.optimizer.lower()].__name__,
         "processes": session.processes.ranks,
@@ -351,8 +312,8 @@ def _manifest_of(
     }
 
 
-def _loss_text(recipe: TrainRecipe) -> str:
-    """Describe in words the loss of a training."""
+def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
+    """Describe in words the loss of a training, and its pruning."""
     text = "next token"
     if recipe.teacher is not None:
         text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
@@ -363,12 +324,8 @@ def _loss_text(recipe: TrainRecipe) -> str:
             text += f", {recipe.hidden_weight:g} of hidden states"
     if recipe.lora is not None:
         text += f", adapters of rank {recipe.lora.rank}"
-    return text
-
-
-def _objective_text(recipe: TrainRecipe, adapted: Adapted) -> str:
-    """Describe in words the loss of a training, and its pruning."""
-    text = _loss_text(recipe)
+    if adapted is None:
+        return text
     pruned = Masks(adapted.opened).sparsity
     if recipe.gradual is not None:
         text += f", pruned gradually to {pruned:.0%}"

@@ -33,7 +33,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
 from secateur.recipes.options import bytes_of
-from secateur.recipes.train import IterativeOptions, TrainRecipe
+from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training.divergences import BLOCK_BYTES
 from secateur.training.masks import matrices, moments
@@ -209,23 +209,16 @@ def disk_bytes(
         state += masks
     rounds = 0
     if recipe.iterative is not None:
-        rounds = _rounds_bytes(recipe.iterative, sum(named.values()), masks)
+        # The float32 weights and the masks of the last round and of this one. Rewinding weights
+        # adds the early weights and the weights of the first training.
+        copies = 4 if recipe.iterative.rewind == "weights" else 2
+        rounds = 4 * sum(named.values()) * copies + 2 * masks
     best = final * (text.validation is not None)
-    taught = 0
+    predictions = 0
     if recipe.teacher is not None and (recipe.top_k or recipe.teacher_file):
-        taught = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
+        predictions = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
     result = target.reader.total_bytes
-    return state + best + taught + rounds + max(state, best, final + result)
-
-
-def _rounds_bytes(how: IterativeOptions, weights: int, masks: int) -> int:
-    """The maximum disk use of iterative pruning besides the training of a round.
-
-    This covers the float32 weights and the masks of the last round and of this one. Rewinding
-    weights adds the early weights and the weights of the first training.
-    """
-    copies = 4 if how.rewind == "weights" else 2
-    return 4 * weights * copies + 2 * masks
+    return state + best + predictions + rounds + max(state, best, final + result)
 
 
 def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.device) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +108,14 @@ class Session:
         work = self.work
         return Trained(outcome, rate, work / "final.safetensors", work / "log.jsonl")
 
+    def validation_loss(self) -> float | None:
+        """The next-token loss of the validation windows before any training."""
+        loop = self.loop(self.work, board=None)
+        if loop.validation is None or loop.next_token is None:
+            return None
+        size = self.plan.at_once(loop.validation.shape[1])
+        return mean_loss(loop.model, loop.next_token, loop.validation, size, loop.matmuls)
+
 
 def run_loop(loop: Loop) -> Outcome:
     """Run a loop.
@@ -117,15 +123,9 @@ def run_loop(loop: Loop) -> Outcome:
     Raises:
         NumericalError: the training failed; the message names the log, and how to resume.
     """
-    with quiet_transformers(), _naming_the_log(loop):
-        return loop.run()
-
-
-@contextmanager
-def _naming_the_log(loop: Loop) -> Iterator[None]:
-    """Add the log of a failed training to its error, and how to resume."""
     try:
-        yield
+        with quiet_transformers():
+            return loop.run()
     except NumericalError as error:
         log = loop.saved.log.file
         raise NumericalError(
@@ -150,7 +150,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         )
     rounds.span(1, plan.steps)
     files = RoundFiles(session.work / "rounds")
-    before = _validation_loss(session)
+    before = session.validation_loss()
     early = None
     if rounds.rewind == "weights":
         early = files.place / "early.safetensors"
@@ -169,20 +169,10 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         )
         files.keep(f"round-{this.number}", run_loop(loop), loop, this.sparsity)
 
-    kept = adapted.opened
-    prune_in_rounds(adapted.model, kept, rounds, retrain, early, files.place)
+    prune_in_rounds(adapted.model, adapted.opened, rounds, retrain, early, files.place)
     names = ["dense"] if early is not None else []
     names += [f"round-{number}" for number in range(1, rounds.rounds + 1)]
     return files.trained(names, before)
-
-
-def _validation_loss(session: Session) -> float | None:
-    """The next-token loss of the validation windows before any round."""
-    loop = session.loop(session.work, board=None)
-    if loop.validation is None or loop.next_token is None:
-        return None
-    size = session.plan.at_once(loop.validation.shape[1])
-    return mean_loss(loop.model, loop.next_token, loop.validation, size, loop.matmuls)
 
 
 def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
@@ -253,7 +243,17 @@ class RoundFiles:
             outcome = Outcome()
             outcome.take(report["facts"])
             steps, first = outcome.step - report["first_step"], report["first_step"]
-            entries.append(_entry(report, outcome, steps))
+            losses = [loss for _, loss in outcome.validations]
+            entries.append(
+                {
+                    "training": report["training"],
+                    "sparsity": report["sparsity"],
+                    "steps": steps,
+                    "tokens": outcome.tokens,
+                    "perplexity_before": math.exp(losses[0]) if losses else None,
+                    "perplexity_after": math.exp(outcome.best_loss) if losses else None,
+                }
+            )
             whole.validations += [(whole.step + s - first, x) for s, x in outcome.validations]
             if outcome.best_step is not None:
                 whole.best_step = whole.step + outcome.best_step - first
@@ -265,16 +265,3 @@ class RoundFiles:
         rate = max(report["learning_rate"] for report in reports)
         final = self.place / f"{names[-1]}.weights.safetensors"
         return Trained(whole, rate, final, self.log(names[-1]), entries)
-
-
-def _entry(report: dict[str, Any], outcome: Outcome, steps: int) -> dict[str, Any]:
-    """The record of one training in the notes of the model."""
-    losses = [loss for _, loss in outcome.validations]
-    return {
-        "training": report["training"],
-        "sparsity": report["sparsity"],
-        "steps": steps,
-        "tokens": outcome.tokens,
-        "perplexity_before": math.exp(losses[0]) if losses else None,
-        "perplexity_after": math.exp(outcome.best_loss) if losses else None,
-    }

@@ -16,14 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from secateur.engine.prune.tasks import refuse_idle_globs
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import GradualOptions, IterativeOptions, PruningOptions, TrainRecipe
+from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.sparsity.patterns import parse_pattern
@@ -46,18 +48,18 @@ from secateur.training.teachers import (
 )
 from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows
-from secateur.workflows.train.text import TrainingText
+from secateur.workflows.train.text import TrainingText, read_training_text
 
 
 def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
-    """Refuse ways to train that exclude each other.
+    """Refuse kinds of training that exclude each other.
 
     Raises:
         RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
             with several processes.
     """
-    ways = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
-    given = [name for name, options in ways.items() if options is not None]
+    kinds = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
+    given = [name for name, options in kinds.items() if options is not None]
     if len(given) > 1 and "lora" in given:
         raise RecipeError(
             f"adapters keep the zeros there are, {given[0]} pruning makes new ones",
@@ -72,20 +74,55 @@ def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
         )
 
 
-def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan:
-    """Return length, learning rate and optimizer of a training.
+@dataclass(frozen=True)
+class TrainingInputs:
+    """The recipe of a training with its model and its texts. No weights are read.
 
-    Args:
-        recipe: recipe of the training.
-        text: the training text.
-        model: the model or its skeleton.
+    Attributes:
+        recipe: the recipe.
+        source: the checkpoint of the model.
+        target: the model, with its layers on the meta device.
+        text: training windows and validation windows.
+        processes: the processes.
+    """
+
+    recipe: TrainRecipe
+    source: LocalCheckpoint
+    target: CheckpointTarget
+    text: TrainingText
+    processes: ProcessGroup
+
+    @classmethod
+    def read(
+        cls,
+        recipe: TrainRecipe,
+        source: LocalCheckpoint,
+        processes: ProcessGroup,
+        progress: Progress,
+    ) -> TrainingInputs:
+        """Open the model, and read the texts."""
+        target = CheckpointTarget(
+            CheckpointReader(source.folder),
+            None,
+            processes.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        progress.start("reading training text", 1)
+        text = read_training_text(recipe, source.folder, target.model.config)
+        progress.finish()
+        return cls(recipe, source, target, text, processes)
+
+
+def plan_of(inputs: TrainingInputs) -> TrainingPlan:
+    """Return length, learning rate and optimizer of a training.
 
     Raises:
         RecipeError: the recipe has both steps and minutes, or a number is out of range.
     """
+    recipe = inputs.recipe
     steps = recipe.steps or 0
     if not recipe.steps and not recipe.minutes:
-        steps = max(1, round(recipe.epochs * len(text.windows) / recipe.batch))
+        steps = max(1, round(recipe.epochs * len(inputs.text.windows) / recipe.batch))
     return TrainingPlan(
         steps=steps,
         minutes=recipe.minutes or 0.0,
@@ -94,7 +131,7 @@ def plan_of(recipe: TrainRecipe, text: TrainingText, model: Any) -> TrainingPlan
         clip=recipe.clip,
         optimizer=recipe.optimizer,
         optimizer_options=recipe.optimizer_options,
-        rates=_rates_of(recipe, model),
+        rates=_rates_of(recipe, inputs.target.model),
         micro_batch=recipe.micro_batch_windows,
         gradient_checkpointing=recipe.gradient_checkpointing,
         fast_matmuls=recipe.fast_matmuls,
@@ -130,39 +167,37 @@ def masks_of(recipe: TrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
 
 
 def objective_of(
-    recipe: TrainRecipe,
-    source: LocalCheckpoint,
-    place: LocalCheckpoint | None,
+    inputs: TrainingInputs,
+    checkpoint: LocalCheckpoint | None,
     model: Any,
-    text: TrainingText,
     work: Path,
     progress: Progress,
-    processes: ProcessGroup,
 ) -> Objective:
     """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
 
     Args:
-        recipe: recipe of the training.
-        source: the student's checkpoint.
-        place: the teacher's checkpoint; None without a teacher, or if a file has its predictions.
+        inputs: recipe and text.
+        checkpoint: the teacher's; None without a teacher, or if a file has its predictions.
         model: the student.
-        text: the training text.
         work: folder for the file of the teacher's predictions.
         progress: receives every window of that file.
-        processes: the processes.
 
     Raises:
         RecipeError: the teacher has another vocabulary, or its file belongs to another text.
     """
+    recipe, text, processes = inputs.recipe, inputs.text, inputs.processes
     if recipe.teacher is None:
         return NextToken.of(model)
-    options: dict[str, Any] = {"kind": recipe.kind, "temperature": recipe.temperature}
-    options |= {"next_token": recipe.next_token}
+    options: dict[str, Any] = {
+        "kind": recipe.kind,
+        "temperature": recipe.temperature,
+        "next_token": recipe.next_token,
+    }
     file = _teacher_file(recipe, work)
-    if place is None:
+    if checkpoint is None:
         return Distil.between(model, _stored_teacher(file, text), **options)
     teacher = load(
-        place.folder,
+        checkpoint.folder,
         processes,
         dtype=fast_dtype(processes.device),
         apart=False,  # the loss applies its head after its forward
@@ -172,7 +207,7 @@ def objective_of(
         model,
         ModelTeacher(teacher),
         teacher_depth=len(describe(teacher).layers(teacher)),
-        teacher_layers=_teacher_layers(recipe, source, place.name),
+        teacher_layers=_teacher_layers(recipe, inputs.source, checkpoint.name),
         hidden=recipe.hidden_weight,
         **options,
     )
@@ -187,7 +222,7 @@ def objective_of(
             k=recipe.top_k or TOP_K,
             device=processes.device,
             temperature=recipe.temperature,
-            name=place.name,
+            name=checkpoint.name,
             on_window=progress.step,
             writes=processes.main,
         )
@@ -316,11 +351,17 @@ def adapt(
     held = Masks({**Masks.of(model).kept, **opened})
     sparsity = Masks(opened).sparsity
     if recipe.iterative is not None:
-        rounds = _iterative(recipe.iterative, sparsity, windows)
+        how = recipe.iterative
+        schedule, criterion = _pruning(how, sparsity, windows, "iterative")
+        rounds = PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
         return Adapted(model, held, held, (), rounds, opened)
     assert recipe.gradual is not None
-    hook = GradualPruning(opened, _gradual(recipe.gradual, sparsity, windows))
-    return Adapted(model, held, held, (hook,), None, opened)
+    options = recipe.gradual
+    schedule, criterion = _pruning(options, sparsity, windows, "gradual")
+    gradual = Gradual(
+        schedule, criterion, options.every, options.begin, options.end, options.regrowth
+    )
+    return Adapted(model, held, held, (GradualPruning(opened, gradual),), None, opened)
 
 
 def adapters(recipe: TrainRecipe) -> Adapters:
@@ -336,7 +377,7 @@ def _rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
     names = [name for name, _ in model.named_parameters()]
     refuse_idle_globs(recipe.rates, names, "parameter")
     if recipe.lora is None:
-        return {**_decayed(model, recipe.layer_decay), **recipe.rates}
+        return {**_layer_rates(model, recipe.layer_decay), **recipe.rates}
     if recipe.rates or recipe.layer_decay != 1:
         raise RecipeError(
             "with adapters nothing else is trained, so --rates and --layer-decay change nothing",
@@ -345,7 +386,7 @@ def _rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
     return ADAPTERS_ALONE
 
 
-def _decayed(model: Any, decay: float) -> dict[str, float]:
+def _layer_rates(model: Any, decay: float) -> dict[str, float]:
     """Layer-wise learning rates.
 
         layer i of L        decay^(L − 1 − i)
@@ -366,28 +407,16 @@ def _decayed(model: Any, decay: float) -> dict[str, float]:
     return rates
 
 
-def _gradual(how: GradualOptions, sparsity: float, windows: Windows) -> Gradual:
-    """Return the gradual pruning of a recipe. Arguments and errors as in `_pruning`."""
-    schedule, criterion = _pruning(how, how.schedule, sparsity, windows, "gradual")
-    return Gradual(schedule, criterion, how.every, how.begin, how.end, how.regrowth)
-
-
-def _iterative(how: IterativeOptions, sparsity: float, windows: Windows) -> PruningRounds:
-    """Return the iterative pruning of a recipe. Arguments and errors as in `_pruning`."""
-    schedule, criterion = _pruning(how, how.schedule, sparsity, windows, "iterative")
-    return PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
-
-
 def _pruning(
-    how: PruningOptions, schedule: str, sparsity: float, windows: Windows, way: str
+    how: GradualOptions | IterativeOptions, sparsity: float, windows: Windows, kind: str
 ) -> tuple[Schedule, Criterion]:
     """Return the schedule of the sparsity, and the rule that chooses weights."""
     pattern = parse_pattern(how.pattern, how.scope)
     last = how.sparsity if pattern.sparsity is None else pattern.sparsity
     if last is None:
         raise RecipeError(
-            f"{way} pruning needs a sparsity to end at",
-            remedy=f"--{way} 0.8, or --{way} 2:4",
+            f"{kind} pruning needs a sparsity to end at",
+            remedy=f"--{kind} 0.8, or --{kind} 2:4",
         )
     if how.sparsity not in (None, last):
         raise RecipeError(
@@ -400,8 +429,8 @@ def _pruning(
             "at the end",
             remedy="give a higher sparsity, or begin with a denser model",
         )
-    course: Any = schedules[schedule]
-    return course(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
+    schedule: Any = schedules[how.schedule]
+    return schedule(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
 
 
 def merged(recipe: TrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:
