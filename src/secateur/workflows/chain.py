@@ -59,12 +59,17 @@ from secateur.workflows.train.checkpoint import run_training
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"
 
-
-ENDS = {"model": "model", "output": "output"}
+PLACEHOLDERS = {"model": "model", "output": "output"}
 """Placeholders for required recipe keys whose values are unknown during the check."""
 
-
-GIVEN = {*ENDS, "resume", "restart", "overwrite", "progress", "trust_remote_code"}
+OPTIONS_OF_CHAIN = {
+    *PLACEHOLDERS,
+    "resume",
+    "restart",
+    "overwrite",
+    "progress",
+    "trust_remote_code",
+}
 """Options of a verb that the chain sets itself."""
 
 
@@ -98,17 +103,19 @@ class PlannedStep:
     recipe: Any
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Everything that affects the step's model, apart from the model before it."""
         return {
-            self.verb: self.recipe.model_dump(mode="json", exclude={*ENDS, "trust_remote_code"})
+            self.verb: self.recipe.model_dump(
+                mode="json", exclude={*PLACEHOLDERS, "trust_remote_code"}
+            )
         }
 
     def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry out the step, from one folder to another."""
-        ends = {"model": str(model), "output": str(output), "trust_remote_code": trust}
+        values = {"model": str(model), "output": str(output), "trust_remote_code": trust}
         with _named_step(self.number, self.verb):
-            STEPS[self.verb].run(self.recipe.model_copy(update=ends), progress, **call)
+            STEPS[self.verb].run(self.recipe.model_copy(update=values), progress, **call)
 
 
 @contextmanager
@@ -167,31 +174,33 @@ def run_chain(
     _check_cuts(steps, source.folder, recipe.trust_remote_code)
     with folder:
         weights = file_digests(shard_files(source.folder), progress)
-        asked = {"steps": [step.asked for step in steps]}  # may change while the chain is stopped
-        folder.begin({"model": recipe.model, "source_files": weights}, asked)
+        options = {
+            "steps": [step.options for step in steps]
+        }  # may change while the chain is stopped
+        folder.begin({"model": recipe.model, "source_files": weights}, options)
         if not folder.finished:
             links = _run_steps(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
             report = ChainResult(links, folder.output)
-            _gather_notes(folder)
-            _name_model_and_output(folder, recipe, source)
+            _write_notes(folder, recipe, source)
             write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
             folder.finish()
-    return _read_report(folder.output)
+    links = read_record(Chain, folder.output / NOTES / CHAIN).links
+    return ChainResult(links, folder.output)
 
 
-def _check_done(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
-    """Refuse to resume a chain if one of its finished steps differs."""
+def _begun_steps(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
+    """Return the recorded options of all steps that have begun. Refuse other finished steps."""
     file = folder.work / BEGUN
     begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    for number, asked in enumerate(begun, start=1):
-        now = steps[number - 1].asked if number <= len(steps) else {}
-        [verb] = asked
+    for number, options in enumerate(begun, start=1):
+        now = steps[number - 1].options if number <= len(steps) else {}
+        [verb] = options
         made = folder.work / f"{number:02d}-{verb}"
         if made.exists() or made.with_suffix(".json").exists():
             try:
-                refuse_another(asked, now, folder.partial)
+                refuse_another(options, now, folder.partial)
             except RecipeError as error:
                 where = f"step {number}, {verb}"
                 raise RecipeError(error.what, where=where, remedy=error.remedy) from None
@@ -211,27 +220,27 @@ def _run_steps(
     The recipe of a step is written before it begins. Its report is written when its folder is
     complete. When all reports exist, the folder of the last step becomes the result.
     """
-    begun = _check_done(steps, folder)
+    begun = _begun_steps(steps, folder)
     before: str | Path = model  # the first step reports the model under the user's name
-    links = [_counted("source", source, 0.0, trust_remote_code, progress)]
+    links = [_describe("source", source, 0.0, trust_remote_code, progress)]
     for step in steps:
         made = folder.work / f"{step.number:02d}-{step.verb}"
-        account = made.with_suffix(".json")
-        if not account.exists():
+        record = made.with_suffix(".json")
+        if not record.exists():
             started = time.perf_counter()
             labelled = Labelled(progress, f"{step.number}/{len(steps)} {step.verb}")
             if not made.exists():
-                another = begun[step.number - 1 :][:1] not in ([], [step.asked])
-                begun = [*begun[: step.number - 1], step.asked]
+                another = begun[step.number - 1 :][:1] not in ([], [step.options])
+                begun = [*begun[: step.number - 1], step.options]
                 write_json(folder.work / BEGUN, begun)
                 step.run(
                     before, made, labelled, trust_remote_code, resume=not another, restart=another
                 )
             seconds = time.perf_counter() - started
             write_json(
-                account, _counted(step.verb, made, seconds, trust_remote_code, labelled).to_json()
+                record, _describe(step.verb, made, seconds, trust_remote_code, labelled).to_json()
             )
-        links.append(read_record(ChainStep, account))
+        links.append(read_record(ChainStep, record))
         before = made
     if made.exists():
         shutil.rmtree(folder.model)
@@ -239,18 +248,26 @@ def _run_steps(
     return tuple(links)
 
 
-def _name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
-    """Write the recipe of the chain, and name its model and its output in card and records.
+def _write_notes(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
+    """Gather the notes of all steps, and name the chain's model and output in card and records.
 
     The steps have named their own folders, which are gone. Only the last one is the output; the
     others stand for the model of the chain.
     """
+    for step in sorted(folder.work.iterdir()):
+        if (step / NOTES).is_dir():
+            shutil.copytree(
+                step / NOTES,
+                folder.notes / "steps" / step.name,
+                ignore=shutil.ignore_patterns("*.safetensors", STATE),
+                dirs_exist_ok=True,
+            )
     steps = [f"{number:02d}-{next(iter(step))}" for number, step in enumerate(recipe.steps, 1)]
-    ends = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
-    ends[str(folder.work / steps[-1])] = str(folder.output)
+    names = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
+    names[str(folder.work / steps[-1])] = str(folder.output)
     for file in sorted(folder.notes.rglob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, _with_names(found, ends, source))
+        write_json(file, _with_names(found, names, source))
     whole = dump_recipe(recipe)
     write_text(folder.notes / RECIPE, whole)
     card, model = folder.model / "README.md", source_name(source.record())
@@ -266,18 +283,18 @@ def _name_model_and_output(folder: RunFolder, recipe: ChainRecipe, source: Local
     write_text(card, made.join((first, "".join(others))))
 
 
-def _with_names(value: Any, ends: Mapping[str, str], source: LocalCheckpoint) -> Any:
+def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -> Any:
     """A record in which the folders of steps are replaced by the chain's model or its output."""
     if isinstance(value, dict):
-        if value.get("kind") == "folder" and value.get("name") in ends:
+        if value.get("kind") == "folder" and value.get("name") in names:
             return source.record()
-        return {key: _with_names(x, ends, source) for key, x in value.items()}
+        return {key: _with_names(x, names, source) for key, x in value.items()}
     if isinstance(value, list):
-        return [_with_names(x, ends, source) for x in value]
-    return ends.get(value, value) if isinstance(value, str) else value
+        return [_with_names(x, names, source) for x in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
-def _counted(
+def _describe(
     step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
 ) -> ChainStep:
     """Describe the contents of a folder."""
@@ -291,23 +308,6 @@ def _counted(
         seconds=seconds,
         kept=audit.parameters - zeros,
     )
-
-
-def _gather_notes(folder: RunFolder) -> None:
-    """Copy the notes of every step except the last beside the notes of the result."""
-    for step in sorted(folder.work.iterdir()):
-        if (step / NOTES).is_dir():
-            shutil.copytree(
-                step / NOTES,
-                folder.notes / "steps" / step.name,
-                ignore=shutil.ignore_patterns("*.safetensors", STATE),
-                dirs_exist_ok=True,
-            )
-
-
-def _read_report(output: Path) -> ChainResult:
-    """Read the report in the result of a chain."""
-    return ChainResult(read_record(Chain, output / NOTES / CHAIN).links, output)
 
 
 def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
@@ -350,14 +350,14 @@ def _checked(number: int, step: Any) -> PlannedStep:
             remedy=f"{verb}: {{key: value}}",
         )
     options = {str(key): plain(value) for key, value in (given or {}).items()}
-    own = sorted(GIVEN & options.keys())
+    own = sorted(OPTIONS_OF_CHAIN & options.keys())
     if own:
         raise RecipeError(
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
     kind = STEPS[verb]
     with _named_step(number, verb):
-        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**ENDS, **options}))
+        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**PLACEHOLDERS, **options}))
         kind.check(recipe)
         _check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)
