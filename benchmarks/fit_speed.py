@@ -31,9 +31,9 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.compress import CompressResult
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Candidate
-from secateur.workflows.compress.pack import ChosenValues, pack_into
+from secateur.workflows.compress.pack import pack_into
 from secateur.workflows.compress.rounding import MixedReader
-from secateur.workflows.compress.storage_plan import find_matrices
+from secateur.workflows.compress.storage_plan import ChosenValues, find_matrices
 from secateur.workflows.fit.context import FitContext, TimeBudget
 from secateur.workflows.fit.costs import SECONDS, Costs, check_feasible, costs_of
 from secateur.workflows.fit.evaluation import speedup_of

@@ -15,7 +15,8 @@ from secateur.errors import RecipeError
 from secateur.reporting.results.compress import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.workflows.compress.pack import MOST_CHOICES
-from secateur.workflows.compress.rounding import MixedChoice, MixedValues
+from secateur.workflows.compress.rounding import MixedChoice
+from secateur.workflows.compress.storage_plan import ChosenValues
 from secateur.workflows.judge.perplexity import LossComparison, LossIncrease
 from secateur.workflows.run_windows import save_parts
 from trained import save_trained, source_text
@@ -124,7 +125,7 @@ def test_a_packed_model_that_loses_too_much_is_chosen_again(
     aims = []
     original = MixedChoice.within
 
-    def within(choice: MixedChoice, bound: float) -> MixedValues:
+    def within(choice: MixedChoice, bound: float) -> ChosenValues:
         aims.append(bound)
         return original(choice, bound)
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.engine.prune.tasks import last_match
@@ -38,7 +37,6 @@ from secateur.runtime.choice import (
     AUTO,
     DEFAULT_GROUP,
     DENSE,
-    LayoutChoice,
     check_names,
     without_negative_zeros,
 )
@@ -46,22 +44,18 @@ from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.workflows.checkpoint_files import carry_over
 from secateur.workflows.compress.rounding import (
+    BITS,
     MixedChoice,
-    check_calibration,
     own_values,
     round_checkpoint,
-    rounding_recipe,
     rounding_record,
 )
 from secateur.workflows.compress.storage_plan import (
+    ChosenValues,
     PackableMatrix,
     StoragePlan,
-    cast_others,
-    computed_dtype,
     find_matrices,
     make_plan,
-    plan_files,
-    settled_values,
 )
 
 COMPRESSION = "compression.json"
@@ -134,16 +128,18 @@ def compress_recipe(
         zeros = zero_fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
-            report = _packed_within(folder, recipe, source, matrices, choice, begun)
+            report = _pack_within(folder, recipe, source, choice, begun)
             folder.finish()
             return report
         if text is not None:
-            run = rounding_recipe(recipe, source.folder, zeros, folder.work / "rounded")
-            rounded = round_checkpoint(run, progress)
+            rounded = folder.work / "rounded"
+            round_checkpoint(recipe, source.folder, zeros, rounded, progress)
             reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
             matrices = find_matrices(reader, recipe.embeddings, trust)
         if recipe.overrides:
-            values_of = _stored_values(recipe, matrices)
+            names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
+            own = own_values(recipe, names)
+            values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
         chosen = ChosenValues(reader, matrices, values_of, rounding)
         report = pack_into(folder, recipe, source, chosen, progress, begun)
         folder.finish()
@@ -172,8 +168,14 @@ def check_compression(recipe: CompressRecipe) -> None:
             where="--overrides",
             remedy="leave one of the two out",
         )
+    integers = BITS.keys() & [recipe.values, *recipe.overrides.values()]
     if bound is None:
-        check_calibration(recipe)
+        if recipe.calibration.source is not None and not integers:
+            raise RecipeError(
+                "calibration text helps to round to integers, but the values are "
+                f"{recipe.values!r}",
+                remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
+            )
     elif recipe.values != AUTO:
         raise RecipeError(
             f"a bound on the loss chooses the values, but they are {recipe.values!r}",
@@ -186,15 +188,14 @@ def check_compression(recipe: CompressRecipe) -> None:
         )
 
 
-def _packed_within(
+def _pack_within(
     folder: RunFolder,
     recipe: CompressRecipe,
     source: LocalCheckpoint,
-    matrices: dict[str, PackableMatrix],
     choice: MixedChoice,
     begun: float,
 ) -> CompressResult:
-    """Choose values within the bound on the loss, and pack them; then judge what was packed.
+    """Choose values within the bound on the loss, and pack them; then measure what was packed.
 
     The search only estimates the loss. If that of the packed model, and its standard error, exceed
     the bound on the same windows, the search runs again with a bound that is lower by the excess.
@@ -202,49 +203,20 @@ def _packed_within(
     assert recipe.max_loss_increase is not None
     bound = allowed = recipe.max_loss_increase
     for _ in range(MOST_CHOICES):
-        mixed = choice.within(allowed)
-        chosen = ChosenValues(mixed.reader, matrices, mixed.values_of, mixed.record)
+        chosen = choice.within(allowed)
         plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, choice.progress)
         excess = choice.choosing.increase(folder.model).cautious - bound
         if excess <= 0 or allowed <= 0:
             break
         allowed = max(allowed - excess, 0.0)
     found = choice.judging.increase(folder.model)
-    mixed.record["chosen"] |= {
+    chosen.rounding["chosen"] |= {
         "max_loss_increase": bound,
         "loss_increase": found.mean,
         "loss_increase_standard_error": found.standard_error,
         "judged_tokens": found.tokens,
     }
-    report = _make_report(chosen, packed, plan, folder.output, begun)
-    _write_notes(report, source, folder, recipe.output or folder.output)
-    return report
-
-
-def _stored_values(
-    recipe: CompressRecipe, matrices: Mapping[str, PackableMatrix]
-) -> dict[str, str]:
-    """The values of linears that have their own, by stored name."""
-    names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
-    own = own_values(recipe, names)
-    return {names[n]: values for n, values in own.items() if last_match(recipe.overrides, n)}
-
-
-@dataclass(frozen=True)
-class ChosenValues:
-    """What is packed.
-
-    Attributes:
-        reader: reads every tensor.
-        matrices: that can be packed, by stored name.
-        values_of: the values of single matrices, by stored name; the others have the recipe's.
-        rounding: the record of a calibrated rounding; empty if there was none.
-    """
-
-    reader: CheckpointReader
-    matrices: dict[str, PackableMatrix]
-    values_of: Mapping[str, str]
-    rounding: dict[str, Any]
+    return _write_report(folder, recipe, source, chosen, packed, plan, begun)
 
 
 def pack_into(
@@ -266,9 +238,7 @@ def pack_into(
         begun: when the run began, for the record.
     """
     plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, progress)
-    report = _make_report(chosen, packed, plan, folder.output, begun)
-    _write_notes(report, source, folder, recipe.output or folder.output)
-    return report
+    return _write_report(folder, recipe, source, chosen, packed, plan, begun)
 
 
 def pack_model(
@@ -288,11 +258,8 @@ def pack_model(
         progress: receives every tensor.
     """
     reader, matrices = chosen.reader, chosen.matrices
-    values = settled_values(reader, matrices, recipe.values)
-    plan = make_plan(reader, matrices, recipe, values, progress, chosen.values_of)
-    computed = computed_dtype(plan, matrices, values)
-    cast_others(plan, reader, values, computed)
-    files = plan_files(reader, plan)
+    plan = make_plan(chosen, recipe, progress)
+    files = plan.files(reader)
     check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
     progress.start("packing", len(reader.entries))
     write_packed(
@@ -301,7 +268,10 @@ def pack_model(
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
     layouts = [layout for file in files for layout in file.layouts.values()]
-    config = _packed_config(source.folder, computed, recipe.archive, layouts)
+    config = read_config(source.folder)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(plan.computed).removeprefix("torch.")
+    config["quantization_config"] = quantization_config(recipe.archive, layouts)
     carry_over(source.folder, made, config, same_weights=kept)
     return plan, verified(made, progress)
 
@@ -314,18 +284,6 @@ def _identity(
         **recipe.model_dump(mode="json", exclude={"output", "memory"}),
         "micro_batch_tokens": recipe.memory.micro_batch_tokens,
         "source_files": file_digests(reader.files, progress),
-    }
-
-
-def _packed_config(
-    source: Path, computed: torch.dtype, archive: bool, layouts: Sequence[Layout]
-) -> dict[str, Any]:
-    """The configuration of the compressed checkpoint."""
-    config = read_config(source)
-    config.pop("torch_dtype", None)
-    return config | {
-        "dtype": str(computed).removeprefix("torch."),
-        "quantization_config": quantization_config(archive, layouts),
     }
 
 
@@ -359,22 +317,17 @@ def _packed_tensors(
                 yield name, stored
             else:
                 tensor = tensor.t() if layout.transposed else tensor
-                parts = _packed_parts(tensor, layout, plan.choices[name])
+                # a cast can make zeros too
+                weight = tensor if layout.integers else tensor.to(layout.dtype)
+                if plan.choices[name].negative_zeros:
+                    weight = without_negative_zeros(weight)
+                parts = formats[layout.format].pack(weight, layout)
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
                 stored = formats[layout.format].unpack(parts, layout) if counts else tensor
             if counts:
                 plan.count_loss(tensor, stored)
             progress.step(note=name)
-
-
-def _packed_parts(weight: Tensor, layout: Layout, choice: LayoutChoice) -> dict[str, Tensor]:
-    """The parts of a matrix [out, in] of the source."""
-    if not layout.integers:  # a cast can make zeros too
-        weight = weight.to(layout.dtype)
-    if choice.negative_zeros:
-        weight = without_negative_zeros(weight)
-    return formats[layout.format].pack(weight, layout)
 
 
 def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
@@ -389,6 +342,25 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
         progress.step(note=name)
     progress.finish()
     return packed
+
+
+def _write_report(
+    folder: RunFolder,
+    recipe: CompressRecipe,
+    source: LocalCheckpoint,
+    chosen: ChosenValues,
+    packed: PackedCheckpoint,
+    plan: StoragePlan,
+    begun: float,
+) -> CompressResult:
+    """Write the record of the compression and the card."""
+    report = _make_report(chosen, packed, plan, folder.output, begun)
+    record = declared(Compression, report.to_json() | {"source": source.name})
+    write_json(folder.notes / COMPRESSION, record)
+    place = recipe.output or folder.output
+    card = compression_card(report, source.record(), source.folder, place)
+    write_text(folder.model / "README.md", card)
+    return report
 
 
 def _make_report(
@@ -441,13 +413,3 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     if values != "as here":
         dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
     return formats[DENSE].nbytes(dense, layout.weights)
-
-
-def _write_notes(
-    report: CompressResult, source: LocalCheckpoint, folder: RunFolder, output: str | Path
-) -> None:
-    """Write the record of the compression and the card."""
-    record = declared(Compression, report.to_json() | {"source": source.name})
-    write_json(folder.notes / COMPRESSION, record)
-    card = compression_card(report, source.record(), source.folder, output)
-    write_text(folder.model / "README.md", card)

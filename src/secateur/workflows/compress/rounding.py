@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from secateur.engine.choose.stored_levels import Level, choose_levels
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import ArchitectureError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
@@ -33,7 +32,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.environment import choose_device
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
-from secateur.workflows.compress.storage_plan import PackableMatrix, settled_values
+from secateur.workflows.compress.storage_plan import ChosenValues, PackableMatrix, settled_values
 from secateur.workflows.judge.perplexity import LossComparison
 from secateur.workflows.prune.checkpoint import run_recipe
 from secateur.workflows.run_windows import save_parts
@@ -41,47 +40,39 @@ from secateur.workflows.run_windows import save_parts
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
 
-
 ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""
-
 
 SHARE = 6
 """One calibration window in so many chooses, and one in so many judges the result."""
 
 
-def check_calibration(recipe: CompressRecipe) -> None:
-    """Refuse calibration text that has no effect, before anything is read.
-
-    Raises:
-        RecipeError: the values are not rounded.
-    """
-    text, values = recipe.calibration.source, [recipe.values, *recipe.overrides.values()]
-    if text is not None and not BITS.keys() & values:
-        raise RecipeError(
-            f"calibration text helps to round to integers, but the values are {recipe.values!r}",
-            remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
-        )
-
-
-def rounding_recipe(
-    recipe: CompressRecipe, folder: Path, sparsity_of: Mapping[str, float], output: Path
-) -> PruneRecipe:
-    """The recipe of a run that rounds to grids and keeps the zeros of the source.
+def round_checkpoint(
+    recipe: CompressRecipe,
+    source: Path,
+    sparsity_of: Mapping[str, float],
+    output: Path,
+    progress: Progress,
+) -> Path:
+    """Round to grids and keep the zeros of the source. Resume or reuse an earlier run.
 
     Args:
         recipe: gives the values of every linear, the text and the device.
-        folder: the source.
+        source: the checkpoint.
         sparsity_of: the fraction of zeros of every linear, by its name.
-        output: of the run.
+        output: folder of the run.
+        progress: receives every step.
+
+    Returns:
+        The folder of the run.
     """
     own = own_values(recipe, sparsity_of)
-    how = {n: parameters(recipe, v) for n, v in own.items() if v in BITS}
-    common = parameters(recipe, Counter(v for v in own.values() if v in BITS).most_common(1)[0][0])
-    return build_recipe(
+    how = {n: _parameters(recipe, v) for n, v in own.items() if v in BITS}
+    common = _parameters(recipe, Counter(v for v in own.values() if v in BITS).most_common(1)[0][0])
+    run = build_recipe(
         PruneRecipe,
         {
-            "model": str(folder),
+            "model": str(source),
             "output": str(output),
             "score": "kept",
             "solver": "obs",
@@ -99,6 +90,9 @@ def rounding_recipe(
             "trust_remote_code": recipe.trust_remote_code,
         },
     )
+    if not output.exists():
+        run_recipe(run, progress, resume=True)
+    return output
 
 
 def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
@@ -112,19 +106,10 @@ def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]
     return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
 
 
-def parameters(recipe: CompressRecipe, values: str) -> dict[str, int]:
+def _parameters(recipe: CompressRecipe, values: str) -> dict[str, int]:
     """The parameters of the solver that rounds to these values."""
     group = {} if values == "int8" else {"group": recipe.group_size or DEFAULT_GROUP}
     return {"bits": BITS[values], **group}
-
-
-def round_checkpoint(recipe: PruneRecipe, progress: Progress) -> Path:
-    """Run a rounding recipe, or resume or reuse an earlier run. Return its folder."""
-    assert recipe.output is not None
-    output = Path(recipe.output)
-    if not output.exists():
-        run_recipe(recipe, progress, resume=True)
-    return output
 
 
 def rounding_record(rounded: Path) -> dict[str, Any]:
@@ -146,21 +131,6 @@ def output_errors(rounded: Path) -> dict[str, float]:
     lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     linears = [linear for line in lines for linear in json.loads(line)["linears"]]
     return {linear["name"]: linear["error"] for linear in linears}
-
-
-@dataclass(frozen=True)
-class MixedValues:
-    """The result of the choice.
-
-    Attributes:
-        reader: reads every tensor from the checkpoint that it was chosen from.
-        values_of: the values of each linear that is rounded, by stored name.
-        record: for the notes of the result.
-    """
-
-    reader: CheckpointReader
-    values_of: Mapping[str, str]
-    record: dict[str, Any]
 
 
 class MixedReader(CheckpointReader):
@@ -200,15 +170,25 @@ class MixedChoice:
         self,
         recipe: CompressRecipe,
         reader: CheckpointReader,
-        matrices: Mapping[str, PackableMatrix],
+        matrices: dict[str, PackableMatrix],
         zeros: Mapping[str, float],
         work: Path,
         progress: Progress,
     ) -> None:
-        self.reader, self.work, self.progress = reader, work, progress
+        self.reader, self.matrices = reader, matrices
+        self.work, self.progress = work, progress
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
         self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
-        fitted, chosen, judged = _split_windows(recipe, self.target, work, progress)
+        text = recipe.calibration
+        assert text.source is not None
+        fitted, chosen, judged = (
+            work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")
+        )
+        save_parts(
+            text.source, text, self.target, [fitted, chosen, judged], SHARE,
+            "fit the rounding, choose the values and judge the result", progress,
+            trust_remote_code=trust,
+        )  # fmt: skip
         self.choosing, self.judging = (
             LossComparison(self.target, file, progress, trust_remote_code=trust)
             for file in (chosen, judged)
@@ -216,10 +196,18 @@ class MixedChoice:
         self.linears = {m.linear: name for name, m in matrices.items() if m.prunable}
         self.folders = {}
         for values in ROUNDED:
-            own = _with_values(recipe, values, fitted)
-            run = rounding_recipe(own, reader.folder, zeros, work / f"rounded-{values}")
-            labelled = Labelled(progress, f"rounding to {values}")
-            self.folders[values] = round_checkpoint(run, labelled)
+            own = {
+                "values": values,
+                "group_size": recipe.group_size if values == "int4" else None,
+                "calibration": text.model_copy(update={"source": str(fitted)}),
+            }
+            self.folders[values] = round_checkpoint(
+                recipe.model_copy(update=own),
+                reader.folder,
+                zeros,
+                work / f"rounded-{values}",
+                Labelled(progress, f"rounding to {values}"),
+            )
         sizes = _sizes_of(recipe, reader, matrices)
         self.levels = [Level(reader, sizes[""], {})]
         for values, folder in self.folders.items():
@@ -228,7 +216,7 @@ class MixedChoice:
             errors = output_errors(folder)
             self.levels.append(Level(rounded, sizes[values], errors, rounds_inputs=True))
 
-    def within(self, bound: float) -> MixedValues:
+    def within(self, bound: float) -> ChosenValues:
         """The values of each linear, with a rise of the loss of at most `bound` by the search."""
         windows, file = self.choosing.windows, self.work / "values.jsonl"
         chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
@@ -245,8 +233,9 @@ class MixedChoice:
             },
             "matrices": dict(count),
         }
-        return MixedValues(
+        return ChosenValues(
             MixedReader(self.reader.folder, {n: self.levels[x].reader for n, x in names.items()}),
+            self.matrices,
             {name: ROUNDED[level - 1] for name, level in names.items()},
             record,
         )
@@ -266,28 +255,6 @@ def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
             where=str(rounded.folder),
             remedy="choose the values yourself: --values int8 or --values int4",
         )
-
-
-def _with_values(recipe: CompressRecipe, values: str, windows: Path) -> CompressRecipe:
-    """The recipe that rounds to these values on ready windows."""
-    text = recipe.calibration.model_copy(update={"source": str(windows)})
-    group = recipe.group_size if values == "int4" else None
-    return recipe.model_copy(update={"values": values, "group_size": group, "calibration": text})
-
-
-def _split_windows(
-    recipe: CompressRecipe, target: CheckpointTarget, work: Path, progress: Progress
-) -> list[Path]:
-    """The files of the windows for the rounding, for the choice and for the judgement."""
-    files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
-    text = recipe.calibration.source
-    assert text is not None
-    save_parts(
-        text, recipe.calibration, target, files, SHARE,
-        "fit the rounding, choose the values and judge the result", progress,
-        trust_remote_code=recipe.trust_remote_code,
-    )  # fmt: skip
-    return files
 
 
 def _sizes_of(

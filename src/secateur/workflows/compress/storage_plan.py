@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,18 +77,37 @@ def find_matrices(
     return found
 
 
+@dataclass(frozen=True)
+class ChosenValues:
+    """What is packed.
+
+    Attributes:
+        reader: reads every tensor.
+        matrices: that can be packed, by stored name.
+        values_of: the values of single matrices, by stored name; the others have the recipe's.
+        rounding: the record of a calibrated rounding; empty if there was none.
+    """
+
+    reader: CheckpointReader
+    matrices: dict[str, PackableMatrix]
+    values_of: Mapping[str, str]
+    rounding: dict[str, Any]
+
+
 @dataclass
 class StoragePlan:
     """How every tensor of the source is stored in the result.
 
     Attributes:
         choices: layouts of the packable matrices, by stored name.
+        computed: the dtype in which the model computes.
         dtypes: dtypes of all tensors that are stored under their own names.
         lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values; known when all are packed.
         norm: ‖W‖² over the linears.
     """
 
-    choices: dict[str, LayoutChoice] = field(default_factory=dict)
+    choices: dict[str, LayoutChoice]
+    computed: torch.dtype
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     lost: float = 0.0
     norm: float = 0.0
@@ -111,6 +130,26 @@ class StoragePlan:
         if choice is None or (choice.layout.format == DENSE and not choice.layout.integers):
             return None
         return choice.layout
+
+    def files(self, reader: CheckpointReader) -> list[PlannedFile]:
+        """Assign tensors to files. All parts of a matrix go to the file of its weight."""
+        count = len(reader.files)
+        files = {
+            file: PlannedFile(shard_name("secateur", number, count))
+            for number, file in enumerate(reader.files, start=1)
+        }
+        for name, entry in reader.entries.items():
+            planned, layout = files[entry.file], self.layout(name)
+            if layout is None:
+                planned.tensors[name] = PartSpec(self.dtypes[name], entry.shape)
+                continue
+            owner = name.removesuffix(".weight")
+            planned.layouts[owner] = layout
+            # −0.0 counts as a zero and is not kept
+            nonzeros = self.choices[name].nonzeros
+            for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
+                planned.tensors[f"{owner}.{suffix}"] = spec
+        return list(files.values())
 
     def keeps_weights(self, reader: CheckpointReader) -> bool:
         """Whether no value changes: the dtypes are those of the source, or the grids are."""
@@ -140,99 +179,61 @@ def settled_values(
     return "bfloat16" if sizes[True] > sizes[False] else KEEP
 
 
-def make_plan(
-    reader: CheckpointReader,
-    matrices: dict[str, PackableMatrix],
-    recipe: CompressRecipe,
-    values: str,
-    progress: Progress,
-    values_of: Mapping[str, str] = MappingProxyType({}),
-) -> StoragePlan:
+def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) -> StoragePlan:
     """Read every matrix and choose its layout.
 
     Args:
-        reader: the source.
-        matrices: that can be packed.
-        recipe: gives format and group size.
-        values: what the recipe's `auto` stands for.
+        chosen: the tensors, and values of single matrices.
+        recipe: gives format, values and group size.
         progress: receives every matrix.
-        values_of: other values of single matrices, by stored name.
 
     Raises:
         CheckpointError: a matrix has a dtype that cannot be packed.
         RecipeError: the requested format can hold no matrix.
     """
-    plan, format = StoragePlan(), recipe.format
+    reader, matrices, format = chosen.reader, chosen.matrices, recipe.format
+    values = settled_values(reader, matrices, recipe.values)
+    choices: dict[str, LayoutChoice] = {}
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
-        weight = stored.t() if matrix.transposed else stored
-        own = values_of.get(name, values) if matrix.prunable else "int8"
-        wanted = values_for(stored.dtype, own, name)
-        plan.choices[name] = choose_layout(
-            weight,
+        own = chosen.values_of.get(name, values) if matrix.prunable else "int8"
+        choices[name] = choose_layout(
+            stored.t() if matrix.transposed else stored,
             format=format if matrix.prunable else DENSE,
-            values=wanted,
+            values=values_for(stored.dtype, own, name),
             transposed=matrix.transposed,
             group=recipe.group_size,
         )
         progress.step(note=name)
     progress.finish()
-    offered = [c.offered for name, c in plan.choices.items() if matrices[name].prunable]
+    offered = [choice.offered for name, choice in choices.items() if matrices[name].prunable]
     if format not in (AUTO, DENSE) and not any(offered):
         raise RecipeError(
             f"none of the {len(offered)} matrices can be stored as {format!r}",
             where=str(reader.folder),
             remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
         )
+    plan = StoragePlan(choices, _computed_dtype(choices, matrices, values))
+    for name, entry in reader.entries.items():
+        if name in choices:
+            if plan.layout(name) is None:
+                plan.dtypes[name] = choices[name].layout.dtype
+            continue
+        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > plan.computed.itemsize
+        plan.dtypes[name] = plan.computed if wider and values != KEEP else entry.dtype
     return plan
 
 
-def computed_dtype(
-    plan: StoragePlan, matrices: dict[str, PackableMatrix], values: str
+def _computed_dtype(
+    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix], values: str
 ) -> torch.dtype:
     """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
     if values != KEEP:
         return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
     weights: dict[torch.dtype, int] = {}
-    for name, choice in plan.choices.items():
+    for name, choice in choices.items():
         dtype = choice.layout.dtype
         if matrices[name].prunable and dtype.is_floating_point:
             weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
     return max(weights, key=weights.__getitem__, default=torch.bfloat16)
-
-
-def cast_others(
-    plan: StoragePlan, reader: CheckpointReader, values: str, computed: torch.dtype
-) -> None:
-    """Set the dtype of every tensor that keeps its name."""
-    for name, entry in reader.entries.items():
-        if plan.layout(name) is not None:
-            continue
-        wider = entry.dtype.is_floating_point and entry.dtype.itemsize > computed.itemsize
-        chosen = plan.choices.get(name)
-        if chosen is not None:
-            plan.dtypes[name] = chosen.layout.dtype
-        else:
-            plan.dtypes[name] = computed if wider and values != KEEP else entry.dtype
-
-
-def plan_files(reader: CheckpointReader, plan: StoragePlan) -> list[PlannedFile]:
-    """Assign tensors to files. All parts of a matrix go to the file of its weight."""
-    count = len(reader.files)
-    files = {
-        file: PlannedFile(shard_name("secateur", number, count))
-        for number, file in enumerate(reader.files, start=1)
-    }
-    for name, entry in reader.entries.items():
-        planned, layout = files[entry.file], plan.layout(name)
-        if layout is None:
-            planned.tensors[name] = PartSpec(plan.dtypes[name], entry.shape)
-            continue
-        owner = name.removesuffix(".weight")
-        planned.layouts[owner] = layout
-        # −0.0 counts as a zero and is not kept
-        nonzeros = plan.choices[name].nonzeros
-        for suffix, spec in formats[layout.format].parts(layout, nonzeros).items():
-            planned.tensors[f"{owner}.{suffix}"] = spec
-    return list(files.values())

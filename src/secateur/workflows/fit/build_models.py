@@ -24,15 +24,14 @@ from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runtime.choice import AUTO, choose_layout
-from secateur.workflows.compress.pack import ChosenValues, pack_model, zero_fractions
+from secateur.workflows.compress.pack import pack_model, zero_fractions
 from secateur.workflows.compress.rounding import (
     BITS,
     output_errors,
     refuse_renamed,
     round_checkpoint,
-    rounding_recipe,
 )
-from secateur.workflows.compress.storage_plan import PackableMatrix, find_matrices
+from secateur.workflows.compress.storage_plan import ChosenValues, PackableMatrix, find_matrices
 from secateur.workflows.fit.context import FitContext
 from secateur.workflows.fit.storage_formats import StorageFormat
 from secateur.workflows.prune.checkpoint import run_recipe
@@ -131,7 +130,7 @@ def _round(
         return source
     recipe = build_recipe(CompressRecipe, {**options, **paths(context.recipe, source, output)})
     zeros = zero_fractions(CheckpointReader(source), dict(matrices))
-    return round_checkpoint(rounding_recipe(recipe, source, zeros, output), progress)
+    return round_checkpoint(recipe, source, zeros, output, progress)
 
 
 def pack_made(
