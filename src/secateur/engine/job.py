@@ -61,9 +61,9 @@ class Job:
             gather_gradients(calibration.outer, names, self.settings.work, progress, ranks)
         survey = Survey(self.target, self.tasks, calibration, self.settings, progress)
         tasks = allocate(survey, self.allocation, self.sparsity)
-        run = Run(self.target, tasks, calibration, self.settings, ledger, progress)
-        run.execute(done)
-        return run.tasks
+        pruning = Run(self.target, tasks, calibration, self.settings, ledger, progress)
+        pruning.execute(done)
+        return pruning.tasks
 
     def calibration(self) -> CalibrationStream | None:
         """The calibration stream."""

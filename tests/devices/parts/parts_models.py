@@ -109,10 +109,10 @@ def test_hidden_states_may_be_anywhere(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
-    parked: list[str] = []
+    moved: list[str] = []
     monkeypatch.setattr(
-        "secateur.engine.stream.offload.ActivationOffload.park",
-        lambda self, forward: parked.append(""),
+        "secateur.engine.stream.offload.ActivationOffload.store",
+        lambda self, forward: moved.append(""),
     )
     made = {}
     options = saved(tmp_path)
@@ -122,7 +122,7 @@ def test_hidden_states_may_be_anywhere(
             tmp_path / "source", method=method, sparsity=0.5, activations=place,
             micro_batch_tokens=16, **options,
         )  # fmt: skip
-    assert not parked
+    assert not moved
     monkeypatch.undo()
     for place in ("memory", "disk"):
         options["output"] = tmp_path / place

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.engine.prune import group_pruning
-from secateur.engine.prune.group_pruning import DAMPINGS, GroupStatistics, chosen_dampings
+from secateur.engine.prune.group_pruning import DAMPINGS, TargetStatistics, choose_dampings
 from secateur.engine.prune.tasks import LinearTask
 from secateur.models.architecture import Linear
 from secateur.sparsity.methods import compose
@@ -34,11 +34,9 @@ def example(noise: float, seed: int) -> tuple[nn.Linear, list[Tensor], list[Tens
 
 
 def gathered(linear: nn.Linear, inputs: list[Tensor], outputs: list[Tensor], **more: Any) -> Any:
-    seen = GroupStatistics(
-        ("gram",), Linear("x", linear), torch.device("cpu"), target_size=OUT, **more
-    )
+    seen = TargetStatistics(("gram",), Linear("x", linear), torch.device("cpu"), OUT, **more)
     for x, y in zip(inputs, outputs, strict=True):
-        seen.update(x, y)
+        seen.add(x, y)
     return seen
 
 
@@ -70,7 +68,7 @@ def test_the_choice_is_that_of_the_tokens_themselves() -> None:
             seen = gathered(linear, inputs, outputs, held_out=True)
             seen.running |= {"column_norm": norms(linear, inputs, 0, ROWS - ROWS // 4)}
             seen.held.running |= {"column_norm": norms(linear, inputs, ROWS - ROWS // 4, ROWS)}
-            chosen = chosen_dampings(seen, [Linear("x", linear)], {"x": task}, lambda _: {}, True)
+            chosen = choose_dampings(seen, [Linear("x", linear)], {"x": task}, lambda _: {}, True)
             assert chosen["x"] == slow_choice(linear, inputs, outputs)
             found.add(chosen["x"])
     assert len(found) > 1  # text decides

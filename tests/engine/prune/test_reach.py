@@ -78,13 +78,13 @@ def test_a_run_that_passes_over_a_matrix_fails(
 ) -> None:
     """As it would if a model computed something without calling its linears."""
     source = save_tiny(tmp_path / "source", "llama")
-    plain = LayerPass.grouped
+    plain = LayerPass.pruned_groups
 
     def without_down(self: LayerPass) -> Any:
         groups = plain(self)
-        return groups[:-1] if self.context.index == 1 else groups
+        return groups[:-1] if self.index == 1 else groups
 
-    monkeypatch.setattr(LayerPass, "grouped", without_down)
+    monkeypatch.setattr(LayerPass, "pruned_groups", without_down)
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
     with pytest.raises(VerificationError, match="calibration passed over them") as error:
         secateur.prune(

@@ -126,7 +126,7 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     prune = LayerPass.prune
 
     def stops(self: LayerPass) -> Any:
-        if self.context.index == 3:
+        if self.index == 3:
             raise KeyboardInterrupt
         return prune(self)
 

@@ -32,13 +32,13 @@ class Stage:
         assert groups is not None
         self.groups = [[linears[name] for name in group] for group in groups]
         self.outputs: dict[int, torch.Tensor] = {}
-        self.parking: ActivationOffload | None = None
+        self.offload: ActivationOffload | None = None
 
     def forward(self, index: int):
         def run() -> None:
             x = self.hidden[index].clone()
-            if self.parking is not None:
-                self.parking.live.note(x)
+            if self.offload is not None:
+                self.offload.live.note(x)
             self.outputs[index] = call_layer(self.layer, x, self.call)
 
         return run
@@ -47,9 +47,9 @@ class Stage:
         return [self.forward(i) for i in range(len(self.hidden))]
 
     def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
-        halting = HaltingForwards(self.groups, forwards or self.forwards(), self.parking)
+        halting = HaltingForwards(self.groups, forwards or self.forwards(), self.offload)
         try:
-            by_group(self.groups, halting, None, gather, prune, **options)
+            by_group(halting, gather, prune, **options)
         finally:
             halting.close()
 
@@ -65,11 +65,11 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
     expected = stage.plain()
     if place != "frames":
         kept = [*stage.layer.parameters(), *stage.layer.buffers(), *stage.call.tensors()]
-        stage.parking = ActivationOffload(
+        stage.offload = ActivationOffload(
             kept, tmp_path if place == "disk" else None, torch.device("cpu")
         )
     order, pruned = [], []
-    stage.pass_by_group(lambda i, group, x, _: order.append((group, tuple(x.shape))), pruned.append)
+    stage.pass_by_group(lambda i, group, x: order.append((group, tuple(x.shape))), pruned.append)
     assert pruned == [0, 1, 2, 3]
     assert [group for group, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     for index, out in enumerate(expected):
@@ -78,16 +78,16 @@ def test_halted_forwards_equal_plain_ones(place: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_parked_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
+def test_offloaded_forwards_hold_next_to_nothing(tmp_path: Path) -> None:
     stage = Stage()
     kept = [*stage.layer.parameters(), *stage.call.tensors()]
-    stage.parking = parking = ActivationOffload(kept, tmp_path, torch.device("cpu"))
+    stage.offload = offload = ActivationOffload(kept, tmp_path, torch.device("cpu"))
     held_while_others_run = []
 
-    def gather(_: int, group: int, x: torch.Tensor, dense: None) -> None:
-        parked = [s for kept in parking.parked.values() for s, _ in kept]
-        held_while_others_run.append(sum(s.nbytes() for s in parked))
-        assert parking.live.live_bytes() >= x.nbytes
+    def gather(_: int, group: int, x: torch.Tensor) -> None:
+        moved = [s for kept in offload.moved.values() for s, _ in kept]
+        held_while_others_run.append(sum(s.nbytes() for s in moved))
+        assert offload.live.live_bytes() >= x.nbytes
 
     stage.pass_by_group(gather, lambda group: None)
     assert held_while_others_run == [0] * 12
@@ -102,7 +102,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
         for linear in stage.groups[group]:
             linear.assign(torch.zeros(linear.shape))
 
-    stage.pass_by_group(lambda i, g, x, _: seen.setdefault(g, x.clone()), prune)
+    stage.pass_by_group(lambda i, g, x: seen.setdefault(g, x.clone()), prune)
     # Without q, k and v only the bias of v is left, the same for every token.
     assert torch.allclose(seen[1], seen[1][:, :1].expand_as(seen[1]))
     assert torch.count_nonzero(seen[3]) == 0
@@ -112,7 +112,7 @@ def test_later_groups_see_weights_pruned_before_them() -> None:
 def test_forwards_end_after_the_last_group_when_nothing_follows() -> None:
     stage = Stage()
     reached: list[int] = []
-    stage.pass_by_group(lambda i, group, x, _: None, reached.append, outputs_needed=False)
+    stage.pass_by_group(lambda i, group, x: None, reached.append, outputs_needed=False)
     assert reached == [0, 1, 2, 3]
     assert stage.outputs == {}
 
@@ -126,7 +126,7 @@ def test_an_error_in_a_forward_comes_through_and_leaves_no_hook() -> None:
 
     with pytest.raises(ValueError, match="broken forward"):
         stage.pass_by_group(
-            lambda i, g, x, _: None, lambda g: None, forwards=[*stage.forwards(), broken]
+            lambda i, g, x: None, lambda g: None, forwards=[*stage.forwards(), broken]
         )
     assert not any(m._forward_pre_hooks for m in stage.layer.modules())
 

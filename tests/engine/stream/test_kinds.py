@@ -152,13 +152,13 @@ def test_linears_with_parts_of_one_tensor_are_no_group() -> None:
 def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    grouped, begun = LayerPass.grouped, []
+    grouped, begun = LayerPass.pruned_groups, []
 
     def forgets(self: LayerPass) -> list:
-        begun.append(self.context.index)
+        begun.append(self.index)
         return [g for g in grouped(self) if not g[0].name.endswith("self_attn.out_proj")]
 
-    monkeypatch.setattr(LayerPass, "grouped", forgets)
+    monkeypatch.setattr(LayerPass, "pruned_groups", forgets)
     with pytest.raises(VerificationError) as caught:
         secateur.prune(
             tiny_architecture("lfm2"), method="wanda", sparsity=0.5, calibration=tiny_windows()

@@ -35,7 +35,7 @@ from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, with_sparsities
-from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
@@ -179,14 +179,13 @@ class Survey:
     ) -> dict[str, GroupStatistics]:
         """Pass calibration through a dense layer. Return the statistics of each linear's input."""
         assert self.calibration is not None
-        assert self.calibration.hidden is not None
         last = index + 1 == len(self.target.layers)
         step = partial(self.progress.step, note=f"layer {index}")
-        lane = LayerInputs(self.calibration, self.calibration.hidden, index, step=step)
+        inputs = self.calibration.layer_inputs(index, step=step)
         groups = [[linears[name] for name in g] for g in self.calibration.layouts[index].groups]
         groups = [g for g in groups if any(self.tasks[x.name].changes for x in g)]
         gathered = [GroupStatistics(names, group[0], self.target.device) for group in groups]
-        forwards = [partial(lane.pass_one, layer, batch, stores=not last) for batch in lane.batches]
+        forwards = [partial(inputs.pass_one, layer, b, stores=not last) for b in inputs.batches]
         by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
         for statistics in gathered:
             statistics.merge(self.settings.ranks)

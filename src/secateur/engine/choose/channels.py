@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune.settings import Settings
-from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import Architecture
@@ -56,17 +56,16 @@ def hidden_scores(
     scores = torch.zeros(hidden)
     all_readers = [_readers_of(layer, architecture) for layer in layers]
     calibration.open(0, dense=False)
-    assert calibration.hidden is not None
     progress.start("hidden channels", len(calibration.batches()) * len(layers))
     for index, layer in calibration.walk():
         step = partial(progress.step, note=f"layer {index}")
-        lane = LayerInputs(calibration, calibration.hidden, index, step=step)
+        inputs = calibration.layer_inputs(index, step=step)
         modules = [layer.get_submodule(name) for name in all_readers[index]]
         reads = StreamReads(modules, hidden, target.device)
         try:
-            for batch in lane.batches:
+            for batch in inputs.batches:
                 reads.begin()
-                lane.pass_one(layer, batch, stores=index + 1 < len(layers))
+                inputs.pass_one(layer, batch, stores=index + 1 < len(layers))
         finally:
             reads.close()
         try:

@@ -78,7 +78,7 @@ class Coverage:
         """The form for the manifest."""
         return asdict(self)
 
-    def tell(self) -> None:
+    def log_warnings(self) -> None:
         """Warn about linears that stayed unchanged, and about linears with few tokens."""
         if self.unseen:
             log.warning(

@@ -30,6 +30,12 @@ from secateur.types import STORED, Mask, Statistics, Weight
 HELD_SHARE = 4
 """One token in so many is kept apart."""
 
+DAMPINGS = (0.05, 0.2, 0.8, 3.2)
+"""The values that are tried, as fractions of the mean diagonal of the gram."""
+
+COLLAPSED = 0.8
+"""A linear has collapsed if it lost more than this share of its output's energy."""
+
 
 class GroupStatistics:
     """Running statistics of the input that a group of linears shares.
@@ -38,46 +44,23 @@ class GroupStatistics:
         names: names of the statistics. The gradient pass gathers the statistics of gradients.
         linear: the first linear of the group.
         device: device of the sums.
-        target_size: size of the group's target for one token; 0 for no target.
-        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
 
     Attributes:
         tokens: number of inputs so far.
-        held: the statistics of the tokens that are kept apart.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        linear: Linear,
-        device: torch.device,
-        *,
-        target_size: int = 0,
-        held_out: bool = False,
-    ) -> None:
+    def __init__(self, names: Iterable[str], linear: Linear, device: torch.device) -> None:
         self.name, self.tokens = linear.name, 0
         self.running = {
             name: statistics[name](linear.shape, device) for name in sorted(of_inputs(names))
         }
-        self.cross = CrossGram(target_size, linear.shape[1], device) if target_size else None
-        self.held: GroupStatistics | None = None
-        if held_out and target_size:
-            self.held = GroupStatistics(names, linear, device, target_size=target_size)
 
-    def update(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Add the inputs of one micro-batch, with any leading shape, and their targets."""
+    def update(self, x: Tensor) -> None:
+        """Add the inputs of one micro-batch, with any leading shape."""
         flat = x.reshape(-1, x.shape[-1])
-        if self.held is not None:
-            assert target is not None
-            target, rest = target.reshape(len(flat), -1), len(flat) - len(flat) // HELD_SHARE
-            self.held.update(flat[rest:], target[rest:])
-            flat, target = flat[:rest], target[:rest]
         self.tokens += len(flat)
         for statistic in self.running.values():
             statistic.update(flat)
-        if self.cross is not None:
-            assert target is not None
-            self.cross.update(target.reshape(len(flat), -1), flat)
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows.
@@ -87,21 +70,6 @@ class GroupStatistics:
         self.tokens = sum(ranks.gather(self.tokens))
         for statistic in self.running.values():
             ranks.total(statistic.total)
-        if self.cross is not None:
-            ranks.total(self.cross.total)
-        if self.held is not None:
-            self.held.merge(ranks)
-
-    def take_in(self) -> None:
-        """Add the statistics of the tokens that were kept apart."""
-        held, self.held = self.held, None
-        assert held is not None
-        assert held.cross is not None
-        assert self.cross is not None
-        self.tokens += held.tokens
-        for name, statistic in self.running.items():
-            statistic.merge(held.running[name])
-        self.cross.total += held.cross.total
 
     def value(self) -> dict[str, Tensor]:
         """The statistics so far.
@@ -115,23 +83,248 @@ class GroupStatistics:
         except NumericalError as error:
             raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
 
-    def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
-        """Return a function that gives the weight [out, in] to prune for each linear.
 
-        That is the linear's own weight, or the weight that fits the targets best.
+class TargetStatistics(GroupStatistics):
+    """Running statistics of the input of a group, and of the outputs that it should have.
+
+    The gram must be among the statistics.
+
+    Args:
+        names: names of the statistics.
+        linear: the first linear of the group.
+        device: device of the sums.
+        target_size: size of the group's target for one token.
+        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
+
+    Attributes:
+        held: the statistics of the tokens that are kept apart.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        linear: Linear,
+        device: torch.device,
+        target_size: int,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        super().__init__(names, linear, device)
+        self.cross = CrossGram(target_size, linear.shape[1], device)
+        self.held = TargetStatistics(names, linear, device, target_size) if held_out else None
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add the inputs of one micro-batch, with any leading shape, and their targets."""
+        flat = x.reshape(-1, x.shape[-1])
+        target = target.reshape(len(flat), -1)
+        if self.held is not None:
+            rest = len(flat) - len(flat) // HELD_SHARE
+            self.held.add(flat[rest:], target[rest:])
+            flat, target = flat[:rest], target[:rest]
+        self.update(flat)
+        self.cross.update(target, flat)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add up the statistics that the processes have gathered, each from its own windows."""
+        super().merge(ranks)
+        ranks.total(self.cross.total)
+        if self.held is not None:
+            self.held.merge(ranks)
+
+    def take_in(self) -> None:
+        """Add the statistics of the tokens that were kept apart, if there are any."""
+        held, self.held = self.held, None
+        if held is None:
+            return
+        self.tokens += held.tokens
+        for name, statistic in self.running.items():
+            statistic.merge(held.running[name])
+        self.cross.total += held.cross.total
+
+    def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
+        """Return a function that gives the weight [out, in] that fits a linear's targets best.
 
         Args:
             writer: whether the targets are outputs of the only linear, not its dense inputs.
             damping: strength of the pull towards the dense weights.
         """
-        if self.cross is None:
-            return lambda linear: linear.weight
         gram, moments = self.running["gram"].value(), self.cross.value()
         if writer:
             return lambda x: dense_target(gram, moments, x.weight.float(), damping)
         identity = torch.eye(len(gram), device=gram.device)
         shared = dense_target(gram, moments, identity, damping)
         return lambda linear: linear.weight.float() @ shared
+
+
+def choose_dampings(
+    statistics: TargetStatistics,
+    linears: Sequence[Linear],
+    tasks: Mapping[str, LinearTask],
+    own: Callable[[Linear], Mapping[str, Tensor]],
+    writer: bool,
+) -> dict[str, float]:
+    """Return the damping with the smallest error on held-out tokens for each linear of a group.
+
+    With G and M the moments of the fitted tokens, and G', M' those of the held-out ones,
+
+        Ŵ_λ = the pruned W*_λ, W*_λ = (M + λW)(G + λI)⁻¹          `sparsity.hessian.dense_target`
+        λ   = argmin  ‖T' − Ŵ_λX̂'‖² = tr(Ŵ_λ G' Ŵ_λᵀ) − 2 tr(Ŵ_λ M'ᵀ) + rest
+
+    The moments say the error of any weights, so each λ costs a solve and no forward.
+
+    Args:
+        statistics: the statistics of the group, with held-out tokens; not changed.
+        linears: the linears that are solved.
+        tasks: tasks of the linears, by name.
+        own: returns the statistics of a linear's own gradients.
+        writer: whether the targets are outputs of the only linear, not its dense inputs.
+    """
+    fit, held = copy.copy(statistics), copy.deepcopy(statistics.held)
+    fit.held = None
+    fit = copy.deepcopy(fit)  # `value` takes the place of the sums, which are needed again
+    assert held is not None
+    shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
+    prepared = tasks[linears[0].name].method.solver.prepare(shared)
+    found = {}
+    for linear in linears:
+        task = tasks[linear.name]
+        known = {**shared, **own(linear), STORED: linear.weight}
+        moments = cross if writer else linear.weight.float() @ cross
+        errors = {}
+        for damping in DAMPINGS:
+            target = fit.fitted(writer, damping)(linear)
+            solution = task.method.solve(target, prepared, known, task.sparsity)
+            errors[damping] = _held_out_error(solution.weight, gram, moments)
+        found[linear.name] = min(errors, key=errors.__getitem__)
+    return found
+
+
+def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
+    """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32."""
+    inner = (weight @ gram).sub_(moments, alpha=2.0)
+    return float((inner * weight).sum())
+
+
+def prune_group(
+    linears: Sequence[Linear],
+    shared: Mapping[str, Tensor],
+    own: Callable[[Linear], Mapping[str, Tensor]],
+    tasks: Mapping[str, LinearTask],
+    fitted: Callable[[Linear], Tensor] = lambda linear: linear.weight,
+) -> list[LinearRecord]:
+    """Prune linears that share an input.
+
+    Args:
+        linears: the linears to work on.
+        shared: statistics of their input.
+        own: returns the statistics of a linear's own gradients.
+        tasks: tasks of the linears, by name. Their methods differ only in the pattern.
+        fitted: returns the weight [out, in] to prune in place of a linear's own.
+    """
+    if not linears:
+        return []
+    prepared = tasks[linears[0].name].method.solver.prepare(shared)
+    records = []
+    for linear in linears:
+        started, task = time.perf_counter(), tasks[linear.name]
+        weight = fitted(linear)
+        known = {**shared, **own(linear), STORED: linear.weight}
+        solution = task.method.solve(weight, prepared, known, task.sparsity)
+        lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
+        linear.assign(solution.weight)
+        if solution.shift is not None:
+            linear.shift(solution.shift)
+        records.append(_verify(linear, task, solution, lost, started))
+    return records
+
+
+def _verify(
+    linear: Linear, task: LinearTask, solution: Solution, lost: float | None, started: float
+) -> LinearRecord:
+    """Compare the stored zeros of a linear with the number that its pattern requires."""
+    weight = linear.weight
+    expected = task.method.pattern.pruned(linear.shape, task.sparsity)
+    pruned = weight.numel() - int(solution.mask.sum())
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    if pruned != expected or zeros < expected:
+        raise VerificationError(
+            f"{linear.name} should have {expected} zeros; the mask has {pruned}, the weight "
+            f"{zeros}",
+            where=linear.name,
+            remedy="this is a fault in secateur or in a plug-in; please report it",
+        )
+    check_finite([(f"{linear.name}.weight", weight)])
+    return LinearRecord(
+        name=linear.name,
+        shape=linear.shape,
+        asked=task.sparsity,
+        pruned=pruned,
+        zeros=zeros,
+        error=solution.error,
+        lost=lost,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def exchange(
+    linears: Sequence[Linear],
+    owners: Sequence[int],
+    own: Sequence[LinearRecord],
+    ranks: Ranks,
+) -> list[LinearRecord]:
+    """Give every process the pruned linears of the others. Return the records of all.
+
+    Args:
+        linears: the linears that the processes have pruned.
+        owners: the process that has pruned each.
+        own: the records of this process.
+        ranks: the processes.
+    """
+    gathered = ranks.gather([record.to_json() for record in own])
+    by_name = {entry["name"]: entry for entries in gathered for entry in entries}
+    for linear, owner in zip(linears, owners, strict=True):
+        for parameter in linear.module.parameters(recurse=False):
+            ranks.share(parameter, owner)
+    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
+
+
+def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
+    """The share of its output's energy that a linear loses; None without statistics of the inputs.
+
+    lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
+    """
+    if "column_norm" in statistics:
+        power = statistics["column_norm"].square()
+    elif "gram" in statistics:
+        power = statistics["gram"].diagonal()
+    else:
+        return None
+    energy = weight.detach().float().square() * power
+    total = float(energy.sum())
+    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
+
+
+def collapsed(records: Sequence[LinearRecord]) -> dict[str, float]:
+    """The collapsed linears, with their lost energy."""
+    known = {r.name: r.lost if r.error is None else r.error for r in records}
+    # an error that is not a number counts as the largest
+    return {n: lost for n, lost in known.items() if lost is not None and not lost <= COLLAPSED}
+
+
+def format_collapsed(lost: Mapping[str, float]) -> str:
+    """Describe the collapsed linears of a layer in one line."""
+    return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
+
+
+def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
+    """The error that ends a run after a collapsed layer."""
+    return VerificationError(
+        f"the layer has collapsed: {format_collapsed(lost)}",
+        where=layer,
+        remedy="start anew with --restart and a lower --sparsity, or less for this layer "
+        f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
+        "--on-collapse warn goes on with the same sparsity",
+    )
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -172,185 +365,3 @@ def refuse_all_zero(target: Target) -> None:
             where=target.architecture.layers_path,
             remedy="the checkpoint holds no trained weights: get it again",
         )
-
-
-def prune_group(
-    linears: Sequence[Linear],
-    shared: Mapping[str, Tensor],
-    own: Callable[[Linear], Mapping[str, Tensor]],
-    tasks: Mapping[str, LinearTask],
-    fitted: Callable[[Linear], Tensor] = lambda linear: linear.weight,
-) -> list[LinearRecord]:
-    """Prune linears that share an input.
-
-    Args:
-        linears: the linears to work on.
-        shared: statistics of their input.
-        own: returns the statistics of a linear's own gradients.
-        tasks: tasks of the linears, by name. Their methods differ only in the pattern.
-        fitted: returns the weight [out, in] to prune in place of a linear's own.
-    """
-    if not linears:
-        return []
-    prepared = tasks[linears[0].name].method.solver.prepare(shared)
-    records = []
-    for linear in linears:
-        started, task = time.perf_counter(), tasks[linear.name]
-        weight = fitted(linear)
-        known = {**shared, **own(linear), STORED: linear.weight}
-        solution = task.method.solve(weight, prepared, known, task.sparsity)
-        lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
-        linear.assign(solution.weight)
-        if solution.shift is not None:
-            linear.shift(solution.shift)
-        records.append(_verified(linear, task, solution, lost, started))
-    return records
-
-
-def exchanged(
-    linears: Sequence[Linear],
-    owned: Sequence[int],
-    found: Sequence[LinearRecord],
-    ranks: Ranks,
-) -> list[LinearRecord]:
-    """Give every process the pruned linears of the others. Return the records of all.
-
-    Args:
-        linears: the linears that the processes have pruned.
-        owned: the process that has pruned each.
-        found: the records of this process.
-        ranks: the processes.
-    """
-    told = ranks.gather([record.to_json() for record in found])
-    by_name = {entry["name"]: entry for entries in told for entry in entries}
-    for linear, owner in zip(linears, owned, strict=True):
-        for parameter in linear.module.parameters(recurse=False):
-            ranks.share(parameter, owner)
-    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
-
-
-def _verified(
-    linear: Linear, task: LinearTask, solution: Solution, lost: float | None, started: float
-) -> LinearRecord:
-    """Compare the stored zeros of a linear with the number that its pattern requires."""
-    weight = linear.weight
-    expected = task.method.pattern.pruned(linear.shape, task.sparsity)
-    pruned = weight.numel() - int(solution.mask.sum())
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
-    if pruned != expected or zeros < expected:
-        raise VerificationError(
-            f"{linear.name} should have {expected} zeros; the mask has {pruned}, the weight "
-            f"{zeros}",
-            where=linear.name,
-            remedy="this is a fault in secateur or in a plug-in; please report it",
-        )
-    check_finite([(f"{linear.name}.weight", weight)])
-    return LinearRecord(
-        name=linear.name,
-        shape=linear.shape,
-        asked=task.sparsity,
-        pruned=pruned,
-        zeros=zeros,
-        error=solution.error,
-        lost=lost,
-        seconds=time.perf_counter() - started,
-    )
-
-
-COLLAPSED = 0.8
-"""A linear has collapsed if it lost more than this share of its output's energy."""
-
-
-def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
-    """The estimate above; None without statistics of the inputs."""
-    if "column_norm" in statistics:
-        power = statistics["column_norm"].square()
-    elif "gram" in statistics:
-        power = statistics["gram"].diagonal()
-    else:
-        return None
-    energy = weight.detach().float().square() * power
-    total = float(energy.sum())
-    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
-
-
-def collapsed(records: Sequence[LinearRecord]) -> dict[str, float]:
-    """The collapsed linears, with their lost energy."""
-    known = {r.name: r.lost if r.error is None else r.error for r in records}
-    # an error that is not a number counts as the largest
-    return {n: lost for n, lost in known.items() if lost is not None and not lost <= COLLAPSED}
-
-
-def in_words(lost: Mapping[str, float]) -> str:
-    """Describe the collapsed linears of a layer in one line."""
-    return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
-
-
-def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
-    """The error that ends a run after a collapsed layer."""
-    return VerificationError(
-        f"the layer has collapsed: {in_words(lost)}",
-        where=layer,
-        remedy="start anew with --restart and a lower --sparsity, or less for this layer "
-        f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
-        "--on-collapse warn goes on with the same sparsity",
-    )
-
-
-DAMPINGS = (0.05, 0.2, 0.8, 3.2)
-"""The values that are tried, as fractions of the mean diagonal of the gram."""
-
-
-def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
-    """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ).
-
-    Args:
-        weight: W, float32 [out, in].
-        gram: G = XXᵀ, float32 [in, in].
-        moments: M = TXᵀ, float32 [out, in].
-
-    Example:
-        >>> import torch
-        >>> from secateur.engine.prune.group_pruning import _held_out_error
-        >>> _held_out_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]))
-        -8.0
-    """
-    inner = (weight @ gram).sub_(moments, alpha=2.0)
-    return float((inner * weight).sum())
-
-
-def chosen_dampings(
-    seen: GroupStatistics,
-    linears: Sequence[Linear],
-    tasks: Mapping[str, LinearTask],
-    own: Callable[[Linear], Mapping[str, Tensor]],
-    writer: bool,
-) -> dict[str, float]:
-    """Return the damping with the smallest held-out error for each linear of a group.
-
-    Args:
-        seen: the statistics of the group, with held-out tokens; not changed.
-        linears: the linears that are solved.
-        tasks: tasks of the linears, by name.
-        own: returns the statistics of a linear's own gradients.
-        writer: whether the targets are outputs of the only linear, not its dense inputs.
-    """
-    fit, held = copy.copy(seen), copy.deepcopy(seen.held)
-    fit.held = None
-    fit = copy.deepcopy(fit)  # `value` takes the place of the sums, which are needed again
-    assert held is not None
-    assert held.cross is not None
-    shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
-    prepared = tasks[linears[0].name].method.solver.prepare(shared)
-    found = {}
-    for linear in linears:
-        task = tasks[linear.name]
-        known = {**shared, **own(linear), STORED: linear.weight}
-        moments = cross if writer else linear.weight.float() @ cross
-        errors = {}
-        for damping in DAMPINGS:
-            target = fit.fitted(writer, damping)(linear)
-            solution = task.method.solve(target, prepared, known, task.sparsity)
-            errors[damping] = _held_out_error(solution.weight, gram, moments)
-        found[linear.name] = min(errors, key=errors.__getitem__)
-    return found

@@ -154,7 +154,7 @@ def reconstruct(
     steps: Sequence[Sequence[int]],
     examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor, LayerCall]]],
     how: Reconstruction,
-    tell: Callable[[], None],
+    on_step: Callable[[], None],
     rounded: Sequence[RoundedWeight] = (),
     ranks: Ranks = ALONE,
 ) -> None:
@@ -171,7 +171,7 @@ def reconstruct(
             sequence_length, hidden], and how the layer is called for them. A process returns its
             own windows, one by one.
         how: sets the learning rate.
-        tell: called after every step.
+        on_step: called after every step.
         rounded: the matrices on a grid.
         ranks: the processes.
     """
@@ -200,7 +200,7 @@ def reconstruct(
             optimizer.zero_grad()
             for tuned in pruned:
                 tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
-            tell()
+            on_step()
         on_grid.settle()
 
 

@@ -3,8 +3,8 @@
     inputs of both models ─► halt at each group of linears ─► least squares ─► inputs of the next
 
 A cut of layers, experts or channels removes terms from the residual stream. To compensate, the cut
-model runs layer by layer beside the uncut one. Every linear is fitted in closed form to its current
-inputs, before the inputs of the next linear are computed:
+model runs layer by layer in step with the uncut one. Every linear is fitted in closed form to its
+current inputs, before the inputs of the next linear are computed:
 
     min over Ŵ:  ‖T − ŴX̂‖² + λ‖A − Ŵ‖²       (`dense_target`; A the weight that the cut left)
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.engine.prune.group_pruning import GroupStatistics
+from secateur.engine.prune.group_pruning import TargetStatistics
 from secateur.engine.prune.settings import Settings
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
-from secateur.engine.stream.halted_forwards import HaltedLayer, in_step
+from secateur.engine.stream.halted_forwards import HaltedLayer, by_group_with_dense
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
@@ -101,20 +101,20 @@ class Refit:
     def execute(self, done: int = 0) -> None:
         """Refit every layer of the cut model from number `done` on."""
         with reused_pages():
-            done = self.open(done)
-            gaps = [self.gap(place) for place in range(done, len(self.layers))]
+            done = self._open(done)
+            gaps = [self._gap(place) for place in range(done, len(self.layers))]
             missing = range(0 if done else self.layers[0])
             forwards = len(missing) + sum(2 + (gap + 1 if gap else 0) for gap in gaps)
             self.progress.start("refitting", forwards * len(self.cut.batches()))
             for index, layer in self.dense.walk(0, len(missing)):
-                self.lane(self.dense, index).pass_through(layer)
+                self.inputs(self.dense, index).pass_through(layer)
             for place in range(done, len(self.layers)):
-                self.refit_layer(place)
+                self._refit_layer(place)
         for calibration in (self.dense, self.cut):
             calibration.close()
         self.progress.finish()
 
-    def open(self, done: int) -> int:
+    def _open(self, done: int) -> int:
         """Make the inputs of layer `done` ready, or else those of the first one."""
         if done == len(self.layers):
             return done
@@ -128,34 +128,32 @@ class Refit:
         self.ledger.begin()
         return 0
 
-    def gap(self, place: int) -> int:
+    def _gap(self, place: int) -> int:
         """The number of removed layers after a layer of the cut model."""
         last = place + 1 == len(self.layers)
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
 
-    def lane(self, calibration: CalibrationStream, index: int) -> LayerInputs:
+    def inputs(self, calibration: CalibrationStream, index: int) -> LayerInputs:
         """The hidden states of one of the models at one of its layers."""
-        assert calibration.hidden is not None
         matmuls = partial(self.settings.matmuls, self.dense.target.device)
-        note = f"layer {index}"
-        return LayerInputs(
-            calibration, calibration.hidden, index, matmuls, lambda: self.progress.step(note=note)
+        return calibration.layer_inputs(
+            index, matmuls, lambda: self.progress.step(note=f"layer {index}")
         )
 
-    def refit_layer(self, place: int) -> None:
+    def _refit_layer(self, place: int) -> None:
         """Read, refit and record one layer of the cut model."""
-        started, index, gap = time.perf_counter(), self.layers[place], self.gap(place)
-        with self.ahead(index, gap) as wanted:
+        started, index, gap = time.perf_counter(), self.layers[place], self._gap(place)
+        with self._stream_after(index, gap) as later:
             target = self.cut.target
             with self.dense.target.layer(index) as twin, target.layer(place) as layer:
-                one = LayerRefit(self, place, layer, twin, wanted)
-                one.carry_out()
+                one = LayerRefit(self, place, layer, twin, later)
+                one.execute()
                 target.commit(place, [f"{x.name}.weight" for x in one.linears])
             if place + 1 < len(self.layers):
-                if wanted is not None:
+                if later is not None:
                     for batch in self.dense.batches():
-                        self.dense.write(batch, wanted.read(batch))
+                        self.dense.write(batch, later.read(batch))
                 self.dense.advance(index + 1 + gap)
                 self.cut.advance(place + 1)
         seconds = time.perf_counter() - started
@@ -164,27 +162,23 @@ class Refit:
         self.cut.forget(place)
 
     @contextmanager
-    def ahead(self, index: int, gap: int) -> Iterator[Activations | None]:
+    def _stream_after(self, index: int, gap: int) -> Iterator[Activations | None]:
         """The uncut model's stream after the removed layers that follow; None if there are none."""
-        calibration = self.dense
+        dense = self.dense
         if not gap:
             yield None
             return
-        assert calibration.hidden is not None
-        folder = (
-            None
-            if calibration.in_memory or calibration.work is None
-            else calibration.work / "ahead"
-        )
+        folder = None if dense.in_memory or dense.work is None else dense.work / "ahead"
         if folder:
             folder.mkdir(exist_ok=True)
-        shape, dtype = calibration.hidden.shape, calibration.hidden.dtype
-        stream = Activations(shape, dtype, folder, calibration.in_memory, home=calibration.home)
-        for number, layer in walk_layers(calibration.target, range(index, index + 1 + gap)):
-            first = self.lane(calibration, number)
-            lane = first if number == index else replace(first, states=stream)
-            for batch in lane.batches:
-                stream.write(batch, lane.outputs(layer, batch))
+        shape, dtype = dense.hidden.shape, dense.hidden.dtype
+        stream = Activations(shape, dtype, folder, dense.in_memory, home=dense.home)
+        for number, layer in walk_layers(dense.target, range(index, index + 1 + gap)):
+            inputs = self.inputs(dense, number)
+            if number > index:
+                inputs = replace(inputs, states=stream)
+            for batch in inputs.batches:
+                stream.write(batch, inputs.outputs(layer, batch))
             stream.advance(number + 1)
             if number > index:
                 stream.forget(number)
@@ -200,7 +194,7 @@ class LayerRefit:
         place: index of the layer in the cut model.
         layer: the layer with its weights after the cut.
         twin: the same layer of the uncut model.
-        wanted: the uncut stream after the removed layers that follow; None if there are none.
+        later: the uncut stream after the removed layers that follow; None if there are none.
     """
 
     def __init__(
@@ -209,15 +203,13 @@ class LayerRefit:
         place: int,
         layer: nn.Module,
         twin: nn.Module,
-        wanted: Activations | None,
+        later: Activations | None,
     ) -> None:
-        self.refit, self.layer, self.twin, self.wanted = refit, layer, twin, wanted
-        self.place, self.index = place, refit.layers[place]
+        self.refit, self.later = refit, later
         self.last = place + 1 == len(refit.layers)
-        self.cut, self.dense = refit.cut, refit.dense
-        architecture = self.cut.target.architecture
+        index, architecture = refit.layers[place], refit.cut.target.architecture
         own = linears_of(layer, architecture.layer_name(place))
-        other = linears_of(twin, architecture.layer_name(self.index))
+        other = linears_of(twin, architecture.layer_name(index))
         assert architecture.groups is not None
         pairs: list[list[Pair]] = [
             [(own[n], other[n]) for n in group if n in own and n in other]
@@ -225,76 +217,75 @@ class LayerRefit:
             if not architecture.of_expert(group[0])
         ]
         self.groups = [group for group in pairs if group]
-        self.writers = [(own[n], other[n]) for n in architecture.writers if n in own]
-        self.others = [other[n] for n in architecture.writers if n in other]
+        self.writers = [own[n] for n in architecture.writers if n in own]
+        others = [other[n] for n in architecture.writers if n in other]
         experts = architecture.experts
         self.mixture = experts is not None and experts.module in dict(layer.named_modules())
+        sides = [[[pair[side] for pair in group] for group in self.groups] for side in (0, 1)]
+        self.changing = HaltedLayer(
+            refit.inputs(refit.cut, place), layer, sides[0], self.writers, stores=not self.last
+        )
+        self.dense = HaltedLayer(refit.inputs(refit.dense, index), twin, sides[1], others)
+        self.gathered: dict[int, TargetStatistics] = {}
 
     @property
     def linears(self) -> list[Linear]:
         """The linears to refit."""
         return [linear for group in self.groups for linear, _ in group]
 
-    def carry_out(self) -> None:
+    def execute(self) -> None:
         """Pass all windows through both layers, and fit each group when all have reached it."""
-        refit, writers = self.refit, [linear for linear, _ in self.writers]
-        cut_lane = refit.lane(self.cut, self.place)
-        dense_lane = refit.lane(self.dense, self.index)
-        self.changing = HaltedLayer(
-            cut_lane, self.layer, self.own_groups(0), writers, stores=not self.last
-        )
-        self.beside = HaltedLayer(dense_lane, self.twin, self.own_groups(1), self.others)
-        self.gathered: dict[int, GroupStatistics] = {}
-        # if removed layers follow, the dense stream continues from `wanted`
-        outputs = not self.last and self.wanted is None
-        in_step(self.changing, self.beside, self.gather, self.fit, dense_outputs=outputs)
+        with closing(self.dense), closing(self.changing):
+            by_group_with_dense(
+                self.changing.halting,
+                self.dense.halting,
+                self._gather,
+                self._fit,
+                outputs_needed=not self.last,
+            )
+            # if removed layers follow, the dense stream continues from `later`
+            if not self.last and self.later is None:
+                self.dense.halting.finish()
 
-    def own_groups(self, side: int) -> list[list[Linear]]:
-        """The linears by shared input: of the cut model (0), or of the uncut one (1)."""
-        return [[pair[side] for pair in group] for group in self.groups]
-
-    def writes(self, group: int) -> bool:
+    def _writes(self, group: int) -> bool:
         """Whether a group is a linear that writes to the stream."""
-        return any(self.groups[group][0][0] is linear for linear, _ in self.writers)
+        return any(self.groups[group][0][0] is linear for linear in self.writers)
 
-    def gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+    def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
         """Add one micro-batch's inputs in both models to the statistics of a group."""
         assert dense is not None
         linear, _ = self.groups[group][0]
-        wanted = self.target(index, group, dense) if self.writes(group) else dense
+        target = self._target(index, group, dense) if self._writes(group) else dense
         if group not in self.gathered:
-            device, rows = self.cut.target.device, wanted.shape[-1]
-            self.gathered[group] = GroupStatistics(("gram",), linear, device, target_size=rows)
-        self.gathered[group].update(x, wanted)
+            device, rows = self.refit.cut.target.device, target.shape[-1]
+            self.gathered[group] = TargetStatistics(("gram",), linear, device, rows)
+        self.gathered[group].add(x, target)
 
-    def target(self, index: int, group: int, dense: Tensor) -> Tensor:
+    def _target(self, index: int, group: int, dense: Tensor) -> Tensor:
         """The target of a linear that writes to the stream, without its bias."""
         linear, twin = self.groups[group][0]
-        batch = self.dense.batches()[index]
-        stream = self.changing.inputs(index) + self.changing.added(index)
-        last = linear is self.writers[-1][0] and not self.mixture
-        if self.wanted is not None and last:
-            there = self.wanted.read(batch).to(stream.device)
+        stream = self.changing.before(index) + self.changing.added(index)
+        if self.later is not None and linear is self.writers[-1] and not self.mixture:
+            after = self.later.read(self.dense.inputs.batches[index]).to(stream.device)
             bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
-            return self.kept(there) - stream - bias
-        there = self.beside.inputs(index) + self.beside.added(index)
-        with self.beside.lane.matmuls():
+            return self._kept(after) - stream - bias
+        before = self.dense.before(index) + self.dense.added(index)
+        with self.dense.inputs.matmuls():
             out = dense @ twin.weight.t()
-        return self.kept(out + there) - stream
+        return self._kept(out + before) - stream
 
-    def kept(self, states: Tensor) -> Tensor:
+    def _kept(self, states: Tensor) -> Tensor:
         """The kept channels of the stream."""
         return states if self.refit.channels is None else states[..., self.refit.channels]
 
-    def fit(self, group: int) -> None:
+    def _fit(self, group: int) -> None:
         """Solve for the weights of a group."""
-        seen, damping = self.gathered.pop(group), self.refit.settings.asymmetric_damping
-        assert seen.cross is not None
-        gram, moments, writes = seen.value()["gram"], seen.cross.value(), self.writes(group)
+        statistics, damping = self.gathered.pop(group), self.refit.settings.asymmetric_damping
+        gram, moments = statistics.value()["gram"], statistics.cross.value()
         for linear, twin in self.groups[group]:
-            found = moments
-            if not writes:
-                found = twin.weight.float() @ moments
-                if len(found) > linear.shape[0]:  # its outputs are channels, after a norm
-                    found = found[self.refit.channels]
-            linear.assign(dense_target(gram, found, linear.weight.float(), damping))
+            own = moments
+            if not self._writes(group):
+                own = twin.weight.float() @ moments
+                if len(own) > linear.shape[0]:  # its outputs are channels, after a norm
+                    own = own[self.refit.channels]
+            linear.assign(dense_target(gram, own, linear.weight.float(), damping))

@@ -32,7 +32,7 @@ class Settings:
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `gpu`, `memory` or `disk`: the storage of hidden states.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
-        on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.collapse`).
+        on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.group_pruning`).
         reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
         ranks: the processes that share the work.
     """

@@ -6,10 +6,10 @@ states of the dense model, which are the targets of reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,15 @@ from secateur.engine.stream.layouts import LayerLayout, layouts
 from secateur.engine.stream.offload import ActivationOffload
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
+
+
+def _forget_all_but(opened: Sequence[Activations], layer: int) -> None:
+    for states in opened:
+        states.forget_all_but(layer)
+
+
+def _nothing() -> None:
+    """Report nothing."""
 
 
 class CalibrationStream:
@@ -56,8 +65,7 @@ class CalibrationStream:
         self.target, self.windows, self.work, self.beside = target, windows, work, beside
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
-        self.hidden: Activations | None = None
-        self.dense: Activations | None = None
+        self.opened: list[Activations] = []
 
     @cached_property
     def outer(self) -> EmbeddingAndHead:
@@ -103,25 +111,22 @@ class CalibrationStream:
         """How a layer is called for a micro-batch."""
         return self.outer.call(index, range(batch.start, batch.stop))
 
-    def shared_tensors(self, index: int) -> list[Tensor]:
-        """A layer's arguments that no forward owns, for all sizes of micro-batch."""
-        sizes = {batch.stop - batch.start for batch in self.batches()}
-        return self.outer.shared_tensors(index, sizes)
-
-    def parking(
-        self, index: int, layer: nn.Module, stream: Activations
+    def offload(
+        self, index: int, layer: nn.Module, states: Activations
     ) -> ActivationOffload | None:
-        """Return the parking of a layer's halted forwards; None if they stay in memory.
+        """What takes the tensors of a layer's halted forwards; None if they stay in memory.
 
         Args:
             index: number of the layer.
             layer: the layer with its weights.
-            stream: the hidden states that pass through it.
+            states: the hidden states that pass through it.
         """
         if self.in_memory and self.target.device == self.home:
             return None
-        permanent = [*layer.parameters(), *layer.buffers(), *self.shared_tensors(index)]
-        folder = None if self.in_memory else stream.folder
+        sizes = {batch.stop - batch.start for batch in self.batches()}
+        shared = self.outer.shared_tensors(index, sizes)
+        permanent = [*layer.parameters(), *layer.buffers(), *shared]
+        folder = None if self.in_memory else states.folder
         return ActivationOffload(permanent, folder, self.target.device, self.own.start)
 
     def open(self, start: int, *, dense: bool) -> int:
@@ -138,38 +143,34 @@ class CalibrationStream:
             self.outer.calls(size)  # recorded before any layer has its weights
         if self.ranks.count > 1:
             self.outer.calls()  # tuning takes the windows of a process one by one
-        streams = self.open_streams(dense)
-        stored = start > 0 and all(stream.has(start) for stream in streams)
+        self.opened = self._states(dense)
+        stored = start > 0 and all(states.has(start) for states in self.opened)
         start = start if all(self.ranks.gather(stored)) else 0
-        self.ranks.once(lambda: self.forget_all_but(start))
+        self.ranks.once(partial(_forget_all_but, self.opened, start))
         if start:
-            for stream in streams:
-                stream.resume(start)
+            for states in self.opened:
+                states.resume(start)
             return start
         batches = self.batches()
         for batch, hidden in zip(batches, self.outer.embed(batches), strict=True):
-            for stream in streams:
-                stream.write(batch, hidden)
-        for stream in streams:
-            stream.advance(0)
+            for states in self.opened:
+                states.write(batch, hidden)
+        for states in self.opened:
+            states.advance(0)
         return 0
 
-    def open_streams(self, dense: bool) -> list[Activations]:
-        """Empty streams, in memory or on disk."""
+    def _states(self, dense: bool) -> list[Activations]:
+        """Empty hidden states, in memory or on disk."""
         (hidden,) = self.outer.embed([slice(0, 1)])
         shape = (*self.windows.shape, hidden.shape[-1])
-        self.hidden = Activations(
-            shape, hidden.dtype, self.work, self.in_memory, self.own, home=self.home
-        )
-        if not dense:
-            return [self.hidden]
-        folder = self.work / "dense" if self.work else None
-        if folder:
-            folder.mkdir(exist_ok=True)
-        self.dense = Activations(
-            shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home
-        )
-        return [self.hidden, self.dense]
+        folders = [self.work, *([self.work and self.work / "dense"] if dense else [])]
+        for folder in folders[1:]:
+            if folder:
+                folder.mkdir(exist_ok=True)
+        return [
+            Activations(shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home)
+            for folder in folders
+        ]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each layer with its weights. Outputs that the caller stores enter the next layer.
@@ -193,55 +194,50 @@ class CalibrationStream:
             self.ranks.wait()  # all have stored the next inputs before one forgets these
             self.forget(number)
 
+    @property
+    def hidden(self) -> Activations:
+        """The hidden states of the pruned model, between `open` and `close`."""
+        return self.opened[0]
+
+    def layer_inputs(
+        self,
+        index: int,
+        matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
+        step: Callable[[], None] = _nothing,
+        *,
+        dense: bool = False,
+    ) -> LayerInputs:
+        """The hidden states of the pruned or the dense model at a layer.
+
+        Args:
+            index: number of the layer.
+            matmuls: returns a context for the forwards.
+            step: called after every forward.
+            dense: of the dense model; `open` must have opened them.
+        """
+        return LayerInputs(self, self.opened[dense], index, matmuls, step)
+
     def read(self, rows: slice) -> Tensor:
         """Inputs of the current layer in the pruned model, on the target's device."""
-        assert self.hidden is not None
         return self.hidden.read(rows).to(self.target.device)
-
-    def read_dense(self, rows: slice) -> Tensor:
-        """Inputs of the current layer in the dense model, on the target's device."""
-        assert self.dense is not None
-        return self.dense.read(rows).to(self.target.device)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
         """Store outputs of the current layer in the pruned model."""
-        assert self.hidden is not None
         self.hidden.write(rows, hidden)
 
-    def write_dense(self, rows: slice, hidden: Tensor) -> None:
-        """Store outputs of the current layer in the dense model."""
-        assert self.dense is not None
-        self.dense.write(rows, hidden)
-
-    def advance_dense(self, layer: int) -> None:
-        """Make the stored outputs of the dense model its inputs of `layer`."""
-        assert self.dense is not None
-        self.dense.advance(layer)
-
     def advance(self, layer: int) -> None:
-        """Make the stored outputs the inputs of `layer`."""
-        if self.hidden is not None:
-            self.hidden.advance(layer)
+        """Make the stored outputs the inputs of `layer` in the pruned model."""
+        for states in self.opened[:1]:
+            states.advance(layer)
 
     def forget(self, layer: int) -> None:
         """Delete the inputs of a finished layer."""
-        for stream in (self.hidden, self.dense):
-            if stream is not None:
-                stream.forget(layer)
-
-    def forget_all_but(self, layer: int) -> None:
-        """Delete what stopped runs have stored, except the inputs of a layer."""
-        for stream in (self.hidden, self.dense):
-            if stream is not None:
-                stream.forget_all_but(layer)
+        for states in self.opened:
+            states.forget(layer)
 
     def close(self) -> None:
         """Release the hidden states."""
-        self.hidden = self.dense = None
-
-
-def _nothing() -> None:
-    """Report nothing."""
+        self.opened = []
 
 
 @dataclass(frozen=True)
@@ -279,9 +275,9 @@ class LayerInputs:
         """How the model calls the layer for a micro-batch."""
         return self.calibration.call(self.index, batch)
 
-    def parking(self, layer: nn.Module) -> ActivationOffload | None:
-        """The parking of halted forwards; None if they stay in memory."""
-        return self.calibration.parking(self.index, layer, self.states)
+    def offload(self, layer: nn.Module) -> ActivationOffload | None:
+        """What takes the tensors of halted forwards; None if they stay in memory."""
+        return self.calibration.offload(self.index, layer, self.states)
 
     def outputs(self, layer: nn.Module, batch: slice) -> Tensor:
         """Pass one micro-batch through the layer; the outputs are not stored."""

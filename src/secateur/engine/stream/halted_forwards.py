@@ -43,9 +43,27 @@ from secateur.models.architecture import Linear
 
 Forward = Callable[[], None]
 Gather = Callable[[int, Tensor], None]
+LinearGroups = Sequence[Sequence[Linear]]
 
 
-class SharedInputs:
+def by_layer(groups: LinearGroups, forwards: Sequence[Forward], gather: Gather) -> None:
+    """Gather the input of every group in one pass; weights do not change.
+
+    Args:
+        groups: the linears of the layer, by shared input.
+        forwards: one call per micro-batch.
+        gather: called with a group's index and its input, once per micro-batch.
+    """
+    inputs = _SharedInputs(groups, gather)
+    try:
+        for forward in forwards:
+            inputs.seen = {}
+            forward()
+    finally:
+        inputs.remove()
+
+
+class _SharedInputs:
     """Hooks on the linears of a layer that report the input of each group, once in each forward.
 
     Args:
@@ -53,18 +71,16 @@ class SharedInputs:
         arrived: called with the group's index and the input of its first linear.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Linear]], arrived: Gather) -> None:
+    def __init__(self, groups: LinearGroups, arrived: Gather) -> None:
         self.arrived = arrived
         self.seen: dict[int, Hashable] = {}
         self.handles = [
-            linear.module.register_forward_pre_hook(self.hook(index, linear))
+            linear.module.register_forward_pre_hook(self._hook(index, linear))
             for index, group in enumerate(groups)
             for linear in group
         ]
 
-    def hook(self, group: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """The hook of one linear."""
-
+    def _hook(self, group: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             mark = input_mark(x)
@@ -86,25 +102,6 @@ class SharedInputs:
             handle.remove()
 
 
-def by_layer(
-    groups: Sequence[Sequence[Linear]], forwards: Sequence[Forward], gather: Gather
-) -> None:
-    """Gather the input of every group in one pass; weights do not change.
-
-    Args:
-        groups: the linears of the layer, by shared input.
-        forwards: one call per micro-batch.
-        gather: called with a group's index and its input, once per micro-batch.
-    """
-    inputs = SharedInputs(groups, gather)
-    try:
-        for forward in forwards:
-            inputs.seen = {}
-            forward()
-    finally:
-        inputs.remove()
-
-
 class HaltingForwards:
     """The forwards of all micro-batches through one layer, halted at each group they reach.
 
@@ -114,22 +111,22 @@ class HaltingForwards:
     Args:
         groups: the linears of the layer, by shared input.
         forwards: one call per micro-batch.
-        parking: takes the tensors of halted forwards; None leaves them in memory.
+        offload: takes the tensors of halted forwards; None leaves them in memory.
         matmuls: returns a context for the forwards, not for the work between them.
     """
 
     def __init__(
         self,
-        groups: Sequence[Sequence[Linear]],
+        groups: LinearGroups,
         forwards: Sequence[Forward],
-        parking: ActivationOffload | None,
+        offload: ActivationOffload | None,
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.matmuls = matmuls
         hub = getcurrent()
-        self.parking = parking
+        self.offload = offload
         self.groups = groups
-        self.inputs = SharedInputs(groups, lambda group, x: hub.switch((group, x)))
+        self.inputs = _SharedInputs(groups, lambda group, x: hub.switch((group, x)))
         self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
         self.current = 0
@@ -138,17 +135,17 @@ class HaltingForwards:
         """Run one forward up to the next group. Return group and input, or None at the end."""
         watch: AbstractContextManager[object] = nullcontext()
         self.current, self.inputs.seen = index, self.seen[index]
-        if self.parking:
-            self.parking.bring_back(index)
-            watch = self.parking.live
+        if self.offload:
+            self.offload.restore(index)
+            watch = self.offload.live
         with watch, self.matmuls():
             arrival: tuple[int, Tensor] = self.running[index].switch()
         return None if self.running[index].dead else arrival
 
     def halt(self, index: int) -> None:
-        """Park a forward after its input was used."""
-        if self.parking:
-            self.parking.park(index)
+        """Move the tensors of a forward away after its input was used."""
+        if self.offload:
+            self.offload.store(index)
 
     def finish(self) -> None:
         """Run all forwards to their ends."""
@@ -166,10 +163,8 @@ class HaltingForwards:
 
 
 def by_group(
-    groups: Sequence[Sequence[Linear]],
     halting: HaltingForwards,
-    beside: HaltingForwards | None,
-    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    gather: Callable[[int, int, Tensor], None],
     prune: Callable[[int], None],
     *,
     outputs_needed: bool = True,
@@ -177,57 +172,97 @@ def by_group(
     """Prune each group as soon as all micro-batches have reached it, in one pass.
 
     Args:
-        groups: the linears of the layer, by shared input.
         halting: the forwards of the layer that is pruned.
-        beside: the forwards of the dense layer, if there are any. They halt at the same groups,
-            except empty groups, and are still halted at the end.
-        gather: called with a forward's index, a group's index, its input, and the input of the
-            same group in the dense model (None without one).
+        gather: called with a forward's index, a group's index and its input.
         prune: called with a group's index when its input is known from all micro-batches.
         outputs_needed: False ends the forwards after the last group.
 
     Raises:
         ArchitectureError: the micro-batches do not reach the groups in the same order.
     """
-    left = len(groups)
-    halted = list(range(len(halting.running)))
+
+    def advance(index: int) -> set[int]:
+        arrival = halting.advance(index)
+        if arrival is None:
+            return set()
+        gather(index, *arrival)
+        group = arrival[0]
+        del arrival
+        halting.halt(index)
+        return {group}
+
+    _prune_in_order(halting, advance, prune, outputs_needed=outputs_needed)
+
+
+def by_group_with_dense(
+    halting: HaltingForwards,
+    dense: HaltingForwards,
+    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    prune: Callable[[int], None],
+    *,
+    outputs_needed: bool = True,
+) -> None:
+    """Prune each group as `by_group` does, in step with the forwards of the dense layer.
+
+    Args:
+        halting: the forwards of the layer that is pruned.
+        dense: the forwards of the dense layer. They halt at the same groups, except empty groups,
+            and are still halted at the end.
+        gather: called with a forward's index, a group's index, its input, and the input of the
+            same group in the dense model (None where that does not halt).
+        prune: called with a group's index when its input is known from all micro-batches.
+        outputs_needed: False ends the forwards after the last group.
+
+    Raises:
+        ArchitectureError: the micro-batches do not reach the groups in the same order.
+    """
+
+    def advance(index: int) -> set[int]:
+        arrival = halting.advance(index)
+        if arrival is None:
+            return set()
+        group, x = arrival
+        twin = dense.advance(index) if dense.groups[group] else None
+        gather(index, group, x, twin[1] if twin else None)
+        reached = {group} if twin is None else {group, twin[0]}
+        del arrival, x, twin
+        halting.halt(index)
+        if dense.groups[group]:
+            dense.halt(index)
+        return reached
+
+    _prune_in_order(halting, advance, prune, outputs_needed=outputs_needed)
+
+
+def _prune_in_order(
+    halting: HaltingForwards,
+    advance: Callable[[int], set[int]],
+    prune: Callable[[int], None],
+    *,
+    outputs_needed: bool,
+) -> None:
+    """`advance` runs one forward to its next group, and returns it; nothing at the end."""
+    left, halted = len(halting.groups), list(range(len(halting.running)))
     while halted and (left or outputs_needed):
-        reached: set[int] = set()
-        waiting = []
-        for index in halted:
-            arrival = halting.advance(index)
-            if arrival is None:
-                reached.add(-1)
-                continue
-            dense = beside.advance(index) if beside and beside.groups[arrival[0]] else None
-            gather(index, *arrival, dense[1] if dense else None)
-            reached.update({arrival[0]} if dense is None else {arrival[0], dense[0]})
-            group = arrival[0]
-            del arrival, dense
-            halting.halt(index)
-            if beside and beside.groups[group]:
-                beside.halt(index)
-            waiting.append(index)
-        halted = waiting
-        if len(reached) > 1:
+        reached = {index: advance(index) for index in halted}
+        together = {group for groups in reached.values() for group in groups or {-1}}
+        if len(together) > 1:
             raise ArchitectureError(
                 "micro-batches do not pass the linears of a layer in the same order",
-                where=groups[max(reached)][0].name,
+                where=halting.groups[max(together)][0].name,
                 remedy="run with --sequential layer",
             )
+        halted = [index for index, groups in reached.items() if groups]
         if halted:
-            prune(reached.pop())
+            prune(together.pop())
             left -= 1
-
-
-Groups = Sequence[Sequence[Linear]]
 
 
 class HaltedLayer:
     """One model's forwards through one decoder layer, halted at each group of linears.
 
     Args:
-        lane: the hidden states of the model.
+        inputs: the hidden states of the model.
         layer: the layer with its weights.
         groups: linears of the layer, by shared input; the forwards do not halt at an empty group.
         writers: linears whose output is added to the residual stream, if the sums are needed.
@@ -236,43 +271,42 @@ class HaltedLayer:
 
     def __init__(
         self,
-        lane: LayerInputs,
+        inputs: LayerInputs,
         layer: nn.Module,
-        groups: Groups,
+        groups: LinearGroups,
         writers: Sequence[Linear] = (),
         *,
         stores: bool = True,
     ) -> None:
-        self.lane, self.layer, self.stores = lane, layer, stores
-        self.parking = lane.parking(layer)
-        forwards = [partial(self.forward, batch) for batch in lane.batches]
-        self.halting = HaltingForwards(groups, forwards, self.parking, lane.matmuls)
+        self.inputs, self.layer, self.stores = inputs, layer, stores
+        self.offload = inputs.offload(layer)
+        forwards = [partial(self._forward, batch) for batch in inputs.batches]
+        self.halting = HaltingForwards(groups, forwards, self.offload, inputs.matmuls)
         self.groups = groups
-        # Summed inside the forwards, so the sums are parked with the forwards' other tensors.
+        # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
-        self.handles = [x.module.register_forward_hook(self.add) for x in writers]
+        self.handles = [x.module.register_forward_hook(self._add) for x in writers]
 
-    def forward(self, batch: slice) -> None:
-        """The forward of one micro-batch."""
-        hidden = self.lane.read(batch)
-        if self.parking is not None:
-            self.parking.live.note(hidden)
-        outputs = call_layer(self.layer, hidden, self.lane.call(batch))
+    def _forward(self, batch: slice) -> None:
+        hidden = self.inputs.read(batch)
+        if self.offload is not None:
+            self.offload.live.note(hidden)
+        outputs = call_layer(self.layer, hidden, self.inputs.call(batch))
         if self.stores:
-            self.lane.write(batch, outputs)
-        self.lane.step()
+            self.inputs.write(batch, outputs)
+        self.inputs.step()
 
-    def add(self, module: nn.Module, args: Any, out: Tensor) -> None:
+    def _add(self, module: nn.Module, args: Any, out: Tensor) -> None:
         """Add the output of a writer to the sum of the running forward."""
         before = self.sums.get(self.halting.current)
         self.sums[self.halting.current] = out if before is None else before + out
 
-    def inputs(self, index: int) -> Tensor:
+    def before(self, index: int) -> Tensor:
         """The residual stream before the layer, of micro-batch `index`."""
-        return self.lane.read(self.lane.batches[index])
+        return self.inputs.read(self.inputs.batches[index])
 
     def added(self, index: int) -> Tensor | float:
-        """The sum of the writers' outputs so far. Read it only while the forward is not parked."""
+        """The sum of the writers' outputs so far. Use it only while the forward is in memory."""
         return self.sums.get(index, 0.0)
 
     def close(self) -> None:
@@ -284,8 +318,11 @@ class HaltedLayer:
 
 
 def dense_copy(
-    layer: nn.Module, groups: Groups, writers: Sequence[Linear], of_expert: Callable[[str], bool]
-) -> tuple[nn.Module, Groups, list[Linear]]:
+    layer: nn.Module,
+    groups: LinearGroups,
+    writers: Sequence[Linear],
+    of_expert: Callable[[str], bool],
+) -> tuple[nn.Module, LinearGroups, list[Linear]]:
     """Copy a layer that is still dense, with its groups and writers.
 
     The groups of experts are empty in the copy, because an expert sees different tokens in the two
@@ -306,37 +343,3 @@ def dense_copy(
 
     own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
     return twin, own, [copied(x) for x in writers]
-
-
-def in_step(
-    changing: HaltedLayer,
-    dense: HaltedLayer | None,
-    gather: Callable[[int, int, Tensor, Tensor | None], None],
-    change: Callable[[int], None],
-    *,
-    dense_outputs: bool = False,
-) -> None:
-    """Pass all micro-batches through a layer, group by group, in step with the dense model.
-
-    Both layers are closed at the end.
-
-    Args:
-        changing: the layer that changes; its forwards end after the last group, unless it stores.
-        dense: the same layer of the dense model; None if only one model passes.
-        gather: called with the index of a micro-batch, a group, its input, and its input in the
-            dense model (None without a dense model, or if that does not halt there).
-        change: called with a group when its input is known from all micro-batches.
-        dense_outputs: whether the forwards of the dense model run to their ends.
-    """
-    halting = dense.halting if dense else None
-    try:
-        by_group(
-            changing.groups, changing.halting, halting, gather, change,
-            outputs_needed=changing.stores,
-        )  # fmt: skip
-        if halting is not None and dense_outputs:
-            halting.finish()
-    finally:
-        changing.close()
-        if dense is not None:
-            dense.close()

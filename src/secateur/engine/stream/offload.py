@@ -2,8 +2,8 @@
 
 A halted forward holds tensors in its Python frames, where they have no name. `LiveTensors` watches
 every operation, so it knows the storages that are still alive. The memory plan counts their bytes
-in a rehearsal on the meta device. A run with little memory parks them on disk (or, from a GPU, in
-host memory) until the forward continues. A parked storage is resized to zero bytes in place, as in
+in a rehearsal on the meta device. A run with little memory moves them to disk (or, from a GPU, to
+host memory) until the forward continues. Such a storage is resized to zero bytes in place, as in
 sharded training, so every view of it is valid again afterwards.
 """
 
@@ -73,7 +73,7 @@ class ActivationOffload:
         folder: takes the tensors; None to move them to host memory (for forwards on a GPU).
         device: where forwards run. Only tensors on this device are moved: a forward on a GPU also
             reads host tensors that all forwards share, such as the hidden states of all windows.
-        first: number of the first forward among those of all processes that park in the folder.
+        first: number of the first forward among those of all processes that use the folder.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class ActivationOffload:
         self.live = LiveTensors(permanent)
         self.folder, self.device, self.first = folder, device, first
         self.alive: dict[int, dict[int, StorageWeakRef]] = {}
-        self.parked: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
+        self.moved: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self.saved: dict[int, list[Tensor]] = {}
 
-    def park(self, forward: int) -> None:
+    def store(self, forward: int) -> None:
         """Free the memory of all tensors that the halted forward keeps alive."""
         storages = [
             storage
@@ -97,7 +97,7 @@ class ActivationOffload:
             if storage.nbytes() and storage.device.type == self.device.type
         ]
         self.alive[forward] = self.live.current
-        self.parked[forward] = [(storage, storage.nbytes()) for storage in storages]
+        self.moved[forward] = [(storage, storage.nbytes()) for storage in storages]
         if self.folder is None:
             self.saved[forward] = [_content(s).to("cpu", copy=True) for s in storages]
         else:
@@ -107,12 +107,12 @@ class ActivationOffload:
         for storage in storages:
             storage.resize_(0)
 
-    def bring_back(self, forward: int) -> None:
-        """Fill the storages of a parked forward again, and resume watching it."""
+    def restore(self, forward: int) -> None:
+        """Fill the storages of a halted forward again, and resume watching it."""
         self.live.current = self.alive.get(forward, {})
-        if forward not in self.parked:
+        if forward not in self.moved:
             return
-        kept = self.parked.pop(forward)
+        kept = self.moved.pop(forward)
         for storage, size in kept:
             storage.resize_(size)
         if self.folder is None:
@@ -127,7 +127,7 @@ class ActivationOffload:
         self.file(forward).unlink()
 
     def file(self, forward: int) -> Path:
-        """The file of one parked forward."""
+        """The file of one halted forward."""
         assert self.folder is not None
         return self.folder / f"parked-{self.first + forward:05d}.bin"
 

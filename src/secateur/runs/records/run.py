@@ -130,7 +130,7 @@ class LinearRecord(Record):
         pruned: number of weights that the mask removes.
         zeros: number of zero weights afterwards (the source may already have zeros).
         error: relative squared error of its output on the calibration inputs, if known.
-        lost: an estimate of that error if the solver measures none (`engine.prune.collapse`).
+        lost: an estimate of that error if the solver measures none (`lost_energy`).
         seconds: time for scoring, masking and solving.
         tokens: number of calibration tokens that it received; None if its inputs did not matter.
     """
