@@ -52,8 +52,8 @@ def test_any_wish_costs_exactly_the_uniform_budget(sizes, which, sparsity, reach
     shapes = [(3 * a, 2 * b) if which[0] == "3x2" else (a, b) for a, b in sizes]
     grains = grains_of(shapes, pattern, sparsity, reach)
     random = Random(seed)
-    wished = {name: random.uniform(-0.5, 1.5) for name in grains}
-    shares = settle(wished, grains)
+    ideal = {name: random.uniform(-0.5, 1.5) for name in grains}
+    shares = settle(ideal, grains)
     uniform = sum(pattern.pruned(shape, sparsity) for shape in shapes)
     assert pruned_weights(shapes, pattern, shares) == uniform
     for name, grain in grains.items():
@@ -66,13 +66,13 @@ def test_a_wish_that_fits_is_met_to_a_unit(scope):
     shapes = LLAMA * 4
     grains = grains_of(shapes, pattern, 0.5, 0.2)
     random = Random(0)
-    wished = {name: 0.5 + random.uniform(-0.1, 0.1) for name in grains}
+    ideal = {name: 0.5 + random.uniform(-0.1, 0.1) for name in grains}
     totals = [grain.total for grain in grains.values()]
-    excess = sum((s - 0.5) * t for s, t in zip(wished.values(), totals, strict=True)) / sum(totals)
-    shares = settle(wished, grains)
+    excess = sum((s - 0.5) * t for s, t in zip(ideal.values(), totals, strict=True)) / sum(totals)
+    shares = settle(ideal, grains)
     for name, grain in grains.items():
         # With scope row, linears of 192 rows take up the rest that those of 1536 leave.
-        off = abs(shares[name] - (wished[name] - excess)) * grain.units
+        off = abs(shares[name] - (ideal[name] - excess)) * grain.units
         assert off < (2 if scope == "row" else 1.01)
     assert pruned_weights(shapes, pattern, shares) == sum(totals) // 2
 
@@ -83,10 +83,10 @@ def test_a_rest_that_no_unit_can_take_up_draws_the_wish_to_uniform():
     assert settle({"a": 0.9, "b": 0.1}, grains) == {"a": 0.5, "b": 0.5}
 
 
-@pytest.mark.parametrize("wished", [{"a": math.nan}, {}, {"a": 0.5, "b": 0.5}])
-def test_a_wish_for_something_else_is_refused(wished):
+@pytest.mark.parametrize("ideal", [{"a": math.nan}, {}, {"a": 0.5, "b": 0.5}])
+def test_an_allocation_of_something_else_is_refused(ideal):
     with pytest.raises(RecipeError, match="allocation"):
-        settle(wished, {"a": Granularity(4, 1, 2, 0, 3)})
+        settle(ideal, {"a": Granularity(4, 1, 2, 0, 3)})
 
 
 scores = st.one_of(st.sampled_from([0.0, 1.0, 2.0, math.inf]), st.floats(0, 1e6, width=32))
@@ -144,15 +144,15 @@ def test_owl_is_its_formula():
                 shape, 1, pattern.pruned(shape, 0.7), 0.7, OWL().reach
             )
         layers.append([(weights[n], norms[n]) for n in weights])
-        kept += OWL().look(Layer(weights, statistics, grains)).items()
-    wished = OWL().wish(lambda: iter(kept), grains, 0.7)
+        kept += OWL().observe(Layer(weights, statistics, grains)).items()
+    ideal = OWL().allocate(lambda: iter(kept), grains, 0.7)
     expected = oracle.owl(layers, 0.7, 5.0, 0.08)
     assert max(expected) - min(expected) == pytest.approx(0.16)
-    for name, share in wished.items():
+    for name, share in ideal.items():
         assert share == pytest.approx(expected[int(name[0])], abs=1e-12)
-    shares = settle(wished, grains)
+    shares = settle(ideal, grains)
     for name, share in shares.items():  # the rounding of 8 small matrices
-        assert share == pytest.approx(wished[name], abs=1.5 / grains[name].units)
+        assert share == pytest.approx(ideal[name], abs=1.5 / grains[name].units)
 
 
 def mixture(share, outliers):
@@ -176,9 +176,9 @@ def test_owl_finds_outliers_in_mixtures_however_tokens_are_spread():
     for name, share in (("even", even), ("uneven", uneven)):
         for outliers in (0, 1):
             layer = mixture(share, outliers)
-            found[name, outliers] = float(OWL().look(layer)["attention"])
+            found[name, outliers] = float(OWL().observe(layer)["attention"])
             dense = mixture(lambda e: 1, outliers)
-            assert found[name, outliers] == float(OWL().look(dense)["attention"])
+            assert found[name, outliers] == float(OWL().observe(dense)["attention"])
     assert found["even", 0] == found["uneven", 0] < 1e-4
     assert found["even", 1] == found["uneven", 1] > 1e-2
 
@@ -186,7 +186,7 @@ def test_owl_finds_outliers_in_mixtures_however_tokens_are_spread():
 def test_owl_of_equal_layers_is_uniform():
     kept = [("a", torch.tensor(0.1)), ("b", torch.tensor(0.1))]
     grains = {n: Granularity(10, 1, 5, 3, 7) for n in "ab"}
-    assert OWL().wish(lambda: iter(kept), grains, 0.5) == {"a": 0.5, "b": 0.5}
+    assert OWL().allocate(lambda: iter(kept), grains, 0.5) == {"a": 0.5, "b": 0.5}
 
 
 def test_sensitivity_is_its_formula():
@@ -203,14 +203,14 @@ def test_sensitivity_is_its_formula():
 
     grains = {n: Granularity(48, 1, 24, 19, 28) for n in weights}
     part = LayerSensitivity(half_range=0.1)
-    kept = part.look(Layer(weights, statistics, grains, solve))
+    kept = part.observe(Layer(weights, statistics, grains, solve))
     assert asked == {0.5}
     errors = [oracle.relative_error(w, w + noise[n], inputs) for n, w in weights.items()]
     assert [float(x) for x in kept.values()] == pytest.approx(errors, rel=1e-4)
-    wished = part.wish(lambda: iter(kept.items()), grains, 0.6)
-    assert list(wished.values()) == pytest.approx(oracle.sensitivity(errors, 0.6, 0.1))
+    ideal = part.allocate(lambda: iter(kept.items()), grains, 0.6)
+    assert list(ideal.values()) == pytest.approx(oracle.sensitivity(errors, 0.6, 0.1))
     tied = [(n, torch.tensor(1.0)) for n in "abc"]
-    assert set(part.wish(lambda: iter(tied), grains, 0.6).values()) == {0.6}
+    assert set(part.allocate(lambda: iter(tied), grains, 0.6).values()) == {0.6}
 
 
 @settings(max_examples=150, deadline=None)

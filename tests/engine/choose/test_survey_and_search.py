@@ -228,8 +228,8 @@ def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
     )
     again = tournament_of(survey, rungs, files)([best, (0,) * len(rungs)], 120, 0)
     assert again == [found.divergence, found.uniform_divergence]
-    tasks, wished = survey.tasks, found.sparsity_of
-    pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in wished.items())
+    tasks, ideal = survey.tasks, found.sparsity_of
+    pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in ideal.items())
     assert pruned == sum(g.uniform for g in grains.values())
 
 

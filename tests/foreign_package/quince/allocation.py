@@ -26,12 +26,12 @@ class Slope:
     uses: ClassVar[frozenset[str]] = frozenset()
     judged_tokens: ClassVar[int] = 0
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The number of the layer, for each of its linears."""
         number = {n: next(int(x) for x in n.split(".") if x.isdigit()) for n in layer.weights}
         return {name: torch.tensor(float(index)) for name, index in number.items()}
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """A straight line over the layers."""

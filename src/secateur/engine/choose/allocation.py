@@ -143,7 +143,7 @@ class Survey:
             else walk_layers(self.target, range(start, count))
         )
         for index, layer in walk:
-            self.look(index, layer, allocation, grains, names, files[index])
+            self._observe(index, layer, allocation, grains, names, files[index])
             if calibration is None:
                 self.progress.step(note=f"layer {index}")
         self.progress.finish()
@@ -151,7 +151,7 @@ class Survey:
             calibration.close()
         return files
 
-    def look(
+    def _observe(
         self,
         index: int,
         layer: nn.Module,
@@ -169,7 +169,7 @@ class Survey:
                 return
             view = self.view(index, linears, shared, grains)
             refuse_unreached(view.unreached)
-            kept = allocation.look(view)
+            kept = allocation.observe(view)
             write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
 
         self.settings.ranks.once(keep)
@@ -303,7 +303,7 @@ def search_levels(
         survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
         search: the parameters.
         grains: grains of the competing linears.
-        files: for each layer, the weights of its linears at each level, from `LevelSearch.look`.
+        files: for each layer, the weights of its linears at each level, from `LevelSearch.observe`.
     """
     assert survey.calibration is not None
     rungs = search.ladders(grains)
@@ -412,15 +412,15 @@ def _settle_into(
     found: dict[str, Any] = {}
     if allocation.judged_tokens:
         levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
-        wished = levels.sparsity_of
+        ideal = levels.sparsity_of
         found = {
             "divergence": levels.divergence,
             "uniform_divergence": levels.uniform_divergence,
         }
     else:
-        wished = allocation.wish(partial(stored, files), grains, sparsity)
+        ideal = allocation.allocate(partial(stored, files), grains, sparsity)
     shares = {
-        name: _plain(survey.tasks[name], share) for name, share in settle(wished, grains).items()
+        name: _plain(survey.tasks[name], share) for name, share in settle(ideal, grains).items()
     }
     write_json(settled, {"sparsity_of": shares, **found})
     for file in files:

@@ -1,8 +1,8 @@
 """Allocation: how much sparsity each linear gets, for a given sparsity of the whole.
 
-An allocation works in two steps. `look` sees one decoder layer of the dense model at a time and
-says what to keep of each linear: a number, its scores, or solved weights. `wish` turns what was
-kept of all linears into a sparsity for each; `budget.settle` makes the wish exact, so that the
+An allocation works in two steps. `observe` sees one decoder layer of the dense model at a time and
+says what to keep of each linear: a number, its scores, or solved weights. `allocate` turns what was
+kept of all linears into a sparsity for each; `budget.settle` makes them exact, so that the
 whole model loses as many weights as with uniform sparsity. One file each.
 """
 
@@ -20,7 +20,7 @@ from secateur.types import Statistics
 __all__ = ["Allocation", "DenseLayer", "Kept", "allocations"]
 
 Kept = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Streams what `look` kept, the same pairs in the same order at every call."""
+"""Streams what `observe` kept, the same pairs in the same order at every call."""
 
 
 @runtime_checkable
@@ -81,11 +81,11 @@ class Allocation(Protocol):
         """How far the sparsity of a linear may differ from the target; 0 for uniform."""
         ...
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """What to keep of a layer, by any key that is used once in a model."""
         ...
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """A sparsity for each linear in `grains`; it need not fit the budget exactly."""
@@ -96,7 +96,7 @@ class Allocation(Protocol):
         ...
 
     def working_bytes(self, weights: int, itemsize: int) -> int:
-        """Memory that `look` takes for a layer with so many competing weights of this size.
+        """Memory that `observe` takes for a layer with so many competing weights of this size.
 
         The layer, its statistics and the run's own method come on top.
         """

@@ -53,11 +53,11 @@ class GlobalThreshold:
         if not 0 <= self.reach <= 1:
             raise RecipeError(f"reach is {self.reach}", remedy="give a number in [0, 1]")
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The scores of each linear that compete, float32."""
         return {name: layer.score(name) for name in layer.weights}
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """c_i / size_i; the scores are streamed three times."""

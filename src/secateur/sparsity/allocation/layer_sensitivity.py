@@ -62,7 +62,7 @@ class LayerSensitivity:
         """β."""
         return self.half_range
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """E_i of each linear, float64 []."""
         return {
             name: torch.tensor(
@@ -74,7 +74,7 @@ class LayerSensitivity:
             for name, weight in layer.weights.items()
         }
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """S + β · (1 − 2 · rank / (n − 1))."""

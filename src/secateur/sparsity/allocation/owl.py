@@ -65,7 +65,7 @@ class OWL:
         """2λ."""
         return 2 * self.half_range
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """D_l of the layer, float64 [], for each of its linears; scores are made twice, in turn."""
         if not layer.weights:
             return {}
@@ -86,7 +86,7 @@ class OWL:
         norm = layer.statistics[name]["column_norm"] * math.sqrt(most / layer.tokens[name])
         return layer.weights[name].float().abs() * norm
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """S − (r_l − mean r), the mean weighted by weights."""

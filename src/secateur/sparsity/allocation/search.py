@@ -79,17 +79,17 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
     return found
 
 
-def _nearest_part(whole: int, wished: int) -> int:
-    """The divisor of `whole` that is nearest to `wished`, by ratio."""
+def _nearest_part(whole: int, ideal: int) -> int:
+    """The divisor of `whole` that is nearest to `ideal`, by ratio."""
     parts = [d for d in range(1, whole + 1) if whole % d == 0]
-    return min(parts, key=lambda d: abs(math.log(d / wished)))
+    return min(parts, key=lambda d: abs(math.log(d / ideal)))
 
 
 class LevelSearch(Allocation, Protocol):
     """The contract of an allocation whose `judged_tokens` is above 0.
 
-    `look` keeps the weight of each linear at each level (`name/level`), and its error at the target
-    (`name/error`). `engine.choose.levels` measures candidates on the model.
+    `observe` keeps the weight of each linear at each level (`name/level`), and its error at the
+    target (`name/error`). `engine.choose.allocation` measures candidates on the model.
     """
 
     @property
@@ -190,7 +190,7 @@ class Search:
         """The levels of every linear."""
         return ladders(grains, self.levels, self.step)
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The weight of each linear at each level (`name/level`), and its error at level 0."""
         kept = {}
         all_ladders = self.ladders(layer.grains) if layer.weights else {}
@@ -238,7 +238,7 @@ class Search:
         uniform = (0,) * len(rungs)
         return self.evolution.climb([uniform, informed], partial(mutate, rungs=rungs), fitness)
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """The sparsity of each linear in the candidate by sensitivity, where the search starts."""

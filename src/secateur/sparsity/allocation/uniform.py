@@ -15,7 +15,7 @@ from secateur.sparsity.allocation.budget import Granularity
 @allocations.register("uniform")
 @dataclass(frozen=True)
 class Uniform:
-    """s_i = s for every linear i; needs no look at the model."""
+    """s_i = s for every linear i; observes nothing of the model."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -23,11 +23,11 @@ class Uniform:
 
     reach = 0.0
 
-    def look(self, layer: DenseLayer) -> dict[str, Tensor]:
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """Nothing to keep."""
         return {}
 
-    def wish(
+    def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
     ) -> dict[str, float]:
         """The same for all."""
