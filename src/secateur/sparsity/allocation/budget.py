@@ -62,7 +62,7 @@ def settle(proposed: Mapping[str, float], grains: Mapping[str, Granularity]) -> 
     """The sparsities nearest to the proposed ones that prune exactly the uniform budget.
 
     The same t shifts all proposals, within the bounds of each linear, until their sum is the
-    budget:  Σ clip(ideal_i + t, lowest_i, highest_i) · weights_i = Σ uniform_i. Then the largest
+    budget:  Σ clip(proposed_i + t, lowest_i, highest_i) · weights_i = Σ uniform_i. Then the largest
     remainder rounds them to whole units. If units have several sizes (scope row) and a rest
     remains, the fewest units that cancel it are added and removed. If no such units are free, the
     proposal moves towards uniform, which always fits.
