@@ -140,7 +140,12 @@ class Expert(nn.Module):
     ) -> None:
         super().__init__()
         for name in layout.projections:
-            linear = _bare_linear(parts[f"{name}.weight"], parts.get(f"{name}.bias"))
+            weight, bias = parts[f"{name}.weight"], parts.get(f"{name}.bias")
+            rows, columns = weight.shape
+            linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+            linear.weight = weight
+            if bias is not None:
+                linear.bias = bias
             self.add_module(name, linear)
         self.first = layout.projections[:-1]
         self.activation = activation
@@ -230,15 +235,6 @@ class ScaledExperts(OpenExperts):
         """Ones: the outputs of an expert are added up as they are."""
         every = given["hidden_states"].view(len(self), -1, given["hidden_states"].shape[-1])
         return torch.ones(len(self.sent(every[expert])), device=every.device)
-
-
-def _bare_linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
-    """A linear around an existing weight [out, in] and bias [out]."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
-    return linear
 
 
 def _opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = False) -> OpenExperts:

@@ -128,7 +128,9 @@ def _cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | N
     state = state_bytes(layer) if recurrent else 0
     if recurrent and not hasattr(holder, "keys"):
         return LayerCache(state_bytes=state)
-    attention = _attention_of(layer)
+    known = {"q_proj", "k_proj", "kv_a_proj_with_mqa", *FUSED}
+    modules = (m for m in layer.modules() if known & {name for name, _ in m.named_children()})
+    attention: Any = next(modules, None)
     if any(isinstance(module, NoAttention) for module in layer.modules()):
         return LayerCache()
     if isinstance(holder, DummyLayer):
@@ -153,13 +155,6 @@ def _latent_cache(attention: Any, rank: int, config: Any, window: int | None) ->
     kept = rank + rotary
     width = heads * (int(attention.qk_nope_head_dim) + rotary + size)
     return LayerCache(kept, kept, window, 0, width, heads * (2 * rank + rotary), latent=True)
-
-
-def _attention_of(layer: nn.Module) -> Any:
-    """The module with the linears of queries, keys and values; None if the layer has none."""
-    known = {"q_proj", "k_proj", "kv_a_proj_with_mqa", *FUSED}
-    modules = (m for m in layer.modules() if known & {name for name, _ in m.named_children()})
-    return next(modules, None)
 
 
 def _keys_and_values(attention: Any, config: Any) -> tuple[int, int]:
