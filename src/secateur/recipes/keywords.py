@@ -47,20 +47,20 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         taken = {parameter.name for parameter in own}
         added = [option for option in shown if option.name not in taken]
-        keywords = [parameter_of(option) for option in added]
+        keywords = [_parameter_of(option) for option in added]
         mutable: Any = function
         mutable.__signature__ = signature.replace(
             parameters=sorted([*own, *keywords], key=lambda parameter: parameter.kind)
         )
-        function.__doc__ = documented(function.__doc__ or "", added)
+        function.__doc__ = _documented(function.__doc__ or "", added)
         return function
 
     return decorate
 
 
-def parameter_of(option: Option) -> inspect.Parameter:
+def _parameter_of(option: Option) -> inspect.Parameter:
     """The keyword parameter of an option."""
-    kind = python_type(option)
+    kind = _python_type(option)
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -69,13 +69,13 @@ def parameter_of(option: Option) -> inspect.Parameter:
     )
 
 
-def python_type(option: Option) -> Any:
+def _python_type(option: Option) -> Any:
     """The type that Python code may pass for an option."""
-    kind = widened(option.type, str | Path if option.is_path else str)
+    kind = _widened(option.type, str | Path if option.is_path else str)
     return kind | Sequence[str] if option.name == CALIBRATION_TEXT else kind
 
 
-def widened(kind: Any, text: Any) -> Any:
+def _widened(kind: Any, text: Any) -> Any:
     """The type for Python callers: any sequence for a tuple, any mapping for a dict."""
     kind = without_none(kind)
     origin, inner = get_origin(kind), get_args(kind)
@@ -84,13 +84,13 @@ def widened(kind: Any, text: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Section):
         return functools.reduce(operator.or_, (*kind.alone, Mapping[str, Any]))
     if origin in (tuple, list):
-        return Sequence[widened(inner[0], text)]
+        return Sequence[_widened(inner[0], text)]
     if origin is dict:
         return Mapping[inner[0], without_none(inner[1])]
     return kind
 
 
-def documented(doc: str, added: Sequence[Option]) -> str:
+def _documented(doc: str, added: Sequence[Option]) -> str:
     """Replace `**options` in a docstring by a line for each option."""
     lines = [
         textwrap.fill(
@@ -193,10 +193,10 @@ def with_keywords(text: str) -> str:
         'run `secateur decompress DIR --output OUT`, or add overwrite=True'
     """
     parts = COMMAND.split(re.sub(r"--set (?=\S+=)", "", text))
-    return "".join(part if n % 2 else FLAG.sub(as_keyword, part) for n, part in enumerate(parts))
+    return "".join(part if n % 2 else FLAG.sub(_as_keyword, part) for n, part in enumerate(parts))
 
 
-def as_keyword(flag: re.Match[str]) -> str:
+def _as_keyword(flag: re.Match[str]) -> str:
     """A flag and the word after it, as a keyword and its value."""
     name, after = flag[1].replace("-", "_"), flag[2] or ""
     options = [o for verb in VERBS.values() for o in all_options(imported(verb.recipe))]

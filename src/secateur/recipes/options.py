@@ -206,7 +206,7 @@ def options_of(kind: type[Section]) -> tuple[Option, ...]:
         kind: the class of the recipe.
     """
     presets = kind.presets if issubclass(kind, Recipe) else {}
-    found = list(flattened(kind, (), presets))
+    found = list(_flattened(kind, (), presets))
     return tuple(sorted(found, key=lambda option: GROUPS.index(option.group)))
 
 
@@ -234,7 +234,7 @@ def all_options(kind: type[Section]) -> tuple[Option, ...]:
     return (*options_of(kind), *run_options_of(kind))
 
 
-def flattened(
+def _flattened(
     kind: type[BaseModel], path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Option]:
     """The options of a class and of its required sections."""
@@ -242,7 +242,7 @@ def flattened(
         here = (*path, name)
         section = section_of(field)
         if section is not None and field.default is not None:
-            yield from flattened(section, here, presets)
+            yield from _flattened(section, here, presets)
             continue
         flag = next((x for x in field.metadata if isinstance(x, Flag)), Flag())
         yield Option(
@@ -250,8 +250,8 @@ def flattened(
             path=here,
             type=without_none(field.annotation),
             required=field.is_required(),
-            default=default_words(field, flag, here, presets),
-            group=ADVANCED if flag.advanced else declaring(kind, name).group,
+            default=_default_words(field, flag, here, presets),
+            group=ADVANCED if flag.advanced else _declaring(kind, name).group,
             help=field.description or "",
             flag=flag,
         )
@@ -280,7 +280,7 @@ def without_none(annotation: Any) -> Any:
     return annotation
 
 
-def declaring(kind: type[BaseModel], name: str) -> type[Section]:
+def _declaring(kind: type[BaseModel], name: str) -> type[Section]:
     """The class that declares a field. The field is listed under its heading."""
     return next(
         base
@@ -289,10 +289,9 @@ def declaring(kind: type[BaseModel], name: str) -> type[Section]:
     )
 
 
-def default_words(
+def _default_words(
     field: FieldInfo, flag: Flag, path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """The default of a field in words."""
     if flag.default is not None:
         return flag.default
     if any(holds(preset, path) for preset in presets.values()):
@@ -347,12 +346,8 @@ def bytes_of(size: int | str) -> int:
     return round(float(found[1]) * units[found[2] or "b"])
 
 
-def checked(size: Any) -> Any:
-    """The same size, if it is one.
-
-    Raises:
-        ValueError: it is none.
-    """
+def _checked(size: Any) -> Any:
+    """The same size, if it is one."""
     if isinstance(size, float) and size.is_integer():  # 6e9 in YAML
         size = int(size)
     if isinstance(size, str) or (isinstance(size, int) and size < 0):
@@ -360,20 +355,16 @@ def checked(size: Any) -> Any:
     return size
 
 
-def positive(size: Any) -> Any:
-    """The same size, if it is more than 0 bytes.
-
-    Raises:
-        ValueError: it is not.
-    """
-    size = checked(size)
+def _positive(size: Any) -> Any:
+    """The same size, if it is more than 0 bytes."""
+    size = _checked(size)
     if isinstance(size, int | str) and bytes_of(size) == 0:
         raise ValueError("must be more than 0 bytes")
     return size
 
 
-Size = Annotated[int | str, BeforeValidator(positive)]
+Size = Annotated[int | str, BeforeValidator(_positive)]
 """More than 0 bytes. The recipe keeps what the user wrote; `bytes_of` gives the bytes."""
 
-SizeOrZero = Annotated[int | str, BeforeValidator(checked)]
+SizeOrZero = Annotated[int | str, BeforeValidator(_checked)]
 """0 bytes or more."""

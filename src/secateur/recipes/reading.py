@@ -34,7 +34,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def is_recipe_file(text: str) -> bool:
+def _is_recipe_file(text: str) -> bool:
     """Whether the first argument of a command is a recipe file and not a model."""
     return text.endswith((".yaml", ".yml"))
 
@@ -90,9 +90,9 @@ def build_recipe(
     """
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
-        set_value(kind, merged, assignment)
+        _set_value(kind, merged, assignment)
     whole = filled_in(merged, kind.presets) if kind.presets else merged
-    recipe = validated(kind, whole, where, spelled)
+    recipe = _validated(kind, whole, where, spelled)
     if idle := idle_lines(recipe, merged, spelled):
         remedy = "leave out what changes nothing, or give what it needs"
         raise RecipeError.of(idle, where=where, remedy=remedy)
@@ -117,26 +117,22 @@ def checked_call(
     """
     if kind.run is None:
         return {}
-    checked = validated(kind.run, given, None, spelled)
+    checked = _validated(kind.run, given, None, spelled)
     return {name: getattr(checked, name) for name in given}
 
 
-def validated(
+def _validated(
     kind: type[AnySection], values: Mapping[str, Any], where: str | None, spelled: Spelled
 ) -> AnySection:
     """Build a section from nested values; see `build_recipe`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError.of(fault_lines(kind, error, spelled), where=where) from None
+        raise RecipeError.of(_fault_lines(kind, error, spelled), where=where) from None
 
 
-def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set section.key=value`; the value is read as YAML.
-
-    Raises:
-        RecipeError: the text is not an assignment.
-    """
+def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set section.key=value`; the value is read as YAML."""
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise RecipeError(
@@ -146,7 +142,7 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
     *sections, key = path.split(".")
     inner: type[Section] | None = kind
     for name in sections:
-        inner = section_named(inner, name)
+        inner = _section_named(inner, name)
         values[name] = values.get(name, {}) if inner is None else inner.opened(values.get(name, {}))
         values = values[name]
         if not isinstance(values, dict):
@@ -154,7 +150,7 @@ def set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> N
     values[key] = read_yaml(text, f"--set {assignment}"[:200])
 
 
-def section_named(kind: type[Section] | None, name: str) -> type[Section] | None:
+def _section_named(kind: type[Section] | None, name: str) -> type[Section] | None:
     """The section class of this name, or None."""
     field = None if kind is None else kind.model_fields.get(name)
     return None if field is None else section_of(field)
@@ -173,20 +169,16 @@ def nested(kind: type[Section], options: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.name: option for option in options_of(kind)}
     values: dict[str, Any] = {}
     for name, value in options.items():
-        if isinstance(value, Mapping) and section_named(kind, name):
+        if isinstance(value, Mapping) and _section_named(kind, name):
             for key, inner in value.items():
-                put(values, (name, str(key)), inner)
+                _put(values, (name, str(key)), inner)
         else:
-            put(values, known[name].path if name in known else (name,), value)
+            _put(values, known[name].path if name in known else (name,), value)
     return values
 
 
-def put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | None = None) -> None:
-    """Put a value at its path.
-
-    Raises:
-        RecipeError: a value is where a section should be.
-    """
+def _put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | None = None) -> None:
+    """Put a value at its path."""
     *sections, key = path
     for name in sections:
         values = values.setdefault(name, {})
@@ -225,12 +217,12 @@ def recipe_from_flags(
     values: dict[str, Any] = {}
     where = None
     first = str(read.get("model", ""))
-    if is_recipe_file(first):
+    if _is_recipe_file(first):
         where = first
         values = read_recipe_file(Path(first))
         del read["model"]
     for name, value in read.items():
-        put(values, options[name].path, value, where)
+        _put(values, options[name].path, value, where)
     spelled = {options[name].path: options[name].flag_text for name in read}
     return build_recipe(kind, values, assignments, where, spelled)
 
@@ -260,23 +252,19 @@ def read_flag(option: Option, given: Any) -> Any:
     if isinstance(given, bool):
         return given
     if get_origin(option.type) is dict:
-        return dict(read_entry(option, text) for text in given)
+        return dict(_read_entry(option, text) for text in given)
     if takes_several(option):
         words = (
             [w.strip() for text in given for w in text.split(",")] if option.flag.commas else given
         )
         return tuple(
-            read_text(without_none(get_args(option.type)[0]), word) for word in words if word
+            _read_text(without_none(get_args(option.type)[0]), word) for word in words if word
         )
-    return read_text(option.type, given)
+    return _read_text(option.type, given)
 
 
-def read_entry(option: Option, text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE.
-
-    Raises:
-        RecipeError: the text has another form.
-    """
+def _read_entry(option: Option, text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE."""
     key, equals, value = text.rpartition("=")
     if not equals or not key:
         raise RecipeError(
@@ -286,7 +274,7 @@ def read_entry(option: Option, text: str) -> tuple[str, Any]:
     return key, read_yaml(value, text[:200])
 
 
-def read_text(kind: Any, text: str) -> Any:
+def _read_text(kind: Any, text: str) -> Any:
     """Convert a text to a type, if possible."""
     try:
         if kind is int or (kind == int | float and "." not in text):
@@ -296,7 +284,7 @@ def read_text(kind: Any, text: str) -> Any:
     except ValueError:
         return text
     if isinstance(kind, type) and issubclass(kind, Section) and int in kind.alone:
-        return read_text(int, text)
+        return _read_text(int, text)
     return text
 
 
@@ -325,19 +313,15 @@ SHOWN = 100
 """Characters of a value that an error shows."""
 
 
-def fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) -> list[str]:
-    """A line for each wrong value, with what it must be.
-
-    Args:
-        kind: the class of the recipe.
-        error: what pydantic found.
-        spelled: the names of options that do not come from YAML.
-    """
+def _fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) -> list[str]:
+    """A line for each wrong value, with what it must be."""
     found: dict[str, list[str]] = {}
     for fault in error.errors():
-        name, what = described(kind, fault, spelled)
+        name, what = _described(kind, fault, spelled)
         found.setdefault(name, []).append(what)
-    return [f"{name}: {joined(parts)}" if name else joined(parts) for name, parts in found.items()]
+    return [
+        f"{name}: {_joined(parts)}" if name else _joined(parts) for name, parts in found.items()
+    ]
 
 
 def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> list[str]:
@@ -357,11 +341,11 @@ def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> li
     usual, lines = type(recipe).model_construct(**preset), []
     for name, others in recipe.needs.items():
         path, needed = options[name].path, [options[other] for other in others]
-        if not holds(given, path) or value_at(recipe, path) in (None, value_at(usual, path)):
+        if not holds(given, path) or _value_at(recipe, path) in (None, _value_at(usual, path)):
             continue
         if any(holds(given, x.path) and (x.path in spelled or path not in spelled) for x in needed):
             continue
-        if not any(value_at(recipe, option.path) for option in needed):
+        if not any(_value_at(recipe, option.path) for option in needed):
             told = spelled.get(path)
             names = [x.flag_text if told and told[0] == "-" else x.name if told else x.key
                      for x in needed]  # fmt: skip
@@ -370,21 +354,21 @@ def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> li
     return lines
 
 
-def value_at(section: Any, path: Sequence[str]) -> Any:
+def _value_at(section: Any, path: Sequence[str]) -> Any:
     """The value of an option in a recipe; a section of a preset may be a mapping."""
     for key in path:
         section = section.get(key) if isinstance(section, Mapping) else getattr(section, key)
     return section
 
 
-def described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -> tuple[str, str]:
+def _described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -> tuple[str, str]:
     """The value as the user wrote it, and what is wrong with it."""
-    path, rest, field_type = located(kind, fault["loc"])
+    path, rest, field_type = _located(kind, fault["loc"])
     name = next((spelled[path[:n]] for n in range(len(path), 0, -1) if path[:n] in spelled), None)
     keys = ".".join([*path, *rest])
-    what, given = wrong(fault, field_type), fault["input"]
+    what, given = _wrong(fault, field_type), fault["input"]
     if fault["type"] == "extra_forbidden":
-        return keys, unknown_key(kind, path, str(fault["loc"][-1]))
+        return keys, _unknown_key(kind, path, str(fault["loc"][-1]))
     if fault["type"] == "missing":
         help_text = next((o.help for o in options_of(kind) if o.path == path), "")
         return name or keys, f"missing. {help_text}".rstrip()
@@ -397,7 +381,7 @@ def described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -
     return f"{name} {shlex.quote(f'{entry}{given}'[:SHOWN])}", what
 
 
-def located(
+def _located(
     kind: type[BaseModel], place: Sequence[str | int]
 ) -> tuple[tuple[str, ...], list[str], Any]:
     """The keys that lead to a fault, the entries below the last key, and the type of its field.
@@ -418,7 +402,7 @@ def located(
     return tuple(path), rest, found
 
 
-def wrong(fault: Mapping[str, Any], field_type: Any) -> str:
+def _wrong(fault: Mapping[str, Any], field_type: Any) -> str:
     """What a value must be."""
     kind, limits = fault["type"], fault.get("ctx", {})
     must = KINDS.get(kind)
@@ -442,7 +426,7 @@ def wrong(fault: Mapping[str, Any], field_type: Any) -> str:
     return f"must be {must}" if must else str(fault["msg"]).removeprefix("Value error, ")
 
 
-def joined(parts: Sequence[str]) -> str:
+def _joined(parts: Sequence[str]) -> str:
     """One sentence for a value that may have several types and has none of them."""
     whole, any_number = "must be a whole number", "must be a number"
     parts = [x for x in dict.fromkeys(parts) if x != whole or any_number not in parts]
@@ -454,7 +438,7 @@ def number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
+def _unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
     """What may be meant by a key that there is not."""
     section: type[Section] = kind
     for part in path:

@@ -114,7 +114,7 @@ class IterativeOptions(PruningOptions):
     rewind_step: int = Field(0, ge=0, description="Reset to this step of a training.")
 
 
-def tuple_of(value: Any) -> Any:
+def _tuple_of(value: Any) -> Any:
     """Turn a YAML list into a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -293,7 +293,7 @@ class TeacherSection(Section):
     )
     hidden_weight: float = Field(0.0, ge=0, description="Weight of the hidden-state loss; 0: none.")
     teacher_layers: Annotated[
-        Annotated[tuple[int, ...], BeforeValidator(tuple_of)] | None,
+        Annotated[tuple[int, ...], BeforeValidator(_tuple_of)] | None,
         Flag(value="N", default="those of the cut, else spread evenly", commas=True),
     ] = Field(None, description="Layers of the teacher that the student has, for --hidden-weight.")
     top_k: Annotated[int | None, Flag(default="all, while training")] = Field(

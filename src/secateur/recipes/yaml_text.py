@@ -67,10 +67,10 @@ def read_yaml(text: str, where: str | None = None) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        check_node(node, where, {}, ())
+        _check_node(node, where, {}, ())
         return loader.construct_document(node)
     except RecursionError:
-        raise too_deep(where) from None
+        raise _too_deep(where) from None
     except (  # PyYAML raises other errors than its own if a value does not fit its tag
         yaml.YAMLError,
         AttributeError,
@@ -86,33 +86,23 @@ def read_yaml(text: str, where: str | None = None) -> Any:
         ) from None
 
 
-def check_node(
+def _check_node(
     node: yaml.Node, where: str | None, sizes: dict[int, int], above: tuple[int, ...]
 ) -> int:
-    """Count the nodes below a node, with aliases expanded.
-
-    Args:
-        node: a node of the composed document.
-        where: the source of the document, for errors.
-        sizes: the counts of nodes that were counted before, by identity.
-        above: the identities of the nodes that contain it.
-
-    Raises:
-        RecipeError: a key is not text or is given twice, or there are too many nodes.
-    """
+    """Count the nodes below a node, with aliases expanded."""
     if id(node) in above or len(above) > DEEPEST:
-        raise too_deep(where)
+        raise _too_deep(where)
     if id(node) in sizes:
         return sizes[id(node)]
     inner: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
-        check_keys([key for key, _ in node.value], where)
+        _check_keys([key for key, _ in node.value], where)
         inner = [value for _, value in node.value]
     size = 1
     for part in inner:
-        size += check_node(part, where, sizes, (*above, id(node)))
+        size += _check_node(part, where, sizes, (*above, id(node)))
         if size > MOST_NODES:
             raise RecipeError(
                 f"the recipe has more than {MOST_NODES} values when its aliases are written out",
@@ -123,12 +113,8 @@ def check_node(
     return size
 
 
-def check_keys(keys: list[yaml.Node], where: str | None) -> None:
-    """Refuse a mapping with a key that is given twice or is not text.
-
-    Raises:
-        RecipeError: naming the key and its line.
-    """
+def _check_keys(keys: list[yaml.Node], where: str | None) -> None:
+    """Refuse a mapping with a key that is given twice or is not text."""
     seen: dict[str, int] = {}
     for key in keys:
         line = key.start_mark.line + 1
@@ -150,7 +136,7 @@ def check_keys(keys: list[yaml.Node], where: str | None) -> None:
         seen[key.value] = line
 
 
-def too_deep(where: str | None) -> RecipeError:
+def _too_deep(where: str | None) -> RecipeError:
     """The error for a document that is too deep or contains itself."""
     return RecipeError(
         f"the recipe is nested more than {DEEPEST} levels deep",
