@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from secateur.errors import RecipeError
-from secateur.parallel.processes import Launched, joined
+from secateur.parallel.launched import Launched
+from secateur.parallel.processes import joined
 from secateur.parallel.ranks import ALONE
 
 GOOD = {

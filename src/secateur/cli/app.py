@@ -11,7 +11,6 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Group
 
 import secateur
-from secateur.cli.usage import unknown_options, usage_error
 from secateur.errors import SecateurError
 from secateur.recipes.verbs import STAGES, VERBS
 
@@ -53,8 +52,14 @@ def _run(words: Sequence[str]) -> None:
     try:
         command, bound, left, _ = app.parse_known_args(list(words))
     except CycloptsError as error:
+        from secateur.cli.usage import (
+            usage_error,  # imports pydantic, which --help need not wait for
+        )
+
         raise usage_error(app, error, list(VERBS)) from None
     if left:
+        from secateur.cli.usage import unknown_options
+
         raise unknown_options(app, words[0], left)
     command(*bound.args, **bound.kwargs)
 

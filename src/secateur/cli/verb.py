@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError
-from secateur.parallel.processes import Launched
+from secateur.parallel.launched import Launched
 from secateur.recipes.options import (
     GROUPS,
     OUTPUT,
