@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hardware import heading, keep, markdown
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks, renew
 from secateur.training.rounds import KeepEarly, PruningRounds, Round, prune_in_rounds, write_weights
@@ -124,7 +125,9 @@ class Tickets:
         masks = open_masks(model)
         windows = self.text[: 16 * 64].view(16, 64) if regrowth else None
         how = Gradual(
-            schedules["cubic"](self.sparsity), Criterion(windows=windows), regrowth=regrowth
+            schedules["cubic"](self.sparsity),
+            Criterion(windows=windows),
+            GradualOptions(regrowth=regrowth),
         )
         hook = GradualPruning(masks, how)
         train(model, self.text, seed=self.seed, kept=masks, on_step=hook.on_step)

@@ -32,7 +32,8 @@ from secateur.calibration.documents import read_text
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import load_tokenizer
-from secateur.training.lora import Adapters, attach
+from secateur.recipes.train import LoraOptions
+from secateur.training.lora import attach
 from secateur.training.masks import Masks
 
 LENGTH, BATCH = 256, 4
@@ -103,7 +104,7 @@ def main() -> None:
         rows["lora, plain merge"] = {**measured(plain, args.model, zeros), "seconds": seconds}
         ours = secateur.merge(adapted)
         rows["lora, our merge"] = {**measured(ours, args.model, zeros), "seconds": seconds}
-    adapted = attach(fresh(), Adapters(rank=16, alpha=32.0))
+    adapted = attach(fresh(), LoraOptions(rank=16, alpha=32.0))
     seconds = trained(adapted, data, args.steps, 1e-3, secateur.SecateurCallback())
     rows["attach"] = {**measured(secateur.merge(adapted), args.model, zeros), "seconds": seconds}
     found = [{"way": way, **row} for way, row in rows.items()]

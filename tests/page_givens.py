@@ -18,6 +18,7 @@ import secateur
 from gguf_models import byte_level
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batches
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
@@ -163,7 +164,7 @@ def names(source: str) -> dict[str, Any]:
         "held_out": windows[:2],
         "objective": NextToken.of(model),
         "plan": TrainingPlan(steps=2),
-        "how": Gradual(schedules["cubic"](0.8), every=1, end=0.75),
+        "how": Gradual(schedules["cubic"](0.8), options=GradualOptions(every=1, end=0.75)),
         "data": [{"input_ids": row, "labels": row} for row in windows],
         "args": transformers.TrainingArguments(
             "trained", use_cpu=True, report_to=[], max_steps=1, save_strategy="no",

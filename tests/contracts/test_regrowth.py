@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
@@ -96,7 +97,9 @@ def test_gradual_pruning(text, scope):
     pattern, model = parsed(text, scope), model_for_any_pattern()
     goal = 0.5 if pattern.sparsity is None else pattern.sparsity
     masks = open_masks(model)
-    hook = GradualPruning(masks, Gradual(Cubic(goal), Criterion(pattern=pattern), every=2))
+    hook = GradualPruning(
+        masks, Gradual(Cubic(goal), Criterion(pattern=pattern), GradualOptions(every=2))
+    )
     history = []
     for step in range(1, 9):
         move(model, masks, step)

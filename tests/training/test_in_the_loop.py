@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
@@ -36,7 +37,7 @@ def zeros(kept):
 def test_gradual_pruning_ends_with_its_masks_held():
     model = tiny_model("llama")
     masks = Masks(open_masks(model))
-    how = Gradual(Cubic(0.7), Criterion(windows=WINDOWS), every=2, regrowth=0.2)
+    how = Gradual(Cubic(0.7), Criterion(windows=WINDOWS), GradualOptions(every=2, regrowth=0.2))
     hook = GradualPruning(masks.kept, how)
     objective = NextToken.of(model)
     loop = Loop(model, BATCHES, objective, masks, plan(), validation=WINDOWS, hooks=[hook])
@@ -51,7 +52,7 @@ def test_gradual_pruning_ends_with_its_masks_held():
 def test_as_many_weights_are_zero_as_the_masks_say(text):
     model = tiny_model("llama")
     masks = Masks(open_masks(model))
-    how = Gradual(Cubic(0.5), Criterion(pattern=parse_pattern(text)), every=2)
+    how = Gradual(Cubic(0.5), Criterion(pattern=parse_pattern(text)), GradualOptions(every=2))
     hook = GradualPruning(masks.kept, how)
     Loop(model, BATCHES, NextToken.of(model), masks, plan(20), hooks=[hook]).run()
     sizes = {name: mask.numel() for name, mask in masks.kept.items()}

@@ -13,11 +13,12 @@ from learning import EXACT, SEQUENCES, batches, pruned_model, weights, zeros
 from safetensors import safe_open
 
 from secateur.errors import NumericalError, RecipeError, SourceError, VerificationError
+from secateur.recipes.train import GradualOptions, LoraOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batch
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome, train
-from secateur.training.lora import Adapters, attach, merge
+from secateur.training.lora import attach, merge
 from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
 from secateur.training.objectives import NextToken
 from secateur.training.training_plan import TrainingPlan, optimizers
@@ -172,7 +173,9 @@ def test_the_best_weights_are_kept_and_a_run_may_end_early() -> None:
 def test_gradual_pruning_in_the_loop() -> None:
     model = pruned_model(sparsity=0.2)
     masks = Masks(open_masks(model))
-    hook = GradualPruning(masks.kept, Gradual(schedules["cubic"](0.7), every=3, end=0.5))
+    hook = GradualPruning(
+        masks.kept, Gradual(schedules["cubic"](0.7), options=GradualOptions(every=3, end=0.5))
+    )
     done = run(model, TrainingPlan(steps=20, **EXACT), masks=masks, hooks=[hook],
                validation=SEQUENCES[:8])  # fmt: skip
     assert masks.sparsity == pytest.approx(0.7, abs=0.01)
@@ -184,7 +187,7 @@ def test_gradual_pruning_in_the_loop() -> None:
 def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> None:
     model = pruned_model()
     gone = zeros(model)
-    adapted = attach(model, Adapters(rank=4))
+    adapted = attach(model, LoraOptions(rank=4))
     how = TrainingPlan(steps=12, rates={"*": 0.0, "*lora_*": 1.0}, **EXACT)
     done = train(adapted, batches(), NextToken.of(adapted), None, how, validation=SEQUENCES[:4])
     assert done.log[-1]["loss"] < done.log[0]["loss"]

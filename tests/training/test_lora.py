@@ -7,10 +7,12 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.skeleton import quiet_transformers
-from secateur.training.lora import Adapters, attach, merge
+from secateur.recipes.train import LoraOptions
+from secateur.training.lora import attach, merge
 from zoo import matrices, tiny_model, tiny_windows, weight_of, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "opt", "generic"]
@@ -55,7 +57,7 @@ def same_zeros(before, after) -> bool:
 def test_merging_keeps_zeros_and_function(family):
     model = pruned_model(family)
     before, plain = zeros_of(model), logits_of(model)
-    adapted = attach(model, Adapters(rank=4))
+    adapted = attach(model, LoraOptions(rank=4))
     assert torch.equal(logits_of(adapted), plain)  # B begins as zeros
     losses = trained(adapted)
     assert losses[-1] < losses[0]
@@ -71,7 +73,7 @@ def test_merging_keeps_zeros_and_function(family):
 def test_the_function_is_that_of_the_masked_sum():
     model = pruned_model("llama")
     weights = {n: weight_of(m).clone() for n, m in matrices(model).items()}
-    adapted = attach(model, Adapters(rank=4, alpha=12.0))
+    adapted = attach(model, LoraOptions(rank=4, alpha=12.0))
     trained(adapted)
     oracle = tiny_model("llama")
     for name, matrix in matrices(oracle).items():
@@ -105,7 +107,7 @@ def test_a_naive_merge_loses_zeros_and_masking_it_afterwards_loses_the_function(
 def test_peft_itself_merges_and_unmerges_with_the_mask():
     model = pruned_model("gpt2")
     before = zeros_of(model)
-    adapted = attach(model, Adapters(rank=2))
+    adapted = attach(model, LoraOptions(rank=2))
     trained(adapted)
     function = logits_of(adapted)
     adapted.merge_adapter()
@@ -118,10 +120,10 @@ def test_peft_itself_merges_and_unmerges_with_the_mask():
 def test_saved_adapters_come_back(tmp_path):
     model = pruned_model("llama")
     fresh, before = copy.deepcopy(model), zeros_of(model)
-    adapted = attach(model, Adapters(rank=3))
+    adapted = attach(model, LoraOptions(rank=3))
     trained(adapted)
     adapted.save_pretrained(tmp_path)
-    again = attach(fresh, Adapters(rank=3))
+    again = attach(fresh, LoraOptions(rank=3))
     again.load_adapter(tmp_path, "default", is_trainable=True)
     torch.testing.assert_close(logits_of(again), logits_of(adapted))
     assert same_zeros(before, zeros_of(merge(again)))
@@ -139,7 +141,7 @@ def test_bfloat16_keeps_its_zeros():
 
 
 def test_dropout_falls_on_the_inputs_alone_in_training():
-    adapted = attach(pruned_model("llama"), Adapters(rank=4, dropout=0.5))
+    adapted = attach(pruned_model("llama"), LoraOptions(rank=4, dropout=0.5))
     trained(adapted)
     function = logits_of(adapted)
     assert torch.equal(function, logits_of(adapted))
@@ -151,7 +153,7 @@ def test_dropout_falls_on_the_inputs_alone_in_training():
 
 def test_globs_choose_linears():
     model = pruned_model("llama")
-    how = Adapters(include=("*.self_attn.*", "*.mlp.*"), exclude=("*.mlp.down_proj",))
+    how = LoraOptions(include=("*.self_attn.*", "*.mlp.*"), exclude=("*.mlp.down_proj",))
     adapted = attach(model, how)
     tuned = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert all(".lora_A." in name or ".lora_B." in name for name in tuned)
@@ -176,13 +178,13 @@ def test_a_filled_zero_is_found():
     [({"rank": 0}, "rank"), ({"alpha": 0.0}, "alpha"), ({"dropout": 1.0}, "dropout")],
 )
 def test_refuses_numbers_out_of_range(options, said):
-    with pytest.raises(RecipeError, match=said):
-        Adapters(**options)
+    with pytest.raises(ValidationError, match=said):
+        LoraOptions(**options)
 
 
 def test_refuses_globs_that_leave_nothing():
     with pytest.raises(RecipeError, match="leave no linear"):
-        attach(pruned_model("llama"), Adapters(include=("nothing",)))
+        attach(pruned_model("llama"), LoraOptions(include=("nothing",)))
 
 
 def test_without_peft_says_how_to_get_it(monkeypatch):

@@ -15,6 +15,7 @@ from learning import EXACT, SEQUENCES, batches, pruned_model, weights
 
 from secateur.errors import RecipeError
 from secateur.progress import Silent
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome
@@ -47,7 +48,7 @@ def loop_of(
     """The training of these tests, from its beginning."""
     model = pruned_model()
     masks = Masks(open_masks(model)) if gradual else Masks.of(model)
-    how = Gradual(schedules["cubic"](0.8), every=2, end=0.8)
+    how = Gradual(schedules["cubic"](0.8), options=GradualOptions(every=2, end=0.8))
     return Loop(
         model,
         batches(),

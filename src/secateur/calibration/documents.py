@@ -19,21 +19,18 @@ Several texts with weights stand in one line: `code.jsonl=2,math.jsonl=1,c4`.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from secateur.errors import RecipeError, SourceError
 from secateur.models.hub import hub_or_cache
-from secateur.models.samples import TEXTS, cache_folder, sample_text
+from secateur.models.samples import TEXTS, sample_text
 from secateur.registry import did_you_mean
-from secateur.runs.atomic import write_bytes
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -156,40 +153,6 @@ def _no_text(source: str) -> SourceError:
         remedy=f"name a file ({', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}), a folder, a data "
         f"set as hub:org/name, or {did_you_mean(source, [*TEXTS, *KNOWN_DATASETS])}",
     )
-
-
-def keep_texts(texts: Sequence[Any]) -> Path:
-    """Keep texts as a file, so that a run that reads them can be resumed and repeated.
-
-    Args:
-        texts: the documents themselves, not names of files.
-
-    Returns:
-        A file of JSON lines in the cache, named after its content.
-
-    Raises:
-        RecipeError: there is no text, or the texts are names of files.
-    """
-    kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}
-    if kinds or not any(text.strip() for text in texts):
-        raise RecipeError(
-            f"a list of texts holds {', '.join(sorted(kinds))}" if kinds else "the texts are empty",
-            where="calibration",
-            remedy="pass a list of strings, each of them a document",
-        )
-    if all(os.path.isfile(text) for text in texts):  # which says False for any long text
-        raise RecipeError(
-            "the texts are names of files",
-            where="calibration",
-            remedy=f"pass one name, or several as {','.join(f'{text}=1' for text in texts[:2])!r}",
-        )
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    content = lines.encode("utf-8")
-    file = cache_folder() / "texts" / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, content)
-    return file
 
 
 def _local_documents(source: str, field: str) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
 import operator
+import os
 import re
 import textwrap
 import types
@@ -120,13 +123,41 @@ def recipe_of(
     """
     given = {k: plain(v) for k, v in {**values, **options}.items() if v is not None}
     if isinstance(given.get(CALIBRATION_TEXT), list | tuple):
-        from secateur.calibration.documents import keep_texts
-
-        given[CALIBRATION_TEXT] = str(keep_texts(given[CALIBRATION_TEXT]))
+        given[CALIBRATION_TEXT] = str(_keep_texts(given[CALIBRATION_TEXT]))
     run = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
     spelled = {option.path: option.name for option in options_of(kind)}
     recipe = build_recipe(kind, nested(kind, given), spelled=spelled)
     return recipe, checked_call(kind, run, {(name,): name for name in run})
+
+
+def _keep_texts(texts: Sequence[Any]) -> Path:
+    """Keep texts as a file of JSON lines in the cache, named after its content.
+
+    So a run that reads them can be resumed and repeated.
+    """
+    from secateur.models.samples import cache_folder
+    from secateur.runs.atomic import write_bytes
+
+    kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}
+    if kinds or not any(text.strip() for text in texts):
+        raise RecipeError(
+            f"a list of texts holds {', '.join(sorted(kinds))}" if kinds else "the texts are empty",
+            where="calibration",
+            remedy="pass a list of strings, each of them a document",
+        )
+    if all(os.path.isfile(text) for text in texts):  # which says False for any long text
+        raise RecipeError(
+            "the texts are names of files",
+            where="calibration",
+            remedy=f"pass one name, or several as {','.join(f'{text}=1' for text in texts[:2])!r}",
+        )
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    content = lines.encode("utf-8")
+    file = cache_folder() / "texts" / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, content)
+    return file
 
 
 def refuse_unused(

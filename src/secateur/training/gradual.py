@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError
+from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import Schedule
 from secateur.training.selecting import Criterion, prunable
 
 
 @dataclass(frozen=True)
 class Gradual:
-    """New masks every `every` steps, from the share `begin` to the share `end` of all steps:
+    """New masks every `every` steps, from the share `begin` to the share `end` of all steps
+    (`GradualOptions`):
 
         sparsity = schedule((step − first) / (last − first))        cubic is usual
 
@@ -35,37 +37,27 @@ class Gradual:
     the last renewal restores no weight, because such a weight would have no steps to grow.
 
     Args:
-        schedule: the course of the sparsity from the first renewal to the last.
+        schedule: the sparsity from the first renewal to the last.
         criterion: chooses the weights.
-        every: number of steps between renewals.
-        begin: share of all steps before the first renewal.
-        end: share of all steps at which the sparsity reaches its last value.
-        regrowth: fraction of the kept weights to exchange at the first renewal; 0 for none.
+        options: when masks are renewed, and how many weights are exchanged.
 
     Raises:
-        RecipeError: a number is out of range, or there are no windows to take gradients from.
+        RecipeError: the end is before the beginning, or there are no windows to take gradients
+            from.
     """
 
     schedule: Schedule
     criterion: Criterion = field(default_factory=Criterion)
-    every: int = 10
-    begin: float = 0.0
-    end: float = 0.75
-    regrowth: float = 0.0
+    options: GradualOptions = field(default_factory=lambda: GradualOptions())
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RecipeError(f"masks renewed every {self.every} steps", remedy="give 1 or more")
-        if not 0 <= self.begin <= self.end <= 1:
+        begin, end = self.options.begin, self.options.end
+        if begin > end:
             raise RecipeError(
-                f"gradual pruning from {self.begin} to {self.end} of the steps",
+                f"gradual pruning from {begin} to {end} of the steps",
                 remedy="give shares with 0 <= begin <= end <= 1, for example 0 and 0.75",
             )
-        if not 0 <= self.regrowth < 1:
-            raise RecipeError(
-                f"regrowth is {self.regrowth}", remedy="give at least 0 and below 1; 0.3 is usual"
-            )
-        if self.regrowth and self.criterion.windows is None:
+        if self.options.regrowth and self.criterion.windows is None:
             raise RecipeError(
                 "regrowth takes gradients, but the criterion has no windows",
                 remedy="give the criterion windows of token ids",
@@ -73,15 +65,15 @@ class Gradual:
 
     def due(self, step: int, steps: int) -> float | None:
         """Return the finished share of the pruning at a step; None if no renewal is due."""
-        last = max(round(self.end * steps), 1)
-        first = min(round(self.begin * steps), last - 1)
-        if not first < step <= last or (step != last and (step - first) % self.every):
+        last = max(round(self.options.end * steps), 1)
+        first = min(round(self.options.begin * steps), last - 1)
+        if not first < step <= last or (step != last and (step - first) % self.options.every):
             return None
         return (step - first) / (last - first)
 
     def exchanged(self, done: float) -> float:
         """Return the fraction of the kept weights to exchange when this share is done."""
-        return 0.5 * self.regrowth * (1 + math.cos(math.pi * done))
+        return 0.5 * self.options.regrowth * (1 + math.cos(math.pi * done))
 
 
 class GradualPruning:

@@ -11,7 +11,6 @@ So the merged model is the trained model. The adapters and their files are peft'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
+from secateur.recipes.train import LoraOptions
 from secateur.training.masks import Masks, first_names
 from secateur.training.selecting import prunable
 
@@ -34,9 +34,34 @@ ADAPTERS_ALONE = {"*": 0.0, "*.lora_[AB].*": 1.0}
 wrapper, `adapted.get_base_model()`."""
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """W = (W₀ + alpha/rank · B A) ⊙ M, with A [rank, in] and B [out, rank]. Only A and B learn.
+def chosen_linears(model: nn.Module, options: LoraOptions) -> list[Linear]:
+    """The linear layers of the decoder layers that get an adapter.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    linears = prunable(model)
+    chosen = [
+        linear
+        for linear in linears
+        if any(fnmatchcase(linear.name, glob) for glob in options.include)
+        and not any(fnmatchcase(linear.name, glob) for glob in options.exclude)
+    ]
+    if not chosen:
+        raise RecipeError(
+            "include and exclude leave no linear to put an adapter on",
+            remedy=f"loosen them; there are {', '.join(x.name for x in linears[:4])}, …",
+        )
+    return chosen
+
+
+def attach(model: Any, options: LoraOptions | None = None, seed: int = 0) -> PeftModel:
+    """Put adapters on a pruned model, in place; everything else is frozen.
+
+        W = (W₀ + alpha/rank · B A) ⊙ M,   A [rank, in],  B [out, rank]        only A, B learn
+
+    B begins as zeros, so the adapters do not change the model's function at first. The current
+    zeros of the weights are the mask.
 
     Papers: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv:2106.09685; the mask on the product as in SparsePEFT, Muñoz et al. 2024, "SQFT: Low-cost
@@ -44,64 +69,8 @@ class Adapters:
     SparsePEFT: the rank is fixed; there is no search for it.
 
     Args:
-        rank: r.
-        alpha: the factor of the product is alpha / rank.
-        dropout: dropout of the adapters' inputs in training.
-        include: globs over full names of linears. A linear that matches gets an adapter.
-        exclude: globs of linears that get no adapter.
-
-    Raises:
-        RecipeError: a number is out of range.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"the rank of adapters is {self.rank}", remedy="16 is usual")
-        if not self.alpha > 0:
-            raise RecipeError(
-                f"alpha of adapters is {self.alpha}", remedy="twice the rank is usual"
-            )
-        if not 0 <= self.dropout < 1:
-            raise RecipeError(
-                f"dropout of adapters is {self.dropout}", remedy="give at least 0 and below 1"
-            )
-
-    def chosen(self, model: nn.Module) -> list[Linear]:
-        """The linears of the decoder layers that get an adapter.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        linears = prunable(model)
-        chosen = [
-            linear
-            for linear in linears
-            if any(fnmatchcase(linear.name, glob) for glob in self.include)
-            and not any(fnmatchcase(linear.name, glob) for glob in self.exclude)
-        ]
-        if not chosen:
-            raise RecipeError(
-                "include and exclude leave no linear to put an adapter on",
-                remedy=f"loosen them; there are {', '.join(x.name for x in linears[:4])}, …",
-            )
-        return chosen
-
-
-def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
-    """Put adapters on a pruned model, in place; everything else is frozen.
-
-    B begins as zeros, so the adapters do not change the model's function at first. The current
-    zeros of the weights are the mask.
-
-    Args:
         model: a pruned causal language model.
-        how: rank and other settings; None for the defaults.
+        options: rank and other settings; None for the defaults.
         seed: seed of A's first values.
 
     Returns:
@@ -110,15 +79,15 @@ def attach(model: Any, how: Adapters | None = None, seed: int = 0) -> PeftModel:
     Raises:
         RecipeError: peft is not installed, or there is no linear for an adapter.
     """
-    how = how or Adapters()
-    chosen = how.chosen(model)
+    options = options or LoraOptions()
+    chosen = chosen_linears(model, options)
     peft = need_peft()
     from secateur.training.masked_adapter import MaskedAdapter
 
     config = peft.LoraConfig(
-        r=how.rank,
-        lora_alpha=how.alpha,
-        lora_dropout=how.dropout,
+        r=options.rank,
+        lora_alpha=2.0 * options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
         target_modules=[linear.name for linear in chosen],
         fan_in_fan_out=chosen[0].transposed,
         bias="none",

@@ -10,6 +10,7 @@ import torch
 from pretended import OnCuda
 
 from contracts.pattern_examples import EXAMPLES
+from secateur.recipes.train import GradualOptions, LoraOptions
 from secateur.sparsity.patterns import parse_pattern, patterns
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.schedules.geometric import Geometric
@@ -19,7 +20,7 @@ from secateur.training.divergences import KINDS
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
 from secateur.training.loop import train
-from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
+from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks, stored_masks
 from secateur.training.objectives import Distil, NextToken
 from secateur.training.rounds import PruningRounds, prune_in_rounds, write_weights
@@ -76,7 +77,7 @@ def test_ways_to_train(family: str, plan: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_adapters(tmp_path: Path) -> None:
-    adapted = attach(pruned(), Adapters(rank=2))
+    adapted = attach(pruned(), LoraOptions(rank=2))
     base = adapted.get_base_model()
     learn(base, NextToken.of(base), None, tmp_path, plan={"rates": ADAPTERS_ALONE})
     merge(adapted)
@@ -91,7 +92,11 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
     pattern = parse_pattern(text, scope)
     model = tiny_model("llama").to("cuda")
     masks = Masks(open_masks(model))
-    how = Gradual(schedules[name](pattern.sparsity or 0.5), Criterion(pattern=pattern), every=1)
+    how = Gradual(
+        schedules[name](pattern.sparsity or 0.5),
+        Criterion(pattern=pattern),
+        GradualOptions(every=1),
+    )
     learn(model, NextToken.of(model), masks, tmp_path, hooks=(GradualPruning(masks.kept, how),))
 
 

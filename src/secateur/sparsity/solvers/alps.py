@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import Rounding, RoundingSolver
+from secateur.sparsity.column_sweep import RoundingSolver
 from secateur.sparsity.hessian import (
-    check_damping,
     check_weight,
     damped_diagonal,
     fit_on_mask,
@@ -70,7 +69,7 @@ class ALPS(RoundingSolver):
         X ← argmin tr((X − B₀) A (X − B₀)ᵀ),  X = 0 where pruned;    Ŵ = X / s.
 
     With `bits` the kept weights are then rounded, and compensate each other's rounding errors
-    (`sparsity.rounding`).
+    (`sparsity.column_sweep`).
 
     With a given mask only the refit is done, in `refit_steps`. After a search the weights are
     nearly solved, so the refit takes half as many. The weights of dead columns become zero, as in
@@ -84,16 +83,11 @@ class ALPS(RoundingSolver):
     than those of the released code (see `benchmarks/`).
 
     Args:
-        damping: fraction of the mean diagonal of the gram added to its diagonal.
         iterations: of ADMM, at most.
         rho: penalty at the start.
         growth: of the penalty, in three iterations; to a hundred times `rho` at most.
         tolerance: share of the kept weights that may change in three iterations at the end.
         refit_steps: conjugate-gradient steps for a given mask; half of them after a search.
-        bits: 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not to
-            round.
-        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
-        descent: passes of coordinate descent over the rounded weights; for 3 and 4 bits.
 
     Raises:
         RecipeError: a parameter is out of range.
@@ -110,22 +104,17 @@ class ALPS(RoundingSolver):
         [0.0, 1.5]
     """
 
-    damping: float = 0.01
     iterations: int = 45
     rho: float = 0.1
     growth: float = 1.2
     tolerance: float = 0.01
-    refit_steps: int = 10
-    bits: int = 0
-    group: int = 64
-    descent: int = 4
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
     whole_units: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         least = {"iterations": 1, "growth": 1, "tolerance": 0, "refit_steps": 0}
         for name, smallest in least.items():
             if not smallest <= getattr(self, name) < float("inf"):
@@ -134,7 +123,6 @@ class ALPS(RoundingSolver):
                 )
         if not 0 < self.rho < float("inf"):
             raise RecipeError(f"rho is {self.rho}", remedy="give a number above 0, usually 0.1")
-        Rounding(self.bits, self.group, self.descent)
 
     def prepare(self, statistics: Statistics) -> ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].

@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import Choice, Rounding, RoundingSolver, sweep
+from secateur.sparsity.column_sweep import Choice, RoundingSolver, sweep
 from secateur.sparsity.hessian import (
     FACTOR_SQUARES,
-    check_damping,
     check_weight,
     damped_diagonal,
     fit_on_mask,
@@ -74,16 +73,10 @@ class OBS(RoundingSolver):
     With `bits` 3 or 4, `group` consecutive weights of a row share a scale (`quantization.groups`).
     It is chosen when the sweep arrives at the group, by the kept weights as they are then, each
     with importance 1 / U_jj². The sweep that selects the mask rounds to these grids too. After the
-    second one, coordinate descent improves integers and scales (`sparsity.rounding`).
+    second one, coordinate descent improves integers and scales (`sparsity.column_sweep`).
 
     Args:
-        damping: fraction of the mean diagonal of the gram added to its diagonal.
         block_columns: columns in a lazy block; rounded down to whole groups or blocks.
-        bits: 8 to round to int8 with one scale for each row, 3 or 4 to round in groups; 0 not to
-            round.
-        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
-        refit_steps: conjugate-gradient steps on the mask before the sweep that rounds.
-        descent: passes of coordinate descent after it; for 3 and 4 bits.
 
     Raises:
         RecipeError: a parameter is out of range.
@@ -99,26 +92,20 @@ class OBS(RoundingSolver):
         tensor([[0.0000, 1.5000]])
     """
 
-    damping: float = 0.01
     block_columns: int = 128
-    bits: int = 0
-    group: int = 64
-    refit_steps: int = 10
-    descent: int = 4
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.block_columns < 1:
             raise RecipeError(
                 f"block_columns is {self.block_columns}", remedy="give 1 or more, usually 128"
             )
         if self.refit_steps < 1:
             raise RecipeError(f"refit_steps is {self.refit_steps}", remedy="give 1 or more")
-        Rounding(self.bits, self.group, self.descent)
 
     def prepare(self, statistics: Statistics) -> PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].

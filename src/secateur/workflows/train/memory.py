@@ -36,12 +36,12 @@ from secateur.recipes.options import bytes_of
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training.divergences import BLOCK_BYTES
+from secateur.training.lora import chosen_linears
 from secateur.training.masks import matrices, moments
 from secateur.training.process_group import ProcessGroup
 from secateur.training.selecting import prunable
 from secateur.training.teachers import TOP_K
 from secateur.training.training_plan import TrainingPlan
-from secateur.workflows.train.setup import adapters
 from secateur.workflows.train.text import TrainingText
 
 
@@ -119,9 +119,8 @@ def training_memory(
     trained = sum(count for name, count in named.items() if plan.factor(name))
     products = 0
     if recipe.lora is not None:
-        how = adapters(recipe)
-        shapes = [linear.shape for linear in how.chosen(model)]
-        trained = sum(how.rank * sum(shape) for shape in shapes)
+        shapes = [linear.shape for linear in chosen_linears(model, recipe.lora)]
+        trained = sum(recipe.lora.rank * sum(shape) for shape in shapes)
         products = sum(4 * out * columns for out, columns in shapes)
     weights = sum(named.values())
     ranks = processes.ranks
@@ -200,8 +199,8 @@ def disk_bytes(
     named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))
     if recipe.lora is not None:
-        how = adapters(recipe)
-        trained = sum(how.rank * sum(linear.shape) for linear in how.chosen(target.model))
+        chosen = chosen_linears(target.model, recipe.lora)
+        trained = sum(recipe.lora.rank * sum(linear.shape) for linear in chosen)
     final = 4 * trained
     state = final * (1 + _moments_of(plan))
     masks = sum(x.weight.numel() for x in prunable(target.model))

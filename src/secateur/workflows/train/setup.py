@@ -33,7 +33,7 @@ from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
 from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.hooks import Hook
-from secateur.training.lora import ADAPTERS_ALONE, Adapters, attach, merge
+from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks, masks_in
 from secateur.training.objectives import Distil, NextToken, Objective
 from secateur.training.process_group import ProcessGroup, load
@@ -345,7 +345,7 @@ def adapt(
     masks = masks.held_in(model)
     masks.apply(model)
     if recipe.lora is not None:
-        return Adapted(attach(model, adapters(recipe), recipe.seed).get_base_model(), None, masks)
+        return Adapted(attach(model, recipe.lora, recipe.seed).get_base_model(), None, masks)
     opened = open_masks(model)
     # Zeros elsewhere (experts that are stored in one tensor) stay unchanged.
     held = Masks({**Masks.of(model).kept, **opened})
@@ -356,20 +356,10 @@ def adapt(
         rounds = PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
         return Adapted(model, held, held, (), rounds, opened)
     assert recipe.gradual is not None
-    options = recipe.gradual
-    schedule, criterion = _pruning(options, sparsity, windows, "gradual")
-    gradual = Gradual(
-        schedule, criterion, options.every, options.begin, options.end, options.regrowth
+    hook = GradualPruning(
+        opened, Gradual(*_pruning(recipe.gradual, sparsity, windows, "gradual"), recipe.gradual)
     )
-    return Adapted(model, held, held, (GradualPruning(opened, gradual),), None, opened)
-
-
-def adapters(recipe: TrainRecipe) -> Adapters:
-    """Return the adapters of a recipe."""
-    how = recipe.lora
-    assert how is not None
-    alpha = 2.0 * how.rank if how.alpha is None else how.alpha
-    return Adapters(how.rank, alpha, how.dropout, how.include, how.exclude)
+    return Adapted(model, held, held, (hook,), None, opened)
 
 
 def _rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
@@ -445,7 +435,7 @@ def merged(recipe: TrainRecipe, model: Any, masks: Masks, trained: Mapping[str, 
     adapted = None
     if recipe.lora is not None:
         masks.apply(model)
-        adapted = attach(model, adapters(recipe))
+        adapted = attach(model, recipe.lora)
         model = adapted.get_base_model()
     for name, value in trained.items():
         model.get_parameter(name).data.copy_(value)
