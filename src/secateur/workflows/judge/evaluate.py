@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import RecipeError
-from secateur.evaluation.divergence import DivergenceResult, divergence
+from secateur.evaluation.divergence import divergence
 from secateur.evaluation.generation import (
     PROMPTS,
     Sample,
@@ -47,7 +47,7 @@ from secateur.runs.records.measured import (
     TaskRecord,
     read_evaluation,
 )
-from secateur.workflows.judge.perplexity import load_model, started, window_progress, windows_of
+from secateur.workflows.judge.perplexity import load_model, window_progress, windows_of
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
@@ -70,6 +70,16 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
+
+    @classmethod
+    def of(
+        cls, model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
+    ) -> LoadedModel:
+        """Load a model and its tokenizer, unless the caller passed a loaded one."""
+        if not isinstance(model, nn.Module):
+            return cls(str(model), *load_model(str(model), device, trust_remote_code))
+        refuse_foreign(model)
+        return cls(_name_of(model), model, tokenizer or own_tokenizer(model))
 
 
 @takes_options_of(EvaluateRecipe)
@@ -159,33 +169,28 @@ def run_evaluation(
     prepared = prepare_tasks(
         recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
-    place, trust = recipe.device, recipe.trust_remote_code
-    ours = _loaded_model(model or recipe.model, tokenizer, place, trust)
-    reference = None
+    device, trust = recipe.device, recipe.trust_remote_code
+    own, reference = LoadedModel.of(model or recipe.model, tokenizer, device, trust), None
     if recipe.dense is not None:
-        reference = _loaded_model(dense or recipe.dense, tokenizer, place, trust)
-    shared = {
-        "reference": reference.name if reference else None,
-        "environment": environment(place_of(ours.model)),
-    }
-    texts, apart = [], list[DivergenceRecord]()
-    for text in names:
-        found, moved = _text_records(
-            ours, reference, shared, text, recipe.sequence_length, recipe.windows, progress, ranks
-        )
-        texts.append(found)
-        apart = apart or moved
-    generated = []
-    if recipe.generation:
-        generated = [_generation_record(ours, reference, shared, prompts, progress)]
+        reference = LoadedModel.of(dense or recipe.dense, tokenizer, device, trust)
+    measure = _Measurement(own, reference, progress, ranks)
+    texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]
+    generated = [measure.generation(prompts)] if recipe.generation else []
     record = EvaluationRecord(
-        model=ours.name,
-        perplexity=texts,
-        divergence=apart,
-        tasks=_task_records(ours, reference, shared, prepared, progress),
+        model=own.name,
+        perplexity=[perplexity for perplexity, _ in texts],
+        divergence=[divergence for _, divergence in texts if divergence][:1],
+        tasks=measure.tasks(prepared),
         generation=generated,
     )
-    ranks.once(lambda: _store(record, kept, recipe.output))
+
+    def store() -> None:
+        if kept is not None:
+            record.add_to(kept)
+        if recipe.output is not None:
+            record.save(Path(recipe.output))
+
+    ranks.once(store)
     return EvaluateResult(record)
 
 
@@ -209,14 +214,6 @@ def _refuse_idle(recipe: EvaluateRecipe) -> None:
         )
 
 
-def _store(record: EvaluationRecord, kept: Path | None, output: str | None) -> None:
-    """Write the results to the files that keep them."""
-    if kept is not None:
-        record.add_to(kept)
-    if output is not None:
-        record.save(Path(output))
-
-
 def _stored_results(model: str) -> Path | None:
     """The file that keeps the results of a run folder; None for any other model."""
     if not (Path(model) / NOTES).is_dir():
@@ -232,172 +229,153 @@ def _name_of(model: str | Path | nn.Module) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
-def _loaded_model(
-    model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
-) -> LoadedModel:
-    """Return a model in memory, with its tokenizer."""
-    if not isinstance(model, nn.Module):
-        return LoadedModel(str(model), *load_model(str(model), device, trust_remote_code))
-    refuse_foreign(model)
-    return LoadedModel(_name_of(model), model, tokenizer or own_tokenizer(model))
+@dataclass(frozen=True)
+class _Measurement:
+    """Measures a model, and compares it with the dense one if there is one."""
 
+    own: LoadedModel
+    dense: LoadedModel | None
+    progress: Progress
+    ranks: Ranks
 
-def _text_records(
-    ours: LoadedModel,
-    dense: LoadedModel | None,
-    shared: dict[str, Any],
-    text: str | Path,
-    sequence_length: int | None,
-    first: int | None,
-    progress: Progress,
-    ranks: Ranks = ALONE,
-) -> tuple[PerplexityRecord, list[DivergenceRecord]]:
-    """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The dense model and the environment, which every result names."""
+        return {
+            "reference": self.dense.name if self.dense else None,
+            "environment": environment(place_of(self.own.model)),
+        }
 
-    `shared` holds the dense model and the environment that every result names.
-    """
-    windows, protocol = windows_of(text, ours.model, ours.tokenizer, sequence_length, first)
-    if dense is None:
-        with window_progress(progress, "perplexity", len(windows)) as report:
-            result = perplexity(
-                ours.model, windows, start_tokens=started(protocol), progress=report, ranks=ranks
-            )
-        return _perplexity_record(text, result, None, protocol, shared), []
-    length = windows.shape[1]
-    other, beside = windows_of(text, dense.model, dense.tokenizer, length, first)
-    if other.shape != windows.shape or bool((other != windows).any()):
-        raise RecipeError(
-            f"{ours.name} and {dense.name} read {text} as different tokens",
-            remedy="name the dense model that this one was pruned from as reference",
+    def text(
+        self, text: str | Path, sequence_length: int | None, first: int | None
+    ) -> tuple[PerplexityRecord, DivergenceRecord | None]:
+        """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
+
+        Raises:
+            RecipeError: the dense model splits the text into different tokens.
+        """
+        own, dense = self.own, self.dense
+        windows, protocol = windows_of(text, own.model, own.tokenizer, sequence_length, first)
+        start = len(protocol.get("start_tokens", ()))
+        if dense is None:
+            with window_progress(self.progress, "perplexity", len(windows)) as report:
+                result = perplexity(
+                    own.model, windows, start_tokens=start, progress=report, ranks=self.ranks
+                )
+            return self._perplexity(text, result, None, protocol), None
+        other, dense_protocol = windows_of(
+            text, dense.model, dense.tokenizer, windows.shape[1], first
         )
-    with window_progress(progress, "divergence", len(windows)) as report:
-        moved = divergence(
-            ours.model,
-            dense.model,
-            windows,
-            start_tokens=started(protocol),
-            progress=report,
-            ranks=ranks,
-        )
-    both = protocol | {f"reference_{key}": beside[key] for key in COMPUTED}
-    return (
-        _perplexity_record(text, moved.model, moved.reference, protocol, shared),
-        [_divergence_record(text, moved, both, shared)],
-    )
-
-
-def _perplexity_record(
-    text: str | Path,
-    result: PerplexityResult,
-    reference: PerplexityResult | None,
-    protocol: dict[str, Any],
-    shared: dict[str, Any],
-) -> PerplexityRecord:
-    """The stored form of a perplexity."""
-    return PerplexityRecord(
-        text=str(text),
-        perplexity=result.perplexity,
-        mean_loss=result.mean_loss,
-        standard_error=result.standard_error,
-        reference_perplexity=reference.perplexity if reference else None,
-        protocol=protocol,
-        protocol_id=protocol_id("ppl", protocol),
-        seconds=result.seconds,
-        **shared,
-    )
-
-
-def _divergence_record(
-    text: str | Path, moved: DivergenceResult, protocol: dict[str, Any], shared: dict[str, Any]
-) -> DivergenceRecord:
-    """The stored form of a divergence."""
-    return DivergenceRecord(
-        text=str(text),
-        kl=moved.kl,
-        kl_standard_error=moved.kl_standard_error,
-        top1_agreement=moved.top1_agreement,
-        top1_standard_error=moved.top1_standard_error,
-        loss_change=moved.loss_change,
-        loss_change_standard_error=moved.loss_change_standard_error,
-        tokens=moved.tokens,
-        protocol=protocol,
-        protocol_id=protocol_id("div", protocol),
-        **shared,
-    )
-
-
-def _task_records(
-    ours: LoadedModel,
-    dense: LoadedModel | None,
-    shared: dict[str, Any],
-    prepared: Sequence[PreparedTask],
-    progress: Progress,
-) -> list[TaskRecord]:
-    """Measure scores of tasks, with the scores of the dense model if there is one."""
-    if not prepared:
-        return []
-    own = run_tasks(ours.model, ours.tokenizer, prepared, progress)
-    if dense is None:
-        return [task_record(score, None, shared) for score in own]
-    theirs = run_tasks(dense.model, dense.tokenizer, prepared, progress)
-    return [
-        task_record(score, compare(score.outcomes, other.outcomes, score.chance), shared)
-        for score, other in zip(own, theirs, strict=True)
-    ]
-
-
-def task_record(score: TaskScore, beside: Comparison | None, shared: dict[str, Any]) -> TaskRecord:
-    """The stored form of a score."""
-    return TaskRecord(
-        task=score.task,
-        metric=score.metric,
-        value=score.value,
-        standard_error=score.standard_error,
-        chance=score.chance,
-        items=score.items,
-        shots=score.shots,
-        reference_value=beside.reference_value if beside else None,
-        difference=beside.difference if beside else None,
-        difference_standard_error=beside.standard_error if beside else None,
-        significant=beside.significant if beside else None,
-        retention=beside.retention if beside else None,
-        protocol=dict(score.protocol),
-        protocol_id=score.protocol_id,
-        **shared,
-    )
-
-
-def _generation_record(
-    ours: LoadedModel,
-    dense: LoadedModel | None,
-    shared: dict[str, Any],
-    prompts: Sequence[str],
-    progress: Progress,
-) -> GenerationRecord:
-    """Generate texts with the model and with the dense model, side by side."""
-    own = check_generation(ours.model, ours.tokenizer, prompts=prompts, progress=progress)
-    theirs: list[Sample] | None = None
-    if dense is not None:
-        theirs = check_generation(dense.model, dense.tokenizer, prompts=prompts, progress=progress)
-    protocol = generation_protocol(prompts) | computed_by(ours.model)
-    beside: Sequence[Sample | None] = theirs or [None] * len(own)
-    return GenerationRecord(
-        samples=[
-            SampleRecord(
-                prompt=one.prompt,
-                text=one.text,
-                reference_text=other.text if other else None,
-                repetition=one.repetition,
-                reference_repetition=other.repetition if other else None,
-                degenerate=one.degenerate,
+        if other.shape != windows.shape or bool((other != windows).any()):
+            raise RecipeError(
+                f"{own.name} and {dense.name} read {text} as different tokens",
+                remedy="name the dense model that this one was pruned from as reference",
             )
-            for one, other in zip(own, beside, strict=True)
-        ],
-        repetition=mean_of([one.repetition for one in own]),
-        degenerate=sum(one.degenerate for one in own),
-        reference_repetition=mean_of([one.repetition for one in theirs]) if theirs else None,
-        reference_degenerate=sum(one.degenerate for one in theirs) if theirs else None,
-        protocol=protocol,
-        protocol_id=protocol_id("gen", protocol),
-        **shared,
-    )
+        with window_progress(self.progress, "divergence", len(windows)) as report:
+            found = divergence(
+                own.model,
+                dense.model,
+                windows,
+                start_tokens=start,
+                progress=report,
+                ranks=self.ranks,
+            )
+        both = protocol | {f"reference_{key}": dense_protocol[key] for key in COMPUTED}
+        record = DivergenceRecord(
+            text=str(text),
+            kl=found.kl,
+            kl_standard_error=found.kl_standard_error,
+            top1_agreement=found.top1_agreement,
+            top1_standard_error=found.top1_standard_error,
+            loss_change=found.loss_change,
+            loss_change_standard_error=found.loss_change_standard_error,
+            tokens=found.tokens,
+            protocol=both,
+            protocol_id=protocol_id("div", both),
+            **self.shared,
+        )
+        return self._perplexity(text, found.model, found.reference, protocol), record
+
+    def _perplexity(
+        self,
+        text: str | Path,
+        result: PerplexityResult,
+        reference: PerplexityResult | None,
+        protocol: dict[str, Any],
+    ) -> PerplexityRecord:
+        return PerplexityRecord(
+            text=str(text),
+            perplexity=result.perplexity,
+            mean_loss=result.mean_loss,
+            standard_error=result.standard_error,
+            reference_perplexity=reference.perplexity if reference else None,
+            protocol=protocol,
+            protocol_id=protocol_id("ppl", protocol),
+            seconds=result.seconds,
+            **self.shared,
+        )
+
+    def tasks(self, prepared: Sequence[PreparedTask]) -> list[TaskRecord]:
+        """Measure scores of tasks, with the scores of the dense model if there is one."""
+        if not prepared:
+            return []
+        own = run_tasks(self.own.model, self.own.tokenizer, prepared, self.progress)
+        if self.dense is None:
+            return [self._task(score, None) for score in own]
+        dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
+        return [
+            self._task(score, compare(score.outcomes, other.outcomes, score.chance))
+            for score, other in zip(own, dense, strict=True)
+        ]
+
+    def _task(self, score: TaskScore, comparison: Comparison | None) -> TaskRecord:
+        return TaskRecord(
+            task=score.task,
+            metric=score.metric,
+            value=score.value,
+            standard_error=score.standard_error,
+            chance=score.chance,
+            items=score.items,
+            shots=score.shots,
+            reference_value=comparison.reference_value if comparison else None,
+            difference=comparison.difference if comparison else None,
+            difference_standard_error=comparison.standard_error if comparison else None,
+            significant=comparison.significant if comparison else None,
+            retention=comparison.retention if comparison else None,
+            protocol=dict(score.protocol),
+            protocol_id=score.protocol_id,
+            **self.shared,
+        )
+
+    def generation(self, prompts: Sequence[str]) -> GenerationRecord:
+        """Generate texts with the model and with the dense model, side by side."""
+
+        def generate(loaded: LoadedModel) -> list[Sample]:
+            return check_generation(
+                loaded.model, loaded.tokenizer, prompts=prompts, progress=self.progress
+            )
+
+        own = generate(self.own)
+        dense = None if self.dense is None else generate(self.dense)
+        pairs: Sequence[Sample | None] = dense or [None] * len(own)
+        protocol = generation_protocol(prompts) | computed_by(self.own.model)
+        return GenerationRecord(
+            samples=[
+                SampleRecord(
+                    prompt=one.prompt,
+                    text=one.text,
+                    reference_text=other.text if other else None,
+                    repetition=one.repetition,
+                    reference_repetition=other.repetition if other else None,
+                    degenerate=one.degenerate,
+                )
+                for one, other in zip(own, pairs, strict=True)
+            ],
+            repetition=mean_of([one.repetition for one in own]),
+            degenerate=sum(one.degenerate for one in own),
+            reference_repetition=mean_of([one.repetition for one in dense]) if dense else None,
+            reference_degenerate=sum(one.degenerate for one in dense) if dense else None,
+            protocol=protocol,
+            protocol_id=protocol_id("gen", protocol),
+            **self.shared,
+        )

@@ -9,7 +9,7 @@ time, so that only one of them is in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,6 @@ def windows_of(
         start=start_tokens(tokenizer),
     )
     return windows, protocol
-
-
-def started(protocol: Mapping[str, Any]) -> int:
-    """The number of start tokens that each window of a protocol begins with."""
-    return len(protocol.get("start_tokens", ()))
 
 
 @contextmanager
