@@ -62,8 +62,8 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     hardware = facts.device(recipe.hardware)
     if recipe.usd_per_hour is not None:
         price = (recipe.usd_per_hour,) * 3
-        told = {"usd_per_hour": price, "price_source": GIVEN}
-        hardware = hardware.model_copy(update=told)
+        given = {"usd_per_hour": price, "price_source": GIVEN}
+        hardware = hardware.model_copy(update=given)
     shape, config = _shape_of(recipe, facts, progress)
     times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
     if recipe.hardware == THIS_MACHINE:
@@ -98,7 +98,7 @@ def _times_here(
     config: Any,
     progress: Progress,
 ) -> tuple[dict[str, TokenTimes], str]:
-    """Times of every way to store the model on this machine, and how they were found."""
+    """Times of every storage of the model on this machine, and how they were found."""
     if config is None:
         raise RecipeError(
             f"{recipe.model} is a well-known shape, and this machine can be timed only with the "
@@ -107,14 +107,14 @@ def _times_here(
             remedy=f"name a folder with config.json, or other hardware: "
             f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
         )
-    ways = {
+    storages = {
         option.stored: Way(option.values.name, option.zeros.sparsity)
         for option in options_for(shape, hardware)
     }
-    timed = time_tokens(config, list(ways.values()), progress)
+    timed = time_tokens(config, list(storages.values()), progress)
     times = {
-        stored: TokenTimes(timed[way].ends, timed[way].layers, timed[way].prompt)
-        for stored, way in ways.items()
+        stored: TokenTimes(timed[storage].ends, timed[storage].layers, timed[storage].prompt)
+        for stored, storage in storages.items()
     }
     dates = sorted({one.measured for one in timed.values()})
     return times, f"decoded on this machine with random weights, {dates[0]}"

@@ -78,11 +78,13 @@ def export_recipe(
         made = folder.fresh_model()
         exported = target.write(source, type, made, progress)
         lost = exported.zeros - exported.zeros_kept
-        said = f"{lost:,} of {exported.zeros:,} zeros were lost in {recipe.to} {type}"
+        message = f"{lost:,} of {exported.zeros:,} zeros were lost in {recipe.to} {type}"
         if lost and type not in target.lossy:
-            raise VerificationError(said, where=str(folder.output), remedy="choose another --type")
+            raise VerificationError(
+                message, where=str(folder.output), remedy="choose another --type"
+            )
         if lost:
-            exported.notes.insert(0, said)
+            exported.notes.insert(0, message)
         folder.notes.rmdir()
         files = tuple(sorted(file.name for file in made.iterdir()))
         folder.finish()

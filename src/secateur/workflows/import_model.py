@@ -115,13 +115,13 @@ class OpenedSource:
 
     Attributes:
         kind: which kind it is.
-        told: what its configuration says of its compression.
+        compression: what its configuration says of its compression.
         plain: the dense tensors of the source, with the configuration of the dense model.
         reader: the same with masks or an adapter applied.
     """
 
     kind: str
-    told: dict[str, Any]
+    compression: dict[str, Any]
     plain: AssembledReader
     reader: CheckpointReader
 
@@ -142,7 +142,7 @@ def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
             remedy=f"secateur imports {', '.join(import_formats)}",
         )
     plain = import_formats[kinds[0]].open(found)
-    told = config.get("quantization_config") or config.get("compression_config") or {}
+    compression = config.get("quantization_config") or config.get("compression_config") or {}
     reader: CheckpointReader = plain
     if recipe.adapter is not None:
         if plain.made or recipe.masks is not None:
@@ -155,7 +155,9 @@ def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
         )
     elif recipe.masks is not None:
         reader = MaskedReader(plain, Path(recipe.masks))
-    return OpenedSource(kinds[0], dict(told) if isinstance(told, dict) else {}, plain, reader)
+    return OpenedSource(
+        kinds[0], dict(compression) if isinstance(compression, dict) else {}, plain, reader
+    )
 
 
 def _record_of(
@@ -179,7 +181,7 @@ def _record_of(
         "kind": opened.kind,
         "masks": masks,
         "adapter": adapter,
-        "told": opened.told,
+        "told": opened.compression,
         "dropped": list(plain.dropped),
         "notes": list(plain.notes),
         "environment": environment(torch.device("cpu")),

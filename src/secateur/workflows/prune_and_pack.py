@@ -119,9 +119,9 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
             where="--ray",
             remedy="leave it out; --gpus and --nodes plan for a cluster on paper",
         )
-    asked = PruneCall(dry_run=True, **call)
-    if asked.gpus is not None:
-        return _plan_on_paper(recipe, asked)
+    cluster_call = PruneCall(dry_run=True, **call)
+    if cluster_call.gpus is not None:
+        return _plan_on_paper(recipe, cluster_call)
     plan = plan_pruning(recipe)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
@@ -233,7 +233,7 @@ def _do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -
             run_recipe(recipe, progress, **call, ranks=ranks)
 
 
-def _plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
+def _plan_on_paper(recipe: PruneRecipe, cluster_call: PruneCall) -> ClusterPlanResult:
     """Plan the run of a recipe for a well-known shape on GPUs that are not here."""
     facts = read_facts()
     if recipe.model not in facts.shapes:
@@ -243,16 +243,16 @@ def _plan_on_paper(recipe: PruneRecipe, asked: PruneCall) -> ClusterPlanResult:
             remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
             "machine",
         )
-    hardware = facts.device(_full_name(asked.gpu, facts))
+    hardware = facts.device(_full_name(cluster_call.gpu, facts))
     method, _ = method_of(recipe)
     length = recipe.calibration.sequence_length or 2048
-    assert asked.gpus is not None
+    assert cluster_call.gpus is not None
     machines = Machines(
-        asked.nodes,
-        asked.gpus,
+        cluster_call.nodes,
+        cluster_call.gpus,
         hardware,
         facts.efficiency[hardware.kind],
-        float(asked.network.removesuffix("Gb")) * 1e9 / 8,
+        float(cluster_call.network.removesuffix("Gb")) * 1e9 / 8,
     )
     plan = plan_cluster(
         PlannedModel.of(facts.shapes[recipe.model]),

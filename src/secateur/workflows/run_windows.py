@@ -201,22 +201,22 @@ def extra_windows(plan: WindowPlan, options: Calibration, how: Distill) -> int:
     return max(held_out, needed)
 
 
-def log_short_text(asked: int, record: Mapping[str, Any]) -> None:
+def log_short_text(wanted: int, record: Mapping[str, Any]) -> None:
     """Log that a text or a file has fewer extra windows than the distillation wants."""
     found = record.get(EXTRA, 0)
-    if found >= asked:
+    if found >= wanted:
         return
     source = record["source"]
     if source.endswith(".safetensors"):
         log.warning(
             "the distillation wants %d extra windows, and a file of windows has %d: %s. Give the "
             "text instead, and it reads more of it",
-            asked,
+            wanted,
             found,
             source,
         )
     else:
-        log.warning("the distillation wants %d extra windows, and %s has %d", asked, source, found)
+        log.warning("the distillation wants %d extra windows, and %s has %d", wanted, source, found)
 
 
 def split_extra(windows: Tensor, extra: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""
 
 SHARE = 6
-"""One calibration window in so many chooses, and one in so many judges the result."""
+"""One calibration window in so many chooses, and one in so many measures the result."""
 
 
 def round_checkpoint(

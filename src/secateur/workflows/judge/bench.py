@@ -140,7 +140,7 @@ def _check_asked(
 
 
 def _write_record(report: BenchResult, folder: Path) -> None:
-    """Write the results beside the records of a pruning run, if the folder has them."""
+    """Write the results next to the records of a pruning run, if the folder has them."""
     if not (folder / NOTES).is_dir():
         return
     file = folder / NOTES / "bench.json"
@@ -154,5 +154,5 @@ def _write_record(report: BenchResult, folder: Path) -> None:
 def tokens_of(folder: Path) -> int:
     """The number of token ids that a prompt is drawn from: 1000; nearly every model has them."""
     config = read_config(folder)
-    told = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    return min(1000, told) if isinstance(told, int) else 1000
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return min(1000, size) if isinstance(size, int) else 1000

@@ -20,7 +20,7 @@ from secateur.diagnostics.drift import (
     layer_drifts,
 )
 from secateur.diagnostics.findings import Claims, Finding, by_severity, read_claims
-from secateur.diagnostics.target import Machine, check_speed, look_at_target
+from secateur.diagnostics.target import check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
 from secateur.diagnostics.weights import Weights, check_values, layer_sparsity, look_at_weights
@@ -97,23 +97,26 @@ def diagnose(
     """
     progress = listener(progress)
     steps = [] if training_log is None else read_log(Path(training_log))
-    place = choose_device(device)
-    ours = _open_in_float32(model, place, trust_remote_code)
+    torch_device = choose_device(device)
+    own = _open_in_float32(model, torch_device, trust_remote_code)
     reference = None
     if dense is not None:
-        theirs = _open_in_float32(dense, place, trust_remote_code)
+        other = _open_in_float32(dense, torch_device, trust_remote_code)
         reference = _open_reference(
-            ours, theirs, str(text), windows, sequence_length, trust_remote_code
+            own, other, str(text), windows, sequence_length, trust_remote_code
         )
-    claims = read_claims(ours.reader.folder)
-    weights, findings = _check_weights(ours, claims, reference, progress)
+    claims = read_claims(own.reader.folder)
+    weights, findings = _check_weights(own, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
     if reference is not None:
-        drift = layer_drifts(ours, reference.target, reference.tokens, progress)
+        drift = layer_drifts(own, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
-        findings += check_layers(drift, ours.architecture.layer_name, bears)
+        findings += check_layers(drift, own.architecture.layer_name, bears)
     target = check_target().target
-    findings += _pruned_findings(ours, claims, weights, reference, target)
+    if weights.sparsity > PRUNED:
+        pattern = claims.pattern.name if claims.pattern else "unstructured"
+        findings += check_speed(own.reader.folder, pattern, weights.sparsity, target)
+        findings += _skipped_checks(claims, reference)
     findings += check_training(steps, str(training_log))
     found = DiagnoseResult(
         str(model),
@@ -124,7 +127,7 @@ def diagnose(
         drift,
         bears,
         target,
-        environment(place),
+        environment(torch_device),
         reference.protocol if reference else {},
     )
     _write_diagnosis(found)
@@ -149,25 +152,24 @@ def _open_in_float32(
 
 
 def _open_reference(
-    ours: CheckpointTarget,
-    theirs: CheckpointTarget,
+    own: CheckpointTarget,
+    dense: CheckpointTarget,
     text: str,
     windows: int,
     sequence_length: int | None,
     trust_remote_code: bool,
 ) -> Reference:
     """Open a dense model of the same kind, and the windows that both models read."""
-    check_same_model(ours, theirs)
-    tokens, start = _token_windows(ours, text, windows, sequence_length, trust_remote_code)
-    named = {"start_tokens": list(start)} if start else {}
+    check_same_model(own, dense)
+    tokens, start = _token_windows(own, text, windows, sequence_length, trust_remote_code)
     protocol = {
         "text": text,
         "windows": len(tokens),
         "sequence_length": tokens.shape[1],
-        **named,
+        **({"start_tokens": list(start)} if start else {}),
         "computed_in": "float32",
     }
-    return Reference(theirs, tokens, protocol)
+    return Reference(dense, tokens, protocol)
 
 
 def _token_windows(
@@ -198,16 +200,19 @@ def _token_windows(
 
 
 def _check_weights(
-    ours: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
+    own: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
 ) -> tuple[Weights, list[Finding]]:
     """Check every stored tensor, and return the findings."""
-    weights = _read_weights(ours, claims, "weights", progress)
+    weights = _read_weights(own, claims, "weights", progress)
     dense = None
     if reference is not None:
         dense = _read_weights(reference.target, Claims(), "dense weights", progress)
-    name, size = ours.architecture.layer_name, head_size(ours.model.config)
+    name, size = own.architecture.layer_name, head_size(own.model.config)
+    layouts = own.reader.packed.layouts.values() if isinstance(own.reader, DenseView) else ()
     findings = check_values(weights)
-    findings += check_sparsity(weights, claims, rounded=_stored_as_int8(ours))
+    findings += check_sparsity(
+        weights, claims, rounded=any(layout.values == "int8" for layout in layouts)
+    )
     findings += check_units(weights, claims, size, name, dense)
     return weights, findings
 
@@ -220,30 +225,6 @@ def _read_weights(
     weights = look_at_weights(target, claims, lambda name: progress.step(note=name))
     progress.finish()
     return weights
-
-
-def _stored_as_int8(target: CheckpointTarget) -> bool:
-    """Whether a compressed checkpoint holds rounded matrices."""
-    if not isinstance(target.reader, DenseView):
-        return False
-    return any(layout.values == "int8" for layout in target.reader.packed.layouts.values())
-
-
-def _pruned_findings(
-    ours: CheckpointTarget,
-    claims: Claims,
-    weights: Weights,
-    reference: Reference | None,
-    target: Machine,
-) -> list[Finding]:
-    """Findings about a pruned model only: its speed, and the checks that were impossible."""
-    if weights.sparsity <= PRUNED:
-        return []
-    pattern = claims.pattern.name if claims.pattern else "unstructured"
-    return [
-        *check_speed(ours.reader.folder, pattern, weights.sparsity, target),
-        *_skipped_checks(claims, reference),
-    ]
 
 
 def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]:
@@ -274,7 +255,7 @@ def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding
 
 
 def _write_diagnosis(found: DiagnoseResult) -> None:
-    """Write the diagnosis beside the records of the run, if there are any."""
+    """Write the diagnosis next to the records of the run, if there are any."""
     folder = found.claims.folder
     if folder is None:
         return

@@ -177,16 +177,16 @@ class Conversation:
         if not prompt.strip():
             raise RecipeError("the prompt is empty", remedy="give at least one word")
         _check_text(prompt)
-        asked = [*self.messages, {"role": "user", "content": prompt}]
+        messages = [*self.messages, {"role": "user", "content": prompt}]
         made = self.session.write(
             prompt,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
-            messages=asked if self.chat else None,
+            messages=messages if self.chat else None,
             stop=self.stop,
             tell=tell,
         )
-        self.messages = [*asked, {"role": "assistant", "content": made.text}]
+        self.messages = [*messages, {"role": "assistant", "content": made.text}]
         return made
 
     def forget(self) -> None:

@@ -83,16 +83,16 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    place = choose_device(device)
+    torch_device = choose_device(device)
     if is_packed(source.folder):
         loaded = load(
             source.folder,
-            kernels=place.type == "cpu",
-            device=place,
+            kernels=torch_device.type == "cpu",
+            device=torch_device,
             trust_remote_code=trust_remote_code,
         )
     else:
-        loaded = load_whole(source.folder, place, trust_remote_code=trust_remote_code)
+        loaded = load_whole(source.folder, torch_device, trust_remote_code=trust_remote_code)
     return loaded, tokenizer
 
 
@@ -121,7 +121,7 @@ class LossComparison:
 
     Args:
         target: the dense model.
-        file: the windows (`calibration.save_windows`); the dense losses are kept beside it.
+        file: the windows (`calibration.save_windows`); the dense losses are kept next to it.
         progress: receives every window.
         trust_remote_code: whether code from the folder of the model may run.
     """

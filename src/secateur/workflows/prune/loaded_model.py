@@ -161,14 +161,14 @@ def _module_windows(
         check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
         return split_extra(calibration.to("cpu", torch.int64), 0)
     plan = window_plan(recipe.calibration, model.config)
-    asked = extra_windows(plan, recipe.calibration, recipe.distillation)
+    wanted = extra_windows(plan, recipe.calibration, recipe.distillation)
     windows, record = load_calibration(
         recipe.calibration.source,
         tokenizer,
-        replace(plan, extra=asked),
+        replace(plan, extra=wanted),
         field=recipe.calibration.field,
         vocab_size=vocabulary,
         positions=positions,
     )
-    log_short_text(asked, record)
+    log_short_text(wanted, record)
     return split_extra(windows, record.get(EXTRA, 0))

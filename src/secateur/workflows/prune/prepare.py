@@ -242,18 +242,18 @@ def _read_windows(
     """Return the windows of a recipe for the model of a folder."""
     options = recipe.calibration
     plan = window_plan(options, target.model.config)
-    asked = extra_windows(plan, options, recipe.distillation)
+    wanted = extra_windows(plan, options, recipe.distillation)
     windows, record = calibration_windows(
         options.source,
         options,
         folder,
         target,
-        extra=asked,
+        extra=wanted,
         trust_remote_code=recipe.trust_remote_code,
         only_plan=only_plan,
         pictures=pictures,
     )
-    log_short_text(asked, record)
+    log_short_text(wanted, record)
     calibration, extra = split_extra(windows, record.get(EXTRA, 0))
     return RunWindows(calibration, extra, record, options.generated_windows)
 

@@ -42,7 +42,7 @@ class SecateurCallback(TrainerCallback):
     """
 
     def __init__(self, masks: str | Path | None = None, *, trust_remote_code: bool = False) -> None:
-        self.place = None if masks is None else Path(masks)
+        self.source = None if masks is None else Path(masks)
         self.trust_remote_code = trust_remote_code
         self.masks = Masks({})
         self.hooks: list[Any] = []
@@ -71,17 +71,17 @@ class SecateurCallback(TrainerCallback):
 
     def found(self, model: nn.Module, is_adapted: bool) -> Masks:
         """The masks that this training holds, for the model within peft's wrapper."""
-        if is_adapted and self.place is not None:
+        if is_adapted and self.source is not None:
             raise RecipeError(
                 "adapters leave the base model unchanged, so there are no masks to give it",
                 remedy="put the adapters on the pruned model, and leave masks out",
             )
         if is_adapted:
             return base_masks(model)
-        if self.place is None:
+        if self.source is None:
             return Masks.of(model)
         return masks_in(
-            self.place,
+            self.source,
             model,
             trust_remote_code=self.trust_remote_code,
             sums=partial(_sum_over_processes, model=model),
@@ -111,8 +111,8 @@ class SecateurCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check the zeros again, in case another callback asked for the save."""
-        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.check(given["model"], f"{place} holds a denser model: remove it")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.check(given["model"], f"{folder} holds a denser model: remove it")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check the zeros of the trained model, and remove the hooks."""
@@ -163,20 +163,20 @@ def _inner_optimizer(optimizer: Any) -> Any:
 
 
 def _refuse_hidden(args: Any, model: nn.Module) -> None:
-    """Refuse ways to share a model out that hide its parameters from a callback."""
+    """Refuse shardings that hide the parameters of a model from a callback."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import Shard
 
-    way = None
+    reason = None
     if getattr(args, "deepspeed", None):
-        way = "DeepSpeed keeps its own copies of the weights"
+        reason = "DeepSpeed keeps its own copies of the weights"
     elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        way = "FSDP 1 joins the weights of a layer to one flat tensor"
+        reason = "FSDP 1 joins the weights of a layer to one flat tensor"
     elif any(p.placements != (Shard(0),) for p in model.parameters() if is_shared(p)):  # type: ignore[attr-defined]
-        way = "the model is shared out along other axes than rows"
-    if way is not None:
+        reason = "the model is shared out along other axes than rows"
+    if reason is not None:
         raise RecipeError(
-            f"zeros cannot be held here: {way}",
+            f"zeros cannot be held here: {reason}",
             remedy="use one process, DDP, or FSDP with fsdp_version 2",
         )
 

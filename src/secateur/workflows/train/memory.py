@@ -194,7 +194,7 @@ def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: boo
 def disk_bytes(
     recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
 ) -> int:
-    """The maximum disk use of a training. Each new file is written beside the old one."""
+    """The maximum disk use of a training. Each new file is written next to the old one."""
     stored = target.stored
     named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
     trained = sum(count for name, count in named.items() if plan.factor(name))

@@ -153,7 +153,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
     before = session.validation_loss()
     early = None
     if rounds.rewind == "weights":
-        early = files.place / "early.safetensors"
+        early = files.folder / "early.safetensors"
         _train_before(session, rounds.rewind_step, early, files)
 
     def retrain(this: Round) -> None:
@@ -169,7 +169,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         )
         files.keep(f"round-{this.number}", run_loop(loop), loop, this.sparsity)
 
-    prune_in_rounds(adapted.model, adapted.opened, rounds, retrain, early, files.place)
+    prune_in_rounds(adapted.model, adapted.opened, rounds, retrain, early, files.folder)
     names = ["dense"] if early is not None else []
     names += [f"round-{number}" for number in range(1, rounds.rounds + 1)]
     return files.trained(names, before)
@@ -177,7 +177,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
 
 def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
     """Train before the first round. This gives its weights, and the early weights to rewind to."""
-    model, weights = session.adapted.model, files.place / "dense.safetensors"
+    model, weights = session.adapted.model, files.folder / "dense.safetensors"
     if not step and not early.exists():
         write_weights(model, early)
     if files.report("dense").exists():
@@ -185,7 +185,7 @@ def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -
             read_weights(model, weights)
         return
     hooks: tuple[Hook, ...] = (KeepEarly(step, early),) if step else ()
-    folder = files.place / "dense"
+    folder = files.folder / "dense"
     loop = session.loop(folder, hooks=hooks, board=None, label="training before round 1")
     outcome = run_loop(loop)
     write_weights(model, weights)
@@ -198,21 +198,21 @@ class RoundFiles:
     """The reports and logs of the trainings of a run in rounds.
 
     Attributes:
-        place: their folder.
+        folder: of the files.
     """
 
-    place: Path
+    folder: Path
 
     def __post_init__(self) -> None:
-        self.place.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def report(self, name: str) -> Path:
         """The report of a training. It exists only after the training has finished."""
-        return self.place / f"{name}.json"
+        return self.folder / f"{name}.json"
 
     def log(self, name: str) -> Path:
         """The log of a finished training."""
-        return self.place / f"{name}.jsonl"
+        return self.folder / f"{name}.jsonl"
 
     def keep(self, name: str, outcome: Outcome, loop: Loop, sparsity: float) -> None:
         """Write the log and the report of a finished training."""
@@ -263,5 +263,5 @@ class RoundFiles:
             whole.seconds += outcome.seconds
             whole.stopped = outcome.stopped
         rate = max(report["learning_rate"] for report in reports)
-        final = self.place / f"{names[-1]}.weights.safetensors"
+        final = self.folder / f"{names[-1]}.weights.safetensors"
         return Trained(whole, rate, final, self.log(names[-1]), entries)
