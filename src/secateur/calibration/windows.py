@@ -398,7 +398,7 @@ IDS, MASK = "input_ids", "attention_mask"
 
 
 @dataclass(frozen=True)
-class Beside:
+class MultimodalInputs:
     """Further arguments of the model for each calibration window.
 
     Attributes:
@@ -447,11 +447,11 @@ def _refuse_beside(names: Iterable[str], path: Path) -> None:
         )
 
 
-def load_beside(path: Path, windows: int) -> Beside | None:
+def load_beside(path: Path, windows: int) -> MultimodalInputs | None:
     """What a file of windows has beside the tokens; None if nothing.
 
     Args:
-        path: a file that `load_windows` has read, or one of `Beside.save`.
+        path: a file that `load_windows` has read, or one of `MultimodalInputs.save`.
         windows: how many windows there are.
 
     Raises:
@@ -476,4 +476,4 @@ def load_beside(path: Path, windows: int) -> Beside | None:
             where=f"{path}: {MASK}",
             remedy="cut all windows to the same length, without padding",
         )
-    return Beside({name: tensors[name] for name in names})
+    return MultimodalInputs({name: tensors[name] for name in names})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.calibration.windows import Beside
+from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.choose.allocation import Survey, allocate
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.settings import Settings
@@ -30,7 +30,7 @@ class Job:
         settings: how the work is done.
         allocation: sets the sparsity of each linear.
         sparsity: target sparsity of the whole model.
-        beside: what the model reads beside the tokens of each window.
+        multimodal: what the model reads besides the tokens of each window.
     """
 
     target: Target
@@ -39,7 +39,7 @@ class Job:
     settings: Settings
     allocation: Allocation
     sparsity: float
-    beside: Beside | None = None
+    multimodal: MultimodalInputs | None = None
 
     def run(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
         """Gather gradients if the method needs them, allocate, and prune the layers.
@@ -72,5 +72,5 @@ class Job:
         how = self.settings
         return CalibrationStream(
             self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
-            self.beside, on_gpu=how.on_gpu,
+            self.multimodal, on_gpu=how.on_gpu,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from secateur.calibration.loading import load_calibration
 from secateur.calibration.statistics import of_gradients
 from secateur.calibration.windows import (
     EXTRA,
-    Beside,
+    MultimodalInputs,
     WindowPlan,
     load_beside,
     load_windows,
@@ -76,7 +76,7 @@ class RunWindows:
     record: dict[str, Any]
     ungenerated: int = 0
     stored: bool = False
-    multimodal: Beside | None = None
+    multimodal: MultimodalInputs | None = None
 
     @classmethod
     def load(cls, file: Path, config: Any) -> RunWindows:
@@ -269,7 +269,7 @@ def multimodal_inputs(
     allocation: Allocation,
     windows: Tensor,
     stored: Path | None,
-) -> Beside | None:
+) -> MultimodalInputs | None:
     """What a model reads besides the tokens of a recipe's windows; None if nothing.
 
     Args:
@@ -305,7 +305,7 @@ def multimodal_inputs(
     return multimodal
 
 
-def refuse_shared(multimodal: Beside | None, ranks: Ranks) -> None:
+def refuse_shared(multimodal: MultimodalInputs | None, ranks: Ranks) -> None:
     """Refuse pictures in several processes.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import Beside
+from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import ModelTarget
@@ -51,7 +51,9 @@ def with_pictures(name: str) -> tuple[Tensor, dict[str, Tensor]]:
 NAMES = ("llava", "qwen2_5_vl", "gemma3 vision")
 
 
-def heard(model: nn.Module, windows: Tensor, beside: Beside) -> dict[int, list[Tensor]]:
+def heard(
+    model: nn.Module, windows: Tensor, multimodal: MultimodalInputs
+) -> dict[int, list[Tensor]]:
     """The inputs of every decoder layer in plain forwards of the whole model, by hooks."""
     found: dict[int, list[Tensor]] = {}
     handles = [
@@ -64,7 +66,7 @@ def heard(model: nn.Module, windows: Tensor, beside: Beside) -> dict[int, list[T
         for number, layer in enumerate(describe(model).layers(model))
     ]
     for row in range(len(windows)):
-        given = {name: x[row] for name, x in beside.tensors.items()}
+        given = {name: x[row] for name, x in multimodal.tensors.items()}
         model(input_ids=windows[row : row + 1], use_cache=False, **given)
     for handle in handles:
         handle.remove()
@@ -76,9 +78,11 @@ def heard(model: nn.Module, windows: Tensor, beside: Beside) -> dict[int, list[T
 def test_layer_by_layer_is_the_model(name: str) -> None:
     model: Any = tiny_model(name)
     windows, tensors = with_pictures(name)
-    beside = Beside(tensors)
-    expected = heard(model, windows, beside)
-    calibration = CalibrationStream(ModelTarget(model), windows, 2048, True, None, beside=beside)
+    multimodal = MultimodalInputs(tensors)
+    expected = heard(model, windows, multimodal)
+    calibration = CalibrationStream(
+        ModelTarget(model), windows, 2048, True, None, multimodal=multimodal
+    )
     calibration.open(0, dense=False)
     for number, layer in calibration.walk():
         assert len(calibration.batches()) == COUNT
@@ -99,7 +103,7 @@ def test_what_is_added_between_layers_is_refused() -> None:
     model: Any = class_of(config).from_config(config, dtype=torch.float32).eval()
     windows, tensors = with_pictures("qwen2_5_vl")
     calibration = CalibrationStream(
-        ModelTarget(model), windows, 2048, True, None, beside=Beside(tensors)
+        ModelTarget(model), windows, 2048, True, None, multimodal=MultimodalInputs(tensors)
     )
     with pytest.raises(ArchitectureError, match=r"adds .*pixel_values.* between its layers"):
         calibration.open(0, dense=False)

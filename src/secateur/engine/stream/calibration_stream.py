@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import Beside
+from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
@@ -44,7 +44,7 @@ class CalibrationStream:
         in_memory: whether hidden states are in memory.
         work: folder that keeps them (as well); None for a run in memory only.
         ranks: the processes that share the windows. Each has the hidden states of its own.
-        beside: what the model reads beside the tokens; then one window passes at a time.
+        multimodal: what the model reads besides the tokens; then one window passes at a time.
         on_gpu: whether hidden states and halted forwards that are in memory stay in the memory of
             the target's GPU. Then no layer waits for copies between host and GPU.
     """
@@ -57,12 +57,12 @@ class CalibrationStream:
         in_memory: bool,
         work: Path | None,
         ranks: Ranks = ALONE,
-        beside: Beside | None = None,
+        multimodal: MultimodalInputs | None = None,
         *,
         on_gpu: bool = False,
     ) -> None:
         self.home = target.device if on_gpu else torch.device("cpu")
-        self.target, self.windows, self.work, self.beside = target, windows, work, beside
+        self.target, self.windows, self.work, self.multimodal = target, windows, work, multimodal
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
         self.opened: list[Activations] = []
@@ -71,7 +71,7 @@ class CalibrationStream:
     def outer(self) -> EmbeddingAndHead:
         """What is before and behind the layers, and how these are called."""
         folder = None if self.in_memory else self.work
-        return EmbeddingAndHead(self.target, self.windows, folder, self.own, self.beside)
+        return EmbeddingAndHead(self.target, self.windows, folder, self.own, self.multimodal)
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -86,7 +86,7 @@ class CalibrationStream:
     def windows_at_once(self) -> int:
         """The most windows in a micro-batch; one process has so many in all but the last."""
         samples, length = self.windows.shape
-        if self.beside is not None:
+        if self.multimodal is not None:
             return 1
         return min(samples, max(1, self.micro_batch_tokens // length))
 

@@ -102,7 +102,7 @@ class PackedHiddenStates:
             start += prod(size)
 
 
-def _carried_of(
+def _find_packing(
     hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
 ) -> PackedHiddenStates | None:
     """The columns for a model; None if its layers take one hidden state for each token, no more."""
@@ -145,7 +145,7 @@ class LayerCall:
         args: positional arguments after the hidden states.
         kwargs: named arguments.
         in_tuple: whether the model expects the layer's output in a tuple.
-        carried: how hidden states are packed with what layers share; None if they are plain.
+        packing: how hidden states are packed with what layers share; None if they are plain.
         varying: arguments that depend on the tokens, each by its place among all arguments, with
             its shape after [batch, sequence].
     """
@@ -153,7 +153,7 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     in_tuple: bool = False
-    carried: PackedHiddenStates | None = None
+    packing: PackedHiddenStates | None = None
     varying: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
@@ -210,26 +210,26 @@ class LayerCall:
 
     def packed(self, hidden: Tensor) -> Tensor:
         """Inputs of the first layer as they travel: [batch, sequence, width]."""
-        return hidden if self.carried is None else self.carried.pack(hidden, {})
+        return hidden if self.packing is None else self.packing.pack(hidden, {})
 
     def unpacked(self, hidden: Tensor) -> Tensor:
         """The hidden states as the model hands them to its layers."""
-        return hidden if self.carried is None else self.carried.unpack(hidden)[0]
+        return hidden if self.packing is None else self.packing.unpack(hidden)[0]
 
     def states(self, hidden: Tensor) -> Tensor:
         """The hidden states [batch, sequence, width] without what layers share."""
-        return hidden if self.carried is None else self.carried.states(hidden)
+        return hidden if self.packing is None else self.packing.states(hidden)
 
 
 def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
-    """Run one decoder layer: hidden states in, hidden states out, packed if `call.carried`."""
-    if call.carried is None:
+    """Run one decoder layer: hidden states in, hidden states out, packed if `call.packing`."""
+    if call.packing is None:
         out = layer(hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
-    hidden, shared = call.carried.unpack(hidden)
+    hidden, shared = call.packing.unpack(hidden)
     own = call.sharing(shared)
     out = layer(hidden, *own.args, **own.kwargs)
-    return call.carried.pack(out[0] if isinstance(out, tuple) else out, shared)
+    return call.packing.pack(out[0] if isinstance(out, tuple) else out, shared)
 
 
 class StandIn(nn.Module):
@@ -313,12 +313,12 @@ def _record(
     model: Any,
     layers: nn.ModuleList,
     input_ids: Tensor,
-    beside: Mapping[str, Tensor] | None = None,
+    multimodal: Mapping[str, Tensor] | None = None,
 ) -> list[Recorder]:
     """Record one forward of the model up to its last decoder layer.
 
-    Some models expect a tensor from a layer and some a tuple. Both are tried. `beside` is what the
-    model reads beside the tokens, such as the pixels of pictures.
+    Some models expect a tensor from a layer and some a tuple. Both are tried. `multimodal` is what
+    the model reads besides the tokens, such as the pixels of pictures.
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
@@ -327,7 +327,7 @@ def _record(
         recorders = [Recorder(x, i == last, in_tuple, shapes) for i, x in enumerate(layers)]
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
-                model(input_ids=input_ids, use_cache=False, **(beside or {}))
+                model(input_ids=input_ids, use_cache=False, **(multimodal or {}))
             except AfterLastLayer:
                 if all(recorder.call is not None for recorder in recorders):
                     return recorders
@@ -386,7 +386,7 @@ def layer_calls(
     model: Any,
     layers: nn.ModuleList,
     batches: list[Tensor],
-    beside: Mapping[str, Tensor] | None = None,
+    multimodal: Mapping[str, Tensor] | None = None,
 ) -> list[LayerCall]:
     """How each layer is called, for several batches of equal shape.
 
@@ -396,11 +396,11 @@ def layer_calls(
     Raises:
         ArchitectureError: arguments depend on the tokens, but not one by one.
     """
-    recorded = [_record(model, layers, batch, beside) for batch in batches]
+    recorded = [_record(model, layers, batch, multimodal) for batch in batches]
     calls = [_call_of(recorder) for recorder in recorded[0]]
     for other in recorded[1:]:
         for index, recorder in enumerate(other):
-            found = varying(calls[index], _call_of(recorder), batches[0].shape)
+            found = _differing(calls[index], _call_of(recorder), batches[0].shape)
             if found is None:
                 raise ArchitectureError(
                     f"decoder layer {index} of {type(model).__name__} is handed values that depend "
@@ -412,8 +412,8 @@ def layer_calls(
     hidden = recorded[0][0].hidden
     assert hidden is not None
     shared = _shared_states(layers, hidden, calls)
-    carried = _carried_of(hidden, batches[0].shape, shared, type(model).__name__)
-    return [replace(call, carried=carried) for call in calls]
+    packing = _find_packing(hidden, batches[0].shape, shared, type(model).__name__)
+    return [replace(call, packing=packing) for call in calls]
 
 
 def _call_of(recorder: Recorder) -> LayerCall:
@@ -422,7 +422,7 @@ def _call_of(recorder: Recorder) -> LayerCall:
     return recorder.call
 
 
-def varying(
+def _differing(
     one: LayerCall, two: LayerCall, tokens: torch.Size
 ) -> dict[int, tuple[int, ...]] | None:
     """The arguments that differ between two batches, with their shapes after [batch, sequence].
@@ -438,7 +438,7 @@ def varying(
     return found
 
 
-class Watched(dict[str, States]):
+class _WatchedDict(dict[str, States]):
     """A dictionary for what layers share, which notes what they read."""
 
     def __init__(self) -> None:
@@ -458,7 +458,7 @@ def _shared_states(
 
     They run on the meta device, so the tensors have shapes but no values.
     """
-    shared, meta = Watched(), torch.device("meta")
+    shared, meta = _WatchedDict(), torch.device("meta")
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         if not call.shares():
             continue
@@ -477,23 +477,23 @@ def _shared_states(
     return {key: shared[key] for key in shared if key in shared.read}
 
 
-def recorded_with(
-    model: Any, layers: nn.ModuleList, ids: Tensor, beside: Mapping[str, Tensor]
+def record_multimodal(
+    model: Any, layers: nn.ModuleList, ids: Tensor, multimodal: Mapping[str, Tensor]
 ) -> tuple[Tensor, list[LayerCall]]:
     """The first layer's input, and how each layer is called, for one window with pictures.
 
     Raises:
         ArchitectureError: the model adds something to the hidden states between its layers.
     """
-    recorders = _record(model, layers, ids, beside)
+    recorders = _record(model, layers, ids, multimodal)
     hidden = recorders[0].hidden
     assert hidden is not None
     for index, recorder in enumerate(recorders):
         assert recorder.hidden is not None
         if not torch.equal(recorder.hidden, hidden):
             raise ArchitectureError(
-                f"{type(model).__name__} adds {', '.join(beside)} to the hidden states between its "
-                f"layers, first before layer {index}",
+                f"{type(model).__name__} adds {', '.join(multimodal)} to the hidden states between "
+                f"its layers, first before layer {index}",
                 remedy="calibrate this model on text alone",
             )
     return hidden, [_call_of(recorder) for recorder in recorders]

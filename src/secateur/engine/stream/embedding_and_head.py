@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import Beside
+from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import (
     LayerCall,
@@ -30,7 +30,7 @@ from secateur.engine.stream.calls import (
     call_layer,
     first_inputs,
     layer_calls,
-    recorded_with,
+    record_multimodal,
     replaced_layers,
     token_values,
     token_values_of_all,
@@ -70,7 +70,7 @@ class EmbeddingAndHead:
         windows: token ids [samples, sequence_length].
         folder: keeps what depends on the tokens besides hidden states; None for memory.
         own: the windows of this process; None for all.
-        beside: what the model reads beside the tokens. Then each window has calls of its own,
+        multimodal: what the model reads besides the tokens. Then each window has calls of its own,
             because masks and positions depend on where its pictures are.
     """
 
@@ -80,9 +80,9 @@ class EmbeddingAndHead:
         windows: Tensor,
         folder: Path | None = None,
         own: slice | None = None,
-        beside: Beside | None = None,
+        multimodal: MultimodalInputs | None = None,
     ) -> None:
-        self.target, self.windows, self.beside = target, windows, beside
+        self.target, self.windows, self.multimodal = target, windows, multimodal
         self.recorded: dict[int, list[LayerCall]] = {}
         self.of_windows: dict[int, list[LayerCall]] = {}
         self.width: int | None = None  # of hidden states as they travel
@@ -97,10 +97,12 @@ class EmbeddingAndHead:
             total, device = len(self.windows), self.target.device
             # Turned around, so that a single window also shows what depends on its tokens.
             last = self.windows[total - size :].flip(1)
-            shown = (self.windows[:size], last) if self.beside is None else (self.windows[:1],)
+            shown = (self.windows[:size], last) if self.multimodal is None else (self.windows[:1],)
             ids = [x.to(device) for x in shown]
             with self.target.outside():
-                calls = layer_calls(self.target.model, self.target.layers, ids, self.given(0))
+                calls = layer_calls(
+                    self.target.model, self.target.layers, ids, self._multimodal_of(0)
+                )
             self.recorded[size] = [call.to(device).filled(None) for call in calls]
         return self.recorded[size]
 
@@ -111,47 +113,47 @@ class EmbeddingAndHead:
             number: number of the layer.
             rows: numbers of the windows; one window, if it has pictures.
         """
-        if self.beside is not None:
+        if self.multimodal is not None:
             (row,) = rows
-            return self.calls_of(row)[number]
+            return self._calls_of(row)[number]
         call = self.calls(len(rows))[number]
         return call.filled(self.token_values.read(number, call, rows)) if call.varying else call
 
-    def given(self, row: int) -> dict[str, Tensor]:
-        """What the model reads beside the tokens of a window."""
-        if self.beside is None:
+    def _multimodal_of(self, row: int) -> dict[str, Tensor]:
+        """What the model reads besides the tokens of a window."""
+        if self.multimodal is None:
             return {}
-        return self.beside.of(row, self.target.device, self.target.dtype)
+        return self.multimodal.of(row, self.target.device, self.target.dtype)
 
-    def calls_of(self, row: int) -> list[LayerCall]:
+    def _calls_of(self, row: int) -> list[LayerCall]:
         """How the model calls each layer for one window with its pictures."""
         if row not in self.of_windows:
             with self.target.outside():
-                self.with_beside(row)
+                self._record_multimodal(row)
         return self.of_windows[row]
 
-    def with_beside(self, row: int) -> Tensor:
+    def _record_multimodal(self, row: int) -> Tensor:
         """The input of the first layer for a window with its pictures; its calls are kept.
 
         Use it only within `outside()`.
         """
         model, layers, device = self.target.model, self.target.layers, self.target.device
         ids = self.windows[row : row + 1].to(device)
-        hidden, calls = recorded_with(model, layers, ids, self.given(row))
+        hidden, calls = record_multimodal(model, layers, ids, self._multimodal_of(row))
         self.of_windows[row] = [
-            replace(own, carried=form.carried)
+            replace(own, packing=form.packing)
             for own, form in zip(calls, self.recorded[1], strict=True)
         ]
         return hidden
 
     def shared_tensors(self, number: int, sizes: set[int]) -> list[Tensor]:
         """Arguments of a layer that no forward owns, for batches of these sizes."""
-        if self.beside is not None:
+        if self.multimodal is not None:
             own = self.token_values.own
             return [
                 x
                 for row in range(own.start, own.stop)
-                for x in self.calls_of(row)[number].tensors()
+                for x in self._calls_of(row)[number].tensors()
             ]
         calls = [self.calls(size)[number] for size in sizes]
         held = [self.token_values.held(number, call) for call in calls if call.varying]
@@ -162,16 +164,16 @@ class EmbeddingAndHead:
 
         Yields:
             Hidden states [windows, sequence_length, hidden_size], packed where the model carries
-            more than these from layer to layer (`carried.py`).
+            more than these from layer to layer (`PackedHiddenStates`).
         """
         model, layers, device = self.target.model, self.target.layers, self.target.device
         calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
-                if self.beside is None:
+                if self.multimodal is None:
                     hidden = first_inputs(model, layers, self.windows[rows].to(device))
                 else:
-                    hidden = self.with_beside(rows.start)
+                    hidden = self._record_multimodal(rows.start)
                 found = calls[0].packed(hidden)
                 self.width = found.shape[-1]
                 yield found
@@ -179,8 +181,8 @@ class EmbeddingAndHead:
     def embedded(self, rows: Sequence[int]) -> list[Tensor]:
         """The inputs of the first layer for some windows, one tensor for each, for `run`.
 
-        What depends on the tokens in any layer is put beside the hidden states, because `run` is
-        not told which window it passes.
+        What depends on the tokens in any layer is appended to the hidden states, because `run` does
+        not know which window it passes.
         """
         found = list(self.embed([slice(row, row + 1) for row in rows]))
         calls = self.calls()
@@ -217,7 +219,7 @@ class EmbeddingAndHead:
             fast: with fast matmuls.
         """
         call = self.calls()[number]
-        hidden, values = self.apart(hidden)
+        hidden, values = self._split(hidden)
         if call.varying:
             assert values is not None
             start = sum(before.columns for before in self.calls()[:number])
@@ -227,15 +229,15 @@ class EmbeddingAndHead:
             out = call_layer(layer, hidden, call)
         return out if values is None else torch.cat([out, values], -1)
 
-    def apart(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The hidden states, and what depends on the tokens if `embedded` has put it beside."""
+    def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The hidden states, and what depends on the tokens if `embedded` has put it multimodal."""
         if self.width is None or hidden.shape[-1] == self.width:
             return hidden, None
         return hidden[..., : self.width], hidden[..., self.width :]
 
     def states(self, hidden: Tensor) -> Tensor:
         """The hidden states alone: [1, sequence_length, width]."""
-        return self.calls()[0].states(self.apart(hidden)[0])
+        return self.calls()[0].states(self._split(hidden)[0])
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -259,7 +261,7 @@ class EmbeddingAndHead:
         ids = self.windows[row : row + 1].to(self.target.device)
         with self.returning(hidden):
             logits: Tensor = self.target.model(
-                input_ids=ids, use_cache=False, **self.given(row)
+                input_ids=ids, use_cache=False, **self._multimodal_of(row)
             ).logits
         return logits[0]
 
@@ -275,7 +277,7 @@ class EmbeddingAndHead:
         """
         layers, calls = self.target.layers, self.calls()
         injectors: list[nn.Module] = [
-            Injector(layer, call, None if hidden is None else call.unpacked(self.apart(hidden)[0]))
+            Injector(layer, call, None if hidden is None else call.unpacked(self._split(hidden)[0]))
             for layer, call in zip(layers, calls, strict=True)
         ]
         with replaced_layers(layers, injectors):
