@@ -13,7 +13,7 @@
     ├── RankError                exit *  another process of the run failed; its own exit code
     └── VerificationError        exit 3  the result is not what was asked for
 
-`secateur.cli.faults` has two more: Ctrl-C (exit 130), and a fault in secateur itself (exit 1).
+`secateur.cli.errors` has two more: Ctrl-C (exit 130), and a fault in secateur itself (exit 1).
 
 Each message says what happened (with numbers), where, and what to do about it.
 """

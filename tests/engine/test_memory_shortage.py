@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.cli.faults import InternalError, as_told
+from secateur.cli.errors import InternalError, to_error
 from secateur.engine.memory_budget import is_shortage
 from secateur.engine.prune.run import Run
 from secateur.errors import MemoryBudgetError
@@ -65,7 +65,7 @@ def test_other_errors_are_no_shortage(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path))
     assert is_shortage(MemoryError())
     assert not is_shortage(RuntimeError("shape '[2]' is invalid"))
-    told = as_told(MemoryError())
+    told = to_error(MemoryError())
     assert isinstance(told, MemoryBudgetError)
     assert "start again with: secateur evaluate DIR" in str(told.remedy)
-    assert isinstance(as_told(RuntimeError("shape '[2]' is invalid")), InternalError)
+    assert isinstance(to_error(RuntimeError("shape '[2]' is invalid")), InternalError)

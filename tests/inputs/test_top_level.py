@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.cli.faults import as_told, write_log
+from secateur.cli.errors import to_error, write_log
 
 BROKEN = "secateur.workflows.judge.inspect.inspect"
 
@@ -102,7 +102,7 @@ def test_an_error_of_the_system_is_no_fault_of_ours(run, monkeypatch, code, reme
 
 def test_both_names_of_a_failed_rename_are_told() -> None:
     error = OSError(errno.ENOTEMPTY, "Directory not empty", "a", None, b"b")
-    assert as_told(error).where == "a → b"
+    assert to_error(error).where == "a → b"
 
 
 INTERRUPTED = """

@@ -1,4 +1,4 @@
-"""The command line: one file per verb. Each parses, calls a workflow, and prints the result."""
+"""The command line: one function per verb in `commands.py`; each calls a workflow."""
 
 from secateur.cli.app import main
 

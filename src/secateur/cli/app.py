@@ -16,7 +16,7 @@ from secateur.recipes.verbs import STAGES, VERBS
 
 
 def make_app() -> App:
-    """Build the command line. The file of a verb is imported when the verb is called."""
+    """Build the command line. The recipe of a verb is imported when the verb is called."""
     app = App(
         name="secateur",
         help="The open toolkit for pruning large language models.",
@@ -31,9 +31,8 @@ def make_app() -> App:
     )
     headings = {stage: Group(stage, sort_key=place) for place, stage in enumerate(STAGES)}
     for place, verb in enumerate(VERBS.values()):
-        home = f"secateur.cli.{verb.python}:{verb.python}"
         app.command(
-            home,
+            f"secateur.cli.commands:{verb.name}",
             name=verb.name,
             help=verb.about,
             usage=verb.usage,
@@ -46,24 +45,6 @@ def make_app() -> App:
     return app
 
 
-def _run(words: Sequence[str]) -> None:
-    """Run a command line."""
-    app = make_app()
-    try:
-        command, bound, left, _ = app.parse_known_args(list(words))
-    except CycloptsError as error:
-        from secateur.cli.usage import (
-            usage_error,  # imports pydantic, which --help need not wait for
-        )
-
-        raise usage_error(app, error, list(VERBS)) from None
-    if left:
-        from secateur.cli.usage import unknown_options
-
-        raise unknown_options(app, words[0], left)
-    command(*bound.args, **bound.kwargs)
-
-
 def main() -> None:
     """Run a command. Every exception becomes a message and an exit code."""
     try:
@@ -73,24 +54,35 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SecateurError as error:
-        _end_with(error)
+        _exit_with(error)
     except (Exception, KeyboardInterrupt) as error:
-        from secateur.cli.faults import as_told  # imports torch, which a typo need not wait for
+        from secateur.cli.errors import to_error
 
-        _end_with(as_told(error))
-
-
-def _end_with(error: SecateurError) -> NoReturn:
-    """Print an error and end the command with its exit code."""
-    _print_error(error)
-    sys.exit(error.exit_code)
+        _exit_with(to_error(error))
 
 
-def _print_error(error: SecateurError) -> None:
-    """Print an error: for people on stderr, and with --json also for programs on stdout."""
+def _run(words: Sequence[str]) -> None:
+    """Run a command line."""
+    app = make_app()
+    try:
+        command, bound, left, _ = app.parse_known_args(list(words))
+    except CycloptsError as error:
+        from secateur.cli.errors import usage_error  # needs pydantic, and --help does not
+
+        raise usage_error(app, error, list(VERBS)) from None
+    if left:
+        from secateur.cli.errors import unknown_options
+
+        raise unknown_options(app, words[0], left)
+    command(*bound.args, **bound.kwargs)
+
+
+def _exit_with(error: SecateurError) -> NoReturn:
+    """Print an error on stderr, with --json also on stdout, and exit with its code."""
     if "--json" in sys.argv:
         kind = type(error).__name__
-        told = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}
-        print(json.dumps({"error": told}))
+        fields = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}
+        print(json.dumps({"error": fields}))
     text = f"error: {error}".encode("utf-8", "backslashreplace")  # names may hold lone surrogates
     print(text.decode(), file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -6,12 +6,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from secateur.cli.verb import command
+from secateur.progress import Labelled
+from secateur.reporting.results.demo import DemoResult
+from secateur.workflows.compress.pack import compress
+from secateur.workflows.judge.bench import bench
+from secateur.workflows.judge.evaluate import evaluate
+from secateur.workflows.prune_and_pack import prune
+from secateur.workflows.report import report
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
     from secateur.recipes.prune import DemoRecipe
-    from secateur.reporting.results.demo import DemoResult
 
 MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
@@ -23,28 +28,12 @@ PROMPTS = (
 )
 
 
-def _run(recipe: DemoRecipe) -> DemoResult:
-    """Run the four steps with a progress bar, then write the report."""
-    from secateur.cli.progress import show_progress
-
-    with show_progress() as progress:
-        return _carry_out(recipe, progress)
-
-
-def _carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
+def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     """Run the four steps, then write the report.
 
     The dense model in int8 is judged beside the pruned one: it is what a user would take instead.
     Its speed is that of the contender `dense int8`; its files are deleted.
     """
-    from secateur.progress import Labelled
-    from secateur.reporting.results.demo import DemoResult
-    from secateur.workflows.compress.pack import compress
-    from secateur.workflows.judge.bench import bench
-    from secateur.workflows.judge.evaluate import evaluate
-    from secateur.workflows.prune_and_pack import prune
-    from secateur.workflows.report import report
-
     folder = Path(recipe.output)
     pruned = prune(
         MODEL,
@@ -90,6 +79,3 @@ def _carry_out(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         rounded_judged = evaluate(output, progress=listener, **held_out)
     page = report([folder], folder / "report.html").page
     return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)
-
-
-demo = command("demo", _run)

@@ -23,7 +23,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from secateur.cli.rendering import stderr
 from secateur.progress import Progress as Listener
 from secateur.reporting.wording import duration
 
@@ -40,7 +39,7 @@ def show_progress() -> Iterator[Listener]:
     The test uses the file itself and not rich, because rich trusts FORCE_COLOR, which many CI
     systems set.
     """
-    if sys.stderr.isatty() and not stderr.is_dumb_terminal:
+    if sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal:
         with TerminalBar() as bar:
             yield bar
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ QUIET = Option(
 )
 
 
-def command(
+def make_command(
     verb: str,
     run: Callable[..., Result | None],
     exit_code: Callable[[Any], int] = lambda result: 0,
@@ -91,7 +92,7 @@ def command(
         shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
     signature = inspect.Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
 
-    def carry_out(*words: str, **flags: Any) -> None:
+    def run_command(*words: str, **flags: Any) -> None:
         given = dict(signature.bind_partial(*words, **flags).arguments)
         _refuse_several(verb, given.get("dry_run", False))
         assignments = given.pop("set", None) or ()
@@ -109,17 +110,23 @@ def command(
         with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
             result = run(recipe, **call)
         if result is not None:
-            from secateur.cli.rendering import print_result
-
             print_result(result, as_json=as_json)
             if exit_code(result):
                 sys.exit(exit_code(result))
 
-    function: Any = carry_out
+    function: Any = run_command
     function.__signature__ = signature
     function.__doc__ = VERBS[verb].about
     function.__name__ = verb
-    return carry_out
+    return run_command
+
+
+def print_result(result: Result, *, as_json: bool) -> None:
+    """Write a result to stdout: tables for people, or one JSON document."""
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        result.show()
 
 
 class OnlyErrors(io.TextIOBase):

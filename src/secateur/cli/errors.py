@@ -1,8 +1,9 @@
-"""Handle exceptions that no verb has turned into a `SecateurError`.
+"""Turn whatever stops a command into an error with what, where and remedy.
 
-An `OSError` is a problem of this machine: a disk, a permission, a name. So is the end of memory.
-Any other exception is a fault in secateur. Its traceback goes into a file, and the message names
-the file.
+That is a command line that cannot be parsed, and any exception that no verb has turned into a
+`SecateurError`. An `OSError` is a problem of this machine: a disk, a permission, a name. So is the
+end of memory. Any other exception is a fault in secateur. Its traceback goes into a file, and the
+message names the file.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from secateur.engine.memory_budget import is_shortage
-from secateur.errors import DISTRIBUTION, MemoryBudgetError, SecateurError
-from secateur.models.samples import cache_folder
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+)
+
+from secateur.errors import DISTRIBUTION, MemoryBudgetError, RecipeError, SecateurError
+from secateur.recipes.reading import unknown_name
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place for --output",
@@ -56,16 +66,91 @@ class UserInterruptError(SecateurError):
     exit_code = 130
 
 
-def as_told(error: BaseException) -> SecateurError:
-    """Turn an exception into an error with what, where and remedy.
+def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
+    """The error for a command that cannot be parsed.
 
     Args:
-        error: the exception.
+        app: the command line.
+        error: the exception of cyclopts.
+        verbs: names of all verbs.
     """
+    if isinstance(error, UnknownCommandError):
+        [verb, *_] = error.unused_tokens or [""]
+        known = unknown_name("verb", verb, verbs).partition("; known:")[0]
+        return RecipeError(
+            f"{verb}: unknown option" if verb.startswith("-") else f"{verb!r}: {known}",
+            remedy="secateur --help lists the verbs",
+        )
+    where = " ".join(["secateur", *(error.command_chain or ())])
+    remedy = f"{where} --help lists its options"
+    if isinstance(error, UnknownOptionError) and error.command_chain:
+        word = error.token.keyword or error.token.value
+        return unknown_options(app, error.command_chain[0], [word])
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.keyword or error.argument.name
+        value = "a value is missing" if name.startswith("-") else "missing"
+        about = error.argument.parameter.help
+        return RecipeError(f"{name}: {value}", where=where, remedy=f"give it: {about}")
+    if isinstance(error, CoercionError) and error.token is not None:
+        given = f"{error.token.keyword} {error.token.value}"
+        return RecipeError(f"{given}: must be true or false", where=where, remedy=remedy)
+    error.verbose = False
+    return RecipeError(str(error), where=where, remedy=remedy)
+
+
+def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
+    """The error for words that no option takes.
+
+    Args:
+        app: the command line.
+        verb: the verb of the command.
+        left: the unused words.
+    """
+    known = [
+        name.lstrip("-")
+        for argument in app[verb].assemble_argument_collection()
+        for name in argument.names
+        if name.startswith("--")
+    ]
+    return RecipeError.of(
+        list(_faults_of(left, known)),
+        where=f"secateur {verb}",
+        remedy=f"secateur {verb} --help lists its options",
+    )
+
+
+def _faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    """A line for every unknown option, and for every word that belongs to no option."""
+    flags = {flag.replace("-", "_"): flag for flag in known}
+    before = ""
+    for word in left:
+        if word.startswith("-"):
+            name, equals, _ = word.partition("=")
+            message = unknown_name("option", name.lstrip("-").replace("-", "_"), list(flags))
+            for plain, flag in flags.items():
+                message = message.replace(repr(plain), f"--{flag}")
+            yield f"{name}: {message.partition('; known:')[0]}"  # --help lists them in groups
+            before = "" if equals else name
+        elif before:  # the word may be the option's value
+            before = ""
+        else:
+            yield f"{word!r}: unexpected; a list takes its flag before each value"
+
+
+def to_error(error: BaseException) -> SecateurError:
+    """The error for an exception that no verb has expected."""
+    from secateur.engine.memory_budget import is_shortage  # imports torch
+
     if isinstance(error, KeyboardInterrupt):
         return UserInterruptError("interrupted", remedy=_how_to_continue(sys.argv[1:]))
     if isinstance(error, OSError) and error.errno is not None:
-        return _told_of_system(error)
+        names = [error.filename, error.filename2]
+        where = " → ".join(os.fsdecode(name) for name in names if isinstance(name, (str, bytes)))
+        return SecateurError(
+            f"the operating system refuses: {error.strerror or error}",
+            where=where or None,
+            remedy=REMEDIES.get(error.errno or 0, "mend what it complains of, and run again"),
+        )
     if is_shortage(error):
         first = (str(error).strip() or "no memory").splitlines()[0]
         return MemoryBudgetError(
@@ -86,7 +171,7 @@ def as_told(error: BaseException) -> SecateurError:
 def _how_to_continue(words: list[str]) -> str:
     """The message after Ctrl-C: what is kept, and the command that continues.
 
-    >>> from secateur.cli.faults import _how_to_continue
+    >>> from secateur.cli.errors import _how_to_continue
     >>> _how_to_continue(["prune", "my model", "--output", "DIR", "--restart"])
     "finished work is kept; continue with: secateur prune 'my model' --output DIR --resume"
     >>> _how_to_continue(["evaluate", "DIR"])
@@ -104,17 +189,6 @@ def _how_to_continue(words: list[str]) -> str:
     return f"nothing is kept; start again with: {again}"
 
 
-def _told_of_system(error: OSError) -> SecateurError:
-    """Explain an error of the operating system."""
-    names = [os.fspath(x) for x in (error.filename, error.filename2) if isinstance(x, (str, bytes))]
-    where = " → ".join(os.fsdecode(name) for name in names)
-    return SecateurError(
-        f"the operating system refuses: {error.strerror or error}",
-        where=where or None,
-        remedy=REMEDIES.get(error.errno or 0, "mend what it complains of, and run again"),
-    )
-
-
 def write_log(error: BaseException) -> Path | None:
     """Write the traceback into a file, and return its path.
 
@@ -122,7 +196,12 @@ def write_log(error: BaseException) -> Path | None:
     state folder, the folder for temporary files. If none is writable, the traceback goes to stderr
     and the result is None.
     """
-    text = _described(error)
+    from secateur.models.samples import cache_folder
+
+    lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
+    lines += [f"{name}: {_installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
+    lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
+    text = "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     for folder in (*_work_folders(sys.argv), cache_folder() / "faults", _temporary_folder()):
         if folder is None:
@@ -138,16 +217,7 @@ def write_log(error: BaseException) -> Path | None:
     return None
 
 
-def _described(error: BaseException) -> str:
-    """The traceback, with command line and versions, so that the fault can be reproduced."""
-    lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
-    lines += [f"{name}: {_installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
-    lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
-    return "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
-
-
 def _installed(package: str) -> str:
-    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,0 +1,319 @@
+"""What every verb does with its recipe. Nothing that takes long to import is loaded before it runs.
+
+`secateur.cli.commands:NAME` is the command of the verb NAME. It is made when the command line
+looks it up, so that only the recipe of that verb is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from secateur.cli.verb import make_command
+from secateur.errors import RecipeError
+
+if TYPE_CHECKING:
+    from secateur.progress import Progress
+    from secateur.recipes.compress import CompressRecipe, DecompressRecipe, FitRecipe
+    from secateur.recipes.exchange import ExportRecipe, ImportRecipe, PushRecipe
+    from secateur.recipes.measure import (
+        AdviseRecipe,
+        BenchRecipe,
+        DiagnoseRecipe,
+        EvaluateRecipe,
+        InspectRecipe,
+        ReportRecipe,
+        SweepRecipe,
+    )
+    from secateur.recipes.prune import ChainRecipe, DemoRecipe, MethodsRecipe, PruneRecipe
+    from secateur.recipes.running import ChatRecipe, GenerateRecipe, ServeRecipe
+    from secateur.recipes.structure import StructureRecipe
+    from secateur.recipes.train import TrainRecipe
+    from secateur.reporting.tables import Result
+
+COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {}
+"""For each verb, a function that makes its command."""
+
+
+def __getattr__(name: str) -> Callable[..., None]:
+    if name not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return COMMANDS[name]()
+
+
+def _command(verb: str, **how: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the work of a verb; `how` goes to `make_command`."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        COMMANDS[verb] = partial(make_command, verb, run, **how)
+        return run
+
+    return register
+
+
+def _show_progress() -> AbstractContextManager[Progress]:
+    from secateur.cli.progress import show_progress  # needs rich
+
+    return show_progress()
+
+
+@_command("prune")
+def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
+    from secateur.parallel.processes import joined
+    from secateur.workflows.prune.workers import run_worker
+    from secateur.workflows.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
+
+    if dry_run:
+        return plan_recipe(recipe, call)
+    if recipe.cluster.ray is not None:
+        return prune_on_ray(recipe, call, _show_progress)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            run_worker(recipe, ranks)
+            return None
+        with _show_progress() as progress:
+            return prune_recipe(recipe, progress, ranks=ranks, **call)
+
+
+@_command("structure")
+def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
+    from secateur.parallel.processes import joined
+    from secateur.workflows.structure.run import plan_structure, structure_recipe
+    from secateur.workflows.structure.steps import run_worker
+
+    if dry_run:
+        return plan_structure(recipe, call)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            run_worker(recipe, ranks)
+            return None
+        with _show_progress() as progress:
+            return structure_recipe(recipe, progress, ranks=ranks, **call)
+
+
+@_command("train")
+def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
+    from secateur.workflows.train.checkpoint import plan_training, run_training
+
+    if int(os.environ.get("RANK", "0")):
+        run_training(recipe, **call)
+        return None
+    with _show_progress() as progress:
+        if dry_run:
+            return plan_training(recipe, progress, call)
+        return run_training(recipe, progress, **call)
+
+
+@_command("compress", exit_code=lambda result: 3 if result.broken else 0)
+def _compress(recipe: CompressRecipe, **call: Any) -> Result:
+    from secateur.workflows.compress.pack import compress_recipe
+
+    with _show_progress() as progress:
+        return compress_recipe(recipe, progress, **call)
+
+
+def _check_fit(recipe: FitRecipe) -> None:
+    from secateur.workflows.fit.run import check_target
+
+    check_target(recipe)
+
+
+@_command(
+    "fit",
+    exit_code=lambda result: 3 if getattr(result, "broken", False) else 0,
+    check=_check_fit,
+)
+def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
+    from secateur.workflows.fit.run import fit_recipe, plan_fit
+
+    with _show_progress() as progress:
+        if dry_run:
+            return plan_fit(recipe, progress, call)
+        return fit_recipe(recipe, progress, **call)
+
+
+@_command("chain")
+def _chain(recipe: ChainRecipe, **call: Any) -> Result:
+    from secateur.workflows.chain import run_chain
+
+    with _show_progress() as progress:
+        return run_chain(recipe, progress, **call)
+
+
+@_command("import")
+def _import(recipe: ImportRecipe, **call: Any) -> Result:
+    from secateur.workflows.import_model import import_recipe
+
+    with _show_progress() as progress:
+        return import_recipe(recipe, progress, **call)
+
+
+@_command("decompress")
+def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
+    from secateur.workflows.compress.unpack import decompress_recipe
+
+    with _show_progress() as progress:
+        return decompress_recipe(recipe, progress, **call)
+
+
+@_command("methods")
+def _methods(recipe: MethodsRecipe) -> Result:
+    from secateur.workflows.prune.composition import methods
+
+    return methods()
+
+
+@_command("demo")
+def _demo(recipe: DemoRecipe) -> Result:
+    from secateur.cli.demo import run_demo
+
+    with _show_progress() as progress:
+        return run_demo(recipe, progress)
+
+
+@_command("generate", streams=True)
+def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
+    from secateur.cli.conversation import generate
+
+    generate(recipe, as_json)
+
+
+@_command("chat", streams=True)
+def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
+    from secateur.cli.conversation import chat
+
+    chat(recipe, as_json)
+
+
+@_command("serve", streams=True)
+def _serve(recipe: ServeRecipe, *, as_json: bool) -> None:
+    from secateur.workflows.serve import prepare
+
+    serving = prepare(recipe)
+    for line in serving.lines:
+        print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps({"address": serving.address}), flush=True)
+    print(f"listening on {serving.address}/v1; Ctrl-C ends it", file=sys.stderr, flush=True)
+    serving.run()
+
+
+def _check_tasks(recipe: EvaluateRecipe) -> None:
+    from secateur.evaluation.task_data import check_request
+
+    check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
+
+
+@_command("evaluate", check=_check_tasks)
+def _evaluate(recipe: EvaluateRecipe) -> Result | None:
+    from secateur.parallel.processes import joined
+    from secateur.progress import Silent
+    from secateur.workflows.judge.evaluate import run_evaluation
+
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            run_evaluation(recipe, Silent(), ranks=ranks)
+            return None
+        with _show_progress() as progress:
+            return run_evaluation(recipe, progress, ranks=ranks)
+
+
+@_command(  # 1 if nothing could run
+    "bench",
+    exit_code=lambda result: int(all(speed.failure is not None for speed in result.speeds)),
+)
+def _bench(recipe: BenchRecipe) -> Result:
+    from secateur.evaluation.speed import CONTENDERS
+    from secateur.workflows.judge.bench import bench
+
+    options = dict(recipe)
+    if recipe.contenders == ("all",):
+        options["contenders"] = CONTENDERS
+    with _show_progress() as progress:
+        result = bench(**options, progress=progress)
+    for reason, failed in result.failures.items():
+        print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
+    return result
+
+
+@_command("inspect")
+def _inspect(recipe: InspectRecipe) -> Result:
+    from secateur.workflows.judge.inspect import inspect
+
+    with _show_progress() as progress:
+        return inspect(**dict(recipe), progress=progress)
+
+
+def _check_diagnosis(recipe: DiagnoseRecipe) -> None:
+    if recipe.model is None and not recipe.machine:
+        raise RecipeError(
+            "MODEL: missing",
+            where="secateur diagnose",
+            remedy="name a model, or give --machine to see what this machine can speed up",
+        )
+
+
+def _diagnosis_exit_code(result: Any) -> int:
+    """3 if a finding is an error."""
+    count = getattr(result, "count", None)
+    return 3 if count and count("error") else 0
+
+
+@_command("diagnose", exit_code=_diagnosis_exit_code, check=_check_diagnosis)
+def _diagnose(recipe: DiagnoseRecipe) -> Result:
+    from secateur.workflows.judge.diagnose import check_target, diagnose
+
+    if recipe.machine and recipe.model is not None:
+        raise RecipeError(
+            "--machine looks at this machine and at no model",
+            remedy=f"leave {recipe.model} out, or leave --machine out: the model's result says it",
+        )
+    if recipe.machine:
+        return check_target()
+    options = {key: value for key, value in recipe if key != "machine"}
+    with _show_progress() as progress:
+        return diagnose(**options, progress=progress)
+
+
+@_command("advise", exit_code=lambda result: 0 if result.advice.chosen else 3)
+def _advise(recipe: AdviseRecipe) -> Result:
+    from secateur.workflows.advise import advise_recipe
+
+    with _show_progress() as progress:
+        return advise_recipe(recipe, progress)
+
+
+@_command("sweep", exit_code=lambda result: int(bool(result.failures)))
+def _sweep(recipe: SweepRecipe) -> Result:
+    from secateur.workflows.sweep.run import sweep_recipe
+
+    with _show_progress() as progress:
+        return sweep_recipe(recipe, progress)
+
+
+@_command("report")
+def _report(recipe: ReportRecipe) -> Result:
+    from secateur.workflows.report import report
+
+    return report(**dict(recipe))
+
+
+@_command("export")
+def _export(recipe: ExportRecipe, **call: Any) -> Result:
+    from secateur.workflows.export import export_recipe
+
+    with _show_progress() as progress:
+        return export_recipe(recipe, progress, **call)
+
+
+@_command("push")
+def _push(recipe: PushRecipe) -> Result:
+    from secateur.workflows.push import push_recipe
+
+    with _show_progress() as progress:
+        return push_recipe(recipe, progress)
