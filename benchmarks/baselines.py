@@ -54,7 +54,7 @@ def measure(method: str, pattern: str, args: argparse.Namespace, folder: Path) -
         "sparsity": report.sparsity,
         "perplexity": judged.perplexity,
         "seconds": sum(layer["seconds"] for layer in report.layers),
-        "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
+        "peak_resident_bytes": report.manifest.cost.peak_resident_bytes,
         "protocol": judged.protocol,
     }
 

@@ -36,7 +36,7 @@ import json, sys, torch, secateur
 torch.set_num_threads(1)
 model, output, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 report = secateur.prune(model, output=output, resume=True, **options)
-print(json.dumps({k: report.manifest[k] for k in ("cost", "plan", "distillation")}))
+print(json.dumps({k: report.to_json()[k] for k in ("cost", "plan", "distillation")}))
 """
 FIRST = "not distilled"
 

@@ -139,10 +139,10 @@ def run_ours(
         **text,
         **OURS[row],
     )
-    cost, learned = report.manifest["cost"], report.manifest["distillation"]
+    cost, learned = report.manifest.cost, report.manifest.distillation
     return {
-        "seconds": cost["seconds"],
-        "peak_resident_bytes": cost["peak_resident_bytes"],
+        "seconds": cost.seconds,
+        "peak_resident_bytes": cost.peak_resident_bytes,
         "zeros": report.sparsity,
         **({"distillation": learned} if learned else {}),
     }

@@ -111,8 +111,8 @@ def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models
         "batch": args.batch,
         "steps": report.steps,
         "tokens": report.tokens,
-        "seconds": report.manifest["cost"]["training_seconds"],
-        "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
+        "seconds": report.manifest.cost.training_seconds,
+        "peak_resident_bytes": report.manifest.cost.peak_resident_bytes,
         "sparsity": report.sparsity,
         "perplexity": judged(args, output),
     }

@@ -122,17 +122,17 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
         judged = secateur.evaluate(
             str(report.output), text=args.text, sequence_length=2048, windows=args.windows
         )
-    told = report.manifest["structure"]
+    told = report.manifest.structure
     return {
         "row": row,
         "level": level,
-        "decoder_removed": told["decoder_removed"],
-        "varied": told["varied"],
+        "decoder_removed": told.decoder_removed,
+        "varied": told.varied,
         "perplexity": judged.perplexity,
         "protocol_id": judged.protocol_id,
-        "seconds": report.manifest["cost"]["seconds"],
-        "peak_resident_bytes": report.manifest["cost"]["peak_resident_bytes"],
-        "distillation": report.manifest["distillation"],
+        "seconds": report.manifest.cost.seconds,
+        "peak_resident_bytes": report.manifest.cost.peak_resident_bytes,
+        "distillation": report.manifest.distillation,
     }
 
 

@@ -64,7 +64,7 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
     made = secateur.structure(
         MODEL, output=folder, vocabulary=args.count, vocabulary_size=size, overwrite=True
     ).manifest
-    step = made["structure"]["steps"][0]
+    step = made.structure.steps[0]
     old, new = (AutoTokenizer.from_pretrained(x) for x in (source, folder))
     kept = set(new.get_vocab())
     ids = old(args.text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
@@ -89,10 +89,10 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
         "size": size,
         "tokens": step["tokens_after"],
         "tokens_before": step["tokens_before"],
-        "parameters": made["structure"]["after"]["parameters"],
-        "parameters_before": made["structure"]["before"]["parameters"],
-        "file_bytes": made["structure"]["after"]["file_bytes"],
-        "file_bytes_before": made["structure"]["before"]["file_bytes"],
+        "parameters": made.structure.after.parameters,
+        "parameters_before": made.structure.before.parameters,
+        "file_bytes": made.structure.after.file_bytes,
+        "file_bytes_before": made.structure.before.file_bytes,
         "covered": step["covered"],
         "covered_of_text": sum(t in kept for t in old.convert_ids_to_tokens(ids)) / len(ids),
         "windows": len(windows),
@@ -107,7 +107,7 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
         "round_trips_before": sum(a == b for a, b in zip(strings, backs[0], strict=True)),
         "round_trips": sum(a == b for a, b in zip(strings, backs[1], strict=True)),
         "decoded_alike": sum(a == b for a, b in zip(*backs, strict=True)),
-        "seconds": made["cost"]["seconds"],
+        "seconds": made.cost.seconds,
     }
 
 

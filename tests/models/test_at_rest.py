@@ -287,7 +287,7 @@ def test_pruning_is_that_of_the_dense_model(family: str, tmp_path: Path) -> None
     ours, theirs = stored_tensors(tmp_path / "p"), stored_tensors(tmp_path / "d")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert made.manifest["formats"] == {"source": "fp8", "result": "bfloat16"}
+    assert made.manifest.formats == {"source": "fp8", "result": "bfloat16"}
     assert described(tmp_path / "p") == {}
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "p")
 
@@ -298,7 +298,7 @@ def test_zeros_go_back_into_the_stored_format(tmp_path: Path) -> None:
     kept = secateur.prune(
         folder, output=tmp_path / "k", calibration=text, keep_format=True, **PRUNED
     )
-    assert kept.manifest["formats"] == {"source": "fp8", "result": "fp8"}
+    assert kept.manifest.formats == {"source": "fp8", "result": "fp8"}
     assert kept.sparsity == pytest.approx(0.5)
     before, after = stored_tensors(folder), stored_tensors(tmp_path / "k")
     dense, reader = stored_tensors(tmp_path / "p"), reader_of(tmp_path / "k")

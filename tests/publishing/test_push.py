@@ -19,7 +19,7 @@ import secateur as package
 from commands import Outcome
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.errors import VerificationError as Lost
-from secateur.reporting.front_matter import split_card
+from secateur.reporting.cards import split_card
 from tiny import save_tiny
 
 REPO = "someone/small-pruned"

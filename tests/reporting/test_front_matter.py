@@ -11,7 +11,8 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.reporting.front_matter import front_matter, inherited_front_matter
+from secateur.reporting.cards import front_matter, inherited_front_matter
+from secateur.runs.records import Source
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -27,6 +28,10 @@ widget: [{text: hello}]
 """
 
 
+def source_of(name: str, kind: str) -> Source:
+    return Source(name=name, kind=kind, revision=None, file_bytes=1)
+
+
 def head_of(card: str) -> dict[str, Any]:
     """The front matter as the hub reads it."""
     opened, block, _ = card.split("---\n", 2)
@@ -37,7 +42,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 def test_a_model_of_the_hub_is_the_base_and_its_licence_is_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD)
-    source = {"name": "org/name@v2", "kind": "hub"}
+    source = source_of("org/name@v2", "hub")
     assert head_of(front_matter(source, tmp_path, ["pruned"])) == {
         "base_model": "org/name",
         "license": "other",
@@ -51,23 +56,23 @@ def test_a_model_of_the_hub_is_the_base_and_its_licence_is_kept(tmp_path: Path) 
 
 
 def test_a_sample_names_the_model_that_it_was_made_of(tmp_path: Path) -> None:
-    head = head_of(front_matter({"name": "smollm2-135m", "kind": "sample"}, tmp_path, []))
+    head = head_of(front_matter(source_of("smollm2-135m", "sample"), tmp_path, []))
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert head["license"] == "apache-2.0"
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
-    head = head_of(front_matter({"name": str(tmp_path), "kind": "folder"}, tmp_path, []))
+    head = head_of(front_matter(source_of(str(tmp_path), "folder"), tmp_path, []))
     assert head.keys() == {"library_name", "pipeline_tag", "tags"}
 
 
 def test_a_model_of_several_steps_keeps_base_and_tags(tmp_path: Path) -> None:
-    first = front_matter({"name": "org/name", "kind": "hub"}, tmp_path, ["structured-pruning"])
+    first = front_matter(source_of("org/name", "hub"), tmp_path, ["structured-pruning"])
     (tmp_path / "README.md").write_text(first)
-    second = head_of(front_matter({"name": str(tmp_path), "kind": "folder"}, tmp_path, ["sparse"]))
+    second = head_of(front_matter(source_of(str(tmp_path), "folder"), tmp_path, ["sparse"]))
     assert second["base_model"] == "org/name"
     assert second["tags"] == ["structured-pruning", "secateur", "sparse"]
-    assert inherited_front_matter({"name": str(tmp_path), "kind": "folder"}, tmp_path) == first
+    assert inherited_front_matter(source_of(str(tmp_path), "folder"), tmp_path) == first
 
 
 @pytest.mark.parametrize("relative", [True, False])

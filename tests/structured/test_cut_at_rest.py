@@ -101,8 +101,8 @@ def test_the_verb_keeps_the_form(tmp_path: Path) -> None:
     assert len(codes) == 2 * (4 + 3 * 3)
     assert all(any(torch.equal(one, other) for other in stored) for one in codes)
     sizes = sum(t.nbytes for t in after.values())
-    assert made.manifest["result"]["file_bytes"] == sizes
-    assert made.manifest["formats"] == {"source": "fp8", "result": "fp8"}
+    assert made.manifest.result.file_bytes == sizes
+    assert made.manifest.formats == {"source": "fp8", "result": "fp8"}
 
 
 @pytest.mark.parametrize("cut", [{"hidden_size": 24}, {"ffn": 32}])
@@ -113,7 +113,7 @@ def test_what_changes_a_matrix_is_written_dense(cut: dict[str, int], tmp_path: P
         sequence_length=24, keep_layers=2, **cut,
     )  # fmt: skip
     assert described(tmp_path / "s") == {}
-    assert made.manifest["formats"] == {"source": "fp8", "result": "bfloat16"}
+    assert made.manifest.formats == {"source": "fp8", "result": "bfloat16"}
     assert {t.dtype for t in stored_tensors(tmp_path / "s").values()} == {torch.bfloat16}
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "s")
 
@@ -229,7 +229,7 @@ def test_experts_in_microscaled_float4_are_pruned(tmp_path: Path) -> None:
     secateur.prune(tmp_path / "dense", output=tmp_path / "d", **options)
     secateur.prune(folder, output=tmp_path / "p", **options)
     kept = secateur.prune(folder, output=tmp_path / "k", keep_format=True, **options)
-    assert kept.manifest["formats"] == {"source": "mxfp4", "result": "mxfp4"}
+    assert kept.manifest.formats == {"source": "mxfp4", "result": "mxfp4"}
     theirs = stored_tensors(tmp_path / "d")
     ours, again = open_weights(tmp_path / "p"), open_weights(tmp_path / "k")
     for name, tensor in theirs.items():

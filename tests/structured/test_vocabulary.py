@@ -60,7 +60,7 @@ def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, tmp_path: 
     made = trim(source, tmp_path / "out")
     model, tokenizer = loaded(source)
     small, cut = loaded(tmp_path / "out")
-    step = made.manifest["structure"]["steps"][0]
+    step = made.manifest.structure.steps[0]
     rows = small.get_input_embeddings().num_embeddings
     assert (step["tokens_before"], step["tokens_after"]) == (model.config.vocab_size, rows)
     assert rows < 0.97 * model.config.vocab_size
@@ -110,7 +110,7 @@ def test_a_size_keeps_the_most_frequent_tokens(tmp_path: Path) -> None:
         stayed += 1
     assert stayed > 60
     covered = sum(n for token, n in counts.items() if token in whole) / sum(counts.values())
-    assert made.manifest["structure"]["steps"][0]["covered"] == pytest.approx(covered)
+    assert made.manifest.structure.steps[0]["covered"] == pytest.approx(covered)
     same = [t for t in HALF if set(tokenizer.tokenize(t)) <= whole]
     notes = json.loads((tmp_path / "out" / "secateur" / "steps.json").read_text())
     assert notes[0]["same_documents"] == len(same)
@@ -175,10 +175,10 @@ def test_other_cuts_see_the_smaller_model(tmp_path: Path) -> None:
     }  # fmt: skip
     made = trim(source, tmp_path / "out", **options)
     small, cut = loaded(tmp_path / "out")
-    record = made.manifest["structure"]
-    assert [step["step"] for step in record["steps"]] == ["vocabulary", "depth", "width"]
-    assert record["after"]["parameters"] == sum(p.numel() for p in small.parameters())
-    assert record["before"]["embeddings"] > record["after"]["embeddings"]
+    record = made.manifest.structure
+    assert [step["step"] for step in record.steps] == ["vocabulary", "depth", "width"]
+    assert record.after.parameters == sum(p.numel() for p in small.parameters())
+    assert record.before.embeddings > record.after.embeddings
     assert small.config.vocab_size == len(cut)
     assert small(cut("x", return_tensors="pt").input_ids).logits.isfinite().all()
 

@@ -115,7 +115,7 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
     nn.Parameter.__new__ = making  # type: ignore[method-assign,assignment]
     report = getattr(secateur, verb)(folder, output=output, **options)
     census.look()
-    told |= {"writing": census.taken(), **report.manifest["planned"]}
+    told |= {"writing": census.taken(), **report.manifest.planned}
     Path(f"{output}.json.{os.environ['RANK']}").write_text(json.dumps(told), encoding="utf-8")
     torch.distributed.destroy_process_group()
 

@@ -75,7 +75,7 @@ def test_a_cut_has_the_planned_sizes(place: Path) -> None:
         made = secateur.structure(
             "model", output="out", overwrite=True, **{**LENGTH, **VERBS["structure"], **options}
         )
-        after = made.manifest["structure"]["after"]
+        after = made.manifest.structure.after
         assert plan.to_json()["after"] == after
     blocks = dry("structure", ffn=None, keep_layers=1, depth_units="blocks")
     assert (blocks.after, blocks.unknown) == (None, ("--depth-units blocks",))
@@ -84,7 +84,7 @@ def test_a_cut_has_the_planned_sizes(place: Path) -> None:
 def test_a_training_needs_what_was_planned(place: Path) -> None:
     plan = dry("train", batch=2)
     done = secateur.train("model", output="out", batch=2, **{**LENGTH, **VERBS["train"]})
-    planned = done.manifest["planned"]
+    planned = done.manifest.planned
     names = ("weights", "optimizer", "forward", "logits", "teacher")
     assert {n: plan.memory[n] for n in names} == {n: planned[n] for n in names}
     assert (plan.steps, plan.tokens) == (done.steps, done.tokens)

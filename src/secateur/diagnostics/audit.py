@@ -18,7 +18,6 @@ from secateur.errors import VerificationError
 from secateur.models.architecture import describe
 from secateur.models.at_rest import AssembledReader
 from secateur.models.inventory import (
-    SkippedMatrix,
     inventory,
     stored_shapes,
     summary,
@@ -26,6 +25,7 @@ from secateur.models.inventory import (
 )
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
+from secateur.runs.records import SkippedMatrix
 from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 from secateur.sparsity.patterns.recognised import recognised

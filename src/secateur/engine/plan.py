@@ -30,9 +30,9 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
-from secateur.models.inventory import SkippedMatrix
 from secateur.models.layer_cache import layer_caches
 from secateur.runs.environment import resident_bytes
+from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
 from secateur.types import float32_bytes
 
@@ -157,8 +157,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """All figures; the unpruned matrices only if known."""
         peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
-        told = {**peaks, **asdict(self)}
-        return told if self.left else {k: v for k, v in told.items() if k != "left"}
+        figures = {**peaks, **asdict(self), "left": [one.to_json() for one in self.left]}
+        return figures if self.left else {k: v for k, v in figures.items() if k != "left"}
 
 
 def plan_run(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.architecture import Architecture, Linear, is_router, linears_of, mixes_states
 from secateur.models.experts import of_unknown_experts
+from secateur.runs.records import SkippedMatrix
 
 EXPERTS = "experts in a layout that is not known"
 OUTSIDE = "not in the decoder's layers"
@@ -73,31 +74,6 @@ class StoredMatrix:
         if self.linear is not None:
             return tensor.t() if self.linear.transposed else tensor
         return tensor.flatten(0, -2)
-
-
-@dataclass(frozen=True)
-class SkippedMatrix:
-    """Tensors of one sort that are not pruned.
-
-    Attributes:
-        names: one pattern for all of them, `*` for numbers; or the name of their part of the model.
-        reason: why.
-        tensors: how many.
-        weights: values in them.
-    """
-
-    names: str
-    reason: str
-    tensors: int
-    weights: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry of the manifest."""
-        return asdict(self)
-
-    def line(self) -> str:
-        """One line for people."""
-        return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
 
 def stored_linears(
@@ -247,7 +223,10 @@ def summary(left: Iterable[tuple[str, str, int]]) -> list[SkippedMatrix]:
     for name, reason, weights in left:
         sort = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         groups.setdefault((sort, reason), []).append(weights)
-    return [SkippedMatrix(n, reason, len(all_), sum(all_)) for (n, reason), all_ in groups.items()]
+    return [
+        SkippedMatrix(names=names, reason=reason, tensors=len(sizes), weights=sum(sizes))
+        for (names, reason), sizes in groups.items()
+    ]
 
 
 def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int]]:

@@ -36,6 +36,7 @@ from secateur.models.hub import (
 from secateur.models.samples import MODELS, PARTIAL, cache_folder, sweep_partials
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
+from secateur.runs.records import Source
 
 GGUF_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -64,10 +65,12 @@ class LocalCheckpoint:
     revision: str | None = None
     file_bytes: int = 0
 
-    def record(self) -> dict[str, Any]:
-        """Return the entry of the source in a manifest."""
-        fields = ("name", "kind", "revision", "file_bytes")
-        return {field: getattr(self, field) for field in fields}
+    @property
+    def record(self) -> Source:
+        """The entry of the source in a manifest."""
+        return Source(
+            name=self.name, kind=self.kind, revision=self.revision, file_bytes=self.file_bytes
+        )
 
 
 def resolve(

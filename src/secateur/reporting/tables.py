@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.models.inventory import SkippedMatrix
+    from secateur.runs.records import SkippedMatrix
 
 
 PLAIN_WIDTH = 100

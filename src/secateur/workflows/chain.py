@@ -35,7 +35,7 @@ from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.registry import did_you_mean
-from secateur.reporting.front_matter import source_name
+from secateur.reporting.cards import source_name
 from secateur.reporting.results.prune import ChainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
@@ -270,7 +270,7 @@ def _write_notes(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint
         write_json(file, _with_names(found, names, source))
     whole = dump_recipe(recipe)
     write_text(folder.notes / RECIPE, whole)
-    card, model = folder.model / "README.md", source_name(source.record())
+    card, model = folder.model / "README.md", source_name(source.record)
     text = card.read_text(encoding="utf-8")
     for name in steps[:-1]:
         for around in (("# ", ","), ("| source | `", "`")):
@@ -287,7 +287,7 @@ def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -
     """A record in which the folders of steps are replaced by the chain's model or its output."""
     if isinstance(value, dict):
         if value.get("kind") == "folder" and value.get("name") in names:
-            return source.record()
+            return source.record.to_json()
         return {key: _with_names(x, names, source) for key, x in value.items()}
     if isinstance(value, list):
         return [_with_names(x, names, source) for x in value]

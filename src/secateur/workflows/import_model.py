@@ -27,13 +27,20 @@ from secateur.progress import Progress, listener
 from secateur.recipes.exchange import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
-from secateur.reporting.import_card import import_card
+from secateur.reporting.cards import import_card
 from secateur.reporting.results.export import ImportResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free
-from secateur.runs.records import MANIFEST_VERSION, Import, Manifest, declared
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Import,
+    ImportedMatrix,
+    Manifest,
+    RunResult,
+)
 from secateur.workflows.checkpoint_files import carry_over
 
 IMPORT, MANIFEST = "import.json", "manifest.json"
@@ -95,14 +102,13 @@ def import_recipe(
         audit = audit_checkpoint(
             made, find_patterns=True, trust_remote_code=trust, progress=progress
         )
-        record = _record_of(recipe, source, opened, audit)
-        record["seconds"] = time.perf_counter() - begun
-        write_json(folder.notes / IMPORT, declared(Import, record))
+        record = _record_of(recipe, source, opened, audit, begun)
+        write_json(folder.notes / IMPORT, record.to_json())
         if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur
             manifest = _manifest_of(record, audit, meter)
-            write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
+            write_json(folder.notes / MANIFEST, manifest.to_json())
         write_text(folder.notes / "import.yaml", dump_recipe(recipe))
-        result = ImportResult(folder.output, Import.model_validate(record), audit.parameters)
+        result = ImportResult(folder.output, record, audit.parameters)
         place = recipe.output or folder.output
         write_text(made / "README.md", import_card(result, source.folder, place))
         folder.finish()
@@ -161,9 +167,9 @@ def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
 
 
 def _record_of(
-    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit
-) -> dict[str, Any]:
-    """The record of an import, without its wall time."""
+    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, begun: float
+) -> Import:
+    """The record of an import."""
     plain, masks, adapter = opened.plain, None, None
     if recipe.masks is not None:
         masks = _digested(Path(recipe.masks))
@@ -175,29 +181,30 @@ def _record_of(
         name.removesuffix(".weight"): assembly.stored_as for name, assembly in plain.made.items()
     }
     rounded = {name.removesuffix(".weight") for name, lost in plain.rounded.items() if lost}
-    return {
-        "schema": "secateur.import/1",
-        "source": source.record(),
-        "kind": opened.kind,
-        "masks": masks,
-        "adapter": adapter,
-        "told": opened.compression,
-        "dropped": list(plain.dropped),
-        "notes": list(plain.notes),
-        "environment": environment(torch.device("cpu")),
-        "sparsity": audit.sparsity,
-        "matrices": [
-            {
-                "name": x.name,
-                "shape": list(x.shape),
-                "zeros": x.zeros,
-                "pattern": x.found,
-                "stored_as": stored_as.get(x.name),
-                "rounded": x.name in rounded,
-            }
+    return Import(
+        schema_name="secateur.import/1",
+        source=source.record,
+        kind=opened.kind,
+        masks=masks,
+        adapter=adapter,
+        told=opened.compression,
+        dropped=tuple(plain.dropped),
+        notes=tuple(plain.notes),
+        environment=environment(torch.device("cpu")),
+        sparsity=audit.sparsity,
+        matrices=tuple(
+            ImportedMatrix(
+                name=x.name,
+                shape=x.shape,
+                zeros=x.zeros,
+                pattern=x.found,
+                stored_as=stored_as.get(x.name),
+                rounded=x.name in rounded,
+            )
             for x in audit.linears
-        ],
-    }
+        ),
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def _digested(file: Path) -> dict[str, str]:
@@ -205,28 +212,28 @@ def _digested(file: Path) -> dict[str, str]:
     return {"name": file.name, "sha256": file_digests([file])[file.name]}
 
 
-def _manifest_of(record: dict[str, Any], audit: Audit, meter: Meter) -> dict[str, Any]:
+def _manifest_of(record: Import, audit: Audit, meter: Meter) -> Manifest:
     """The manifest of a model that another tool has pruned: what is known of its making."""
-    patterns = {matrix["pattern"] for matrix in record["matrices"]} - {"dense"}
-    return {
-        "manifest_version": MANIFEST_VERSION,
-        "source": record["source"],
-        "family": audit.family,
-        "method": {
+    patterns = {matrix.pattern for matrix in record.matrices} - {"dense"}
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        source=record.source,
+        family=audit.family,
+        method={
             "name": "imported",
             "score": UNKNOWN,
             "solver": UNKNOWN,
             "pattern": patterns.pop() if len(patterns) == 1 else "unstructured",
             "scope": UNKNOWN,
         },
-        "allocation": {"name": UNKNOWN},
-        "environment": record["environment"],
-        "cost": {**meter.read(), "resumed": False},
-        "result": {
-            "decoder_sparsity": audit.sparsity,
-            "model_sparsity": audit.model_sparsity,
-            "parameters": audit.parameters,
-            "file_bytes": audit.file_bytes,
-        },
-        "left": [left.to_json() for left in audit.left],
-    }
+        allocation={"name": UNKNOWN},
+        environment=record.environment,
+        cost=Cost.model_validate({**meter.read(), "resumed": False}),
+        result=RunResult(
+            decoder_sparsity=audit.sparsity,
+            model_sparsity=audit.model_sparsity,
+            parameters=audit.parameters,
+            file_bytes=audit.file_bytes,
+        ),
+        left=tuple(audit.left),
+    )

@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from secateur.errors import DISTRIBUTION, RecipeError
-from secateur.reporting.compression_card import with_dense_card
-from secateur.reporting.model_card import model_card
+from secateur.reporting.cards import prune_card, with_dense_card
 from secateur.reporting.plots import save_plots
 from secateur.reporting.report.evidence import evidence
 from secateur.reporting.report.figures import all_figures
@@ -73,8 +72,7 @@ def _save_all_plots(records: Records, folder: Path) -> list[Path]:
 def _card_text(run: ReportedRun) -> str:
     """Write the model card of a run with all its measurements."""
     written = run.folder / "README.md"
-    manifest = run.manifest.model_dump()
-    dense = model_card(manifest, run.recipe, run.folder, run.folder, evidence(run))
+    dense = prune_card(run.manifest, run.recipe, run.folder, run.folder, evidence(run))
     if run.compression is None or not written.is_file():
         return dense
     return with_dense_card(written.read_text(encoding="utf-8"), dense)

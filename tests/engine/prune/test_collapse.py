@@ -57,12 +57,12 @@ def test_a_collapsing_run_is_stopped_and_can_go_on(source, windows, tmp_path: Pa
     report = secateur.prune(
         source, output=out, calibration=windows, on_collapse="warn", resume=True, **TOO_MUCH
     )
-    assert report.manifest["cost"]["resumed"]
-    assert set(done[-1]["collapsed"]) <= set(report.manifest["collapsed"])
+    assert report.manifest.cost.resumed
+    assert set(done[-1]["collapsed"]) <= set(report.manifest.collapsed)
     again = secateur.prune(source, output=tmp_path / "w", calibration=windows, **TOO_MUCH)
-    assert again.manifest["collapsed"] == report.manifest["collapsed"]
+    assert again.manifest.collapsed == report.manifest.collapsed
     found = [x for x in secateur.diagnose(out).findings if x.id == "linear-collapse"]
-    assert {x.where for x in found} == set(report.manifest["collapsed"])
+    assert {x.where for x in found} == set(report.manifest.collapsed)
 
 
 def test_a_warning_is_the_default(source, windows, tmp_path: Path, caplog) -> None:

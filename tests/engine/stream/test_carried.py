@@ -135,7 +135,7 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         secateur.prune(tmp_path / "dense", output=tmp_path / "out", **options)
     monkeypatch.undo()
     again = secateur.prune(tmp_path / "dense", output=tmp_path / "out", resume=True, **options)
-    assert again.manifest["cost"]["resumed"]
+    assert again.manifest.cost.resumed
     assert again.sparsity == whole.sparsity
     made, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
     assert all(torch.equal(made[n], x) for n, x in expected.items())

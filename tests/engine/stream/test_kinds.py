@@ -227,5 +227,5 @@ def test_stored_buffers_are_read(tmp_path: Path) -> None:
     steps = json.loads((tmp_path / "cut" / "secateur" / "steps.json").read_text())
     kept = steps[0]["cut"]["layers"]
     cut = load_file(tmp_path / "cut" / "model.safetensors")
-    assert told.manifest["structure"]["removed"] > 0
+    assert told.manifest.structure.removed > 0
     assert [cut[f"model.layers.{i}.layer_scalar"] for i in range(2)] == [0.5 + i for i in kept]

@@ -9,13 +9,12 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.models.inventory import SkippedMatrix
 from secateur.reporting.report.page import ReportResult
 from secateur.reporting.results.compress import CompressResult, DecompressResult, FormatTotals
 from secateur.reporting.results.evaluate import BenchResult, EvaluateResult, GenerateResult
 from secateur.reporting.results.prune import ChainResult, PruneResult, TrainResult
 from secateur.reporting.tables import PLAIN_WIDTH, Result
-from secateur.runs.records import ChainStep
+from secateur.runs.records import ChainStep, Cost, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
 PROTOCOL = {
@@ -47,17 +46,29 @@ def step(name: str, zeros: int) -> ChainStep:
     )
 
 
+TRAINING = Training(
+    source=Source(name="m", kind="folder", revision=None, file_bytes=1), objective="next token",
+    text={}, learning_rate=0.1, optimizer="AdamW", processes=1, recipe={}, environment={},
+    planned={},
+    cost=Cost(
+        seconds=3.0, peak_resident_bytes=2**30, peak_is_of_this_run_alone=True,
+        training_seconds=2.0,
+    ),
+    result={
+        "best_step": 9, "step": 10, "tokens": 4096, "decoder_sparsity": 0.5,
+        "perplexity_before": 30.0, "perplexity_after": 20.0,
+    },
+)  # fmt: skip
+
+SKIPPED = SkippedMatrix(names="lm_head", reason="the head", tensors=1, weights=1000)
+
 RESULTS = {
     "prune": (
-        PruneResult(0.5, [], left=[SkippedMatrix("lm_head", "the head", 1, 1000)]),
+        PruneResult(0.5, [], left=[SKIPPED]),
         "lm_head: the",
     ),
     "train": (
-        TrainResult(
-            Path("out"), 0.5, 10, 4096, 30.0, 20.0,
-            {"objective": "next token", "result": {"best_step": 9},
-             "cost": {"training_seconds": 2.0, "peak_resident_bytes": 2**30}},
-        ),
+        TrainResult(Path("out"), TRAINING),
         "30.000 → 20.000 at step 9",
     ),
     "compress": (

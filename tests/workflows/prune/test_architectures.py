@@ -21,6 +21,7 @@ from secateur.cli import main
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
+from secateur.runs.records import Manifest
 from secateur.workflows.judge.diagnose import diagnose
 from secateur.workflows.judge.inspect import inspect
 from slow import slow_but
@@ -78,10 +79,10 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def check(before: dict[str, Tensor], after: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+def check(before: dict[str, Tensor], after: dict[str, Tensor], manifest: Manifest) -> None:
     """Hold what a manifest claims against the stored tensors."""
     zeros = weights = 0
-    left = {one["names"]: one["reason"] for one in manifest["left"]}
+    left = {one.names: one.reason for one in manifest.left}
     used = set()
     for name, was in before.items():
         now = after[name]
@@ -98,10 +99,10 @@ def check(before: dict[str, Tensor], after: dict[str, Tensor], manifest: dict[st
             zeros += int((now == 0).sum())
             weights += now.numel()
     assert used == set(left)
-    result = manifest["result"]
-    assert result["decoder_sparsity"] == zeros / weights
+    result = manifest.result
+    assert result.decoder_sparsity == zeros / weights
     every = [tensor for tensor in after.values() if tensor.is_floating_point()]
-    assert result["model_sparsity"] == pytest.approx(
+    assert result.model_sparsity == pytest.approx(
         sum(int((t == 0).sum()) for t in every) / sum(t.numel() for t in every), abs=1e-12
     )
 
@@ -123,10 +124,10 @@ def test_claims_are_true_or_the_model_is_refused(name: str, tmp_path: Path, wind
         left = planned(source, options) if method == "wanda" else None
         report = secateur.prune(source, output=out, **options)
         check(stored(source), stored(out), report.manifest)
-        assert left in (None, report.manifest["left"])
+        assert left in (None, report.manifest.to_json()["left"])
         audit = inspect(str(out)).audit
-        assert audit.sparsity == report.sparsity == report.manifest["result"]["decoder_sparsity"]
-        assert audit.model_sparsity == report.manifest["result"]["model_sparsity"]
+        assert audit.sparsity == report.sparsity == report.manifest.result.decoder_sparsity
+        assert audit.model_sparsity == report.manifest.result.model_sparsity
 
 
 def planned(source: Path, options: dict[str, Any]) -> Any:

@@ -188,10 +188,10 @@ def test_stopped_and_gone_on_with_gives_the_same(
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
-    told = whole.manifest["distillation"]
+    told = whole.manifest.distillation
     assert told["loss_after"] < told["loss_before"] or "method_parameters" in how
-    assert whole.manifest["calibration"]["generated"] == 3
-    assert whole.manifest["calibration"]["samples"] == 5
+    assert whole.manifest.calibration["generated"] == 3
+    assert whole.manifest.calibration["samples"] == 5
     stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")
     assert stored["input_ids"].shape == (8, 24)
     assert not list((tmp_path / "whole").rglob("state.safetensors"))

@@ -147,7 +147,7 @@ def test_sweeps_learn_as_a_slow_loop_does(
         if name.endswith("proj.weight"):
             assert torch.equal(after[name] == 0, value == 0), name
     assert apart <= 0.002**2 * moved  # the teacher's log p is stored in float16
-    told = report.manifest["distillation"]
+    told = report.manifest.distillation
     assert told["sweep_windows"] == size
     assert told["loss_before"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-3)
     assert told["loss_after"] == pytest.approx(sum(losses[-2:]) / 2, rel=1e-2)
@@ -168,7 +168,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
     for size in (0, 1):
         out = tmp_path / f"out-{size}"
         report = secateur.prune(folder, output=out, **options, distill_sweep_windows=size)
-        told.append(report.manifest["distillation"])
+        told.append(report.manifest.distillation)
         found.append(weights_of(out))
     whole, swept = told
     for key in ("loss_before", "loss_after"):  # the teacher's log p is stored in float16
@@ -188,7 +188,7 @@ def test_layers_with_values_of_each_token_learn_too(
     folder = save_tiny(tmp_path / "model", family)
     options = {**OPTIONS, "calibration": str(file), "distill_next_token": 1.0}
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=4)
-    told = report.manifest["distillation"]
+    told = report.manifest.distillation
     assert told["loss_after"] < told["loss_before"]
     assert not list((tmp_path / "out").rglob("*values*"))
 
@@ -200,7 +200,7 @@ def test_a_training_has_eight_sweeps_or_more(
     folder = save_tiny(tmp_path / "model")
     options = {**OPTIONS, "distill_epochs": 3, "calibration": str(file)}  # 18 steps
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=16)
-    assert report.manifest["distillation"]["sweep_windows"] == 2
+    assert report.manifest.distillation["sweep_windows"] == 2
 
 
 def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> None:
@@ -235,7 +235,7 @@ def test_stopped_in_a_sweep_and_gone_on_with_gives_the_same(
     again = secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert whole.manifest["distillation"] == again.manifest["distillation"]
+    assert whole.manifest.distillation == again.manifest.distillation
 
 
 @pytest.mark.parametrize("steps", [3, slow(9)])
@@ -250,11 +250,11 @@ def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, step
     with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "again", progress=stop, **options)
     again = secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
-    told = whole.manifest["distillation"]
+    told = whole.manifest.distillation
     highest = 0.25 / load(folder).config.hidden_size * (24 / 2048) ** 0.5
     choices = [pytest.approx(highest / 4**n, rel=1e-12) for n in range(4)]
     assert told["learning_rate"] in choices
-    assert told == again.manifest["distillation"]
+    assert told == again.manifest.distillation
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -308,8 +308,8 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
     assert f"the budget {budget / 2**30:.2f} GiB" in caplog.text
     # the way of a stopped run stays, also where the whole would fit now
     report = secateur.prune(folder, output=tmp_path / "out", resume=True, **options)
-    assert report.manifest["distillation"]["sweep_windows"] == 6
-    assert report.manifest["plan"]["sweep_windows"] == 16
+    assert report.manifest.distillation["sweep_windows"] == 6
+    assert report.manifest.plan["sweep_windows"] == 16
     assert not list((tmp_path / "out").rglob("*predictions*"))
     with pytest.raises(MemoryBudgetError, match="distill_epochs=0"):
         secateur.prune(

@@ -76,9 +76,9 @@ def test_statistics_read_the_first_windows_and_the_distillation_all(
         distill_tokens=10 * LENGTH - 5, progress=progress,
     )  # fmt: skip
     assert progress.steps["distilling"] == 2 * 10
-    told = taught.manifest["calibration"]
+    told = taught.manifest.calibration
     assert (told["samples"], told["tokens"], told[EXTRA]) == (4, 4 * LENGTH, 6)
-    assert told["sha256"] == plain.manifest["calibration"]["sha256"]
+    assert told["sha256"] == plain.manifest.calibration["sha256"]
     file = tmp_path / "taught" / "secateur" / "windows.safetensors"
     assert (len(load_windows(file)), stored_extra(file)) == (10, 6)
     masks = zeros_of(loaded(tmp_path / "plain"))
@@ -92,7 +92,7 @@ def test_a_rate_is_judged_on_windows_that_the_statistics_have_not_read(
     progress = Counter()
     run = {**RUN, "distill_learning_rate": None, "calibration": str(text), "distill_epochs": 1}
     report = secateur.prune(folder, output=tmp_path / "out", **run, progress=progress)
-    assert report.manifest["calibration"][EXTRA] == 8
+    assert report.manifest.calibration[EXTRA] == 8
     assert progress.steps["choosing the learning rate"] == 3  # a quarter of the 12 windows
     assert progress.steps["distilling"] == 12
 
@@ -102,7 +102,7 @@ def test_the_file_of_windows_says_which_are_extra(folder: Path, text: Path, tmp_
     secateur.prune(folder, output=tmp_path / "one", calibration=str(text), **run)
     file = tmp_path / "one" / "secateur" / "windows.safetensors"
     again = secateur.prune(folder, output=tmp_path / "two", calibration=str(file), **run)
-    assert again.manifest["calibration"][EXTRA] == 6
+    assert again.manifest.calibration[EXTRA] == 6
     one, two = (loaded(tmp_path / name).state_dict() for name in ("one", "two"))
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
@@ -132,7 +132,7 @@ def test_a_short_text_gives_what_it_has(
     run = {**RUN, "packing": "concatenate", "calibration": str(text), "distill_epochs": 1}
     with caplog.at_level(logging.WARNING):
         report = secateur.prune(folder, output=tmp_path / "out", **run, distill_tokens=10**5)
-    found = report.manifest["calibration"][EXTRA]
+    found = report.manifest.calibration[EXTRA]
     assert 0 < found < 10**5 // LENGTH - 4
     wanted = 10**5 // LENGTH - 4
     assert f"wants {wanted} extra windows, and {text} has {found}" in caplog.text
@@ -156,7 +156,7 @@ def test_generated_windows_count(folder: Path, text: Path, tmp_path: Path) -> No
     report = secateur.prune(
         folder, output=tmp_path / "out", **run, distill_epochs=1, distill_tokens=9 * 32
     )
-    told = report.manifest["calibration"]
+    told = report.manifest.calibration
     assert (told["samples"], told["generated"], told[EXTRA]) == (4, 3, 2)
     file = tmp_path / "out" / "secateur" / "windows.safetensors"
     assert (len(load_windows(file)), stored_extra(file)) == (9, 2)
@@ -186,7 +186,7 @@ def test_structure_and_a_loaded_model_read_them_too(
         folder, output=tmp_path / "cut", ffn=0.5, **shared, effort="fast", progress=progress
     )
     assert progress.steps["distilling"] == 10
-    assert report.manifest["calibration"][EXTRA] == 6
+    assert report.manifest.calibration[EXTRA] == 6
     progress = Counter()
     secateur.prune(
         loaded(folder), tokenizer=tiny_tokenizer(), **RUN, calibration=str(text), distill_epochs=1,

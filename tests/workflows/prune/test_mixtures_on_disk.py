@@ -94,7 +94,7 @@ def test_pruned_on_disk_as_in_memory(
         pruned = ".layers." in name and tensor.ndim > 1
         pruned = pruned and not name.endswith(("gate.weight", "shared_expert_gate.weight"))
         assert torch.equal(after[name], tensor) != pruned, name
-    told = report.manifest["experts"]
+    told = report.manifest.experts
     assert told["unseen"] == []
     assert told["linears"] == 15 * sum(hasattr(x.mlp, "experts") for x in model.model.layers)
 
@@ -147,19 +147,19 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
     monkeypatch.undo()
     again = secateur.prune(source, output=tmp_path / "out", resume=True, **options)
     for report in (whole, again):
-        assert len(report.manifest["experts"]["unseen"]) == 9
-        assert report.manifest["experts"]["unseen"][0].startswith("model.layers.0.mlp.experts.4.")
-        assert report.manifest["experts"]["silent"] == {"0": [4], "1": [4], "2": [4]}
-        assert report.manifest["experts"]["experts"] == 15
-        reach = report.manifest["reach"]
+        assert len(report.manifest.experts["unseen"]) == 9
+        assert report.manifest.experts["unseen"][0].startswith("model.layers.0.mlp.experts.4.")
+        assert report.manifest.experts["silent"] == {"0": [4], "1": [4], "2": [4]}
+        assert report.manifest.experts["experts"] == 15
+        reach = report.manifest.reach
         assert (reach["matrices"], reach["pruned"]) == (3 * (4 + 15), 3 * (4 + 12))
-        assert reach["fewest_tokens"] == report.manifest["experts"]["fewest_tokens"]
+        assert reach["fewest_tokens"] == report.manifest.experts["fewest_tokens"]
         assert (reach["fewest_tokens"] is None) == (method == "taylor")
     for name, tensor in stored(tmp_path / "whole").items():
         assert torch.equal(tensor, stored(tmp_path / "out")[name]), name
     audit = audit_checkpoint(tmp_path / "out")
     left = {x.name for x in audit.linears if not x.zeros}
-    assert left == set(again.manifest["experts"]["unseen"])
+    assert left == set(again.manifest.experts["unseen"])
     assert audit.sparsity == again.sparsity < 0.5
     named = "layer 0: 4; layer 1: 4; layer 2: 4"
     assert named in str(again.blocks())
@@ -251,7 +251,7 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
         asymmetric=True, tune_passes=1, distill_epochs=1, generated_windows=2,
     )  # fmt: skip
     assert report.sparsity == 0.5
-    assert set(report.manifest["distillation"]) == {"loss_before", "loss_after", "learning_rate"}
+    assert set(report.manifest.distillation) == {"loss_before", "loss_after", "learning_rate"}
 
 
 def test_evaluated(tmp_path: Path) -> None:

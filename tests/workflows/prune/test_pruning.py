@@ -219,7 +219,7 @@ def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
         resume=True,
     )  # fmt: skip
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
-    assert report.manifest["cost"]["resumed"] is True
+    assert report.manifest.cost.resumed is True
     assert len(report.layers) == 3
 
 

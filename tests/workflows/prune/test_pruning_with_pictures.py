@@ -90,7 +90,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
     assert differ > 20  # pictures matter
     linears = [linear for layer in told.layers for linear in layer.linears]
     assert {linear.tokens for linear in linears} == {4 * 14}
-    assert told.manifest["calibration"]["beside"] == {
+    assert told.manifest.calibration["beside"] == {
         "pixel_values": [4, 1, 3, 16, 16], "token_type_ids": [4, 1, 14],
     }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_a_stopped_run_has_its_pictures_again(
     other = {**inputs(), "pixel_values": torch.zeros(4, 1, 3, 16, 16)}
     save_file(other, file)  # the run has kept its own
     again = secateur.prune(source, output=tmp_path / "out", resume=True, **options)
-    assert again.manifest["cost"]["resumed"]
+    assert again.manifest.cost.resumed
     made, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
     assert all(torch.equal(made[n], x) for n, x in expected.items())
     assert not list((tmp_path / "out").rglob("beside*"))
@@ -203,6 +203,6 @@ def test_the_page_makes_windows_with_a_processor(
         "MODEL", output="SPARSE", calibration="pairs.safetensors", method="wanda", sparsity=0.5
     )
     # of the third text the picture is cut, and the last text is shorter than a window
-    assert told.manifest["calibration"]["beside"] == {"pixel_values": [2, 1, 3, 16, 16]}
-    assert told.manifest["calibration"]["tokens"] == 2 * 12
+    assert told.manifest.calibration["beside"] == {"pixel_values": [2, 1, 3, 16, 16]}
+    assert told.manifest.calibration["tokens"] == 2 * 12
     assert told.sparsity == 0.5

@@ -28,7 +28,7 @@ def test_pruned_and_measured(tmp_path: Path) -> None:
             MODEL, output=tmp_path / method, method=method, sparsity=0.5, **SHORT
         )
         assert report.sparsity == pytest.approx(0.5, abs=1e-3)
-        assert report.manifest["cost"]["peak_resident_bytes"] < 2.5 * 2**30
+        assert report.manifest.cost.peak_resident_bytes < 2.5 * 2**30
         found[method] = perplexity(tmp_path / method)
     assert found["dense"] < 60
     assert found["dense"] < found["sparsegpt"] < found["magnitude"]

@@ -110,7 +110,7 @@ def test_pruned_saved_loaded_and_generating(
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     pruned = {linear.name for layer in report.layers for linear in layer.linears}
     model = loaded(name, out)
-    left = [one["names"] for one in report.manifest["left"]]
+    left = [one.names for one in report.manifest.left]
     for matrix, weight in decoder_weights(model).items():
         if any(fnmatchcase(matrix, glob) for glob in left):
             continue

@@ -82,7 +82,7 @@ def test_the_largest_size_within_the_target(
 ) -> None:
     timer = Known(outside=20_000)
     record = cut(source, windows, timer, decode_latency=target, allocation=allocation).manifest
-    latency = record["structure"]["latency"]
+    latency = record.structure.latency
     found = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
     dense = timer.seconds(AutoModelForCausalLM.from_pretrained(source))
     left = timer.seconds(found) / dense
@@ -113,13 +113,13 @@ def test_whole_multiples(source: Path, windows: Path) -> None:
 
 def test_a_target_beside_fewer_layers(source: Path, windows: Path) -> None:
     timer = Known()
-    record = cut(source, windows, timer, decode_latency=0.5, keep_layers=3).manifest["structure"]
+    record = cut(source, windows, timer, decode_latency=0.5, keep_layers=3).manifest.structure
     model = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
     assert model.config.num_hidden_layers == 3
     dense = parameters(AutoModelForCausalLM.from_pretrained(source))
     assert 0.48 < parameters(model) / dense <= 0.5
     # all heads and neurons of three layers are a size too
-    whole = record["latency"]["candidates"][0]
+    whole = record.latency["candidates"][0]
     assert (whole["kept"], whole["groups"], whole["neurons"]) == (1, 4, 480)
     assert whole["milliseconds"] / whole["milliseconds_uncut"] == pytest.approx(0.75)
 
@@ -144,7 +144,7 @@ class Uneven(Known):
 
 def test_a_size_that_misses_the_target_is_never_taken(source: Path, windows: Path) -> None:
     timer = Uneven()
-    record = cut(source, windows, timer, decode_latency=0.8).manifest["structure"]["latency"]
+    record = cut(source, windows, timer, decode_latency=0.8).manifest.structure.latency
     model = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
     dense = AutoModelForCausalLM.from_pretrained(source)
     assert timer.seconds(model) <= 0.8 * timer.seconds(dense)
@@ -205,10 +205,10 @@ def test_a_run_that_goes_on_uses_what_was_measured_first(source: Path, windows: 
     kept = source.with_name("out.partial") / "work" / "latency.json"
     joint = json.loads(kept.read_text(encoding="utf-8"))["joint"]
     slower = Known(outside=1e9)  # would now reach no target
-    record = cut(source, windows, slower, decode_latency=0.7, resume=True).manifest["structure"]
+    record = cut(source, windows, slower, decode_latency=0.7, resume=True).manifest.structure
     assert slower.asked == 0
-    assert record["latency"]["joint"] == joint
-    assert record["after"]["decoder"] == pytest.approx(0.7 * record["before"]["decoder"], rel=0.02)
+    assert record.latency["joint"] == joint
+    assert record.after.decoder == pytest.approx(0.7 * record.before.decoder, rel=0.02)
 
 
 def test_another_target_is_another_recipe(source: Path, windows: Path) -> None:
@@ -224,7 +224,7 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
     source: Path, windows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = cut(source, windows, Known(), decode_latency=0.7)
-    record = report.manifest["structure"]["latency"]
+    record = report.manifest.structure.latency
     card = (source.with_name("out") / "README.md").read_text(encoding="utf-8")
     before, after = record["milliseconds_before"], record["milliseconds_after"]
     assert f"17 tokens before it, float32, {record['threads']} threads |" in card
@@ -236,7 +236,7 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
     other = secateur.structure(
         source, output=source.with_name("plain"), calibration=windows, ffn=0.5, effort="fast"
     )
-    assert other.manifest["structure"]["latency"] is None
+    assert other.manifest.structure.latency is None
     other.show()
     assert "time per token" not in capsys.readouterr().out
     card = (source.with_name("plain") / "README.md").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ def test_every_kind_has_exactly_its_target_size(places: Path, tmp_path: Path) ->
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 24)
     assert (config.intermediate_size, config.num_key_value_heads) == (36, 1)
-    assert report.manifest["structure"]["varied"] is False
+    assert report.manifest.structure.varied is False
     (step,) = steps(tmp_path / "out")
     assert (step["step"], step["by"], step["steps"]) == ("learned", "learned masks", 6)
     assert len(step["cut"]["layers"]) == 2
@@ -117,13 +117,13 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("straight", "out"))
     assert one == other
     assert steps(tmp_path / "straight") == steps(tmp_path / "out")
-    assert resumed.manifest["cost"]["resumed"]
-    assert not straight.manifest["cost"]["resumed"]
+    assert resumed.manifest.cost.resumed
+    assert not straight.manifest.cost.resumed
 
 
 def test_a_number_alone_is_the_steps(places: Path, tmp_path: Path) -> None:
     report = cut(places, tmp_path / "out", 2, ffn=24, **{k: None for k in KEEP if k != "ffn"})
-    assert report.manifest["structure"]["steps"][0]["by"] == "learned masks"
+    assert report.manifest.structure.steps[0]["by"] == "learned masks"
     assert steps(tmp_path / "out")[0]["steps"] == 2
 
 

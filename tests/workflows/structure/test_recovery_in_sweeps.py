@@ -61,14 +61,14 @@ def test_sweeps_over_one_window_are_the_usual_steps(
     before = secateur.structure(
         source, output=tmp_path / "plain", **options | {"distill_epochs": 0}
     )
-    assert before.manifest["distillation"] is None
+    assert before.manifest.distillation is None
     plain, found = weights_of(tmp_path / "plain"), []
     for size in (0, 1):
         out = tmp_path / f"out-{size}"
         report = secateur.structure(
             source, output=out, **options, distill_next_token=1.0, distill_sweep_windows=size
         )
-        record = report.manifest["distillation"]
+        record = report.manifest.distillation
         assert record["loss_after"] < record["loss_before"]
         assert record.get("sweep_windows", 0) == size
         found.append(weights_of(out))
@@ -95,7 +95,7 @@ def test_sweeps_take_over_where_both_models_do_not_fit_and_resume(
     again = secateur.structure(source, output=tmp_path / "out", **options, resume=True)
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert whole.manifest["distillation"] == again.manifest["distillation"]
+    assert whole.manifest.distillation == again.manifest.distillation
 
 
 @pytest.mark.parametrize("cut", [slow({"hidden_size": 24}), slow({"kv_groups": 0.5})])
@@ -107,5 +107,5 @@ def test_other_cuts_learn_in_sweeps_too(
         source, output=tmp_path / "out", **options, **cut, distill_next_token=1.0,
         distill_sweep_windows=4,
     )  # fmt: skip
-    record = report.manifest["distillation"]
+    record = report.manifest.distillation
     assert record["loss_after"] < record["loss_before"]

@@ -62,8 +62,8 @@ def test_neurons_and_heads_of_every_family(family: str, tmp_path: Path, windows:
     after = sizes_of(loaded)
     assert [2 * g for g in after.groups] == list(before.groups)
     assert [n * 3 // 4 for n in before.neurons] == list(after.neurons)
-    counted = report.manifest["structure"]["after"]
-    assert counted["parameters"] == sum(p.numel() for p in loaded.parameters())
+    counted = report.manifest.structure.after
+    assert counted.parameters == sum(p.numel() for p in loaded.parameters())
     ids = tiny_windows(2)
     cached = loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
     plain = loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
@@ -111,9 +111,9 @@ def test_as_many_query_heads_in_every_group(
             columns = model.model.layers[layer].self_attn.o_proj.weight.unflatten(1, (8, -1))
             columns[:, [h for h in range(8) if h not in heads]] = 0
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-    structure = report.manifest["structure"]
+    structure = report.manifest.structure
     for size in ("kv_cache_bytes_per_token", "ffn"):
-        assert structure["after"][size] == structure["before"][size]
+        assert getattr(structure.after, size) == getattr(structure.before, size)
 
 
 GROUPED = [family for family in DENSE if family not in ("gpt2", "opt", "gpt_neox")]
@@ -161,7 +161,7 @@ def test_all_kinds_in_one_cut(source: Path, tmp_path: Path, windows: Path) -> No
     assert steps[-1]["after"]["decoder"] == decoder_parameters(tmp_path / "out")
     for one, other in pairwise(steps):
         assert one["after"]["decoder"] == other["before"]["decoder"]
-    assert not report.manifest["structure"]["varied"]
+    assert not report.manifest.structure.varied
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "search"])
@@ -172,11 +172,11 @@ def test_a_fraction_of_the_parameters(
         source, output=tmp_path / "out", calibration=windows, keep_parameters=0.7,
         allocation=allocation, effort="fast",
     )  # fmt: skip
-    record = report.manifest["structure"]
+    record = report.manifest.structure
     neuron = 3 * 32  # gate, up and down of a hidden size of 32
     most = 3 * neuron if allocation == "uniform" else 6 * neuron
-    assert abs(record["after"]["decoder"] - 0.7 * record["before"]["decoder"]) <= most
-    assert record["after"]["decoder"] == decoder_parameters(tmp_path / "out")
+    assert abs(record.after.decoder - 0.7 * record.before.decoder) <= most
+    assert record.after.decoder == decoder_parameters(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_a_target_is_reached_by_the_layers_between_the_ends(
     record = secateur.structure(
         source, output=tmp_path / "out", calibration=windows, keep_parameters=0.8, whole_first=1,
         effort="fast",
-    ).manifest["structure"]  # fmt: skip
+    ).manifest.structure  # fmt: skip
     sizes = sizes_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert (sizes.groups[0], sizes.neurons[0]) == (2, 48)
     assert sizes.neurons[1] == sizes.neurons[2] < 48
     neuron = 3 * 32
-    assert abs(record["after"]["decoder"] - 0.8 * record["before"]["decoder"]) <= 2 * neuron
+    assert abs(record.after.decoder - 0.8 * record.before.decoder) <= 2 * neuron
 
 
 def test_a_report_and_a_diagnosis_of_a_cut_model(
@@ -222,10 +222,10 @@ def test_a_report_and_a_diagnosis_of_a_cut_model(
 ) -> None:
     record = secateur.structure(
         source, output=tmp_path / "out", calibration=windows, ffn=0.5, effort="fast"
-    ).manifest["structure"]
+    ).manifest.structure
     secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    left = f"{1 - record['decoder_removed']:.2%}".removesuffix("%")
+    left = f"{1 - record.decoder_removed:.2%}".removesuffix("%")
     assert re.search(rf"cut to {left}\s%", page)
     found = secateur.diagnose(tmp_path / "out")
     assert [f.id for f in found.findings if f.severity != "note"] == []
@@ -267,8 +267,8 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         source, output=tmp_path / "b", calibration=windows, ffn=0.5, effort="balanced",
         distill_epochs=8, distill_learning_rate=1e-4,
     )  # fmt: skip
-    assert plain.manifest["distillation"] is None
-    record = taught.manifest["distillation"]
+    assert plain.manifest.distillation is None
+    record = taught.manifest.distillation
     assert record["loss_after"] < record["loss_before"]
     dense, ids = AutoModelForCausalLM.from_pretrained(source), tiny_windows()
     wanted = dense(ids).logits.detach().log_softmax(-1)
@@ -398,10 +398,10 @@ def test_what_stayed_is_refitted_beside_the_uncut_model(
             tmp_path / "source", output=tmp_path / name, calibration=windows,
             effort="fast", asymmetric=asymmetric, **options,
         )  # fmt: skip
-    steps = {n: [s["step"] for s in r.manifest["structure"]["steps"]] for n, r in both.items()}
+    steps = {n: [s["step"] for s in r.manifest.structure.steps] for n, r in both.items()}
     assert [step for step in steps["refit"] if step != "refit"] == steps["plain"]
     assert steps["refit"].index("refit") == len([o for o in options if o != "ffn"])
-    sizes = [r.manifest["structure"]["after"] for r in both.values()]
+    sizes = [r.manifest.structure.after for r in both.values()]
     assert sizes[0] == sizes[1]
     losses = {
         n: divergence(dense, AutoModelForCausalLM.from_pretrained(tmp_path / n), tiny_windows())
@@ -417,7 +417,7 @@ def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(
     report = secateur.structure(
         tmp_path / "source", output=tmp_path / "out", calibration=windows, keep_layers=2
     )
-    assert [s["step"] for s in report.manifest["structure"]["steps"]] == ["depth"]
+    assert [s["step"] for s in report.manifest.structure.steps] == ["depth"]
 
 
 @pytest.mark.parametrize("unit", ["ffn", "kv_groups", "hidden_size", "kv_cache", "keep_parameters"])

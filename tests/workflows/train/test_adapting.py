@@ -78,7 +78,7 @@ def test_gradual_pruning_ends_at_its_sparsity(places: Path, tmp_path: Path) -> N
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
     before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
     assert all(not after[n][before[n] == 0].any() for n in before)
-    assert done.manifest["objective"] == "next token, pruned gradually to 80%"
+    assert done.manifest.objective == "next token, pruned gradually to 80%"
 
 
 @pytest.mark.parametrize(

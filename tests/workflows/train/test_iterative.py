@@ -62,7 +62,7 @@ def test_every_round_prunes_the_same_fraction_and_trains(
     how = {"sparsity": 0.8, "rounds": 3, **WAYS[way]}
     done = train(places, tmp_path / "out", iterative=how, validation_windows=4)
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
-    told = done.manifest["result"]["rounds"]
+    told = done.manifest.result["rounds"]
     assert [x["training"] for x in told][-3:] == ["round-1", "round-2", "round-3"]
     schedule = Geometric(0.8)
     assert [x["sparsity"] for x in told][-3:] == [schedule(i / 3) for i in (1, 2, 3)]
@@ -73,7 +73,7 @@ def test_every_round_prunes_the_same_fraction_and_trains(
     assert done.tokens == sum(x["tokens"] for x in told)
     assert len(json.loads((tmp_path / "out/secateur/training.json").read_text())) == 1
     assert done.perplexity_before is not None
-    assert "in 3 rounds" in done.manifest["objective"]
+    assert "in 3 rounds" in done.manifest.objective
 
 
 def test_weights_go_back_to_their_early_values(
@@ -159,7 +159,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert 0 < len(steps) <= most
     assert bits(places / "straight") == bits(tmp_path / "out")
     for name in ("step", "tokens", "perplexities", "rounds", "best_step"):
-        assert resumed.manifest["result"][name] == straight.manifest["result"][name]
+        assert resumed.manifest.result[name] == straight.manifest.result[name]
 
 
 def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

@@ -67,7 +67,7 @@ def test_a_run_folder_that_the_other_verbs_read(
         validation_text=str(watched),
         teacher=teacher and places / teacher,
     )
-    assert done.manifest["objective"] == ("forward KL, T = 1" if teacher else "next token")
+    assert done.manifest.objective == ("forward KL, T = 1" if teacher else "next token")
     assert (done.steps, done.sparsity) == (8, pytest.approx(0.5))
     assert done.perplexity_after <= done.perplexity_before
     assert_zeros(places / "pruned", tmp_path / "out")
@@ -265,10 +265,10 @@ def test_of_several_texts_equal_parts_are_read(places: Path, tmp_path: Path) -> 
     for file, ids in zip(texts, (long, short), strict=True):
         save_file({"input_ids": ids}, file)
     done = train(places, tmp_path / "out", text=texts, validation_windows=0)
-    assert done.manifest["text"]["windows"] == 40
-    assert done.manifest["text"]["source"] == ", ".join(texts)
+    assert done.manifest.text["windows"] == 40
+    assert done.manifest.text["source"] == ", ".join(texts)
     together = torch.stack([long[:20], short], 1).flatten(0, 1)
-    assert done.manifest["text"]["sha256"] == windows_digest(together)
+    assert done.manifest.text["sha256"] == windows_digest(together)
     save_file({"input_ids": short[:, :8].contiguous()}, texts[1])
     with pytest.raises(SourceError, match=r"different lengths .*: 16, .*: 8"):
         train(places, tmp_path / "other", text=texts)
@@ -278,5 +278,5 @@ def test_ready_windows_are_used_as_they_are(places: Path, tmp_path: Path) -> Non
     ids = torch.randint(4, 90, (40, 16))
     save_file({"input_ids": ids}, tmp_path / "w.safetensors")
     done = train(places, tmp_path / "out", text=str(tmp_path / "w.safetensors"))
-    assert done.manifest["text"]["sequence_length"] == 16
-    assert done.manifest["text"]["windows"] == 35  # 5 are held out
+    assert done.manifest.text["sequence_length"] == 16
+    assert done.manifest.text["windows"] == 35  # 5 are held out

@@ -39,7 +39,7 @@ MEASURE = """
 import json, sys, secateur
 model, output, options = *sys.argv[1:3], json.loads(sys.argv[3])
 report = secateur.train(model, output=output, **options)
-print(json.dumps(report.manifest))
+print(json.dumps(report.manifest.to_json()))
 """
 
 

@@ -19,7 +19,8 @@ from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError
 from secateur.models.architecture import linears_of
-from secateur.models.inventory import SkippedMatrix, StoredMatrix, summary, weights_of
+from secateur.models.inventory import StoredMatrix, summary, weights_of
+from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Any
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.publishing import without_folders
+from secateur.reporting.cards import shown_place
 from secateur.reporting.charts import HeatMap
 from secateur.reporting.drawing import draw
-from secateur.reporting.front_matter import shown_place
 from secateur.reporting.report.figures import (
     alike,
     curves,

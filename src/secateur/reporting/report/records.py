@@ -8,7 +8,7 @@ from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
 from secateur.publishing import without_folders
-from secateur.reporting.front_matter import shown_place, source_name
+from secateur.reporting.cards import shown_place, source_name
 from secateur.reporting.results.advise import AdviseResult
 from secateur.reporting.results.fit import FitResult
 from secateur.reporting.results.next_steps import Origin, command
@@ -63,7 +63,7 @@ class ReportedRun:
     @property
     def dense(self) -> str:
         """The dense model in commands and sentences."""
-        return source_name(self.manifest.source.model_dump())
+        return source_name(self.manifest.source)
 
     def judging(self, *more: str) -> str:
         """The command that evaluates the model beside its dense one, on a text without a hub."""

@@ -73,7 +73,8 @@ class DemoResult(Result):
         """The measurements of the dense model, of its int8 weights, and of the pruned model."""
         [text], packed = self.judged.texts, self.pruned.compression
         assert packed is not None
-        cost = self.pruned.manifest["cost"]
+        assert self.pruned.manifest is not None
+        cost = self.pruned.manifest.cost
         rates = {s.name: s.tokens_per_second for s in self.bench.speeds if s.failure is None}
         speeds = (
             f"{rates[name]:.0f}" if name in rates else "not measured"
@@ -87,8 +88,8 @@ class DemoResult(Result):
             ("tokens per second, our kernels", *speeds),
             ("perplexity", *(f"{number:.2f}" for number in perplexities)),
             ("zeros in decoder matrices", "", "", f"{packed.sparsity:.2%}"),
-            ("time to prune", "", "", f"{cost['seconds']:.0f} s"),
-            ("peak memory", "", "", binary_size(cost["peak_resident_bytes"])),
+            ("time to prune", "", "", f"{cost.seconds:.0f} s"),
+            ("peak memory", "", "", binary_size(cost.peak_resident_bytes)),
         ]
 
     def places(self) -> list[Block]:

@@ -100,11 +100,14 @@ class ImportResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """The folder and the record."""
+        record = self.record.to_json()
+        found = {name: record.pop(name) for name in ("sparsity", "matrices")}
         return {
             "output": str(self.output),
             "parameters": self.parameters,
             "patterns": self.patterns,
-            **self.record.to_json(),
+            **record,
+            **found,
         }
 
     def facts(self) -> list[tuple[str, str]]:

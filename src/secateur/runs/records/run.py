@@ -20,7 +20,7 @@ class Source(Record):
     file_bytes: int
 
 
-class Cost(Record):
+class Cost(PartialRecord):
     """The cost of a run."""
 
     seconds: float
@@ -73,25 +73,36 @@ class Counts(Record):
 class Structure(Record):
     """What a structured cut removed."""
 
+    steps: tuple[dict[str, Any], ...]
     before: Counts
     after: Counts
     decoder_removed: float
     removed: float
     varied: bool
-    steps: tuple[dict[str, Any], ...]
     latency: dict[str, Any] | None
 
 
-class LeftEntry(Record):
-    """Tensors of one sort that were not pruned; see `models.inventory.SkippedMatrix`."""
+class SkippedMatrix(Record):
+    """Tensors of one sort that are not pruned.
+
+    Attributes:
+        names: one pattern for all of them, `*` for numbers; or the name of their part of the model.
+        reason: why.
+        tensors: how many.
+        weights: values in them.
+    """
 
     names: str
     reason: str
     tensors: int
     weights: int
 
+    def line(self) -> str:
+        """One line for people."""
+        return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
-class Manifest(Record):
+
+class Manifest(PartialRecord):
     """`manifest.json`."""
 
     manifest_version: int
@@ -107,11 +118,11 @@ class Manifest(Record):
     cost: Cost
     result: RunResult
     structure: Structure | None = None
-    distillation: dict[str, float] | None = None
+    distillation: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
     reach: dict[str, Any] = Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
-    left: tuple[LeftEntry, ...] = ()
+    left: tuple[SkippedMatrix, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -230,7 +241,7 @@ class Compression(Record):
     seconds: float
 
 
-class StepEntry(Record):
+class StepEntry(PartialRecord):
     """An entry of `steps.json`.
 
     Attributes:
@@ -336,6 +347,6 @@ class Import(Record):
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     environment: dict[str, Any]
-    seconds: float
     sparsity: float
     matrices: tuple[ImportedMatrix, ...]
+    seconds: float

@@ -27,7 +27,7 @@ from secateur.progress import Progress, listener
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
-from secateur.reporting.compression_card import compression_card
+from secateur.reporting.cards import compression_card
 from secateur.reporting.results.compress import CompressResult, FormatTotals, stored_as
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder, file_digests
@@ -358,7 +358,7 @@ def _write_report(
     record = declared(Compression, report.to_json() | {"source": source.name})
     write_json(folder.notes / COMPRESSION, record)
     place = recipe.output or folder.output
-    card = compression_card(report, source.record(), source.folder, place)
+    card = compression_card(report, source.record, source.folder, place)
     write_text(folder.model / "README.md", card)
     return report
 

@@ -31,6 +31,7 @@ from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.environment import choose_device
+from secateur.runs.records import Manifest, read_record
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.workflows.compress.storage_plan import ChosenValues, PackableMatrix, settled_values
 from secateur.workflows.judge.perplexity import LossComparison
@@ -115,14 +116,14 @@ def _parameters(recipe: CompressRecipe, values: str) -> dict[str, int]:
 def rounding_record(rounded: Path) -> dict[str, Any]:
     """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
-    manifest = json.loads((notes / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_record(Manifest, notes / "manifest.json")
     errors = output_errors(rounded).values()
     return {
-        "solver": manifest["method"]["solver"],
-        "asymmetric": manifest["method"]["asymmetric"],
-        "calibration": manifest["calibration"],
+        "solver": manifest.method["solver"],
+        "asymmetric": manifest.method["asymmetric"],
+        "calibration": manifest.calibration,
         "mean_error": sum(errors) / len(errors),
-        "seconds": manifest["cost"]["seconds"],
+        "seconds": manifest.cost.seconds,
     }
 
 

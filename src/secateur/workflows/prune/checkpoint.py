@@ -16,20 +16,18 @@ from secateur.calibration.documents import texts_of
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocation import settled_allocation
 from secateur.engine.memory_budget import explained
-from secateur.engine.plan import Plan
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
 from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.models.experts import open_experts
-from secateur.models.inventory import SkippedMatrix
 from secateur.models.opening import formats_of, load_whole
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
-from secateur.reporting.model_card import model_card
+from secateur.reporting.cards import prune_card
 from secateur.reporting.results.plan import PlanResult
 from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_json, write_text
@@ -37,7 +35,7 @@ from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import NOTES, RunFolder, file_digests
 from secateur.runs.ledger import Ledger
 from secateur.runs.output import check_free
-from secateur.runs.records import MANIFEST_VERSION, Manifest, declared
+from secateur.runs.records import MANIFEST_VERSION, Cost, Manifest, RunResult, read_record
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
@@ -181,14 +179,20 @@ def run_prepared(
             progress=progress,
         )
         verify(audit)
-        cost = {**meter.read(), "resumed": folder.resumed, "processes": ranks.count}
-        manifest = _manifest(prepared, plan, activations, audit, cost, folder)
         found = coverage(ledger.layers, prepared.target.architecture)
-        manifest["distillation"] = losses
-        manifest["experts"] = found and found.to_json()
-        manifest["reach"] = reached.to_json()
-        manifest["left"] = [one.to_json() for one in left]
-        manifest["collapsed"] = [n for layer in ledger.layers for n in layer.collapsed]
+        cost = {**meter.read(), "resumed": folder.resumed, "processes": ranks.count}
+        manifest = _manifest(
+            prepared,
+            folder,
+            audit,
+            plan={**plan.to_json(), "activations": activations},
+            cost=Cost.model_validate(cost),
+            distillation=losses,
+            experts=found and found.to_json(),
+            reach=reached.to_json(),
+            left=tuple(left),
+            collapsed=tuple(name for layer in ledger.layers for name in layer.collapsed),
+        )
         _write_notes(manifest, prepared, folder)
         folder.finish()
     return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
@@ -245,9 +249,8 @@ def report_of(output: Path) -> PruneResult:
     """Read the result of a finished run from its notes."""
     ledger = Ledger(output / NOTES / LEDGER)
     ledger.resume()
-    manifest = json.loads((output / NOTES / MANIFEST).read_text(encoding="utf-8"))
-    left = [SkippedMatrix(**one) for one in manifest["left"]]
-    sparsity = manifest["result"]["decoder_sparsity"]
+    manifest = read_record(Manifest, output / NOTES / MANIFEST)
+    sparsity, left = manifest.result.decoder_sparsity, list(manifest.left)
     return PruneResult(sparsity, ledger.layers, manifest, output, left)
 
 
@@ -293,47 +296,49 @@ def _complete_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
 
 def _manifest(
     prepared: Prepared,
-    plan: Plan,
-    activations: str,
-    audit: Audit,
-    cost: dict[str, Any],
     folder: RunFolder,
-) -> dict[str, Any]:
+    audit: Audit,
+    *,
+    plan: dict[str, Any],
+    cost: Cost,
+    **found: Any,
+) -> Manifest:
     """The record of a finished run."""
-    method, windows = prepared.method, prepared.windows
-    return {
-        "manifest_version": MANIFEST_VERSION,
-        "source": prepared.source.record(),
-        "formats": formats_of(prepared.source.folder, folder.model),
-        "family": audit.family,
-        "method": {
+    method, recipe, windows = prepared.method, prepared.recipe, prepared.windows
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        source=prepared.source.record,
+        formats=formats_of(prepared.source.folder, folder.model),
+        family=audit.family,
+        method={
             "name": method.name,
             "score": scores.describe(method.score),
             "solver": solvers.describe(method.solver),
             "pattern": method.pattern.name,
             "scope": method.pattern.scope,
             "refinement": refinements.describe(method.refinement) if method.refinement else None,
-            "effort": prepared.recipe.effort,
-            "sequential": prepared.recipe.sequential,
-            "asymmetric": prepared.recipe.asymmetric,
-            "fast_matmuls": prepared.recipe.fast_matmuls,
-            "reconstruction": prepared.recipe.reconstruction.model_dump(),
-            "distillation": prepared.recipe.distillation.model_dump(),
+            "effort": recipe.effort,
+            "sequential": recipe.sequential,
+            "asymmetric": recipe.asymmetric,
+            "fast_matmuls": recipe.fast_matmuls,
+            "reconstruction": recipe.reconstruction.model_dump(),
+            "distillation": recipe.distillation.model_dump(),
             "asked_sparsity": prepared.sparsity,
         },
-        "allocation": _describe_allocation(prepared, folder.work),
-        "calibration": windows and windows.record,
-        "calibration_digest": windows and windows.digest,
-        "environment": environment(prepared.target.device),
-        "plan": {**plan.to_json(), "activations": activations},
-        "cost": cost,
-        "result": {
-            "decoder_sparsity": audit.sparsity,
-            "model_sparsity": audit.model_sparsity,
-            "parameters": audit.parameters,
-            "file_bytes": audit.file_bytes,
-        },
-    }
+        allocation=_describe_allocation(prepared, folder.work),
+        calibration=windows and windows.record,
+        calibration_digest=windows and windows.digest,
+        environment=environment(prepared.target.device),
+        plan=plan,
+        cost=cost,
+        result=RunResult(
+            decoder_sparsity=audit.sparsity,
+            model_sparsity=audit.model_sparsity,
+            parameters=audit.parameters,
+            file_bytes=audit.file_bytes,
+        ),
+        **found,
+    )
 
 
 def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
@@ -350,14 +355,14 @@ def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
-def _write_notes(manifest: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+def _write_notes(manifest: Manifest, prepared: Prepared, folder: RunFolder) -> None:
     """Write recipe, manifest, windows and card into the result."""
     if prepared.windows is not None:
         shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(prepared.recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
-    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
-    card = model_card(
+    write_json(folder.notes / MANIFEST, manifest.to_json())
+    card = prune_card(
         manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
     )
     write_text(folder.model / "README.md", card)

@@ -42,13 +42,21 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.cards import structure_card
 from secateur.reporting.results.plan import CutPlanResult
 from secateur.reporting.results.prune import StructureResult
-from secateur.reporting.structure_card import structure_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment, resident_bytes
 from secateur.runs.folder import RunFolder, check_output, file_digests
-from secateur.runs.records import MANIFEST_VERSION, Manifest, StepEntry, declared
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Manifest,
+    RunResult,
+    StepEntry,
+    Structure,
+    read_record,
+)
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
@@ -219,8 +227,7 @@ def structure_recipe(
             folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
             _cut_into(folder, recipe, source, skeleton, plan, timer, progress, meter, ranks)
     broadcast(None, ranks)
-    manifest = json.loads((folder.notes / MANIFEST).read_text(encoding="utf-8"))
-    return StructureResult(manifest, folder.output)
+    return StructureResult(read_record(Manifest, folder.notes / MANIFEST), folder.output)
 
 
 def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[Step | RefitStep]:
@@ -287,16 +294,24 @@ def _cut_into(
     found = _verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
-    manifest = _manifest_of(recipe, source, steps, distilled, calibration, found, meter, device)
-    manifest["formats"] = formats_of(source.folder, folder.model)
-    manifest["structure"]["latency"] = latency
-    manifest["cost"]["resumed"] = folder.resumed
-    write_json(folder.notes / STEPS, [declared(StepEntry, step) for step in steps])
+    structure = Structure(
+        steps=tuple(_summary(step) for step in steps),
+        before=found.before,
+        after=found.after,
+        decoder_removed=found.decoder_removed,
+        removed=found.removed,
+        varied=found.varied,
+        latency=latency,
+    )
+    manifest = _manifest_of(
+        recipe, source, structure, distilled, calibration, meter, device, folder
+    )
+    write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
     if calibration:
         shutil.copyfile(file, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
-    write_json(folder.notes / MANIFEST, declared(Manifest, manifest))
+    write_json(folder.notes / MANIFEST, manifest.to_json())
     card = structure_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(folder.model / "README.md", card)
     folder.finish()
@@ -465,48 +480,42 @@ def _verified(
 def _manifest_of(
     recipe: StructureRecipe,
     source: LocalCheckpoint,
-    steps: list[dict[str, Any]],
+    structure: Structure,
     distilled: Mapping[str, float] | None,
     calibration: Mapping[str, Any],
-    found: Accounting,
     meter: Meter,
     device: torch.device,
-) -> dict[str, Any]:
+    folder: RunFolder,
+) -> Manifest:
     """The record of a finished cut."""
-    return {
-        "manifest_version": MANIFEST_VERSION,
-        "source": source.record(),
-        "method": {
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        source=source.record,
+        method={
             "name": "structure",
             "score": recipe.score,
             "solver": recipe.solver,
-            "pattern": ", ".join(step["step"] for step in steps),
+            "pattern": ", ".join(step["step"] for step in structure.steps),
             "scope": "layer",
             "effort": recipe.effort,
             "asymmetric": recipe.asymmetric,
             "fast_matmuls": recipe.fast_matmuls,
             "distillation": recipe.distillation.model_dump(),
         },
-        "allocation": {"name": recipe.allocation or "uniform"},
-        "structure": {
-            "steps": [_summary(step) for step in steps],
-            "before": found.before.to_json(),
-            "after": found.after.to_json(),
-            "decoder_removed": found.decoder_removed,
-            "removed": found.removed,
-            "varied": found.varied,
-        },
-        "distillation": distilled,
-        "calibration": dict(calibration) or None,
-        "environment": environment(device),
-        "cost": {**meter.read(), "resumed": False},
-        "result": {
-            "decoder_sparsity": 0.0,
-            "model_sparsity": 0.0,
-            "parameters": found.after.parameters,
-            "file_bytes": found.after.file_bytes,
-        },
-    }
+        allocation={"name": recipe.allocation or "uniform"},
+        structure=structure,
+        distillation=None if distilled is None else dict(distilled),
+        calibration=dict(calibration) or None,
+        environment=environment(device),
+        cost=Cost.model_validate({**meter.read(), "resumed": folder.resumed}),
+        result=RunResult(
+            decoder_sparsity=0.0,
+            model_sparsity=0.0,
+            parameters=structure.after.parameters,
+            file_bytes=structure.after.file_bytes,
+        ),
+        formats=formats_of(source.folder, folder.model),
+    )
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

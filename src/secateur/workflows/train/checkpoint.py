@@ -31,14 +31,14 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
+from secateur.reporting.cards import training_card
 from secateur.reporting.results.plan import TrainPlanResult
 from secateur.reporting.results.prune import TrainResult
-from secateur.reporting.training_card import training_card
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.runs.output import check_free
-from secateur.runs.records import Training, declared
+from secateur.runs.records import Cost, Training, read_list
 from secateur.training.batches import Batches
 from secateur.training.masks import Masks, is_shared, local, rows_of
 from secateur.training.process_group import ProcessGroup, load
@@ -224,8 +224,8 @@ def _train_into(
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        manifest = _manifest(inputs, session, trained, meter, found.memory)
-        _write(recipe, source, adapted.masks, manifest, trained, folder, progress)
+        training = _record(inputs, session, trained, meter, found.memory)
+        _write(recipe, source, adapted.masks, training, trained, folder, progress)
     processes.wait()
     _check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
@@ -265,51 +265,41 @@ def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
 
 def _report_of(output: Path) -> TrainResult:
     """Read the result of a finished training from its notes."""
-    manifest = json.loads((output / NOTES / TRAININGS).read_text(encoding="utf-8"))[-1]
-    result = manifest["result"]
-    return TrainResult(
-        output,
-        result["decoder_sparsity"],
-        result["step"],
-        result["tokens"],
-        result["perplexity_before"],
-        result["perplexity_after"],
-        manifest,
-    )
+    return TrainResult(output, read_list(Training, output / NOTES / TRAININGS)[-1])
 
 
 # -- results -------------------------------------------------------------------------------------
 
 
-def _manifest(
+def _record(
     inputs: TrainingInputs,
     session: Session,
     trained: Trained,
     meter: Meter,
     memory: TrainingMemory,
-) -> dict[str, Any]:
+) -> Training:
     """The record of a finished training."""
     outcome, recipe = trained.outcome, inputs.recipe
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
-    return {
-        "source": inputs.source.record(),
-        "objective": _objective_text(recipe, session.adapted),
-        "text": inputs.text.record,
-        "learning_rate": trained.learning_rate,
-        "optimizer": optimizers()[recipe.optimizer.lower()].__name__,
-        "processes": session.processes.ranks,
-        "recipe": recipe.model_dump(mode="json"),
-        "environment": environment(session.processes.device),
-        "planned": memory.to_json(),
-        "cost": {**meter.read(), "training_seconds": outcome.seconds},
-        "result": {
+    return Training(
+        source=inputs.source.record,
+        objective=_objective_text(recipe, session.adapted),
+        text=inputs.text.record,
+        learning_rate=trained.learning_rate,
+        optimizer=optimizers()[recipe.optimizer.lower()].__name__,
+        processes=session.processes.ranks,
+        recipe=recipe.model_dump(mode="json"),
+        environment=environment(session.processes.device),
+        planned=memory.to_json(),
+        cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
+        result={
             **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},
             "perplexities": validations,
             "perplexity_before": validations[0][1] if validations else None,
             "perplexity_after": math.exp(outcome.best_loss) if validations else None,
             "rounds": trained.rounds,
         },
-    }
+    )
 
 
 def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
@@ -339,7 +329,7 @@ def _write(
     recipe: TrainRecipe,
     source: LocalCheckpoint,
     masks: Masks,
-    manifest: dict[str, Any],
+    training: Training,
     trained: Trained,
     folder: RunFolder,
     progress: Progress,
@@ -348,16 +338,16 @@ def _write(
     made = folder.fresh_model()
     _write_trained(recipe, source.folder, masks, trained.final, made, progress)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
-    manifest["result"]["decoder_sparsity"] = audit_checkpoint(
-        made, trust_remote_code=recipe.trust_remote_code, progress=progress
-    ).sparsity
+    audit = audit_checkpoint(made, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    result = {**training.result, "decoder_sparsity": audit.sparsity}
+    training = training.model_copy(update={"result": result})
     trainings = folder.notes / TRAININGS
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
-    write_json(trainings, [*before, declared(Training, manifest)])
+    write_json(trainings, [*before, training.to_json()])
     shutil.copyfile(trained.log, folder.notes / "training.jsonl")
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "training.yaml", recipe_yaml)
-    card = training_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
+    card = training_card(training, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(made / "README.md", card)
 
 
