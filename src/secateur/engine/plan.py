@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class Plan:
             run.
         tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
         distilling_bytes: both whole models, gradients, moments, one window's forward and logits;
-            or one layer with all of that, or the ends of the model, whichever is larger.
+            or one layer with all of that, or embedding and head, whichever is larger.
         loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
         disk_bytes: the result, and the state for a resumed run.
         flops: floating-point operations of the forwards.
@@ -193,20 +193,25 @@ def plan_run(
     layers, found = target.layers, layouts(target, length) if length else []
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     tokens = windows.numel() if windows is not None else 0
-    stored, forward, waiting, tuning, distilling, lessons = 0, 0, 0, 0, 0, tokens + extra_tokens
+    stored, forward, waiting, tuning = 0, 0, 0, 0
     if windows is not None:
-        waits_for = _waits(tasks, settings)
-        stored, forward, waiting = forward_bytes(target, found, windows, settings, waits_for)
+        stored, forward, waiting = _forward_bytes(target, found, windows, tasks, settings)
         if settings.tunes:
             tuning = tuning_bytes(target, windows[: settings.micro_batch_tokens // length or 1])
-        if epochs:
-            distilling = _learning_bytes(target, tasks, windows[:1], sweep_windows)
-    of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
+    distillation = _Distillation()
+    if epochs:
+        of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
+        distillation = _plan_distillation(
+            target, tasks, windows, epochs, sweep_windows, tokens + extra_tokens, of_token
+        )
     stored *= 1 + settings.dense_needed
     gradients = _gradient_bytes(tasks)
     solving = _solving_bytes(target, tasks, found, settings)
-    passed = allocation.tokens(tokens) + tokens * passes(settings)
-    passed += lessons * _learning_passes(epochs, sweep_windows)
+    whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
+    disk = output_bytes + allocation.disk_bytes(prunable, target.dtype.itemsize)
+    disk += 2 * stored  # hidden states are read and written anew
+    disk += gradients + len(layers) * stored if gradients else 0
+    passed = allocation.tokens(tokens) + tokens * passes(settings) + distillation.passed_tokens
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=layer_bytes(target) * (1 + settings.asymmetric),
@@ -220,13 +225,9 @@ def plan_run(
         fallback_bytes=solving.most - solving.usual,
         writing_bytes=writing_bytes(target, windows, unwritten),
         tuning_bytes=tuning,
-        distilling_bytes=distilling,
-        loading_bytes=_whole_bytes(target) if unwritten or (epochs and not sweep_windows) else 0,
-        disk_bytes=output_bytes
-        + _pruning_disk(stored, gradients, len(layers))
-        + allocation.disk_bytes(prunable, target.dtype.itemsize)
-        + bool(epochs)
-        * _learning_disk(prunable, len(layers), of_token, lessons, sweep_windows * length),
+        distilling_bytes=distillation.memory_bytes,
+        loading_bytes=whole if unwritten or (epochs and not sweep_windows) else 0,
+        disk_bytes=disk + distillation.disk_bytes,
         flops=2 * _working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
@@ -236,6 +237,53 @@ def plan_run(
         stays_on_gpu=settings.on_gpu,
         sweep_windows=sweep_windows if epochs else 0,
     )
+
+
+class _Distillation(NamedTuple):
+    """The needs of a distillation; `passed_tokens` counts a forward with its backward thrice."""
+
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    passed_tokens: int = 0
+
+
+def _plan_distillation(
+    target: Target,
+    tasks: Tasks,
+    windows: Tensor | None,
+    epochs: int,
+    sweep_windows: int,
+    tokens: int,
+    of_token: int,
+) -> _Distillation:
+    """The needs of a distillation.
+
+    Args:
+        target: the model.
+        tasks: the task of each linear.
+        windows: calibration tokens, or None.
+        epochs: number of epochs.
+        sweep_windows: number of windows in a sweep with one layer in memory; 0 with both whole
+            models.
+        tokens: number of tokens that it reads.
+        of_token: bytes of the hidden state of a token in float32.
+    """
+    layers, memory = len(target.layers), 0
+    disk = 12 * sum(task.shape[0] * task.shape[1] for task in tasks.values())  # weights, moments
+    if windows is not None:
+        of_models, on_grid = distilling_bytes, _on_grid_bytes(tasks)
+        if sweep_windows:
+            of_models, on_grid = _sweep_bytes, on_grid // layers
+        memory = of_models(target, windows[:1]) + on_grid
+    if not sweep_windows:
+        return _Distillation(memory, disk, 5 * epochs * tokens)
+    # the hidden states of the dense model, its predictions, the states and gradients of a sweep
+    at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
+    disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
+    disk += (layers + 3) * of_token * at_once
+    # The dense model passes once, and every layer runs again for its backward. Trials of the
+    # learning rate are a fifth of a training.
+    return _Distillation(memory, disk, (1 + 5 * epochs) * tokens)
 
 
 def _solving_bytes(
@@ -255,34 +303,6 @@ def layer_bytes(target: Target) -> int:
     """The size of the largest decoder layer in the model's dtype."""
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
     return weights * target.dtype.itemsize
-
-
-def _whole_bytes(target: Target) -> int:
-    """The size of the whole model in its dtype."""
-    return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
-
-
-def _pruning_disk(stored: int, gradients: int, layers: int) -> int:
-    """The files of hidden states, which are read and written anew, and of gradients."""
-    return 2 * stored + (gradients + layers * stored if gradients else 0)
-
-
-def _learning_bytes(target: Target, tasks: Tasks, window: Tensor, sweep_windows: int) -> int:
-    """The memory of the distillation: of two whole models, or of one layer."""
-    if sweep_windows:
-        return _sweep_bytes(target, window) + _on_grid_bytes(tasks) // len(target.layers)
-    return distilling_bytes(target, window) + _on_grid_bytes(tasks)
-
-
-def _learning_disk(prunable: int, layers: int, of_token: int, tokens: int, at_once: int) -> int:
-    """The files of a distillation: weights and moments. In sweeps also the hidden states of the
-    dense model, its predictions, and the states and gradients of a sweep.
-    """
-    learned = 12 * prunable
-    if not at_once:
-        return learned
-    of_sweep = (layers + 3) * of_token * min(at_once, tokens)
-    return learned + learned // layers + (2 * of_token + PREDICTION_BYTES) * tokens + of_sweep
 
 
 def _working_weights(target: Target) -> int:
@@ -323,21 +343,6 @@ def passes(settings: Settings) -> int:
     return plain + settings.dense_needed + tuned
 
 
-def _learning_passes(epochs: int, sweep_windows: int) -> int:
-    """Forwards of all tokens of a distillation; a forward with its backward counts as three."""
-    # In sweeps the dense model passes once, and every layer runs again for its backward. Trials of
-    # the learning rate are a fifth of a training.
-    learned = 1 + 5 * epochs if sweep_windows else 5 * epochs
-    return bool(epochs) * learned
-
-
-def _waits(tasks: Tasks, settings: Settings) -> int:
-    """How many halted forwards of each micro-batch wait in memory for the others."""
-    gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
-    halting = gathered and settings.sequential == "group" and settings.in_memory
-    return halting * (1 + settings.asymmetric)
-
-
 def _survey_bytes(
     target: Target,
     found: Sequence[LayerLayout],
@@ -357,10 +362,17 @@ def _survey_bytes(
     return held
 
 
-def forward_bytes(
-    target: Target, found: Sequence[LayerLayout], windows: Tensor, settings: Settings, waiting: int
+def _forward_bytes(
+    target: Target,
+    found: Sequence[LayerLayout],
+    windows: Tensor,
+    tasks: Tasks,
+    settings: Settings,
 ) -> tuple[int, int, int]:
     """The memory of all hidden states, of the running forward, and of halted forwards."""
+    gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
+    halting = gathered and settings.sequential == "group" and settings.in_memory
+    waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
     hidden, calls = calls_of(target, windows[:size])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
