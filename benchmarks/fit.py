@@ -43,7 +43,7 @@ from secateur.workflows.fit.run import (
     make_search,
     survey_levels,
 )
-from secateur.workflows.prune.prepare import calibration_windows
+from secateur.workflows.run_windows import calibration_windows
 from stored import known_rows
 
 MIB = 2**20
@@ -80,7 +80,9 @@ def rows(args: argparse.Namespace) -> None:
     survey, _ = survey_levels(context, search, expected)
     survey = replace(survey, frontier=())
     options = CalibrationWindows(windows=16, sequence_length=512)
-    wiki, _ = calibration_windows(str(args.text), options, source.folder, context.target)
+    wiki, _ = calibration_windows(
+        str(args.text), options, source.folder, context.target.model.config
+    )
     texts = {"c4": context.judging.windows, "wiki": wiki}
     measures = {name: ModelEvaluator(context, text, name) for name, text in texts.items()}
 

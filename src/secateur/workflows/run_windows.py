@@ -33,7 +33,7 @@ from secateur.calibration.windows import (
     save_windows,
     stored_extra,
 )
-from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of, text_config
 from secateur.models.opening import load_whole
@@ -44,6 +44,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Calibration, CalibrationWindows, Distill
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
@@ -60,7 +61,7 @@ BESIDE = "beside.safetensors"
 
 @dataclass(frozen=True)
 class RunWindows:
-    """The windows of a pruning.
+    """The windows of a pruning or a structured cut.
 
     Attributes:
         calibration: token ids [windows, length].
@@ -77,6 +78,33 @@ class RunWindows:
     ungenerated: int = 0
     stored: bool = False
     multimodal: MultimodalInputs | None = None
+
+    @classmethod
+    def read(
+        cls,
+        recipe: PruneRecipe | StructureRecipe,
+        folder: Path,
+        config: Any,
+        *,
+        only_plan: bool = False,
+        pictures: bool = False,
+    ) -> RunWindows:
+        """Cut the windows of a recipe for the model of a folder with this configuration."""
+        options = recipe.calibration
+        wanted = extra_windows(window_plan(options, config), options, recipe.distillation)
+        windows, record = calibration_windows(
+            options.source,
+            options,
+            folder,
+            config,
+            extra=wanted,
+            trust_remote_code=recipe.trust_remote_code,
+            only_plan=only_plan,
+            pictures=pictures,
+        )
+        log_short_text(wanted, record)
+        calibration, extra = split_extra(windows, record.get(EXTRA, 0))
+        return cls(calibration, extra, record, options.generated_windows)
 
     @classmethod
     def load(cls, file: Path, config: Any) -> RunWindows:
@@ -102,6 +130,25 @@ class RunWindows:
             start=self.record.get("start_tokens", ()),
             extra=len(self.extra),
         )
+
+    def generate(
+        self,
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+        *,
+        trust_remote_code: bool,
+    ) -> RunWindows:
+        """Add the windows that the dense model of a folder must still generate."""
+        if not self.ungenerated:
+            return self
+        own, count, trust = self.calibration, self.ungenerated, trust_remote_code
+        start = start_tokens_of(folder, trust_remote_code=trust)
+        model = load_whole(folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
+        more = generate_windows(model, own, count, start, seed, progress)
+        record = {**self.record, "generated": count, "generated_prefix": PREFIX}
+        return replace(self, calibration=torch.cat([own, more]), ungenerated=0, record=record)
 
     @property
     def all(self) -> Tensor:
@@ -145,9 +192,10 @@ def calibration_windows(
     text: str,
     options: CalibrationWindows,
     folder: Path,
-    target: Target,
+    config: Any,
     *,
     extra: int = 0,
+    length: int | None = None,
     trust_remote_code: bool = False,
     only_plan: bool = False,
     pictures: bool = False,
@@ -158,14 +206,15 @@ def calibration_windows(
         text: the text, or a file of ready windows.
         options: how the text is cut.
         folder: folder of the model, with its tokenizer.
-        target: the model.
+        config: configuration of the model.
         extra: number of windows after these, as far as the text has them.
+        length: tokens of a window, in place of what `options` says.
         trust_remote_code: whether code from the folder may run.
         only_plan: read no text; use blank windows of the right number and length.
         pictures: whether the caller passes what the windows have besides their tokens.
     """
-    plan, ready = window_plan(options, target.model.config), text.endswith(".safetensors")
-    plan = replace(plan, extra=extra)
+    plan, ready = window_plan(options, config), text.endswith(".safetensors")
+    plan = replace(plan, extra=extra, sequence_length=length or plan.sequence_length)
     if only_plan and not ready:
         blank = torch.zeros((plan.all_windows, plan.sequence_length), dtype=torch.int64)
         return blank, {EXTRA: extra}
@@ -175,8 +224,8 @@ def calibration_windows(
         tokenizer,
         plan,
         field=options.field,
-        vocab_size=text_config(target.model.config).vocab_size,
-        positions=positions_of(target.model.config),
+        vocab_size=text_config(config).vocab_size,
+        positions=positions_of(config),
         pictures=pictures,
     )
 
@@ -223,24 +272,6 @@ def split_extra(windows: Tensor, extra: int) -> tuple[Tensor, Tensor]:
     """Divide windows into those of the calibration and the extra ones at the end."""
     own = len(windows) - extra
     return windows[:own], windows[own:]
-
-
-def with_generated_windows(
-    folder: Path,
-    windows: Tensor,
-    count: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-    *,
-    trust_remote_code: bool = False,
-) -> Tensor:
-    """Append `count` windows that the dense model of a folder generates."""
-    start = start_tokens_of(folder, trust_remote_code=trust_remote_code)
-    model = load_whole(
-        folder, device, dtype=fast_dtype(device), trust_remote_code=trust_remote_code
-    )
-    return torch.cat([windows, generate_windows(model, windows, count, start, seed, progress)])
 
 
 def generate_windows(
@@ -348,7 +379,11 @@ def save_parts(
         return
     progress.start("reading calibration text", 1)
     windows, record = calibration_windows(
-        text, options, target.reader.folder, target, trust_remote_code=trust_remote_code
+        text,
+        options,
+        target.reader.folder,
+        target.model.config,
+        trust_remote_code=trust_remote_code,
     )
     progress.finish()
     count = len(windows)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.continuation import PREFIX
 from secateur.calibration.documents import texts_of
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.choose.allocation import settled_allocation
@@ -59,7 +58,6 @@ from secateur.workflows.run_windows import (
     WINDOWS,
     distillation_data,
     refuse_shared,
-    with_generated_windows,
 )
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
@@ -271,22 +269,13 @@ def _complete_windows(prepared: Prepared, folder: RunFolder, progress: Progress)
     windows, recipe = prepared.windows, prepared.recipe
     if windows is None or windows.stored:
         return prepared
-    if windows.ungenerated:
-        calibration = with_generated_windows(
-            prepared.source.folder,
-            windows.calibration,
-            windows.ungenerated,
-            recipe.calibration.seed,
-            prepared.target.device,
-            progress,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        record = {
-            **windows.record,
-            "generated": windows.ungenerated,
-            "generated_prefix": PREFIX,
-        }
-        windows = replace(windows, calibration=calibration, ungenerated=0, record=record)
+    windows = windows.generate(
+        prepared.source.folder,
+        recipe.calibration.seed,
+        prepared.target.device,
+        progress,
+        trust_remote_code=recipe.trust_remote_code,
+    )
     if windows.multimodal is not None:
         record = {**windows.record, "beside": windows.multimodal.shapes}
         windows = replace(windows, record=record)

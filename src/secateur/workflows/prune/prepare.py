@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.calibration.windows import EXTRA
 from secateur.engine.job import Job
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
@@ -17,7 +16,7 @@ from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.settings import Settings
 from secateur.engine.prune.tasks import LinearTask, Selection, Tasks, tasks_of
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
-from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
@@ -34,12 +33,7 @@ from secateur.sparsity.methods import Method
 from secateur.workflows.prune.composition import allocation_of, method_of, own_methods
 from secateur.workflows.run_windows import (
     RunWindows,
-    calibration_windows,
-    extra_windows,
-    log_short_text,
     multimodal_inputs,
-    split_extra,
-    window_plan,
 )
 
 log = logging.getLogger(__name__)
@@ -198,8 +192,12 @@ def prepare(
             windows = RunWindows.load(stored, target.model.config)
         else:
             progress.start("reading calibration text", 1)
-            windows = _read_windows(
-                recipe, source.folder, target, only_plan=only_plan, pictures=pictures
+            windows = RunWindows.read(
+                recipe,
+                source.folder,
+                target.model.config,
+                only_plan=only_plan,
+                pictures=pictures,
             )
             progress.finish()
         if pictures:
@@ -234,28 +232,6 @@ def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
             where="--keep-format",
             remedy="leave --keep-format out, or do not distill",
         )
-
-
-def _read_windows(
-    recipe: PruneRecipe, folder: Path, target: Target, *, only_plan: bool, pictures: bool
-) -> RunWindows:
-    """Return the windows of a recipe for the model of a folder."""
-    options = recipe.calibration
-    plan = window_plan(options, target.model.config)
-    wanted = extra_windows(plan, options, recipe.distillation)
-    windows, record = calibration_windows(
-        options.source,
-        options,
-        folder,
-        target,
-        extra=wanted,
-        trust_remote_code=recipe.trust_remote_code,
-        only_plan=only_plan,
-        pictures=pictures,
-    )
-    log_short_text(wanted, record)
-    calibration, extra = split_extra(windows, record.get(EXTRA, 0))
-    return RunWindows(calibration, extra, record, options.generated_windows)
 
 
 def choose_plan(

@@ -19,13 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError, SourceError
-from secateur.models.architecture import hidden_size, positions_of, text_config
+from secateur.models.architecture import hidden_size
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import load_whole
-from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainingBudget, TrainRecipe
@@ -42,7 +40,7 @@ from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import mean_loss
 from secateur.types import Windows
-from secateur.workflows.run_windows import window_plan
+from secateur.workflows.run_windows import calibration_windows
 from secateur.workflows.structure.cut_plan import CutPlan, representative, uniform_cut
 from secateur.workflows.structure.steps import StepContext
 from secateur.workflows.train.checkpoint import OpenFile, stored_model
@@ -188,7 +186,16 @@ def _domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domain
     for number, text in enumerate(how.domains):
         file = work / f"domain-{number}.safetensors"
         if not file.exists():
-            save_windows(_windows_of(context, text), file)
+            # as many windows as of the calibration text, of the same length
+            windows, _ = calibration_windows(
+                text,
+                context.recipe.calibration,
+                context.source,
+                context.target(context.source).model.config,
+                length=int(context.windows.shape[1]),
+                trust_remote_code=context.recipe.trust_remote_code,
+            )
+            save_windows(windows, file)
         found[text] = load_windows(file)
     if len(found) <= len(how.domains):
         raise RecipeError("a domain is named twice", remedy="name each text once")
@@ -216,25 +223,6 @@ def _domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domain
         {name: windows[how.held_out :] for name, windows in found.items()},
         {name: windows[: how.held_out] for name, windows in found.items()},
     )
-
-
-def _windows_of(context: StepContext, text: str) -> Tensor:
-    """Cut the same number of windows from a text as from the calibration text, of equal length."""
-    recipe, config = context.recipe, context.target(context.source).model.config
-    length = int(context.windows.shape[1])
-    plan = replace(window_plan(recipe.calibration, config), sequence_length=length)
-    tokenizer = None
-    if not text.endswith(".safetensors"):
-        tokenizer = load_tokenizer(context.source, trust_remote_code=recipe.trust_remote_code)
-    windows, _ = load_calibration(
-        text,
-        tokenizer,
-        plan,
-        field=recipe.calibration.field,
-        vocab_size=text_config(config).vocab_size,
-        positions=positions_of(config),
-    )
-    return windows
 
 
 def _loading_of(

@@ -19,23 +19,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.calibration.continuation import PREFIX
 from secateur.calibration.documents import texts_of
-from secateur.calibration.loading import load_calibration
-from secateur.calibration.windows import EXTRA, load_windows, save_windows
 from secateur.engine.memory_budget import memory_budget
 from secateur.engine.plan import distilling_bytes
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
-from secateur.models.architecture import describe, hidden_size, positions_of, text_config
+from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
 from secateur.models.copies import copy_of
 from secateur.models.opening import form_of, formats_of, load_whole, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import load_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent, listener
@@ -63,14 +59,7 @@ from secateur.training.distillation import FINAL, DistillationData, Student, onc
 from secateur.training.layerwise import LayerwiseDistillation
 from secateur.workflows.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.workflows.prune.workers import broadcast
-from secateur.workflows.run_windows import (
-    distillation_data,
-    extra_windows,
-    log_short_text,
-    split_extra,
-    window_plan,
-    with_generated_windows,
-)
+from secateur.workflows.run_windows import WINDOWS, RunWindows, distillation_data
 from secateur.workflows.structure.cut_plan import (
     CutPlan,
     check_width,
@@ -97,7 +86,6 @@ from secateur.workflows.structure.width import LATENCY, find_latency, plan_width
 
 log = logging.getLogger(__name__)
 
-CALIBRATION, WINDOWS = "calibration.json", "windows.safetensors"
 MANIFEST, STEPS = "manifest.json", "steps.json"
 
 DISTILLATION_MODE = "way.json"
@@ -269,10 +257,10 @@ def _cut_into(
     trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
     if steps:
         plan = plan_cut(recipe, trimmed)
-    all_windows, calibration = torch.empty((0, 0), dtype=torch.int64), dict[str, Any]()
+    none = torch.empty((0, 0), dtype=torch.int64)
+    windows = RunWindows(none, none, {})
     if plan.cuts or recipe.decode_latency or recipe.distillation.epochs:
-        all_windows, calibration = _calibrate(recipe, base, trimmed.config, folder, progress)
-    windows, _ = split_extra(all_windows, calibration.get(EXTRA, 0))
+        windows = _calibrate(recipe, base, trimmed.config, folder, progress)
     if recipe.decode_latency is not None:
         latency = find_latency(
             recipe, plan, trimmed, device, timer, progress, folder.work / LATENCY
@@ -280,7 +268,7 @@ def _cut_into(
         plan = replace(plan, joint=latency["joint"])
     made, file = base.folder, folder.work / WINDOWS
     context = StepContext(
-        recipe, plan, base.folder, windows, file, device, folder.work, progress, ranks
+        recipe, plan, base.folder, windows.calibration, file, device, folder.work, progress, ranks
     )
     for step in _steps_of(recipe, plan, trimmed):
         made, notes = step.run(context, made)
@@ -290,7 +278,7 @@ def _cut_into(
     (folder.model / NOTES).unlink(missing_ok=True)
     distilled = None
     if recipe.distillation.epochs:
-        distilled = _distill(recipe, base, folder, all_windows, device, progress)
+        distilled = _distill(recipe, base, folder, windows.all, device, progress)
     found = _verified(skeleton, source.folder, folder.model, steps, recipe)
     if found.varied:
         log.warning(VARIED)
@@ -304,10 +292,10 @@ def _cut_into(
         latency=latency,
     )
     manifest = _manifest_of(
-        recipe, source, structure, distilled, calibration, meter, device, folder
+        recipe, source, structure, distilled, windows.record, meter, device, folder
     )
     write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
-    if calibration:
+    if windows.record:
         shutil.copyfile(file, folder.notes / WINDOWS)
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
@@ -323,45 +311,20 @@ def _calibrate(
     config: Any,
     folder: RunFolder,
     progress: Progress,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Make the windows of the text, those that the uncut model generates, and the extra ones.
-
-    A resumed run reads the stored windows. The record of their source is written last, so a record
-    means that the windows are complete.
-
-    Returns:
-        Calibration windows [windows, sequence_length], and the record of their source.
-    """
-    file, record = folder.work / WINDOWS, folder.work / CALIBRATION
-    if record.exists():
-        return load_windows(file), json.loads(record.read_text(encoding="utf-8"))
-    options, tokenizer, trust = recipe.calibration, None, recipe.trust_remote_code
-    plan = window_plan(options, config)
-    plan = replace(plan, extra=extra_windows(plan, options, recipe.distillation))
-    if not options.source.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
-    windows, provenance = load_calibration(
-        options.source,
-        tokenizer,
-        plan,
-        field=options.field,
-        vocab_size=text_config(config).vocab_size,
-        positions=positions_of(config),
+) -> RunWindows:
+    """Make the windows of a run, or read those of a stopped one."""
+    file = folder.work / WINDOWS
+    if file.exists():
+        return RunWindows.load(file, config)
+    windows = RunWindows.read(recipe, source.folder, config).generate(
+        source.folder,
+        recipe.calibration.seed,
+        choose_device(recipe.device),
+        progress,
+        trust_remote_code=recipe.trust_remote_code,
     )
-    log_short_text(plan.extra, provenance)
-    count, start = provenance.get(EXTRA, 0), provenance.get("start_tokens", ())
-    windows, extra = split_extra(windows, count)
-    generated = options.generated_windows
-    if generated:
-        windows = with_generated_windows(
-            source.folder, windows, generated, options.seed, choose_device(recipe.device),
-            progress, trust_remote_code=trust,
-        )  # fmt: skip
-        provenance = {**provenance, "generated": generated, "generated_prefix": PREFIX}
-    windows = torch.cat([windows, extra])
-    save_windows(windows, file, start=start, extra=count)
-    write_json(record, provenance)
-    return windows, provenance
+    windows.save(folder.work)
+    return windows
 
 
 def _distill(
