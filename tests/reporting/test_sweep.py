@@ -215,6 +215,13 @@ def test_a_point_that_fails_does_not_stop_the_others(
     assert [f["pattern"] for f in record["failures"]] == ["3:5"]
 
 
+def test_a_sweep_of_failures_has_no_points(recipe: SweepRecipe, tmp_path: Path) -> None:
+    result = swept(recipe, tmp_path / "s", methods=["wanda"], sparsities=[], patterns=["3:5"])
+    assert result.points == ()
+    assert [failure["pattern"] for failure in result.failures] == ["3:5"]
+    assert (tmp_path / "s" / "sweep.md").exists()
+
+
 def test_on_the_command_line(secateur, recipe: SweepRecipe, tmp_path: Path) -> None:
     words = (
         "sweep", recipe.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",

@@ -456,7 +456,6 @@ def _write_views(result: SweepResult) -> None:
     """Write the table and the plot of a sweep into its folder."""
     (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
     (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
-    if result.points:
-        charts = sweep_charts([result])
+    charts = sweep_charts([result]) if result.points else []
     if charts:  # a chart needs two points
         save_plots(charts, result.folder / "sweep")
