@@ -164,7 +164,11 @@ def run_evaluation(
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
-    kept = None if model is not None else _stored_results(recipe.model)
+    kept, notes = None, Path(recipe.model) / NOTES
+    if model is None and notes.is_dir():  # a run folder keeps its results
+        kept = notes / FILE_NAME
+        if kept.is_file():
+            read_evaluation(kept)  # refuse a file to which results cannot be added
     # read the rows of tasks first, so a missing task is an error before a model is loaded
     prepared = prepare_tasks(
         recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
@@ -212,16 +216,6 @@ def _refuse_idle(recipe: EvaluateRecipe) -> None:
             f"{' and '.join(cut)}: windows are cut from texts, and none is measured",
             remedy="name the text (wikitext2, or a file), or leave them out",
         )
-
-
-def _stored_results(model: str) -> Path | None:
-    """The file that keeps the results of a run folder; None for any other model."""
-    if not (Path(model) / NOTES).is_dir():
-        return None
-    file = Path(model) / NOTES / FILE_NAME
-    if file.is_file():
-        read_evaluation(file)
-    return file
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

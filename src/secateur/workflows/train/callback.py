@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from secateur.errors import RecipeError, VerificationError
@@ -67,7 +67,7 @@ class SecateurCallback(TrainerCallback):
         for parameter, mask in self.masks.of_parameters(model):
             if parameter.requires_grad and not is_shared(parameter):
                 # before the trainer clips, so that pruned weights do not count in the norm
-                self.hooks.append(parameter.register_hook(partial(_held_gradient, mask)))
+                self.hooks.append(parameter.register_hook(partial(torch.mul, mask)))
 
     def found(self, model: nn.Module, is_adapted: bool) -> Masks:
         """The masks that this training holds, for the model within peft's wrapper."""
@@ -142,11 +142,6 @@ class SecateurCallback(TrainerCallback):
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-
-
-def _held_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient without the parts of pruned weights."""
-    return gradient * mask
 
 
 def _inner(model: Any) -> nn.Module:

@@ -51,18 +51,7 @@ from secateur.workflows.train.memory import (
     training_memory,
 )
 from secateur.workflows.train.session import Session, Trained, train_in_rounds
-from secateur.workflows.train.setup import (
-    Adapted,
-    TrainingInputs,
-    adapt,
-    check_together,
-    check_tokenizers,
-    masks_of,
-    merged,
-    objective_of,
-    plan_of,
-    teacher_of,
-)
+from secateur.workflows.train.setup import Adapted, TrainingInputs, adapt, check_together, merged
 
 NO_PART = {
     "output",
@@ -207,9 +196,9 @@ def _train_into(
     # Weights are not rounded between the rounds of iterative pruning.
     dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
-    masks = masks_of(recipe, model, processes)
-    objective = objective_of(inputs, found.teacher, model, work, progress)
-    adapted = adapt(recipe, model, masks, text.windows, processes)
+    masks = inputs.masks(model)
+    objective = inputs.objective(found.teacher, model, work, progress)
+    adapted = adapt(recipe, model, masks, text.windows)
     session = Session(
         adapted,
         Batches(text.windows, recipe.batch, recipe.seed),
@@ -254,10 +243,7 @@ def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
     """Check everything that needs no weights."""
     recipe, target, text = inputs.recipe, inputs.target, inputs.text
     check_together(recipe, inputs.processes)
-    plan = plan_of(inputs)
-    teacher = teacher_of(recipe, work)
-    if teacher is not None:
-        check_tokenizers(inputs.source, teacher, recipe.trust_remote_code)
+    plan, teacher = inputs.plan(), inputs.teacher(work)
     memory = training_memory(recipe, target, teacher, text, plan, inputs.processes)
     check_memory(memory, recipe, inputs.processes.device)
     return PlannedTraining(plan, teacher, memory, disk_bytes(recipe, target, text, plan))

@@ -112,196 +112,195 @@ class TrainingInputs:
         progress.finish()
         return cls(recipe, source, target, text, processes)
 
+    def plan(self) -> TrainingPlan:
+        """Return length, learning rate and optimizer of a training.
 
-def plan_of(inputs: TrainingInputs) -> TrainingPlan:
-    """Return length, learning rate and optimizer of a training.
+        Raises:
+            RecipeError: the recipe has both steps and minutes, or a number is out of range.
+        """
+        recipe = self.recipe
+        steps = recipe.steps or 0
+        if not recipe.steps and not recipe.minutes:
+            steps = max(1, round(recipe.epochs * len(self.text.windows) / recipe.batch))
+        return TrainingPlan(
+            steps=steps,
+            minutes=recipe.minutes or 0.0,
+            learning_rate=recipe.learning_rate,
+            warm_up=recipe.warm_up,
+            clip=recipe.clip,
+            optimizer=recipe.optimizer,
+            optimizer_options=recipe.optimizer_options,
+            rates=self._rates(),
+            micro_batch=recipe.micro_batch_windows,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            fast_matmuls=recipe.fast_matmuls,
+            validations=recipe.validations,
+            patience=recipe.patience,
+            save_minutes=recipe.save_minutes,
+        )
 
-    Raises:
-        RecipeError: the recipe has both steps and minutes, or a number is out of range.
-    """
-    recipe = inputs.recipe
-    steps = recipe.steps or 0
-    if not recipe.steps and not recipe.minutes:
-        steps = max(1, round(recipe.epochs * len(inputs.text.windows) / recipe.batch))
-    return TrainingPlan(
-        steps=steps,
-        minutes=recipe.minutes or 0.0,
-        learning_rate=recipe.learning_rate,
-        warm_up=recipe.warm_up,
-        clip=recipe.clip,
-        optimizer=recipe.optimizer,
-        optimizer_options=recipe.optimizer_options,
-        rates=_rates_of(recipe, inputs.target.model),
-        micro_batch=recipe.micro_batch_windows,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        fast_matmuls=recipe.fast_matmuls,
-        validations=recipe.validations,
-        patience=recipe.patience,
-        save_minutes=recipe.save_minutes,
-    )
+    def _rates(self) -> Mapping[str, float]:
+        """Return factors of the learning rate by globs of parameters. The last match counts."""
+        recipe, model = self.recipe, self.target.model
+        names = [name for name, _ in model.named_parameters()]
+        refuse_idle_globs(recipe.rates, names, "parameter")
+        if recipe.lora is None:
+            return {**_layer_rates(model, recipe.layer_decay), **recipe.rates}
+        if recipe.rates or recipe.layer_decay != 1:
+            raise RecipeError(
+                "with adapters nothing else is trained, so --rates and --layer-decay change "
+                "nothing",
+                remedy="leave them out; lora.include and lora.exclude choose the linears",
+            )
+        return ADAPTERS_ALONE
 
+    def masks(self, model: Any) -> Masks:
+        """Return the masks of the recipe; without them, the zeros of the model.
 
-def masks_of(recipe: TrainRecipe, model: Any, processes: ProcessGroup) -> Masks:
-    """Return the masks that a training holds.
+        Args:
+            model: the model with its initial weights; it may be sharded.
 
-    Args:
-        recipe: may name masks. Without them, the training holds the zeros of the model.
-        model: the model with its initial weights; it may be sharded.
-        processes: the processes.
+        Raises:
+            RecipeError: the masks belong to another model, hold no zeros, or would free weights
+                that are zero in the model.
+            SourceError: the file holds no masks.
+        """
+        recipe = self.recipe
+        if recipe.mask is None:
+            return Masks.of(model)
+        prunes = recipe.gradual is not None or recipe.iterative is not None
+        return masks_in(
+            Path(recipe.mask),
+            model,
+            trust_remote_code=recipe.trust_remote_code,
+            regrows=recipe.regrow or prunes,  # pruning keeps the zeros itself
+            sums=self.processes.sums,
+        )
 
-    Raises:
-        RecipeError: the masks belong to another model, hold no zeros, or would free weights that
-            are zero in the model.
-        SourceError: the file holds no masks.
-    """
-    if recipe.mask is None:
-        return Masks.of(model)
-    prunes = recipe.gradual is not None or recipe.iterative is not None
-    return masks_in(
-        Path(recipe.mask),
-        model,
-        trust_remote_code=recipe.trust_remote_code,
-        regrows=recipe.regrow or prunes,  # pruning keeps the zeros itself
-        sums=processes.sums,
-    )
+    def teacher(self, work: Path | None) -> LocalCheckpoint | None:
+        """Return the checkpoint of the teacher; None without a teacher, or if its file exists.
 
+        Args:
+            work: folder of a run, which may have that file; None if there is no run.
 
-def objective_of(
-    inputs: TrainingInputs,
-    checkpoint: LocalCheckpoint | None,
-    model: Any,
-    work: Path,
-    progress: Progress,
-) -> Objective:
-    """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
+        Raises:
+            RecipeError: the teacher is unknown, or its token ids mean other words.
+        """
+        recipe = self.recipe
+        if recipe.teacher is None:
+            return None
+        stored = recipe.teacher_file or (work is not None and recipe.top_k)
+        if stored and self._teacher_file(work or Path()).exists():
+            return None
+        trust = recipe.trust_remote_code
+        teacher = resolve(recipe.teacher, trust_remote_code=trust)
+        own, other = (
+            load_tokenizer(x.folder, trust_remote_code=trust).get_vocab()
+            for x in (self.source, teacher)
+        )
+        if own != other:
+            differing = sum(own.get(token) != number for token, number in other.items())
+            raise RecipeError(
+                f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
+                f"tokens, {differing} of the teacher's have another number or none",
+                where=teacher.name,
+                remedy="a teacher needs the tokenizer of the student: name the model that it was "
+                "made from",
+            )
+        return teacher
 
-    Args:
-        inputs: recipe and text.
-        checkpoint: the teacher's; None without a teacher, or if a file has its predictions.
-        model: the student.
-        work: folder for the file of the teacher's predictions.
-        progress: receives every window of that file.
+    def objective(
+        self, checkpoint: LocalCheckpoint | None, model: Any, work: Path, progress: Progress
+    ) -> Objective:
+        """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
 
-    Raises:
-        RecipeError: the teacher has another vocabulary, or its file belongs to another text.
-    """
-    recipe, text, processes = inputs.recipe, inputs.text, inputs.processes
-    if recipe.teacher is None:
-        return NextToken.of(model)
-    options: dict[str, Any] = {
-        "kind": recipe.kind,
-        "temperature": recipe.temperature,
-        "next_token": recipe.next_token,
-    }
-    file = _teacher_file(recipe, work)
-    if checkpoint is None:
-        return Distil.between(model, _stored_teacher(file, text), **options)
-    teacher = load(
-        checkpoint.folder,
-        processes,
-        dtype=fast_dtype(processes.device),
-        apart=False,  # the loss applies its head after its forward
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    objective = Distil.between(
-        model,
-        ModelTeacher(teacher),
-        teacher_depth=len(describe(teacher).layers(teacher)),
-        teacher_layers=_teacher_layers(recipe, inputs.source, checkpoint.name),
-        hidden=recipe.hidden_weight,
-        **options,
-    )
-    if not recipe.top_k and not recipe.teacher_file:
-        return objective
-    progress.start("teacher", len(text.windows))
-    with quiet_transformers():
-        write_teacher(
+        Args:
+            checkpoint: the teacher's; None without a teacher, or if a file has its predictions.
+            model: the student.
+            work: folder for the file of the teacher's predictions.
+            progress: receives every window of that file.
+
+        Raises:
+            RecipeError: the teacher has another vocabulary, or its file belongs to another text.
+        """
+        recipe, text, processes = self.recipe, self.text, self.processes
+        if recipe.teacher is None:
+            return NextToken.of(model)
+        options: dict[str, Any] = {
+            "kind": recipe.kind,
+            "temperature": recipe.temperature,
+            "next_token": recipe.next_token,
+        }
+        file = self._teacher_file(work)
+        if checkpoint is None:
+            return Distil.between(model, self._stored_teacher(file), **options)
+        teacher = load(
+            checkpoint.folder,
+            processes,
+            dtype=fast_dtype(processes.device),
+            apart=False,  # the loss applies its head after its forward
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        objective = Distil.between(
+            model,
             ModelTeacher(teacher),
-            text.windows,
-            file,
-            k=recipe.top_k or TOP_K,
-            device=processes.device,
-            temperature=recipe.temperature,
-            name=checkpoint.name,
-            on_window=progress.step,
-            writes=processes.main,
+            teacher_depth=len(describe(teacher).layers(teacher)),
+            teacher_layers=self._teacher_layers(checkpoint.name),
+            hidden=recipe.hidden_weight,
+            **options,
         )
-    progress.finish()
-    processes.wait()
-    return Distil.between(
-        model, _stored_teacher(file, text), hidden=recipe.hidden_weight, **options
-    )
-
-
-def teacher_of(recipe: TrainRecipe, work: Path | None) -> LocalCheckpoint | None:
-    """Return the checkpoint of the teacher; None without a teacher, or if its file exists.
-
-    Args:
-        recipe: recipe of the training.
-        work: folder of a run, which may have that file; None if there is no run.
-
-    Raises:
-        RecipeError: the teacher is unknown.
-    """
-    if recipe.teacher is None:
-        return None
-    stored = recipe.teacher_file or (work is not None and recipe.top_k)
-    if stored and _teacher_file(recipe, work or Path()).exists():
-        return None
-    return resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
-
-
-def _teacher_file(recipe: TrainRecipe, work: Path) -> Path:
-    """The file of a teacher's predictions."""
-    return Path(recipe.teacher_file) if recipe.teacher_file else work / "teacher.safetensors"
-
-
-def _stored_teacher(file: Path, text: TrainingText) -> WrittenTeacher:
-    """Return the teacher's stored predictions for this text."""
-    teacher = WrittenTeacher(file)
-    if teacher.record["windows"] != windows_digest(text.windows):
-        raise RecipeError(
-            "the teacher was written down for other windows",
-            where=str(file),
-            remedy="take the same text, windows, sequence length and seed, or another file",
+        if not recipe.top_k and not recipe.teacher_file:
+            return objective
+        progress.start("teacher", len(text.windows))
+        with quiet_transformers():
+            write_teacher(
+                ModelTeacher(teacher),
+                text.windows,
+                file,
+                k=recipe.top_k or TOP_K,
+                device=processes.device,
+                temperature=recipe.temperature,
+                name=checkpoint.name,
+                on_window=progress.step,
+                writes=processes.main,
+            )
+        progress.finish()
+        processes.wait()
+        return Distil.between(
+            model, self._stored_teacher(file), hidden=recipe.hidden_weight, **options
         )
-    return teacher
 
+    def _teacher_file(self, work: Path) -> Path:
+        """The file of a teacher's predictions."""
+        file = self.recipe.teacher_file
+        return Path(file) if file else work / "teacher.safetensors"
 
-def _teacher_layers(
-    recipe: TrainRecipe, source: LocalCheckpoint, teacher: str
-) -> tuple[int, ...] | None:
-    """Return the teacher's layers that the student has, from the recipe or the notes of its cut.
+    def _stored_teacher(self, file: Path) -> WrittenTeacher:
+        """Return the teacher's stored predictions for this text."""
+        teacher = WrittenTeacher(file)
+        if teacher.record["windows"] != windows_digest(self.text.windows):
+            raise RecipeError(
+                "the teacher was written down for other windows",
+                where=str(file),
+                remedy="take the same text, windows, sequence length and seed, or another file",
+            )
+        return teacher
 
-    None if they are unknown, or if the teacher is not the model that was cut.
-    """
-    steps, manifest = (source.folder / NOTES / name for name in ("steps.json", "manifest.json"))
-    if recipe.teacher_layers is not None or not recipe.hidden_weight or not steps.is_file():
-        return recipe.teacher_layers
-    if not manifest.is_file() or teacher != read_record(Manifest, manifest).source.name:
-        return None
-    depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
-    return tuple(depth[0]["layers"]) if depth else None
+    def _teacher_layers(self, teacher: str) -> tuple[int, ...] | None:
+        """Return the teacher's layers that the student has: from the recipe, or notes of its cut.
 
-
-def check_tokenizers(student: LocalCheckpoint, teacher: LocalCheckpoint, trust: bool) -> None:
-    """Refuse a teacher whose token ids mean other words.
-
-    Raises:
-        RecipeError: the vocabularies differ.
-    """
-    own, other = (
-        load_tokenizer(x.folder, trust_remote_code=trust).get_vocab() for x in (student, teacher)
-    )
-    if own != other:
-        differing = sum(own.get(token) != number for token, number in other.items())
-        raise RecipeError(
-            f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
-            f"tokens, {differing} of the teacher's have another number or none",
-            where=teacher.name,
-            remedy="a teacher needs the tokenizer of the student: name the model that it was "
-            "made from",
+        None if they are unknown, or if the teacher is not the model that was cut.
+        """
+        recipe = self.recipe
+        steps, manifest = (
+            self.source.folder / NOTES / name for name in ("steps.json", "manifest.json")
         )
+        if recipe.teacher_layers is not None or not recipe.hidden_weight or not steps.is_file():
+            return recipe.teacher_layers
+        if not manifest.is_file() or teacher != read_record(Manifest, manifest).source.name:
+            return None
+        depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
+        return tuple(depth[0]["layers"]) if depth else None
 
 
 @dataclass(frozen=True)
@@ -325,9 +324,7 @@ class Adapted:
     opened: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def adapt(
-    recipe: TrainRecipe, model: Any, masks: Masks, windows: Windows, processes: ProcessGroup
-) -> Adapted:
+def adapt(recipe: TrainRecipe, model: Any, masks: Masks, windows: Windows) -> Adapted:
     """Prepare a model for the training of a recipe, in place.
 
     Args:
@@ -335,7 +332,6 @@ def adapt(
         model: the model with its initial weights.
         masks: the current zeros.
         windows: training windows, for scores that need text.
-        processes: the processes.
 
     Raises:
         RecipeError: adapters or gradual pruning cannot run.
@@ -360,20 +356,6 @@ def adapt(
         opened, Gradual(*_pruning(recipe.gradual, sparsity, windows, "gradual"), recipe.gradual)
     )
     return Adapted(model, held, held, (hook,), None, opened)
-
-
-def _rates_of(recipe: TrainRecipe, model: Any) -> Mapping[str, float]:
-    """Return factors of the learning rate by globs of parameter names. The last match counts."""
-    names = [name for name, _ in model.named_parameters()]
-    refuse_idle_globs(recipe.rates, names, "parameter")
-    if recipe.lora is None:
-        return {**_layer_rates(model, recipe.layer_decay), **recipe.rates}
-    if recipe.rates or recipe.layer_decay != 1:
-        raise RecipeError(
-            "with adapters nothing else is trained, so --rates and --layer-decay change nothing",
-            remedy="leave them out; lora.include and lora.exclude choose the linears",
-        )
-    return ADAPTERS_ALONE
 
 
 def _layer_rates(model: Any, decay: float) -> dict[str, float]:
