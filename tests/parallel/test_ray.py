@@ -42,7 +42,7 @@ class FakeRay:
     """
 
     def __init__(self, gpus: int = 0, machines: int = 3) -> None:
-        self.told: dict[str, Any] = {}
+        self.calls: dict[str, Any] = {}
         self.gpus, self.machines = gpus, machines
 
     def modules(self) -> dict[str, ModuleType]:
@@ -50,9 +50,9 @@ class FakeRay:
         ray, train, trainers = ModuleType("ray"), ModuleType("ray.train"), ModuleType("torch")
         ray.__dict__.update(
             train=train,
-            init=lambda **how: self.told.update(init=how),
+            init=lambda **how: self.calls.update(init=how),
             is_initialized=lambda: False,
-            shutdown=lambda: self.told.update(shutdown=True),
+            shutdown=lambda: self.calls.update(shutdown=True),
             nodes=lambda: [{"Alive": True}] * self.machines + [{"Alive": False}],
             cluster_resources=lambda: {"GPU": self.gpus, "CPU": 12},
             remote=self.remote,
@@ -61,17 +61,17 @@ class FakeRay:
         )
         train.__dict__.update(
             torch=trainers,
-            ScalingConfig=lambda **how: self.told.update(scaling=how),
+            ScalingConfig=lambda **how: self.calls.update(scaling=how),
             RunConfig=lambda **how: None,
         )
         trainers.__dict__.update(
-            TorchConfig=lambda **how: self.told.update(torch=how), TorchTrainer=self.trainer
+            TorchConfig=lambda **how: self.calls.update(torch=how), TorchTrainer=self.trainer
         )
         return {"ray": ray, "ray.train": train, "ray.train.torch": trainers}
 
     def remote(self, **how: Any) -> Any:
         """A decorator of tasks, which run when their results are fetched."""
-        self.told.update(task=how)
+        self.calls.update(task=how)
         return lambda work: SimpleNamespace(remote=lambda *given: partial(work, *given))
 
     def trainer(self, loop: Callable[[Any], None], train_loop_config: Any, **how: Any) -> Any:
@@ -92,16 +92,16 @@ def test_ray_is_told_how_many_processes_and_over_what_they_talk(
     installed(monkeypatch, fake)
     launch("auto", None, True, partial(done.append, 1))
     assert done == [1]
-    assert fake.told["init"] == {"address": "auto"}
-    assert fake.told["scaling"] == {"num_workers": 16, "use_gpu": True}
-    assert fake.told["torch"]["backend"] == "cpu:gloo,cuda:nccl"
-    assert fake.told["shutdown"]
+    assert fake.calls["init"] == {"address": "auto"}
+    assert fake.calls["scaling"] == {"num_workers": 16, "use_gpu": True}
+    assert fake.calls["torch"]["backend"] == "cpu:gloo,cuda:nccl"
+    assert fake.calls["shutdown"]
     launch("auto", None, False, partial(done.append, 2))
-    assert fake.told["scaling"] == {"num_workers": 3, "use_gpu": False}
-    assert fake.told["torch"]["backend"] == "gloo"
+    assert fake.calls["scaling"] == {"num_workers": 3, "use_gpu": False}
+    assert fake.calls["torch"]["backend"] == "gloo"
     launch("local", 5, False, partial(done.append, 3))
-    assert fake.told["scaling"]["num_workers"] == 5
-    assert fake.told["init"]["num_cpus"] >= 6
+    assert fake.calls["scaling"]["num_workers"] == 5
+    assert fake.calls["init"]["num_cpus"] >= 6
 
 
 def test_a_cluster_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +162,8 @@ def test_tasks_end_in_any_order_and_an_error_of_one_stops_no_other(
     found = {n: str(x) for n, x in each("auto", None, False, halved, [2, 3, 4, 6])}
     assert found == {3: "3 is odd", 4: "2", 6: "3", 2: "1"}
     assert next(iter(found)) == 3  # two are under way, and the fake ends the later one first
-    assert fake.told["task"] == {"num_cpus": 6, "num_gpus": 0, "max_retries": 0}
-    assert fake.told["shutdown"]
+    assert fake.calls["task"] == {"num_cpus": 6, "num_gpus": 0, "max_retries": 0}
+    assert fake.calls["shutdown"]
     with pytest.raises(RankError, match="the machine is gone"):
         list(each("local", 2, False, halved, [2, 0]))
 

@@ -77,7 +77,7 @@ class Started:
             process.kill()
         return codes
 
-    def told(self, rank: int) -> str:
+    def output(self, rank: int) -> str:
         """What a process has printed to stderr."""
         return self.logs[rank].read_text()
 
@@ -86,7 +86,7 @@ def run_together(count: int, work: Callable[..., None], place: Path, *words: Any
     """Run processes, which must all succeed."""
     started = Started(count, work, place, *words)
     codes = started.join()
-    assert codes == [0] * count, (codes, [started.told(rank) for rank in range(count)])
+    assert codes == [0] * count, (codes, [started.output(rank) for rank in range(count)])
 
 
 def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
@@ -158,8 +158,8 @@ def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: 
     from secateur.parallel import processes
 
     whole = Run.prune_layer
-    processes.Lookout = partial(  # type: ignore[misc, assignment]
-        processes.Lookout, silence_seconds=SILENCE_SECONDS
+    processes.Watchdog = partial(  # type: ignore[misc, assignment]
+        processes.Watchdog, silence_seconds=SILENCE_SECONDS
     )
 
     def prune_layer(self: Run, index: int, *rest: Any) -> None:

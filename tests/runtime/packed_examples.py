@@ -90,7 +90,7 @@ class Forgery:
 
     Attributes:
         header: name → dtype and shape.
-        told: the description, as JSON.
+        description: the description, as JSON.
         data: the stored bytes by name.
     """
 
@@ -99,7 +99,7 @@ class Forgery:
         raw = file.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8 : 8 + length])
-        self.told: dict[str, Any] = json.loads(header.pop("__metadata__")["secateur"])
+        self.description: dict[str, Any] = json.loads(header.pop("__metadata__")["secateur"])
         self.header: dict[str, dict[str, Any]] = header
         self.data = {}
         for name, entry in header.items():
@@ -115,13 +115,13 @@ class Forgery:
         """
         if repair:
             for name, stored in self.data.items():
-                if name in self.told["checksums"]:
-                    self.told["checksums"][name] = f"{zlib.crc32(stored):08x}"
-            covered = {key: value for key, value in self.told.items() if key != "digest"}
+                if name in self.description["checksums"]:
+                    self.description["checksums"][name] = f"{zlib.crc32(stored):08x}"
+            covered = {key: value for key, value in self.description.items() if key != "digest"}
             covered["tensors"] = {n: [e["dtype"], e["shape"]] for n, e in self.header.items()}
             text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
-            self.told["digest"] = f"{zlib.crc32(text.encode()):08x}"
-        metadata = {"format": "pt", "secateur": json.dumps(self.told)}
+            self.description["digest"] = f"{zlib.crc32(text.encode()):08x}"
+        metadata = {"format": "pt", "secateur": json.dumps(self.description)}
         header, end = {"__metadata__": metadata, **self.header}, 0
         for name, stored in self.data.items():
             if name in self.header:

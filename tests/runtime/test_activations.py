@@ -78,7 +78,7 @@ def text(tmp_path: Path) -> Path:
 def slow_loss(folder: Path, text: Path, length: int) -> float:
     """The loss by formats and rule of docs/format.md: plain linears, float64 rounding."""
     stored = read_matrices(folder / "secateur.safetensors")
-    values = {n: x["values"] for n, x in Forgery(next(folder.glob("*.safetensors"))).told[
+    values = {n: x["values"] for n, x in Forgery(next(folder.glob("*.safetensors"))).description[
         "layouts"].items()}  # fmt: skip
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
@@ -198,7 +198,7 @@ def test_the_folder_says_how_activations_are_rounded(tmp_path: Path) -> None:
     told = {"values": "int8", "group": 256}
     assert config["quantization_config"]["activations"] == told
     assert PackedCheckpoint(folder).activations == told
-    assert Forgery(folder / "secateur.safetensors").told["activations"] == told
+    assert Forgery(folder / "secateur.safetensors").description["activations"] == told
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_folder_says_how_activations_are_rounded(tmp_path: Path) -> None:
 def test_another_rounding_is_refused(tmp_path: Path, stated: Any, said: str) -> None:
     folder = packed_model(tmp_path, **STORED["int8"])
     forgery = Forgery(folder / "secateur.safetensors")
-    forgery.told["activations"] = stated
+    forgery.description["activations"] = stated
     forgery.write()
     with pytest.raises(CheckpointError, match=f"disagree|{said}"):
         PackedCheckpoint(folder)

@@ -87,8 +87,8 @@ def rewrite_header(draw: random.Random, file: Path) -> None:
 def damage_description(draw: random.Random, file: Path) -> None:
     """Change the description and leave its digest."""
     forgery = Forgery(file)
-    changed = anywhere(draw, forgery.told)
-    forgery.told = changed if isinstance(changed, dict) else {"version": changed}
+    changed = anywhere(draw, forgery.description)
+    forgery.description = changed if isinstance(changed, dict) else {"version": changed}
     forgery.write(repair=False)
 
 
@@ -96,7 +96,7 @@ def forge_description(draw: random.Random, file: Path) -> None:
     """Change layouts, checksums or archive entries, and compute the digest anew."""
     forgery = Forgery(file)
     key = draw.choice(["layouts", "layouts", "layouts", "archived", "files", "version", "archive"])
-    forgery.told[key] = anywhere(draw, forgery.told[key])
+    forgery.description[key] = anywhere(draw, forgery.description[key])
     forgery.write()
 
 
@@ -124,8 +124,8 @@ def forge_shapes(draw: random.Random, file: Path) -> None:
     rows = max(0, entry["shape"][0] + draw.choice([-1, 1, -3, 7]))
     entry["shape"][0] = rows
     forgery.data[name] = (stored + stored)[: rows * row].ljust(rows * row, b"\0")
-    if name in forgery.told["archived"] and draw.random() < 0.5:
-        shape = forgery.told["archived"][name]["shape"]
+    if name in forgery.description["archived"] and draw.random() < 0.5:
+        shape = forgery.description["archived"][name]["shape"]
         shape[0] = draw.choice([shape[0] + 1, 0, 2**40, shape[0] * 1000])
     forgery.write()
 
@@ -138,8 +138,8 @@ def forge_names(draw: random.Random, file: Path) -> None:
     for table in (
         forgery.header,
         forgery.data,
-        forgery.told["checksums"],
-        forgery.told["archived"],
+        forgery.description["checksums"],
+        forgery.description["archived"],
     ):
         if name in table:
             value = table.pop(name)

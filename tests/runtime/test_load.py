@@ -339,9 +339,9 @@ def test_a_tensor_that_is_missing(tmp_path: Path, name: str) -> None:
     folder = packed_model(tmp_path)
     forgery = Forgery(folder / "secateur.safetensors")
     for full in [n for n in forgery.header if n.startswith(name)]:
-        for table in (forgery.header, forgery.data, forgery.told["checksums"]):
+        for table in (forgery.header, forgery.data, forgery.description["checksums"]):
             table.pop(full)
-    forgery.told["layouts"].pop(name, None)
+    forgery.description["layouts"].pop(name, None)
     forgery.write()
     index_again(folder)
     with pytest.raises(CheckpointError, match="does not contain"):
@@ -364,7 +364,7 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
     """Store one more matrix packed, as `secateur compress` would not."""
     weight = load_file(folder / "secateur.safetensors")[f"{name}.weight"]
     forgery = Forgery(folder / "secateur.safetensors")
-    tables = (forgery.header, forgery.data, forgery.told["checksums"])
+    tables = (forgery.header, forgery.data, forgery.description["checksums"])
     for table in tables:
         table.pop(f"{name}.weight")
     kinds = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
@@ -372,8 +372,8 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
         told = {"dtype": kinds[part.dtype], "shape": [*part.shape]}
         for table, entry in zip(tables, (told, bytearray(part.numpy().tobytes()), ""), strict=True):
             table[f"{name}.{suffix}"] = entry
-    forgery.told["layouts"][name] = layout.to_json()
-    forgery.told["activations"] = activations_for([layout])
+    forgery.description["layouts"][name] = layout.to_json()
+    forgery.description["activations"] = activations_for([layout])
     forgery.write()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["activations"] = activations_for([layout])

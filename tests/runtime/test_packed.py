@@ -247,7 +247,7 @@ def test_a_flipped_bit_is_told_by_tensor(tmp_path: Path, name: str) -> None:
 def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     packed_folder(tmp_path / "m")
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
-    forgery.told["version"] = 5
+    forgery.description["version"] = 5
     forgery.write()
     with pytest.raises(CheckpointError, match=r"(?s)version 5.*newer secateur"):
         PackedCheckpoint(tmp_path / "m")

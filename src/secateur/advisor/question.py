@@ -98,22 +98,22 @@ class AdviceQuestion:
         }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> AdviceQuestion:
+    def from_json(cls, record: Mapping[str, Any]) -> AdviceQuestion:
         """The question that `to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: it is no such object.
         """
-        times, need = told["times"], told["need"]
+        times, need = record["times"], record["need"]
         kinds = tuple(
             LayerKind(kind["layers"], LayerCache(**kind["cache"]))
-            for kind in told["model"]["kinds"]
+            for kind in record["model"]["kinds"]
         )
         return cls(
-            ModelShape(**{**told["model"], "kinds": kinds}),
-            Hardware.model_validate(told["hardware"]),
-            int(told["memory_bytes"]),
-            Facts.model_validate(told["facts"]),
+            ModelShape(**{**record["model"], "kinds": kinds}),
+            Hardware.model_validate(record["hardware"]),
+            int(record["memory_bytes"]),
+            Facts.model_validate(record["facts"]),
             Need(**{**need, "load": Load(**need["load"])}),
             times and {name: TokenTimes(**one) for name, one in times.items()},
         )

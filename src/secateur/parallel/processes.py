@@ -26,7 +26,7 @@ from torch import Tensor
 from secateur.errors import RankError, RecipeError, SecateurError
 from secateur.parallel.launched import Launched
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.watchdog import GRACE_SECONDS, SILENCE_SECONDS, Lookout
+from secateur.parallel.watchdog import GRACE_SECONDS, SILENCE_SECONDS, Watchdog
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ JOINING = timedelta(minutes=5)
 """How long the processes wait for each other at the start."""
 
 WORKING = timedelta(days=30)
-"""How long one process may work while the others wait. `Lookout` finds those that do not work."""
+"""How long one process may work while the others wait. `Watchdog` finds those that do not work."""
 
 HEARING_SECONDS = 6.0
 """How long a process waits for others to hear of its end; shorter than `GRACE_SECONDS`."""
@@ -95,7 +95,7 @@ class Processes:
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
-        self.lookout = Lookout(shared.clone(), self.rank, self.count)
+        self.watchdog = Watchdog(shared.clone(), self.rank, self.count)
 
     @property
     def first(self) -> bool:
@@ -150,7 +150,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # torch's errors of gloo and NCCL
-            fault = self.lookout.wait(SILENCE_SECONDS + GRACE_SECONDS)
+            fault = self.watchdog.wait(SILENCE_SECONDS + GRACE_SECONDS)
             if fault is None:
                 raise RankError(
                     f"process {self.rank} has lost the others: {str(error).splitlines()[0]}",
@@ -161,7 +161,7 @@ class Processes:
     # -- the life of the run ---------------------------------------------------------------------
 
     def __enter__(self) -> Processes:
-        self.lookout.start()
+        self.watchdog.start()
         self.wait()  # every process has a number before another one looks at it
         self.before = _catch(self.terminated)
         return self
@@ -172,37 +172,37 @@ class Processes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        fault = None if error is None else self.lookout.report(error)
+        fault = None if error is None else self.watchdog.report(error)
         if dist.is_initialized():
             dist.destroy_process_group()  # a process that waits for this one hears of it now
         try:
             if error is not None and fault is not None:
                 self.fail(error, fault.rank, fault.error())
         finally:
-            self.lookout.stop()
+            self.watchdog.stop()
             if self.before is not None:
                 signal.signal(signal.SIGTERM, self.before)
 
-    def fail(self, error: BaseException, rank: int, told: RankError) -> None:
+    def fail(self, error: BaseException, rank: int, reason: RankError) -> None:
         """End with the error of the process that failed first. Only the first process prints it.
 
         Raises:
             RankError: another process has failed.
             SystemExit: the first process prints the reason, so this one ends without a word.
         """
-        self.lookout.acknowledge()
+        self.watchdog.acknowledge()
         if self.first:  # it may have the store, so it leaves last
             others = [other for other in range(1, self.count) if other != rank]
-            self.lookout.acknowledged(others, HEARING_SECONDS)
+            self.watchdog.acknowledged(others, HEARING_SECONDS)
             if rank != 0:
-                raise told from error
+                raise reason from error
             return
         if not _in_main_thread():  # Ray collects the errors of all
             return
-        if self.lookout.acknowledged([0], HEARING_SECONDS):
+        if self.watchdog.acknowledged([0], HEARING_SECONDS):
             time.sleep(PRINTING_SECONDS)
             if isinstance(error, (SecateurError, KeyboardInterrupt)):
-                sys.exit(told.exit_code)
+                sys.exit(reason.exit_code)
 
     def terminated(self, number: int, frame: FrameType | None) -> None:
         """End because the launcher says so, usually because another process has failed.
@@ -210,7 +210,7 @@ class Processes:
         Raises:
             RankError: with the reason, as far as it is known.
         """
-        fault = self.lookout.wait(SILENCE_SECONDS + 2)
+        fault = self.watchdog.wait(SILENCE_SECONDS + 2)
         if fault is not None:
             raise fault.error()
         raise RankError(

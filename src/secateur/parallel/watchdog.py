@@ -38,7 +38,7 @@ LEFT = "left"
 """In place of the number of a process that has finished its work."""
 
 
-class Lookout:
+class Watchdog:
     """The thread of one process that looks after the others.
 
     Args:
@@ -69,7 +69,7 @@ class Lookout:
         self.fault: Fault | None = None
         self.known = threading.Event()
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True, name="secateur-lookout")
+        self.thread = threading.Thread(target=self.look, daemon=True, name="secateur-watchdog")
 
     def start(self) -> None:
         """Begin to count and to look."""
@@ -90,8 +90,8 @@ class Lookout:
         """Tell all that this process has failed. Return the first fault, which may be another's."""
         if self.fault is None:
             own = Fault.of(error, self.rank)
-            told = self.quietly(lambda: self.store.compare_set("fault", "", own.write()))
-            self.hear(Fault.read(told.decode()) if told else own)
+            first = self.quietly(lambda: self.store.compare_set("fault", "", own.write()))
+            self.hear(Fault.read(first.decode()) if first else own)
         assert self.fault is not None
         return self.fault
 
@@ -146,8 +146,8 @@ class Lookout:
                 what = f"it was killed, or it hangs (no sign of life for {now - since:.0f} s)"
                 place = self.read(host(other)).decode() or "its machine"
                 silent = Fault(other, place, what, remedy="run again with --resume")
-                told = self.store.compare_set("fault", "", silent.write())
-                self.hear(Fault.read(told.decode()))
+                first = self.store.compare_set("fault", "", silent.write())
+                self.hear(Fault.read(first.decode()))
 
     def read(self, key: str) -> bytes:
         """A value in the store; empty if there is none. `get` alone would wait for it."""

@@ -87,7 +87,7 @@ class StoredParts:
         Args:
             wide: the matrix, float16 or bfloat16 [out, lifted]; [out, in] without `columns`.
             in_features: in.
-            columns: of `splitting.py`.
+            columns: the columns of the weight in each place of the windows; None for 2:4 itself.
         """
         from torch.sparse import _semi_structured_conversions as theirs
 

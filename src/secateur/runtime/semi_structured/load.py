@@ -145,13 +145,13 @@ def _read_parts(
 ) -> StoredParts:
     """The parts of a linear."""
     found = {p: entries[f"{name}.{p}"] for p in PARTS if f"{name}.{p}" in entries}
-    told = {f"{name}.{p}": (entry.dtype, entry.shape) for p, entry in found.items()}
+    specs = {f"{name}.{p}": (entry.dtype, entry.shape) for p, entry in found.items()}
     fits = isinstance(linear, nn.Linear) and "packed" in found and found["packed"].dtype in VALUES
     if fits:
         split = "columns" in found
         lifted = found["columns"].shape[0] if split else linear.in_features
         dtype = found["packed"].dtype
-        fits = told == part_specs(name, linear.out_features, lifted, dtype, split=split)
+        fits = specs == part_specs(name, linear.out_features, lifted, dtype, split=split)
     if fits:
         tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
         parts = StoredParts(linear.in_features, **tensors)

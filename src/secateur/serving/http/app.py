@@ -26,13 +26,13 @@ from secateur.serving.http.limits import Limits
 from secateur.serving.http.metrics import Metrics
 from secateur.serving.http.requests import (
     MAX_CHOICES,
-    ChatQuestion,
-    CompletionQuestion,
-    DetokenizeQuestion,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
     JsonRoute,
     Message,
-    Question,
-    TokenizeQuestion,
+    SamplingRequest,
+    TokenizeRequest,
     invalid,
     shown,
 )
@@ -138,12 +138,12 @@ class Endpoints:
             self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    async def chat(self, question: ChatQuestion) -> Response:
+    async def chat(self, request: ChatRequest) -> Response:
         """Answer a conversation."""
-        self.check_model(question.model)
-        warnings = question.check()
-        ids = await self.conversation(question.messages, question.chat_template_kwargs)
-        return self.answer(question, [self.known(ids, "messages")], ChatWriter, warnings)
+        self.check_model(request.model)
+        warnings = request.check()
+        ids = await self.conversation(request.messages, request.chat_template_kwargs)
+        return self.answer(request, [self.known(ids, "messages")], ChatWriter, warnings)
 
     async def conversation(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None
@@ -171,17 +171,17 @@ class Endpoints:
                 f"the chat template refuses the messages: {str(error)[:200]}", "messages"
             ) from error
 
-    async def complete(self, question: CompletionQuestion) -> Response:
+    async def complete(self, request: CompletionRequest) -> Response:
         """Continue a text, or several."""
-        self.check_model(question.model)
-        warnings = question.check()
-        prompts, service = question.prompts, self.service
-        choices = len(prompts) * (question.n or 1)
+        self.check_model(request.model)
+        warnings = request.check()
+        prompts, service = request.prompts, self.service
+        choices = len(prompts) * (request.n or 1)
         if choices > MAX_CHOICES:
             raise bad_request(
                 f"{choices} choices in one request, at most {MAX_CHOICES} are possible", "prompt"
             )
-        special = question.add_special_tokens is not False
+        special = request.add_special_tokens is not False
         tokens: list[list[int]] = []
         for prompt in prompts:
             ids = prompt
@@ -189,12 +189,12 @@ class Endpoints:
                 ids = await service.tokens(ids, special=special)
             tokens.append(self.known(ids, "prompt"))
         echo = None
-        if question.echo:
+        if request.echo:
             echo = [
                 prompt if isinstance(prompt, str) else await service.text(prompt)
                 for prompt in prompts
             ]
-        return self.answer(question, tokens, CompletionWriter, warnings, echo)
+        return self.answer(request, tokens, CompletionWriter, warnings, echo)
 
     def known(self, ids: list[int], param: str) -> list[int]:
         """Tokens, which have to be in the vocabulary: one that is not would end all requests."""
@@ -207,31 +207,31 @@ class Endpoints:
                 )
         return ids
 
-    async def tokenize(self, question: TokenizeQuestion) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text or of a conversation."""
-        self.check_model(question.model)
-        if (question.prompt is None) == (question.messages is None):
+        self.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
             raise bad_request("either prompt or messages has to be given", "prompt")
-        if question.messages is not None:
-            ids = await self.conversation(question.messages, question.chat_template_kwargs)
+        if request.messages is not None:
+            ids = await self.conversation(request.messages, request.chat_template_kwargs)
         else:
-            special = question.add_special_tokens is not False
-            ids = await self.service.tokens(question.prompt or "", special=special)
+            special = request.add_special_tokens is not False
+            ids = await self.service.tokens(request.prompt or "", special=special)
         return {
             "count": len(ids),
             "max_model_len": self.service.capacity,
             "tokens": ids,
-            "token_strs": await self.service.texts(ids) if question.return_token_strs else None,
+            "token_strs": await self.service.texts(ids) if request.return_token_strs else None,
         }
 
-    async def detokenize(self, question: DetokenizeQuestion) -> dict[str, Any]:
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""
-        self.check_model(question.model)
-        return {"prompt": await self.service.text(self.known(question.tokens, "tokens"))}
+        self.check_model(request.model)
+        return {"prompt": await self.service.text(self.known(request.tokens, "tokens"))}
 
     def answer(
         self,
-        question: Question,
+        request: SamplingRequest,
         prompts: Sequence[Sequence[int]],
         kind: type[Writer],
         warnings: Sequence[str],
@@ -239,13 +239,13 @@ class Endpoints:
     ) -> Response:
         """Begin to answer prompts."""
         service = self.service
-        limits = [self.fitting(len(ids), question.new_tokens) for ids in prompts]
-        alternatives = question.alternatives
+        limits = [self.fitting(len(ids), request.new_tokens) for ids in prompts]
+        alternatives = request.alternatives
         try:
-            drawn = {"seed": secrets.randbits(63)} | service.defaults | question.sampling()
+            drawn = {"seed": secrets.randbits(63)} | service.defaults | request.sampling()
             samplings = [
                 Sampling(**(drawn | {"seed": (drawn["seed"] + number) % (MAX_SEED + 1)}))
-                for number in range(question.n or 1)
+                for number in range(request.n or 1)
             ]
         except RecipeError as error:
             raise bad_request(error.what) from error
@@ -254,17 +254,17 @@ class Endpoints:
                 prompts,
                 samplings,
                 min(limits),
-                stop=question.stops,
+                stop=request.stops,
                 alternatives=alternatives,
                 echo=echo,
-                ignore_ends=bool(question.ignore_eos),
+                ignore_ends=bool(request.ignore_eos),
             )
         except QueueFullError as error:
             stopping = service.worker.scheduler.closed
             raise overloaded(error.what, stopping=stopping) from error
         self.note(warnings)
-        writer = kind(service.name, alternatives is not None, question.include_usage, warnings)
-        stream = bool(question.stream)
+        writer = kind(service.name, alternatives is not None, request.include_usage, warnings)
+        stream = bool(request.stream)
         return AnswerResponse(answer, writer, service.worker, self.metrics, stream=stream)
 
     def note(self, warnings: Sequence[str]) -> None:

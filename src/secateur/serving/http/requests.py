@@ -126,7 +126,7 @@ class Message(BaseModel):
         return {"role": role, "content": "".join(texts)}
 
 
-class Question(BaseModel, ABC):
+class SamplingRequest(BaseModel, ABC):
     """What both kinds of requests have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -229,7 +229,7 @@ class Question(BaseModel, ABC):
         return given
 
 
-class ChatQuestion(Question):
+class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
@@ -252,7 +252,7 @@ class ChatQuestion(Question):
         return self.max_completion_tokens or super().new_tokens
 
 
-class CompletionQuestion(Question):
+class CompletionRequest(SamplingRequest):
     """The body of `/v1/completions`: one prompt or several, each a text or a list of tokens."""
 
     default_tokens: ClassVar[int | None] = 16
@@ -300,7 +300,7 @@ class CompletionQuestion(Question):
         return super().check()
 
 
-class TokenizeQuestion(BaseModel):
+class TokenizeRequest(BaseModel):
     """The body of `/tokenize`: a text or a conversation, as in vLLM."""
 
     model_config = ConfigDict(strict=True)
@@ -312,7 +312,7 @@ class TokenizeQuestion(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeQuestion(BaseModel):
+class DetokenizeRequest(BaseModel):
     """The body of `/detokenize`, as in vLLM."""
 
     model_config = ConfigDict(strict=True)

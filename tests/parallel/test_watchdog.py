@@ -10,25 +10,25 @@ import pytest
 import torch.distributed as dist
 
 from secateur.errors import NumericalError
-from secateur.parallel.watchdog import LEFT, SILENCE_SECONDS, Fault, Lookout
+from secateur.parallel.watchdog import LEFT, SILENCE_SECONDS, Fault, Watchdog
 
 
 @contextmanager
-def lookouts(count: int, **seconds: float) -> Iterator[tuple[list[Lookout], list[int]]]:
-    """The lookouts of so many processes, all within this one, and the exit codes they give."""
+def watchdogs(count: int, **seconds: float) -> Iterator[tuple[list[Watchdog], list[int]]]:
+    """The watchdogs of so many processes, all within this one, and the exit codes they give."""
     store, ended = dist.TCPStore("localhost", 0, is_master=True), list[int]()
-    made = [Lookout(store.clone(), rank, count, ended.append, **seconds) for rank in range(count)]
-    for lookout in made:
-        lookout.start()
+    made = [Watchdog(store.clone(), rank, count, ended.append, **seconds) for rank in range(count)]
+    for watchdog in made:
+        watchdog.start()
     try:
         yield made, ended
     finally:
-        for lookout in made:
-            lookout.stop()
+        for watchdog in made:
+            watchdog.stop()
 
 
 def test_the_first_fault_counts_and_all_hear_it() -> None:
-    with lookouts(3) as (made, ended):
+    with watchdogs(3) as (made, ended):
         error = NumericalError("3 weights are NaN", where="layers.1", remedy="get it again")
         fault = made[2].report(error)
         assert fault == made[0].wait(10) == made[1].wait(10)
@@ -42,29 +42,29 @@ def test_the_first_fault_counts_and_all_hear_it() -> None:
 
 def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
     store, now = dist.TCPStore("localhost", 0, is_master=True), [0.0]
-    lookout = Lookout(store, 0, 3, clock=lambda: now[0])
+    watchdog = Watchdog(store, 0, 3, clock=lambda: now[0])
     for rank in (1, 2):
         store.set(f"host/{rank}", f"machine{rank}")
         store.set(f"beat/{rank}", "1")
-    lookout.look_at_others()
+    watchdog.look_at_others()
     store.set("beat/1", LEFT)
     now[0] = SILENCE_SECONDS - 1
-    lookout.look_at_others()
-    assert lookout.fault is None
+    watchdog.look_at_others()
+    assert watchdog.fault is None
     store.set("beat/2", "2")
-    lookout.look_at_others()
+    watchdog.look_at_others()
     now[0] = 2 * SILENCE_SECONDS - 2
-    lookout.look_at_others()
-    assert lookout.fault is None
+    watchdog.look_at_others()
+    assert watchdog.fault is None
     now[0] += 2
-    lookout.look_at_others()
-    assert lookout.fault is not None
-    assert (lookout.fault.rank, lookout.fault.host) == (2, "machine2")
-    assert "no sign of life for 16 s" in lookout.fault.what
+    watchdog.look_at_others()
+    assert watchdog.fault is not None
+    assert (watchdog.fault.rank, watchdog.fault.host) == (2, "machine2")
+    assert "no sign of life for 16 s" in watchdog.fault.what
 
 
 def test_a_process_that_does_not_end_by_itself_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
-    with lookouts(2, grace_seconds=0.5) as (made, ended):
+    with watchdogs(2, grace_seconds=0.5) as (made, ended):
         made[1].report(KeyboardInterrupt())
         until = time.monotonic() + 10
         while len(ended) < 2 and time.monotonic() < until:
