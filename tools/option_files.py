@@ -18,10 +18,9 @@ import types
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import secateur
-from secateur.recipes.keywords import type_text
 from secateur.recipes.options import GROUPS, Option, options_of, run_options_of
 from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
 from written_files import write_or_check
@@ -131,6 +130,19 @@ def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> st
         elif found is not None:
             imports.add(f"from {found.__module__} import {name}")
     return text
+
+
+def type_text(kind: Any) -> str:
+    """Write a type as in a stub."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(type_text(part) for part in get_args(kind))
+    if kind is types.NoneType:
+        return "None"
+    if isinstance(kind, str):
+        return kind
+    if get_origin(kind) is None:
+        return getattr(kind, "__name__", str(kind))
+    return str(kind).replace("typing.", "").replace("collections.abc.", "").replace("pathlib.", "")
 
 
 def page() -> str:

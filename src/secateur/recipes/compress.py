@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -35,7 +34,7 @@ from secateur.recipes.shared import (
 class RoundingSource(Section):
     """Where the text for rounding comes from, if any is used."""
 
-    group: ClassVar[str] = CALIBRATION
+    group = CALIBRATION
 
     source: Annotated[str | None, Flag("calibration", value="TEXT", default="none")] = Field(
         None,
@@ -51,7 +50,7 @@ class RoundingText(CalibrationWindows, RoundingSource):
 class WhatToCompress(Section):
     """The model, and how its weights are stored."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder, hub id, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -95,8 +94,8 @@ class WhatToCompress(Section):
 class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
     """One compression."""
 
-    run: ClassVar[type[Section] | None] = Resuming
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+    run = Resuming
+    needs = dict.fromkeys(
         (
             *("field", "windows", "sequence_length", "seed", "packing"),
             *("max_memory", "activations", "micro_batch_tokens", "device"),
@@ -111,8 +110,8 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
 class DecompressRecipe(OutputFolder, Recipe):
     """One decompression."""
 
-    group: ClassVar[str] = WHAT
-    run: ClassVar[type[Section] | None] = Overwriting
+    group = WHAT
+    run = Overwriting
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder or hub id of a compressed model."
@@ -126,7 +125,7 @@ class FitText(CalibrationWindows, CalibrationText):
 class WhatToFit(Section):
     """The model, and the bounds."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder, hub id, GGUF file or named sample."
@@ -159,7 +158,7 @@ class WhatToFit(Section):
 class WhatItIsFor(Section):
     """The engine, and the tasks that count as accuracy."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     target: Annotated[
         Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag()
@@ -184,7 +183,7 @@ class WhatItIsFor(Section):
 class HowToSearch(Section):
     """How the levels are made, and how long the search is."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     effort: Literal["fast", "balanced", "best"] = Field(
         "balanced", description="The preset that makes the pruned levels."
@@ -209,8 +208,8 @@ class HowToSearch(Section):
 class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
     """One fit."""
 
-    run: ClassVar[type[Section] | None] = Planning
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    run = Planning
+    needs: ClassVar = {
         **dict.fromkeys(("tasks", "task_data", "limit"), ("min_accuracy_kept",)),
         "context_length": ("max_inference_memory",),
     }

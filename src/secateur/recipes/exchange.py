@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,10 +10,11 @@ from secateur.recipes.options import OUTPUT, WHAT, Flag, Recipe, Section, matchi
 from secateur.recipes.shared import OutputFolder, Overwriting, RemoteCode
 
 
-class WhatToExport(Section):
-    """The model, and what it becomes."""
+class ExportRecipe(OutputFolder, Recipe):
+    """One export."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
+    run = Overwriting
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file or named sample."
@@ -34,16 +35,10 @@ class WhatToExport(Section):
     keep_zeros: bool = Field(False, description="Refuse a type that loses exact zeros.")
 
 
-class ExportRecipe(WhatToExport, OutputFolder, Recipe):
-    """One export."""
-
-    run: ClassVar[type[Section] | None] = Overwriting
-
-
 class WhatToImport(Section):
     """The model, and what is put on it."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="SOURCE")] = Field(
         description="Folder or hub id of a model with zeros: plain safetensors, "
@@ -64,27 +59,16 @@ class WhatToImport(Section):
 class ImportRecipe(RemoteCode, WhatToImport, OutputFolder, Recipe):
     """One import."""
 
-    run: ClassVar[type[Section] | None] = Overwriting
+    run = Overwriting
 
 
 REPOSITORY = r"[^/\s]+/[^/\s]+"
 
 
-class WhatToPublish(Section):
-    """The folder and the repository."""
-
-    group: ClassVar[str] = WHAT
-
-    model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
-    repo: Annotated[str, Flag(value="REPO"), matching(REPOSITORY, "OWNER/NAME")] = Field(
-        description="Repository on the hub, OWNER/NAME. It is created if there is none."
-    )
-
-
 class HowToPublish(Section):
     """Who may see it, and where it goes."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     public: bool = Field(
         False, description="Make the repository public. Without this it is private."
@@ -102,5 +86,12 @@ class HowToPublish(Section):
     )
 
 
-class PushRecipe(RemoteCode, HowToPublish, WhatToPublish, Recipe):
+class PushRecipe(RemoteCode, HowToPublish, Recipe):
     """One upload."""
+
+    group = WHAT
+
+    model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
+    repo: Annotated[str, Flag(value="REPO"), matching(REPOSITORY, "OWNER/NAME")] = Field(
+        description="Repository on the hub, OWNER/NAME. It is created if there is none."
+    )

@@ -10,10 +10,9 @@ import operator
 import os
 import re
 import textwrap
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from secateur.errors import RecipeError, SecateurError
 from secateur.recipes.options import (
@@ -245,16 +244,3 @@ def _as_keyword(flag: re.Match[str]) -> str:
     if after.isupper() or (after[:1] in "-0123456789" and after):
         return f"{name}={after}"
     return f"{name} {after}".rstrip()
-
-
-def type_text(kind: Any) -> str:
-    """Write a type as in a stub."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return " | ".join(type_text(part) for part in get_args(kind))
-    if kind is types.NoneType:
-        return "None"
-    if isinstance(kind, str):
-        return kind
-    if get_origin(kind) is None:
-        return getattr(kind, "__name__", str(kind))
-    return str(kind).replace("typing.", "").replace("collections.abc.", "").replace("pathlib.", "")

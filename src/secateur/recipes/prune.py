@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -50,7 +49,7 @@ Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4
 class WhatToPrune(Section):
     """The model, and which of its weights become zero."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -139,7 +138,7 @@ class HowToPrune(Section):
 class Fitting(Section):
     """How the kept weights are fitted to the calibration text."""
 
-    group: ClassVar[str] = ADVANCED
+    group = ADVANCED
 
     asymmetric: Annotated[bool, Flag(off="symmetric")] = Field(
         False,
@@ -155,8 +154,8 @@ class Fitting(Section):
 class Compress(Section):
     """Whether and how the pruned model is compressed."""
 
-    group: ClassVar[str] = OUTPUT
-    alone: ClassVar[tuple[type, ...]] = (str,)
+    group = OUTPUT
+    alone: ClassVar = {str: "values"}
 
     values: Annotated[Values | None, Flag("compress", default="not compressed", value="VALUES")] = (
         Field(
@@ -174,16 +173,11 @@ class Compress(Section):
         "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
     )
 
-    @classmethod
-    def opened(cls, value: Any) -> Any:
-        """`compress: int8` means `compress: {values: int8}`."""
-        return {"values": value} if isinstance(value, str) else value
-
 
 class StoredFormat(Section):
     """How weights are written that the source stores in fewer bits."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     keep_format: bool = Field(
         False,
@@ -196,7 +190,7 @@ class StoredFormat(Section):
 class PruneCall(Planning):
     """What to do with a stopped run; or to plan only, for this machine or on paper for others."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
     gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(
         None,
@@ -237,9 +231,9 @@ class PruneRecipe(
 ):
     """One pruning run."""
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = presets
-    run: ClassVar[type[Section] | None] = PruneCall
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    presets = presets
+    run = PruneCall
+    needs: ClassVar = {
         "asymmetric_damping": ("asymmetric",),
         "choose_damping": ("asymmetric",),
         "tune_learning_rate": ("tune_passes",),
@@ -258,43 +252,32 @@ class PruneRecipe(
     compress: Compress = Field(default_factory=lambda: Compress())
 
 
-class DemoPruning(Section):
-    """How the demo prunes."""
-
-    group: ClassVar[str] = HOW
-
-    sparsity: float = Field(0.5, gt=0, lt=1, description="Fraction of zeros.")
-    effort: Effort = Field("balanced", description="Preset: fast, balanced or best.")
-
-
 class DemoCalibration(Section):
     """How much text the demo reads to prune."""
 
-    group: ClassVar[str] = CALIBRATION
+    group = CALIBRATION
 
     windows: int = Field(20, ge=1, description="Calibration windows of 512 tokens.")
-
-
-class DemoJudging(Section):
-    """How much text the demo reads to judge."""
-
-    group: ClassVar[str] = HOW
-
-    text_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
 
 
 class DemoOutput(Section):
     """Where the demo writes."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     output: Annotated[str, Flag(short="-o", value="DIR")] = Field(
         "demo-run", description="Folder for the packed model and the report. It is replaced."
     )
 
 
-class DemoRecipe(DemoOutput, DemoJudging, DemoCalibration, DemoPruning, Recipe):
+class DemoRecipe(DemoOutput, DemoCalibration, Recipe):
     """One demo."""
+
+    group = HOW
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="Fraction of zeros.")
+    effort: Effort = Field("balanced", description="Preset: fast, balanced or best.")
+    text_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
 
 
 class MethodsRecipe(Recipe):
@@ -304,7 +287,7 @@ class MethodsRecipe(Recipe):
 class Steps(Section):
     """The model, and the steps to run on it."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="RECIPE")] = Field(
         description="YAML file with the keys `model`, `output` and `steps`: a list of verbs with "
@@ -319,4 +302,4 @@ class Steps(Section):
 class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):
     """Several verbs in a row. Each works on the result of the one before it."""
 
-    run: ClassVar[type[Section] | None] = Resuming
+    run = Resuming

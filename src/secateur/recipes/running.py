@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -19,35 +19,13 @@ from secateur.recipes.options import (
 )
 from secateur.recipes.shared import RemoteCode
 
-
-class WhatToContinue(Section):
-    """The model, and the text that it continues or answers."""
-
-    group: ClassVar[str] = WHAT
-
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file, named sample, or a recipe "
-        "(`*.yaml`)."
-    )
-    prompt: Annotated[
-        str | None,
-        Flag(short="-p", value="WORDS", default="read from stdin"),
-    ] = Field(None, description="Text to continue, or with a chat template a message to answer.")
-    system: Annotated[str | None, Flag(value="WORDS")] = Field(
-        None, description="System message at the start of the conversation."
-    )
-    chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = Field(
-        None, description="Use the tokenizer's chat template."
-    )
-
-
 MODELS_OWN = "the model's generation_config.json, else {}"
 
 
 class TokenDrawing(Section):
     """How tokens are sampled, and where a text ends."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(
         None, gt=0, description="Stop after this many tokens."
@@ -93,14 +71,31 @@ class TokenDrawing(Section):
         return {name: getattr(self, name) for name in names}
 
 
-class GenerateRecipe(RemoteCode, TokenDrawing, WhatToContinue, Recipe):
+class GenerateRecipe(RemoteCode, TokenDrawing, Recipe):
     """One text."""
 
+    group = WHAT
 
-class WhatToTalkTo(Section):
-    """The model, and how a conversation begins."""
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Folder (compressed or not), hub id, GGUF file, named sample, or a recipe "
+        "(`*.yaml`)."
+    )
+    prompt: Annotated[
+        str | None,
+        Flag(short="-p", value="WORDS", default="read from stdin"),
+    ] = Field(None, description="Text to continue, or with a chat template a message to answer.")
+    system: Annotated[str | None, Flag(value="WORDS")] = Field(
+        None, description="System message at the start of the conversation."
+    )
+    chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = Field(
+        None, description="Use the tokenizer's chat template."
+    )
 
-    group: ClassVar[str] = WHAT
+
+class ChatRecipe(RemoteCode, TokenDrawing, Recipe):
+    """One conversation."""
+
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Folder (compressed or not), hub id, GGUF file or named sample."
@@ -110,40 +105,10 @@ class WhatToTalkTo(Section):
     )
 
 
-class ChatRecipe(RemoteCode, TokenDrawing, WhatToTalkTo, Recipe):
-    """One conversation."""
-
-
-class ServedModel(Section):
-    """The model, its name, and where it listens."""
-
-    group: ClassVar[str] = WHAT
-
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file or named sample."
-    )
-    name: Annotated[str | None, Flag(default="the name of the folder")] = Field(
-        None, description="The name of the model in the API."
-    )
-    host: Annotated[str, Flag(value="ADDRESS")] = Field(
-        "127.0.0.1",
-        description="The address to listen on. 0.0.0.0 lets other machines connect; give an API "
-        "key then.",
-    )
-    port: int = Field(8000, ge=0, le=65535, description="The port; 0 takes a free one.")
-    api_key: Annotated[str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none")] = (
-        Field(
-            None,
-            description="Clients have to send this key. Other users of this machine can read "
-            "flags, but not environment variables.",
-        )
-    )
-
-
 class ServingLimits(Section):
     """How much is computed at once, and what a client may ask."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     slots: int = Field(8, ge=1, le=8, description="Requests that are computed together.")
     context_length: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = (
@@ -169,5 +134,27 @@ class ServingLimits(Section):
     )
 
 
-class ServeRecipe(RemoteCode, ServingLimits, ServedModel, Recipe):
+class ServeRecipe(RemoteCode, ServingLimits, Recipe):
     """One server."""
+
+    group = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")] = Field(
+        description="Folder (compressed or not), hub id, GGUF file or named sample."
+    )
+    name: Annotated[str | None, Flag(default="the name of the folder")] = Field(
+        None, description="The name of the model in the API."
+    )
+    host: Annotated[str, Flag(value="ADDRESS")] = Field(
+        "127.0.0.1",
+        description="The address to listen on. 0.0.0.0 lets other machines connect; give an API "
+        "key then.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="The port; 0 takes a free one.")
+    api_key: Annotated[str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none")] = (
+        Field(
+            None,
+            description="Clients have to send this key. Other users of this machine can read "
+            "flags, but not environment variables.",
+        )
+    )

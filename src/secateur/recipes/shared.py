@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,21 +20,31 @@ from secateur.recipes.options import (
     matching,
 )
 
-BUDGET = (
-    "Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this "
-    "process. A run that needs more does not start."
-)
-FREE = "4/5 of the free memory"
 
-
-class Memory(Section):
+class Budget(Section):
     """How much memory the run may use."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
-    max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
-        None, description=BUDGET
+    max_memory: Annotated[Size | None, Flag(value="SIZE", default="4/5 of the free memory")] = (
+        Field(
+            None,
+            description="Largest peak memory, such as 6GiB: of the GPU if the run computes there, "
+            "else of this process. A run that needs more does not start.",
+        )
     )
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` in bytes; None for the default."""
+        return None if self.max_memory is None else bytes_of(self.max_memory)
+
+
+class Memory(Budget):
+    """How much memory the run may use, and for what."""
+
+    group = MEMORY
+
     activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = Field(
         "auto",
         description="Where to store hidden states between layers: memory of the GPU, of the host, "
@@ -44,16 +54,11 @@ class Memory(Section):
         2048, gt=0, description="Tokens in one forward of a layer."
     )
 
-    @property
-    def max_bytes(self) -> int | None:
-        """`max_memory` in bytes; None for the default."""
-        return None if self.max_memory is None else bytes_of(self.max_memory)
-
 
 class RemoteCode(Section):
     """Whether code from the checkpoint may run."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
     trust_remote_code: bool = Field(
         False, description="Allow Python code that comes with the checkpoint."
@@ -71,7 +76,7 @@ class Device(RemoteCode):
 class GgufDtype(Section):
     """The number format of weights that are dequantized."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -82,7 +87,7 @@ class GgufDtype(Section):
 class OutputFolder(Section):
     """Where to write the result."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
         None, description="Folder for the new model. It must not exist."
@@ -92,7 +97,7 @@ class OutputFolder(Section):
 class Overwriting(Section):
     """What to do with an existing output."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     overwrite: bool = Field(False, description="Replace an existing output folder.")
 
@@ -125,7 +130,7 @@ TEXT = (
 class CalibrationText(Section):
     """Where the calibration text comes from."""
 
-    group: ClassVar[str] = CALIBRATION
+    group = CALIBRATION
 
     source: Annotated[str, Flag("calibration", value="TEXT")] = Field(
         "c4",
@@ -136,7 +141,7 @@ class CalibrationText(Section):
 class CalibrationWindows(Section):
     """How windows are cut from a text."""
 
-    group: ClassVar[str] = CALIBRATION
+    group = CALIBRATION
 
     field: str = Field("text", description="The field of a JSONL line that holds the text.")
     windows: int = Field(128, gt=0, description="Number of calibration windows.")
@@ -162,7 +167,7 @@ class Calibration(CalibrationWindows, CalibrationText):
 class Reconstruct(Section):
     """How each pruned layer is tuned to reproduce the dense layer's outputs."""
 
-    group: ClassVar[str] = RECOVERY
+    group = RECOVERY
 
     passes: Annotated[int, Flag("tune_passes")] = Field(
         0,
@@ -193,7 +198,7 @@ DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
 class Distill(Section):
     """How the whole pruned model learns from the dense model."""
 
-    group: ClassVar[str] = RECOVERY
+    group = RECOVERY
 
     epochs: Annotated[int, Flag("distill_epochs")] = Field(
         0,
@@ -236,7 +241,7 @@ class Distill(Section):
 class Cluster(Section):
     """The cluster that starts the processes of a run. torchrun needs no options."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
     ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = Field(
         None,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -49,7 +48,7 @@ class Depth(Section):
 class LearnedOptions(Section):
     """Learned masks: training decides which units stay, and trains the weights too."""
 
-    alone: ClassVar[tuple[type, ...]] = (int,)
+    alone: ClassVar = {int: "steps"}
 
     steps: int = Field(400, gt=0, description="Optimizer steps.")
     batch: int = Field(4, gt=0, description="Windows per step.")
@@ -80,16 +79,11 @@ class LearnedOptions(Section):
         5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
     )
 
-    @classmethod
-    def opened(cls, value: Any) -> Any:
-        """A single number is the number of steps."""
-        return {"steps": value} if isinstance(value, int) and not isinstance(value, bool) else value
-
 
 class WhatToCut(Section):
     """The model, and how many of its units stay."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -219,9 +213,9 @@ class StructureRecipe(
 ):
     """One structured cut."""
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = structure_presets
-    run: ClassVar[type[Section] | None] = Planning
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    presets = structure_presets
+    run = Planning
+    needs: ClassVar = {
         **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *BUDGETS)),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple", "pad"), WIDTHS),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,17 +16,16 @@ from secateur.recipes.options import (
     Flag,
     Recipe,
     Section,
-    Size,
     Texts,
     text_alone,
 )
-from secateur.recipes.shared import BUDGET, FREE, Device, OutputFolder, Planning
+from secateur.recipes.shared import Budget, Device, OutputFolder, Planning
 
 
 class LoraOptions(Section):
     """Low-rank adapters: they are trained instead of the weights, and merged at the end."""
 
-    alone: ClassVar[tuple[type, ...]] = (int,)
+    alone: ClassVar = {int: "rank"}
 
     rank: int = Field(16, gt=0, description="Rank of the matrix that is added to a weight.")
     alpha: Annotated[float | None, Flag(default="2 · rank")] = Field(
@@ -39,16 +37,11 @@ class LoraOptions(Section):
     )
     exclude: Texts = Field((), description="Names of linear layers that get none, as globs.")
 
-    @classmethod
-    def opened(cls, value: Any) -> Any:
-        """A single number is the rank."""
-        return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
-
 
 class PruningOptions(Section):
     """Pruning during training: how much, and which weights."""
 
-    alone: ClassVar[tuple[type, ...]] = (float, str)
+    alone: ClassVar = {float: "sparsity", str: "pattern"}
 
     sparsity: float | None = Field(
         None, gt=0, lt=1, description="Fraction of zeros at the end. An N:M pattern implies it."
@@ -66,13 +59,11 @@ class PruningOptions(Section):
 
     @classmethod
     def opened(cls, value: Any) -> Any:
-        """A single number is the sparsity, a single text the pattern."""
-        if isinstance(value, str):
-            try:
-                return {"sparsity": float(value)}
-            except ValueError:
-                return {"pattern": value}
-        return {"sparsity": value} if isinstance(value, float) else value
+        """A text may hold the number."""
+        try:
+            return super().opened(float(value) if isinstance(value, str) else value)
+        except ValueError:
+            return super().opened(value)
 
 
 class GradualOptions(PruningOptions):
@@ -122,7 +113,7 @@ def _tuple_of(value: Any) -> Any:
 class TrainingTextSection(Section):
     """The model to train, and the text to train it on."""
 
-    group: ClassVar[str] = WHAT
+    group = WHAT
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Pruned, cut or dense model: hub id, folder, named sample, or a recipe "
@@ -159,7 +150,7 @@ class TrainingTextSection(Section):
 class Optimisation(Section):
     """How the model is trained."""
 
-    group: ClassVar[str] = HOW
+    group = HOW
 
     steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(
         None, gt=0, description="Optimizer steps."
@@ -228,7 +219,7 @@ class Optimisation(Section):
 class TrainingMemorySection(Section):
     """How the training saves memory and time."""
 
-    group: ClassVar[str] = MEMORY
+    group = MEMORY
 
     micro_batch_windows: Annotated[int | None, Flag(default="about 2048 tokens")] = Field(
         None, gt=0, description="Windows in one forward."
@@ -242,20 +233,10 @@ class TrainingMemorySection(Section):
     )
 
 
-class TrainingBudget(Section):
-    """How much memory the training may use in all."""
-
-    group: ClassVar[str] = MEMORY
-
-    max_memory: Annotated[Size | None, Flag(value="SIZE", default=FREE)] = Field(
-        None, description=BUDGET
-    )
-
-
 class TrainingOutput(OutputFolder):
     """Where the training writes."""
 
-    group: ClassVar[str] = OUTPUT
+    group = OUTPUT
 
     save_minutes: float = Field(
         5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
@@ -268,7 +249,7 @@ class TrainingOutput(OutputFolder):
 class TeacherSection(Section):
     """The model to learn from, and how. Without a teacher the model learns from the text alone."""
 
-    group: ClassVar[str] = TEACHER
+    group = TEACHER
 
     teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = (
         Field(
@@ -319,14 +300,14 @@ class TrainRecipe(
 ):
     """One training, on text alone or with a teacher. Pruned weights stay zero."""
 
-    run: ClassVar[type[Section] | None] = Planning
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    run = Planning
+    needs: ClassVar = {
         **dict.fromkeys((n for n in TeacherSection.model_fields if n != "teacher"), ("teacher",)),
         "teacher_layers": ("hidden_weight",),
         "regrow": ("mask",),
     }
 
-    memory: TrainingBudget = Field(default_factory=TrainingBudget)
+    memory: Budget = Field(default_factory=Budget)
 
     @model_validator(mode="after")
     def check_length(self) -> TrainRecipe:
