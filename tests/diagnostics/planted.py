@@ -12,9 +12,9 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.diagnostics.findings import Finding
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.results.diagnose import DiagnoseResult
+from secateur.runs.records import Finding
 from tiny import tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 

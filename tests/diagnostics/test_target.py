@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from secateur.diagnostics.target import (
-    Machine,
     check_speed,
     cpu_features,
     look_at_target,
     own_kernels,
     sparse_cores,
 )
+from secateur.runs.records import Machine
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import statistics
 
-from secateur.diagnostics.findings import Claims, Finding, listed
+from secateur.diagnostics.findings import Claims, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.engine.prune.group_pruning import COLLAPSED
+from secateur.runs.records import Finding
 
 DENSE = 0.01
 """A linear with fewer zeros than this is dense; pretrained ones have almost none."""

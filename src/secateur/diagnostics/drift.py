@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.diagnostics.findings import Finding, Severity
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress
+from secateur.runs.records import Finding, Severity
 
 TOKENS_AT_ONCE = 1024
 

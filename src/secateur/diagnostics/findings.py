@@ -8,42 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from secateur.engine.prune.tasks import Selection
 from secateur.errors import SecateurError
+from secateur.runs.records import Finding, Severity
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
-Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """The worst first: an error is proven, a warning is likely, a note is worth knowing."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One finding.
-
-    Attributes:
-        id: the kind; docs/diagnosis.md has an entry for each.
-        severity: how severe.
-        where: the tensor, layer or file.
-        evidence: the measured numbers.
-        remedy: what to do about it.
-    """
-
-    id: str
-    severity: Severity
-    where: str
-    evidence: str
-    remedy: str
-
-    def to_json(self) -> dict[str, str]:
-        """All fields."""
-        return asdict(self)
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from secateur.diagnostics.findings import Finding
+from secateur.runs.records import Finding, Machine, Support
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
 FEATURES = (
@@ -37,50 +35,6 @@ ENGINES = {
     "openvino": "its matrix products are dense, unless compiled with its sparsity option for int8",
 }
 """Distributions of engines that run dense models, and how they treat unstructured zeros."""
-
-
-@dataclass(frozen=True)
-class Support:
-    """Whether one engine gains from one kind of sparsity here.
-
-    Attributes:
-        kind: unstructured, 2:4, n:m, structured or int8.
-        engine: the program that runs the model.
-        faster: whether it gains; None if it depends or is unknown.
-        reason: why, in a sentence.
-    """
-
-    kind: str
-    engine: str
-    faster: bool | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine and its engines.
-
-    Attributes:
-        cpu: its processor's name.
-        features: the relevant features of the processor.
-        cuda_capability: of the first GPU, such as `9.0`; None without one.
-        engines: installed versions; None for those that are not installed.
-        supports: every kind of sparsity with every engine that could run it.
-    """
-
-    cpu: str
-    features: tuple[str, ...]
-    cuda_capability: str | None
-    engines: dict[str, str | None]
-    supports: list[Support] = field(default_factory=list)
-
-    def faster(self, kind: str) -> list[Support]:
-        """The engines that gain from a kind."""
-        return [s for s in self.supports if s.kind == kind and s.faster]
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
 
 def look_at_target(cpu: str) -> Machine:

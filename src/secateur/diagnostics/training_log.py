@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.diagnostics.findings import Finding
 from secateur.errors import SourceError
+from secateur.runs.records import Finding
 
 WINDOW = 20
 DEVIATIONS = 6.0

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.diagnostics.findings import Claims, Finding, Severity, listed
+from secateur.diagnostics.findings import Claims, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.models.architecture import setting
+from secateur.runs.records import Finding, Severity
 
 MANY = 0.02
 """The share of a layer's neurons, or a linear's rows, above which zero rows are a warning."""

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from secateur.diagnostics.audit import count
-from secateur.diagnostics.findings import Claims, Finding
+from secateur.diagnostics.findings import Claims
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import not_finite
 from secateur.models.inventory import StoredMatrix
+from secateur.runs.records import Finding
 
 
 @dataclass(frozen=True)

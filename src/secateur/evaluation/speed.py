@@ -44,6 +44,7 @@ from secateur.allocator import give_back
 from secateur.errors import KernelError, SecateurError
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
+from secateur.runs.records import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache, why_not
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.matrix import KernelMatrix
@@ -78,21 +79,21 @@ class Speed:
         """Tokens per second after the first token; the median over rounds."""
         return 1 / statistics.median(self.each_token)
 
-    def to_json(self, prompt_tokens: int) -> dict[str, Any]:
+    def record(self, prompt_tokens: int) -> TimingEntry:
         """Medians, and the slowest and the fastest round."""
         if self.failure is not None:
-            return {"contender": self.name, "failure": self.failure}
+            return TimingEntry(contender=self.name, failure=self.failure)
         rates = sorted(1 / x for x in self.each_token)
-        return {
-            "contender": self.name,
-            "tokens_per_second": self.tokens_per_second,
-            "tokens_per_second_least": rates[0],
-            "tokens_per_second_most": rates[-1],
-            "prompt_tokens_per_second": prompt_tokens / statistics.median(self.first_token),
-            "first_token_seconds": statistics.median(self.first_token),
-            "resident_bytes": self.resident_bytes,
-            "rounds": len(rates),
-        }
+        return TimingEntry(
+            contender=self.name,
+            tokens_per_second=self.tokens_per_second,
+            tokens_per_second_least=rates[0],
+            tokens_per_second_most=rates[-1],
+            prompt_tokens_per_second=prompt_tokens / statistics.median(self.first_token),
+            first_token_seconds=statistics.median(self.first_token),
+            resident_bytes=self.resident_bytes,
+            rounds=len(rates),
+        )
 
 
 class Process:

@@ -40,7 +40,7 @@ from secateur.reporting.results.prune import ChainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another
-from secateur.runs.records import Chain, ChainStep, declared, read_record
+from secateur.runs.records import Chain, ChainStep, read_record
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
@@ -182,9 +182,9 @@ def run_chain(
             links = _run_steps(
                 steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
             )
-            report = ChainResult(links, folder.output)
             _write_notes(folder, recipe, source)
-            write_json(folder.notes / CHAIN, declared(Chain, report.to_json()))
+            record = Chain(links=links, output=str(folder.output))
+            write_json(folder.notes / CHAIN, record.to_json())
             folder.finish()
     links = read_record(Chain, folder.output / NOTES / CHAIN).links
     return ChainResult(links, folder.output)

@@ -41,7 +41,7 @@ from secateur.reporting.report.what_if import advice_view
 from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.tables import Block, Line, Result, by_layer
 from secateur.reporting.wording import bare_name, binary_size, counted, percent
-from secateur.runs.records import FindingEntry
+from secateur.runs.records import Finding
 from secateur.runs.records.measured import GenerationRecord
 from secateur.runs.records.run import Manifest
 
@@ -57,7 +57,7 @@ class RunView:
     claims: list[Claim]
     chips: list[tuple[str, str]]
     heat_maps: list[HeatMap]
-    findings: list[FindingEntry]
+    findings: list[Finding]
 
 
 @dataclass(frozen=True)

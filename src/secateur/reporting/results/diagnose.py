@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.drift import LayerDrift
-from secateur.diagnostics.findings import Claims, Finding
-from secateur.diagnostics.target import Machine
+from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor
 from secateur.reporting.results.compress import stored_as
 from secateur.reporting.results.next_steps import layer_of
 from secateur.reporting.tables import Block, Line, Result, Table, by_layer, not_pruned
 from secateur.reporting.wording import binary_size
+from secateur.runs.records import DiagnosisRecord, Finding, LayerState, Machine, MatrixState
 
-SCHEMA = "secateur.diagnosis/1"
+SCHEMA: Literal["secateur.diagnosis/1"] = "secateur.diagnosis/1"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -79,34 +79,43 @@ class DiagnoseResult(Result):
         columns = ("what", "where, evidence → remedy")
         return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
 
+    @property
+    def record(self) -> DiagnosisRecord:
+        """The record of the diagnosis."""
+        drift = {x.layer: x for x in self.drift}
+        return DiagnosisRecord(
+            schema_name=SCHEMA,
+            model=self.model,
+            dense=self.dense,
+            environment=self.environment,
+            protocol=self.protocol,
+            verdict=self.verdict,
+            findings=tuple(self.findings),
+            layers=tuple(
+                LayerState(
+                    layer=index,
+                    sparsity=sparsity,
+                    could_bear=self.bears.get(index),
+                    **_drift_numbers(drift.get(index)),
+                )
+                for index, sparsity in layer_sparsity(self.weights).items()
+            ),
+            linears=tuple(
+                MatrixState(
+                    name=x.name,
+                    sparsity=x.sparsity,
+                    claimed=self.claims.claimed(x.name),
+                    dead_rows=int(x.dead_rows.sum()),
+                    dead_columns=int(x.dead_columns.sum()),
+                )
+                for x in self.weights.linears
+            ),
+            target=self.target,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The content of `secateur/diagnosis.json`."""
-        drift = {x.layer: x for x in self.drift}
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "dense": self.dense,
-            "environment": self.environment,
-            "protocol": self.protocol,
-            "verdict": self.verdict,
-            "findings": [x.to_json() for x in self.findings],
-            "layers": [
-                {"layer": index, "sparsity": sparsity, **_drift_numbers(drift.get(index)),
-                 "could_bear": self.bears.get(index)}
-                for index, sparsity in layer_sparsity(self.weights).items()
-            ],
-            "linears": [
-                {
-                    "name": x.name,
-                    "sparsity": x.sparsity,
-                    "claimed": self.claims.claimed(x.name),
-                    "dead_rows": int(x.dead_rows.sum()),
-                    "dead_columns": int(x.dead_columns.sum()),
-                }
-                for x in self.weights.linears
-            ],
-            "target": self.target.to_json(),
-        }  # fmt: skip
+        return self.record.to_json()
 
 
 def _drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
@@ -128,7 +137,7 @@ class TargetResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All fields of `target`."""
-        return self.target.to_json()
+        return asdict(self.target)
 
     def blocks(self) -> Sequence[Block]:
         """Every kind of sparsity with every engine, then the features of the machine."""

@@ -11,6 +11,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
 from secateur.reporting.tables import Block, Line, Result, Table, with_error
 from secateur.reporting.wording import binary_size, without_blank_lines
+from secateur.runs.records import Bench, TimingEntry
 from secateur.runs.records.measured import (
     DivergenceRecord,
     EvaluationRecord,
@@ -272,24 +273,28 @@ class BenchResult(Result):
                 found.setdefault(speed.failure, []).append(speed.name)
         return found
 
+    @property
+    def record(self) -> Bench:
+        """The record of the measurements."""
+        prompt = self.protocol["prompt_tokens"]
+        return Bench(
+            schema_name="secateur.bench/1",
+            model=self.model,
+            contenders=tuple(speed.record(prompt) for speed in self.speeds),
+            file_bytes=self.file_bytes,
+            dense_bytes=self.dense_bytes,
+            verdict=self.verdict,
+            protocol=self.protocol,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """All measurements."""
-        prompt = self.protocol["prompt_tokens"]
-        return {
-            "model": self.model,
-            "contenders": [s.to_json(prompt) for s in self.speeds],
-            "file_bytes": self.file_bytes,
-            "dense_bytes": self.dense_bytes,
-            "verdict": self.verdict,
-            "protocol": self.protocol,
-        }
+        return {key: x for key, x in self.record.to_json().items() if key != "schema"}
 
     def blocks(self) -> Sequence[Block]:
         """A row for each contender that ran, then sizes, verdict and protocol."""
         p = self.protocol
-        rows = [
-            _contender_row(s.to_json(p["prompt_tokens"])) for s in self.speeds if s.failure is None
-        ]
+        rows = [_contender_row(x) for x in self.record.contenders if x.failure is None]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
         return [
             Table.of(self.model, columns, rows),
@@ -306,15 +311,15 @@ class BenchResult(Result):
         ]
 
 
-def _contender_row(numbers: dict[str, Any]) -> tuple[str, ...]:
-    """The table row of one contender."""
+def _contender_row(timing: TimingEntry) -> tuple[str, ...]:
+    """The table row of one contender that ran."""
     return (
-        numbers["contender"],
-        f"{numbers['tokens_per_second']:.1f}",
-        f"{numbers['tokens_per_second_least']:.1f} to {numbers['tokens_per_second_most']:.1f}",
-        f"{1e3 * numbers['first_token_seconds']:.0f} ms",
-        f"{numbers['prompt_tokens_per_second']:.0f}",
-        binary_size(numbers["resident_bytes"]),
+        timing.contender,
+        f"{timing.tokens_per_second:.1f}",
+        f"{timing.tokens_per_second_least:.1f} to {timing.tokens_per_second_most:.1f}",
+        f"{1e3 * (timing.first_token_seconds or 0):.0f} ms",
+        f"{timing.prompt_tokens_per_second:.0f}",
+        binary_size(timing.resident_bytes or 0),
     )
 
 

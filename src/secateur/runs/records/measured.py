@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,14 +17,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.errors import CheckpointError
 from secateur.runs.atomic import write_json
-from secateur.runs.records.base import Record
+from secateur.runs.records.base import PartialRecord, Record
+
+Severity = Literal["error", "warning", "note"]
+"""An error means that the model is not what it claims to be, or does not work."""
 
 
-class FindingEntry(Record):
-    """One finding of a diagnosis."""
+@dataclass(frozen=True)
+class Finding:
+    """One finding of a diagnosis.
+
+    Attributes:
+        id: the kind; docs/diagnosis.md has an entry for each.
+        severity: how severe.
+        where: the tensor, layer or file.
+        evidence: the measured numbers.
+        remedy: what to do about it.
+    """
 
     id: str
-    severity: Literal["error", "warning", "note"]
+    severity: Severity
     where: str
     evidence: str
     remedy: str
@@ -52,8 +65,16 @@ class MatrixState(Record):
     dead_columns: int
 
 
-class SupportEntry(Record):
-    """Whether this machine gains speed from a kind of sparsity."""
+@dataclass(frozen=True)
+class Support:
+    """Whether one engine gains from one kind of sparsity here.
+
+    Attributes:
+        kind: unstructured, 2:4, n:m, structured or int8.
+        engine: the program that runs the model.
+        faster: whether it gains; None if it depends or is unknown.
+        reason: why, in a sentence.
+    """
 
     kind: str
     engine: str
@@ -61,14 +82,27 @@ class SupportEntry(Record):
     reason: str
 
 
-class TargetMachine(Record):
-    """The machine of a diagnosis."""
+@dataclass(frozen=True)
+class Machine:
+    """A machine and its engines.
+
+    Attributes:
+        cpu: its processor's name.
+        features: the relevant features of the processor.
+        cuda_capability: of the first GPU, such as `9.0`; None without one.
+        engines: installed versions; None for those that are not installed.
+        supports: every kind of sparsity with every engine that could run it.
+    """
 
     cpu: str
     features: tuple[str, ...]
     cuda_capability: str | None
     engines: dict[str, str | None]
-    supports: tuple[SupportEntry, ...]
+    supports: list[Support] = field(default_factory=list)
+
+    def faster(self, kind: str) -> list[Support]:
+        """The engines that gain from a kind."""
+        return [s for s in self.supports if s.kind == kind and s.faster]
 
 
 class DiagnosisRecord(Record):
@@ -80,13 +114,13 @@ class DiagnosisRecord(Record):
     environment: dict[str, Any]
     protocol: dict[str, Any]
     verdict: str
-    findings: tuple[FindingEntry, ...]
+    findings: tuple[Finding, ...]
     layers: tuple[LayerState, ...]
     linears: tuple[MatrixState, ...]
-    target: TargetMachine
+    target: Machine
 
 
-class TimingEntry(Record):
+class TimingEntry(PartialRecord):
     """The timing of one way to run a model, or the reason why it could not run."""
 
     contender: str

@@ -20,13 +20,10 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import cannot_write
-from secateur.runs.records import Bench, declared
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
 from secateur.workflows.judge.generate import positions_in
-
-SCHEMA = "secateur.bench/1"
 
 
 def bench(
@@ -145,8 +142,7 @@ def _write_record(report: BenchResult, folder: Path) -> None:
         return
     file = folder / NOTES / "bench.json"
     try:
-        record = {"schema": SCHEMA, **report.to_json()}
-        write_json(file, declared(Bench, record))
+        write_json(file, report.record.to_json())
     except OSError as error:
         raise cannot_write(error, file) from error
 

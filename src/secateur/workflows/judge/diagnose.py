@@ -19,7 +19,7 @@ from secateur.diagnostics.drift import (
     could_bear,
     layer_drifts,
 )
-from secateur.diagnostics.findings import Claims, Finding, by_severity, read_claims
+from secateur.diagnostics.findings import Claims, by_severity, read_claims
 from secateur.diagnostics.target import check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.units import check_units, head_size
@@ -32,10 +32,10 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener
 from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
-from secateur.runs import records
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import cannot_write
+from secateur.runs.records import Finding
 from secateur.runtime.install import DenseView, open_checkpoint
 
 PRUNED = 0.01
@@ -261,6 +261,6 @@ def _write_diagnosis(found: DiagnoseResult) -> None:
         return
     file = folder / "diagnosis.json"
     try:
-        write_json(file, records.declared(records.DiagnosisRecord, found.to_json()))
+        write_json(file, found.to_json())
     except OSError as error:
         raise cannot_write(error, file) from error

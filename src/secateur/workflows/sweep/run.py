@@ -49,7 +49,6 @@ from secateur.runs.records import (
     Sweep,
     SweepDense,
     SweepPoint,
-    declared,
     read_record,
 )
 from secateur.sparsity.methods import methods
@@ -257,7 +256,7 @@ class SweepRun:
         record = self.record.model_copy(update=changes)
         points = sorted(record.points, key=lambda point: self.grid.index(point.key))
         self.record = record.model_copy(update={"points": tuple(points)})
-        write_json(self.folder / "sweep.json", declared(Sweep, self.record.to_json()))
+        write_json(self.folder / "sweep.json", self.record.to_json())
 
     def begin(self) -> None:
         """Make the folder, and cut the calibration windows of all points.
