@@ -50,7 +50,7 @@ class Job:
             done: number of layers that an earlier run finished.
 
         Returns:
-            The tasks that were carried out.
+            The tasks, without linears that calibration did not reach.
         """
         calibration = self.calibration()
         names = gradient_statistics(self.tasks)

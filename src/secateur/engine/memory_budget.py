@@ -199,10 +199,10 @@ def explained(plan: Plan) -> Iterator[None]:
         if not is_shortage(error):
             raise
         term, gib = _largest_term(plan), 2**30
-        said = (str(error).strip() or "no memory").splitlines()[0]
+        why = (str(error).strip() or "no memory").splitlines()[0]
         planned, free = plan.peak_bytes / gib, psutil.virtual_memory().available / gib
         raise MemoryBudgetError(
-            f"memory has ended: {said}; the plan was {planned:.2f} GiB at most, and {free:.2f} GiB "
+            f"memory has ended: {why}; the plan was {planned:.2f} GiB at most, and {free:.2f} GiB "
             "of the host are free now",
             where=f"{term.name} needs most, {term.nbytes / gib:.2f} GiB",
             remedy=f"close other programs, or {term.remedy}; then run again with --resume, which "

@@ -25,11 +25,8 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import of_inputs
 from secateur.engine.choose.candidate_evaluator import (
-    CandidateEvaluator,
-    FitnessCache,
     WeightVariants,
     cut_windows,
-    fingerprint,
 )
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
@@ -311,12 +308,8 @@ def search_levels(
     outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
-    fitness = FitnessCache(
-        CandidateEvaluator(outer, variants, "divergence", survey.progress),
-        variants.versions,
-        survey.work / "search.jsonl",
-        fingerprint(outer, tokens, "divergence", list(rungs)),
-    )
+    file = survey.work / "search.jsonl"
+    fitness = variants.fitness("divergence", tokens, file, survey.progress)
     survey.progress.start("allocation: search", search.generations + 1)
     informed = search.informed(_stored_errors(files), rungs)
     for leader in search.climb(list(rungs.values()), informed, fitness):

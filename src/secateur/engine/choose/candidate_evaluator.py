@@ -325,6 +325,22 @@ class WeightVariants(ABC):
         """The levels of a candidate, layer by layer."""
         return tuple(tuple(candidate[place] for place in places) for places in self.places)
 
+    def fitness(
+        self, objective: str, tokens: int, file: Path | None, progress: Progress, **conditions: Any
+    ) -> FitnessCache:
+        """The measured fitness of candidates.
+
+        Args:
+            objective: of `CandidateEvaluator`.
+            tokens: number of tokens in the last stage.
+            file: file of the values; None keeps them in memory only.
+            progress: receives the layers.
+            conditions: what else affects the values.
+        """
+        evaluator = CandidateEvaluator(self.outer, self, objective, progress)
+        known = fingerprint(self.outer, tokens, objective, self.names)
+        return FitnessCache(evaluator, self.versions, file, {**known, **conditions})
+
     @contextmanager
     def opened(
         self, number: int, layer: nn.Module

@@ -219,9 +219,9 @@ def space_of(target: Target, how: DepthSettings) -> DropSpace:
     if how.units in ("layers", "blocks"):
         whole -= min(unit.cost for unit in units)  # one unit must stay
     if not 0 < budget <= whole:
-        asked = f"{how.count} of them" if how.share is None else f"{how.share} of all parameters"
+        amount = f"{how.count} of them" if how.share is None else f"{how.share} of all parameters"
         raise RecipeError(
-            f"{asked} cannot be dropped: there are {len(units)} {how.units} with "
+            f"{amount} cannot be dropped: there are {len(units)} {how.units} with "
             f"{sum(u.parameters for u in units) / total:.2f} of the parameters",
             remedy="drop less",
         )
@@ -428,8 +428,8 @@ def _parts_of(layer: nn.Module) -> dict[int, list[nn.Module]]:
     parts: dict[int, list[nn.Module]] = {ATTENTION: [], FFN: []}
     for name, child in layer.named_children():
         if any(p.ndim > 1 for p in child.parameters()):
-            said = f"{name} {type(child).__name__}".lower()
-            parts[ATTENTION if "attn" in said or "attention" in said else FFN].append(child)
+            text = f"{name} {type(child).__name__}".lower()
+            parts[ATTENTION if "attn" in text or "attention" in text else FFN].append(child)
     return parts
 
 

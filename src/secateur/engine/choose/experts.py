@@ -79,7 +79,7 @@ class ExpertUse:
         }
 
 
-class Listener:
+class _UseHooks:
     """Hooks on the experts of a layer that add up the outputs of each expert.
 
     Args:
@@ -147,12 +147,12 @@ def expert_use(
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
     for number, layer in calibration.walk():
-        listeners = [Listener(m) for m in layer.modules() if isinstance(m, OpenExperts)]
+        hooks = [_UseHooks(m) for m in layer.modules() if isinstance(m, OpenExperts)]
         for batch in calibration.batches():
             out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
             calibration.write(batch, out)
-        for listener in listeners:
-            use = listener.close()
+        for hook in hooks:
+            use = hook.close()
             ranks.total(use.tokens)
             ranks.total(use.outputs)
             found[number] = use
@@ -218,7 +218,7 @@ def kept_experts(
             "them, which stay equally large",
             remedy=f"keep a multiple of {how.groups}",
         )
-    scores = {layer: heard.score(how.score, how.seed + layer) for layer, heard in use.items()}
+    scores = {layer: own.score(how.score, how.seed + layer) for layer, own in use.items()}
     counts = dict.fromkeys(scores, keep)
     if how.scope == "global":
         counts = _global_counts(scores, keep, how)

@@ -28,7 +28,7 @@ So the answer is a candidate whose loss was measured. It need not be the smalles
    of all linears on it add up to what was measured in step 1.
 3. For some budgets, the best candidate by these rises (`knapsack.Knapsack`) is measured: the
    frontier.
-4. From the best one for the wanted budget, an evolutionary search measures its mutants.
+4. From the best one for the given budget, an evolutionary search measures its mutants.
 
 Divergence is the mean KL(dense ‖ candidate) of the next-token probabilities, in nats per token.
 """
@@ -47,11 +47,9 @@ import torch
 from torch import Tensor
 
 from secateur.engine.choose.candidate_evaluator import (
-    CandidateEvaluator,
     FitnessCache,
     WeightVariants,
     cut_windows,
-    fingerprint,
 )
 from secateur.engine.choose.knapsack import Cost, Knapsack, fits
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
@@ -70,7 +68,7 @@ LEAST_RISE = 1e-6
 
 @dataclass(frozen=True)
 class Level:
-    """One way to store every linear.
+    """A form in which all linears are stored.
 
     Attributes:
         reader: the checkpoint whose linears have these values.
@@ -126,12 +124,7 @@ def choose_levels(
     tokens = windows.numel()
     outer = EmbeddingAndHead(target, cut_windows(windows, tokens))
     variants = StoredVariants(outer, names, levels)
-    fitness = FitnessCache(
-        CandidateEvaluator(outer, variants, "loss", progress),
-        variants.versions,
-        file,
-        {**fingerprint(outer, tokens, "loss", names), "levels": len(levels)},
-    )
+    fitness = variants.fitness("loss", tokens, file, progress, levels=len(levels))
     progress.start("choosing values", len(levels) + len(target.layers) + len(names).bit_length())
     every = [(level,) * len(names) for level in range(len(levels))]
     losses = tuple(fitness(every, tokens, 0))
@@ -322,14 +315,9 @@ class FitSearch:
         self.tokens = windows.numel()
         outer = EmbeddingAndHead(target, cut_windows(windows, self.tokens))
         self.variants = StoredVariants(outer, self.names, [one.level for one in levels])
-        self.fitness = FitnessCache(
-            CandidateEvaluator(outer, self.variants, "divergence", progress),
-            self.variants.versions,
-            file,
-            {
-                **fingerprint(outer, self.tokens, "divergence", self.names),
-                "levels": [one.name for one in levels],
-            },
+        labels = [one.name for one in levels]
+        self.fitness = self.variants.fitness(
+            "divergence", self.tokens, file, progress, levels=labels
         )
         self.knapsack = Knapsack(self.costs, tuple((0.0,) * len(levels) for _ in self.names))
 
@@ -392,8 +380,8 @@ class FitSearch:
 
     def allowed(self, families: str) -> list[int]:
         """The levels of some families; the dense model belongs to all."""
-        wanted = {"all": ("quantize", "prune", "both")}.get(families, (families,))
-        return [n for n, one in enumerate(self.levels) if n == 0 or one.family in wanted]
+        allowed = {"all": ("quantize", "prune", "both")}.get(families, (families,))
+        return [n for n, one in enumerate(self.levels) if n == 0 or one.family in allowed]
 
     def budgets(self, axis: int) -> list[Cost]:
         """Budgets of the frontier, in one kind of cost; the other kinds have none."""

@@ -111,8 +111,8 @@ def coverage(layers: Sequence[Layer], architecture: Architecture) -> Coverage | 
     records = [r for x in layers for r in x.linears if architecture.of_expert(r.name)]
     seen = [(r.tokens, r.shape[1]) for r in records if r.tokens is not None]
     unseen = [name for x in layers for name in x.unseen]
-    heard = {_number_of(r.name) for r in records if r.tokens != 0}
-    silent = silent_experts(name for name in unseen if _number_of(name) not in heard)
+    reached = {_number_of(r.name) for r in records if r.tokens != 0}
+    silent = silent_experts(name for name in unseen if _number_of(name) not in reached)
     return Coverage(
         len(records),
         sum(tokens < inputs for tokens, inputs in seen),

@@ -138,7 +138,7 @@ class Run:
         with reused_pages():
             started = time.perf_counter()  # before the first layer is read
             for index, layer in walk_layers(self.target, range(done, len(layers))):
-                self._prune_layer(index, layer, started)
+                self.prune_layer(index, layer, started)
                 started = time.perf_counter()
         if self.calibration is not None:
             self.calibration.close()
@@ -147,7 +147,7 @@ class Run:
         if found is not None and self.settings.ranks.first:
             found.log_warnings()
 
-    def _prune_layer(self, index: int, layer: nn.Module, started: float) -> None:
+    def prune_layer(self, index: int, layer: nn.Module, started: float) -> None:
         """Prune one decoder layer, write its weights, and record it in the ledger.
 
         Args:
@@ -173,7 +173,7 @@ class Run:
         self.tasks = left_dense(self.tasks, work.unseen)
         self._verify_kind(layer, list(work.linears.values()))
         self.target.commit(index, changed)
-        self._finish_layer(index, records, tuned, work.unseen, started)
+        self.finish_layer(index, records, tuned, work.unseen, started)
 
     def _verify_kind(self, layer: nn.Module, linears: Sequence[Linear]) -> None:
         """Check the zeros of every matrix in the first layer of each kind.
@@ -201,7 +201,7 @@ class Run:
                 )
         self.verified.add(kind)
 
-    def _finish_layer(
+    def finish_layer(
         self,
         index: int,
         records: list[LinearRecord],

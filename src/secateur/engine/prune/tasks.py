@@ -127,7 +127,7 @@ def tasks_of(
 
 
 def _check(task: LinearTask) -> None:
-    """Refuse a task that cannot be carried out."""
+    """Refuse a task that cannot be done."""
     if task.sparsity > 0:
         try:
             task.method.check(task.shape, task.sparsity)

@@ -144,12 +144,8 @@ def smallest_within(context: FitContext, search: FitSearch, bound: float) -> flo
     windows, aim, progress = context.choosing.windows, context.costs.aim, context.progress
     outer = EmbeddingAndHead(context.target, windows)
     variants = StoredVariants(outer, search.names, [one.level for one in search.levels])
-    losses = FitnessCache(
-        CandidateEvaluator(outer, variants, "loss", progress),
-        variants.versions,
-        context.work / "losses.jsonl",
-        fingerprint(outer, windows.numel(), "loss", search.names),
-    )
+    file = context.work / "losses.jsonl"
+    losses = variants.fitness("loss", windows.numel(), file, progress)
 
     @torch.no_grad()
     def loss(candidate: Candidate) -> float:
