@@ -39,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
     """1 GiB of everything, 5 of hidden states and 20 of halted forwards if they are in memory."""
-    sizes = dict.fromkeys(Plan.__dataclass_fields__, 0)
+    sizes: dict[str, Any] = {**dict.fromkeys(Plan.__dataclass_fields__, 0), "left": []}
     sizes |= dict.fromkeys(("process_bytes", "layer_bytes", "forward_bytes", "solve_bytes"), GIB)
     if activations != "disk":
         sizes |= {"activation_bytes": 5 * GIB, "waiting_bytes": 20 * GIB}
