@@ -77,8 +77,8 @@ def rows(args: argparse.Namespace) -> None:
     )
     search = make_search(context)
     expected = ExpectedSeconds.of(context, search)
-    survey, _ = survey_levels(context, search, expected)
-    survey = replace(survey, frontier=())
+    measured, _ = survey_levels(context, search, expected)
+    measured = replace(measured, frontier=())
     options = CalibrationWindows(windows=16, sequence_length=512)
     wiki, _ = calibration_windows(
         str(args.text), options, source.folder, context.target.model.config
@@ -94,7 +94,7 @@ def rows(args: argparse.Namespace) -> None:
         add("fit", {"judged": "see benchmarks/fit.py"}, row)
         print(row, flush=True)
 
-    for point, level in zip(survey.singles, search.levels, strict=True):
+    for point, level in zip(measured.singles, search.levels, strict=True):
         folder = level.level.reader.folder
         kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
     for kind in args.llama_cpp:
@@ -107,7 +107,7 @@ def rows(args: argparse.Namespace) -> None:
             continue
         began = time.perf_counter()
         within = costs.narrowed(size * MIB - rest)
-        candidates, cuts = build_candidates(context, survey, expected, within)
+        candidates, cuts = build_candidates(context, measured, expected, within)
         best = best_of(candidates)
         for one in [*candidates, replace(best, row=replace(best.row, name="winner"))]:
             values = {n: getattr(one.row, n) for n in ("predicted", "mixed", "divergence")}

@@ -131,7 +131,7 @@ STRUCTURED_CANDIDATES = (
 
 
 @dataclass(frozen=True)
-class Survey:
+class MeasuredLevels:
     """The levels, measured: by this, candidates are chosen.
 
     Attributes:
@@ -149,36 +149,38 @@ class Survey:
     evaluator: ModelEvaluator
 
 
-def best_single(context: FitContext, survey: Survey, budget: Cost) -> BuiltCandidate | None:
+def best_single(
+    context: FitContext, measured: MeasuredLevels, budget: Cost
+) -> BuiltCandidate | None:
     """The best single level within a budget of the linears; it is made already."""
-    fitting = [point for point in survey.singles if fits(point.cost, budget)]
+    fitting = [point for point in measured.singles if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
     levels, (number, *_) = context.costs.levels, best.candidate
     bare = levels.index(StorageFormat("bfloat16", levels[number].sparsity))
-    folders = [one.level.reader.folder for one in survey.search.levels]
-    formats = dict.fromkeys(survey.search.names, levels[number])
-    packed, divergence = survey.evaluator.packed(folders[bare], folders[number], formats)
+    folders = [one.level.reader.folder for one in measured.search.levels]
+    formats = dict.fromkeys(measured.search.names, levels[number])
+    packed, divergence = measured.evaluator.packed(folders[bare], folders[number], formats)
     size = round(context.costs.rest[0] + best.cost[0])
     row = FitFinalist(SINGLE, size, best.predicted, best.divergence, divergence)
     dense = context.source.folder
     return BuiltCandidate(dense, folders[bare], folders[number], packed, formats, row)
 
 
-def choose_mixes(survey: Survey, winner: Point, budget: Cost) -> dict[str, Candidate]:
+def choose_mixes(measured: MeasuredLevels, winner: Point, budget: Cost) -> dict[str, Candidate]:
     """The mixes to make, by what chose them; no mix twice.
 
     Args:
-        survey: of the layers.
+        measured: the levels.
         winner: of the search.
         budget: of the search.
     """
-    search = survey.search
+    search = measured.search
     wanted = {
         SEARCHED: winner.candidate,
         QUANTIZED: search.knapsack.best(budget, search.allowed("quantize")),
-        SURVEYED: survey.knapsack.best(budget),
+        SURVEYED: measured.knapsack.best(budget),
     }
     found: dict[str, Candidate] = {}
     for name, candidate in wanted.items():
@@ -188,17 +190,17 @@ def choose_mixes(survey: Survey, winner: Point, budget: Cost) -> dict[str, Candi
 
 
 def build_mixes(
-    context: FitContext, survey: Survey, mixes: Mapping[str, Candidate], seconds: float
+    context: FitContext, measured: MeasuredLevels, mixes: Mapping[str, Candidate], seconds: float
 ) -> list[BuiltCandidate]:
     """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
 
     Args:
         context: of the fit.
-        survey: of the layers.
+        measured: the levels.
         mixes: by what chose them.
         seconds: that one is expected to take, packed and judged.
     """
-    found, search, dense = [], survey.search, context.source.folder
+    found, search, dense = [], measured.search, context.source.folder
     for name, candidate in mixes.items():
         if not context.time.allows(f"making {name}", seconds):
             continue
@@ -208,12 +210,12 @@ def build_mixes(
         output = context.work / "mixes" / f"{crc32(lines.encode()):08x}"
         label = Labelled(context.progress, f"making {name}")
         sparse, folder = make_model(context, dense, context.matrices, formats, output, label)
-        packed, divergence = survey.evaluator.packed(sparse, folder, formats)
+        packed, divergence = measured.evaluator.packed(sparse, folder, formats)
         sizes = linear_bytes(CheckpointReader(folder), context.matrices, formats)
         row = FitFinalist(
             name=name,
             file_bytes=context.costs.file_bytes(formats, sizes),
-            predicted=survey.knapsack.predicted(candidate),
+            predicted=measured.knapsack.predicted(candidate),
             mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
             divergence=divergence,
         )
@@ -253,13 +255,13 @@ def finer_rise(stored: StorageFormat, rises: tuple[float, ...]) -> float:
 
 
 def build_structured(
-    context: FitContext, survey: Survey, best: BuiltCandidate, costs: Costs
+    context: FitContext, measured: MeasuredLevels, best: BuiltCandidate, costs: Costs
 ) -> tuple[list[BuiltCandidate], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
 
     Args:
         context: of the fit.
-        survey: of the uncut model.
+        measured: the levels of the uncut model.
         best: the best model without a cut.
         costs: the bounds.
 
@@ -277,10 +279,10 @@ def build_structured(
             rows.append(FitBranch(structured.name, None, None, cut))
             continue
         leader = min(one.divergence for one in [best, *found])
-        alone = survey.evaluator.divergence(cut)
+        alone = measured.evaluator.divergence(cut)
         outcome = f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            built = _build_on_cut(context, survey, structured, cut, alone, leader, costs)
+            built = _build_on_cut(context, measured, structured, cut, alone, leader, costs)
             if isinstance(built, str):
                 outcome = built
             else:
@@ -327,7 +329,7 @@ def _cut_model(
 
 def _build_on_cut(
     context: FitContext,
-    survey: Survey,
+    measured: MeasuredLevels,
     structured: StructuredCandidate,
     cut: Path,
     alone: float,
@@ -341,7 +343,7 @@ def _build_on_cut(
         own = costs.of_another(costs_of(context.recipe, reader, matrices, context.progress))
     except ArchitectureError as error:
         return error.what
-    knapsack, names = _inherited_knapsack(context, survey, reader, matrices, own)
+    knapsack, names = _inherited_knapsack(context, measured, reader, matrices, own)
     candidate = knapsack.best(own.aim)
     if candidate is None:
         return "no level fits"
@@ -355,29 +357,33 @@ def _build_on_cut(
     size, most = own.file_bytes(formats, sizes), own.kinds[0].limit
     if size > most:
         return f"made, and {size - most:,.0f} bytes too large"
-    packed, divergence = survey.evaluator.packed(sparse, folder, formats)
+    packed, divergence = measured.evaluator.packed(sparse, folder, formats)
     row = FitFinalist(structured.name, size, expected, None, divergence)
     step = {"structure": _structure_options(context, structured)}
     return BuiltCandidate(cut, sparse, folder, packed, formats, row, step)
 
 
 def _inherited_knapsack(
-    context: FitContext, survey: Survey, reader: CheckpointReader, matrices: Matrices, costs: Costs
+    context: FitContext,
+    measured: MeasuredLevels,
+    reader: CheckpointReader,
+    matrices: Matrices,
+    costs: Costs,
 ) -> tuple[Knapsack, list[str]]:
     """The knapsack of a cut model, taken over from the uncut one; and the names of its linears."""
-    place_of = {name: place for place, name in enumerate(survey.search.names)}
+    place_of = {name: place for place, name in enumerate(measured.search.names)}
     cost, rise, names = [], [], []
     for uncut, stored, linear in _origins(context, reader, matrices):
         home, place = context.stored[uncut], place_of[uncut]
         before = matrix_shape(context.target.reader, home, context.matrices[home])
         now = matrix_shape(reader, stored, matrices[stored])
         of_weights = prod(now) / prod(before)
-        pairs = zip(survey.knapsack.cost[place], costs.every, strict=True)
+        pairs = zip(measured.knapsack.cost[place], costs.every, strict=True)
         sizes = [known[0] * size_of(now, one) / size_of(before, one) for known, one in pairs]
         cost.append(
             tuple(costs.of(linear, one, x) for one, x in zip(costs.every, sizes, strict=True))
         )
-        rise.append(tuple(of_weights * one for one in survey.knapsack.rise[place]))
+        rise.append(tuple(of_weights * one for one in measured.knapsack.rise[place]))
         names.append(linear)
     return Knapsack(tuple(cost), tuple(rise)), names
 

@@ -74,7 +74,7 @@ from secateur.workflows.fit.candidates import (
     SINGLE,
     STRUCTURED_CANDIDATES,
     BuiltCandidate,
-    Survey,
+    MeasuredLevels,
     best_single,
     build_mixes,
     build_structured,
@@ -332,9 +332,9 @@ def run_fit(
     with context.time.phase("singles"):
         search.singles()
     expected = ExpectedSeconds.of(context, search)
-    survey, costs = survey_levels(context, search, expected)
-    built = build_candidates(context, survey, expected, costs)
-    (candidates, cuts), costs = _within_loss(context, survey, expected, built, costs)
+    measured, costs = survey_levels(context, search, expected)
+    built = build_candidates(context, measured, expected, costs)
+    (candidates, cuts), costs = _within_loss(context, measured, expected, built, costs)
     if not candidates:
         raise VerificationError(
             "no model that was made keeps the bounds",
@@ -342,7 +342,7 @@ def run_fit(
             remedy="give a little more of each bound",
         )
     candidates, packed, corrections = _correct_speed(
-        context, folder, survey, expected, candidates, costs, begun
+        context, folder, measured, expected, candidates, costs, begun
     )
     winner = best_of(candidates)
     size = context.costs.files.finish(folder.model, context.progress)
@@ -353,8 +353,8 @@ def run_fit(
         winner=winner.row,
         finalists=tuple(one.row for one in candidates),
         branches=tuple(cuts),
-        singles=tuple(survey.singles),
-        frontier=tuple(survey.frontier),
+        singles=tuple(measured.singles),
+        frontier=tuple(measured.frontier),
         losses=losses,
         costs=tuple(
             FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
@@ -382,7 +382,7 @@ def make_search(context: FitContext) -> FitSearch:
 
 def survey_levels(
     context: FitContext, search: FitSearch, expected: ExpectedSeconds
-) -> tuple[Survey, Costs]:
+) -> tuple[MeasuredLevels, Costs]:
     """Survey the layers, measure the frontier, and settle the bounds; as far as there is time.
 
     Args:
@@ -407,7 +407,9 @@ def survey_levels(
     singles = search.singles()  # with the survey's predictions; nothing is measured again
     windows = context.choosing.windows
     evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "searched")
-    return Survey(search, finer_knapsack(context, search), singles, frontier, evaluator), costs
+    return MeasuredLevels(
+        search, finer_knapsack(context, search), singles, frontier, evaluator
+    ), costs
 
 
 def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -> Costs:
@@ -419,7 +421,7 @@ def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -
 
 def build_candidates(
     context: FitContext,
-    survey: Survey,
+    measured: MeasuredLevels,
     expected: ExpectedSeconds,
     costs: Costs,
     *,
@@ -429,31 +431,31 @@ def build_candidates(
 
     Args:
         context: of the fit.
-        survey: of the layers; without it, only single levels take part.
+        measured: the levels; without a survey of the layers, only single levels take part.
         expected: seconds of what follows.
         costs: the bounds.
         structure: whether cuts take part, if the recipe has them.
     """
-    found = _search_mixes(context, survey, expected, costs)
-    alone = best_single(context, survey, costs.budget)
+    found = _search_mixes(context, measured, expected, costs)
+    alone = best_single(context, measured, costs.budget)
     most = costs.kinds[0].limit
     candidates = [x for x in (alone, *found) if x is not None and x.row.file_bytes <= most]
     structure = structure and context.recipe.structure
     if not structure or not candidates or not context.time.allows("cuts", expected.cuts):
         return candidates, []
-    structured, cuts = build_structured(context, survey, best_of(candidates), costs)
+    structured, cuts = build_structured(context, measured, best_of(candidates), costs)
     return [*candidates, *structured], cuts
 
 
 def _search_mixes(
-    context: FitContext, survey: Survey, expected: ExpectedSeconds, costs: Costs
+    context: FitContext, measured: MeasuredLevels, expected: ExpectedSeconds, costs: Costs
 ) -> list[BuiltCandidate]:
     """Search from the best points, and make what was found; nothing without a survey."""
-    search, inside = survey.search, costs.aim
+    search, inside = measured.search, costs.aim
     if not search.is_surveyed:
         return []
     quantized = search.knapsack.best(inside, search.allowed("quantize"))
-    points = [*survey.singles, *survey.frontier]
+    points = [*measured.singles, *measured.frontier]
     starts = [p.candidate for p in points if fits(p.cost, inside)]
     starts += [c for c in (search.knapsack.best(inside), quantized) if c is not None]
     starts += search.between(inside)
@@ -465,7 +467,7 @@ def _search_mixes(
         return context.time.allows("generations of the search", seconds)
 
     winner = search.refined(starts, inside, lambda n: _evolution(context.recipe, n), goes_on)
-    return build_mixes(context, survey, choose_mixes(survey, winner, inside), expected.rest)
+    return build_mixes(context, measured, choose_mixes(measured, winner, inside), expected.rest)
 
 
 def _evolution(recipe: FitRecipe, tokens: int) -> Evolution:
@@ -486,7 +488,11 @@ def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
 
 
 def _within_loss(
-    context: FitContext, survey: Survey, expected: ExpectedSeconds, built: Built, costs: Costs
+    context: FitContext,
+    measured: MeasuredLevels,
+    expected: ExpectedSeconds,
+    built: Built,
+    costs: Costs,
 ) -> tuple[Built, Costs]:
     """Search again, for a larger model, while the best candidate loses more than its bound.
 
@@ -495,7 +501,7 @@ def _within_loss(
     has a bound that is lower by the excess.
     """
     bound = aim = context.recipe.max_loss_increase
-    if bound is None or aim is None or not survey.search.is_surveyed:
+    if bound is None or aim is None or not measured.search.is_surveyed:
         return built, costs
     for _ in range(MOST):
         if not built[0]:
@@ -504,18 +510,18 @@ def _within_loss(
         if excess <= 0 or aim <= 0:
             break
         aim = max(aim - excess, 0.0)
-        larger = _costs_within(context, survey.search, aim)
+        larger = _costs_within(context, measured.search, aim)
         if larger.kinds[0].limit <= costs.kinds[0].limit:
             break
         costs = larger
-        built = build_candidates(context, survey, expected, costs)
+        built = build_candidates(context, measured, expected, costs)
     return built, costs
 
 
 def _correct_speed(
     context: FitContext,
     folder: RunFolder,
-    survey: Survey,
+    measured: MeasuredLevels,
     expected: ExpectedSeconds,
     candidates: list[BuiltCandidate],
     costs: Costs,
@@ -530,7 +536,7 @@ def _correct_speed(
         tighter = _tightened(context, costs, speed / predicted)
         if tighter is None:
             break
-        again, _ = build_candidates(context, survey, expected, tighter, structure=False)
+        again, _ = build_candidates(context, measured, expected, tighter, structure=False)
         if not again:
             break
         packed_again = _pack_winner(folder, context, best_of(again), begun)
