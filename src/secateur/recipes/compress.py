@@ -103,8 +103,8 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
         ("calibration",),
     )
 
-    calibration: RoundingText = Field(default_factory=lambda: RoundingText())
-    memory: Memory = Field(default_factory=lambda: Memory())
+    calibration: RoundingText = RoundingText()
+    memory: Memory = Memory()
 
 
 class DecompressRecipe(OutputFolder, Recipe):
@@ -214,8 +214,8 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
         "context_length": ("max_inference_memory",),
     }
 
-    calibration: FitText = Field(default_factory=lambda: FitText())
-    memory: Memory = Field(default_factory=lambda: Memory())
+    calibration: FitText = FitText()
+    memory: Memory = Memory()
 
     @model_validator(mode="after")
     def check_bounds(self) -> FitRecipe:

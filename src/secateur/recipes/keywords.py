@@ -174,7 +174,7 @@ def refuse_unused(
         RecipeError: names the first of them.
     """
     given = nested(kind, {k: v for k, v in options.items() if v is not None})
-    for option in (*options_of(kind), *run_options_of(kind)):
+    for option in all_options(kind):
         value: Any = given
         for key in option.path:
             value = value.get(key) if isinstance(value, Mapping) else None

@@ -340,7 +340,7 @@ class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
         (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
     )
 
-    cluster: Cluster = Field(default_factory=Cluster)
+    cluster: Cluster = Cluster()
 
 
 class WhatToReport(Section):

@@ -244,12 +244,12 @@ class PruneRecipe(
         "ray_processes": ("ray",),
     }
 
-    reconstruction: Reconstruct = Field(default_factory=lambda: Reconstruct())
-    distillation: Distill = Field(default_factory=lambda: Distill())
-    calibration: Calibration = Field(default_factory=lambda: Calibration())
-    memory: Memory = Field(default_factory=lambda: Memory())
-    cluster: Cluster = Field(default_factory=lambda: Cluster())
-    compress: Compress = Field(default_factory=lambda: Compress())
+    reconstruction: Reconstruct = Reconstruct()
+    distillation: Distill = Distill()
+    calibration: Calibration = Calibration()
+    memory: Memory = Memory()
+    cluster: Cluster = Cluster()
+    compress: Compress = Compress()
 
 
 class DemoCalibration(Section):

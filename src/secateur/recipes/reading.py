@@ -34,11 +34,6 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def _is_recipe_file(text: str) -> bool:
-    """Whether the first argument of a command is a recipe file and not a model."""
-    return text.endswith((".yaml", ".yml"))
-
-
 def read_recipe_file(file: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file.
 
@@ -212,27 +207,36 @@ def recipe_from_flags(
     Raises:
         RecipeError: listing every fault.
     """
-    options = {option.name: option for option in options_of(kind)}
-    read = {k: read_flag(options[k], text) for k, text in given.items() if text is not None}
+    read = _read_flags(options_of(kind), given)
     values: dict[str, Any] = {}
     where = None
-    first = str(read.get("model", ""))
-    if _is_recipe_file(first):
+    first = str(read.get("model", (None, ""))[1])
+    if first.endswith((".yaml", ".yml")):
         where = first
         values = read_recipe_file(Path(first))
         del read["model"]
-    for name, value in read.items():
-        _put(values, options[name].path, value, where)
-    spelled = {options[name].path: options[name].flag_text for name in read}
+    for option, value in read.values():
+        _put(values, option.path, value, where)
+    spelled = {option.path: option.flag_text for option, _ in read.values()}
     return build_recipe(kind, values, assignments, where, spelled)
 
 
 def call_from_flags(kind: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of one call; arguments and errors as in `recipe_from_flags`."""
-    options = {option.name: option for option in run_options_of(kind)}
-    read = {k: read_flag(options[k], text) for k, text in given.items() if text is not None}
-    spelled = {options[name].path: options[name].flag_text for name in read}
-    return checked_call(kind, read, spelled)
+    read = _read_flags(run_options_of(kind), given)
+    spelled = {option.path: option.flag_text for option, _ in read.values()}
+    return checked_call(kind, {name: value for name, (_, value) in read.items()}, spelled)
+
+
+def _read_flags(
+    options: Sequence[Option], given: Mapping[str, Any]
+) -> dict[str, tuple[Option, Any]]:
+    known = {option.name: option for option in options}
+    return {
+        name: (known[name], read_flag(known[name], text))
+        for name, text in given.items()
+        if text is not None
+    }
 
 
 def takes_several(option: Option) -> bool:

@@ -198,7 +198,7 @@ class HowToCut(Section):
         description="Where experts compete: within their layer, or in the whole model, so that "
         "layers keep different numbers.",
     )
-    depth: Depth = Field(default_factory=lambda: Depth())
+    depth: Depth = Depth()
 
 
 class StructureRecipe(
@@ -222,6 +222,6 @@ class StructureRecipe(
         **DISTILLING,
     }
 
-    distillation: Distill = Field(default_factory=lambda: Distill())
-    calibration: Calibration = Field(default_factory=lambda: Calibration())
-    memory: Memory = Field(default_factory=lambda: Memory())
+    distillation: Distill = Distill()
+    calibration: Calibration = Calibration()
+    memory: Memory = Memory()

@@ -307,7 +307,7 @@ class TrainRecipe(
         "regrow": ("mask",),
     }
 
-    memory: Budget = Field(default_factory=Budget)
+    memory: Budget = Budget()
 
     @model_validator(mode="after")
     def check_length(self) -> TrainRecipe:

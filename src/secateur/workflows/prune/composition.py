@@ -174,7 +174,7 @@ def keys_of(method: Method) -> dict[str, Any]:
         "pattern": method.pattern.name,
         "scope": method.pattern.scope if len(method.pattern.scopes) > 1 else None,
     }
-    if recomposed(keys, parameters) != method:
+    if _recomposed(keys, parameters) != method:
         raise RecipeError(
             f"no recipe composes the method {method.name!r} with these parts: {method}",
             remedy="register its parts under their names, and give one value to a parameter that "
@@ -183,7 +183,7 @@ def keys_of(method: Method) -> dict[str, Any]:
     return {**keys, PARAMETERS: parameters}
 
 
-def recomposed(keys: Mapping[str, Any], parameters: Mapping[str, Any]) -> Method | None:
+def _recomposed(keys: Mapping[str, Any], parameters: Mapping[str, Any]) -> Method | None:
     """The method that these keys compose; None if they are refused."""
     own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
     try:
