@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from secateur.recipes.options import (
-    HOW,
     MAX_SEED,
     MEMORY,
     OUTPUT,
@@ -147,10 +146,8 @@ class TrainingTextSection(Section):
     )
 
 
-class Optimisation(Section):
-    """How the model is trained."""
-
-    group = HOW
+class TrainingLength(Section):
+    """How long the model is trained."""
 
     steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(
         None, gt=0, description="Optimizer steps."
@@ -162,6 +159,11 @@ class Optimisation(Section):
         1.0, gt=0, description="Epochs over the windows, if neither steps nor minutes are given."
     )
     batch: int = Field(4, gt=0, description="Windows per optimizer step.")
+
+
+class OptimizerOptions(Section):
+    """The optimizer and its learning rates."""
+
     learning_rate: Annotated[
         float | None, Flag(default="0.25 / hidden size · √(tokens in a step / 2048)")
     ] = Field(None, gt=0, lt=1, description="Highest learning rate.")
@@ -181,6 +183,12 @@ class Optimisation(Section):
         default_factory=dict,
         description="Learning rate of some parameters, as a factor of the rate; 0 freezes them.",
     )
+
+
+# pydantic lists the fields of the last base first
+class Optimisation(OptimizerOptions, TrainingLength):
+    """How the model is trained."""
+
     layer_decay: Annotated[float, Flag(advanced=True)] = Field(
         1.0,
         gt=0,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.models.attention import writes_out
+from secateur.recipes.train import OptimizerOptions
 from secateur.registry import did_you_mean
 
 RATE_TIMES_WIDTH = 0.25
@@ -24,24 +25,17 @@ NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
 """Optimizers that need a closure, or gradients of another kind."""
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(OptimizerOptions):
     """The learning rate rises over the first `warm_up` of the run and falls to 0 along half a
     cosine. The length of the run is `steps`, or `minutes`, measured by the clock.
 
     A pruned model is near a good one, so it needs small steps. The default learning rate is about a
-    tenth of the usual rate for training a model of this width from scratch.
+    tenth of the usual rate for training a model of this width from scratch. The options of the
+    optimizer are those of the recipe (`OptimizerOptions`). Of `rates`, the last match counts.
 
     Args:
         steps: number of steps of the optimizer; 0 with `minutes`.
         minutes: duration of the run in place of steps, including validation and saving.
-        learning_rate: the highest rate; None means `default_rate`.
-        warm_up: share of the run in which the rate rises.
-        clip: maximum norm of the gradient of all parameters; 0 for no limit.
-        optimizer: the name of a class of `torch.optim`.
-        optimizer_options: its arguments besides the learning rate.
-        rates: factors of the learning rate, by globs of parameter names. The last match counts.
-            0 freezes.
         micro_batch: maximum number of windows in one forward and backward; None means about 2048
             tokens. A step adds up the gradients of its parts.
         gradient_checkpointing: decoder layers keep only their inputs, and the backward runs them
@@ -55,7 +49,8 @@ class TrainingPlan:
             far; a tenth of the first loss is added. 0 sets no limit.
 
     Raises:
-        RecipeError: a number is out of range, or there is no such optimizer.
+        RecipeError: there is no length or two, a rate is negative, or there is no such optimizer.
+        pydantic.ValidationError: a number is out of range.
 
     Example:
         >>> from secateur.training.training_plan import TrainingPlan
@@ -67,15 +62,9 @@ class TrainingPlan:
         [0.1, 0.98, 0.5, 0.0]
     """
 
-    steps: int = 0
-    minutes: float = 0.0
-    learning_rate: float | None = None
-    warm_up: float = 0.05
-    clip: float = 1.0
-    optimizer: str = "AdamW"
-    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    micro_batch: int | None = None
+    steps: int = Field(0, ge=0)
+    minutes: float = Field(0.0, ge=0)
+    micro_batch: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
     fast_matmuls: bool = True
     validations: int = 10
@@ -83,25 +72,22 @@ class TrainingPlan:
     save_minutes: float = 5.0
     diverged: float = 2.0
 
-    def __post_init__(self) -> None:
-        if (self.steps > 0) == (self.minutes > 0) or self.steps < 0 or self.minutes < 0:
+    @model_validator(mode="after")
+    def check_plan(self) -> TrainingPlan:
+        """One length, no negative rates, and an optimizer of torch."""
+        if (self.steps > 0) == (self.minutes > 0):
             raise RecipeError(
                 f"{self.steps} steps, {self.minutes} minutes",
                 remedy="give the length to train, either in steps or in minutes",
             )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise RecipeError(f"learning_rate is {self.learning_rate}", remedy="try 1e-4")
-        if not 0 <= self.warm_up < 1:
-            raise RecipeError(f"warm_up is {self.warm_up}", remedy="a share of the run; try 0.05")
-        if self.clip < 0 or any(factor < 0 for factor in self.rates.values()):
+        if any(factor < 0 for factor in self.rates.values()):
             raise RecipeError("clip and rates cannot be negative", remedy="0 turns them off")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise RecipeError(f"micro_batch is {self.micro_batch}", remedy="give 1 or more windows")
         if self.optimizer.lower() not in optimizers():
             raise RecipeError(
                 f"torch has no optimizer {self.optimizer!r} that can be used here",
                 remedy=did_you_mean(self.optimizer, [x.__name__ for x in optimizers().values()]),
             )
+        return self
 
     def peak(self, width: int, tokens: int) -> float:
         """The highest learning rate.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         first, last, steps = rounds.span(this.number, plan.steps)
         loop = session.loop(
             this.folder,
-            plan=replace(plan, steps=steps),
+            plan=plan.model_copy(update={"steps": steps}),
             board=None if session.board is None else session.board / f"round-{this.number}",
             first_step=first,
             last_step=last,

@@ -25,7 +25,12 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
+from secateur.recipes.train import (
+    GradualOptions,
+    IterativeOptions,
+    OptimizerOptions,
+    TrainRecipe,
+)
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.sparsity.patterns import parse_pattern
@@ -122,15 +127,12 @@ class TrainingInputs:
         steps = recipe.steps or 0
         if not recipe.steps and not recipe.minutes:
             steps = max(1, round(recipe.epochs * len(self.text.windows) / recipe.batch))
+        options = {name: getattr(recipe, name) for name in OptimizerOptions.model_fields}
+        options["rates"] = self._rates()
         return TrainingPlan(
+            **options,
             steps=steps,
             minutes=recipe.minutes or 0.0,
-            learning_rate=recipe.learning_rate,
-            warm_up=recipe.warm_up,
-            clip=recipe.clip,
-            optimizer=recipe.optimizer,
-            optimizer_options=recipe.optimizer_options,
-            rates=self._rates(),
             micro_batch=recipe.micro_batch_windows,
             gradient_checkpointing=recipe.gradient_checkpointing,
             fast_matmuls=recipe.fast_matmuls,
