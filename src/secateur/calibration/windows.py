@@ -207,7 +207,7 @@ def load_windows(
         path: the file.
         vocab_size: token ids must be below it.
         positions: windows must not be longer.
-        pictures: whether the caller reads what the file has beside the tokens (`load_beside`).
+        pictures: whether the caller reads what the file has besides the tokens (`load_multimodal`).
 
     Raises:
         SourceError: there is no such file, or it contains no windows of this vocabulary.
@@ -426,7 +426,7 @@ class MultimodalInputs:
         return {name: list(x.shape) for name, x in self.tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Write them to a file that `load_beside` reads."""
+        """Write them to a file that `load_multimodal` reads."""
         save_file({name: x.contiguous() for name, x in self.tensors.items()}, path)
 
 
@@ -447,8 +447,8 @@ def _refuse_beside(names: Iterable[str], path: Path) -> None:
         )
 
 
-def load_beside(path: Path, windows: int) -> MultimodalInputs | None:
-    """What a file of windows has beside the tokens; None if nothing.
+def load_multimodal(path: Path, windows: int) -> MultimodalInputs | None:
+    """What a file of windows has besides the tokens; None if nothing.
 
     Args:
         path: a file that `load_windows` has read, or one of `MultimodalInputs.save`.

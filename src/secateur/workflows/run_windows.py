@@ -28,7 +28,7 @@ from secateur.calibration.windows import (
     EXTRA,
     MultimodalInputs,
     WindowPlan,
-    load_beside,
+    load_multimodal,
     load_windows,
     save_windows,
     stored_extra,
@@ -317,7 +317,7 @@ def multimodal_inputs(
     file = stored.with_name(BESIDE) if stored else Path(recipe.calibration.source).expanduser()
     if file.suffix != ".safetensors" or not file.exists():
         return None
-    multimodal = load_beside(file, len(windows))
+    multimodal = load_multimodal(file, len(windows))
     if multimodal is None:
         return None
     without = {
