@@ -27,7 +27,7 @@ from int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
 from secateur.advisor.capacity import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.speed import Process
-from secateur.evaluation.token_times import Way, WayTimer
+from secateur.evaluation.token_times import FormatTimer, WeightFormat
 from secateur.models.skeleton import build_skeleton
 from secateur.workflows.advise import counted
 from stored import known_rows
@@ -43,7 +43,7 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
     zeros, sparsity = ZEROS_OF[how["format"]]
     option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
     shape = counted(model, build_skeleton(folder, alone=True))
-    timer = WayTimer(AutoConfig.from_pretrained(folder), Way(how["values"], sparsity))
+    timer = FormatTimer(AutoConfig.from_pretrained(folder), WeightFormat(how["values"], sparsity))
     process = Process(contender, folder)
     try:
         process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)

@@ -29,7 +29,7 @@ import secateur
 from hardware import add, heading, markdown
 from secateur.evaluation.matrix_times import BASE, MatrixTimes, time_matrices
 from secateur.evaluation.speed import Speed, take_turns
-from secateur.evaluation.token_times import Way
+from secateur.evaluation.token_times import WeightFormat
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
@@ -38,20 +38,24 @@ from secateur.workflows.compress.storage_plan import find_matrices
 from stored import known_rows
 
 WAYS = (
-    *(Way(values, sparsity) for values in ("bf16", "int8", "int4") for sparsity in (0.0, 0.5)),
-    Way("bf16", 0.7),
-    Way("int4", 0.7),
+    *(
+        WeightFormat(values, sparsity)
+        for values in ("bf16", "int8", "int4")
+        for sparsity in (0.0, 0.5)
+    ),
+    WeightFormat("bf16", 0.7),
+    WeightFormat("int4", 0.7),
 )
 UNIFORM = {
     "int8": BASE,
-    "int4": Way("int4", 0.0),
-    "50 % zeros, int8": Way("int8", 0.5),
-    "50 % zeros, int4": Way("int4", 0.5),
+    "int4": WeightFormat("int4", 0.0),
+    "50 % zeros, int8": WeightFormat("int8", 0.5),
+    "50 % zeros, int4": WeightFormat("int4", 0.5),
 }
 NAMES = {"bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 PROMPT, NEW = 32, 8
 
-Mix = Mapping[str, Way]
+Mix = Mapping[str, WeightFormat]
 """The way of every linear, by its stored name."""
 
 

@@ -16,7 +16,7 @@ import secateur as library
 from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
-from secateur.evaluation.speed import CONTENDERS, USUAL, Speed
+from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
 from secateur.reporting.results.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.workflows.judge.bench import tokens_of
@@ -179,7 +179,7 @@ def test_verdicts() -> None:
     assert "2.00 times" in verdict(packed=0.1, dense_bf16=0.05)
     assert verdict(packed=0.1, packed_in_transformers=0.2).startswith("nothing to compare")
     assert verdict(dense_bf16=0.1).startswith("nothing to compare")
-    assert set(USUAL) < set(CONTENDERS)
+    assert set(USUAL_BACKENDS) < set(BACKENDS)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, slow(signal.SIGKILL)])

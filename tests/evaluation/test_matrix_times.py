@@ -12,14 +12,14 @@ import transformers
 from secateur.errors import ArchitectureError
 from secateur.evaluation import matrix_times
 from secateur.evaluation.matrix_times import BASE, how_many, machine, time_matrices
-from secateur.evaluation.token_times import Way, random_matrix
+from secateur.evaluation.token_times import WeightFormat, random_matrix
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 
 pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 
-INT4 = Way("int4", 0.0)
-SPARSE, SPARSER = Way("int8", 0.5), Way("int8", 0.7)
+INT4 = WeightFormat("int4", 0.0)
+SPARSE, SPARSER = WeightFormat("int8", 0.5), WeightFormat("int8", 0.7)
 SHAPES = [(64, 64)] * 4 + [(128, 64)] * 4 + [(64, 128)] * 2
 
 
@@ -30,24 +30,24 @@ def config(**more: object) -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def scripted(shape: tuple[int, int], way: Way, count: int) -> float:
+def scripted(shape: tuple[int, int], stored: WeightFormat, count: int) -> float:
     """A millisecond for 4096 weights, and half of it more for what a call costs."""
     return 1e-3 * (shape[0] * shape[1] / 4096 + 0.5)
 
 
-def looped(config: object, way: Way) -> tuple[float, float, float]:
+def looped(config: object, stored: WeightFormat) -> tuple[float, float, float]:
     """Five milliseconds outside the layers; in them, one for each bit of a weight."""
-    return 5e-3, 1e-3 * way.bits, 8e-3
+    return 5e-3, 1e-3 * stored.bits, 8e-3
 
 
 def test_a_model_of_one_way_takes_what_the_loop_took(tmp_path: Path) -> None:
-    ways = [INT4, SPARSE, SPARSER]
+    formats = [INT4, SPARSE, SPARSER]
     times = time_matrices(
-        config(), SHAPES, ways, Silent(), file=tmp_path / "t.json", timer=scripted, loop=looped
+        config(), SHAPES, formats, Silent(), file=tmp_path / "t.json", timer=scripted, loop=looped
     )
-    for way in (BASE, *ways):
-        token = times.rest + sum(times.seconds(shape, way) for shape in SHAPES)
-        assert token == pytest.approx(5e-3 + 1e-3 * way.bits)
+    for stored in (BASE, *formats):
+        token = times.rest + sum(times.seconds(shape, stored) for shape in SHAPES)
+        assert token == pytest.approx(5e-3 + 1e-3 * stored.bits)
     assert times.base == pytest.approx(13e-3)
     # a matrix of twice the weights takes 2.5 to 1.5 of it
     ratio = times.seconds((128, 64), INT4) / times.seconds((64, 64), INT4)
@@ -55,11 +55,11 @@ def test_a_model_of_one_way_takes_what_the_loop_took(tmp_path: Path) -> None:
 
 
 def test_a_slow_minute_does_not_count(tmp_path: Path) -> None:
-    """A way that was timed while all took three times as long."""
+    """A format that was timed while all took three times as long."""
 
-    def busy(config: object, way: Way) -> tuple[float, float, float]:
-        slower = 1.0 if way == BASE else 3.0
-        return 5e-3 * slower, 1e-3 * way.bits * slower, 8e-3 * slower
+    def busy(config: object, stored: WeightFormat) -> tuple[float, float, float]:
+        slower = 1.0 if stored == BASE else 3.0
+        return 5e-3 * slower, 1e-3 * stored.bits * slower, 8e-3 * slower
 
     times = time_matrices(
         config(), SHAPES, [INT4], Silent(), file=tmp_path / "t.json", timer=scripted, loop=busy
@@ -74,24 +74,24 @@ def test_sparsities_in_between_and_beyond_are_interpolated(tmp_path: Path) -> No
         timer=scripted, loop=looped,
     )  # fmt: skip
     for sparsity in (0.3, 0.6, 0.65):
-        token = times.rest + sum(times.seconds(s, Way("int8", sparsity)) for s in SHAPES)
-        assert token == pytest.approx(5e-3 + 1e-3 * Way("int8", sparsity).bits)
+        token = times.rest + sum(times.seconds(s, WeightFormat("int8", sparsity)) for s in SHAPES)
+        assert token == pytest.approx(5e-3 + 1e-3 * WeightFormat("int8", sparsity).bits)
 
 
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
     file = tmp_path / "sub" / "t.json"
     asked: list[tuple[object, ...]] = []
 
-    def timer(shape: tuple[int, int], way: Way, count: int) -> float:
-        asked.append((shape, way))
-        return scripted(shape, way, count)
+    def timer(shape: tuple[int, int], stored: WeightFormat, count: int) -> float:
+        asked.append((shape, stored))
+        return scripted(shape, stored, count)
 
-    def loop(config: object, way: Way) -> tuple[float, float, float]:
-        asked.append((way,))
-        return looped(config, way)
+    def loop(config: object, stored: WeightFormat) -> tuple[float, float, float]:
+        asked.append((stored,))
+        return looped(config, stored)
 
-    def run(ways: list[Way]) -> None:
-        time_matrices(config(), SHAPES, ways, Silent(), file=file, timer=timer, loop=loop)
+    def run(formats: list[WeightFormat]) -> None:
+        time_matrices(config(), SHAPES, formats, Silent(), file=file, timer=timer, loop=loop)
 
     run([INT4])
     assert len(asked) == len(set(asked)) == 8  # three shapes and a loop, for int4 and the base
@@ -157,13 +157,16 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, content: str) -> None
     assert machine() in json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("way", [BASE, SPARSE, INT4, Way("bf16", 0.7)])
-def test_as_many_matrices_are_timed_as_a_model_has_bytes(way: Way) -> None:
+@pytest.mark.parametrize("stored", [BASE, SPARSE, INT4, WeightFormat("bf16", 0.7)])
+def test_as_many_matrices_are_timed_as_a_model_has_bytes(stored: WeightFormat) -> None:
     counts = {(64, 64): 4, (128, 64): 4, (64, 128): 2}
     for shape in counts:
-        made = how_many(counts, shape, way) * random_matrix(*shape, way.values, way.sparsity).nbytes
+        made = (
+            how_many(counts, shape, stored)
+            * random_matrix(*shape, stored.values, stored.sparsity).nbytes
+        )
         whole = sum(
-            n * random_matrix(*s, way.values, way.sparsity).nbytes for s, n in counts.items()
+            n * random_matrix(*s, stored.values, stored.sparsity).nbytes for s, n in counts.items()
         )
         assert made == pytest.approx(whole, rel=0.35)  # small ones have scales and offsets too
 

@@ -1,4 +1,4 @@
-"""Tokens of models without weights are timed in every way, and the times are kept."""
+"""Tokens of models without weights are timed in every format, and the times are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.evaluation.token_times import (
     LEAST_LAYERS,
     STEPS,
     TURNS,
-    Way,
+    WeightFormat,
     another,
     kept_times,
     random_matrix,
@@ -54,7 +54,7 @@ def scripted(prompt: float, token: float, ends: float) -> Callable[[], float]:
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_a_random_model_has_the_sizes_and_the_zeros(values: str, sparsity: float) -> None:
-    model = random_model(config(), Way(values, sparsity))
+    model = random_model(config(), WeightFormat(values, sparsity))
     assert len(model.model.layers) == 6
     down = model.model.layers[3].mlp.down_proj.matrix
     assert (down.rows, down.columns) == (64, 128)
@@ -78,10 +78,10 @@ def test_times_of_all_layers_follow_from_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_times, "LAYER_BYTES", 1)
-    way = Way("int8", 0.5)
+    stored = WeightFormat("int8", 0.5)
     clock = scripted(prompt=8.0, token=5.0, ends=1.0)
     (timed,) = time_tokens(
-        config(), [way], Silent(), file=tmp_path / "t.json", clock=clock
+        config(), [stored], Silent(), file=tmp_path / "t.json", clock=clock
     ).values()
     # two of six layers were timed
     assert (timed.ends, timed.layers) == (1.0, (5 - 1) * 6 / 2)
@@ -93,31 +93,31 @@ def test_layers_that_are_lost_in_the_noise_do_not_take_no_time(tmp_path: Path) -
     clock = scripted(prompt=1.0, token=1.0, ends=1.0)
     for name in ("one", "again"):
         (timed,) = time_tokens(
-            config(), [Way("int8", 0.0)], Silent(), file=tmp_path / name, clock=clock
+            config(), [WeightFormat("int8", 0.0)], Silent(), file=tmp_path / name, clock=clock
         ).values()
         assert timed.layers == pytest.approx(LEAST_LAYERS)
 
 
 def test_a_kept_time_of_nothing_is_measured_again(tmp_path: Path) -> None:
-    file, way = tmp_path / "t.json", Way("int8", 0.0)
-    time_tokens(config(), [way], Silent(), file=file)
+    file, stored = tmp_path / "t.json", WeightFormat("int8", 0.0)
+    time_tokens(config(), [stored], Silent(), file=file)
     (key,) = known = kept_times(file)
     for broken in ({"layers": 0.0}, {"ends": float("nan")}, {"prompt": None}):
         file.write_text(json.dumps({key: known[key] | broken}))
         clock = scripted(prompt=8.0, token=5.0, ends=1.0)
-        (timed,) = time_tokens(config(), [way], Silent(), file=file, clock=clock).values()
+        (timed,) = time_tokens(config(), [stored], Silent(), file=file, clock=clock).values()
         assert (timed.ends, timed.layers) == (1.0, 4.0)
 
 
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
-    file, way = tmp_path / "sub" / "t.json", Way("bf16", 0.0)
-    first = time_tokens(config(), [way], Silent(), file=file)
+    file, stored = tmp_path / "sub" / "t.json", WeightFormat("bf16", 0.0)
+    first = time_tokens(config(), [stored], Silent(), file=file)
 
     def never() -> float:
         raise AssertionError("it was measured already")
 
-    assert time_tokens(config(), [way], Silent(), file=file, clock=never) == first
-    assert first[way].layers > 0
+    assert time_tokens(config(), [stored], Silent(), file=file, clock=never) == first
+    assert first[stored].layers > 0
     calls, clock = 0, scripted(prompt=8.0, token=5.0, ends=1.0)
 
     def counted() -> float:
@@ -125,24 +125,30 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
         calls += 1
         return clock()
 
-    time_tokens(config(layers=5), [way], Silent(), file=file, clock=counted)
+    time_tokens(config(layers=5), [stored], Silent(), file=file, clock=counted)
     assert calls == 2 * (TURNS + 1) * (1 + 2 * STEPS)
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArchitectureError, match="its type is not one of llama"):
         time_tokens(
-            transformers.GPT2Config(), [Way("bf16", 0.0)], Silent(), file=tmp_path / "t.json"
+            transformers.GPT2Config(),
+            [WeightFormat("bf16", 0.0)],
+            Silent(),
+            file=tmp_path / "t.json",
         )
     with pytest.raises(ArchitectureError, match="its activation is gelu"):
         time_tokens(
-            config(hidden_act="gelu"), [Way("bf16", 0.0)], Silent(), file=tmp_path / "t.json"
+            config(hidden_act="gelu"),
+            [WeightFormat("bf16", 0.0)],
+            Silent(),
+            file=tmp_path / "t.json",
         )
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
 def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
-    file, way = tmp_path / "t.json", Way("bf16", 0.0)
+    file, stored = tmp_path / "t.json", WeightFormat("bf16", 0.0)
     file.write_text(content)
-    found = time_tokens(config(), [way], Silent(), file=file)
-    assert list(kept_times(file).values()) == [asdict(found[way])]
+    found = time_tokens(config(), [stored], Silent(), file=file)
+    assert list(kept_times(file).values()) == [asdict(found[stored])]

@@ -228,12 +228,12 @@ def _evaluate(recipe: EvaluateRecipe) -> Result | None:
     exit_code=lambda result: int(all(speed.failure is not None for speed in result.speeds)),
 )
 def _bench(recipe: BenchRecipe) -> Result:
-    from secateur.evaluation.speed import CONTENDERS
+    from secateur.evaluation.speed import BACKENDS
     from secateur.workflows.judge.bench import bench
 
     options = dict(recipe)
     if recipe.contenders == ("all",):
-        options["contenders"] = CONTENDERS
+        options["contenders"] = BACKENDS
     with _show_progress() as progress:
         result = bench(**options, progress=progress)
     for reason, failed in result.failures.items():

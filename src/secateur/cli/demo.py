@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
-CONTENDERS = ("packed", "dense int8", "dense bf16", "torch bf16")
-"""The timed contenders: the packed model, our kernels on dense weights, and torch."""
+BACKENDS = ("packed", "dense int8", "dense bf16", "torch bf16")
+"""The timed backends: the packed model, our kernels on dense weights, and torch."""
 PROMPTS = (
     "The Eiffel Tower is a famous landmark in",
     "Once upon a time, in a village by the sea, there lived an old woman who",
@@ -51,7 +51,7 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     )
     timed = bench(
         folder,
-        contenders=CONTENDERS,
+        contenders=BACKENDS,
         prompt_tokens=16,
         new_tokens=32,
         rounds=3,

@@ -1,18 +1,18 @@
 """A table of times that were measured once on this machine, and the time of a token from it.
 
-    token           = ends + Σ over linears of t(shape, way)
-    t(shape, way)   = layers(way) · k(shape, way) / Σ over linears of k(shape, way)
+    token              = rest + Σ over linears of t(shape, format)
+    t(shape, format)   = layers(format) · k(shape, format) / Σ over linears of k(shape, format)
 
-layers(way) is the time of all decoder layers in our decode loop when every linear is stored this
-way, with random weights (`token_times`); attention and norms are in it. k is the time of a product
-by the kernel alone, on one of as many different matrices as a model of these sizes has, so it says
-how the time of the layers is divided among shapes; it is the lowest of several. A model with all
-linears on one way so takes what the loop took. ends is the time of embedding, last norm and head
-in int8.
+layers(format) is the time of all decoder layers in our decode loop when every linear has this
+format, with random weights (`token_times`); attention and norms are in it. k is the time of a
+product by the kernel alone, on one of as many different matrices as a model of these sizes has, so
+it says how the time of the layers is divided among shapes; it is the lowest of several. So a model
+with all linears in one format takes what the loop took. rest is the time of embedding, last norm
+and head in int8.
 
 A shared machine is faster in one minute and slower in the next, and a model that lies in the cache
-gains from a quiet moment more than one that does not. So a way takes turns with `BASE`, both take
-the median of their tokens, and the ratio is kept: the median over the turns.
+gains from a quiet moment more than one that does not. So a format takes turns with `BASE`, both
+take the median of their tokens, and the ratio is kept: the median over the turns.
 
 The table is a file in the cache. A machine is a processor, its threads, the tier of the kernels and
 the version of secateur; every time has its date. An entry that is no positive number is measured
@@ -37,8 +37,8 @@ import torch
 
 from secateur.evaluation.token_times import (
     LAYER_BYTES,
-    Way,
-    WayTimer,
+    FormatTimer,
+    WeightFormat,
     another,
     kept_times,
     plausible,
@@ -57,7 +57,7 @@ Loop = tuple[float, float, float]
 """Seconds of a token outside the decoder layers, in all of them, and in those of `BASE` that were
 timed in the same turns."""
 
-BASE = Way("int8", 0.0)
+BASE = WeightFormat("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
 
 LEAST_MATRICES, PASSES, TURNS = 2, 12, 7
@@ -68,14 +68,14 @@ class MatrixTimes:
     """Times of the linears of a model.
 
     Attributes:
-        layers: seconds of all decoder layers with every linear on a way.
-        shares: of this time, the part of one linear, for each shape [out, in] and way.
+        layers: seconds of all decoder layers with every linear in one format.
+        shares: of this time, the part of one linear, for each shape [out, in] and format.
         rest: seconds of a token outside the decoder layers.
         measured: the earliest date of a time.
     """
 
-    layers: Mapping[Way, float]
-    shares: Mapping[tuple[Shape, Way], float]
+    layers: Mapping[WeightFormat, float]
+    shares: Mapping[tuple[Shape, WeightFormat], float]
     rest: float
     measured: str
 
@@ -84,14 +84,14 @@ class MatrixTimes:
         """Seconds of a token with all linears on `BASE`."""
         return self.rest + self.layers[BASE]
 
-    def seconds(self, shape: Shape, way: Way) -> float:
+    def seconds(self, shape: Shape, stored: WeightFormat) -> float:
         """Of a linear, for one token; by the nearest two sparsities if its own was not timed."""
-        if way in self.layers:
-            return self.layers[way] * self.shares[shape, way]
-        timed = [one for one in self.layers if one.values == way.values and one.sparsity]
-        low, high = sorted(timed, key=lambda one: abs(one.sparsity - way.sparsity))[:2]
+        if stored in self.layers:
+            return self.layers[stored] * self.shares[shape, stored]
+        timed = [one for one in self.layers if one.values == stored.values and one.sparsity]
+        low, high = sorted(timed, key=lambda one: abs(one.sparsity - stored.sparsity))[:2]
         at_low, at_high = self.seconds(shape, low), self.seconds(shape, high)
-        steps = (way.sparsity - low.sparsity) / (high.sparsity - low.sparsity)
+        steps = (stored.sparsity - low.sparsity) / (high.sparsity - low.sparsity)
         return at_low + steps * (at_high - at_low)
 
 
@@ -99,19 +99,19 @@ class MatrixTimes:
 def time_matrices(
     config: Any,
     shapes: Sequence[Shape],
-    ways: Sequence[Way],
+    formats: Sequence[WeightFormat],
     progress: Progress,
     *,
     file: Path | None = None,
-    timer: Callable[[Shape, Way, int], float] | None = None,
-    loop: Callable[[Any, Way], Loop] | None = None,
+    timer: Callable[[Shape, WeightFormat, int], float] | None = None,
+    loop: Callable[[Any, WeightFormat], Loop] | None = None,
 ) -> MatrixTimes:
     """Read the table, and time what it does not have yet.
 
     Args:
         config: of transformers, of a decoder of Llama's shape.
         shapes: [out, in] of every linear of the model, one entry for each linear.
-        ways: to store them.
+        formats: how they are stored.
         progress: receives every time.
         file: the table; None for the file in the cache.
         timer: seconds of a matrix, one of so many; the kernels if not given.
@@ -121,7 +121,7 @@ def time_matrices(
         ArchitectureError: our loop cannot decode such a model; says why.
     """
     file = file or cache_folder() / "matrix-times.json"
-    counts, every = Counter(shapes), list(dict.fromkeys([BASE, *ways]))
+    counts, every = Counter(shapes), list(dict.fromkeys([BASE, *formats]))
     table, dates = _read_table(file), []
     progress.start("timing matrices", len(every) * (1 + len(counts)))
 
@@ -133,39 +133,39 @@ def time_matrices(
         progress.step(note=name)
         return table[name]["seconds"]
 
-    layers: dict[Way, float] = {}
-    shares: dict[tuple[Shape, Way], float] = {}
+    layers: dict[WeightFormat, float] = {}
+    shares: dict[tuple[Shape, WeightFormat], float] = {}
     rest = 0.0
-    for way in every:
-        ends, own, beside = known(_loop_entry(config, way), loop or looped, config, way)
-        rest = ends if way == BASE else rest
-        layers[way] = own * layers.get(BASE, beside) / beside
+    for stored in every:
+        outside, own, base = known(_loop_entry(config, stored), loop or looped, config, stored)
+        rest = outside if stored == BASE else rest
+        layers[stored] = own * layers.get(BASE, base) / base
         alone = {}
         for shape in counts:
-            count = how_many(counts, shape, way)
-            alone[shape] = known(_matrix_entry(shape, way), timer or timed, shape, way, count)
+            count = how_many(counts, shape, stored)
+            alone[shape] = known(_matrix_entry(shape, stored), timer or timed, shape, stored, count)
         whole = sum(alone[shape] * count for shape, count in counts.items())
-        shares |= {(shape, way): alone[shape] / whole for shape in counts}
+        shares |= {(shape, stored): alone[shape] / whole for shape in counts}
     progress.finish()
     return MatrixTimes(layers, shares, rest, min(dates))
 
 
-def looped(config: Any, way: Way) -> Loop:
-    """The decode loop's times of a way, in turns with `BASE`."""
-    base = WayTimer(config, BASE)
-    timer = base if way == BASE else WayTimer(config, way)
-    for one in (base, timer):
+def looped(config: Any, stored: WeightFormat) -> Loop:
+    """The decode loop's times of a format, in turns with `BASE`."""
+    other = FormatTimer(config, BASE)
+    timer = other if stored == BASE else FormatTimer(config, stored)
+    for one in (other, timer):
         one.turn()  # the first prompt also touches all memory
-    turns = [(timer.turn(), base.turn()) for _ in range(TURNS)]
-    ends = statistics.median(own.ends for own, _ in turns)
-    beside = statistics.median(other.layers for _, other in turns)
-    ratio = statistics.median(own.layers / other.layers for own, other in turns)
-    return ends, beside if way == BASE else ratio * beside, beside
+    turns = [(timer.turn(), other.turn()) for _ in range(TURNS)]
+    outside = statistics.median(own.ends for own, _ in turns)
+    layers = statistics.median(base.layers for _, base in turns)
+    ratio = statistics.median(own.layers / base.layers for own, base in turns)
+    return outside, layers if stored == BASE else ratio * layers, layers
 
 
-def timed(shape: Shape, way: Way, count: int) -> float:
+def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
     """Seconds of one product with a matrix, one of so many different ones."""
-    first = random_matrix(*shape, way.values, way.sparsity)
+    first = random_matrix(*shape, stored.values, stored.sparsity)
     matrices = [first, *(another(first) for _ in range(count - 1))]
     x = torch.randn(1, shape[1]).to(torch.bfloat16)
     least = [math.inf] * count
@@ -177,10 +177,12 @@ def timed(shape: Shape, way: Way, count: int) -> float:
     return statistics.mean(least)
 
 
-def how_many(counts: Mapping[Shape, int], shape: Shape, way: Way) -> int:
+def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:
     """Matrices of a shape that have as many bytes as the model's linears together."""
-    whole = sum(rows * columns * count for (rows, columns), count in counts.items()) * way.bits / 8
-    each = shape[0] * shape[1] * way.bits / 8
+    whole = (
+        sum(rows * columns * count for (rows, columns), count in counts.items()) * stored.bits / 8
+    )
+    each = shape[0] * shape[1] * stored.bits / 8
     return max(LEAST_MATRICES, round(min(whole, LAYER_BYTES) / each))
 
 
@@ -190,22 +192,22 @@ def machine() -> str:
     return f"{here['cpu']}, {kernels.threads} threads, {kernels.tier}, secateur {here['secateur']}"
 
 
-def _loop_entry(config: Any, way: Way) -> str:
+def _loop_entry(config: Any, stored: WeightFormat) -> str:
     """The name of a loop in the table."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{config.model_type} of sizes {digest}, {_in_words(way)}: ends, layers, base"
+    return f"{config.model_type} of sizes {digest}, {_in_words(stored)}: ends, layers, base"
 
 
-def _matrix_entry(shape: Shape, way: Way) -> str:
+def _matrix_entry(shape: Shape, stored: WeightFormat) -> str:
     """The name of a matrix in the table."""
-    return f"{shape[0]} x {shape[1]}, {_in_words(way)}"
+    return f"{shape[0]} x {shape[1]}, {_in_words(stored)}"
 
 
-def _in_words(way: Way) -> str:
+def _in_words(stored: WeightFormat) -> str:
     """Values and layout."""
-    layout = f"bitmask with {way.sparsity:.0%} zeros" if way.sparsity else "dense"
-    return f"{way.values}, {layout}, one token"
+    layout = f"bitmask with {stored.sparsity:.0%} zeros" if stored.sparsity else "dense"
+    return f"{stored.values}, {layout}, one token"
 
 
 def _read_table(file: Path) -> dict[str, Any]:

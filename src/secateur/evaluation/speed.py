@@ -1,11 +1,11 @@
 """Measure speed and memory of a model on this machine, next to other ways to run it.
 
-Every contender runs in its own process (`python -m secateur.evaluation.speed`), so that its memory
-can be measured and thread pools do not interfere. All contenders load first. Then they take turns:
+Every backend runs in its own process (`python -m secateur.evaluation.speed`), so that its memory
+can be measured and thread pools do not interfere. All backends load first. Then they take turns:
 one reads the prompt and generates its tokens while the others sleep, then the next. So other load
 on the machine affects all of them alike.
 
-| contender                | weights                            | loop                         |
+| backend                  | weights                            | loop                         |
 |--------------------------|------------------------------------|------------------------------|
 | `packed`                 | as they are stored                 | one call into C per token    |
 | `packed in transformers` | as they are stored                 | transformers                 |
@@ -57,10 +57,10 @@ LEAST_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Speed:
-    """Time and memory of one contender, or the reason why it could not run.
+    """Time and memory of one backend, or the reason why it could not run.
 
     Args:
-        name: name of the contender, or of a GGUF file.
+        name: name of the backend, or of a GGUF file.
         each_token: seconds per token after the first; one number per round.
         first_token: seconds from the prompt to the first token; one number per round.
         resident_bytes: memory of the process with the model loaded, minus the memory of a process
@@ -97,7 +97,7 @@ class Speed:
 
 
 class Process:
-    """A contender in its own process. It loads later."""
+    """A backend in its own process. It loads later."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -133,8 +133,8 @@ class Process:
             answer = ""
         if not answer:
             return {"failure": f"the process ended with code {self.process.wait()}"}
-        told: dict[str, Any] = json.loads(answer)
-        return told
+        answered: dict[str, Any] = json.loads(answer)
+        return answered
 
     def end(self) -> None:
         """End the process."""
@@ -147,7 +147,7 @@ class Process:
 
 
 def take_turns(
-    contenders: Sequence[tuple[str, Path]],
+    backends: Sequence[tuple[str, Path]],
     *,
     prompt: Sequence[int],
     new_tokens: int,
@@ -155,24 +155,24 @@ def take_turns(
     seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> list[Speed]:
-    """Time contenders in turns, each with its own checkpoint.
+    """Time backends in turns, each with its own checkpoint.
 
     Args:
-        contenders: names of `CONTENDERS`, or paths of GGUF files, each with a checkpoint's folder.
+        backends: names of `BACKENDS`, or paths of GGUF files, each with a checkpoint's folder.
         prompt: token ids.
         new_tokens: tokens to generate in each round, at least 2.
-        rounds: largest number of rounds; before them each contender generates two tokens to warm up
+        rounds: largest number of rounds; before them each backend generates two tokens to warm up
         seconds: no round starts after this many seconds, but at least two rounds run.
-        progress: receives every contender and every round.
+        progress: receives every backend and every round.
 
     Returns:
-        One result per contender, in the same order.
+        One result per backend, in the same order.
     """
     progress = progress or Silent()
-    progress.start("loading", len(contenders))
+    progress.start("loading", len(backends))
     processes: list[Process] = []
     try:
-        for name, folder in contenders:  # all import libraries in parallel
+        for name, folder in backends:  # all import libraries in parallel
             processes.append(Process(name, folder))
         for process in processes:
             process.load(prompt, new_tokens)
@@ -186,11 +186,11 @@ def take_turns(
             if number >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
                 break
             for process in running:
-                told = process.ask("round")
-                if "failure" in told:
-                    process.ready = told
+                answered = process.ask("round")
+                if "failure" in answered:
+                    process.ready = answered
                 else:
-                    found[process].append(told)
+                    found[process].append(answered)
                 progress.step(note=f"round {number + 1}: {process.name}")
             running = [p for p in running if "failure" not in p.ready]
         progress.finish()
@@ -201,8 +201,8 @@ def take_turns(
 
 
 def _speed_of(process: Process, rounds: list[Round]) -> Speed:
-    """The result of a contender's rounds."""
-    name = process.name if process.name in CONTENDERS else Path(process.name).name
+    """The result of a backend's rounds."""
+    name = process.name if process.name in BACKENDS else Path(process.name).name
     if "failure" in process.ready or not rounds:
         return Speed(name, failure=process.ready.get("failure", "no round was finished"))
     return Speed(
@@ -214,7 +214,7 @@ def _speed_of(process: Process, rounds: list[Round]) -> Speed:
 
 
 def _serve() -> None:
-    """Run the process of one contender: read a line, answer with a line."""
+    """Run the process of one backend: read a line, answer with a line."""
     _end_with_parent()
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
@@ -225,10 +225,10 @@ def _serve() -> None:
     prompt = torch.tensor(asked["prompt"])
     capacity = len(prompt) + asked["new_tokens"]
     try:
-        running = _contender(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
+        running = _load_backend(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         running.round(prompt, 2)
-        give_back()  # an int8 contender has rounded larger weights, which are gone
-    except Exception as error:  # any error is reported, so that the other contenders continue
+        give_back()  # an int8 backend has rounded larger weights, which are gone
+    except Exception as error:  # any error is reported, so that the other backends continue
         answer({"failure": _failure_of(error)})
         return
     answer({"resident_bytes": psutil.Process().memory_info().rss - before})
@@ -253,13 +253,13 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def answer(told: dict[str, Any]) -> None:
+def answer(record: dict[str, Any]) -> None:
     """Write one line as the answer."""
-    ANSWERS.write(json.dumps(told) + "\n")
+    ANSWERS.write(json.dumps(record) + "\n")
     ANSWERS.flush()
 
 
-CONTENDERS = (
+BACKENDS = (
     "packed",
     "packed in transformers",
     "dense bf16",
@@ -267,13 +267,13 @@ CONTENDERS = (
     "torch bf16",
     "torch int8",
 )
-USUAL = ("packed", "dense bf16", "dense int8", "torch bf16")
-"""The most useful contenders. The others take long and are never the fastest."""
+USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
+"""The most useful backends. The others take long and are never the fastest."""
 Round = dict[str, float]
 """Seconds to the first token, and seconds per token after it."""
 
 
-class Contender(Protocol):
+class Backend(Protocol):
     """A loaded model that can be timed."""
 
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
@@ -340,7 +340,7 @@ class LlamaCpp:
 
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
         """As the contract says; the times are llama.cpp's own."""
-        told = self.server.handle_completions(
+        answered = self.server.handle_completions(
             {
                 "prompt": prompt.tolist(),
                 "n_predict": new_tokens,
@@ -349,7 +349,7 @@ class LlamaCpp:
                 "cache_prompt": False,
             }
         )
-        timings = told["timings"]
+        timings = answered["timings"]
         return {
             "first_token": timings["prompt_ms"] / 1e3,
             "each_token": timings["predicted_per_token_ms"] / 1e3,
@@ -372,9 +372,9 @@ class TorchInt8(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def _contender(name: str, folder: Path, capacity: int, threads: int) -> Contender:
-    """Load a contender. Any other name is the path of a GGUF file."""
-    if name not in CONTENDERS:
+def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Backend:
+    """Load a backend. Any other name is the path of a GGUF file."""
+    if name not in BACKENDS:
         return LlamaCpp(Path(name), capacity, threads)
     packed = name.startswith("packed")
     model = load(folder, dtype=None if packed else torch.bfloat16, expand=not packed)

@@ -1,4 +1,4 @@
-"""Times tokens of a model that has no weights yet, in every way that our runtime can store it.
+"""Times tokens of a model that has no weights yet, in every format of our runtime.
 
 A model of the same sizes gets random matrices, each layer in memory of its own. Then it decodes:
 
@@ -54,12 +54,13 @@ MOST_STEPS = 20 * STEPS
 more than `STEPS`."""
 
 LEAST_LAYERS = 0.01
-"""What decoder layers take at least, as a fraction of `TimedWay.ends`. Less cannot be measured."""
+"""What decoder layers take at least, as a fraction of `FormatTimes.ends`. Less cannot be
+measured."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to store the linears.
+class WeightFormat:
+    """How the linears are stored.
 
     Attributes:
         values: bf16, int8 or int4. With integers the embedding and the head are int8.
@@ -77,7 +78,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class TimedWay:
+class FormatTimes:
     """Seconds of one token.
 
     Attributes:
@@ -96,18 +97,18 @@ class TimedWay:
 @torch.inference_mode()
 def time_tokens(
     config: Any,
-    ways: Sequence[Way],
+    formats: Sequence[WeightFormat],
     progress: Progress,
     *,
     file: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[Way, TimedWay]:
-    """Time a model of some sizes in several ways.
+) -> dict[WeightFormat, FormatTimes]:
+    """Time a model of some sizes in several formats.
 
     Args:
         config: of transformers, of a decoder of Llama's shape.
-        ways: to store its linears.
-        progress: receives every way.
+        formats: of its linears.
+        progress: receives every format.
         file: where measured times are kept; None for the file in the cache.
         clock: returns seconds.
 
@@ -116,19 +117,19 @@ def time_tokens(
     """
     file = file or cache_folder() / "token-times.json"
     known = kept_times(file)
-    found: dict[Way, TimedWay] = {}
-    progress.start("timing tokens", len(ways))
-    for way in ways:
-        key = _key_of(config, way)
+    found: dict[WeightFormat, FormatTimes] = {}
+    progress.start("timing tokens", len(formats))
+    for stored in formats:
+        key = _key_of(config, stored)
         kept = known.get(key, {})
         if not plausible([kept.get(name) for name in ("ends", "layers", "prompt")]):
-            timed = _time_way(config, way, clock)
+            timed = _time_format(config, stored, clock)
             known = kept_times(file)
             known[key] = asdict(timed)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known)
-        found[way] = TimedWay(**known[key])
-        progress.step(note=f"{way.values}, {way.sparsity:.0%} zeros")
+        found[stored] = FormatTimes(**known[key])
+        progress.step(note=f"{stored.values}, {stored.sparsity:.0%} zeros")
     progress.finish()
     return found
 
@@ -149,25 +150,25 @@ def plausible(seconds: Any) -> bool:
     return bool(times) and len(numbers) == len(times)
 
 
-def _key_of(config: Any, way: Way) -> str:
+def _key_of(config: Any, stored: WeightFormat) -> str:
     """Everything that a time depends on."""
     here = environment(torch.device("cpu"))
     sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    told: Mapping[str, Any] = {
+    facts: Mapping[str, Any] = {
         "type": config.model_type,
         "sizes": sizes,
-        "way": asdict(way),
+        "way": asdict(stored),
         "processor": [here["cpu"], here["threads"], kernel_info().tier, here["secateur"]],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
-    """Time one way: the median of some turns."""
-    timer = WayTimer(config, way, clock)
+def _time_format(config: Any, stored: WeightFormat, clock: Callable[[], float]) -> FormatTimes:
+    """Time one format: the median of some turns."""
+    timer = FormatTimer(config, stored, clock)
     timer.turn()  # the first prompt also touches all memory
     turns = [timer.turn() for _ in range(TURNS)]
-    return TimedWay(
+    return FormatTimes(
         statistics.median(turn.ends for turn in turns),
         statistics.median(turn.layers for turn in turns),
         statistics.median(turn.prompt for turn in turns),
@@ -175,12 +176,12 @@ def _time_way(config: Any, way: Way, clock: Callable[[], float]) -> TimedWay:
     )
 
 
-class WayTimer:
-    """A random model that is stored in one way, ready to be timed.
+class FormatTimer:
+    """A random model whose linears have one format, ready to be timed.
 
     Args:
         config: of transformers, of a decoder of Llama's shape.
-        way: to store its linears.
+        stored: the format of its linears.
         clock: returns seconds.
 
     Raises:
@@ -190,12 +191,12 @@ class WayTimer:
     def __init__(
         self,
         config: Any,
-        way: Way,
+        stored: WeightFormat,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if config.model_type not in FAMILIES:
             raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
-        model = random_model(config, way)
+        model = random_model(config, stored)
         reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
         if reason is not None:
             raise _cannot(config, reason)
@@ -206,7 +207,7 @@ class WayTimer:
         self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
 
     @torch.inference_mode()
-    def turn(self) -> TimedWay:
+    def turn(self) -> FormatTimes:
         """Read a prompt and decode some tokens, with all layers and with none."""
         began = self.clock()
         self.decoder.prefill(self.ids)
@@ -223,7 +224,7 @@ class WayTimer:
                 break
         times = self.layers / self.count
         layers = max(between, LEAST_LAYERS * ends) * times
-        return TimedWay(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
+        return FormatTimes(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
 
 
 def _cannot(config: Any, reason: str) -> ArchitectureError:
@@ -247,7 +248,7 @@ def _steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[fl
     return found[1:]
 
 
-def random_model(config: Any, way: Way) -> Any:
+def random_model(config: Any, stored: WeightFormat) -> Any:
     """A model with these sizes, as many layers as are timed, and random weights."""
     from transformers import AutoModelForCausalLM
 
@@ -255,27 +256,29 @@ def random_model(config: Any, way: Way) -> Any:
     with quiet_transformers(), without_weights():
         model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    count = min(len(sizes), max(2, round(LAYER_BYTES / (max(sizes) * way.bits / 8))))
+    count = min(len(sizes), max(2, round(LAYER_BYTES / (max(sizes) * stored.bits / 8))))
     model.model.layers = model.model.layers[:count]
     matrices: dict[tuple[int, int], KernelMatrix] = {}
     for layer in model.model.layers:
-        _fill(layer, way, matrices)
-    outer = "int8" if way.values in ("int8", "int4") else "bf16"
+        _fill(layer, stored, matrices)
+    outer = "int8" if stored.values in ("int8", "int4") else "bf16"
     embedding = model.get_input_embeddings()
-    ends = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
-    model.model.embed_tokens = PackedEmbedding(ends, torch.bfloat16)
-    model.lm_head = PackedLinear(ends if config.tie_word_embeddings else another(ends))
+    packed = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
+    model.model.embed_tokens = PackedEmbedding(packed, torch.bfloat16)
+    model.lm_head = PackedLinear(packed if config.tie_word_embeddings else another(packed))
     assign(model.model.norm, "weight", torch.ones(config.hidden_size, dtype=torch.bfloat16))
     return model
 
 
-def _fill(layer: nn.Module, way: Way, matrices: dict[tuple[int, int], KernelMatrix]) -> None:
+def _fill(
+    layer: nn.Module, stored: WeightFormat, matrices: dict[tuple[int, int], KernelMatrix]
+) -> None:
     """Give every linear of a layer a random matrix of its own, and norms and biases ones."""
     for path, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
             shape = (module.out_features, module.in_features)
             if shape not in matrices:
-                matrices[shape] = random_matrix(*shape, way.values, way.sparsity)
+                matrices[shape] = random_matrix(*shape, stored.values, stored.sparsity)
             owner, _, leaf = path.rpartition(".")
             bias = None if module.bias is None else torch.zeros(shape[0], dtype=torch.bfloat16)
             setattr(layer.get_submodule(owner), leaf, PackedLinear(another(matrices[shape]), bias))

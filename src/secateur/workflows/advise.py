@@ -15,7 +15,7 @@ from secateur.advisor.question import AdviceQuestion
 from secateur.advisor.shape import ModelShape, kinds_of, known_shape
 from secateur.advisor.speed import TokenTimes
 from secateur.errors import RecipeError, SourceError
-from secateur.evaluation.token_times import Way, time_tokens
+from secateur.evaluation.token_times import WeightFormat, time_tokens
 from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model, hub_name, kind_of_name
 from secateur.models.layer_cache import layer_caches
@@ -108,7 +108,7 @@ def _times_here(
             f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
         )
     storages = {
-        option.stored: Way(option.values.name, option.zeros.sparsity)
+        option.stored: WeightFormat(option.values.name, option.zeros.sparsity)
         for option in options_for(shape, hardware)
     }
     timed = time_tokens(config, list(storages.values()), progress)

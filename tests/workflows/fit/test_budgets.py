@@ -32,7 +32,7 @@ from secateur.workflows.fit.costs import (
     CostKind,
     Costs,
     check_feasible,
-    way_of,
+    weight_format,
 )
 from secateur.workflows.fit.storage_formats import FINER, LEVELS
 from tiny import save_tiny
@@ -46,7 +46,7 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
-    ways = {way_of(kind) for kind in (*LEVELS, *FINER)} | {BASE}
+    ways = {weight_format(kind) for kind in (*LEVELS, *FINER)} | {BASE}
     whole = sum(map(math.prod, shapes.values()))
     layers = {way: 1e-9 * whole * way.bits / 8 * (3 if way.sparsity else 1) for way in ways}
     shares = {(s, way): math.prod(s) / whole for s in set(shapes.values()) for way in ways}
@@ -226,7 +226,7 @@ def imaginary_speedup(folder: Path, kinds: Mapping[str, str]) -> float:
     shapes: dict[str, Any] = {name: tuple(stored[f"{name}.weight"].shape) for name in kinds}
     times = imaginary_times(shapes)
     by_name = {kind.name: kind for kind in (*LEVELS, *FINER)}
-    taken = sum(times.seconds(shapes[n], way_of(by_name[kind])) for n, kind in kinds.items())
+    taken = sum(times.seconds(shapes[n], weight_format(by_name[kind])) for n, kind in kinds.items())
     return times.base / (times.rest + taken)
 
 

@@ -24,7 +24,7 @@ from secateur.advisor.capacity import memory_with
 from secateur.engine.choose.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
-from secateur.evaluation.token_times import Way
+from secateur.evaluation.token_times import WeightFormat
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
@@ -196,7 +196,7 @@ class Costs:
     def seconds(self, shape: tuple[int, int], stored: StorageFormat) -> float:
         """Of a linear, for one token."""
         assert self.times is not None
-        return self.times.seconds(shape, way_of(stored))
+        return self.times.seconds(shape, weight_format(stored))
 
     def least(self, place: int, *, alone: bool = False) -> float | None:
         """The smallest cost of one kind that a whole model can have, within the other bounds.
@@ -267,16 +267,16 @@ def time_linears(
         ArchitectureError: our loop cannot decode the model.
     """
     try:
-        return time_matrices(config, list(shapes.values()), [*map(way_of, LEVELS)], progress)
+        return time_matrices(config, list(shapes.values()), [*map(weight_format, LEVELS)], progress)
     except ArchitectureError as error:
         raise ArchitectureError(
             error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
         ) from error
 
 
-def way_of(stored: StorageFormat) -> Way:
+def weight_format(stored: StorageFormat) -> WeightFormat:
     """How linears of a format are timed."""
-    return Way(SHORT.get(stored.values, stored.values), stored.sparsity)
+    return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
 
 
 def _resident_rest(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:

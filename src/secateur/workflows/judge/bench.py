@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from secateur.errors import RecipeError
-from secateur.evaluation.speed import CONTENDERS, USUAL, take_turns
+from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
@@ -43,7 +43,7 @@ def bench(
 
     Args:
         model: folder, compressed or not; hub id, GGUF file or named sample.
-        contenders: names from `secateur.evaluation.speed.CONTENDERS`; None for the default
+        contenders: names from `secateur.evaluation.speed.BACKENDS`; None for the default
             ones. Packed contenders need a compressed model.
         gguf: files for llama.cpp, which must be installed (xllamacpp).
         prompt_tokens: length of the prompt of random tokens.
@@ -56,7 +56,7 @@ def bench(
         RecipeError: a contender is unknown or needs a compressed model, or a number is out of
             range.
     """
-    names = USUAL if contenders is None else contenders
+    names = USUAL_BACKENDS if contenders is None else contenders
     _check_asked(names, gguf, prompt_tokens, new_tokens, rounds, seconds)
     progress = listener(progress)
     folder = resolve(str(model), progress=progress).folder
@@ -119,10 +119,10 @@ def _check_asked(
     seconds: float,
 ) -> None:
     """Refuse measurements that are impossible."""
-    unknown = [name for name in contenders if name not in CONTENDERS]
+    unknown = [name for name in contenders if name not in BACKENDS]
     if unknown:
         raise RecipeError(
-            f"unknown contender {unknown[0]!r}", remedy=did_you_mean(unknown[0], [*CONTENDERS])
+            f"unknown contender {unknown[0]!r}", remedy=did_you_mean(unknown[0], [*BACKENDS])
         )
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
         raise RecipeError(
