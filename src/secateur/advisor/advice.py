@@ -175,7 +175,8 @@ def advise_on(
     hosted = min(apis, key=lambda api: api.month, default=None)
     if hosted is not None and hosted.month > dearest - LEAST_USD:
         hosted = None
-    empty = filled < FILLED and _one_copy(chosen)
+    alone = chosen and isinstance(chosen.capacity, Capacity) and chosen.capacity.replicas == 1
+    empty = filled < FILLED and alone
     elsewhere = _cheapest(model, others, facts, need) if empty else None
     if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
         elsewhere = None
@@ -201,11 +202,6 @@ def considered(model: ModelShape, place: Place, facts: Facts, need: Need) -> lis
     options = options_for(model, hardware)
     rows = [_consider(model, option, device, facts, need, price) for option in options]
     return sorted(rows, key=_order)
-
-
-def _one_copy(row: Considered | None) -> bool:
-    """Whether a single copy of the model serves the load."""
-    return row is not None and isinstance(row.capacity, Capacity) and row.capacity.replicas == 1
 
 
 def _cheapest(

@@ -262,7 +262,12 @@ def _shared(
     p99 = {b: steps[b] + chunk if b > 1 else steps[b] for b in fits}
     quick = [b for b in fits if _within(p99[b].typical, load.token_ms)]
     if not quick or not _within(first.typical, load.first_token_ms):
-        return _missed(p99[1], first, load)
+        slow, first_ms = p99[1].typical * 1e3, first.typical * 1e3
+        if not _within(p99[1].typical, load.token_ms):
+            reason = f"{_shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
+            return TooMuch(reason, "token_ms", slow)
+        reason = f"{_shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
+        return TooMuch(reason, "first_token_ms", first_ms)
     busy = {b: first + steps[b] * (load.new_tokens / b) for b in quick}
     needed = {b: busy[b].map(lambda seconds: _copies(seconds, load)) for b in quick}
     best = min(quick, key=lambda b: busy[b].typical)
@@ -287,16 +292,6 @@ def _copies(busy: float, load: Load) -> float:
 def most_requests(busy: float, load: Load) -> float:
     """Requests per day that one copy can serve: utilisation / busy / peak · 86400."""
     return load.utilisation / busy / load.peak * DAY_SECONDS
-
-
-def _missed(p99: Estimate, first: Estimate, load: Load) -> TooMuch:
-    """Which bound is broken, by the fewest devices that can hold the model."""
-    slow, first_ms = p99.typical * 1e3, first.typical * 1e3
-    if not _within(p99.typical, load.token_ms):
-        reason = f"{_shown(slow)} ms between two tokens (99 of 100), {load.token_ms:g} allowed"
-        return TooMuch(reason, "token_ms", slow)
-    reason = f"{_shown(first_ms)} ms to the first token, {load.first_token_ms:g} allowed"
-    return TooMuch(reason, "first_token_ms", first_ms)
 
 
 def _shown(milliseconds: float) -> str:

@@ -101,7 +101,9 @@ def make_command(
         call = call_from_flags(kind, of_this)
         recipe = recipe_from_flags(kind, given, assignments)
         if not call.get("dry_run"):
-            _refuse_without_output(recipe, of_recipe)
+            needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
+            if needed and recipe.output is None:
+                raise RecipeError("no output folder", remedy="add --output DIR")
         check(recipe)
         from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
 
@@ -140,13 +142,6 @@ class OnlyErrors(io.TextIOBase):
         if text.startswith("error: "):
             self.stderr.write(f"{text}\n")
         return len(text)
-
-
-def _refuse_without_output(recipe: Any, options: Sequence[Option]) -> None:
-    """Refuse a recipe without the output folder that its verb needs, before anything is read."""
-    needed = any(o.path == ("output",) and o.default == "required" for o in options)
-    if needed and recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
 
 
 def _refuse_several(verb: str, dry_run: bool) -> None:

@@ -159,7 +159,13 @@ class CompressedTensors:
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the folder, one tensor in memory at a time, in as many files as the source has."""
         linears = decoder_linears(source)
-        scheme = _scheme_of(source, linears, type, progress)
+        if type == "w4a16":
+            group, kind = _group_of(source, linears, progress), computed_dtype(source.folder)
+            scheme = Scheme(4, packed=True, group=group, activations=None, scale=kind)
+        elif type == "w8a16":
+            scheme = Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
+        else:
+            scheme = Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
         copy_the_rest(source, {"quantization_config": scheme.to_json(linears.others)}, output)
         files, made, exact = source.reader.files, Exported(), 0
         weight_map: dict[str, str] = {}
@@ -209,18 +215,6 @@ def _planned(
         else:
             known[name] = (entry.dtype, entry.shape)
     return known
-
-
-def _scheme_of(
-    source: ExportSource, linears: DecoderLinears, type: str, progress: Progress
-) -> Scheme:
-    """The scheme of a type for this model."""
-    if type == "w8a8":
-        return Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
-    if type == "w8a16":
-        return Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
-    group, scale = _group_of(source, linears, progress), computed_dtype(source.folder)
-    return Scheme(4, packed=True, group=group, activations=None, scale=scale)
 
 
 def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.importing import import_formats
-from secateur.models.at_rest import AssembledReader, Assembly, Parts, SourceFolder, damaged
+from secateur.models.at_rest import AssembledReader, Assembly, SourceFolder, damaged
 
 
 class MaskedPair(NamedTuple):
@@ -62,13 +62,11 @@ class TorchPrune:
                     f"the mask is {list(mask.shape)}, the weight {list(original.shape)}", pair.mask
                 )
             parts = {"original": pair.original, "mask": pair.mask}
-            made[name] = Assembly(parts, original.shape, original.dtype, self.name, _masked)
+            made[name] = Assembly(
+                parts, original.shape, original.dtype, self.name,
+                lambda parts: torch.where(as_mask(parts["mask"]), parts["original"], 0),
+            )  # fmt: skip
         return AssembledReader(source.reader, made, source.config)
-
-
-def _masked(parts: Parts) -> Tensor:
-    """The weight with zeros where the mask is 0."""
-    return torch.where(as_mask(parts["mask"]), parts["original"], 0)
 
 
 def as_mask(stored: Tensor) -> Tensor:

@@ -163,7 +163,9 @@ class Processes:
     def __enter__(self) -> Processes:
         self.watchdog.start()
         self.wait()  # every process has a number before another one looks at it
-        self.before = _catch(self.terminated)
+        self.before: Any = None
+        if _in_main_thread():  # only there a signal can be handled
+            self.before = signal.signal(signal.SIGTERM, self.terminated)
         return self
 
     def __exit__(
@@ -252,14 +254,6 @@ def _as_bytes(value: object) -> Tensor:
 def _as_value(text: Tensor) -> Any:
     """The plain data that `_as_bytes` has written."""
     return json.loads(text.numpy().tobytes())
-
-
-def _catch(handler: Callable[[int, FrameType | None], None]) -> Any:
-    """Handle the signal with which launchers end processes. Return the handler before.
-
-    Only the main thread can do this.
-    """
-    return signal.signal(signal.SIGTERM, handler) if _in_main_thread() else None
 
 
 def _in_main_thread() -> bool:

@@ -170,11 +170,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
         return f"{capacity} tokens exceed its sliding window of {window}"
-    return _why_not_layer(model.model.layers[0])
-
-
-def _why_not_layer(layer: Any) -> str | None:
-    """How a decoder layer differs from Llama's shape; None if it does not."""
+    layer = model.model.layers[0]
     attention = layer.self_attn
     if attention.head_dim % 16:
         return f"its heads are {attention.head_dim} wide, not a multiple of 16"

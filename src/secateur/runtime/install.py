@@ -39,7 +39,14 @@ READ = ".dt_proj"
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
     """Checked parts of a matrix, in the form for the kernels."""
     if layout.grid is not None:
-        return _matrix_of_codes(parts, layout, layout.grid.group)
+        scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+        if layout.format == "dense":
+            codes = decode_values(parts["weight"], layout, layout.shape[1])
+            return KernelMatrix.of_codes(codes, scales, layout.grid.group)
+        mask, values = formats[layout.format].kept(parts, layout)
+        codes = torch.zeros(layout.shape, dtype=torch.int8)
+        codes.numpy()[mask.numpy()] = values.numpy()
+        return KernelMatrix.of_codes(codes, scales, layout.grid.group, mask)
     if layout.format == "dense":
         return KernelMatrix(parts["weight"], scale=parts.get("weight_scale"))
     bits = bitmask_parts(parts, layout)
@@ -61,17 +68,6 @@ def integers_of(
         return IntegerLinear(codes, parts["weight_scale"].float(), None, bias)
     scales = Scales(parts["weight_exponent"], parts["weight_scale"])
     return IntegerLinear(codes, scales.values, layout.grid.group, bias)
-
-
-def _matrix_of_codes(parts: Mapping[str, Tensor], layout: Layout, group: int) -> KernelMatrix:
-    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-    if layout.format == "dense":
-        codes = decode_values(parts["weight"], layout, layout.shape[1])
-        return KernelMatrix.of_codes(codes, scales, group)
-    mask, values = formats[layout.format].kept(parts, layout)
-    codes = torch.zeros(layout.shape, dtype=torch.int8)
-    codes.numpy()[mask.numpy()] = values.numpy()
-    return KernelMatrix.of_codes(codes, scales, group, mask)
 
 
 def install(
@@ -112,8 +108,7 @@ def install(
     names = stored_names(model, view)
     tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
     head = f"{head_at}.weight" if tied else ""
-    needed = (name for name, _ in model.named_parameters() if name != head)
-    refuse_missing(needed, names, packed.folder)
+    refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
@@ -126,7 +121,8 @@ def install(
         if path == embedding_at:
             rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                module = _embedding_of(old, rows, dtype)
+                factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
+                module = PackedEmbedding(rows, dtype, factor and float(factor))  # for Gemma
             if tied and (replaced or layout.integers):
                 alike = rows.integers or not layout.integers
                 head_module = (
@@ -177,13 +173,6 @@ def _rows_of(
     if kernels and layout.format == "dense" and layout.grid is None:
         return matrix_of(parts, layout)
     return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
-
-
-def _embedding_of(old: Any, matrix: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
-    """The replacement for an embedding."""
-    # Gemma's embedding multiplies its output; others have no such attribute
-    factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
-    return PackedEmbedding(matrix, dtype, None if factor is None else float(factor))
 
 
 def _check_replaceable(old: Any, path: str) -> None:

@@ -72,6 +72,8 @@ def load(
         CheckpointError: a file is damaged, or does not fit the configuration.
         KernelError: there is no such GPU, or no Triton.
     """
+    from secateur.runtime.quantizer import refuse_saving
+
     folder, device = Path(folder), torch.device(device)
     if not (folder / "config.json").exists():
         raise CheckpointError(
@@ -94,7 +96,12 @@ def load(
             if device.type != "cpu":
                 model.to(device)
     model.config.dtype = dtype
-    _settle_saving(model)
+    packed_modules = (IntegerLinear, PackedLinear, PackedEmbedding, OpenExperts)
+    on_gpu = "GpuLinear"  # by its name: importing it needs Triton
+    if any(isinstance(x, packed_modules) or type(x).__name__ == on_gpu for x in model.modules()):
+        refuse_saving(model)  # transformers would lose weights, or names of experts
+    else:
+        del model.config.quantization_config
     with quiet_transformers():
         settings = generation_config(folder)
     if settings is not None:
@@ -113,22 +120,6 @@ def _refuse_gpu(device: torch.device) -> None:
         remedy=f"{install_extra('gpu')}; or pass expand=True for a dense model, or load it on "
         "the CPU",
     )
-
-
-def _settle_saving(model: Any) -> None:
-    """Make `save_pretrained` write a dense model, and refuse a packed one.
-
-    For packed modules transformers would write a checkpoint without weights. For opened experts it
-    cannot restore the names.
-    """
-    from secateur.runtime.quantizer import refuse_saving
-
-    unwritable = (IntegerLinear, PackedLinear, PackedEmbedding, OpenExperts)
-    on_gpu = "GpuLinear"  # by its name: importing it needs Triton
-    if any(isinstance(x, unwritable) or type(x).__name__ == on_gpu for x in model.modules()):
-        refuse_saving(model)
-    else:
-        del model.config.quantization_config
 
 
 def install_on_gpu(
@@ -152,7 +143,9 @@ def install_on_gpu(
 
     view = DenseView(packed, dtype)
     names = stored_names(model, view)
-    head = _tied_head(model, names)
+    head = path_of(model, model.get_output_embeddings())
+    tied = head and model.config.tie_word_embeddings and f"{head}.weight" not in names
+    head = f"{head}.weight" if tied else ""
     head_module = None
     embedding_at = path_of(model, model.get_input_embeddings())
     refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
@@ -185,14 +178,6 @@ def install_on_gpu(
         tie_head(model, embedding_at, head.removesuffix(".weight"), head_module)
     model.to(device)
     return found
-
-
-def _tied_head(model: Any, names: Any) -> str:
-    """The parameter of a head that shares the embedding's weight; empty if there is none."""
-    head = model.get_output_embeddings()
-    path = next((name for name, module in model.named_modules() if module is head), "")
-    tied = path and model.config.tie_word_embeddings and f"{path}.weight" not in names
-    return f"{path}.weight" if tied else ""
 
 
 def gpu_matrix(packed: PackedCheckpoint, owners: Sequence[str], device: torch.device) -> Any:

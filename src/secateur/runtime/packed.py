@@ -167,7 +167,9 @@ class PackedCheckpoint:
         self.specs |= specs
         self._archived |= description.archived
         self._checksums |= description.checksums
-        self.order += _reading_order(header.entries, description.layouts)
+        suffixes = part_suffixes()
+        owners = {f"{matrix}.{s}": matrix for matrix in description.layouts for s in suffixes}
+        self.order += dict.fromkeys(owners.get(name, name) for name in header.entries)
 
     def parts_of(self, name: str) -> list[str]:
         """The suffixes of the parts of a packed matrix."""
@@ -249,13 +251,6 @@ def _stated_in_config(folder: Path) -> tuple[bool, Mapping[str, Any] | None]:
 def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
     return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
-
-
-def _reading_order(entries: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> list[str]:
-    """Packed matrices by name without suffix, and all other tensors, in the header's order."""
-    suffixes = part_suffixes()
-    owners = {f"{name}.{suffix}": name for name in layouts for suffix in suffixes}
-    return list(dict.fromkeys(owners.get(name, name) for name in entries))
 
 
 def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
@@ -450,7 +445,15 @@ def _read_description(header: Header) -> Description:
             "the description of the file does not match its digest",
             remedy="the header was changed or damaged: copy or download the file again",
         )
-    _check_kinds(record)
+    if type(record["archive"]) is not bool:
+        raise CheckpointError("archive is not true or false")
+    _check_activations(record["activations"])
+    files = record["files"]
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise CheckpointError("files is not a list of names")
+    for key in ("layouts", "checksums", "archived"):
+        if not isinstance(record[key], dict):
+            raise CheckpointError(f"{key} is not a JSON object")
     _check_names("checksums", record["checksums"], stored, all_of_them=True)
     _check_names("archived tensors", record["archived"], stored, all_of_them=False)
     if record["archived"] and not record["archive"]:
@@ -485,19 +488,6 @@ def _parse_description(header: Header) -> dict[str, Any]:
             f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ KEYS))[:200]}"
         )
     return record
-
-
-def _check_kinds(record: Mapping[str, Any]) -> None:
-    """Refuse values of the wrong kind."""
-    if type(record["archive"]) is not bool:
-        raise CheckpointError("archive is not true or false")
-    _check_activations(record["activations"])
-    files = record["files"]
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        raise CheckpointError("files is not a list of names")
-    for key in ("layouts", "checksums", "archived"):
-        if not isinstance(record[key], dict):
-            raise CheckpointError(f"{key} is not a JSON object")
 
 
 def _check_names(

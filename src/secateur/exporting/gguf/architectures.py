@@ -90,16 +90,6 @@ A = gguf.MODEL_ARCH
 SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
-def _no_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
-    """Nothing beyond the fields of every family."""
-    return {}
-
-
-def _no_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
-    """Nothing to refuse."""
-    yield from ()
-
-
 @dataclass(frozen=True)
 class LlamaCppFamily:
     """A family of models in llama.cpp.
@@ -124,8 +114,8 @@ class LlamaCppFamily:
     windows: bool = False
     varied: gguf.MODEL_ARCH | None = None
     own_head: bool = False
-    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = _no_constants
-    differences: Callable[[LlamaCppDecoder], Iterator[str]] = _no_differences
+    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = lambda decoder: {}
+    differences: Callable[[LlamaCppDecoder], Iterator[str]] = lambda decoder: iter(())
 
 
 LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
@@ -320,8 +310,13 @@ class LlamaCppModel:
 
     @property
     def stretched_from(self) -> int | None:
-        """The original context of a model with LongRoPE; None without it."""
-        return _long_rope_start(self.decoder)
+        """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
+
+        transformers takes the short factors for texts up to the original context, llama.cpp for
+        contexts up to that. None for other kinds.
+        """
+        long = _rope_of(self.decoder.config)["rope_type"] == "longrope"
+        return _original_context(self.decoder) if long else None
 
     def add_fields(self, writer: gguf.GGUFWriter) -> None:
         """Write the sizes and constants that llama.cpp reads."""
@@ -529,16 +524,6 @@ def _rotated(decoder: LlamaCppDecoder) -> int:
     return int(decoder.head * _rope_of(decoder.config).get("partial_rotary_factor", 1.0))
 
 
-def _long_rope_start(decoder: LlamaCppDecoder) -> int | None:
-    """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
-
-    transformers takes the short factors for texts up to the original context, llama.cpp for
-    contexts up to that. None for other kinds.
-    """
-    long = _rope_of(decoder.config)["rope_type"] == "longrope"
-    return _original_context(decoder) if long else None
-
-
 def _original_context(decoder: LlamaCppDecoder) -> int:
     """The context of the model before its positions were stretched."""
     config, rope = decoder.config, _rope_of(decoder.config)
@@ -560,17 +545,14 @@ def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     if kind in ("yarn", "longrope"):
         found["rope_scaling_orig_ctx_len"] = _original_context(decoder)
     if kind == "longrope":
-        found["rope_scaling_attn_factors"] = _long_attention_factor(decoder)
+        # LongRoPE multiplies sine and cosine by √(1 + ln s / ln original), s the stretching
+        original, factor = _original_context(decoder), rope.get("attention_factor")
+        stretched = rope.get("factor") or decoder.config.max_position_embeddings / original
+        if factor is None:
+            more = math.log(stretched) / math.log(original) if stretched > 1 else 0.0
+            factor = math.sqrt(1 + more)
+        found["rope_scaling_attn_factors"] = float(factor)
     return found
-
-
-def _long_attention_factor(decoder: LlamaCppDecoder) -> float:
-    """What LongRoPE multiplies sine and cosine by: √(1 + ln s / ln original), s the stretching."""
-    rope, original = _rope_of(decoder.config), _original_context(decoder)
-    stretched = rope.get("factor") or decoder.config.max_position_embeddings / original
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    return math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
 
 
 def _rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ that make a piece stand together, and each pair of pieces that makes a piece is 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
     content, where = json.loads(backend.to_str()), str(folder)
     words, kinds = _words_of(tokenizer, rows, where)
     found = LlamaCppVocabulary({"token_list": words, "token_types": kinds})
-    if _is_sentencepiece(content):
+    if content["model"]["type"] == "BPE" and content["model"].get("byte_fallback"):
         _add_pieces(found, content, tokenizer, where)
     elif content["model"]["type"] == "BPE":
         merges = content["model"]["merges"]
@@ -109,10 +110,11 @@ def _add_pieces(
     words, kinds = found.fields["token_list"], found.fields["token_types"]
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     scores, spaces = piece_scores(content, added, where), space_rules(content, where)
+    byte = re.compile("<0x..>", re.DOTALL)
     for index, word in enumerate(words):
         if index == tokenizer.unk_token_id:
             kinds[index] = gguf.TokenType.UNKNOWN
-        elif kinds[index] == gguf.TokenType.NORMAL and _is_byte(word):
+        elif byte.fullmatch(word) and kinds[index] == gguf.TokenType.NORMAL:
             kinds[index] = gguf.TokenType.BYTE
         elif word in added and set(word) == {SPACE}:
             # Gemma stores runs of spaces; llama.cpp looks for them in the text itself
@@ -125,11 +127,6 @@ def _add_pieces(
     }
     if spaces.note:
         found.notes.append(spaces.note)
-
-
-def _is_byte(word: str) -> bool:
-    """Whether a token stands for a byte."""
-    return len(word) == 6 and word.startswith("<0x") and word.endswith(">")
 
 
 def _note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
@@ -218,12 +215,6 @@ class SpaceRules:
     note: str = ""
 
 
-def _is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` describes BPE over characters with byte tokens."""
-    model = tokenizer["model"]
-    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
-
-
 def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
     """How a SentencePiece tokenizer treats spaces.
 
@@ -242,18 +233,14 @@ def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
     if normalizer == ESCAPED and (splits is None or splits == NO_SPLIT):
         return SpaceRules(prefix=False)
     if normalizer is None and splits and splits["type"] == "Metaspace" and not splits["split"]:
-        return _metaspace_rules(splits["prepend_scheme"])
+        scheme = splits["prepend_scheme"]  # transformers' own classes for Llama's tokenizer
+        if scheme == "never":
+            return SpaceRules(prefix=False)
+        note = "a text that begins with a space gets one more in llama.cpp, as in SentencePiece"
+        if scheme == "first":
+            note += ", and so does the text behind a special token"
+        return SpaceRules(prefix=True, note=note)
     raise refused(f"it treats spaces by {normalizer} and {splits}"[:300], where)
-
-
-def _metaspace_rules(scheme: str) -> SpaceRules:
-    """The rules of transformers' own classes for Llama's tokenizer."""
-    if scheme == "never":
-        return SpaceRules(prefix=False)
-    note = "a text that begins with a space gets one more in llama.cpp, as in SentencePiece"
-    if scheme == "first":
-        note += ", and so does the text behind a special token"
-    return SpaceRules(prefix=True, note=note)
 
 
 def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict[str, float]:

@@ -241,7 +241,12 @@ class GGUFFile:
 
     def type_of(self, one: Planned) -> Q:
         """The type of a tensor."""
-        return _stored_type(one, self.wanted(one))
+        if len(one.shape) == 1 or one.name.endswith(ROUTERS):
+            return Q.F32
+        wanted = self.wanted(one)
+        if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
+            wanted = Q.Q8_0
+        return _stored_type_of_row(one.shape[-1], wanted)
 
     def notes(self, plan: list[Planned]) -> list[str]:
         """What a user must know about the file."""
@@ -264,15 +269,6 @@ class GGUFFile:
                 "the long factors of LongRoPE for short texts too"
             )
         return notes
-
-
-def _stored_type(one: Planned, wanted: Q) -> Q:
-    """The type of a tensor when the matrices are of the type `wanted`."""
-    if len(one.shape) == 1 or one.name.endswith(ROUTERS):
-        return Q.F32
-    if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
-        wanted = Q.Q8_0
-    return _stored_type_of_row(one.shape[-1], wanted)
 
 
 def _stored_type_of_row(columns: int, wanted: Q) -> Q:

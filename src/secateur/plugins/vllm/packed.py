@@ -110,7 +110,10 @@ class FolderLoader(DefaultModelLoader):
         """Every tensor, under the name that the dense checkpoint has for it."""
         self.counter_before_loading_weights = time.perf_counter()
         folder = folder_of(model_config.model, model_config.revision)
-        yield from tensors_of(folder, model_config.dtype, besides=_held_by(model))
+        methods = (getattr(module, "quant_method", None) for module in model.modules())
+        held = [m.owners for m in methods if isinstance(m, BitmaskLinear)]  # read their own
+        besides = frozenset(f"{owner}.weight" for owners in held for owner in owners)
+        yield from tensors_of(folder, model_config.dtype, besides=besides)
 
 
 Choices = dict[tuple[object, ...], Any]
@@ -194,10 +197,3 @@ class BitmaskLinear(LinearMethodBase):
         assert self.linear is not None, "vLLM multiplies before it has loaded all weights"
         y: Tensor = self.linear(x)
         return y if bias is None else y + bias
-
-
-def _held_by(model: nn.Module) -> frozenset[str]:
-    """The stored weights that a model reads itself, so that vLLM need not load them."""
-    methods = (getattr(module, "quant_method", None) for module in model.modules())
-    found = [m.owners for m in methods if isinstance(m, BitmaskLinear)]
-    return frozenset(f"{owner}.weight" for owners in found for owner in owners)

@@ -47,7 +47,9 @@ def pack_numbers(numbers: Tensor, width: int) -> Tensor:
     found = numbers.numpy()
     wide = np.zeros((*rows, blocks * 8), found.dtype)
     wide[..., :count] = found
-    wide = _unsigned(wide.reshape(*rows, blocks, 8)) & (2**width - 1)
+    if wide.dtype.itemsize == 1:
+        wide = wide.view(np.uint8)
+    wide = wide.reshape(*rows, blocks, 8) & (2**width - 1)
     packed = np.zeros((*rows, blocks, width), np.uint8)
     for place in range(8):
         for byte, shift in _bytes_of(place, width):
@@ -86,11 +88,6 @@ def _bytes_of(place: int, width: int) -> list[tuple[int, int]]:
     """The bytes that hold the number at `place` of 8 numbers, and where each begins in it."""
     first, last = place * width, (place + 1) * width - 1
     return [(byte, 8 * byte - first) for byte in range(first // 8, last // 8 + 1)]
-
-
-def _unsigned(numbers: np.ndarray) -> np.ndarray:
-    """The same bits of 8 bits without a sign; wider numbers as they are."""
-    return numbers.view(np.uint8) if numbers.dtype.itemsize == 1 else numbers
 
 
 def count_bits(packed: Tensor) -> int:

@@ -127,18 +127,12 @@ def _groups_of_codes(rank: Tensor, kept: int, group: int) -> Mask:
     return mask
 
 
-def _group_counts(mask: Mask, group: int) -> Tensor:
-    """How many weights each group of M keeps, uint8 [groups]; `in` is a multiple of M."""
+def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
+    """Also keep the first zeros of a group, until exactly N are kept."""
     groups = mask.view(torch.uint8).reshape(-1, group)
     counts = groups[:, 0].clone()
     for position in range(1, group):
         counts += groups[:, position]
-    return counts
-
-
-def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
-    """Also keep the first zeros of a group, until exactly N are kept."""
-    counts = _group_counts(mask, group)
     fullest = int(counts.max())
     if fullest > kept:
         raise CheckpointError(
@@ -154,20 +148,6 @@ def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
         filled[:, position] |= take
         missing -= take.to(torch.uint8)
     return filled.reshape(mask.shape)
-
-
-def _patterns_that_fit(nonzero: Mask) -> list[str]:
-    """The patterns N:M that hold every weight that is not zero, N as small as it can be."""
-    found = []
-    counts = nonzero.contiguous().view(torch.uint8)
-    for group in GROUPS:  # each of two groups of the one before
-        if counts.shape[1] % 2:
-            break
-        counts = counts[:, 0::2] + counts[:, 1::2]
-        kept = max(1, int(counts.max()))
-        if kept < group:
-            found.append(f"{kept}:{group}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -195,8 +175,16 @@ class NOfM:
 
     def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One for each pattern that holds every weight that is not zero."""
-        found = _patterns_that_fit(nonzero)
-        return [replace(dense, format=self.name, pattern=pattern) for pattern in found]
+        found = []
+        counts = nonzero.contiguous().view(torch.uint8)
+        for group in GROUPS:  # each of two groups of the one before
+            if counts.shape[1] % 2:
+                break
+            counts = counts[:, 0::2] + counts[:, 1::2]
+            kept = max(1, int(counts.max()))
+            if kept < group:
+                found.append(replace(dense, format=self.name, pattern=f"{kept}:{group}"))
+        return found
 
     def why_not(self, layout: Layout) -> str | None:
         """It needs a pattern N:M with M up to 32, and whole groups."""

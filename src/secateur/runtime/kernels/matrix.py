@@ -90,7 +90,7 @@ class KernelMatrix:
             self.values = _padded(values, self.rows, self.words * WORD)
         else:
             self.mask = mask_words(bitmask, self.columns, self.words)
-            counts = _bits_set(self.mask).view(self.rows, -1).sum(1, dtype=torch.int64)
+            counts = _BITS_SET[self.mask.int()].view(self.rows, -1).sum(1, dtype=torch.int64)
             self.offsets = torch.zeros(self.rows + 1, dtype=torch.int64)
             torch.cumsum(counts, 0, out=self.offsets[1:])
             self.nonzeros = int(self.offsets[-1])
@@ -307,11 +307,6 @@ def mask_words(bitmask: Tensor, columns: int, words: int) -> Tensor:
     return out
 
 
-def _bits_set(mask: Tensor) -> Tensor:
-    """How many bits of each byte are set."""
-    return _BITS_SET[mask.int()]
-
-
 LANES = 16
 AT_ONCE = 2**22
 """Weights that are bytes at the same time."""
@@ -374,7 +369,11 @@ class PackedCodes:
         )
         for (first, turned), (_, here) in both:
             mask = here.numpy().view(np.bool_)
-            masks.append(_pair_mask_words(mask))
+            packed = np.packbits(mask, axis=1, bitorder="little").reshape(
+                len(mask) // 2, 2, -1, WORD // 8
+            )  # the words of both rows of a pair alternate
+            alternating = np.ascontiguousarray(packed.transpose(0, 2, 1, 3))
+            masks.append(torch.from_numpy(alternating.reshape(-1)))
             for odd in (0, 1):
                 count = counts[first + odd : first + len(turned) : 2]
                 starts = offsets[first // 2 :][: len(count)]
@@ -413,13 +412,6 @@ def _turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
         filled[: len(part), :columns] = part
         turned = filled.view(torch.int32).index_select(1, order)
         yield first, turned.view(torch.int8)
-
-
-def _pair_mask_words(mask: np.ndarray) -> Tensor:
-    """Bits of an even number of rows; the words of both rows of a pair alternate."""
-    packed = np.packbits(mask, axis=1, bitorder="little")
-    pairs = packed.reshape(len(mask) // 2, 2, -1, WORD // 8)
-    return torch.from_numpy(np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).reshape(-1))
 
 
 def _places(starts: Tensor, counts: Tensor) -> np.ndarray:

@@ -35,13 +35,13 @@ def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
     return _linears[module].product(x)
 
 
-def _linear_shape(x: Tensor, module: int, out_features: int) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
-
-
 _operators.impl("linear", _linear, "CPU")
 _operators.impl("linear", _linear, "CUDA")
-torch.library.register_fake("secateur::linear", _linear_shape, lib=_operators)
+torch.library.register_fake(
+    "secateur::linear",
+    lambda x, module, out_features: x.new_empty((x.shape[0], out_features)),
+    lib=_operators,
+)
 
 
 def numbered(linear: Multiplies) -> int:

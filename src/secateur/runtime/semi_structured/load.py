@@ -77,7 +77,8 @@ def load_semi_structured(
     if not expand:
         refuse_device(device)
     entries = read_header(file).entries
-    model = _empty_model(folder, _first_float(entries))
+    dtypes = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
+    model = _empty_model(folder, next(dtypes, torch.bfloat16))
     sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
     held = {f"{name}.{part}" for name in sparse for part in PARTS}
     owners: dict[str, Any] = dict(model.named_modules())
@@ -135,11 +136,6 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _first_float(entries: dict[str, TensorEntry]) -> torch.dtype:
-    """The dtype of the weights."""
-    return next((e.dtype for e in entries.values() if e.dtype.is_floating_point), torch.bfloat16)
-
-
 def _read_parts(
     name: str, linear: Any, opened: Any, entries: Mapping[str, TensorEntry], file: Path
 ) -> StoredParts:
@@ -155,18 +151,14 @@ def _read_parts(
     if fits:
         tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
         parts = StoredParts(linear.in_features, **tensors)
-        if parts.columns is None or _in_range(parts.columns, linear.in_features):
+        columns = parts.columns
+        if columns is None or bool(((columns >= 0) & (columns < linear.in_features)).all()):
             return parts
     raise CheckpointError(
         f"{name} is stored as 2:4 parts that do not fit the model of config.json",
         where=str(file),
         remedy="copy or make the folder again",
     )
-
-
-def _in_range(columns: Tensor, in_features: int) -> bool:
-    """Whether all are columns of the weight."""
-    return bool(((columns >= 0) & (columns < in_features)).all())
 
 
 def _put(model: Any, name: str, value: Tensor, file: Path) -> None:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from secateur.errors import RecipeError
 from secateur.runtime.sampling import MAX_SEED, Sampling
-from secateur.serving.http.errors import ApiError, bad_request, overloaded
+from secateur.serving.http.errors import ApiError, bad_request
 from secateur.serving.http.limits import Limits
 from secateur.serving.http.metrics import Metrics
 from secateur.serving.http.requests import (
@@ -260,8 +260,9 @@ class Endpoints:
                 ignore_ends=bool(request.ignore_eos),
             )
         except QueueFullError as error:
-            stopping = service.worker.scheduler.closed
-            raise overloaded(error.what, stopping=stopping) from error
+            if service.worker.scheduler.closed:
+                raise ApiError(503, error.what, code="server_stopping") from error
+            raise ApiError(429, error.what, code="queue_full") from error
         self.note(warnings)
         writer = kind(service.name, alternatives is not None, request.include_usage, warnings)
         stream = bool(request.stream)

@@ -62,9 +62,3 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that has to be changed."""
     return ApiError(400, message, param=param, code=code)
-
-
-def overloaded(message: str, *, stopping: bool) -> ApiError:
-    """A request that may be sent again later."""
-    status, code = (503, "server_stopping") if stopping else (429, "queue_full")
-    return ApiError(status, message, code=code)
