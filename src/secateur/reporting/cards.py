@@ -197,7 +197,7 @@ def compression_card(
         (
             f"prunable matrices, {result.sparsity:.2%} zeros",
             f"{linears.bytes:,}",
-            f"{linears.of_bfloat16:.1%}",
+            f"{linears.ratio:.1%}",
         ),
     ]
     stored = {**result.formats}

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,8 +182,7 @@ def with_error(value: float, error: float | None, form: str = ".4f") -> str:
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
-@runtime_checkable
-class Result(Protocol):
+class Result:
     """What a verb returns.
 
     The command line prints `to_json()` with `--json` and calls `show()` without it. In Python
@@ -193,11 +192,11 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object."""
-        ...
+        raise NotImplementedError
 
     def blocks(self) -> Sequence[Block]:
         """The tables and lines that people read."""
-        ...
+        raise NotImplementedError
 
     def show(self) -> None:
         """Write the tables to stdout."""

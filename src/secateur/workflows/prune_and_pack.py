@@ -7,7 +7,6 @@ of a well-known shape is planned on paper.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -35,6 +34,7 @@ from secateur.reporting.results.prune import PruneResult
 from secateur.runs.atomic import write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, check_output
+from secateur.runs.records import read_record
 from secateur.sparsity.methods import Method
 from secateur.workflows.chain import checked_steps, run_chain
 from secateur.workflows.compress.pack import COMPRESSION
@@ -154,10 +154,9 @@ def prune_recipe(
         return run_recipe(recipe, progress, **call, ranks=ranks)
     output = run_chain(_chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
-    record = json.loads((output / NOTES / COMPRESSION).read_text(encoding="utf-8"))
-    return dataclasses.replace(
-        report_of(output), compression=CompressResult.from_json({**record, "output": output})
-    )
+    packed = read_record(CompressResult, output / NOTES / COMPRESSION)
+    packed = packed.model_copy(update={"output": output})
+    return dataclasses.replace(report_of(output), compression=packed)
 
 
 def _check_storage(recipe: PruneRecipe) -> None:

@@ -10,11 +10,11 @@ import pytest
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
 from secateur.reporting.report.page import ReportResult
-from secateur.reporting.results.compress import CompressResult, DecompressResult, FormatTotals
+from secateur.reporting.results.compress import CompressResult, DecompressResult
 from secateur.reporting.results.evaluate import BenchResult, EvaluateResult, GenerateResult
 from secateur.reporting.results.prune import ChainResult, PruneResult, TrainResult
 from secateur.reporting.tables import PLAIN_WIDTH, Result
-from secateur.runs.records import ChainStep, Cost, SkippedMatrix, Source, Training
+from secateur.runs.records import ChainStep, Cost, FormatTotals, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
 PROTOCOL = {
@@ -60,6 +60,12 @@ TRAINING = Training(
     },
 )  # fmt: skip
 
+PACKED = CompressResult(
+    output=Path("out"), archive=False, source_bytes=2**22, bfloat16_bytes=2**21, file_bytes=2**20,
+    ratio=0.5, sparsity=0.5, negative_zeros=0,
+    linears=FormatTotals().plus(2**20, 2**19, 2**20, matrices=2), formats={},
+    embeddings=FormatTotals(), rounding={}, value_error=0.0, dense_file_bytes={}, seconds=0.0,
+)  # fmt: skip
 SKIPPED = SkippedMatrix(names="lm_head", reason="the head", tensors=1, weights=1000)
 
 RESULTS = {
@@ -72,7 +78,7 @@ RESULTS = {
         "30.000 → 20.000 at step 9",
     ),
     "compress": (
-        CompressResult(Path("out"), 2**22, 2**20, 2**20, FormatTotals(2, 2**20, 2**19, 2**20)),
+        PACKED,
         "50.00%",
     ),
     "decompress": (DecompressResult(Path("out"), 1, 2**21, 7, 0.5), "matrices unpacked"),

@@ -160,7 +160,7 @@ def test_sizes_are_those_of_theory(tmp_path: Path, sparsity: float) -> None:
     assert report.linears.bytes == expected
     assert report.linears.weights == weights
     assert report.sparsity == pytest.approx(zeros / weights)
-    assert report.linears.of_bfloat16 == pytest.approx(1 - sparsity + 1 / 16, rel=0.02)
+    assert report.linears.ratio == pytest.approx(1 - sparsity + 1 / 16, rel=0.02)
     int8 = secateur.compress(source, output=tmp_path / "i", values="int8", embeddings="int8")
     rows = sum(t.shape[0] for t in linears)
     assert int8.linears.bytes == expected - (weights - zeros) + 4 * rows

@@ -141,7 +141,7 @@ def test_a_packed_model_that_loses_too_much_is_chosen_again(
     assert found.rounding["chosen"]["loss_increase"] == 0.051
     assert "--max-loss-increase is broken: 0.0510 was measured" in found.broken[0]
     assert "--max-loss-increase is broken" in str(found)
-    assert CompressResult.from_json(found.to_json()).broken == found.broken
+    assert CompressResult.model_validate(found.to_json()).broken == found.broken
 
 
 @pytest.mark.parametrize(

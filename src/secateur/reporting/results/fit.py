@@ -260,7 +260,7 @@ class FitResult(Result):
                 "checks": tuple(FitCheck(**one) for one in told["checks"]),
                 "corrections": tuple(FitCorrection(**one) for one in told["corrections"]),
                 "dropped": tuple(told["dropped"]),
-                "packed": CompressResult.from_json(told["packed"]),
+                "packed": CompressResult.model_validate(told["packed"], extra="ignore"),
             }
         )
 

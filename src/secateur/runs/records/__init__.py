@@ -12,12 +12,11 @@
     sweep.json           Sweep          sweep
     steps.json           [StepEntry]      structure, an entry for each step
 
-Code that writes a file calls `declared`, which
-refuses keys that are not declared here. Code that reads one calls `read_record`, which ignores the
-keys of newer releases.
+A file is one object, which its writer makes and its readers get back. Keys that are not declared
+are errors for a writer; `read_record` ignores them.
 """
 
-from secateur.runs.records.base import AnyRecord, Record, declared, parsed, read_list, read_record
+from secateur.runs.records.base import AnyRecord, Record, parsed, read_list, read_record
 from secateur.runs.records.measured import (
     Bench,
     DiagnosisRecord,
@@ -40,6 +39,7 @@ from secateur.runs.records.run import (
     Compression,
     Cost,
     Counts,
+    FormatTotals,
     Import,
     ImportedMatrix,
     Layer,
@@ -64,6 +64,7 @@ __all__ = [
     "Counts",
     "DiagnosisRecord",
     "Finding",
+    "FormatTotals",
     "Import",
     "ImportedMatrix",
     "Layer",
@@ -86,7 +87,6 @@ __all__ = [
     "SweepPoint",
     "TimingEntry",
     "Training",
-    "declared",
     "parsed",
     "read_list",
     "read_record",

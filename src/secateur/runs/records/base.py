@@ -50,16 +50,6 @@ class PartialRecord(Record):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def declared(record: type[Record], content: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the content of a file before it is written.
-
-    Raises:
-        ValidationError: the content does not match its declaration, which is a fault in secateur.
-    """
-    record.model_validate(json.loads(json.dumps(content)))
-    return dict(content)
-
-
 def read_record(record: type[AnyRecord], file: Path) -> AnyRecord:
     """Read a JSON file and check its schema.
 

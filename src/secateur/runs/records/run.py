@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from secateur.runs.records.base import PartialRecord, Record
 
 MANIFEST_VERSION = 1
+BFLOAT16_BYTES = 2
 
 
 class Source(Record):
@@ -220,11 +222,63 @@ class Chain(Record):
     output: str
 
 
-class Compression(Record):
-    """`compression.json`."""
+class FormatTotals(Record):
+    """Totals over matrices that are stored in the same way.
 
-    source: str
-    output: str
+    Attributes:
+        matrices: number of matrices.
+        weights: number of weights, including zeros.
+        nonzeros: number of weights that are not zero.
+        bytes: their size in the files, scales included.
+        bits_per_weight: counting zeros as weights, and scales as a part of them.
+        ratio: the size as a fraction of the same matrices in dense bfloat16.
+    """
+
+    matrices: int = 0
+    weights: int = 0
+    nonzeros: int = 0
+    bytes: int = 0
+    bits_per_weight: float = 0.0
+    ratio: float = 0.0
+
+    def plus(self, weights: int, nonzeros: int, size_bytes: int, matrices: int = 1) -> FormatTotals:
+        """The totals with another matrix."""
+        weights, size = self.weights + weights, self.bytes + size_bytes
+        bits = 8 * size / weights if weights else 0.0
+        return FormatTotals(
+            matrices=self.matrices + matrices,
+            weights=weights,
+            nonzeros=self.nonzeros + nonzeros,
+            bytes=size,
+            bits_per_weight=bits,
+            ratio=bits / (8 * BFLOAT16_BYTES),
+        )
+
+
+class Compression(PartialRecord):
+    """`compression.json`.
+
+    Attributes:
+        output: the output folder.
+        archive: whether the files are also compressed with zstandard.
+        source_bytes: size of the source's weight files.
+        bfloat16_bytes: the size of the model in dense bfloat16.
+        file_bytes: size of the written weight files.
+        ratio: the size of the files as a fraction of the model in dense bfloat16.
+        sparsity: fraction of zeros in the prunable matrices.
+        negative_zeros: number of zeros that changed from −0.0 to +0.0.
+        linears: totals over the prunable matrices.
+        formats: totals by format and values, for example `bitmask int8`.
+        embeddings: totals over embedding and head, if they were quantized.
+        rounding: record of the calibrated rounding to integers, if it was used.
+        value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
+        dense_file_bytes: size of the weight files if they stored the zeros: `as here` with the same
+            values, and with `int8` and `int4` linears; empty for an archive.
+        seconds: wall time.
+        source: the model that was compressed.
+    """
+
+    output: Path
     archive: bool
     source_bytes: int
     bfloat16_bytes: int
@@ -232,13 +286,14 @@ class Compression(Record):
     ratio: float
     sparsity: float
     negative_zeros: int
-    linears: dict[str, float]
-    formats: dict[str, dict[str, float]]
-    embeddings: dict[str, float]
+    linears: FormatTotals
+    formats: dict[str, FormatTotals]
+    embeddings: FormatTotals
     rounding: dict[str, Any]
     value_error: float
     dense_file_bytes: dict[str, int]
     seconds: float
+    source: str = ""
 
 
 class StepEntry(PartialRecord):

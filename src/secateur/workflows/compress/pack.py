@@ -8,7 +8,6 @@ calibration text, a resumable run first moves the weights to int8 grids (`roundi
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,11 +27,12 @@ from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
-from secateur.reporting.results.compress import CompressResult, FormatTotals, stored_as
+from secateur.reporting.results.compress import CompressResult, stored_as
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free
-from secateur.runs.records import Compression, declared
+from secateur.runs.records import FormatTotals, read_record
+from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.choice import (
     AUTO,
     DEFAULT_GROUP,
@@ -123,8 +123,7 @@ def compress_recipe(
         made_of = _identity(recipe, reader, progress)
         folder.begin(made_of if text is not None else {}, made_of)
         if folder.finished:
-            record = (folder.notes / COMPRESSION).read_text(encoding="utf-8")
-            return CompressResult.from_json(json.loads(record))
+            return read_record(CompressResult, folder.notes / COMPRESSION)
         zeros = zero_fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
@@ -355,8 +354,7 @@ def _write_report(
 ) -> CompressResult:
     """Write the record of the compression and the card."""
     report = _make_report(chosen, packed, plan, folder.output, begun)
-    record = declared(Compression, report.to_json() | {"source": source.name})
-    write_json(folder.notes / COMPRESSION, record)
+    write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
     place = recipe.output or folder.output
     card = compression_card(report, source.record, source.folder, place)
     write_text(folder.model / "README.md", card)
@@ -378,31 +376,34 @@ def _make_report(
         size = sum(packed.entries[part].size_bytes for part in parts)
         counted = (choice.layout.weights, choice.nonzeros, size)
         if not matrices[name].prunable:
-            embeddings.add(*counted)
+            embeddings = embeddings.plus(*counted)
             continue
-        linears.add(*counted)
+        linears = linears.plus(*counted)
         for values in dense:
             dense[values] += _dense_bytes(choice.layout, values)
         kind = stored_as(choice.layout.to_json())
-        by_format.setdefault(kind, FormatTotals()).add(*counted)
+        by_format[kind] = by_format.get(kind, FormatTotals()).plus(*counted)
         if layout is not None:
             negative_zeros += choice.negative_zeros
     size = sum(file.stat().st_size for file in packed.files)
+    parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
     return CompressResult(
         output=output,
+        archive=packed.archive,
         source_bytes=sum(file.stat().st_size for file in reader.files),
-        parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
+        bfloat16_bytes=BFLOAT16_BYTES * parameters,
         file_bytes=size,
-        dense_file_bytes={}
-        if packed.archive
-        else {values: size - linears.bytes + count for values, count in dense.items()},
+        ratio=size / (BFLOAT16_BYTES * parameters),
+        sparsity=1 - linears.nonzeros / linears.weights,
+        negative_zeros=negative_zeros,
         linears=linears,
         formats=by_format,
         embeddings=embeddings,
-        archive=packed.archive,
-        negative_zeros=negative_zeros,
-        value_error=plan.value_error,
         rounding=chosen.rounding,
+        value_error=plan.value_error,
+        dense_file_bytes={}
+        if packed.archive
+        else {values: size - linears.bytes + count for values, count in dense.items()},
         seconds=time.perf_counter() - begun,
     )
 
