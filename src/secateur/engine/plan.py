@@ -211,7 +211,7 @@ def plan_run(
     disk = output_bytes + allocation.disk_bytes(prunable, target.dtype.itemsize)
     disk += 2 * stored  # hidden states are read and written anew
     disk += gradients + len(layers) * stored if gradients else 0
-    passed = allocation.tokens(tokens) + tokens * passes(settings) + distillation.passed_tokens
+    passed = allocation.tokens(tokens) + tokens * _passes(settings) + distillation.passed_tokens
     return Plan(
         process_bytes=resident_bytes(),
         layer_bytes=layer_bytes(target) * (1 + settings.asymmetric),
@@ -256,18 +256,7 @@ def _plan_distillation(
     tokens: int,
     of_token: int,
 ) -> _Distillation:
-    """The needs of a distillation.
-
-    Args:
-        target: the model.
-        tasks: the task of each linear.
-        windows: calibration tokens, or None.
-        epochs: number of epochs.
-        sweep_windows: number of windows in a sweep with one layer in memory; 0 with both whole
-            models.
-        tokens: number of tokens that it reads.
-        of_token: bytes of the hidden state of a token in float32.
-    """
+    """The needs of a distillation. `of_token` is the bytes of a hidden state in float32."""
     layers, memory = len(target.layers), 0
     disk = 12 * sum(task.shape[0] * task.shape[1] for task in tasks.values())  # weights, moments
     if windows is not None:
@@ -336,7 +325,7 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     return weights + rows * (kept + vocabulary * (size + 8))
 
 
-def passes(settings: Settings) -> int:
+def _passes(settings: Settings) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
     tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0

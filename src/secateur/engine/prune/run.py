@@ -179,9 +179,6 @@ class Run:
         """Check the zeros of every matrix in the first layer of each kind.
 
         So a fault that affects every layer of a kind ends the run early.
-
-        Raises:
-            VerificationError: zeros are missing; the message names layer, matrix and number.
         """
         kind = kind_of(layer)
         if kind in self.verified:
@@ -429,13 +426,7 @@ class LayerPass:
     def _fitted(
         self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]
     ) -> tuple[dict[str, Tensor], Callable[[Linear], Tensor]]:
-        """The complete statistics of a group, and what returns the weights to prune.
-
-        Args:
-            group: the group.
-            statistics: its statistics.
-            linears: its linears that this process solves.
-        """
+        """The complete statistics of a group, and what returns the weights to prune."""
         return statistics.value(), lambda linear: linear.weight
 
     # -- reconstruction -------------------------------------------------------------------------
