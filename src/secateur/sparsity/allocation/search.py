@@ -1,7 +1,7 @@
 """Search: linears trade levels of sparsity as long as the model gains by it.
 
 The pure part: which levels there are, and which trades keep the number of zeros.
-`engine.choose.levels` measures candidates on the model.
+`engine.choose.allocation` measures candidates on the model.
 """
 
 from __future__ import annotations
