@@ -16,9 +16,9 @@ from torch import Tensor
 
 from secateur.errors import NumericalError
 from secateur.registry import Registry
-from secateur.types import STORED
+from secateur.types import STORED, Weight
 
-__all__ = ["Statistic", "check_finite", "of_gradients", "of_inputs", "statistics"]
+__all__ = ["GradientMean", "Statistic", "check_finite", "of_gradients", "of_inputs", "statistics"]
 
 S = TypeVar("S", bound="Statistic")
 
@@ -55,6 +55,35 @@ class Statistic(Protocol):
     def nbytes(shape: tuple[int, int]) -> int:
         """Bytes that it holds for a weight of this shape, (out, in)."""
         ...
+
+
+class GradientMean:
+    """The mean over windows of something of their gradients: the base of statistics of gradients.
+
+    Args:
+        shape: (out, in) of the weight.
+        device: where the sums are kept and computed.
+    """
+
+    reads: ClassVar[Literal["inputs", "gradients"]] = "gradients"
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        # the last number counts the windows, so that all-reducing `total` merges both
+        self.total = torch.zeros(shape[0] * shape[1] + 1, device=device)
+        self.sum = self.total[:-1].view(shape)
+
+    def merge(self, other: GradientMean) -> None:
+        """Add what `other` has seen."""
+        self.total += other.total.to(self.total.device)
+
+    def value(self) -> Weight:
+        """The mean, float32 [out, in]; 0 before any window."""
+        return self.sum / max(int(self.total[-1]), 1)
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int]) -> int:
+        """Four bytes for each weight."""
+        return 4 * shape[0] * shape[1]
 
 
 statistics: Registry[type[Statistic]] = Registry("statistic", __name__)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
-
-from secateur.calibration.statistics import statistics
+from secateur.calibration.statistics import GradientMean, statistics
 from secateur.types import Weight
 
 
 @statistics.register("gradient")
-class Gradient:
+class Gradient(GradientMean):
     """ḡ = 1/N Σ_n g_n, float32 [out, in]; g_n is the gradient of window n's loss, 0 before any.
-
-    Args:
-        shape: (out, in) of the weight.
-        device: where the sums are kept and computed.
 
     Example:
         >>> import torch
@@ -28,27 +20,7 @@ class Gradient:
         tensor([[2., 0.]])
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "gradients"
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        # the last number counts the windows, so that all-reducing `total` merges both
-        self.total = torch.zeros(shape[0] * shape[1] + 1, device=device)
-        self.sum = self.total[:-1].view(shape)
-
     def update(self, x: Weight) -> None:
         """Add the gradient of one window, [out, in]; summed in float32."""
         self.sum += x.detach()
         self.total[-1] += 1
-
-    def merge(self, other: Gradient) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
-
-    def value(self) -> Weight:
-        """ḡ, float32 [out, in]."""
-        return self.sum / max(int(self.total[-1]), 1)
-
-    @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
-        """Four bytes for each weight."""
-        return 4 * shape[0] * shape[1]

@@ -7,12 +7,13 @@ pruning and retraining call it once a round.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from secateur.errors import RecipeError
 from secateur.registry import Registry
 
-__all__ = ["Schedule", "check_span", "levels", "schedules"]
+__all__ = ["Schedule", "Span", "levels", "schedules"]
 
 
 @runtime_checkable
@@ -37,22 +38,34 @@ class Schedule(Protocol):
 schedules: Registry[type[Schedule]] = Registry("schedule", __name__)
 
 
-def check_span(first: float, last: float) -> None:
-    """Refuse an impossible pair of first and last sparsity.
+@dataclass(frozen=True)
+class Span:
+    """The first and the last sparsity: the base of schedules.
+
+    Args:
+        last: the sparsity at the end, at least 0 and below 1.
+        first: the sparsity at the beginning.
 
     Raises:
-        RecipeError: one is outside [0, 1), or the last is below the first.
+        RecipeError: a sparsity is outside [0, 1), or the last is below the first.
     """
-    if not 0 <= first < 1 or not 0 <= last < 1:
-        raise RecipeError(
-            f"a schedule from sparsity {first} to {last}",
-            remedy="give fractions of zeros, at least 0 and below 1",
-        )
-    if last < first:
-        raise RecipeError(
-            f"a schedule from sparsity {first} down to {last}",
-            remedy="pruned weights do not come back: end at or above the sparsity of the beginning",
-        )
+
+    last: float
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        first, last = self.first, self.last
+        if not 0 <= first < 1 or not 0 <= last < 1:
+            raise RecipeError(
+                f"a schedule from sparsity {first} to {last}",
+                remedy="give fractions of zeros, at least 0 and below 1",
+            )
+        if last < first:
+            raise RecipeError(
+                f"a schedule from sparsity {first} down to {last}",
+                remedy="pruned weights do not come back: end at or above the sparsity of the "
+                "beginning",
+            )
 
 
 def levels(schedule: Schedule, rounds: int) -> list[float]:

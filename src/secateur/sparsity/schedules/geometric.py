@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from secateur.sparsity.schedules import check_span, schedules
+from secateur.sparsity.schedules import Span, schedules
 
 
 @schedules.register("geometric")
-@dataclass(frozen=True)
-class Geometric:
+class Geometric(Span):
     """s(p) = 1 − (1 − s_first) · ((1 − s_last) / (1 − s_first))^p.
 
     In n rounds, each prunes the fraction 1 − ((1 − s_last) / (1 − s_first))^(1/n) of the weights
@@ -19,24 +16,11 @@ class Geometric:
     Hypothesis", arXiv:1803.03635, who prune 20 % of what is left. Deviation: the number of rounds
     determines the fraction, so that the last round ends exactly at the target sparsity.
 
-    Args:
-        last: the sparsity at the end, at least 0 and below 1.
-        first: the sparsity at the beginning.
-
-    Raises:
-        RecipeError: a sparsity is out of range, or the last is below the first.
-
     Example:
         >>> from secateur.sparsity.schedules.geometric import Geometric
         >>> [round(Geometric(0.8)(done), 3) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.331, 0.553, 0.701, 0.8]
     """
-
-    last: float
-    first: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_span(self.first, self.last)
 
     def __call__(self, done: float) -> float:
         """The sparsity when this share of the steps is done."""
