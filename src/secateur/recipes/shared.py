@@ -21,7 +21,7 @@ from secateur.recipes.options import (
 )
 
 
-class Budget(Section):
+class MemoryLimit(Section):
     """How much memory the run may use."""
 
     group = MEMORY
@@ -40,7 +40,7 @@ class Budget(Section):
         return None if self.max_memory is None else bytes_of(self.max_memory)
 
 
-class Memory(Budget):
+class Memory(MemoryLimit):
     """How much memory the run may use, and for what."""
 
     group = MEMORY

@@ -18,7 +18,7 @@ from secateur.recipes.options import (
     Texts,
     text_alone,
 )
-from secateur.recipes.shared import Budget, Device, OutputFolder, Planning
+from secateur.recipes.shared import Device, MemoryLimit, OutputFolder, Planning
 
 
 class LoraOptions(Section):
@@ -315,7 +315,7 @@ class TrainRecipe(
         "regrow": ("mask",),
     }
 
-    memory: Budget = Budget()
+    memory: MemoryLimit = MemoryLimit()
 
     @model_validator(mode="after")
     def check_length(self) -> TrainRecipe:

@@ -25,7 +25,7 @@ from secateur.models.architecture import hidden_size
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
-from secateur.recipes.shared import Budget
+from secateur.recipes.shared import MemoryLimit
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
@@ -265,7 +265,7 @@ def _check_fits(context: StepContext, folder: Path, found: Domains, training: Tr
     recipe = TrainRecipe(
         model=str(folder),
         batch=how.batch,
-        memory=Budget(max_memory=context.recipe.memory.max_memory),
+        memory=MemoryLimit(max_memory=context.recipe.memory.max_memory),
         trust_remote_code=context.recipe.trust_remote_code,
     )
     needed = training_memory(
