@@ -22,8 +22,7 @@ from starlette.types import ASGIApp
 from secateur.errors import RecipeError
 from secateur.runtime.sampling import MAX_SEED, Sampling
 from secateur.serving.http.errors import ApiError, bad_request
-from secateur.serving.http.limits import Limits
-from secateur.serving.http.metrics import Metrics
+from secateur.serving.http.middleware import Limits, Metrics
 from secateur.serving.http.requests import (
     MAX_CHOICES,
     ChatRequest,

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from secateur.serving.http.errors import ApiError
-from secateur.serving.http.metrics import Metrics
+from secateur.serving.http.middleware import Metrics
 from secateur.serving.service import Answer, End, Piece, TokenChance, Worker
 
 DONE = b"data: [DONE]\n\n"
