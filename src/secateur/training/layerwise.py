@@ -150,15 +150,15 @@ class LayerwiseDistillation:
         """Distill. The trained weights are in files."""
         if not (self.work / PREDICTIONS).exists():
             self._predict()
-        ends = EmbeddingAndHead(self.target, self.data.windows)
-        with ends.outside(), ends.returning(None):
+        outer = EmbeddingAndHead(self.target, self.data.windows)
+        with outer.outside(), outer.returning(None):
             loss = Distil.between(
                 self.target.model,
                 WrittenTeacher(self.work / PREDICTIONS),
                 next_token=self.data.next_token,
             )
         student = StreamedStudent(
-            self.target, self.data.windows, self.learning, self.student_of, ends, loss, self.work
+            self.target, self.data.windows, self.learning, self.student_of, outer, loss, self.work
         )
         rate = self.data.learning_rate
         if not rate:
@@ -175,10 +175,10 @@ class LayerwiseDistillation:
         return {**losses, "learning_rate": rate, "sweep_windows": float(self.size)}
 
     @torch.no_grad()
-    def _dense_outputs(self, ends: EmbeddingAndHead) -> Activations:
+    def _dense_outputs(self, outer: EmbeddingAndHead) -> Activations:
         """Store and return the outputs of the dense model's last layer."""
         windows = self.data.windows
-        (example,) = ends.embed([slice(0, 1)])
+        (example,) = outer.embed([slice(0, 1)])
         folder = self.work / "dense"
         folder.mkdir(exist_ok=True)
         shape = (*windows.shape, example.shape[-1])
@@ -186,7 +186,7 @@ class LayerwiseDistillation:
         start = max((i for i in range(self.count + 1) if states.has(i)), default=None)
         rows = [slice(row, row + 1) for row in range(len(windows))]
         if start is None:
-            for row, hidden in zip(rows, ends.embed(rows), strict=True):
+            for row, hidden in zip(rows, outer.embed(rows), strict=True):
                 states.write(row, hidden)
             states.advance(start := 0)
         self.progress.start("dense hidden states", len(windows) * (self.count - start))
@@ -194,7 +194,7 @@ class LayerwiseDistillation:
         for index, layer in walk_layers(self.dense, range(start, self.count)):
             for row in rows:
                 hidden = states.read(row).to(self.device)
-                call = ends.call(index, [row.start])
+                call = outer.call(index, [row.start])
                 with fast_matmuls(self.device):
                     states.write(row, call_layer(layer, hidden, call))
                 self.progress.step(note=f"layer {index}")
@@ -206,11 +206,11 @@ class LayerwiseDistillation:
     def _predict(self) -> None:
         """Store the dense model's predictions."""
         windows = self.data.windows
-        ends = EmbeddingAndHead(self.dense, windows, self.work)
-        states = self._dense_outputs(ends)
+        outer = EmbeddingAndHead(self.dense, windows, self.work)
+        states = self._dense_outputs(outer)
         self.progress.start("dense predictions", len(windows))
-        with ends.outside():
-            teacher = _StreamedTeacher(ends, states)
+        with outer.outside():
+            teacher = _StreamedTeacher(outer, states)
             write_teacher(
                 teacher,
                 windows,
@@ -265,23 +265,23 @@ class LayerwiseDistillation:
 
 
 class _StreamedTeacher(ModelTeacher):
-    """A teacher whose last hidden states are stored. Use it only within `ends.outside()`.
+    """A teacher whose last hidden states are stored. Use it only within `outer.outside()`.
 
     Args:
-        ends: the ends of the dense model.
+        outer: embedding and head of the dense model.
         states: the outputs of its last decoder layer for all windows.
     """
 
-    def __init__(self, ends: EmbeddingAndHead, states: Activations) -> None:
-        self.ends, self.states = ends, states
-        with ends.returning(None):  # to find the head, the model runs without its layers
-            super().__init__(ends.target.model)
+    def __init__(self, outer: EmbeddingAndHead, states: Activations) -> None:
+        self.outer, self.states = outer, states
+        with outer.returning(None):  # to find the head, the model runs without its layers
+            super().__init__(outer.target.model)
 
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`."""
         (number,) = batch.numbers
         hidden = self.states.read(slice(number, number + 1)).to(batch.ids.device)
-        with self.ends.returning(hidden):
+        with self.outer.returning(hidden):
             return super().__call__(batch, temperature, layers)
 
 
@@ -295,7 +295,7 @@ class StreamedStudent:
         learning: numbers of the layers that learn.
         student_of: a module with one layer, and the number of that layer → the student. The layer
             has the checkpoint's weights.
-        ends: the ends of the checkpoint.
+        outer: embedding and head of the checkpoint.
         loss: the loss on the logits.
         folder: for the values of each token that some families give to their layers.
     """
@@ -304,31 +304,31 @@ class StreamedStudent:
     windows: Tensor
     learning: Sequence[int]
     student_of: Callable[[nn.Module, int], Student]
-    ends: EmbeddingAndHead
+    outer: EmbeddingAndHead
     loss: Objective
     folder: Path
-    ends_of_layers: dict[int, EmbeddingAndHead] = field(default_factory=dict)
+    outer_of_layers: dict[int, EmbeddingAndHead] = field(default_factory=dict)
 
     def calls(self, number: int, windows: Sequence[int]) -> list[LayerCall]:
         """How a layer is called for each of some windows.
 
         The values of tokens that a layer gets are kept for one layer at a time, so each such layer
-        has ends of its own.
+        has an object of its own.
         """
-        ends = self.ends
-        if ends.calls()[number].varying:
-            if number not in self.ends_of_layers:
+        outer = self.outer
+        if outer.calls()[number].varying:
+            if number not in self.outer_of_layers:
                 folder = self.folder / f"values-{number:04d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                self.ends_of_layers[number] = EmbeddingAndHead(self.target, self.windows, folder)
-            ends = self.ends_of_layers[number]
-        return [ends.call(number, [window]) for window in windows]
+                self.outer_of_layers[number] = EmbeddingAndHead(self.target, self.windows, folder)
+            outer = self.outer_of_layers[number]
+        return [outer.call(number, [window]) for window in windows]
 
     def loss_of(self, number: int, hidden: Tensor) -> Tensor:
         """Return the loss of a window from the outputs of the last layer; within `outside()`."""
         device = self.target.device
         batch = Batch(self.windows[number : number + 1].to(device), (number,))
-        with self.ends.returning(hidden):
+        with self.outer.returning(hidden):
             return self.loss(self.target.model, batch)
 
 
@@ -412,7 +412,7 @@ class LayerwiseTrainer:
         shutil.rmtree(folder, ignore_errors=True)
         batch = self._open(windows, 0, folder)
         self._forward(batch, Silent())
-        with torch.no_grad(), self.student.ends.outside(), self._precision():
+        with torch.no_grad(), self.student.outer.outside(), self._precision():
             batch.states.resume(self.count)
             losses = [
                 self.student.loss_of(window, self._read(batch.states, rows)).item()
@@ -440,7 +440,7 @@ class LayerwiseTrainer:
 
     def _open(self, windows: Sequence[int], first_step: int, folder: Path) -> StepBatch:
         """Return the files of some windows, begun or not."""
-        (like,) = self.student.ends.embed([slice(windows[0], windows[0] + 1)])
+        (like,) = self.student.outer.embed([slice(windows[0], windows[0] + 1)])
         return StepBatch(windows, first_step, folder, like)
 
     @contextmanager
@@ -474,7 +474,7 @@ class LayerwiseTrainer:
         states = batch.states
         start = max((i for i in range(self.count + 1) if states.has(i)), default=None)
         if start is None:
-            embedded = self.student.ends.embed([slice(n, n + 1) for n in batch.windows])
+            embedded = self.student.outer.embed([slice(n, n + 1) for n in batch.windows])
             for rows, hidden in zip(batch.rows, embedded, strict=True):
                 states.write(rows, hidden)
             states.advance(start := 0)
@@ -494,7 +494,7 @@ class LayerwiseTrainer:
         """Store the gradients of the last layer's outputs. Return the losses."""
         losses = []
         batch.states.resume(self.count)
-        with self.student.ends.outside(), full_float32():
+        with self.student.outer.outside(), full_float32():
             self.target.model.requires_grad_(False)
             for place, rows in enumerate(batch.rows):
                 hidden = self._read(batch.states, rows).requires_grad_()

@@ -168,17 +168,17 @@ def dense_losses(
         start: start tokens of a window, which are not predicted.
         progress: receives the windows.
     """
-    ends, device, first = EmbeddingAndHead(target, windows), target.device, max(1, start)
+    outer, device, first = EmbeddingAndHead(target, windows), target.device, max(1, start)
     progress.start("judging the dense model", len(windows))
     losses: list[float] = []
-    for rows in ends.parts(range(len(windows)), 2):
-        hidden = ends.embedded(rows)
+    for rows in outer.parts(range(len(windows)), 2):
+        hidden = outer.embedded(rows)
         for number in range(len(target.layers)):
             with target.layer(number) as layer:
-                hidden = [ends.run(number, layer, one, fast=False) for one in hidden]
-        with ends.outside(), exact_matmuls(device):
+                hidden = [outer.run(number, layer, one, fast=False) for one in hidden]
+        with outer.outside(), exact_matmuls(device):
             for row, states in zip(rows, hidden, strict=True):
-                logits = ends.head(row, states)[first - 1 : -1].float()
+                logits = outer.head(row, states)[first - 1 : -1].float()
                 losses.append(float(cross_entropy(logits, windows[row, first:].to(device))))
         progress.step(len(rows))
     progress.finish()
