@@ -169,14 +169,7 @@ def run_prepared(
             losses = _distill(prepared, done, folder, plan.sweep_windows, progress)
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         left = skipped_matrices(done, prepared.target.matrices())
-        audit = audit_checkpoint(
-            folder.model,
-            lambda name: done[name].method.pattern,
-            {name: task.sparsity for name, task in done.items()},
-            trust_remote_code=prepared.recipe.trust_remote_code,
-            progress=progress,
-        )
-        verify(audit)
+        audit = _audit(prepared.recipe, done, folder, progress)
         found = coverage(ledger.layers, prepared.target.architecture)
         cost = {**meter.read(), "resumed": folder.resumed, "processes": ranks.count}
         manifest = _manifest(
@@ -241,6 +234,19 @@ def _distill(
     losses = once(saved, learn)
     write_layers(saved / FINAL, dense, layers)
     return losses
+
+
+def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progress) -> Audit:
+    """Read the pruned model again, and compare its zeros with the tasks."""
+    audit = audit_checkpoint(
+        folder.model,
+        lambda name: tasks[name].method.pattern,
+        {name: task.sparsity for name, task in tasks.items()},
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    verify(audit)
+    return audit
 
 
 def report_of(output: Path) -> PruneResult:
