@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,32 +39,18 @@ from secateur.evaluation.perplexity import (
 )
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.runs.records.measured import Divergence
 from secateur.types import Windows
 
 
-@dataclass(frozen=True)
-class DivergenceResult:
-    """Means over all predicted tokens. Standard errors are over windows; None for one window.
+class DivergenceResult(Divergence):
+    """A divergence, with the perplexity of both models on the same windows.
 
-    Args:
-        kl: KL(dense ‖ pruned), nats per token.
-        kl_standard_error: standard error of `kl`.
-        top1_agreement: share of positions where both models rank the same token first.
-        top1_standard_error: standard error of `top1_agreement`.
-        loss_change: loss of the pruned model minus loss of the dense one, nats per token.
-        loss_change_standard_error: standard error of the paired differences.
-        tokens: number of predicted tokens.
-        model: perplexity of the pruned model on the same windows.
+    Attributes:
+        model: perplexity of the pruned model.
         reference: perplexity of the dense model.
     """
 
-    kl: float
-    kl_standard_error: float | None
-    top1_agreement: float
-    top1_standard_error: float | None
-    loss_change: float
-    loss_change_standard_error: float | None
-    tokens: int
     model: PerplexityResult
     reference: PerplexityResult
 

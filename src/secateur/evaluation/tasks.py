@@ -24,36 +24,22 @@ from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.hub import hub_or_cache
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
+from secateur.runs.records.measured import Score
 
 FEWSHOT_SEED = 1234
 METRICS = ("acc", "acc_norm")
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task.
+class TaskScore(Score):
+    """A score with its protocol.
 
-    Args:
-        task: name of the task.
-        metric: acc, or acc_norm: log-likelihoods divided by the length of the answers.
-        value: the mean over items.
-        standard_error: standard error over items; None for one item.
-        chance: the mean score of guessing; 0 if there are no choices.
-        items: number of items.
-        shots: number of solved examples before each question.
+    Attributes:
         protocol: everything that the score depends on besides the model.
         protocol_id: the id of the protocol.
         outcomes: 1 or 0 for each item, for paired comparisons.
     """
 
-    task: str
-    metric: str
-    value: float
-    standard_error: float | None
-    chance: float
-    items: int
-    shots: int
-    protocol: Mapping[str, Any]
+    protocol: dict[str, Any]
     protocol_id: str
     outcomes: tuple[float, ...]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from secateur.errors import CheckpointError
 from secateur.runs.atomic import write_json
@@ -152,13 +152,7 @@ FILE_NAME = "evaluation.json"
 SCHEMA: Literal["secateur.evaluation/2"] = "secateur.evaluation/2"
 
 
-class StrictRecord(BaseModel):
-    """A part of the file. Unknown keys are errors, so that a typo does not go unnoticed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measurement(StrictRecord):
+class Measurement(Record):
     """The fields that every result has besides its numbers.
 
     Attributes:
@@ -195,10 +189,15 @@ class Measurement(StrictRecord):
         return {}
 
 
-class PerplexityRecord(Measurement):
-    """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
+class TextMeasurement(Measurement):
+    """A measurement on one text."""
 
     text: str
+
+
+class PerplexityRecord(TextMeasurement):
+    """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
+
     perplexity: float
     mean_loss: float
     standard_error: float | None
@@ -210,10 +209,19 @@ class PerplexityRecord(Measurement):
         return {"reference_perplexity": earlier.reference_perplexity}
 
 
-class DivergenceRecord(Measurement):
-    """Distance from the reference on a text, nats per token."""
+class Divergence(Record):
+    """Means over all predicted tokens. Standard errors are over windows; None for one window.
 
-    text: str
+    Attributes:
+        kl: KL(dense ‖ pruned), nats per token.
+        kl_standard_error: standard error of `kl`.
+        top1_agreement: share of positions where both models rank the same token first.
+        top1_standard_error: standard error of `top1_agreement`.
+        loss_change: loss of the pruned model minus loss of the dense one, nats per token.
+        loss_change_standard_error: standard error of the paired differences.
+        tokens: number of predicted tokens.
+    """
+
     kl: float
     kl_standard_error: float | None
     top1_agreement: float = Field(ge=0, le=1)
@@ -223,8 +231,22 @@ class DivergenceRecord(Measurement):
     tokens: int
 
 
-class TaskRecord(Measurement):
-    """One metric of one task; fields after `shots` are null without a reference."""
+class DivergenceRecord(Divergence, TextMeasurement):
+    """Distance from the reference on a text."""
+
+
+class Score(Record):
+    """One metric of one task.
+
+    Attributes:
+        task: name of the task.
+        metric: acc, or acc_norm: log-likelihoods divided by the length of the answers.
+        value: the mean over items.
+        standard_error: standard error over items; None for one item.
+        chance: the mean score of guessing; 0 if there are no choices.
+        items: number of items.
+        shots: number of solved examples before each question.
+    """
 
     task: str
     metric: str
@@ -233,6 +255,11 @@ class TaskRecord(Measurement):
     chance: float = Field(ge=0, le=1)
     items: int = Field(ge=1)
     shots: int = Field(ge=0)
+
+
+class TaskRecord(Score, Measurement):
+    """One metric of one task; the fields of the reference are null without one."""
+
     reference_value: float | None
     difference: float | None
     difference_standard_error: float | None
@@ -257,7 +284,7 @@ class TaskRecord(Measurement):
         }
 
 
-class SampleRecord(StrictRecord):
+class SampleRecord(Record):
     """A prompt, and the continuations by the model and the reference."""
 
     prompt: str
@@ -291,7 +318,7 @@ class GenerationRecord(Measurement):
 AnyResult = TypeVar("AnyResult", bound=Measurement)
 
 
-class EvaluationRecord(StrictRecord):
+class EvaluationRecord(Record):
     """The whole file, or the results of one call."""
 
     schema_name: Literal["secateur.evaluation/2"] = Field(default=SCHEMA, alias="schema")
@@ -332,10 +359,6 @@ class EvaluationRecord(StrictRecord):
             tasks=marked(self.tasks),
             generation=marked(self.generation),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of the file."""
-        return self.model_dump(mode="json", by_alias=True)
 
     def save(self, file: Path) -> None:
         """Write the file in one step: an interrupted write keeps the old file.

@@ -39,6 +39,7 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
 from secateur.runs.records.measured import (
     FILE_NAME,
+    Divergence,
     DivergenceRecord,
     EvaluationRecord,
     GenerationRecord,
@@ -277,13 +278,7 @@ class _Measurement:
         both = protocol | {f"reference_{key}": dense_protocol[key] for key in COMPUTED}
         record = DivergenceRecord(
             text=str(text),
-            kl=found.kl,
-            kl_standard_error=found.kl_standard_error,
-            top1_agreement=found.top1_agreement,
-            top1_standard_error=found.top1_standard_error,
-            loss_change=found.loss_change,
-            loss_change_standard_error=found.loss_change_standard_error,
-            tokens=found.tokens,
+            **found.model_dump(include=set(Divergence.model_fields)),
             protocol=both,
             protocol_id=protocol_id("div", both),
             **self.shared,
@@ -324,20 +319,12 @@ class _Measurement:
 
     def _task(self, score: TaskScore, comparison: Comparison | None) -> TaskRecord:
         return TaskRecord(
-            task=score.task,
-            metric=score.metric,
-            value=score.value,
-            standard_error=score.standard_error,
-            chance=score.chance,
-            items=score.items,
-            shots=score.shots,
+            **score.model_dump(exclude={"outcomes"}),
             reference_value=comparison.reference_value if comparison else None,
             difference=comparison.difference if comparison else None,
             difference_standard_error=comparison.standard_error if comparison else None,
             significant=comparison.significant if comparison else None,
             retention=comparison.retention if comparison else None,
-            protocol=dict(score.protocol),
-            protocol_id=score.protocol_id,
             **self.shared,
         )
 
