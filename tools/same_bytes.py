@@ -2,13 +2,13 @@
 
     python tools/same_bytes.py --write FILE      # at the commit before the change
     python tools/same_bytes.py --compare FILE    # after it: names what changed, and exits with 1
-    python tools/same_bytes.py --compare FILE --only 'llama/*' --keep FOLDER
+    python tools/same_bytes.py --compare FILE --only 'llama/*,help' --keep FOLDER
 
 It runs the command lines of `same_bytes.yaml` on tiny models, kills the cases of
 `tests/runs/cases.py` at a few points and resumes them, and reads every `--help`. A digest stands
 for a file, or for an entry at the top of a JSON file, so the comparison names the entry. `--keep`
 copies all files to a folder; `diff -r` of two such folders shows what is different. `--only` takes
-names such as `llama/wanda`, `killed/prune`, `help`, `options.md` and `python`.
+names such as `llama/wanda`, `killed/prune`, `help`, `options.md`, `python` and `refused`.
 
 Only what is public is called: the command line, functions of `secateur`, models and cases of the
 tests. Clock and hardware are pretended (`pretended_machine.py`), and all files lie in one folder.
@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from pretended_machine import REAL_CLOCK, in_fork, pretend
+from same_bytes_inputs import loaded_values, make_inputs, mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path("/tmp/secateur-same-bytes")
 SOURCES, MADE, KILLED, PRINTED = (PLACE / x for x in ("sources", "made", "killed", "printed"))
-KILLS = 3
+KILLS = 2
 """At so many points a case is killed."""
 
 WRITING = ("prune", "structure", "train", "compress", "fit", "chain", "sweep", "export", "import",
@@ -57,24 +58,17 @@ def command(*words: str) -> None:
     """Run a command of `secateur` in this process."""
     from secateur.cli import main as run
 
+    os.chdir(SOURCES / "mistakes")
     sys.argv = ["secateur", *words]
     run()
 
 
-def make_sources() -> None:
-    """The models, texts and recipes that the cases start from."""
-    import yaml
-    from cases import CASES, filled
-    from cases import make_sources as make_models
+def warm_up() -> None:
+    """Prune once here, so that forks find the tables of transformers and the registries filled."""
+    from secateur import prune
 
-    from tiny import save_tiny
-
-    make_models(SOURCES)
-    for family in families():
-        save_tiny(SOURCES / family, family)
-    steps = filled(CASES["chain"].options, {"{sources}": str(SOURCES)})
-    recipe = {"model": str(SOURCES / "dense"), **steps}
-    (SOURCES / "chain.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    windows = SOURCES / "windows.safetensors"
+    prune(SOURCES / "dense", output=PLACE / "warm", sparsity=0.5, calibration=windows)
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -118,7 +112,10 @@ def run_command(name: str, lines: Mapping[str, str], done: dict[str, Digests]) -
     words += ["--output", str(output)] if writes else []
     again = AGAIN.get(words[0], ["--resume"]) if writes else []
     found: Digests = {}
-    for way, more in (("json", ["--json"]), ("text", again)):
+    ways = {"json": ["--json"], "text": again}
+    if words[0] == "bench":  # it starts processes, each of which imports torch
+        del ways["text"]
+    for way, more in ways.items():
         if words[0] == "export":
             shutil.rmtree(output, ignore_errors=True)
         out, err = (PRINTED / name.replace(" ", "-") / f"{way}.{x}" for x in ("out", "err"))
@@ -168,6 +165,9 @@ def documents() -> Iterator[tuple[str, Digests]]:
     import secateur
     from secateur.recipes.verbs import VERBS
 
+    out, err = PRINTED / "python.out", PRINTED / "python.err"
+    in_fork(partial(loaded_values, SOURCES), out, err)
+    values = entries(out, "json", "values")
     helps: Digests = {}
     for verb in ("secateur", *VERBS):
         words = [*([verb] if verb in VERBS else []), "--help"]
@@ -186,7 +186,13 @@ def documents() -> Iterator[tuple[str, Digests]]:
             each = [(p.name, str(p.kind), repr(p.default)) for p in parameters]
             text = re.sub(" at 0x[0-9a-f]+", "", f"{each} {inspect.getdoc(public)}")
             shown[name] = digest(text.encode())
-    yield "python", shown
+    yield "python", shown | values
+    refused: Digests = {}
+    for line in mistakes():
+        if not line.startswith("serve"):
+            in_fork(partial(command, *shlex.split(line)), out, err)
+            refused[line] = digest(out.read_bytes() + err.read_bytes())
+    yield "refused", refused
 
 
 class Events:
@@ -253,13 +259,20 @@ def run_killed(name: str) -> Iterator[Digests]:
         yield {f"{kill} {key}": x for key, x in (found | digests_below(KILLED)).items()}
 
 
+def is_asked(name: str, only: str) -> bool:
+    """Whether a name matches one of the patterns, separated by commas."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in only.split(","))
+
+
 def digests(only: str) -> Digests:
     """The digests of all that has such a name."""
     from cases import CASES
 
     lines, done, parts = command_lines(), dict[str, Digests](), dict[str, Digests]()
-    parts |= {name: found for name, found in documents() if fnmatch.fnmatch(name, only)}
-    for name in fnmatch.filter([*lines, *(f"killed/{x}" for x in CASES)], only):
+    parts |= {name: found for name, found in documents() if is_asked(name, only)}
+    for name in [*lines, *(f"killed/{x}" for x in CASES)]:
+        if not is_asked(name, only):
+            continue
         began = REAL_CLOCK()
         if name in lines:
             run_command(name, lines, done)
@@ -284,11 +297,12 @@ def compare(before: Digests, after: Digests) -> int:
 
 def environment() -> dict[str, str]:
     """The environment that everything runs in."""
-    folders = ("src", "tests", "tests/runs", "tools")
+    tests = sorted({x.parent for x in (ROOT / "tests").rglob("*.py")})
+    folders = [ROOT / "src", ROOT / "tools", *tests]
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON")}
     return {
         "PATH": os.environ["PATH"], "HOME": str(PLACE / "home"), "PYTHONHASHSEED": "0",
-        "PYTHONPATH": os.pathsep.join(str(ROOT / x) for x in folders), "COLUMNS": "100",
+        "PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "100",
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0",
         "MPLBACKEND": "agg", "LANG": "C.UTF-8", "TZ": "UTC", "SAME_BYTES": "1", **threads,
     }  # fmt: skip
@@ -300,7 +314,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", type=Path, metavar="FILE", help="write the digests")
     what.add_argument("--compare", type=Path, metavar="FILE", help="compare with such a file")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="only names like this")
+    parser.add_argument("--only", default="*", metavar="PATTERNS", help="only names like these")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy all files to there")
     args = parser.parse_args()
     if "SAME_BYTES" not in os.environ:
@@ -311,8 +325,10 @@ def main() -> int:
         (PLACE / "home").mkdir(parents=True)
         pretend()
         importlib.import_module("everywhere").warm_up()
-        if in_fork(make_sources, PRINTED / "sources.out", PRINTED / "sources.err"):
-            parser.exit(2, (PRINTED / "sources.err").read_text())
+        out, err = PRINTED / "inputs.out", PRINTED / "inputs.err"
+        if in_fork(partial(make_inputs, SOURCES, families()), out, err):
+            parser.exit(2, err.read_text())
+        warm_up()
         gc.collect()
         gc.freeze()  # or the first collection in a fork copies every page
         found = digests(args.only)
@@ -324,7 +340,7 @@ def main() -> int:
         print(f"{len(found)} entries")
         return 0
     before: Digests = json.loads(args.compare.read_text(encoding="utf-8"))
-    wanted = {n: x for n, x in before.items() if fnmatch.fnmatch(n.partition(": ")[0], args.only)}
+    wanted = {n: x for n, x in before.items() if is_asked(n.partition(": ")[0], args.only)}
     return compare(wanted, found)
 
 
