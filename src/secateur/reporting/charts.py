@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
-from secateur.reporting.results.sweep import SweepResult
 from secateur.reporting.wording import bare_name, percent, signed
 
 
@@ -215,7 +214,7 @@ class CurvePoint:
         return self.model, judged_part(protocol_id("ppl", self.protocol))
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """The point in words."""
         gone = "of the decoder cut out or zero" if self.cut else "zeros"
         words = (
@@ -224,31 +223,6 @@ class CurvePoint:
         if self.dense:
             words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats a token"
         return words
-
-
-def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
-    """The points of a sweep; `name` distinguishes its lines from those of other sweeps."""
-    return [
-        CurvePoint(
-            model=result.sweep.model,
-            text=text,
-            protocol=result.sweep.protocol[text],
-            series=" ".join(
-                filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
-            ),
-            sparsity=p.zeros,
-            perplexity=p.perplexity[text],
-            dense=result.dense[text],
-            joined=":" not in p.pattern,
-        )
-        for p in result.points
-        for text in result.texts
-    ]
-
-
-def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
-    """One chart for each text that sweeps were evaluated on."""
-    return curve_charts(point for result in results for point in judged_points(result))
 
 
 def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
@@ -279,7 +253,9 @@ def _chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
         series=tuple(
             Series(
                 name,
-                tuple(Mark(p.sparsity, p.perplexity, _short(p.perplexity), p.told) for p in own),
+                tuple(
+                    Mark(p.sparsity, p.perplexity, _short(p.perplexity), p.described) for p in own
+                ),
                 joined=own[0].joined and len(own) > 1,
             )
             for name, own in series.items()

@@ -262,7 +262,7 @@ def kept_weights(weight: Weight) -> Mask:
     return (weight != 0) | torch.signbit(weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RoundingSolver:
     """The parameters that solvers share which prune, and then round if `bits` is not 0.
 

@@ -14,9 +14,9 @@ from secateur.reporting.charts import (
     Mark,
     Series,
     curve_charts,
-    judged_points,
 )
 from secateur.reporting.report.records import Records, ReportedRun
+from secateur.reporting.results.sweep import judged_points
 from secateur.reporting.wording import bare_name, binary_size
 from secateur.reporting.wording import percent as percent_of
 from secateur.runs.records import LinearRecord

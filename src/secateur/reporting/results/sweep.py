@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.perplexity import protocol_id
+from secateur.reporting.charts import CurvePoint, LineChart, curve_charts
 from secateur.reporting.results.next_steps import after_a_sweep
 from secateur.reporting.tables import Block, Line, Result, Table
 from secateur.reporting.wording import bare_name, binary_size, percent
@@ -135,3 +136,28 @@ class SweepResult(Result):
 def markdown_row(cells: Sequence[str]) -> str:
     """A row of a Markdown table; bars within cells are escaped."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
+    """The points of a sweep; `name` distinguishes its lines from those of other sweeps."""
+    return [
+        CurvePoint(
+            model=result.sweep.model,
+            text=text,
+            protocol=result.sweep.protocol[text],
+            series=" ".join(
+                filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
+            ),
+            sparsity=p.zeros,
+            perplexity=p.perplexity[text],
+            dense=result.dense[text],
+            joined=":" not in p.pattern,
+        )
+        for p in result.points
+        for text in result.texts
+    ]
+
+
+def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
+    """One chart for each text that sweeps were evaluated on."""
+    return curve_charts(point for result in results for point in judged_points(result))

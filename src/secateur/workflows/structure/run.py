@@ -297,12 +297,19 @@ def _cut_into(
     write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
     if windows.record:
         shutil.copyfile(file, folder.notes / WINDOWS)
+    _write_notes(folder, recipe, manifest, source)
+    folder.finish()
+
+
+def _write_notes(
+    folder: RunFolder, recipe: StructureRecipe, manifest: Manifest, source: LocalCheckpoint
+) -> None:
+    """Write the recipe, the manifest and the card."""
     recipe_yaml = dump_recipe(recipe)
     write_text(folder.notes / "recipe.yaml", recipe_yaml)
     write_json(folder.notes / MANIFEST, manifest.to_json())
     card = structure_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(folder.model / "README.md", card)
-    folder.finish()
 
 
 def _calibrate(
