@@ -157,10 +157,10 @@ def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) ->
                 "install a C compiler and secateur again for its kernels, or cut structure",
             )
         )
-    return [*found, _speed_told(folder)]
+    return [*found, _measured_speed(folder)]
 
 
-def _speed_told(folder: Path) -> Finding:
+def _measured_speed(folder: Path) -> Finding:
     """The finding of the stored measurement, if there is one."""
     file = folder / "secateur" / "bench.json"
     command = shlex.join(["secateur", "bench", str(folder)])

@@ -311,7 +311,7 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
     return tuple(enumerate([*(k - 1 for k in kept[1:]), teacher - 1]))
 
 
-class Watch:
+class HiddenStateRecorder:
     """Keeps the outputs of some modules while the context is open.
 
     Args:
@@ -323,7 +323,7 @@ class Watch:
         self.seen: dict[int, Tensor] = {}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HiddenStateRecorder:
         for number, module in self.modules.items():
             self.handles.append(module.register_forward_hook(self.taking(number)))
         return self

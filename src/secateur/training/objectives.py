@@ -15,8 +15,8 @@ from secateur.registry import did_you_mean
 from secateur.training.batches import Batch
 from secateur.training.divergences import (
     KINDS,
+    HiddenStateRecorder,
     Rows,
-    Watch,
     divergence_rows,
     head_alone,
     hidden_loss,
@@ -144,9 +144,9 @@ class Distil:
         if not self.pairs:
             return loss_of(model, self.head, batch.ids, rows)
         layers = describe(model).layers(model)
-        with Watch({i: layers[i] for i, _ in self.pairs}) as watch:
+        with HiddenStateRecorder({i: layers[i] for i, _ in self.pairs}) as recorder:
             loss = loss_of(model, self.head, batch.ids, rows)
-        return loss + self.hidden * hidden_loss(watch.seen, taught.hidden, self.pairs)
+        return loss + self.hidden * hidden_loss(recorder.seen, taught.hidden, self.pairs)
 
 
 def _next_tokens(ids: Tensor) -> Rows:

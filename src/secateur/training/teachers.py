@@ -24,7 +24,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.training.batches import Batch
-from secateur.training.divergences import Watch, head_alone, last_hidden, through_head
+from secateur.training.divergences import HiddenStateRecorder, head_alone, last_hidden, through_head
 
 Expected = Callable[[slice, Tensor], Tensor]
 AT_ONCE_BYTES = 64 * 2**20
@@ -73,9 +73,9 @@ class ModelTeacher:
         with torch.no_grad(), _matmuls(batch.ids.device):
             if layers:
                 blocks = describe(self.model).layers(self.model)
-                with Watch({n: blocks[n] for n in layers}) as watch:
+                with HiddenStateRecorder({n: blocks[n] for n in layers}) as recorder:
                     states = last_hidden(self.model, self.head, batch.ids)
-                hidden = watch.seen
+                hidden = recorder.seen
             else:
                 states, hidden = last_hidden(self.model, self.head, batch.ids), {}
         return TeacherOutput(_from_states(self.head, states, temperature, self.vocabulary), hidden)
