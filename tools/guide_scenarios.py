@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from secateur.advisor.advice import Need
+from secateur.advisor.advice import MONTH_HOURS, AdviceQuestion, Need
 from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.money import MONTH_HOURS
-from secateur.advisor.options import CompressionWay
-from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import ModelShape, known_shape
+from secateur.advisor.options import CompressionWay, ModelShape, known_shape
 from written_files import table
 
 FACTS = read_facts()

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from guide_scenarios import FACTS, asked, billions, ranged, scenarios, shape
-from secateur.advisor.capacity import GIB, Capacity, Load, weight_bytes
+from secateur.advisor.advice import MONTH_DAYS, AdviceQuestion, learning_hours, making_of
+from secateur.advisor.capacity import GIB, Capacity, Load, Roofline, weight_bytes
 from secateur.advisor.facts import Estimate
-from secateur.advisor.money import MONTH_DAYS, learning_hours, making_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
-from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.speed import Roofline
 from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]

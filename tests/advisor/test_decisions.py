@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from secateur.advisor.advice import Advice, Need, advise_on, nearest
+from secateur.advisor.advice import Advice, AdviceQuestion, Need, advise_on, nearest
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, weight_bytes
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.options import CompressionWay
-from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import ModelShape, known_shape
+from secateur.advisor.options import CompressionWay, ModelShape, known_shape
 from secateur.errors import RecipeError
 
 

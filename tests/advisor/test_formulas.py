@@ -6,17 +6,7 @@ import math
 
 import pytest
 
-from secateur.advisor.capacity import (
-    Capacity,
-    Load,
-    ServingDevice,
-    TooMuch,
-    capacity_of,
-    memory_of,
-    weight_bytes,
-)
-from secateur.advisor.facts import API, Estimate, Facts, KnownShape, read_facts
-from secateur.advisor.money import (
+from secateur.advisor.advice import (
     Making,
     ServingCost,
     api_cost,
@@ -24,9 +14,29 @@ from secateur.advisor.money import (
     cost_of,
     making_of,
 )
-from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay, options_for
-from secateur.advisor.shape import ModelShape, known_shape
-from secateur.advisor.speed import Measured, Roofline, TokenTimes, weights_read
+from secateur.advisor.capacity import (
+    Capacity,
+    Load,
+    Measured,
+    Roofline,
+    ServingDevice,
+    TokenTimes,
+    TooMuch,
+    capacity_of,
+    memory_of,
+    weight_bytes,
+    weights_read,
+)
+from secateur.advisor.facts import API, Estimate, Facts, KnownShape, read_facts
+from secateur.advisor.options import (
+    STRUCTURES,
+    VALUES,
+    ZEROS,
+    CompressionWay,
+    ModelShape,
+    known_shape,
+    options_for,
+)
 
 
 def option(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:

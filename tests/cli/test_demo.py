@@ -12,7 +12,7 @@ from commands import Outcome
 from gguf_models import byte_level
 from secateur import compress, evaluate
 from secateur.models.skeleton import quiet_transformers
-from secateur.reporting.wording import binary_size
+from secateur.reporting.tables import binary_size
 from tiny import save_tiny
 from trained import source_text
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from secateur.cli.progress import ProgressLines, TerminalBar, show_progress
-from secateur.reporting.wording import duration
+from secateur.reporting.tables import duration
 
 
 class Log:

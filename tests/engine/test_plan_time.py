@@ -11,8 +11,7 @@ import torch
 import secateur
 from secateur.engine import plan_time
 from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_seconds
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask
+from secateur.engine.prune.tasks import LinearTask, Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.sparsity.methods import compose, methods
 from tiny import save_tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as t
 
-from secateur.advisor.shape import ModelShape
+from secateur.advisor.options import ModelShape
 from secateur.models.layer_cache import LayerCache, layer_caches
 from secateur.models.skeleton import without_weights
 from secateur.workflows.advise import counted

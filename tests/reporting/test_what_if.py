@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-from secateur.advisor.advice import Need
-from secateur.advisor.capacity import Capacity, Load
+from secateur.advisor.advice import AdviceQuestion, Need
+from secateur.advisor.capacity import Capacity, Load, TokenTimes
 from secateur.advisor.facts import Facts, read_facts
-from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import LayerKind, ModelShape, known_shape
-from secateur.advisor.speed import TokenTimes
+from secateur.advisor.options import LayerKind, ModelShape, known_shape
 from secateur.models.layer_cache import LayerCache
 from secateur.reporting.report import page
 from secateur.reporting.report.what_if import what_if_data

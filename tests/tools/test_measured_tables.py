@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from secateur.reporting.wording import duration
+from secateur.reporting.tables import duration
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "docs" / "methods" / "presets.md"

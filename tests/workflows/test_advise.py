@@ -12,8 +12,7 @@ import transformers
 import secateur
 from commands import runner
 from secateur.advisor.facts import read_facts
-from secateur.advisor.options import options_for
-from secateur.advisor.shape import known_shape
+from secateur.advisor.options import known_shape, options_for
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.skeleton import build_skeleton, without_weights
 from secateur.recipes.options import options_of, run_options_of

@@ -1,34 +1,165 @@
 """Compares the options under a load and decides: leave it, quantize, prune, both, or distill.
 
 An option is *safe* if even its lowest published accuracy keeps the bound, *possible* if its highest
-does. Among the safe ones the cheapest to serve wins; if several cost the
-same, the one that changes least. Possible ones are named with the advice to measure.
+does. Among the safe ones the cheapest to serve wins; if several cost the same,
+the one that changes least. Possible ones are named with the advice to measure.
 
 A device costs the same however little it serves. For a load that needs less than half of one, the
 verdict begins with that, and names the hosted model and the other device that would cost less.
 
 When nothing serves a load within its bounds, the advice names those that would have to be looser.
+
+Serving and making the model cost
+
+    month  = devices · price · 730 h           year = devices · price · 8760 h
+    tokens = month / (requests per day · 30.42 · tokens of a request) · 1,000,000
+    API    = requests per month · (P · input + N · output) / 1,000,000
+    prune  = seconds of a 7B model · parameters / 7 billion
+    learn  = (6 · student + 2 · teacher) · tokens / (peak · e)     operations of a training step
+
+A `Question` is everything that an advice depends on, as data: the same question has the same
+answer. `secateur advise` writes it with the answer, so `secateur report` computes the answer again
+and the what-if page can vary it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from secateur.advisor.capacity import GIB, Capacity, Load, ServingDevice, TooMuch, capacity_of
-from secateur.advisor.facts import Estimate, Facts, Hardware
-from secateur.advisor.money import (
-    APICost,
-    Making,
-    ServingCost,
-    api_cost,
-    break_even_months,
-    cost_of,
-    making_of,
+from secateur.advisor.capacity import (
+    GIB,
+    Capacity,
+    Load,
+    Measured,
+    Roofline,
+    ServingDevice,
+    TimeModel,
+    TokenTimes,
+    TooMuch,
+    capacity_of,
+    most_requests,
 )
-from secateur.advisor.options import CompressionWay, options_for
-from secateur.advisor.shape import ModelShape
+from secateur.advisor.facts import API, Estimate, Facts, Hardware
+from secateur.advisor.options import CompressionWay, LayerKind, ModelShape, options_for
+from secateur.models.layer_cache import LayerCache
+
+MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
+
+PRUNING_METHOD = "alps"
+"""Its published time is the longest of the one-shot methods; the presets are near it."""
+
+PRUNING_DEVICE = "a100-80gb"
+
+
+@dataclass(frozen=True)
+class ServingCost:
+    """What serving costs, in USD.
+
+    Attributes:
+        month: of all devices.
+        year: of all devices.
+        million_tokens: prompt and answer tokens together.
+    """
+
+    month: Estimate
+    year: Estimate
+    million_tokens: Estimate
+
+
+@dataclass(frozen=True)
+class Making:
+    """What it costs to make a model once.
+
+    Attributes:
+        gpu_hours: of the device that its formula names.
+        usd: at the price of that device.
+        formula: how the hours were found.
+    """
+
+    gpu_hours: Estimate
+    usd: Estimate
+    formula: str
+
+
+@dataclass(frozen=True)
+class APICost:
+    """A hosted model under the same load.
+
+    Attributes:
+        name: of the model.
+        month: USD.
+        requests_per_day: from which serving one copy oneself is cheaper; None if never.
+    """
+
+    name: str
+    month: float
+    requests_per_day: float | None
+
+
+def cost_of(found: Capacity, load: Load, price: Estimate) -> ServingCost:
+    """What serving costs. Low joins few devices with a low price, high many with a high one."""
+    hour = found.devices.times(price)
+    tokens = load.requests_per_day * MONTH_DAYS * load.context
+    month = hour * MONTH_HOURS
+    return ServingCost(month, hour * YEAR_HOURS, month * (1e6 / tokens))
+
+
+def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making:
+    """What it costs to make an option: pruning or cutting, rounding, distillation."""
+    device = facts.hardware[PRUNING_DEVICE]
+    parts = (option.structure, option.zeros, option.values)
+    passes = sum("".join(part.commands).startswith("secateur") for part in parts)  # FP8 needs none
+    seconds = facts.pruning_seconds_of_7b[PRUNING_METHOD] * model.parameters / 7e9 * passes
+    hours = Estimate.exact(seconds / 3600)
+    formula = f"{passes} x {PRUNING_METHOD} on one {device.name}, published time, by parameters"
+    if option.structure.tokens:
+        student = option.shape(model)
+        operations = 6 * student.per_token + 2 * model.per_token
+        hours = hours + learning_hours(operations, option.structure.tokens, device, facts)
+        formula += f"; distillation on {option.structure.tokens / 1e9:g} billion tokens"
+    usd = hours.times(facts.price(device))
+    return Making(hours, usd, formula if passes else "nothing to make")
+
+
+def learning_hours(operations: float, tokens: float, device: Hardware, facts: Facts) -> Estimate:
+    """Hours of one GPU to train: operations per token · tokens / (peak · e) / 3600.
+
+    Args:
+        operations: of a token; 6 for each weight that learns, 2 for each that only predicts.
+        tokens: in all.
+        device: its peak in bfloat16.
+        facts: the fraction of the peak that training reaches.
+    """
+    work = operations * tokens
+    reached = Estimate(*facts.training_compute)
+    return reached.map(lambda e: work / (device.tflops["bf16"] * 1e12 * e) / 3600)
+
+
+def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) -> APICost:
+    """A hosted model, and from how many requests on serving is cheaper.
+
+    One copy costs the same however little it serves, so below some load the API is cheaper. If a
+    copy at its limit still costs more for a request, serving never is.
+    """
+    request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6
+    copy = found.shared_by * price.typical * 24
+    most = most_requests(found.least_busy.typical, load)
+    least = copy / request if request else float("inf")
+    return APICost(
+        name,
+        request * load.requests_per_day * MONTH_DAYS,
+        least if least <= most else None,
+    )
+
+
+def break_even_months(making: Making, before: ServingCost, after: ServingCost) -> float | None:
+    """Months until the saved money has paid for the making; None if nothing is saved."""
+    saved = before.month.typical - after.month.typical
+    return making.usd.typical / saved if saved > 0 else None
+
 
 LEAST_SAVING = 0.05
 """A change that saves less than this part of the cost is not worth its risk."""
@@ -356,3 +487,106 @@ def _misses(rows: Sequence[Considered], bound: str, floor: float) -> Iterator[tu
             and row.capacity.bound == bound
         ):
             yield row.capacity.least, row.option.name
+
+
+@dataclass(frozen=True)
+class AdviceQuestion:
+    """A model, a device and a need.
+
+    Attributes:
+        model: the sizes, not cut.
+        hardware: what it runs on, with its price.
+        memory_bytes: of one device.
+        facts: efficiency, prices, published losses.
+        need: the load and the bounds.
+        times: measured on this machine, by the name of each option; None for the roofline.
+    """
+
+    model: ModelShape
+    hardware: Hardware
+    memory_bytes: int
+    facts: Facts
+    need: Need
+    times: Mapping[str, TokenTimes] | None = None
+
+    @property
+    def device(self) -> ServingDevice:
+        """The memory of the device and its time model."""
+        kind = self.hardware.kind
+        alone = {"most": 1, "most_batch": 1} if kind == "cpu" else {}
+        return ServingDevice(kind, self.memory_bytes, self.speed, **alone)
+
+    def speed(self, devices: int) -> TimeModel:
+        """The times when so many devices share a model."""
+        if self.times is not None:
+            return Measured(self.model, self.times)
+        return Roofline(self.hardware, self.facts.efficiency[self.hardware.kind], devices)
+
+    def options(self) -> list[CompressionWay]:
+        """The ways to compare, the model itself first."""
+        return list(options_for(self.model, self.hardware))
+
+    def answer(self) -> Advice:
+        """The advice."""
+        return advise_on(
+            self.model, self.hardware, self.device, self.facts, self.need, self.others()
+        )
+
+    def others(self) -> list[tuple[Hardware, ServingDevice]]:
+        """All other devices with a data sheet, with their memory and speed."""
+        return [
+            (other, self.on(other).device)
+            for other in self.facts.hardware.values()
+            if other.on_paper and other.name != self.hardware.name
+        ]
+
+    def on(self, other: Hardware) -> AdviceQuestion:
+        """The same question about another device, by its data sheet."""
+        size = round((other.memory_gib or 0) * 2**30)
+        return replace(self, hardware=other, memory_bytes=size, times=None)
+
+    def with_need(self, **changes: Any) -> AdviceQuestion:
+        """The same question with another load or other bounds.
+
+        Args:
+            **changes: fields of `Need` or of `Load`.
+        """
+        bounds = {name: value for name, value in changes.items() if name in BOUNDS}
+        load = {name: value for name, value in changes.items() if name not in BOUNDS}
+        need = replace(self.need, load=replace(self.need.load, **load), **bounds)
+        return replace(self, need=need)
+
+    def to_json(self) -> dict[str, Any]:
+        """The question as one JSON object."""
+        return {
+            "model": asdict(self.model),
+            "hardware": self.hardware.model_dump(mode="json"),
+            "memory_bytes": self.memory_bytes,
+            "facts": self.facts.model_dump(mode="json"),
+            "need": asdict(self.need),
+            "times": self.times and {name: asdict(one) for name, one in self.times.items()},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> AdviceQuestion:
+        """The question that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such object.
+        """
+        times, need = record["times"], record["need"]
+        kinds = tuple(
+            LayerKind(kind["layers"], LayerCache(**kind["cache"]))
+            for kind in record["model"]["kinds"]
+        )
+        return cls(
+            ModelShape(**{**record["model"], "kinds": kinds}),
+            Hardware.model_validate(record["hardware"]),
+            int(record["memory_bytes"]),
+            Facts.model_validate(record["facts"]),
+            Need(**{**need, "load": Load(**need["load"])}),
+            times and {name: TokenTimes(**one) for name, one in times.items()},
+        )
+
+
+BOUNDS = ("quality_loss", "gpu_hours")

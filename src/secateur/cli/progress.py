@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from secateur.progress import Progress as Listener
-from secateur.reporting.wording import duration
+from secateur.reporting.tables import duration
 
 INTERVAL_SECONDS = 5.0
 """Seconds between two lines of progress when stderr is not a terminal."""

@@ -21,8 +21,13 @@ from torch import Tensor, nn
 from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import of_inputs, statistics
 from secateur.engine.choose.candidate_evaluator import WINDOW_TOKENS
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, input_statistics
+from secateur.engine.prune.tasks import (
+    LinearTask,
+    Settings,
+    Tasks,
+    gradient_statistics,
+    input_statistics,
+)
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.offload import LiveTensors
@@ -189,10 +194,9 @@ def plan_run(
         extra_tokens: number of tokens that only the distillation reads.
     """
     refuse_unknown(target)
-    length = 0 if windows is None else windows.shape[1]
+    length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
     layers, found = target.layers, layouts(target, length) if length else []
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
-    tokens = windows.numel() if windows is not None else 0
     stored, forward, waiting, tuning = 0, 0, 0, 0
     if windows is not None:
         stored, forward, waiting = _forward_bytes(target, found, windows, tasks, settings)

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from secateur.calibration.statistics import of_gradients, of_inputs, statistics
 from secateur.engine.plan import calls_of
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Tasks
+from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.layouts import kind_of
 from secateur.engine.stream.targets import Target

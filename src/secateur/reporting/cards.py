@@ -13,8 +13,7 @@ from secateur.models.samples import MODELS
 from secateur.publishing import without_folders
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.export import ImportResult
-from secateur.reporting.tables import by_layer
-from secateur.reporting.wording import binary_size
+from secateur.reporting.tables import binary_size, by_layer
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
 
 OURS = "secateur"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
-from secateur.reporting.wording import bare_name, percent, signed
+from secateur.reporting.tables import bare_name, percent, signed
 
 
 @dataclass(frozen=True)

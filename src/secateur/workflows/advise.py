@@ -7,13 +7,10 @@ from typing import Any
 
 import psutil
 
-from secateur.advisor.advice import Need
-from secateur.advisor.capacity import Load
+from secateur.advisor.advice import AdviceQuestion, Need
+from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
-from secateur.advisor.options import options_for
-from secateur.advisor.question import AdviceQuestion
-from secateur.advisor.shape import ModelShape, kinds_of, known_shape
-from secateur.advisor.speed import TokenTimes
+from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.token_times import WeightFormat, time_tokens
 from secateur.models.architecture import describe, linears_of

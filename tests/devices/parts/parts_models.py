@@ -16,7 +16,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.choose.depth import DepthSettings, choose_depth
 from secateur.engine.prune.refit import Refit
-from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity

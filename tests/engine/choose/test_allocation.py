@@ -19,8 +19,7 @@ from secateur.engine.choose.allocation import (
     search_levels,
 )
 from secateur.engine.choose.candidate_evaluator import CandidateEvaluator, FitnessCache
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import Selection, tasks_of
+from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget

@@ -9,7 +9,7 @@ import torch
 
 from oracles.hidden import channel_scores
 from secateur.engine.choose.channels import hidden_scores
-from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe

@@ -13,7 +13,7 @@ from torch import nn
 from oracles import beside
 from oracles.depth import divergence
 from secateur.engine.prune.refit import Refit, can_refit
-from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import describe
 from secateur.progress import Silent

@@ -30,8 +30,13 @@ from secateur.engine.choose.candidate_evaluator import (
 )
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Tasks, gradient_statistics, with_sparsities
+from secateur.engine.prune.tasks import (
+    LinearTask,
+    Settings,
+    Tasks,
+    gradient_statistics,
+    with_sparsities,
+)
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.gradients import stored_gradients

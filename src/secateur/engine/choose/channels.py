@@ -23,7 +23,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import statistics
-from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, NumericalError

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
 from secateur.engine.prune.group_pruning import TargetStatistics
-from secateur.engine.prune.settings import Settings
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group_with_dense

@@ -43,8 +43,13 @@ from secateur.engine.prune.reconstruction import (
     output_error,
     reconstruct,
 )
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import Tasks, gradient_statistics, input_statistics, left_dense
+from secateur.engine.prune.tasks import (
+    Settings,
+    Tasks,
+    gradient_statistics,
+    input_statistics,
+    left_dense,
+)
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.gradients import stored_gradients

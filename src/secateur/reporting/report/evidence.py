@@ -16,7 +16,7 @@ from secateur.reporting.report.headline import claims
 from secateur.reporting.report.quality import quality_rows
 from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.results.sweep import markdown_row
-from secateur.reporting.wording import binary_size
+from secateur.reporting.tables import binary_size
 from secateur.runs.records.measured import EvaluationRecord
 
 

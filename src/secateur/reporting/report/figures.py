@@ -17,8 +17,8 @@ from secateur.reporting.charts import (
 )
 from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.results.sweep import judged_points
-from secateur.reporting.wording import bare_name, binary_size
-from secateur.reporting.wording import percent as percent_of
+from secateur.reporting.tables import bare_name, binary_size
+from secateur.reporting.tables import percent as percent_of
 from secateur.runs.records import LinearRecord
 
 ALIKE = 0.005

@@ -15,8 +15,15 @@ from secateur.reporting.report.records import ReportedFit, ReportedRun
 from secateur.reporting.results.evaluate import GAIN
 from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.results.next_steps import command
-from secateur.reporting.tables import Table
-from secateur.reporting.wording import bare_name, binary_size, counted, duration, percent, signed
+from secateur.reporting.tables import (
+    Table,
+    bare_name,
+    binary_size,
+    counted,
+    duration,
+    percent,
+    signed,
+)
 from secateur.runs.records import Compression
 from secateur.runs.records.measured import (
     EvaluationRecord,

@@ -39,8 +39,16 @@ from secateur.reporting.report.records import (
 )
 from secateur.reporting.report.what_if import advice_view
 from secateur.reporting.results.sweep import SweepResult
-from secateur.reporting.tables import Block, Line, Result, by_layer
-from secateur.reporting.wording import bare_name, binary_size, counted, percent
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    bare_name,
+    binary_size,
+    by_layer,
+    counted,
+    percent,
+)
 from secateur.runs.records import Finding
 from secateur.runs.records.measured import GenerationRecord
 from secateur.runs.records.run import Manifest

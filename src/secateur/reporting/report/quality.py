@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from secateur.evaluation.perplexity import COMPUTED, judged_part
 from secateur.reporting.report.records import ReportedRun
-from secateur.reporting.wording import bare_name, percent, signed
+from secateur.reporting.tables import bare_name, percent, signed
 from secateur.runs.records.measured import (
     DivergenceRecord,
     EvaluationRecord,

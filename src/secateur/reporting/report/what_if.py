@@ -9,11 +9,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.advisor import capacity, money, speed
-from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD
+from secateur.advisor import advice, capacity
+from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD, AdviceQuestion
 from secateur.advisor.facts import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
-from secateur.advisor.question import AdviceQuestion
 from secateur.reporting.report.records import ReportedAdvice
 from secateur.reporting.tables import Table
 
@@ -128,15 +127,15 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
             "chunk_tokens": capacity.CHUNK_TOKENS,
             "fragmentation": capacity.FRAGMENTATION,
             "runtime_bytes": capacity.RUNTIME_BYTES,
-            "parallel_efficiency": speed.PARALLEL_EFFICIENCY,
-            "measured_spread": speed.Measured.spread,
+            "parallel_efficiency": capacity.PARALLEL_EFFICIENCY,
+            "measured_spread": capacity.Measured.spread,
             "batches": list(capacity.BATCHES),
             "shared_by": list(capacity.SHARED_BY),
-            "month_hours": money.MONTH_HOURS,
-            "year_hours": money.YEAR_HOURS,
-            "month_days": money.MONTH_DAYS,
-            "pruning_device": money.PRUNING_DEVICE,
-            "pruning_method": money.PRUNING_METHOD,
+            "month_hours": advice.MONTH_HOURS,
+            "year_hours": advice.YEAR_HOURS,
+            "month_days": advice.MONTH_DAYS,
+            "pruning_device": advice.PRUNING_DEVICE,
+            "pruning_method": advice.PRUNING_METHOD,
             "least_saving": LEAST_SAVING,
             "filled": FILLED,
             "least_usd": LEAST_USD,

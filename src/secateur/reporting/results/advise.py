@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.advisor.advice import Advice, Considered, nearest
+from secateur.advisor.advice import Advice, AdviceQuestion, Considered, nearest
 from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.cluster import ClusterPlan
 from secateur.advisor.facts import ESTIMATED, GIVEN, MEASURED, PUBLISHED, Estimate, Facts
-from secateur.advisor.question import AdviceQuestion
 from secateur.errors import CheckpointError
-from secateur.reporting.tables import Block, Line, Result, Table
-from secateur.reporting.wording import binary_size, time_range
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
 
 SCHEMA = "secateur.advice/1"
 SHOWN = 8

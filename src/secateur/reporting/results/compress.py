@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.reporting.results.next_steps import after_a_packed_folder
-from secateur.reporting.tables import Block, Line, Result, Table
-from secateur.reporting.wording import binary_size, signed
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, signed
 from secateur.runs.records import Compression
 from secateur.runs.records.run import BFLOAT16_BYTES
 

@@ -12,8 +12,15 @@ from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.evaluate import BenchResult, EvaluateResult
 from secateur.reporting.results.next_steps import command, generation
 from secateur.reporting.results.prune import PruneResult
-from secateur.reporting.tables import Block, Line, Result, Table, next_steps
-from secateur.reporting.wording import binary_size, without_blank_lines
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    binary_size,
+    next_steps,
+    without_blank_lines,
+)
 
 
 @dataclass(frozen=True, repr=False)

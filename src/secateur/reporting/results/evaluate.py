@@ -9,8 +9,15 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.reporting.tables import Block, Line, Result, Table, with_error
-from secateur.reporting.wording import binary_size, without_blank_lines
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    binary_size,
+    with_error,
+    without_blank_lines,
+)
 from secateur.runs.records import Bench, TimingEntry
 from secateur.runs.records.measured import (
     DivergenceRecord,

@@ -11,8 +11,7 @@ from typing import Any
 
 from secateur.exporting import Exported
 from secateur.reporting.results.next_steps import after_a_dense_folder, layer_of
-from secateur.reporting.tables import Block, Line, Result, Table
-from secateur.reporting.wording import binary_size
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size
 from secateur.runs.records import Import, ImportedMatrix
 
 

@@ -15,8 +15,7 @@ from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_fit
-from secateur.reporting.tables import Block, Line, Result, Table
-from secateur.reporting.wording import binary_size, signed
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, signed
 
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"

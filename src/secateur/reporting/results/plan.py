@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.engine.plan import Plan
-from secateur.reporting.tables import Block, Result, Table, not_pruned
-from secateur.reporting.wording import binary_size, time_range
+from secateur.reporting.tables import Block, Result, Table, binary_size, not_pruned, time_range
 from secateur.runs.records import Counts
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.next_steps import after_a_dense_folder, after_a_packed_folder
-from secateur.reporting.tables import Block, Result, Table, by_layer, not_pruned
-from secateur.reporting.wording import binary_size
+from secateur.reporting.tables import Block, Result, Table, binary_size, by_layer, not_pruned
 from secateur.runs.records import ChainStep, Layer, Manifest, SkippedMatrix, Structure, Training
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from secateur.evaluation.perplexity import protocol_id
 from secateur.reporting.charts import CurvePoint, LineChart, curve_charts
 from secateur.reporting.results.next_steps import after_a_sweep
-from secateur.reporting.tables import Block, Line, Result, Table
-from secateur.reporting.wording import bare_name, binary_size, percent
+from secateur.reporting.tables import Block, Line, Result, Table, bare_name, binary_size, percent
 from secateur.runs.records import Sweep, SweepPoint
 
 

@@ -13,8 +13,7 @@ from secateur.engine.job import Job
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import LinearTask, Selection, Tasks, tasks_of
+from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, tasks_of
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError

@@ -40,8 +40,7 @@ from secateur.engine.choose.experts import (
 from secateur.engine.memory_budget import fitting_plan
 from secateur.engine.plan import Plan, plan_run
 from secateur.engine.prune.refit import Refit
-from secateur.engine.prune.settings import Settings
-from secateur.engine.prune.tasks import Selection, tasks_of
+from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import PatchedCopy
