@@ -17,7 +17,7 @@ Serving and making the model cost
     prune  = seconds of a 7B model · parameters / 7 billion
     learn  = (6 · student + 2 · teacher) · tokens / (peak · e)     operations of a training step
 
-A `Question` is everything that an advice depends on, as data: the same question has the same
+A `AdviceQuestion` is everything that an advice depends on, as data: the same question has the same
 answer. `secateur advise` writes it with the answer, so `secateur report` computes the answer again
 and the what-if page can vary it.
 """
