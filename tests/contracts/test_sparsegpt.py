@@ -16,7 +16,7 @@ from secateur.sparsity.solvers.obs import OBS
 
 
 def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None):
-    solver, pattern = OBS(damping, block_columns), parsed(text, scope)
+    solver, pattern = OBS(damping, block_columns=block_columns), parsed(text, scope)
     solution = solver.solve(
         case.weight, solver.prepare(case.statistics), pattern, sparsity, mask=mask
     )
