@@ -52,16 +52,16 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
         pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
     finally:
         process.end()
-    told = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
+    predicted = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
     found = [1e3 * round["each_token"] for _, round in pairs]
     memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
     return {
         "model": model,
         "stored": name,
-        "predicted_ms": statistics.median(told),
+        "predicted_ms": statistics.median(predicted),
         "measured_ms": statistics.median(found),
-        "time_error": statistics.median(a / b - 1 for a, b in zip(told, found, strict=True)),
-        "predicted_ms_each": told,
+        "time_error": statistics.median(a / b - 1 for a, b in zip(predicted, found, strict=True)),
+        "predicted_ms_each": predicted,
         "measured_ms_each": found,
         "predicted_bytes": memory.total,
         "measured_bytes": process.ready["resident_bytes"],

@@ -114,8 +114,8 @@ def measured(name: str, folder: Path, rounds: int, **options: Any) -> list[dict[
     report: BenchResult = secateur.bench(folder, rounds=rounds, **options)
     print(f"{name}: {report.verdict}", flush=True)
     return [
-        {"model": name, "file_bytes": report.file_bytes, **told}
-        for told in report.to_json()["contenders"]
+        {"model": name, "file_bytes": report.file_bytes, **row}
+        for row in report.to_json()["contenders"]
     ]
 
 

@@ -76,11 +76,11 @@ def pruned(args: argparse.Namespace, folder: Path, row: str, own: dict[str, Any]
     method |= {"distill_learning_rate": args.rate} if args.rate else {}
     options = {"effort": "best", **text, **pattern, **method, **own}
     out = folder / row.replace(" ", "-")
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", PRUNE, args.model, str(out), json.dumps(options)],
         check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ).stdout  # fmt: skip
-    found: dict[str, Any] = json.loads(told.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {
         "peak_resident_bytes": found["cost"]["peak_resident_bytes"],
         "planned_bytes": found["plan"]["distilling_bytes"],

@@ -139,8 +139,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                     usual = row[f"dense, {way.split(', ')[1]}"]
                     faster = usual["token_seconds"] / own["token_seconds"]
                     prompt = usual["prompt_seconds"] / own["prompt_seconds"]
-                    told = f"{1 / own['token_seconds']:.1f} tokens/s"
-                    found.append([name, way, told, f"{faster:.2f} ×, prompt {prompt:.2f} ×"])
+                    speed = f"{1 / own['token_seconds']:.1f} tokens/s"
+                    found.append([name, way, speed, f"{faster:.2f} ×, prompt {prompt:.2f} ×"])
         else:
             found.append([name, *of_pruning(row)])
     return found
@@ -154,8 +154,8 @@ def of_pruning(row: dict[str, Any]) -> list[str]:
     kind = "measured" if row["layers"] == LAYERS else f"from {row['layers']} layers"
     bound = BOUNDS[row["name"].split()[1]]
     peak = row["peak_cuda_bytes"]
-    told = "" if peak is None else f"{peak / 2**30:.1f} GiB"
-    return [kind, f"{whole:.1f} min of {bound}", told]
+    memory = "" if peak is None else f"{peak / 2**30:.1f} GiB"
+    return [kind, f"{whole:.1f} min of {bound}", memory]
 
 
 def scale_of(dry: bool) -> Any:
@@ -216,14 +216,14 @@ def main() -> None:
         stored.RESULTS = args.results
     if not args.table:
         protocol = {"protocol": __doc__}
-        told = heading(args.dry)
-        found = stored.known_rows("gpu", protocol, told)
+        setup = heading(args.dry)
+        found = stored.known_rows("gpu", protocol, setup)
         known = {row["name"] for row in found if "failure" not in row}
         found = [row for row in found if row["name"] in known]
 
         def keep(row: dict[str, Any]) -> None:
             found.append(row)
-            stored.write_rows("gpu", told, protocol, found)
+            stored.write_rows("gpu", setup, protocol, found)
 
         with tempfile.TemporaryDirectory() as scratch:
             rows = rows_of(scale_of(args.dry), args.work or Path(scratch), args.layers, args.few)

@@ -255,10 +255,10 @@ def prune_row(scale: Scale, method: str, layers: int, scratch: Path) -> dict:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     cost = json.loads(done.stdout)["cost"]
-    told = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "layers": layers,
         "seconds": cost["seconds"],
-        "seconds_of_layers": [json.loads(line)["seconds"] for line in told],
+        "seconds_of_layers": [json.loads(line)["seconds"] for line in lines],
         "peak_cuda_bytes": cost.get("peak_cuda_bytes"),
     }

@@ -57,9 +57,9 @@ def started(name: str, sources: Path, output: Path, how: str) -> subprocess.Pope
 
 def finished(process: subprocess.Popen[str]) -> None:
     """Wait for the end of a process that must succeed."""
-    _, told = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        raise SystemExit(told)
+        raise SystemExit(errors)
 
 
 def whole_runs(names: list[str], sources: Path, place: Path) -> dict[str, tuple[float, dict]]:
@@ -121,8 +121,8 @@ def main() -> None:
             )
             print(json.dumps(rows[-1]), flush=True)
     print(f"written to {keep('kill', vars(args), rows)}")
-    told = [[name, *counts(name, rows)] for name in args.cases]
-    print(markdown(["case", "killed", "then identical"], told))
+    table = [[name, *counts(name, rows)] for name in args.cases]
+    print(markdown(["case", "killed", "then identical"], table))
     sys.exit(0 if all(row["identical"] for row in rows) else 3)
 
 

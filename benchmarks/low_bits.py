@@ -198,11 +198,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(args, args.keep or Path(temporary))
         protocol = {"judged": "see benchmarks/low_bits.py", "loss": "nats per token"}
-        told = {"model": args.model, "method": args.method, "samples": list(bench.samples),
+        setup = {"model": args.model, "method": args.method, "samples": list(bench.samples),
                 "windows": bench.windows}  # fmt: skip
         if not known("not rounded", ""):
             found = {"row": "not rounded", "column": "", "loss": bench.loss(bench.model)}
-            add("low-bits", protocol, {**told, **found})
+            add("low-bits", protocol, {**setup, **found})
         for column, row in ((c, r) for c in args.columns for r in args.only):
             if known(row, column):
                 continue
@@ -210,7 +210,7 @@ def main() -> None:
             found = {"row": row, "column": column, "loss": bench.loss(made)}
             if row in ("then", "then taught", "nearest", "auto-round"):
                 found["lost_zeros"] = lost_zeros(bench.pruned(COLUMNS[column][0]), Path(made))
-            add("low-bits", protocol, {**told, **found})
+            add("low-bits", protocol, {**setup, **found})
             print(found, flush=True)
     print(table(known_rows("low-bits"), args.model))
 

@@ -105,10 +105,10 @@ def in_processes(args: argparse.Namespace, shape: str, batch: int) -> dict[str, 
     command = [sys.executable, __file__, "--tier", args.tier, "--rounds", str(args.rounds)]
     command += ["--group", str(args.group), "--values", *args.values]
     for _ in range(args.processes):
-        told = subprocess.run(
+        output = subprocess.run(
             [*command, "--one", shape, str(batch)], check=True, capture_output=True, text=True
         ).stdout
-        for name, times in json.loads(told.splitlines()[-1]).items():
+        for name, times in json.loads(output.splitlines()[-1]).items():
             pooled.setdefault(name, []).extend(times)
     return {name: spread(times) for name, times in pooled.items()}
 
@@ -162,12 +162,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns += ["byte limit", "to dense int8", "to torch bf16"]
     lines = []
     for r in rows:
-        told = [r["shape"], r["batch"], r["values"], f"{r['sparsity']:.0%}"]
-        told += [f"{r['median_ms']:.3f}", f"{r['best_dense']} {r['dense_ms'][r['best_dense']]:.3f}"]
-        told += [f"{r[key]:.2f}" for key in ("ratio", "ratio_of_fast", "byte_limit")]
+        cells = [r["shape"], r["batch"], r["values"], f"{r['sparsity']:.0%}"]
+        cells += [
+            f"{r['median_ms']:.3f}",
+            f"{r['best_dense']} {r['dense_ms'][r['best_dense']]:.3f}",
+        ]
+        cells += [f"{r[key]:.2f}" for key in ("ratio", "ratio_of_fast", "byte_limit")]
         for key in ("ratio_to_own_int8", "ratio_to_torch_bf16"):
-            told.append(f"{r[key]:.2f}" if key in r else "")
-        lines.append([str(x) for x in told])
+            cells.append(f"{r[key]:.2f}" if key in r else "")
+        lines.append([str(x) for x in cells])
     return markdown(columns, lines)
 
 

@@ -93,8 +93,8 @@ def measure(layers: int, args: argparse.Namespace, scratch: Path) -> dict:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     manifest = json.loads(done.stdout)
-    told = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
-    of_layers = {r["layer"]: r["seconds"] for r in map(json.loads, told)}
+    lines = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    of_layers = {r["layer"]: r["seconds"] for r in map(json.loads, lines)}
     planned = manifest["plan"]["peak_bytes"]
     measured = manifest["cost"]["peak_resident_bytes"]
     return {

@@ -65,23 +65,23 @@ def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
     assert shell.stdout is not None
     rows: list[dict[str, Any]] = []
     began, cpu = 0.0, list[float]()
-    with log.open("a", encoding="utf-8") as told:
+    with log.open("a", encoding="utf-8") as file:
         for line in shell.stdout:
             words = line.split()
             if CPU.fullmatch(line.strip()):
                 cpu.append(sum(map(in_seconds, words)))
                 continue
             if words[:1] != [MARK]:
-                told.write(line)
+                file.write(line)
                 continue
             command = lines[int(words[1])]
             if len(words) == 2:
                 began = time.monotonic()
-                told.write(f"\n$ {command}\n")
+                file.write(f"\n$ {command}\n")
                 continue
             seconds = time.monotonic() - began
-            told.write(f"[{seconds:.1f} s]\n")
-            told.flush()
+            file.write(f"[{seconds:.1f} s]\n")
+            file.flush()
             print(f"{seconds:8.1f} s  {command}", flush=True)
             if words[2] != "0":
                 sys.exit(f"{command} failed with {words[2]}: see {log}")
@@ -92,9 +92,9 @@ def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def in_seconds(told: str) -> float:
+def in_seconds(text: str) -> float:
     """The seconds of a time such as 1m2.345s."""
-    minutes, _, seconds = told.removesuffix("s").partition("m")
+    minutes, _, seconds = text.removesuffix("s").partition("m")
     return 60 * float(minutes) + float(seconds)
 
 
@@ -129,8 +129,8 @@ def main() -> None:
     rows = [row for row in known_rows("newcomer") if row["part"] not in chosen.parts]
     for part in chosen.parts:
         walked = walk(typed[part], folder, folder / "walk.log")
-        told = {"part": part, "measured": heading(), "running": round(os.getloadavg()[2], 1)}
-        rows += [{**told, **row} for row in walked]
+        conditions = {"part": part, "measured": heading(), "running": round(os.getloadavg()[2], 1)}
+        rows += [{**conditions, **row} for row in walked]
     for row in rows:
         row["command"] = row["command"].replace(here, "REPOSITORY")
     protocol = {

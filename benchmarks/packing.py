@@ -113,8 +113,8 @@ def judged(folders: dict[str, Path], text: str, windows: int) -> dict[str, float
 def memory(folder: Path, how: str) -> int:
     """Bytes that loading adds to a process."""
     command = [sys.executable, "-c", MEMORY, str(folder), how]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(json.loads(told.splitlines()[-1]))
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1]))
 
 
 def main() -> None:

@@ -68,10 +68,10 @@ def rows_of(name: str, folder: Path, file: Path, args: argparse.Namespace) -> li
                 rounds=args.rounds,
                 seconds=args.seconds,
             )
-            for told in report.to_json()["contenders"]:
-                print(name, tokens, values, told, flush=True)
-                label = f"packed {values}" if told["contender"] == "packed" else told["contender"]
-                rows.append({"model": name, "prompt_tokens": tokens, **told, "contender": label})
+            for row in report.to_json()["contenders"]:
+                print(name, tokens, values, row, flush=True)
+                label = f"packed {values}" if row["contender"] == "packed" else row["contender"]
+                rows.append({"model": name, "prompt_tokens": tokens, **row, "contender": label})
     return rows
 
 
@@ -87,8 +87,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         rate = row["prompt_tokens_per_second"]
         ratio = rate / theirs["prompt_tokens_per_second"] if "failure" not in theirs else 0.0
         first = f"{1e3 * row['first_token_seconds']:.0f} ms"
-        told = [row["model"], row["prompt_tokens"], row["contender"], first, f"{rate:.0f}"]
-        lines.append([*told, f"{ratio:.2f}"])
+        cells = [row["model"], row["prompt_tokens"], row["contender"], first, f"{rate:.0f}"]
+        lines.append([*cells, f"{ratio:.2f}"])
     columns = ["model", "prompt", "", "first token", "tokens/s", "× llama.cpp Q8_0"]
     return markdown(columns, [[str(cell) for cell in line] for line in lines])
 

@@ -34,10 +34,10 @@ def load_model(folder: Path) -> Any:
     """The model as transformers 4.36 understands its configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # transformers 5 writes the base of the rotary embedding inside a section that 4.36 ignores
-    told.setdefault("rope_theta", told.pop("rope_parameters", {}).get("rope_theta", 10000.0))
-    config = LlamaConfig.from_dict({**told, "torch_dtype": torch.float32})
+    values.setdefault("rope_theta", values.pop("rope_parameters", {}).get("rope_theta", 10000.0))
+    config = LlamaConfig.from_dict({**values, "torch_dtype": torch.float32})
     model = LlamaForCausalLM(config)
     weights = load_file(folder / "model.safetensors")
     if config.tie_word_embeddings:
@@ -81,7 +81,7 @@ def prune(args: argparse.Namespace, model: Any, windows: torch.Tensor) -> float:
     n, m = (int(x) for x in args.pattern.split(":")) if args.pattern else (0, 0)
     sparsity = 1 - n / m if m else args.sparsity
     batches = [(window[None], None) for window in windows]
-    told = argparse.Namespace(
+    options = argparse.Namespace(
         nsamples=len(batches), seed=0, sparsity_ratio=sparsity, use_variant=False,
         method="ALPS", sp=sparsity, nm_n=n, nm_m=m,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def prune(args: argparse.Namespace, model: Any, windows: torch.Tensor) -> float:
         for name in ("modelutils", "alps"):
             patched(args.checkout / f"{name}.py", "", args.device)
         sys.modules.setdefault("pandas", types.ModuleType("pandas"))
-        code = patched(args.checkout / "llama.py", "", args.device, args=told)
+        code = patched(args.checkout / "llama.py", "", args.device, args=options)
         start = time.perf_counter()
         code.llama_sequential(model, batches, device, nsamples=len(batches))
         return time.perf_counter() - start
@@ -100,7 +100,7 @@ def prune(args: argparse.Namespace, model: Any, windows: torch.Tensor) -> float:
     # they are the same
     loop = {"wanda": code.prune_wanda, "sparsegpt": code.prune_sparsegpt}[args.method]
     start = time.perf_counter()
-    loop(told, model, None, device, prune_n=m - n, prune_m=m)
+    loop(options, model, None, device, prune_n=m - n, prune_m=m)
     return time.perf_counter() - start
 
 

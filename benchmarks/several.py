@@ -69,8 +69,8 @@ def moved(one: Path, other: Path) -> tuple[int, int]:
 def perplexity(args: argparse.Namespace, processes: int, model: Path) -> float:
     """The perplexity of a model, measured in so many processes."""
     words = ["evaluate", str(model), "--text", args.text, "--windows", str(args.judged), "--json"]
-    told, _ = launched(processes, [*words, "--sequence-length", str(args.length)])
-    found: float = json.loads(told)["perplexity"][0]["perplexity"]
+    output, _ = launched(processes, [*words, "--sequence-length", str(args.length)])
+    found: float = json.loads(output)["perplexity"][0]["perplexity"]
     return found
 
 

@@ -171,9 +171,9 @@ def real(model: str, scratch: Path) -> list[dict[str, Any]]:
                 embeddings=values,
                 archive=archive,
             )
-            told = report.to_json()
-            del told["output"]
-            rows.append({"method": method, "pattern": pattern, "values": values, **told})
+            record = report.to_json()
+            del record["output"]
+            rows.append({"method": method, "pattern": pattern, "values": values, **record})
     return rows
 
 

@@ -122,12 +122,12 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
         judged = secateur.evaluate(
             str(report.output), text=args.text, sequence_length=2048, windows=args.windows
         )
-    told = report.manifest.structure
+    record = report.manifest.structure
     return {
         "row": row,
         "level": level,
-        "decoder_removed": told.decoder_removed,
-        "varied": told.varied,
+        "decoder_removed": record.decoder_removed,
+        "varied": record.varied,
         "perplexity": judged.perplexity,
         "protocol_id": judged.protocol_id,
         "seconds": report.manifest.cost.seconds,

@@ -241,8 +241,8 @@ def main() -> None:
     parser.add_argument("--name", default="structure-speed")
     args = parser.parse_args()
     print(heading())
-    told = ("levels", "rounds", "prompt_tokens", "new_tokens")
-    protocol = {"protocol": __doc__, **{key: getattr(args, key) for key in told}}
+    options = ("levels", "rounds", "prompt_tokens", "new_tokens")
+    protocol = {"protocol": __doc__, **{key: getattr(args, key) for key in options}}
     rows = known_rows(args.name, protocol, heading())
     with tempfile.TemporaryDirectory() as scratch:
         args.work = args.work or Path(scratch)

@@ -204,8 +204,8 @@ def flap(task: Task, level: float) -> Result:
     text = (task.checkout / "lib" / "prune.py").read_text(encoding="utf-8")
     kv = f"torch.where(attn_mask.view(-1, {group})[:, :{head}].reshape(-1))[0]"
     for name in ("k_proj", "v_proj"):
-        told = f"layer.self_attn.{name}.weight.data[torch.where(attn_mask)[0]]"
-        text = text.replace(told, told.replace("torch.where(attn_mask)[0]", kv))
+        options = f"layer.self_attn.{name}.weight.data[torch.where(attn_mask)[0]]"
+        text = text.replace(options, options.replace("torch.where(attn_mask)[0]", kv))
     text = text.replace("(2048, model.seqlen", "(len(dataloader), model.seqlen")
     text = text.replace("torch.half", "torch.float32").replace("128", str(group))
     package("lib", task.work)
@@ -218,10 +218,10 @@ def flap(task: Task, level: float) -> Result:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     model.seqlen = task.windows.shape[1]
-    told = argparse.Namespace(nsamples=len(task.windows), metrics="WIFV", structure="AL-AM",
+    options = argparse.Namespace(nsamples=len(task.windows), metrics="WIFV", structure="AL-AM",
                               pruning_ratio=level, unstr=False, seed=0)  # fmt: skip
     with torch.no_grad():
-        code.prune_flap(told, model, None, torch.device("cpu"))
+        code.prune_flap(options, model, None, torch.device("cpu"))
     return with_sizes(model)
 
 
@@ -342,10 +342,10 @@ def cut_layer(
     for name, ratio in ratios.items():
         if ratio > 0:
             # the published code takes the layer's name to tell heads from neurons
-            told = "self_attn.out_proj" if name == "self_attn.o_proj" else "fc2"
+            layer_name = "self_attn.out_proj" if name == "self_attn.o_proj" else "fc2"
             pruners[name] = code.OSSCAR_prune(
                 layer.get_submodule(name), "OSSCAR_prune", len(states), positions.shape[1],
-                update_iter=10, update_iter2=2, layername=told,
+                update_iter=10, update_iter2=2, layername=layer_name,
                 num_heads=config.num_key_value_heads,
             )  # fmt: skip
     hooks = [

@@ -183,9 +183,9 @@ def table(_: argparse.Namespace) -> None:
             else ""
             for t in texts
         ]
-        told = [f"{100 * r['level']:.0f} %", f"{r['removed']:,}", f"{100 * r['fraction']:.2f} %"]
+        sizes = [f"{100 * r['level']:.0f} %", f"{r['removed']:,}", f"{100 * r['fraction']:.2f} %"]
         cutting = "" if r["seconds"] is None else f"{r['seconds']:.0f} s"
-        lines.append([r["row"], *told, *cells, cutting])
+        lines.append([r["row"], *sizes, *cells, cutting])
     print(markdown(["", "level", "removed", "of decoder", *texts, "cutting"], lines))
 
 

@@ -141,8 +141,8 @@ class Tickets:
 def differences(rows: list[dict[str, Any]], better: str, worse: str) -> str:
     """How much lower the loss of the one is, seed by seed."""
     gains = [row[worse] - row[better] for row in rows if worse in row and better in row]
-    told = ", ".join(f"{gain:+.3f}" for gain in gains)
-    return f"{better} < {worse}: {sum(g > 0 for g in gains)} of {len(gains)} seeds ({told})"
+    listed = ", ".join(f"{gain:+.3f}" for gain in gains)
+    return f"{better} < {worse}: {sum(g > 0 for g in gains)} of {len(gains)} seeds ({listed})"
 
 
 def with_earlier(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,11 +20,11 @@ from tiny import save_tiny
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def describe_as(folder: Path, told: dict[str, Any]) -> None:
+def describe_as(folder: Path, quantization: dict[str, Any]) -> None:
     """Write a description of the form into the configuration."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "quantization_config": told}))
+    file.write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -86,8 +86,12 @@ def in_float8(
                 continue
             tensors[name], tensors[f"{name}_scale_inv"] = to_float8(weight, block)
     save_in(folder, tensors, shards)
-    told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [*block]}
-    describe_as(folder, {**told, "modules_to_not_convert": spared})
+    quantization = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [*block],
+    }
+    describe_as(folder, {**quantization, "modules_to_not_convert": spared})
     return folder
 
 

@@ -28,7 +28,7 @@ def runner(
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
-        told = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), told.out, told.err)
+        printed = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), printed.out, printed.err)
 
     return run

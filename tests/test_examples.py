@@ -20,9 +20,9 @@ def test_there_are_notebooks_without_outputs() -> None:
     nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
     assert len(NOTEBOOKS) == 3
     for notebook in NOTEBOOKS:
-        told = nbformat.read(notebook, as_version=4)
-        nbformat.validate(told)
-        assert all(not cell.get("outputs") for cell in told.cells), notebook.name
+        document = nbformat.read(notebook, as_version=4)
+        nbformat.validate(document)
+        assert all(not cell.get("outputs") for cell in document.cells), notebook.name
 
 
 @pytest.mark.slow
@@ -48,8 +48,8 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent / "src"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    told = nbformat.read(notebook, as_version=4)
+    document = nbformat.read(notebook, as_version=4)
     nbclient.NotebookClient(
-        told, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        document, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    assert all(cell.get("execution_count") for cell in told.cells if cell.cell_type == "code")
+    assert all(cell.get("execution_count") for cell in document.cells if cell.cell_type == "code")

@@ -282,5 +282,5 @@ def test_blocks_of_data_are_read() -> None:
             if block.language == "json":
                 json.loads(block.text if block.text.startswith("{") else f"{{{block.text}}}")
             if block.language == "yaml":
-                told = yaml.safe_load(block.text)
-                build_recipe(DATA[name_of(page)], told)
+                recipe = yaml.safe_load(block.text)
+                build_recipe(DATA[name_of(page)], recipe)

@@ -40,9 +40,9 @@ def tokenizer_of(kind: str, size: int = 700) -> Tokenizer:
     )  # fmt: skip
     inner.train_from_iterator(documents(), trainer)
     if kind == "llama 3":  # tokens are added behind the vocabulary, and words are looked up whole
-        told = json.loads(inner.to_str())
-        told["model"]["ignore_merges"] = True
-        inner = Tokenizer.from_str(json.dumps(told))
+        description = json.loads(inner.to_str())
+        description["model"]["ignore_merges"] = True
+        inner = Tokenizer.from_str(json.dumps(description))
         inner.add_special_tokens(SPECIAL)
         inner.add_tokens(["<tool>", "<unused0>"])
         inner.post_processor = processors.TemplateProcessing(
@@ -62,9 +62,11 @@ def with_characters(size: int) -> Tokenizer:
             vocab_size=size, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False
         ),
     )
-    told = json.loads(trained.to_str())
-    told["added_tokens"] = told["added_tokens"][: len(SPECIAL)]  # bytes are ordinary tokens
-    inner = Tokenizer.from_str(json.dumps(told))
+    description = json.loads(trained.to_str())
+    description["added_tokens"] = description["added_tokens"][
+        : len(SPECIAL)
+    ]  # bytes are ordinary tokens
+    inner = Tokenizer.from_str(json.dumps(description))
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -79,11 +81,11 @@ def unigram(size: int) -> Tokenizer:
         vocab_size=size - 256, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
     )
     inner.train_from_iterator(documents(), trainer)
-    told = json.loads(inner.to_str())
-    vocab = told["model"]["vocab"]
+    description = json.loads(inner.to_str())
+    vocab = description["model"]["vocab"]
     vocab[3:3] = [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
-    told["model"] |= {"byte_fallback": True, "unk_id": 0}
-    inner = Tokenizer.from_str(json.dumps(told))
+    description["model"] |= {"byte_fallback": True, "unk_id": 0}
+    inner = Tokenizer.from_str(json.dumps(description))
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

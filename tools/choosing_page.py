@@ -79,8 +79,8 @@ def head() -> Iterable[str]:
 
 def rows(name: str) -> list[Row]:
     """The rows of a benchmark."""
-    told = json.loads((ROOT / RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    found: list[Row] = told["rows"]
+    record = json.loads((ROOT / RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    found: list[Row] = record["rows"]
     return found
 
 

@@ -113,11 +113,11 @@ def found(words: str) -> tuple[str, str]:
     return file, format(values[0] - sum(values[1:]), form)
 
 
-def meets(told: Any, wanted: str) -> bool:
+def meets(measured: Any, wanted: str) -> bool:
     """Whether a row has the wanted value. Numbers are compared to three digits."""
-    if isinstance(told, float):
-        return abs(told - float(wanted)) < 1e-3
-    return str(told) == wanted
+    if isinstance(measured, float):
+        return abs(measured - float(wanted)) < 1e-3
+    return str(measured) == wanted
 
 
 def value(row: dict[str, Any], path: str) -> float:

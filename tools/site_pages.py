@@ -62,10 +62,10 @@ def placed(file: Path) -> Path:
 
 def home_page(root: Path) -> str:
     """The first page: what Secateur is and brings, from the README, then the map of the pages."""
-    told, _, _ = (root / README).read_text(encoding="utf-8").partition("\n## Find your way")
+    opening, _, _ = (root / README).read_text(encoding="utf-8").partition("\n## Find your way")
     pages = (root / MAP).read_text(encoding="utf-8").replace("\n## ", "\n### ")
     return "\n#".join(
-        relinked(text, page, root)[0] for text, page in ((told, README), (pages, MAP))
+        relinked(text, page, root)[0] for text, page in ((opening, README), (pages, MAP))
     )
 
 
@@ -170,7 +170,7 @@ def entry(name: str, node: ast.stmt | None, home: str) -> Iterator[str]:
         text = ast.get_docstring(node) or ""
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         text = inspect.cleandoc(str(node.value.value))
-    yield from told(text or f"Defined in `{home}`.")
+    yield from _markdown_lines(text or f"Defined in `{home}`.")
     yield ""
 
 
@@ -197,7 +197,7 @@ def argument_text(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{argument.arg}{kind}" + (f" = {ast.unparse(default)}" if default else "")
 
 
-def told(docstring: str) -> Iterator[str]:
+def _markdown_lines(docstring: str) -> Iterator[str]:
     """A docstring as Markdown: its sections become lists, its indented code stays code."""
     listing = False
     for line in docstring.splitlines():

@@ -98,12 +98,12 @@ class Registry(Generic[T]):
         """
         self._load()
         name = next((n for n, known in self._parts.items() if known is type(part)), None)
-        told = [name or type(part).__name__]
+        words = [name or type(part).__name__]
         for field in fields(part) if is_dataclass(part) else ():
             value = getattr(part, field.name)
             if value is not None and not is_dataclass(value):
-                told.append(f"{field.name.replace('_', ' ')} {value}")
-        return ", ".join(told)
+                words.append(f"{field.name.replace('_', ' ')} {value}")
+        return ", ".join(words)
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -86,13 +86,13 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 
 def test_the_verb(secateur: Callable[..., Outcome]) -> None:
-    told = secateur(
+    done = secateur(
         "prune", "--dry-run", "qwen3-235b-a22b", "--method", "sparsegpt", "--sparsity", "0.5",
         "--nodes", "4", "--gpus", "8", "--gpu", "h100", "--network", "400Gb",
     )  # fmt: skip
-    assert told.code == 0
-    assert "in 32 processes on NVIDIA H100 80 GB SXM" in told.out
-    assert "437.8" in told.out  # GiB of bfloat16 weights
+    assert done.code == 0
+    assert "in 32 processes on NVIDIA H100 80 GB SXM" in done.out
+    assert "437.8" in done.out  # GiB of bfloat16 weights
     wrong = secateur(
         "prune",
         "--dry-run",

@@ -101,9 +101,9 @@ def test_the_seed_decides(model: LlamaForCausalLM, windows: torch.Tensor) -> Non
 
 
 def test_tells_of_every_token(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    told: list[None] = []
-    continue_windows(model, windows, 3, seed=0, on_token=lambda: told.append(None))
-    assert len(told) == LENGTH - PREFIX
+    calls: list[None] = []
+    continue_windows(model, windows, 3, seed=0, on_token=lambda: calls.append(None))
+    assert len(calls) == LENGTH - PREFIX
 
 
 def test_none_is_none(model: LlamaForCausalLM, windows: torch.Tensor) -> None:

@@ -131,9 +131,9 @@ def test_without_a_start_token_nothing_changes() -> None:
     assert [digest(w) for w in (*made, judged)] == [
         "a1fdc8f308f5f49b", "ebfb30c94bf70fa1", "a9808585134fce9e",
     ]  # fmt: skip
-    told = protocol(judged, dataset="a", join="b", computed=COMPUTED, start=())
-    assert protocol_id("ppl", told) == "ppl-180aae63-float32"
-    assert protocol_id("div", told) == "div-6c28ee82-float32"
+    described = protocol(judged, dataset="a", join="b", computed=COMPUTED, start=())
+    assert protocol_id("ppl", described) == "ppl-180aae63-float32"
+    assert protocol_id("div", described) == "div-6c28ee82-float32"
 
 
 @pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "<pad> <bos> $A"])

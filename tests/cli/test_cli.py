@@ -106,14 +106,14 @@ def test_all_faults_of_a_recipe_at_once(secateur, tmp_path: Path) -> None:
     done = secateur("prune", recipe)
     assert done.code == 2
     assert "error: 5 faults:" in done.err
-    for told in (
+    for message in (
         "modle: unknown key; did you mean 'model'",
         "model: missing",
         "sparsity='a lot': must be a number",
         "did you mean 'windows'",
         "calibration.seed=-1: must be 0 or more",
     ):
-        assert told in done.err
+        assert message in done.err
 
 
 BAD = {
@@ -148,12 +148,12 @@ BAD = {
 def test_bad_usage_names_the_culprit(
     case: str, secateur, model: Path, windows: Path, tmp_path: Path
 ) -> None:
-    options, code, told = BAD[case]
+    options, code, message = BAD[case]
     if "--calibration" not in options:
         options = [*options, "--calibration", str(windows)]
     done = secateur("prune", model, "-o", tmp_path / "out", *options)
     assert done.code == code, done.err
-    assert told in " ".join(done.err.split())
+    assert message in " ".join(done.err.split())
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 

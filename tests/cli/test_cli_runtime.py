@@ -38,12 +38,12 @@ def test_generate(secateur, tmp_path: Path) -> None:
     assert shown.out.startswith("abc")
     assert shown.err.startswith("8 tokens, ")
     assert "tokens/s (fused decode loop)" in shown.err
-    told = json.loads(secateur(*asked, "--json").out)
-    assert told["model"] == str(folder)
-    assert told["prompt"] + told["text"] + "\n" == shown.out
-    assert told["tokens"] == 8
-    assert told["first_token_seconds"] > 0
-    assert told["tokens_per_second"] > 0
+    record = json.loads(secateur(*asked, "--json").out)
+    assert record["model"] == str(folder)
+    assert record["prompt"] + record["text"] + "\n" == shown.out
+    assert record["tokens"] == 8
+    assert record["first_token_seconds"] > 0
+    assert record["tokens_per_second"] > 0
     drawn = [secateur(*asked, "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     single = json.loads(secateur(*asked, "--max-new-tokens", 1, "--json").out)
@@ -68,14 +68,14 @@ def test_generate_falls_back_to_transformers(secateur, tmp_path, family, sizes, 
 
 def test_generate_refuses(secateur, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", head_dim=16)
-    for options, told in (
+    for options, message in (
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1"),
         (("--prompt", "a", "--temperature", -1), "must be 0 or more"),
     ):
         done = secateur("generate", folder, *options)
         assert done.code == 2
-        assert told in done.err
+        assert message in done.err
     missing = secateur("generate", tmp_path / "none", "--prompt", "a", "--json")
     assert missing.code == 2
     assert json.loads(missing.out)["error"]["kind"] == "SourceError"
@@ -83,7 +83,9 @@ def test_generate_refuses(secateur, tmp_path: Path) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, tmp_path) -> None:
+def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
+    secateur, tmp_path
+) -> None:
     """Heads of 8 are none for the decode loop; the GGUF file is none at all."""
     folder = packed_model(tmp_path, values="bfloat16")
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
@@ -92,8 +94,8 @@ def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, 
         "--gguf", tmp_path / "broken.gguf",
     )  # fmt: skip
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    packed, plain, gguf = told["contenders"]
+    record = json.loads(done.out)
+    packed, plain, gguf = record["contenders"]
     assert "its heads are 8 wide" in packed["failure"]
     assert gguf["contender"] == "broken.gguf"
     assert gguf["failure"]
@@ -101,9 +103,9 @@ def test_contenders_that_cannot_run_are_told_and_the_rest_is_measured(secateur, 
     assert plain["rounds"] == 1
     assert plain["tokens_per_second"] > 0
     assert plain["resident_bytes"] > 0
-    assert "nothing to compare" in told["verdict"]
-    assert told["protocol"]["kernels"] == kernel_info().tier
-    assert told["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
+    assert "nothing to compare" in record["verdict"]
+    assert record["protocol"]["kernels"] == kernel_info().tier
+    assert record["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
 
 
 @pytest.mark.slow
@@ -151,7 +153,7 @@ def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> No
 
 def test_bench_refuses(secateur, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m")
-    for options, told in (
+    for options, message in (
         (("--contenders", "packd"), "did you mean packed"),
         (("--gguf", tmp_path / "none.gguf"), "there is no such GGUF file"),
         (("--rounds", 0), "--rounds 0: must be 1"),
@@ -159,7 +161,7 @@ def test_bench_refuses(secateur, tmp_path: Path) -> None:
     ):
         done = secateur("bench", folder, *options)
         assert done.code == 2
-        assert told in done.err
+        assert message in done.err
     assert secateur("bench", tmp_path / "none").code == 2
     with pytest.raises(RecipeError, match="0 prompt tokens"):
         library.bench(folder, prompt_tokens=0)

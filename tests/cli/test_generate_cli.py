@@ -93,10 +93,10 @@ def test_the_end_of_the_input_ends_it(secateur, model: Path, monkeypatch) -> Non
 def test_it_says_what_comes_from_the_model(secateur, model: Path) -> None:
     file = model / "generation_config.json"
     file.write_text(json.dumps({"do_sample": True, "top_p": 0.8}))
-    told = secateur("generate", model, "--prompt", "a", "--max-new-tokens", 2)
-    assert "from the model's generation_config.json: top_p 0.8, temperature 1.0" in told.err
-    told = secateur("generate", model, "--prompt", "a", "--temperature", 0, "--top-p", 1)
-    assert "generation_config" not in told.err
+    done = secateur("generate", model, "--prompt", "a", "--max-new-tokens", 2)
+    assert "from the model's generation_config.json: top_p 0.8, temperature 1.0" in done.err
+    done = secateur("generate", model, "--prompt", "a", "--temperature", 0, "--top-p", 1)
+    assert "generation_config" not in done.err
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])

@@ -29,8 +29,8 @@ def test_the_table_and_json_name_them_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = runner(monkeypatch, capsys)
-    told = json.loads(command("methods", "--json").out)
-    assert set(told["training"]) == set(training_methods)
+    record = json.loads(command("methods", "--json").out)
+    assert set(record["training"]) == set(training_methods)
     shown = command("methods").out.replace("\n", "")
     assert "methods that train" in shown
     assert all(name in shown for name in ("iterative", "gradual", "distillation"))
@@ -62,8 +62,8 @@ def test_the_command_of_each_works(
     command = runner(monkeypatch, capsys)
     ended = command(verb, places / "model", "-o", tmp_path / "out", *words, *small, "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
+    record = json.loads(ended.out)
     if verb == "structure":
-        assert told["structure"]["steps"][0]["by"] == "learned masks"
+        assert record["structure"]["steps"][0]["by"] == "learned masks"
     elif "gradual" in words[0] or "iterative" in words[0]:
-        assert told["result"]["decoder_sparsity"] == pytest.approx(0.8, abs=1e-3)
+        assert record["result"]["decoder_sparsity"] == pytest.approx(0.8, abs=1e-3)

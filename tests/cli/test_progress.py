@@ -64,7 +64,7 @@ def test_no_time_left_is_invented_before_the_first_step() -> None:
     assert log.lines == ["packing: 0% after 5 s"]
 
 
-def test_the_end_of_a_stage_is_told_where_the_stage_was_shown() -> None:
+def test_the_end_of_a_stage_is_reported_where_the_stage_was_shown() -> None:
     log = Log()
     log.progress.start("checking weights", 8)
     log.progress.finish()  # over before its first line
@@ -124,8 +124,8 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0.4, "0 s"), (59.7, "1 min 00 s"), (3600, "1 h 00 min"), (86_400, "24 h 00 min")],
 )
-def test_durations(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -25,16 +25,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in TOGETHER])
 def test_a_verb_for_one_process_is_refused(secateur: Callable[..., Outcome], verb: str) -> None:
-    told = secateur(verb, *WORDS.get(verb, ["DIR"]))
-    assert told.code == 2
-    assert f"`secateur {verb}` does not work with several processes yet" in told.err
-    assert "prune, structure, train, evaluate" in told.err
+    done = secateur(verb, *WORDS.get(verb, ["DIR"]))
+    assert done.code == 2
+    assert f"`secateur {verb}` does not work with several processes yet" in done.err
+    assert "prune, structure, train, evaluate" in done.err
 
 
 def test_a_missing_variable_is_named(
     secateur: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK")
-    told = secateur("prune", "DIR", "--output", "OUT")
-    assert told.code == 2
-    assert "RANK is not set" in told.err
+    done = secateur("prune", "DIR", "--output", "OUT")
+    assert done.code == 2
+    assert "RANK is not set" in done.err

@@ -405,7 +405,7 @@ def test_int8_is_the_oracles():
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("changes", "why"),
     [
         ({"format": "coo"}, "no format 'coo'"),
         ({"format": ["bitmask"]}, "no format"),
@@ -437,11 +437,11 @@ def test_int8_is_the_oracles():
         ({"code": "os.system"}, "no others than"),
     ],
 )
-def test_layouts_that_cannot_be(told, why):
+def test_layouts_that_cannot_be(changes, why):
     good = {"format": "bitmask", "values": "int8", "shape": [4, 8]}
     assert Layout.from_json(good).to_json() == good
     with pytest.raises(CheckpointError, match=why):
-        Layout.from_json({**good, **told})
+        Layout.from_json({**good, **changes})
     for missing in good:
         with pytest.raises(CheckpointError, match="has the keys"):
             Layout.from_json({k: v for k, v in good.items() if k != missing})

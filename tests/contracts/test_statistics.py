@@ -147,9 +147,9 @@ def test_holds_no_more_than_it_says(name):
     shape = (40, 24)
     statistic = statistics[name](shape)
     statistic.update(torch.ones(shape))
-    told = statistics[name].nbytes(shape)
+    nbytes = statistics[name].nbytes(shape)
     # a count of a few bytes may come on top
-    assert told <= statistic.total.nbytes <= told + 8
+    assert nbytes <= statistic.total.nbytes <= nbytes + 8
     assert statistics[name].reads in ("inputs", "gradients")
 
 

@@ -40,8 +40,8 @@ def test_findings_in_a_table_and_exit_code_3(secateur, pair: Pair) -> None:
     assert done.code == 3
     assert ": 1 error (41 tensors" in done.out.splitlines()[0]
     assert "not-finite" in done.out
-    told = json.loads(secateur("diagnose", pair.pruned, "--json").out)
-    severities = [x["severity"] for x in told["findings"]]
+    record = json.loads(secateur("diagnose", pair.pruned, "--json").out)
+    severities = [x["severity"] for x in record["findings"]]
     assert severities == sorted(severities, key=SEVERITIES.index)
     assert severities[0] == "error"
 
@@ -61,36 +61,36 @@ def test_the_shape_of_the_json(secateur, pair: Pair) -> None:
         "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told == json.loads((pair.pruned / "secateur" / "diagnosis.json").read_text())
-    assert next(iter(told)) == "schema"
-    assert told["schema"] == "secateur.diagnosis/1"
-    assert (told["model"], told["dense"]) == (str(pair.pruned), str(pair.dense))
-    assert told["protocol"]["windows"] == 3
-    for finding in told["findings"]:
+    record = json.loads(done.out)
+    assert record == json.loads((pair.pruned / "secateur" / "diagnosis.json").read_text())
+    assert next(iter(record)) == "schema"
+    assert record["schema"] == "secateur.diagnosis/1"
+    assert (record["model"], record["dense"]) == (str(pair.pruned), str(pair.dense))
+    assert record["protocol"]["windows"] == 3
+    for finding in record["findings"]:
         assert set(finding) == {"id", "severity", "where", "evidence", "remedy"}
         assert all(isinstance(x, str) and x for x in finding.values())
-    assert [x["layer"] for x in told["layers"]] == [0, 1, 2]
-    for layer in told["layers"]:
+    assert [x["layer"] for x in record["layers"]] == [0, 1, 2]
+    for layer in record["layers"]:
         assert layer["sparsity"] == 0.5
         assert 0 < layer["relative_error"] < 1
         assert 0.5 < layer["cosine"] < 1
         assert 0.5 < layer["norm_ratio"] < 2
         assert 0 < layer["could_bear"] <= 0.95
-    assert len(told["linears"]) == 21
-    assert {x["claimed"] for x in told["linears"]} == {0.5}
-    assert {"cpu", "features", "cuda_capability", "supports"} <= set(told["target"])
-    assert told["environment"]["torch"]
+    assert len(record["linears"]) == 21
+    assert {x["claimed"] for x in record["linears"]} == {0.5}
+    assert {"cpu", "features", "cuda_capability", "supports"} <= set(record["target"])
+    assert record["environment"]["torch"]
 
 
 def test_without_a_reference_layers_are_null(secateur, pair: Pair) -> None:
-    told = json.loads(secateur("diagnose", pair.pruned, "--json").out)
-    assert told["dense"] is None
-    layer = told["layers"][1]
+    record = json.loads(secateur("diagnose", pair.pruned, "--json").out)
+    assert record["dense"] is None
+    layer = record["layers"][1]
     assert layer.pop("layer") == 1
     assert layer.pop("sparsity") == 0.5
     assert set(layer.values()) == {None}
-    (note,) = [x for x in told["findings"] if x["id"] == "no-reference"]
+    (note,) = [x for x in record["findings"] if x["id"] == "no-reference"]
     assert note["remedy"].endswith("pair0/dense")  # as the manifest names it
 
 
@@ -126,16 +126,16 @@ def test_the_target_alone(secateur) -> None:
     assert done.code == 0
     assert "structured" in done.out
     assert "CUDA capability:" in done.out
-    told = json.loads(secateur("diagnose", "--machine", "--json").out)
+    record = json.loads(secateur("diagnose", "--machine", "--json").out)
     assert {"unstructured", "2:4", "n:m", "int8", "structured"} == {
-        x["kind"] for x in told["supports"]
+        x["kind"] for x in record["supports"]
     }
 
 
 def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     other = save_tiny(tmp_path / "other", num_hidden_layers=2, hidden_size=16)
-    for words, code, told in (
+    for words, code, message in (
         ((), 2, "MODEL: missing"),
         ((tmp_path / "none",), 2, "no such file or folder"),
         ((tmp_path / "empty",), 1, "the folder has no config.json"),
@@ -157,7 +157,7 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
     ):
         done = secateur("diagnose", *words)
         assert done.code == code, done.err
-        assert told in " ".join(done.err.split())
+        assert message in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize(

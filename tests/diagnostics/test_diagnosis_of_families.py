@@ -103,8 +103,8 @@ def test_dead_rows_and_columns_are_counted(tmp_path: Path) -> None:
     (row,), (column,) = found(diagnosis, "dead-row"), found(diagnosis, "dead-column")
     assert (row.severity, row.where) == ("warning", "model.layers.2.self_attn.q_proj")
     assert (column.severity, column.where) == ("note", "model.layers.0.self_attn.k_proj")
-    told = {x["name"]: x for x in diagnosis.to_json()["linears"]}
-    assert told["model.layers.2.self_attn.q_proj"]["dead_rows"] == 2
-    assert told["model.layers.0.self_attn.k_proj"]["dead_columns"] == 1
+    rows = {x["name"]: x for x in diagnosis.to_json()["linears"]}
+    assert rows["model.layers.2.self_attn.q_proj"]["dead_rows"] == 2
+    assert rows["model.layers.0.self_attn.k_proj"]["dead_columns"] == 1
     stored = load_file(pair.pruned / "model.safetensors")
     assert torch.count_nonzero(stored["model.layers.0.self_attn.k_proj.weight"][:, 2]) == 0

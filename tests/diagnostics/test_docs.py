@@ -27,10 +27,10 @@ def ids_in_code() -> set[str]:
 
 def test_the_page_has_them_all_and_no_others() -> None:
     page = (ROOT / "docs/diagnosis.md").read_text(encoding="utf-8")
-    told = {
+    documented = {
         name
         for line in page.splitlines()
         if line.startswith("| `")
         for name in re.findall(r"`([a-z-]+)`", line.split("|")[1])
     }
-    assert told == ids_in_code()
+    assert documented == ids_in_code()

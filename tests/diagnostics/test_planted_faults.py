@@ -90,9 +90,9 @@ def test_linears_left_dense_on_purpose(tmp_path: Path) -> None:
     assert left.severity == "note"
     assert left.evidence.startswith("8 linears")
     assert not diagnosis.count("warning")
-    told = {x["name"]: x["claimed"] for x in diagnosis.to_json()["linears"]}
-    assert told["model.layers.0.mlp.up_proj"] == 0.0
-    assert told["model.layers.1.mlp.up_proj"] == 0.5
+    claimed = {x["name"]: x["claimed"] for x in diagnosis.to_json()["linears"]}
+    assert claimed["model.layers.0.mlp.up_proj"] == 0.0
+    assert claimed["model.layers.1.mlp.up_proj"] == 0.5
 
 
 def test_a_kind_left_dense_everywhere(tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_values_that_are_not_finite(bad: float, pair: Pair) -> None:
     assert tensor.evidence == "1 of 32 values are NaN or infinite"
     (layer,) = found(diagnosis, "hidden-states-not-finite")
     assert layer.where == "model.layers.1"
-    told = diagnosis.to_json()["layers"]
-    assert told[0]["cosine"] > 0
-    assert told[1]["cosine"] is told[2]["cosine"] is None
+    layers = diagnosis.to_json()["layers"]
+    assert layers[0]["cosine"] > 0
+    assert layers[1]["cosine"] is layers[2]["cosine"] is None
 
 
 def test_claims_that_are_wrong(pair: Pair) -> None:

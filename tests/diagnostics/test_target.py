@@ -1,4 +1,4 @@
-"""What a machine can speed up, told for machines that this one is not."""
+"""What a machine can speed up, on machines that this one is not."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_kernels_nothing_of_ours_gains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "faster", "told"),
+    ("capability", "faster", "reason"),
     [
         (None, False, "no CUDA device"),
         ((7, 5), False, "capability 7.5"),
@@ -60,10 +60,10 @@ def test_without_kernels_nothing_of_ours_gains() -> None:
         ((9, 0), None, "large batches"),
     ],
 )
-def test_sparse_tensor_cores(capability, faster, told: str) -> None:
+def test_sparse_tensor_cores(capability, faster, reason: str) -> None:
     support = sparse_cores(capability)
     assert support.faster is faster
-    assert told in support.reason
+    assert reason in support.reason
 
 
 def test_a_pattern_that_nothing_gains_from(tmp_path: Path) -> None:

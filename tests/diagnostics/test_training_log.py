@@ -15,7 +15,7 @@ from secateur.errors import SourceError
 def losses(kind: str, count: int = 300, seed: int = 0) -> list[float | None]:
     """A loss that falls from 3 to 2 with noise; what `kind` says happens at step 200."""
     rng = random.Random(seed)
-    told: list[float | None] = []
+    logged: list[float | None] = []
     for step in range(count):
         loss = 2 + 0.99**step + rng.gauss(0, 0.08)
         late = step >= 200
@@ -25,8 +25,8 @@ def losses(kind: str, count: int = 300, seed: int = 0) -> list[float | None]:
             loss += 0.03 * (step - 200)
         if kind == "spike" and 200 <= step < 206:
             loss += 5
-        told.append(None if kind == "lost" and late else loss)
-    return told
+        logged.append(None if kind == "lost" and late else loss)
+    return logged
 
 
 def write(file: Path, values: list[float | None]) -> Path:
@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("not json\n", "log.jsonl:1"),
         ('{"loss": 1.0}\n{"loss": "high"}\n', "log.jsonl:2"),
@@ -78,9 +78,9 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
         ("", "no line of the training log has a loss"),
     ],
 )
-def test_logs_that_cannot_be_read(text: str, told: str, tmp_path: Path) -> None:
+def test_logs_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(SourceError, match=told):
+    with pytest.raises(SourceError, match=message):
         read_log(tmp_path / "log.jsonl")
     with pytest.raises(SourceError, match="no such training log"):
         read_log(tmp_path / "none.jsonl")

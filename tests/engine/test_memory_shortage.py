@@ -47,12 +47,12 @@ def test_memory_that_ends_in_a_layer_is_explained_and_the_run_resumes(
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "prune_layer", prune_layer)
-        with pytest.raises(MemoryBudgetError) as told:
+        with pytest.raises(MemoryBudgetError) as error:
             secateur.prune(tmp_path / "dense", output=tmp_path / "model", **options)
-    assert "memory has ended: " in told.value.what
-    assert "the plan was 0." in told.value.what
-    assert str(told.value.where).endswith("GiB")
-    assert "resume=True" in str(told.value.remedy)
+    assert "memory has ended: " in error.value.what
+    assert "the plan was 0." in error.value.what
+    assert str(error.value.where).endswith("GiB")
+    assert "resume=True" in str(error.value.remedy)
     secateur.prune(tmp_path / "dense", output=tmp_path / "model", resume=True, **options)
     secateur.prune(tmp_path / "dense", output=tmp_path / "again", **options)
     ours = load_file(tmp_path / "model" / "model.safetensors")
@@ -65,7 +65,7 @@ def test_other_errors_are_no_shortage(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SECATEUR_HOME", str(tmp_path))
     assert is_shortage(MemoryError())
     assert not is_shortage(RuntimeError("shape '[2]' is invalid"))
-    told = to_error(MemoryError())
-    assert isinstance(told, MemoryBudgetError)
-    assert "start again with: secateur evaluate DIR" in str(told.remedy)
+    error = to_error(MemoryError())
+    assert isinstance(error, MemoryBudgetError)
+    assert "start again with: secateur evaluate DIR" in str(error.remedy)
     assert isinstance(to_error(RuntimeError("shape '[2]' is invalid")), InternalError)

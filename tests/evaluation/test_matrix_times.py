@@ -99,12 +99,12 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
     assert len(asked) == 8
     run([INT4, SPARSE])
     assert asked[8:] == [(SPARSE,), *((shape, SPARSE) for shape in dict.fromkeys(SHAPES))]
-    told = json.loads(file.read_text())
-    (here,) = told
+    kept = json.loads(file.read_text())
+    (here,) = kept
     assert here == machine()
     assert kernel_info().tier in here
     assert f"{kernel_info().threads} threads" in here
-    assert all(len(entry["measured"]) == len("2026-01-01") for entry in told[here].values())
+    assert all(len(entry["measured"]) == len("2026-01-01") for entry in kept[here].values())
 
 
 def test_an_entry_that_is_no_time_is_measured_again(tmp_path: Path) -> None:

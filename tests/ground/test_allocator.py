@@ -56,10 +56,10 @@ GLIBC = pytest.mark.skipif(
 
 @GLIBC
 def test_freed_memory_below_a_held_block_is_given_back() -> None:
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", HELD], check=True, capture_output=True, text=True
     ).stdout
-    assert int(told) > 50
+    assert int(output) > 50
 
 
 @GLIBC
@@ -68,13 +68,13 @@ def test_freed_memory_below_a_held_block_is_given_back() -> None:
 )
 def test_freed_blocks_stay_until_the_end(arguments: str, count: int) -> None:
     """By default 64 MiB may lie free at the end of the heap; in a training everything."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", MEASURED.format(arguments=arguments, count=count)],
         check=True,
         capture_output=True,
         text=True,
     )
-    used, freed, largest, after = map(int, told.stdout.split())
+    used, freed, largest, after = map(int, done.stdout.split())
     assert count - 10 <= used <= count + 30
     assert count - 10 <= freed <= used
     assert largest <= freed + 8, "a block that is larger than all others stayed"

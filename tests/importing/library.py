@@ -121,7 +121,7 @@ def times(integers: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
 
 
 def write_compressed(
-    source: Path, place: Path, tensors: Mapping[str, Tensor], told: Mapping[str, Any]
+    source: Path, place: Path, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
 ) -> Path:
     """A copy of a folder with other tensors, and what the library says of them in config.json."""
     shutil.copytree(source, place)
@@ -129,7 +129,7 @@ def write_compressed(
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(plain, place / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((place / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", **told}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", **quantization}
     (place / "config.json").write_text(json.dumps(config, default=str))
     return place
 
@@ -150,7 +150,7 @@ def by_library(
     config = library("compressed_tensors.config")
     state = load_file(source / "model.safetensors")
     linears = [n.removesuffix(".weight") for n in state if n.endswith("proj.weight")]
-    meant, told = dict(state), {}
+    meant, quantization = dict(state), {}
     if scheme is not None:
         lifecycle = library("compressed_tensors.quantization.lifecycle.forward")
         stored = torch.float8_e4m3fn if scheme.weights.type == "float" else torch.int8
@@ -170,7 +170,10 @@ def by_library(
             meant[f"{name}.weight"] = times(integers, zero, scale).to(weight.dtype)
         compressor = compressors.BaseCompressor.load_from_registry(format)
         state = compressor.compress(state, names_to_scheme=dict.fromkeys(linears, scheme))
-        told = {"format": format, "config_groups": {"group_0": scheme.model_dump(mode="json")}}
+        quantization = {
+            "format": format,
+            "config_groups": {"group_0": scheme.model_dump(mode="json")},
+        }
     zeros = sparse or (format if scheme is None else None)
     if zeros is not None:
         structure = "2:4" if "24" in zeros else "unstructured"
@@ -179,8 +182,8 @@ def by_library(
         )
         compressor = compressors.BaseCompressor.load_from_registry(zeros, config=described)
         state = compressor.compress(state, compression_targets=set(linears))
-        told["sparsity_config"] = described.model_dump(mode="json")
-    return write_compressed(source, place, state, told), meant
+        quantization["sparsity_config"] = described.model_dump(mode="json")
+    return write_compressed(source, place, state, quantization), meant
 
 
 def write_golden() -> None:

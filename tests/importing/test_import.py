@@ -308,8 +308,8 @@ def test_the_command_converts_a_pickle_as_the_error_says(tmp_path: Path) -> None
 def test_other_quantizations_and_missing_tensors_are_refused(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "gptq", **FEW)
     config = json.loads((source / "config.json").read_text())
-    told = {**config, "quantization_config": {"quant_method": "hqq", "bits": 4}}
-    (source / "config.json").write_text(json.dumps(told))
+    quantized = {**config, "quantization_config": {"quant_method": "hqq", "bits": 4}}
+    (source / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(CheckpointError, match=r"quantized \(hqq\)"):
         secateur.import_model(source, output=tmp_path / "out")
     (source / "config.json").write_text(json.dumps(config))

@@ -26,9 +26,9 @@ Parts = dict[str, Tensor]
 def golden(case: str) -> tuple[Parts, dict[str, Any]]:
     """The parts of a matrix, and what the library says of it."""
     with safe_open(GOLDEN, framework="pt") as stored:
-        told = json.loads(stored.metadata()[case])
+        described = json.loads(stored.metadata()[case])
         names = [n for n in stored.keys() if n.partition("/")[0] == case]  # noqa: SIM118
-        return {n.partition("/")[2]: stored.get_tensor(n) for n in names}, told
+        return {n.partition("/")[2]: stored.get_tensor(n) for n in names}, described
 
 
 def read(place: Path, parts: Parts, config: dict[str, Any]) -> Any:
@@ -47,39 +47,39 @@ def read(place: Path, parts: Parts, config: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_values_are_those_that_the_library_meant(case: str, tmp_path: Path) -> None:
-    parts, told = golden(case)
-    reader = read(tmp_path, parts, told["config"])
+    parts, described = golden(case)
+    reader = read(tmp_path, parts, described["config"])
     assert list(reader.entries) == ["layer.weight"]
     weight = reader.read("layer.weight")
     assert weight.dtype == torch.bfloat16
-    assert digest(weight) == told["digest"]
+    assert digest(weight) == described["digest"]
     assert ((weight == 0).float().mean() - 0.5).abs() < 0.08
     assert "quantization_config" not in reader.config
 
 
-def test_exact_and_rounded_values_are_told_apart(tmp_path: Path) -> None:
-    parts, told = golden("pack int4 groups")
-    reader = read(tmp_path / "a", parts, told["config"])
+def test_exact_and_rounded_values_are_distinguished(tmp_path: Path) -> None:
+    parts, described = golden("pack int4 groups")
+    reader = read(tmp_path / "a", parts, described["config"])
     reader.read("layer.weight")
     assert reader.rounded == {"layer.weight": True}  # 3 bits times 8 bits
     short = parts["weight_scale"].view(torch.int16) & ~0b1111
     parts["weight_scale"] = short.view(torch.bfloat16)  # scales of 4 bits
-    reader = read(tmp_path / "b", parts, told["config"])
+    reader = read(tmp_path / "b", parts, described["config"])
     reader.read("layer.weight")
     assert reader.rounded == {"layer.weight": False}
 
 
 def test_early_files_have_parts_below_the_tensor_and_vectors_too(tmp_path: Path) -> None:
     """SparseML wrote `layer.weight.bitmask`; a norm has one row."""
-    parts, told = golden("sparse-bitmask")
+    parts, described = golden("sparse-bitmask")
     early = {f"weight.{role}": x for role, x in parts.items()}
     early |= {
         "norm.weight.compressed": torch.tensor([1.0, 2.0]), "norm.weight.shape": torch.tensor([10]),
         "norm.weight.bitmask": torch.tensor([0b10000001, 0], dtype=torch.uint8),
         "norm.weight.row_offsets": torch.tensor(0),
     }  # fmt: skip
-    reader = read(tmp_path, early, told["config"])
-    assert digest(reader.read("layer.weight")) == told["digest"]
+    reader = read(tmp_path, early, described["config"])
+    assert digest(reader.read("layer.weight")) == described["digest"]
     assert reader.read("layer.norm.weight").tolist() == [1, 0, 0, 0, 0, 0, 0, 2, 0, 0]
 
 
@@ -104,10 +104,10 @@ def test_columns_in_another_order_and_blocks(tmp_path: Path) -> None:
 
 
 def test_scales_of_activations_are_dropped_and_said(tmp_path: Path) -> None:
-    parts, told = golden("int8 channels")
+    parts, described = golden("int8 channels")
     parts["input_scale"] = torch.ones(1)
-    told["config"]["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
-    reader = read(tmp_path, parts, told["config"])
+    described["config"]["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    reader = read(tmp_path, parts, described["config"])
     assert reader.dropped == ("layer.input_scale",)
     assert "also rounds activations" in reader.notes[0]
     assert list(reader.entries) == ["layer.weight"]
@@ -165,10 +165,10 @@ BROKEN: dict[str, tuple[str, Callable[[Parts], None], str]] = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_parts_that_contradict_each_other_are_refused(fault: str, tmp_path: Path) -> None:
     case, breaks, said = BROKEN[fault]
-    parts, told = golden(case)
+    parts, described = golden(case)
     breaks(parts)
     with pytest.raises(CheckpointError, match=said) as raised:
-        read(tmp_path, parts, told["config"]).read("layer.weight")
+        read(tmp_path, parts, described["config"]).read("layer.weight")
     assert raised.value.where
     assert "layer" in raised.value.where
 
@@ -183,19 +183,19 @@ def test_groups_out_of_range_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_plain_model_cannot_express_is_refused(tmp_path: Path) -> None:
-    parts, told = golden("int8 channels")
+    parts, described = golden("int8 channels")
     with pytest.raises(ArchitectureError, match="rotates its activations"):
-        read(tmp_path / "a", parts, {**told["config"], "transform_config": {"r1": {}}})
+        read(tmp_path / "a", parts, {**described["config"], "transform_config": {"r1": {}}})
     parts["weight_global_scale"] = torch.ones(1)
     with pytest.raises(ArchitectureError, match="4-bit floating point"):
-        read(tmp_path / "b", parts, told["config"])
+        read(tmp_path / "b", parts, described["config"])
 
 
 def test_a_weight_and_its_parts_at_once_are_refused(tmp_path: Path) -> None:
-    parts, told = golden("sparse-bitmask")
+    parts, described = golden("sparse-bitmask")
     parts["weight"] = torch.ones(64, 128)
     with pytest.raises(CheckpointError, match="and so is its bitmask"):
-        read(tmp_path, parts, told["config"])
+        read(tmp_path, parts, described["config"])
 
 
 def spoiled(tensor: Tensor, random: torch.Generator) -> Tensor:
@@ -224,12 +224,12 @@ def test_hostile_parts_end_in_an_error_of_ours_or_in_numbers(tmp_path: Path) -> 
     random, refused, read_anyway = torch.Generator().manual_seed(0), 0, 0
     for turn in range(300):
         case = CASES[turn % len(CASES)]
-        parts, told = golden(case)
+        parts, described = golden(case)
         names = sorted(parts)
         name = names[int(torch.randint(len(names), (), generator=random))]
         parts[name] = spoiled(parts[name], random)
         try:
-            weight = read(tmp_path, parts, told["config"]).read("layer.weight")
+            weight = read(tmp_path, parts, described["config"]).read("layer.weight")
         except SecateurError:
             refused += 1
         else:

@@ -58,13 +58,13 @@ class Case:
         reader: its name.
         seed: which makes the same damage again.
         outcome: `read`, `refused`, `raw`, `crash`, `slow` or `outside`.
-        told: the error, or what was done.
+        message: the error, or what was done.
     """
 
     reader: str
     seed: int
     outcome: str
-    told: str
+    message: str
 
 
 @dataclass
@@ -123,8 +123,8 @@ class Watch:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))  # type: ignore[arg-type]
         if isinstance(path, int) or path == os.devnull or str(path).startswith("/proc/self/"):
             return True
-        told = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
-        return any(told == room or told.startswith(room + os.sep) for room in self.rooms)
+        real = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
+        return any(real == room or real.startswith(room + os.sep) for room in self.rooms)
 
 
 def run_one(reader: Reader, sound: Path, room: Path, seed: int, watch: Watch) -> Case:
@@ -135,26 +135,26 @@ def run_one(reader: Reader, sound: Path, room: Path, seed: int, watch: Watch) ->
     files = sorted({f for pattern in reader.files for f in room.glob(pattern) if f.is_file()})
     damage(draw.choice(files), draw)
     watch.seen, watch.on = "", True
-    outcome, told = "read", ""
+    outcome, message = "read", ""
     try:
         reader.read(room)
     except SecateurError as error:
-        outcome, told = "refused", str(error)[:200]
+        outcome, message = "refused", str(error)[:200]
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "/secateur/" in f.filename]
         place = ours[-1] if ours else last
-        told = f"{type(error).__name__} {str(error)[:100]!r} in {Path(place.filename).name}:"
-        outcome, told = "raw", f"{told}{place.lineno}"
+        message = f"{type(error).__name__} {str(error)[:100]!r} in {Path(place.filename).name}:"
+        outcome, message = "raw", f"{message}{place.lineno}"
     finally:
         watch.on = False
     if watch.seen:
-        outcome, told = "outside", watch.seen
-    return Case(reader.name, seed, outcome, told)
+        outcome, message = "outside", watch.seen
+    return Case(reader.name, seed, outcome, message)
 
 
 def child(reader: Reader, sound: Path, room: Path, seeds: range, pipe: int) -> None:
-    """Run some cases, telling the beginning and the end of each."""
+    """Run some cases, printing the beginning and the end of each."""
     faulthandler.disable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -168,8 +168,8 @@ def child(reader: Reader, sound: Path, room: Path, seeds: range, pipe: int) -> N
     for seed in seeds:
         os.write(pipe, f"begin {seed}\n".encode())
         case = run_one(reader, sound, room, seed, watch)
-        told = case.told.encode("ascii", "backslashreplace").decode().replace("\n", " ")
-        os.write(pipe, f"end {seed} {case.outcome} {told}\n".encode()[:4000])
+        message = case.message.encode("ascii", "backslashreplace").decode().replace("\n", " ")
+        os.write(pipe, f"end {seed} {case.outcome} {message}\n".encode()[:4000])
 
 
 def batch(reader: Reader, sound: Path, room: Path, seeds: range) -> Iterator[Case]:
@@ -195,11 +195,11 @@ def batch(reader: Reader, sound: Path, room: Path, seeds: range) -> Iterator[Cas
                 break
             *lines, rest = (rest + more).split(b"\n")
             for line in lines:
-                word, seed, *told = line.decode().split(" ", 3)
+                word, seed, *fields = line.decode().split(" ", 3)
                 if word == "begin":
                     begun = int(seed)
                 else:
-                    yield Case(reader.name, int(seed), told[0], told[1] if told[1:] else "")
+                    yield Case(reader.name, int(seed), fields[0], fields[1] if fields[1:] else "")
     status = os.waitpid(process, 0)[1]
     if slow:
         yield Case(reader.name, begun, "slow", f"{SECONDS:.0f} s")
@@ -256,7 +256,7 @@ def main() -> None:
         tally = attack(place, given.files, given.seconds, given.seed, tuple(given.reader))
     print("\n".join(tally.lines()))
     for case in tally.bad:
-        print(f"{case.outcome}: {case.reader}, seed {case.seed}: {case.told}")
+        print(f"{case.outcome}: {case.reader}, seed {case.seed}: {case.message}")
     sys.exit(bool(tally.bad))
 
 

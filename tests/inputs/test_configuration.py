@@ -144,9 +144,9 @@ def test_code_of_the_checkpoint_is_refused_as_an_error(refused, model: Path) -> 
     change(model, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
            model_type="evil")  # fmt: skip
     (model / "evil.py").write_text("raise SystemExit('it ran')")
-    told = refused("generate", model, "--prompt", "a")
-    assert "--trust-remote-code" in told
-    assert "it ran" not in told
+    message = refused("generate", model, "--prompt", "a")
+    assert "--trust-remote-code" in message
+    assert "it ran" not in message
 
 
 def test_memory_that_is_full_is_not_blamed_on_the_model(model: Path, monkeypatch) -> None:

@@ -31,19 +31,19 @@ def made(read) -> Reader:
 
 
 @pytest.mark.parametrize(
-    ("read", "outcome", "told"),
+    ("read", "outcome", "message"),
     [
         (writes_beside, "outside", "open"),
         (ends_the_process, "crash", "SIGSEGV"),
         (takes_memory, "raw", "MemoryError"),
     ],
 )
-def test_planted_faults_are_found(read, outcome: str, told: str, tmp_path: Path) -> None:
+def test_planted_faults_are_found(read, outcome: str, message: str, tmp_path: Path) -> None:
     reader = made(read)
     reader.make(tmp_path / "sound")
     (case,) = batch(reader, tmp_path / "sound", tmp_path / "room", range(1))
     assert (case.outcome, case.reader) == (outcome, "planted")
-    assert told in case.told
+    assert message in case.message
 
 
 def test_a_watch_knows_its_rooms(tmp_path: Path) -> None:

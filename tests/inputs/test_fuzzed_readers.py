@@ -63,11 +63,11 @@ def refused_or_read(read: Callable[[], Any]) -> bool:
     try:
         read()
     except SecateurError as error:
-        told = str(error)
+        message = str(error)
     else:
         return False
-    assert told
-    assert len(told) < 5000
+    assert message
+    assert len(message) < 5000
     return True
 
 

@@ -127,9 +127,9 @@ def test_a_mistake_is_refused_and_nothing_is_left(
 ) -> None:
     monkeypatch.chdir(place)
     before = contents(place)
-    told = refused(*shlex.split(line))
-    assert MISTAKES[line] in told
-    assert len(told) < 1500
+    message = refused(*shlex.split(line))
+    assert MISTAKES[line] in message
+    assert len(message) < 1500
     assert contents(place) == before
 
 

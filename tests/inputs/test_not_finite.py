@@ -64,9 +64,9 @@ def test_every_verb_names_the_tensor_before_any_work(
     words = [windows if word == "WINDOWS" else word for word in VERBS[case]]
     output = ["--output", tmp_path / "out"] if verb in WRITING else []
     before = sorted(tmp_path.iterdir())
-    told = refused(verb, model, *words, *output)
-    assert "1 of 1536 weights are NaN or infinite" in told
-    assert f"where: {NAME} in {model}" in told
+    message = refused(verb, model, *words, *output)
+    assert "1 of 1536 weights are NaN or infinite" in message
+    assert f"where: {NAME} in {model}" in message
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -84,8 +84,8 @@ def test_the_other_model_of_a_call_counts_too(refused, model: Path, windows: Pat
         ["evaluate", model, "--dense", other, "--text", windows],
         ["train", model, "--teacher", other, "--text", windows, "-o", model.with_name("out")],
     ):
-        told = refused(*words)
-        assert f"{NAME} in {other}" in told
+        message = refused(*words)
+        assert f"{NAME} in {other}" in message
     assert not list(model.parent.glob("out*"))
 
 

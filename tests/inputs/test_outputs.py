@@ -44,23 +44,23 @@ def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, 
     command = words(verb)
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    told = refused(*command, "--output", tmp_path / "new" / "out")
-    assert "the output cannot be written: Read-only file system" in told
+    message = refused(*command, "--output", tmp_path / "new" / "out")
+    assert "the output cannot be written: Read-only file system" in message
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("verb", ALL)
 def test_a_path_under_a_file(refused, words, tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("kept")
-    told = refused(*words(verb), "--output", tmp_path / "file" / "out")
-    assert "the output would be inside a file" in told
+    message = refused(*words(verb), "--output", tmp_path / "file" / "out")
+    assert "the output would be inside a file" in message
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("verb", ALL)
 def test_a_name_that_is_too_long(refused, words, tmp_path: Path, verb: str) -> None:
-    told = refused(*words(verb), "--output", tmp_path / ("x" * 300))
-    assert "the name of the output is too long" in told
+    message = refused(*words(verb), "--output", tmp_path / ("x" * 300))
+    assert "the name of the output is too long" in message
 
 
 @pytest.mark.parametrize("verb", ["prune", "structure", "train", "compress"])
@@ -70,8 +70,8 @@ def test_a_symbolic_link_to_the_source(
 ) -> None:
     (tmp_path / "link").symlink_to(model)
     flags = ["--overwrite"] if overwrite else []
-    told = refused(*words(verb), "--output", tmp_path / "link", *flags)
-    assert "the output is a symbolic link" in told
+    message = refused(*words(verb), "--output", tmp_path / "link", *flags)
+    assert "the output is a symbolic link" in message
     assert (model / "model.safetensors").is_file()
 
 

@@ -66,8 +66,8 @@ def test_what_generate_refuses(refused, model: Path, words: list[object]) -> Non
 
 def test_a_seed_of_23_digits(refused, model: Path, windows: Path, tmp_path: Path) -> None:
     words = ["--method", "wanda", "--sparsity", 0.5, "--calibration", windows]
-    told = refused("prune", model, *words, "--seed", "1" * 23, "-o", tmp_path / "out")
-    assert "--seed" in told
+    message = refused("prune", model, *words, "--seed", "1" * 23, "-o", tmp_path / "out")
+    assert "--seed" in message
 
 
 def test_all_positions_can_be_used(model: Path) -> None:
@@ -80,9 +80,9 @@ def test_all_positions_can_be_used(model: Path) -> None:
 
 def test_a_layer_that_is_not_there(refused, run, model: Path) -> None:
     for layer in (99, 3):
-        told = refused("inspect", model, "--layer", layer)
-        assert f"there is no decoder layer {layer}: the model has 3" in told
-        assert "a number from 0 to 2, or leave --layer out for all" in told
+        message = refused("inspect", model, "--layer", layer)
+        assert f"there is no decoder layer {layer}: the model has 3" in message
+        assert "a number from 0 to 2, or leave --layer out for all" in message
     assert "--layer -1: must be 0 or more" in refused("inspect", model, "--layer", -1)
     assert run("inspect", model, "--layer", 2).code == 0
     assert run("inspect", model).code == 0
@@ -123,8 +123,8 @@ def test_a_tensor_in_two_shards(refused, tmp_path: Path) -> None:
     tensors = load_file(second)
     name, tensor = next(iter(load_file(first).items()))
     save_file({**tensors, name: tensor + 1}, second, metadata={"format": "pt"})
-    told = refused("inspect", folder)
-    assert f"1 tensors are in two files; the first is '{name}'" in told
-    assert first.name in told
-    assert second.name in told
+    message = refused("inspect", folder)
+    assert f"1 tensors are in two files; the first is '{name}'" in message
+    assert first.name in message
+    assert second.name in message
     assert "are in two files" in refused("generate", folder, "--prompt", "a", "--max-new-tokens", 1)

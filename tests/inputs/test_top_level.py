@@ -40,9 +40,9 @@ def test_a_fault_of_ours_says_so_and_keeps_its_traceback(run, monkeypatch, state
     assert "open an issue" in done.err
     (file,) = (state / "faults").glob("fault-*.log")
     assert str(file) in done.err
-    told = json.loads(done.out)["error"]
-    assert told["kind"] == "InternalError"
-    assert str(file) in told["where"]
+    error = json.loads(done.out)["error"]
+    assert error["kind"] == "InternalError"
+    assert str(file) in error["where"]
     log = file.read_text()
     assert "Traceback (most recent call last)" in log
     assert "command: secateur inspect m --json" in log
@@ -94,13 +94,13 @@ def test_an_error_of_the_system_is_no_fault_of_ours(run, monkeypatch, code, reme
     done = run("inspect", "m", "--json")
     assert done.code == 1
     assert "fault in secateur" not in done.err
-    told = json.loads(done.out)["error"]
-    assert os.strerror(code) in told["what"]
-    assert told["where"] == "/some/file"
-    assert remedy in told["remedy"]
+    record = json.loads(done.out)["error"]
+    assert os.strerror(code) in record["what"]
+    assert record["where"] == "/some/file"
+    assert remedy in record["remedy"]
 
 
-def test_both_names_of_a_failed_rename_are_told() -> None:
+def test_both_names_of_a_failed_rename_are_reported() -> None:
     error = OSError(errno.ENOTEMPTY, "Directory not empty", "a", None, b"b")
     assert to_error(error).where == "a → b"
 

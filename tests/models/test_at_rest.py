@@ -73,10 +73,10 @@ def text_file(place: Path) -> Path:
     return file
 
 
-def one_matrix(place: Path, told: dict[str, Any], **parts: torch.Tensor) -> Path:
+def one_matrix(place: Path, quantization: dict[str, Any], **parts: torch.Tensor) -> Path:
     """A folder with the parts of one matrix."""
     place.mkdir(exist_ok=True)
-    config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": told}
+    config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": quantization}
     (place / "config.json").write_text(json.dumps(config))
     save_file({k.replace("__", "."): v for k, v in parts.items()}, place / "model.safetensors")
     return place
@@ -165,13 +165,13 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(
     order = torch.arange(inputs) // (inputs // groups)
     parts: dict[str, torch.Tensor] = {"a__scales": scales}
     if layout == "awq":
-        told: dict[str, Any] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+        quantization: dict[str, Any] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
         parts["a__qweight"] = in_words(codes, (0, 2, 4, 6, 1, 3, 5, 7))
         parts["a__qzeros"] = in_words(zeros, (0, 2, 4, 6, 1, 3, 5, 7))
     else:
-        told = {"quant_method": "gptq", "bits": bits}
+        quantization = {"quant_method": "gptq", "bits": bits}
         if layout == "gptq_v2":
-            told["checkpoint_format"] = layout
+            quantization["checkpoint_format"] = layout
         if layout == "any order":
             order = order[torch.randperm(inputs)]
         fields = tuple(range(32 // bits))
@@ -184,11 +184,11 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(
         for i in range(inputs):
             g = int(order[i])
             expected[o, i] = int(codes[i, o] - zeros[g, o]) * float(scales[g, o])
-    everywhere(reader_of(one_matrix(tmp_path / "m", told, **parts)), lambda _: expected)
+    everywhere(reader_of(one_matrix(tmp_path / "m", quantization, **parts)), lambda _: expected)
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("quantization", "said"),
     [
         ({"quant_method": "gptq", "bits": 3}, "3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
@@ -196,17 +196,17 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(
     ],
 )
 def test_other_layouts_of_integers_are_refused(
-    told: dict[str, Any], said: str, tmp_path: Path
+    quantization: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ArchitectureError, match=said):
-        open_weights(one_matrix(tmp_path / "m", told, a__weight=torch.zeros(2, 2)))
+        open_weights(one_matrix(tmp_path / "m", quantization, a__weight=torch.zeros(2, 2)))
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
 def test_a_form_that_no_matrix_has_is_refused(method: str, tmp_path: Path) -> None:
-    told = {"quant_method": method, "bits": 4}
+    quantization = {"quant_method": method, "bits": 4}
     with pytest.raises(CheckpointError, match="no matrix is stored so"):
-        open_weights(one_matrix(tmp_path / "m", told, a__weight=torch.zeros(2, 2)))
+        open_weights(one_matrix(tmp_path / "m", quantization, a__weight=torch.zeros(2, 2)))
 
 
 @pytest.mark.parametrize("form", ["fp8", "mxfp4"])
@@ -220,9 +220,9 @@ def test_new_values_are_rounded_to_the_stored_scales(form: str, tmp_path: Path) 
         spread = scales.repeat_interleave(4, 0).repeat_interleave(8, 1)
     else:
         blocks, exponents = to_microscaled(torch.randn(2, 64, 3))
-        told = {"quant_method": "mxfp4"}
+        quantization = {"quant_method": "mxfp4"}
         folder = one_matrix(
-            tmp_path / "m", told, e__down_proj_blocks=blocks, e__down_proj_scales=exponents
+            tmp_path / "m", quantization, e__down_proj_blocks=blocks, e__down_proj_scales=exponents
         )
         grid, name = torch.tensor([*E2M1, *(-x for x in E2M1)]), "e.down_proj"
         spread = torch.exp2(exponents.float() - 127).repeat_interleave(32, -1).transpose(1, 2)
@@ -387,7 +387,7 @@ def test_import_writes_it_dense(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("quantization", "said"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantize"),
         ({"quant_method": "hqq"}, "float32, bfloat16 or float16"),
@@ -395,13 +395,15 @@ def test_import_writes_it_dense(tmp_path: Path) -> None:
         ({"quant_method": "of-tomorrow"}, "float32, bfloat16 or float16"),
     ],
 )
-def test_other_forms_are_refused_by_name(told: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_other_forms_are_refused_by_name(
+    quantization: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     save_tiny(tmp_path / "m", "qwen3")
-    describe_as(tmp_path / "m", told)
+    describe_as(tmp_path / "m", quantization)
     text, output = text_file(tmp_path), tmp_path / "x"
-    with pytest.raises(CheckpointError, match=told["quant_method"]) as pruned:
+    with pytest.raises(CheckpointError, match=quantization["quant_method"]) as pruned:
         secateur.prune(tmp_path / "m", output=output, calibration=text, **PRUNED)
-    with pytest.raises(CheckpointError, match=told["quant_method"]) as cut:
+    with pytest.raises(CheckpointError, match=quantization["quant_method"]) as cut:
         secateur.structure(tmp_path / "m", output=output, calibration=text, keep_layers=2)
     assert said in str(pruned.value)
     assert str(pruned.value) == str(cut.value)
@@ -444,13 +446,16 @@ def test_impossible_blocks_are_refused(size: Any, tmp_path: Path) -> None:
 
 def test_microscaled_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     blocks = torch.zeros(2, 3, 2, 16, dtype=torch.uint8)
-    told, scales = {"quant_method": "mxfp4"}, torch.zeros(2, 3, 2, dtype=torch.uint8)
+    quantization, scales = {"quant_method": "mxfp4"}, torch.zeros(2, 3, 2, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"no e\.down_proj_scales"):
-        open_weights(one_matrix(tmp_path / "a", told, e__down_proj_blocks=blocks))
+        open_weights(one_matrix(tmp_path / "a", quantization, e__down_proj_blocks=blocks))
     for wrong in (scales[:1], scales.float()):
         with pytest.raises(CheckpointError, match="down_proj"):
             open_weights(
                 one_matrix(
-                    tmp_path / "b", told, e__down_proj_blocks=blocks, e__down_proj_scales=wrong
+                    tmp_path / "b",
+                    quantization,
+                    e__down_proj_blocks=blocks,
+                    e__down_proj_scales=wrong,
                 )
             )

@@ -85,8 +85,8 @@ def test_pruned_as_by_hand(family: str, tmp_path: Path, caplog: pytest.LogCaptur
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, expected[name]), name
         torch.testing.assert_close(logits(model), logits(by_hand))
-    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
-    assert {n: told.get(f"{path}.{n}.down_proj", 0) for n in range(len(seen))} == dict(
+    counts = {r.name: r.tokens for layer in report.layers for r in layer.linears}
+    assert {n: counts.get(f"{path}.{n}.down_proj", 0) for n in range(len(seen))} == dict(
         enumerate(seen)
     )
 

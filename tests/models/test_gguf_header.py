@@ -46,7 +46,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "form", "value", "told"),
+    ("place", "form", "value", "message"),
     [
         (0, "<I", 0, "it begins with"),
         (4, "<I", 9, "version 9"),
@@ -56,11 +56,11 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
         (24, "<Q", 2**64 - 1, "it ends within"),
     ],
 )
-def test_numbers_that_lie(tmp_path: Path, place: int, form: str, value: int, told: str) -> None:
+def test_numbers_that_lie(tmp_path: Path, place: int, form: str, value: int, message: str) -> None:
     content = bytearray(write_gguf(tmp_path / "m.gguf").read_bytes())
     struct.pack_into(form, content, place, value)
     (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_gguf_header(tmp_path / "m.gguf")
 
 

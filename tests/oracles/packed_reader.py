@@ -25,19 +25,19 @@ def read_file(file: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
-    told = json.loads(header.pop("__metadata__")["secateur"])
-    covered = {key: value for key, value in told.items() if key != "digest"}
+    description = json.loads(header.pop("__metadata__")["secateur"])
+    covered = {key: value for key, value in description.items() if key != "digest"}
     covered["tensors"] = {n: [e["dtype"], e["shape"]] for n, e in header.items()}
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
-    assert told["digest"] == f"{zlib.crc32(text.encode()):08x}"
+    assert description["digest"] == f"{zlib.crc32(text.encode()):08x}"
     tensors = {}
     for name, entry in header.items():
         start, end = (8 + length + x for x in entry["data_offsets"])
         data = raw[start:end]
-        assert told["checksums"][name] == f"{zlib.crc32(data):08x}"
+        assert description["checksums"][name] == f"{zlib.crc32(data):08x}"
         dtype, shape = entry["dtype"], entry["shape"]
-        if name in told["archived"]:
-            archived = told["archived"][name]
+        if name in description["archived"]:
+            archived = description["archived"][name]
             dtype, shape, codec = archived["dtype"], archived["shape"], archived["codec"]
             if codec != "none":
                 data = zstandard.ZstdDecompressor().decompress(data)
@@ -47,7 +47,7 @@ def read_file(file: Path) -> tuple[dict, dict[str, tuple[str, list[int], bytes]]
             count = len(planes) // size
             data = bytes(planes[p * count + i] for i in range(count) for p in range(size))
         tensors[name] = (dtype, shape, data)
-    return told, tensors
+    return description, tensors
 
 
 def narrow(data: bytes, width: int, length: int) -> bytes:
@@ -136,9 +136,9 @@ def kept_places(layout: dict, parts: dict) -> list[tuple[int, int]]:
 
 def read_matrices(file: Path) -> dict[str, list[list[float]]]:
     """Every packed matrix of a file, [out][in]."""
-    told, tensors = read_file(file)
+    description, tensors = read_file(file)
     matrices = {}
-    for name, layout in told["layouts"].items():
+    for name, layout in description["layouts"].items():
         parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n.startswith(name + ".")}
         part = parts["weight" if layout["format"] == "dense" else "compressed"]
         places = kept_places(layout, parts)

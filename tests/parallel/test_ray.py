@@ -85,7 +85,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_ray_is_told_how_many_processes_and_over_what_they_talk(
+def test_ray_gets_how_many_processes_and_over_what_they_talk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake, done = FakeRay(gpus=16), list[int]()
@@ -110,7 +110,7 @@ def test_a_cluster_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         launch("auto", None, True, print)
 
 
-def test_the_first_real_error_is_told() -> None:
+def test_the_first_real_error_is_reported() -> None:
     lost = RankError("process 0 has lost the others")
     nan = NumericalError("3 weights are NaN", where="layers.1")
     wrapped = SimpleNamespace(_base_exc=nan)

@@ -169,9 +169,9 @@ def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> N
     assert not (tmp_path / "x.partial").exists()
 
 
-def errors(told: str) -> list[str]:
+def errors(printed: str) -> list[str]:
     """The errors that a process has printed; usually only the first one prints any."""
-    return [line for line in told.splitlines() if line.startswith("error:")]
+    return [line for line in printed.splitlines() if line.startswith("error:")]
 
 
 @pytest.mark.parametrize("victim", slow_but([1], [0, 1]))

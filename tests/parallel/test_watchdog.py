@@ -34,10 +34,10 @@ def test_the_first_fault_counts_and_all_hear_it() -> None:
         assert fault == made[0].wait(10) == made[1].wait(10)
         assert (fault.rank, fault.what, fault.where) == (2, "3 weights are NaN", "layers.1")
         assert made[0].report(ValueError("later")) == fault
-        told = fault.error()
-        assert "process 2" in told.what
-        assert "3 weights are NaN" in told.what
-        assert (told.exit_code, ended) == (1, [])
+        raised = fault.error()
+        assert "process 2" in raised.what
+        assert "3 weights are NaN" in raised.what
+        assert (raised.exit_code, ended) == (1, [])
 
 
 def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:

@@ -108,16 +108,16 @@ def test_a_written_recipe_with_all_its_defaults_can_be_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"method": "wanda", "score": "magnitude"}, "'wanda' has the score 'wanda', but 'magnit"),
         ({"method": "wanda", "solver": "obs"}, "'wanda' has the solver 'zero', but 'obs' is given"),
         ({"method": "sparsegpt", "score": "wanda"}, "'sparsegpt' has the score 'obs'"),
     ],
 )
-def test_a_method_has_its_own_score_and_solver(given: dict[str, str], told: str) -> None:
+def test_a_method_has_its_own_score_and_solver(given: dict[str, str], message: str) -> None:
     recipe = build_recipe(PruneRecipe, {"model": "m", "sparsity": 0.5, **given})
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         method_of(recipe)
 
 

@@ -42,14 +42,14 @@ def test_the_signature_has_every_option(verb) -> None:
     function = imported(verb.function)
     assert inspect.unwrap(getattr(secateur, verb.python)) is function
     kind = imported(verb.recipe)
-    parameters, told = dict(inspect.signature(function).parameters), function.__doc__
+    parameters, docstring = dict(inspect.signature(function).parameters), function.__doc__
     for option in [*options_of(kind), *run_options_of(kind)]:
         if (verb.name, option.name) == ("diagnose", "machine"):  # of the machine, not of a model
             continue
         assert option.name in parameters
-        assert f"{option.name}: " in told
+        assert f"{option.name}: " in docstring
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    assert "**options" not in told
+    assert "**options" not in docstring
 
 
 @pytest.mark.parametrize("verb", DECLARED, ids=lambda verb: verb.name)
@@ -126,7 +126,7 @@ def test_a_flag_that_there_is_not_is_refused_with_the_right_one(secateur, words,
     assert said in " ".join(done.err.split())
 
 
-def test_all_unknown_flags_are_told_at_once(secateur) -> None:
+def test_all_unknown_flags_are_reported_at_once(secateur) -> None:
     done = secateur("prune", "m", "--window", 4, "--generated", 2, "--sparsity", 0.5, "--json")
     assert "error: 2 faults:" in done.err
     assert "--generated-windows" in done.out

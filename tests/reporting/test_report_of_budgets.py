@@ -33,7 +33,7 @@ def write_advice(file: Path, **options: Any) -> Path:
 
 def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
-    for told in (
+    for text in (
         "fit: at most 70.0 MiB; 13 candidates on the frontier, 2 finalists; 21 min 00 s",
         "67 MiB instead of 188 MiB",
         "−0.030 nats",
@@ -42,7 +42,7 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
         "one level for all, pruned and rounded",
         "mixed, only rounded",
     ):
-        assert told in page.text, told
+        assert text in page.text, text
     # two frontiers of four, five single levels, a cut, the winner and another finalist
     assert page.figures["frontier"] == 16
     assert {"fit", "quality", "provenance"} <= set(page.ids)
@@ -54,12 +54,12 @@ def test_what_pruning_brought(tmp_path: Path) -> None:
     assert pruning_brought(result).value == "nothing"
     losses = {"winner": result.losses["winner"]}
     file = folder / "secateur" / "fit.json"
-    told = json.loads(file.read_text())
-    told["losses"] = {"winner": told["losses"]["winner"]}
-    file.write_text(json.dumps(told))
+    record = json.loads(file.read_text())
+    record["losses"] = {"winner": record["losses"]["winner"]}
+    file.write_text(json.dumps(record))
     alone = FitResult.read(file)
     assert alone.losses == losses
-    assert pruning_brought(alone).told.startswith("No rounding alone fits into this budget.")
+    assert pruning_brought(alone).description.startswith("No rounding alone fits into this budget.")
 
 
 def test_a_broken_bound_is_said(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_plots_of_a_fit(tmp_path: Path) -> None:
 
 def test_an_advice_is_computed_again_from_its_file(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_advice(tmp_path / "advice.json"))
-    for told in (
+    for text in (
         "Only quantize: int8.",
         "llama-3.1-8b: does it pay?",
         "secateur compress llama-3.1-8b --values int8 --calibration TEXT",
@@ -84,7 +84,7 @@ def test_an_advice_is_computed_again_from_its_file(tmp_path: Path) -> None:
         "Kurtic et al., ACL 2025",
         "hosted model",
     ):
-        assert told in page.text, told
+        assert text in page.text, text
     assert {"advice", "what-if"} <= set(page.ids)
     assert len(page.scripts) == 1
 

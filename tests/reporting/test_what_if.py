@@ -27,15 +27,15 @@ pytestmark = pytest.mark.skipif(
 
 HARNESS = """
 const cases = JSON.parse(require("fs").readFileSync(0, "utf8"));
-process.stdout.write(JSON.stringify(cases.map((told) => {
-  const { need, hardware, facts } = told.question, other = facts.hardware[told.other];
+process.stdout.write(JSON.stringify(cases.map((data) => {
+  const { need, hardware, facts } = data.question, other = facts.hardware[data.other];
   const price = (other ?? hardware).usd_per_hour;
-  const device = advisor.deviceOf(told, told.other ?? told.hardware);
-  const answer = advisor.adviseOn(told, device, need, price);
+  const device = advisor.deviceOf(data, data.other ?? data.hardware);
+  const answer = advisor.adviseOn(data, device, need, price);
   return {
     ...answer,
-    commands: answer.chosen ? advisor.commands(answer.chosen.option, told.name) : [],
-    apis: advisor.apisOf(told, answer.chosen, need.load, price),
+    commands: answer.chosen ? advisor.commands(answer.chosen.option, data.name) : [],
+    apis: advisor.apisOf(data, answer.chosen, need.load, price),
   };
 })));
 """
@@ -117,11 +117,11 @@ def test_many_random_questions_have_the_same_answers() -> None:
     asked = [drawn(draw) for _ in range(120)]
     found = in_javascript([what_if_data(one, "org/model", name) for name, one in asked])
     kinds = set()
-    for (_, question), told in zip(asked, found, strict=True):
+    for (_, question), theirs in zip(asked, found, strict=True):
         wanted = question.answer()
-        assert told["verdict"] == wanted.verdict
-        assert len(told["rows"]) == len(wanted.considered)
-        for row, mine in zip(told["rows"], wanted.considered, strict=True):
+        assert theirs["verdict"] == wanted.verdict
+        assert len(theirs["rows"]) == len(wanted.considered)
+        for row, mine in zip(theirs["rows"], wanted.considered, strict=True):
             assert row["option"]["name"] == mine.option.name
             assert bool(row["refused"]) == bool(mine.refused)
             assert row["safe"] == mine.safe
@@ -140,15 +140,15 @@ def test_many_random_questions_have_the_same_answers() -> None:
                 for name in ("month", "year", "million_tokens"):
                     assert ends(row["cost"][name], getattr(mine.cost, name)), name
         if wanted.paid_back_months is None:
-            assert told["paid_back_months"] is None
+            assert theirs["paid_back_months"] is None
         else:
-            assert same(told["paid_back_months"], wanted.paid_back_months)
-        assert len(told["apis"]) == len(wanted.apis)
-        for api, mine_api in zip(told["apis"], wanted.apis, strict=True):
+            assert same(theirs["paid_back_months"], wanted.paid_back_months)
+        assert len(theirs["apis"]) == len(wanted.apis)
+        for api, mine_api in zip(theirs["apis"], wanted.apis, strict=True):
             assert same(api["month"], mine_api.month)
             assert (api["requests_per_day"] is None) == (mine_api.requests_per_day is None)
         chosen = wanted.chosen
-        assert told["commands"] == (
+        assert theirs["commands"] == (
             [] if chosen is None else [*chosen.option.commands("org/model")]
         )
     assert kinds == {"Capacity", "TooMuch"}

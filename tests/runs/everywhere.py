@@ -137,7 +137,7 @@ class Bench:
         self.clear()
         ended = self.call(None, **self.case.anew(self.replacing))
         if ended.how != "done":
-            raise SystemExit(f"{self.name}: {ended.told}\n{self.shim.log.read_text()}")
+            raise SystemExit(f"{self.name}: {ended.message}\n{self.shim.log.read_text()}")
         self.reference, self.steps = contents(self.output), ended.steps
         self.operations = len(ended.operations)
         self.beside = {x.name for x in self.here.iterdir()}
@@ -171,27 +171,27 @@ class Bench:
         anew, retry = self.case.anew(self.replacing), self.case.retry(self.replacing)
         first = self.call(point, **anew)
         found = [self.look()]
-        told = [first.told] if first.how != "killed" else []
+        messages = [first.message] if first.how != "killed" else []
         if twice:
             left = max(1, self.operations - len(first.operations))
             drawn = random.Random(point.operation.number).randrange(left)
             second = self.call(Point(Operation(drawn, "any", 0, 0, ""), False, False), **retry)
-            told += [] if second.how in ("killed", "done") else [second.told]
+            messages += [] if second.how in ("killed", "done") else [second.message]
             found.append(self.look())
         finished, half = found[-1].finished, any(x.half for x in found)
         again = self.call(None, **retry)
         verdict = IDENTICAL if self.is_new(self.output) and not half else DIFFERENT
         if half:
-            told.append("a half-written folder had the name of the output")
+            messages.append("a half-written folder had the name of the output")
         elif again.how != "done" and not finished:
-            told.append(again.told)
+            messages.append(again.message)
             verdict = LOST if first.steps or again.how != "refused" else REFUSED
             if self.call(None, **anew).how != "done":
-                told.append("a call that does not resume fails too")
+                messages.append("a call that does not resume fails too")
         elif first.how == "done" and not found[0].finished:
             verdict = DIFFERENT
         if verdict == DIFFERENT:
-            told.append(f"differs: {self.differing()}")
+            messages.append(f"differs: {self.differing()}")
         beside = {x.name for x in self.here.iterdir()} - self.beside
         left_over = tuple(sorted(beside)) if again.how == "done" else ()
         repeated = max(0, first.steps + again.steps - self.steps) if not finished else 0
@@ -208,7 +208,7 @@ class Bench:
             left_over,
             first.steps,
             min(repeated, first.steps),
-            tuple(told),
+            tuple(messages),
         )
 
 

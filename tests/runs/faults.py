@@ -174,13 +174,13 @@ class Ended:
 
     Attributes:
         how: `done`, `killed`, `refused` (an error of ours), `crashed` (any other) or `hung`.
-        told: the error, on one line.
-        steps: how often the progress was told of steps.
+        message: the error, on one line.
+        steps: how often steps were reported.
         operations: that changed files.
     """
 
     how: str
-    told: str
+    message: str
     steps: int
     operations: tuple[Operation, ...]
 
@@ -237,16 +237,16 @@ class Shim:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             how = "killed" if number == signal.SIGKILL else "crashed"
-            told = signal.Signals(number).name
-            return Ended(how, told, self.steps.value, operations)
-        how, _, told = self.said.read_text(encoding="utf-8").partition(" ")
-        return Ended(how, told, self.steps.value, operations)
+            message = signal.Signals(number).name
+            return Ended(how, message, self.steps.value, operations)
+        how, _, message = self.said.read_text(encoding="utf-8").partition(" ")
+        return Ended(how, message, self.steps.value, operations)
 
     def work_in_fork(
         self, work: Callable[[Steps], object], watched: Path, point: Point | None
     ) -> None:
         """What the fork does; it does not return."""
-        how, told = "done", ""
+        how, message = "done", ""
         try:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
@@ -256,13 +256,13 @@ class Shim:
             self.arm(watched, point.operation.number if point else NEVER, mode_of(point))
             work(Steps(self))
         except SecateurError as error:
-            how, told = "refused", f"{type(error).__name__}: {error}"
+            how, message = "refused", f"{type(error).__name__}: {error}"
         except BaseException as error:
-            how, told = "crashed", f"{type(error).__name__}: {error}"
+            how, message = "crashed", f"{type(error).__name__}: {error}"
             traceback.print_exc()
         finally:
             self.library.faults_disarm()
-            self.said.write_text(f"{how} {' '.join(told.split())}", encoding="utf-8")
+            self.said.write_text(f"{how} {' '.join(message.split())}", encoding="utf-8")
             os._exit(0)
 
 

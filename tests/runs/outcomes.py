@@ -29,7 +29,7 @@ class Trial:
         left_over: what lies beside the output at the end and does not after an uninterrupted run.
         steps_done: how often the stopped run reported progress.
         steps_repeated: how often the work was reported again.
-        told: errors.
+        messages: errors.
     """
 
     case: str
@@ -44,7 +44,7 @@ class Trial:
     left_over: tuple[str, ...] = ()
     steps_done: int = 0
     steps_repeated: int = 0
-    told: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
     @property
     def survived(self) -> bool:
@@ -94,7 +94,7 @@ def table(found: Sequence[Trial]) -> str:
 
 def faults_table(found: Sequence[Trial]) -> str:
     """The points that were not survived, the same ones of a case together."""
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for x in found:
         if x.survived and not x.crashed:
@@ -102,7 +102,7 @@ def faults_table(found: Sequence[Trial]) -> str:
         kind = [x.verdict, *(n for n in ("gone", "crashed") if getattr(x, n))]
         kind += [f"left over: {', '.join(x.left_over)}"] if x.left_over else []
         key = f"{x.case}{', replacing' if x.replacing else ''}: {', '.join(kind)}"
-        key += f": {'; '.join(t[:160] for t in x.told if t)}"
-        told[key] += 1
+        key += f": {'; '.join(t[:160] for t in x.messages if t)}"
+        counts[key] += 1
         first.setdefault(key, x.point)
-    return "\n".join(f"{n:4d} × {key}\n       first: {first[key]}" for key, n in told.items())
+    return "\n".join(f"{n:4d} × {key}\n       first: {first[key]}" for key, n in counts.items())

@@ -83,9 +83,9 @@ def try_points(points: str, place: Path) -> list[Trial]:
         for file, names in zip(files, SHARES[points], strict=True)
     ]  # fmt: skip
     for process in running:
-        told, _ = process.communicate()
-        print(told)
-        assert process.returncode == 0, told
+        output, _ = process.communicate()
+        print(output)
+        assert process.returncode == 0, output
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [Trial(**json.loads(line)) for line in lines]
 

@@ -118,21 +118,21 @@ def test_a_second_run_is_refused_and_names_the_first(
 ) -> None:
     assert holder.stdin is not None
     assert holder.stdout is not None
-    output, told = tmp_path / "out", []
+    output, messages = tmp_path / "out", []
     holder.stdin.write(f"{name}\t{output}\n")
     holder.stdin.flush()
     assert holder.stdout.readline() == "held\n"
     for way in ways(name):
         try:
             CASES[name].call(sources, output, At(), **way)
-            told.append("it was not refused")
+            messages.append("it was not refused")
         except RecipeError as error:
-            told.append(str(error))
+            messages.append(str(error))
     holder.stdin.write("\n")
     holder.stdin.flush()
     first = holder.stdout.readline()
     assert first == "done\n"
-    for text in told:
+    for text in messages:
         assert str(holder.pid) in text
         assert socket.gethostname() in text
         assert re.search(r"\d\d:\d\d", text)
@@ -335,8 +335,8 @@ def test_resume_of_a_finished_run_with_another_recipe_is_refused(
 ) -> None:
     CASES[name].call(sources, tmp_path / "out", At(), **options)
     before = every_byte(tmp_path)
-    told = r"the finished run was a different one \(.*(now|changed)"
-    with pytest.raises(RecipeError, match=told) as error:
+    message = r"the finished run was a different one \(.*(now|changed)"
+    with pytest.raises(RecipeError, match=message) as error:
         CASES[name].call(sources, tmp_path / "out", At(), resume=True, **{**options, **change})
     assert "overwrite" in str(error.value.remedy)
     assert every_byte(tmp_path) == before

@@ -195,10 +195,10 @@ def test_rounding_is_that_of_the_oracle() -> None:
 def test_the_folder_says_how_activations_are_rounded(tmp_path: Path) -> None:
     folder = packed_model(tmp_path, **STORED["int8"])
     config = json.loads((folder / "config.json").read_text())
-    told = {"values": "int8", "group": 256}
-    assert config["quantization_config"]["activations"] == told
-    assert PackedCheckpoint(folder).activations == told
-    assert Forgery(folder / "secateur.safetensors").description["activations"] == told
+    rounding = {"values": "int8", "group": 256}
+    assert config["quantization_config"]["activations"] == rounding
+    assert PackedCheckpoint(folder).activations == rounding
+    assert Forgery(folder / "secateur.safetensors").description["activations"] == rounding
 
 
 @pytest.mark.parametrize(

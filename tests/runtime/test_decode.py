@@ -219,13 +219,13 @@ def test_a_decoder_outlives_the_model(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = model_of(tmp_path, "llama, tied, biases", torch.float32)
     decoder = Decoder(model, 6)
-    for prompt, told in (
+    for prompt, message in (
         (torch.zeros(0, dtype=torch.long), "a prompt of 0 tokens"),
         (some_tokens(7), "a prompt of 7 tokens, for a cache of 6"),
         (torch.tensor([3, 96]), "token 96 is not in the vocabulary of 96"),
         (torch.tensor([-1]), "token -1 is not in the vocabulary of 96"),
     ):
-        with pytest.raises(ShapeError, match=told):
+        with pytest.raises(ShapeError, match=message):
             decoder.prefill(prompt)
     decoder.prefill(PROMPT)
     for token in (96, -1):
@@ -258,9 +258,9 @@ UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", [*UNFIT])
 def test_models_of_another_shape_are_refused(tmp_path: Path, case: str) -> None:
-    family, changes, told = UNFIT[case]
+    family, changes, message = UNFIT[case]
     model = secateur.load(pruned_folder(tmp_path, family, **changes))
-    assert told in (why_not(model, 9) or "")
+    assert message in (why_not(model, 9) or "")
     with pytest.raises(ArchitectureError, match=r"one call for each token[\s\S]*model\.generate"):
         Decoder(model, 9)
 

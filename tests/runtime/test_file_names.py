@@ -78,8 +78,8 @@ def test_an_expanded_model_is_saved_as_a_dense_one(tmp_path: Path) -> None:
     folder = packed_model(tmp_path)
     expanded = secateur.load(folder, expand=True)
     expanded.save_pretrained(tmp_path / "saved")
-    told = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert "quantization_config" not in told
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "quantization_config" not in config
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(IDS).logits
         assert_same_logits(found, expanded(IDS).logits)

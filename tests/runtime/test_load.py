@@ -369,8 +369,10 @@ def pack_by_hand(folder: Path, name: str, layout: Layout) -> None:
         table.pop(f"{name}.weight")
     kinds = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
     for suffix, part in formats[layout.format].pack(weight, layout).items():
-        told = {"dtype": kinds[part.dtype], "shape": [*part.shape]}
-        for table, entry in zip(tables, (told, bytearray(part.numpy().tobytes()), ""), strict=True):
+        entry_of = {"dtype": kinds[part.dtype], "shape": [*part.shape]}
+        for table, entry in zip(
+            tables, (entry_of, bytearray(part.numpy().tobytes()), ""), strict=True
+        ):
             table[f"{name}.{suffix}"] = entry
     forgery.description["layouts"][name] = layout.to_json()
     forgery.description["activations"] = activations_for([layout])
@@ -391,8 +393,8 @@ def test_an_embedding_that_somebody_else_has_packed(
     group = 32 if values == "int4" else None
     layout = Layout(format, values, (96, 32), group=group)
     pack_by_hand(folder, "model.embed_tokens", layout)
-    told = {"expand": True} if not layout.integers else {"kernels": False}
-    expected = logits_of(secateur.load(folder, dtype=torch.float32, **told))
+    options = {"expand": True} if not layout.integers else {"kernels": False}
+    expected = logits_of(secateur.load(folder, dtype=torch.float32, **options))
     found = logits_of(secateur.load(folder, dtype=torch.float32))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 

@@ -86,8 +86,8 @@ def test_one_call_for_each_token_computes_what_the_model_computes(name: str) -> 
 @pytest.mark.parametrize("name", slow_but(FEW[1:], [x for x in ZOO if x not in TYPES]))
 def test_other_models_say_why_they_are_decoded_by_transformers(name: str) -> None:
     try:
-        told = why_not(tiny_model(name))
+        reason = why_not(tiny_model(name))
     except ImportError as missing:
         pytest.skip(f"{name}: {str(missing).strip().splitlines()[0]}")
-    assert told is not None
-    assert "its type is" in told
+    assert reason is not None
+    assert "its type is" in reason

@@ -99,9 +99,9 @@ def product(command: int, matrix: KernelMatrix, x: Tensor) -> bytes:
     return numbers(command) + described(matrix) + numbers(TYPES[x.dtype], len(x)) + array(x.clone())
 
 
-def tensor(told: bytes, dtype: torch.dtype) -> Tensor:
+def tensor(data: bytes, dtype: torch.dtype) -> Tensor:
     """What the program wrote."""
-    return torch.frombuffer(bytearray(told), dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
 def matrices(shape: tuple[int, int], sparsity: float | None) -> list[tuple[KernelMatrix, Tensor]]:
@@ -117,16 +117,16 @@ def integers(matrix: KernelMatrix) -> bool:
 
 def assert_products(run: Run, asked: list[tuple[int, KernelMatrix, Tensor, Tensor]]) -> None:
     """Commands, matrices, the same dense, activations: all products are right."""
-    told = run(b"".join(product(command, matrix, x) for command, matrix, _, x in asked))
+    output = run(b"".join(product(command, matrix, x) for command, matrix, _, x in asked))
     for _, matrix, dense, x in asked:
         size = len(x) * matrix.rows * x.element_size()
-        got = tensor(told[:size], x.dtype).view(len(x), matrix.rows).double()
-        told = told[size:]
+        got = tensor(output[:size], x.dtype).view(len(x), matrix.rows).double()
+        output = output[size:]
         seen = rounded_to_bytes(x.float()) if integers(matrix) else x.double()
         error = (got - bitmask_product(seen, dense)).abs()
         limit = 2e-6 if x.dtype == torch.float32 else 5e-3
         assert float((error / (seen.abs() @ dense.abs().T + 1e-30)).max()) < limit
-    assert not told
+    assert not output
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -198,5 +198,5 @@ def test_silu(run: Run) -> None:
 )
 def test_the_processor_decides(program: Path, processor: str, tier: str) -> None:
     command = [str(EMULATOR), "-cpu", processor, str(program)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert told.strip() == tier
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert output.strip() == tier

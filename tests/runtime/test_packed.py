@@ -146,9 +146,9 @@ def test_widened_numbers_that_do_not_fit_are_refused() -> None:
     stored = torch.frombuffer(bytearray(short), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="a frame of 3003 bytes where 4005 are needed"):
         decode(stored, archived)
-    told = {**archived.to_json(), "dtype": "I8"}
+    entry = {**archived.to_json(), "dtype": "I8"}
     with pytest.raises(CheckpointError, match="zstd-3 is for bytes, not for I8"):
-        archived_spec(told, PartSpec(torch.uint8, (2000,)))
+        archived_spec(entry, PartSpec(torch.uint8, (2000,)))
 
 
 def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> None:
@@ -164,12 +164,12 @@ def test_bombs_are_refused_before_they_are_opened() -> None:
     frame = zstandard.ZstdCompressor().compress(bytes(2**20))
     stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
     spec = PartSpec(torch.uint8, tuple(stored.shape))
-    told = {"dtype": "U8", "shape": [2**40], "codec": "zstd"}
+    entry = {"dtype": "U8", "shape": [2**40], "codec": "zstd"}
     with pytest.raises(CheckpointError, match="are said to hold 1099511627776"):
-        archived_spec(told, spec)
+        archived_spec(entry, spec)
     with pytest.raises(CheckpointError, match="impossible shape"):
-        archived_spec({**told, "shape": [2**62, 2**62]}, spec)
-    smaller = archived_spec({**told, "shape": [4096]}, spec)
+        archived_spec({**entry, "shape": [2**62, 2**62]}, spec)
+    smaller = archived_spec({**entry, "shape": [4096]}, spec)
     with pytest.raises(CheckpointError, match="a frame of 1048576 bytes where 4096 are needed"):
         decode(stored, smaller)
     lying = bytearray(frame)  # a frame that holds more than it says
@@ -179,9 +179,9 @@ def test_bombs_are_refused_before_they_are_opened() -> None:
         decode(torch.frombuffer(lying, dtype=torch.uint8), smaller)
 
 
-def config_with(folder: Path, **told: object) -> None:
+def config_with(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= told
+    config["quantization_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -233,7 +233,7 @@ def test_a_dense_folder_is_refused_with_advice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer.bitmask16.bitmask", "norm.weight", "bias"])
-def test_a_flipped_bit_is_told_by_tensor(tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_reported_by_tensor(tmp_path: Path, name: str) -> None:
     packed_folder(tmp_path / "m")
     packed = PackedCheckpoint(tmp_path / "m")
     entry = packed.entries[name]

@@ -28,10 +28,10 @@ def runtimes() -> list[str]:
     found = []
     for name in ("libasan.so", "libubsan.so"):
         asked = [COMPILER, f"-print-file-name={name}"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-        if not Path(told).is_absolute():
+        output = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(output).is_absolute():
             pytest.skip(f"gcc has no {name} here")
-        found.append(str(Path(told).resolve()))
+        found.append(str(Path(output).resolve()))
     return found
 
 
@@ -74,8 +74,8 @@ def sanitized(environment: dict[str, str], *words: object) -> subprocess.Complet
 
 def assert_clean(done: subprocess.CompletedProcess[str]) -> None:
     """It came to its end, and no sanitizer said anything."""
-    for told in ("AddressSanitizer", "runtime error"):
-        assert told not in done.stderr, done.stderr[-4000:]
+    for heading in ("AddressSanitizer", "runtime error"):
+        assert heading not in done.stderr, done.stderr[-4000:]
     assert done.returncode == 0, done.stderr[-4000:]
     assert "came to the end" in done.stdout
 

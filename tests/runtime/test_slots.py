@@ -173,7 +173,7 @@ def test_a_slot_can_go_back(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     decoder = SlotDecoder(model_of(tmp_path, values="int8"), 4, slots=2)
-    for tokens, told in (
+    for tokens, message in (
         ([], "0 tokens in one call"),
         ([Token(0, n, 5) for n in range(9)], "9 tokens in one call, which takes 1 to 8"),
         ([Token(0, 1, 5)], "position 1 does not follow 0 tokens of slot 0"),
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ([Token(1, n, 5) for n in range(5)], "the cache of 4 tokens is full"),
         ([Token(0, 0, 96)], "token 96 is not in the vocabulary of 96"),
     ):
-        with pytest.raises(ShapeError, match=told):
+        with pytest.raises(ShapeError, match=message):
             decoder.step(tokens)
         assert decoder.lengths == [0, 0]
     decoder.step([Token(0, 0, 5)])

@@ -25,7 +25,7 @@ import secateur
 import torch
 import transformers
 
-ids, told = torch.load(sys.argv[1]), {}
+ids = torch.load(sys.argv[1])
 for folder in sys.argv[2:]:
     loaded = {
         "load": secateur.load(folder, dtype=torch.float32),
@@ -33,8 +33,8 @@ for folder in sys.argv[2:]:
             folder, dtype=torch.float32
         ),
     }
-    for way, model in loaded.items():
-        torch.save(model(input_ids=ids).logits.detach(), f"{folder}/{way}.pt")
+    for loader, model in loaded.items():
+        torch.save(model(input_ids=ids).logits.detach(), f"{folder}/{loader}.pt")
     kinds = {type(module).__name__ for module in loaded["load"].modules()}
     assert not any(kind.startswith("Packed") for kind in kinds), kinds
 made = secateur.generate(folder, "abc", max_new_tokens=4)
@@ -66,15 +66,15 @@ def test_everything_works_expanded(tmp_path: Path) -> None:
         for way in ("load", "from_pretrained"):
             found = torch.load(folder / f"{way}.pt")
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
-    told = json.loads(done.stdout)
-    assert told["info"]["tier"] == "none"
-    assert told["info"]["threads"] == 0
-    assert "SECATEUR_KERNELS=none" in told["info"]["reason"]
-    assert told["loop"] == f"transformers: {told['info']['reason']}"
-    packed, plain = told["bench"]["contenders"]
+    record = json.loads(done.stdout)
+    assert record["info"]["tier"] == "none"
+    assert record["info"]["threads"] == 0
+    assert "SECATEUR_KERNELS=none" in record["info"]["reason"]
+    assert record["loop"] == f"transformers: {record['info']['reason']}"
+    packed, plain = record["bench"]["contenders"]
     assert "SECATEUR_KERNELS=none" in packed["failure"]
     assert plain["tokens_per_second"] > 0
-    assert told["bench"]["protocol"]["kernels"] == "none"
+    assert record["bench"]["protocol"]["kernels"] == "none"
 
 
 def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

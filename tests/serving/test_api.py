@@ -324,10 +324,10 @@ def test_models_health_and_metrics(server: Running, client: openai.OpenAI) -> No
         client.models.retrieve("other/model")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     chat(client)
-    told = httpx.get(f"{server.url}/metrics")
-    assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+    answer = httpx.get(f"{server.url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     numbers = {}
-    for line in told.text.splitlines():
+    for line in answer.text.splitlines():
         if not line.startswith("#"):
             name, value = line.rsplit(" ", 1)
             numbers[name] = float(value)

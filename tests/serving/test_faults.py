@@ -183,7 +183,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
 
 @pytest.mark.parametrize("case", [*BAD])
 def test_a_bad_request_says_what_is_wrong(server: Running, case: str) -> None:
-    path, body, told, param = BAD[case]
+    path, body, message, param = BAD[case]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(
         f"{server.url}/v1/{path}",
@@ -193,7 +193,7 @@ def test_a_bad_request_says_what_is_wrong(server: Running, case: str) -> None:
     )
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
-    assert told in error["message"]
+    assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param

@@ -56,7 +56,7 @@ def test_impossible_cuts_are_refused(name: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     cut = Cut(layers=(9,), groups={0: (8,)}, neurons={1: (77,)}, hidden=())
     with pytest.raises(RecipeError) as caught:
         cut_model(tiny_model("llama"), cut)

@@ -181,7 +181,7 @@ def test_nothing_is_written_for_an_impossible_cut(tmp_path: Path) -> None:
         cut_checkpoint(source, Cut(layers=(0,)), source)
 
 
-def test_a_missing_tensor_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))

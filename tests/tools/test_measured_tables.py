@@ -121,9 +121,9 @@ def test_best_on_models_that_were_trained_again() -> None:
         model, column = name.split(", ")
         dense = losses[model, "", "dense"]
         for row, cell in zip(table[0][1:], cells, strict=False):
-            told = [float(x) for x in cell.split(", ")]
+            shown = [float(x) for x in cell.split(", ")]
             own = losses[model, column, row]
-            assert told == [round(own[text] - dense[text], 3) for text in dense], (name, row)
+            assert shown == [round(own[text] - dense[text], 3) for text in dense], (name, row)
 
 
 def test_the_rates_of_a_distillation() -> None:
@@ -142,14 +142,14 @@ def test_the_rates_of_a_distillation() -> None:
 def test_the_times_of_a_newcomer() -> None:
     rows = json.loads((ROOT / "benchmarks/results/newcomer.json").read_text())["rows"]
     walked = {row["command"]: row for row in rows if row["part"] == "start"}
-    told = {
+    documented = {
         line[0].strip("`"): line[1:]
         for table in tables(ROOT / "docs" / "start.md")
         for line in table
         if line[0].startswith("`")
     }
-    assert len(told) == 7
-    for start, cells in told.items():
+    assert len(documented) == 7
+    for start, cells in documented.items():
         [row] = [row for command, row in walked.items() if command.startswith(start)]
         assert cells[:2] == [duration(row["seconds"]), duration(row["processor_seconds"])], start
     ready = ["python3 -m venv", "pip install", "secateur prune"]
@@ -162,10 +162,10 @@ def test_the_times_of_a_newcomer() -> None:
 def test_the_trimmed_vocabularies() -> None:
     rows = json.loads((ROOT / "benchmarks/results/vocabulary.json").read_text())["rows"]
     page = ROOT / "docs" / "structure" / "vocabulary.md"
-    told = {line[0]: line[1:] for table in tables(page) for line in table}
+    shown = {line[0]: line[1:] for table in tables(page) for line in table}
 
     def cells(name: str, form: Callable[[dict[str, Any]], str]) -> None:
-        assert told[name][1:] == [*map(form, rows)], name
+        assert shown[name][1:] == [*map(form, rows)], name
 
     cells("tokens", lambda r: f"{r['tokens']:,}")
     cells("parameters", lambda r: f"{r['parameters'] / 1e6:.1f} M")
@@ -207,9 +207,9 @@ def test_which_experts_to_keep() -> None:
                 f"{gap['above_reap']:+.3f} ± {gap['error']:.3f}",
             ])  # fmt: skip
     assert found == expected
-    told = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for setup in ("each layer", "all layers together"):
         own = [row["alone"] for row in rows if row["setup"] == setup]
         means = {name: sum(x[name] for x in own) / len(own) for name in own[0]}
         words = (f"{means[n]:.2f}" for n in ("reap", "frequency", "product"))
-        assert "| {} | {} | {} | {} |".format(setup, *words) in told
+        assert "| {} | {} | {} | {} |".format(setup, *words) in text

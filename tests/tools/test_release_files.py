@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    told: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return told["project"]
+    document: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return document["project"]
 
 
 def test_one_version(project: dict[str, Any]) -> None:

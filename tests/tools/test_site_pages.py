@@ -16,8 +16,8 @@ ROOT = build_site.ROOT
 def test_links_out_of_the_docs_lead_to_copies() -> None:
     page = Path("docs/methods/wanda.md")
     text = "[a](ria.md#x) [b](../../ARCHITECTURE.md#options) [c](../../LICENSE) [d](https://e.org)"
-    told, files = site_pages.relinked(text, page, ROOT)
-    assert told == (
+    relinked, files = site_pages.relinked(text, page, ROOT)
+    assert relinked == (
         "[a](ria.md#x) [b](../project/ARCHITECTURE.md#options) [c](../files/LICENSE) "
         "[d](https://e.org)"
     )

@@ -80,7 +80,7 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     gc.disable()  # what is alive only because nobody collected it is alive
     gc.freeze()  # of the modules that are imported nothing is counted, which takes long
-    census, told = Census(), {}
+    census, taken = Census(), {}
     load, begin, train, make = retraining.load, Loop.begin, Loop.train, nn.Parameter.__new__
 
     def making(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
@@ -93,12 +93,12 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
         census.taken()
         model = load(*args, **more)
         census.look()
-        told["reading"] = census.taken()
+        taken["reading"] = census.taken()
         return model
 
     def beginning(loop: Loop) -> None:
         begin(loop)
-        told["set_up"] = live_bytes()
+        taken["set_up"] = live_bytes()
         for name, module in loop.model.named_modules():
             if name.endswith(("down_proj", "lm_head")):
                 module.register_forward_hook(census.look)
@@ -108,15 +108,15 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
 
     def training(loop: Loop) -> None:
         train(loop)
-        told["steps"] = census.taken()
+        taken["steps"] = census.taken()
 
     retraining.load = loading
     Loop.begin, Loop.train = beginning, training  # type: ignore[method-assign]
     nn.Parameter.__new__ = making  # type: ignore[method-assign,assignment]
     report = getattr(secateur, verb)(folder, output=output, **options)
     census.look()
-    told |= {"writing": census.taken(), **report.manifest.planned}
-    Path(f"{output}.json.{os.environ['RANK']}").write_text(json.dumps(told), encoding="utf-8")
+    taken |= {"writing": census.taken(), **report.manifest.planned}
+    Path(f"{output}.json.{os.environ['RANK']}").write_text(json.dumps(taken), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

@@ -17,8 +17,10 @@ TOGETHER = torch.cat(list(WINDOWS.values()))
 
 
 def loading(losses=None, size=8, every=0, **options):
-    told = losses or {"code": 1.0, "prose": 2.0}
-    return DomainLoading(WINDOWS, REFERENCES, lambda model: told, size=size, every=every, **options)
+    known = losses or {"code": 1.0, "prose": 2.0}
+    return DomainLoading(
+        WINDOWS, REFERENCES, lambda model: known, size=size, every=every, **options
+    )
 
 
 def read(order, first, last):

@@ -74,11 +74,11 @@ def test_sparsity_follows_the_schedule(family, name):
 def test_the_end_is_always_reached_once(steps, begin, end, every):
     how = Gradual(Cubic(0.5), options=GradualOptions(every=every, begin=begin, end=end))
     due = [how.due(step, steps) for step in range(1, steps + 1)]
-    told = [d for d in due if d is not None]
-    assert told.count(1.0) == 1
-    assert told[-1] == 1.0
-    assert told == sorted(told)
-    assert all(0 < d <= 1 for d in told)
+    densities = [d for d in due if d is not None]
+    assert densities.count(1.0) == 1
+    assert densities[-1] == 1.0
+    assert densities == sorted(densities)
+    assert all(0 < d <= 1 for d in densities)
 
 
 def test_scores_with_statistics_and_n_of_m():

@@ -177,12 +177,12 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="96 tokens, the teacher 128"):
         Distil.between(student, ModelTeacher(dense))
     teacher = ModelTeacher(model_of())
-    for options, told in (
+    for options, message in (
         ({"kind": "forwards"}, "forward"),
         ({"temperature": 0.0}, "temperature"),
         ({"next_token": 2.0}, "share"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             Distil.between(student, teacher, **options)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="most likely"):
         write_teacher(ModelTeacher(student), IDS, tmp_path / "t.safetensors", k=96, device=CPU)

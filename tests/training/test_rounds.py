@@ -45,8 +45,8 @@ def in_rounds(rewind, *, rounds=3, early=None, family="llama", saved=None, **opt
     kept = open_masks(model)
     retrain = Disturbance(model, kept)
     how = PruningRounds(Geometric(0.8), rounds, rewind=rewind, **options)
-    told = prune_in_rounds(model, kept, how, retrain, early, saved)
-    assert told == retrain.rounds
+    returned = prune_in_rounds(model, kept, how, retrain, early, saved)
+    assert returned == retrain.rounds
     return model, kept, retrain
 
 

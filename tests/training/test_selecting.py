@@ -119,8 +119,8 @@ def test_scope_global_is_one_threshold_over_the_model(text):
 
 def test_two_of_four_is_approached_through_three_of_four():
     pattern = parse_pattern("2:4")
-    told = [stage(pattern, s) for s in (0.0, 0.12, 0.13, 0.3, 0.4, 0.5)]
-    assert [p and p.name for p in told] == [None, None, "3:4", "3:4", "2:4", "2:4"]
+    stages = [stage(pattern, s) for s in (0.0, 0.12, 0.13, 0.3, 0.4, 0.5)]
+    assert [p and p.name for p in stages] == [None, None, "3:4", "3:4", "2:4", "2:4"]
     model = tiny_model("llama")
     masks = open_masks(model)
     for sparsity, wanted in ((0.05, 0.0), (0.25, 0.25), (0.5, 0.5)):

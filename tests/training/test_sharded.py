@@ -95,17 +95,17 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
     half = sum(sizes.values()) // 2
     masks = sum(sizes[n] // 4 for n, x in stored.items() if x.ndim == 2 and not x.all()) // 2
     for rank in range(2):
-        told = json.loads(Path(f"{tmp_path / 'two'}.json.{rank}").read_text())
-        assert told["reading"] <= half + layer + SLACK
+        taken = json.loads(Path(f"{tmp_path / 'two'}.json.{rank}").read_text())
+        assert taken["reading"] <= half + layer + SLACK
         # The teacher is in bfloat16 where that is faster; its embeddings and head stay gathered.
-        assert told["set_up"] <= half + masks + half + SLACK
+        assert taken["set_up"] <= half + masks + half + SLACK
         # Gradients and two moments; of a layer two buffers and the weights, as FSDP2 has them.
-        assert told["steps"] <= 4 * half + masks + half + 3 * layer + told["forward"] + SLACK
-        assert told["writing"] <= 4 * half + masks + half + max(sizes.values()) + SLACK
-        assert told["weights"] == half
+        assert taken["steps"] <= 4 * half + masks + half + 3 * layer + taken["forward"] + SLACK
+        assert taken["writing"] <= 4 * half + masks + half + max(sizes.values()) + SLACK
+        assert taken["weights"] == half
         parts = ("weights", "gathered", "optimizer", "teacher", "masks", "forward")
-        planned = sum(told[name] for name in parts)
-        assert 0.6 * planned <= told["steps"] <= planned
+        planned = sum(taken[name] for name in parts)
+        assert 0.6 * planned <= taken["steps"] <= planned
     secateur.train(places / "pruned", output=tmp_path / "one", **options)
     one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("one", "two"))
     moved = 0

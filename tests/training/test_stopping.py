@@ -29,7 +29,7 @@ class StoppedError(Exception):
 
 
 class StopAt(Silent):
-    """Stops, or kills, when a step has been told of, before it is saved."""
+    """Stops, or kills, when a step has been reported, before it is saved."""
 
     def __init__(self, step: int, kill: bool = False) -> None:
         self.left, self.kill = step + 1, kill

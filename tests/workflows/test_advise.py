@@ -44,11 +44,11 @@ def test_a_configuration_is_enough_and_this_machine_is_timed(
         num_attention_heads=4, num_key_value_heads=2,
     ).save_pretrained(tmp_path / "model")  # fmt: skip
     found = secateur.advise(tmp_path / "model", requests_per_day=10, tokens_per_request=20)
-    told = json.loads(json.dumps(found.to_json()))
-    names = {row["option"] for row in told["options"]}
+    record = json.loads(json.dumps(found.to_json()))
+    names = {row["option"] for row in record["options"]}
     assert {"as it is", "int8", "int4", "50% zeros", "50% zeros + int4"} <= names
-    assert told["chosen"] == "as it is"
-    assert told["basis"]["times"].startswith("decoded on this machine with random weights, 20")
+    assert record["chosen"] == "as it is"
+    assert record["basis"]["times"].startswith("decoded on this machine with random weights, 20")
     assert "measured here" in str(found)
     assert (tmp_path / "home" / "token-times.json").exists()
 
@@ -58,12 +58,12 @@ def test_the_command_advises_on_a_known_shape(
 ) -> None:
     run = runner(monkeypatch, capsys)
     words = ("llama-3.1-8b", "--hardware", "a100-80gb", "--requests-per-day", "1e6")
-    told = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
-    assert told["verdict"].startswith("Only quantize: int8")
-    assert told["commands"] == [
+    record = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
+    assert record["verdict"].startswith("Only quantize: int8")
+    assert record["commands"] == [
         "secateur compress llama-3.1-8b --values int8 --calibration TEXT --output SMALL"
     ]
-    chosen = next(row for row in told["options"] if row["option"] == "int8")
+    chosen = next(row for row in record["options"] if row["option"] == "int8")
     assert chosen["cost_usd"]["month"]["low"] < chosen["cost_usd"]["month"]["high"]
     assert "2411.02355" in chosen["accuracy_sources"][0]
     shown = run("advise", *words, "--quality-loss", "0.03").out

@@ -54,8 +54,8 @@ def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: str) ->
     assert sparse.zeros == (attention + neurons) * 2 // 2
     assert small.zeros == sparse.zeros
     assert small.file_bytes < sparse.file_bytes < whole.file_bytes
-    told = json.loads((tmp_path / "out" / "secateur" / "chain.json").read_text())
-    assert [link["kept"] for link in told["links"]] == [link.kept for link in report.links]
+    record = json.loads((tmp_path / "out" / "secateur" / "chain.json").read_text())
+    assert [link["kept"] for link in record["links"]] == [link.kept for link in report.links]
     steps = tmp_path / "out" / "secateur" / "steps"
     assert sorted(x.name for x in steps.iterdir()) == ["01-structure", "02-prune"]
     assert not (tmp_path / "out.partial").exists()
@@ -81,9 +81,9 @@ def test_a_step_may_be_training_with_a_teacher(tmp_path: Path) -> None:
     report = secateur.chain(source, output=tmp_path / "out", steps=steps)
     _, _, sparse, taught = report.links
     assert (taught.parameters, taught.zeros) == (sparse.parameters, sparse.zeros)
-    told = json.loads((tmp_path / "out" / "secateur" / "training.json").read_text())
-    assert told[0]["objective"] == "forward KL, T = 1"
-    assert told[0]["recipe"]["teacher"] == str(source)
+    records = json.loads((tmp_path / "out" / "secateur" / "training.json").read_text())
+    assert records[0]["objective"] == "forward KL, T = 1"
+    assert records[0]["recipe"]["teacher"] == str(source)
 
 
 def test_a_chain_that_fails_goes_on_behind_what_is_done(
@@ -158,7 +158,7 @@ def test_a_step_that_is_not_done_may_be_corrected(
         ([{"prune": {}, "compress": {}}], "one verb"),
     ],
 )
-def test_faults_are_told_before_any_work(
+def test_faults_are_reported_before_any_work(
     steps: list[dict[str, dict[str, object]]], said: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=said):

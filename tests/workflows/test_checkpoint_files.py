@@ -82,9 +82,9 @@ def test_numbers_of_the_same_weights_are_marked(place, tmp_path) -> None:
         assert found.perplexity[0].perplexity == before.perplexity[0].perplexity
     card = tmp_path / "card.md"
     page = secateur.report([small], tmp_path / "page.html", card=card).page.read_text()
-    for told in (page, card.read_text()):
-        assert "not measured: of run, which has the same weights" in told
-        assert "Measured on run, which has the same weights, not on this folder." in told
+    for shown in (page, card.read_text()):
+        assert "not measured: of run, which has the same weights" in shown
+        assert "Measured on run, which has the same weights, not on this folder." in shown
     assert "run, same weights as small" in page
     own = secateur.report([run], tmp_path / "own.html").page.read_text()
     assert "same weights" not in own

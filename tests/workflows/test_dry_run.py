@@ -63,9 +63,9 @@ def test_what_the_run_would_refuse_is_refused(verb: str, place: Path) -> None:
 def test_the_command_line(verb: str, place: Path, secateur: Any) -> None:
     given = {**LENGTH, **VERBS[verb]}
     words = [w for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
-    told = secateur(verb, "model", *words, "--dry-run", "--json")
-    assert told.code == 0, told.err
-    assert json.loads(told.out)
+    done = secateur(verb, "model", *words, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)
     assert not list(place.glob("*.partial"))
 
 

@@ -132,14 +132,14 @@ def test_next_lines_of_a_sweep_make_its_best_point(run: Run) -> None:
 
 def test_next_lines_of_the_demo_name_a_text_without_a_hub(run: Run) -> None:
     pruned = PruneResult(0.5, [], output=Path("pruned"))
-    told: dict[str, Any] = dict.fromkeys(DemoResult.__dataclass_fields__)
-    demo = DemoResult(**{**told, "pruned": pruned, "page": Path("page.html")})
+    values: dict[str, Any] = dict.fromkeys(DemoResult.__dataclass_fields__)
+    demo = DemoResult(**{**values, "pruned": pruned, "page": Path("page.html")})
     commands = commands_in(plain_text(demo.places()))
     own = next(words for words in commands if words[0] == "prune")
     follow(run, [[word.replace("MODEL", "dense") for word in own]])
 
 
-def test_a_packed_model_is_not_told_to_be_packed(run: Run) -> None:
+def test_a_packed_model_is_not_advised_to_be_packed(run: Run) -> None:
     run("compress", "pruned", *OUT)
     notes = Path("a result/secateur/bench.json")
     notes.write_text(

@@ -29,7 +29,7 @@ from secateur.progress import Progress
 
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")
 OPTIONS = MappingProxyType({"fp32": (), "int8": SYMMETRIC, "int4": SYMMETRIC})
-"""What the builder is told for each type."""
+"""What the builder is given for each type."""
 
 PACKAGES = ("onnxruntime_genai", "onnx_ir")
 MATRIX = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul(_Q\d)?")

@@ -350,11 +350,11 @@ def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> li
         if any(holds(given, x.path) and (x.path in spelled or path not in spelled) for x in needed):
             continue
         if not any(_value_at(recipe, option.path) for option in needed):
-            told = spelled.get(path)
-            names = [x.flag_text if told and told[0] == "-" else x.name if told else x.key
+            flag = spelled.get(path)
+            names = [x.flag_text if flag and flag[0] == "-" else x.name if flag else x.key
                      for x in needed]  # fmt: skip
             wanted = f"one of {', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
-            lines.append(f"{told or options[name].key}: changes nothing without {wanted}")
+            lines.append(f"{flag or options[name].key}: changes nothing without {wanted}")
     return lines
 
 

@@ -22,13 +22,13 @@ class Mark:
         x: the position on the x axis.
         y: the value; marks that are not finite are not drawn.
         label: a few letters beside the point; may be empty.
-        told: the point in words, shown when the reader points at it.
+        description: the point in words, shown when the reader points at it.
     """
 
     x: float
     y: float
     label: str = ""
-    told: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True)

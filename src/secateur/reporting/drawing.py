@@ -26,7 +26,7 @@ SHAPES = (
     "M0 5.2L5-3.8H-5z",
     "M-5-1.7h3.3V-5h3.4v3.3H5v3.4H1.7V5h-3.4V1.7H-5z",
 )
-"""SVG paths of the marks, centred on their point. They can be told apart without colours."""
+"""SVG paths of the marks, centred on their point. They can be distinguished without colours."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DrawnMark:
 
     x: float
     y: float
-    told: str
+    description: str
     label: str
     label_x: float
     label_y: float
@@ -199,7 +199,7 @@ def _place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
         if covered < least:
             best, least = (at_x, at_y), covered
     taken.append((best[0] - half, best[1] - LINE + 2, best[0] + half, best[1] + 2))
-    return DrawnMark(x, y, mark.told, mark.label, round(best[0], 1), round(best[1], 1))
+    return DrawnMark(x, y, mark.description, mark.label, round(best[0], 1), round(best[1], 1))
 
 
 def _overlap(one: Box, other: Box) -> float:

@@ -145,8 +145,8 @@ def check_own(folder: Path, verb: str, record: str) -> None:
         return
     others = sorted(file.name for file in folder.iterdir())
     if "run.json" in others:  # of a run that was stopped at its beginning
-        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        others = [] if isinstance(told, dict) and told.get("verb") == verb else others
+        run_record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        others = [] if isinstance(run_record, dict) and run_record.get("verb") == verb else others
     if others:
         raise RecipeError(
             f"the folder exists and holds no {verb}, but {', '.join(others[:3])}",

@@ -154,10 +154,10 @@ def test_distillation(kind: str, options: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize("k", [4, 64])
 def test_distillation_from_a_file(k: int, tmp_path: Path) -> None:
     student, teacher = pruned(), tiny_model("llama", seed=1).to("cuda")
-    file, device = tmp_path / "told.safetensors", torch.device("cuda")
+    file, device = tmp_path / "teacher.safetensors", torch.device("cuda")
     write_teacher(ModelTeacher(teacher), WINDOWS, file, k=k, device=device, temperature=2.0)
-    told = WrittenTeacher(file)
-    objective = Distil.between(student, told, temperature=2.0)
+    written = WrittenTeacher(file)
+    objective = Distil.between(student, written, temperature=2.0)
     learn(student, objective, Masks.of(student), tmp_path)
 
 

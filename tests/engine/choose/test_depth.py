@@ -388,7 +388,7 @@ def test_what_cannot_be_is_refused(options: dict, said: str) -> None:
         choose(tiny_model("llama"), DepthSettings(**options))
 
 
-def test_norms_on_the_stream_are_told_of() -> None:
+def test_norms_on_the_stream_are_reported() -> None:
     config = CONFIGS["opt"]()
     config.do_layer_norm_before = False
     torch.manual_seed(0)
@@ -408,7 +408,7 @@ def test_a_work_folder_of_another_choice_is_refused(tmp_path: Path) -> None:
         choose(tiny_model("llama", seed=1), DepthSettings(count=1, method="search"), tmp_path)
 
 
-def test_a_model_that_overflows_is_told_of() -> None:
+def test_a_model_that_overflows_is_reported() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(math.inf)
     with pytest.raises(NumericalError, match="not a number"):

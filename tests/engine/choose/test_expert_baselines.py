@@ -117,11 +117,11 @@ def test_layers_keep_different_numbers_of_experts(tmp_path: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(tmp_path / "source")
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    told = secateur.structure(
+    report = secateur.structure(
         tmp_path / "source", output=tmp_path / "out", experts=3, experts_scope="global",
         calibration=tmp_path / "windows.safetensors",
     ).manifest.structure  # fmt: skip
-    assert told.varied
+    assert report.varied
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(sizes_of(smaller).experts) == 9
     assert sizes_of(smaller).experts[1] == 2

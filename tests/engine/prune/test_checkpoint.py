@@ -69,7 +69,7 @@ def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [4, 40, -1])
-def test_a_truncated_file_is_told_by_name_and_size(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_file_is_reported_by_name_and_size(tmp_path: Path, cut: int) -> None:
     folder = folder_with(tmp_path / "m")
     file = folder / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
@@ -97,7 +97,7 @@ def test_pickles_are_refused_with_the_remedy(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
-def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = CheckpointReader(folder_with(tmp_path / "m"))
     copy = PatchedCopy(reader, tmp_path / "copy")
 

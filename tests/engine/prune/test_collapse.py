@@ -1,4 +1,4 @@
-"""A run that destroys the model is told, and can be stopped."""
+"""A run that destroys the model is reported, and can be stopped."""
 
 from __future__ import annotations
 

@@ -60,15 +60,15 @@ def test_every_matrix_has_its_tokens(method: str, sequential: str) -> None:
     report = secateur.prune(
         model, method=method, sparsity=0.5, calibration=tiny_windows(6, 20), sequential=sequential
     )
-    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
+    counts = {r.name: r.tokens for layer in report.layers for r in layer.linears}
     if method == "magnitude":
-        assert set(told.values()) == {None}
+        assert set(counts.values()) == {None}
         return
-    for name, tokens in told.items():
+    for name, tokens in counts.items():
         if ".experts." not in name:
             assert tokens == 6 * 20, name
     for projection in ("gate_proj", "up_proj", "down_proj"):
-        of = [t for n, t in told.items() if n.startswith("model.layers.0.mlp.experts.")
+        of = [t for n, t in counts.items() if n.startswith("model.layers.0.mlp.experts.")
               and n.endswith(projection)]  # fmt: skip
         assert sum(of) == 6 * 20 * 2
 

@@ -101,9 +101,9 @@ def test_pruned_as_by_plain_loops(family: str, sequential: str, method: str) -> 
         else:
             assert torch.equal(parameter == 0, expected[name] == 0), name
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-4)
-    told = {r.name: r.tokens for layer in report.layers for r in layer.linears}
-    assert {n: told[f"{n}.down_proj"] for n in seen} == seen
-    assert all(told[n] == 48 * 4 for n in told if ".experts." not in n)
+    counts = {r.name: r.tokens for layer in report.layers for r in layer.linears}
+    assert {n: counts[f"{n}.down_proj"] for n in seen} == seen
+    assert all(counts[n] == 48 * 4 for n in counts if ".experts." not in n)
 
 
 @pytest.mark.parametrize("family", PLAIN_MIXTURES)
@@ -216,7 +216,7 @@ def test_an_allocation_knows_nothing_of_unseen_experts() -> None:
     secateur.prune(model, calibration=tiny_windows(), exclude=["*.experts.4.*"], **options)
 
 
-def test_few_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_tokens_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     secateur.prune(tiny_model("mixtral"), method="wanda", sparsity=0.5, calibration=tiny_windows(2))
     assert "saw fewer tokens than they have inputs" in caplog.text
 

@@ -46,8 +46,8 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
     after = float(output_error(hidden_states(tuned, windows)[-1], dense))
     assert after < 0.7 * before
     for layer in report.layers:
-        told = layer.reconstruction
-        assert told["error_after"] < told["error_before"]
+        record = layer.reconstruction
+        assert record["error_after"] < record["error_before"]
     assert after == pytest.approx(report.layers[-1].reconstruction["error_after"], rel=1e-4)
     for name, zeros in zeros_of(tuned).items():
         assert int(zeros.sum()) == round(0.5 * zeros.shape[1]) * zeros.shape[0], name
@@ -63,8 +63,8 @@ def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
     secateur.prune(plain, **options)
     report = secateur.prune(tuned, **options, tune_passes=16, tune_learning_rate=3e-3)
     for layer in report.layers:
-        told = layer.reconstruction
-        assert told["error_after"] < 0.95 * told["error_before"]
+        record = layer.reconstruction
+        assert record["error_after"] < 0.95 * record["error_before"]
     first = describe(plain).layers(plain)[0], describe(tuned).layers(tuned)[0]
     before, after = (linears_of(layer, "0") for layer in first)
     moved, back = 0, 0

@@ -186,9 +186,9 @@ def test_the_work_of_least_squares_is_that_of_its_factorisations(
     mask = method.mask(weight, statistics, 0.5)
     solver = method.solver
     solver.solve(weight, solver.prepare(statistics), method.pattern, 0.5, mask=mask)
-    told = solver.flops((24, 48), method.pattern, 0.5)
+    estimate = solver.flops((24, 48), method.pattern, 0.5)
     # Rows that keep fewer weights are filled up to the largest of their chunk.
-    assert told <= sum(done) <= (1.0 if pattern in ("2:4", "*x1") else 2.0) * told
+    assert estimate <= sum(done) <= (1.0 if pattern in ("2:4", "*x1") else 2.0) * estimate
 
 
 def test_a_plan_that_does_not_fit_names_the_linear_that_takes_most(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_an_error_in_a_forward_comes_through_and_leaves_no_hook() -> None:
 
 
 @torch.no_grad()
-def test_linears_that_do_not_share_an_input_are_told_apart() -> None:
+def test_linears_that_do_not_share_an_input_are_distinguished() -> None:
     stage = Stage()
     wrong = [[*stage.groups[0], *stage.groups[1]], *stage.groups[2:]]
     with pytest.raises(ArchitectureError, match=r"does not receive the input(?s:.*)o_proj"):

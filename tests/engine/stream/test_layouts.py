@@ -169,7 +169,7 @@ def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize(("name", "told"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("bert", "BertLMHeadModel is an encoder, not a causal decoder"),
     ("roberta", "is an encoder"),
     ("whisper", "WhisperForCausalLM is part of an encoder-decoder"),
@@ -177,10 +177,10 @@ def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     ("zamba2", "12 parameters of decoder layers are shared with other layers"),
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_what_is_not_known_is_refused_by_name(name: str, told: str, method: str) -> None:
+def test_what_is_not_known_is_refused_by_name(name: str, message: str, method: str) -> None:
     model = tiny_architecture(name)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ArchitectureError, match=told):
+    with pytest.raises(ArchitectureError, match=message):
         secateur.prune(model, method=method, sparsity=0.5, calibration=tiny_windows())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -220,12 +220,12 @@ def test_stored_buffers_are_read(tmp_path: Path) -> None:
     secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     packed = secateur.load(tmp_path / "small")
     assert packed.model.layers[1].layer_scalar == 1.5
-    told = secateur.structure(
+    report = secateur.structure(
         tmp_path / "source", output=tmp_path / "cut", keep_layers=2,
         calibration=tmp_path / "windows.safetensors",
     )  # fmt: skip
     steps = json.loads((tmp_path / "cut" / "secateur" / "steps.json").read_text())
     kept = steps[0]["cut"]["layers"]
     cut = load_file(tmp_path / "cut" / "model.safetensors")
-    assert told.manifest.structure.removed > 0
+    assert report.manifest.structure.removed > 0
     assert [cut[f"model.layers.{i}.layer_scalar"] for i in range(2)] == [0.5 + i for i in kept]

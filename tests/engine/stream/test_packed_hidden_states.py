@@ -107,8 +107,8 @@ def test_runs_on_disk_with_the_dense_model_beside_are_those_in_memory(
             activations=place, output=tmp_path / place,
         )  # fmt: skip
         for layer in report.layers:
-            told = layer.reconstruction
-            assert told["error_after"] < told["error_before"]
+            record = layer.reconstruction
+            assert record["error_after"] < record["error_before"]
         made[place] = load_file(tmp_path / place / "model.safetensors")
     assert all(torch.equal(x, made["disk"][n]) for n, x in made["memory"].items())
 

@@ -49,8 +49,8 @@ def test_the_next_layer_is_read_while_one_computes(tmp_path: Path) -> None:
         assert found.ahead is not None
         for begun in found.ahead.coming.values():
             begun.result()
-        told = {n.split(f"layers.{number + 1}.")[-1] for n, by in reader.log if "ahead" in by}
-        assert names <= told
+        early = {n.split(f"layers.{number + 1}.")[-1] for n, by in reader.log if "ahead" in by}
+        assert names <= early
     assert reader.layers("MainThread") == {"0"}
     assert reader.layers("read ahead") == {"1", "2"}
     assert len(reader.log) == len({name for name, _ in reader.log})  # nothing twice

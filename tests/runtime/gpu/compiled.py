@@ -80,10 +80,10 @@ def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
+        output = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output))
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 

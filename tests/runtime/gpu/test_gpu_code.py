@@ -47,9 +47,9 @@ def test_kernels_compile_and_spill_nothing(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == set(names)
-    for name, told in found.items():
-        assert told["spilled"] == 0, name
+    for name, usage in found.items():
+        assert usage["spilled"] == 0, name
         # so many registers leave room for three programs of 128 threads on a multiprocessor
-        assert told["registers"] <= 168, name
-        assert told["shared"] <= 16 * 2**10, name
-        assert told["tensor_cores"] == name.endswith("many"), name
+        assert usage["registers"] <= 168, name
+        assert usage["shared"] <= 16 * 2**10, name
+        assert usage["tensor_cores"] == name.endswith("many"), name

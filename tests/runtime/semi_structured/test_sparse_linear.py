@@ -60,9 +60,9 @@ def clock_of(*rounds: tuple[float, ...]) -> Callable[[Sequence[Any]], list[float
     left = list(rounds)
 
     def clock(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-        told = left.pop(0)
-        assert len(told) == len(calls)
-        return list(told)
+        seconds = left.pop(0)
+        assert len(seconds) == len(calls)
+        return list(seconds)
 
     return clock
 

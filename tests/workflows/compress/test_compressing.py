@@ -276,10 +276,10 @@ def test_calibration_makes_integers_closer_and_keeps_zeros(
         source, output=tmp_path / "fit", values=values, calibration=tmp_path / "w.safetensors"
     )
     assert not (tmp_path / "fit.rounded").exists()
-    told = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
-    assert told["rounding"] == report.to_json()["rounding"]
-    assert f"bits {values[3:]}" in told["rounding"]["solver"]
-    assert 0 < told["rounding"]["mean_error"] < largest_error
+    record = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
+    assert record["rounding"] == report.to_json()["rounding"]
+    assert f"bits {values[3:]}" in record["rounding"]["solver"]
+    assert 0 < record["rounding"]["mean_error"] < largest_error
     assert report.value_error == 0 or values == "int8"
     assert (tmp_path / "fit" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
     for name in ("near", "fit"):
@@ -556,12 +556,12 @@ def test_the_verbs(tmp_path: Path, monkeypatch, capsys) -> None:
         monkeypatch, capsys, "compress", source, "-o", output, "--values", "int8",
         "--embeddings", "int8", "--archive", "--json",
     )  # fmt: skip
-    told = json.loads(out)
+    record = json.loads(out)
     assert code == 0
-    assert told["file_bytes"] == (output / PACKED).stat().st_size
-    assert told["ratio"] == told["file_bytes"] / told["bfloat16_bytes"]
-    assert told["formats"]["bitmask int8"]["matrices"] == 21
-    assert told["archive"] is True
+    assert record["file_bytes"] == (output / PACKED).stat().st_size
+    assert record["ratio"] == record["file_bytes"] / record["bfloat16_bytes"]
+    assert record["formats"]["bitmask int8"]["matrices"] == 21
+    assert record["archive"] is True
     code, out = run(monkeypatch, capsys, "compress", source, "-o", output, "--overwrite")
     assert code == 0
     assert "bits per weight" in out

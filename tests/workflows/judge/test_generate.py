@@ -73,9 +73,9 @@ def test_a_chat_template_is_used_if_there_is_one(model: Path) -> None:
     assert made.chat
     assert made.text == plain.text  # the template writes the same prompt
     assert secateur.generate(model, "u:abc;a:", max_new_tokens=8, chat=False).text == plain.text
-    told = secateur.generate(model, "abc", max_new_tokens=8, system="be brief")
+    answer = secateur.generate(model, "abc", max_new_tokens=8, system="be brief")
     written = secateur.generate(model, "s:be brief;u:abc;a:", max_new_tokens=8, chat=False)
-    assert told.text == written.text
+    assert answer.text == written.text
 
 
 def test_a_conversation_remembers(model: Path) -> None:

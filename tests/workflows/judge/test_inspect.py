@@ -69,9 +69,9 @@ def test_a_gguf_file_is_read_by_its_header(tmp_path: Path, secateur, monkeypatch
     assert done.code == 0, done.err
     for words in ("llama", "Q8_0", "0 to 1, each", "token_embd.weight", "40 x string", "--zeros"):
         assert words in done.out
-    told = json.loads(secateur("inspect", file, "--json").out)
-    assert told["parameters"] == 40 * 64 + 2 * (32 * 64 + 64)
-    assert len(told["tensors"]) == 5
+    record = json.loads(secateur("inspect", file, "--json").out)
+    assert record["parameters"] == 40 * 64 + 2 * (32 * 64 + 64)
+    assert len(record["tensors"]) == 5
     one = secateur("inspect", file, "--layer", 1)
     assert "blk.1.attn_q.weight" in one.out
     assert "blk.0" not in one.out

@@ -164,9 +164,9 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     found = diagnose(folder, progress=Silent())
     assert found.weights.sparsity == pytest.approx(true, abs=1e-12)
     assert not found.verdict.startswith("healthy")
-    told = [f for f in found.findings if f.id == "dense-linear"]
-    assert len(told) == 1
-    assert "24 matrices of experts are dense" in told[0].evidence
+    dense = [f for f in found.findings if f.id == "dense-linear"]
+    assert len(dense) == 1
+    assert "24 matrices of experts are dense" in dense[0].evidence
 
 
 def test_shared_layers_are_counted_once(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_tensors_of_no_module_are_named(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_left_out_matrices_are_told_everywhere(
+def test_left_out_matrices_are_reported_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = saved("gemma3 vision", tmp_path / "source")
@@ -211,8 +211,8 @@ def test_left_out_matrices_are_told_everywhere(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
-        told = " ".join(capsys.readouterr().out.split())
-        assert "vision_tower: not in the decoder's layers" in told.replace("│ │ │ ", ""), verb
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "vision_tower: not in the decoder's layers" in printed.replace("│ │ │ ", ""), verb
     card = (tmp_path / "out" / "README.md").read_text()
     tower = [t for n, t in stored(source).items() if n.startswith("vision_tower.") and t.ndim > 1]
     weights = sum(t.numel() for t in tower)
@@ -224,8 +224,8 @@ def test_left_out_matrices_are_told_everywhere(
     assert "not in the decoder&#39;s layers" in page.read_text()
     model = architectures.tiny_architecture("lfm2")
     report = secateur.prune(model, method="magnitude", sparsity=0.5, exclude=["*.w1"])
-    told = {one.names: one.reason for one in report.left}
-    assert told["model.layers.*.feed_forward.w1.weight"] == "left out by the recipe"
+    reasons = {one.names: one.reason for one in report.left}
+    assert reasons["model.layers.*.feed_forward.w1.weight"] == "left out by the recipe"
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
     zeros = sum(int((w == 0).sum()) for w in matrices)
     assert report.sparsity == pytest.approx(zeros / sum(w.numel() for w in matrices), abs=1e-12)

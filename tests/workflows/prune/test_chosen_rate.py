@@ -114,10 +114,10 @@ def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(folder, output=tmp_path / "stopped", **options, progress=Stops())
-    (told,) = (tmp_path / "stopped.partial").rglob("rate.json")
-    rate = json.loads(told.read_text())["learning_rate"]
+    (stored,) = (tmp_path / "stopped.partial").rglob("rate.json")
+    rate = json.loads(stored.read_text())["learning_rate"]
     assert rate == whole.manifest.distillation["learning_rate"]
     assert not list((tmp_path / "stopped.partial").rglob("start"))
-    told.write_text(json.dumps({"learning_rate": rate / 2}))
+    stored.write_text(json.dumps({"learning_rate": rate / 2}))
     again = secateur.prune(folder, output=tmp_path / "stopped", **options, resume=True)
     assert again.manifest.distillation["learning_rate"] == rate / 2

@@ -105,7 +105,7 @@ def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
     assert losses[1] < losses[0] - 0.1
 
 
-def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() -> None:
+def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_reported() -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
         next(describe(teacher).layers(teacher)[0].parameters()).mul_(1.5)
@@ -118,8 +118,8 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_told() 
             teacher, data, Silent()
         )
 
-    told = learnt()
-    assert told["loss_after"] < told["loss_before"]
+    record = learnt()
+    assert record["loss_after"] < record["loss_before"]
     moved = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
     assert moved == set(names)
     with torch.no_grad():
@@ -141,17 +141,17 @@ def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
     ("asked", "remedy"),
     [({"distill_epochs": 1}, "distill_epochs=0"), ({}, "micro_batch_tokens")],
 )
-def test_a_budget_too_small_is_told_with_what_would_help(
+def test_a_budget_too_small_is_reported_with_what_would_help(
     tmp_path: Path, asked: dict, remedy: str
 ) -> None:
     folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
     save_windows(tiny_windows(2, 24), file)
-    with pytest.raises(MemoryBudgetError) as told:
+    with pytest.raises(MemoryBudgetError) as error:
         secateur.prune(
             folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
             max_memory="10MiB", **asked,
         )  # fmt: skip
-    assert remedy in str(told.value)
+    assert remedy in str(error.value)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -188,8 +188,8 @@ def test_stopped_and_gone_on_with_gives_the_same(
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
-    told = whole.manifest.distillation
-    assert told["loss_after"] < told["loss_before"] or "method_parameters" in how
+    record = whole.manifest.distillation
+    assert record["loss_after"] < record["loss_before"] or "method_parameters" in how
     assert whole.manifest.calibration["generated"] == 3
     assert whole.manifest.calibration["samples"] == 5
     stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")

@@ -147,10 +147,10 @@ def test_sweeps_learn_as_a_slow_loop_does(
         if name.endswith("proj.weight"):
             assert torch.equal(after[name] == 0, value == 0), name
     assert apart <= 0.002**2 * moved  # the teacher's log p is stored in float16
-    told = report.manifest.distillation
-    assert told["sweep_windows"] == size
-    assert told["loss_before"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-3)
-    assert told["loss_after"] == pytest.approx(sum(losses[-2:]) / 2, rel=1e-2)
+    record = report.manifest.distillation
+    assert record["sweep_windows"] == size
+    assert record["loss_before"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-3)
+    assert record["loss_after"] == pytest.approx(sum(losses[-2:]) / 2, rel=1e-2)
 
 
 @pytest.mark.usefixtures("exact")
@@ -164,13 +164,13 @@ def test_sweeps_over_one_window_are_the_usual_steps(
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: Tensor([0.0]))
     folder = save_tiny(tmp_path / "model", family)
     options = {**OPTIONS, "calibration": str(file)}
-    told, found = [], []
+    records, found = [], []
     for size in (0, 1):
         out = tmp_path / f"out-{size}"
         report = secateur.prune(folder, output=out, **options, distill_sweep_windows=size)
-        told.append(report.manifest.distillation)
+        records.append(report.manifest.distillation)
         found.append(weights_of(out))
-    whole, swept = told
+    whole, swept = records
     for key in ("loss_before", "loss_after"):  # the teacher's log p is stored in float16
         assert swept[key] == pytest.approx(whole[key], rel=0.1, abs=1e-5), key
     apart, size = 0.0, 0.0
@@ -188,8 +188,8 @@ def test_layers_with_values_of_each_token_learn_too(
     folder = save_tiny(tmp_path / "model", family)
     options = {**OPTIONS, "calibration": str(file), "distill_next_token": 1.0}
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=4)
-    told = report.manifest.distillation
-    assert told["loss_after"] < told["loss_before"]
+    record = report.manifest.distillation
+    assert record["loss_after"] < record["loss_before"]
     assert not list((tmp_path / "out").rglob("*values*"))
 
 
@@ -250,11 +250,11 @@ def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, step
     with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "again", progress=stop, **options)
     again = secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
-    told = whole.manifest.distillation
+    record = whole.manifest.distillation
     highest = 0.25 / load(folder).config.hidden_size * (24 / 2048) ** 0.5
     choices = [pytest.approx(highest / 4**n, rel=1e-12) for n in range(4)]
-    assert told["learning_rate"] in choices
-    assert told == again.manifest.distillation
+    assert record["learning_rate"] in choices
+    assert record == again.manifest.distillation
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -381,5 +381,5 @@ def test_rounded_weights_learn_on_their_grid_in_sweeps(tmp_path: Path, file: Pat
             assert not after[name][~kept].any()
             back += int(after[name][kept & (before[name] == 0)].count_nonzero())
     assert moved > back > 0
-    told = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
-    assert told["distillation"]["sweep_windows"] == 4
+    manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
+    assert manifest["distillation"]["sweep_windows"] == 4

@@ -76,9 +76,9 @@ def test_statistics_read_the_first_windows_and_the_distillation_all(
         distill_tokens=10 * LENGTH - 5, progress=progress,
     )  # fmt: skip
     assert progress.steps["distilling"] == 2 * 10
-    told = taught.manifest.calibration
-    assert (told["samples"], told["tokens"], told[EXTRA]) == (4, 4 * LENGTH, 6)
-    assert told["sha256"] == plain.manifest.calibration["sha256"]
+    record = taught.manifest.calibration
+    assert (record["samples"], record["tokens"], record[EXTRA]) == (4, 4 * LENGTH, 6)
+    assert record["sha256"] == plain.manifest.calibration["sha256"]
     file = tmp_path / "taught" / "secateur" / "windows.safetensors"
     assert (len(load_windows(file)), stored_extra(file)) == (10, 6)
     masks = zeros_of(loaded(tmp_path / "plain"))
@@ -156,8 +156,8 @@ def test_generated_windows_count(folder: Path, text: Path, tmp_path: Path) -> No
     report = secateur.prune(
         folder, output=tmp_path / "out", **run, distill_epochs=1, distill_tokens=9 * 32
     )
-    told = report.manifest.calibration
-    assert (told["samples"], told["generated"], told[EXTRA]) == (4, 3, 2)
+    record = report.manifest.calibration
+    assert (record["samples"], record["generated"], record[EXTRA]) == (4, 3, 2)
     file = tmp_path / "out" / "secateur" / "windows.safetensors"
     assert (len(load_windows(file)), stored_extra(file)) == (9, 2)
 

@@ -94,9 +94,9 @@ def test_pruned_on_disk_as_in_memory(
         pruned = ".layers." in name and tensor.ndim > 1
         pruned = pruned and not name.endswith(("gate.weight", "shared_expert_gate.weight"))
         assert torch.equal(after[name], tensor) != pruned, name
-    told = report.manifest.experts
-    assert told["unseen"] == []
-    assert told["linears"] == 15 * sum(hasattr(x.mlp, "experts") for x in model.model.layers)
+    record = report.manifest.experts
+    assert record["unseen"] == []
+    assert record["linears"] == 15 * sum(hasattr(x.mlp, "experts") for x in model.model.layers)
 
 
 def test_activations_may_wait_on_disk(tmp_path: Path, windows: Path) -> None:

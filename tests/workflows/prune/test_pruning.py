@@ -265,11 +265,11 @@ def test_the_manifest_tells_the_allocation(source: Path, windows: Path, tmp_path
         calibration=windows,
     )  # fmt: skip
     manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
-    told = manifest["allocation"]
-    assert told["name"] == "search"
-    assert "generations 16" in told["parameters"]
-    assert told["divergence"] < told["uniform_divergence"]
-    assert 0.3 < told["lowest_sparsity"] < 0.5 < told["highest_sparsity"] < 0.7
+    record = manifest["allocation"]
+    assert record["name"] == "search"
+    assert "generations 16" in record["parameters"]
+    assert record["divergence"] < record["uniform_divergence"]
+    assert 0.3 < record["lowest_sparsity"] < 0.5 < record["highest_sparsity"] < 0.7
     assert manifest["result"]["decoder_sparsity"] == 0.5
     with pytest.raises(RecipeError, match="allocation"):
         secateur.prune(

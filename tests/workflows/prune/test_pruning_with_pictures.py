@@ -72,7 +72,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
     place: str, source: Path, file: Path, tmp_path: Path
 ) -> None:
     """Of the first linears, which see the merged embeddings, and behind attention of pictures."""
-    told = secateur.prune(
+    report = secateur.prune(
         source, output=tmp_path / "out", calibration=file, sequential="layer", activations=place,
         **OPTIONS,
     )  # fmt: skip
@@ -88,9 +88,9 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
         assert torch.equal(stored == 0, expected), leaf
         differ += int((by_hand(model, name, text) != expected).sum())
     assert differ > 20  # pictures matter
-    linears = [linear for layer in told.layers for linear in layer.linears]
+    linears = [linear for layer in report.layers for linear in layer.linears]
     assert {linear.tokens for linear in linears} == {4 * 14}
-    assert told.manifest.calibration["beside"] == {
+    assert report.manifest.calibration["beside"] == {
         "pixel_values": [4, 1, 3, 16, 16], "token_type_ids": [4, 1, 14],
     }  # fmt: skip
 
@@ -142,10 +142,10 @@ def test_what_would_read_no_pictures_is_refused(
 def test_other_verbs_and_loaded_models_refuse_pictures(
     source: Path, file: Path, tmp_path: Path
 ) -> None:
-    told = "pixel_values, token_type_ids beside their tokens"
-    with pytest.raises(SourceError, match=told):
+    message = "pixel_values, token_type_ids beside their tokens"
+    with pytest.raises(SourceError, match=message):
         secateur.prune(tiny_model("gemma3 vision"), calibration=file, **OPTIONS)
-    with pytest.raises(SourceError, match=told):
+    with pytest.raises(SourceError, match=message):
         secateur.structure(source, output=tmp_path / "out", keep_layers=2, calibration=file)
 
 
@@ -199,10 +199,10 @@ def test_the_page_makes_windows_with_a_processor(
     texts = ["a <image> red one", "<image> is green", "it is blue <image>", "<image>"]
     pairs = [(Image.new("RGB", (20, 16), c), t) for c, t in zip(colours, texts, strict=True)]
     exec(made.text.replace("512", "12"), {"pairs": pairs})
-    told = secateur.prune(
+    report = secateur.prune(
         "MODEL", output="SPARSE", calibration="pairs.safetensors", method="wanda", sparsity=0.5
     )
     # of the third text the picture is cut, and the last text is shorter than a window
-    assert told.manifest.calibration["beside"] == {"pixel_values": [2, 1, 3, 16, 16]}
-    assert told.manifest.calibration["tokens"] == 2 * 12
-    assert told.sparsity == 0.5
+    assert report.manifest.calibration["beside"] == {"pixel_values": [2, 1, 3, 16, 16]}
+    assert report.manifest.calibration["tokens"] == 2 * 12
+    assert report.sparsity == 0.5

@@ -56,10 +56,10 @@ def saved(name: str, folder: Path) -> Path:
 def loaded(name: str, folder: Path) -> Any:
     """The model in a folder, as plain transformers loads it; nothing is missing, nothing left."""
     with quiet_transformers():
-        model, told = class_of(config_of(name)).from_pretrained(folder, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    assert not told["mismatched_keys"]
+        model, info = class_of(config_of(name)).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     return model.eval()
 
 
@@ -82,17 +82,17 @@ def generates(model: Any) -> None:
     """With and without a cache the same tokens come."""
     prompt = tiny_windows(2, 9)
     with quiet_transformers():
-        told = [
+        outputs = [
             model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, min_new_tokens=5,
                 do_sample=False, use_cache=use, output_logits=True, return_dict_in_generate=True,
             )
             for use in (True, False)
         ]  # fmt: skip
-    with_cache, without = (torch.stack(one.logits) for one in told)
+    with_cache, without = (torch.stack(one.logits) for one in outputs)
     scale = float(without.abs().max())
     assert float((with_cache - without).abs().max()) <= 1e-3 * scale
-    assert torch.equal(told[0].sequences, told[1].sequences)
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", pytest.param("unstructured", marks=pytest.mark.slow)])

@@ -164,10 +164,12 @@ def test_by_the_command_line(
         return json.loads(capsys.readouterr().out)
 
     pruned = places / "pruned"
-    told = command(pruned, "-o", tmp_path / "1", "--lora", 2, "--set", "lora.exclude=['*.o_proj']")
-    assert told["recipe"]["lora"]["rank"] == 2
-    assert told["objective"] == "next token, adapters of rank 2"
+    record = command(
+        pruned, "-o", tmp_path / "1", "--lora", 2, "--set", "lora.exclude=['*.o_proj']"
+    )
+    assert record["recipe"]["lora"]["rank"] == 2
+    assert record["objective"] == "next token, adapters of rank 2"
     assert not any("o_proj" in name for name in changed(pruned, tmp_path / "1"))
-    told = command(pruned, "-o", tmp_path / "2", "--gradual", 0.6, "--set", "gradual.every=2")
-    assert told["recipe"]["gradual"]["every"] == 2
-    assert told["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)
+    record = command(pruned, "-o", tmp_path / "2", "--gradual", 0.6, "--set", "gradual.every=2")
+    assert record["recipe"]["gradual"]["every"] == 2
+    assert record["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)

@@ -62,15 +62,15 @@ def test_every_round_prunes_the_same_fraction_and_trains(
     how = {"sparsity": 0.8, "rounds": 3, **WAYS[way]}
     done = train(places, tmp_path / "out", iterative=how, validation_windows=4)
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
-    told = done.manifest.result["rounds"]
-    assert [x["training"] for x in told][-3:] == ["round-1", "round-2", "round-3"]
+    rounds = done.manifest.result["rounds"]
+    assert [x["training"] for x in rounds][-3:] == ["round-1", "round-2", "round-3"]
     schedule = Geometric(0.8)
-    assert [x["sparsity"] for x in told][-3:] == [schedule(i / 3) for i in (1, 2, 3)]
+    assert [x["sparsity"] for x in rounds][-3:] == [schedule(i / 3) for i in (1, 2, 3)]
     each = 6 - how.get("rewind_step", 0)
     first = [6] if how["rewind"] == "weights" else []
-    assert [x["steps"] for x in told] == [*first, each, each, each]
-    assert done.steps == sum(x["steps"] for x in told)
-    assert done.tokens == sum(x["tokens"] for x in told)
+    assert [x["steps"] for x in rounds] == [*first, each, each, each]
+    assert done.steps == sum(x["steps"] for x in rounds)
+    assert done.tokens == sum(x["tokens"] for x in rounds)
     assert len(json.loads((tmp_path / "out/secateur/training.json").read_text())) == 1
     assert done.perplexity_before is not None
     assert "in 3 rounds" in done.manifest.objective
@@ -257,7 +257,7 @@ def test_by_the_command_line(
         "--json",
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
-    assert told["recipe"]["iterative"]["rounds"] == 2
-    assert told["recipe"]["layer_decay"] == 0.9
-    assert told["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)
+    record = json.loads(ended.out)
+    assert record["recipe"]["iterative"]["rounds"] == 2
+    assert record["recipe"]["layer_decay"] == 0.9
+    assert record["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)

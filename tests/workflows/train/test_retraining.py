@@ -126,7 +126,7 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
     )  # fmt: skip
     kept = json.loads((cut / "secateur" / "steps.json").read_text())[0]["cut"]["layers"]
     found = {}
-    for name, options in {"known": {}, "told": {"teacher_layers": kept}, "other": {
+    for name, options in {"known": {}, "given": {"teacher_layers": kept}, "other": {
         "teacher_layers": next(x for x in ([0, 1, 2], [2, 3, 4]) if x != kept)
     }}.items():  # fmt: skip
         train(
@@ -139,7 +139,7 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
             **options,
         )
         found[name] = tensors(tmp_path / name)
-    same = [torch.equal(found["known"][n], found["told"][n]) for n in found["told"]]
+    same = [torch.equal(found["known"][n], found["given"][n]) for n in found["given"]]
     assert all(same)
     assert not all(torch.equal(found["known"][n], found["other"][n]) for n in found["other"])
 
@@ -239,24 +239,24 @@ def test_the_command_line(
         return int(ended.value.code or 0), captured.out + captured.err
 
     text = places / "text.txt"
-    code, told = command(
+    code, printed = command(
         "train", places / "pruned", "-o", tmp_path / "one", "--text", text, "--steps", 3,
         "--optimizer", "SGD", "--gradient-checkpointing", "--set", "rates={'*norm*': 0}",
     )  # fmt: skip
-    assert code == 0, told
-    assert "validation perplexity" in told
+    assert code == 0, printed
+    assert "validation perplexity" in printed
     norm = "model.norm.weight"
     assert torch.equal(tensors(tmp_path / "one")[norm], tensors(places / "pruned")[norm])
-    code, told = command(
+    code, printed = command(
         "train", tmp_path / "one" / "secateur" / "training.yaml", "-o", tmp_path / "two",
         "--teacher", places / "dense", "--kind", "reverse", "--temperature", 2, "--json",
     )  # fmt: skip
-    assert code == 0, told
-    assert '"objective": "reverse KL, T = 2"' in told
+    assert code == 0, printed
+    assert '"objective": "reverse KL, T = 2"' in printed
     assert_zeros(places / "pruned", tmp_path / "two", moved=False)
-    code, told = command("train", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
+    code, printed = command("train", places / "pruned", "-o", tmp_path / "x", "--set", "steps")
     assert code == 2
-    assert "is not KEY=VALUE" in told
+    assert "is not KEY=VALUE" in printed
 
 
 def test_of_several_texts_equal_parts_are_read(places: Path, tmp_path: Path) -> None:

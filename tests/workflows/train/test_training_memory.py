@@ -55,11 +55,11 @@ print(json.dumps(report.manifest.to_json()))
 def test_the_peak_is_near_what_was_foretold(
     teacher: str | None, more: dict[str, Any], places: Path, tmp_path: Path
 ) -> None:
-    told = options(places, **more)
+    chosen = options(places, **more)
     if teacher is not None:
-        told["teacher"] = str(places / teacher)
+        chosen["teacher"] = str(places / teacher)
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE, places / "wide", tmp_path / "out", json.dumps(told)],
+        [sys.executable, "-c", MEASURE, places / "wide", tmp_path / "out", json.dumps(chosen)],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     manifest = json.loads(out.splitlines()[-1])
@@ -93,17 +93,17 @@ def test_the_peak_is_near_what_was_foretold(
 def test_what_would_not_fit_is_refused(
     more: dict[str, Any], named: str, remedy: str, places: Path, tmp_path: Path
 ) -> None:
-    told = {**options(places, **more), "windows": 200, "max_memory": "100MiB"}
+    chosen = {**options(places, **more), "windows": 200, "max_memory": "100MiB"}
     with pytest.raises(MemoryBudgetError) as error:
-        secateur.train(places / "wide", output=tmp_path / "out", **told)
+        secateur.train(places / "wide", output=tmp_path / "out", **chosen)
     assert named in str(error.value)
     assert remedy in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_run_may_go_on_with_more(places: Path, tmp_path: Path) -> None:
-    told = options(places)
+    chosen = options(places)
     with pytest.raises(MemoryBudgetError):
-        secateur.train(places / "wide", output=tmp_path / "out", **told, max_memory="100MiB")
-    done = secateur.train(places / "wide", output=tmp_path / "out", restart=True, **told)
+        secateur.train(places / "wide", output=tmp_path / "out", **chosen, max_memory="100MiB")
+    done = secateur.train(places / "wide", output=tmp_path / "out", restart=True, **chosen)
     assert done.steps == 2

@@ -33,7 +33,7 @@ def evidence(run: ReportedRun) -> str:
 
 def _headline_section(run: ReportedRun) -> str:
     """The claims that have a measurement."""
-    lines = [f"- **{c.title} {c.value}**: {c.told}" for c in claims(run) if c.measured]
+    lines = [f"- **{c.title} {c.value}**: {c.description}" for c in claims(run) if c.measured]
     return "\n".join(["## In short", "", *lines]) if lines else ""
 
 
@@ -130,8 +130,8 @@ def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | N
     measured = evidence(run) if run is not None else ""
     if measured and measured not in body:
         body = f"{body.rstrip()}\n\n{measured}\n"
-    told = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{told}---\n{body}"
+    header = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n{body}"
 
 
 def _perplexities(found: EvaluationRecord) -> list[dict[str, Any]]:
@@ -174,8 +174,8 @@ def missing_in(card: str) -> list[str]:
     """What the head of a card lacks, and how to add it."""
     front, _ = split_card(card)
     data = yaml.safe_load(front.strip("-\n")) or {} if front else {}
-    told = {
+    notes = {
         "license": "the card names no licence: add it to README.md",
         "base_model": "the card names no base model: add --base-model OWNER/NAME",
     }
-    return [note for key, note in told.items() if not data.get(key)]
+    return [note for key, note in notes.items() if not data.get(key)]

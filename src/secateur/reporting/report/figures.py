@@ -191,7 +191,8 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
             Mark(
                 state.layer,
                 state.relative_error,
-                told=f"{run.name}, layer {state.layer}: relative error {state.relative_error:.3f}"
+                description=f"{run.name}, layer {state.layer}: "
+                f"relative error {state.relative_error:.3f}"
                 + ("" if state.cosine is None else f", cosine {state.cosine:.4f}"),
             )
             for state in layers

@@ -47,7 +47,7 @@ class Claim:
     Attributes:
         title: its title.
         value: the number, shown large, or words if there is none.
-        told: the meaning of the number, in a sentence.
+        description: the meaning of the number, in a sentence.
         measured: whether there is a number.
         command: the command that measures it, if there is no number.
         tone: the colour of the number: good, fair or bad; empty for no judgement.
@@ -55,7 +55,7 @@ class Claim:
 
     title: str
     value: str
-    told: str
+    description: str
     measured: bool = True
     command: str = ""
     tone: Tone = ""
@@ -160,10 +160,12 @@ def _faster(run: ReportedRun) -> Claim:
         )
     other, theirs, ours = found
     ratio = ours / theirs
-    told = f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
+    description = (
+        f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
+    )
     if ratio < GAIN:
-        return Claim("Faster by", "no gain", told, tone="fair")
-    return Claim("Faster by", f"{ratio:.2f}×", told, tone="good")
+        return Claim("Faster by", "no gain", description, tone="fair")
+    return Claim("Faster by", f"{ratio:.2f}×", description, tone="good")
 
 
 def _quality(run: ReportedRun) -> Claim:
@@ -191,8 +193,10 @@ def _inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
     if not names:
         return claim
     of = " and ".join(map(bare_name, names))
-    told = f"{claim.told} Measured on {of}, which has the same weights, not on this folder."
-    return replace(claim, told=told)
+    description = (
+        f"{claim.description} Measured on {of}, which has the same weights, not on this folder."
+    )
+    return replace(claim, description=description)
 
 
 def _kept_on_tasks(kept: Sequence[TaskRecord], of: int) -> Claim:

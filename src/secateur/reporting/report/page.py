@@ -74,7 +74,7 @@ class SweepView:
 
     name: str
     made: str
-    told: str
+    summary: str
     result: SweepResult
 
 
@@ -242,17 +242,17 @@ def _made_by(run: ReportedRun) -> str:
 
 def chips(run: ReportedRun) -> list[tuple[str, str]]:
     """Short labels with the results of the diagnosis and of the generated texts."""
-    told: list[tuple[str, str]] = []
+    labels: list[tuple[str, str]] = []
     if run.diagnosis:
         counts = {s: sum(f.severity == s for f in run.diagnosis.findings) for s in SEVERITIES}
-        told = [(s, counted(n, s)) for s, n in counts.items() if n]
-        told = told or [("good", "diagnosis: healthy")]
+        labels = [(s, counted(n, s)) for s, n in counts.items() if n]
+        labels = labels or [("good", "diagnosis: healthy")]
     for texts in run.evaluation.generation if run.evaluation else ():
         dense = texts.reference_degenerate or 0
         if texts.degenerate > dense:
             words = f"{counted(texts.degenerate, 'degenerate text')}, dense {dense}"
-            told.append(("error", words))
-    return told
+            labels.append(("error", words))
+    return labels
 
 
 def _sweep_view(sweep: ReportedSweep) -> SweepView:
@@ -260,16 +260,16 @@ def _sweep_view(sweep: ReportedSweep) -> SweepView:
     result = sweep.result
     methods = list(dict.fromkeys(point.method for point in result.points))
     made = f"{bare_name(result.sweep.model)}: {', '.join(methods)}; {len(result.points)} points"
-    told = []
+    sentences = []
     for text in result.texts[:1]:
-        told.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")
+        sentences.append(f"Dense: perplexity {result.dense[text]:.2f} on {bare_name(text)}.")
         for pattern, sparsity in dict.fromkeys((p.pattern, p.sparsity) for p in result.points):
             alike = [p for p in result.points if (p.pattern, p.sparsity) == (pattern, sparsity)]
             best = min(alike, key=lambda p: p.perplexity[text])
             place = percent(sparsity) if pattern == "unstructured" else pattern
             lead = "Best at" if len(alike) > 1 else "At"
-            told.append(f"{lead} {place}: {best.method}, {best.perplexity[text]:.2f}.")
-    return SweepView(sweep.name, made, " ".join(told), result)
+            sentences.append(f"{lead} {place}: {best.method}, {best.perplexity[text]:.2f}.")
+    return SweepView(sweep.name, made, " ".join(sentences), result)
 
 
 def _samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
@@ -440,9 +440,9 @@ def _of_advice(advice: ReportedAdvice) -> Part:
     )
 
 
-def _differing(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def _differing(values: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
     """The values that differ from those already shown."""
-    own = {key: value for key, value in values.items() if told.get(key) != value}
+    own = {key: value for key, value in values.items() if shown.get(key) != value}
     return own if len(own) == len(values) else {**own, "all else": "as pruned"}
 
 
@@ -458,10 +458,10 @@ def _flattened(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[st
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{name}: ")
         elif value is not None and value != "":
-            yield name, told(value)
+            yield name, _format_value(value)
 
 
-def told(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as text for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -97,12 +97,12 @@ class AdviseResult(Result):
             CheckpointError: the file is damaged, or of another release.
         """
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["schema"] != SCHEMA:
-                raise ValueError(f"the schema is {told['schema']!r}, not {SCHEMA!r}")
-            question = AdviceQuestion.from_json(told["question"])
-            basis = told["basis"]["times"]
-            return cls(told["model"], told["hardware"], question, question.answer(), basis)
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"the schema is {record['schema']!r}, not {SCHEMA!r}")
+            question = AdviceQuestion.from_json(record["question"])
+            basis = record["basis"]["times"]
+            return cls(record["model"], record["hardware"], question, question.answer(), basis)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"no advice of this release: {type(error).__name__}: {error}",
@@ -112,7 +112,7 @@ class AdviseResult(Result):
 
     def row_json(self, row: Considered) -> dict[str, Any]:
         """The numbers of one option."""
-        told: dict[str, Any] = {
+        record: dict[str, Any] = {
             "option": row.option.name,
             "refused": row.refused,
             "safe": row.safe,
@@ -122,10 +122,10 @@ class AdviseResult(Result):
             "commands": list(row.option.commands(self.model)),
         }
         if isinstance(row.capacity, Capacity):
-            told["capacity"] = asdict(row.capacity)
+            record["capacity"] = asdict(row.capacity)
         if row.cost is not None:
-            told["cost_usd"] = asdict(row.cost)
-        return told
+            record["cost_usd"] = asdict(row.cost)
+        return record
 
     def blocks(self) -> Sequence[Block]:
         """The verdict, the options, the hosted models, and where the numbers are from."""
@@ -273,8 +273,8 @@ class ClusterPlanResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        told = asdict(self)
-        return {**told, "seconds": asdict(self.plan.seconds)}
+        record = asdict(self)
+        return {**record, "seconds": asdict(self.plan.seconds)}
 
     def blocks(self) -> Sequence[Block]:
         """A table of phases, one of memory, and what the figures are."""

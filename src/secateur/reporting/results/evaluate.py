@@ -364,13 +364,13 @@ class GenerateResult(Result):
     def account(self) -> str:
         """Number of tokens, speed and decode loop; a line more if there is no answer."""
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
-        told = f"{self.tokens} tokens{rate} ({self.loop})"
+        text = f"{self.tokens} tokens{rate} ({self.loop})"
         if self.tokens == 0 and self.chat:
-            told += (
+            text += (
                 "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
                 "chat format. --no-chat continues the prompt as it is; or train on chats"
             )
-        return told
+        return text
 
     def blocks(self) -> Sequence[Block]:
         """The text, after its prompt unless it answers a message; then the account."""

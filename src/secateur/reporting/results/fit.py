@@ -238,7 +238,7 @@ class FitResult(Result):
             ) from error
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> FitResult:
+    def of(cls, record: Mapping[str, Any]) -> FitResult:
         """The result that `to_json` told."""
 
         def point(stored: dict[str, Any]) -> Point:
@@ -247,19 +247,19 @@ class FitResult(Result):
 
         return cls(
             **{
-                **told,
-                "output": Path(told["output"]),
-                "winner": FitFinalist(**told["winner"]),
-                "finalists": tuple(FitFinalist(**one) for one in told["finalists"]),
-                "branches": tuple(FitBranch(**one) for one in told["branches"]),
-                "singles": tuple(map(point, told["singles"])),
-                "frontier": tuple(map(point, told["frontier"])),
-                "losses": {name: FitLoss(**loss) for name, loss in told["losses"].items()},
-                "costs": tuple(FitCost(**one) for one in told["costs"]),
-                "checks": tuple(FitCheck(**one) for one in told["checks"]),
-                "corrections": tuple(FitCorrection(**one) for one in told["corrections"]),
-                "dropped": tuple(told["dropped"]),
-                "packed": CompressResult.model_validate(told["packed"], extra="ignore"),
+                **record,
+                "output": Path(record["output"]),
+                "winner": FitFinalist(**record["winner"]),
+                "finalists": tuple(FitFinalist(**one) for one in record["finalists"]),
+                "branches": tuple(FitBranch(**one) for one in record["branches"]),
+                "singles": tuple(map(point, record["singles"])),
+                "frontier": tuple(map(point, record["frontier"])),
+                "losses": {name: FitLoss(**loss) for name, loss in record["losses"].items()},
+                "costs": tuple(FitCost(**one) for one in record["costs"]),
+                "checks": tuple(FitCheck(**one) for one in record["checks"]),
+                "corrections": tuple(FitCorrection(**one) for one in record["corrections"]),
+                "dropped": tuple(record["dropped"]),
+                "packed": CompressResult.model_validate(record["packed"], extra="ignore"),
             }
         )
 
@@ -402,5 +402,5 @@ class FitResult(Result):
 
 def mark(label: str, name: str, size: float, divergence: float) -> Mark:
     """A mark of a model."""
-    told = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
-    return Mark(size / 2**20, divergence, label, told)
+    description = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
+    return Mark(size / 2**20, divergence, label, description)

@@ -80,9 +80,15 @@ class Origin:
             packed.get("source"),
         ]
         calibration = manifest.get("calibration") or packed.get("rounding", {}).get("calibration")
-        told, watched = calibration or {}, last.get("validation_text")
-        texts = [watched] if watched else [*texts_of(told.get("source", "")), *last.get("text", ())]
-        length = told.get("sequence_length") or trainings[-1].get("text", {}).get("sequence_length")
+        calibrated, watched = calibration or {}, last.get("validation_text")
+        texts = (
+            [watched]
+            if watched
+            else [*texts_of(calibrated.get("source", "")), *last.get("text", ())]
+        )
+        length = calibrated.get("sequence_length") or trainings[-1].get("text", {}).get(
+            "sequence_length"
+        )
         known = (name for name in sources if name and kind_of_name(name) is not None)
         return cls(next(known, None), tuple(filter(None, texts)), length)
 

@@ -1,6 +1,6 @@
 "use strict";
 // The formulas of secateur.advisor, line by line; tests compare every number with Python's.
-// A number with a range is [low, typical, high]. Constants and tables come from Python (`told`).
+// A number with a range is [low, typical, high]. Constants and tables come from Python (`data`).
 const advisor = (() => {
   const map = (range, f) => {
     const ends = [f(range[0]), f(range[2])];
@@ -77,17 +77,17 @@ const advisor = (() => {
       sources: published.filter((_, i) => parts[i].loss !== "none").map((one) => one.source),
     };
   };
-  const optionsFor = (told, device) => {
-    const gpu = device.kind === "cuda", found = [], { structures, zeros, values } = told.parts;
+  const optionsFor = (data, device) => {
+    const gpu = device.kind === "cuda", found = [], { structures, zeros, values } = data.parts;
     const kinds = gpu ? (device.semi_structured ? ["dense", "2:4"] : ["dense"]) : ["dense", "50%"];
     for (const structure of structures) {
-      if (structure.experts < 1 && !told.question.model.experts) continue;
+      if (structure.experts < 1 && !data.question.model.experts) continue;
       for (const kind of kinds) {
         for (const value of values) {
           if (value.name === "fp8" && !("fp8" in device.tflops)) continue;
           if (kind === "2:4" && value.name !== "bf16") continue;
           const zero = zeros.find((one) => one.name === kind);
-          found.push(option(structure, zero, value, told.question.facts));
+          found.push(option(structure, zero, value, data.question.facts));
         }
       }
     }
@@ -104,8 +104,8 @@ const advisor = (() => {
   };
 
   // memory.py
-  const memoryOf = (told, m, one, kind, batch, context) => {
-    const c = told.constants;
+  const memoryOf = (data, m, one, kind, batch, context) => {
+    const c = data.constants;
     const weights = round(m.linears * one.bits / 8 + ends(m) * one.headBits / 8 + m.other * 2);
     const cache = round(batch * cacheBytes(m, context));
     const chunk = Math.min(c.chunk_tokens, batch * context);
@@ -122,9 +122,9 @@ const advisor = (() => {
     const share = (m.active - dense) / m.expert_weights;
     return dense + m.expert_weights * (1 - (1 - share) ** batch);
   };
-  const roofline = (told, device, devices) => {
-    const efficiency = told.question.facts.efficiency[device.kind];
-    const together = devices * (devices > 1 ? told.constants.parallel_efficiency : 1);
+  const roofline = (data, device, devices) => {
+    const efficiency = data.question.facts.efficiency[device.kind];
+    const together = devices * (devices > 1 ? data.constants.parallel_efficiency : 1);
     const computing = (one, operations) => {
       const peak = device.tflops[one.values.product] ?? device.tflops.bf16;
       return map(efficiency.compute, (e) => operations / (peak * 1e12 * together * e));
@@ -145,8 +145,8 @@ const advisor = (() => {
       larger(computing(one, promptOperations(m, tokens)), step(m, one, 1, 0));
     return { step, prompt };
   };
-  const measured = (told) => {
-    const { model, times: found } = told.question, spread = told.constants.measured_spread;
+  const measured = (data) => {
+    const { model, times: found } = data.question, spread = data.constants.measured_spread;
     const around = (seconds) => [seconds * (1 - spread), seconds, seconds * (1 + spread)];
     const share = (m) => m.active / model.active;
     return {
@@ -162,24 +162,24 @@ const advisor = (() => {
   const copies = (busy, load) =>
     Math.max(1, Math.ceil(requestsPerSecond(load) * busy / load.utilisation));
   const mostRequests = (busy, load) => load.utilisation / busy / load.peak * 86400;
-  const capacityOf = (told, one, device, load) => {
-    const m = scaled(told.question.model, one.structure), { gib, shared_by } = told.constants;
+  const capacityOf = (data, one, device, load) => {
+    const m = scaled(data.question.model, one.structure), { gib, shared_by } = data.constants;
     const least = memoryOf(
-      told, m, one, device.kind, 1, load.prompt_tokens + load.new_tokens).total;
+      data, m, one, device.kind, 1, load.prompt_tokens + load.new_tokens).total;
     const choices = shared_by.filter((n) => n <= device.most && least <= n * device.memory_bytes);
     if (!choices.length) {
       return { tooMuch: `needs ${(least / gib).toFixed(1)} GiB, ${device.most} x `
         + `${(device.memory_bytes / gib).toFixed(1)} GiB are there` };
     }
-    const ways = choices.map((devices) => shared(told, m, one, device, load, devices));
+    const ways = choices.map((devices) => shared(data, m, one, device, load, devices));
     const found = ways.filter((way) => !way.tooMuch);
     return found.length
       ? found.reduce((best, way) => way.devices[1] < best.devices[1] ? way : best) : ways[0];
   };
-  const shared = (told, m, one, device, load, devices) => {
-    const speed = device.speed(devices), { batches, chunk_tokens } = told.constants;
+  const shared = (data, m, one, device, load, devices) => {
+    const speed = device.speed(devices), { batches, chunk_tokens } = data.constants;
     const context = load.prompt_tokens + load.new_tokens;
-    const memory = (batch) => memoryOf(told, m, one, device.kind, batch, context);
+    const memory = (batch) => memoryOf(data, m, one, device.kind, batch, context);
     const fits = batches.filter(
       (b) => b <= device.most_batch && memory(b).total <= devices * device.memory_bytes);
     const first = speed.prompt(m, one, load.prompt_tokens);
@@ -209,14 +209,14 @@ const advisor = (() => {
   };
 
   // money.py
-  const costOf = (told, found, load, price) => {
-    const c = told.constants, hour = times(found.devices, price);
+  const costOf = (data, found, load, price) => {
+    const c = data.constants, hour = times(found.devices, price);
     const tokens = load.requests_per_day * c.month_days * (load.prompt_tokens + load.new_tokens);
     const month = scale(hour, c.month_hours);
     return { month, year: scale(hour, c.year_hours), million_tokens: scale(month, 1e6 / tokens) };
   };
-  const makingOf = (told, one) => {
-    const { facts, model } = told.question, c = told.constants;
+  const makingOf = (data, one) => {
+    const { facts, model } = data.question, c = data.constants;
     const device = facts.hardware[c.pruning_device];
     const passes = [one.structure, one.zeros, one.values]
       .filter((part) => part.commands.join("").startsWith("secateur")).length;
@@ -230,12 +230,12 @@ const advisor = (() => {
     }
     return { gpu_hours: hours, usd: times(hours, device.usd_per_hour) };
   };
-  const apiCost = (told, name, api, found, load, price) => {
+  const apiCost = (data, name, api, found, load, price) => {
     const request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6;
     const least = request ? found.shared_by * price[1] * 24 / request : Infinity;
     return {
       name,
-      month: request * load.requests_per_day * told.constants.month_days,
+      month: request * load.requests_per_day * data.constants.month_days,
       requests_per_day: least <= mostRequests(found.least_busy[1], load) ? least : null,
     };
   };
@@ -246,10 +246,10 @@ const advisor = (() => {
 
   // advice.py
   const percent = (x) => `${(100 * x).toFixed(1)}%`;
-  const consider = (told, one, device, need, price) => {
-    const found = capacityOf(told, one, device, need.load);
-    const making = makingOf(told, one);
-    const cost = found.tooMuch ? null : costOf(told, found, need.load, price);
+  const consider = (data, one, device, need, price) => {
+    const found = capacityOf(data, one, device, need.load);
+    const making = makingOf(data, one);
+    const cost = found.tooMuch ? null : costOf(data, found, need.load, price);
     const floor = need.quality_loss === null ? 0 : 1 - need.quality_loss;
     let refused = found.tooMuch ?? "";
     if (!refused && one.kept[1] < floor) {
@@ -278,10 +278,10 @@ const advisor = (() => {
   const priced = (name, month) => month >= 1
     ? `${name}: ${Math.round(month).toLocaleString("en")} USD a month`
     : `${name}: under 1 USD a month`;
-  const cheapest = (told, others, need) => {
+  const cheapest = (data, others, need) => {
     const found = [];
     for (const device of others) {
-      const rows = considered(told, device, need, device.usd_per_hour);
+      const rows = considered(data, device, need, device.usd_per_hour);
       const row = rows.find((one) => !one.refused && one.safe);
       if (row) {
         found.push({
@@ -305,16 +305,16 @@ const advisor = (() => {
       + `${several(chosen.found.shared_by, device.name, "one ")}. Use ${ways.join(" or ")}.`;
   };
   const monthOf = (row) => row?.cost ? row.cost.month[1] : Infinity;
-  const considered = (told, device, need, price) => {
-    const rows = optionsFor(told, device).map((one) => consider(told, one, device, need, price));
+  const considered = (data, device, need, price) => {
+    const rows = optionsFor(data, device).map((one) => consider(data, one, device, need, price));
     const less = (a, b) => a === b ? 0 : a < b ? -1 : 1;  // Infinity − Infinity is no number
     return rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(monthOf(a), monthOf(b))
       || less(a.option.changed, b.option.changed) || less(-a.option.kept[0], -b.option.kept[0]));
   };
   // device: an entry of facts.hardware with memory_bytes, most, most_batch and speed(devices)
-  const adviseOn = (told, device, need, price) => {
-    const { least_saving, filled: full, least_usd } = told.constants;
-    const rows = considered(told, device, need, price);
+  const adviseOn = (data, device, need, price) => {
+    const { least_saving, filled: full, least_usd } = data.constants;
+    const rows = considered(data, device, need, price);
     const base = rows.find((row) => !row.option.changed);
     const safe = rows.filter((row) => !row.refused && row.safe);
     let chosen = safe[0] ?? null;
@@ -322,13 +322,13 @@ const advisor = (() => {
     const dearest = monthOf(chosen);
     const cheaper = rows.filter((row) => !row.refused && !row.safe && monthOf(row) < dearest);
     const worth = (one) => one && one.month <= dearest - least_usd ? one : null;
-    const apis = apisOf(told, chosen, need.load, price);
+    const apis = apisOf(data, chosen, need.load, price);
     const hosted = worth(
       apis.reduce((best, api) => best && best.month <= api.month ? best : api, null));
     const filled = chosen ? need.load.requests_per_day
       / (chosen.found.replicas * mostRequests(chosen.found.least_busy[1], need.load)) : 1;
     const empty = filled < full && chosen?.found.replicas === 1;
-    const elsewhere = empty ? worth(cheapest(told, othersThan(told, device), need)) : null;
+    const elsewhere = empty ? worth(cheapest(data, othersThan(data, device), need)) : null;
     let verdict = verdictOn(chosen, cheaper);
     if (empty && (hosted || elsewhere)) {
       verdict = `${insteadOf(chosen, device, filled, hosted, elsewhere)} On this device, `
@@ -341,28 +341,28 @@ const advisor = (() => {
       paid_back_months: chosen?.cost && base.cost ? breakEven(chosen.making, base.cost, chosen.cost) : null,
     };
   };
-  const onPaper = (told, hardware) => {
-    const alone = hardware.kind === "cpu", { constants } = told;
+  const onPaper = (data, hardware) => {
+    const alone = hardware.kind === "cpu", { constants } = data;
     return {
       ...hardware,
       memory_bytes: round(hardware.memory_gib * constants.gib),
       most: alone ? 1 : constants.shared_by.at(-1),
       most_batch: alone ? 1 : constants.batches.at(-1),
-      speed: (devices) => roofline(told, hardware, devices),
+      speed: (devices) => roofline(data, hardware, devices),
     };
   };
-  const othersThan = (told, device) => Object.values(told.question.facts.hardware)
+  const othersThan = (data, device) => Object.values(data.question.facts.hardware)
     .filter((one) => one.memory_gib && one.bandwidth_gb_s && one.tflops.bf16 && one.name !== device.name)
-    .map((one) => onPaper(told, one));
-  const deviceOf = (told, name) => {
-    const { question } = told;
-    if (name !== told.hardware) return onPaper(told, question.facts.hardware[name]);
-    const own = { ...onPaper(told, question.hardware), memory_bytes: question.memory_bytes };
-    return question.times === null ? own : { ...own, speed: () => measured(told) };
+    .map((one) => onPaper(data, one));
+  const deviceOf = (data, name) => {
+    const { question } = data;
+    if (name !== data.hardware) return onPaper(data, question.facts.hardware[name]);
+    const own = { ...onPaper(data, question.hardware), memory_bytes: question.memory_bytes };
+    return question.times === null ? own : { ...own, speed: () => measured(data) };
   };
-  const apisOf = (told, row, load, price) => row?.cost
-    ? Object.entries(told.question.facts.apis)
-      .map(([name, api]) => apiCost(told, name, api, row.found, load, price))
+  const apisOf = (data, row, load, price) => row?.cost
+    ? Object.entries(data.question.facts.apis)
+      .map(([name, api]) => apiCost(data, name, api, row.found, load, price))
     : [];
 
   return { adviseOn, apisOf, breakEven, capacityOf, commands, consider, deviceOf, mostRequests, optionsFor };

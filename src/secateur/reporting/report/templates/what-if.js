@@ -1,11 +1,11 @@
 // The what-if page: sliders vary the question, and advisor.js answers it.
 for (const root of document.querySelectorAll("[data-what-if]")) {
-  const told = JSON.parse(root.dataset.whatIf), { need } = told.question;
-  const price = (name) => (name === told.hardware
-    ? told.question.hardware : told.question.facts.hardware[name]).usd_per_hour;
+  const data = JSON.parse(root.dataset.whatIf), { need } = data.question;
+  const price = (name) => (name === data.hardware
+    ? data.question.hardware : data.question.facts.hardware[name]).usd_per_hour;
   const beginning = () => ({
-    ...need.load, quality_loss: need.quality_loss, hardware: told.hardware, plan: "",
-    usd_per_hour: price(told.hardware)[1], devices: null,
+    ...need.load, quality_loss: need.quality_loss, hardware: data.hardware, plan: "",
+    usd_per_hour: price(data.hardware)[1], devices: null,
   });
   let state = beginning();
   const slot = (name) => root.querySelector(`[data-slot="${name}"]`);
@@ -27,7 +27,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
   const percent = (x) => `${Number((100 * x).toFixed(1))} %`;
   const kept = ([low, high]) =>
     low === high ? percent(low) : `${percent(low).replace(" %", "")}–${percent(high)}`;
-  const gib = (bytes) => `${(bytes / told.constants.gib).toFixed(1)} GiB`;
+  const gib = (bytes) => `${(bytes / data.constants.gib).toFixed(1)} GiB`;
 
   // sliders: positions are even steps, of the value or of its logarithm
   const STEPS = 400;
@@ -149,14 +149,14 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
   const drawing = (answer, plan, device, load) => {
     const days = Array.from({ length: 61 }, (_, i) => 10 ** (2 + i / 10));
     const own = (row) => days.map((day) => advisor.consider(
-      told, row.option, device, { ...needNow(), load: { ...load, requests_per_day: day } }, prices(),
+      data, row.option, device, { ...needNow(), load: { ...load, requests_per_day: day } }, prices(),
     ).cost?.month[1]);
     const lines = [];
     if (plan?.cost) lines.push({ name: plan.option.name, points: own(plan) });
     if (answer.base.cost && answer.base !== plan) {
       lines.push({ name: answer.base.option.name, points: own(answer.base) });
     }
-    for (const api of advisor.apisOf(told, plan ?? answer.base, load, prices())) {
+    for (const api of advisor.apisOf(data, plan ?? answer.base, load, prices())) {
       const each = api.month / load.requests_per_day;
       lines.push({ name: api.name, points: days.map((day) => each * day) });
     }
@@ -202,12 +202,12 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
   };
 
   const show = () => {
-    const device = advisor.deviceOf(told, state.hardware), now = needNow();
-    const answer = advisor.adviseOn(told, device, now, prices());
+    const device = advisor.deviceOf(data, state.hardware), now = needNow();
+    const answer = advisor.adviseOn(data, device, now, prices());
     const wanted = answer.rows.find((row) => row.option.name === state.plan);
     const plan = wanted ?? answer.chosen ?? answer.cheaper[0] ?? null;
     slot("verdict").textContent = answer.verdict;
-    slot("verdict").hidden = answer.verdict === told.verdict;  // it stands at the head of the page
+    slot("verdict").hidden = answer.verdict === data.verdict;  // it stands at the head of the page
     slot("plan").replaceChildren(...["", ...answer.rows.map((row) => row.option.name)].map((name) => {
       const entry = make("option", name || "what is advised");
       entry.value = name;
@@ -216,7 +216,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     slot("plan").value = wanted ? state.plan : "";
     slot("of").textContent = plan ? plan.option.name : "no option";
     slot("tiles").replaceChildren(...tiles(plan, now.load));
-    const lines = plan ? advisor.commands(plan.option, told.name) : [];
+    const lines = plan ? advisor.commands(plan.option, data.name) : [];
     const months = plan?.cost && answer.base.cost
       ? advisor.breakEven(plan.making, answer.base.cost, plan.cost) : null;
     slot("recipe").replaceChildren(...lines.map((line) => make("code", line, "command")));
@@ -232,7 +232,7 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     slot("out").hidden = !out.length;
     slot("out").firstChild.textContent = `${out.length} options that are out`;
     slot("out").lastChild.replaceChildren(...tableOf(out));
-    const hosted = advisor.apisOf(told, plan, now.load, prices()).map((api) => ({
+    const hosted = advisor.apisOf(data, plan, now.load, prices()).map((api) => ({
       cells: [api.name, usd(api.month),
         api.requests_per_day === null ? "never" : `${number(api.requests_per_day)} requests a day`],
     }));
