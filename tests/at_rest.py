@@ -137,7 +137,7 @@ def from_microscaled(blocks: Tensor, scales: Tensor) -> Tensor:
     return made
 
 
-def in_words(integers: Tensor, order: tuple[int, ...], lower: int = 0) -> Tensor:
+def packed_words(integers: Tensor, order: tuple[int, ...], lower: int = 0) -> Tensor:
     """Integers [rows, columns] in int32 words along the columns, in an order of each word's.
 
     From each word, as one unsigned number of 32 bits, `lower` is taken.

@@ -141,11 +141,11 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = out.clone()
     if target.type != "cuda":
         return args[0] if func is aten.copy_.default else out
-    out = tree_map(lambda x: beside(x, there) if isinstance(x, Tensor) else x, out)
+    out = tree_map(lambda x: sharing_storage(x, there) if isinstance(x, Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if there else out
 
 
-def beside(inner: Tensor, others: list[Any]) -> OnCuda:
+def sharing_storage(inner: Tensor, others: list[Any]) -> OnCuda:
     """A tensor on cuda; it shares the storage there of those whose numbers it shares here."""
     made = OnCuda(inner)
     for other in others:

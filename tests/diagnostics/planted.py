@@ -26,9 +26,9 @@ class Pair:
         self.dense, self.pruned = folder / "dense", folder / "pruned"
         self.windows = folder / "windows.safetensors"
 
-    def diagnose(self, *, beside: bool = False, **options: Any) -> DiagnoseResult:
+    def diagnose(self, *, with_dense: bool = False, **options: Any) -> DiagnoseResult:
         """Diagnose the pruned model, beside the dense one if wanted."""
-        if beside:
+        if with_dense:
             options |= {"dense": self.dense, "text": self.windows}
         return secateur.diagnose(self.pruned, **options)
 

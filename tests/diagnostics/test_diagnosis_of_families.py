@@ -20,7 +20,7 @@ HEAD = 8
 @pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_no_false_alarm(family: str, tmp_path: Path) -> None:
     pair = make_pair(tmp_path, family)
-    pruned = pair.diagnose(beside=True)
+    pruned = pair.diagnose(with_dense=True)
     dense = secateur.diagnose(pair.dense, dense=pair.dense, text=pair.windows)
     for diagnosis in (pruned, dense):
         assert not diagnosis.count("error") + diagnosis.count("warning"), diagnosis.findings
@@ -91,8 +91,8 @@ def test_what_is_dead_in_the_dense_model_is_no_finding(tmp_path: Path) -> None:
     assert found(alone, "dead-head")
     assert found(alone, "dead-neuron")
     assert found(alone, "dead-row")
-    beside = pair.diagnose(beside=True)
-    assert not [x for x in beside.findings if x.id in ("dead-head", "dead-neuron", "dead-row")]
+    compared = pair.diagnose(with_dense=True)
+    assert not [x for x in compared.findings if x.id in ("dead-head", "dead-neuron", "dead-row")]
 
 
 def test_dead_rows_and_columns_are_counted(tmp_path: Path) -> None:

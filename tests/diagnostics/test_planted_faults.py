@@ -16,8 +16,8 @@ LINEAR = "model.layers.1.mlp.up_proj"
 
 
 def test_a_healthy_pair_has_only_notes(pair: Pair) -> None:
-    for beside in (False, True):
-        diagnosis = pair.diagnose(beside=beside)
+    for with_dense in (False, True):
+        diagnosis = pair.diagnose(with_dense=with_dense)
         assert {x.severity for x in diagnosis.findings} == {"note"}
         assert diagnosis.verdict.startswith("healthy: no error, no warning (41 tensors, 21 linear ")
     assert [x.layer for x in diagnosis.drift] == [0, 1, 2]
@@ -29,7 +29,7 @@ def test_a_layer_scaled_to_nothing(pair: Pair) -> None:
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         edit(pair.pruned, f"model.layers.1.{name}.weight", lambda w: w.mul_(1e-6))
         edit(pair.pruned, f"model.layers.1.{name.replace('mlp.down', 'self_attn.o')}.bias", zero)
-    diagnosis = pair.diagnose(beside=True)
+    diagnosis = pair.diagnose(with_dense=True)
     (collapse,) = found(diagnosis, "layer-collapse")
     assert (collapse.severity, collapse.where) == ("error", "model.layers.1")
     assert "times as much to the stream" in collapse.evidence
@@ -45,7 +45,7 @@ def test_a_layer_scaled_to_nothing(pair: Pair) -> None:
 
 def test_a_layer_that_explodes(pair: Pair) -> None:
     edit(pair.pruned, "model.layers.2.mlp.down_proj.weight", lambda w: w.mul_(1000))
-    (exploded,) = found(pair.diagnose(beside=True), "layer-exploded")
+    (exploded,) = found(pair.diagnose(with_dense=True), "layer-exploded")
     assert (exploded.severity, exploded.where) == ("error", "model.layers.2")
 
 
@@ -53,7 +53,7 @@ def test_a_layer_that_does_harm(pair: Pair) -> None:
     """The layer adds the opposite: leaving it out would be better, and the stream is lost."""
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         edit(pair.pruned, f"model.layers.1.{name}.weight", lambda w: w.neg_())
-    diagnosis = pair.diagnose(beside=True)
+    diagnosis = pair.diagnose(with_dense=True)
     (damaged,) = found(diagnosis, "layer-damaged")
     assert damaged.where == "model.layers.1"
 
@@ -107,7 +107,7 @@ def test_a_kind_left_dense_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(bad: float, pair: Pair) -> None:
     edit(pair.pruned, "model.layers.1.input_layernorm.weight", lambda w: w[3].fill_(bad))
-    diagnosis = pair.diagnose(beside=True)
+    diagnosis = pair.diagnose(with_dense=True)
     (tensor,) = found(diagnosis, "not-finite")
     assert tensor.where == "model.layers.1.input_layernorm.weight"
     assert tensor.evidence == "1 of 32 values are NaN or infinite"

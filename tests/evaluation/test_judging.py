@@ -80,13 +80,13 @@ def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> No
     assert command(monkeypatch, *arguments) == 0
     alone = capsys.readouterr().out
     assert command(monkeypatch, *arguments, "--dense", dense) == 0
-    beside = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
     for made in (record.perplexity[0], record.tasks[0], record.generation[0]):
         assert made.protocol_id in alone
-        assert made.protocol_id in beside
-    assert record.divergence[0].protocol_id in beside
-    assert "retention" in beside
+        assert made.protocol_id in printed
+    assert record.divergence[0].protocol_id in printed
+    assert "retention" in printed
     assert "retention" not in alone
     assert "0.500" in alone  # chance
 

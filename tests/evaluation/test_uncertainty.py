@@ -23,31 +23,31 @@ def test_standard_error(values: list[float]) -> None:
 
 def test_one_value_has_no_error() -> None:
     assert standard_error([0.3]) is None
-    beside = compare([1.0], [0.0], 0.25)
-    assert (beside.difference, beside.standard_error, beside.significant) == (1.0, None, None)
-    assert beside.retention is None
+    compared = compare([1.0], [0.0], 0.25)
+    assert (compared.difference, compared.standard_error, compared.significant) == (1.0, None, None)
+    assert compared.retention is None
 
 
 def test_pairs_by_hand() -> None:
     model = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     dense = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
-    beside = compare(model, dense, 0.25)
+    compared = compare(model, dense, 0.25)
     # differences 0 −1 0 −1 0 0 −1 −1: mean −1/2, variance 8 · 1/4 / 7, error √(2/7/8)
-    assert beside.difference == -0.5
-    assert beside.standard_error == pytest.approx(math.sqrt(2 / 7 / 8))
-    assert beside.significant is True
-    assert beside.reference_value == 7 / 8
-    assert beside.retention == pytest.approx((3 / 8 - 1 / 4) / (7 / 8 - 1 / 4))
+    assert compared.difference == -0.5
+    assert compared.standard_error == pytest.approx(math.sqrt(2 / 7 / 8))
+    assert compared.significant is True
+    assert compared.reference_value == 7 / 8
+    assert compared.retention == pytest.approx((3 / 8 - 1 / 4) / (7 / 8 - 1 / 4))
 
 
 def test_pairs_see_what_two_scores_do_not() -> None:
     """300 items of 1000 are right for both models; the pruned one loses ten of them."""
     dense = [1.0] * 300 + [0.0] * 700
     model = [0.0] * 10 + [1.0] * 290 + [0.0] * 700
-    beside = compare(model, dense, 0.25)
+    compared = compare(model, dense, 0.25)
     apart = math.hypot(standard_error(dense), standard_error(model))
-    assert abs(beside.difference) < 1.96 * apart
-    assert beside.significant is True
+    assert abs(compared.difference) < 1.96 * apart
+    assert compared.significant is True
 
 
 QUANTILES = {

@@ -22,7 +22,7 @@ from at_rest import (
     from_float8,
     from_microscaled,
     in_float8,
-    in_words,
+    packed_words,
     raw,
     stored_tensors,
     to_float8,
@@ -166,8 +166,8 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(
     parts: dict[str, torch.Tensor] = {"a__scales": scales}
     if layout == "awq":
         quantization: dict[str, Any] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
-        parts["a__qweight"] = in_words(codes, (0, 2, 4, 6, 1, 3, 5, 7))
-        parts["a__qzeros"] = in_words(zeros, (0, 2, 4, 6, 1, 3, 5, 7))
+        parts["a__qweight"] = packed_words(codes, (0, 2, 4, 6, 1, 3, 5, 7))
+        parts["a__qzeros"] = packed_words(zeros, (0, 2, 4, 6, 1, 3, 5, 7))
     else:
         quantization = {"quant_method": "gptq", "bits": bits}
         if layout == "gptq_v2":
@@ -176,8 +176,8 @@ def test_integers_in_groups_are_what_an_oracle_makes_of_them(
             order = order[torch.randperm(inputs)]
         fields = tuple(range(32 // bits))
         lower = 0 if layout == "gptq_v2" else ONE_EACH[bits]
-        parts["a__qweight"] = in_words(codes.t(), fields).t().contiguous()
-        parts["a__qzeros"] = in_words(zeros, fields, lower)
+        parts["a__qweight"] = packed_words(codes.t(), fields).t().contiguous()
+        parts["a__qzeros"] = packed_words(zeros, fields, lower)
         parts["a__g_idx"] = order.to(torch.int32)
     expected = torch.empty(outputs, inputs, dtype=torch.bfloat16)
     for o in range(outputs):

@@ -89,7 +89,7 @@ class Bench:
         here: the watched folder; the output is made in it.
         replacing: whether an old output is there.
         reference: what an uninterrupted run makes.
-        beside: what lies beside it then.
+        neighbours: what lies beside it then.
         steps: how often such a run reports progress.
         operations: of such a run.
     """
@@ -100,7 +100,7 @@ class Bench:
     here: Path
     replacing: bool
     reference: dict[str, str] = field(default_factory=dict)
-    beside: set[str] = field(default_factory=set)
+    neighbours: set[str] = field(default_factory=set)
     steps: int = 0
     operations: int = 0
 
@@ -140,7 +140,7 @@ class Bench:
             raise SystemExit(f"{self.name}: {ended.message}\n{self.shim.log.read_text()}")
         self.reference, self.steps = contents(self.output), ended.steps
         self.operations = len(ended.operations)
-        self.beside = {x.name for x in self.here.iterdir()}
+        self.neighbours = {x.name for x in self.here.iterdir()}
         return list(ended.operations)
 
     def is_new(self, folder: Path) -> bool:
@@ -192,8 +192,8 @@ class Bench:
             verdict = DIFFERENT
         if verdict == DIFFERENT:
             messages.append(f"differs: {self.differing()}")
-        beside = {x.name for x in self.here.iterdir()} - self.beside
-        left_over = tuple(sorted(beside)) if again.how == "done" else ()
+        neighbours = {x.name for x in self.here.iterdir()} - self.neighbours
+        left_over = tuple(sorted(neighbours)) if again.how == "done" else ()
         repeated = max(0, first.steps + again.steps - self.steps) if not finished else 0
         return Trial(
             self.name,

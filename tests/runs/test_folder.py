@@ -227,8 +227,8 @@ def test_outputs_that_would_replace_or_enter_the_source_are_refused(tmp_path: Pa
         with pytest.raises(RecipeError, match=why):
             RunFolder(output, "prune", overwrite=True).keep_apart(str(source))
     (tmp_path / "dir" / "config.json").unlink()
-    beside = RunFolder(tmp_path / "dir" / "out", "prune")
-    beside.keep_apart(source, tmp_path / "dir", None, "hub/id", "x" * 5000)  # a folder of texts
+    inside = RunFolder(tmp_path / "dir" / "out", "prune")
+    inside.keep_apart(source, tmp_path / "dir", None, "hub/id", "x" * 5000)  # a folder of texts
 
 
 @pytest.mark.parametrize(

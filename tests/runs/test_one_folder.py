@@ -163,18 +163,18 @@ def test_an_output_that_appears_meanwhile_is_not_touched(
 
 
 @pytest.mark.parametrize(
-    "beside", ["out.partial", *map(slow, ("out.rounded", "out.rounded.partial"))]
+    "neighbour", ["out.partial", *map(slow, ("out.rounded", "out.rounded.partial"))]
 )
 @pytest.mark.parametrize("name", VERBS)
 def test_a_folder_of_the_user_beside_the_output_is_never_deleted(
-    name: str, beside: str, sources: Path, tmp_path: Path
+    name: str, neighbour: str, sources: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / beside).mkdir()
-    (tmp_path / beside / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / neighbour).mkdir()
+    (tmp_path / neighbour / "mine.txt").write_text("mine", encoding="utf-8")
     for way in ways(name):
         with contextlib.suppress(RecipeError):
             CASES[name].call(sources, tmp_path / "out", At(), **way)
-        assert (tmp_path / beside / "mine.txt").read_text(encoding="utf-8") == "mine"
+        assert (tmp_path / neighbour / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
 # -- source and output are two places ---------------------------------------------------------

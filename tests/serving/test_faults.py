@@ -338,9 +338,9 @@ def test_a_client_that_leaves_many_prompts(serve: Start) -> None:
 
     server.scheduler.engine.read = slowly
     body = {"prompt": ["x" * 200] * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
-    leaving = raw(server, *request(body))
+    client = raw(server, *request(body))
     server.until(lambda: server.scheduler.running)
-    leaving.close()
+    client.close()
     server.until(lambda: server.scheduler.idle)
     assert server.scheduler.counts.ended["cancelled"] >= 18
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200

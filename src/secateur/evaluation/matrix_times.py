@@ -196,15 +196,15 @@ def _loop_entry(config: Any, stored: WeightFormat) -> str:
     """The name of a loop in the table."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{config.model_type} of sizes {digest}, {_in_words(stored)}: ends, layers, base"
+    return f"{config.model_type} of sizes {digest}, {_format_storage(stored)}: ends, layers, base"
 
 
 def _matrix_entry(shape: Shape, stored: WeightFormat) -> str:
     """The name of a matrix in the table."""
-    return f"{shape[0]} x {shape[1]}, {_in_words(stored)}"
+    return f"{shape[0]} x {shape[1]}, {_format_storage(stored)}"
 
 
-def _in_words(stored: WeightFormat) -> str:
+def _format_storage(stored: WeightFormat) -> str:
     """Values and layout."""
     layout = f"bitmask with {stored.sparsity:.0%} zeros" if stored.sparsity else "dense"
     return f"{stored.values}, {layout}, one token"

@@ -191,8 +191,8 @@ def _place_mark(mark: Mark, x: float, y: float, taken: list[Box]) -> DrawnMark:
     half = LETTER * len(mark.label) / 2
     inner = min(max(x, LEFT + half + 1), WIDTH - half - 1)  # a long label stays in the picture
     best, least = (inner, y - 9), math.inf
-    beside = ((x + half + 7, y + 4), (x - half - 7, y + 4))
-    for at_x, at_y in ((inner, y - 9), (inner, y + 17), *beside, (inner, y - 22), (inner, y + 30)):
+    sides = ((x + half + 7, y + 4), (x - half - 7, y + 4))
+    for at_x, at_y in ((inner, y - 9), (inner, y + 17), *sides, (inner, y - 22), (inner, y + 30)):
         box = (at_x - half, at_y - LINE + 2, at_x + half, at_y + 2)
         inside = box[0] > LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < HEIGHT - BOTTOM
         covered = sum(_overlap(box, other) for other in taken) + (0 if inside else 100)

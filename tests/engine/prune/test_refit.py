@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from oracles import beside
+from oracles import uncut
 from oracles.depth import divergence
 from secateur.engine.prune.refit import Refit, can_refit
 from secateur.engine.prune.tasks import Settings
@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_oracle(family: str, name: str) -> None:
     architecture = describe(dense)
     left = cut_of(dense, cut)
     groups = [g for g in architecture.groups or () if not architecture.of_expert(g[0])]
-    wanted = beside.refit(
+    wanted = uncut.refit(
         dense, left, architecture.layers_path, groups, architecture.writers,
         range(3) if cut.layers is None else cut.layers, cut.hidden, tiny_windows(),
     )  # fmt: skip

@@ -263,7 +263,7 @@ class Point:
     families: str
     name: str = ""
 
-    def in_words(self, levels: Sequence[str]) -> str:
+    def format_levels(self, levels: Sequence[str]) -> str:
         """The levels of the linears, such as `int4 in 120 of 210 linear layers, int8 in the rest`.
 
         Args:

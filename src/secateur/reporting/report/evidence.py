@@ -55,10 +55,17 @@ def _quality_section(run: ReportedRun) -> str:
         cell = row.cells[run.name]
         said = {"same": "no significant difference", "": ""}
         verdict = said.get(cell.verdict, f"significantly {cell.verdict}")
-        beside = ", ".join(filter(None, (cell.beside, verdict)))
+        comparison = ", ".join(filter(None, (cell.comparison, verdict)))
         lines.append(
             markdown_row(
-                [row.measure, row.chance, row.dense, cell.value, beside, f"`{cell.protocol_id}`"]
+                [
+                    row.measure,
+                    row.chance,
+                    row.dense,
+                    cell.value,
+                    comparison,
+                    f"`{cell.protocol_id}`",
+                ]
             )
         )
     return "\n".join(lines)
@@ -79,12 +86,10 @@ def _speed_section(run: ReportedRun) -> str:
         markdown_row(["", "tokens a second", "memory"]),
         "|---|---:|---:|",
     ]
-    for contender in ran:
-        memory = contender.resident_bytes
+    for timing in ran:
+        memory = timing.resident_bytes
         size = binary_size(memory) if memory else ""
-        lines.append(
-            markdown_row([contender.contender, f"{contender.tokens_per_second:.1f}", size])
-        )
+        lines.append(markdown_row([timing.contender, f"{timing.tokens_per_second:.1f}", size]))
     return "\n".join(lines)
 
 

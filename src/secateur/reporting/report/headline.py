@@ -290,7 +290,7 @@ def fit_view(fit: ReportedFit) -> FitView:
 
 def _fit_summary(result: FitResult) -> str:
     """The bounds, how many candidates were measured, and how long it took."""
-    bounds = [BOUNDS[one.option].format(one.in_words(one.wanted)) for one in result.checks]
+    bounds = [BOUNDS[one.option].format(one.format_value(one.wanted)) for one in result.checks]
     measured = len(result.singles) + len(result.frontier)
     made = len(result.finalists)
     return (

@@ -392,7 +392,7 @@ def _of_fit(fit: ReportedFit) -> Part:
     """The bounds of a fit, its levels, and how the winner is stored."""
     result = fit.result
     bounds: dict[str, Any] = {"folder": shown_place(fit.folder)}
-    bounds |= {one.flag: one.in_words(one.wanted) for one in result.checks}
+    bounds |= {one.flag: one.format_value(one.wanted) for one in result.checks}
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
         ("Bounds", _facts(bounds)),
@@ -412,7 +412,7 @@ def _of_advice(advice: ReportedAdvice) -> Part:
     sizes = asdict(question.model)
     del sizes["kinds"]
     model = {name: value for name, value in sizes.items() if value}
-    model["attention"] = result.cache_in_words()
+    model["attention"] = result.format_cache()
     device = question.hardware.model_dump(mode="json")
     losses = {name: f"keeps {loss.kept[0]:.1%} to {loss.kept[1]:.1%}; {loss.source}"
               for name, loss in known.compressions.items()}  # fmt: skip

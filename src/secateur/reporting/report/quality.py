@@ -24,14 +24,14 @@ class Cell:
 
     Attributes:
         value: the number with its standard error.
-        beside: how it compares with the dense model, and how the model computed if others in the
-            line computed otherwise.
+        comparison: how it compares with the dense model, and how the model computed if others
+            in the line computed otherwise.
         verdict: `worse`, `better` or `same` after a test of significance; empty without one.
         protocol_id: the whole id.
     """
 
     value: str
-    beside: str = ""
+    comparison: str = ""
     verdict: str = ""
     protocol_id: str = ""
 
@@ -82,7 +82,7 @@ def _with_computing(cell: Cell) -> Cell:
     """A cell that says how its model computed."""
     computed = cell.protocol_id.removeprefix(judged_part(cell.protocol_id)).strip("-")
     said = f"computed in {computed.replace('-', ', activations ')}" if computed else ""
-    return replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
+    return replace(cell, comparison=", ".join(filter(None, (cell.comparison, said))))
 
 
 def _lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
@@ -104,7 +104,7 @@ def _marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow
     if found.inherited_from is None:
         return row, cell
     said = f"not measured: of {bare_name(found.inherited_from)}, which has the same weights"
-    return row, replace(cell, beside=", ".join(filter(None, (cell.beside, said))))
+    return row, replace(cell, comparison=", ".join(filter(None, (cell.comparison, said))))
 
 
 def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
@@ -118,10 +118,10 @@ def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     )
     error = found.perplexity * (found.standard_error or 0)
     value = f"{found.perplexity:.2f}" + (f" ± {error:.2f}" if error else "")
-    beside = ""
+    comparison = ""
     if reference and found.perplexity > 0:
-        beside = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
-    return row, Cell(value, beside)
+        comparison = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
+    return row, Cell(value, comparison)
 
 
 def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
@@ -152,23 +152,23 @@ def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
         "" if found.reference_value is None else percent(found.reference_value, 1),
     )
     value = percent(found.value, 1) + _points_error(found.standard_error)
-    beside, verdict = [], ""
+    comparisons, verdict = [], ""
     if found.difference is not None:
         points = _plus_minus(
             signed(100 * found.difference, 1),
             _times_hundred(found.difference_standard_error),
             ".1f",
         )
-        beside.append(f"{points} points")
+        comparisons.append(f"{points} points")
         if found.significant is not None:
             verdict = "same"
             if found.significant:
                 verdict = "better" if found.difference > 0 else "worse"
     if found.retention is not None:
-        beside.append(f"{percent(found.retention)} kept")
+        comparisons.append(f"{percent(found.retention)} kept")
     elif found.reference_value is not None:
-        beside.append("dense is near chance")
-    return row, Cell(value, ", ".join(beside), verdict)
+        comparisons.append("dense is near chance")
+    return row, Cell(value, ", ".join(comparisons), verdict)
 
 
 def _plus_minus(value: str, error: float | None, form: str) -> str:

@@ -215,7 +215,7 @@ class AdviseResult(Result):
         columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
         return [Table.of("", columns, rows)]
 
-    def cache_in_words(self) -> str:
+    def format_cache(self) -> str:
         """What one sequence of the load keeps, and in which layers."""
         model, tokens = self.advice.model, self.load.context
         kinds = [(kind.layers, kind.cache) for kind in model.kinds]
@@ -241,7 +241,7 @@ class AdviseResult(Result):
         times = ESTIMATED if self.question.times is None else MEASURED
         lines = [
             f"times: {times}; {self.speed_basis}",
-            f"memory: {ESTIMATED}; formula in docs/advise.md; {self.cache_in_words()}",
+            f"memory: {ESTIMATED}; formula in docs/advise.md; {self.format_cache()}",
             f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
             f"{device.usd_per_hour[2]:g}): {self.price_origin()}",
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),

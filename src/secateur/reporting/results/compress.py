@@ -87,9 +87,9 @@ class CompressResult(Result, Compression):
 def _judged(chosen: dict[str, Any]) -> str:
     """The rise of the loss of the packed model, and its bound."""
     error = chosen["loss_increase_standard_error"]
-    beside = "" if error is None else f" ± {error:.4f}"
+    error_text = "" if error is None else f" ± {error:.4f}"
     return (
-        f"{signed(chosen['loss_increase'], 4)}{beside} nats per token on "
+        f"{signed(chosen['loss_increase'], 4)}{error_text} nats per token on "
         f"{chosen['judged_tokens']:,} tokens that did not choose "
         f"(at most {chosen['max_loss_increase']:g} allowed)"
     )

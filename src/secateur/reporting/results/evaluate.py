@@ -126,9 +126,9 @@ class EvaluateResult(Result):
 
 def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
     """Perplexity on each text, with the dense model's if it was measured."""
-    beside = any(one.reference_perplexity is not None for one in texts)
+    with_dense = any(one.reference_perplexity is not None for one in texts)
     columns = ["text", "perplexity", "nats per token", "protocol"]
-    if beside:
+    if with_dense:
         columns.insert(2, "dense")
     rows = []
     for one in texts:
@@ -138,7 +138,7 @@ def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
             with_error(one.mean_loss, one.standard_error),
             one.protocol_id,
         ]
-        if beside:
+        if with_dense:
             row.insert(2, _number(one.reference_perplexity, ".4f"))
         rows.append(row)
     return Table.of(model, columns, rows)
@@ -160,13 +160,13 @@ def _divergence_table(found: DivergenceRecord) -> Table:
 
 def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
     """Scores, with the score of guessing, so that nobody takes noise for quality."""
-    beside = any(one.reference for one in tasks)
+    with_dense = any(one.reference for one in tasks)
     columns = ["task", "metric", "score", "chance", "items", "shots"]
-    if beside:
+    if with_dense:
         columns += ["dense", "difference", "retention"]
-    rows = [_task_row(one, beside=beside) for one in tasks]
+    rows = [_task_row(one, with_dense=with_dense) for one in tasks]
     table = Table.of("tasks", [*columns, "protocol"], rows, numbers=2)
-    if not beside:
+    if not with_dense:
         return [table]
     return [
         table,
@@ -179,8 +179,8 @@ def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
     ]
 
 
-def _task_row(one: TaskRecord, *, beside: bool) -> list[str]:
-    """The score on one task; with `beside` also its difference from the dense model."""
+def _task_row(one: TaskRecord, *, with_dense: bool) -> list[str]:
+    """The score on one task; with `with_dense` also its difference from the dense model."""
     row = [
         one.task,
         one.metric,
@@ -189,7 +189,7 @@ def _task_row(one: TaskRecord, *, beside: bool) -> list[str]:
         str(one.items),
         str(one.shots),
     ]
-    if beside:
+    if with_dense:
         mark = {None: "", True: " *", False: " n.s."}[one.significant]
         error = one.difference_standard_error
         row += [
@@ -301,7 +301,7 @@ class BenchResult(Result):
     def blocks(self) -> Sequence[Block]:
         """A row for each contender that ran, then sizes, verdict and protocol."""
         p = self.protocol
-        rows = [_contender_row(x) for x in self.record.contenders if x.failure is None]
+        rows = [_timing_row(x) for x in self.record.contenders if x.failure is None]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
         return [
             Table.of(self.model, columns, rows),
@@ -318,7 +318,7 @@ class BenchResult(Result):
         ]
 
 
-def _contender_row(timing: TimingEntry) -> tuple[str, ...]:
+def _timing_row(timing: TimingEntry) -> tuple[str, ...]:
     """The table row of one contender that ran."""
     return (
         timing.contender,

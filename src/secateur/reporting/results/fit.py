@@ -60,7 +60,7 @@ class FitCheck:
     failure: str | None = None
     standard_error: float | None = None
 
-    def in_words(self, value: float, *, nearest: bool = False) -> str:
+    def format_value(self, value: float, *, nearest: bool = False) -> str:
         """A value in its unit; the nearest one that can be kept is rounded to that side."""
         if self.option in ("max_size", "max_inference_memory"):
             mebibytes = value / 2**20
@@ -74,7 +74,7 @@ class FitCheck:
     def found(self) -> str:
         """What was measured, with its standard error."""
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return self.failure or self.in_words(self.measured) + error
+        return self.failure or self.format_value(self.measured) + error
 
     @property
     def flag(self) -> str:
@@ -88,8 +88,8 @@ class FitCheck:
             return f"{self.flag} could not be measured: {self.failure}"
         return (
             f"{self.flag} is broken: {self.found} was measured, "
-            f"{self.in_words(self.wanted)} was given; the nearest that this model keeps is "
-            f"{self.in_words(self.measured, nearest=True)}"
+            f"{self.format_value(self.wanted)} was given; the nearest that this model keeps is "
+            f"{self.format_value(self.measured, nearest=True)}"
         )
 
 
@@ -294,9 +294,9 @@ class FitResult(Result):
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
-    def in_words(self, point: Point) -> str:
+    def format_candidate(self, point: Point) -> str:
         """What a candidate is, in the names of the levels."""
-        return point.in_words([single.name for single in self.singles])
+        return point.format_levels([single.name for single in self.singles])
 
     def size(self, point: Point) -> float:
         """Bytes of the weight files of a candidate, at most."""
@@ -304,7 +304,9 @@ class FitResult(Result):
 
     def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
         """Marks of levels and of levels put together."""
-        return tuple(mark(p.name, self.in_words(p), self.size(p), p.divergence) for p in points)
+        return tuple(
+            mark(p.name, self.format_candidate(p), self.size(p), p.divergence) for p in points
+        )
 
     def made(self, models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
         """Marks of models that were made whole."""
@@ -319,7 +321,7 @@ class FitResult(Result):
 
     def bounds(self) -> list[tuple[str, str, str]]:
         """Every bound, and what was measured."""
-        return [(one.flag, one.in_words(one.wanted), one.found) for one in self.checks]
+        return [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
 
     @property
     def brought(self) -> str:
@@ -372,7 +374,7 @@ class FitResult(Result):
             for one in sorted(self.finalists, key=lambda one: one.divergence)
         ]
         rows = [
-            (self.in_words(p), binary_size(self.size(p)), f"{p.divergence:.4f}")
+            (self.format_candidate(p), binary_size(self.size(p)), f"{p.divergence:.4f}")
             for p in unbeaten([*self.singles, *self.frontier])
         ]
         blocks: list[Block] = [

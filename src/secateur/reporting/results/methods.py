@@ -55,7 +55,7 @@ class MethodsResult(Result):
 def _preset_table(presets: Mapping[str, Mapping[str, Any]]) -> Table:
     """The presets, and the recipe keys that each one sets."""
     rows = [
-        (name, ", ".join(f"{key}={_in_words(value)}" for key, value in keys.items()))
+        (name, ", ".join(f"{key}={_format_value(value)}" for key, value in keys.items()))
         for name, keys in presets.items()
     ]
     title = "presets: secateur prune MODEL --effort NAME"
@@ -99,7 +99,7 @@ def _part_table() -> Table:
     return Table.of(title, ("kind", "name", "needs"), rows, numbers=3)
 
 
-def _in_words(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A recipe value as one line of text."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"

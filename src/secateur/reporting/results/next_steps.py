@@ -122,12 +122,12 @@ def _is_own(text: str) -> bool:
 def _evaluation(folder: Path) -> dict[str, str]:
     """The command that evaluates a model, beside its dense model if that is known."""
     made = Origin.of(folder)
-    beside = ["--dense", made.dense] if made.dense else []
+    reference = ["--dense", made.dense] if made.dense else []
     words = made.text_words()
     what = "measure what it lost" if made.dense else "measure its perplexity"
     if words[1:2] and words[1] != HELD_OUT:
         what += ", on a text that it was made with; one that it never read says more"
-    return {what: command("evaluate", folder, *beside, *words)}
+    return {what: command("evaluate", folder, *reference, *words)}
 
 
 def generation(folder: Path) -> dict[str, str]:
