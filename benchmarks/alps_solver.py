@@ -67,11 +67,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
     lines = []
     for column in dict.fromkeys(row["column"] for row in rows):
         here = [row for row in rows if row["column"] == column]
-        for way in OURS:
-            seconds = [sum(r[w]["seconds"] for r in here) for w in (way, "published")]
-            apart = [r[way]["error"] / r["published"]["error"] - 1 for r in here]
+        for solver in OURS:
+            seconds = [sum(r[w]["seconds"] for r in here) for w in (solver, "published")]
+            apart = [r[solver]["error"] / r["published"]["error"] - 1 for r in here]
             lines.append(
-                f"{column}, {way}: {seconds[0] / seconds[1]:.2f} of the time, "
+                f"{column}, {solver}: {seconds[0] / seconds[1]:.2f} of the time, "
                 f"error {min(apart):+.2%} to {max(apart):+.2%}"
             )
     return "\n".join(lines)
@@ -102,13 +102,13 @@ def main() -> None:
         for name, weight in weights.items():
             gram = grams[name]
             row: dict[str, Any] = {"matrix": name, "column": column}
-            for way in ("published", *OURS):
+            for solver in ("published", *OURS):
                 found = (
                     published(code, weight, gram, column)
-                    if way == "published"
-                    else ours(OURS[way], weight, gram, column)
+                    if solver == "published"
+                    else ours(OURS[solver], weight, gram, column)
                 )
-                row[way] = {"seconds": found[0], "error": error(weight, found[1], gram),
+                row[solver] = {"seconds": found[0], "error": error(weight, found[1], gram),
                             "zeros": float((found[1] == 0).float().mean())}  # fmt: skip
             rows.append(row)
             print(row, flush=True)

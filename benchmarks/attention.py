@@ -31,7 +31,10 @@ from secateur.training.objectives import NextToken
 
 CPU = torch.device("cpu")
 LENGTHS = (128, 256, 512, 1024, 2048)
-WAYS: dict[str, type[AbstractContextManager[Any]]] = {"fused": nullcontext, "written": WrittenOut}
+KERNELS: dict[str, type[AbstractContextManager[Any]]] = {
+    "fused": nullcontext,
+    "written": WrittenOut,
+}
 
 
 def once(inputs: list[Tensor], upstream: Tensor) -> float:
@@ -47,12 +50,12 @@ def timed(length: int, rounds: int) -> dict[str, Any]:
     shapes = [(1, heads, length, 64) for heads in (9, 3, 3)]
     inputs = [torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for shape in shapes]
     upstream = torch.randn(shapes[0], dtype=torch.bfloat16)
-    least = dict.fromkeys(WAYS, float("inf"))
+    least = dict.fromkeys(KERNELS, float("inf"))
     for _ in range(rounds):
-        for name, way in WAYS.items():
-            with way():
+        for name, kernel in KERNELS.items():
+            with kernel():
                 least[name] = min(least[name], once(inputs, upstream))
-    return {"length": length, **{f"{name}_ms": least[name] for name in WAYS}}
+    return {"length": length, **{f"{name}_ms": least[name] for name in KERNELS}}
 
 
 def gradients() -> dict[str, float]:
@@ -63,9 +66,9 @@ def gradients() -> dict[str, float]:
         parameter.requires_grad_("layers" in name)
     ids = load_tokenizer(folder)(read_text("boolq-held-out").text)["input_ids"][:512]
     objective, found = NextToken.of(model), {}
-    matmuls = {"exact": exact_matmuls, **dict.fromkeys(WAYS, fast_matmuls)}
+    matmuls = {"exact": exact_matmuls, **dict.fromkeys(KERNELS, fast_matmuls)}
     for name, precision in matmuls.items():
-        with precision(CPU), WAYS.get(name, nullcontext)(), torch.enable_grad():
+        with precision(CPU), KERNELS.get(name, nullcontext)(), torch.enable_grad():
             objective(model, Batch(torch.tensor([ids]), (0,))).backward()
         given = [p.grad for p in model.parameters() if p.grad is not None]
         found[name] = torch.cat([g.flatten() for g in given])
@@ -87,7 +90,7 @@ def main() -> None:
     apart = gradients()
     keep("attention", {"rounds": rounds, "gradient_apart": apart}, rows)
     lines = [
-        [str(r["length"]), *(f"{r[f'{name}_ms']:.1f}" for name in WAYS),
+        [str(r["length"]), *(f"{r[f'{name}_ms']:.1f}" for name in KERNELS),
          f"{r['fused_ms'] / r['written_ms']:.2f}"]
         for r in rows
     ]  # fmt: skip

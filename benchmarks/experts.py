@@ -76,7 +76,7 @@ def model_of(setup: str, seed: int, work: Path) -> Any:
     return model.eval()
 
 
-def ways(model: Any, use: Use, keep: int) -> Iterator[tuple[str, Any]]:
+def candidate_cuts(model: Any, use: Use, keep: int) -> Iterator[tuple[str, Any]]:
     """The cut models, by what chose their experts."""
     for score in ("reap", "frequency"):
         kept = kept_experts(use, keep, ExpertChoice(CHOSEN, score))
@@ -140,7 +140,7 @@ def measured(setup: str, seed: int, work: Path) -> dict[str, Any]:
     }  # fmt: skip
     for keep in KEPT:
         losses: dict[str, Tensor] = {}
-        for name, cut in ways(model, use, keep):
+        for name, cut in candidate_cuts(model, use, keep):
             losses[name] = losses.get(name, 0) + window_losses(cut, judged)
         losses["random"] /= DRAWS
         row[f"keep_{keep}"] = {

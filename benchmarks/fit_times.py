@@ -37,7 +37,7 @@ from secateur.progress import Silent
 from secateur.workflows.compress.storage_plan import find_matrices
 from stored import known_rows
 
-WAYS = (
+FORMATS = (
     *(
         WeightFormat(values, sparsity)
         for values in ("bf16", "int8", "int4")
@@ -61,10 +61,10 @@ Mix = Mapping[str, WeightFormat]
 
 def mixes(names: list[str], count: int) -> dict[str, Mix]:
     """The candidates, by name."""
-    found: dict[str, Mix] = {name: dict.fromkeys(names, way) for name, way in UNIFORM.items()}
+    found: dict[str, Mix] = {name: dict.fromkeys(names, stored) for name, stored in UNIFORM.items()}
     for number in range(count):
         random = Random(number)
-        few = random.sample(WAYS, random.randint(2, len(WAYS)))
+        few = random.sample(FORMATS, random.randint(2, len(FORMATS)))
         found[f"mix {number}"] = {name: random.choice(few) for name in names}
     return found
 
@@ -91,7 +91,10 @@ def packed(name: str, mix: Mix, linears: Mapping[str, str], source: Path, work: 
         save_file({**tensors, **zeros}, file, metadata={"format": "pt"})
     secateur.compress(
         dense, output=output, values="bfloat16", embeddings="int8",
-        overrides={linears[n]: NAMES[way.values] for n, way in mix.items() if way.values != "bf16"},
+        overrides={
+            linears[n]: NAMES[stored.values]
+            for n, stored in mix.items() if stored.values != "bf16"
+        },
     )  # fmt: skip
     return output
 
@@ -108,7 +111,7 @@ def timed(folder: Path, rounds: int) -> tuple[Speed, Speed]:
 def row_of(name: str, mix: Mix, shapes: Mapping[str, Any], times: MatrixTimes,
            folder: Path, rounds: int) -> dict[str, Any]:  # fmt: skip
     """Predict and measure one candidate."""
-    predicted = times.rest + sum(times.seconds(shapes[n], way) for n, way in mix.items())
+    predicted = times.rest + sum(times.seconds(shapes[n], stored) for n, stored in mix.items())
     ours, dense = timed(folder, rounds)
     return {
         "candidate": name,
@@ -159,10 +162,10 @@ def main() -> None:
     folders = {n: packed(n, mix, linears, source, args.work) for n, mix in candidates.items()}
     if args.pack:
         return
-    times = time_matrices(build_skeleton(source).config, list(shapes.values()), WAYS, Silent())
+    times = time_matrices(build_skeleton(source).config, list(shapes.values()), FORMATS, Silent())
     print(f"rest {1e3 * times.rest:.2f} ms, int8 {1e3 * times.base:.2f} ms, {times.measured}")
-    for (shape, way), share in times.shares.items():
-        print(f"{shape} {way}: {1e6 * share * times.layers[way]:.1f} us")
+    for (shape, stored), share in times.shares.items():
+        print(f"{shape} {stored}: {1e6 * share * times.layers[stored]:.1f} us")
     done = {row["candidate"] for row in known_rows("fit_times")}
     for name, mix in candidates.items():
         if name not in done:

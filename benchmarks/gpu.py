@@ -128,19 +128,19 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         elif name.startswith("product"):
             for tokens, taken in row["seconds"].items():
                 usual = taken.get("torch bf16", taken.get("dense"))
-                for way, seconds in taken.items():
+                for mode, seconds in taken.items():
                     microseconds = f"{1e6 * seconds:.1f} µs"
                     found.append(
-                        [f"{name}, {tokens} tokens", way, microseconds, f"{usual / seconds:.2f} ×"]
+                        [f"{name}, {tokens} tokens", mode, microseconds, f"{usual / seconds:.2f} ×"]
                     )
         elif name.startswith("model"):
-            for way, own in row.items():
+            for mode, own in row.items():
                 if isinstance(own, dict) and "token_seconds" in own:
-                    usual = row[f"dense, {way.split(', ')[1]}"]
+                    usual = row[f"dense, {mode.split(', ')[1]}"]
                     faster = usual["token_seconds"] / own["token_seconds"]
                     prompt = usual["prompt_seconds"] / own["prompt_seconds"]
                     speed = f"{1 / own['token_seconds']:.1f} tokens/s"
-                    found.append([name, way, speed, f"{faster:.2f} ×, prompt {prompt:.2f} ×"])
+                    found.append([name, mode, speed, f"{faster:.2f} ×, prompt {prompt:.2f} ×"])
         else:
             found.append([name, *of_pruning(row)])
     return found

@@ -69,17 +69,17 @@ def product_row(scale: Scale, shape: tuple[int, int], values: str, sparsity: flo
     rows, columns = shape
     weight = torch.randn(rows, columns, device=scale.device).bfloat16()
     sparse = random_matrix(weight, values, sparsity)
-    ways = {
+    products = {
         "torch bf16": lambda x: functional.linear(x, weight),
         f"ours, {values}, {sparsity:.0%}": sparse.multiply,
     }
     if values != "bf16":
-        ways[f"ours, {values}, dense"] = random_matrix(weight, values, 0.0).multiply
-        ways |= {f"torch {values}": dense_integers(weight, values)}
+        products[f"ours, {values}, dense"] = random_matrix(weight, values, 0.0).multiply
+        products |= {f"torch {values}": dense_integers(weight, values)}
 
     def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, columns, device=scale.device).bfloat16()
-        return {name: lambda way=way: way(x) for name, way in ways.items()}
+        return {name: lambda product=product: product(x) for name, product in products.items()}
 
     seconds = race(scale.batches, "torch bf16", calls, scale.clock)
     return {"shape": [rows, columns], "bytes": sparse.nbytes, "seconds": seconds}
@@ -151,14 +151,14 @@ def model_row(scale: Scale, contender: str) -> dict:
     room = scale.prompt_tokens + scale.steps + 1
     capture = {} if scale.capture is None else {"capture": scale.capture}
     found: dict[str, Any] = {}
-    ways: dict[str, Callable[[Any], Any]] = {"launched": SteppedGeneration}
+    loops: dict[str, Callable[[Any], Any]] = {"launched": SteppedGeneration}
     why_not = why_not_captured(models["dense"])
     if why_not is None:
-        ways["captured"] = lambda model: CapturedGeneration(model, room, **capture)
+        loops["captured"] = lambda model: CapturedGeneration(model, room, **capture)
     else:
         found["not captured"] = why_not
     steps = {
-        (name, way): make(model) for name, model in models.items() for way, make in ways.items()
+        (name, loop): make(model) for name, model in models.items() for loop, make in loops.items()
     }
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     first: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
@@ -169,10 +169,10 @@ def model_row(scale: Scale, contender: str) -> dict:
             taken[key] += [
                 timed(scale, lambda one=one: one.step(1)) for _ in range(scale.steps - 1)
             ]
-    for (name, way), seconds in taken.items():
-        prompt = median(first[name, way])
-        found[f"{name}, {way}"] = {"token_seconds": median(seconds), "prompt_seconds": prompt}
-        steps[name, way].close()
+    for (name, loop), seconds in taken.items():
+        prompt = median(first[name, loop])
+        found[f"{name}, {loop}"] = {"token_seconds": median(seconds), "prompt_seconds": prompt}
+        steps[name, loop].close()
     found["bytes"] = {name: stored_bytes(model) for name, model in models.items()}
     return found
 

@@ -64,9 +64,9 @@ STORED: dict[str, dict[str, Any]] = {
 def in_all_layers(names: list[str], layers: int) -> list[tuple[str, str]]:
     """Names of a model of many layers, each with the name in a model of one layer."""
     first = "model.layers.0."
-    ends = [(name, name) for name in names if not name.startswith(first)]
+    outer = [(name, name) for name in names if not name.startswith(first)]
     within = [name.removeprefix(first) for name in names if name.startswith(first)]
-    return ends + [
+    return outer + [
         (f"model.layers.{i}.{name}", first + name) for i in range(layers) for name in within
     ]
 

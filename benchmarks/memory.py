@@ -45,7 +45,7 @@ def random_checkpoint(folder: Path, shape: str, layers: int) -> int:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
-    def ends() -> dict[str, torch.Tensor]:
+    def outer() -> dict[str, torch.Tensor]:
         return {
             "model.embed_tokens.weight": weight(32000, h),
             "lm_head.weight": weight(32000, h),
@@ -68,7 +68,7 @@ def random_checkpoint(folder: Path, shape: str, layers: int) -> int:
 
     size, index = 0, {}
     for number in range(layers + 1):
-        shard = layer(number - 1) if number else ends()
+        shard = layer(number - 1) if number else outer()
         name = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, name))

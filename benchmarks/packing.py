@@ -82,8 +82,8 @@ def same_texts(folder: Path, tokenizer: Any, dtype: torch.dtype) -> dict[str, in
     dense = texts(secateur.load(folder, dtype=dtype, expand=True), tokenizer, one_call=False)
     model = secateur.load(folder, dtype=dtype)
     return {
-        way: sum(a == b for a, b in zip(dense, texts(model, tokenizer, one_call=one), strict=True))
-        for way, one in (("one call a token", True), ("packed in transformers", False))
+        mode: sum(a == b for a, b in zip(dense, texts(model, tokenizer, one_call=one), strict=True))
+        for mode, one in (("one call a token", True), ("packed in transformers", False))
     }
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     print(heading())
     calibrated = {"calibration": args.calibration, "windows": 64, "sequence_length": 512}
-    ways: dict[str, dict[str, Any]] = {
+    modes: dict[str, dict[str, Any]] = {
         "bfloat16": {"values": "bfloat16"},
         "bfloat16 archive": {"values": "bfloat16", "archive": True},
         "int8 nearest": {"values": "int8"},
@@ -135,8 +135,8 @@ def main() -> None:
         "int8 calibrated, embeddings": {"values": "int8", "embeddings": "int8", **calibrated},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch) / name.replace(" ", "-") for name in ways}
-        for name, options in ways.items():
+        folders = {name: Path(scratch) / name.replace(" ", "-") for name in modes}
+        for name, options in modes.items():
             secateur.compress(args.pruned, output=folders[name], **options)
         tokenizer = load_tokenizer(args.pruned)
         bf16, small = folders["bfloat16"], folders["int8 calibrated, embeddings"]

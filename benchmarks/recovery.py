@@ -39,7 +39,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "a quarter cut": {"keep_parameters": 0.75},
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "next token": {},
     "teacher": {"teacher": MODEL},
     "teacher, half": {"teacher": MODEL, "next_token": 0.5},
@@ -82,12 +82,12 @@ def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     }
 
 
-def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models: Path) -> Row:
+def trained(args: argparse.Namespace, start: str, mode: str, texts: Texts, models: Path) -> Row:
     """One training and what it brought."""
     minutes, folder = args.minutes, started(args, start, models)
     read = " and ".join(texts)
     frozen = "-frozen" if args.frozen else ""
-    name = f"{folder.name}-{way}-{minutes:g}-{read}{frozen}"
+    name = f"{folder.name}-{mode}-{minutes:g}-{read}{frozen}"
     output = models / name.replace(",", "").replace(" ", "-")
     stopped = output.with_name(output.name + ".partial").exists()
     report = secateur.train(
@@ -98,12 +98,12 @@ def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models
         minutes=minutes,
         batch=args.batch,
         validations=2,
-        **WAYS[way],
+        **MODES[mode],
         **(FROZEN if args.frozen else {}),
     )
     return {
         "start": start,
-        "way": way,
+        "way": mode,
         "read": read,
         "minutes": minutes,
         "frozen": args.frozen,
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--frozen", action="store_true", help="embeddings are not trained")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
-    parser.add_argument("--ways", nargs="*", default=[*WAYS], choices=[*WAYS])
+    parser.add_argument("--ways", nargs="*", default=[*MODES], choices=[*MODES])
     args = parser.parse_args()
     print(heading())
     protocol = {"windows": args.windows, "sequence_length": 2048,
@@ -180,10 +180,10 @@ def main() -> None:
         untrained("dense", MODEL)
         for start in args.starts:
             untrained(start, started(args, start, models))
-            for way in args.ways:
-                asked = (start, way, read, args.minutes, args.frozen)
+            for mode in args.ways:
+                asked = (start, mode, read, args.minutes, args.frozen)
                 if not any(same(r, *asked) for r in known_rows("recovery")):
-                    add(trained(args, start, way, texts, models))
+                    add(trained(args, start, mode, texts, models))
     print(table(known_rows("recovery")))
 
 

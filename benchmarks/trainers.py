@@ -87,12 +87,12 @@ def main() -> None:
     model = fresh()
     zeros = {name: ~kept for name, kept in Masks.of(model).kept.items()}
     rows = {"pruned, not trained": {**measured(model, args.model, zeros), "seconds": 0.0}}
-    for way, callbacks in {
+    for mode, callbacks in {
         "weights": [], "weights, callback": [secateur.SecateurCallback()],
     }.items():  # fmt: skip
         model = fresh()
         seconds = trained(model, data, args.steps, 1e-4, *callbacks)
-        rows[way] = {**measured(model, args.model, zeros), "seconds": seconds}
+        rows[mode] = {**measured(model, args.model, zeros), "seconds": seconds}
     names = [name.removesuffix(".weight") for name in zeros]
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM")
     with quiet_transformers(), tempfile.TemporaryDirectory() as place:
@@ -107,7 +107,7 @@ def main() -> None:
     adapted = attach(fresh(), LoraOptions(rank=16, alpha=32.0))
     seconds = trained(adapted, data, args.steps, 1e-3, secateur.SecateurCallback())
     rows["attach"] = {**measured(secateur.merge(adapted), args.model, zeros), "seconds": seconds}
-    found = [{"way": way, **row} for way, row in rows.items()]
+    found = [{"way": mode, **row} for mode, row in rows.items()]
     protocol = {"model": args.model.name, "steps": args.steps, "batch": BATCH, "length": LENGTH}
     print(heading())
     table = [

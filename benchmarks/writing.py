@@ -53,12 +53,12 @@ def main() -> None:
     model = model.to(fast_dtype(torch.device("cpu")) or torch.float32)
     plan = WindowPlan(windows=args.windows, sequence_length=args.length)
     windows = make_windows(sample_text("boolq-calibration"), tokenizer, plan)
-    ways = {
+    writers = {
         "generate": lambda: generated(model, windows),
         "ours": lambda: continue_windows(model, windows, len(windows), seed=0),
     }
     rows = []
-    for name, write in ways.items():
+    for name, write in writers.items():
         with quiet_transformers():
             started = time.perf_counter()
             shape = tuple(write().shape)

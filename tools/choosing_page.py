@@ -108,17 +108,17 @@ def low_bits() -> Iterable[str]:
         return f"{math.log(judged[0] / judged[1]):+.3f}"
 
     lines = []
-    for way, row, column, contender in (
+    for storage, row, column, backend in (
         ("int8", "dense", "50 % + int8", "dense int8"),
         ("int4", "dense", "50 % + int4, groups of 64", "dense int4"),
         ("50 % zeros, int8", "then", "50 % + int8", "50 % int8"),
         ("50 % zeros, int4", "then", "50 % + int4, groups of 64", "50 % int4"),
     ):
-        trained = column if way.endswith("int8") else "50 % + int4, groups of 32"
-        smol = f"balanced, {way[-4:]}" if "zeros" in way else f"no zeros, {way}"
-        small, large = (one(speed, model=m, contender=contender) for m in ("smollm2", "1.1b"))
+        trained = column if storage.endswith("int8") else "50 % + int4, groups of 32"
+        smol = f"balanced, {storage[-4:]}" if "zeros" in storage else f"no zeros, {storage}"
+        small, large = (one(speed, model=m, contender=backend) for m in ("smollm2", "1.1b"))
         lines.append((
-            way, stored_rise(smol), rise(row, trained),
+            storage, stored_rise(smol), rise(row, trained),
             *(f"{r['tokens_per_second']:.0f}" for r in (small, large)),
             f"{large['resident_bytes'] / 2**20:.0f} MiB",
         ))  # fmt: skip

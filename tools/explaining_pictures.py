@@ -105,8 +105,8 @@ def sparsity() -> str:
     for row, name, color in LINES:
         points = [place(0, dense), *(place(s, mean(row, f"{s:.0%}".replace("%", " %")))
                                      for s in (0.5, 0.6, 0.7))]  # fmt: skip
-        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{way}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         ends.append((points[-1][1], name, color))
     parts += [text(472, y + 4, name, "start", color) for y, name, color in ends]
     parts.append(text(70, 20, "perplexity on WikiText-2, SmolLM2-135M (less is better)", "start"))

@@ -29,7 +29,7 @@ DEVICE = FACTS.hardware[GPU]
 SEVEN = shape("llama-2-7b")
 
 
-def way(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:
+def option(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:
     """A way to store a model."""
     return CompressionWay(STRUCTURES[structure], ZEROS[zeros], VALUES[values])
 
@@ -114,11 +114,11 @@ def sizes() -> Iterable[str]:
         ("not said", "50%", "bf16"), ("4x", "dense", "int8"), ("not said", "dense", "int4"),
         ("6x to 12x", "50%", "int8"), ("not said", "50%", "int4"), ("not said", "2:4", "bf16"),
     ):  # fmt: skip
-        one = way(zeros=zeros, values=values)
+        one = option(zeros=zeros, values=values)
         value, scales = one.values, one.values.bits - one.values.value_bits
         sum_of = f"{value.value_bits} · {1 - one.zeros.sparsity:g} + {one.zeros.index_bits:g}"
         sum_of += f" + {scales:g}" if scales else ""
-        bytes_now, before = weight_bytes(SEVEN, one), weight_bytes(SEVEN, way())
+        bytes_now, before = weight_bytes(SEVEN, one), weight_bytes(SEVEN, option())
         rows.append((one.name, said, f"{sum_of} = {one.bits:g}", f"{16 / one.bits:.2f}x",
                      f"{bytes_now / GIB:.2f} GiB", f"{before / bytes_now:.2f}x"))  # fmt: skip
     yield "## Size and memory"
@@ -127,7 +127,7 @@ def sizes() -> Iterable[str]:
         "Bits of a weight = bits of a value · (1 − sparsity) + 1 bit that says where the zeros "
         "are + scales. The last two columns count all weights of Llama-2-7B: embedding and head "
         "have 8 or 16 bits and no zeros. Dense in bfloat16 it has "
-        f"{weight_bytes(SEVEN, way()) / GIB:.2f} GiB."
+        f"{weight_bytes(SEVEN, option()) / GIB:.2f} GiB."
     )
     yield ""
     columns = ("way", "guides say", "bits of a weight", "of 16 bits", "weights", "smaller by")
@@ -139,13 +139,13 @@ def sizes() -> Iterable[str]:
 def speeds() -> Iterable[str]:
     """Decoding on a GPU."""
     speed = Roofline(DEVICE, FACTS.efficiency["cuda"])
-    base, many = speed.step(SEVEN, way(), 1, 512), speed.step(SEVEN, way(), 64, 512)
+    base, many = speed.step(SEVEN, option(), 1, 512), speed.step(SEVEN, option(), 64, 512)
     dense = (ranged(base * 1e3, ".1f"), "1.00x", ranged(many * 1e3, ".1f"), "1.00x")
     rows = [("as it is", "1x", *dense), ("50% zeros, stored dense", "2x to 4x", *dense)]
     for said, one in (
-        ("2.04x (A100), 2.5x (H100)", way(zeros="2:4")), ("4x to 6x", way(values="int8")),
-        ("not said", way(values="int4")), ("not said", way("layers-25%")),
-        ("not said", way("width-25%")),
+        ("2.04x (A100), 2.5x (H100)", option(zeros="2:4")), ("4x to 6x", option(values="int8")),
+        ("not said", option(values="int4")), ("not said", option("layers-25%")),
+        ("not said", option("width-25%")),
     ):  # fmt: skip
         cut = one.shape(SEVEN)
         alone, batch = speed.step(cut, one, 1, 512), speed.step(cut, one, 64, 512)
@@ -266,11 +266,12 @@ def hosted() -> Iterable[str]:
 def against() -> Iterable[str]:
     """Prune against quantize."""
     speed = Roofline(DEVICE, FACTS.efficiency["cuda"])
-    base = speed.step(SEVEN, way(), 1, 512)
+    base = speed.step(SEVEN, option(), 1, 512)
     rows = []
-    for one in (way(), way(values="int8"), way(values="int4"), way(zeros="2:4"), way("width-25%"),
-                way("layers-25%"), way("width-50%-distilled"), way("width-25%", values="int4"),
-                way("width-50%-distilled", values="int4")):  # fmt: skip
+    for one in (option(), option(values="int8"), option(values="int4"), option(zeros="2:4"),
+                option("width-25%"), option("layers-25%"), option("width-50%-distilled"),
+                option("width-25%", values="int4"),
+                option("width-50%-distilled", values="int4")):  # fmt: skip
         low, high = one.kept(FACTS)
         cut = one.shape(SEVEN)
         gain = base.typical / speed.step(cut, one, 1, 512).typical

@@ -112,20 +112,20 @@ def run_command(name: str, lines: Mapping[str, str], done: dict[str, Digests]) -
     words += ["--output", str(output)] if writes else []
     again = AGAIN.get(words[0], ["--resume"]) if writes else []
     found: Digests = {}
-    ways = {"json": ["--json"], "text": again}
+    modes = {"json": ["--json"], "text": again}
     if words[0] == "bench":  # it starts processes, each of which imports torch
-        del ways["text"]
-    for way, more in ways.items():
+        del modes["text"]
+    for mode, more in modes.items():
         if words[0] == "export":
             shutil.rmtree(output, ignore_errors=True)
-        out, err = (PRINTED / name.replace(" ", "-") / f"{way}.{x}" for x in ("out", "err"))
+        out, err = (PRINTED / name.replace(" ", "-") / f"{mode}.{x}" for x in ("out", "err"))
         status = in_fork(partial(command, *words, *more), out, err)
         if status not in (0, 3) and "refused" not in name:
             print(f"{name} ended with {status}: {err.read_text()[-600:]}", file=sys.stderr)
         if words[0] == "bench":  # the processes that it measures have a clock of their own
             out.write_text(re.sub(r"[\d., ─━]+", " ", out.read_text()))
-        found |= {f"{way} exit": str(status), f"{way} err": digest(err.read_bytes())}
-        found |= entries(out, way, f"{way} out")
+        found |= {f"{mode} exit": str(status), f"{mode} err": digest(err.read_bytes())}
+        found |= entries(out, mode, f"{mode} out")
     written = [x for x in words if Path(x).is_file() and MADE in Path(x).parents]
     done[name] = found | (digests_below(output) if writes else {})
     done[name] |= {Path(x).name: digest(Path(x).read_bytes()) for x in written}

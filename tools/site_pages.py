@@ -92,8 +92,8 @@ def relinked(text: str, page: Path, root: Path) -> tuple[str, dict[Path, Path]]:
         place = placed(target)
         if place.parts[0] == "files":
             files[place] = target
-        way = os.path.relpath(place, placed(page).parent)
-        return f"{opening}{Path(way).as_posix()}{anchor or ''}{closing}"
+        relative = os.path.relpath(place, placed(page).parent)
+        return f"{opening}{Path(relative).as_posix()}{anchor or ''}{closing}"
 
     parts = FENCE.split(text)
     parts[::2] = [LINK.sub(linked, part) for part in parts[::2]]

@@ -69,7 +69,7 @@ def test_known_shapes_have_the_published_parameters(facts: Facts) -> None:
         assert abs(found - parameters) <= 9_216, name
     mixture = known_shape("q", facts.shapes["qwen3-30b-a3b"])
     assert mixture.parameters == pytest.approx(30.5e9, rel=0.01)
-    assert mixture.active + mixture.ends == pytest.approx(3.3e9, rel=0.03)
+    assert mixture.active + mixture.outer == pytest.approx(3.3e9, rel=0.03)
 
 
 def test_weights_of_a_small_shape_by_hand() -> None:
@@ -82,9 +82,9 @@ def test_weights_of_a_small_shape_by_hand() -> None:
     assert tiny.parameters == tiny.linears + 2 * 80 + 5 * 8
     bits = {"bf16": 16, "int8": 8, "int4": 4.125}
     for values, each in bits.items():
-        ends = 160 * (2 if values == "bf16" else 1)
+        outer = 160 * (2 if values == "bf16" else 1)
         assert (
-            weight_bytes(tiny, option(values=values)) == round(tiny.linears * each / 8) + ends + 80
+            weight_bytes(tiny, option(values=values)) == round(tiny.linears * each / 8) + outer + 80
         )
     assert tiny.cache_bytes(1) == 2 * 2 * 4 * 2  # keys and values, 2 layers, 4 channels, bf16
     sparse = option(zeros="50%", values="int4")

@@ -29,10 +29,10 @@ def test_rises_within_its_span_and_ends_exactly(name, first, last):
     schedule = schedules[name](last, first)
     assert isinstance(schedule, Schedule)
     assert (schedule.first, schedule.last) == (first, last)
-    way = [schedule(i / 97) for i in range(98)]
-    assert way == sorted(way)
-    assert all(first - 1e-12 <= s <= last for s in way)
-    assert way[-1] == last
+    values = [schedule(i / 97) for i in range(98)]
+    assert values == sorted(values)
+    assert all(first - 1e-12 <= s <= last for s in values)
+    assert values[-1] == last
 
 
 @pytest.mark.parametrize("name", list(schedules))

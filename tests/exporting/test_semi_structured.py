@@ -86,9 +86,9 @@ def test_a_matrix_of_its_own_pattern_is_stored_in_it(tmp_path: Path) -> None:
     assert (made.types["2:4"], made.types["6:8"]) == (11, 1)
 
 
-@pytest.mark.parametrize("way", ["dense", "CUTLASS"])
-def test_linears_take_the_way_that_was_measured(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", ["dense", "CUTLASS"])
+def test_linears_take_the_kernel_that_was_measured(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU, where references multiply."""
     export(sparse_model(tmp_path, pattern="6:8"), tmp_path / "out")
@@ -96,17 +96,17 @@ def test_linears_take_the_way_that_was_measured(
 
     def measured(parts: StoredParts) -> Fastest:
         kinds.append(parts.packed.shape)
-        return Fastest("dense", {1: way})
+        return Fastest("dense", {1: kernel})
 
     monkeypatch.setattr(loading, "measured", measured)
     monkeypatch.setattr(loading, "refuse_device", lambda device: None)
     monkeypatch.setattr(
-        sparse_linear, "form", lambda way, p: sparse_linear.WideForm(p.wide, p.columns, p.nbytes)
+        sparse_linear, "form", lambda kernel, p: sparse_linear.WideForm(p.wide, p.columns, p.nbytes)
     )
     found = secateur.load_semi_structured(tmp_path / "out", "cpu")
     assert len(kinds) == len(set(kinds))  # each kind once
     sparse = [name for name, x in found.named_modules() if isinstance(x, SparseLinear)]
-    assert len(sparse) == (0 if way == "dense" else 15)
+    assert len(sparse) == (0 if kernel == "dense" else 15)
     plain = secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
     torch.testing.assert_close(logits(found), logits(plain), rtol=0.05, atol=0.05)
     with pytest.raises(CheckpointError, match="cannot be saved"):

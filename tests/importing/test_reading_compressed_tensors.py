@@ -204,15 +204,15 @@ def spoiled(tensor: Tensor, random: torch.Generator) -> Tensor:
     def draw(limit: int) -> int:
         return int(torch.randint(limit, (), generator=random))
 
-    way = draw(6)
-    if way == 0:
+    kind = draw(6)
+    if kind == 0:
         return tensor.reshape(-1)[: draw(tensor.numel() + 1)].clone()
-    if way == 1:
+    if kind == 1:
         return tensor.unsqueeze(draw(tensor.ndim + 1))
-    if way == 2:
+    if kind == 2:
         dtypes = [torch.int8, torch.int64, torch.float32, torch.uint8, torch.bool, torch.int16]
         return tensor.to(torch.float32).to(dtypes[draw(6)])
-    if way == 3:
+    if kind == 3:
         return torch.cat([tensor, tensor]) if tensor.ndim else tensor.repeat(3)
     changed = tensor.clone().reshape(-1).view(torch.uint8)
     for _ in range(1 + draw(4)):

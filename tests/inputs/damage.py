@@ -45,23 +45,23 @@ def in_bytes(raw: bytes, draw: random.Random) -> bytes:
     if not raw:
         return bytes(draw.randrange(256) for _ in range(draw.randrange(64)))
     end = len(raw) if draw.random() < 0.3 else min(HEAD, len(raw))
-    at, way = draw.randrange(end), draw.randrange(8)
+    at, kind = draw.randrange(end), draw.randrange(8)
     size = draw.choice([1, 2, 4, 8, 64, 1024])
     block = raw[at : at + size]
-    if way == 0:
+    if kind == 0:
         return raw[:at] + bytes([raw[at] ^ (1 << draw.randrange(8))]) + raw[at + 1 :]
-    if way == 1:
+    if kind == 1:
         return raw[:at] + draw.randbytes(len(block)) + raw[at + len(block) :]
-    if way == 2:
+    if kind == 2:
         width = draw.choice([4, 8])
         number = (draw.choice(EXTREME) % 2 ** (8 * width)).to_bytes(width, "little")
         return raw[:at] + number + raw[at + width :]
-    if way == 3:
+    if kind == 3:
         return raw[: draw.randrange(len(raw))]
-    if way == 4:
+    if kind == 4:
         return raw + draw.randbytes(size)
-    if way == 5:
+    if kind == 5:
         return raw[:at] + block + raw[at:]
-    if way == 6:
+    if kind == 6:
         return raw[:at] + raw[at + size :]
     return raw[:at] + bytes(len(block)) + raw[at + len(block) :]

@@ -151,12 +151,13 @@ def experts_recipe(place: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> None:
-    ways = {"reap": "reap", "merge": "merge"}
+    criteria = {"reap": "reap", "merge": "merge"}
     recipes = [
-        experts_recipe(place, tmp_path / "three" / name, experts_by=by) for name, by in ways.items()
+        experts_recipe(place, tmp_path / "three" / name, experts_by=by)
+        for name, by in criteria.items()
     ]
     run_together(3, cut_together, tmp_path, recipes)
-    for name, by in ways.items():
+    for name, by in criteria.items():
         cut_alone(experts_recipe(place, tmp_path / "one" / name, experts_by=by))
         one, three = (weights(tmp_path / count / name) for count in ("one", "three"))
         assert one.keys() == three.keys()

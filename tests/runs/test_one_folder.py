@@ -26,7 +26,7 @@ VERBS = (
     "compress int8", "decompress",
 )  # fmt: skip
 RESUMABLE = [name for name in VERBS if CASES[name].resumes]
-WAYS = ({}, {"resume": True}, {"restart": True}, {"overwrite": True})
+MODES = ({}, {"resume": True}, {"restart": True}, {"overwrite": True})
 
 
 class Stopped(BaseException):
@@ -82,11 +82,11 @@ def straight(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Straigh
     return made
 
 
-def ways(name: str) -> list[dict[str, bool]]:
+def modes(name: str) -> list[dict[str, bool]]:
     """The ways in which a verb can be called."""
     case = CASES[name]
     known = {*(("resume", "restart") if case.resumes else ()), *case.anew(case.replaces)}
-    return [way for way in WAYS if way.keys() <= known]
+    return [mode for mode in MODES if mode.keys() <= known]
 
 
 def work_in(folder: Path) -> dict[str, str]:
@@ -122,9 +122,9 @@ def test_a_second_run_is_refused_and_names_the_first(
     holder.stdin.write(f"{name}\t{output}\n")
     holder.stdin.flush()
     assert holder.stdout.readline() == "held\n"
-    for way in ways(name):
+    for mode in modes(name):
         try:
-            CASES[name].call(sources, output, At(), **way)
+            CASES[name].call(sources, output, At(), **mode)
             messages.append("it was not refused")
         except RecipeError as error:
             messages.append(str(error))
@@ -171,9 +171,9 @@ def test_a_folder_of_the_user_beside_the_output_is_never_deleted(
 ) -> None:
     (tmp_path / neighbour).mkdir()
     (tmp_path / neighbour / "mine.txt").write_text("mine", encoding="utf-8")
-    for way in ways(name):
+    for mode in modes(name):
         with contextlib.suppress(RecipeError):
-            CASES[name].call(sources, tmp_path / "out", At(), **way)
+            CASES[name].call(sources, tmp_path / "out", At(), **mode)
         assert (tmp_path / neighbour / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 

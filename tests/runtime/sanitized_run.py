@@ -125,8 +125,8 @@ def hostile(folder: Path, layouts: Mapping[str, Layout], files: int) -> None:
     for seed in range(files):
         draw = random.Random(seed)
         shutil.copytree(folder / "whole", folder / "mutated")
-        way = draw.choice(FORGERIES if draw.random() < 0.8 else DAMAGES)
-        way(draw, draw.choice(sorted((folder / "mutated").glob("*.safetensors"))))
+        damage = draw.choice(FORGERIES if draw.random() < 0.8 else DAMAGES)
+        damage(draw, draw.choice(sorted((folder / "mutated").glob("*.safetensors"))))
         try:
             packed = PackedCheckpoint(folder / "mutated")
             for name, layout in packed.layouts.items():

@@ -172,19 +172,19 @@ def test_a_thousand_hostile_files(tmp_path: Path, archive: bool) -> None:
     expected = packed_folder(whole, archive=archive)
     read_all_of(whole)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused = {way.__name__: 0 for way in (*DAMAGES, *FORGERIES)}
+    refused = {damage.__name__: 0 for damage in (*DAMAGES, *FORGERIES)}
     for seed in range(ROUNDS):
         draw = random.Random(seed)
         folder = tmp_path / "mutated"
         shutil.copytree(whole, folder)
-        way = draw.choice(DAMAGES if draw.random() < 0.6 else FORGERIES)
-        way(draw, draw.choice(sorted(folder.glob("*.safetensors"))))
+        damage = draw.choice(DAMAGES if draw.random() < 0.6 else FORGERIES)
+        damage(draw, draw.choice(sorted(folder.glob("*.safetensors"))))
         try:
             found = read_all_of(folder)
         except CheckpointError:
-            refused[way.__name__] += 1
+            refused[damage.__name__] += 1
         else:
-            if way in DAMAGES:
+            if damage in DAMAGES:
                 assert found.keys() == expected.keys(), seed
                 for name, tensor in found.items():
                     assert tensor.dtype == expected[name].dtype, (seed, name)
@@ -209,14 +209,16 @@ def test_a_thousand_hostile_bit_streams(
     for seed in range(ROUNDS):
         draw = random.Random(seed)
         shutil.copytree(whole, folder)
-        way = draw.choice(DAMAGES if draw.random() < 0.3 else [*FORGERIES, forge_data, forge_data])
-        way(draw, draw.choice(sorted(folder.glob("*.safetensors"))))
+        damage = draw.choice(
+            DAMAGES if draw.random() < 0.3 else [*FORGERIES, forge_data, forge_data]
+        )
+        damage(draw, draw.choice(sorted(folder.glob("*.safetensors"))))
         try:
             found = read_all_of(folder)
         except CheckpointError:
             refused += 1
         else:
-            if way in DAMAGES:
+            if damage in DAMAGES:
                 assert all(torch.equal(found[name], x) for name, x in expected.items()), seed
             packed = PackedCheckpoint(folder)
             for file in packed.files:
@@ -224,7 +226,7 @@ def test_a_thousand_hostile_bit_streams(
                     layout = packed.layouts[name]
                     ours = formats[layout.format].unpack(packed.parts(name), layout)
                     assert torch.equal(ours, torch.tensor(matrix)), (seed, name)
-            forged += way in FORGERIES
+            forged += damage in FORGERIES
         shutil.rmtree(folder)
     assert refused > 0.5 * ROUNDS
     assert forged > 0.1 * ROUNDS

@@ -63,8 +63,8 @@ def test_everything_works_expanded(tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = packed(input_ids=IDS).logits
         atol = 1e-5 * float(expected.abs().max())
-        for way in ("load", "from_pretrained"):
-            found = torch.load(folder / f"{way}.pt")
+        for loader in ("load", "from_pretrained"):
+            found = torch.load(folder / f"{loader}.pt")
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
     record = json.loads(done.stdout)
     assert record["info"]["tier"] == "none"

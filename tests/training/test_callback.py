@@ -58,7 +58,7 @@ def kept_and_lost(before: dict[str, Any], after: dict[str, Any]) -> tuple[int, i
     return kept, sum(int(gone.sum()) for gone in before.values()) - kept
 
 
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 3, "weight_decay": 0.1},
     "mixed precision": {"bf16": True, "optim": "adamw_torch"},
@@ -67,12 +67,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", slow_but({"plain", "accumulated"}, WAYS))
-def test_the_trainer_keeps_every_zero_with_the_callback_alone(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", slow_but({"plain", "accumulated"}, MODES))
+def test_the_trainer_keeps_every_zero_with_the_callback_alone(mode: str, tmp_path: Path) -> None:
     model = pruned_model()
     gone, before = zeros(model), {n: p.clone() for n, p in model.named_parameters()}
     callback = secateur.SecateurCallback()
-    trainer = trainer_of(model, tmp_path / "held", callback, **WAYS[way])
+    trainer = trainer_of(model, tmp_path / "held", callback, **MODES[mode])
     trainer.train()
     trainer.save_model()
     saved = load_file(tmp_path / "held" / "model.safetensors")
@@ -83,7 +83,7 @@ def test_the_trainer_keeps_every_zero_with_the_callback_alone(way: str, tmp_path
     assert all(not p._backward_hooks for p in model.parameters())
 
     plain = pruned_model()
-    trainer_of(plain, tmp_path / "lost", **WAYS[way]).train()
+    trainer_of(plain, tmp_path / "lost", **MODES[mode]).train()
     kept, lost = kept_and_lost(gone, dict(plain.named_parameters()))
     assert lost > 0.95 * (kept + lost)
 

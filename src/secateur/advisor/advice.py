@@ -360,16 +360,16 @@ def _instead_of(
     """What to do with a load that is too small for a device: two sentences."""
     assert isinstance(chosen.capacity, Capacity)
     share = "under 1%" if filled < 0.01 else f"{100 * filled:.0f}%"
-    ways = [] if hosted is None else [f"a hosted model ({_priced(hosted.name, hosted.month)})"]
+    choices = [] if hosted is None else [f"a hosted model ({_priced(hosted.name, hosted.month)})"]
     if elsewhere is not None:
         name = _several(elsewhere.devices, elsewhere.device)
         name += "" if elsewhere.option == "as it is" else f", {elsewhere.option}"
         speed = f"{1e3 * elsewhere.step:.0f} ms/token"
-        ways.append(f"smaller hardware ({_priced(name, elsewhere.month)}, {speed})")
+        choices.append(f"smaller hardware ({_priced(name, elsewhere.month)}, {speed})")
     return (
         "This load does not fill a device: it needs "
         f"{share} of {_several(chosen.capacity.shared_by, device.name, 'one ')}. "
-        f"Use {' or '.join(ways)}."
+        f"Use {' or '.join(choices)}."
     )
 
 

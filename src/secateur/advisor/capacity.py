@@ -216,7 +216,7 @@ def weight_bytes(model: ModelShape, option: CompressionWay) -> int:
     The embedding is stored once; a tied head shares it.
     """
     linears = model.linears * option.bits / 8
-    return round(linears + model.ends * option.head_bits / 8 + model.other * 2)
+    return round(linears + model.outer * option.head_bits / 8 + model.other * 2)
 
 
 def memory_of(
@@ -384,9 +384,9 @@ def capacity_of(
             "memory",
             least.total,
         )
-    ways = [_shared(shape, option, device, load, devices) for devices in choices]
-    found = [one for one in ways if isinstance(one, Capacity)]
-    return min(found, key=lambda one: one.devices.typical) if found else ways[0]
+    capacities = [_shared(shape, option, device, load, devices) for devices in choices]
+    found = [one for one in capacities if isinstance(one, Capacity)]
+    return min(found, key=lambda one: one.devices.typical) if found else capacities[0]
 
 
 def _shared(

@@ -293,10 +293,10 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All weights, tied ones once."""
-        return self.linears + self.ends + self.other
+        return self.linears + self.outer + self.other
 
     @property
-    def ends(self) -> int:
+    def outer(self) -> int:
         """Weights of embedding and head, tied ones once."""
         return self.embedding if self.tied else self.embedding + self.head
 

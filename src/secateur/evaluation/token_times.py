@@ -218,13 +218,13 @@ class FormatTimer:
             whole += _steps(self.decoder, self.count, self.clock)
             bare += _steps(self.decoder, 0, self.clock)
             self.decoder.slots.rewind(0, PROMPT_TOKENS)
-            ends = statistics.median(bare)
-            between = statistics.median(whole) - ends
-            if between > LEAST_LAYERS * ends:
+            outer = statistics.median(bare)
+            between = statistics.median(whole) - outer
+            if between > LEAST_LAYERS * outer:
                 break
         times = self.layers / self.count
-        layers = max(between, LEAST_LAYERS * ends) * times
-        return FormatTimes(ends, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
+        layers = max(between, LEAST_LAYERS * outer) * times
+        return FormatTimes(outer, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
 
 
 def _cannot(config: Any, reason: str) -> ArchitectureError:

@@ -162,7 +162,7 @@ def counted(name: str, model: Any) -> ModelShape:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
-    ends = embedding.numel() + (0 if embedding is head else head.numel())
+    outer = embedding.numel() + (0 if embedding is head else head.numel())
     return ModelShape(
         name,
         len(layers),
@@ -172,7 +172,7 @@ def counted(name: str, model: Any) -> ModelShape:
         embedding.numel(),
         head.numel(),
         tied,
-        total - linears - ends,
+        total - linears - outer,
         kinds_of(layer_caches(model)),
         config.vocab_size,
         experts if in_experts else 0,

@@ -32,8 +32,8 @@ class Reference:
         return functional.linear(lifted(x, self.columns), self.weight, bias)
 
 
-def reference(way: str, parts: StoredParts) -> Reference:
-    if way == DENSE:
+def reference(kernel: str, parts: StoredParts) -> Reference:
+    if kernel == DENSE:
         return Reference(parts.dense, None, parts.dense.nbytes)
     return Reference(parts.wide, parts.columns, parts.nbytes)
 
@@ -41,7 +41,7 @@ def reference(way: str, parts: StoredParts) -> Reference:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """All ways are there."""
-    monkeypatch.setattr(module, "other_ways", lambda: [CUTLASS, CUSPARSELT, TRITON])
+    monkeypatch.setattr(module, "other_kernels", lambda: [CUTLASS, CUSPARSELT, TRITON])
     monkeypatch.setattr(module, "form", reference)
 
 
@@ -74,12 +74,12 @@ MIXED = [
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_the_way_depends_on_tokens() -> None:
+def test_the_kernel_depends_on_tokens() -> None:
     found = measured(example()[0], clock_of(*MIXED))
-    assert found.ways == {1: TRITON, 4: TRITON, 16: DENSE, 64: DENSE, 256: CUSPARSELT,
+    assert found.kernels == {1: TRITON, 4: TRITON, 16: DENSE, 64: DENSE, 256: CUSPARSELT,
                           1024: CUSPARSELT, 4096: CUSPARSELT}  # fmt: skip
-    ways = [found.way(n) for n in (1, 3, 4, 5, 16, 255, 256, 700, 4096, 10**6)]
-    assert ways == [TRITON] * 3 + [DENSE] * 3 + [CUSPARSELT] * 4
+    kernels = [found.kernel(n) for n in (1, 3, 4, 5, 16, 255, 256, 700, 4096, 10**6)]
+    assert kernels == [TRITON] * 3 + [DENSE] * 3 + [CUSPARSELT] * 4
     assert found.used == {DENSE, CUSPARSELT, TRITON}
 
 
@@ -142,7 +142,7 @@ def test_what_is_never_faster_becomes_dense() -> None:
 
 def test_what_a_gpu_refuses_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own 2:4 product, which no CPU has."""
-    monkeypatch.setattr(module, "other_ways", lambda: [CUTLASS])
+    monkeypatch.setattr(module, "other_kernels", lambda: [CUTLASS])
     parts, _ = example()
     found = measured(parts, clock_of(*[(1.0,)] * 7))
     assert found.used == {DENSE}

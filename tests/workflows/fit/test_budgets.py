@@ -46,10 +46,12 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
-    ways = {weight_format(kind) for kind in (*LEVELS, *FINER)} | {BASE}
+    formats = {weight_format(kind) for kind in (*LEVELS, *FINER)} | {BASE}
     whole = sum(map(math.prod, shapes.values()))
-    layers = {way: 1e-9 * whole * way.bits / 8 * (3 if way.sparsity else 1) for way in ways}
-    shares = {(s, way): math.prod(s) / whole for s in set(shapes.values()) for way in ways}
+    layers = {
+        stored: 1e-9 * whole * stored.bits / 8 * (3 if stored.sparsity else 1) for stored in formats
+    }
+    shares = {(s, stored): math.prod(s) / whole for s in set(shapes.values()) for stored in formats}
     return MatrixTimes(layers, shares, 1e-5, "2026-11-27")
 
 

@@ -101,11 +101,11 @@ def test_with_a_teacher_and_regrowth(places: Path, tmp_path: Path) -> None:
     assert done.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
-@pytest.mark.parametrize("way", [{"lora": 4}, {"gradual": {"sparsity": 0.8, "every": 2}}])
+@pytest.mark.parametrize("mode", [{"lora": 4}, {"gradual": {"sparsity": 0.8, "every": 2}}])
 def test_a_stopped_run_goes_on_to_the_same_files(
-    way: dict[str, Any], places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: dict[str, Any], places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(places, tmp_path / "straight", **way)
+    train(places, tmp_path / "straight", **mode)
     plain = loop.Loop.step
 
     def failing(self: loop.Loop) -> None:
@@ -115,9 +115,9 @@ def test_a_stopped_run_goes_on_to_the_same_files(
 
     monkeypatch.setattr(loop.Loop, "step", failing)
     with pytest.raises(KeyboardInterrupt):
-        train(places, tmp_path / "out", **way)
+        train(places, tmp_path / "out", **mode)
     monkeypatch.setattr(loop.Loop, "step", plain)
-    train(places, tmp_path / "out", resume=True, **way)
+    train(places, tmp_path / "out", resume=True, **mode)
     straight, out = matrices(tmp_path / "straight"), matrices(tmp_path / "out")
     assert all(torch.equal(straight[n], out[n]) for n in straight)
 

@@ -20,7 +20,7 @@ from tiny import save_tiny
 from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 6, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "none": {"rewind": "none"},
     "rate": {"rewind": "rate", "rewind_step": 1},
     "early": {"rewind": "weights", "rewind_step": 2},
@@ -55,11 +55,11 @@ def bits(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_round_prunes_the_same_fraction_and_trains(
-    way: str, places: Path, tmp_path: Path
+    mode: str, places: Path, tmp_path: Path
 ) -> None:
-    how = {"sparsity": 0.8, "rounds": 3, **WAYS[way]}
+    how = {"sparsity": 0.8, "rounds": 3, **MODES[mode]}
     done = train(places, tmp_path / "out", iterative=how, validation_windows=4)
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
     rounds = done.manifest.result["rounds"]

@@ -112,14 +112,14 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     return min([own, *plain]) / kernel
 
 
-def seconds(*ways: Sequence[Callable[[], Tensor]]) -> list[float]:
+def seconds(*kernels: Sequence[Callable[[], Tensor]]) -> list[float]:
     """For each way the lowest mean time of its calls, over alternating passes.
 
     The lowest counts, because other work on the machine can only lengthen a time.
     """
-    least = [float("inf")] * len(ways)
+    least = [float("inf")] * len(kernels)
     for _ in range(1 + REPEATS):
-        for number, calls in enumerate(ways):
+        for number, calls in enumerate(kernels):
             started = time.perf_counter()
             for call in calls:
                 call()

@@ -49,7 +49,7 @@ def load_semi_structured(
     """Load a folder that `secateur export --to semi-structured` wrote, in eval mode.
 
     On a GPU from Ampere on, each kind of matrix is timed once: dense, and on sparse tensor cores by
-    CUTLASS and cuSPARSELt, for 1 to 4096 tokens. A linear takes the fastest way for its number of
+    CUTLASS and cuSPARSELt, for 1 to 4096 tokens. A linear takes the fastest one for its number of
     tokens, and is dense if sparse is never faster.
 
     Args:
@@ -192,7 +192,7 @@ TRIED = (1, FEW, 16, 64, 256, 1024, 4096)
 
 
 class Form(Protocol):
-    """A weight as a way takes it."""
+    """A weight as a kernel takes it."""
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +253,7 @@ class PartsForm:
 
 
 class SparseLinear(nn.Module):
-    """y = x Wᵀ + b by the fastest way for the number of tokens; for inference.
+    """y = x Wᵀ + b by the fastest kernel for the number of tokens; for inference.
 
     Where dense is faster for some numbers of tokens and sparse for others, both forms are held: 25
     bits for each weight of a 2:4 matrix, 29.5 for a 6:8 one. CUTLASS and our kernel share theirs.
@@ -261,8 +261,8 @@ class SparseLinear(nn.Module):
     Args:
         parts: W [out, in].
         bias: b [out], or None.
-        fastest: which way to take.
-        forms: the weight for each way that `fastest` uses.
+        fastest: which kernel to take.
+        forms: the weight for each kernel that `fastest` uses.
     """
 
     def __init__(
@@ -285,13 +285,13 @@ class SparseLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)
         if len(tokens) == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        y = self.forms[self.fastest.way(len(tokens))].multiply(tokens, self.bias)
+        y = self.forms[self.fastest.kernel(len(tokens))].multiply(tokens, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def nbytes(self) -> int:
         """The memory of W in all forms; CUTLASS and our kernel share theirs."""
-        sizes = {way: form.nbytes for way, form in self.forms.items()}
+        sizes = {kernel: form.nbytes for kernel, form in self.forms.items()}
         if CUTLASS in sizes:
             sizes.pop(TRITON, None)
         return sum(sizes.values())
@@ -303,16 +303,18 @@ class SparseLinear(nn.Module):
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def extra_repr(self) -> str:
-        """Shape and ways, for printing."""
-        ways = ", ".join(f"{tokens}: {way}" for tokens, way in self.fastest.ways.items())
+        """Shape and kernels, for printing."""
+        kernels = ", ".join(
+            f"{tokens}: {kernel}" for tokens, kernel in self.fastest.kernels.items()
+        )
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, by tokens: {ways}"
+        return f"{shape}, bias={self.bias is not None}, by tokens: {kernels}"
 
 
 def chosen_linear(parts: StoredParts, bias: Tensor | None, fastest: Fastest) -> nn.Module:
     """A linear with the forms that it needs; an `nn.Linear` if sparse is never faster."""
     if fastest.used != {DENSE}:
-        forms = {way: form(way, parts) for way in sorted(fastest.used)}
+        forms = {kernel: form(kernel, parts) for kernel in sorted(fastest.used)}
         return SparseLinear(parts, bias, fastest, forms)
     plain = nn.Linear(parts.in_features, len(parts.packed), bias is not None, device="meta")
     plain.weight = nn.Parameter(parts.dense, requires_grad=False)
@@ -322,7 +324,7 @@ def chosen_linear(parts: StoredParts, bias: Tensor | None, fastest: Fastest) -> 
 
 
 def measured(parts: StoredParts, clock: Clock | None = None) -> Fastest:
-    """Time all ways, in turns.
+    """Time all kernels, in turns.
 
     For many tokens the wide matrix is held in one form, so of several libraries the one that is
     faster for the most tokens takes part.
@@ -333,9 +335,9 @@ def measured(parts: StoredParts, clock: Clock | None = None) -> Fastest:
     """
     seconds = seconds_of(parts, TRIED, clock)
     last = seconds[TRIED[-1]]
-    best = min(last.keys() & set(LIBRARIES), key=lambda way: last[way], default=DENSE)
+    best = min(last.keys() & set(LIBRARIES), key=lambda kernel: last[kernel], default=DENSE)
     compared = {
-        tokens: {way: x for way, x in taken.items() if way in (DENSE, TRITON, best)}
+        tokens: {kernel: x for kernel, x in taken.items() if kernel in (DENSE, TRITON, best)}
         for tokens, taken in seconds.items()
     }
     return Fastest.of(DENSE, compared)
@@ -344,43 +346,43 @@ def measured(parts: StoredParts, clock: Clock | None = None) -> Fastest:
 def seconds_of(
     parts: StoredParts, tried: Sequence[int], clock: Clock | None = None
 ) -> dict[int, dict[str, float]]:
-    """Seconds of a product by every way that there is, for each number of tokens."""
+    """Seconds of a product by every kernel that there is, for each number of tokens."""
     forms = {DENSE: form(DENSE, parts)}
-    for way in other_ways():
+    for kernel in other_kernels():
         with suppress(RuntimeError):  # a library does not know this GPU
-            forms[way] = form(way, parts)
+            forms[kernel] = form(kernel, parts)
 
     def calls(tokens: int) -> dict[str, Call]:
         like = parts.packed
         x = torch.randn(tokens, parts.in_features, device=like.device).to(like.dtype)
-        able = (way for way in forms if way != TRITON or tokens <= FEW)
-        return {way: lambda way=way: forms[way].multiply(x) for way in able}
+        able = (kernel for kernel in forms if kernel != TRITON or tokens <= FEW)
+        return {kernel: lambda kernel=kernel: forms[kernel].multiply(x) for kernel in able}
 
     return race(tried, DENSE, calls, clock)
 
 
-def other_ways() -> list[str]:
-    """The ways besides the dense product that this installation has."""
+def other_kernels() -> list[str]:
+    """The kernels besides the dense product that this installation has."""
     has = {
         CUTLASS: True,
         CUSPARSELT: torch.backends.cusparselt.is_available(),
         TRITON: find_spec("triton") is not None,
     }
-    return [way for way, there in has.items() if there]
+    return [kernel for kernel, there in has.items() if there]
 
 
-def form(way: str, parts: StoredParts) -> Form:
-    """A weight as a way takes it."""
+def form(kernel: str, parts: StoredParts) -> Form:
+    """A weight as a kernel takes it."""
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    if way == DENSE:
+    if kernel == DENSE:
         return DenseForm(parts.dense)
-    if way == TRITON:
+    if kernel == TRITON:
         return PartsForm(parts)
     made: Tensor
     with warnings.catch_warnings():  # torch warns once that its interface is a prototype
         warnings.simplefilter("ignore")
-        if way == CUSPARSELT:
+        if kernel == CUSPARSELT:
             made = SparseSemiStructuredTensorCUSPARSELT.from_dense(parts.wide)
         else:
             shape = torch.Size((len(parts.packed), 2 * parts.packed.shape[1]))

@@ -269,13 +269,13 @@ def race(context: FitContext, made: Path) -> list[Speed]:
     return _in_turns(context, "packed in transformers", made) if found[0].failure else found
 
 
-def _in_turns(context: FitContext, contender: str, made: Path) -> list[Speed]:
-    """A contender on the packed winner, and dense int8 where a speed-up is bounded."""
-    contenders = [(contender, made)]
+def _in_turns(context: FitContext, backend: str, made: Path) -> list[Speed]:
+    """A backend on the packed winner, and dense int8 where a speed-up is bounded."""
+    timed = [(backend, made)]
     if context.recipe.decode_speedup is not None:
-        contenders.append(("dense int8", context.source.folder))
+        timed.append(("dense int8", context.source.folder))
     return take_turns(
-        contenders,
+        timed,
         prompt=context.judging.windows.flatten()[:PROMPT_TOKENS].tolist(),
         new_tokens=NEW_TOKENS,
         rounds=ROUNDS,

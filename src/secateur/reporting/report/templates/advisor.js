@@ -17,8 +17,8 @@ const advisor = (() => {
   };
 
   // shape.py
-  const ends = (m) => m.tied ? m.embedding : m.embedding + m.head;
-  const parameters = (m) => m.linears + ends(m) + m.other;
+  const outer = (m) => m.tied ? m.embedding : m.embedding + m.head;
+  const parameters = (m) => m.linears + outer(m) + m.other;
   const perToken = (m) => m.active + m.head;
   const seen = (cache, tokens) => cache.window === null ? tokens : Math.min(tokens, cache.window);
   const sum = (m, each) => m.kinds.reduce((all, { layers, cache }) => all + layers * each(cache), 0);
@@ -106,7 +106,7 @@ const advisor = (() => {
   // memory.py
   const memoryOf = (data, m, one, kind, batch, context) => {
     const c = data.constants;
-    const weights = round(m.linears * one.bits / 8 + ends(m) * one.headBits / 8 + m.other * 2);
+    const weights = round(m.linears * one.bits / 8 + outer(m) * one.headBits / 8 + m.other * 2);
     const cache = round(batch * cacheBytes(m, context));
     const chunk = Math.min(c.chunk_tokens, batch * context);
     const working = chunk * (4 * m.hidden + 2 * widest(m)) * 2 + batch * m.vocabulary * 4;

@@ -115,7 +115,7 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
     """
     dense = matrix.dense(dtype)
 
-    def ways(tokens: int) -> dict[str, Call]:
+    def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, matrix.shape[1], device=dense.device).to(dtype)
         return {
             "dense": lambda: functional.linear(x, dense),
@@ -123,7 +123,7 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
             "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
         }
 
-    seconds = race(TRIED, "dense", ways, clock)
+    seconds = race(TRIED, "dense", calls, clock)
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
     return GpuChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
 
@@ -133,7 +133,7 @@ FILLS = 4
 """How often the cache is filled: for longer than Python takes to launch a call."""
 
 GAIN = 1.03
-"""A way counts as faster than another if it is so by this factor: more than chance."""
+"""A kernel counts as faster than another if it is so by this factor: more than chance."""
 
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], list[float]]
@@ -142,40 +142,40 @@ Clock = Callable[[Sequence[Call]], list[float]]
 
 @dataclass(frozen=True)
 class Fastest:
-    """The fastest way by the number of tokens.
+    """The fastest kernel by the number of tokens.
 
     Args:
-        usual: the way that is right where nothing was measured.
-        ways: the fastest way for each number of tokens that was tried, in ascending order.
+        usual: the kernel that is right where nothing was measured.
+        kernels: the fastest one for each number of tokens that was tried, in ascending order.
     """
 
     usual: str
-    ways: Mapping[int, str]
+    kernels: Mapping[int, str]
 
     @classmethod
     def of(cls, usual: str, seconds: Mapping[int, Mapping[str, float]]) -> Fastest:
-        """By seconds of each way, for each number of tokens; ties go to the usual way."""
+        """By seconds of each kernel, for each number of tokens; ties go to the usual one."""
         found = {}
         for tokens, taken in sorted(seconds.items()):
-            best = min(taken, key=lambda way: taken[way])
+            best = min(taken, key=lambda kernel: taken[kernel])
             found[tokens] = best if taken[best] * GAIN <= taken[usual] else usual
         return cls(usual, found)
 
-    def way(self, tokens: int) -> str:
-        """The way for a number of tokens.
+    def kernel(self, tokens: int) -> str:
+        """The kernel for a number of tokens.
 
-        Between two numbers that were tried it is the way of both, or the usual way if they differ.
-        Above the largest it is the way of the largest.
+        Between two numbers that were tried it is that of both, or the usual one if they differ.
+        Above the largest it is that of the largest.
         """
-        below = [way for tried, way in self.ways.items() if tried <= tokens]
-        above = [way for tried, way in self.ways.items() if tried >= tokens]
-        ends = {*below[-1:], *above[:1]}
-        return ends.pop() if len(ends) == 1 else self.usual
+        below = [kernel for tried, kernel in self.kernels.items() if tried <= tokens]
+        above = [kernel for tried, kernel in self.kernels.items() if tried >= tokens]
+        nearest = {*below[-1:], *above[:1]}
+        return nearest.pop() if len(nearest) == 1 else self.usual
 
     @property
     def used(self) -> frozenset[str]:
-        """The ways that some number of tokens takes."""
-        found = list(self.ways.values())
+        """The kernels that some number of tokens takes."""
+        found = list(self.kernels.values())
         differ = any(a != b for a, b in pairwise(found))
         return frozenset(found) | ({self.usual} if differ or not found else frozenset())
 
@@ -183,23 +183,23 @@ class Fastest:
 def race(
     tried: Sequence[int],
     usual: str,
-    ways: Callable[[int], Mapping[str, Call]],
+    calls: Callable[[int], Mapping[str, Call]],
     clock: Clock | None = None,
 ) -> dict[int, dict[str, float]]:
-    """Seconds of every way, for each number of tokens.
+    """Seconds of every call, for each number of tokens.
 
-    A way that this GPU refuses takes no part; torch raises RuntimeError where a kernel does not
+    A call that this GPU refuses takes no part; torch raises RuntimeError where a kernel does not
     know the GPU or the shape.
 
     Args:
         tried: numbers of tokens.
-        usual: the way that must run.
-        ways: the calls for a number of tokens, by name.
+        usual: the call that must run.
+        calls: the calls for a number of tokens, by name.
         clock: None for the current GPU.
     """
     found = {}
     for tokens in tried:
-        able = {name: c for name, c in ways(tokens).items() if _runs(c, must=name == usual)}
+        able = {name: c for name, c in calls(tokens).items() if _runs(c, must=name == usual)}
         taken = (clock or _gpu_seconds)(list(able.values()))
         found[tokens] = dict(zip(able, taken, strict=True))
     return found
