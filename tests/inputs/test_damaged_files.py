@@ -14,7 +14,7 @@ from tiny import save_tiny
 SECONDS = float(os.environ.get("SECATEUR_FUZZ_SECONDS", "300"))
 
 
-def writes_beside(room: Path) -> None:
+def writes_outside(room: Path) -> None:
     (room.parent / "beside").write_text("x")
 
 
@@ -33,7 +33,7 @@ def made(read) -> Reader:
 @pytest.mark.parametrize(
     ("read", "outcome", "message"),
     [
-        (writes_beside, "outside", "open"),
+        (writes_outside, "outside", "open"),
         (ends_the_process, "crash", "SIGSEGV"),
         (takes_memory, "raw", "MemoryError"),
     ],

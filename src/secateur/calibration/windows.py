@@ -232,7 +232,7 @@ def load_windows(
             remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
     if not pictures:
-        _refuse_beside(tensors, path)
+        _refuse_extra(tensors, path)
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64)
@@ -430,14 +430,14 @@ class MultimodalInputs:
         save_file({name: x.contiguous() for name, x in self.tensors.items()}, path)
 
 
-def _names_beside(names: Iterable[str]) -> list[str]:
+def _extra_names(names: Iterable[str]) -> list[str]:
     """The tensors of a file of windows that are neither tokens nor their mask."""
     return sorted(set(names) - {IDS, MASK})
 
 
-def _refuse_beside(names: Iterable[str], path: Path) -> None:
+def _refuse_extra(names: Iterable[str], path: Path) -> None:
     """Refuse a file of windows with pictures."""
-    more = _names_beside(names)
+    more = _extra_names(names)
     if more:
         raise SourceError(
             f"the windows have {', '.join(more)} beside their tokens, and only `secateur prune` of "
@@ -458,7 +458,7 @@ def load_multimodal(path: Path, windows: int) -> MultimodalInputs | None:
         SourceError: a tensor has not one row for each window, or windows are padded.
     """
     tensors = load_file(path)
-    names = _names_beside(tensors)
+    names = _extra_names(tensors)
     if not names:
         return None
     odd = next((n for n in names if tensors[n].ndim < 1 or len(tensors[n]) != windows), None)

@@ -52,7 +52,7 @@ print(json.dumps(report.manifest.to_json()))
         slow(("wide", {"gradient_checkpointing": True})),
     ],
 )
-def test_the_peak_is_near_what_was_foretold(
+def test_the_peak_is_near_what_was_predicted(
     teacher: str | None, more: dict[str, Any], places: Path, tmp_path: Path
 ) -> None:
     chosen = options(places, **more)
