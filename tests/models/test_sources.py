@@ -514,7 +514,7 @@ def test_a_gguf_file_is_expanded_once_and_exactly(gguf_file, cache, capfd):
     assert np.array_equal(up, stored["blk.0.ffn_up.weight"])
     assert load_tokenizer(found.folder)("abc")["input_ids"] == [95, 6]  # ab, c
     before = (found.folder / "model.safetensors").stat().st_mtime_ns
-    assert found.record() == {
+    assert found.record.model_dump() == {
         "name": str(gguf_file),
         "kind": "gguf",
         "revision": None,
