@@ -320,8 +320,8 @@ def test_rounding_can_be_stopped_and_gone_on_with(
         finish(self, index, *rest)
         raise KeyboardInterrupt
 
-    finish = Run._finish_layer
-    monkeypatch.setattr(Run, "_finish_layer", stop)
+    finish = Run.finish_layer
+    monkeypatch.setattr(Run, "finish_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", **options)
     monkeypatch.undo()

@@ -140,8 +140,8 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
         if index == 1:
             raise KeyboardInterrupt
 
-    finish = Run._finish_layer
-    monkeypatch.setattr(Run, "_finish_layer", stop)
+    finish = Run.finish_layer
+    monkeypatch.setattr(Run, "finish_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(source, output=tmp_path / "out", **options)
     monkeypatch.undo()
