@@ -38,13 +38,13 @@ ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
     """Predictions and measurements of one shape that is stored in one way."""
     folders = dict(zip(STORED, make(SHAPES[model], work), strict=False))
-    contender, folder = folders[name]
+    backend, folder = folders[name]
     how = STORED[name]
     zeros, sparsity = ZEROS_OF[how["format"]]
     option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
     shape = counted(model, build_skeleton(folder, alone=True))
     timer = FormatTimer(AutoConfig.from_pretrained(folder), WeightFormat(how["values"], sparsity))
-    process = Process(contender, folder)
+    process = Process(backend, folder)
     try:
         process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)
         if "failure" in process.ready:

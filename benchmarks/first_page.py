@@ -196,17 +196,17 @@ def wanted(args: argparse.Namespace, row: str) -> bool:
 
 
 def time_rows(args: argparse.Namespace, table: Table) -> None:
-    """Speed of all contenders, interleaved; anew where one is missing."""
-    contenders = [("torch bf16", args.work / "no zeros, bfloat16")]
-    contenders += [("packed", args.work / row) for row in TIMED]
+    """Speed of all models, interleaved; anew where one is missing."""
+    timed = [("torch bf16", args.work / "no zeros, bfloat16")]
+    timed += [("packed", args.work / row) for row in TIMED]
     engines = [*GGUF, OWN_FILE]
-    contenders += [(str(gguf_of(args, row)), args.work) for row in engines]
+    timed += [(str(gguf_of(args, row)), args.work) for row in engines]
     names = [TORCH, *TIMED, *engines]
     if not any(table.missing(row, "tokens_per_second") for row in names):
         return
     draw = random.Random(0)
     prompt = [draw.randrange(300, 49152) for _ in range(PROMPT_TOKENS)]
-    found = take_turns(contenders, prompt=prompt, new_tokens=NEW_TOKENS, rounds=args.rounds)
+    found = take_turns(timed, prompt=prompt, new_tokens=NEW_TOKENS, rounds=args.rounds)
     for row, speed in zip(names, found, strict=True):
         table.put(row, **speed.to_json(PROMPT_TOKENS))
 

@@ -86,11 +86,11 @@ def rows(args: argparse.Namespace) -> None:
     texts = {"c4": context.judging.windows, "wiki": wiki}
     measures = {name: ModelEvaluator(context, text, name) for name, text in texts.items()}
 
-    def kept(size: float, contender: str, folder: Path, cost: float, **values: float) -> None:
-        if known(size, contender):
+    def kept(size: float, label: str, folder: Path, cost: float, **values: float) -> None:
+        if known(size, label):
             return
         loss = {name: measure.rise(folder) for name, measure in measures.items()}
-        row = {"size": size, "contender": contender, "mib": (rest + cost) / MIB, **values, **loss}
+        row = {"size": size, "contender": label, "mib": (rest + cost) / MIB, **values, **loss}
         add("fit", {"judged": "see benchmarks/fit.py"}, row)
         print(row, flush=True)
 
@@ -127,9 +127,9 @@ def by_llama_cpp(source: Path, kind: str, work: Path) -> tuple[Path, int]:
     return folder, size
 
 
-def known(size: float, contender: str) -> bool:
+def known(size: float, label: str) -> bool:
     """Whether a row is there."""
-    return any((r["size"], r["contender"]) == (size, contender) for r in known_rows("fit"))
+    return any((r["size"], r["contender"]) == (size, label) for r in known_rows("fit"))
 
 
 def table() -> str:

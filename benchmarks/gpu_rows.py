@@ -143,10 +143,10 @@ def random_parts(weight: Tensor, pattern: str) -> StoredParts:
     return StoredParts.of(splitting.split(kept), weight.shape[1], columns)
 
 
-def model_row(scale: Scale, contender: str) -> dict:
+def model_row(scale: Scale, storage: str) -> dict:
     """A whole model with random weights and the dense one, in turns."""
-    models = {"dense": random_model(scale), contender: random_model(scale)}
-    replace_linears(models[contender], contender, scale)
+    models = {"dense": random_model(scale), storage: random_model(scale)}
+    replace_linears(models[storage], storage, scale)
     ids = torch.arange(scale.prompt_tokens) % scale.model["vocab_size"]
     room = scale.prompt_tokens + scale.steps + 1
     capture = {} if scale.capture is None else {"capture": scale.capture}
@@ -195,8 +195,8 @@ def random_model(scale: Scale) -> Any:
     return model.eval()
 
 
-def replace_linears(model: Any, contender: str, scale: Scale) -> None:
-    """Put the contender's form of a random matrix in place of every linear of the layers.
+def replace_linears(model: Any, storage: str, scale: Scale) -> None:
+    """Put the stored form of a random matrix in place of every linear of the layers.
 
     All linears of one shape have the same numbers, each in memory of its own; speed does not
     depend on the numbers.
@@ -208,16 +208,16 @@ def replace_linears(model: Any, contender: str, scale: Scale) -> None:
             if not isinstance(linear, nn.Linear):
                 continue
             shape = linear.weight.shape
-            if contender in PATTERNS:
+            if storage in PATTERNS:
                 if shape not in made:
-                    parts = random_parts(linear.weight.detach(), contender)
+                    parts = random_parts(linear.weight.detach(), storage)
                     made[shape] = parts, measured(parts, scale.clock)
                 parts, fastest = made[shape]
                 own = replace(parts, packed=parts.packed.clone(), meta=parts.meta.clone())
                 layer.set_submodule(name, chosen_linear(own, None, fastest))
             else:
                 if shape not in made:
-                    made[shape] = random_matrix(linear.weight.detach(), contender, 0.5)
+                    made[shape] = random_matrix(linear.weight.detach(), storage, 0.5)
                 layer.set_submodule(name, GpuLinear(another(made[shape])))
 
 

@@ -101,14 +101,14 @@ class Engine:
 
     Attributes:
         dtype: of the checkpoint it is given.
-        contender: in `secateur.evaluation.speed`; None for the path of what was made.
+        backend: in `secateur.evaluation.speed`; None for the path of what was made.
         made: from the checkpoint and a work folder, the folder that is loaded and what has the
             weights.
         without: kinds of cuts that it is not given.
     """
 
     dtype: str
-    contender: str | None
+    backend: str | None
     made: Callable[[Model, Path], tuple[Path, Path]]
     without: tuple[str, ...] = ()
 
@@ -171,7 +171,7 @@ def measured(name: str, models: list[Model], args: argparse.Namespace) -> list[d
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, min(1000, vocabulary), (args.prompt_tokens,), generator=generator)
     speeds = take_turns(
-        [(engine.contender or str(weights), folder) for folder, weights in made],
+        [(engine.backend or str(weights), folder) for folder, weights in made],
         prompt=prompt.tolist(),
         new_tokens=args.new_tokens,
         rounds=args.rounds,

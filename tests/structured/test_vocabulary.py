@@ -154,7 +154,7 @@ def test_merges_stay_closed_and_in_order(tmp_path: Path) -> None:
     for token in after["vocab"]:
         if merged(token, old) == [token]:
             assert merged(token, new) == [token]
-            assert pieces.way_to(token) <= after["vocab"].keys()
+            assert pieces.parts_of(token) <= after["vocab"].keys()
 
 
 def test_added_tokens_stay_if_something_mentions_them(tmp_path: Path) -> None:

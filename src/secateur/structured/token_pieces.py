@@ -38,7 +38,7 @@ class Pieces(Protocol):
         """The tokens that have to stay, so that every text can be encoded."""
         ...
 
-    def way_to(self, token: str) -> set[str]:
+    def parts_of(self, token: str) -> set[str]:
         """A token and all those that are made on the way to it."""
         ...
 
@@ -129,7 +129,7 @@ class MergedPieces:
         self.ids: Mapping[str, int] = dict(model["vocab"])
         self.merges = [_pair_of(merge) for merge in model["merges"]]
         self.ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
-        self.ways: dict[str, set[str]] = {}
+        self.known_parts: dict[str, set[str]] = {}
 
     def always(self) -> set[str]:
         """The bytes and the unknown token; without bytes, all single characters."""
@@ -141,12 +141,12 @@ class MergedPieces:
             return found | BYTES
         return found | {token for token in self.ids if len(token) == 1}
 
-    def way_to(self, token: str) -> set[str]:
+    def parts_of(self, token: str) -> set[str]:
         """What BPE makes of the token's letters; a token that it never reaches stays alone.
 
         Such a token is found whole in the vocabulary (`ignore_merges`).
         """
-        if token not in self.ways:
+        if token not in self.known_parts:
             parts, made = list(token), set(token)
             while len(parts) > 1:
                 ranked = [
@@ -160,8 +160,8 @@ class MergedPieces:
                 parts[place : place + 2] = ["".join(parts[place : place + 2])]
                 made.add(parts[place])
             reached = len(parts) == 1 and made <= self.ids.keys()
-            self.ways[token] = made | {token} if reached else {token}
-        return self.ways[token]
+            self.known_parts[token] = made | {token} if reached else {token}
+        return self.known_parts[token]
 
     def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
         """Tokens in the order of their ids, and the merges between them in theirs."""
@@ -211,7 +211,7 @@ class ScoredPieces:
             return found | BYTES
         return found | {piece for piece in names if len(piece) == 1}
 
-    def way_to(self, token: str) -> set[str]:
+    def parts_of(self, token: str) -> set[str]:
         """The token alone."""
         return {token}
 
@@ -263,7 +263,7 @@ def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple
     def needed(number: int) -> set[int]:
         if number not in names:  # it was added to the tokenizer, which does not make it
             return {number}
-        return {pieces.ids[token] for token in pieces.way_to(names[number])}
+        return {pieces.ids[token] for token in pieces.parts_of(names[number])}
 
     if size is not None and len(kept) > size:
         raise RecipeError(
