@@ -208,3 +208,15 @@ def test_a_cut_of_heads_leaves_a_latent_vector_as_it_is() -> None:
     plain: ModelShape = counted("x", tiny_model("llama"))
     assert plain.scaled(linears=0.5).cache_bytes(100) == plain.cache_bytes(100) / 2
     assert plain.scaled(layers=0.5).cache_bytes(100) == plain.cache_bytes(100) / 2
+
+
+def test_where_names_are_unknown_the_configuration_says_the_size_of_a_head() -> None:
+    model: Any = tiny_model("llama")
+    plain = [cache.bytes(100) for cache in layer_caches(model)]
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for own, other in (("k_proj", "keys"), ("v_proj", "values"), ("o_proj", "mix")):
+            attention.add_module(other, getattr(attention, own))
+            delattr(attention, own)
+    model.config.head_dim = None
+    assert [cache.bytes(100) for cache in layer_caches(model)] == plain
