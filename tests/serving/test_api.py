@@ -346,7 +346,7 @@ def test_the_page_at_the_root(server: Running, serve: Callable[..., Running]) ->
     assert "POST /v1/chat/completions" in text.text
     command = text.text[text.text.index("curl") :].replace("curl", "curl -s", 1)
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 16
+    assert 1 <= json.loads(answer.stdout)["usage"]["completion_tokens"] <= 16  # drawn at random
     page = httpx.get(server.url, headers={"accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "<h1>learned</h1>" in page.text
