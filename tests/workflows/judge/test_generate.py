@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,3 +174,15 @@ def test_an_answer_is_read_only_from_where_the_conversation_differs(
     talk.forget()
     talk.say("other")
     assert read[-1] == len("ther;a:")  # "u:o" is what "u:one" begins with
+
+
+def test_the_rate_counts_the_tokens_after_the_first(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one second between two tokens, a second has one token."""
+    seconds = itertools.count(10)
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("secateur.runtime.sampling.time", clock)
+    made = secateur.generate(model, "abc", max_new_tokens=8)
+    assert made.tokens > 2
+    assert made.tokens_per_second == 1.0
