@@ -262,6 +262,15 @@ def test_shorter_last_blocks_are_not_read_with_other_block_sizes(tmp_path: Path)
     assert torch.equal(model.get_parameter(name), expected)
 
 
+def test_blocks_that_nothing_names_follow_from_the_shape_of_the_scales(tmp_path: Path) -> None:
+    folder = in_float8(tmp_path / "m", "qwen3")
+    describe_as(folder, {"quant_method": "fp8"})
+    model = load_whole(folder, torch.device("cpu"))
+    stored = stored_tensors(folder)
+    expected = from_float8(stored[MATRIX], stored[f"{MATRIX}_scale_inv"], (16, 16))
+    assert torch.equal(model.get_parameter(MATRIX), expected)
+
+
 def dense_twin(folder: Path, place: Path, family: str, **sizes: Any) -> Path:
     """The same model in bfloat16, as the oracle reads it."""
     save_tiny(place, family, dtype=torch.bfloat16, **sizes)
@@ -425,6 +434,7 @@ MATRIX = "model.layers.0.mlp.up_proj.weight"
     [
         (lambda t: t.pop(f"{MATRIX}_scale_inv"), "there is no scale of it"),
         (lambda t: t.update({f"{MATRIX}_scale_inv": torch.ones(2, 5)}), "in blocks of"),
+        (lambda t: t.update({f"{MATRIX}_scale_inv": torch.ones(5, 2)}), "in blocks of"),
         (lambda t: t.update({f"{MATRIX}_scale_inv": torch.ones(3, 2, dtype=torch.int32)}), "int32"),
         (lambda t: t.update({f"{MATRIX}_scale_inv": torch.full((3, 2), torch.inf)}), "not finite"),
         (lambda t: t.update({MATRIX: torch.zeros(48, 32, dtype=torch.uint8)}), "4-bit"),
