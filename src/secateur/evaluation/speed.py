@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import psutil
 import torch
@@ -44,6 +44,7 @@ from secateur.allocator import give_back
 from secateur.errors import KernelError, SecateurError
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
+from secateur.recipes.measure import Contender
 from secateur.runs.records import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache, why_not
 from secateur.runtime.kernels.library import library
@@ -259,14 +260,7 @@ def answer(record: dict[str, Any]) -> None:
     ANSWERS.flush()
 
 
-BACKENDS = (
-    "packed",
-    "packed in transformers",
-    "dense bf16",
-    "dense int8",
-    "torch bf16",
-    "torch int8",
-)
+BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Contender) if name != "all")
 USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
 """The most useful backends. The others take long and are never the fastest."""
 Round = dict[str, float]

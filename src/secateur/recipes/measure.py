@@ -96,7 +96,7 @@ Contender = Literal[
     "torch int8",
     "all",
 ]
-"""The names of the ways to run a model; `secateur.evaluation.speed` has them."""
+"""The ways to run a model that `bench` compares, and `all` for each of them."""
 
 
 class TimedRounds(Section):
