@@ -290,6 +290,25 @@ def peaks_of(folder: Path, calibration: Path, size: int) -> PlanResult:
     )
 
 
+def test_the_plan_counts_the_logits_of_both_models(tmp_path: Path) -> None:
+    """A row more of embedding and head: two copies of both, two logits of a token, one gradient."""
+    tokens, hidden, rows = 20, 32, 1000
+    file = tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(4, tokens), file)
+    small, large = (
+        peaks_of(
+            save_tiny(
+                tmp_path / str(size), tokenizer=False, vocab_size=size, hidden_size=hidden,
+                tie_word_embeddings=False,
+            ),
+            file,
+            0,
+        ).plan.distilling_bytes
+        for size in (rows, 2 * rows)
+    )  # fmt: skip
+    assert large - small == rows * (2 * hidden * (4 + 4) + 3 * 4 * tokens)
+
+
 def test_sweeps_take_over_where_the_whole_does_not_fit(
     tmp_path: Path, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
