@@ -25,11 +25,12 @@ YES, NO = "yes", ""
 
 KINDS = (
     ("Decoders", ("CONFIGS", "DENSE"), "Attention and a feed-forward in every layer."),
-    ("Hybrids", ("HYBRIDS",), "Layers of several kinds. Their linears are pruned. Convolutions, "
-     "states (`A_log`, `D`, `dt_bias`) and norms stay, and the manifest names what stays."),
+    ("Hybrids", ("HYBRIDS",), "Layers of several kinds. Their linear layers are pruned. "
+     "Convolutions, states (`A_log`, `D`, `dt_bias`) and norms stay, and the manifest "
+     "names what stays."),
     ("Models that see", ("SEEING",), "The decoder inside is pruned with text. Everything else "
      "stays byte for byte. [Models that see](seeing.md): calibration with pictures."),
-    ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear. See "
+    ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear layer. See "
      "[experts](methods/experts.md)."),
 )  # fmt: skip
 
@@ -59,14 +60,14 @@ def page() -> Iterator[str]:
     yield "- **packing**: `secateur compress` packs it, and what `secateur.load` loads computes the"
     yield "  same."
     yield "- **fast decoding**: one call of Secateur's kernels computes each token. The others are"
-    yield "  decoded by transformers, whose linears may be packed."
+    yield "  decoded by transformers, whose linear layers may be packed."
     yield "- **GGUF**: `secateur export --to gguf` writes it."
     yield ""
     yield "Tests of `gemma3n vision` run where `timm` is installed."
     yield ""
     yield "A model that is not on this page is treated by the generic description: `prune` works"
-    yield "on every decoder whose layers are made of linears, `structure` removes whole layers, and"
-    yield "what cannot be done is refused with the reason."
+    yield "on every decoder whose layers are made of linear layers, `structure` removes whole"
+    yield "layers, and what cannot be done is refused with the reason."
     yield ""
     for title, names, said in KINDS:
         yield f"## {title}"
