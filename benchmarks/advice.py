@@ -29,7 +29,7 @@ from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.speed import Process
 from secateur.evaluation.token_times import FormatTimer, WeightFormat
 from secateur.models.skeleton import build_skeleton
-from secateur.workflows.advise import counted
+from secateur.steps.advise import counted
 from stored import known_rows
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}

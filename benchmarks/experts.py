@@ -31,7 +31,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from hardware import add, heading, markdown
-from secateur.engine.choose.experts import (
+from secateur.engine.search.experts import (
     ExpertChoice,
     ExpertUse,
     expert_use,

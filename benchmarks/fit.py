@@ -32,18 +32,18 @@ from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.shared import CalibrationWindows
-from secateur.workflows.compress.storage_plan import find_matrices
-from secateur.workflows.fit.context import FitContext, TimeBudget
-from secateur.workflows.fit.costs import costs_of
-from secateur.workflows.fit.evaluation import ModelEvaluator
-from secateur.workflows.fit.run import (
+from secateur.steps.compress.storage_plan import find_matrices
+from secateur.steps.fit.context import FitContext, TimeBudget
+from secateur.steps.fit.costs import costs_of
+from secateur.steps.fit.evaluation import ModelEvaluator
+from secateur.steps.fit.run import (
     ExpectedSeconds,
     best_of,
     build_candidates,
     make_search,
     survey_levels,
 )
-from secateur.workflows.run_windows import calibration_windows
+from secateur.steps.run_windows import calibration_windows
 from stored import known_rows
 
 MIB = 2**20

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hardware import add, heading
-from secateur.engine.choose.stored_levels import FitSearch
+from secateur.engine.search.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
@@ -31,14 +31,14 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.compress import CompressResult
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Candidate
-from secateur.workflows.compress.pack import pack_into
-from secateur.workflows.compress.rounding import MixedReader
-from secateur.workflows.compress.storage_plan import ChosenValues, find_matrices
-from secateur.workflows.fit.context import FitContext, TimeBudget
-from secateur.workflows.fit.costs import SECONDS, Costs, check_feasible, costs_of
-from secateur.workflows.fit.evaluation import speedup_of
-from secateur.workflows.fit.run import MOST, is_faster, make_search, misses
-from secateur.workflows.fit.storage_formats import StorageFormat
+from secateur.steps.compress.pack import pack_into
+from secateur.steps.compress.rounding import MixedReader
+from secateur.steps.compress.storage_plan import ChosenValues, find_matrices
+from secateur.steps.fit.context import FitContext, TimeBudget
+from secateur.steps.fit.costs import SECONDS, Costs, check_feasible, costs_of
+from secateur.steps.fit.evaluation import speedup_of
+from secateur.steps.fit.run import MOST, is_faster, make_search, misses
+from secateur.steps.fit.storage_formats import StorageFormat
 from stored import known_rows
 
 MEASUREMENTS = 3

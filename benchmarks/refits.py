@@ -26,7 +26,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements.swaps import SparseSwaps
 from secateur.sparsity.scores.wanda import Wanda
 from secateur.sparsity.solvers import solvers
-from secateur.workflows.judge.perplexity import load_model
+from secateur.steps.judge.perplexity import load_model
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 PATTERNS = (("unstructured", "row", 0.5), ("unstructured", "row", 0.7), ("2:4", None, 0.5))

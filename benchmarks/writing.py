@@ -22,7 +22,7 @@ from secateur.calibration.windows import WindowPlan, make_windows
 from secateur.models.samples import sample_text
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_dtype
-from secateur.workflows.judge.perplexity import load_model
+from secateur.steps.judge.perplexity import load_model
 
 
 def generated(model: Any, windows: Tensor) -> Tensor:

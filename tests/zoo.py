@@ -333,7 +333,7 @@ NOT_LOADED = dict.fromkeys(
 stores a part beside the decoder in another form than it computes with."""
 
 ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
-"""Everything that tests/workflows/prune/test_zoo.py prunes, saves and loads."""
+"""Everything that tests/steps/prune/test_zoo.py prunes, saves and loads."""
 
 CUT_MIXTURES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(

@@ -4,7 +4,7 @@ python tools/families_page.py          # write the page
 python tools/families_page.py --check  # fail if it is out of date
 
 A yes stands for a test: every model of `tests/zoo.py` is pruned, saved and loaded by
-`tests/workflows/prune/test_zoo.py`, cut by the tests in `tests/structured`, and packed by
+`tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, and packed by
 `tests/runtime/test_load_every_model.py`.
 """
 

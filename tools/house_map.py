@@ -18,7 +18,7 @@ from pathlib import Path
 import grimp
 
 PACKAGE = "secateur"
-OPENED = (PACKAGE, f"{PACKAGE}.engine", f"{PACKAGE}.workflows")
+OPENED = (PACKAGE, f"{PACKAGE}.engine", f"{PACKAGE}.steps")
 Arrows = dict[str, set[str]]
 
 

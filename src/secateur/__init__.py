@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
+    from secateur.steps.advise import advise
+    from secateur.steps.chain import chain
+    from secateur.steps.compress.pack import compress
+    from secateur.steps.compress.unpack import decompress
+    from secateur.steps.export import export
+    from secateur.steps.fit.run import fit
+    from secateur.steps.import_model import import_model
+    from secateur.steps.judge.bench import bench
+    from secateur.steps.judge.diagnose import diagnose
+    from secateur.steps.judge.evaluate import evaluate
+    from secateur.steps.judge.generate import generate
+    from secateur.steps.judge.inspect import inspect
+    from secateur.steps.prune.composition import methods
+    from secateur.steps.prune_and_pack import prune
+    from secateur.steps.push import push
+    from secateur.steps.report import report
+    from secateur.steps.structure.run import structure
+    from secateur.steps.sweep.run import sweep
+    from secateur.steps.train.callback import SecateurCallback
+    from secateur.steps.train.checkpoint import train
     from secateur.training.lora import merge
-    from secateur.workflows.advise import advise
-    from secateur.workflows.chain import chain
-    from secateur.workflows.compress.pack import compress
-    from secateur.workflows.compress.unpack import decompress
-    from secateur.workflows.export import export
-    from secateur.workflows.fit.run import fit
-    from secateur.workflows.import_model import import_model
-    from secateur.workflows.judge.bench import bench
-    from secateur.workflows.judge.diagnose import diagnose
-    from secateur.workflows.judge.evaluate import evaluate
-    from secateur.workflows.judge.generate import generate
-    from secateur.workflows.judge.inspect import inspect
-    from secateur.workflows.prune.composition import methods
-    from secateur.workflows.prune_and_pack import prune
-    from secateur.workflows.push import push
-    from secateur.workflows.report import report
-    from secateur.workflows.structure.run import structure
-    from secateur.workflows.sweep.run import sweep
-    from secateur.workflows.train.callback import SecateurCallback
-    from secateur.workflows.train.checkpoint import train
 
 __version__ = "0.1.0"
 
@@ -89,36 +89,36 @@ __all__ = [
 
 HOMES = {
     "ProgressBar": "secateur.progress",
-    "SecateurCallback": "secateur.workflows.train.callback",
+    "SecateurCallback": "secateur.steps.train.callback",
     "SecateurError": "secateur.errors",
-    "advise": "secateur.workflows.advise",
+    "advise": "secateur.steps.advise",
     "allocations": "secateur.sparsity.allocation",
-    "bench": "secateur.workflows.judge.bench",
-    "chain": "secateur.workflows.chain",
+    "bench": "secateur.steps.judge.bench",
+    "chain": "secateur.steps.chain",
     "compose": "secateur.sparsity.methods",
-    "compress": "secateur.workflows.compress.pack",
-    "decompress": "secateur.workflows.compress.unpack",
-    "diagnose": "secateur.workflows.judge.diagnose",
-    "evaluate": "secateur.workflows.judge.evaluate",
-    "export": "secateur.workflows.export",
-    "fit": "secateur.workflows.fit.run",
-    "generate": "secateur.workflows.judge.generate",
-    "import_model": "secateur.workflows.import_model",
-    "inspect": "secateur.workflows.judge.inspect",
+    "compress": "secateur.steps.compress.pack",
+    "decompress": "secateur.steps.compress.unpack",
+    "diagnose": "secateur.steps.judge.diagnose",
+    "evaluate": "secateur.steps.judge.evaluate",
+    "export": "secateur.steps.export",
+    "fit": "secateur.steps.fit.run",
+    "generate": "secateur.steps.judge.generate",
+    "import_model": "secateur.steps.import_model",
+    "inspect": "secateur.steps.judge.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
-    "methods": "secateur.workflows.prune.composition",
-    "prune": "secateur.workflows.prune_and_pack",
-    "push": "secateur.workflows.push",
+    "methods": "secateur.steps.prune.composition",
+    "prune": "secateur.steps.prune_and_pack",
+    "push": "secateur.steps.push",
     "refinements": "secateur.sparsity.refinements",
-    "report": "secateur.workflows.report",
+    "report": "secateur.steps.report",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
-    "structure": "secateur.workflows.structure.run",
-    "sweep": "secateur.workflows.sweep.run",
-    "train": "secateur.workflows.train.checkpoint",
+    "structure": "secateur.steps.structure.run",
+    "sweep": "secateur.steps.sweep.run",
+    "train": "secateur.steps.train.checkpoint",
 }
 
 

@@ -34,14 +34,14 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
+from secateur.steps.judge.bench import bench as bench
+from secateur.steps.judge.diagnose import diagnose as diagnose
+from secateur.steps.judge.generate import generate as generate
+from secateur.steps.judge.inspect import inspect as inspect
+from secateur.steps.prune.composition import methods as methods
+from secateur.steps.report import report as report
+from secateur.steps.train.callback import SecateurCallback as SecateurCallback
 from secateur.training.lora import merge as merge
-from secateur.workflows.judge.bench import bench as bench
-from secateur.workflows.judge.diagnose import diagnose as diagnose
-from secateur.workflows.judge.generate import generate as generate
-from secateur.workflows.judge.inspect import inspect as inspect
-from secateur.workflows.prune.composition import methods as methods
-from secateur.workflows.report import report as report
-from secateur.workflows.train.callback import SecateurCallback as SecateurCallback
 
 __version__: str
 HOMES: dict[str, str]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.workflows.judge.generate import Conversation
+from secateur.steps.judge.generate import Conversation
 from tiny import save_tiny
 
 

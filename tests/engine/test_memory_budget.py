@@ -16,7 +16,7 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.cache import roomy_cache
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import given_cache
-from secateur.workflows.train.memory import TrainingMemory, check_memory
+from secateur.steps.train.memory import TrainingMemory, check_memory
 from zoo import tiny_model, tiny_windows
 
 GIB = 2**30

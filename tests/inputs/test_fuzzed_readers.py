@@ -23,8 +23,8 @@ from secateur.models.configuration import check_folder
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
-from secateur.workflows.chain import checked_steps
-from secateur.workflows.judge.inspect import inspect
+from secateur.steps.chain import checked_steps
+from secateur.steps.judge.inspect import inspect
 from tiny import save_tiny
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["together", "secateur.workflows.prune_and_pack"])
+CONTEXT.set_forkserver_preload(["together", "secateur.steps.prune_and_pack"])
 
 
 def free_port() -> int:
@@ -94,7 +94,7 @@ def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.workflows.prune_and_pack import prune_recipe
+    from secateur.steps.prune_and_pack import prune_recipe
 
     return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
 
@@ -105,8 +105,8 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.workflows.prune.workers import run_worker
-    from secateur.workflows.prune_and_pack import prune_recipe
+    from secateur.steps.prune.workers import run_worker
+    from secateur.steps.prune_and_pack import prune_recipe
 
     with joined("cpu") as ranks:
         for values in recipes:
@@ -123,7 +123,7 @@ def cut_alone(values: Mapping[str, Any], **call: bool) -> Any:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.workflows.structure.run import structure_recipe
+    from secateur.steps.structure.run import structure_recipe
 
     return structure_recipe(build_recipe(StructureRecipe, values), Silent(), **call)
 
@@ -134,8 +134,8 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.workflows.structure.run import structure_recipe
-    from secateur.workflows.structure.steps import run_worker
+    from secateur.steps.structure.run import structure_recipe
+    from secateur.steps.structure.steps import run_worker
 
     with joined("cpu") as ranks:
         for values in recipes:
@@ -210,7 +210,7 @@ def judge_together(model: str, dense: str, text: str, output: str) -> None:
     from secateur.progress import Silent
     from secateur.recipes.measure import EvaluateRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.workflows.judge.evaluate import run_evaluation
+    from secateur.steps.judge.evaluate import run_evaluation
 
     values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
     recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})

@@ -12,7 +12,7 @@ from secateur.recipes.options import example_of, options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, idle_lines
 from secateur.recipes.verbs import VERBS, imported
-from secateur.workflows.prune.composition import method_of
+from secateur.steps.prune.composition import method_of
 
 KINDS = {verb.name: imported(verb.recipe) for verb in VERBS.values()}
 REQUIRED = {"repo": "owner/name"}

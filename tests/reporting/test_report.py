@@ -27,7 +27,7 @@ from secateur.reporting.drawing import draw
 from secateur.reporting.report.figures import curves
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.records import read_records
-from secateur.workflows.report import report
+from secateur.steps.report import report
 from tiny import save_tiny
 from zoo import tiny_windows
 

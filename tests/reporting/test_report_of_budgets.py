@@ -14,7 +14,7 @@ from reporting.test_report import Page
 from secateur.errors import CheckpointError, RecipeError
 from secateur.reporting.report.headline import pruning_brought
 from secateur.reporting.results.fit import FitResult
-from secateur.workflows.report import report
+from secateur.steps.report import report
 
 
 def page_of(tmp_path: Path, *places: Path, **options: Any) -> Page:

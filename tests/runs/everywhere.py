@@ -46,8 +46,8 @@ from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, t
 import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
+from secateur.steps.fit import candidates
 from secateur.training import distillation
-from secateur.workflows.fit import candidates
 
 OUTPUT = "out"
 Counts = Mapping[tuple[bool, bool], int]

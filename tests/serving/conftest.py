@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from secateur.recipes.running import ServeRecipe
-from secateur.workflows.serve import Serving, prepare
+from secateur.steps.serve import Serving, prepare
 from trained import save_trained
 
 TEMPLATE = (

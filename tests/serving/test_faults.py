@@ -23,7 +23,7 @@ import torch
 
 from secateur.errors import RecipeError
 from secateur.recipes.running import ServeRecipe
-from secateur.workflows.serve import KEY_VARIABLE, prepare
+from secateur.steps.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running
 from slow import slow
 from tiny import CHARACTERS, save_tiny

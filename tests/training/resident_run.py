@@ -24,8 +24,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from torch import Tensor, nn
 
 import secateur
+from secateur.steps.train import checkpoint as retraining
 from secateur.training.loop import Loop
-from secateur.workflows.train import checkpoint as retraining
 
 COUNTED = 2**14
 """Parameters with at least so many weights are a reason to look."""

@@ -65,8 +65,8 @@ def _show_progress() -> AbstractContextManager[Progress]:
 @_command("prune")
 def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.workflows.prune.workers import run_worker
-    from secateur.workflows.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
+    from secateur.steps.prune.workers import run_worker
+    from secateur.steps.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
 
     if dry_run:
         return plan_recipe(recipe, call)
@@ -83,8 +83,8 @@ def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result
 @_command("structure")
 def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.workflows.structure.run import plan_structure, structure_recipe
-    from secateur.workflows.structure.steps import run_worker
+    from secateur.steps.structure.run import plan_structure, structure_recipe
+    from secateur.steps.structure.steps import run_worker
 
     if dry_run:
         return plan_structure(recipe, call)
@@ -98,7 +98,7 @@ def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -
 
 @_command("train")
 def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
-    from secateur.workflows.train.checkpoint import plan_training, run_training
+    from secateur.steps.train.checkpoint import plan_training, run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **call)
@@ -111,14 +111,14 @@ def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result
 
 @_command("compress", exit_code=lambda result: 3 if result.broken else 0)
 def _compress(recipe: CompressRecipe, **call: Any) -> Result:
-    from secateur.workflows.compress.pack import compress_recipe
+    from secateur.steps.compress.pack import compress_recipe
 
     with _show_progress() as progress:
         return compress_recipe(recipe, progress, **call)
 
 
 def _check_fit(recipe: FitRecipe) -> None:
-    from secateur.workflows.fit.run import check_target
+    from secateur.steps.fit.run import check_target
 
     check_target(recipe)
 
@@ -129,7 +129,7 @@ def _check_fit(recipe: FitRecipe) -> None:
     check=_check_fit,
 )
 def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
-    from secateur.workflows.fit.run import fit_recipe, plan_fit
+    from secateur.steps.fit.run import fit_recipe, plan_fit
 
     with _show_progress() as progress:
         if dry_run:
@@ -139,7 +139,7 @@ def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
 
 @_command("chain")
 def _chain(recipe: ChainRecipe, **call: Any) -> Result:
-    from secateur.workflows.chain import run_chain
+    from secateur.steps.chain import run_chain
 
     with _show_progress() as progress:
         return run_chain(recipe, progress, **call)
@@ -147,7 +147,7 @@ def _chain(recipe: ChainRecipe, **call: Any) -> Result:
 
 @_command("import")
 def _import(recipe: ImportRecipe, **call: Any) -> Result:
-    from secateur.workflows.import_model import import_recipe
+    from secateur.steps.import_model import import_recipe
 
     with _show_progress() as progress:
         return import_recipe(recipe, progress, **call)
@@ -155,7 +155,7 @@ def _import(recipe: ImportRecipe, **call: Any) -> Result:
 
 @_command("decompress")
 def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
-    from secateur.workflows.compress.unpack import decompress_recipe
+    from secateur.steps.compress.unpack import decompress_recipe
 
     with _show_progress() as progress:
         return decompress_recipe(recipe, progress, **call)
@@ -163,7 +163,7 @@ def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
 
 @_command("methods")
 def _methods(recipe: MethodsRecipe) -> Result:
-    from secateur.workflows.prune.composition import methods
+    from secateur.steps.prune.composition import methods
 
     return methods()
 
@@ -192,7 +192,7 @@ def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
 
 @_command("serve", streams=True)
 def _serve(recipe: ServeRecipe, *, as_json: bool) -> None:
-    from secateur.workflows.serve import prepare
+    from secateur.steps.serve import prepare
 
     serving = prepare(recipe)
     for line in serving.lines:
@@ -213,7 +213,7 @@ def _check_tasks(recipe: EvaluateRecipe) -> None:
 def _evaluate(recipe: EvaluateRecipe) -> Result | None:
     from secateur.parallel.processes import joined
     from secateur.progress import Silent
-    from secateur.workflows.judge.evaluate import run_evaluation
+    from secateur.steps.judge.evaluate import run_evaluation
 
     with joined(recipe.device) as ranks:
         if not ranks.first:
@@ -229,7 +229,7 @@ def _evaluate(recipe: EvaluateRecipe) -> Result | None:
 )
 def _bench(recipe: BenchRecipe) -> Result:
     from secateur.evaluation.speed import BACKENDS
-    from secateur.workflows.judge.bench import bench
+    from secateur.steps.judge.bench import bench
 
     options = dict(recipe)
     if recipe.contenders == ("all",):
@@ -243,7 +243,7 @@ def _bench(recipe: BenchRecipe) -> Result:
 
 @_command("inspect")
 def _inspect(recipe: InspectRecipe) -> Result:
-    from secateur.workflows.judge.inspect import inspect
+    from secateur.steps.judge.inspect import inspect
 
     with _show_progress() as progress:
         return inspect(**dict(recipe), progress=progress)
@@ -266,7 +266,7 @@ def _diagnosis_exit_code(result: Any) -> int:
 
 @_command("diagnose", exit_code=_diagnosis_exit_code, check=_check_diagnosis)
 def _diagnose(recipe: DiagnoseRecipe) -> Result:
-    from secateur.workflows.judge.diagnose import check_target, diagnose
+    from secateur.steps.judge.diagnose import check_target, diagnose
 
     if recipe.machine and recipe.model is not None:
         raise RecipeError(
@@ -282,7 +282,7 @@ def _diagnose(recipe: DiagnoseRecipe) -> Result:
 
 @_command("advise", exit_code=lambda result: 0 if result.advice.chosen else 3)
 def _advise(recipe: AdviseRecipe) -> Result:
-    from secateur.workflows.advise import advise_recipe
+    from secateur.steps.advise import advise_recipe
 
     with _show_progress() as progress:
         return advise_recipe(recipe, progress)
@@ -290,7 +290,7 @@ def _advise(recipe: AdviseRecipe) -> Result:
 
 @_command("sweep", exit_code=lambda result: int(bool(result.failures)))
 def _sweep(recipe: SweepRecipe) -> Result:
-    from secateur.workflows.sweep.run import sweep_recipe
+    from secateur.steps.sweep.run import sweep_recipe
 
     with _show_progress() as progress:
         return sweep_recipe(recipe, progress)
@@ -298,14 +298,14 @@ def _sweep(recipe: SweepRecipe) -> Result:
 
 @_command("report")
 def _report(recipe: ReportRecipe) -> Result:
-    from secateur.workflows.report import report
+    from secateur.steps.report import report
 
     return report(**dict(recipe))
 
 
 @_command("export")
 def _export(recipe: ExportRecipe, **call: Any) -> Result:
-    from secateur.workflows.export import export_recipe
+    from secateur.steps.export import export_recipe
 
     with _show_progress() as progress:
         return export_recipe(recipe, progress, **call)
@@ -313,7 +313,7 @@ def _export(recipe: ExportRecipe, **call: Any) -> Result:
 
 @_command("push")
 def _push(recipe: PushRecipe) -> Result:
-    from secateur.workflows.push import push_recipe
+    from secateur.steps.push import push_recipe
 
     with _show_progress() as progress:
         return push_recipe(recipe, progress)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.progress import Labelled
 from secateur.reporting.results.demo import DemoResult
-from secateur.workflows.compress.pack import compress
-from secateur.workflows.judge.bench import bench
-from secateur.workflows.judge.evaluate import evaluate
-from secateur.workflows.prune_and_pack import prune
-from secateur.workflows.report import report
+from secateur.steps.compress.pack import compress
+from secateur.steps.judge.bench import bench
+from secateur.steps.judge.evaluate import evaluate
+from secateur.steps.prune_and_pack import prune
+from secateur.steps.report import report
 
 if TYPE_CHECKING:
     from secateur.progress import Progress

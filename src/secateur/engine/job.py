@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.calibration.windows import MultimodalInputs
-from secateur.engine.choose.allocation import Survey, allocate
 from secateur.engine.prune.run import Run
 from secateur.engine.prune.tasks import Settings, Tasks, gradient_statistics
+from secateur.engine.search.allocation import Survey, allocate
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import gather_gradients
 from secateur.engine.stream.targets import Target

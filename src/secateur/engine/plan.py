@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import of_inputs, statistics
-from secateur.engine.choose.candidate_evaluator import WINDOW_TOKENS
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
@@ -28,6 +27,7 @@ from secateur.engine.prune.tasks import (
     gradient_statistics,
     input_statistics,
 )
+from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
 from secateur.engine.stream.offload import LiveTensors

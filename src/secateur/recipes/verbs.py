@@ -65,7 +65,7 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
-            "secateur.workflows.prune_and_pack:prune",
+            "secateur.steps.prune_and_pack:prune",
             together=True,
         ),
         Verb(
@@ -74,7 +74,7 @@ VERBS: dict[str, Verb] = {
             "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
-            "secateur.workflows.structure.run:structure",
+            "secateur.steps.structure.run:structure",
             together=True,
         ),
         Verb(
@@ -83,7 +83,7 @@ VERBS: dict[str, Verb] = {
             "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
             "stay zero.",
             "secateur.recipes.train:TrainRecipe",
-            "secateur.workflows.train.checkpoint:train",
+            "secateur.steps.train.checkpoint:train",
             together=True,
         ),
         Verb(
@@ -91,14 +91,14 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Store a pruned model without its zeros.",
             "secateur.recipes.compress:CompressRecipe",
-            "secateur.workflows.compress.pack:compress",
+            "secateur.steps.compress.pack:compress",
         ),
         Verb(
             "fit",
             MAKE,
             "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.compress:FitRecipe",
-            "secateur.workflows.fit.run:fit",
+            "secateur.steps.fit.run:fit",
             more="The exit code is 3 if the made model breaks a bound.",
         ),
         Verb(
@@ -106,7 +106,7 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Cut, prune, train and compress in one run, with one account of what is left.",
             "secateur.recipes.prune:ChainRecipe",
-            "secateur.workflows.chain:chain",
+            "secateur.steps.chain:chain",
         ),
         Verb(
             "import",
@@ -114,7 +114,7 @@ VERBS: dict[str, Verb] = {
             "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
             "adapters.",
             "secateur.recipes.exchange:ImportRecipe",
-            "secateur.workflows.import_model:import_model",
+            "secateur.steps.import_model:import_model",
             more="The kind of source is recognised. In Python: secateur.import_model.",
         ),
         Verb(
@@ -122,7 +122,7 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Write a compressed model as plain dense safetensors again.",
             "secateur.recipes.compress:DecompressRecipe",
-            "secateur.workflows.compress.unpack:decompress",
+            "secateur.steps.compress.unpack:decompress",
         ),
         Verb(
             "methods",
@@ -141,7 +141,7 @@ VERBS: dict[str, Verb] = {
             RUN,
             "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.running:GenerateRecipe",
-            "secateur.workflows.judge.generate:generate",
+            "secateur.steps.judge.generate:generate",
         ),
         Verb(
             "chat",
@@ -164,7 +164,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.measure:EvaluateRecipe",
-            "secateur.workflows.judge.evaluate:evaluate",
+            "secateur.steps.judge.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
@@ -175,21 +175,21 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure speed and memory at batch 1 on the CPU; ways to run are interleaved.",
             "secateur.recipes.measure:BenchRecipe",
-            "secateur.workflows.judge.bench:bench",
+            "secateur.steps.judge.bench:bench",
         ),
         Verb(
             "inspect",
             MEASURE,
             "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.measure:InspectRecipe",
-            "secateur.workflows.judge.inspect:inspect",
+            "secateur.steps.judge.inspect:inspect",
         ),
         Verb(
             "diagnose",
             MEASURE,
             "Check zeros, values, units and layers.",
             "secateur.recipes.measure:DiagnoseRecipe",
-            "secateur.workflows.judge.diagnose:diagnose",
+            "secateur.steps.judge.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
             usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),
@@ -199,7 +199,7 @@ VERBS: dict[str, Verb] = {
             "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
             "no weights.",
             "secateur.recipes.measure:AdviseRecipe",
-            "secateur.workflows.advise:advise",
+            "secateur.steps.advise:advise",
             more="Every number says whether it was measured here, published, or estimated. The "
             "exit code is 3 if nothing serves the load within the bounds.",
         ),
@@ -208,7 +208,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.measure:SweepRecipe",
-            "secateur.workflows.sweep.run:sweep",
+            "secateur.steps.sweep.run:sweep",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(
@@ -216,21 +216,21 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Put what was measured of pruned models on one self-contained page, side by side.",
             "secateur.recipes.measure:ReportRecipe",
-            "secateur.workflows.report:report",
+            "secateur.steps.report:report",
         ),
         Verb(
             "export",
             PUBLISH,
             "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
             "secateur.recipes.exchange:ExportRecipe",
-            "secateur.workflows.export:export",
+            "secateur.steps.export:export",
         ),
         Verb(
             "push",
             PUBLISH,
             "Publish a model on the hub, with a card that has its results.",
             "secateur.recipes.exchange:PushRecipe",
-            "secateur.workflows.push:push",
+            "secateur.steps.push:push",
             more="The zeros are counted first. The repository is private unless --public.",
         ),
     )

@@ -2,7 +2,7 @@
 
 This is the pure part: who mutates, who survives, and in what order. Candidates are tuples of
 integers, and the caller says what they mean: levels of sparsity (`allocation.search`) or dropped
-layers (`engine.choose.depth`). A function measures how good they are.
+layers (`engine.search.depth`). A function measures how good they are.
 """
 
 from __future__ import annotations

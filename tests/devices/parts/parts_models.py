@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.choose.depth import DepthSettings, choose_depth
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Settings
+from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity

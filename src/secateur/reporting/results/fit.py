@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.choose.stored_levels import Point, unbeaten
+from secateur.engine.search.stored_levels import Point, unbeaten
 from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.compress import CompressResult

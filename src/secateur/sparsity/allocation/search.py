@@ -1,7 +1,7 @@
 """Search: linears trade levels of sparsity as long as the model gains by it.
 
 The pure part: which levels there are, and which trades keep the number of zeros.
-`engine.choose.allocation` measures candidates on the model.
+`engine.search.allocation` measures candidates on the model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class LevelSearch(Allocation, Protocol):
     """The contract of an allocation whose `judged_tokens` is above 0.
 
     `observe` keeps the weight of each linear at each level (`name/level`), and its error at the
-    target (`name/error`). `engine.choose.allocation` measures candidates on the model.
+    target (`name/error`). `engine.search.allocation` measures candidates on the model.
     """
 
     @property

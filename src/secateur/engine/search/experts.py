@@ -1,0 +1,304 @@
+"""Scores the experts of a model by how often the router chooses them and how much they add.
+
+Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
+sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`. As a baseline for
+their removal, experts can be merged into the most similar ones that stay (`merge_experts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.targets import Target
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.experts import OpenExperts
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.progress import Progress
+
+SCORES = ("reap", "frequency", "random")
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How much calibration uses the experts of one decoder layer.
+
+        reap       S_j = 1/|T_j| · Σ_{t in T_j} g_j(t) · ‖f_j(t)‖₂
+        frequency  |T_j|
+        random     a number drawn for each expert, a baseline
+
+    T_j are the tokens routed to expert j, f_j(t) is the expert's output for a token, and g_j(t) is
+    the weight by which the model multiplies it. An expert without tokens has the score 0.
+
+    Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
+    Compression", arXiv:2510.13999. Deviation: if a model normalises the weights of the chosen
+    experts (Mixtral, most of Qwen3), g_j are the normalised weights; in the released code this is
+    an option.
+
+    Attributes:
+        tokens: |T_j|, int64 [experts].
+        outputs: Σ g_j(t) · ‖f_j(t)‖₂, float64 [experts].
+    """
+
+    tokens: Tensor
+    outputs: Tensor
+
+    def score(self, name: str, seed: int = 0) -> Tensor:
+        """Float64 [experts], higher = keep.
+
+        Args:
+            name: one of `SCORES`.
+            seed: of `random`.
+
+        Raises:
+            RecipeError: there is no such score.
+        """
+        if name not in SCORES:
+            raise RecipeError(
+                f"there is no score {name!r} for experts", remedy=f"use {' or '.join(SCORES)}"
+            )
+        if name == "frequency":
+            return self.tokens.double()
+        if name == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return torch.rand(len(self.tokens), generator=generator, dtype=torch.float64)
+        return self.outputs / self.tokens.clamp_min(1)
+
+    def to_json(self) -> dict[str, Any]:
+        """All scores."""
+        return {
+            "tokens": self.tokens.tolist(),
+            "reap": self.score("reap").tolist(),
+        }
+
+
+class _UseHooks:
+    """Hooks on the experts of a layer that add up the outputs of each expert.
+
+    Args:
+        experts: the opened experts.
+    """
+
+    def __init__(self, experts: OpenExperts) -> None:
+        self.experts, count = experts, len(experts)
+        self.tokens = torch.zeros(count, dtype=torch.int64)
+        self.outputs = torch.zeros(count, dtype=torch.float64)
+        self.given: Mapping[str, Tensor]
+        self.handles = [experts.register_forward_pre_hook(self.note, with_kwargs=True)]
+        self.handles += [
+            expert.register_forward_hook(self.hook(j)) for j, expert in enumerate(experts)
+        ]
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember the arguments of this forward, which hold the routing."""
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        self.given = dict(zip(names, args, strict=False)) | dict(kwargs)
+
+    def hook(self, expert: int) -> Any:
+        """The hook of one expert."""
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            weights = self.experts.weights(self.given, expert)
+            added = weights.double() * out.double().norm(dim=-1)
+            self.tokens[expert] += len(out)
+            self.outputs[expert] += float(added.sum())
+
+        return after
+
+    def close(self) -> ExpertUse:
+        """Remove the hooks and return the sums."""
+        for handle in self.handles:
+            handle.remove()
+        return ExpertUse(self.tokens, self.outputs)
+
+
+@torch.no_grad()
+def expert_use(
+    target: Target,
+    windows: Tensor,
+    micro_batch_tokens: int,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> dict[int, ExpertUse]:
+    """Pass calibration through the dense model, and measure how much it uses its experts.
+
+    Args:
+        target: the model with opened experts.
+        windows: token ids [samples, sequence_length].
+        micro_batch_tokens: tokens that pass through a layer at once.
+        progress: receives every layer.
+        ranks: the processes that share the windows; all get the sums over all windows.
+
+    Returns:
+        The use of experts, by number of the layer, for layers with experts.
+
+    Raises:
+        ArchitectureError: no layer has experts.
+    """
+    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None, ranks)
+    calibration.open(0, dense=False)
+    found: dict[int, ExpertUse] = {}
+    progress.start("experts", len(target.layers))
+    for number, layer in calibration.walk():
+        hooks = [_UseHooks(m) for m in layer.modules() if isinstance(m, OpenExperts)]
+        for batch in calibration.batches():
+            out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+            calibration.write(batch, out)
+        for hook in hooks:
+            use = hook.close()
+            ranks.total(use.tokens)
+            ranks.total(use.outputs)
+            found[number] = use
+        progress.step(note=f"layer {number}")
+    calibration.close()
+    progress.finish()
+    if not found:
+        raise ArchitectureError(
+            f"no decoder layer of {type(target.model).__name__} has experts that can be told apart",
+            remedy="the model is dense; or a loaded model needs opened_experts",
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """How to choose the experts to keep.
+
+    Attributes:
+        top_k: number of experts that the router chooses for each token; no layer keeps fewer.
+        score: one of `SCORES`.
+        groups: number of groups into which the router divides the experts, in their order. Each
+            keeps the same number.
+        scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
+            in the whole model, as multiples of the mean of their layer.
+        seed: of the score `random`.
+    """
+
+    top_k: int
+    score: str = "reap"
+    groups: int = 1
+    scope: str = "layer"
+    seed: int = 0
+
+
+def kept_experts(
+    use: Mapping[int, ExpertUse], keep: int, how: ExpertChoice
+) -> dict[int, tuple[int, ...]]:
+    """Return the experts with the highest scores. Ties go to the first expert.
+
+    Args:
+        use: the result of `expert_use`.
+        keep: number of experts to keep in each layer; with the scope `global` on average.
+        how: the rule.
+
+    Returns:
+        Ascending numbers of experts by layer, as in `Cut.experts`.
+
+    Raises:
+        RecipeError: `keep` exceeds the number of experts, is below the router's choice, or leaves
+            uneven groups.
+    """
+    fewest = min(len(layer.tokens) for layer in use.values())
+    if not how.top_k <= keep <= fewest:
+        raise RecipeError(
+            f"{keep} experts cannot be kept: the router sends each token to {how.top_k}, and a "
+            f"layer has {fewest}",
+            remedy=f"keep from {how.top_k} to {fewest}",
+        )
+    if keep % how.groups:
+        raise RecipeError(
+            f"{keep} experts cannot be kept: the router chooses between {how.groups} groups of "
+            "them, which stay equally large",
+            remedy=f"keep a multiple of {how.groups}",
+        )
+    scores = {layer: own.score(how.score, how.seed + layer) for layer, own in use.items()}
+    counts = dict.fromkeys(scores, keep)
+    if how.scope == "global":
+        counts = _global_counts(scores, keep, how)
+    return {layer: _best(score, counts[layer], how.groups) for layer, score in scores.items()}
+
+
+def _global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) -> dict[int, int]:
+    """How many experts each layer keeps if all compete."""
+    if how.groups > 1:
+        raise RecipeError(
+            f"the router chooses between {how.groups} groups of experts, which stay equally large, "
+            "so layers cannot keep different numbers",
+            remedy="use --experts-scope layer",
+        )
+    ranked = []
+    for layer, score in scores.items():
+        order = score.sort(descending=True).values / score.mean().clamp_min(1e-300)
+        ranked += [(-float(value), layer) for value in order[how.top_k :]]
+    free = keep * len(scores) - how.top_k * len(scores)
+    counts = dict.fromkeys(scores, how.top_k)
+    for _, layer in sorted(ranked)[:free]:
+        counts[layer] += 1
+    return counts
+
+
+def _best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
+    """The indices of the highest scores, as many of each group, ascending."""
+    size = len(score) // groups
+    order = [torch.argsort(own, descending=True, stable=True) for own in score.split(size)]
+    first = [own[: keep // groups] + size * group for group, own in enumerate(order)]
+    return tuple(sorted(torch.cat(first).tolist()))
+
+
+def most_similar(router: Tensor, kept: Sequence[int]) -> list[int]:
+    """For each expert the kept one that the router finds most similar; itself if it stays.
+
+    Args:
+        router: its weight [experts, hidden]; experts with similar rows receive similar tokens.
+        kept: numbers of the experts that stay, ascending.
+
+    Example:
+        >>> import torch
+        >>> from secateur.engine.search.experts import most_similar
+        >>> most_similar(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), [0, 2])
+        [0, 0, 2]
+    """
+    rows = nn.functional.normalize(router.float(), dim=-1)
+    near = (rows @ rows[list(kept)].T).argmax(-1).tolist()
+    return [e if e in kept else kept[near[e]] for e in range(len(rows))]
+
+
+@torch.no_grad()
+def merge_experts(
+    experts: OpenExperts, router: Tensor, kept: Sequence[int], tokens: Tensor
+) -> None:
+    """Average experts into those that stay, in place.
+
+        W_k <- sum over e merged into k of |T_e| * W_e, divided by the sum of |T_e|
+
+    T_e are the tokens that are routed to expert e. Paper: Li et al. 2023, "Merge, Then Compress:
+    Demystify Efficient SMoE with Hints from Its Routing Policy", arXiv:2310.01334. Deviations: the
+    similarity is that of the router's rows and not of its logits, neurons are not permuted before
+    they are averaged, and the router keeps the rows of the experts that stay.
+
+    Args:
+        experts: of one layer.
+        router: its weight [experts, hidden].
+        kept: numbers of the experts that stay, ascending.
+        tokens: |T_e|, [experts].
+    """
+    home = most_similar(router, kept)
+    for k in kept:
+        members = [e for e in range(len(home)) if home[e] == k]
+        share = tokens[members].double()
+        if len(members) == 1 or not share.any():
+            continue
+        share = share / share.sum()
+        for name, parameter in experts[k].named_parameters():
+            parts = (
+                w * experts[e].get_parameter(name).double()
+                for w, e in zip(share.tolist(), members, strict=True)
+            )
+            parameter.copy_(sum(parts))

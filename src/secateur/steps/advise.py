@@ -1,0 +1,180 @@
+"""Advises on a model without running it: prune, quantize, both, distil, or leave it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from secateur.advisor.advice import AdviceQuestion, Need
+from secateur.advisor.capacity import Load, TokenTimes
+from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
+from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
+from secateur.errors import RecipeError, SourceError
+from secateur.evaluation.token_times import WeightFormat, time_tokens
+from secateur.models.architecture import describe, linears_of
+from secateur.models.hub import download_model, hub_name, kind_of_name
+from secateur.models.layer_cache import layer_caches
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import resolve
+from secateur.progress import Progress, listener
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.measure import AdviseRecipe
+from secateur.registry import did_you_mean
+from secateur.reporting.report.records import Records, ReportedAdvice
+from secateur.reporting.results.advise import AdviseResult
+from secateur.runs.output import check_writable
+from secateur.steps.report import write_page
+
+FREE_SHARE = 0.8
+"""The fraction of this machine's memory that a model may take."""
+
+
+@takes_options_of(AdviseRecipe)
+def advise(model: str | Path, *, progress: Progress | None = None, **options: Any) -> AdviseResult:
+    """Say what would make a model cheaper to serve, and what that would cost.
+
+    Reads the configuration, no weights. Numbers are measured on this machine, published, or
+    estimated by a formula, and say which.
+
+    Args:
+        model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
+        progress: receives the steps when this machine is timed.
+        **options: the other options of the recipe.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, _ = recipe_of(AdviseRecipe, {"model": model}, options)
+    return advise_recipe(recipe, listener(progress))
+
+
+def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
+    """Carry out a recipe."""
+    page = None if recipe.html is None else Path(recipe.html)
+    if page is not None:
+        check_writable(page, file=True)
+    facts = read_facts(None if recipe.facts is None else Path(recipe.facts))
+    hardware = facts.device(recipe.hardware)
+    if recipe.usd_per_hour is not None:
+        price = (recipe.usd_per_hour,) * 3
+        given = {"usd_per_hour": price, "price_source": GIVEN}
+        hardware = hardware.model_copy(update=given)
+    shape, config = _shape_of(recipe, facts, progress)
+    times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
+    if recipe.hardware == THIS_MACHINE:
+        times, basis = _times_here(recipe, facts, hardware, shape, config, progress)
+    memory = hardware.memory_gib
+    total = psutil.virtual_memory().total * FREE_SHARE if memory is None else memory * 2**30
+    new_tokens = recipe.answer_tokens()
+    load = Load(
+        recipe.requests_per_day,
+        recipe.tokens_per_request - new_tokens,
+        new_tokens,
+        recipe.peak,
+        recipe.utilisation,
+        recipe.latency_p99_ms,
+        recipe.first_token_ms,
+    )
+    need = Need(load, recipe.quality_loss, recipe.gpu_hours)
+    question = AdviceQuestion(shape, hardware, round(total), facts, need, times)
+    answer = question.answer()
+    result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
+    if page is not None:
+        advice = ReportedAdvice(f"{recipe.model} on {hardware.name}", result)
+        write_page(Records(advices=(advice,)), page)
+    return result
+
+
+def _times_here(
+    recipe: AdviseRecipe,
+    facts: Facts,
+    hardware: Hardware,
+    shape: ModelShape,
+    config: Any,
+    progress: Progress,
+) -> tuple[dict[str, TokenTimes], str]:
+    """Times of every storage of the model on this machine, and how they were found."""
+    if config is None:
+        raise RecipeError(
+            f"{recipe.model} is a well-known shape, and this machine can be timed only with the "
+            "configuration of a model",
+            where="--hardware",
+            remedy=f"name a folder with config.json, or other hardware: "
+            f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
+        )
+    storages = {
+        option.stored: WeightFormat(option.values.name, option.zeros.sparsity)
+        for option in options_for(shape, hardware)
+    }
+    timed = time_tokens(config, list(storages.values()), progress)
+    times = {
+        stored: TokenTimes(timed[storage].ends, timed[storage].layers, timed[storage].prompt)
+        for stored, storage in storages.items()
+    }
+    dates = sorted({one.measured for one in timed.values()})
+    return times, f"decoded on this machine with random weights, {dates[0]}"
+
+
+def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
+    """The sizes of the model, and its configuration; None for a well-known shape."""
+    name = recipe.model
+    if name in facts.shapes and kind_of_name(name) is None:
+        return known_shape(name, facts.shapes[name]), None
+    if kind_of_name(name) is None:
+        raise SourceError(
+            f"{name!r} is no folder, no hub id (org/name), no sample and no well-known shape",
+            where="MODEL",
+            remedy=f"check the path; or a shape: {did_you_mean(name, [*facts.shapes])}",
+        )
+    trusted = recipe.trust_remote_code
+    hub = hub_name(name)
+    if kind_of_name(name) == "hub" and hub is not None:
+        folder = download_model(hub.repo, hub.revision, trusted, False, progress, weights=False)
+    elif kind_of_name(name) == "folder":
+        folder = Path(name).expanduser()
+    else:
+        folder = resolve(name, values=False, progress=progress).folder
+    model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
+    return counted(name, model), model.config
+
+
+def counted(name: str, model: Any) -> ModelShape:
+    """Count a skeleton."""
+    architecture = describe(model)
+    layers = architecture.layers(model)
+    config = model.config.get_text_config(decoder=True)
+    linears = active = in_experts = 0
+    mixture = architecture.experts
+    experts = mixture.opened_in(layers) if mixture else 0
+    taken = (mixture.per_token(config) if mixture else None) or experts
+    for index, layer in enumerate(layers):
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            weights = linear.module.weight.numel()  # type: ignore[operator]
+            linears += weights
+            if experts and architecture.of_expert(linear.name):
+                in_experts += weights
+                active += round(weights * taken / experts)
+            else:
+                active += weights
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
+    outer = embedding.numel() + (0 if embedding is head else head.numel())
+    return ModelShape(
+        name,
+        len(layers),
+        config.hidden_size,
+        linears,
+        active,
+        embedding.numel(),
+        head.numel(),
+        tied,
+        total - linears - outer,
+        kinds_of(layer_caches(model)),
+        config.vocab_size,
+        experts if in_experts else 0,
+        in_experts,
+    )

@@ -1,0 +1,448 @@
+"""A chain runs several verbs in order (cut, prune, train, compress) and reports each step.
+
+All steps are checked before the first one runs. Each reads the folder of the previous one. A step's
+folder is complete, or it does not exist. So a killed chain resumes with its unfinished step, and
+that step resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from secateur.calibration.documents import check_text, texts_of
+from secateur.diagnostics.audit import audit_checkpoint
+from secateur.errors import RecipeError, SecateurError, SourceError
+from secateur.models.checkpoint import shard_files
+from secateur.models.hub import kind_of_name
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.progress import Labelled, Progress, listener
+from secateur.publishing import without_folders
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.keywords import plain, recipe_of, takes_options_of
+from secateur.recipes.options import Recipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe, nested
+from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.train import TrainRecipe
+from secateur.registry import did_you_mean
+from secateur.reporting.cards import source_name
+from secateur.reporting.results.prune import ChainResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import choose_device
+from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another
+from secateur.runs.records import Chain, ChainStep, read_record
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.schedules import schedules
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
+from secateur.steps.compress.pack import check_compression, compress_recipe
+from secateur.steps.prune.checkpoint import run_recipe
+from secateur.steps.prune.composition import allocation_of, method_of, own_methods
+from secateur.steps.prune.prepare import settings_of
+from secateur.steps.prune.workers import refuse_cluster
+from secateur.steps.structure.cut_plan import check_together, count, plan_cut
+from secateur.steps.structure.run import structure_recipe
+from secateur.steps.train.checkpoint import run_training
+from secateur.training.training_plan import TrainingPlan
+
+CHAIN, RECIPE = "chain.json", "recipe.yaml"
+BEGUN = "begun.json"
+
+PLACEHOLDERS = {"model": "model", "output": "output"}
+"""Placeholders for required recipe keys whose values are unknown during the check."""
+
+OPTIONS_OF_CHAIN = {
+    *PLACEHOLDERS,
+    "resume",
+    "restart",
+    "overwrite",
+    "progress",
+    "trust_remote_code",
+}
+"""Options of a verb that the chain sets itself."""
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A verb that can be a step.
+
+    Attributes:
+        recipe: the class of its recipe.
+        run: carries out a recipe; takes the recipe, a progress and the options of the call.
+        check: checks everything in a recipe that does not need its model.
+    """
+
+    recipe: type[Recipe]
+    run: Callable[..., Any]
+    check: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a chain.
+
+    Attributes:
+        number: its number, from 1.
+        verb: the verb it runs.
+        recipe: the recipe, with placeholders for the model and the output.
+    """
+
+    number: int
+    verb: str
+    recipe: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything that affects the step's model, apart from the model before it."""
+        return {
+            self.verb: self.recipe.model_dump(
+                mode="json", exclude={*PLACEHOLDERS, "trust_remote_code"}
+            )
+        }
+
+    def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
+        """Carry out the step, from one folder to another."""
+        values = {"model": str(model), "output": str(output), "trust_remote_code": trust}
+        with _named_step(self.number, self.verb):
+            STEPS[self.verb].run(self.recipe.model_copy(update=values), progress, **call)
+
+
+@contextmanager
+def _named_step(number: int, verb: str) -> Iterator[None]:
+    """Name the step in an error: `step 2, distill`."""
+    try:
+        yield
+    except SecateurError as error:
+        where = f"step {number}, {verb}" + (f": {error.where}" if error.where else "")
+        raise type(error)(error.what, where=where, remedy=error.remedy) from error
+
+
+@takes_options_of(ChainRecipe)
+def chain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ChainResult:
+    """Carry out several verbs. Each reads the result of the previous one.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Raises:
+        SecateurError: a step is wrong; all are checked before the first one runs.
+    """
+    recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
+    return run_chain(recipe, listener(progress), **call)
+
+
+def run_chain(
+    recipe: ChainRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> ChainResult:
+    """Carry out a recipe into a new folder.
+
+    A stopped chain can resume with different steps if its finished steps are the same.
+
+    Args:
+        recipe: recipe of the chain.
+        progress: receives every step.
+        resume: resume a stopped chain, or start if there is none.
+        restart: discard the files of a stopped chain.
+        overwrite: replace an existing output folder.
+
+    Raises:
+        SecateurError: a step is wrong; all are checked before the first one runs.
+    """
+    steps = checked_steps(recipe.steps)
+    folder = RunFolder(recipe.output, "chain", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    folder.keep_apart(source.folder)
+    _check_cuts(steps, source.folder, recipe.trust_remote_code)
+    with folder:
+        weights = file_digests(shard_files(source.folder), progress)
+        options = {
+            "steps": [step.options for step in steps]
+        }  # may change while the chain is stopped
+        folder.begin({"model": recipe.model, "source_files": weights}, options)
+        if not folder.finished:
+            links = _run_steps(
+                steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
+            )
+            _write_notes(folder, recipe, source)
+            record = Chain(links=links, output=str(folder.output))
+            write_json(folder.notes / CHAIN, record.to_json())
+            folder.finish()
+    links = read_record(Chain, folder.output / NOTES / CHAIN).links
+    return ChainResult(links, folder.output)
+
+
+def _begun_steps(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
+    """Return the recorded options of all steps that have begun. Refuse other finished steps."""
+    file = folder.work / BEGUN
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    for number, options in enumerate(begun, start=1):
+        now = steps[number - 1].options if number <= len(steps) else {}
+        [verb] = options
+        made = folder.work / f"{number:02d}-{verb}"
+        if made.exists() or made.with_suffix(".json").exists():
+            try:
+                refuse_another(options, now, folder.partial)
+            except RecipeError as error:
+                where = f"step {number}, {verb}"
+                raise RecipeError(error.what, where=where, remedy=error.remedy) from None
+    return begun
+
+
+def _run_steps(
+    steps: Sequence[PlannedStep],
+    model: str,
+    source: Path,
+    folder: RunFolder,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[ChainStep, ...]:
+    """Run the steps that no earlier run finished. Return the report of each step.
+
+    The recipe of a step is written before it begins. Its report is written when its folder is
+    complete. When all reports exist, the folder of the last step becomes the result.
+    """
+    begun = _begun_steps(steps, folder)
+    before: str | Path = model  # the first step reports the model under the user's name
+    links = [_describe("source", source, 0.0, trust_remote_code, progress)]
+    for step in steps:
+        made = folder.work / f"{step.number:02d}-{step.verb}"
+        record = made.with_suffix(".json")
+        if not record.exists():
+            started = time.perf_counter()
+            labelled = Labelled(progress, f"{step.number}/{len(steps)} {step.verb}")
+            if not made.exists():
+                another = begun[step.number - 1 :][:1] not in ([], [step.options])
+                begun = [*begun[: step.number - 1], step.options]
+                write_json(folder.work / BEGUN, begun)
+                step.run(
+                    before, made, labelled, trust_remote_code, resume=not another, restart=another
+                )
+            seconds = time.perf_counter() - started
+            write_json(
+                record, _describe(step.verb, made, seconds, trust_remote_code, labelled).to_json()
+            )
+        links.append(read_record(ChainStep, record))
+        before = made
+    if made.exists():
+        shutil.rmtree(folder.model)
+        made.rename(folder.model)
+    return tuple(links)
+
+
+def _write_notes(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
+    """Gather the notes of all steps, and name the chain's model and output in card and records.
+
+    The steps have named their own folders, which are gone. Only the last one is the output; the
+    others stand for the model of the chain.
+    """
+    for step in sorted(folder.work.iterdir()):
+        if (step / NOTES).is_dir():
+            shutil.copytree(
+                step / NOTES,
+                folder.notes / "steps" / step.name,
+                ignore=shutil.ignore_patterns("*.safetensors", STATE),
+                dirs_exist_ok=True,
+            )
+    steps = [f"{number:02d}-{next(iter(step))}" for number, step in enumerate(recipe.steps, 1)]
+    names = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
+    names[str(folder.work / steps[-1])] = str(folder.output)
+    for file in sorted(folder.notes.rglob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, _with_names(found, names, source))
+    whole = dump_recipe(recipe)
+    write_text(folder.notes / RECIPE, whole)
+    card, model = folder.model / "README.md", source_name(source.record)
+    text = card.read_text(encoding="utf-8")
+    for name in steps[:-1]:
+        for around in (("# ", ","), ("| source | `", "`")):
+            text = text.replace(name.join(around), model.join(around))
+    for name in steps:
+        text = text.replace(name, folder.output.name)
+    made = "## Make it again\n\n`secateur chain recipe.yaml` with `recipe.yaml`:\n\n```yaml\n"
+    made += f"{without_folders(whole)}```\n"
+    first, *others = re.split(r"## Make it again\n.*?```yaml\n.*?```\n", text, flags=re.DOTALL)
+    write_text(card, made.join((first, "".join(others))))
+
+
+def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -> Any:
+    """A record in which the folders of steps are replaced by the chain's model or its output."""
+    if isinstance(value, dict):
+        if value.get("kind") == "folder" and value.get("name") in names:
+            return source.record.to_json()
+        return {key: _with_names(x, names, source) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_with_names(x, names, source) for x in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _describe(
+    step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
+) -> ChainStep:
+    """Describe the contents of a folder."""
+    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
+    zeros = sum(linear.zeros for linear in audit.linears)
+    return ChainStep(
+        step=step,
+        parameters=audit.parameters,
+        zeros=zeros,
+        file_bytes=audit.file_bytes,
+        seconds=seconds,
+        kept=audit.parameters - zeros,
+    )
+
+
+def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
+    """Read and check all steps, without the model.
+
+    Args:
+        steps: each maps one verb to its options.
+
+    Raises:
+        SecateurError: a step cannot be carried out; the message says which one and why.
+    """
+    found = [_checked(number, step) for number, step in enumerate(steps, start=1)]
+    for before, after in pairwise(found):
+        if before.verb == "compress":
+            raise RecipeError(
+                f"step {before.number} compresses the model, and {after.verb} needs a dense one",
+                where=f"step {after.number}, {after.verb}",
+                remedy="put compress last",
+            )
+    return found
+
+
+def _checked(number: int, step: Any) -> PlannedStep:
+    """One step."""
+    where = f"step {number}"
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise RecipeError(
+            "a step is one verb with its options", where=where, remedy="prune: {sparsity: 0.5}"
+        )
+    verb, given = next(iter(step.items()))
+    if verb not in STEPS:
+        raise RecipeError(
+            f"{verb!r} is not a step", where=where, remedy=did_you_mean(str(verb), [*STEPS])
+        )
+    where = f"{where}, {verb}"
+    if given is not None and not isinstance(given, Mapping):
+        raise RecipeError(
+            f"the options are {str(given)[:40]!r}, not keys and values",
+            where=where,
+            remedy=f"{verb}: {{key: value}}",
+        )
+    options = {str(key): plain(value) for key, value in (given or {}).items()}
+    own = sorted(OPTIONS_OF_CHAIN & options.keys())
+    if own:
+        raise RecipeError(
+            f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
+        )
+    kind = STEPS[verb]
+    with _named_step(number, verb):
+        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**PLACEHOLDERS, **options}))
+        kind.check(recipe)
+        _check_reads(recipe)
+    return PlannedStep(number, str(verb), recipe)
+
+
+def _check_reads(recipe: Any) -> None:
+    """Check that the texts, masks and teacher of a step can be found; reads none."""
+    learned = getattr(recipe, "learned", None)
+    texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
+    texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
+    calibration = getattr(recipe, "calibration", None)
+    if calibration is not None and calibration.source is not None:
+        texts += texts_of(calibration.source)
+    for text in filter(None, texts):
+        check_text(text)
+    mask, teacher = getattr(recipe, "mask", None), getattr(recipe, "teacher", None)
+    if mask is not None and not Path(mask).expanduser().exists():
+        raise SourceError("there is no such file", where=str(mask), remedy="check --mask")
+    if teacher is not None and kind_of_name(teacher) is None:
+        raise SourceError(
+            f"no such file or folder, and not a hub id: {teacher!r}",
+            where="teacher",
+            remedy="check the path; hub ids look like org/name",
+        )
+
+
+def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
+    """Check cuts on the configuration of the model, before any step runs.
+
+    The first cut is checked whole, and of a later one the number of layers.
+    """
+    layers = None
+    for step in steps:
+        if step.verb != "structure":
+            continue
+        with _named_step(step.number, step.verb):
+            if layers is None:
+                skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+                aim = plan_cut(step.recipe, skeleton)
+                layers = aim.sizes.layers - aim.drop_layers
+            elif step.recipe.keep_layers is not None:
+                layers = count(step.recipe.keep_layers, layers, "decoder layers")
+
+
+def _check_prune(recipe: PruneRecipe) -> None:
+    """Check the parts of a pruning recipe, and that they fit together."""
+    if recipe.compress.values is not None:
+        raise RecipeError(
+            "compression is a step of its own", where="compress", remedy="add a compress step"
+        )
+    refuse_cluster(recipe)
+    method, _ = method_of(recipe)
+    own_methods(recipe)
+    allocation_of(recipe, method)
+    choose_device(recipe.device)
+    settings_of(recipe, "memory", None)
+
+
+def _check_structure(recipe: StructureRecipe) -> None:
+    """Check the parts of a structured cut, and that it cuts something."""
+    check_together(recipe)
+    for registry, name in (
+        (scores, recipe.score),
+        (solvers, recipe.solver),
+        (allocations, recipe.allocation),
+    ):
+        if name is not None:
+            registry[name]
+    choose_device(recipe.device)
+
+
+def _check_training(recipe: TrainRecipe) -> None:
+    """Check the optimizer, the device, and the parts of gradual pruning."""
+    TrainingPlan(steps=1, optimizer=recipe.optimizer)
+    choose_device(recipe.device)
+    if recipe.gradual is not None:
+        scores[recipe.gradual.score]
+        schedules[recipe.gradual.schedule]
+        parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
+
+
+STEPS: Mapping[str, StepKind] = {
+    "structure": StepKind(StructureRecipe, structure_recipe, _check_structure),
+    "prune": StepKind(PruneRecipe, run_recipe, _check_prune),
+    "train": StepKind(TrainRecipe, run_training, _check_training),
+    "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
+}
+"""The possible steps, by verb."""

@@ -1,0 +1,125 @@
+"""Decompresses a checkpoint into a dense one that any engine can load."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.models.architecture import experts_of
+from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.configuration import read_config
+from secateur.models.copies import write_dense
+from secateur.models.experts import OpenExperts
+from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
+from secateur.models.sources import resolve
+from secateur.models.stored_parameters import FusedExperts, loads_one_by_one
+from secateur.progress import Progress, listener
+from secateur.recipes.compress import DecompressRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.reporting.cards import source_part
+from secateur.reporting.results.compress import DecompressResult
+from secateur.runs.atomic import write_text
+from secateur.runs.folder import RunFolder
+from secateur.runs.output import check_free
+from secateur.runtime.formats import Layout
+from secateur.runtime.install import DenseView
+from secateur.runtime.packed import PackedCheckpoint
+from secateur.steps.checkpoint_files import carry_over
+
+
+@takes_options_of(DecompressRecipe)
+def decompress(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> DecompressResult:
+    """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
+
+    Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
+    their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
+    numbers are exact, so compressing them again changes nothing.
+
+    Args:
+        model: folder or hub id of a compressed checkpoint, archive or not.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, call = recipe_of(DecompressRecipe, {"model": model}, options)
+    return decompress_recipe(recipe, listener(progress), **call)
+
+
+def decompress_recipe(
+    recipe: DecompressRecipe, progress: Progress, *, overwrite: bool = False
+) -> DecompressResult:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: recipe of the decompression.
+        progress: receives every step.
+        overwrite: replace an existing output folder.
+    """
+    begun = time.perf_counter()
+    folder = RunFolder(recipe.output, "decompress", overwrite=overwrite)
+    folder.keep_apart(recipe.model)
+    source = resolve(recipe.model, progress=progress)
+    folder.keep_apart(source.folder)
+    packed = PackedCheckpoint(source.folder)
+    view = DenseView(packed)
+    config = read_config(source.folder)
+    del config["quantization_config"]
+    rounded = any(not _is_exact(layout, view.computed) for layout in packed.layouts.values())
+    with folder:
+        made = folder.fresh_model()
+        check_free(view.total_bytes, made)
+        write_dense(_as_transformers_loads(view), made, listener(progress))
+        carry_over(source.folder, made, config, same_weights=not rounded)
+        if not any(folder.notes.iterdir()):
+            folder.notes.rmdir()
+        card = source.folder / "README.md"
+        if card.is_file():
+            text = source_part(card.read_text(encoding="utf-8"))
+            if text.strip():
+                write_text(made / "README.md", text)
+        file_bytes = sum(file.stat().st_size for file in shard_files(made))
+        folder.finish()
+    return DecompressResult(
+        output=folder.output,
+        source_bytes=sum(file.stat().st_size for file in view.files),
+        file_bytes=file_bytes,
+        matrices=len(packed.layouts),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _is_exact(layout: Layout, computed: torch.dtype) -> bool:
+    """Whether the dense checkpoint holds exactly the stored weights.
+
+    int8 values times their scales are rounded to the dtype of the configuration; int4 and int3
+    values have few enough bits for any dtype, but float16 lacks the exponents.
+    """
+    return not layout.integers or (layout.grid is not None and computed != torch.float16)
+
+
+def _as_transformers_loads(view: DenseView) -> CheckpointReader:
+    """The tensors of a view, with fused experts where transformers cannot fuse them itself.
+
+    A compressed folder stores experts one by one.
+    """
+    if not any(".experts." in name for name in view.entries):
+        return view
+    opened = build_skeleton(view.folder)
+    experts = experts_of(opened)
+    if experts is None or loads_one_by_one(opened):
+        return view
+    paths = (path for path, m in opened.named_modules() if isinstance(m, OpenExperts))
+    whole = skeleton_of(type(opened), opened.config, opened.dtype)
+    names = [f"{path}.{leaf}" for path in paths for leaf in experts.layout.names]
+    shapes = {name: tuple(whole.get_parameter(name).shape) for name in names}
+    return FusedExperts(view, model_names(opened, view), experts.layout, shapes)

@@ -1,0 +1,239 @@
+"""Imports what another tool wrote into an ordinary folder, and counts its zeros."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.diagnostics.audit import Audit, audit_checkpoint
+from secateur.errors import RecipeError, SourceError
+from secateur.importing import import_formats
+from secateur.importing.adapter import WEIGHTS, MergedReader
+from secateur.importing.masks import MaskedReader
+from secateur.importing.refused import refuse_by_name
+from secateur.models.at_rest import AssembledReader, SourceFolder
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import read_config
+from secateur.models.copies import write_dense
+from secateur.models.opening import computed_dtype, refuse_quantized
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.stored_parameters import StoredModel
+from secateur.progress import Progress, listener
+from secateur.recipes.exchange import ImportRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.reporting.cards import import_card
+from secateur.reporting.results.export import ImportResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import Meter, environment
+from secateur.runs.folder import RunFolder, file_digests
+from secateur.runs.output import check_free
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Import,
+    ImportedMatrix,
+    Manifest,
+    RunResult,
+)
+from secateur.steps.checkpoint_files import carry_over
+
+IMPORT, MANIFEST = "import.json", "manifest.json"
+UNKNOWN = "unknown"
+
+
+@takes_options_of(ImportRecipe)
+def import_model(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> ImportResult:
+    """Make an ordinary folder from what another tool wrote: dense safetensors with its zeros.
+
+    The kind of source is recognised. The values are those that the source means, in the dtype of
+    the model; where that dtype cannot hold them exactly, they are rounded once, and counted. The
+    written files are read again: sparsity and pattern of every matrix are in the result.
+
+    Args:
+        model: folder or hub id: plain safetensors with zeros, compressed-tensors, or a state dict
+            of torch.nn.utils.prune; a dense model with `masks`.
+        progress: receives every tensor.
+        **options: the other options of the recipe.
+
+    Returns:
+        Where the zeros are, and what was rounded or dropped.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, call = recipe_of(ImportRecipe, {"model": model}, options)
+    return import_recipe(recipe, listener(progress), **call)
+
+
+def import_recipe(
+    recipe: ImportRecipe, progress: Progress, *, overwrite: bool = False
+) -> ImportResult:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: the recipe.
+        progress: receives every tensor.
+        overwrite: replace an existing output folder.
+    """
+    begun, meter = time.perf_counter(), Meter.start()
+    folder = RunFolder(recipe.output, "import", overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.masks, recipe.adapter)
+    refuse_by_name(recipe.model)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    folder.keep_apart(source.folder)
+    with folder:
+        opened = _open_source(recipe, source)
+        made = folder.fresh_model()
+        check_free(opened.reader.total_bytes, made)
+        write_dense(opened.reader, made, progress)
+        carry_over(source.folder, made, opened.plain.config, same_weights=False)
+        trust = recipe.trust_remote_code
+        StoredModel(  # refuses missing tensors and other shapes
+            build_skeleton(made, trust_remote_code=trust, opened=False), CheckpointReader(made)
+        )
+        audit = audit_checkpoint(
+            made, find_patterns=True, trust_remote_code=trust, progress=progress
+        )
+        record = _record_of(recipe, source, opened, audit, begun)
+        write_json(folder.notes / IMPORT, record.to_json())
+        if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur
+            manifest = _manifest_of(record, audit, meter)
+            write_json(folder.notes / MANIFEST, manifest.to_json())
+        write_text(folder.notes / "import.yaml", dump_recipe(recipe))
+        result = ImportResult(folder.output, record, audit.parameters)
+        place = recipe.output or folder.output
+        write_text(made / "README.md", import_card(result, source.folder, place))
+        folder.finish()
+    return result
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source that is ready to be read.
+
+    Attributes:
+        kind: which kind it is.
+        compression: what its configuration says of its compression.
+        plain: the dense tensors of the source, with the configuration of the dense model.
+        reader: the same with masks or an adapter applied.
+    """
+
+    kind: str
+    compression: dict[str, Any]
+    plain: AssembledReader
+    reader: CheckpointReader
+
+
+def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
+    """Recognise a source and open it."""
+    config = read_config(source.folder)
+    found = SourceFolder(
+        source.folder, config, CheckpointReader(source.folder), computed_dtype(source.folder)
+    )
+    kinds = [kind for kind in import_formats if import_formats[kind].recognises(found)]
+    if not kinds:
+        refuse_quantized(source.folder)
+    if len(kinds) != 1:
+        raise SourceError(
+            f"this could be {' and '.join(kinds) or 'anything'}; it must be one kind of source",
+            where=str(source.folder),
+            remedy=f"secateur imports {', '.join(import_formats)}",
+        )
+    plain = import_formats[kinds[0]].open(found)
+    compression = config.get("quantization_config") or config.get("compression_config") or {}
+    reader: CheckpointReader = plain
+    if recipe.adapter is not None:
+        if plain.made or recipe.masks is not None:
+            raise RecipeError(
+                "an adapter needs a model in plain safetensors",
+                remedy="import the model first, then import the result with --adapter",
+            )
+        reader = MergedReader(
+            source.folder, Path(recipe.adapter), trust_remote_code=recipe.trust_remote_code
+        )
+    elif recipe.masks is not None:
+        reader = MaskedReader(plain, Path(recipe.masks))
+    return OpenedSource(
+        kinds[0], dict(compression) if isinstance(compression, dict) else {}, plain, reader
+    )
+
+
+def _record_of(
+    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, begun: float
+) -> Import:
+    """The record of an import."""
+    plain, masks, adapter = opened.plain, None, None
+    if recipe.masks is not None:
+        masks = _digested(Path(recipe.masks))
+    if isinstance(opened.reader, MergedReader):
+        assert recipe.adapter is not None
+        folder = Path(recipe.adapter)
+        adapter = {**_digested(folder / WEIGHTS), "name": folder.name, "kind": opened.reader.kind}
+    stored_as = {
+        name.removesuffix(".weight"): assembly.stored_as for name, assembly in plain.made.items()
+    }
+    rounded = {name.removesuffix(".weight") for name, lost in plain.rounded.items() if lost}
+    return Import(
+        schema_name="secateur.import/1",
+        source=source.record,
+        kind=opened.kind,
+        masks=masks,
+        adapter=adapter,
+        told=opened.compression,
+        dropped=tuple(plain.dropped),
+        notes=tuple(plain.notes),
+        environment=environment(torch.device("cpu")),
+        sparsity=audit.sparsity,
+        matrices=tuple(
+            ImportedMatrix(
+                name=x.name,
+                shape=x.shape,
+                zeros=x.zeros,
+                pattern=x.found,
+                stored_as=stored_as.get(x.name),
+                rounded=x.name in rounded,
+            )
+            for x in audit.linears
+        ),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _digested(file: Path) -> dict[str, str]:
+    """The name and SHA-256 of a file."""
+    return {"name": file.name, "sha256": file_digests([file])[file.name]}
+
+
+def _manifest_of(record: Import, audit: Audit, meter: Meter) -> Manifest:
+    """The manifest of a model that another tool has pruned: what is known of its making."""
+    patterns = {matrix.pattern for matrix in record.matrices} - {"dense"}
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        source=record.source,
+        family=audit.family,
+        method={
+            "name": "imported",
+            "score": UNKNOWN,
+            "solver": UNKNOWN,
+            "pattern": patterns.pop() if len(patterns) == 1 else "unstructured",
+            "scope": UNKNOWN,
+        },
+        allocation={"name": UNKNOWN},
+        environment=record.environment,
+        cost=Cost.model_validate({**meter.read(), "resumed": False}),
+        result=RunResult(
+            decoder_sparsity=audit.sparsity,
+            model_sparsity=audit.model_sparsity,
+            parameters=audit.parameters,
+            file_bytes=audit.file_bytes,
+        ),
+        left=tuple(audit.left),
+    )

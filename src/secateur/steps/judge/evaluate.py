@@ -1,0 +1,362 @@
+"""Evaluates a model: perplexity, divergence, tasks and texts, compared with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.errors import RecipeError
+from secateur.evaluation.divergence import divergence
+from secateur.evaluation.generation import (
+    PROMPTS,
+    Sample,
+    check_generation,
+    generation_protocol,
+)
+from secateur.evaluation.perplexity import (
+    COMPUTED,
+    PerplexityResult,
+    computed_by,
+    perplexity,
+    place_of,
+    protocol_id,
+)
+from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
+from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.models.architecture import refuse_foreign
+from secateur.models.tokenizer import own_tokenizer
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.progress import Progress, listener
+from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
+from secateur.recipes.measure import EvaluateRecipe
+from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.runs.environment import environment
+from secateur.runs.folder import NOTES
+from secateur.runs.output import check_writable
+from secateur.runs.records.measured import (
+    FILE_NAME,
+    Divergence,
+    DivergenceRecord,
+    EvaluationRecord,
+    GenerationRecord,
+    PerplexityRecord,
+    SampleRecord,
+    TaskRecord,
+    read_evaluation,
+)
+from secateur.steps.judge.perplexity import load_model, window_progress, windows_of
+
+DEFAULT_TEXT = "wikitext2"
+"""The default text of an evaluation."""
+
+
+UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
+"""Options that loaded models cannot use."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Args:
+        name: the name that the user gave.
+        model: the loaded model.
+        tokenizer: the model's tokenizer.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(
+        cls, model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
+    ) -> LoadedModel:
+        """Load a model and its tokenizer, unless the caller passed a loaded one."""
+        if not isinstance(model, nn.Module):
+            return cls(str(model), *load_model(str(model), device, trust_remote_code))
+        refuse_foreign(model)
+        return cls(_name_of(model), model, tokenizer or own_tokenizer(model))
+
+
+@takes_options_of(EvaluateRecipe)
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    dense: str | Path | nn.Module | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = PROMPTS,
+    progress: Progress | None = None,
+    **options: Any,
+) -> EvaluateResult:
+    """Measure a model. Each number comes with its protocol and uncertainty.
+
+        secateur.evaluate("pruned", text="boolq-held-out").perplexity
+        secateur.evaluate(model, tokenizer=tokenizer, text="other.txt").perplexity
+        secateur.evaluate("pruned", dense="smollm2-135m", text="wikitext2", tasks=["hellaswag"])
+
+    A folder that `secateur prune` wrote keeps the results in `secateur/evaluation.json`. New
+    results replace earlier ones of the same protocol. Other results stay.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model, which
+            stays on its device.
+        dense: The dense model, likewise. Adds divergence, differences and retention. [none]
+        tokenizer: of a loaded model. [the one at the place the model came from]
+        prompts: the texts that the model continues.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The results of this call.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    if isinstance(model, nn.Module) and (dense is None or isinstance(dense, nn.Module)):
+        refuse_unused(EvaluateRecipe, options, UNUSED, "a loaded model stays as it is")
+    if tokenizer is not None and not any(isinstance(x, nn.Module) for x in (model, dense)):
+        raise RecipeError("a checkpoint has its own tokenizer", remedy="leave `tokenizer` out")
+    own = {"model": _name_of(model), "dense": None if dense is None else _name_of(dense)}
+    recipe, _ = recipe_of(EvaluateRecipe, own, options)
+    return run_evaluation(
+        recipe,
+        listener(progress),
+        model=model if isinstance(model, nn.Module) else None,
+        dense=dense if isinstance(dense, nn.Module) else None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+    )
+
+
+def run_evaluation(
+    recipe: EvaluateRecipe,
+    progress: Progress,
+    *,
+    model: nn.Module | None = None,
+    dense: nn.Module | None = None,
+    tokenizer: Any = None,
+    prompts: Sequence[str] = PROMPTS,
+    ranks: Ranks = ALONE,
+) -> EvaluateResult:
+    """Carry out a recipe.
+
+    Several processes each load the model, and measure different windows. The first one stores the
+    results.
+
+    Args:
+        recipe: recipe of the evaluation.
+        progress: receives every step.
+        model: a loaded model in place of the one that the recipe names.
+        dense: a loaded dense model, likewise.
+        tokenizer: tokenizer of the loaded models.
+        prompts: the texts that the model continues.
+        ranks: the processes that share the windows.
+
+    Raises:
+        RecipeError: several processes, and something other than texts is to be measured.
+    """
+    _refuse_several(recipe, ranks.count)
+    _refuse_idle(recipe)
+    if recipe.output is not None:
+        check_writable(Path(recipe.output), file=True)
+    names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
+    kept, notes = None, Path(recipe.model) / NOTES
+    if model is None and notes.is_dir():  # a run folder keeps its results
+        kept = notes / FILE_NAME
+        if kept.is_file():
+            read_evaluation(kept)  # refuse a file to which results cannot be added
+    # read the rows of tasks first, so a missing task is an error before a model is loaded
+    prepared = prepare_tasks(
+        recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
+    )
+    device, trust = recipe.device, recipe.trust_remote_code
+    own, reference = LoadedModel.of(model or recipe.model, tokenizer, device, trust), None
+    if recipe.dense is not None:
+        reference = LoadedModel.of(dense or recipe.dense, tokenizer, device, trust)
+    measure = _Measurement(own, reference, progress, ranks)
+    texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]
+    generated = [measure.generation(prompts)] if recipe.generation else []
+    record = EvaluationRecord(
+        model=own.name,
+        perplexity=[perplexity for perplexity, _ in texts],
+        divergence=[divergence for _, divergence in texts if divergence][:1],
+        tasks=measure.tasks(prepared),
+        generation=generated,
+    )
+
+    def store() -> None:
+        if kept is not None:
+            record.add_to(kept)
+        if recipe.output is not None:
+            record.save(Path(recipe.output))
+
+    ranks.once(store)
+    return EvaluateResult(record)
+
+
+def _refuse_several(recipe: EvaluateRecipe, count: int) -> None:
+    """Refuse what several processes cannot measure yet."""
+    for option, given in (("--tasks", recipe.tasks), ("--generation", recipe.generation)):
+        if count > 1 and given:
+            raise RecipeError(
+                f"{option} does not work with several processes yet, and there are {count}",
+                remedy="leave it out, or start without torchrun",
+            )
+
+
+def _refuse_idle(recipe: EvaluateRecipe) -> None:
+    """Refuse windows where no text is read."""
+    cut = [n for n in ("windows", "sequence_length") if getattr(recipe, n) is not None]
+    if cut and not recipe.text and (recipe.tasks or recipe.generation):
+        raise RecipeError(
+            f"{' and '.join(cut)}: windows are cut from texts, and none is measured",
+            remedy="name the text (wikitext2, or a file), or leave them out",
+        )
+
+
+def _name_of(model: str | Path | nn.Module) -> str:
+    """The name of a model in the records."""
+    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Measures a model, and compares it with the dense one if there is one."""
+
+    own: LoadedModel
+    dense: LoadedModel | None
+    progress: Progress
+    ranks: Ranks
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The dense model and the environment, which every result names."""
+        return {
+            "reference": self.dense.name if self.dense else None,
+            "environment": environment(place_of(self.own.model)),
+        }
+
+    def text(
+        self, text: str | Path, sequence_length: int | None, first: int | None
+    ) -> tuple[PerplexityRecord, DivergenceRecord | None]:
+        """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
+
+        Raises:
+            RecipeError: the dense model splits the text into different tokens.
+        """
+        own, dense = self.own, self.dense
+        windows, protocol = windows_of(text, own.model, own.tokenizer, sequence_length, first)
+        start = len(protocol.get("start_tokens", ()))
+        if dense is None:
+            with window_progress(self.progress, "perplexity", len(windows)) as report:
+                result = perplexity(
+                    own.model, windows, start_tokens=start, progress=report, ranks=self.ranks
+                )
+            return self._perplexity(text, result, None, protocol), None
+        other, dense_protocol = windows_of(
+            text, dense.model, dense.tokenizer, windows.shape[1], first
+        )
+        if other.shape != windows.shape or bool((other != windows).any()):
+            raise RecipeError(
+                f"{own.name} and {dense.name} read {text} as different tokens",
+                remedy="name the dense model that this one was pruned from as reference",
+            )
+        with window_progress(self.progress, "divergence", len(windows)) as report:
+            found = divergence(
+                own.model,
+                dense.model,
+                windows,
+                start_tokens=start,
+                progress=report,
+                ranks=self.ranks,
+            )
+        both = protocol | {f"reference_{key}": dense_protocol[key] for key in COMPUTED}
+        record = DivergenceRecord(
+            text=str(text),
+            **found.model_dump(include=set(Divergence.model_fields)),
+            protocol=both,
+            protocol_id=protocol_id("div", both),
+            **self.shared,
+        )
+        return self._perplexity(text, found.model, found.reference, protocol), record
+
+    def _perplexity(
+        self,
+        text: str | Path,
+        result: PerplexityResult,
+        reference: PerplexityResult | None,
+        protocol: dict[str, Any],
+    ) -> PerplexityRecord:
+        return PerplexityRecord(
+            text=str(text),
+            perplexity=result.perplexity,
+            mean_loss=result.mean_loss,
+            standard_error=result.standard_error,
+            reference_perplexity=reference.perplexity if reference else None,
+            protocol=protocol,
+            protocol_id=protocol_id("ppl", protocol),
+            seconds=result.seconds,
+            **self.shared,
+        )
+
+    def tasks(self, prepared: Sequence[PreparedTask]) -> list[TaskRecord]:
+        """Measure scores of tasks, with the scores of the dense model if there is one."""
+        if not prepared:
+            return []
+        own = run_tasks(self.own.model, self.own.tokenizer, prepared, self.progress)
+        if self.dense is None:
+            return [self._task(score, None) for score in own]
+        dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
+        return [
+            self._task(score, compare(score.outcomes, other.outcomes, score.chance))
+            for score, other in zip(own, dense, strict=True)
+        ]
+
+    def _task(self, score: TaskScore, comparison: Comparison | None) -> TaskRecord:
+        return TaskRecord(
+            **score.model_dump(exclude={"outcomes"}),
+            reference_value=comparison.reference_value if comparison else None,
+            difference=comparison.difference if comparison else None,
+            difference_standard_error=comparison.standard_error if comparison else None,
+            significant=comparison.significant if comparison else None,
+            retention=comparison.retention if comparison else None,
+            **self.shared,
+        )
+
+    def generation(self, prompts: Sequence[str]) -> GenerationRecord:
+        """Generate texts with the model and with the dense model, side by side."""
+
+        def generate(loaded: LoadedModel) -> list[Sample]:
+            return check_generation(
+                loaded.model, loaded.tokenizer, prompts=prompts, progress=self.progress
+            )
+
+        own = generate(self.own)
+        dense = None if self.dense is None else generate(self.dense)
+        pairs: Sequence[Sample | None] = dense or [None] * len(own)
+        protocol = generation_protocol(prompts) | computed_by(self.own.model)
+        return GenerationRecord(
+            samples=[
+                SampleRecord(
+                    prompt=one.prompt,
+                    text=one.text,
+                    reference_text=other.text if other else None,
+                    repetition=one.repetition,
+                    reference_repetition=other.repetition if other else None,
+                    degenerate=one.degenerate,
+                )
+                for one, other in zip(own, pairs, strict=True)
+            ],
+            repetition=mean_of([one.repetition for one in own]),
+            degenerate=sum(one.degenerate for one in own),
+            reference_repetition=mean_of([one.repetition for one in dense]) if dense else None,
+            reference_degenerate=sum(one.degenerate for one in dense) if dense else None,
+            protocol=protocol,
+            protocol_id=protocol_id("gen", protocol),
+            **self.shared,
+        )

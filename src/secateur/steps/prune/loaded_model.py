@@ -1,0 +1,174 @@
+"""Prunes a loaded model in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.loading import load_calibration
+from secateur.calibration.statistics import of_gradients
+from secateur.calibration.windows import EXTRA, check_fit
+from secateur.engine.job import Job
+from secateur.engine.prune.coverage import reach
+from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
+from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
+from secateur.engine.stream.layouts import layouts, refuse_unknown
+from secateur.engine.stream.targets import ModelTarget
+from secateur.models.architecture import positions_of, refuse_foreign, text_config
+from secateur.models.experts import opened_experts
+from secateur.models.inventory import StoredMatrix
+from secateur.models.skeleton import quiet_transformers
+from secateur.models.tokenizer import own_tokenizer, start_tokens
+from secateur.progress import Progress
+from secateur.recipes.keywords import recipe_of, refuse_unused
+from secateur.recipes.prune import PruneRecipe
+from secateur.reporting.results.prune import PruneResult
+from secateur.runs.ledger import Ledger
+from secateur.steps.prune.composition import allocation_of, method_of, own_methods
+from secateur.steps.prune.prepare import settings_of, windows_needed
+from secateur.steps.run_windows import (
+    distillation_data,
+    extra_windows,
+    generate_windows,
+    log_short_text,
+    split_extra,
+    window_plan,
+)
+from secateur.training.distillation import Student, pruned_layers
+
+READY = ".safetensors"
+"""The suffix of a file of ready windows, which need no tokenizer."""
+
+FOLDER = "name the folder of a checkpoint instead"
+UNUSED = {
+    **dict.fromkeys(
+        ("output", "overwrite", "resume", "restart"),
+        "call model.save_pretrained(DIR) afterwards",
+    ),
+    **dict.fromkeys(
+        ("compress", "compress_group_size", "compress_embeddings"),
+        "save the model, and call secateur.compress(DIR, …)",
+    ),
+    **dict.fromkeys(
+        ("dtype", "device", "trust_remote_code"), "load the model as it is to be, then prune it"
+    ),
+    **dict.fromkeys(
+        (
+            *("dry_run", "keep_format", "max_memory", "activations", "ray", "ray_processes"),
+            "distill_sweep_windows",
+        ),
+        FOLDER,
+    ),
+}
+"""Options that a loaded model cannot use, and what to do instead."""
+
+OF_TEXT = dict.fromkeys(
+    ("field", "windows", "sequence_length", "packing"),
+    "leave it out, or give a text for calibration",
+)
+"""Options that say how a text is cut into windows."""
+
+
+def prune_module(
+    model: nn.Module,
+    calibration: str | Path | Sequence[str] | Tensor | None,
+    tokenizer: Any,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> PruneResult:
+    """Prune a loaded model in place.
+
+    Raises:
+        SecateurError: as `prune`; an option needs a checkpoint, or weights are NaN or infinite.
+    """
+    refuse_unused(PruneRecipe, options, UNUSED, "a loaded model is pruned in place, in memory")
+    if isinstance(calibration, Tensor):
+        refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
+    refuse_foreign(model)
+    named = None if isinstance(calibration, Tensor) else calibration
+    recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
+    method, sparsity = method_of(recipe)
+    allocation = allocation_of(recipe, method)
+    check_finite(model.named_parameters())
+    windows, extra = None, torch.empty(0)
+    if windows_needed(recipe, method, allocation):
+        ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
+        tokenizer = tokenizer or (None if ready else own_tokenizer(model))
+        windows, extra = _module_windows(recipe, calibration, tokenizer, model)
+    ledger, how, was_training = Ledger(), recipe.distillation, model.training
+    model.eval()
+    try:
+        if windows is not None and recipe.calibration.generated_windows:
+            cut = recipe.calibration
+            start = () if tokenizer is None else start_tokens(tokenizer)
+            made = generate_windows(
+                model, windows, cut.generated_windows, start, cut.seed, progress
+            )
+            windows = torch.cat([windows, made])
+        with ExitStack() as stack, opened_experts(model), quiet_transformers():
+            work = None
+            if of_gradients(method.requires) or allocation.reach > 0:
+                work = Path(stack.enter_context(TemporaryDirectory(prefix="secateur-")))
+            target = ModelTarget(model)
+            refuse_all_zero(target)
+            settings = settings_of(recipe, "memory", work)
+            refuse_unknown(target)
+            selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
+            found = () if windows is None else layouts(target, windows.shape[1])
+            tasks = tasks_of(
+                target, selection, method, sparsity, found, methods=own_methods(recipe)
+            )
+            teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
+            job = Job(target, tasks, windows, settings, allocation, sparsity)
+            done = job.run(ledger, progress)
+            if teacher is not None:
+                assert windows is not None
+                data = distillation_data(torch.cat([windows, extra]), how, recipe.calibration.seed)
+                student = Student.of(model, target, done, pruned_layers(target, done))
+                student.learn(teacher, data, progress)
+            reach(ledger.layers, (name for name, task in done.items() if task.changes))
+            matrices = target.matrices()
+            left = skipped_matrices(done, matrices)
+            sparsity = _decoder_sparsity(model, matrices)
+    finally:
+        model.train(was_training)
+    return PruneResult(sparsity, ledger.layers, left=left)
+
+
+def _decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:
+    """The fraction of zeros in the matrices of the decoder layers."""
+    names = [matrix.name for matrix in matrices if matrix.is_decoder_matrix]
+    weights = [model.get_parameter(name) for name in names]
+    kept = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    return 1 - kept / total if total else 0.0
+
+
+def _module_windows(
+    recipe: PruneRecipe, calibration: object, tokenizer: Any, model: Any
+) -> tuple[Tensor, Tensor]:
+    """Calibration windows for a loaded model, and the extra ones of its distillation."""
+    vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)
+    if isinstance(calibration, Tensor):
+        check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
+        return split_extra(calibration.to("cpu", torch.int64), 0)
+    plan = window_plan(recipe.calibration, model.config)
+    wanted = extra_windows(plan, recipe.calibration, recipe.distillation)
+    windows, record = load_calibration(
+        recipe.calibration.source,
+        tokenizer,
+        replace(plan, extra=wanted),
+        field=recipe.calibration.field,
+        vocab_size=vocabulary,
+        positions=positions,
+    )
+    log_short_text(wanted, record)
+    return split_extra(windows, record.get(EXTRA, 0))

@@ -1,0 +1,326 @@
+"""Prepares a run from a recipe: source, method, windows, and a plan that fits into memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.engine.job import Job
+from secateur.engine.memory_budget import fitting_plan, memory_budget
+from secateur.engine.plan import Plan, plan_run
+from secateur.engine.prune.reconstruction import Reconstruction
+from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, tasks_of
+from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.at_rest import AssembledReader
+from secateur.models.checkpoint import CheckpointReader, copied_files
+from secateur.models.copies import copy_of, weight_bytes_of
+from secateur.models.opening import open_weights
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
+from secateur.progress import Progress, Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.shared import Memory
+from secateur.runs.environment import choose_device
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.methods import Method
+from secateur.steps.prune.composition import allocation_of, method_of, own_methods
+from secateur.steps.run_windows import (
+    RunWindows,
+    multimodal_inputs,
+)
+
+log = logging.getLogger(__name__)
+
+SWEEP_WINDOWS = 16
+"""Number of windows in a sweep of the distillation, where the whole model does not fit."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything that it names, opened and checked."""
+
+    recipe: PruneRecipe
+    source: LocalCheckpoint
+    target: CheckpointTarget
+    method: Method
+    allocation: Allocation
+    selection: Selection
+    sparsity: float
+    windows: RunWindows | None = None
+    """None if no part of the recipe reads text."""
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    """Methods that replace `method` for some linears, by glob."""
+    costs: Mapping[str, int] = field(default_factory=dict)
+    """The cost of one unit of a linear in an allocation's budget, by name."""
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the result's files."""
+        reader = self.target.reader
+        weights = weight_bytes_of(reader, keep_format=self.recipe.keep_format)
+        return weights + sum(f.stat().st_size for f in copied_files(reader.folder))
+
+    @property
+    def layouts(self) -> Sequence[LayerLayout]:
+        """The groups of linears in each layer; empty without text."""
+        if self.windows is None:
+            return ()
+        return layouts(self.target, self.windows.calibration.shape[1])
+
+    def tasks(self) -> dict[str, LinearTask]:
+        """Return the task of each linear.
+
+        Raises:
+            RecipeError, PatternError, ShapeError: a glob matches nothing, a matrix does not fit.
+        """
+        return tasks_of(
+            self.target,
+            self.selection,
+            self.method,
+            self.sparsity,
+            self.layouts,
+            methods=self.methods,
+            costs=self.costs,
+        )
+
+    def job(self, tasks: Tasks, activations: str, work: Path, ranks: Ranks) -> Job:
+        """Return the work of the engine.
+
+        Args:
+            tasks: the task of each linear.
+            activations: `memory` or `disk`.
+            work: folder for the files of the work.
+            ranks: the processes that share it.
+        """
+        return Job(
+            self.target,
+            tasks,
+            None if self.windows is None else self.windows.calibration,
+            settings_of(self.recipe, activations, work, ranks),
+            self.allocation,
+            self.sparsity,
+            None if self.windows is None else self.windows.multimodal,
+        )
+
+
+def settings_of(
+    recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
+) -> Settings:
+    """Return the settings for the work of a recipe.
+
+    Raises:
+        RecipeError: asymmetric fitting in the papers' order of work.
+    """
+    if recipe.asymmetric and recipe.sequential == "layer":
+        raise RecipeError(
+            "asymmetric fitting needs the inputs of each group as they are after the groups before "
+            "it were pruned; in the order 'layer' they are not known",
+            remedy="use --sequential group, or --symmetric",
+        )
+    tuning = recipe.reconstruction
+    return Settings(
+        sequential=recipe.sequential,
+        asymmetric=recipe.asymmetric,
+        asymmetric_damping=recipe.asymmetric_damping,
+        choose_damping=recipe.asymmetric and recipe.choose_damping,
+        fast_matmuls=recipe.fast_matmuls,
+        micro_batch_tokens=recipe.memory.micro_batch_tokens,
+        activations=activations,
+        work=work,
+        on_collapse=recipe.on_collapse,
+        reconstruction=Reconstruction(tuning.passes, tuning.learning_rate, tuning.remask),
+        ranks=ranks,
+    )
+
+
+def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
+    """Whether any part of a recipe reads calibration tokens."""
+    tuned = recipe.reconstruction.passes or recipe.distillation.epochs
+    return bool(method.requires | allocation.requires or tuned or recipe.asymmetric)
+
+
+def prepare(
+    recipe: PruneRecipe,
+    output: Path | None = None,
+    stored_windows: Path | None = None,
+    *,
+    only_plan: bool = False,
+    pictures: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Fetch, open and check everything that a recipe names. This writes no output.
+
+    Args:
+        recipe: the recipe.
+        output: the folder of the patched copy; None to only plan.
+        stored_windows: windows of an earlier run to reuse.
+        only_plan: read no text; use blank windows of the recipe's number and length.
+        pictures: whether the caller passes pictures; otherwise windows with pictures are refused.
+        progress: receives the steps of a download, a conversion and the reading of the text.
+    """
+    progress = progress or Silent()
+    method, sparsity = method_of(recipe)
+    methods = own_methods(recipe)
+    allocation = allocation_of(recipe, method)
+    device = choose_device(recipe.device)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    reader = open_weights(source.folder)
+    _refuse_dense_format(recipe, reader)
+    target = CheckpointTarget(
+        reader,
+        copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
+        device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    refuse_unknown(target)
+    windows = None
+    if windows_needed(recipe, method, allocation):
+        stored = stored_windows if stored_windows and stored_windows.exists() else None
+        if stored is not None:
+            windows = RunWindows.load(stored, target.model.config)
+        else:
+            progress.start("reading calibration text", 1)
+            windows = RunWindows.read(
+                recipe,
+                source.folder,
+                target.model.config,
+                only_plan=only_plan,
+                pictures=pictures,
+            )
+            progress.finish()
+        if pictures:
+            found = multimodal_inputs(recipe, method, allocation, windows.calibration, stored)
+            windows = replace(windows, multimodal=found)
+    return Prepared(
+        recipe,
+        source,
+        target,
+        method,
+        allocation,
+        Selection(recipe.include, recipe.exclude, recipe.overrides),
+        sparsity,
+        windows,
+        methods,
+    )
+
+
+def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
+    """Refuse to keep the format of a source that stores plain numbers, or to train in one."""
+    if not recipe.keep_format:
+        return
+    if not isinstance(reader, AssembledReader):
+        raise RecipeError(
+            "the source stores plain numbers, and the result always has their dtypes",
+            where="--keep-format",
+            remedy="leave --keep-format out",
+        )
+    if recipe.distillation.epochs:
+        raise RecipeError(
+            "distillation changes all weights, which the format of the source would round again",
+            where="--keep-format",
+            remedy="leave --keep-format out, or do not distill",
+        )
+
+
+def choose_plan(
+    prepared: Prepared,
+    tasks: Mapping[str, LinearTask],
+    memory: Memory,
+    ranks: Ranks = ALONE,
+    sweep_windows: int | None = None,
+) -> tuple[Plan, str]:
+    """Plan the run, with hidden states on disk if memory cannot hold them.
+
+    A distillation has both whole models in memory if they fit, else one layer, in sweeps over
+    `SWEEP_WINDOWS` windows. The log says when it takes sweeps, and why.
+
+    Args:
+        prepared: the run.
+        tasks: the task of each linear.
+        memory: the budget.
+        ranks: the processes that share the work.
+        sweep_windows: number of windows in a sweep; 0 for both whole models, None to choose.
+
+    With several processes this is the plan of one of them, except that the disk holds the hidden
+    states of all.
+
+    Returns:
+        The plan, and `memory` or `disk`.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
+        RecipeError: there are fewer calibration windows than processes.
+    """
+
+    def planned(windows: Tensor | None, activations: str, sweep_windows: int) -> Plan:
+        return plan_run(
+            prepared.target,
+            tasks,
+            windows,
+            settings_of(prepared.recipe, activations, None),
+            prepared.recipe.distillation.epochs,
+            prepared.allocation,
+            prepared.output_bytes,
+            0 if prepared.windows is None else prepared.windows.ungenerated,
+            sweep_windows,
+            0 if prepared.windows is None else prepared.windows.extra.numel(),
+        )
+
+    every = own = None if prepared.windows is None else prepared.windows.planned
+    if every is not None and ranks.count > 1:  # no process has more windows than the first one
+        at_once = max(1, memory.micro_batch_tokens // every.shape[1])
+        batches = micro_batches(len(every), at_once, ranks.count)
+        own = every[: rows_of(0, batches, ranks.count)[-1].stop]
+
+    def fitting(sweep_windows: int) -> tuple[Plan, str]:
+        return fitting_plan(
+            lambda activations: planned(own, activations, sweep_windows),
+            prepared.target.device,
+            max_memory=memory.max_bytes,
+            activations=memory.activations,
+            sharing=ranks.here,
+        )
+
+    distillation = prepared.recipe.distillation
+    if sweep_windows is None:
+        sweep_windows = distillation.sweep_windows
+    try:
+        plan, activations = fitting(sweep_windows or 0)
+    except MemoryBudgetError:
+        if sweep_windows is not None or not distillation.epochs:
+            raise
+        plan, activations = fitting(SWEEP_WINDOWS)
+        budget = memory_budget(memory.max_bytes, prepared.target.device, ranks.here).computing
+        log_sweeps(SWEEP_WINDOWS, planned(own, activations, 0).peak_bytes, budget)
+    if own is not every:
+        disk = planned(every, activations, plan.sweep_windows).disk_bytes
+        plan = replace(plan, disk_bytes=disk)
+    return plan, activations
+
+
+def log_sweeps(size: int, whole: float, budget: float) -> None:
+    """Log that a distillation takes sweeps, and why.
+
+    Args:
+        size: number of windows in a sweep.
+        whole: peak bytes with both whole models.
+        budget: bytes of the device that computes.
+    """
+    log.warning(
+        "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
+        "models the peak is %.2f GiB, the budget %.2f GiB",
+        size,
+        whole / 2**30,
+        budget / 2**30,
+    )

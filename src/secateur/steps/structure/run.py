@@ -1,0 +1,500 @@
+"""Cuts structure: the result has fewer layers, heads, neurons, channels or experts.
+
+plan in units ─► steps, each a smaller model ─► distillation from the uncut model ─► verified
+
+The distillation is optional: the smaller model learns from the uncut one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from secateur.calibration.documents import texts_of
+from secateur.engine.memory_budget import memory_budget
+from secateur.engine.plan import distilling_bytes
+from secateur.engine.prune.refit import can_refit
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import VerificationError
+from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.models.architecture import describe, hidden_size
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.copies import copy_of
+from secateur.models.opening import form_of, formats_of, load_whole, open_weights, refuse_quantized
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.precision import fast_dtype
+from secateur.progress import Progress, Silent, listener
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.cards import structure_card
+from secateur.reporting.results.plan import CutPlanResult
+from secateur.reporting.results.prune import StructureResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import Meter, choose_device, environment, resident_bytes
+from secateur.runs.folder import RunFolder, check_output, file_digests
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Manifest,
+    RunResult,
+    StepEntry,
+    Structure,
+    read_record,
+)
+from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
+from secateur.steps.prune.workers import broadcast
+from secateur.steps.run_windows import WINDOWS, RunWindows, distillation_data
+from secateur.steps.structure.cut_plan import (
+    CutPlan,
+    check_width,
+    counted_cut,
+    plan_cut,
+    trims_vocabulary,
+)
+from secateur.steps.structure.learned import check_learned, choose_learned
+from secateur.steps.structure.steps import (
+    NOTES,
+    RefitStep,
+    Step,
+    StepContext,
+    check_vocabulary,
+    choose_experts,
+    choose_hidden,
+    choose_layers,
+    choose_queries,
+    choose_width,
+    refuse_several,
+    trimmed_source,
+)
+from secateur.steps.structure.width import LATENCY, find_latency, plan_width_run
+from secateur.structured.accounting import Accounting, accounting
+from secateur.structured.cut import Cut
+from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
+from secateur.training.layerwise import LayerwiseDistillation
+
+log = logging.getLogger(__name__)
+
+MANIFEST, STEPS = "manifest.json", "steps.json"
+
+DISTILLATION_MODE = "way.json"
+"""The file with the number of windows in a sweep."""
+
+VARIED = (
+    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
+    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
+    "other engines need --pad"
+)
+
+
+@takes_options_of(StructureRecipe)
+def structure(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> StructureResult | CutPlanResult:
+    """Cut structure out of a checkpoint, and write a new, smaller one.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The result of the cut; with `dry_run` its plan.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
+    if call.pop("dry_run", False):
+        return plan_structure(recipe, call)
+    return structure_recipe(recipe, listener(progress), **call)
+
+
+def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
+    """Check a recipe, and show what the cut would leave and need.
+
+    Args:
+        recipe: recipe of the cut.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the cut would.
+    """
+    source, skeleton, plan = _open(recipe, Silent())
+    steps = [step.name for step in _steps_of(recipe, plan, skeleton)]
+    trimmed = trims_vocabulary(recipe)
+    steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
+    found = counted_cut(recipe, plan, skeleton)
+    conditions = {
+        "--vocabulary": trimmed,
+        "--decode-latency": recipe.decode_latency is not None,
+        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
+    }
+    unknown = tuple(name for name, given in conditions.items() if given)
+    memory = None
+    if plan.narrows and recipe.learned is None:
+        memory = plan_width_run(recipe, plan, source.folder)
+    size = found.before.file_bytes if unknown else found.after.file_bytes
+    read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
+    check_output(recipe.output, "structure", size, read, call)
+    after = None if unknown else found.after
+    return CutPlanResult(tuple(steps), found.before, after, unknown, memory)
+
+
+def _open(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint, Any, CutPlan]:
+    """Open the model and check the recipe: the checkpoint, its skeleton, and the plan in units."""
+    check_learned(recipe)
+    source = resolve(
+        recipe.model,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    open_weights(source.folder)  # refuses what is not read
+    if recipe.learned is not None:
+        refuse_quantized(source.folder)
+    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    plan = plan_cut(recipe, skeleton)
+    check_width(recipe, plan, skeleton)
+    check_vocabulary(recipe, source, skeleton)
+    return source, skeleton, plan
+
+
+def structure_recipe(
+    recipe: StructureRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    timer: StepTimer = time_steps,
+    ranks: Ranks = ALONE,
+) -> StructureResult:
+    """Carry out a recipe into a new folder.
+
+    Args:
+        recipe: recipe of the cut.
+        progress: receives every step.
+        resume: resume a stopped run to this output, or start if there is none.
+        restart: discard the files of a stopped run.
+        overwrite: replace an existing output folder.
+        timer: measures the time of a token, if the recipe has a target in time.
+        ranks: the processes that share the survey of experts; this one is the first.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    refuse_several(recipe, ranks.count)
+    meter = Meter.start()
+    folder = RunFolder(
+        recipe.output, "structure", resume=resume, restart=restart, overwrite=overwrite
+    )
+    domains = recipe.learned.domains if recipe.learned is not None else ()
+    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source), *domains)
+    source, skeleton, plan = _open(recipe, progress)
+    folder.keep_apart(source.folder)
+    with folder:
+        identity = {
+            **recipe.model_dump(mode="json", exclude={"output", "memory"}),
+            "micro_batch_tokens": recipe.memory.micro_batch_tokens,
+            "source_files": file_digests(shard_files(source.folder), progress),
+        }
+        folder.begin(identity)
+        if not folder.finished:
+            folder.worth_resuming = lambda: bool(list(folder.work.glob(f"*/{NOTES}")))
+            _cut_into(folder, recipe, source, skeleton, plan, timer, progress, meter, ranks)
+    broadcast(None, ranks)
+    return StructureResult(read_record(Manifest, folder.notes / MANIFEST), folder.output)
+
+
+def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[Step | RefitStep]:
+    """The steps that a plan needs, in order. The model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [Step("learned", choose_learned)]
+    found: list[Step | RefitStep] = []
+    if plan.drop_layers:
+        found.append(Step("depth", choose_layers))
+    if plan.keep_experts is not None:
+        found.append(Step("experts", choose_experts))
+    if plan.keep_hidden is not None:
+        found.append(Step("hidden", choose_hidden))
+    channels = plan.keep_hidden is not None
+    helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    if helps and can_refit(describe(model), channels=channels):
+        found.append(RefitStep())
+    if plan.keep_queries is not None:
+        found.append(Step("queries", choose_queries))
+    if plan.narrows:
+        found.append(Step("width", choose_width))
+    return found
+
+
+def _cut_into(
+    folder: RunFolder,
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    skeleton: Any,
+    plan: CutPlan,
+    timer: StepTimer,
+    progress: Progress,
+    meter: Meter,
+    ranks: Ranks,
+) -> None:
+    """Run all steps that no earlier run finished, and write the result."""
+    device, latency = choose_device(recipe.device), None
+    base, steps = trimmed_source(recipe, source, folder.work, progress)
+    trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
+    if steps:
+        plan = plan_cut(recipe, trimmed)
+    none = torch.empty((0, 0), dtype=torch.int64)
+    windows = RunWindows(none, none, {})
+    if plan.cuts or recipe.decode_latency or recipe.distillation.epochs:
+        windows = _calibrate(recipe, base, trimmed.config, folder, progress)
+    if recipe.decode_latency is not None:
+        latency = find_latency(
+            recipe, plan, trimmed, device, timer, progress, folder.work / LATENCY
+        )
+        plan = replace(plan, joint=latency["joint"])
+    made, file = base.folder, folder.work / WINDOWS
+    context = StepContext(
+        recipe, plan, base.folder, windows.calibration, file, device, folder.work, progress, ranks
+    )
+    for step in _steps_of(recipe, plan, trimmed):
+        made, notes = step.run(context, made)
+        steps.append(notes)
+    stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
+    copy_of(stored, folder.model).create(progress)
+    (folder.model / NOTES).unlink(missing_ok=True)
+    distilled = None
+    if recipe.distillation.epochs:
+        distilled = _distill(recipe, base, folder, windows.all, device, progress)
+    found = _verified(skeleton, source.folder, folder.model, steps, recipe)
+    if found.varied:
+        log.warning(VARIED)
+    structure = Structure(
+        steps=tuple(_summary(step) for step in steps),
+        before=found.before,
+        after=found.after,
+        decoder_removed=found.decoder_removed,
+        removed=found.removed,
+        varied=found.varied,
+        latency=latency,
+    )
+    manifest = _manifest_of(
+        recipe, source, structure, distilled, windows.record, meter, device, folder
+    )
+    write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
+    if windows.record:
+        shutil.copyfile(file, folder.notes / WINDOWS)
+    _write_notes(folder, recipe, manifest, source)
+    folder.finish()
+
+
+def _write_notes(
+    folder: RunFolder, recipe: StructureRecipe, manifest: Manifest, source: LocalCheckpoint
+) -> None:
+    """Write the recipe, the manifest and the card."""
+    recipe_yaml = dump_recipe(recipe)
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, manifest.to_json())
+    card = structure_card(manifest, recipe_yaml, source.folder, recipe.output or folder.output)
+    write_text(folder.model / "README.md", card)
+
+
+def _calibrate(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    config: Any,
+    folder: RunFolder,
+    progress: Progress,
+) -> RunWindows:
+    """Make the windows of a run, or read those of a stopped one."""
+    file = folder.work / WINDOWS
+    if file.exists():
+        return RunWindows.load(file, config)
+    windows = RunWindows.read(recipe, source.folder, config).generate(
+        source.folder,
+        recipe.calibration.seed,
+        choose_device(recipe.device),
+        progress,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    windows.save(folder.work)
+    return windows
+
+
+def _distill(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    folder: RunFolder,
+    windows: Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distill the uncut model into the cut one, and overwrite its weights with the result.
+
+    Both models are in memory if they fit, else one decoder layer (`training/layerwise.py`). In
+    memory everything learns but the embeddings and the head; in sweeps the decoder layers learn.
+    """
+    trust, reader = recipe.trust_remote_code, CheckpointReader(folder.model)
+    dense = CheckpointTarget(open_weights(source.folder), None, device, trust_remote_code=trust)
+    made = CheckpointTarget(
+        reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
+    )
+    size = _sweep_windows(recipe, dense, folder.work / DISTILLATION_MODE, windows)
+    how, seed = recipe.distillation, recipe.calibration.seed
+    data = distillation_data(windows, how, seed)
+    saved = folder.work / "distillation"
+    if not size:
+        return _distill_whole(recipe, source, made, folder.model, data, saved, progress)
+    width = hidden_size(made.model)
+
+    def student_of(module: nn.Module, number: int) -> Student:
+        return Student(module, frozenset(trainable_names(made, number)), width)
+
+    layers = range(len(made.layers))
+    return LayerwiseDistillation(
+        dense, folder.model, layers, student_of, data, size, saved, progress,
+        trust_remote_code=trust,
+    ).learn_into(made)  # fmt: skip
+
+
+def _sweep_windows(
+    recipe: StructureRecipe, dense: CheckpointTarget, file: Path, windows: Tensor
+) -> int:
+    """The number of windows in a sweep; 0 if both whole models fit into memory.
+
+    The choice is stored, so a resumed run keeps it.
+    """
+    if file.exists():
+        return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
+    size = recipe.distillation.sweep_windows
+    if size is None:
+        size, budget = 0, memory_budget(recipe.memory.max_bytes, dense.device).computing
+        # of two models of the uncut size
+        needed = distilling_bytes(dense, windows[:1])
+        needed += resident_bytes() if dense.device.type == "cpu" else 0
+        if needed > budget:
+            size = SWEEP_WINDOWS
+            log_sweeps(size, needed, budget)
+    write_json(file, {"sweep_windows": size})
+    return size
+
+
+def _distill_whole(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    made: CheckpointTarget,
+    folder: Path,
+    data: DistillationData,
+    saved: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distill with both models in memory."""
+    device, trust = made.device, recipe.trust_remote_code
+
+    def train() -> dict[str, float]:
+        teacher = load_whole(
+            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        student = load_whole(folder, device, trust_remote_code=trust)
+        outside = {id(p) for p in student.get_input_embeddings().parameters()}
+        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
+        trained = [
+            name
+            for name, p in student.named_parameters()
+            if id(p) not in outside and p.is_floating_point() and p.numel()
+        ]
+        width = hidden_size(student)
+        return Student(student, frozenset(trained), width).learn(teacher, data, progress, saved)
+
+    losses = once(saved, train)
+    assert made.output is not None
+    with safe_open(saved / FINAL, "pt") as learned:
+        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            made.output.write(made.stored[name], learned.get_tensor(name))
+    made.output.sync()
+    return losses
+
+
+def _verified(
+    skeleton: Any, source: Path, whole: Path, steps: list[dict[str, Any]], recipe: StructureRecipe
+) -> Accounting:
+    """Count the parameters of the written model, and compare them with the notes of the steps."""
+    made = build_skeleton(whole, trust_remote_code=recipe.trust_remote_code)
+    before, after = accounting(skeleton, Cut()).before, accounting(made, Cut()).before
+    if form_of(source) is not None:
+        before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
+        after = after.model_copy(update={"file_bytes": CheckpointReader(whole).total_bytes})
+    promised = steps[-1]["after"]["decoder"]
+    if after.decoder != promised:
+        raise VerificationError(
+            f"the decoder has {after.decoder:,} parameters, the cut promised {promised:,}",
+            where=str(whole),
+            remedy="this is a fault in secateur; please report it",
+        )
+    return Accounting(before, after, steps[-1]["varied"])
+
+
+def _manifest_of(
+    recipe: StructureRecipe,
+    source: LocalCheckpoint,
+    structure: Structure,
+    distilled: Mapping[str, float] | None,
+    calibration: Mapping[str, Any],
+    meter: Meter,
+    device: torch.device,
+    folder: RunFolder,
+) -> Manifest:
+    """The record of a finished cut."""
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        source=source.record,
+        method={
+            "name": "structure",
+            "score": recipe.score,
+            "solver": recipe.solver,
+            "pattern": ", ".join(step["step"] for step in structure.steps),
+            "scope": "layer",
+            "effort": recipe.effort,
+            "asymmetric": recipe.asymmetric,
+            "fast_matmuls": recipe.fast_matmuls,
+            "distillation": recipe.distillation.model_dump(),
+        },
+        allocation={"name": recipe.allocation or "uniform"},
+        structure=structure,
+        distillation=None if distilled is None else dict(distilled),
+        calibration=dict(calibration) or None,
+        environment=environment(device),
+        cost=Cost.model_validate({**meter.read(), "resumed": folder.resumed}),
+        result=RunResult(
+            decoder_sparsity=0.0,
+            model_sparsity=0.0,
+            parameters=structure.after.parameters,
+            file_bytes=structure.after.file_bytes,
+        ),
+        formats=formats_of(source.folder, folder.model),
+    )
+
+
+def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The notes of a step without its lists of indices, which `steps.json` keeps."""
+    tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
+    return {
+        "step": step["step"],
+        "by": step.get("by", step.get("solver")),
+        "decoder_before": step["before"]["decoder"],
+        "decoder_after": step["after"]["decoder"],
+        **tokens,
+    }

@@ -1,0 +1,459 @@
+"""`secateur sweep` prunes one model in many ways and evaluates all results on the same text.
+
+The points share the calibration windows, the tokenised texts, and the evaluation of the dense
+model. They do not share statistics: the inputs of a layer depend on the pruning of the layers
+before it, so every point gathers its own. Points know nothing of each other, so a Ray cluster can
+take some at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.calibration.documents import JoinedText, read_text
+from secateur.calibration.windows import load_windows, save_windows, stored_extra
+from secateur.errors import RecipeError, SecateurError
+from secateur.evaluation.perplexity import computed_by, evaluation_windows, perplexity
+from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.configuration import read_config
+from secateur.models.opening import load_whole
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.parallel.ray_launcher import each
+from secateur.progress import Labelled, Progress, Silent, listener
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.measure import SweepRecipe
+from secateur.recipes.presets import presets
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.reporting.plots import save_plots
+from secateur.reporting.results.sweep import SweepResult, sweep_charts
+from secateur.runs.atomic import write_json
+from secateur.runs.environment import choose_device, environment
+from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
+from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
+from secateur.runs.records import (
+    Manifest,
+    PointKey,
+    Sweep,
+    SweepDense,
+    SweepPoint,
+    read_record,
+)
+from secateur.sparsity.methods import methods
+from secateur.sparsity.patterns import parse_pattern
+from secateur.steps.judge.perplexity import window_progress
+from secateur.steps.prune.checkpoint import run_recipe
+from secateur.steps.prune.composition import allocation_of, method_of
+from secateur.steps.prune.prepare import prepare, windows_needed
+
+Outcome = tuple[PointKey, SweepPoint | SecateurError]
+"""A point, and what was measured or why it failed."""
+
+CONDITIONS = (
+    "model",
+    "calibration",
+    "windows",
+    "sequence_length",
+    "seed",
+    "text",
+    "text_sequence_length",
+    "text_windows",
+    "device",
+    "trust_remote_code",
+)
+"""The options that must not change when a sweep resumes. New points are allowed."""
+
+
+@takes_options_of(SweepRecipe)
+def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
+    """Prune and evaluate a model with several methods at several sparsities.
+
+    A point that fails is recorded as a failure, and the sweep continues. The next call with the
+    same output resumes the sweep, and tries failed points again.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The points, and the dense model's perplexities.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
+
+
+def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
+    """Prune and evaluate a model at every point of a recipe, or resume a stopped sweep.
+
+    This writes `sweep.json` after every point, and a table and a plot at the end.
+
+    Args:
+        recipe: the recipe.
+        progress: receives every step.
+
+    Raises:
+        SecateurError: the recipe is invalid, or the folder holds another sweep.
+    """
+    if recipe.output is None:
+        raise RecipeError("no output folder", remedy="add --output DIR")
+    folder = Path(recipe.output)
+    check_writable(folder / "sweep.json", file=True)
+    check_own(folder, "sweep", "sweep.json")
+    for read in (recipe.model, recipe.calibration, *recipe.text):
+        check_apart(read, folder, folder)
+    with _locked(folder):
+        run = SweepRun(recipe, folder, listener(progress))
+        run.begin()
+        run.judge_dense()
+        done = {point.key: point for point in run.record.points}
+        for point in done.values():
+            run.drop_weights(point)
+        left = [key for key in run.grid if key not in done]
+        for key, found in run.on_ray(left) if recipe.cluster.ray is not None else run.in_turn(left):
+            run.note(key, found)
+        result = SweepResult(run.record, folder)
+        _write_views(result)
+    return result
+
+
+def _grid(recipe: SweepRecipe) -> list[PointKey]:
+    """Method, pattern and sparsity of each point, in order.
+
+    Raises:
+        RecipeError: there is no point.
+        PatternError: a pattern has the wrong form.
+    """
+    columns = [("unstructured", sparsity) for sparsity in recipe.sparsities]
+    for text in recipe.patterns:
+        implied = parse_pattern(text).sparsity
+        columns += [(text, s) for s in (recipe.sparsities if implied is None else [implied])]
+    grid = [(method, kind, round(s, 6)) for method in recipe.methods for kind, s in columns]
+    if not grid or not recipe.text:
+        raise RecipeError(
+            f"{len(recipe.methods)} methods, {len(columns)} sparsities, {len(recipe.text)} texts "
+            "to judge on: nothing to do",
+            remedy="for example --methods wanda,sparsegpt --sparsities 0.3,0.5,0.6,0.7",
+        )
+    return list(dict.fromkeys(grid))
+
+
+def _point_name(key: PointKey) -> str:
+    """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
+    method, pattern, sparsity = key
+    implied = parse_pattern(pattern).sparsity
+    kind = [] if pattern == "unstructured" else [pattern.replace(":", "-")]
+    share = [f"{100 * sparsity:g}"] if implied is None else []
+    return "-".join([method, *kind, *share])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the folder of a sweep. A new folder that stays empty is removed afterwards.
+
+    Raises:
+        RecipeError: another process uses the folder, or it is not writable.
+        MemoryBudgetError: the disk is full.
+    """
+    lock, who = Lock(folder), folder / "run.json"
+    try:
+        if not lock.take():
+            record = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
+            raise in_use(record, folder)
+        write_json(who, holder("sweep"))
+        yield
+    except OSError as error:
+        raise cannot_write(error, folder) from error
+    finally:
+        if lock.descriptor is not None:
+            who.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            lock.release()
+
+
+class SweepRun:
+    """A running sweep: its folder, its measurements so far, and the data that all points share.
+
+    Raises:
+        SecateurError: a recipe is invalid. Nothing is written in this case.
+    """
+
+    def __init__(self, recipe: SweepRecipe, folder: Path, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.grid = _grid(recipe)
+        self.device = choose_device(recipe.device)
+        self.calibrated = [key for key in self.grid if self.needs_windows(key)]
+        self.source = resolve(
+            recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress
+        )
+        self.texts, self.windows, self.start = _evaluation_texts(recipe, self.source)
+        self.record = self.found_or_new()
+
+    @property
+    def windows_file(self) -> Path:
+        """The calibration windows of all points."""
+        return self.folder / "windows.safetensors"
+
+    def found_or_new(self) -> Sweep:
+        """The record of the sweep in the folder, or an empty one.
+
+        Raises:
+            RecipeError: the folder holds another sweep, or points that are not in this recipe.
+        """
+        conditions = {name: getattr(self.recipe, name) for name in CONDITIONS}
+        conditions |= {
+            "text": list(self.recipe.text),
+            "texts_sha256": {text: _digest(windows) for text, windows in self.windows.items()},
+        }
+        file = self.folder / "sweep.json"
+        if not file.exists():
+            return Sweep(
+                model=self.recipe.model,
+                dense=SweepDense(),
+                environment=environment(self.device),
+                conditions=conditions,
+                protocol={},
+                calibration=None,
+                points=(),
+                failures=(),
+            )
+        found = read_record(Sweep, file)
+        names = sorted({*conditions, *found.conditions})
+        differing = [
+            f"{name}: {found.conditions.get(name)!r} then, {conditions.get(name)!r} now"
+            for name in names
+            if found.conditions.get(name) != conditions.get(name)
+        ]
+        missing = [_point_name(p.key) for p in found.points if p.key not in self.grid]
+        if missing:
+            differing.append(f"measured, but not asked for now: {', '.join(missing)}")
+        if differing:
+            raise RecipeError(
+                f"the sweep in the folder is another one ({'; '.join(differing)})",
+                where=str(file),
+                remedy="repeat the options of the first call (methods, sparsities and patterns "
+                "may be added), or choose another --output",
+            )
+        return found.model_copy(update={"failures": ()})
+
+    def save(self, **changes: Any) -> None:
+        """Change fields of the record and write it, with the points in the order of the recipe."""
+        record = self.record.model_copy(update=changes)
+        points = sorted(record.points, key=lambda point: self.grid.index(point.key))
+        self.record = record.model_copy(update={"points": tuple(points)})
+        write_json(self.folder / "sweep.json", self.record.to_json())
+
+    def begin(self) -> None:
+        """Make the folder, and cut the calibration windows of all points.
+
+        Raises:
+            RecipeError: the windows differ from the windows at the start of the sweep.
+        """
+        (self.folder / "points").mkdir(parents=True, exist_ok=True)
+        if self.calibrated and self.record.calibration is None:
+            recipe = self.recipe_of(self.calibrated[0], self.recipe.calibration)
+            windows = prepare(recipe).windows
+            assert windows is not None
+            save_windows(
+                windows.all,
+                self.windows_file,
+                start=windows.record.get("start_tokens", ()),
+                extra=len(windows.extra),
+            )
+            self.save(calibration=windows.record)
+            return
+        if (
+            self.record.calibration is not None
+            and self.stored_digest() != self.record.calibration["sha256"]
+        ):
+            raise RecipeError(
+                "the calibration windows are not those that the sweep began with",
+                where=str(self.windows_file),
+                remedy="choose another --output",
+            )
+        self.save()
+
+    def stored_digest(self) -> str:
+        """The digest of the stored calibration windows, without the extra ones."""
+        windows = load_windows(self.windows_file)
+        return _digest(windows[: len(windows) - stored_extra(self.windows_file)])
+
+    def recipe_of(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
+        """The recipe of a point. By default it uses the calibration windows of the sweep.
+
+        Raises:
+            SecateurError: the recipe is invalid.
+        """
+        method, pattern, sparsity = key
+        shared = self.recipe
+        implied = parse_pattern(pattern).sparsity
+        return build_recipe(
+            PruneRecipe,
+            {
+                "model": shared.model,
+                "output": str(self.place(key)),
+                "effort" if method in presets and method not in methods else "method": method,
+                "pattern": pattern,
+                "sparsity": sparsity if implied is None else None,
+                "calibration": {
+                    "source": calibration or str(self.windows_file),
+                    "windows": shared.windows,
+                    "sequence_length": shared.sequence_length,
+                    "seed": shared.seed,
+                },
+                "device": shared.device,
+                "trust_remote_code": shared.trust_remote_code,
+            },
+        )
+
+    def needs_windows(self, key: PointKey) -> bool:
+        """Whether a point needs calibration. This also checks its recipe."""
+        recipe = self.recipe_of(key)
+        method, _ = method_of(recipe)
+        return windows_needed(recipe, method, allocation_of(recipe, method))
+
+    def place(self, key: PointKey) -> Path:
+        """The folder of a point."""
+        return self.folder / "points" / _point_name(key)
+
+    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], dict[str, str]]:
+        """The mean loss on every text, in nats per token, and how the model computed."""
+        loaded = load_whole(folder, self.device, trust_remote_code=self.recipe.trust_remote_code)
+        losses = {}
+        for text, windows in self.windows.items():
+            with window_progress(progress, f"judging on {text}", len(windows)) as report:
+                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=report)
+            losses[text] = result.mean_loss
+        return losses, computed_by(loaded)
+
+    def judge_dense(self) -> None:
+        """Evaluate the dense model once, as the reference of all points."""
+        if self.record.dense.perplexity:
+            return
+        losses, computed = self.judge(self.source.folder, Labelled(self.progress, "dense"))
+        protocol = {
+            text: describe_protocol(
+                self.windows[text],
+                dataset=self.texts[text].dataset,
+                join=self.texts[text].join,
+                computed=computed,
+                start=self.start,
+            )
+            for text in losses
+        }
+        dense = {text: math.exp(loss) for text, loss in losses.items()}
+        self.save(dense=SweepDense(perplexity=dense), protocol=protocol)
+
+    def in_turn(self, keys: list[PointKey]) -> Iterator[Outcome]:
+        """Measure points one after the other."""
+        for key in keys:
+            place = f"{1 + self.grid.index(key)}/{len(self.grid)} {_point_name(key)}"
+            try:
+                yield key, self.measure(key, Labelled(self.progress, place))
+            except SecateurError as error:
+                yield key, error
+
+    def on_ray(self, keys: list[PointKey]) -> Iterator[Outcome]:
+        """Measure points in processes of a Ray cluster, in the order in which they end."""
+        address, processes = self.recipe.cluster.ray, self.recipe.cluster.processes
+        assert address is not None
+        work = partial(_measure_alone, self.recipe, self.folder.absolute())
+        on_gpu = self.device.type == "cuda"
+        self.progress.start("points", len(keys))
+        for key, found in each(address, processes, on_gpu, work, keys):
+            self.progress.step(note=_point_name(key))
+            yield key, found
+        self.progress.finish()
+
+    def note(self, key: PointKey, found: SweepPoint | SecateurError) -> None:
+        """Record a measured point and delete its weights unless kept, or record its failure."""
+        if isinstance(found, SweepPoint):
+            self.save(points=(*self.record.points, found))
+            self.drop_weights(found)
+            return
+        named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
+        failure = {**named, "what": found.what, "where": found.where}
+        self.save(failures=(*self.record.failures, failure))
+
+    def measure(self, key: PointKey, progress: Progress) -> SweepPoint:
+        """Prune or resume a point, and evaluate it."""
+        place = self.place(key)
+        begun = place.with_name(place.name + ".partial")
+        if begun.exists() or not place.exists():  # else it is pruned but not evaluated
+            run_recipe(self.recipe_of(key), progress, resume=True)
+        manifest = read_record(Manifest, place / NOTES / "manifest.json")
+        losses, _ = self.judge(place, progress)
+        dense = self.record.dense.perplexity
+        notes = str(place.relative_to(self.folder))
+        return SweepPoint(
+            **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
+            perplexity={text: math.exp(loss) for text, loss in losses.items()},
+            excess={text: loss - math.log(dense[text]) for text, loss in losses.items()},
+            zeros=manifest.result.decoder_sparsity,
+            seconds=manifest.cost.seconds,
+            peak_resident_bytes=manifest.cost.peak_resident_bytes,
+            notes=notes,
+            folder=notes if self.recipe.keep_models else None,
+        )
+
+    def drop_weights(self, point: SweepPoint) -> None:
+        """Keep only the notes of a finished point, unless its weights must stay."""
+        place = self.folder / point.notes
+        if point.folder is not None or not place.is_dir():
+            return
+        for entry in place.iterdir():
+            if entry.is_dir() and entry.name != NOTES:
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink()
+        for name in ("windows.safetensors", STATE):  # without weights, no run is finished here
+            (place / NOTES / name).unlink(missing_ok=True)
+
+
+def _measure_alone(recipe: SweepRecipe, folder: Path, key: PointKey) -> SweepPoint:
+    """Measure a point in a process of its own. The process that began the sweep records it."""
+    return SweepRun(recipe, folder, Silent()).measure(key, Silent())
+
+
+def _evaluation_texts(
+    recipe: SweepRecipe, source: LocalCheckpoint
+) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
+    """The evaluation texts, their windows, and the start tokens of each window."""
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
+    config = read_config(source.folder)
+    longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
+    length = recipe.text_sequence_length or min(2048, longest)
+    texts = {text: read_text(text) for text in recipe.text}
+    windows = {
+        text: evaluation_windows(joined.text, tokenizer, length, max_windows=recipe.text_windows)
+        for text, joined in texts.items()
+    }
+    return texts, windows, start_tokens(tokenizer)
+
+
+def _digest(windows: Tensor) -> str:
+    """A digest that identifies a set of windows."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
+def _write_views(result: SweepResult) -> None:
+    """Write the table and the plot of a sweep into its folder."""
+    (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
+    (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
+    charts = sweep_charts([result]) if result.points else []
+    if charts:  # a chart needs two points
+        save_plots(charts, result.folder / "sweep")

@@ -1,0 +1,399 @@
+"""Trains a checkpoint on text or with a teacher, keeps its zeros, and writes a run folder.
+
+The result is a copy of the source, into which the float32 weights are written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateur.diagnostics.audit import audit_checkpoint
+from secateur.errors import VerificationError
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.configuration import read_config
+from secateur.models.opening import load_whole, refuse_quantized
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.stored_parameters import StoredModel
+from secateur.progress import Progress, Silent, listener
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.reading import dump_recipe
+from secateur.recipes.train import TrainRecipe
+from secateur.reporting.cards import training_card
+from secateur.reporting.results.plan import TrainPlanResult
+from secateur.reporting.results.prune import TrainResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import Meter, choose_device, environment
+from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.output import check_free
+from secateur.runs.records import Cost, Training, read_list
+from secateur.steps.checkpoint_files import carry_over
+from secateur.steps.train.memory import (
+    TrainingMemory,
+    check_memory,
+    disk_bytes,
+    training_memory,
+)
+from secateur.steps.train.session import Session, Trained, train_in_rounds
+from secateur.steps.train.setup import Adapted, TrainingInputs, adapt, check_together, merged
+from secateur.training.batches import Batches
+from secateur.training.masks import Masks, is_shared, local, rows_of
+from secateur.training.process_group import ProcessGroup, load
+from secateur.training.training_plan import TrainingPlan, optimizers
+
+NO_PART = {
+    "output",
+    "device",
+    "save_minutes",
+    "learning_rate",
+    "teacher_file",
+    "tensorboard",
+    "memory",
+}
+"""Fields that may differ in a resumed training. The learning rate is one of them: a training that
+diverged can resume from its last save with a lower rate."""
+
+TRAININGS = "training.json"
+
+
+@takes_options_of(TrainRecipe)
+def train(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> TrainResult | TrainPlanResult:
+    """Train a checkpoint into a new folder, with its zeros held at every step.
+
+    It learns from text; with a `teacher` it learns that model's predictions for the text.
+
+    Args:
+        model: hub id, folder or named sample.
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The result of the training; with `dry_run` its plan.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    recipe, call = recipe_of(TrainRecipe, {"model": model}, options)
+    if call.pop("dry_run", False):
+        return plan_training(recipe, listener(progress), call)
+    return run_training(recipe, listener(progress), **call)
+
+
+def plan_training(
+    recipe: TrainRecipe, progress: Progress, call: Mapping[str, Any]
+) -> TrainPlanResult:
+    """Check a recipe and its texts, and show what the training would need.
+
+    Args:
+        recipe: recipe of the training.
+        progress: receives the reading of the text.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the training would.
+    """
+    processes = ProcessGroup(choose_device(recipe.device))
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    refuse_quantized(source.folder)
+    inputs = TrainingInputs.read(recipe, source, processes, progress)
+    found = _planned(inputs, None)
+    places = () if found.teacher is None else (found.teacher.folder,)
+    read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
+    check_output(recipe.output, "train", found.disk_bytes, read, call)
+    record, plan = inputs.text.record, found.plan
+    return TrainPlanResult(
+        objective=_objective_text(recipe),
+        text=record["source"],
+        windows=record["windows"],
+        sequence_length=record["sequence_length"],
+        validation_windows=record["validation_windows"],
+        steps=plan.steps or None,
+        minutes=plan.minutes or None,
+        tokens=plan.steps * recipe.batch * record["sequence_length"] or None,
+        memory=found.memory.to_json(),
+        disk_bytes=found.disk_bytes,
+    )
+
+
+def run_training(
+    recipe: TrainRecipe,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Carry out the recipe of a training, into a new folder.
+
+    With several processes, only the first one writes. All return the result.
+
+    Args:
+        recipe: recipe of the training.
+        progress: receives every step.
+        resume: resume a stopped training, or start if there is none.
+        restart: discard the files of a stopped training.
+        overwrite: replace an existing output folder.
+    """
+    meter = Meter.start()
+    processes = ProcessGroup(choose_device(recipe.device))
+    progress = progress if progress is not None and processes.main else Silent()
+    folder = RunFolder(recipe.output, "train", resume=resume, restart=restart, overwrite=overwrite)
+    folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
+    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    folder.keep_apart(source.folder)
+    refuse_quantized(source.folder)
+    processes.wait()  # all must read the folder before one of them locks it
+    with folder if processes.main else nullcontext():
+        processes.wait()
+        _train_into(folder, recipe, source, processes, progress, meter)
+        processes.wait()
+    return _report_of(folder.output)
+
+
+def _train_into(
+    folder: RunFolder,
+    recipe: TrainRecipe,
+    source: LocalCheckpoint,
+    processes: ProcessGroup,
+    progress: Progress,
+    meter: Meter,
+) -> None:
+    """Run or resume the training, and write the model, unless an earlier run finished it."""
+    trust, work = recipe.trust_remote_code, folder.work
+    inputs = TrainingInputs.read(recipe, source, processes, progress)
+    text = inputs.text
+    if processes.main:
+        settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
+        identity = {  # everything that affects the trained weights
+            **recipe.model_dump(mode="json", exclude=NO_PART),
+            "tokens": text.record["sha256"],
+            "source_files": file_digests(inputs.target.reader.files, progress),
+        }
+        folder.begin(identity, settled)
+        folder.worth_resuming = lambda: any(
+            file.name != "best.safetensors" for file in work.rglob("*.safetensors")
+        )
+    if folder.finished:
+        return
+    found = _planned(inputs, work)
+    if found.teacher is not None:
+        folder.keep_apart(found.teacher.folder)
+    check_free(found.disk_bytes, folder.output, folder.partial)
+    # Weights are not rounded between the rounds of iterative pruning.
+    dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
+    model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
+    masks = inputs.masks(model)
+    objective = inputs.objective(found.teacher, model, work, progress)
+    adapted = adapt(recipe, model, masks, text.windows)
+    session = Session(
+        adapted,
+        Batches(text.windows, recipe.batch, recipe.seed),
+        objective,
+        found.plan,
+        text.validation,
+        work,
+        progress,
+        processes,
+        Path(recipe.tensorboard) if recipe.tensorboard else None,
+    )
+    rounds = adapted.rounds
+    trained = session.run() if rounds is None else train_in_rounds(session, rounds)
+    if processes.main:
+        training = _record(inputs, session, trained, meter, found.memory)
+        _write(recipe, source, adapted.masks, training, trained, folder, progress)
+    processes.wait()
+    _check_written(folder.model, adapted.masks, trust_remote_code=trust)
+    processes.wait()
+    if processes.main:
+        folder.finish()
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """What is known of a training before the weights are read.
+
+    Attributes:
+        plan: its length, learning rate and optimizer.
+        teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
+        memory: what it needs.
+        disk_bytes: what it writes at most.
+    """
+
+    plan: TrainingPlan
+    teacher: LocalCheckpoint | None
+    memory: TrainingMemory
+    disk_bytes: int
+
+
+def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
+    """Check everything that needs no weights."""
+    recipe, target, text = inputs.recipe, inputs.target, inputs.text
+    check_together(recipe, inputs.processes)
+    plan, teacher = inputs.plan(), inputs.teacher(work)
+    memory = training_memory(recipe, target, teacher, text, plan, inputs.processes)
+    check_memory(memory, recipe, inputs.processes.device)
+    return PlannedTraining(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
+
+
+def _report_of(output: Path) -> TrainResult:
+    """Read the result of a finished training from its notes."""
+    return TrainResult(output, read_list(Training, output / NOTES / TRAININGS)[-1])
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def _record(
+    inputs: TrainingInputs,
+    session: Session,
+    trained: Trained,
+    meter: Meter,
+    memory: TrainingMemory,
+) -> Training:
+    """The record of a finished training."""
+    outcome, recipe = trained.outcome, inputs.recipe
+    validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
+    return Training(
+        source=inputs.source.record,
+        objective=_objective_text(recipe, session.adapted),
+        text=inputs.text.record,
+        learning_rate=trained.learning_rate,
+        optimizer=optimizers()[recipe.optimizer.lower()].__name__,
+        processes=session.processes.ranks,
+        recipe=recipe.model_dump(mode="json"),
+        environment=environment(session.processes.device),
+        planned=memory.to_json(),
+        cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
+        result={
+            **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},
+            "perplexities": validations,
+            "perplexity_before": validations[0][1] if validations else None,
+            "perplexity_after": math.exp(outcome.best_loss) if validations else None,
+            "rounds": trained.rounds,
+        },
+    )
+
+
+def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
+    """Describe in words the loss of a training, and its pruning."""
+    text = "next token"
+    if recipe.teacher is not None:
+        text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
+        if recipe.next_token:
+            part = recipe.next_token
+            text = f"{1 - part:g} of {text}, {part:g} of next token"
+        if recipe.hidden_weight:
+            text += f", {recipe.hidden_weight:g} of hidden states"
+    if recipe.lora is not None:
+        text += f", adapters of rank {recipe.lora.rank}"
+    if adapted is None:
+        return text
+    pruned = Masks(adapted.opened).sparsity
+    if recipe.gradual is not None:
+        text += f", pruned gradually to {pruned:.0%}"
+    if adapted.rounds is not None:
+        rounds = adapted.rounds
+        text += f", pruned to {pruned:.0%} in {rounds.rounds} rounds, rewinding {rounds.rewind}"
+    return text
+
+
+def _write(
+    recipe: TrainRecipe,
+    source: LocalCheckpoint,
+    masks: Masks,
+    training: Training,
+    trained: Trained,
+    folder: RunFolder,
+    progress: Progress,
+) -> None:
+    """Write the model and its notes."""
+    made = folder.fresh_model()
+    _write_trained(recipe, source.folder, masks, trained.final, made, progress)
+    carry_over(source.folder, made, read_config(source.folder), same_weights=False)
+    audit = audit_checkpoint(made, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    result = {**training.result, "decoder_sparsity": audit.sparsity}
+    training = training.model_copy(update={"result": result})
+    trainings = folder.notes / TRAININGS
+    before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
+    write_json(trainings, [*before, training.to_json()])
+    shutil.copyfile(trained.log, folder.notes / "training.jsonl")
+    recipe_yaml = dump_recipe(recipe)
+    write_text(folder.notes / "training.yaml", recipe_yaml)
+    card = training_card(training, recipe_yaml, source.folder, recipe.output or folder.output)
+    write_text(made / "README.md", card)
+
+
+class OpenFile(Mapping[str, Tensor]):
+    """The tensors of an open file, each read on access."""
+
+    def __init__(self, stored: Any) -> None:
+        self.stored, self.names = stored, frozenset(stored.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        value: Tensor = self.stored.get_tensor(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _write_trained(
+    recipe: TrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
+) -> None:
+    """Write a copy of the source with the new values of the trained parameters.
+
+    The copy has the names, shapes, dtypes and files of the source. Tensors that were not trained
+    are the same byte for byte. With adapters the whole model is in memory, as in their training.
+    """
+    stored, trust = stored_model(source, recipe.trust_remote_code), recipe.trust_remote_code
+    copy = PatchedCopy(stored.reader, made)
+    copy.create(progress)
+    with safe_open(final, framework="pt") as opened:
+        values: Mapping[str, Tensor] = OpenFile(opened)
+        if recipe.lora is not None:
+            model = load_whole(source, torch.device("cpu"), trust_remote_code=trust)
+            values = dict(merged(recipe, model, masks, load_file(final)).named_parameters())
+        for name, tensor in stored.written(values):
+            copy.write(name, tensor)
+    copy.sync()
+
+
+def _check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
+    """Read a trained checkpoint again, one parameter at a time. Each process checks its part."""
+    stored = stored_model(folder, trust_remote_code)
+    for name, mask in masks.kept.items():
+        rows = rows_of(mask) if is_shared(mask) else slice(None)
+        filled = int(stored.read(name)[rows][~local(mask).cpu()].count_nonzero())
+        if filled:
+            raise VerificationError(
+                f"{filled} pruned weights are not zero in the files",
+                where=f"{name} in {folder}",
+                remedy="the files were changed after they were written, or this is a fault in "
+                "secateur; what was trained is still in the work folder",
+            )
+
+
+def stored_model(folder: Path, trust: bool) -> StoredModel:
+    """The parameters of a checkpoint in the names of the transformers model."""
+    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
+    return StoredModel(skeleton, CheckpointReader(folder))

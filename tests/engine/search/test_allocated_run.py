@@ -1,0 +1,343 @@
+"""Allocations on tiny models, against plain forwards of the whole model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from oracles import allocation as oracle
+from secateur.calibration.windows import save_windows
+from secateur.engine.prune.tasks import Selection, Settings, tasks_of
+from secateur.engine.search.allocation import (
+    LevelVariants,
+    Survey,
+    allocate,
+    grains_of,
+    search_levels,
+)
+from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.experts import opened_experts
+from secateur.progress import Silent
+from secateur.sparsity.allocation.global_threshold import GlobalThreshold
+from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
+from secateur.sparsity.allocation.owl import OWL
+from secateur.sparsity.allocation.search import Search
+from secateur.sparsity.methods import compose
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
+
+NAMES = ["owl", "layer-sensitivity", "global", "search"]
+SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+
+
+def survey_of(
+    model, work: Path, method="wanda", sparsity=0.5, overrides=None, scope=None
+) -> Survey:
+    target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
+    calibration = CalibrationStream(target, tiny_windows(), 40, True, work)
+    tasks = tasks_of(
+        target,
+        Selection(overrides=overrides or {}),
+        compose(method, "unstructured", scope),
+        sparsity,
+        calibration.layouts,
+    )
+    return Survey(target, tasks, calibration, Settings(micro_batch_tokens=40, work=work), Silent())
+
+
+def shares_of(survey: Survey, allocation, sparsity=0.5) -> dict[str, float]:
+    return {n: x.sparsity for n, x in allocate(survey, allocation, sparsity).items()}
+
+
+def inputs_of(model, windows) -> dict[str, torch.Tensor]:
+    """The inputs of every matrix in a plain forward, [tokens, in]."""
+    found = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: found.update({name: args[0].flatten(0, -2)})
+        )
+        for name, module in matrices(model).items()
+    ]
+    with torch.no_grad():
+        model(input_ids=windows)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def zeros(model) -> int:
+    return sum(int((weight_of(m) == 0).sum()) for m in matrices(model).values())
+
+
+@pytest.mark.parametrize("allocation", NAMES)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"method": "wanda"}),
+        ("llama", {"method": "sparsegpt"}),
+        ("gpt2", {"method": "taylor"}),
+        ("generic", {"method": "magnitude", "pattern": "4x4"}),
+    ],
+)
+def test_every_allocation_prunes_exactly_what_uniform_does(
+    allocation: str, family: str, options: dict
+) -> None:
+    found = {}
+    for name in ("uniform", allocation):
+        model = tiny_model(family)
+        report = secateur.prune(
+            model, sparsity=0.6, allocation=name, calibration=tiny_windows(), **options
+        )
+        found[name] = zeros(model)
+        asked = {r.asked for layer in report.layers for r in layer.linears}
+        assert (len(asked) == 1) == (name == "uniform")
+    assert found["uniform"] == found[allocation]
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "mixtral"])
+def test_owl_on_a_model_equals_the_formula_on_plain_forwards(family: str, tmp_path: Path) -> None:
+    with opened_experts(model := tiny_model(family)):
+        check_owl(model, tmp_path)
+
+
+def check_owl(model, work: Path) -> None:
+    inputs, modules = inputs_of(model, tiny_windows()), matrices(model)
+    by_layer: dict[str, list] = {}
+    for name, module in modules.items():
+        layer = next(part for part in name.split(".") if part.isdigit())
+        norm = inputs[name].double().square().mean(0).sqrt()  # over the tokens it sees
+        by_layer.setdefault(layer, []).append((weight_of(module), norm))
+    expected = oracle.owl(list(by_layer.values()), 0.5, 2.0, 0.08)
+    # a few outliers, in models this small
+    found = shares_of(survey_of(model, work), OWL(outlier_multiple=2.0))
+    for name, share in found.items():
+        layer = next(part for part in name.split(".") if part.isdigit())
+        columns = weight_of(modules[name]).shape[1]
+        # The scope is row: whole columns of at most 1/32.
+        assert share == pytest.approx(expected[int(layer)], abs=2.01 / columns), name
+
+
+def test_sensitivity_on_a_model_ranks_by_the_error_of_its_own_method(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    inputs, method = inputs_of(model, tiny_windows()), compose("wanda", "unstructured", "layer")
+    errors = {}
+    for name, module in matrices(model).items():
+        weight = weight_of(module)
+        mask = method.pattern.mask(weight.abs() * inputs[name].norm(dim=0), 0.5)
+        errors[name] = oracle.relative_error(weight, weight * mask, inputs[name])
+    expected = dict(zip(errors, oracle.sensitivity(list(errors.values()), 0.6, 0.1), strict=True))
+    found = shares_of(
+        survey_of(model, tmp_path, sparsity=0.6, scope="layer"), LayerSensitivity(), 0.6
+    )
+    weights = {name: weight_of(m).numel() for name, m in matrices(model).items()}
+    total = sum(weights.values())
+    excess = sum((expected[n] - 0.6) * weights[n] for n in weights) / total
+    for name, share in found.items():
+        # What all are moved by; those at an end of the range stay there.
+        assert share == pytest.approx(expected[name] - excess, abs=abs(excess) + 0.01), name
+        assert 0.5 - 1e-9 <= share <= 0.7 + 1e-9
+
+
+def test_the_bounded_threshold_on_a_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    scores = {n: weight_of(m).abs() for n, m in sorted(matrices(model).items())}
+    sizes = {n: s.numel() for n, s in scores.items()}
+    for index, score in enumerate(scores.values()):
+        score *= 1 + index  # layers whose scores are far apart
+    with torch.no_grad():
+        for name, module in matrices(model).items():
+            weight_of(module).copy_(scores[name])
+    found = shares_of(survey_of(model, tmp_path, "magnitude"), GlobalThreshold(reach=0.15))
+    bounds = {n: (round(0.35 * s + 0.499), int(0.65 * s)) for n, s in sizes.items()}
+    expected = oracle.bounded_threshold(scores, sum(sizes.values()) // 2, bounds)
+    got = {n: found[n] * sizes[n] for n in scores}
+    assert {n: round(x) for n, x in got.items()} == expected
+    shares = [x / sizes[n] for n, x in expected.items()]
+    assert min(shares) < 0.3515
+    assert max(shares) > 0.6485
+
+
+def tournament_of(survey: Survey, rungs, files: list[Path]) -> FitnessCache:
+    outer = EmbeddingAndHead(survey.target, tiny_windows())
+    fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
+    variants = LevelVariants(outer, list(rungs), fixed, files)
+    evaluator = CandidateEvaluator(outer, variants, "divergence", Silent())
+    return FitnessCache(evaluator, variants.versions, None, {})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_candidate_is_worth_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = copy.deepcopy(model)
+    survey = survey_of(model, tmp_path, overrides={"*.layers.1.mlp.down_proj": 0.25}
+                       if family == "llama" else None)  # fmt: skip
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
+    rungs = SMALL.ladders(grains)
+    measure = tournament_of(survey, rungs, files)
+    uniform = (0,) * len(rungs)
+    early = (1, *uniform[1:])  # shares nothing; the two below share all but the last layer
+    late, later = (*uniform[:-1], -1), (*uniform[:-1], 1)
+    candidates = [uniform, early, late, later, uniform]
+    measured = measure(candidates, 120, 0)
+    part = measure(candidates, 40, 2)
+    for candidate, whole, some in zip(candidates, measured, part, strict=True):
+        other = copy.deepcopy(before)
+        shares = {n: r.sparsity(x) for (n, r), x in zip(rungs.items(), candidate, strict=True)}
+        inputs = inputs_of(before, tiny_windows())
+        for name, module in matrices(other).items():
+            weight = weight_of(module)
+            score = weight.abs() * inputs[name].norm(dim=0)
+            weight *= survey.tasks[name].method.pattern.mask(score, shares.get(name, 0.25))
+        with torch.no_grad():
+            logits = [m(input_ids=tiny_windows()).logits.flatten(0, 1) for m in (before, other)]
+        assert whole == pytest.approx(oracle.divergence(*logits), rel=1e-3)
+        picked = slice(4 * 20, 6 * 20)
+        assert some == pytest.approx(oracle.divergence(*(x[picked] for x in logits)), rel=1e-3)
+    assert len(set(measured)) == 4
+    for name, parameter in model.named_parameters():  # looking leaves the model as it was
+        assert torch.equal(parameter, before.get_parameter(name)), name
+
+
+def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    survey = survey_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
+    found = search_levels(survey, SMALL, grains, files)
+    assert found.divergence < found.uniform_divergence
+    rungs = SMALL.ladders(grains)
+    best = tuple(
+        next(x for x in range(r.lowest, r.highest + 1) if r.sparsity(x) == found.sparsity_of[n])
+        for n, r in rungs.items()
+    )
+    again = tournament_of(survey, rungs, files)([best, (0,) * len(rungs)], 120, 0)
+    assert again == [found.divergence, found.uniform_divergence]
+    tasks, ideal = survey.tasks, found.sparsity_of
+    pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in ideal.items())
+    assert pruned == sum(g.uniform for g in grains.values())
+
+
+def test_a_killed_search_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survey = survey_of(tiny_model("llama"), tmp_path)
+    grains = grains_of(survey.tasks, SMALL)
+    files = survey.execute(SMALL, grains)
+    measured: list[int] = []
+    plain = CandidateEvaluator.fitness
+
+    def counted(self: CandidateEvaluator, candidates, rows) -> list[float]:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(len(candidates))
+        return plain(self, candidates, rows)
+
+    monkeypatch.setattr(CandidateEvaluator, "fitness", counted)
+    with pytest.raises(KeyboardInterrupt):
+        search_levels(survey, SMALL, grains, files)
+    monkeypatch.setattr(CandidateEvaluator, "fitness", plain)
+    before = (tmp_path / "search.jsonl").read_text()
+    resumed = search_levels(survey, SMALL, grains, files)
+    after = (tmp_path / "search.jsonl").read_text()
+    assert after.startswith(before)
+    (tmp_path / "search.jsonl").unlink()
+    assert search_levels(survey, SMALL, grains, files) == resumed
+    assert (tmp_path / "search.jsonl").read_text() == after
+
+
+def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "source")
+    found = []
+    for index, target in enumerate(
+        [model, CheckpointTarget(CheckpointReader(tmp_path / "source"), None, torch.device("cpu"))]
+    ):
+        (tmp_path / str(index)).mkdir()
+        found.append(shares_of(survey_of(target, tmp_path / str(index)), SMALL))
+        assert [f.name for f in (tmp_path / str(index)).glob("survey*")] == []
+    assert found[0] == found[1]
+
+
+def test_linears_with_a_sparsity_of_their_own_keep_it(tmp_path: Path) -> None:
+    for name in NAMES:
+        model = tiny_model("llama")
+        secateur.prune(
+            model,
+            method="wanda",
+            sparsity=0.5,
+            allocation=name,
+            overrides={"*.q_proj": 0.25, "*.layers.1.mlp.*": 0},
+            calibration=tiny_windows(),
+        )
+        rest = []
+        for path, module in matrices(model).items():
+            sparsity = float((weight_of(module) == 0).float().mean())
+            if path.endswith("q_proj"):
+                assert sparsity == 0.25
+            elif "layers.1.mlp" in path:
+                assert sparsity == 0
+            else:
+                rest.append(weight_of(module))
+        assert 2 * sum(int((w == 0).sum()) for w in rest) == sum(w.numel() for w in rest)
+
+
+def test_nothing_to_allocate(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    secateur.prune(
+        model, method="magnitude", sparsity=0.5, allocation="owl", overrides={"*": 0.25},
+        calibration=tiny_windows(),
+    )  # fmt: skip
+    assert {float((weight_of(m) == 0).float().mean()) for m in matrices(model).values()} == {0.25}
+
+
+@pytest.mark.parametrize("allocation", NAMES)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pattern": "2:4"}, "2:4 has one sparsity for every linear"),
+        ({"sparsity": 0.5, "scope": "global"}, "one threshold decides"),
+    ],
+)
+def test_where_there_is_nothing_to_decide_it_is_refused(
+    allocation: str, options: dict, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        secateur.prune(
+            tiny_model("llama"), allocation=allocation, calibration=tiny_windows(), **options
+        )
+
+
+def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    plans = {
+        name: secateur.prune(
+            str(tmp_path / "source"), dry_run=True, sparsity=0.5, method="sparsegpt",
+            allocation=name, calibration=str(tmp_path / "w.safetensors"),
+        ).plan
+        for name in ("uniform", *NAMES)
+    }  # fmt: skip
+    prunable = plans["uniform"].prunable_weights
+    disk = {name: p.disk_bytes - plans["uniform"].disk_bytes for name, p in plans.items()}
+    assert disk == {
+        "uniform": 0, "owl": 0, "layer-sensitivity": 0, "global": 4 * prunable,
+        "search": 7 * 4 * prunable,
+    }  # fmt: skip
+    flops = {name: p.flops / (2 * prunable * 120) for name, p in plans.items()}
+    assert [flops[n] for n in ("uniform", "owl", "layer-sensitivity", "global")] == [1, 2, 2, 2]
+    assert flops["search"] > 2

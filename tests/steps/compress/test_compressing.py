@@ -1,0 +1,582 @@
+"""Checkpoints are compressed to the size of theory and come back bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.cli import main
+from secateur.engine.prune.run import Run
+from secateur.errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    NumericalError,
+    RecipeError,
+    SecateurError,
+)
+from secateur.models import checkpoint
+from secateur.models.skeleton import quiet_transformers
+from secateur.quantization.int8 import dequantize_rows, quantize_rows
+from secateur.runs.folder import RunFolder
+from secateur.runtime.formats import Layout
+from secateur.runtime.packed import PackedCheckpoint
+from slow import every_pair, few_families
+from tiny import save_tiny
+from zoo import CONFIGS
+
+WEIGHTS = "model.safetensors"
+PACKED = "secateur.safetensors"
+
+
+def zero_out(folder: Path, sparsity: float = 0.5, pattern: tuple[int, int] | None = None) -> None:
+    """Set weights of the decoder's matrices to zero, in the files."""
+    generator = torch.Generator().manual_seed(1)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.ndim != 2 or not any(part.isdigit() for part in name.split(".")):
+                continue
+            if pattern is None:
+                tensor[torch.rand(tensor.shape, generator=generator) < sparsity] = 0
+            else:
+                groups = tensor.view(-1, pattern[1])
+                places = torch.rand(groups.shape, generator=generator).argsort(1)
+                groups.masked_fill_(places >= pattern[0], 0)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def pruned_model(
+    folder: Path, family: str = "llama", shards: int = 1, pattern: tuple[int, int] | None = None,
+    sparsity: float = 0.5, **options: object,
+) -> Path:  # fmt: skip
+    """A tiny model with zeros, and the records and card of a run."""
+    save_tiny(folder, family, shards, **options)  # type: ignore[arg-type]
+    zero_out(folder, sparsity, pattern)
+    (folder / "secateur").mkdir()
+    (folder / "secateur" / "recipe.yaml").write_text("method: wanda\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# a pruned model\n")
+    return folder
+
+
+def test_the_size_with_the_zeros_is_known(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m", hidden_size=96)
+    found = secateur.compress(source, output=tmp_path / "packed", values="int8")
+    without_linears = found.file_bytes - found.linears.bytes
+    for values in ("int8", "int4"):
+        dense = secateur.compress(
+            source, output=tmp_path / f"dense-{values}", values=values, format="dense"
+        )
+        assert found.dense_file_bytes[values] == without_linears + dense.linears.bytes
+    assert found.dense_file_bytes["as here"] == found.dense_file_bytes["int8"] > found.file_bytes
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()
+    }
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """The same tensors, bit for bit."""
+    ours, theirs = tensors_of(found), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert tensor.shape == theirs[name].shape
+        assert tensor.view(torch.uint8).equal(theirs[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", few_families(CONFIGS))
+def test_every_family_comes_back_bit_for_bit(tmp_path: Path, family: str) -> None:
+    source = pruned_model(tmp_path / "m", family)
+    report = secateur.compress(source, output=tmp_path / "c", values="keep")
+    assert report.linears.matrices == sum(x.matrices for x in report.formats.values())
+    assert "bitmask float32" in report.formats
+    assert report.file_bytes < 0.75 * report.source_bytes
+    packed = PackedCheckpoint(tmp_path / "c")
+    assert any(x.transposed for x in packed.layouts.values()) == (family == "gpt2")
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert_same(tmp_path / "d", source)
+    assert json.loads((tmp_path / "d" / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+    assert secateur.inspect(str(tmp_path / "c")).audit.sparsity == report.sparsity
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shards", "archive", "format"),
+    every_pair(
+        [torch.bfloat16, torch.float16, torch.float32],
+        [1, 3],
+        [False, True],
+        ["auto", "bitmask", "n-of-m", "dense"],
+    ),
+)
+def test_formats_shards_and_archives_come_back(
+    tmp_path: Path, dtype: torch.dtype, shards: int, archive: bool, format: str
+) -> None:
+    source = pruned_model(tmp_path / "m", shards=shards, pattern=(2, 4), dtype=dtype)
+    secateur.compress(source, output=tmp_path / "c", format=format, archive=archive, values="keep")
+    packed = PackedCheckpoint(tmp_path / "c")
+    assert [f.name for f in packed.files] == [
+        f.name.replace("model", "secateur") for f in sorted(source.glob("*.safetensors"))
+    ]
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "secateur",
+        "version": 4,
+        "archive": archive,
+        "activations": None,
+    }
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert "sparsity_config" not in config
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert_same(tmp_path / "d", source)
+
+
+def theory(out: int, columns: int, nonzeros: int, value_bytes: int) -> int:
+    return out * -(-columns // 8) + value_bytes * nonzeros
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_sizes_are_those_of_theory(tmp_path: Path, sparsity: float) -> None:
+    large = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    source = pruned_model(tmp_path / "m", sparsity=sparsity, dtype=torch.bfloat16, **large)
+    linears = [t for n, t in tensors_of(source).items() if t.ndim == 2 and "layers" in n]
+    zeros = sum(int((t == 0).sum()) for t in linears)
+    weights = sum(t.numel() for t in linears)
+    report = secateur.compress(source, output=tmp_path / "c", values="keep")
+    expected = sum(theory(*t.shape, int((t != 0).sum()), 2) for t in linears)
+    assert report.linears.bytes == expected
+    assert report.linears.weights == weights
+    assert report.sparsity == pytest.approx(zeros / weights)
+    assert report.linears.ratio == pytest.approx(1 - sparsity + 1 / 16, rel=0.02)
+    int8 = secateur.compress(source, output=tmp_path / "i", values="int8", embeddings="int8")
+    rows = sum(t.shape[0] for t in linears)
+    assert int8.linears.bytes == expected - (weights - zeros) + 4 * rows
+    assert int8.embeddings.matrices == 1  # tied: stored once
+    assert int8.embeddings.bytes == 96 * 128 + 4 * 96
+    archive = secateur.compress(source, output=tmp_path / "a", archive=True, values="keep")
+    assert archive.linears.bytes < 0.85 * report.linears.bytes
+
+
+def test_auto_takes_the_smallest(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m", pattern=(2, 4), dtype=torch.bfloat16)
+    tensors = tensors_of(source)
+    layer = "model.layers.0."
+    tensors[layer + "self_attn.k_proj.weight"].fill_(1.0)  # no zero at all
+    tensors[layer + "self_attn.v_proj.weight"].zero_()  # nothing else
+    weight = tensors[layer + "mlp.up_proj.weight"]
+    weight[0, :3] = 1.0  # one group keeps three of four
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    secateur.compress(source, output=tmp_path / "c", values="keep")
+    layouts = PackedCheckpoint(tmp_path / "c").layouts
+    assert layer + "self_attn.k_proj" not in layouts
+    assert layouts[layer + "self_attn.v_proj"] == Layout("n-of-m", "bfloat16", (16, 32), "1:32")
+    assert layouts[layer + "self_attn.q_proj"] == Layout("n-of-m", "bfloat16", (32, 32), "2:4")
+    assert layouts[layer + "mlp.up_proj"].format == "bitmask"
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert_same(tmp_path / "d", source)
+    report = secateur.compress(source, output=tmp_path / "i", values="int8", format="n-of-m")
+    assert report.formats["dense int8"].matrices == 1  # the one without a zero
+    assert {"2:4 int8", "1:32 int8"} < set(report.formats)
+    assert "bitmask int8" not in report.formats
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("archive", [False, True])
+def test_int8_comes_back_as_what_it_stands_for(tmp_path: Path, family: str, archive: bool) -> None:
+    source = pruned_model(tmp_path / "m", family, dtype=torch.bfloat16, sparsity=0.7)
+    secateur.compress(
+        source, output=tmp_path / "c", values="int8", embeddings="int8", archive=archive
+    )
+    packed = PackedCheckpoint(tmp_path / "c")
+    quantized = {f"{name}.weight": layout for name, layout in packed.layouts.items()}
+    assert any("emb" in name or "wte" in name for name in quantized)
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    before, after = tensors_of(source), tensors_of(tmp_path / "d")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name in quantized:
+            assert quantized[name].values == "int8"
+            weight = tensor.t() if quantized[name].transposed else tensor
+            expected = dequantize_rows(*quantize_rows(weight)).bfloat16()
+            tensor = expected.t() if quantized[name].transposed else expected
+            assert bool(((after[name] == 0) | (before[name] != 0)).all())  # zeros stay zeros
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "group", "archive"),
+    every_pair(["llama", "gpt2"], [("int4", None), ("int4", 32), ("int3", 128)], [False, True]),
+)
+def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
+    tmp_path: Path, family: str, values: str, group: int | None, archive: bool
+) -> None:
+    source = pruned_model(tmp_path / "m", family, dtype=torch.bfloat16, sparsity=0.5)
+    chosen = {"values": values, "archive": archive} | ({"group_size": group} if group else {})
+    report = secateur.compress(source, output=tmp_path / "c", **chosen)
+    packed = PackedCheckpoint(tmp_path / "c")
+    assert {layout.values for layout in packed.layouts.values()} == {values}
+    assert {layout.group for layout in packed.layouts.values()} == {group or 64}
+    assert f"bitmask {values} g{group or 64}" in report.formats
+    assert 0.02 < report.value_error < 0.4
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    before, after = tensors_of(source), tensors_of(tmp_path / "d")
+    for name, tensor in before.items():
+        layout = packed.layouts.get(name.removesuffix(".weight"))
+        if layout is not None and name.endswith(".weight"):
+            weight = tensor.t() if layout.transposed else tensor
+            expected = layout.grid.dequantize(*layout.grid.quantize(weight)).bfloat16()
+            tensor = expected.t() if layout.transposed else expected
+            assert bool(((after[name] == 0) | (before[name] != 0)).all())  # zeros stay zeros
+        assert torch.equal(after[name], tensor), name
+    again = secateur.compress(tmp_path / "d", output=tmp_path / "again", **chosen)
+    assert again.value_error == 0
+    secateur.decompress(tmp_path / "again", output=tmp_path / "same")
+    assert_same(tmp_path / "same", tmp_path / "d")
+
+
+def zeros_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Where the decoder's matrices of a dense folder are zero."""
+    tensors = load_file(folder / WEIGHTS)
+    return {n: t == 0 for n, t in tensors.items() if t.ndim == 2 and "embed" not in n}
+
+
+def output_error(found: Path, expected: Path, windows: torch.Tensor) -> float:
+    """How far the logits of two dense folders are apart, relative and squared."""
+    with quiet_transformers(), torch.no_grad():
+        one, other = (AutoModelForCausalLM.from_pretrained(x) for x in (found, expected))
+        wanted = other(windows).logits
+        return float((one(windows).logits - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "dense", "values", "largest_error"),
+    every_pair(["llama", "gpt2", "opt", "phi3"], [False, True], [("int8", 1e-3), ("int4", 0.02)]),
+)
+def test_calibration_makes_integers_closer_and_keeps_zeros(
+    tmp_path: Path, family: str, dense: bool, values: str, largest_error: float
+) -> None:
+    source = pruned_model(tmp_path / "m", family, sparsity=0.0 if dense else 0.5)
+    windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    secateur.compress(source, output=tmp_path / "near", values=values)
+    report = secateur.compress(
+        source, output=tmp_path / "fit", values=values, calibration=tmp_path / "w.safetensors"
+    )
+    assert not (tmp_path / "fit.rounded").exists()
+    record = json.loads((tmp_path / "fit" / "secateur" / "compression.json").read_text())
+    assert record["rounding"] == report.to_json()["rounding"]
+    assert f"bits {values[3:]}" in record["rounding"]["solver"]
+    assert 0 < record["rounding"]["mean_error"] < largest_error
+    assert report.value_error == 0 or values == "int8"
+    assert (tmp_path / "fit" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
+    for name in ("near", "fit"):
+        secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")
+    before, after = zeros_in(source), zeros_in(tmp_path / "fit-dense")
+    assert all(bool(after[name][zeros].all()) for name, zeros in before.items())
+    errors = [output_error(tmp_path / f"{name}-dense", source, windows) for name in ("fit", "near")]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"calibration": "x.txt"}, "the values are 'auto'"),
+        ({"calibration": "x.txt", "values": "float16"}, "help to round|helps to round"),
+        ({"values": "int8", "windows": 4}, "windows: changes nothing without calibration"),
+        ({"values": "int8", "calibration": "x.txt", "colour": 4}, "colour: unknown key"),
+        ({"values": "int8", "calibration": "none.txt"}, "none.txt"),
+    ],
+)
+def test_calibration_that_makes_no_sense(tmp_path: Path, options, why: str) -> None:
+    source = pruned_model(tmp_path / "m")
+    with pytest.raises(SecateurError, match=why):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m"]
+
+
+def test_rounding_can_be_stopped_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pruned_model(tmp_path / "m")
+    windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    options = {"values": "int8", "calibration": tmp_path / "w.safetensors"}
+    secateur.compress(source, output=tmp_path / "whole", **options)
+
+    def stop(self: Run, index: int, *rest: object) -> None:
+        finish(self, index, *rest)
+        raise KeyboardInterrupt
+
+    finish = Run.finish_layer
+    monkeypatch.setattr(Run, "finish_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match="stopped before it finished"):
+        secateur.compress(source, output=tmp_path / "out", **options)
+    with pytest.raises(RecipeError, match="was a different one"):
+        secateur.compress(
+            source, output=tmp_path / "out", resume=True, micro_batch_tokens=64, **options
+        )
+
+    # and stopped once more, after the rounding
+    monkeypatch.setattr("secateur.steps.compress.pack.verified", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compress(source, output=tmp_path / "out", resume=True, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr("secateur.steps.compress.rounding.run_recipe", interrupted)
+    secateur.compress(source, output=tmp_path / "out", resume=True, **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+    monkeypatch.undo()
+    secateur.compress(source, output=tmp_path / "out", restart=True, overwrite=True, **options)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m", "out", "w.safetensors", "whole"]
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_rounded_weights_are_not_tuned(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    with pytest.raises(RecipeError, match="off their grid"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, distill_epochs=1,
+            method_parameters={"bits": 8},
+        )  # fmt: skip
+
+
+def test_values_that_are_asked_for(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    report = secateur.compress(source, output=tmp_path / "c", values="bfloat16")
+    assert set(report.formats) == {"bitmask bfloat16"}
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    found = tensors_of(tmp_path / "d")
+    for name, tensor in tensors_of(source).items():
+        assert torch.equal(found[name], tensor.bfloat16())
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+def test_negative_zeros_are_not_kept(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m")
+    tensors = tensors_of(source)
+    name = "model.layers.1.mlp.down_proj.weight"
+    mask = torch.rand(tensors[name].shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    tensors[name] *= mask
+    negative = int((tensors[name].view(torch.int32) == -(2**31)).sum())
+    assert negative > 100
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    report = secateur.compress(source, output=tmp_path / "c", values="keep")
+    assert report.negative_zeros == negative
+    packed = PackedCheckpoint(tmp_path / "c")
+    kept = packed.specs["model.layers.1.mlp.down_proj.compressed"].shape[0]
+    assert kept == int((tensors[name] != 0).sum())
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    found = tensors_of(tmp_path / "d")[name]
+    assert torch.equal(found, tensors[name])
+    assert not bool((found.view(torch.int32) == -(2**31)).any())
+
+
+def test_records_and_card_are_carried_over(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    report = secateur.compress(source, output=tmp_path / "c", values="keep")
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# m, compressed")
+    assert card.endswith("# a pruned model\n")
+    assert f"{report.file_bytes:,}" in card
+    assert (tmp_path / "c" / "secateur" / "recipe.yaml").read_text() == "method: wanda\n"
+    record = json.loads((tmp_path / "c" / "secateur" / "compression.json").read_text())
+    assert record["file_bytes"] == report.file_bytes == (tmp_path / "c" / PACKED).stat().st_size
+    assert (tmp_path / "c" / "tokenizer.json").exists()
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert {p.relative_to(source) for p in source.rglob("*")} == {
+        p.relative_to(tmp_path / "d") for p in (tmp_path / "d").rglob("*")
+    }
+    for name in ("README.md", "tokenizer.json", "secateur/recipe.yaml"):
+        assert (tmp_path / "d" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    secateur.compress(source, output=tmp_path / "c", values="keep")
+    with pytest.raises(CheckpointError, match="compressed already"):
+        secateur.compress(tmp_path / "c", output=tmp_path / "e", values="keep")
+    with pytest.raises(CheckpointError, match="compressed already"):
+        secateur.prune(tmp_path / "c", method="magnitude", sparsity=0.5, output=tmp_path / "e")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(CheckpointError, match=r"quantized \(gptq\)"):
+        secateur.compress(source, output=tmp_path / "e", values="keep")
+    with pytest.raises(CheckpointError, match="not the configuration of a compressed checkpoint"):
+        secateur.decompress(source, output=tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"format": "bitmaks"}, "did you mean 'bitmask'"),
+        ({"values": "int2"}, "values='int2': must be auto"),
+        ({"values": "int8", "group_size": 64}, "group size of 64 is for int4 and int3"),
+        ({"group_size": 32}, "but the values are 'auto'"),
+        ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
+        ({"embeddings": "int4"}, "embeddings='int4': must be auto or int8"),
+        ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, options, why: str) -> None:
+    source = pruned_model(tmp_path / "m", sparsity=0.0)
+    with pytest.raises(RecipeError, match=why):
+        secateur.compress(source, output=tmp_path / "c", **options)
+    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c.partial").exists()
+
+
+def test_places_that_are_taken(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    with pytest.raises(RecipeError, match="the source itself"):
+        secateur.compress(source, output=source, overwrite=True, values="keep")
+    secateur.compress(source, output=tmp_path / "c", values="keep")
+    with pytest.raises(RecipeError, match="overwrite=True"):
+        secateur.compress(source, output=tmp_path / "c", values="keep")
+    secateur.compress(source, output=tmp_path / "c", values="int8", overwrite=True)
+    assert PackedCheckpoint(tmp_path / "c").layouts["model.layers.0.mlp.up_proj"].values == "int8"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match="is no model folder"):
+        secateur.compress(source, output=tmp_path / "mine", overwrite=True, values="keep")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path / "p", "prune") as stopped:
+        stopped.begin({"sparsity": 0.5})
+        interrupted()
+    with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
+        secateur.compress(source, output=tmp_path / "p", values="keep")
+    assert (tmp_path / "p.partial" / "work").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m")
+    tensors = tensors_of(source)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    for values in ("int8", "keep"):
+        with pytest.raises(NumericalError, match=r"NaN or infinite(?s:.*)layers\.0\.mlp\.up_proj"):
+            secateur.compress(source, output=tmp_path / "c", values=values)
+    assert not list(tmp_path.glob("c*"))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pruned_model(tmp_path / "m")
+    written = []
+
+    def full(stream, tensor):
+        written.append(tensor.nbytes)
+        if len(written) > 5:
+            raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint, "write_all", full)
+    with pytest.raises(MemoryBudgetError, match="the disk is full"):
+        secateur.compress(source, output=tmp_path / "c", values="keep")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_disk_too_small_is_noticed_first(tmp_path: Path, monkeypatch) -> None:
+    source = pruned_model(tmp_path / "m")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("secateur.steps.checkpoint_files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(MemoryBudgetError, match="MiB of disk"):
+        secateur.compress(source, output=tmp_path / "c", values="keep")
+    assert not (tmp_path / "c.partial").exists()
+
+
+KILLED = """
+import os, sys, secateur
+from secateur.models.checkpoint import ShardWriter
+write, count = ShardWriter.write, [0]
+def killed(self, name, tensor):
+    count[0] += 1
+    if count[0] == 20:
+        os.kill(os.getpid(), 9)
+    write(self, name, tensor)
+ShardWriter.write = killed
+secateur.compress(sys.argv[1], output=sys.argv[2], values="keep")
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    source = pruned_model(tmp_path / "m", shards=2)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(source), str(tmp_path / "c")])
+    assert ended.returncode == -9
+    assert not (tmp_path / "c").exists()
+    assert (tmp_path / "c.partial").exists()
+    with pytest.raises(CheckpointError):
+        PackedCheckpoint(tmp_path / "c.partial" / "model")
+    begun = sorted((tmp_path / "c.partial" / "model").glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        secateur.models.header.read_header(begun[-1])
+    secateur.compress(source, output=tmp_path / "c", values="keep")
+    assert not (tmp_path / "c.partial").exists()
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    assert_same(tmp_path / "d", source)
+
+
+def run(monkeypatch, capsys, *words: object) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), capsys.readouterr().out
+
+
+def test_the_verbs(tmp_path: Path, monkeypatch, capsys) -> None:
+    source, output = pruned_model(tmp_path / "m", dtype=torch.bfloat16), tmp_path / "c"
+    code, out = run(
+        monkeypatch, capsys, "compress", source, "-o", output, "--values", "int8",
+        "--embeddings", "int8", "--archive", "--json",
+    )  # fmt: skip
+    record = json.loads(out)
+    assert code == 0
+    assert record["file_bytes"] == (output / PACKED).stat().st_size
+    assert record["ratio"] == record["file_bytes"] / record["bfloat16_bytes"]
+    assert record["formats"]["bitmask int8"]["matrices"] == 21
+    assert record["archive"] is True
+    code, out = run(monkeypatch, capsys, "compress", source, "-o", output, "--overwrite")
+    assert code == 0
+    assert "bits per weight" in out
+    code, out = run(monkeypatch, capsys, "inspect", output, "--json")
+    audit = json.loads(out)
+    assert audit["compressed"] == "packed"
+    assert audit["linears"][0]["layout"]["format"] == "bitmask"
+    assert audit["decoder_sparsity"] == pytest.approx(0.5, abs=0.02)
+    code, out = run(monkeypatch, capsys, "inspect", output, "--layer", 0)
+    assert code == 0
+    assert "bitmask bfloat16" in out
+    code, out = run(monkeypatch, capsys, "decompress", output, "-o", tmp_path / "d", "--json")
+    assert code == 0
+    assert json.loads(out)["matrices"] == 21
+    assert_same(tmp_path / "d", source)
+    code, out = run(monkeypatch, capsys, "compress", output, "-o", tmp_path / "e", "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["kind"] == "CheckpointError"

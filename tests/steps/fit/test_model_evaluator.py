@@ -1,0 +1,96 @@
+"""Whole models against the dense one, compared with a direct computation in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.sources import resolve
+from secateur.progress import Silent
+from secateur.recipes.compress import FitRecipe
+from secateur.steps.fit.evaluation import ModelEvaluator
+from secateur.steps.fit.storage_formats import StorageFormat
+from secateur.steps.judge.perplexity import dense_losses
+from tiny import save_tiny
+from zoo import tiny_windows
+
+
+@torch.no_grad()
+def logits_of(folder: Path, windows: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(windows).logits.double()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_hidden_layers": 1}, {"intermediate_size": 24}])
+def test_a_model_of_any_shape_is_compared_with_the_dense_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, int]
+) -> None:
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    save_tiny(tmp_path / "dense", num_hidden_layers=2)
+    save_tiny(tmp_path / "work" / "other", **{"num_hidden_layers": 2, **shape})
+    windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
+    device = torch.device("cpu")
+    context = SimpleNamespace(
+        target=CheckpointTarget(reader, None, device), work=tmp_path / "work",
+        recipe=SimpleNamespace(trust_remote_code=False), progress=Silent(),
+    )  # fmt: skip
+    dense, other = (logits_of(tmp_path / x, windows) for x in ("dense", "work/other"))
+    divergence = kl_div(
+        other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    for _ in range(2):  # the second one reads its file
+        measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
+        found = measure.divergence(tmp_path / "work" / "other")
+        assert found == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
+        monkeypatch.setattr(
+            "secateur.engine.search.candidate_evaluator.CandidateEvaluator.fitness",
+            lambda *_: pytest.fail("again"),
+        )
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_loss_of_the_dense_model_is_that_of_transformers(tmp_path: Path, start: int) -> None:
+    """Exactly, though it passes through layer by layer: no rough products."""
+    save_tiny(tmp_path / "dense", num_hidden_layers=2)
+    windows = tiny_windows(4, 16)
+    target = CheckpointTarget(CheckpointReader(tmp_path / "dense"), None, torch.device("cpu"))
+    logits, first = logits_of(tmp_path / "dense", windows), max(1, start)
+    wanted = [
+        float(cross_entropy(one[first - 1 : -1], ids[first:]))
+        for one, ids in zip(logits, windows, strict=True)
+    ]
+    found = dense_losses(target, windows, start, Silent())
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_packed_model_is_measured_as_it_runs(tmp_path: Path) -> None:
+    """KL from the dense model to the packed one in the kernels, activations rounded."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    save_tiny(tmp_path / "dense", **sizes)
+    windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
+    recipe = FitRecipe(model=str(tmp_path / "dense"), output="x", max_size="1MiB")
+    context = SimpleNamespace(
+        target=CheckpointTarget(reader, None, torch.device("cpu")), work=tmp_path / "work",
+        source=resolve(str(tmp_path / "dense")), recipe=recipe, progress=Silent(),
+    )  # fmt: skip
+    names = [x for x in reader.entries if "_proj.weight" in x]
+    formats = dict.fromkeys((x.removesuffix(".weight") for x in names), StorageFormat("int4", 0.0))
+    context.work.mkdir()
+    measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
+    folder = tmp_path / "dense"
+    packed, found = measure.packed(folder, folder, formats)
+    assert packed == tmp_path / "work" / "packed" / "dense"
+    assert {x.name for x in tmp_path.iterdir()} == {"dense", "work"}
+    dense = logits_of(folder, windows)
+    other = secateur.load(packed)(windows).logits.double()
+    each = kl_div(other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")
+    assert found == pytest.approx(float(each.sum(-1).mean()), rel=0.02)

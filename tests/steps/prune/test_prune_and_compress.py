@@ -1,0 +1,139 @@
+"""`prune --compress`: two steps, one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import secateur
+from secateur.calibration.windows import save_windows
+from secateur.runtime.packed import is_packed
+from secateur.steps import chain
+from tiny import save_tiny
+from zoo import tiny_windows
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model and windows, in which commands run."""
+    save_tiny(tmp_path / "m")
+    save_windows(tiny_windows(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OPTIONS = {"method": "wanda", "sparsity": 0.5, "calibration": "w.safetensors"}
+
+
+def weights(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"values": "int8"}, {"values": "int4"}, {"values": "int3", "group_size": 32}],
+    ids=str,
+)
+def test_one_call_gives_what_two_calls_give(place: Path, stored: dict[str, Any]) -> None:
+    chosen = {"compress": stored["values"]}
+    if "group_size" in stored:
+        chosen["compress_group_size"] = stored["group_size"]
+    report = secateur.prune("m", output="both", **chosen, **OPTIONS)
+    secateur.prune("m", output="half", **OPTIONS)
+    packed = secateur.compress("half", output="small", **stored)
+    assert weights(place / "both") == weights(place / "small")
+    assert is_packed(place / "both")
+    assert report.sparsity == 0.5
+    assert report.output == place / "both"
+    assert report.compression is not None
+    assert report.compression.file_bytes == packed.file_bytes
+    assert report.compression.formats == packed.formats
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_the_recipe_of_a_run_makes_the_same_model_again(
+    place: Path, request: pytest.FixtureRequest, values: str | None
+) -> None:
+    secateur.prune("m", output="first", compress=values, **OPTIONS)
+    command = request.getfixturevalue("secateur")
+    done = command("prune", place / "first" / "secateur" / "recipe.yaml", "--output", "again")
+    assert done.code == 0, done.err
+    assert weights(place / "again") == weights(place / "first")
+
+
+def test_notes_and_card_are_about_the_whole_command(place: Path) -> None:
+    secateur.prune("m", output="both", compress="int8", compress_embeddings="int8", **OPTIONS)
+    recipe = (place / "both" / "secateur" / "recipe.yaml").read_text()
+    found = yaml.safe_load(recipe)
+    assert found["compress"] == {
+        "values": "int8",
+        "group_size": None,
+        "embeddings": "int8",
+    }
+    assert found["output"] == "both"
+    card = (place / "both" / "README.md").read_text()
+    assert recipe.rstrip() in card
+    assert 'secateur.load("both")' in card
+    assert "01-prune" not in card
+    assert "02-compress" not in card
+    manifest = json.loads((place / "both" / "secateur" / "manifest.json").read_text())
+    assert manifest["source"]["name"] == "m"
+    again = place / "both" / "secateur" / "recipe.yaml"
+    from secateur.recipes.prune import PruneRecipe
+    from secateur.recipes.reading import build_recipe, read_recipe_file
+
+    build_recipe(PruneRecipe, read_recipe_file(again))
+
+
+def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
+    done = secateur(
+        "prune", "m", "--method", "wanda", "--sparsity", "0.5", "--calibration", "w.safetensors",
+        "--compress", "int8", "-o", "out", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["result"]["decoder_sparsity"] == 0.5
+    assert found["compression"]["file_bytes"] < found["result"]["file_bytes"]
+    assert found["output"].endswith("out")
+    for wrong, why in (
+        (("--compress-group-size", "32"), "changes nothing without --compress"),
+        (("--compress", "int8", "--compress-group-size", "32"), "for int4 and int3"),
+    ):
+        done = secateur(
+            "prune", "m", "--method", "magnitude", "--sparsity", "0.5", "-o", "other", *wrong
+        )
+        assert done.code == 2
+        assert why in done.err
+    wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int2", "-o", "other")
+    assert wrong.code == 2
+    assert "--compress int2: must be auto, keep" in wrong.err
+
+
+def test_a_stop_while_packing_loses_no_pruning(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    kinds = dict(chain.STEPS)
+    with monkeypatch.context() as patch:
+        broken = {**kinds, "compress": type(kinds["compress"])(*_replaced(kinds["compress"], stop))}
+        patch.setattr(chain, "STEPS", broken)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune("m", output="out", compress="int8", **OPTIONS)
+    with monkeypatch.context() as patch:  # the pruning is not repeated
+        broken = {**kinds, "prune": type(kinds["prune"])(*_replaced(kinds["prune"], stop))}
+        patch.setattr(chain, "STEPS", broken)
+        report = secateur.prune("m", output="out", compress="int8", resume=True, **OPTIONS)
+    assert report.compression is not None
+    secateur.prune("m", output="whole", compress="int8", **OPTIONS)
+    assert weights(place / "out") == weights(place / "whole")
+
+
+def _replaced(kind, run):  # type: ignore[no-untyped-def]
+    """The parts of a kind of step, with another way to run it."""
+    return kind.recipe, run, kind.check

@@ -1,0 +1,299 @@
+"""The whole way on disk: prune, kill anywhere, resume, load with transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from same_logits import assert_same_logits
+from secateur.calibration.windows import save_windows
+from secateur.errors import RecipeError, VerificationError
+from secateur.progress import Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.steps.prune.checkpoint import run_recipe
+from slow import few_families, slow
+from weight_files import digest
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny Llama checkpoint in three shards."""
+    folder = tmp_path / "source"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    return folder
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """Calibration windows in a file."""
+    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    return tmp_path / "windows.safetensors"
+
+
+@pytest.mark.parametrize("family", few_families(CONFIGS))
+def test_a_checkpoint_is_pruned_as_a_loaded_model_is(
+    family: str, tmp_path: Path, windows: Path
+) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "source")
+    options = {"method": "sparsegpt", "sparsity": 0.5, "micro_batch_tokens": 40}
+    report = secateur.prune(
+        tmp_path / "source", output=tmp_path / "out", calibration=windows, **options
+    )
+    secateur.prune(model, calibration=tiny_windows(), **options)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, module in matrices(model).items():
+        assert torch.equal(matrices(loaded)[name].weight, module.weight), name
+    ids = tiny_windows(2)
+    assert_same_logits(loaded(ids).logits, model(ids).logits)
+    assert report.sparsity == 0.5
+    assert report.output == tmp_path / "out"
+
+
+def test_a_file_of_windows_needs_no_tokenizer_in_place_either(windows: Path) -> None:
+    one, other = tiny_model("llama"), tiny_model("llama")
+    options = {"method": "wanda", "sparsity": 0.5}
+    secateur.prune(one, calibration=windows, **options)
+    secateur.prune(other, calibration=tiny_windows(), **options)
+    for name, module in matrices(one).items():
+        assert torch.equal(matrices(other)[name].weight, module.weight), name
+    with pytest.raises(RecipeError, match="needs its tokenizer"):
+        secateur.prune(other, calibration="boolq-calibration", **options)
+
+
+def test_disk_and_memory_give_the_same_weights(source: Path, windows: Path, tmp_path: Path) -> None:
+    digests = set()
+    for place in ("memory", "disk"):
+        for sequential in ("group", "layer"):
+            out = tmp_path / f"{place}-{sequential}"
+            secateur.prune(
+                source, output=out, method="wanda", sparsity=0.5, calibration=windows,
+                activations=place, sequential=sequential, micro_batch_tokens=40,
+            )  # fmt: skip
+            digests.add((sequential, digest(out)))
+    assert len(digests) == 2
+
+
+def test_bfloat16_stays_bfloat16(windows: Path, tmp_path: Path) -> None:
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "source")
+    secateur.prune(
+        tmp_path / "source", output=tmp_path / "out", method="sparsegpt", pattern="2:4",
+        calibration=windows,
+    )  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    for module in matrices(loaded).values():
+        groups = weight_of(module).unflatten(1, (-1, 4))
+        assert ((groups == 0).sum(-1) >= 2).all()
+
+
+def test_what_is_not_pruned_is_untouched(source: Path, tmp_path: Path) -> None:
+    secateur.prune(
+        source, output=tmp_path / "out", method="magnitude", sparsity=0.5,
+        include=("*.mlp.*",), exclude=("*.layers.1.*",), overrides={"*.layers.2.*": 0.25},
+    )  # fmt: skip
+    before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (source, tmp_path / "out"))
+    changed = {}
+    for (name, old), (_, new) in zip(
+        before.state_dict().items(), after.state_dict().items(), strict=True
+    ):
+        if not torch.equal(old, new):
+            changed[name] = float((new == 0).float().mean())
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    expected = {
+        f"model.layers.{i}.mlp.{k}.weight": s for i, s in ((0, 0.5), (2, 0.25)) for k in kinds
+    }
+    assert changed == expected
+
+
+class KilledAt:
+    """Ends the process's work, as a kill would, at one step."""
+
+    class Kill(BaseException):
+        pass
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def start(self, label: str, steps: int) -> None:
+        pass
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.Kill
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda", "sparsity": 0.5},
+        {"method": "sparsegpt", "pattern": "2:4", "activations": "disk"},
+        slow({"method": "wanda", "sparsity": 0.5, "sequential": "layer"}),
+        slow({"method": "obd", "sparsity": 0.5}),
+        {"method": "wanda", "sparsity": 0.5, "scope": "global"},
+        slow({"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}),
+        slow({"method": "wanda", "sparsity": 0.5, "allocation": "search", "activations": "disk"}),
+        slow({"method": "magnitude", "sparsity": 0.5}),
+    ],
+    ids=["wanda", "sparsegpt-disk", "wanda-layer", "obd", "global", "owl", "search", "magnitude"],
+)
+def test_stopped_anywhere_and_resumed_gives_the_same_weights(
+    options: dict, source: Path, windows: Path, tmp_path: Path
+) -> None:
+    common = {"calibration": windows, "micro_batch_tokens": 40, **options}
+    secateur.prune(source, output=tmp_path / "whole", **common)
+    step, resumed = 0, 0
+    while True:
+        out = tmp_path / f"out-{step}"
+        try:
+            secateur.prune(source, output=out, progress=KilledAt(step), **common)
+            break
+        except KilledAt.Kill:
+            assert not out.exists()
+        partial = out.with_name(out.name + ".partial")
+        if (partial / "model" / "secateur" / "layers.jsonl").exists():
+            secateur.prune(source, output=out, resume=True, **common)
+            resumed += 1
+            assert digest(out) == digest(tmp_path / "whole"), f"stopped at step {step}"
+            assert not partial.exists()
+        searching = options.get("allocation") == "search"
+        step += 17 if searching else 1 if options["method"] == "magnitude" else 5
+    assert resumed >= 2
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(source: Path, windows: Path, tmp_path: Path) -> None:
+    secateur.prune(
+        source, output=tmp_path / "whole", method="wanda", sparsity=0.5, calibration=windows
+    )
+    script = textwrap.dedent("""
+        import os, signal, sys
+        import secateur
+        class Killer:
+            seen = 0
+            def start(self, label, steps): Killer.label = label
+            def finish(self): pass
+            def step(self, count=1, note=""):
+                Killer.seen += 1
+                if Killer.label == "pruning" and note == "layer 1" and count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        secateur.prune(sys.argv[1], output=sys.argv[2], method="wanda", sparsity=0.5,
+                       calibration=sys.argv[3], progress=Killer())
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert done.returncode == -signal.SIGKILL
+    partial = tmp_path / "out.partial"
+    finished = (partial / "model" / "secateur" / "layers.jsonl").read_text().splitlines()
+    assert len(finished) == 1
+    with pytest.raises(RecipeError, match=r"(?s)stopped before it finished.*resume=True"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=windows
+        )
+    with pytest.raises(RecipeError, match=r"sparsity: 0.5 then, 0.6 now"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="wanda", sparsity=0.6, calibration=windows,
+            resume=True,
+        )  # fmt: skip
+    report = secateur.prune(
+        source, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=windows,
+        resume=True,
+    )  # fmt: skip
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert report.manifest.cost.resumed is True
+    assert len(report.layers) == 3
+
+
+def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: Path) -> None:
+    from tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(source)
+    out = tmp_path / "out"
+    secateur.prune(source, output=out, method="wanda", sparsity=0.5, calibration=windows)
+    manifest = json.loads((out / "secateur" / "manifest.json").read_text())
+    assert manifest["result"]["decoder_sparsity"] == 0.5
+    assert manifest["calibration"]["samples"] == 6
+    assert manifest["cost"]["seconds"] > 0
+    assert manifest["cost"]["peak_resident_bytes"] > 2**26
+    assert manifest["plan"]["peak_bytes"] > 2**26
+    assert manifest["environment"]["torch"] == torch.__version__
+    layers = [json.loads(x) for x in (out / "secateur" / "layers.jsonl").read_text().splitlines()]
+    assert [x["layer"] for x in layers] == [0, 1, 2]
+    card = (out / "README.md").read_text()
+    assert "pruned to 50.00%" in card
+    assert "secateur prune recipe.yaml" in card
+    assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
+    # The recipe and the windows in the folder are enough to make it again.
+    again = run_recipe(
+        build_recipe(
+            PruneRecipe,
+            {
+                **read_recipe_file(out / "secateur" / "recipe.yaml"),
+                "output": str(tmp_path / "again"),
+                "calibration": {"source": str(out / "secateur" / "windows.safetensors")},
+            },
+        ),
+        Silent(),
+    )
+    assert digest(tmp_path / "again") == digest(out)
+    assert again.sparsity == 0.5
+
+
+def test_the_manifest_tells_the_allocation(source: Path, windows: Path, tmp_path: Path) -> None:
+    secateur.prune(
+        source, output=tmp_path / "out", method="wanda", sparsity=0.5, allocation="search",
+        calibration=windows,
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
+    record = manifest["allocation"]
+    assert record["name"] == "search"
+    assert "generations 16" in record["parameters"]
+    assert record["divergence"] < record["uniform_divergence"]
+    assert 0.3 < record["lowest_sparsity"] < 0.5 < record["highest_sparsity"] < 0.7
+    assert manifest["result"]["decoder_sparsity"] == 0.5
+    with pytest.raises(RecipeError, match="allocation"):
+        secateur.prune(
+            source, output=tmp_path / "out", method="wanda", sparsity=0.5, allocation="best",
+            calibration=windows, overwrite=True,
+        )  # fmt: skip
+
+
+def test_the_audit_finds_zeros_that_were_filled_in(source: Path, tmp_path: Path) -> None:
+    from secateur.diagnostics.audit import audit_checkpoint, verify
+    from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+    from secateur.sparsity.patterns import parse_pattern
+
+    out = tmp_path / "out"
+    secateur.prune(source, output=out, method="magnitude", pattern="2:4")
+    name = "model.layers.1.mlp.up_proj"
+    sparsities = {name: 0.5}
+    verify(audit_checkpoint(out, lambda name: parse_pattern("2:4"), sparsities))
+    reader = CheckpointReader(out)
+    weight = reader.read(f"{name}.weight")
+    place = tuple((weight == 0).nonzero()[0].tolist())
+    weight[place] = 1.0
+    PatchedCopy(reader, out).write(f"{name}.weight", weight)
+    audit = audit_checkpoint(out, lambda name: parse_pattern("2:4"), sparsities)
+    assert [x.misplaced for x in audit.misplaced] == [1]
+    with pytest.raises(VerificationError, match=rf"(?s)1 of 1536 weights are not zero.*{name}"):
+        verify(audit)

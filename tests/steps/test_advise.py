@@ -1,0 +1,191 @@
+"""Advice from a configuration alone: sizes, times, refusals, and the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import secateur
+from commands import runner
+from secateur.advisor.facts import read_facts
+from secateur.advisor.options import known_shape, options_for
+from secateur.errors import RecipeError, SecateurError, SourceError
+from secateur.models.skeleton import build_skeleton, without_weights
+from secateur.recipes.options import options_of, run_options_of
+from secateur.recipes.verbs import VERBS, imported
+from secateur.steps.advise import counted
+from tiny import save_tiny
+
+RECURRENT = ("mamba", "falcon_h1")
+MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4", "qwen3_next")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", *RECURRENT, *MIXTURES])
+def test_every_weight_is_counted_once(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / family, family)
+    shape = counted(family, build_skeleton(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.active <= shape.linears
+    assert (shape.experts > 0) == (family in MIXTURES)
+    assert (shape.active < shape.linears) == (shape.experts > 0)
+
+
+def test_a_configuration_is_enough_and_this_machine_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_HOME", str(tmp_path / "home"))
+    transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    found = secateur.advise(tmp_path / "model", requests_per_day=10, tokens_per_request=20)
+    record = json.loads(json.dumps(found.to_json()))
+    names = {row["option"] for row in record["options"]}
+    assert {"as it is", "int8", "int4", "50% zeros", "50% zeros + int4"} <= names
+    assert record["chosen"] == "as it is"
+    assert record["basis"]["times"].startswith("decoded on this machine with random weights, 20")
+    assert "measured here" in str(found)
+    assert (tmp_path / "home" / "token-times.json").exists()
+
+
+def test_the_command_advises_on_a_known_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    words = ("llama-3.1-8b", "--hardware", "a100-80gb", "--requests-per-day", "1e6")
+    record = json.loads(run("advise", *words, "--quality-loss", "0.03", "--json").out)
+    assert record["verdict"].startswith("Only quantize: int8")
+    assert record["commands"] == [
+        "secateur compress llama-3.1-8b --values int8 --calibration TEXT --output SMALL"
+    ]
+    chosen = next(row for row in record["options"] if row["option"] == "int8")
+    assert chosen["cost_usd"]["month"]["low"] < chosen["cost_usd"]["month"]["high"]
+    assert "2411.02355" in chosen["accuracy_sources"][0]
+    shown = run("advise", *words, "--quality-loss", "0.03").out
+    assert "published" in shown
+    assert "estimated" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hardware": "a100"}, "no hardware is called 'a100'"),
+        ({"hardware": "this-machine"}, "well-known shape"),
+        ({"tokens_per_request": 10, "new_tokens": 10}, "must be less than tokens_per_request"),
+        ({"quality_loss": 1.0}, "quality_loss"),
+        ({"requests_per_day": 0}, "requests_per_day"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        secateur.advise("llama-2-7b", **options)  # type: ignore[arg-type]
+
+
+def test_a_model_without_attention_has_a_state_that_does_not_grow(tmp_path: Path) -> None:
+    """On 91843e48 this was a TypeError. Published sizes of Mamba-2.8B."""
+    transformers.MambaConfig(
+        vocab_size=50280, hidden_size=2560, num_hidden_layers=64, state_size=16
+    ).save_pretrained(tmp_path)
+
+    def memory(tokens: int) -> int:
+        options = {"hardware": "h100-80gb", "tokens_per_request": tokens, "quality_loss": 0.0}
+        found = secateur.advise(tmp_path, **options)  # type: ignore[arg-type]
+        assert "64 keep a state" in str(found)
+        capacity = found.to_json()["options"][0]["capacity"]
+        return int(capacity["memory"]["cache"] / capacity["batch"])
+
+    assert memory(100) == memory(100_000) == 64 * 5120 * (4 * 16 + 2 * 4)
+
+
+def test_all_experts_of_a_layer_are_never_allocated(tmp_path: Path) -> None:
+    """One tensor of DeepSeek-V3's experts has 30 GB; on 91843e48 memory ran out."""
+    transformers.DeepseekV3Config(num_hidden_layers=4).save_pretrained(tmp_path)
+    found = secateur.advise(tmp_path, hardware="h200", requests_per_day=1e7)
+    assert found.advice.model.experts == 256
+    assert "4 keep all tokens" in str(found)
+    with without_weights():
+        assert torch.empty(2**25).is_meta
+        assert torch.empty((2**10, 2**15)).is_meta
+        assert not torch.empty(2**10).is_meta
+
+
+def test_every_command_that_is_advised_can_be_given() -> None:
+    """Verbs and flags exist, nothing required is missing, and each step reads the one before."""
+    facts = read_facts()
+    shape = known_shape("qwen3-30b-a3b", facts.shapes["qwen3-30b-a3b"])  # with experts
+    seen = set()
+    for device in facts.hardware.values():
+        for option in options_for(shape, device):
+            source = "org/model"
+            for line in option.commands("org/model"):
+                assert f" {source} " in line
+                source = line.partition("--output ")[2] or source
+                if line.startswith("secateur "):
+                    verb, given = VERBS[line.split()[1]], line.split()[3:]
+                    of = [
+                        *options_of(imported(verb.recipe)),
+                        *run_options_of(imported(verb.recipe)),
+                    ]
+                    flags = {"--" + one.name.replace("_", "-"): one for one in of}
+                    used = {word for word in given if word.startswith("--")}
+                    assert used <= flags.keys(), line
+                    required = {name for name, one in flags.items() if one.required}
+                    assert required - {"--model"} <= used, line
+                    seen.add(line.split()[1])
+    assert seen == {"structure", "train", "prune", "compress"}
+
+
+def test_a_name_that_is_nothing_names_a_near_shape() -> None:
+    with pytest.raises(SourceError, match="no well-known shape") as caught:
+        secateur.advise("llama-2-7c", hardware="h200")
+    assert "'llama-2-7b'" in str(caught.value)
+
+
+def test_an_impossible_latency_has_exit_code_3_and_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    words = (
+        "llama-2-7b",
+        "--hardware",
+        "h200",
+        "--latency-p99-ms",
+        "0.1",
+        "--quality-loss",
+        "0.03",
+    )
+    ran = run("advise", *words)
+    assert ran.code == 3
+    assert "No option is certain to serve this load within your limits." in ran.out
+    assert "nearest: int4 has 1.3 ms between two tokens: --latency-p99-ms 1.3" in ran.out
+
+
+def test_files_of_facts_and_prices_can_be_given_as_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At bbf4874, --facts refused every file: "Input should be an instance of Path"."""
+    facts = tmp_path / "mine.yaml"
+    facts.write_text(
+        "hardware:\n  mine: {name: My GPU, kind: cuda, memory_gib: 40, bandwidth_gb_s: 1000,\n"
+        "    tflops: {bf16: 100}, usd_per_hour: [1, 1, 1]}\n"
+    )
+    run = runner(monkeypatch, capsys)
+    given = ("--hardware", "mine", "--facts", str(facts))
+    assert "My GPU" in run("advise", "llama-2-7b", *given).out
+    priced = json.loads(run("advise", "llama-2-7b", *given, "--usd-per-hour", "2", "--json").out)
+    assert priced["basis"]["prices"] == "given by the user"
+    assert priced["options"][0]["cost_usd"]["month"]["typical"] == 2 * 730
+
+
+def test_a_configuration_that_asks_for_the_impossible_is_refused(tmp_path: Path) -> None:
+    transformers.LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"num_hidden_layers": 10**9}
+    file.write_text(json.dumps(config))
+    with pytest.raises(SecateurError, match="num_hidden_layers is 1000000000"):
+        secateur.advise(tmp_path, hardware="h200")

@@ -1,0 +1,263 @@
+"""Iterative pruning and layer-wise learning rates, from a recipe to the files that are left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur
+from commands import runner
+from secateur.errors import RecipeError
+from secateur.sparsity.schedules.geometric import Geometric
+from secateur.steps.train import session as in_rounds
+from secateur.training import loop
+from tiny import save_tiny
+from trained import source_text
+
+OPTIONS: dict[str, Any] = {"steps": 6, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
+MODES: dict[str, dict[str, Any]] = {
+    "none": {"rewind": "none"},
+    "rate": {"rewind": "rate", "rewind_step": 1},
+    "early": {"rewind": "weights", "rewind_step": 2},
+    "start": {"rewind": "weights"},
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, one pruned from it, and a text."""
+    place = tmp_path_factory.mktemp("rounds")
+    save_tiny(place / "dense", dtype=torch.bfloat16)
+    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.3)
+    (place / "text.txt").write_text(source_text()[:60_000])
+    return place
+
+
+def train(places: Path, output: Path, model: str = "dense", **options: Any) -> Any:
+    """By the Python API."""
+    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
+    return secateur.train(places / model, output=output, **values)
+
+
+def matrices(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the decoder's linears."""
+    tensors = load_file(folder / "model.safetensors")
+    return {n: t for n, t in tensors.items() if n.endswith("proj.weight")}
+
+
+def bits(folder: Path) -> bytes:
+    """The weights as they are stored."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_round_prunes_the_same_fraction_and_trains(
+    mode: str, places: Path, tmp_path: Path
+) -> None:
+    how = {"sparsity": 0.8, "rounds": 3, **MODES[mode]}
+    done = train(places, tmp_path / "out", iterative=how, validation_windows=4)
+    assert done.sparsity == pytest.approx(0.8, abs=1e-3)
+    rounds = done.manifest.result["rounds"]
+    assert [x["training"] for x in rounds][-3:] == ["round-1", "round-2", "round-3"]
+    schedule = Geometric(0.8)
+    assert [x["sparsity"] for x in rounds][-3:] == [schedule(i / 3) for i in (1, 2, 3)]
+    each = 6 - how.get("rewind_step", 0)
+    first = [6] if how["rewind"] == "weights" else []
+    assert [x["steps"] for x in rounds] == [*first, each, each, each]
+    assert done.steps == sum(x["steps"] for x in rounds)
+    assert done.tokens == sum(x["tokens"] for x in rounds)
+    assert len(json.loads((tmp_path / "out/secateur/training.json").read_text())) == 1
+    assert done.perplexity_before is not None
+    assert "in 3 rounds" in done.manifest.objective
+
+
+def test_weights_go_back_to_their_early_values(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, dict[str, torch.Tensor]]] = []
+    plain = loop.Loop.begin
+
+    def begin(self: loop.Loop) -> None:
+        plain(self)
+        now = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        begun.append((self.first_step, now))
+
+    monkeypatch.setattr(loop.Loop, "begin", begin)
+    stopped = loop.Loop.step
+    after_two: dict[str, torch.Tensor] = {}
+
+    def step(self: loop.Loop) -> None:
+        stopped(self)
+        if self.outcome.step == 2 and not after_two:
+            after_two.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
+
+    monkeypatch.setattr(loop.Loop, "step", step)
+    how = {"sparsity": 0.8, "rounds": 2, "rewind": "weights", "rewind_step": 2}
+    train(places, tmp_path / "out", iterative=how)
+    assert [first for first, _ in begun] == [0, 2, 2]
+    for _, weights in begun[1:]:
+        for name, value in weights.items():
+            assert torch.equal(value, after_two[name] * (value != 0)), name
+
+
+def test_the_rate_falls_once_over_all_rounds_where_nothing_goes_back(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: dict[str, list[float]] = {}
+    plain = in_rounds.RoundFiles.keep
+
+    def keep(self: Any, name: str, outcome: Any, *rest: Any) -> None:
+        rates[name] = [line["learning_rate"] for line in outcome.log]
+        plain(self, name, outcome, *rest)
+
+    monkeypatch.setattr(in_rounds.RoundFiles, "keep", keep)
+    for rewind in ("none", "rate"):
+        how = {"sparsity": 0.5, "rounds": 2, "rewind": rewind}
+        train(places, tmp_path / rewind, iterative=how, warm_up=0.0)
+        if rewind == "none":
+            assert rates["round-2"][0] < rates["round-1"][-1]
+        else:
+            assert rates["round-2"] == rates["round-1"]
+
+
+class Killed(KeyboardInterrupt):
+    """Somebody pressed a key."""
+
+
+TICKET = {"sparsity": 0.8, "rounds": 2, "rewind": "weights", "rewind_step": 1, "score": "wanda"}
+STOPPED: dict[str, Any] = {"iterative": TICKET, "validation_windows": 4, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def straight(places: Path) -> Any:
+    """A run that nobody stopped."""
+    return train(places, places / "straight", **STOPPED)
+
+
+@pytest.mark.parametrize(("at", "most"), [(2, 7), (9, 4), (17, 3)])
+def test_a_stopped_run_resumes_to_the_same_bits(
+    at: int, most: int, straight: Any, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the training before the rounds, in the first and in the second."""
+    kill_at_file(monkeypatch, at)
+    with pytest.raises(Killed):
+        train(places, tmp_path / "out", **STOPPED)
+    monkeypatch.undo()
+    steps, plain = [], loop.Loop.step
+
+    def step(self: loop.Loop) -> None:
+        steps.append(self.outcome.step)
+        plain(self)
+
+    monkeypatch.setattr(loop.Loop, "step", step)
+    resumed = train(places, tmp_path / "out", resume=True, **STOPPED)
+    assert 0 < len(steps) <= most
+    assert bits(places / "straight") == bits(tmp_path / "out")
+    for name in ("step", "tokens", "perplexities", "rounds", "best_step"):
+        assert resumed.manifest.result[name] == straight.manifest.result[name]
+
+
+def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Stop after so many files of weights and reports have got their names."""
+    left, plain = [at], Path.rename
+
+    def rename(self: Path, target: Any) -> Path:
+        made = plain(self, target)
+        if "rounds" in str(target):
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+        return made
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", {"pattern": "2:4", "score": "wanda", "windows": 2}])
+def test_rounds_to_a_pattern(pattern: Any, places: Path, tmp_path: Path) -> None:
+    train(places, tmp_path / "out", iterative=pattern, validation_windows=0)
+    for weight in matrices(tmp_path / "out").values():
+        assert ((weight.view(len(weight), -1, 4) != 0).sum(-1) == 2).all()
+
+
+def test_zeros_of_the_model_stay_and_a_teacher_teaches(places: Path, tmp_path: Path) -> None:
+    done = secateur.train(
+        places / "pruned", output=tmp_path / "out", text=str(places / "text.txt"),
+        iterative={"sparsity": 0.6, "rounds": 2}, **OPTIONS,
+    )  # fmt: skip
+    assert done.sparsity == pytest.approx(0.6, abs=1e-3)
+    before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
+    assert all(not after[n][before[n] == 0].any() for n in before)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"iterative": 0.8, "gradual": 0.8}, "two ways to prune"),
+        ({"iterative": 0.8, "lora": 4}, "adapters keep the zeros"),
+        ({"iterative": {"rounds": 2}}, "needs a sparsity to end at"),
+        ({"iterative": {"sparsity": 0.8, "rewind_step": 6}}, "one training has 6 steps"),
+        ({"iterative": {"sparsity": 0.8, "rewind": "none", "rewind_step": 1}}, "nothing goes back"),
+        ({"iterative": {"sparsity": 0.8, "rewind": "weight"}}, "none, rate or weights"),
+        ({"iterative": 0.8, "steps": None, "minutes": 1.0}, "number of steps for each round"),
+        ({"iterative": {"sparsity": 0.8, "schedule": "cubick"}}, "cubic"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: dict[str, Any], what: str, places: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=what):
+        train(places, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_learn_at_rates_of_their_own(places: Path, tmp_path: Path) -> None:
+    """Plain SGD without momentum: one step moves each layer by its rate times the gradient."""
+    options: dict[str, Any] = {
+        "steps": 1, "optimizer": "SGD", "optimizer_options": {"momentum": 0.0}, "warm_up": 0.0,
+        "clip": 0.0, "learning_rate": 0.5, "validation_windows": 0,
+    }  # fmt: skip
+    save_tiny(places / "full", dtype=torch.float32, num_hidden_layers=3)
+    train(places, tmp_path / "plain", "full", **options)
+    train(places, tmp_path / "decayed", "full", **options, layer_decay=0.5)
+    train(
+        places, tmp_path / "mixed", "full", **options, layer_decay=0.5,
+        rates={"model.layers.1.*": 0.0},
+    )  # fmt: skip
+    start, plain, decayed, mixed = (
+        load_file(x / "model.safetensors")
+        for x in (places / "full", *(tmp_path / n for n in ("plain", "decayed", "mixed")))
+    )
+    for name in start:
+        factor = 1.0
+        if ".layers." in name:
+            factor = 0.5 ** (2 - int(name.split(".")[2]))
+        elif "embed_tokens" in name:
+            factor = 0.5**3
+        moved = plain[name] - start[name]
+        torch.testing.assert_close(decayed[name] - start[name], factor * moved, atol=1e-6, rtol=0)
+        if ".layers.1." in name:
+            assert torch.equal(mixed[name], start[name])
+
+
+def test_by_the_command_line(
+    places: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = runner(monkeypatch, capsys)
+    ended = command(
+        "train", places / "dense", "-o", tmp_path / "out", "--iterative", 0.6, "--steps", 4,
+        "--text", places / "text.txt", "--set", "iterative.rounds=2", "--set", "layer_decay=0.9",
+        "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    record = json.loads(ended.out)
+    assert record["recipe"]["iterative"]["rounds"] == 2
+    assert record["recipe"]["layer_decay"] == 0.9
+    assert record["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)
