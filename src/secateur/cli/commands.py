@@ -147,18 +147,20 @@ def _chain(recipe: ChainRecipe, **call: Any) -> Result:
 
 @_command("import")
 def _import(recipe: ImportRecipe, **call: Any) -> Result:
-    from secateur.steps.import_model import import_recipe
+    from secateur.steps.import_model import ImportModel
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
-        return import_recipe(recipe, progress, **call)
+        return carry_out(ImportModel, recipe, progress, **call)
 
 
 @_command("decompress")
 def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
-    from secateur.steps.compress.unpack import decompress_recipe
+    from secateur.steps.compress.unpack import Decompress
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
-        return decompress_recipe(recipe, progress, **call)
+        return carry_out(Decompress, recipe, progress, **call)
 
 
 @_command("methods")
@@ -305,10 +307,11 @@ def _report(recipe: ReportRecipe) -> Result:
 
 @_command("export")
 def _export(recipe: ExportRecipe, **call: Any) -> Result:
-    from secateur.steps.export import export_recipe
+    from secateur.steps.export import Export
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
-        return export_recipe(recipe, progress, **call)
+        return carry_out(Export, recipe, progress, **call)
 
 
 @_command("push")

@@ -9,14 +9,13 @@ from typing import Any
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_config
-from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.recipes.exchange import ExportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.results.export import ExportResult
-from secateur.runs.folder import RunFolder
 from secateur.runtime.install import open_checkpoint
+from secateur.steps.runner import Run, Step, carry_out
 
 
 @takes_options_of(ExportRecipe)
@@ -39,46 +38,45 @@ def export(model: str | Path, *, progress: Progress | None = None, **options: An
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(ExportRecipe, {"model": model}, options)
-    return export_recipe(recipe, listener(progress), **call)
+    return carry_out(Export, recipe, listener(progress), **call)
 
 
-def export_recipe(
-    recipe: ExportRecipe, progress: Progress, *, overwrite: bool = False
-) -> ExportResult:
-    """Carry out a recipe into a new folder.
+class Export(Step[ExportRecipe, ExportResult]):
+    """Writes a model for another engine."""
 
-    Args:
-        recipe: the recipe.
-        progress: receives every tensor.
-        overwrite: replace an existing output folder.
-    """
-    begun = time.perf_counter()
-    target = targets[recipe.to]
-    type = recipe.type or target.types[0]
-    if type not in target.types:
-        raise RecipeError(
-            f"{recipe.to} has no type {type!r}", remedy=did_you_mean(type, list(target.types))
-        )
-    if recipe.keep_zeros and type in target.lossy:
-        keeping = [name for name in target.types if name not in target.lossy]
-        raise RecipeError(
-            f"{recipe.to} {type} does not keep exact zeros",
-            where="--keep-zeros",
-            remedy=f"types that do: {', '.join(keeping)}",
-        )
-    folder = RunFolder(recipe.output, "export", overwrite=overwrite)
-    folder.keep_apart(recipe.model)
-    found = resolve(recipe.model, progress=progress)
-    folder.keep_apart(found.folder)
-    name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or found.folder.name
-    source = ExportSource(
-        name, found.folder, read_config(found.folder), open_checkpoint(found.folder)
-    )
-    with folder:
-        made = folder.fresh_model()
-        exported = target.write(source, type, made, progress)
+    verb = "export"
+
+    def __init__(self, recipe: ExportRecipe, run: Run) -> None:
+        super().__init__(recipe, run)
+        self.type = recipe.type or targets[recipe.to].types[0]
+        folder = run.source.folder
+        named = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or folder.name
+        self.source = ExportSource(named, folder, read_config(folder), open_checkpoint(folder))
+
+    @classmethod
+    def check(cls, recipe: ExportRecipe) -> None:
+        """Refuse a type that the target does not have, or that loses zeros that must stay."""
+        target = targets[recipe.to]
+        type = recipe.type or target.types[0]
+        if type not in target.types:
+            raise RecipeError(
+                f"{recipe.to} has no type {type!r}", remedy=did_you_mean(type, list(target.types))
+            )
+        if recipe.keep_zeros and type in target.lossy:
+            keeping = [name for name in target.types if name not in target.lossy]
+            raise RecipeError(
+                f"{recipe.to} {type} does not keep exact zeros",
+                where="--keep-zeros",
+                remedy=f"types that do: {', '.join(keeping)}",
+            )
+
+    def work(self) -> ExportResult:
+        """Write the files, and refuse a loss of zeros that the type does not announce."""
+        to, type, folder = self.recipe.to, self.type, self.run.folder
+        target, made = targets[to], folder.fresh_model()
+        exported = target.write(self.source, type, made, self.run.progress)
         lost = exported.zeros - exported.zeros_kept
-        message = f"{lost:,} of {exported.zeros:,} zeros were lost in {recipe.to} {type}"
+        message = f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}"
         if lost and type not in target.lossy:
             raise VerificationError(
                 message, where=str(folder.output), remedy="choose another --type"
@@ -87,6 +85,5 @@ def export_recipe(
             exported.notes.insert(0, message)
         folder.notes.rmdir()
         files = tuple(sorted(file.name for file in made.iterdir()))
-        folder.finish()
-    seconds = time.perf_counter() - begun
-    return ExportResult(recipe.to, type, folder.output, files, exported, seconds)
+        seconds = time.perf_counter() - self.run.meter.started
+        return ExportResult(to, type, folder.output, files, exported, seconds)

@@ -21,7 +21,7 @@ from secateur.models.configuration import read_config
 from secateur.models.copies import write_dense
 from secateur.models.opening import computed_dtype, refuse_quantized
 from secateur.models.skeleton import build_skeleton
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress, listener
 from secateur.recipes.exchange import ImportRecipe
@@ -31,8 +31,7 @@ from secateur.reporting.cards import import_card
 from secateur.reporting.results.export import ImportResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, environment
-from secateur.runs.folder import RunFolder, file_digests
-from secateur.runs.output import check_free
+from secateur.runs.folder import file_digests
 from secateur.runs.records import (
     MANIFEST_VERSION,
     Cost,
@@ -42,6 +41,7 @@ from secateur.runs.records import (
     RunResult,
 )
 from secateur.steps.checkpoint_files import carry_over
+from secateur.steps.runner import Run, Step, carry_out
 
 IMPORT, MANIFEST = "import.json", "manifest.json"
 UNKNOWN = "unknown"
@@ -70,49 +70,55 @@ def import_model(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(ImportRecipe, {"model": model}, options)
-    return import_recipe(recipe, listener(progress), **call)
+    return carry_out(ImportModel, recipe, listener(progress), **call)
 
 
-def import_recipe(
-    recipe: ImportRecipe, progress: Progress, *, overwrite: bool = False
-) -> ImportResult:
-    """Carry out a recipe into a new folder.
+class ImportModel(Step[ImportRecipe, ImportResult]):
+    """Makes an ordinary folder from what another tool wrote."""
 
-    Args:
-        recipe: the recipe.
-        progress: receives every tensor.
-        overwrite: replace an existing output folder.
-    """
-    begun, meter = time.perf_counter(), Meter.start()
-    folder = RunFolder(recipe.output, "import", overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.masks, recipe.adapter)
-    refuse_by_name(recipe.model)
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    folder.keep_apart(source.folder)
-    with folder:
-        opened = _open_source(recipe, source)
-        made = folder.fresh_model()
-        check_free(opened.reader.total_bytes, made)
-        write_dense(opened.reader, made, progress)
+    verb = "import"
+
+    def __init__(self, recipe: ImportRecipe, run: Run) -> None:
+        super().__init__(recipe, run)
+        self.opened = _open_source(recipe, run.source)
+
+    @classmethod
+    def check(cls, recipe: ImportRecipe) -> None:
+        """Refuse the formats that are known by name and not read."""
+        refuse_by_name(recipe.model)
+
+    @classmethod
+    def reads(cls, recipe: ImportRecipe) -> tuple[str | None, ...]:
+        """Masks and an adapter."""
+        return recipe.masks, recipe.adapter
+
+    @property
+    def disk_bytes(self) -> int:
+        """The dense weights."""
+        return self.opened.reader.total_bytes
+
+    def work(self) -> ImportResult:
+        """Write the dense model, count its zeros, and record where they came from."""
+        recipe, source, folder = self.recipe, self.run.source, self.run.folder
+        made, opened, trust = folder.fresh_model(), self.opened, recipe.trust_remote_code
+        write_dense(opened.reader, made, self.run.progress)
         carry_over(source.folder, made, opened.plain.config, same_weights=False)
-        trust = recipe.trust_remote_code
         StoredModel(  # refuses missing tensors and other shapes
             build_skeleton(made, trust_remote_code=trust, opened=False), CheckpointReader(made)
         )
         audit = audit_checkpoint(
-            made, find_patterns=True, trust_remote_code=trust, progress=progress
+            made, find_patterns=True, trust_remote_code=trust, progress=self.run.progress
         )
-        record = _record_of(recipe, source, opened, audit, begun)
+        record = _record_of(recipe, source, opened, audit, self.run.meter)
         write_json(folder.notes / IMPORT, record.to_json())
         if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur
-            manifest = _manifest_of(record, audit, meter)
+            manifest = _manifest_of(record, audit, self.run.meter)
             write_json(folder.notes / MANIFEST, manifest.to_json())
         write_text(folder.notes / "import.yaml", dump_recipe(recipe))
         result = ImportResult(folder.output, record, audit.parameters)
         place = recipe.output or folder.output
         write_text(made / "README.md", import_card(result, source.folder, place))
-        folder.finish()
-    return result
+        return result
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
 
 
 def _record_of(
-    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, begun: float
+    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, meter: Meter
 ) -> Import:
     """The record of an import."""
     plain, masks, adapter = opened.plain, None, None
@@ -203,7 +209,7 @@ def _record_of(
             )
             for x in audit.linears
         ),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - meter.started,
     )
 
 

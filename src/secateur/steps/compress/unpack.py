@@ -14,7 +14,6 @@ from secateur.models.configuration import read_config
 from secateur.models.copies import write_dense
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
-from secateur.models.sources import resolve
 from secateur.models.stored_parameters import FusedExperts, loads_one_by_one
 from secateur.progress import Progress, listener
 from secateur.recipes.compress import DecompressRecipe
@@ -22,12 +21,11 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.cards import source_part
 from secateur.reporting.results.compress import DecompressResult
 from secateur.runs.atomic import write_text
-from secateur.runs.folder import RunFolder
-from secateur.runs.output import check_free
 from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.checkpoint_files import carry_over
+from secateur.steps.runner import Run, Step, carry_out
 
 
 @takes_options_of(DecompressRecipe)
@@ -52,50 +50,47 @@ def decompress(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(DecompressRecipe, {"model": model}, options)
-    return decompress_recipe(recipe, listener(progress), **call)
+    return carry_out(Decompress, recipe, listener(progress), **call)
 
 
-def decompress_recipe(
-    recipe: DecompressRecipe, progress: Progress, *, overwrite: bool = False
-) -> DecompressResult:
-    """Carry out a recipe into a new folder.
+class Decompress(Step[DecompressRecipe, DecompressResult]):
+    """Writes a compressed checkpoint as plain dense safetensors."""
 
-    Args:
-        recipe: recipe of the decompression.
-        progress: receives every step.
-        overwrite: replace an existing output folder.
-    """
-    begun = time.perf_counter()
-    folder = RunFolder(recipe.output, "decompress", overwrite=overwrite)
-    folder.keep_apart(recipe.model)
-    source = resolve(recipe.model, progress=progress)
-    folder.keep_apart(source.folder)
-    packed = PackedCheckpoint(source.folder)
-    view = DenseView(packed)
-    config = read_config(source.folder)
-    del config["quantization_config"]
-    rounded = any(not _is_exact(layout, view.computed) for layout in packed.layouts.values())
-    with folder:
-        made = folder.fresh_model()
-        check_free(view.total_bytes, made)
-        write_dense(_as_transformers_loads(view), made, listener(progress))
-        carry_over(source.folder, made, config, same_weights=not rounded)
+    verb = "decompress"
+
+    def __init__(self, recipe: DecompressRecipe, run: Run) -> None:
+        super().__init__(recipe, run)
+        self.packed = PackedCheckpoint(run.source.folder)
+        self.view = DenseView(self.packed)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The dense weights."""
+        return self.view.total_bytes
+
+    def work(self) -> DecompressResult:
+        """Write all weights with their zeros, and what belongs to the model."""
+        source, folder, view = self.run.source.folder, self.run.folder, self.view
+        layouts, made = self.packed.layouts, folder.fresh_model()
+        config = read_config(source)
+        del config["quantization_config"]
+        rounded = any(not _is_exact(layout, view.computed) for layout in layouts.values())
+        write_dense(_as_transformers_loads(view), made, self.run.progress)
+        carry_over(source, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()
-        card = source.folder / "README.md"
+        card = source / "README.md"
         if card.is_file():
             text = source_part(card.read_text(encoding="utf-8"))
             if text.strip():
                 write_text(made / "README.md", text)
-        file_bytes = sum(file.stat().st_size for file in shard_files(made))
-        folder.finish()
-    return DecompressResult(
-        output=folder.output,
-        source_bytes=sum(file.stat().st_size for file in view.files),
-        file_bytes=file_bytes,
-        matrices=len(packed.layouts),
-        seconds=time.perf_counter() - begun,
-    )
+        return DecompressResult(
+            output=folder.output,
+            source_bytes=sum(file.stat().st_size for file in view.files),
+            file_bytes=sum(file.stat().st_size for file in shard_files(made)),
+            matrices=len(layouts),
+            seconds=time.perf_counter() - self.run.meter.started,
+        )
 
 
 def _is_exact(layout: Layout, computed: torch.dtype) -> bool:

@@ -1,0 +1,161 @@
+"""Runs a step: every verb that makes a folder has this life.
+
+check    what needs no model is refused
+folder   the output can be written, and holds nothing that the step reads
+source   is found, or fetched
+open     everything that the recipe names is opened and checked; nothing is written
+begin    the folder is locked; a stopped or finished run there must be the same one
+work     fills the model's folder and its notes
+finish   one rename gives the result its name
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.progress import Progress
+from secateur.runs.environment import Meter
+from secateur.runs.folder import RunFolder
+from secateur.runs.output import check_free
+
+R, T = TypeVar("R"), TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the runner gives a step.
+
+    Attributes:
+        folder: the folder of the run.
+        source: the model that it reads.
+        progress: receives every step.
+        meter: measures the cost, from the beginning.
+        ranks: the processes that share the work; this one is the first.
+    """
+
+    folder: RunFolder
+    source: LocalCheckpoint
+    progress: Progress
+    meter: Meter
+    ranks: Ranks = ALONE
+
+
+class Step(ABC, Generic[R, T]):
+    """A verb that makes a folder, at work on one recipe R. Its result is a T.
+
+    A step is complete when it is constructed: `open` has read and checked everything.
+    """
+
+    verb: ClassVar[str]
+    """The name on the command line."""
+
+    def __init__(self, recipe: R, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+
+    @classmethod
+    def check(cls, recipe: R) -> None:
+        """Refuse what can be refused without the model."""
+
+    @classmethod
+    def reads(cls, recipe: R) -> Iterable[str | Path | None]:
+        """The files and folders that it reads besides the model."""
+        return ()
+
+    @classmethod
+    def open(cls, recipe: R, run: Run) -> Self:
+        """Open and check everything that a recipe names. Writes nothing."""
+        return cls(recipe, run)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most bytes that it writes; 0 if it checks the disk by itself."""
+        return 0
+
+    def identity(self) -> Mapping[str, Any] | None:
+        """What must not change while the run is stopped.
+
+        Empty if a stopped run cannot be resumed, None if a finished one is not recognised either.
+        """
+        return None
+
+    def settled(self) -> Mapping[str, Any]:
+        """What else the result depends on. It may change while the run is stopped."""
+        return {}
+
+    @abstractmethod
+    def work(self) -> T:
+        """Fill `run.folder.model` and `run.folder.notes`, and return the result."""
+
+    @classmethod
+    def result(cls, output: Path) -> T:
+        """Read the result of a finished run."""
+        raise NotImplementedError(f"`{cls.verb}` does not resume")
+
+
+def carry_out(
+    kind: type[Step[R, T]],
+    recipe: R,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+) -> T:
+    """Carry out the recipe of a verb, into a new folder.
+
+    Args:
+        kind: the step of the verb.
+        recipe: its recipe, with `model` and `output`.
+        progress: receives every step.
+        resume: resume a stopped run, or start if there is none.
+        restart: discard the files of a stopped run.
+        overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    meter = Meter.start()
+    values: Any = recipe
+    kind.check(recipe)
+    folder = RunFolder(
+        values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
+    )
+    folder.keep_apart(values.model, *kind.reads(recipe))
+    source = resolve(
+        values.model,
+        dtype=getattr(recipe, "dtype", None),
+        trust_remote_code=getattr(recipe, "trust_remote_code", False),
+        progress=progress,
+    )
+    return finish(kind.open(recipe, Run(folder, source, progress, meter, ranks)))
+
+
+def finish(step: Step[R, T]) -> T:
+    """Do the work of an opened step, and give its folder the final name.
+
+    Other processes wait for what the first one sends with `ranks.once`: the work sends them their
+    share. Of a run that is finished already, they get nothing to do.
+    """
+    run = step.run
+    folder = run.folder
+    folder.keep_apart(run.source.folder)
+    if step.disk_bytes and not folder.finished:
+        check_free(step.disk_bytes, folder.output, folder.partial)
+    with folder:
+        identity = step.identity()
+        if identity is not None:
+            folder.begin(identity, step.settled())
+        if folder.finished:
+            run.ranks.once(lambda: None)
+            return step.result(folder.output)
+        result = step.work()
+        folder.finish()
+    return result
