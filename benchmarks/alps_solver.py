@@ -25,9 +25,9 @@ from refits import LINEARS, grams_of
 from rivals import patched
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import WindowPlan, make_windows
+from secateur.evaluation.perplexity import load_model
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.steps.judge.perplexity import load_model
 
 OURS = {"ours": {}, "ours, 30 iterations": {"iterations": 30, "growth": 1.3}}
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from hardware import heading, keep, markdown
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import WindowPlan, make_windows
+from secateur.evaluation.perplexity import load_model
 from secateur.models.samples import sample_text
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements.swaps import SparseSwaps
 from secateur.sparsity.scores.wanda import Wanda
 from secateur.sparsity.solvers import solvers
-from secateur.steps.judge.perplexity import load_model
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 PATTERNS = (("unstructured", "row", 0.5), ("unstructured", "row", 0.7), ("2:4", None, 0.5))

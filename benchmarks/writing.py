@@ -19,10 +19,10 @@ from transformers import GenerationConfig
 from hardware import heading, keep, markdown
 from secateur.calibration.continuation import PREFIX, continue_windows
 from secateur.calibration.windows import WindowPlan, make_windows
+from secateur.evaluation.perplexity import load_model
 from secateur.models.samples import sample_text
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_dtype
-from secateur.steps.judge.perplexity import load_model
 
 
 def generated(model: Any, windows: Tensor) -> Tensor:

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
     from secateur.steps.advise import advise
+    from secateur.steps.bench import bench
     from secateur.steps.chain import chain
     from secateur.steps.compress.pack import compress
     from secateur.steps.compress.unpack import decompress
+    from secateur.steps.diagnose import diagnose
+    from secateur.steps.evaluate import evaluate
     from secateur.steps.export import export
     from secateur.steps.fit.run import fit
+    from secateur.steps.generate import generate
     from secateur.steps.import_model import import_model
-    from secateur.steps.judge.bench import bench
-    from secateur.steps.judge.diagnose import diagnose
-    from secateur.steps.judge.evaluate import evaluate
-    from secateur.steps.judge.generate import generate
-    from secateur.steps.judge.inspect import inspect
+    from secateur.steps.inspect import inspect
     from secateur.steps.prune.composition import methods
     from secateur.steps.prune_and_pack import prune
     from secateur.steps.push import push
@@ -93,18 +93,18 @@ HOMES = {
     "SecateurError": "secateur.errors",
     "advise": "secateur.steps.advise",
     "allocations": "secateur.sparsity.allocation",
-    "bench": "secateur.steps.judge.bench",
+    "bench": "secateur.steps.bench",
     "chain": "secateur.steps.chain",
     "compose": "secateur.sparsity.methods",
     "compress": "secateur.steps.compress.pack",
     "decompress": "secateur.steps.compress.unpack",
-    "diagnose": "secateur.steps.judge.diagnose",
-    "evaluate": "secateur.steps.judge.evaluate",
+    "diagnose": "secateur.steps.diagnose",
+    "evaluate": "secateur.steps.evaluate",
     "export": "secateur.steps.export",
     "fit": "secateur.steps.fit.run",
-    "generate": "secateur.steps.judge.generate",
+    "generate": "secateur.steps.generate",
     "import_model": "secateur.steps.import_model",
-    "inspect": "secateur.steps.judge.inspect",
+    "inspect": "secateur.steps.inspect",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured.load",

@@ -34,10 +34,10 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
-from secateur.steps.judge.bench import bench as bench
-from secateur.steps.judge.diagnose import diagnose as diagnose
-from secateur.steps.judge.generate import generate as generate
-from secateur.steps.judge.inspect import inspect as inspect
+from secateur.steps.bench import bench as bench
+from secateur.steps.diagnose import diagnose as diagnose
+from secateur.steps.generate import generate as generate
+from secateur.steps.inspect import inspect as inspect
 from secateur.steps.prune.composition import methods as methods
 from secateur.steps.report import report as report
 from secateur.steps.train.callback import SecateurCallback as SecateurCallback

@@ -19,7 +19,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
 from secateur.reporting.results.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
-from secateur.steps.judge.bench import tokens_of
+from secateur.steps.bench import tokens_of
 from slow import slow
 from tiny import save_tiny
 

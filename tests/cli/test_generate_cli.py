@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.steps.judge.generate import Conversation
+from secateur.steps.generate import Conversation
 from tiny import save_tiny
 
 

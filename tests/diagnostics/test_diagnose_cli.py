@@ -11,7 +11,7 @@ import secateur as library
 from diagnostics.planted import Pair, edit, found
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.speed import Speed
-from secateur.steps.judge import bench as benching
+from secateur.steps import bench as benching
 from tiny import save_tiny
 
 

@@ -13,7 +13,7 @@ def ids_in_code() -> set[str]:
     """The first argument of every Finding, and of the shorthand for those of layers."""
     found = {"dead-row", "dead-column"}  # put together from a part
     files = [*(ROOT / "src/secateur/diagnostics").glob("*.py")]
-    for file in [*files, ROOT / "src/secateur/steps/judge/diagnose.py"]:
+    for file in [*files, ROOT / "src/secateur/steps/diagnose.py"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             if called and node.func.id in ("Finding", "fault"):

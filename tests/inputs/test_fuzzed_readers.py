@@ -24,7 +24,7 @@ from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
 from secateur.steps.chain import checked_steps
-from secateur.steps.judge.inspect import inspect
+from secateur.steps.inspect import inspect
 from tiny import save_tiny
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.calibration.documents import read_documents
 from secateur.errors import RecipeError, SourceError
-from secateur.steps.judge.generate import generate
+from secateur.steps.generate import generate
 from tiny import save_tiny
 
 LINE = '{"text": "one two three"}\n'

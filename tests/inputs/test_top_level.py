@@ -14,7 +14,7 @@ import pytest
 
 from secateur.cli.errors import to_error, write_log
 
-BROKEN = "secateur.steps.judge.inspect.inspect"
+BROKEN = "secateur.steps.inspect.inspect"
 
 
 def raising(error: BaseException):
@@ -107,11 +107,11 @@ def test_both_names_of_a_failed_rename_are_reported() -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-import secateur.steps.judge.inspect
+import secateur.steps.inspect
 def wait(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
-secateur.steps.judge.inspect.inspect = wait
+secateur.steps.inspect.inspect = wait
 sys.argv = ["secateur", "inspect", "m", *sys.argv[1:]]
 from secateur.cli import main
 main()

@@ -210,7 +210,7 @@ def judge_together(model: str, dense: str, text: str, output: str) -> None:
     from secateur.progress import Silent
     from secateur.recipes.measure import EvaluateRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.steps.judge.evaluate import run_evaluation
+    from secateur.steps.evaluate import run_evaluation
 
     values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
     recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})

@@ -215,7 +215,7 @@ def _check_tasks(recipe: EvaluateRecipe) -> None:
 def _evaluate(recipe: EvaluateRecipe) -> Result | None:
     from secateur.parallel.processes import joined
     from secateur.progress import Silent
-    from secateur.steps.judge.evaluate import run_evaluation
+    from secateur.steps.evaluate import run_evaluation
 
     with joined(recipe.device) as ranks:
         if not ranks.first:
@@ -231,7 +231,7 @@ def _evaluate(recipe: EvaluateRecipe) -> Result | None:
 )
 def _bench(recipe: BenchRecipe) -> Result:
     from secateur.evaluation.speed import BACKENDS
-    from secateur.steps.judge.bench import bench
+    from secateur.steps.bench import bench
 
     options = dict(recipe)
     if recipe.contenders == ("all",):
@@ -245,7 +245,7 @@ def _bench(recipe: BenchRecipe) -> Result:
 
 @_command("inspect")
 def _inspect(recipe: InspectRecipe) -> Result:
-    from secateur.steps.judge.inspect import inspect
+    from secateur.steps.inspect import inspect
 
     with _show_progress() as progress:
         return inspect(**dict(recipe), progress=progress)
@@ -268,7 +268,7 @@ def _diagnosis_exit_code(result: Any) -> int:
 
 @_command("diagnose", exit_code=_diagnosis_exit_code, check=_check_diagnosis)
 def _diagnose(recipe: DiagnoseRecipe) -> Result:
-    from secateur.steps.judge.diagnose import check_target, diagnose
+    from secateur.steps.diagnose import check_target, diagnose
 
     if recipe.machine and recipe.model is not None:
         raise RecipeError(

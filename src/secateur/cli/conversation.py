@@ -10,7 +10,7 @@ from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
     from secateur.recipes.running import ChatRecipe, GenerateRecipe
-    from secateur.steps.judge.generate import Conversation
+    from secateur.steps.generate import Conversation
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -69,7 +69,7 @@ def chat(recipe: ChatRecipe, as_json: bool) -> None:
 def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conversation:
     """Load the model. `chat`: whether to use its chat template; None: if there is one."""
     from secateur.runtime.sampling import sampling_with
-    from secateur.steps.judge.generate import Conversation
+    from secateur.steps.generate import Conversation
 
     sampling_with({}, recipe.drawing())  # a bad number is an error before any work
     return Conversation(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.progress import Labelled
 from secateur.reporting.results.demo import DemoResult
+from secateur.steps.bench import bench
 from secateur.steps.compress.pack import compress
-from secateur.steps.judge.bench import bench
-from secateur.steps.judge.evaluate import evaluate
+from secateur.steps.evaluate import evaluate
 from secateur.steps.prune_and_pack import prune
 from secateur.steps.report import report
 

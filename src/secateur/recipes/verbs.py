@@ -141,7 +141,7 @@ VERBS: dict[str, Verb] = {
             RUN,
             "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.running:GenerateRecipe",
-            "secateur.steps.judge.generate:generate",
+            "secateur.steps.generate:generate",
         ),
         Verb(
             "chat",
@@ -164,7 +164,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.measure:EvaluateRecipe",
-            "secateur.steps.judge.evaluate:evaluate",
+            "secateur.steps.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
@@ -175,21 +175,21 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure speed and memory at batch 1 on the CPU; ways to run are interleaved.",
             "secateur.recipes.measure:BenchRecipe",
-            "secateur.steps.judge.bench:bench",
+            "secateur.steps.bench:bench",
         ),
         Verb(
             "inspect",
             MEASURE,
             "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.measure:InspectRecipe",
-            "secateur.steps.judge.inspect:inspect",
+            "secateur.steps.inspect:inspect",
         ),
         Verb(
             "diagnose",
             MEASURE,
             "Check zeros, values, units and layers.",
             "secateur.recipes.measure:DiagnoseRecipe",
-            "secateur.steps.judge.diagnose:diagnose",
+            "secateur.steps.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
             usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),

@@ -12,12 +12,12 @@ import torch
 import secateur
 from secateur.calibration.windows import load_windows
 from secateur.errors import RecipeError
+from secateur.evaluation.perplexity import LossComparison, LossIncrease
 from secateur.reporting.results.compress import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.compress.pack import MOST_CHOICES
 from secateur.steps.compress.rounding import MixedChoice
 from secateur.steps.compress.storage_plan import ChosenValues
-from secateur.steps.judge.perplexity import LossComparison, LossIncrease
 from secateur.steps.run_windows import save_parts
 from trained import save_trained, source_text
 
@@ -100,7 +100,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
     seen = {tuple(w) for w in [*parts["fitted"].tolist(), *parts["chosen"].tolist()]}
     assert not seen & {tuple(w) for w in windows.tolist()}
     monkeypatch.setattr(
-        "secateur.steps.judge.perplexity.evaluation_windows", lambda *_, **__: windows
+        "secateur.evaluation.perplexity.evaluation_windows", lambda *_, **__: windows
     )
     evaluation = secateur.evaluate(
         tmp_path / "out", dense=pruned / "pruned", text=pruned / "text.txt", sequence_length=64

@@ -15,6 +15,7 @@ from secateur.calibration.windows import load_windows, save_windows
 from secateur.engine.search.knapsack import Knapsack
 from secateur.engine.search.stored_levels import FitSearch
 from secateur.errors import RecipeError
+from secateur.evaluation.perplexity import LossComparison, LossIncrease
 from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
@@ -22,7 +23,6 @@ from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.fit import run
 from secateur.steps.fit.context import FitContext
 from secateur.steps.fit.storage_formats import FINER, LEVELS
-from secateur.steps.judge.perplexity import LossComparison, LossIncrease
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -140,7 +140,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
     (tmp_path / "text.txt").write_text("replaced by the windows")
     judged = load_windows(place / "windows.safetensors")[-2:]
     monkeypatch.setattr(
-        "secateur.steps.judge.perplexity.evaluation_windows", lambda *_, **__: judged
+        "secateur.evaluation.perplexity.evaluation_windows", lambda *_, **__: judged
     )
     found = secateur.evaluate(
         place / "small", dense=place / "dense", text=tmp_path / "text.txt", sequence_length=24

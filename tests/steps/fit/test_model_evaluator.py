@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import dense_losses
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.steps.fit.evaluation import ModelEvaluator
 from secateur.steps.fit.storage_formats import StorageFormat
-from secateur.steps.judge.perplexity import dense_losses
 from tiny import save_tiny
 from zoo import tiny_windows
 

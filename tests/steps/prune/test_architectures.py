@@ -22,8 +22,8 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.runs.records import Manifest
-from secateur.steps.judge.diagnose import diagnose
-from secateur.steps.judge.inspect import inspect
+from secateur.steps.diagnose import diagnose
+from secateur.steps.inspect import inspect
 from slow import slow_but
 from zoo import tiny_windows
 

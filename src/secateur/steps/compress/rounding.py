@@ -25,6 +25,7 @@ from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError
+from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe
@@ -34,7 +35,6 @@ from secateur.runs.environment import choose_device
 from secateur.runs.records import Manifest, read_record
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.steps.compress.storage_plan import ChosenValues, PackableMatrix, settled_values
-from secateur.steps.judge.perplexity import LossComparison
 from secateur.steps.prune.checkpoint import run_recipe
 from secateur.steps.run_windows import save_parts
 

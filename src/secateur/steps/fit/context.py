@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
@@ -25,7 +26,6 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
 from secateur.steps.compress.storage_plan import PackableMatrix
 from secateur.steps.fit.costs import Costs
-from secateur.steps.judge.perplexity import LossComparison
 from secateur.steps.run_windows import save_parts
 
 SHARE = 6

@@ -25,6 +25,7 @@ from secateur.engine.search.candidate_evaluator import CandidateEvaluator, Fitne
 from secateur.engine.search.stored_levels import FitSearch, StoredVariants
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import load_model
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.models.checkpoint import CheckpointReader
@@ -38,7 +39,6 @@ from secateur.sparsity.evolution import Candidate
 from secateur.steps.advise import counted
 from secateur.steps.fit.build_models import Formats, pack_made
 from secateur.steps.fit.context import FitContext
-from secateur.steps.judge.perplexity import load_model
 
 TIMING_ERROR = 0.05
 """How far a speed-up may be off when it is measured again; a bound is kept up to here."""

@@ -23,7 +23,12 @@ from torch import Tensor
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import load_windows, save_windows, stored_extra
 from secateur.errors import RecipeError, SecateurError
-from secateur.evaluation.perplexity import computed_by, evaluation_windows, perplexity
+from secateur.evaluation.perplexity import (
+    computed_by,
+    evaluation_windows,
+    perplexity,
+    window_progress,
+)
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole
@@ -52,7 +57,6 @@ from secateur.runs.records import (
 )
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.judge.perplexity import window_progress
 from secateur.steps.prune.checkpoint import run_recipe
 from secateur.steps.prune.composition import allocation_of, method_of
 from secateur.steps.prune.prepare import prepare, windows_needed

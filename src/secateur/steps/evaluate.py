@@ -21,9 +21,12 @@ from secateur.evaluation.perplexity import (
     COMPUTED,
     PerplexityResult,
     computed_by,
+    load_model,
     perplexity,
     place_of,
     protocol_id,
+    window_progress,
+    windows_of,
 )
 from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
@@ -48,7 +51,6 @@ from secateur.runs.records.measured import (
     TaskRecord,
     read_evaluation,
 )
-from secateur.steps.judge.perplexity import load_model, window_progress, windows_of
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""

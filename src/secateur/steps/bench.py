@@ -23,7 +23,7 @@ from secateur.runs.output import cannot_write
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
-from secateur.steps.judge.generate import positions_in
+from secateur.steps.generate import positions_in
 
 
 def bench(

@@ -12,7 +12,7 @@ import pytest
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.runtime.decode import SlotDecoder
-from secateur.steps.judge.generate import ONE_CALL, Conversation
+from secateur.steps.generate import ONE_CALL, Conversation
 from tiny import save_tiny
 
 TEMPLATE = (

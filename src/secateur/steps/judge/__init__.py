@@ -1,1 +1,0 @@
-"""`evaluate`, `bench`, `diagnose`, `generate`, `inspect`: measure and inspect a model."""
