@@ -1,0 +1,171 @@
+"""One forward and one backward through all decoder layers, with one layer in memory.
+
+    forward     layer by layer, window after window:     hₗ₊₁ = fₗ(hₗ)
+    losses      after the last layer, each window:       L, and g = ∂L/∂h
+    backward    layer by layer, from the last; in each, window after window:
+                    fₗ(hₗ) again;  g ← (∂fₗ/∂hₗ)ᵀ g  for the layer below;
+                    the gradients of the layer's weights: the caller reads them
+
+That is gradient checkpointing of whole layers, so the peak is one layer with its gradients, for any
+number of layers. Hidden states and gradients are on disk. A killed run continues with the layer in
+which it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.precision import full_float32
+
+OpenLayer = Callable[[int], AbstractContextManager[tuple[nn.Module, Callable[[int], None]]]]
+"""The number of a layer → a context with the layer, and a function that is called after each window
+with the window's place. The context leaves when everything of the layer is on disk."""
+
+
+def _ignore(number: int) -> None:
+    """Nothing to do."""
+
+
+class LayerwisePass:
+    """Some windows on their way through all layers and back.
+
+    Args:
+        outer: embedding and head of the model.
+        windows: numbers of the windows, in the order of their passes.
+        folder: of the hidden states and the gradients.
+        call: numbers of a layer and of a window → how the layer is called. It is called once before
+            the layer is opened, so what it computes for the whole layer needs no second layer.
+        precision: makes the context of a forward.
+        own: the range of the windows among those of all processes; None for a single process.
+    """
+
+    def __init__(
+        self,
+        outer: EmbeddingAndHead,
+        windows: Sequence[int],
+        folder: Path,
+        call: Callable[[int, int], LayerCall],
+        precision: Callable[[], AbstractContextManager[Any]],
+        own: slice | None = None,
+    ) -> None:
+        self.outer, self.windows, self.call, self.precision = outer, windows, call, precision
+        self.target, self.count = outer.target, len(outer.target.layers)
+        first = 0 if own is None else own.start
+        self.rows = [slice(row, row + 1) for row in range(first, first + len(windows))]
+        (like,) = outer.embed([slice(windows[0], windows[0] + 1)])
+        shape = (len(windows) if own is None else len(outer.windows), *like.shape[1:])
+        for name in ("states", "gradients"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.states = Activations(shape, like.dtype, folder / "states", False, own)
+        self.gradients = Activations(shape, like.dtype, folder / "gradients", False, own)
+
+    @property
+    def passed(self) -> int:
+        """The number of layers whose outputs an earlier run has stored."""
+        return max((n for n in range(self.count + 1) if self.states.has(n)), default=0)
+
+    @torch.no_grad()
+    def forward(
+        self, open_layer: OpenLayer, on_layer: Callable[[int], None] = _ignore, *, keep: bool = True
+    ) -> None:
+        """Store the inputs of every layer, and the outputs of the last one.
+
+        Args:
+            open_layer: opens a layer.
+            on_layer: called after each layer, with its number.
+            keep: whether the inputs of finished layers stay, for the backward.
+        """
+        states = self.states
+        if not self.passed and not states.has(0):
+            embedded = self.outer.embed([slice(n, n + 1) for n in self.windows])
+            for rows, hidden in zip(self.rows, embedded, strict=True):
+                states.write(rows, hidden)
+            states.advance(0)
+        for number in range(self.passed, self.count):
+            states.resume(number)
+            self.call(number, self.windows[0])
+            with open_layer(number) as (layer, after_window):
+                for place, rows in enumerate(self.rows):
+                    call = self.call(number, self.windows[place])
+                    with self.precision():
+                        hidden = call_layer(layer, self._read(states, rows), call)
+                    states.write(rows, hidden)
+                    after_window(place)
+                states.advance(number + 1)
+            if not keep:
+                states.forget(number)
+            on_layer(number)
+
+    def losses(self, loss: Callable[[int, Tensor], Tensor]) -> list[float]:
+        """Store the gradients of the last layer's outputs. Return the losses.
+
+        Args:
+            loss: place of a window, and the outputs of the last layer for it → its loss.
+        """
+        found = []
+        self.states.resume(self.count)
+        with self.outer.outside(), full_float32():
+            for place, rows in enumerate(self.rows):
+                hidden = self._read(self.states, rows).requires_grad_()
+                with self.precision(), torch.enable_grad():
+                    own = loss(place, hidden)
+                (gradient,) = torch.autograd.grad(own, hidden)
+                self.gradients.write(rows, gradient)
+                found.append(own.item())
+        self.gradients.advance(self.count)
+        return found
+
+    def backward(
+        self,
+        open_layer: OpenLayer,
+        is_finished: Callable[[int], bool],
+        on_layer: Callable[[int], None] = _ignore,
+        lowest: int = 0,
+    ) -> None:
+        """Pass the gradients down through the layers.
+
+        The gradients for the layer below are complete on disk before the layer's context leaves. So
+        a stop between the two only means that this layer is passed again.
+
+        Args:
+            open_layer: opens a layer. After each window its parameters have their gradients.
+            is_finished: whether an earlier run has finished a layer.
+            on_layer: called after each layer, with its number.
+            lowest: the last layer to pass.
+        """
+        for number in reversed(range(lowest, self.count)):
+            if not is_finished(number):
+                self._backward_layer(number, open_layer, to_inputs=number > lowest)
+            self.gradients.forget(number + 1)
+            self.states.forget(number + 1)
+            on_layer(number)
+
+    def _backward_layer(self, number: int, open_layer: OpenLayer, *, to_inputs: bool) -> None:
+        self.states.resume(number)
+        self.gradients.resume(number + 1)
+        self.call(number, self.windows[0])
+        with open_layer(number) as (layer, after_window), full_float32():
+            for place, rows in enumerate(self.rows):
+                hidden = self._read(self.states, rows).requires_grad_(to_inputs)
+                call = self.call(number, self.windows[place])
+                with self.precision(), torch.enable_grad():
+                    out = call_layer(layer, hidden, call)
+                out.backward(self._read(self.gradients, rows))
+                if hidden.grad is not None:
+                    self.gradients.write(rows, hidden.grad)
+                after_window(place)
+            if to_inputs:
+                self.gradients.advance(number)
+
+    def _read(self, stored: Activations, rows: slice) -> Tensor:
+        """The stored states of a window on the device."""
+        return stored.read(rows).to(self.target.device)
