@@ -26,6 +26,7 @@ import torch
 
 from hardware import add, heading, markdown
 from secateur import export
+from secateur.calibration.run_windows import WindowReader
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
@@ -43,7 +44,6 @@ from secateur.steps.fit.run import (
     make_search,
     survey_levels,
 )
-from secateur.steps.run_windows import calibration_windows
 from stored import known_rows
 
 MIB = 2**20
@@ -80,9 +80,10 @@ def rows(args: argparse.Namespace) -> None:
     measured, _ = survey_levels(context, search, expected)
     measured = replace(measured, frontier=())
     options = CalibrationWindows(windows=16, sequence_length=512)
-    wiki, _ = calibration_windows(
-        str(args.text), options, source.folder, context.target.model.config
+    reader = WindowReader.of_folder(
+        source.folder, context.target.model.config, trust_remote_code=False
     )
+    wiki, _ = reader.read(str(args.text), options)
     texts = {"c4": context.judging.windows, "wiki": wiki}
     measures = {name: ModelEvaluator(context, text, name) for name, text in texts.items()}
 

@@ -34,6 +34,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from secateur.calibration.run_windows import MOST_HELD_OUT
 from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, in_float32
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target, walk_layers
@@ -42,6 +43,7 @@ from secateur.models.architecture import Linear, hidden_size
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
+from secateur.recipes.shared import Distill
 from secateur.runs.atomic import write_json
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
@@ -69,10 +71,6 @@ SAVE_MINUTES = 5.0
 FEWEST_WINDOWS = 8
 """With fewer windows nothing is held out, and the highest rate is taken."""
 
-MOST_HELD_OUT = 8
-"""The most windows that measure the trials. They are the last ones, which the statistics have not
-read where a text was given."""
-
 LOWEST = 1 / 64
 """The lowest choice, as a fraction of the highest."""
 
@@ -94,6 +92,11 @@ class DistillationData:
     epochs: int
     learning_rate: float | None = None
     next_token: float = 0.0
+
+    @classmethod
+    def of(cls, windows: Windows, how: Distill, seed: int) -> DistillationData:
+        """The data of a distillation with these options."""
+        return cls(windows, seed, how.epochs, how.peak_learning_rate, how.next_token)
 
     @property
     def steps(self) -> int:

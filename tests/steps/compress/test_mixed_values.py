@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import secateur
+from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison, LossIncrease
@@ -19,6 +20,7 @@ from secateur.steps.compress.pack import MOST_CHOICES
 from secateur.steps.compress.rounding import MixedChoice
 from secateur.steps.compress.storage_plan import ChosenValues
 from secateur.steps.run_windows import save_parts
+from secateur.steps.judge.perplexity import LossComparison, LossIncrease
 from trained import save_trained, source_text
 
 OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "auto"}
@@ -86,12 +88,13 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
 ) -> None:
     """On windows that neither rounded nor chose, with activations rounded as the kernels do."""
     parts: dict[str, Any] = {}
+    save_parts = WindowReader.save_parts
 
-    def noted(text: str, options: Any, target: Any, files: list[Path], *args: Any, **more: Any):
-        save_parts(text, options, target, files, *args, **more)
+    def noted(reader: Any, text: str, options: Any, files: list[Path], *args: Any) -> None:
+        save_parts(reader, text, options, files, *args)
         parts.update({file.stem: load_windows(file) for file in files})
 
-    monkeypatch.setattr("secateur.steps.compress.rounding.save_parts", noted)
+    monkeypatch.setattr(WindowReader, "save_parts", noted)
     options = {**OPTIONS, "calibration": pruned / "text.txt", "max_loss_increase": 5.0}
     found = secateur.compress(pruned / "pruned", output=tmp_path / "out", **options)
     assert [name for name, _, _ in judged] == ["chosen", "judged"]

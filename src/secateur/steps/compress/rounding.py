@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.calibration.run_windows import WindowReader
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
@@ -36,16 +37,12 @@ from secateur.runs.records import Manifest, read_record
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.steps.compress.storage_plan import ChosenValues, PackableMatrix, settled_values
 from secateur.steps.prune.checkpoint import run_recipe
-from secateur.steps.run_windows import save_parts
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
 
 ROUNDED = ("int8", "int4")
 """The values to choose from besides those of the source, from the largest."""
-
-SHARE = 6
-"""One calibration window in so many chooses, and one in so many measures the result."""
 
 
 def round_checkpoint(
@@ -185,11 +182,14 @@ class MixedChoice:
         fitted, chosen, judged = (
             work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")
         )
-        save_parts(
-            text.source, text, self.target, [fitted, chosen, judged], SHARE,
-            "fit the rounding, choose the values and judge the result", progress,
-            trust_remote_code=trust,
-        )  # fmt: skip
+        config = self.target.model.config
+        WindowReader.of_folder(reader.folder, config, trust_remote_code=trust).save_parts(
+            text.source,
+            text,
+            [fitted, chosen, judged],
+            "fit the rounding, choose the values and judge the result",
+            progress,
+        )
         self.choosing, self.judging = (
             LossComparison(self.target, file, progress, trust_remote_code=trust)
             for file in (chosen, judged)

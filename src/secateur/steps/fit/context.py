@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.calibration.run_windows import WindowReader
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader
@@ -26,10 +27,6 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
 from secateur.steps.compress.storage_plan import PackableMatrix
 from secateur.steps.fit.costs import Costs
-from secateur.steps.run_windows import save_parts
-
-SHARE = 6
-"""One calibration window in so many chooses, and one in so many judges the result."""
 
 
 class TimeBudget:
@@ -135,11 +132,10 @@ class FitContext:
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
         target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
         files = [work / f"{name}.safetensors" for name in ("fitted", "searched", "judged")]
-        text = recipe.calibration
-        save_parts(
-            text.source, text, target, files, SHARE,
-            "make levels, choose among them and judge", progress, trust_remote_code=trust,
-        )  # fmt: skip
+        text, config = recipe.calibration, target.model.config
+        WindowReader.of_folder(reader.folder, config, trust_remote_code=trust).save_parts(
+            text.source, text, files, "make levels, choose among them and judge", progress
+        )
         choosing, judging = (
             LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from secateur.calibration.documents import texts_of
+from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.memory_budget import explained
 from secateur.engine.plan_time import foretell_seconds, layer_times
@@ -46,13 +47,9 @@ from secateur.steps.prune.prepare import (
     settings_of,
 )
 from secateur.steps.prune.workers import WorkerJob, broadcast, refuse_cluster
-from secateur.steps.run_windows import (
-    WINDOWS,
-    distillation_data,
-    refuse_shared,
-)
 from secateur.training.distillation import (
     FINAL,
+    DistillationData,
     Student,
     once,
     pruned_layers,
@@ -123,7 +120,7 @@ def run_recipe(
     windows = kept / WINDOWS if folder.state else None
     prepared = prepare(recipe, folder.model, windows, pictures=True, progress=progress)
     if prepared.windows is not None:
-        refuse_shared(prepared.windows.multimodal, ranks)
+        prepared.windows.refuse_several(ranks.count)
     return run_prepared(prepared, folder, progress, meter, ranks)
 
 
@@ -152,7 +149,16 @@ def run_prepared(
             return report_of(folder.output)
         if not folder.resumed:
             refuse_all_zero(prepared.target)
-        prepared = _complete_windows(prepared, folder, progress)
+        if prepared.windows is not None:
+            windows = prepared.windows.complete(
+                folder.work,
+                prepared.source.folder,
+                prepared.target.device,
+                prepared.recipe.calibration.seed,
+                progress,
+                trust_remote_code=prepared.recipe.trust_remote_code,
+            )
+            prepared = replace(prepared, windows=windows)
         write_json(mode, {"sweep_windows": plan.sweep_windows})
         job = prepared.job(tasks, activations, folder.work, ranks)
         finished = 0
@@ -208,7 +214,7 @@ def _distill(
         return None
     saved, device, trust = folder.work / "distillation", dense.device, recipe.trust_remote_code
     assert prepared.windows is not None
-    data = distillation_data(prepared.windows.all, how, recipe.calibration.seed)
+    data = DistillationData.of(prepared.windows.all, how, recipe.calibration.seed)
     if sweep_windows:
         return LayerwiseDistillation(
             dense,
@@ -268,25 +274,6 @@ def _identity(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
         "source_files": file_digests(prepared.target.reader.files, progress),
     }
-
-
-def _complete_windows(prepared: Prepared, folder: RunFolder, progress: Progress) -> Prepared:
-    """Add the windows that the dense model generates, and store all for a resumed run."""
-    windows, recipe = prepared.windows, prepared.recipe
-    if windows is None or windows.stored:
-        return prepared
-    windows = windows.generate(
-        prepared.source.folder,
-        recipe.calibration.seed,
-        prepared.target.device,
-        progress,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    if windows.multimodal is not None:
-        record = {**windows.record, "beside": windows.multimodal.shapes}
-        windows = replace(windows, record=record)
-    windows.save(folder.work)
-    return replace(prepared, windows=windows)
 
 
 def _manifest(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.loading import load_calibration
+from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import of_gradients
-from secateur.calibration.windows import EXTRA, check_fit
+from secateur.calibration.windows import check_fit
 from secateur.engine.job import Job
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
@@ -34,18 +33,7 @@ from secateur.reporting.results.prune import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.steps.prune.composition import allocation_of, method_of, own_methods
 from secateur.steps.prune.prepare import settings_of, windows_needed
-from secateur.steps.run_windows import (
-    distillation_data,
-    extra_windows,
-    generate_windows,
-    log_short_text,
-    split_extra,
-    window_plan,
-)
-from secateur.training.distillation import Student, pruned_layers
-
-READY = ".safetensors"
-"""The suffix of a file of ready windows, which need no tokenizer."""
+from secateur.training.distillation import DistillationData, Student, pruned_layers
 
 FOLDER = "name the folder of a checkpoint instead"
 UNUSED = {
@@ -98,21 +86,18 @@ def prune_module(
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     check_finite(model.named_parameters())
-    windows, extra = None, torch.empty(0)
+    windows = None
     if windows_needed(recipe, method, allocation):
         ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
         tokenizer = tokenizer or (None if ready else own_tokenizer(model))
-        windows, extra = _module_windows(recipe, calibration, tokenizer, model)
+        windows = _module_windows(recipe, calibration, tokenizer, model)
     ledger, how, was_training = Ledger(), recipe.distillation, model.training
     model.eval()
     try:
-        if windows is not None and recipe.calibration.generated_windows:
-            cut = recipe.calibration
+        if windows is not None and windows.ungenerated:
             start = () if tokenizer is None else start_tokens(tokenizer)
-            made = generate_windows(
-                model, windows, cut.generated_windows, start, cut.seed, progress
-            )
-            windows = torch.cat([windows, made])
+            windows = windows.generate(model, start, recipe.calibration.seed, progress)
+        tokens = None if windows is None else windows.calibration
         with ExitStack() as stack, opened_experts(model), quiet_transformers():
             work = None
             if of_gradients(method.requires) or allocation.reach > 0:
@@ -122,16 +107,16 @@ def prune_module(
             settings = settings_of(recipe, "memory", work)
             refuse_unknown(target)
             selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
-            found = () if windows is None else layouts(target, windows.shape[1])
+            found = () if tokens is None else layouts(target, tokens.shape[1])
             tasks = tasks_of(
                 target, selection, method, sparsity, found, methods=own_methods(recipe)
             )
             teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
-            job = Job(target, tasks, windows, settings, allocation, sparsity)
+            job = Job(target, tasks, tokens, settings, allocation, sparsity)
             done = job.run(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                data = distillation_data(torch.cat([windows, extra]), how, recipe.calibration.seed)
+                data = DistillationData.of(windows.all, how, recipe.calibration.seed)
                 student = Student.of(model, target, done, pruned_layers(target, done))
                 student.learn(teacher, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
@@ -154,21 +139,13 @@ def _decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> flo
 
 def _module_windows(
     recipe: PruneRecipe, calibration: object, tokenizer: Any, model: Any
-) -> tuple[Tensor, Tensor]:
+) -> RunWindows:
     """Calibration windows for a loaded model, and the extra ones of its distillation."""
+    options = recipe.calibration
+    if not isinstance(calibration, Tensor):
+        reader = WindowReader(model.config, lambda: tokenizer)
+        return RunWindows.cut(reader, options, recipe.distillation)
     vocabulary, positions = text_config(model.config).vocab_size, positions_of(model.config)
-    if isinstance(calibration, Tensor):
-        check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
-        return split_extra(calibration.to("cpu", torch.int64), 0)
-    plan = window_plan(recipe.calibration, model.config)
-    wanted = extra_windows(plan, recipe.calibration, recipe.distillation)
-    windows, record = load_calibration(
-        recipe.calibration.source,
-        tokenizer,
-        replace(plan, extra=wanted),
-        field=recipe.calibration.field,
-        vocab_size=vocabulary,
-        positions=positions,
-    )
-    log_short_text(wanted, record)
-    return split_extra(windows, record.get(EXTRA, 0))
+    check_fit(calibration, "calibration", vocab_size=vocabulary, positions=positions)
+    windows = calibration.to("cpu", torch.int64)
+    return RunWindows(windows, windows[:0], {}, options.generated_windows)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.job import Job
 from secateur.engine.memory_budget import fitting_plan, memory_budget
 from secateur.engine.plan import Plan, plan_run
@@ -30,10 +31,6 @@ from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.steps.prune.composition import allocation_of, method_of, own_methods
-from secateur.steps.run_windows import (
-    RunWindows,
-    multimodal_inputs,
-)
 
 log = logging.getLogger(__name__)
 
@@ -191,17 +188,19 @@ def prepare(
             windows = RunWindows.load(stored, target.model.config)
         else:
             progress.start("reading calibration text", 1)
-            windows = RunWindows.read(
-                recipe,
-                source.folder,
-                target.model.config,
+            cutter = WindowReader.of_folder(
+                source.folder, target.model.config, trust_remote_code=recipe.trust_remote_code
+            )
+            windows = RunWindows.cut(
+                cutter,
+                recipe.calibration,
+                recipe.distillation,
                 only_plan=only_plan,
                 pictures=pictures,
             )
             progress.finish()
         if pictures:
-            found = multimodal_inputs(recipe, method, allocation, windows.calibration, stored)
-            windows = replace(windows, multimodal=found)
+            windows = windows.with_pictures(recipe, method, allocation)
     return Prepared(
         recipe,
         source,

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from secateur.calibration.run_windows import WINDOWS
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.parallel.ranks import Ranks
@@ -25,7 +26,6 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.runs.folder import STATE, RunFolder
 from secateur.runs.ledger import Ledger
 from secateur.steps.prune.prepare import Prepared, prepare
-from secateur.steps.run_windows import WINDOWS
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import hidden_size
@@ -29,7 +30,6 @@ from secateur.recipes.shared import MemoryLimit
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.steps.run_windows import calibration_windows
 from secateur.steps.structure.cut_plan import CutPlan, representative, uniform_cut
 from secateur.steps.structure.steps import StepContext
 from secateur.steps.train.checkpoint import OpenFile, stored_model
@@ -183,19 +183,18 @@ class Domains:
 def _domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
     """The windows of calibration and of other domains. A resumed run reads its own files."""
     source = context.recipe.calibration.source
+    reader = WindowReader.of_folder(
+        context.source,
+        context.target(context.source).model.config,
+        trust_remote_code=context.recipe.trust_remote_code,
+    )
     found: dict[str, Tensor] = {source: context.windows}
     for number, text in enumerate(how.domains):
         file = work / f"domain-{number}.safetensors"
         if not file.exists():
             # as many windows as of the calibration text, of the same length
-            windows, _ = calibration_windows(
-                text,
-                context.recipe.calibration,
-                context.source,
-                context.target(context.source).model.config,
-                length=int(context.windows.shape[1]),
-                trust_remote_code=context.recipe.trust_remote_code,
-            )
+            length = int(context.windows.shape[1])
+            windows, _ = reader.read(text, context.recipe.calibration, length=length)
             save_windows(windows, file)
         found[text] = load_windows(file)
     if len(found) <= len(how.domains):

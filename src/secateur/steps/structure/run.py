@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.calibration.documents import texts_of
+from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.memory_budget import memory_budget
 from secateur.engine.plan import distilling_bytes
 from secateur.engine.prune.refit import can_refit
@@ -55,7 +56,6 @@ from secateur.runs.records import (
 )
 from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.steps.prune.workers import broadcast
-from secateur.steps.run_windows import WINDOWS, RunWindows, distillation_data
 from secateur.steps.structure.cut_plan import (
     CutPlan,
     check_width,
@@ -320,18 +320,14 @@ def _calibrate(
     progress: Progress,
 ) -> RunWindows:
     """Make the windows of a run, or read those of a stopped one."""
-    file = folder.work / WINDOWS
+    file, trust = folder.work / WINDOWS, recipe.trust_remote_code
     if file.exists():
         return RunWindows.load(file, config)
-    windows = RunWindows.read(recipe, source.folder, config).generate(
-        source.folder,
-        recipe.calibration.seed,
-        choose_device(recipe.device),
-        progress,
-        trust_remote_code=recipe.trust_remote_code,
+    options, device = recipe.calibration, choose_device(recipe.device)
+    reader = WindowReader.of_folder(source.folder, config, trust_remote_code=trust)
+    return RunWindows.cut(reader, options, recipe.distillation).complete(
+        folder.work, source.folder, device, options.seed, progress, trust_remote_code=trust
     )
-    windows.save(folder.work)
-    return windows
 
 
 def _distill(
@@ -354,7 +350,7 @@ def _distill(
     )
     size = _sweep_windows(recipe, dense, folder.work / DISTILLATION_MODE, windows)
     how, seed = recipe.distillation, recipe.calibration.seed
-    data = distillation_data(windows, how, seed)
+    data = DistillationData.of(windows, how, seed)
     saved = folder.work / "distillation"
     if not size:
         return _distill_whole(recipe, source, made, folder.model, data, saved, progress)

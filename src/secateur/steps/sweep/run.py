@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
-from secateur.calibration.windows import load_windows, save_windows, stored_extra
+from secateur.calibration.windows import load_windows, stored_extra
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import (
     computed_by,
@@ -272,12 +272,7 @@ class SweepRun:
             recipe = self.recipe_of(self.calibrated[0], self.recipe.calibration)
             windows = prepare(recipe).windows
             assert windows is not None
-            save_windows(
-                windows.all,
-                self.windows_file,
-                start=windows.record.get("start_tokens", ()),
-                extra=len(windows.extra),
-            )
+            windows.save_tokens(self.windows_file)
             self.save(calibration=windows.record)
             return
         if (

@@ -10,15 +10,9 @@ from typing import Any
 import torch
 
 from secateur.calibration.continuation import SEQUENCE, shared_share
-from secateur.calibration.documents import read_documents, read_text
-from secateur.calibration.windows import (
-    WindowPlan,
-    begins_with,
-    check_fit,
-    load_windows,
-    pack_windows,
-    without_start,
-)
+from secateur.calibration.documents import read_text
+from secateur.calibration.run_windows import WindowReader
+from secateur.calibration.windows import WindowPlan, begins_with, without_start
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.architecture import positions_of
@@ -112,7 +106,9 @@ def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> 
 
     Several texts contribute equally: each gives as many windows as the shortest, in turns.
     """
-    found = [_windows_of_text(text, recipe, folder, length, config) for text in recipe.text]
+    reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
+    plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
+    found = [reader.read_up_to(text, plan, recipe.field) for text in recipe.text]
     if len({windows.shape[1] for windows in found}) > 1:
         lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
         raise SourceError(
@@ -121,23 +117,6 @@ def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> 
         )
     each = min(map(len, found))
     return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
-
-
-def _windows_of_text(
-    text: str, recipe: TrainRecipe, folder: Path, length: int, config: Any
-) -> Windows:
-    """Return the windows of one text, up to its share of the number in the recipe."""
-    vocabulary, positions = config.vocab_size, positions_of(config)
-    if text.endswith(".safetensors"):
-        file = Path(text).expanduser()
-        return load_windows(file, vocab_size=vocabulary, positions=positions)
-    documents = read_documents(text, field=recipe.field)
-    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-    plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
-    windows = pack_windows(documents, tokenizer, plan, plan.windows)
-    if len(windows):
-        check_fit(windows, text, vocab_size=vocabulary, positions=positions)
-    return windows
 
 
 def _refuse_overlap(shared: float, watched: str) -> None:
