@@ -80,7 +80,7 @@ class WindowReader:
     """
 
     config: Any
-    tokenizer: Callable[[], Tokenizer | None]
+    tokenizer: Callable[[], Tokenizer]
 
     @classmethod
     def of_folder(cls, folder: Path, config: Any, *, trust_remote_code: bool) -> WindowReader:
@@ -88,8 +88,8 @@ class WindowReader:
         return cls(config, partial(load_tokenizer, folder, trust_remote_code=trust_remote_code))
 
     @property
-    def _limits(self) -> dict[str, int | None]:
-        """What token ids and windows must not exceed."""
+    def _limits(self) -> dict[str, Any]:
+        """What token ids and windows must not exceed, as keywords."""
         vocabulary: int = text_config(self.config).vocab_size
         return {"vocab_size": vocabulary, "positions": positions_of(self.config)}
 
