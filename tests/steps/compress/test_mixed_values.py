@@ -19,8 +19,6 @@ from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.compress.pack import MOST_CHOICES
 from secateur.steps.compress.rounding import MixedChoice
 from secateur.steps.compress.storage_plan import ChosenValues
-from secateur.steps.run_windows import save_parts
-from secateur.steps.judge.perplexity import LossComparison, LossIncrease
 from trained import save_trained, source_text
 
 OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "auto"}
