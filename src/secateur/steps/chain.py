@@ -51,9 +51,9 @@ from secateur.steps.prune.checkpoint import run_recipe
 from secateur.steps.prune.composition import allocation_of, method_of, own_methods
 from secateur.steps.prune.prepare import settings_of
 from secateur.steps.prune.workers import refuse_cluster
-from secateur.steps.structure.cut_plan import check_together, count, plan_cut
 from secateur.steps.structure.run import structure_recipe
 from secateur.steps.train.checkpoint import run_training
+from secateur.structured.cut_plan import check_together, count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"

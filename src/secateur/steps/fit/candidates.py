@@ -57,8 +57,8 @@ from secateur.steps.fit.storage_formats import (
     matrix_shape,
     size_of,
 )
-from secateur.steps.structure.cut_plan import CutPlan, plan_cut
 from secateur.steps.structure.run import STEPS, structure_recipe
+from secateur.structured.cut_plan import CutPlan, plan_cut
 
 SEARCHED = "the search's choice"
 SURVEYED = "the survey's choice"

@@ -30,13 +30,13 @@ from secateur.recipes.shared import MemoryLimit
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.steps.structure.cut_plan import CutPlan, representative, uniform_cut
 from secateur.steps.structure.steps import StepContext
 from secateur.steps.train.checkpoint import OpenFile, stored_model
 from secateur.steps.train.memory import check_memory, training_memory
 from secateur.steps.train.session import run_loop
 from secateur.steps.train.text import TrainingText
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
+from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.design import design
 from secateur.training.batches import Batches
 from secateur.training.domains import DomainLoading

@@ -56,13 +56,6 @@ from secateur.runs.records import (
 )
 from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.steps.prune.workers import broadcast
-from secateur.steps.structure.cut_plan import (
-    CutPlan,
-    check_width,
-    counted_cut,
-    plan_cut,
-    trims_vocabulary,
-)
 from secateur.steps.structure.learned import check_learned, choose_learned
 from secateur.steps.structure.steps import (
     NOTES,
@@ -81,6 +74,13 @@ from secateur.steps.structure.steps import (
 from secateur.steps.structure.width import LATENCY, find_latency, plan_width_run
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
+from secateur.structured.cut_plan import (
+    CutPlan,
+    check_width,
+    counted_cut,
+    plan_cut,
+    trims_vocabulary,
+)
 from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
 from secateur.training.layerwise import LayerwiseDistillation
 

@@ -57,9 +57,9 @@ from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.steps.prune.workers import broadcast, refuse_another_model, tensor_digest
-from secateur.steps.structure.cut_plan import CutPlan, trims_vocabulary
 from secateur.steps.structure.width import WidthRun
 from secateur.structured.cut import Cut
+from secateur.structured.cut_plan import CutPlan, trims_vocabulary
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 from secateur.structured.token_pieces import pieces_of
 from secateur.structured.vocabulary import read_tokenizer, token_tables, trim_vocabulary

@@ -37,7 +37,8 @@ from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.steps.prune.checkpoint import run_prepared
 from secateur.steps.prune.prepare import Prepared, choose_plan, prepare
-from secateur.steps.structure.cut_plan import (
+from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.cut_plan import (
     CutPlan,
     pattern_text,
     representative,
@@ -45,7 +46,6 @@ from secateur.steps.structure.cut_plan import (
     unit_costs,
     width_shares,
 )
-from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 
