@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,15 +24,15 @@ from reporting.examples import (
 )
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.reporting.drawing import draw
-from secateur.reporting.report.figures import curves
+from secateur.reporting.charts import WIDTH, BarChart, HeatMap, LineChart, page_svg
+from secateur.reporting.report.figures import all_figures, curves, speed_charts
 from secateur.reporting.report.headline import claims
 from secateur.reporting.report.records import read_records
 from secateur.steps.report import report
 from tiny import save_tiny
 from zoo import tiny_windows
 
-VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle"}
+VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle", "use"}
 
 
 class Page(HTMLParser):
@@ -233,10 +234,11 @@ def test_marks_of_one_place_stand_side_by_side(tmp_path: Path) -> None:
     denser = manifest(sparsity=0.4)
     runs.append(write_run(tmp_path / "d", manifest=denser, evaluation=evaluation(28.4)))
     [chart] = curves(read_records(runs))
-    drawn = [series.marks[0] for series in draw(chart).series if series.name != "d"]
-    assert len({(mark.x, mark.y) for mark in drawn}) == 3
-    assert {mark.y for mark in drawn} == {drawn[0].y}
-    assert drawn[1].x - drawn[0].x >= 10  # a mark is about ten wide
+    marks = re.findall(r'<title>([abc]):.*?cx="([\d.]+)" cy="([\d.]+)"', page_svg(chart))
+    drawn = sorted((float(x), float(y)) for _, x, y in marks)
+    assert len(drawn) == len(set(drawn)) == 3
+    assert {y for _, y in drawn} == {drawn[0][1]}
+    assert drawn[1][0] - drawn[0][0] >= 10  # a mark is about ten wide
 
 
 def test_equal_sparsity_is_a_line_not_a_map(tmp_path: Path) -> None:
@@ -331,13 +333,31 @@ def test_what_is_rounding_and_what_is_zeros(tmp_path: Path) -> None:
 def test_a_wide_range_stays_in_its_chart(tmp_path: Path) -> None:
     noisy = bench()
     noisy["contenders"][2]["tokens_per_second_most"] = 900.0
-    page_of(tmp_path, write_run(tmp_path / "run", bench=noisy))
-    html = (tmp_path / "report.html").read_text()
-    ranges = re.findall(r"--l:([\d.]+)%;--w:([\d.]+)%", html)
+    [chart] = speed_charts(read_records([write_run(tmp_path / "run", bench=noisy)]).runs)
+    drawn = page_svg(chart)
+    ranges = re.findall(r'd="M ([\d.]+) [\d.]+ *L ([\d.]+) [\d.]+ *"', drawn)
     assert len(ranges) == 5
-    assert max(float(start) + float(width) for start, width in ranges) == pytest.approx(
-        100, abs=0.1
-    )
+    assert max(float(end) for _, end in ranges) < WIDTH
+    assert all(float(start) < float(end) for start, end in ranges)
+
+
+def test_a_picture_has_the_same_bytes_again(tmp_path: Path) -> None:
+    records = read_records([write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves")])
+    charts = all_figures(records)
+    assert {type(chart) for chart in charts} == {LineChart, HeatMap, BarChart}
+    for chart in charts:
+        drawn = page_svg(chart)
+        assert drawn == page_svg(chart)
+        assert drawn.count('class="mark"') == drawn.count("<title>") == chart.points
+        assert f'aria-label="{chart.title}"' in drawn
+        # every colour follows the theme of the page, and nothing is fetched
+        assert not re.search('#[0-9a-f]{6}|url|http|<image|id="drawn', drawn)
+
+
+def test_a_page_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = page_of(tmp_path, write_full_run(tmp_path / "small"))
+    assert page.text.count("Charts need matplotlib") == len(page.figures) > 3
 
 
 def test_infinite_numbers_are_drawn_around(tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
         box = figure.bounding_box()
         assert box["width"] > 200
         assert box["height"] > 60
-        drawn = figure.locator("svg .mark, .heat i:not(.empty), .bar i")
+        drawn = figure.locator("svg .mark")
         assert drawn.count() >= int(figure.get_attribute("data-points") or 0)
+        assert figure.locator("svg[role=img][aria-label] > desc").count() == 1
 
     mark = page.locator("figure[data-chart=perplexity-1] g.s0 .mark").last
     mark.evaluate("element => element.scrollIntoView({block: 'center'})")
@@ -119,8 +120,8 @@ def test_a_finger_reads_what_a_mouse_reads(browser: Any, page_file: Path) -> Non
     for place, said in (
         (".quality code", "dataset boolq-held-out"),
         ("figure[data-chart=perplexity-1] g.s0 .hit", ": perplexity 23."),
-        (".heat i:not(.empty)", "q_proj, layer 0:"),
-        (".bar", "dense bfloat16: 257 MiB"),
+        (".heat .mark", "q_proj, layer 0:"),
+        (".bar .mark", "dense bfloat16: 257 MiB"),
     ):
         mark = page.locator(place).first
         mark.evaluate("element => element.scrollIntoView({block: 'center'})")

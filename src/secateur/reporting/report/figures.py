@@ -8,15 +8,13 @@ from secateur.reporting.charts import (
     Bar,
     BarChart,
     Chart,
-    CurvePoint,
     HeatMap,
     LineChart,
     Mark,
     Series,
-    curve_charts,
 )
 from secateur.reporting.report.records import Records, ReportedRun
-from secateur.reporting.results.sweep import judged_points
+from secateur.reporting.results.sweep import CurvePoint, curve_charts
 from secateur.reporting.tables import bare_name, binary_size
 from secateur.reporting.tables import percent as percent_of
 from secateur.runs.records import LinearRecord
@@ -45,7 +43,7 @@ def curves(records: Records) -> list[LineChart]:
     points = [
         point
         for sweep in records.sweeps
-        for point in judged_points(sweep.result, sweep.name if several else "")
+        for point in sweep.result.curve_points(sweep.name if several else "")
     ]
     points += [point for run in records.runs for point in _points_of(run)]
     return curve_charts(points)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from secateur.reporting.drawing import Drawing, draw
+from secateur.reporting.charts import LineChart
 from secateur.reporting.report.records import ReportedFit, ReportedRun
 from secateur.reporting.results.evaluate import GAIN
 from secateur.reporting.results.fit import ONLY_ROUNDED, WINNER, FitResult
@@ -261,7 +261,7 @@ class FitView:
         name: of the folder.
         made: a line about the bounds and the work.
         claims: size, loss, and what pruning brought.
-        chart: the frontier, drawn.
+        chart: the frontier.
         tables: as the terminal shows them.
         broken: bounds that the result does not keep.
     """
@@ -269,7 +269,7 @@ class FitView:
     name: str
     made: str
     claims: list[Claim]
-    chart: Drawing
+    chart: LineChart
     tables: list[Table]
     broken: list[str]
 
@@ -282,7 +282,7 @@ def fit_view(fit: ReportedFit) -> FitView:
         fit.name,
         _fit_summary(result),
         _fit_claims(result),
-        draw(result.chart()),
+        result.chart(),
         tables,
         result.broken,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.publishing import without_folders
 from secateur.reporting.cards import shown_place
-from secateur.reporting.charts import HeatMap
-from secateur.reporting.drawing import draw
+from secateur.reporting.charts import HeatMap, page_svg
 from secateur.reporting.report.figures import (
     alike,
     curves,
@@ -122,6 +121,7 @@ def render(records: Records, *, version: str, date: str) -> str:
     page = environment.get_template("page.html.jinja")
     return page.render(
         **_content(records),
+        svg=lambda chart: Markup(page_svg(chart)),
         style=Markup(style),
         script=Markup(script),
         script_digest=digest,
@@ -133,7 +133,6 @@ def render(records: Records, *, version: str, date: str) -> str:
 def _content(records: Records) -> dict[str, Any]:
     """All values that the template needs."""
     runs = records.runs
-    drifts = drift(runs)
     return {
         "title": _title(records),
         "lead": lead(records),
@@ -144,22 +143,14 @@ def _content(records: Records) -> dict[str, Any]:
         "sweeps": [_sweep_view(sweep) for sweep in records.sweeps],
         "alike": alike(runs),
         "quality": quality_rows(runs),
-        "curves": [draw(chart) for chart in curves(records)],
-        "drift": draw(drifts) if drifts else None,
+        "curves": curves(records),
+        "drift": drift(runs),
         "size": size_chart(runs),
         "speeds": speed_charts(runs),
         "memory": memory_charts(runs),
         "samples": _samples(runs),
         "provenance": _provenance(records),
-        "shown": SHOWN,
     }
-
-
-SHOWN: Mapping[bool, Callable[[float], str]] = {
-    True: lambda value: percent(value, 1),
-    False: lambda value: f"{value:.3g}",
-}
-"""Formats the cell of a heat map; the key says whether the value is a fraction."""
 
 
 def _title(records: Records) -> str:

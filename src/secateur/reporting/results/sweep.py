@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.evaluation.perplexity import protocol_id
-from secateur.reporting.charts import CurvePoint, LineChart, curve_charts
+from secateur.evaluation.perplexity import judged_part, protocol_id
+from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.results.next_steps import after_a_sweep
-from secateur.reporting.tables import Block, Line, Result, Table, bare_name, binary_size, percent
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    bare_name,
+    binary_size,
+    percent,
+    signed,
+)
 from secateur.runs.records import Sweep, SweepPoint
 
 
@@ -131,32 +141,118 @@ class SweepResult(Result):
             )
         return stream.getvalue()
 
+    def curve_points(self, name: str = "") -> list[CurvePoint]:
+        """The points as marks of a chart; `name` distinguishes them from those of other sweeps."""
+        return [
+            CurvePoint(
+                model=self.sweep.model,
+                text=text,
+                protocol=self.sweep.protocol[text],
+                series=" ".join(
+                    filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
+                ),
+                sparsity=p.zeros,
+                perplexity=p.perplexity[text],
+                dense=self.dense[text],
+                joined=":" not in p.pattern,
+            )
+            for p in self.points
+            for text in self.texts
+        ]
+
 
 def markdown_row(cells: Sequence[str]) -> str:
     """A row of a Markdown table; bars within cells are escaped."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def judged_points(result: SweepResult, name: str = "") -> list[CurvePoint]:
-    """The points of a sweep; `name` distinguishes its lines from those of other sweeps."""
-    return [
-        CurvePoint(
-            model=result.sweep.model,
-            text=text,
-            protocol=result.sweep.protocol[text],
-            series=" ".join(
-                filter(None, (name, p.method, "" if p.pattern == "unstructured" else p.pattern))
-            ),
-            sparsity=p.zeros,
-            perplexity=p.perplexity[text],
-            dense=result.dense[text],
-            joined=":" not in p.pattern,
+@dataclass(frozen=True)
+class CurvePoint:
+    """One perplexity of one pruned model.
+
+    Attributes:
+        model: the dense model, whose tokenizer the perplexity depends on.
+        text: the text that the perplexity was measured on.
+        protocol: how it was measured.
+        series: the line that the point belongs to.
+        sparsity: the removed fraction of the decoder: zeros in its matrices, or cut out.
+        perplexity: the value.
+        dense: perplexity of the dense model, if it was measured.
+        joined: whether the points of the series are joined by a line.
+        cut: whether units were cut out of the model.
+    """
+
+    model: str
+    text: str
+    protocol: dict[str, Any] = field(compare=False)
+    series: str
+    sparsity: float
+    perplexity: float
+    dense: float | None = None
+    joined: bool = True
+    cut: bool = False
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """A key that is equal for perplexities that can be compared."""
+        return self.model, judged_part(protocol_id("ppl", self.protocol))
+
+    @property
+    def described(self) -> str:
+        """The point in words."""
+        gone = "of the decoder cut out or zero" if self.cut else "zeros"
+        words = (
+            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 2)} {gone}"
         )
-        for p in result.points
-        for text in result.texts
-    ]
+        if self.dense:
+            words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats a token"
+        return words
 
 
-def sweep_charts(results: Sequence[SweepResult]) -> list[LineChart]:
-    """One chart for each text that sweeps were evaluated on."""
-    return curve_charts(point for result in results for point in judged_points(result))
+def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
+    """One chart for each set of comparable perplexities with at least two sparsities."""
+    groups: dict[tuple[Any, ...], list[CurvePoint]] = {}
+    for point in points:
+        if math.isfinite(point.perplexity) and point.perplexity > 0:
+            groups.setdefault(point.alike, []).append(point)
+    several = [g for g in groups.values() if len({round(p.sparsity, 2) for p in g}) > 1]
+    return [_chart_of(number, group) for number, group in enumerate(several, start=1)]
+
+
+def _chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
+    """The chart of a set of comparable perplexities."""
+    first = group[0]
+    series: dict[str, list[CurvePoint]] = {}
+    for point in group:
+        series.setdefault(point.series, []).append(point)
+    dense = next((point.dense for point in group if point.dense), None)
+    protocol = first.protocol
+    return LineChart(
+        key=f"perplexity-{number}",
+        title=f"{bare_name(first.model)}: perplexity on {bare_name(first.text)}",
+        x_label="part of the decoder that is zero or cut out"
+        if any(point.cut for point in group)
+        else "zeros in the decoder's matrices",
+        y_label="perplexity (log)",
+        series=tuple(
+            Series(
+                name,
+                tuple(
+                    Mark(p.sparsity, p.perplexity, _short(p.perplexity), p.described) for p in own
+                ),
+                joined=own[0].joined and len(own) > 1,
+            )
+            for name, own in series.items()
+        ),
+        reference=None if dense is None else ("dense", dense),
+        log_y=True,
+        percent_x=True,
+        note=f"{protocol.get('windows', '?')} windows of {protocol.get('sequence_length', '?')} "
+        f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}, protocol "
+        f"{judged_part(protocol_id('ppl', protocol))}. Lower is better.",
+    )
+
+
+def _short(value: float) -> str:
+    """A perplexity as a short text."""
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -46,7 +46,7 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.reporting.plots import save_plots
+from secateur.reporting.charts import save_plots
 from secateur.reporting.results.compress import CompressResult
 from secateur.reporting.results.fit import (
     ONLY_ROUNDED,

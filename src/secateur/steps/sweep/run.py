@@ -41,8 +41,8 @@ from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.reporting.plots import save_plots
-from secateur.reporting.results.sweep import SweepResult, sweep_charts
+from secateur.reporting.charts import save_plots
+from secateur.reporting.results.sweep import SweepResult, curve_charts
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
@@ -453,6 +453,6 @@ def _write_views(result: SweepResult) -> None:
     """Write the table and the plot of a sweep into its folder."""
     (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
     (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
-    charts = sweep_charts([result]) if result.points else []
+    charts = curve_charts(result.curve_points())
     if charts:  # a chart needs two points
         save_plots(charts, result.folder / "sweep")
