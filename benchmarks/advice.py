@@ -26,8 +26,8 @@ from hardware import heading, keep, markdown
 from int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
 from secateur.advisor.capacity import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
+from secateur.evaluation.random_models import FormatTimer, WeightFormat
 from secateur.evaluation.speed import Process
-from secateur.evaluation.token_times import FormatTimer, WeightFormat
 from secateur.models.skeleton import build_skeleton
 from secateur.steps.advise import counted
 from stored import known_rows
@@ -52,7 +52,7 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
         pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
     finally:
         process.end()
-    predicted = [1e3 * (forecast.ends + forecast.layers) for forecast, _ in pairs]
+    predicted = [1e3 * (forecast.outside + forecast.layers) for forecast, _ in pairs]
     found = [1e3 * round["each_token"] for _, round in pairs]
     memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
     return {

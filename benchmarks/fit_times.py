@@ -27,9 +27,9 @@ from torch import Tensor
 
 import secateur
 from hardware import add, heading, markdown
-from secateur.evaluation.matrix_times import BASE, MatrixTimes, time_matrices
+from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.speed import Speed, take_turns
-from secateur.evaluation.token_times import WeightFormat
+from secateur.evaluation.token_times import BASE, MatrixTimes, time_matrices
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve

@@ -32,7 +32,7 @@ import torch
 from torch.nn import functional
 
 from hardware import heading, keep, markdown
-from secateur.evaluation.token_times import another, random_matrix
+from secateur.evaluation.random_models import another, random_matrix
 from secateur.runtime.kernels.library import kernel_info, use_tier
 
 

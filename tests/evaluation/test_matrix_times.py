@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from secateur.errors import ArchitectureError
-from secateur.evaluation import matrix_times
-from secateur.evaluation.matrix_times import BASE, how_many, machine, time_matrices
-from secateur.evaluation.token_times import WeightFormat, random_matrix
+from secateur.evaluation import token_times
+from secateur.evaluation.random_models import WeightFormat, random_matrix
+from secateur.evaluation.token_times import BASE, how_many, machine, time_matrices
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 
@@ -111,7 +111,7 @@ def test_an_entry_that_is_no_time_is_measured_again(tmp_path: Path) -> None:
     """Zeros were stored where layers took less than the clock could tell, and then divided by."""
     file = tmp_path / "t.json"
 
-    def run() -> matrix_times.MatrixTimes:
+    def run() -> token_times.MatrixTimes:
         return time_matrices(
             config(), SHAPES, [INT4], Silent(), file=file, timer=scripted, loop=looped
         )
@@ -131,7 +131,7 @@ def test_the_decode_loop_never_takes_no_time() -> None:
         vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1,
     )  # fmt: skip
-    assert all(seconds > 0 for seconds in matrix_times.looped(tiny, INT4))
+    assert all(seconds > 0 for seconds in token_times.looped(tiny, INT4))
 
 
 def test_times_of_another_machine_are_kept_and_not_used(
@@ -139,7 +139,7 @@ def test_times_of_another_machine_are_kept_and_not_used(
 ) -> None:
     file = tmp_path / "t.json"
     for name, second in (("one", 1.0), ("another", 2.0)):
-        monkeypatch.setattr(matrix_times, "machine", lambda name=name: name)
+        monkeypatch.setattr(token_times, "machine", lambda name=name: name)
         times = time_matrices(
             config(), SHAPES, [], Silent(), file=file, timer=scripted,
             loop=lambda c, w, second=second: (second, second, second),

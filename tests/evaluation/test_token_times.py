@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 
@@ -13,18 +12,16 @@ import torch
 import transformers
 
 from secateur.errors import ArchitectureError
-from secateur.evaluation import token_times
-from secateur.evaluation.token_times import (
+from secateur.evaluation import random_models
+from secateur.evaluation.random_models import (
     LEAST_LAYERS,
     STEPS,
-    TURNS,
     WeightFormat,
     another,
-    kept_times,
     random_matrix,
     random_model,
-    time_tokens,
 )
+from secateur.evaluation.token_times import TURNS, machine, time_tokens
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
 
@@ -38,12 +35,12 @@ def config(layers: int = 6, **more: object) -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def scripted(prompt: float, token: float, ends: float) -> Callable[[], float]:
+def scripted(prompt: float, token: float, outside: float) -> Callable[[], float]:
     """A clock by which prompts, tokens, and tokens without layers take so long."""
 
     def ticks() -> Iterator[float]:
         now = 0.0
-        for lasts in cycle([prompt] + [token] * STEPS + [ends] * STEPS):
+        for lasts in cycle([prompt] + [token] * (1 + STEPS) + [outside] * (1 + STEPS)):
             yield now
             now += lasts
             yield now
@@ -77,36 +74,35 @@ def test_another_matrix_multiplies_alike() -> None:
 def test_times_of_all_layers_follow_from_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_times, "LAYER_BYTES", 1)
+    monkeypatch.setattr(random_models, "LAYER_BYTES", 1)
     stored = WeightFormat("int8", 0.5)
-    clock = scripted(prompt=8.0, token=5.0, ends=1.0)
-    (timed,) = time_tokens(
-        config(), [stored], Silent(), file=tmp_path / "t.json", clock=clock
-    ).values()
+    clock = scripted(prompt=8.0, token=5.0, outside=1.0)
+    times, _ = time_tokens(config(), [stored], Silent(), file=tmp_path / "t.json", clock=clock)
+    timed = times[stored]
     # two of six layers were timed
-    assert (timed.ends, timed.layers) == (1.0, (5 - 1) * 6 / 2)
+    assert (timed.outside, timed.layers) == (1.0, (5 - 1) * 6 / 2)
     assert timed.prompt == 8.0 * 6 / 2 / 64
 
 
 def test_layers_that_are_lost_in_the_noise_do_not_take_no_time(tmp_path: Path) -> None:
     """As many tokens as allowed, and then the least that a model may take."""
-    clock = scripted(prompt=1.0, token=1.0, ends=1.0)
+    clock, stored = scripted(prompt=1.0, token=1.0, outside=1.0), WeightFormat("int8", 0.0)
     for name in ("one", "again"):
-        (timed,) = time_tokens(
-            config(), [WeightFormat("int8", 0.0)], Silent(), file=tmp_path / name, clock=clock
-        ).values()
-        assert timed.layers == pytest.approx(LEAST_LAYERS)
+        times, _ = time_tokens(config(), [stored], Silent(), file=tmp_path / name, clock=clock)
+        assert times[stored].layers == pytest.approx(LEAST_LAYERS)
 
 
 def test_a_kept_time_of_nothing_is_measured_again(tmp_path: Path) -> None:
     file, stored = tmp_path / "t.json", WeightFormat("int8", 0.0)
     time_tokens(config(), [stored], Silent(), file=file)
-    (key,) = known = kept_times(file)
-    for broken in ({"layers": 0.0}, {"ends": float("nan")}, {"prompt": None}):
-        file.write_text(json.dumps({key: known[key] | broken}))
-        clock = scripted(prompt=8.0, token=5.0, ends=1.0)
-        (timed,) = time_tokens(config(), [stored], Silent(), file=file, clock=clock).values()
-        assert (timed.ends, timed.layers) == (1.0, 4.0)
+    known = json.loads(file.read_text())
+    (entry,) = known[machine()].values()
+    for broken in ([1.0, 0.0, 1.0], [float("nan"), 1.0, 1.0], [1.0, 1.0, None]):
+        entry["seconds"] = broken
+        file.write_text(json.dumps(known))
+        clock = scripted(prompt=8.0, token=5.0, outside=1.0)
+        times, _ = time_tokens(config(), [stored], Silent(), file=file, clock=clock)
+        assert (times[stored].outside, times[stored].layers) == (1.0, 4.0)
 
 
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
@@ -117,8 +113,8 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
         raise AssertionError("it was measured already")
 
     assert time_tokens(config(), [stored], Silent(), file=file, clock=never) == first
-    assert first[stored].layers > 0
-    calls, clock = 0, scripted(prompt=8.0, token=5.0, ends=1.0)
+    assert first[0][stored].layers > 0
+    calls, clock = 0, scripted(prompt=8.0, token=5.0, outside=1.0)
 
     def counted() -> float:
         nonlocal calls
@@ -126,7 +122,7 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
         return clock()
 
     time_tokens(config(layers=5), [stored], Silent(), file=file, clock=counted)
-    assert calls == 2 * (TURNS + 1) * (1 + 2 * STEPS)
+    assert calls == 2 * (TURNS + 1) * (1 + 2 * (1 + STEPS))
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
@@ -150,5 +146,6 @@ def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
     file, stored = tmp_path / "t.json", WeightFormat("bf16", 0.0)
     file.write_text(content)
-    found = time_tokens(config(), [stored], Silent(), file=file)
-    assert list(kept_times(file).values()) == [asdict(found[stored])]
+    found, day = time_tokens(config(), [stored], Silent(), file=file)
+    (entry,) = json.loads(file.read_text())[machine()].values()
+    assert entry == {"seconds": [*found[stored]], "measured": day}

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
+from secateur import timing
 from secateur.evaluation import speed
 
 LOG: list[str] = []
 
 
-class Scripted:
+class Scripted(speed.Process):
     """Stands in for a process; `slow` takes two seconds a token, `broken` ends after a round."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder, self.rounds = name, folder, 0
+        self.name, self.folder, self.asked = name, folder, 0
+        self.rounds = []
         self.ready: dict[str, Any] = {}
 
     def load(self, prompt: Sequence[int], new_tokens: int) -> None:
@@ -25,8 +27,8 @@ class Scripted:
 
     def ask(self, question: Any) -> dict[str, Any]:
         LOG.append(self.folder.name)
-        self.rounds += 1
-        if self.folder.name == "broken" and self.rounds == 2:
+        self.asked += 1
+        if self.folder.name == "broken" and self.asked == 2:
             return {"failure": "it broke"}
         each = 2.0 if self.folder.name == "slow" else 0.5
         return {"each_token": each, "first_token": 1.0}
@@ -54,7 +56,7 @@ def test_one_contender_with_several_checkpoints(monkeypatch: pytest.MonkeyPatch)
 def test_no_round_begins_when_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "Process", Scripted)
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     [found] = speed.take_turns(
         [("packed", Path("quick"))], prompt=[1, 2], new_tokens=2, rounds=50, seconds=25
     )

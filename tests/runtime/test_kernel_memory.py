@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.evaluation.token_times import random_matrix
+from secateur.evaluation.random_models import random_matrix
 from secateur.runtime.kernels.matrix import matrix_bytes
 
 

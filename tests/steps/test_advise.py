@@ -50,7 +50,7 @@ def test_a_configuration_is_enough_and_this_machine_is_timed(
     assert record["chosen"] == "as it is"
     assert record["basis"]["times"].startswith("decoded on this machine with random weights, 20")
     assert "measured here" in str(found)
-    assert (tmp_path / "home" / "token-times.json").exists()
+    assert (tmp_path / "home" / "times.json").exists()
 
 
 def test_the_command_advises_on_a_known_shape(

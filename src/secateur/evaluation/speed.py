@@ -51,9 +51,9 @@ from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
+from secateur.timing import alternate
 
 PR_SET_PDEATHSIG = 1
-LEAST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Process:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
+        self.rounds: list[Round] = []
         self.ready: dict[str, Any] = {"failure": "it was not loaded"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "secateur.evaluation.speed"],
@@ -136,6 +137,29 @@ class Process:
             return {"failure": f"the process ended with code {self.process.wait()}"}
         answered: dict[str, Any] = json.loads(answer)
         return answered
+
+    def round(self, progress: Progress) -> None:
+        """Time a round, unless an earlier one failed."""
+        if "failure" in self.ready:
+            return
+        answered = self.ask("round")
+        if "failure" in answered:
+            self.ready = answered
+        else:
+            self.rounds.append(answered)
+        progress.step(note=f"round {len(self.rounds)}: {self.name}")
+
+    def speed(self) -> Speed:
+        """The result of all rounds."""
+        name = self.name if self.name in BACKENDS else Path(self.name).name
+        if "failure" in self.ready or not self.rounds:
+            return Speed(name, failure=self.ready.get("failure", "no round was finished"))
+        return Speed(
+            name,
+            tuple(r["each_token"] for r in self.rounds),
+            tuple(r["first_token"] for r in self.rounds),
+            self.ready["resident_bytes"],
+        )
 
     def end(self) -> None:
         """End the process."""
@@ -180,38 +204,13 @@ def take_turns(
             progress.step(note=process.name)
         progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
-        found: dict[Process, list[Round]] = {p: [] for p in running}
         progress.start("measuring", rounds * len(running))
-        begun = time.perf_counter()
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
-                break
-            for process in running:
-                answered = process.ask("round")
-                if "failure" in answered:
-                    process.ready = answered
-                else:
-                    found[process].append(answered)
-                progress.step(note=f"round {number + 1}: {process.name}")
-            running = [p for p in running if "failure" not in p.ready]
+        alternate(running, lambda p: p.round(progress), len, turns=rounds, seconds=seconds)
         progress.finish()
     finally:
         for process in processes:
             process.end()
-    return [_speed_of(p, found.get(p, [])) for p in processes]
-
-
-def _speed_of(process: Process, rounds: list[Round]) -> Speed:
-    """The result of a backend's rounds."""
-    name = process.name if process.name in BACKENDS else Path(process.name).name
-    if "failure" in process.ready or not rounds:
-        return Speed(name, failure=process.ready.get("failure", "no round was finished"))
-    return Speed(
-        name,
-        tuple(r["each_token"] for r in rounds),
-        tuple(r["first_token"] for r in rounds),
-        process.ready["resident_bytes"],
-    )
+    return [p.speed() for p in processes]
 
 
 def _serve() -> None:

@@ -1,9 +1,7 @@
 """Time one token in transformers at batch 1, for model shapes that have no weights yet.
 
-    time of a token = t(n) + (L − n) · (t(n) − t(0)) / n
-
-L is the number of decoder layers, t(n) the time with n of them, spread evenly, and t(0) the time
-with none: embedding, last norm and head. The weights are random, with the right shapes and dtype.
+The layers that are timed are spread evenly (`random_models` says how those of the whole model
+follow). The weights are random, with the right shapes and dtype.
 All compared models are views of one memory. So memory holds only n layers of the largest model, and
 the parts outside its layers. A model whose layers have less than `LAYER_BYTES` is timed whole.
 Weights in the processor's caches are read faster, so the timed weights must be larger than the
@@ -18,6 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.calls import Recorder, replaced_layers
+from secateur.evaluation.random_models import RandomModel
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, quiet_transformers
 from secateur.progress import Progress
@@ -32,6 +32,7 @@ from secateur.runtime.decode import given_cache
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
 from secateur.structured.edits import parameters_of
+from secateur.timing import alternate
 
 LAYER_BYTES = 512 * 2**20
 """Bytes of decoder layers to time: more than the last-level cache of any processor or GPU."""
@@ -94,14 +95,16 @@ def time_steps(
     context = context_tokens(models[0].config)
     with quiet_transformers():
         running = [
-            Running(short, len(describe(model).layers(model)), device, context)
+            Running(short, len(describe(model).layers(model)), device, context, clock)
             for short, model in zip(shortened, models, strict=True)
         ]
         progress.start("timing sizes", TURNS * len(running))
-        for _ in range(TURNS):
-            for each in running:
-                each.turn(clock)
-                progress.step()
+
+        def turn(one: Running) -> None:
+            one.turn()
+            progress.step()
+
+        alternate(running, turn, len, turns=TURNS)
         progress.finish()
     return Timed(tuple(each.seconds for each in running), context)
 
@@ -151,7 +154,7 @@ def context_tokens(config: Any) -> int:
     return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1)))
 
 
-class Running:
+class Running(RandomModel):
     """A shortened model with a context in its KV cache. Each step adds a token to the cache.
 
     Args:
@@ -159,13 +162,21 @@ class Running:
         layers: number of layers of the full model.
         device: the device of the model.
         context: tokens of the context.
+        clock: returns seconds.
     """
 
-    def __init__(self, model: Any, layers: int, device: torch.device, context: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layers: int,
+        device: torch.device,
+        context: int,
+        clock: Callable[[], float],
+    ) -> None:
         from transformers import DynamicCache
 
-        self.model, self.layers = model, describe(model).layers(model)
-        self.untimed = layers - len(self.layers)
+        self.model, self.there = model, describe(model).layers(model)
+        super().__init__(layers, len(self.there), clock)
         self.cache = given_cache(model, DynamicCache(config=model.config))
         prompt = torch.arange(context, device=device)[None] % model.config.vocab_size
         self.token = prompt[:, :1]
@@ -173,26 +184,28 @@ class Running:
         self.whole: list[float] = []
         self.outside: list[float] = []
 
-    def turn(self, clock: Callable[[], float]) -> None:
-        """Time some steps. The first one refills the caches and does not count."""
-        if self.untimed:
-            nothing: list[nn.Module] = [Recorder(layer, last=False) for layer in self.layers]
-            with replaced_layers(self.layers, nothing):
-                self.outside += [self.step(clock) for _ in range(STEPS + 1)][1:]
-        self.whole += [self.step(clock) for _ in range(STEPS + 1)][1:]
-
-    def step(self, clock: Callable[[], float]) -> float:
-        """Seconds for one token and the choice of the next, which waits for a GPU to finish."""
-        started = clock()
+    def step(self) -> None:
+        """Decode a token and choose the next, which waits for a GPU to finish."""
         out = self.model(input_ids=self.token, use_cache=True, **self.cache)
         int(out.logits[0, -1].argmax())
-        return clock() - started
+
+    def without_layers(self) -> AbstractContextManager[None]:
+        """As the contract says."""
+        nothing: list[nn.Module] = [Recorder(layer, last=False) for layer in self.there]
+        return replaced_layers(self.there, nothing)
+
+    def turn(self) -> None:
+        """Time some steps."""
+        if self.count < self.layers:
+            with self.without_layers():
+                self.outside += self.steps(STEPS)
+        self.whole += self.steps(STEPS)
 
     @property
     def seconds(self) -> float:
         """Seconds per token of the full model."""
         whole = statistics.median(self.whole)
-        if not self.untimed:
+        if self.count == self.layers:
             return whole
-        layer = (whole - statistics.median(self.outside)) / len(self.layers)
-        return whole + self.untimed * layer
+        outside = statistics.median(self.outside)
+        return outside + self.of_all_layers(whole - outside)

@@ -1,97 +1,131 @@
-"""Times tokens of a model that has no weights yet, in every format of our runtime.
+"""Times of tokens on this machine, measured once with random weights and kept in a table.
 
-A model of the same sizes gets random matrices, each layer in memory of its own. Then it decodes:
+A model of the same sizes gets random matrices, each layer in memory of its own, and decodes in our
+loop (`random_models`). The time of a token of a model whose linears have several formats:
 
-    token  = t(0) + L · (t(n) − t(0)) / n         prompt token = L / n · t(prompt of P) / P
+    token              = outside + Σ over linears of t(shape, format)
+    t(shape, format)   = layers(format) · k(shape, format) / Σ over linears of k(shape, format)
 
-t(n) is the time of a token with n decoder layers, t(0) that of embedding, last norm and head. If
-all layers have less than `LAYER_BYTES`, then n = L and nothing is extrapolated. Measured times are
-kept in the cache, with their date; the key holds the sizes, the processor and the kernels.
+layers(format) is the time of all decoder layers in our decode loop when every linear has this
+format; attention and norms are in it. k is the time of a product by the kernel alone, on one of as
+many different matrices as a model of these sizes has, so it says how the time of the layers is
+divided among shapes; it is the lowest of several. So a model with all linears in one format takes
+what the loop took. outside is the time of embedding, last norm and head in int8.
 
-The matrices are random, since speed does not depend on the numbers.
+A shared machine is faster in one minute and slower in the next, and a model that lies in the cache
+gains from a quiet moment more than one that does not. So a format takes turns with `BASE`, both
+take the median of their tokens, and the ratio is kept: the median over the turns. Sparsities in
+between are interpolated.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import hashlib
 import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError
+from secateur.evaluation.random_models import (
+    LAYER_BYTES,
+    FormatTimer,
+    TokenTime,
+    WeightFormat,
+    another,
+    random_matrix,
+)
 from secateur.models.samples import cache_folder
-from secateur.models.skeleton import assign, quiet_transformers, without_weights
 from secateur.progress import Progress
-from secateur.quantization.groups import Scales
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
-from secateur.runtime.decode import FAMILIES, Decoder, why_not
-from secateur.runtime.formats.bits import pack_bits
-from secateur.runtime.install import settle
+from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.timing import alternate, seconds_of
 
-LAYER_BYTES = 768 * 2**20
-"""Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
+TURNS = 3
+"""Turns of a format that is timed alone."""
 
-PROMPT_TOKENS, CONTEXT_TOKENS = 64, 64
-TURNS, STEPS = 3, 12
+Shape = tuple[int, int]
 
-MOST_STEPS = 20 * STEPS
-"""Tokens of a turn, at most: where layers take less than the clock or other work shakes, a turn has
-more than `STEPS`."""
+Loop = tuple[float, float, float]
+"""Seconds of a token outside the decoder layers, in all of them, and in those of `BASE` that were
+timed in the same turns."""
 
-LEAST_LAYERS = 0.01
-"""What decoder layers take at least, as a fraction of `FormatTimes.ends`. Less cannot be
-measured."""
+BASE = WeightFormat("int8", 0.0)
+"""How linears are stored in the loop that is timed. Speed-ups are relative to it."""
+
+LEAST_MATRICES, PASSES, LOOP_TURNS = 2, 12, 7
 
 
-@dataclass(frozen=True)
-class WeightFormat:
-    """How the linears are stored.
+class TimeTable:
+    """Times that were measured once, in a file of the cache.
 
-    Attributes:
-        values: bf16, int8 or int4. With integers the embedding and the head are int8.
-        sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
+    The file has the times of several machines: of a processor, its threads, the tier of the kernels
+    and the version of secateur. Every time has its date. What is no positive number, in a file that
+    is damaged too, is measured again.
+
+    Args:
+        file: the table; None for the file in the cache.
+        dates: of the times that were asked for.
     """
 
-    values: str
-    sparsity: float
+    def __init__(self, file: Path | None) -> None:
+        self.file = file or cache_folder() / "times.json"
+        self.dates: list[str] = []
 
-    @property
-    def bits(self) -> float:
-        """Bits of a weight, without scales."""
-        size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
-        return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
+    def read(self) -> dict[str, Any]:
+        """The times of all machines."""
+        try:
+            known = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def seconds(self, name: str, measure: Callable[[], Any]) -> Any:
+        """A time, or a list of times, from the table or measured."""
+        entry = self.read().get(machine(), {}).get(name, {})
+        if not _plausible(entry.get("seconds")):
+            entry = {"seconds": measure(), "measured": date.today().isoformat()}
+            known = self.read()  # other processes may have written meanwhile
+            known.setdefault(machine(), {})[name] = entry
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, known)
+        self.dates.append(entry["measured"])
+        return entry["seconds"]
 
 
-@dataclass(frozen=True)
-class FormatTimes:
-    """Seconds of one token.
+def _plausible(seconds: Any) -> bool:
+    """Whether kept times can be used: there are some, and all are finite and above 0."""
+    times = seconds if isinstance(seconds, list | tuple) else [seconds]
+    numbers = [x for x in times if isinstance(x, int | float) and math.isfinite(x) and x > 0]
+    return bool(times) and len(numbers) == len(times)
 
-    Attributes:
-        ends: embedding, last norm and head.
-        layers: all decoder layers.
-        prompt: one token of a prompt.
-        measured: the date.
-    """
 
-    ends: float
-    layers: float
-    prompt: float
-    measured: str
+def machine() -> str:
+    """What a time depends on besides the matrix."""
+    here, kernels = environment(torch.device("cpu")), kernel_info()
+    return f"{here['cpu']}, {kernels.threads} threads, {kernels.tier}, secateur {here['secateur']}"
+
+
+def _entry(what: Any, stored: WeightFormat) -> str:
+    """The name of a time in the table: of a shape, or of a model with the sizes of a config."""
+    if isinstance(what, tuple):
+        name = f"{what[0]} x {what[1]}"
+    else:
+        numbers = {name: value for name, value in what.to_dict().items() if isinstance(value, int)}
+        digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
+        name = f"{what.model_type} of sizes {digest}"
+    layout = f"bitmask with {stored.sparsity:.0%} zeros" if stored.sparsity else "dense"
+    return f"{name}, {stored.values}, {layout}, one token"
 
 
 @torch.inference_mode()
@@ -102,7 +136,7 @@ def time_tokens(
     *,
     file: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[WeightFormat, FormatTimes]:
+) -> tuple[dict[WeightFormat, TokenTime], str]:
     """Time a model of some sizes in several formats.
 
     Args:
@@ -112,238 +146,141 @@ def time_tokens(
         file: where measured times are kept; None for the file in the cache.
         clock: returns seconds.
 
+    Returns:
+        The times, and the earliest date of one.
+
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
-    file = file or cache_folder() / "token-times.json"
-    known = kept_times(file)
-    found: dict[WeightFormat, FormatTimes] = {}
+    table = TimeTable(file)
+    found: dict[WeightFormat, TokenTime] = {}
+
+    def measure() -> list[float]:
+        [turns] = alternate(
+            [FormatTimer(config, stored, clock)], FormatTimer.turn, list, turns=TURNS
+        )
+        return [statistics.median(each) for each in zip(*turns, strict=True)]
+
     progress.start("timing tokens", len(formats))
     for stored in formats:
-        key = _key_of(config, stored)
-        kept = known.get(key, {})
-        if not plausible([kept.get(name) for name in ("ends", "layers", "prompt")]):
-            timed = _time_format(config, stored, clock)
-            known = kept_times(file)
-            known[key] = asdict(timed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, known)
-        found[stored] = FormatTimes(**known[key])
+        name = f"{_entry(config, stored)}: outside, layers, prompt"
+        found[stored] = TokenTime(*table.seconds(name, measure))
         progress.step(note=f"{stored.values}, {stored.sparsity:.0%} zeros")
     progress.finish()
-    return found
+    return found, min(table.dates)
 
 
-def kept_times(file: Path) -> dict[str, Any]:
-    """The times in a file; none if it is missing or damaged: they can be measured again."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+@dataclass(frozen=True)
+class MatrixTimes:
+    """Times of the linears of a model.
+
+    Attributes:
+        layers: seconds of all decoder layers with every linear in one format.
+        shares: of this time, the part of one linear, for each shape [out, in] and format.
+        rest: seconds of a token outside the decoder layers.
+        measured: the earliest date of a time.
+    """
+
+    layers: Mapping[WeightFormat, float]
+    shares: Mapping[tuple[Shape, WeightFormat], float]
+    rest: float
+    measured: str
+
+    @property
+    def base(self) -> float:
+        """Seconds of a token with all linears on `BASE`."""
+        return self.rest + self.layers[BASE]
+
+    def seconds(self, shape: Shape, stored: WeightFormat) -> float:
+        """Of a linear, for one token; by the nearest two sparsities if its own was not timed."""
+        if stored in self.layers:
+            return self.layers[stored] * self.shares[shape, stored]
+        timed = [one for one in self.layers if one.values == stored.values and one.sparsity]
+        low, high = sorted(timed, key=lambda one: abs(one.sparsity - stored.sparsity))[:2]
+        at_low, at_high = self.seconds(shape, low), self.seconds(shape, high)
+        steps = (stored.sparsity - low.sparsity) / (high.sparsity - low.sparsity)
+        return at_low + steps * (at_high - at_low)
 
 
-def plausible(seconds: Any) -> bool:
-    """Whether kept times can be used: there are some, and all are finite and above 0."""
-    times = seconds if isinstance(seconds, list | tuple) else [seconds]
-    numbers = [x for x in times if isinstance(x, int | float) and math.isfinite(x) and x > 0]
-    return bool(times) and len(numbers) == len(times)
-
-
-def _key_of(config: Any, stored: WeightFormat) -> str:
-    """Everything that a time depends on."""
-    here = environment(torch.device("cpu"))
-    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    facts: Mapping[str, Any] = {
-        "type": config.model_type,
-        "sizes": sizes,
-        "way": asdict(stored),
-        "processor": [here["cpu"], here["threads"], kernel_info().tier, here["secateur"]],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _time_format(config: Any, stored: WeightFormat, clock: Callable[[], float]) -> FormatTimes:
-    """Time one format: the median of some turns."""
-    timer = FormatTimer(config, stored, clock)
-    timer.turn()  # the first prompt also touches all memory
-    turns = [timer.turn() for _ in range(TURNS)]
-    return FormatTimes(
-        statistics.median(turn.ends for turn in turns),
-        statistics.median(turn.layers for turn in turns),
-        statistics.median(turn.prompt for turn in turns),
-        turns[0].measured,
-    )
-
-
-class FormatTimer:
-    """A random model whose linears have one format, ready to be timed.
+@torch.inference_mode()
+def time_matrices(
+    config: Any,
+    shapes: Sequence[Shape],
+    formats: Sequence[WeightFormat],
+    progress: Progress,
+    *,
+    file: Path | None = None,
+    timer: Callable[[Shape, WeightFormat, int], float] | None = None,
+    loop: Callable[[Any, WeightFormat], Loop] | None = None,
+) -> MatrixTimes:
+    """Read the table, and time what it does not have yet.
 
     Args:
         config: of transformers, of a decoder of Llama's shape.
-        stored: the format of its linears.
-        clock: returns seconds.
+        shapes: [out, in] of every linear of the model, one entry for each linear.
+        formats: how they are stored.
+        progress: receives every time.
+        file: the table; None for the file in the cache.
+        timer: seconds of a matrix, one of so many; the kernels if not given.
+        loop: seconds of a token (`Loop`); those of the decode loop if not given.
 
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
+    table, counts = TimeTable(file), Counter(shapes)
+    every = list(dict.fromkeys([BASE, *formats]))
+    progress.start("timing matrices", len(every) * (1 + len(counts)))
 
-    def __init__(
-        self,
-        config: Any,
-        stored: WeightFormat,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        if config.model_type not in FAMILIES:
-            raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
-        model = random_model(config, stored)
-        reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
-        if reason is not None:
-            raise _cannot(config, reason)
-        settle(model, torch.bfloat16)
-        self.clock = clock
-        self.layers, self.count = config.num_hidden_layers, len(model.model.layers)
-        self.decoder = Decoder(model, PROMPT_TOKENS + 2 * STEPS)
-        self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
+    def known(name: str, measure: Callable[..., Any], *what: Any) -> Any:
+        seconds = table.seconds(name, lambda: measure(*what))
+        progress.step(note=name)
+        return seconds
 
-    @torch.inference_mode()
-    def turn(self) -> FormatTimes:
-        """Read a prompt and decode some tokens, with all layers and with none."""
-        began = self.clock()
-        self.decoder.prefill(self.ids)
-        prompt = self.clock() - began
-        whole: list[float] = []
-        bare: list[float] = []
-        while len(whole) < MOST_STEPS:
-            whole += _steps(self.decoder, self.count, self.clock)
-            bare += _steps(self.decoder, 0, self.clock)
-            self.decoder.slots.rewind(0, PROMPT_TOKENS)
-            outer = statistics.median(bare)
-            between = statistics.median(whole) - outer
-            if between > LEAST_LAYERS * outer:
-                break
-        times = self.layers / self.count
-        layers = max(between, LEAST_LAYERS * outer) * times
-        return FormatTimes(outer, layers, prompt * times / PROMPT_TOKENS, date.today().isoformat())
+    layers: dict[WeightFormat, float] = {}
+    shares: dict[tuple[Shape, WeightFormat], float] = {}
+    rest = 0.0
+    for stored in every:
+        name = f"{_entry(config, stored)}: outside, layers, base"
+        outside, own, base = known(name, loop or looped, config, stored)
+        rest = outside if stored == BASE else rest
+        layers[stored] = own * layers.get(BASE, base) / base
+        alone = {}
+        for shape in counts:
+            count = how_many(counts, shape, stored)
+            alone[shape] = known(_entry(shape, stored), timer or timed, shape, stored, count)
+        whole = sum(alone[shape] * count for shape, count in counts.items())
+        shares |= {(shape, stored): alone[shape] / whole for shape in counts}
+    progress.finish()
+    return MatrixTimes(layers, shares, rest, min(table.dates))
 
 
-def _cannot(config: Any, reason: str) -> ArchitectureError:
-    """The error for a model that our loop does not decode."""
-    return ArchitectureError(
-        f"this model cannot be timed without its weights: {reason}",
-        where=str(config.model_type),
-        remedy="name other hardware, or time the model itself with `secateur bench`",
+def looped(config: Any, stored: WeightFormat) -> Loop:
+    """The decode loop's times of a format, in turns with `BASE`."""
+    other = FormatTimer(config, BASE)
+    timer = other if stored == BASE else FormatTimer(config, stored)
+    own, base = alternate([timer, other], FormatTimer.turn, list, turns=LOOP_TURNS)
+    outside = statistics.median(turn.outside for turn in own)
+    layers = statistics.median(turn.layers for turn in base)
+    ratio = statistics.median(a.layers / b.layers for a, b in zip(own, base, strict=True))
+    return outside, layers if stored == BASE else ratio * layers, layers
+
+
+def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
+    """Seconds of one product with a matrix, one of so many different ones."""
+    first = random_matrix(*shape, stored.values, stored.sparsity)
+    matrices = [first, *(another(first) for _ in range(count - 1))]
+    x = torch.randn(1, shape[1]).to(torch.bfloat16)
+
+    def seconds(matrix: KernelMatrix) -> float:
+        return seconds_of(lambda: by_kernel(matrix, x))
+
+    return statistics.mean(alternate(matrices, seconds, min, turns=PASSES))
+
+
+def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:
+    """Matrices of a shape that have as many bytes as the model's linears together."""
+    whole = (
+        sum(rows * columns * count for (rows, columns), count in counts.items()) * stored.bits / 8
     )
-
-
-def _steps(decoder: Decoder, layers: int, clock: Callable[[], float]) -> list[float]:
-    """Seconds of some tokens with the first decoder layers; the first one does not count."""
-    decoder.slots.c.layers = layers
-    found = []
-    for _ in range(STEPS):
-        began = clock()
-        decoder.step(0)
-        found.append(clock() - began)
-    decoder.slots.c.layers = len(decoder.slots.model.model.layers)
-    return found[1:]
-
-
-def random_model(config: Any, stored: WeightFormat) -> Any:
-    """A model with these sizes, as many layers as are timed, and random weights."""
-    from transformers import AutoModelForCausalLM
-
-    own = type(config).from_dict(config.to_dict())
-    with quiet_transformers(), without_weights():
-        model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    count = min(len(sizes), max(2, round(LAYER_BYTES / (max(sizes) * stored.bits / 8))))
-    model.model.layers = model.model.layers[:count]
-    matrices: dict[tuple[int, int], KernelMatrix] = {}
-    for layer in model.model.layers:
-        _fill(layer, stored, matrices)
-    outer = "int8" if stored.values in ("int8", "int4") else "bf16"
-    embedding = model.get_input_embeddings()
-    packed = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
-    model.model.embed_tokens = PackedEmbedding(packed, torch.bfloat16)
-    model.lm_head = PackedLinear(packed if config.tie_word_embeddings else another(packed))
-    assign(model.model.norm, "weight", torch.ones(config.hidden_size, dtype=torch.bfloat16))
-    return model
-
-
-def _fill(
-    layer: nn.Module, stored: WeightFormat, matrices: dict[tuple[int, int], KernelMatrix]
-) -> None:
-    """Give every linear of a layer a random matrix of its own, and norms and biases ones."""
-    for path, module in list(layer.named_modules()):
-        if isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-            if shape not in matrices:
-                matrices[shape] = random_matrix(*shape, stored.values, stored.sparsity)
-            owner, _, leaf = path.rpartition(".")
-            bias = None if module.bias is None else torch.zeros(shape[0], dtype=torch.bfloat16)
-            setattr(layer.get_submodule(owner), leaf, PackedLinear(another(matrices[shape]), bias))
-    for name, parameter in list(layer.named_parameters()):
-        if parameter.is_meta:
-            assign(layer, name, torch.ones(parameter.shape, dtype=torch.bfloat16))
-
-
-GROUP = 64
-"""Weights that share a scale in int4."""
-
-DIFFERENT_ROWS = 256
-"""The zeros of so many rows are drawn; then they repeat."""
-
-EXPONENT = -20
-"""Of the scales of int4. It keeps sums of products small."""
-
-FLOATS = {"bf16": torch.bfloat16, "float32": torch.float32}
-
-
-def random_matrix(
-    rows: int, columns: int, values: str, sparsity: float = 0.0, group: int = GROUP
-) -> KernelMatrix:
-    """A random matrix: dense, or with the same number of zeros in each row.
-
-    Args:
-        rows: out.
-        columns: in.
-        values: bf16, float32, int8 or int4.
-        sparsity: the fraction of zeros; 0 for a dense matrix without a mask.
-        group: weights that share a scale, for int4.
-    """
-    kept = columns - round(sparsity * columns)
-    mask = _random_mask(rows, columns, kept) if sparsity else None
-    if values == "int4":
-        codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
-        code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
-        exponent = torch.full((rows,), EXPONENT, dtype=torch.int8)
-        return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
-    scale = torch.rand(rows) * 2.0**EXPONENT if values == "int8" else None
-    if mask is None:
-        return KernelMatrix(numbers(rows * columns, values).view(rows, columns), scale=scale)
-    return KernelMatrix(
-        numbers(rows * kept, values), bitmask=pack_bits(mask), columns=columns, scale=scale
-    )
-
-
-@functools.cache
-def _random_mask(rows: int, columns: int, kept: int) -> Tensor:
-    """With the same number of ones in each row; the masks of some rows repeat."""
-    some = torch.rand(min(rows, DIFFERENT_ROWS), columns).argsort(1) < kept
-    return some.repeat(-(-rows // len(some)), 1)[:rows]
-
-
-def numbers(count: int, values: str) -> Tensor:
-    """Random values."""
-    if values == "int8":
-        return torch.randint(-127, 128, (count,), dtype=torch.int8)
-    return torch.randn(count).mul_(0.02).to(FLOATS[values])
-
-
-def another(matrix: KernelMatrix) -> KernelMatrix:
-    """The same numbers in memory of their own."""
-    found = copy.copy(matrix)
-    found.values = matrix.values.clone()
-    found.mask = None if matrix.mask is None else matrix.mask.clone()
-    found.describe(matrix.c.type)
-    return found
+    each = shape[0] * shape[1] * stored.bits / 8
+    return max(LEAST_MATRICES, round(min(whole, LAYER_BYTES) / each))

@@ -12,7 +12,8 @@ from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
 from secateur.errors import RecipeError, SourceError
-from secateur.evaluation.token_times import WeightFormat, time_tokens
+from secateur.evaluation.random_models import WeightFormat
+from secateur.evaluation.token_times import time_tokens
 from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model, hub_name, kind_of_name
 from secateur.models.layer_cache import layer_caches
@@ -108,13 +109,9 @@ def _times_here(
         option.stored: WeightFormat(option.values.name, option.zeros.sparsity)
         for option in options_for(shape, hardware)
     }
-    timed = time_tokens(config, list(storages.values()), progress)
-    times = {
-        stored: TokenTimes(timed[storage].ends, timed[storage].layers, timed[storage].prompt)
-        for stored, storage in storages.items()
-    }
-    dates = sorted({one.measured for one in timed.values()})
-    return times, f"decoded on this machine with random weights, {dates[0]}"
+    timed, day = time_tokens(config, list(storages.values()), progress)
+    times = {stored: TokenTimes(*timed[storage]) for stored, storage in storages.items()}
+    return times, f"decoded on this machine with random weights, {day}"
 
 
 def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:

@@ -17,8 +17,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.knapsack import fits
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.evaluation.matrix_times import BASE, MatrixTimes
 from secateur.evaluation.speed import Speed
+from secateur.evaluation.token_times import BASE, MatrixTimes
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.results.fit import FitCheck

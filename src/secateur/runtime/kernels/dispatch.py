@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from torch.nn import functional
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.library import MAX_BATCH, TYPES, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
+from secateur.timing import alternate, seconds_of
 
 TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
@@ -83,7 +83,7 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
-        by_eights, at_once = seconds(
+        by_eights, at_once = _least_seconds(
             [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
             [lambda m=m, x=x: many(m, x) for m in matrices[:2]],
         )
@@ -104,7 +104,7 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     one = torch.randn(1, first.columns).to(dtype)
     stored = [m.dense(dtype) for m in matrices[:count]]
     weights = [m.weight for m in stored if m.weight is not None]  # torch has no integers
-    kernel, own, *plain = seconds(
+    kernel, own, *plain = _least_seconds(
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
         [lambda m=m: by_kernel(m, one) for m in stored],
         *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
@@ -112,20 +112,17 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     return min([own, *plain]) / kernel
 
 
-def seconds(*kernels: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """For each way the lowest mean time of its calls, over alternating passes.
+def _least_seconds(*kernels: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """For each way the lowest mean time of its calls; the ways take turns."""
 
-    The lowest counts, because other work on the machine can only lengthen a time.
-    """
-    least = [float("inf")] * len(kernels)
-    for _ in range(1 + REPEATS):
-        for number, calls in enumerate(kernels):
-            started = time.perf_counter()
+    def mean_seconds(calls: Sequence[Callable[[], Tensor]]) -> float:
+        def all_of_them() -> None:
             for call in calls:
                 call()
-            taken = (time.perf_counter() - started) / len(calls)
-            least[number] = min(least[number], taken)
-    return least
+
+        return seconds_of(all_of_them) / len(calls)
+
+    return alternate(kernels, mean_seconds, min, turns=1 + REPEATS)
 
 
 def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:

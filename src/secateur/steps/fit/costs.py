@@ -23,8 +23,8 @@ from typing import Any
 from secateur.advisor.capacity import memory_with
 from secateur.engine.search.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.evaluation.matrix_times import MatrixTimes, time_matrices
-from secateur.evaluation.token_times import WeightFormat
+from secateur.evaluation.random_models import WeightFormat
+from secateur.evaluation.token_times import MatrixTimes, time_matrices
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress

@@ -20,6 +20,7 @@ from secateur.quantization.activations import round_activations
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.kernels.operator import numbered
+from secateur.timing import alternate
 
 TRIED = (1, 2, 4, 8, TOKENS)
 
@@ -227,15 +228,18 @@ def _gpu_seconds(calls: Sequence[Call]) -> list[float]:
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     other = torch.empty(max(4 * size, 2**28), dtype=torch.uint8, device="cuda")
-    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
-    for _ in range(REPEATS):
-        for own, call in zip(pairs, calls, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(FILLS):
-                other.zero_()
-            begin.record()
-            call()
-            end.record()
-            own.append((begin, end))
-    torch.cuda.synchronize()
-    return [median(begin.elapsed_time(end) / 1000 for begin, end in own) for own in pairs]
+
+    def events(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FILLS):
+            other.zero_()
+        begin.record()
+        call()
+        end.record()
+        return begin, end
+
+    def median_seconds(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
+        torch.cuda.synchronize()  # only when all were launched
+        return median(begin.elapsed_time(end) / 1000 for begin, end in pairs)
+
+    return alternate(calls, events, median_seconds, turns=REPEATS)

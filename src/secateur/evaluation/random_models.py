@@ -1,0 +1,281 @@
+"""Random matrices and models with the sizes of a model, to be timed: numbers do not change speed.
+
+A model that is too large is timed with n of its L decoder layers:
+
+    token = outside + L · (t(n) − outside) / n
+
+t(n) is the time of a token with n layers, and `outside` that with none: embedding, last norm and
+head. If n = L, nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ArchitectureError
+from secateur.models.skeleton import assign, quiet_transformers, without_weights
+from secateur.quantization.groups import Scales
+from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.install import settle
+from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.timing import seconds_of
+
+LAYER_BYTES = 768 * 2**20
+"""Bytes of decoder layers to time, as they are stored: more than any cache of a processor."""
+
+PROMPT_TOKENS, CONTEXT_TOKENS = 64, 64
+STEPS = 11
+"""Timed tokens of a turn with all layers, and as many with none."""
+
+MOST_STEPS = 240
+"""Tokens of a turn, at most: where layers take less than the clock or other work shakes, a turn has
+more than `STEPS`."""
+
+LEAST_LAYERS = 0.01
+"""What decoder layers take at least, as a fraction of `TokenTime.outside`. Less cannot be
+measured."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the linears are stored.
+
+    Attributes:
+        values: bf16, int8 or int4. With integers the embedding and the head are int8.
+        sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
+    """
+
+    values: str
+    sparsity: float
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, without scales."""
+        size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
+        return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
+
+
+class TokenTime(NamedTuple):
+    """Seconds of one token.
+
+    Attributes:
+        outside: embedding, last norm and head.
+        layers: all decoder layers.
+        prompt: one token of a prompt.
+    """
+
+    outside: float
+    layers: float
+    prompt: float
+
+
+class RandomModel(ABC):
+    """The first decoder layers of a model, with random weights, that decodes token by token.
+
+    Args:
+        layers: decoder layers of the whole model.
+        count: those that are here.
+        now: a clock that returns seconds.
+    """
+
+    def __init__(self, layers: int, count: int, now: Callable[[], float]) -> None:
+        self.layers, self.count, self.now = layers, count, now
+
+    @abstractmethod
+    def step(self) -> None:
+        """Decode one token."""
+
+    @abstractmethod
+    def without_layers(self) -> AbstractContextManager[None]:
+        """Decode without the decoder layers meanwhile."""
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of some tokens, after one that refills the caches and does not count."""
+        return [seconds_of(self.step, self.now) for _ in range(1 + count)][1:]
+
+    def of_all_layers(self, seconds: float) -> float:
+        """Seconds of all layers of the model, by those of the layers that are here."""
+        return seconds * self.layers / self.count
+
+
+class FormatTimer(RandomModel):
+    """A random model in our decode loop, whose linears have one format.
+
+    Args:
+        config: of transformers, of a decoder of Llama's shape.
+        stored: the format of its linears.
+        clock: returns seconds.
+
+    Raises:
+        ArchitectureError: our loop cannot decode such a model; says why.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        stored: WeightFormat,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if config.model_type not in FAMILIES:
+            raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
+        model = random_model(config, stored)
+        reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
+        if reason is not None:
+            raise _cannot(config, reason)
+        settle(model, torch.bfloat16)
+        super().__init__(config.num_hidden_layers, len(model.model.layers), clock)
+        self.decoder = Decoder(model, PROMPT_TOKENS + 2 * (1 + STEPS))
+        self.ids = torch.arange(PROMPT_TOKENS) % config.vocab_size
+        self.turn()  # the first prompt also touches all memory
+
+    def step(self) -> None:
+        """As the contract says."""
+        self.decoder.step(0)
+
+    @contextmanager
+    def without_layers(self) -> Iterator[None]:
+        """As the contract says."""
+        self.decoder.slots.c.layers = 0
+        yield
+        self.decoder.slots.c.layers = self.count
+
+    @torch.inference_mode()
+    def turn(self) -> TokenTime:
+        """Read a prompt and decode some tokens, with all layers and with none."""
+        prompt = seconds_of(lambda: self.decoder.prefill(self.ids), self.now)
+        whole: list[float] = []
+        bare: list[float] = []
+        while len(whole) < MOST_STEPS:
+            whole += self.steps(STEPS)
+            with self.without_layers():
+                bare += self.steps(STEPS)
+            self.decoder.slots.rewind(0, PROMPT_TOKENS)
+            outside = statistics.median(bare)
+            between = statistics.median(whole) - outside
+            if between > LEAST_LAYERS * outside:
+                break
+        layers = self.of_all_layers(max(between, LEAST_LAYERS * outside))
+        return TokenTime(outside, layers, self.of_all_layers(prompt) / PROMPT_TOKENS)
+
+
+def _cannot(config: Any, reason: str) -> ArchitectureError:
+    """The error for a model that our loop does not decode."""
+    return ArchitectureError(
+        f"this model cannot be timed without its weights: {reason}",
+        where=str(config.model_type),
+        remedy="name other hardware, or time the model itself with `secateur bench`",
+    )
+
+
+def random_model(config: Any, stored: WeightFormat) -> Any:
+    """A model with these sizes, as many layers as are timed, and random weights."""
+    from transformers import AutoModelForCausalLM
+
+    own = type(config).from_dict(config.to_dict())
+    with quiet_transformers(), without_weights():
+        model = AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16).eval()
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    count = min(len(sizes), max(2, round(LAYER_BYTES / (max(sizes) * stored.bits / 8))))
+    model.model.layers = model.model.layers[:count]
+    matrices: dict[tuple[int, int], KernelMatrix] = {}
+    for layer in model.model.layers:
+        _fill(layer, stored, matrices)
+    outer = "int8" if stored.values in ("int8", "int4") else "bf16"
+    embedding = model.get_input_embeddings()
+    packed = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
+    model.model.embed_tokens = PackedEmbedding(packed, torch.bfloat16)
+    model.lm_head = PackedLinear(packed if config.tie_word_embeddings else another(packed))
+    assign(model.model.norm, "weight", torch.ones(config.hidden_size, dtype=torch.bfloat16))
+    return model
+
+
+def _fill(
+    layer: nn.Module, stored: WeightFormat, matrices: dict[tuple[int, int], KernelMatrix]
+) -> None:
+    """Give every linear of a layer a random matrix of its own, and norms and biases ones."""
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            if shape not in matrices:
+                matrices[shape] = random_matrix(*shape, stored.values, stored.sparsity)
+            owner, _, leaf = path.rpartition(".")
+            bias = None if module.bias is None else torch.zeros(shape[0], dtype=torch.bfloat16)
+            setattr(layer.get_submodule(owner), leaf, PackedLinear(another(matrices[shape]), bias))
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.is_meta:
+            assign(layer, name, torch.ones(parameter.shape, dtype=torch.bfloat16))
+
+
+GROUP = 64
+"""Weights that share a scale in int4."""
+
+DIFFERENT_ROWS = 256
+"""The zeros of so many rows are drawn; then they repeat."""
+
+EXPONENT = -20
+"""Of the scales of int4. It keeps sums of products small."""
+
+FLOATS = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def random_matrix(
+    rows: int, columns: int, values: str, sparsity: float = 0.0, group: int = GROUP
+) -> KernelMatrix:
+    """A random matrix: dense, or with the same number of zeros in each row.
+
+    Args:
+        rows: out.
+        columns: in.
+        values: bf16, float32, int8 or int4.
+        sparsity: the fraction of zeros; 0 for a dense matrix without a mask.
+        group: weights that share a scale, for int4.
+    """
+    kept = columns - round(sparsity * columns)
+    mask = _random_mask(rows, columns, kept) if sparsity else None
+    if values == "int4":
+        codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
+        code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
+        exponent = torch.full((rows,), EXPONENT, dtype=torch.int8)
+        return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
+    scale = torch.rand(rows) * 2.0**EXPONENT if values == "int8" else None
+    if mask is None:
+        return KernelMatrix(numbers(rows * columns, values).view(rows, columns), scale=scale)
+    return KernelMatrix(
+        numbers(rows * kept, values), bitmask=pack_bits(mask), columns=columns, scale=scale
+    )
+
+
+@functools.cache
+def _random_mask(rows: int, columns: int, kept: int) -> Tensor:
+    """With the same number of ones in each row; the masks of some rows repeat."""
+    some = torch.rand(min(rows, DIFFERENT_ROWS), columns).argsort(1) < kept
+    return some.repeat(-(-rows // len(some)), 1)[:rows]
+
+
+def numbers(count: int, values: str) -> Tensor:
+    """Random values."""
+    if values == "int8":
+        return torch.randint(-127, 128, (count,), dtype=torch.int8)
+    return torch.randn(count).mul_(0.02).to(FLOATS[values])
+
+
+def another(matrix: KernelMatrix) -> KernelMatrix:
+    """The same numbers in memory of their own."""
+    found = copy.copy(matrix)
+    found.values = matrix.values.clone()
+    found.mask = None if matrix.mask is None else matrix.mask.clone()
+    found.describe(matrix.c.type)
+    return found
