@@ -27,7 +27,7 @@ import secateur
 from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
 from secateur.models.samples import sample_model
-from secateur.reporting.results.evaluate import BenchResult
+from secateur.reporting.evaluate import BenchResult
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

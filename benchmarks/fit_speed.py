@@ -28,7 +28,7 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.models import CompressResult
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.compress.pack import pack_into

@@ -12,19 +12,27 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
-from secateur.reporting.results.advise import AdviseResult, ClusterPlanResult
-from secateur.reporting.results.compress import CompressResult, DecompressResult
-from secateur.reporting.results.evaluate import EvaluateResult
-from secateur.reporting.results.export import ExportResult, ImportResult, PushResult
-from secateur.reporting.results.fit import FitResult
-from secateur.reporting.results.plan import (
+from secateur.reporting.advise import AdviseResult, ClusterPlanResult
+from secateur.reporting.evaluate import EvaluateResult
+from secateur.reporting.fit import FitResult
+from secateur.reporting.models import (
+    ChainResult,
+    CompressResult,
+    DecompressResult,
+    ExportResult,
+    ImportResult,
+    PruneResult,
+    PushResult,
+    StructureResult,
+    TrainResult,
+)
+from secateur.reporting.plan import (
     CutPlanResult,
     FitPlanResult,
     PlanResult,
     TrainPlanResult,
 )
-from secateur.reporting.results.prune import ChainResult, PruneResult, StructureResult, TrainResult
-from secateur.reporting.results.sweep import SweepResult
+from secateur.reporting.sweep import SweepResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured

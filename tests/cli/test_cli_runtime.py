@@ -17,7 +17,7 @@ from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
-from secateur.reporting.results.evaluate import BenchResult
+from secateur.reporting.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.steps.bench import tokens_of
 from slow import slow

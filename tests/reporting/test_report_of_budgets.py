@@ -12,8 +12,8 @@ import secateur as library
 from reporting.examples import write_fit, write_full_run
 from reporting.test_report import Page
 from secateur.errors import CheckpointError, RecipeError
-from secateur.reporting.report.headline import pruning_brought
-from secateur.reporting.results.fit import FitResult
+from secateur.reporting.fit import FitResult
+from secateur.reporting.report.claims import pruning_brought
 from secateur.steps.report import report
 
 

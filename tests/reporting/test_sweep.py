@@ -15,7 +15,7 @@ from secateur.evaluation.perplexity import perplexity
 from secateur.progress import Progress
 from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.reporting.results.sweep import SweepResult
+from secateur.reporting.sweep import SweepResult
 from secateur.runs.records import Sweep, read_record
 from secateur.steps.sweep import run as sweeping
 from secateur.steps.sweep.run import sweep_recipe

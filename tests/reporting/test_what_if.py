@@ -18,7 +18,7 @@ from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.options import LayerKind, ModelShape, known_shape
 from secateur.models.layer_cache import LayerCache
 from secateur.reporting.report import page
-from secateur.reporting.report.what_if import what_if_data
+from secateur.reporting.report.page import what_if_data
 
 NODE = shutil.which("node") or shutil.which("nodejs")
 pytestmark = pytest.mark.skipif(

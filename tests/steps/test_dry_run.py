@@ -10,7 +10,7 @@ import pytest
 
 import secateur
 from secateur.errors import MemoryBudgetError, RecipeError, SourceError
-from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.plan import PlanResult
 from tiny import save_tiny, tiny_tokenizer
 from trained import source_text
 

@@ -47,7 +47,7 @@ def test_a_result_shows_its_tables_as_the_last_line_of_a_cell(folder: Path) -> N
 
 def test_no_result_shows_its_fields() -> None:
     secateur.methods()  # imports a part of the results; the others follow
-    import secateur.reporting.results as package
+    import secateur.reporting as package
 
     for file in Path(package.__path__[0]).glob("*.py"):
         __import__(f"{package.__name__}.{file.stem}")

@@ -12,7 +12,7 @@ import secateur
 from gguf_example import write_gguf
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import sources
-from secateur.reporting.results.diagnose import GgufInspectResult, InspectResult
+from secateur.reporting.diagnose import GgufInspectResult, InspectResult
 from tiny import save_tiny
 
 

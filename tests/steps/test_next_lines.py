@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import secateur
 from commands import Outcome, runner
 from secateur.calibration import documents
-from secateur.reporting.results.demo import DemoResult
-from secateur.reporting.results.next_steps import Origin, command, free_place
-from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.evaluate import DemoResult
+from secateur.reporting.models import PruneResult
+from secateur.reporting.next_steps import Origin, command, free_place
 from secateur.reporting.tables import plain_text
 from tiny import byte_tokenizer, save_tiny
 

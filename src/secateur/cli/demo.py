@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from secateur.progress import Labelled
-from secateur.reporting.results.demo import DemoResult
+from secateur.reporting.evaluate import DemoResult
 from secateur.steps.bench import bench
 from secateur.steps.compress.pack import compress
 from secateur.steps.evaluate import evaluate

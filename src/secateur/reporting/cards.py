@@ -11,8 +11,7 @@ from typing import Any
 
 from secateur.models.samples import MODELS
 from secateur.publishing import without_folders
-from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.export import ImportResult
+from secateur.reporting.models import CompressResult, ImportResult
 from secateur.reporting.tables import binary_size, by_layer
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
 

@@ -23,8 +23,8 @@ from secateur.progress import Progress, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.measure import AdviseRecipe
 from secateur.registry import did_you_mean
+from secateur.reporting.advise import AdviseResult
 from secateur.reporting.report.records import Records, ReportedAdvice
-from secateur.reporting.results.advise import AdviseResult
 from secateur.runs.output import check_writable
 from secateur.steps.report import write_page
 

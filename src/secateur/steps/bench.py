@@ -15,7 +15,7 @@ from secateur.models.configuration import read_config
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.registry import did_you_mean
-from secateur.reporting.results.evaluate import BenchResult
+from secateur.reporting.evaluate import BenchResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES

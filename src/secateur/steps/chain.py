@@ -36,7 +36,7 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name
-from secateur.reporting.results.prune import ChainResult
+from secateur.reporting.models import ChainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another

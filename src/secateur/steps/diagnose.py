@@ -31,7 +31,7 @@ from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener
-from secateur.reporting.results.diagnose import DiagnoseResult, TargetResult
+from secateur.reporting.diagnose import DiagnoseResult, TargetResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import cannot_write

@@ -36,7 +36,7 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
-from secateur.reporting.results.evaluate import EvaluateResult
+from secateur.reporting.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable

@@ -13,7 +13,7 @@ from secateur.progress import Progress, listener
 from secateur.recipes.exchange import ExportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
-from secateur.reporting.results.export import ExportResult
+from secateur.reporting.models import ExportResult
 from secateur.runtime.install import open_checkpoint
 from secateur.steps.runner import Run, Step, carry_out
 

@@ -18,7 +18,7 @@ from secateur.evaluation.generation import end_tokens
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.reporting.results.evaluate import GenerateResult
+from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Sampling, TextStream, sampling_in, sampling_with

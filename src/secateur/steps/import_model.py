@@ -28,7 +28,7 @@ from secateur.recipes.exchange import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
-from secateur.reporting.results.export import ImportResult
+from secateur.reporting.models import ImportResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import file_digests

@@ -9,7 +9,7 @@ from secateur.errors import RecipeError
 from secateur.progress import Progress
 
 if TYPE_CHECKING:  # the header of a GGUF file needs no heavy imports
-    from secateur.reporting.results.diagnose import GgufInspectResult, InspectResult
+    from secateur.reporting.diagnose import GgufInspectResult, InspectResult
 
 
 def inspect(
@@ -46,8 +46,8 @@ def inspect(
 def _inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
     """Report the header of a GGUF file."""
     from secateur.models.gguf_header import read_gguf_header
-    from secateur.reporting.results.diagnose import GgufInspectResult
-    from secateur.reporting.results.next_steps import layer_of
+    from secateur.reporting.diagnose import GgufInspectResult
+    from secateur.reporting.next_steps import layer_of
 
     header = read_gguf_header(file)
     _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
@@ -62,7 +62,7 @@ def _inspect_checkpoint(
     from secateur.diagnostics.findings import read_claims
     from secateur.engine.prune.coverage import silent_experts
     from secateur.models.sources import resolve
-    from secateur.reporting.results.diagnose import InspectResult
+    from secateur.reporting.diagnose import InspectResult
 
     source = resolve(model, trust_remote_code=trust_remote_code, values=False, progress=progress)
     audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)

@@ -27,10 +27,9 @@ from secateur.publishing import without_folders
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.reporting.results.advise import ClusterPlanResult
-from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.plan import PlanResult
-from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.advise import ClusterPlanResult
+from secateur.reporting.models import CompressResult, PruneResult
+from secateur.reporting.plan import PlanResult
 from secateur.runs.atomic import write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, check_output

@@ -21,9 +21,9 @@ from secateur.publishing import (
 )
 from secateur.recipes.exchange import PushRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.reporting.report.evidence import missing_in, push_card
+from secateur.reporting.models import PushResult
+from secateur.reporting.report.claims import missing_in, push_card
 from secateur.reporting.report.records import read_run
-from secateur.reporting.results.export import PushResult
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Import, read_record
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.reporting.cards import prune_card, with_dense_card
 from secateur.reporting.charts import save_plots
-from secateur.reporting.report.evidence import evidence
+from secateur.reporting.report.claims import evidence
 from secateur.reporting.report.figures import all_figures
 from secateur.reporting.report.page import ReportResult, render
 from secateur.reporting.report.records import Records, ReportedRun, read_records

@@ -14,7 +14,7 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison, LossIncrease
-from secateur.reporting.results.compress import CompressResult
+from secateur.reporting.models import CompressResult
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.compress.pack import MOST_CHOICES
 from secateur.steps.compress.rounding import MixedChoice

@@ -21,7 +21,7 @@ from secateur.evaluation.speed import Speed
 from secateur.evaluation.token_times import BASE, MatrixTimes
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.reporting.results.fit import FitCheck
+from secateur.reporting.fit import FitCheck
 from secateur.runtime.kernels.library import kernel_info
 from secateur.steps.fit import costs as costs_module
 from secateur.steps.fit import evaluation

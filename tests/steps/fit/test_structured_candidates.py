@@ -10,7 +10,7 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.reporting.results.fit import FitResult
+from secateur.reporting.fit import FitResult
 from secateur.steps.fit.build_models import Formats
 from secateur.steps.fit.candidates import StructuredCandidate
 from secateur.steps.fit.evaluation import ModelEvaluator

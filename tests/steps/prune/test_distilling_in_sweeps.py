@@ -20,7 +20,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
-from secateur.reporting.results.plan import PlanResult
+from secateur.reporting.plan import PlanResult
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training import layerwise
 from secateur.training.layerwise import LayerwiseTrainer

@@ -18,7 +18,7 @@ from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
-from secateur.reporting.results.prune import StructureResult
+from secateur.reporting.models import StructureResult
 from secateur.steps.structure.run import structure_recipe
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows

@@ -1,5 +1,5 @@
 """The report: one page about pruned models, for people.
 
-`runs/records/` declares the files of a run, and `records.py` reads them. `headline.py`,
-`quality.py`, `figures.py` and `provenance.py` compute what the page shows. `page.py` writes it.
+`runs/records/` declares the files of a run, and `records.py` reads them. `claims.py` and
+`figures.py` compute what the page shows. `page.py` writes it.
 """

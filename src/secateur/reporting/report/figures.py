@@ -14,7 +14,7 @@ from secateur.reporting.charts import (
     Series,
 )
 from secateur.reporting.report.records import Records, ReportedRun
-from secateur.reporting.results.sweep import CurvePoint, curve_charts
+from secateur.reporting.sweep import CurvePoint, curve_charts
 from secateur.reporting.tables import bare_name, binary_size
 from secateur.reporting.tables import percent as percent_of
 from secateur.runs.records import LinearRecord

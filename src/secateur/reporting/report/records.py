@@ -8,11 +8,11 @@ from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
 from secateur.publishing import without_folders
+from secateur.reporting.advise import AdviseResult
 from secateur.reporting.cards import shown_place, source_name
-from secateur.reporting.results.advise import AdviseResult
-from secateur.reporting.results.fit import FitResult
-from secateur.reporting.results.next_steps import Origin, command
-from secateur.reporting.results.sweep import SweepResult
+from secateur.reporting.fit import FitResult
+from secateur.reporting.next_steps import Origin, command
+from secateur.reporting.sweep import SweepResult
 from secateur.runs.records import (
     AnyRecord,
     Bench,

@@ -27,7 +27,7 @@ from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
-from secateur.reporting.results.compress import CompressResult, stored_as
+from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import RunFolder, file_digests
 from secateur.runs.output import check_free

@@ -19,7 +19,7 @@ from secateur.progress import Progress, listener
 from secateur.recipes.compress import DecompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.cards import source_part
-from secateur.reporting.results.compress import DecompressResult
+from secateur.reporting.models import DecompressResult
 from secateur.runs.atomic import write_text
 from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView

@@ -35,7 +35,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.reporting.results.fit import FitBranch, FitFinalist
+from secateur.reporting.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.compress.storage_plan import find_matrices

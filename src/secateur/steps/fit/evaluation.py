@@ -33,7 +33,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.progress import Labelled
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
-from secateur.reporting.results.fit import FitCheck, FitLoss
+from secateur.reporting.fit import FitCheck, FitLoss
 from secateur.runtime.load import load
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.advise import counted

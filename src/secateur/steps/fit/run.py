@@ -47,8 +47,7 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.charts import save_plots
-from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.fit import (
+from secateur.reporting.fit import (
     ONLY_ROUNDED,
     WINNER,
     FitBranch,
@@ -57,7 +56,8 @@ from secateur.reporting.results.fit import (
     FitLoss,
     FitResult,
 )
-from secateur.reporting.results.plan import FitPlanResult
+from secateur.reporting.models import CompressResult
+from secateur.reporting.plan import FitPlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.sparsity.evolution import Evolution

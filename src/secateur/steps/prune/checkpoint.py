@@ -28,8 +28,8 @@ from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import prune_card
-from secateur.reporting.results.plan import PlanResult
-from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.models import PruneResult
+from secateur.reporting.plan import PlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import NOTES, RunFolder, file_digests

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import PatternError, RecipeError
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
-from secateur.reporting.results.methods import MethodsResult
+from secateur.reporting.plan import MethodsResult
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose

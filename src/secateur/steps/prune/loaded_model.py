@@ -29,7 +29,7 @@ from secateur.models.tokenizer import own_tokenizer, start_tokens
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
-from secateur.reporting.results.prune import PruneResult
+from secateur.reporting.models import PruneResult
 from secateur.runs.ledger import Ledger
 from secateur.steps.prune.composition import allocation_of, method_of, own_methods
 from secateur.steps.prune.prepare import settings_of, windows_needed

@@ -40,8 +40,8 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import structure_card
-from secateur.reporting.results.plan import CutPlanResult
-from secateur.reporting.results.prune import StructureResult
+from secateur.reporting.models import StructureResult
+from secateur.reporting.plan import CutPlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment, resident_bytes
 from secateur.runs.folder import RunFolder, check_output, file_digests

@@ -42,7 +42,7 @@ from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.charts import save_plots
-from secateur.reporting.results.sweep import SweepResult, curve_charts
+from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use

@@ -32,8 +32,8 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
 from secateur.reporting.cards import training_card
-from secateur.reporting.results.plan import TrainPlanResult
-from secateur.reporting.results.prune import TrainResult
+from secateur.reporting.models import TrainResult
+from secateur.reporting.plan import TrainPlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests

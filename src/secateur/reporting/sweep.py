@@ -12,7 +12,7 @@ from typing import Any
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Mark, Series
-from secateur.reporting.results.next_steps import after_a_sweep
+from secateur.reporting.next_steps import after_a_sweep
 from secateur.reporting.tables import (
     Block,
     Line,

@@ -9,10 +9,15 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
+from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateResult
+from secateur.reporting.models import (
+    ChainResult,
+    CompressResult,
+    DecompressResult,
+    PruneResult,
+    TrainResult,
+)
 from secateur.reporting.report.page import ReportResult
-from secateur.reporting.results.compress import CompressResult, DecompressResult
-from secateur.reporting.results.evaluate import BenchResult, EvaluateResult, GenerateResult
-from secateur.reporting.results.prune import ChainResult, PruneResult, TrainResult
 from secateur.reporting.tables import PLAIN_WIDTH, Result
 from secateur.runs.records import ChainStep, Cost, FormatTotals, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord

@@ -12,8 +12,8 @@ from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor
-from secateur.reporting.results.compress import stored_as
-from secateur.reporting.results.next_steps import layer_of
+from secateur.reporting.models import stored_as
+from secateur.reporting.next_steps import layer_of
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, by_layer, not_pruned
 from secateur.runs.records import DiagnosisRecord, Finding, LayerState, Machine, MatrixState
 

@@ -13,8 +13,8 @@ from typing import Any
 from secateur.engine.search.stored_levels import Point, unbeaten
 from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
-from secateur.reporting.results.compress import CompressResult
-from secateur.reporting.results.next_steps import after_a_fit
+from secateur.reporting.models import CompressResult
+from secateur.reporting.next_steps import after_a_fit
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, signed
 
 WINNER = "winner"

@@ -33,7 +33,7 @@ def command(*words: object) -> str:
     """A command of secateur, quoted for the shell.
 
     Example:
-        >>> from secateur.reporting.results.next_steps import command
+        >>> from secateur.reporting.next_steps import command
         >>> command("generate", "my model", "--prompt", "Hello")
         "secateur generate 'my model' --prompt Hello"
     """

@@ -1,0 +1,650 @@
+"""What the verbs return that write a model: `prune`, `structure`, `train`, `chain`, `compress`,
+`decompress`, `export`, `import` and `push`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from secateur.exporting import Exported
+from secateur.reporting.next_steps import (
+    after_a_dense_folder,
+    after_a_packed_folder,
+    layer_of,
+)
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    binary_size,
+    by_layer,
+    not_pruned,
+    signed,
+)
+from secateur.runs.records import (
+    ChainStep,
+    Compression,
+    Import,
+    ImportedMatrix,
+    Layer,
+    Manifest,
+    SkippedMatrix,
+    Structure,
+    Training,
+)
+from secateur.runs.records.run import BFLOAT16_BYTES
+
+
+class CompressResult(Result, Compression):
+    """The record of a compression: sizes before and after."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters in the source's weight files."""
+        return self.bfloat16_bytes // BFLOAT16_BYTES
+
+    @property
+    def broken(self) -> list[str]:
+        """Bounds that the packed model does not keep."""
+        chosen = self.rounding.get("chosen")
+        if chosen is None or chosen["loss_increase"] <= chosen["max_loss_increase"]:
+            return []
+        measured, given = chosen["loss_increase"], chosen["max_loss_increase"]
+        return [
+            f"--max-loss-increase is broken: {measured:.4f} was measured on text that did not "
+            f"choose, {given:g} was given; a lower bound or more --windows keeps it"
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {key: x for key, x in Compression.to_json(self).items() if key != "source"}
+
+    def blocks(self) -> Sequence[Block]:
+        """Sizes and formats, and where the result is."""
+        sizes = [
+            ("weight files before", binary_size(self.source_bytes), ""),
+            ("as dense bfloat16", binary_size(self.bfloat16_bytes), "100 %"),
+            ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
+            (
+                "of them linear layers",
+                binary_size(self.linears.bytes),
+                f"{self.linears.ratio:.2%}",
+            ),
+        ]
+        stored = [*self.formats.items()]
+        if self.embeddings.matrices:
+            stored.append(("embeddings int8", self.embeddings))
+        formats = [
+            (
+                kind,
+                str(x.matrices),
+                binary_size(x.bytes),
+                f"{x.bits_per_weight:.3f}",
+                f"{x.ratio:.2%}",
+            )
+            for kind, x in stored
+        ]
+        closing = [("time", f"{self.seconds:.1f} s"), ("output", str(self.output))]
+        if self.value_error:
+            closing.insert(0, ("loss of rounding", f"{self.value_error:.2%} of the weights' norm"))
+        if self.rounding:
+            error = f"{self.rounding['mean_error']:.2g} of the linear layers' outputs, squared"
+            closing.insert(0, ("error of rounding", error))
+        if chosen := self.rounding.get("chosen"):
+            closing.insert(0, ("in the search", _in_the_search(chosen)))
+            closing.insert(0, ("change of the loss", _judged(chosen)))
+        return [
+            Table.of("compressed", ("", "size", "of bfloat16"), sizes),
+            Table.of(
+                f"stored as ({self.sparsity:.2%} zeros in the linear layers)",
+                ("format", "matrices", "size", "bits per weight", "of bfloat16"),
+                formats,
+            ),
+            Table.facts("", closing),
+            *(Line(fault, "bold red") for fault in self.broken),
+            *after_a_packed_folder(self.output),
+        ]
+
+
+def _judged(chosen: dict[str, Any]) -> str:
+    """The rise of the loss of the packed model, and its bound."""
+    error = chosen["loss_increase_standard_error"]
+    error_text = "" if error is None else f" ± {error:.4f}"
+    return (
+        f"{signed(chosen['loss_increase'], 4)}{error_text} nats per token on "
+        f"{chosen['judged_tokens']:,} tokens that did not choose "
+        f"(at most {chosen['max_loss_increase']:g} allowed)"
+    )
+
+
+def _in_the_search(chosen: dict[str, Any]) -> str:
+    """What the search estimated, of the choice and of all matrices in one type."""
+    uniform = chosen["uniform_loss_increase"].items()
+    others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
+    return f"{signed(chosen['searched_loss_increase'], 4)}{others}"
+
+
+def stored_as(layout: Mapping[str, Any]) -> str:
+    """How a layout stores a matrix, in a few words: `2:4 int4 g64` has groups of 64."""
+    kind = f"{layout.get('pattern', layout['format'])} {layout['values']}"
+    return f"{kind} g{layout['group']}" if "group" in layout else kind
+
+
+@dataclass(frozen=True, repr=False)
+class DecompressResult(Result):
+    """Sizes before and after decompression.
+
+    Attributes:
+        output: the output folder.
+        source_bytes: size of the compressed weight files.
+        file_bytes: size of the written dense files.
+        matrices: number of unpacked matrices.
+        seconds: wall time.
+    """
+
+    output: Path
+    source_bytes: int
+    file_bytes: int
+    matrices: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        rows = [
+            ("weight files before", binary_size(self.source_bytes)),
+            ("weight files now", binary_size(self.file_bytes)),
+            ("matrices unpacked", str(self.matrices)),
+            ("time", f"{self.seconds:.1f} s"),
+            ("output", str(self.output)),
+        ]
+        return [Table.facts("decompressed", rows)]
+
+
+@dataclass(frozen=True, repr=False)
+class PruneResult(Result):
+    """The result of a pruning run.
+
+    Attributes:
+        sparsity: fraction of zeros in the matrices of the decoder layers.
+        layers: a record for each decoder layer, as in `layers.jsonl`.
+        manifest: versions, hardware, choices, cost and result; None for a loaded model.
+        output: the output folder; None for a loaded model.
+        left: matrices that were not pruned, and the reasons.
+        compression: the result of compressing, if the model was compressed.
+    """
+
+    sparsity: float
+    layers: list[Layer]
+    manifest: Manifest | None = None
+    output: Path | None = None
+    left: list[SkippedMatrix] = field(default_factory=list)
+    compression: CompressResult | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and its manifest; for a loaded model sparsity, layers and what was left."""
+        if self.manifest is None:
+            left = [one.to_json() for one in self.left]
+            layers = [layer.to_json() for layer in self.layers]
+            return {"sparsity": self.sparsity, "layers": layers, "left": left}
+        packed = {} if self.compression is None else {"compression": self.compression.to_json()}
+        return {"output": str(self.output), **self.manifest.to_json(), **packed}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table, and the tables of the compression if there was one."""
+        if self.manifest is None or self.output is None:
+            rows = [
+                ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
+                ("not pruned", not_pruned(self.left)),
+            ]
+            return [Table.facts("pruned in place", rows)]
+        manifest, method, cost = self.manifest, self.manifest.method, self.manifest.cost
+        rows = [
+            ("method", f"{method['name']}, {method['pattern']}"),
+            ("allocation", manifest.allocation["name"]),
+            ("zeros in decoder matrices", f"{manifest.result.decoder_sparsity:.2%}"),
+            ("zeros in all parameters", f"{manifest.result.model_sparsity:.2%}"),
+            ("not pruned", not_pruned(self.left)),
+            ("time", f"{cost.seconds:.1f} s"),
+            ("peak memory", binary_size(cost.peak_resident_bytes)),
+            ("planned memory", binary_size(manifest.plan["host_peak_bytes"])),
+            ("weight files", binary_size(manifest.result.file_bytes)),
+        ]
+        rows += _reach_rows(manifest)
+        if manifest.collapsed:
+            rows.append(("collapsed", ", ".join(manifest.collapsed)))
+        pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
+        if self.compression is not None:
+            return [pruned, *self.compression.blocks()]
+        return [pruned, *after_a_dense_folder(self.output, self.sparsity)]
+
+
+def _reach_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """How far calibration reached, and the experts that it did not reach."""
+    reach, rows = manifest.reach, []
+    if reach.get("fewest_tokens") is not None:
+        rows.append(
+            (
+                "calibrated",
+                f"{reach['pruned']:,} of {reach['matrices']:,} matrices, with "
+                f"{reach['fewest_tokens']:,} tokens or more",
+            )
+        )
+    silent = by_layer((manifest.experts or {}).get("silent", {}))
+    return [*rows, ("experts without tokens", f"left dense: {silent}")] if silent else rows
+
+
+@dataclass(frozen=True, repr=False)
+class StructureResult(Result):
+    """The result of a structured cut.
+
+    Attributes:
+        manifest: choices, steps, cost and result.
+        output: the output folder.
+    """
+
+    manifest: Manifest
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and its manifest."""
+        return {"output": str(self.output), **self.manifest.to_json()}
+
+    @property
+    def structure(self) -> Structure:
+        """What the cut removed."""
+        assert self.manifest.structure is not None
+        return self.manifest.structure
+
+    def blocks(self) -> Sequence[Block]:
+        """What the cut removed in total and in each step, and what to try next."""
+        zeros = self.manifest.result.decoder_sparsity
+        tables = [self.removed(), self.steps(), self.cost()]
+        return [*tables, *after_a_dense_folder(self.output, zeros)]
+
+    def removed(self) -> Table:
+        """The model before and after."""
+        before, after, latency = self.structure.before, self.structure.after, self.structure.latency
+
+        def line(what: str, key: str) -> tuple[str, str, str, str]:
+            then, now = getattr(before, key), getattr(after, key)
+            return what, f"{then:,}", f"{now:,}", f"{share(then, now):.1%}"
+
+        rows = [
+            line("parameters", "parameters"),
+            line("decoder layers", "decoder"),
+            line("attention", "attention"),
+            line("feed-forward", "ffn"),
+            line("embeddings and head", "embeddings"),
+            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+        ]
+        if before.experts:
+            rows.insert(4, line("experts", "experts"))
+        size = share(before.file_bytes, after.file_bytes)
+        rows.append(
+            (
+                "weight files",
+                binary_size(before.file_bytes),
+                binary_size(after.file_bytes),
+                f"{size:.1%}",
+            )
+        )
+        if latency:
+            then, now = (latency[f"milliseconds_{when}"] for when in ("before", "after"))
+            rows.append(
+                ("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", f"{now / then:.1%}")
+            )
+        return Table.of("cut", ("", "before", "after", "left"), rows)
+
+    def steps(self) -> Table:
+        """The part of the decoder, or the tokens, that each step kept."""
+        rows = [(x["step"], x["by"], _left_of(x)) for x in self.structure.steps]
+        return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
+
+    def cost(self) -> Table:
+        """What reads the result, the cost of the cut, and the output folder."""
+        cost = self.manifest.cost
+        rows = [
+            (
+                "loads with",
+                "secateur, or trust_remote_code" if self.structure.varied else "plain transformers",
+            ),
+            ("time", f"{cost.seconds:.1f} s"),
+            ("peak memory", binary_size(cost.peak_resident_bytes)),
+            ("output", str(self.output)),
+        ]
+        return Table.facts("", rows)
+
+
+def share(before: int, after: int) -> float:
+    """The kept share of a number."""
+    return after / before if before else 1.0
+
+
+def _left_of(step: Mapping[str, Any]) -> str:
+    """What a step left, in words."""
+    if "tokens_after" in step:
+        return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
+    return f"{_step_share(step):.1%}"
+
+
+def _step_share(step: Mapping[str, Any]) -> float:
+    """The share of the decoder that a step kept."""
+    return share(step["decoder_before"], step["decoder_after"])
+
+
+@dataclass(frozen=True, repr=False)
+class TrainResult(Result):
+    """The result of a training.
+
+    Attributes:
+        output: the output folder.
+        manifest: versions, hardware, text, choices, cost and result.
+    """
+
+    output: Path
+    manifest: Training
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the matrices of the decoder layers, counted in the files."""
+        return float(self.manifest.result["decoder_sparsity"])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return int(self.manifest.result["step"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model read."""
+        return int(self.manifest.result["tokens"])
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """Validation perplexity before the training; None without validation."""
+        return self.manifest.result["perplexity_before"]
+
+    @property
+    def perplexity_after(self) -> float | None:
+        """Validation perplexity of the weights that were kept."""
+        return self.manifest.result["perplexity_after"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and the manifest of this training."""
+        return {"output": str(self.output), **self.manifest.to_json()}
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+        cost = self.manifest.cost
+        seconds = cost.training_seconds or 0.0
+        rows = [
+            ("objective", self.manifest.objective),
+            ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
+            ("read", f"{self.tokens:,} tokens in {self.steps:,} steps"),
+            ("time", f"{seconds:.1f} s, {self.tokens / seconds:,.0f} tokens/s"),
+            ("peak memory", binary_size(cost.peak_resident_bytes)),
+            ("output", str(self.output)),
+        ]
+        if self.perplexity_after is not None:
+            change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
+            rows.insert(
+                2,
+                ("validation perplexity", f"{change} at step {self.manifest.result['best_step']}"),
+            )
+        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, self.sparsity)]
+
+
+@dataclass(frozen=True, repr=False)
+class ChainResult(Result):
+    """The model after each step of a chain.
+
+    Attributes:
+        links: the model at the start, and after each step.
+        output: the output folder.
+    """
+
+    links: tuple[ChainStep, ...]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
+
+    def blocks(self) -> Sequence[Block]:
+        """Sizes after each step, and where the result is."""
+        first = self.links[0]
+        rows = [
+            (
+                link.step,
+                f"{link.parameters:,}",
+                f"{link.kept:,}",
+                f"{link.kept / first.kept:.1%}",
+                binary_size(link.file_bytes),
+                f"{link.file_bytes / first.file_bytes:.1%}",
+                f"{link.seconds:.0f} s",
+            )
+            for link in self.links
+        ]
+        columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
+        return [
+            Table.of("chain", columns, rows),
+            Table.facts("", [("output", str(self.output))]),
+            *self.next_steps(),
+        ]
+
+    def next_steps(self) -> list[Block]:
+        """Commands for the folder that the last step made."""
+        if self.links[-1].step == "compress":
+            return after_a_packed_folder(self.output)
+        return after_a_dense_folder(self.output, self.links[-1].zeros)
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
+    """The files of an export.
+
+    Attributes:
+        target: the name of the target.
+        type: how matrices are stored.
+        output: the folder of the files.
+        files: their names.
+        exported: sizes, types and zeros.
+        seconds: wall time.
+    """
+
+    target: str
+    type: str
+    output: Path
+    files: tuple[str, ...]
+    exported: Exported
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {
+            "target": self.target,
+            "type": self.type,
+            "output": str(self.output),
+            "files": list(self.files),
+            **asdict(self.exported),
+            "seconds": self.seconds,
+        }
+
+    def blocks(self) -> Sequence[Block]:
+        """One table, then the notes."""
+        made = self.exported
+        types = ", ".join(f"{count} {name}" for name, count in sorted(made.types.items()))
+        share = made.zeros / made.weights if made.weights else 0.0
+        rows = [
+            ("files", ", ".join(str(self.output / name) for name in self.files)),
+            ("size", binary_size(made.file_bytes)),
+            ("tensors", types),
+            ("zeros in the matrices", f"{share:.2%}"),
+            ("zeros kept exactly", f"{made.zeros_kept:,} of {made.zeros:,}"),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        rows += [("note", note) for note in made.notes]
+        return [Table.facts(f"exported to {self.target}, {self.type}", rows)]
+
+
+@dataclass(frozen=True, repr=False)
+class ImportResult(Result):
+    """Where the zeros of an imported model are.
+
+    Attributes:
+        output: the folder of the model.
+        record: where the model came from, and each matrix.
+        parameters: of the whole model.
+    """
+
+    output: Path
+    record: Import
+    parameters: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the matrices of the decoder layers."""
+        return self.record.sparsity
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """The number of matrices with each pattern; `dense` has no zeros worth mentioning."""
+        return dict(Counter(matrix.pattern for matrix in self.record.matrices).most_common())
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """The matrices that have no zeros."""
+        return tuple(x.name for x in self.record.matrices if x.pattern == "dense")
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """The matrices whose exact values the dtype of the model cannot hold."""
+        return tuple(x.name for x in self.record.matrices if x.rounded)
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and the record."""
+        record = self.record.to_json()
+        found = {name: record.pop(name) for name in ("sparsity", "matrices")}
+        return {
+            "output": str(self.output),
+            "parameters": self.parameters,
+            "patterns": self.patterns,
+            **record,
+            **found,
+        }
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What was found, as names and values."""
+        record = self.record
+        stored = Counter(x.stored_as for x in record.matrices if x.stored_as)
+        zeros = f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned"
+        rows = [
+            ("kind of source", record.kind),
+            ("matrices stored as", _counted(stored) or "plain tensors"),
+            ("zeros in the decoder's matrices", zeros),
+            ("patterns", _counted(self.patterns)),
+        ]
+        if 0 < len(self.dense) < len(record.matrices):
+            rows.append(("stayed dense", _shortened(self.dense)))
+        if stored:
+            exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
+            rows.append(("stored without rounding", f"{exact} of {stored.total()} matrices"))
+        if record.masks is not None:
+            rows.append(("masks", record.masks["name"]))
+        if record.adapter is not None:
+            rows.append(("adapter", f"{record.adapter['name']} ({record.adapter['kind']})"))
+        if record.dropped:
+            rows.append(("not part of the model", _shortened(record.dropped)))
+        rows += [("note", note) for note in record.notes]
+        return [*rows, ("time", f"{record.seconds:.1f} s")]
+
+    def layers(self) -> Table:
+        """A line for each decoder layer."""
+        by_layer: dict[int, list[ImportedMatrix]] = {}
+        for matrix in self.record.matrices:
+            by_layer.setdefault(layer_of(matrix.name), []).append(matrix)
+        rows = []
+        for index, matrices in sorted(by_layer.items()):
+            weights = sum(prod(x.shape) for x in matrices)
+            share = sum(x.zeros for x in matrices) / weights
+            found = _counted(Counter(x.pattern for x in matrices))
+            rows.append((str(index), str(len(matrices)), f"{share:.2%}", found))
+        return Table.of("decoder layers", ("layer", "matrices", "zeros", "patterns"), rows)
+
+    def blocks(self) -> Sequence[Block]:
+        """What was found, then all layers."""
+        return [
+            Table.facts("imported", self.facts()),
+            self.layers(),
+            *after_a_dense_folder(self.output, self.sparsity),
+        ]
+
+
+def _counted(counts: dict[Any, int] | Counter[Any]) -> str:
+    """Words with their counts."""
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _shortened(names: Iterable[str], shown: int = 4) -> str:
+    """The number of names, and the first of them."""
+    known = list(names)
+    return f"{len(known)}: {', '.join(known[:shown])}{', …' if len(known) > shown else ''}"
+
+
+@dataclass(frozen=True, repr=False)
+class PushResult(Result):
+    """What was published, or would be.
+
+    Attributes:
+        repo: the repository.
+        private: whether it is private.
+        branch: the branch; None for the main one.
+        files: sizes in bytes by name.
+        left_out: files of the folder that are not published.
+        zeros: the fraction of zeros found in the decoder's matrices.
+        card: the text of the card.
+        notes: what a user must know, one sentence each.
+        address: of the commit; None if nothing was sent.
+    """
+
+    repo: str
+    private: bool
+    branch: str | None
+    files: Mapping[str, int]
+    left_out: tuple[str, ...]
+    zeros: float
+    card: str
+    notes: tuple[str, ...]
+    address: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {**asdict(self), "total_bytes": sum(self.files.values())}
+
+    def blocks(self) -> Sequence[Block]:
+        """What it is, the files, and for a dry run the card."""
+        rows = [
+            ("repository", f"{self.repo} ({'private' if self.private else 'public'})"),
+            ("branch", self.branch or "main"),
+            ("zeros in the decoder's matrices", f"{self.zeros:.2%}"),
+            ("size", binary_size(sum(self.files.values()))),
+            ("left out", ", ".join(self.left_out) or "nothing"),
+            *(("note", note) for note in self.notes),
+            ("sent", self.address or "nothing: this was a dry run"),
+        ]
+        files = [(name, f"{size:,}") for name, size in self.files.items()]
+        shown: list[Block] = [
+            Table.facts("published" if self.address else "would be published", rows),
+            Table.of("files", ("name", "bytes"), files),
+        ]
+        return shown if self.address else [*shown, Line(self.card)]

@@ -1,1 +1,0 @@
-"""The results of the verbs: one file per verb, one contract for all (`result.py`)."""
