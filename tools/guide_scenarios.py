@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from secateur.advisor.advice import MONTH_HOURS, AdviceQuestion, Need
+from secateur.advisor.advice import MONTH_HOURS, AdviceQuestion, Requirements
 from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.options import CompressionWay, ModelShape, known_shape
@@ -23,7 +23,7 @@ def asked(model: str, hardware: str, load: Load, loss: float | None) -> AdviceQu
     device = FACTS.hardware[hardware]
     assert device.memory_gib is not None
     size = round(device.memory_gib * GIB)
-    return AdviceQuestion(shape(model), device, size, FACTS, Need(load, loss))
+    return AdviceQuestion(shape(model), device, size, FACTS, Requirements(load, loss))
 
 
 CHATBOT = asked("llama-3.1-8b", "a100-80gb", Load(1e6, 400, 100, token_ms=50.0), 0.03)

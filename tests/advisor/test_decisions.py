@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.advisor.advice import Advice, AdviceQuestion, Need, advise_on, nearest
+from secateur.advisor.advice import Advice, AdviceQuestion, Requirements, advise_on, nearest
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, weight_bytes
 from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.options import CompressionWay, ModelShape, known_shape
@@ -29,7 +29,7 @@ def decided(
     facts = read_facts()
     model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
     device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1, most_batch=batch)
-    need = Need(Load(requests, 100, 100), quality_loss, hours)
+    need = Requirements(Load(requests, 100, 100), quality_loss, hours)
     return advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
 
 
@@ -47,7 +47,7 @@ def test_a_load_that_does_not_fill_a_device_is_sent_elsewhere_first() -> None:
     facts = read_facts()
     model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
     device = facts.hardware["h100-80gb"]
-    room, need = round(79.1 * 2**30), Need(Load(1000, 250, 250), 0.01)
+    room, need = round(79.1 * 2**30), Requirements(Load(1000, 250, 250), 0.01)
     question = AdviceQuestion(model, device, room, facts, need)
     found = question.answer()
     assert found.verdict == (
@@ -81,7 +81,7 @@ def test_a_load_that_does_not_fill_a_device_is_sent_elsewhere_first() -> None:
 def test_a_load_that_fills_its_device_is_not_sent_away() -> None:
     facts = read_facts()
     model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
-    need = Need(Load(1e6, 250, 250), 0.03)
+    need = Requirements(Load(1e6, 250, 250), 0.03)
     device = facts.hardware["h100-80gb"]
     found = AdviceQuestion(model, device, round(79.1 * 2**30), facts, need).answer()
     assert found.filled >= 0.5
@@ -120,7 +120,7 @@ def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
     facts = read_facts()
     model = known_shape("x", facts.shapes["llama-2-7b"])
     device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1)
-    need = Need(Load(1000, 100, 100, token_ms=0.001), 0.01)
+    need = Requirements(Load(1000, 100, 100, token_ms=0.001), 0.01)
     found = advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
     assert found.chosen is None
     assert found.verdict.startswith("No option is certain to serve this load within your limits.")
@@ -141,7 +141,7 @@ def test_the_nearest_bound_that_is_named_can_be_kept(
     facts = read_facts()
     model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
     room = 12 * 2**30  # bfloat16 does not fit
-    need = Need(Load(1000, 100, 100), 0.03)
+    need = Requirements(Load(1000, 100, 100), 0.03)
     device = facts.hardware["laptop-cpu"]
     question = AdviceQuestion(model, device, room, facts, need).with_need(**bounds)
     found = question.answer()
@@ -157,11 +157,13 @@ def test_hours_and_memory_are_named_too() -> None:
     facts = read_facts()
     model = known_shape("llama-3.1-70b", facts.shapes["llama-3.1-70b"])
     load = Load(1000, 100, 100)
-    small = AdviceQuestion(model, facts.hardware["laptop-cpu"], 2**30, facts, Need(load, 0.03))
+    small = AdviceQuestion(
+        model, facts.hardware["laptop-cpu"], 2**30, facts, Requirements(load, 0.03)
+    )
     (line,) = nearest(small.answer().considered, small.need)
     assert line == "int4 needs the least memory: 35.1 GiB"
     short = AdviceQuestion(
-        model, facts.hardware["laptop-cpu"], 40 * 2**30, facts, Need(load, None, 1.0)
+        model, facts.hardware["laptop-cpu"], 40 * 2**30, facts, Requirements(load, None, 1.0)
     )
     lines = [*nearest(short.answer().considered, short.need)]
     assert "int4 takes --gpu-hours 9" in lines

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.cli.errors import InternalError, to_error
-from secateur.engine.memory_budget import is_shortage
+from secateur.engine.plan import is_shortage
 from secateur.engine.prune.run import Run
 from secateur.errors import MemoryBudgetError
 from tiny import save_tiny

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from secateur.advisor.advice import AdviceQuestion, Need
+from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Capacity, Load, TokenTimes
 from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.options import LayerKind, ModelShape, known_shape
@@ -105,7 +105,9 @@ def drawn(draw: random.Random) -> tuple[str, AdviceQuestion]:
     )
     loss, hours = draw.choice([None, draw.uniform(0, 0.5)]), draw.choice([None, 10.0, 500.0])
     size = round((hardware.memory_gib or draw.uniform(0.5, 64)) * 2**30)
-    return name, AdviceQuestion(shape, hardware, size, facts, Need(load, loss, hours), times)
+    return name, AdviceQuestion(
+        shape, hardware, size, facts, Requirements(load, loss, hours), times
+    )
 
 
 def same(found: Any, wanted: float) -> bool:
@@ -175,7 +177,7 @@ def test_a_question_survives_its_json() -> None:
 def test_other_hardware_gives_what_a_new_advice_gives() -> None:
     facts = read_facts()
     model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
-    need = Need(Load(1e6, 400, 100), 0.03)
+    need = Requirements(Load(1e6, 400, 100), 0.03)
 
     def on(name: str) -> AdviceQuestion:
         device = facts.hardware[name]

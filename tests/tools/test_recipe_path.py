@@ -19,7 +19,7 @@ OPENED = [
     "secateur.errors",
     "secateur.engine.stream.calls",
     "secateur.maths.sums",
-    "secateur.engine.plan",
+    "secateur.engine.plan_memory",
     "secateur.report",
     "secateur",
 ]
@@ -30,7 +30,7 @@ def test_a_stay_is_in_one_room_and_the_ground_does_not_count() -> None:
         ("cli", ["secateur.cli.app"]),
         ("engine", ["secateur.engine.run", "secateur.engine.stream.calls"]),
         ("maths", ["secateur.maths.sums"]),
-        ("engine", ["secateur.engine.plan"]),
+        ("engine", ["secateur.engine.plan_memory"]),
         ("report", ["secateur.report"]),
     ]
 

@@ -175,7 +175,7 @@ Place = tuple[Hardware, ServingDevice]
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirements:
     """What the user wants.
 
     Attributes:
@@ -272,7 +272,7 @@ def advise_on(
     hardware: Hardware,
     device: ServingDevice,
     facts: Facts,
-    need: Need,
+    need: Requirements,
     others: Sequence[Place] = (),
 ) -> Advice:
     """Compute every option and decide.
@@ -326,7 +326,9 @@ def advise_on(
     )  # fmt: skip
 
 
-def considered(model: ModelShape, place: Place, facts: Facts, need: Need) -> list[Considered]:
+def considered(
+    model: ModelShape, place: Place, facts: Facts, need: Requirements
+) -> list[Considered]:
     """All options on a device, those that can serve first, the cheapest first."""
     hardware, device = place
     price = facts.price(hardware)
@@ -336,7 +338,7 @@ def considered(model: ModelShape, place: Place, facts: Facts, need: Need) -> lis
 
 
 def _cheapest(
-    model: ModelShape, places: Sequence[Place], facts: Facts, need: Need
+    model: ModelShape, places: Sequence[Place], facts: Facts, need: Requirements
 ) -> Elsewhere | None:
     """The cheapest way to serve a load on other devices that surely keeps the bounds, if any."""
     found = []
@@ -388,7 +390,7 @@ def _consider(
     option: CompressionWay,
     device: ServingDevice,
     facts: Facts,
-    need: Need,
+    need: Requirements,
     price: Estimate,
 ) -> Considered:
     """Compute one option."""
@@ -446,7 +448,7 @@ def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str
     return f"{verb}: {option.name}.{hint}"
 
 
-def nearest(rows: Sequence[Considered], need: Need) -> Iterator[str]:
+def nearest(rows: Sequence[Considered], need: Requirements) -> Iterator[str]:
     """The nearest bounds that can be kept, a sentence for each; each is enough alone.
 
     Args:
@@ -506,7 +508,7 @@ class AdviceQuestion:
     hardware: Hardware
     memory_bytes: int
     facts: Facts
-    need: Need
+    need: Requirements
     times: Mapping[str, TokenTimes] | None = None
 
     @property
@@ -549,7 +551,7 @@ class AdviceQuestion:
         """The same question with another load or other bounds.
 
         Args:
-            **changes: fields of `Need` or of `Load`.
+            **changes: fields of `Requirements` or of `Load`.
         """
         bounds = {name: value for name, value in changes.items() if name in BOUNDS}
         load = {name: value for name, value in changes.items() if name not in BOUNDS}
@@ -584,7 +586,7 @@ class AdviceQuestion:
             Hardware.model_validate(record["hardware"]),
             int(record["memory_bytes"]),
             Facts.model_validate(record["facts"]),
-            Need(**{**need, "load": Load(**need["load"])}),
+            Requirements(**{**need, "load": Load(**need["load"])}),
             times and {name: TokenTimes(**one) for name, one in times.items()},
         )
 

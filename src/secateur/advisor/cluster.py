@@ -152,7 +152,7 @@ class Machines:
 
 
 @dataclass(frozen=True)
-class Phase:
+class ClusterPhase:
     """One kind of work of a run.
 
     Attributes:
@@ -180,7 +180,7 @@ class ClusterPlan:
     """
 
     ranks: int
-    phases: tuple[Phase, ...]
+    phases: tuple[ClusterPhase, ...]
     device_bytes: float
     host_bytes: float
 
@@ -249,16 +249,16 @@ def plan_cluster(
     return ClusterPlan(
         ranks,
         (
-            Phase(
+            ClusterPhase(
                 "reading the model",
                 Estimate.exact(stored / machines.network_bytes),
                 read_bytes=stored,
             ),
-            Phase("forwards", machines.seconds(forwards)),
-            Phase("gathering statistics", machines.seconds(model.layers * gathered, SINGLE)),
-            Phase("summing statistics", Estimate.exact(sent / machines.link_bytes), sent),
-            Phase("solving", machines.seconds(solved, SINGLE)),
-            Phase("sending weights", Estimate.exact(weights / machines.link_bytes), weights),
+            ClusterPhase("forwards", machines.seconds(forwards)),
+            ClusterPhase("gathering statistics", machines.seconds(model.layers * gathered, SINGLE)),
+            ClusterPhase("summing statistics", Estimate.exact(sent / machines.link_bytes), sent),
+            ClusterPhase("solving", machines.seconds(solved, SINGLE)),
+            ClusterPhase("sending weights", Estimate.exact(weights / machines.link_bytes), weights),
         ),
         device_bytes=held + statistics + working + forward,
         host_bytes=2.0 * own * model.hidden * (2 if asymmetric else 1),

@@ -139,7 +139,7 @@ def _faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
 
 def to_error(error: BaseException) -> SecateurError:
     """The error for an exception that no verb has expected."""
-    from secateur.engine.memory_budget import is_shortage  # imports torch
+    from secateur.engine.plan import is_shortage  # imports torch
 
     if isinstance(error, KeyboardInterrupt):
         return UserInterruptError("interrupted", remedy=_how_to_continue(sys.argv[1:]))

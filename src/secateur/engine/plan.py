@@ -1,558 +1,243 @@
-"""Predicts what a run needs before it begins: memory, disk, work.
+"""What a run needs in memory, the memory that is there, and plans that fit into it.
 
-The memory that a forward keeps alive is hard to estimate. So one micro-batch passes through a
-decoder layer on the meta device, where tensors have sizes but no content, and every operation is
-counted. Scores, solvers, statistics and allocations declare their own needs
-(`working_bytes`, `nbytes`, `disk_bytes`). `tests/engine/prune/test_solver_cost.py` compares every
-solver's memory with its declaration, on grams that float32 can factorise and on grams that need
-float64.
+A plan is a list of needs. Each need belongs to phases of the run, and the peak is the largest
+phase. If memory ends in spite of its plan, the error names the largest need (`explained`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import psutil
 import torch
-from torch import Tensor, nn
 
-from secateur.calibration.continuation import AT_ONCE
-from secateur.calibration.statistics import of_inputs, statistics
-from secateur.engine.prune.tasks import (
-    LinearTask,
-    Settings,
-    Tasks,
-    gradient_statistics,
-    input_statistics,
-)
-from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
-from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
-from secateur.engine.stream.offload import LiveTensors
-from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, linears_of, text_config
-from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
-from secateur.models.experts import OpenExperts
-from secateur.models.layer_cache import layer_caches
+from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.runs.environment import resident_bytes
-from secateur.runs.records import SkippedMatrix
-from secateur.sparsity.allocation import Allocation
-from secateur.types import float32_bytes
 
-PREDICTION_BYTES = 388
-"""Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
+PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
+FREE_SHARE = 0.8
+"""The default fraction of free memory that a run may use."""
+NAMED_NEEDS, NAMED_SHARE = 3, 0.05
+"""An error names so many needs of a phase: each at least this part of it."""
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """The memory that one micro-batch keeps alive in one decoder layer.
+class Phase:
+    """A part of a run.
 
     Attributes:
-        running_bytes: the maximum at any moment, including the input.
-        halted_bytes: the maximum at any group of linears, where forwards wait for each other.
+        name: what happens in it.
+        on_host: whether it counts the memory of this process while a GPU computes. Other phases
+            count the memory of the computing device: of the GPU, or else of this process.
     """
 
-    running_bytes: int
-    halted_bytes: int
+    name: str
+    on_host: bool = False
 
 
-def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> Rehearsal:
-    """Pass one micro-batch through a layer on the meta device."""
-    meta = torch.device("meta")
-    call = call.to(meta)
-    permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
-    live = LiveTensors(permanent, find_peak=True)
-    halted = [0]
-    linears = linears_of(layer, "")
-    handles = [
-        linears[group[0]].module.register_forward_pre_hook(
-            lambda module, args: halted.append(live.live_bytes())
-        )
-        for group in groups
-    ]
-    try:
-        with torch.no_grad(), live, AttentionOfPlan():
-            x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
-            with on_meta(layer):
-                call_layer(layer, x, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Rehearsal(live.peak_bytes, max(halted))
+@dataclass(frozen=True)
+class Need:
+    """Memory that a run needs in some of its phases.
+
+    Attributes:
+        name: its key in JSON. Two needs with one name are one thing in two places.
+        bytes: its size.
+        phases: when it is there.
+        text: what needs it.
+        remedy: the options that make it smaller; empty if none does.
+    """
+
+    name: str
+    bytes: int
+    phases: tuple[Phase, ...]
+    text: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run. All sizes in bytes.
+    """The needs of a run.
 
     Attributes:
-        process_bytes: the program itself, with model skeleton and calibration tokens.
-        layer_bytes: the weights of the largest decoder layer; twice with asymmetric fitting.
-        activation_bytes: hidden states in memory.
-        forward_bytes: a running forward.
-        waiting_bytes: halted forwards.
-        solve_bytes: statistics, scores and solver of the linear that needs most; or of a whole
-            layer with its stored values, while an allocation reads the dense model.
-        solve_shape: (out, in) of the linear that needs most memory to solve.
-        fallback_bytes: the part of `solve_bytes` that is needed only where float32 cannot factorise
-            a gram.
-        writing_bytes: the whole model with keys and values while it generates windows, before the
-            run.
-        tuning_bytes: gradients, moments and one micro-batch's forward, while a layer is tuned.
-        distilling_bytes: both whole models, gradients, moments, one window's forward and logits;
-            or one layer with all of that, or embedding and head, whichever is larger.
-        loading_bytes: the whole model in host memory before it moves to a GPU, if it is loaded.
-        disk_bytes: the result, and the state for a resumed run.
-        flops: floating-point operations of the forwards.
-        passed_tokens: tokens that pass through all layers, in all forwards together.
-        left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
+        needs: everything that takes memory.
         on_gpu: whether a GPU computes with its own memory.
-        stays_on_gpu: whether hidden states and halted forwards are in that memory too.
-        seconds: the minimum and maximum time of the run on this machine, if predicted.
-        sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
-            with both whole models.
+        disk_bytes: the maximum disk use.
     """
 
-    process_bytes: int
-    layer_bytes: int
-    activation_bytes: int
-    forward_bytes: int
-    waiting_bytes: int
-    solve_bytes: int
-    solve_shape: tuple[int, int]
-    fallback_bytes: int
-    writing_bytes: int
-    tuning_bytes: int
-    distilling_bytes: int
-    loading_bytes: int
-    disk_bytes: int
-    flops: int
-    passed_tokens: int
-    num_hidden_layers: int
-    prunable_weights: int
-    calibration_tokens: int
-    left: list[SkippedMatrix] = field(default_factory=list)
-    on_gpu: bool = False
-    stays_on_gpu: bool = False
-    seconds: tuple[float, float] | None = None
-    sweep_windows: int = 0
+    needs: tuple[Need, ...]
+    on_gpu: bool
+    disk_bytes: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name of the need: on the computing device, if it is in two places."""
+        return {need.name: need.bytes for need in self.needs}
+
+    @property
+    def phases(self) -> dict[Phase, int]:
+        """The memory of each phase in bytes. Without a GPU no phase is on its host."""
+        found = Counter[Phase]()
+        for need in self.needs:
+            there = (phase for phase in need.phases if self.on_gpu or not phase.on_host)
+            found.update(dict.fromkeys(there, need.bytes))
+        return found
 
     @property
     def peak_bytes(self) -> int:
         """The estimated peak memory of the computing device: the GPU, or this process."""
-        host = not self.on_gpu  # one memory for everything
-        here = host or self.stays_on_gpu
-        pruning = self.forward_bytes + self.solve_bytes + here * self.waiting_bytes
-        pruning = max(pruning, self.tuning_bytes) + self.layer_bytes
-        whole = max(self.writing_bytes, self.distilling_bytes)
-        return host * self.process_bytes + max(pruning + here * self.activation_bytes, whole)
+        return max(size for phase, size in self.phases.items() if not phase.on_host)
 
     @property
     def host_peak_bytes(self) -> int:
-        """The estimated peak resident memory of this process."""
-        if not self.on_gpu:
-            return self.peak_bytes
-        there = not self.stays_on_gpu
-        pruning = 2 * self.layer_bytes  # one on its way, and the next one is read
-        pruning += there * (self.activation_bytes + self.waiting_bytes)
-        return self.process_bytes + max(pruning, self.loading_bytes)
+        """The estimated peak memory of this process."""
+        return max(size for phase, size in self.phases.items() if phase.on_host == self.on_gpu)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; the unpruned matrices only if known."""
-        peaks = {name: getattr(self, name) for name in ("peak_bytes", "host_peak_bytes")}
-        figures = {**peaks, **asdict(self), "left": [one.to_json() for one in self.left]}
-        return figures if self.left else {k: v for k, v in figures.items() if k != "left"}
-
-
-def plan_run(
-    target: Target,
-    tasks: Tasks,
-    windows: Tensor | None,
-    settings: Settings,
-    epochs: int,
-    allocation: Allocation,
-    output_bytes: int,
-    unwritten: int = 0,
-    sweep_windows: int = 0,
-    extra_tokens: int = 0,
-) -> Plan:
-    """Plan a run over a checkpoint whose layers are still empty.
-
-    Args:
-        target: the model with its layers on the meta device.
-        tasks: the task of each linear.
-        windows: calibration tokens, or None.
-        settings: how the work is done.
-        epochs: number of epochs in which the whole model learns from the dense one afterwards.
-        allocation: sets the sparsity of each linear.
-        output_bytes: size of the written files.
-        unwritten: number of windows that the model must generate.
-        sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
-            with both whole models.
-        extra_tokens: number of tokens that only the distillation reads.
-    """
-    refuse_unknown(target)
-    length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
-    layers, found = target.layers, layouts(target, length) if length else []
-    prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
-    stored, forward, waiting, tuning = 0, 0, 0, 0
-    if windows is not None:
-        stored, forward, waiting = _forward_bytes(target, found, windows, tasks, settings)
-        if settings.tunes:
-            tuning = tuning_bytes(target, windows[: settings.micro_batch_tokens // length or 1])
-    distillation = _Distillation()
-    if epochs:
-        of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
-        distillation = _plan_distillation(
-            target, tasks, windows, epochs, sweep_windows, tokens + extra_tokens, of_token
-        )
-    stored *= 1 + settings.dense_needed
-    gradients = _gradient_bytes(tasks)
-    solving = _solving_bytes(target, tasks, found, settings)
-    whole = sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
-    disk = output_bytes + allocation.disk_bytes(prunable, target.dtype.itemsize)
-    disk += 2 * stored  # hidden states are read and written anew
-    disk += gradients + len(layers) * stored if gradients else 0
-    passed = allocation.tokens(tokens) + tokens * _passes(settings) + distillation.passed_tokens
-    return Plan(
-        process_bytes=resident_bytes(),
-        layer_bytes=layer_bytes(target) * (1 + settings.asymmetric),
-        activation_bytes=settings.in_memory * stored,
-        forward_bytes=forward,
-        waiting_bytes=waiting,
-        solve_bytes=solving.most
-        + gradients // len(layers)
-        + _survey_bytes(target, found, allocation, prunable // len(layers), windows),
-        solve_shape=solving.shape,
-        fallback_bytes=solving.most - solving.usual,
-        writing_bytes=writing_bytes(target, windows, unwritten),
-        tuning_bytes=tuning,
-        distilling_bytes=distillation.memory_bytes,
-        loading_bytes=whole if unwritten or (epochs and not sweep_windows) else 0,
-        disk_bytes=disk + distillation.disk_bytes,
-        flops=2 * _working_weights(target) * passed,
-        passed_tokens=passed,
-        num_hidden_layers=len(layers),
-        prunable_weights=prunable,
-        calibration_tokens=tokens,
-        on_gpu=target.device.type == "cuda",
-        stays_on_gpu=settings.on_gpu,
-        sweep_windows=sweep_windows if epochs else 0,
-    )
-
-
-class _Distillation(NamedTuple):
-    """The needs of a distillation; `passed_tokens` counts a forward with its backward thrice."""
-
-    memory_bytes: int = 0
-    disk_bytes: int = 0
-    passed_tokens: int = 0
-
-
-def _plan_distillation(
-    target: Target,
-    tasks: Tasks,
-    windows: Tensor | None,
-    epochs: int,
-    sweep_windows: int,
-    tokens: int,
-    of_token: int,
-) -> _Distillation:
-    """The needs of a distillation. `of_token` is the bytes of a hidden state in float32."""
-    layers, memory = len(target.layers), 0
-    disk = 12 * sum(task.shape[0] * task.shape[1] for task in tasks.values())  # weights, moments
-    if windows is not None:
-        of_models, on_grid = distilling_bytes, _on_grid_bytes(tasks)
-        if sweep_windows:
-            of_models, on_grid = _sweep_bytes, on_grid // layers
-        memory = of_models(target, windows[:1]) + on_grid
-    if not sweep_windows:
-        return _Distillation(memory, disk, 5 * epochs * tokens)
-    # the hidden states of the dense model, its predictions, the states and gradients of a sweep
-    at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
-    disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
-    disk += (layers + 3) * of_token * at_once
-    # The dense model passes once, and every layer runs again for its backward. Trials of the
-    # learning rate are a fifth of a training.
-    return _Distillation(memory, disk, (1 + 5 * epochs) * tokens)
-
-
-def _solving_bytes(
-    target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings
-) -> SolveMemory:
-    """The memory for the linear that needs most, with the statistics that are there meanwhile."""
-    asymmetric = settings.asymmetric
-    solve = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
-    if settings.sequential == "layer":
-        names = input_statistics(tasks, asymmetric=asymmetric)
-        held = _statistics_bytes(target, found, names)
-        solve = replace(solve, most=solve.most + held, usual=solve.usual + held)
-    return solve
-
-
-def layer_bytes(target: Target) -> int:
-    """The size of the largest decoder layer in the model's dtype."""
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
-    return weights * target.dtype.itemsize
-
-
-def _working_weights(target: Target) -> int:
-    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
-    architecture, config = target.architecture, text_config(target.model.config)
-    experts, total = architecture.experts, 0.0
-    chosen = experts.per_token(config) if experts else None
-    for index, layer in enumerate(target.layers):
-        counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            share = 1.0
-            if chosen is not None and counts and architecture.of_expert(linear.name):
-                share = min(1.0, chosen / counts[0])
-            total += share * linear.shape[0] * linear.shape[1]
-    return round(total)
-
-
-def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
-    """The whole model, keys and values of the windows that it generates together, and logits.
-
-    Logits are for one token of each window, with their float32 copies for the draw.
-    """
-    if windows is None or not unwritten:
-        return 0
-    size, tokens = target.dtype.itemsize, windows.shape[1]
-    rows = min(unwritten, AT_ONCE)
-    caches = layer_caches(target.model)  # `roomy_cache` has room for all tokens, window or not
-    kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
-    weights = sum(p.numel() for p in target.model.parameters()) * size
-    vocabulary = int(text_config(target.model.config).vocab_size)
-    return weights + rows * (kept + vocabulary * (size + 8))
-
-
-def _passes(settings: Settings) -> int:
-    """Forwards of all calibration tokens; a forward with its backward counts as three."""
-    plain = 1 if settings.sequential == "group" else 2
-    tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0
-    return plain + settings.dense_needed + tuned
-
-
-def _survey_bytes(
-    target: Target,
-    found: Sequence[LayerLayout],
-    allocation: Allocation,
-    layer_weights: int,
-    windows: Tensor | None,
-) -> int:
-    """The memory of an allocation besides one dense layer: statistics, scores, logits."""
-    held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
-    if windows is None:  # the allocation reads only weights
-        return held
-    held += _statistics_bytes(target, found, of_inputs(allocation.requires))
-    if allocation.judged_tokens:
-        # Probabilities of the dense model, logits of a candidate, and one temporary copy.
-        tokens = min(WINDOW_TOKENS, windows.shape[1])
-        held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-    return held
-
-
-def _forward_bytes(
-    target: Target,
-    found: Sequence[LayerLayout],
-    windows: Tensor,
-    tasks: Tasks,
-    settings: Settings,
-) -> tuple[int, int, int]:
-    """The memory of all hidden states, of the running forward, and of halted forwards."""
-    gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
-    halting = gathered and settings.sequential == "group" and settings.in_memory
-    waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
-    size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
-    hidden, calls = calls_of(target, windows[:size])
-    batch_tokens = hidden.shape[0] * hidden.shape[1]
-    own = hidden.numel() * hidden.dtype.itemsize
-    values = max(call.values().nbytes if call.varying else 0 for call in calls)
-    stored = (own + values) * windows.numel() // batch_tokens
-    groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
-    rehearsals = [
-        _rehearse(x, groups[id(x)], hidden, call) for x, call, _ in _layers_by_kind(target, calls)
-    ]
-    forward = max(r.running_bytes for r in rehearsals)
-    # A halted forward's own input is a view of the stored hidden states.
-    halted = max(r.halted_bytes for r in rehearsals) - own
-    held = waiting * halted * (windows.numel() // batch_tokens)
-    if waiting > 1:  # the terms that the writers of both models added to the residual stream
-        held += waiting * stored
-    return stored, forward, held
-
-
-def rehearse_training(
-    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
-) -> int:
-    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
-
-    Args:
-        layer: a decoder layer with its parameters on the meta device.
-        hidden: the input of a micro-batch, for its shape.
-        call: how the layer is called for it.
-        written_out: whether attention keeps its probabilities.
-    """
-    meta, parameters = torch.device("meta"), list(layer.parameters())
-    call = call.to(meta, torch.float32)
-    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
-    dtype = parameters[0].dtype
-    with on_meta(layer):
-        layer.to(torch.float32).requires_grad_(True)
-        try:
-            attention = WrittenOut() if written_out else AttentionOfPlan()
-            with torch.enable_grad(), live, attention:
-                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
-                out = call_layer(layer, x, call)
-                del out
-        finally:
-            layer.to(dtype).requires_grad_(False)
-    return live.peak_bytes
-
-
-def tuning_bytes(target: Target, windows: Tensor) -> int:
-    """The memory that tuning a layer needs besides the layer, for one micro-batch of windows."""
-    hidden, calls = calls_of(target, windows)
-
-    def of(layer: nn.Module, call: LayerCall) -> int:
-        weights = 4 * sum(p.numel() for p in layer.parameters())
-        plain = next(layer.parameters()).dtype == torch.float32
-        # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
-        return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
-
-    return max(of(layer, call) for layer, call, _ in _layers_by_kind(target, calls))
-
-
-def distilling_bytes(target: Target, window: Tensor) -> int:
-    """Two whole models, one in float32 with gradients and moments, and one window's forward."""
-    hidden, calls = calls_of(target, window)
-    tokens = window.numel()
-    weights = sum(p.numel() for p in target.model.parameters())
-    trained = sum(p.numel() for p in target.layers.parameters())
-    # logits of both models, and the gradient of one
-    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-    written_out = writes_out(target.device, window.shape[1])
-    forward = sum(
-        count * rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, count in _layers_by_kind(target, calls)
-    )
-    return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
-
-
-def _sweep_bytes(target: Target, window: Tensor) -> int:
-    """One decoder layer in float32 with gradients, moments and a mask, and one window's forward
-    through it; or everything outside the layers in float32 with one window's logits.
-    """
-    hidden, calls = calls_of(target, window)
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
-    of_layers = sum(p.numel() for p in target.layers.parameters())
-    outside = sum(p.numel() for p in target.model.parameters()) - of_layers
-    logits = 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
-    written_out = writes_out(target.device, window.shape[1])
-    forward = max(
-        rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, _ in _layers_by_kind(target, calls)
-    )
-    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits)
-
-
-def _on_grid_bytes(tasks: Tasks) -> int:
-    """The rounded copies of matrices that learn on a grid, which the backward reads."""
-    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
-
-
-def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
-    ids = windows.to(target.device)
-    with target.outside():
-        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
-
-
-def _layers_by_kind(
-    target: Target, calls: list[LayerCall]
-) -> list[tuple[nn.Module, LayerCall, int]]:
-    """One layer of each kind, how it is called, and the number of layers of that kind."""
-    pairs = list(zip(target.layers, calls, strict=True))
-    of = [kind_of(*pair) for pair in pairs]
-    first = dict(zip(reversed(of), reversed(pairs), strict=True))
-    return [(*first[kind], count) for kind, count in Counter(of).items()]
-
-
-TARGET_SQUARES = 6
-"""Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
-HELD_TARGETS = 2
-"""Number of these matrices that stay while the linears of a group are solved."""
+        """All figures of the memory."""
+        peaks = {"peak": self.peak_bytes, "host_peak": self.host_peak_bytes}
+        return {**peaks, **self.sizes, "on_gpu": self.on_gpu}
 
 
 @dataclass(frozen=True)
-class SolveMemory:
-    """The memory for solving one linear, with its statistics: of the linear that takes most.
+class Budget:
+    """The maximum number of bytes that a run may use.
 
     Attributes:
-        most: bytes at worst.
-        usual: bytes where float32 is enough for every factorisation.
-        shape: (out, in) of the linear that takes `most`.
+        computing: for the computing device: a GPU, or this process.
+        host: for this process if a GPU computes; None without a GPU.
     """
 
-    most: int = 0
-    usual: int = 0
-    shape: tuple[int, int] = (0, 0)
+    computing: float
+    host: float | None
+
+    def shortage(self, plan: Plan) -> str | None:
+        """Describe with numbers which memory is too small for a plan. None if it fits."""
+        if self.host is None:
+            return _short("", plan.peak_bytes, self.computing)
+        found = [_short(" on the GPU", plan.peak_bytes, self.computing)]
+        found.append(_short(" on the host", plan.host_peak_bytes, self.host))
+        return "; ".join(x for x in found if x) or None
+
+    def refusal(self, plan: Plan, what: str) -> MemoryBudgetError:
+        """The error for a plan that does not fit, with all phases that are too large.
+
+        Args:
+            plan: the plan.
+            what: the first part of the message.
+        """
+        remedies: dict[str, None] = {}
+        for phase, size in plan.phases.items():
+            if size > (self.host if phase.on_host and self.host is not None else self.computing):
+                there = [
+                    x for x in plan.needs if phase in x.phases and x.bytes > NAMED_SHARE * size
+                ]
+                largest = sorted(there, key=lambda need: -need.bytes)[:NAMED_NEEDS]
+                parts = ", ".join(f"{need.text} {need.bytes / 2**30:.2f}" for need in largest)
+                what += f"; {phase.name} takes {size / 2**30:.2f} GiB, most of it: {parts}"
+                remedies |= {need.remedy: None for need in largest if need.remedy}
+        less = "; ".join(remedies)
+        return MemoryBudgetError(what, remedy=f"{less}{less and '; or '}raise --max-memory")
 
 
-def solve_bytes(tasks: Tasks, *, asymmetric: bool, held_out: bool = False) -> SolveMemory:
-    """Return the maximum memory for solving one linear.
+def _short(place: str, needed: int, budget: float) -> str | None:
+    if needed <= budget:
+        return None
+    return f"{needed / 2**30:.2f} GiB{place}, the budget is {budget / 2**30:.2f} GiB"
+
+
+def memory_budget(most: int | None, device: torch.device, sharing: int = 1) -> Budget:
+    """Return the memory that a run may use at its peak.
 
     Args:
-        tasks: tasks of the run. Tasks that change nothing need no memory.
-        asymmetric: whether linears are fitted to the dense model.
-        held_out: whether held-out tokens choose the damping.
+        most: bytes of the computing device: of a GPU, or else of this process. None takes four
+            fifths of the free memory. The host of a GPU always uses four fifths.
+        device: the computing device.
+        sharing: number of processes that share the host. Each has a GPU of its own.
     """
-    needs = {
-        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape, task.method)
-        for task in tasks.values()
-        if task.changes
-    }
-    if not needs:
-        return SolveMemory()
-    most, shape, _ = max(needs, key=lambda need: need[:2])
-    usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
-    return SolveMemory(most, usual, shape)
+    free = psutil.virtual_memory().available / sharing
+    process = FREE_SHARE * (free + resident_bytes())
+    if device.type != "cuda":
+        return Budget(most or process, None)
+    return Budget(most or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
 
 
-def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) -> int:
-    """The memory for solving one linear, with the statistics of its inputs.
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
-    With held-out tokens there are statistics of both parts, and copies of them while they are used.
+
+def fitting_plan(
+    planned: Callable[[str], AnyPlan],
+    device: torch.device,
+    *,
+    max_memory: int | None,
+    activations: str,
+    sharing: int = 1,
+) -> tuple[AnyPlan, str]:
+    """Return the first plan that fits in memory, and the storage of its hidden states.
+
+    Args:
+        planned: returns the plan with hidden states on the `gpu`, in `memory` or on `disk`.
+        device: the computing device.
+        max_memory: bytes; see `memory_budget`.
+        activations: allows only that storage; `auto` all that the device has.
+        sharing: number of processes that share the host.
+
+    Raises:
+        MemoryBudgetError: no plan fits the budget.
+        RecipeError: hidden states are to be on a GPU, and a CPU computes.
     """
-    names = input_statistics({task.name: task}, asymmetric=asymmetric)
-    held = sum(statistics[name].nbytes(task.shape) for name in names)
-    working = task.method.working_bytes(task.shape)
-    if asymmetric:
-        square = float32_bytes((task.shape[1], task.shape[1]))
-        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
-    if held_out:
-        held *= 4
-        working += HELD_TARGETS * float32_bytes((task.shape[1], task.shape[1]))
-        working += float32_bytes(task.shape)
-    return held + working
+    if activations == "gpu" and device.type != "cuda":
+        raise RecipeError(
+            f"hidden states cannot be on a GPU, because {device} computes",
+            where="--activations",
+            remedy="use auto, memory or disk; or compute on a GPU with --device cuda",
+        )
+    budget = memory_budget(max_memory, device, sharing)
+    tried = []
+    places = ("gpu", "memory", "disk") if device.type == "cuda" else ("memory", "disk")
+    for place in places if activations == "auto" else (activations,):
+        plan = planned(place)
+        shortage = budget.shortage(plan)
+        if shortage is None:
+            return plan, place
+        tried.append(f"with activations {PLACES[place]}: {shortage}")
+    needed = f"the run needs more memory than there is; {'; '.join(tried)}"
+    raise budget.refusal(plan, needed)
 
 
-def _gradient_bytes(tasks: Tasks) -> int:
-    """The memory of the statistics of all gradients."""
-    names = gradient_statistics(tasks)
-    return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
+SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
+"""How torch's allocators put it where they raise a plain RuntimeError."""
 
 
-def _statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
-    """The memory of input statistics for all groups of a layer; large with many experts."""
-    largest = 0
-    for layer, layout in zip(target.layers, found, strict=True):
-        linears = linears_of(layer, "")
-        shapes = [linears[group[0]].shape for group in layout.groups]
-        held = sum(statistics[name].nbytes(shape) for name in names for shape in shapes)
-        largest = max(largest, held)
-    return largest
+def is_shortage(error: BaseException) -> bool:
+    """Whether an exception says that memory of the processor or of a GPU has ended."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(x in str(error).lower() for x in SAYINGS)
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Turn the end of memory into an error that names the largest need of the plan.
+
+    Raises:
+        MemoryBudgetError: memory has ended inside the context.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        need, gib = max((x for x in plan.needs if x.remedy), key=lambda need: need.bytes), 2**30
+        why = (str(error).strip() or "no memory").splitlines()[0]
+        planned, free = plan.peak_bytes / gib, psutil.virtual_memory().available / gib
+        raise MemoryBudgetError(
+            f"memory has ended: {why}; the plan was {planned:.2f} GiB at most, and {free:.2f} GiB "
+            "of the host are free now",
+            where=f"{need.text} needs most, {need.bytes / gib:.2f} GiB",
+            remedy=f"close other programs, or {need.remedy}; then run again with --resume, which "
+            "keeps finished layers",
+        ) from error

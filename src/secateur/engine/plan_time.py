@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import of_gradients, of_inputs, statistics
-from secateur.engine.plan import calls_of
+from secateur.engine.plan_memory import calls_of
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.layouts import kind_of

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.calibration.statistics import statistics
-from secateur.engine.plan import Plan
+from secateur.engine.plan_memory import PrunePlan
 from secateur.models.architecture import families
 from secateur.reporting.tables import Block, Result, Table, binary_size, not_pruned, time_range
 from secateur.runs.records import Counts
@@ -31,7 +31,7 @@ class PlanResult(Result):
         activations: where hidden states would be stored between layers: memory or disk.
     """
 
-    plan: Plan
+    plan: PrunePlan
     activations: str
 
     @property
@@ -55,7 +55,7 @@ class PlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        plan = self.plan
+        plan, sizes = self.plan, self.plan.sizes
         out, columns = plan.solve_shape
         rows = [
             ("decoder layers", f"{plan.num_hidden_layers}"),
@@ -65,18 +65,18 @@ class PlanResult(Result):
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
             *([("time on this machine", time_range(*plan.seconds))] if plan.seconds else []),
             ("disk", binary_size(plan.disk_bytes)),
-            ("memory: the program itself", binary_size(plan.process_bytes)),
-            ("memory: one decoder layer", binary_size(plan.layer_bytes)),
-            (f"memory: hidden states (in {self.activations})", binary_size(plan.activation_bytes)),
-            ("memory: forwards", binary_size(plan.forward_bytes + plan.waiting_bytes)),
-            ("memory: statistics and solver", binary_size(plan.solve_bytes)),
+            ("memory: the program itself", binary_size(sizes["process"])),
+            ("memory: one decoder layer", binary_size(sizes["layer"])),
+            (f"memory: hidden states (in {self.activations})", binary_size(sizes["activation"])),
+            ("memory: forwards", binary_size(sizes["forward"] + sizes["waiting"])),
+            ("memory: statistics and solver", binary_size(sizes["solve"])),
         ]
         if out:
             rows.append(("  the linear layer that takes most", f"{out} x {columns}"))
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
-            "memory: the whole model, generating windows": plan.writing_bytes,
-            f"memory: {learning}, distilled": plan.distilling_bytes,
+            "memory: the whole model, generating windows": sizes["writing"],
+            f"memory: {learning}, distilled": sizes["distilling"],
         }
         rows += [(name, binary_size(size)) for name, size in optional.items() if size]
         rows.append(
@@ -109,7 +109,7 @@ class CutPlanResult(Result):
     before: Counts
     after: Counts | None
     unknown: tuple[str, ...]
-    plan: Plan | None
+    plan: PrunePlan | None
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""

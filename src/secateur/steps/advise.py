@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from secateur.advisor.advice import AdviceQuestion, Need
+from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
@@ -78,7 +78,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         recipe.latency_p99_ms,
         recipe.first_token_ms,
     )
-    need = Need(load, recipe.quality_loss, recipe.gpu_hours)
+    need = Requirements(load, recipe.quality_loss, recipe.gpu_hours)
     question = AdviceQuestion(shape, hardware, round(total), facts, need, times)
     answer = question.answer()
     result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)

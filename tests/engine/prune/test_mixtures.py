@@ -258,7 +258,7 @@ def test_the_plan_counts_the_experts_of_a_token(tmp_path: Path) -> None:
     assert plans["mixtral"].prunable_weights - plans["mistral"].prunable_weights == 4 * feed_forward
     tokens = 6 * 20
     assert plans["mixtral"].flops - plans["mistral"].flops == 2 * feed_forward * tokens
-    assert plans["mixtral"].forward_bytes >= plans["mistral"].forward_bytes
+    assert plans["mixtral"].sizes["forward"] >= plans["mistral"].sizes["forward"]
 
 
 # -- which experts to keep --------------------------------------------------------------------

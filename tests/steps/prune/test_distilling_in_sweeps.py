@@ -303,7 +303,7 @@ def test_the_plan_counts_the_logits_of_both_models(tmp_path: Path) -> None:
             ),
             file,
             0,
-        ).plan.distilling_bytes
+        ).plan.sizes["distilling"]
         for size in (rows, 2 * rows)
     )  # fmt: skip
     assert large - small == rows * (2 * hidden * (4 + 4) + 3 * 4 * tokens)
@@ -314,7 +314,7 @@ def test_sweeps_take_over_where_the_whole_does_not_fit(
 ) -> None:
     folder = save_tiny(tmp_path / "model", **WIDE)
     options = {**OPTIONS, "distill_epochs": 1, "calibration": str(file)}
-    needs = {n: peaks_of(folder, file, n).plan.distilling_bytes for n in (0, 16)}
+    needs = {n: peaks_of(folder, file, n).plan.sizes["distilling"] for n in (0, 16)}
     room = (needs[0] + needs[16]) / 2 - needs[16]
     budget = int(peaks_of(folder, file, 16).peak_bytes + room)
     with caplog.at_level(logging.WARNING):

@@ -85,13 +85,13 @@ def test_sweeps_take_over_where_both_models_do_not_fit_and_resume(
     whole = secateur.structure(
         source, output=tmp_path / "whole", **options, distill_sweep_windows=16
     )
-    monkeypatch.setattr("secateur.steps.structure.run.distilling_bytes", lambda *x: 2**60)
+    monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *x: 2**60)
     with caplog.at_level(logging.WARNING), pytest.raises(StoppedError):
         secateur.structure(
             source, output=tmp_path / "out", **options, progress=StopAt("distilling", 7)
         )
     assert "one decoder layer in memory, in sweeps of 16 windows" in caplog.text
-    monkeypatch.setattr("secateur.steps.structure.run.distilling_bytes", lambda *x: 0)
+    monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *x: 0)
     again = secateur.structure(source, output=tmp_path / "out", **options, resume=True)
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)

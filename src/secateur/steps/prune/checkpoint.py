@@ -14,7 +14,7 @@ import torch
 from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
-from secateur.engine.memory_budget import explained
+from secateur.engine.plan import explained
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.job import Job
-from secateur.engine.memory_budget import fitting_plan, memory_budget
-from secateur.engine.plan import Plan, plan_run
+from secateur.engine.plan import fitting_plan, memory_budget
+from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, tasks_of
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
@@ -238,7 +238,7 @@ def choose_plan(
     memory: Memory,
     ranks: Ranks = ALONE,
     sweep_windows: int | None = None,
-) -> tuple[Plan, str]:
+) -> tuple[PrunePlan, str]:
     """Plan the run, with hidden states on disk if memory cannot hold them.
 
     A distillation has both whole models in memory if they fit, else one layer, in sweeps over
@@ -262,7 +262,7 @@ def choose_plan(
         RecipeError: there are fewer calibration windows than processes.
     """
 
-    def planned(windows: Tensor | None, activations: str, sweep_windows: int) -> Plan:
+    def planned(windows: Tensor | None, activations: str, sweep_windows: int) -> PrunePlan:
         return plan_run(
             prepared.target,
             tasks,
@@ -282,7 +282,7 @@ def choose_plan(
         batches = micro_batches(len(every), at_once, ranks.count)
         own = every[: rows_of(0, batches, ranks.count)[-1].stop]
 
-    def fitting(sweep_windows: int) -> tuple[Plan, str]:
+    def fitting(sweep_windows: int) -> tuple[PrunePlan, str]:
         return fitting_plan(
             lambda activations: planned(own, activations, sweep_windows),
             prepared.target.device,

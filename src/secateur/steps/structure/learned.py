@@ -21,18 +21,18 @@ from torch import Tensor
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows, save_windows
+from secateur.engine.plan import Need
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import hidden_size
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
-from secateur.recipes.shared import MemoryLimit
 from secateur.recipes.structure import LearnedOptions, StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.steps.structure.steps import StepContext
 from secateur.steps.train.checkpoint import OpenFile, stored_model
-from secateur.steps.train.memory import check_memory, training_memory
+from secateur.steps.train.memory import TRAINING, check_memory, training_memory
 from secateur.steps.train.session import run_loop
 from secateur.steps.train.text import TrainingText
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
@@ -264,7 +264,6 @@ def _check_fits(context: StepContext, folder: Path, found: Domains, training: Tr
     recipe = TrainRecipe(
         model=str(folder),
         batch=how.batch,
-        memory=MemoryLimit(max_memory=context.recipe.memory.max_memory),
         trust_remote_code=context.recipe.trust_remote_code,
     )
     needed = training_memory(
@@ -280,8 +279,9 @@ def _check_fits(context: StepContext, folder: Path, found: Domains, training: Tr
     # The product of an activation and its gates is kept for the backward.
     gated = max(sizes.neurons) + max(sizes.queries) * sizes.head_dim
     gated += 3 * hidden_size(target.model)
-    forward = needed.forward + 4 * tokens * gated * sizes.layers
-    check_memory(replace(needed, forward=forward), recipe, context.device)
+    gates = Need("gates", 4 * tokens * gated * sizes.layers, (TRAINING,), "gates")
+    needed = replace(needed, needs=(*needed.needs, gates))
+    check_memory(needed, context.recipe.memory.max_bytes, context.device)
 
 
 def _write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:

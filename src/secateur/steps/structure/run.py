@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
-from secateur.engine.memory_budget import memory_budget
-from secateur.engine.plan import distilling_bytes
+from secateur.engine.plan import memory_budget
+from secateur.engine.plan_memory import distillation_plan
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
@@ -43,7 +43,7 @@ from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import Meter, choose_device, environment, resident_bytes
+from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import RunFolder, check_output, file_digests
 from secateur.runs.records import (
     MANIFEST_VERSION,
@@ -379,8 +379,7 @@ def _sweep_windows(
     if size is None:
         size, budget = 0, memory_budget(recipe.memory.max_bytes, dense.device).computing
         # of two models of the uncut size
-        needed = distilling_bytes(dense, windows[:1])
-        needed += resident_bytes() if dense.device.type == "cpu" else 0
+        needed = distillation_plan(dense, windows[:1]).peak_bytes
         if needed > budget:
             size = SWEEP_WINDOWS
             log_sweeps(size, needed, budget)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from secateur.calibration.documents import read_documents, texts_of
 from secateur.calibration.windows import load_windows
-from secateur.engine.memory_budget import fitting_plan
-from secateur.engine.plan import Plan, plan_run
+from secateur.engine.plan import fitting_plan
+from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.search.channels import hidden_scores
@@ -385,7 +385,7 @@ def _refit_settings(context: StepContext, dense: CheckpointTarget) -> Settings:
             work=context.scratch(RefitStep.name),
         )
 
-    def planned(activations: str) -> Plan:
+    def planned(activations: str) -> PrunePlan:
         return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
 
     _, activations = fitting_plan(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from secateur.engine.plan import Plan
+from secateur.engine.plan_memory import PrunePlan
 from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.models.checkpoint import CheckpointReader
@@ -252,7 +252,7 @@ def _filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
     return tuple(sorted([*kept, *spare[: count - len(kept)]]))
 
 
-def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Plan:
+def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> PrunePlan:
     """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
 
     Args:

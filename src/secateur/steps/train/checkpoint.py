@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.diagnostics.audit import audit_checkpoint
+from secateur.engine.plan import Plan
 from secateur.errors import VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_config
@@ -41,7 +42,6 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Cost, Training, read_list
 from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.train.memory import (
-    TrainingMemory,
     check_memory,
     disk_bytes,
     training_memory,
@@ -113,7 +113,7 @@ def plan_training(
     found = _planned(inputs, None)
     places = () if found.teacher is None else (found.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
-    check_output(recipe.output, "train", found.disk_bytes, read, call)
+    check_output(recipe.output, "train", found.needs.disk_bytes, read, call)
     record, plan = inputs.text.record, found.plan
     return TrainPlanResult(
         objective=_objective_text(recipe),
@@ -124,8 +124,8 @@ def plan_training(
         steps=plan.steps or None,
         minutes=plan.minutes or None,
         tokens=plan.steps * recipe.batch * record["sequence_length"] or None,
-        memory=found.memory.to_json(),
-        disk_bytes=found.disk_bytes,
+        memory=found.needs.to_json(),
+        disk_bytes=found.needs.disk_bytes,
     )
 
 
@@ -192,7 +192,7 @@ def _train_into(
     found = _planned(inputs, work)
     if found.teacher is not None:
         folder.keep_apart(found.teacher.folder)
-    check_free(found.disk_bytes, folder.output, folder.partial)
+    check_free(found.needs.disk_bytes, folder.output, folder.partial)
     # Weights are not rounded between the rounds of iterative pruning.
     dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
@@ -213,7 +213,7 @@ def _train_into(
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
     if processes.main:
-        training = _record(inputs, session, trained, meter, found.memory)
+        training = _record(inputs, session, trained, meter, found.needs)
         _write(recipe, source, adapted.masks, training, trained, folder, progress)
     processes.wait()
     _check_written(folder.model, adapted.masks, trust_remote_code=trust)
@@ -229,14 +229,12 @@ class PlannedTraining:
     Attributes:
         plan: its length, learning rate and optimizer.
         teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
-        memory: what it needs.
-        disk_bytes: what it writes at most.
+        needs: memory, and what it writes at most.
     """
 
     plan: TrainingPlan
     teacher: LocalCheckpoint | None
-    memory: TrainingMemory
-    disk_bytes: int
+    needs: Plan
 
 
 def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
@@ -244,9 +242,10 @@ def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
     recipe, target, text = inputs.recipe, inputs.target, inputs.text
     check_together(recipe, inputs.processes)
     plan, teacher = inputs.plan(), inputs.teacher(work)
-    memory = training_memory(recipe, target, teacher, text, plan, inputs.processes)
-    check_memory(memory, recipe, inputs.processes.device)
-    return PlannedTraining(plan, teacher, memory, disk_bytes(recipe, target, text, plan))
+    needs = training_memory(recipe, target, teacher, text, plan, inputs.processes)
+    check_memory(needs, recipe.memory.max_bytes, inputs.processes.device)
+    needs = replace(needs, disk_bytes=disk_bytes(recipe, target, text, plan))
+    return PlannedTraining(plan, teacher, needs)
 
 
 def _report_of(output: Path) -> TrainResult:
@@ -262,7 +261,7 @@ def _record(
     session: Session,
     trained: Trained,
     meter: Meter,
-    memory: TrainingMemory,
+    needs: Plan,
 ) -> Training:
     """The record of a finished training."""
     outcome, recipe = trained.outcome, inputs.recipe
@@ -276,7 +275,7 @@ def _record(
         processes=session.processes.ranks,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(session.processes.device),
-        planned=memory.to_json(),
+        planned=needs.to_json(),
         cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
         result={
             **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},

@@ -18,21 +18,19 @@ of these or the final weights, and the result.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.memory_budget import memory_budget
-from secateur.engine.plan import calls_of, rehearse_training
+from secateur.engine.plan import Need, Phase, Plan, memory_budget
+from secateur.engine.plan_memory import calls_of, rehearse_training
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import MemoryBudgetError
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
-from secateur.recipes.options import bytes_of
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.steps.train.text import TrainingText
@@ -44,55 +42,14 @@ from secateur.training.selecting import prunable
 from secateur.training.teachers import TOP_K
 from secateur.training.training_plan import TrainingPlan
 
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """The memory that one process of a training needs. All sizes in bytes.
-
-    Attributes:
-        process: the program itself, with text.
-        weights: float32 weights of the student.
-        gathered: gathered parts of student and teacher; 0 in a single process.
-        optimizer: gradients and moments of the trained parameters.
-        adapters: the products of all adapters.
-        forward: activations that a micro-batch keeps for its backward.
-        logits: a block of logits, of student and teacher.
-        teacher: weights of the teacher.
-        masks: one byte for each weight of the decoder's matrices.
-        on_gpu: whether a GPU computes. The GPU then holds everything except `process`, and the
-            process also holds the weights while they are loaded.
-    """
-
-    process: int
-    weights: int
-    gathered: int
-    optimizer: int
-    adapters: int
-    forward: int
-    logits: int
-    teacher: int
-    masks: int
-    on_gpu: bool = False
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The memory in use at the peak on the computing device, by name."""
-        left_out = {"on_gpu", "process"} if self.on_gpu else {"on_gpu"}
-        return {name: size for name, size in asdict(self).items() if name not in left_out}
-
-    @property
-    def peak(self) -> int:
-        """The estimated peak memory of the computing device: the GPU, or the whole process."""
-        return sum(self.sizes.values())
-
-    @property
-    def host_peak(self) -> int:
-        """The estimated peak memory of this process."""
-        return self.process + max(self.weights, self.teacher) if self.on_gpu else self.peak
-
-    def to_json(self) -> dict[str, int]:
-        """All figures."""
-        return {"peak": self.peak, "host_peak": self.host_peak, **asdict(self)}
+LESS_FORWARD = (
+    "use --gradient-checkpointing, --micro-batch-windows 1 or a shorter --sequence-length"
+)
+LESS_TEACHER = "use --top-k 64 (the teacher is written down first)"
+TRAINING = Phase("training")
+READING = Phase("reading the weights", on_host=True)
+READING_TEACHER = Phase("reading the teacher", on_host=True)
+HOST = READING, READING_TEACHER
 
 
 def training_memory(
@@ -102,8 +59,8 @@ def training_memory(
     text: TrainingText,
     plan: TrainingPlan,
     processes: ProcessGroup,
-) -> TrainingMemory:
-    """Estimate the memory of a training.
+) -> Plan:
+    """Plan the memory of a training in one process.
 
     Args:
         recipe: recipe of the training.
@@ -122,22 +79,49 @@ def training_memory(
         shapes = [linear.shape for linear in chosen_linears(model, recipe.lora)]
         trained = sum(recipe.lora.rank * sum(shape) for shape in shapes)
         products = sum(4 * out * columns for out, columns in shapes)
-    weights = sum(named.values())
     ranks = processes.ranks
     together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
     micro = text.windows[:together]
-    return TrainingMemory(
-        process=resident_bytes(),
-        weights=4 * (weights + trained * (recipe.lora is not None)) // ranks,
-        gathered=_gathered_bytes(target, 4) if ranks > 1 else 0,
-        optimizer=4 * trained * (1 + _moments_of(plan)) // ranks,
-        adapters=products,
-        forward=_forward_bytes(target, micro, plan, processes.device),
-        logits=(1 + (teacher is not None)) * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
-        teacher=0 if teacher is None else _teacher_bytes(teacher, processes, trust),
-        masks=sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
-        on_gpu=processes.device.type == "cuda",
-    )
+    sizes = {
+        "process": resident_bytes(),
+        "weights": 4 * (sum(named.values()) + trained * (recipe.lora is not None)) // ranks,
+        "gathered": _gathered_bytes(target, 4) if ranks > 1 else 0,
+        "optimizer": 4 * trained * (1 + _moments_of(plan)) // ranks,
+        "adapters": products,
+        "forward": _forward_bytes(target, micro, plan, processes.device),
+        "logits": (1 + (teacher is not None))
+        * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
+        "teacher": 0 if teacher is None else _teacher_bytes(teacher, processes, trust),
+        "masks": sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
+    }
+    on_gpu = processes.device.type == "cuda"
+    return Plan(training_needs(sizes, on_gpu), on_gpu)
+
+
+def training_needs(sizes: Mapping[str, int], on_gpu: bool) -> tuple[Need, ...]:
+    """The needs of a training: what each size is for, and when it is there.
+
+    Args:
+        sizes: bytes by the name of the need.
+        on_gpu: whether a GPU computes.
+    """
+    here = (TRAINING,)
+    table: Mapping[str, tuple[tuple[Phase, ...], str, str]] = {
+        "process": (HOST if on_gpu else here, "the program itself, with text", ""),
+        "weights": ((*here, READING), "weights", ""),
+        "gathered": (here, "gathered weights", ""),
+        "optimizer": (here, "optimizer", "use --lora 16 or --optimizer SGD"),
+        "adapters": (here, "products of adapters", ""),
+        "forward": (here, "forward", LESS_FORWARD),
+        "logits": (here, "logits", ""),
+        "teacher": (
+            (*here, READING_TEACHER),
+            "teacher",
+            LESS_TEACHER,
+        ),
+        "masks": (here, "masks", ""),
+    }
+    return tuple(Need(name, sizes[name], *row) for name, row in table.items())
 
 
 def _gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
@@ -220,29 +204,19 @@ def disk_bytes(
     return state + best + predictions + rounds + max(state, best, final + result)
 
 
-def check_memory(needed: TrainingMemory, recipe: TrainRecipe, device: torch.device) -> None:
+def check_memory(needed: Plan, max_memory: int | None, device: torch.device) -> None:
     """Refuse a training that would not fit.
+
+    Args:
+        needed: the plan of the training.
+        max_memory: bytes; see `memory_budget`.
+        device: the computing device.
 
     Raises:
         MemoryBudgetError: the training needs more than there is; the message gives both numbers and
             remedies.
     """
-    most = recipe.memory.max_memory
-    budget = memory_budget(None if most is None else bytes_of(most), device)
-    shortage = budget.shortage(needed.peak, needed.host_peak)
-    if shortage is None:
-        return
-    sizes = needed.sizes
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    parts = ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)
-    remedies = {
-        "optimizer": "--lora 16 or --optimizer SGD",
-        "forward": "--gradient-checkpointing, --micro-batch-windows 1, or a shorter "
-        "--sequence-length",
-        "teacher": "--top-k 64 (the teacher is written down first)",
-    }
-    useful = [remedies[name] for name in largest if name in remedies]
-    raise MemoryBudgetError(
-        f"training needs {shortage}; largest: {parts}",
-        remedy=f"try {'; '.join(useful)}; or raise --max-memory",
-    )
+    budget = memory_budget(max_memory, device)
+    shortage = budget.shortage(needed)
+    if shortage is not None:
+        raise budget.refusal(needed, f"training needs {shortage}")

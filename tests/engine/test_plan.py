@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +10,12 @@ import psutil
 import pytest
 import torch
 
-from secateur.engine.memory_budget import fitting_plan, memory_budget
-from secateur.engine.plan import Plan, writing_bytes
+from secateur.engine.plan import Plan, fitting_plan, memory_budget
+from secateur.engine.plan_memory import prune_needs, writing_bytes
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.cache import roomy_cache
-from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import given_cache
-from secateur.steps.train.memory import TrainingMemory, check_memory
+from secateur.steps.train.memory import check_memory, training_needs
 from zoo import tiny_model, tiny_windows
 
 GIB = 2**30
@@ -33,18 +32,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["gpu"], 80 * GIB))
     monkeypatch.setattr(psutil, "virtual_memory", host)
-    monkeypatch.setattr("secateur.engine.memory_budget.resident_bytes", lambda: 0)
+    monkeypatch.setattr("secateur.engine.plan.resident_bytes", lambda: 0)
     return free
 
 
 def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
     """1 GiB of everything, 5 of hidden states and 20 of halted forwards if they are in memory."""
-    sizes: dict[str, Any] = {**dict.fromkeys(Plan.__dataclass_fields__, 0), "left": []}
-    sizes |= dict.fromkeys(("process_bytes", "layer_bytes", "forward_bytes", "solve_bytes"), GIB)
+    sizes = Counter(dict.fromkeys(("process", "layer", "forward", "solve"), GIB))
     if activations != "disk":
-        sizes |= {"activation_bytes": 5 * GIB, "waiting_bytes": 20 * GIB}
-    return Plan(**{**sizes, **{name: n * GIB for name, n in gib.items()}, "on_gpu": on_gpu,
-                   "stays_on_gpu": activations == "gpu"})  # fmt: skip
+        sizes |= Counter(activation=5 * GIB, waiting=20 * GIB)
+    sizes |= Counter({name: n * GIB for name, n in gib.items()})
+    return Plan(prune_needs(sizes, on_gpu, activations == "gpu", (3, 4), False), on_gpu)
 
 
 def fitted(device: torch.device, max_memory: int | None = None, **options: Any) -> str:
@@ -60,9 +58,9 @@ def test_peaks_say_what_lies_where() -> None:
     assert there.peak_bytes == 3 * GIB  # layer, running forward, solver
     # process, a layer on its way and the next one, hidden states, halted
     assert there.host_peak_bytes == 28 * GIB
-    whole = plan(on_gpu=True, distilling_bytes=9, loading_bytes=40)
+    whole = plan(on_gpu=True, distilling=9, loading=40)
     assert (whole.peak_bytes, whole.host_peak_bytes) == (9 * GIB, 41 * GIB)
-    assert there.to_json()["host_peak_bytes"] == 28 * GIB
+    assert there.to_json()["host_peak"] == 28 * GIB
     kept = plan(on_gpu=True, activations="gpu")
     assert (kept.peak_bytes, kept.host_peak_bytes) == (28 * GIB, 3 * GIB)
 
@@ -98,28 +96,29 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
     assert fitted(CPU, 4 * GIB) == "disk"
     assert fitted(CPU, 30 * GIB) == "memory"
     assert memory_budget(4 * GIB, CUDA).host == pytest.approx(80 * GIB)
-    with pytest.raises(MemoryBudgetError, match="leave out what needs the whole model"):
-        fitted(CUDA, distilling_bytes=9)
+    with pytest.raises(MemoryBudgetError, match=r"; distillation takes 9\.00 GiB") as error:
+        fitted(CUDA, distilling=9)
+    assert "--distill-epochs 0" in str(error.value.remedy)
+    assert "pruning a layer" not in error.value.what  # which needs 3 GiB
 
 
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
-    recipe = TrainRecipe.model_construct()
     sizes = dict.fromkeys(
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),
         GIB,
     )
-    here = TrainingMemory(**sizes, gathered=0)
-    there = replace(here, on_gpu=True)
-    assert (here.peak, here.host_peak) == (8 * GIB, 8 * GIB)
-    assert (there.peak, there.host_peak) == (7 * GIB, 2 * GIB)
-    check_memory(there, recipe, CUDA)
+    sizes["gathered"] = 0
+    here, there = (Plan(training_needs(sizes, on_gpu), on_gpu) for on_gpu in (False, True))
+    assert (here.peak_bytes, here.host_peak_bytes) == (8 * GIB, 8 * GIB)
+    assert (there.peak_bytes, there.host_peak_bytes) == (7 * GIB, 2 * GIB)
+    check_memory(there, None, CUDA)
     machine["gpu"] = 8 * GIB
-    check_memory(here, recipe, CPU)
+    check_memory(here, None, CPU)
     with pytest.raises(MemoryBudgetError, match=r"7\.00 GiB on the GPU, the budget is 6\.40 GiB"):
-        check_memory(there, recipe, CUDA)
+        check_memory(there, None, CUDA)
     machine["gpu"], machine["host"] = 80 * GIB, 2 * GIB
     with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 1\.60 GiB"):
-        check_memory(there, recipe, CUDA)
+        check_memory(there, None, CUDA)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])
