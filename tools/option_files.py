@@ -154,6 +154,7 @@ def page() -> str:
     for verb in VERBS.values():
         if verb.recipe:
             parts += [f"\n## secateur {verb.name}\n\n{verb.summary}\n", *tables(verb)]
+            parts += contradictions(verb)
     return "".join(parts)
 
 
@@ -169,6 +170,35 @@ def tables(verb: Verb) -> Iterator[str]:
         yield "|---|---|---|---|---|\n"
         for option in options:
             yield row(option, called=option.name in of_call)
+
+
+def contradictions(verb: Verb) -> Iterator[str]:
+    """The options of a verb that need others, and those that do not go together."""
+    kind = imported(verb.recipe)
+    sections = (kind, kind.run) if kind.run else (kind,)
+    flags = {o.name: o.flag_text for section in sections for o in options_of(section)}
+
+    def named(words: str, between: str) -> str:
+        """These options as flags, with their values."""
+        pairs = [word.partition("=")[::2] for word in words.split(" or ")]
+        found = [f"{flags[name]} {value}".removesuffix(" None").rstrip() for name, value in pairs]
+        return between.join(f"`{flag}`" for flag in found)
+
+    needs = [item for section in sections for item in section.needs.items()]
+    for needed, names in groupby(needs, key=lambda item: item[1]):
+        options = ", ".join(f"`{flags[name]}`" for name, _ in names)
+        yield f"\n{options}: only with {named(' or '.join(needed), ' or ')}.\n"
+    conflicts = [row for section in sections for row in section.conflicts if row.option]
+    rows = sorted(conflicts, key=lambda row: list(flags).index(row.option))
+    if rows:
+        yield "\n**Not together**\n\n| option | | reason | remedy |\n|---|---|---|---|\n"
+    for (option, *words), alike in groupby(rows, key=lambda r: (r.option, r.reason, r.remedy)):
+        others = []
+        for each in alike:
+            without = "without " * each.other.endswith("=None")
+            unless = f", without {named(each.unless, ' or ')}" if each.unless else ""
+            others.append(f"{without}{named(each.other, ' or ')}{unless}")
+        yield f"| {named(option, ' or ')} | {', '.join(others)} | {' | '.join(words)} |\n"
 
 
 def row(option: Option, *, called: bool) -> str:

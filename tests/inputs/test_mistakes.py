@@ -50,7 +50,7 @@ MISTAKES = {
     "structure m --keep-layers 99 -o o": "the model has 3",
     "structure m --keep-layers 2 --score wanda -o o": "--score: changes nothing without",
     "structure m --ffn 0.5 --depth-by search -o o": "changes nothing without one of --keep-layers",
-    "structure m --kv-groups 0.5 --kv-cache 0.5 -o o": "give one of them",
+    "structure m --kv-groups 0.5 --kv-cache 0.5 -o o": "give one of the two",
     "structure m --ffn 0.5 --multiple 7 -o o": "no multiple of 7",
     # training
     "train sparse --text t.txt --steps 3 --minutes 2 -o o": "must be one of them",
@@ -58,7 +58,7 @@ MISTAKES = {
     "train sparse --text t.txt --steps 1 --mask m -o o": "keep every weight",
     "train sparse --text t.txt --steps 1 --gradual 0.2 -o o": "more than 20.0%",
     "train sparse --text t.txt --steps 1 --gradual 2:9 -o o": "divisible by 9",
-    "train sparse --text t.txt --validation-windows 0 --patience 3 -o o": "patience 3: must be 0",
+    "train sparse --text t.txt --validation-windows 0 --patience 3 -o o": "there would be none",
     "train sparse --text short.txt --steps 1 -o o": "0 windows",
     "train sparse --text t.txt --epochs 3 --steps 9 -o o": "must be one of them",
     "train sparse --text t.txt --temperature 2 -o o": "changes nothing without --teacher",

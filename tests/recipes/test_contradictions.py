@@ -8,14 +8,21 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import recipe_of
-from secateur.recipes.options import example_of, options_of
+from secateur.recipes.options import all_options, example_of, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, idle_lines
+from secateur.recipes.reading import build_recipe, idle_lines, recipe_from_flags
 from secateur.recipes.verbs import VERBS, imported
 from secateur.steps.prune.composition import method_of
 
 KINDS = {verb.name: imported(verb.recipe) for verb in VERBS.values()}
 REQUIRED = {"repo": "owner/name"}
+SENSIBLE: dict[str, dict[str, Any]] = {
+    "chain": {"steps": [{"compress": {}}]},
+    "diagnose": {"model": "m"},
+    "fit": {"max_size": "1MiB"},
+    "structure": {"vocabulary": "t.txt"},
+}
+"""What a recipe needs besides what every recipe of the verb needs."""
 OTHER: dict[Any, Any] = {bool: None, int: 33, float: 0.375, str: "other"}
 """A value that is no default, by the type of an option."""
 
@@ -24,18 +31,20 @@ OTHER: dict[Any, Any] = {bool: None, int: 33, float: 0.375, str: "other"}
 def test_the_example_of_set_in_the_help_works(verb: str) -> None:
     kind = KINDS[verb]
     example = example_of(kind)
-    required = {o.name: REQUIRED.get(o.name, "m") for o in options_of(kind) if o.required}
-    given = {
-        "chain": {"model": "m", "steps": [{"compress": {}}]},
-        "fit": {"model": "m", "max_size": "1MiB"},
-        "report": {"runs": ("m",)},
-    }.get(verb, required)
+    given = sensible(verb)
     key, _, value = example.partition("=")
     made = build_recipe(kind, given, [example])
     found: Any = made
     for name in key.split("."):
         found = getattr(found, name)
     assert str(found).lower() in (value.lower(), f"{value}.0")
+
+
+def sensible(verb: str) -> dict[str, Any]:
+    """Values with which a recipe of the verb can be built."""
+    required = [option for option in options_of(KINDS[verb]) if option.required]
+    values = {option.name: REQUIRED.get(option.name, "m") for option in required}
+    return {**values, **({"runs": ("m",)} if verb == "report" else {}), **SENSIBLE.get(verb, {})}
 
 
 def test_the_help_of_every_verb_has_its_own_example(secateur) -> None:
@@ -58,7 +67,7 @@ def test_an_option_that_needs_another_one_is_refused_alone(verb: str, name: str)
     option, others = options[name], kind.needs[name]
     assert set(others) <= options.keys()
     value = other_value(option)
-    base = {"model": "m"} | ({"max_size": "1MiB"} if verb == "fit" else {})
+    base = sensible(verb)
     # without a preset nothing else is switched on
     off = {"score": "wanda"} if verb in ("prune",) else {}
     with pytest.raises(RecipeError, match=f"{name}: changes nothing without (one of )?{others[0]}"):
@@ -95,16 +104,65 @@ def test_what_switches_another_option_off_may_leave_its_details() -> None:
 
 
 def test_a_written_recipe_with_all_its_defaults_can_be_read() -> None:
-    for kind in KINDS.values():
+    for verb, kind in KINDS.items():
         if not options_of(kind) or "model" not in kind.model_fields:
             continue
-        given = {o.name: REQUIRED.get(o.name, "m") for o in options_of(kind) if o.required}
-        given |= {"max_size": "1MiB"} if kind is KINDS["fit"] else {}
-        given |= {"steps": [{"compress": {}}]} if kind is KINDS["chain"] else {}
-        recipe = build_recipe(kind, given)
+        recipe = build_recipe(kind, sensible(verb))
         written = recipe.model_dump(mode="json")
         assert build_recipe(kind, written) == recipe
         assert not idle_lines(recipe, written, {})
+
+
+FLAGS = {"model": "m", "keep_format": True, "compress": "int8", "distill_epochs": "1"}
+
+
+def test_all_conflicts_of_a_call_are_listed_at_once() -> None:
+    call = {"resume": True, "restart": True, "tune_remask": False}
+    with pytest.raises(RecipeError) as error:
+        recipe_from_flags(PruneRecipe, {**FLAGS, **call}, ["effort=fast"])
+    assert error.value.what.splitlines() == [
+        "4 faults:",
+        "    --tune-remask: changes nothing without --tune-passes",
+        "    --keep-format with --compress: both say how the weights are stored; "
+        "give one of the two",
+        "    --keep-format with --distill-epochs: distillation changes all weights, which the "
+        "format of the source would round again; leave --keep-format out, or do not distill",
+        "    --resume with --restart: one continues a stopped run, the other discards it; "
+        "give one of the two",
+    ]
+
+
+@pytest.mark.parametrize("verb", [name for name, kind in KINDS.items() if kind.conflicts])
+def test_every_row_of_conflicts_names_options(verb: str) -> None:
+    names = {option.name for option in all_options(KINDS[verb])}
+    run = KINDS[verb].run
+    for row in (*KINDS[verb].conflicts, *(run.conflicts if run else ())):
+        words = f"{row.option} or {row.other} or {row.unless}".split(" or ")
+        assert {word.partition("=")[0] for word in words if word} <= names
+        assert row.reason
+        assert row.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("prune", {"asymmetric": True, "sequential": "layer"},
+         "asymmetric with sequential layer: asymmetric fitting needs"),
+        ("compress", {"max_loss_increase": 0.1}, "max_loss_increase without calibration: a bound"),
+        ("train", {"patience": 3, "validation_windows": 0},
+         "patience with validation_windows 0: patience counts"),
+        ("structure", {"learned": 9, "ffn": 2, "allocation": "owl"}, "learned with allocation"),
+        ("fit", {"max_size": "1MB", "decode_speedup": 2.0, "target": "any"},
+         "decode_speedup with target: it needs times"),
+        ("evaluate", {"tasks": ("piqa",), "windows": 4}, "windows with tasks: windows are cut"),
+        ("diagnose", {"machine": True}, "machine with model: it looks at this machine"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(
+    kind: str, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(KINDS[kind], {"model": "m"}, given)
 
 
 @pytest.mark.parametrize(

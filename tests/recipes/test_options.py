@@ -133,7 +133,7 @@ def test_all_unknown_flags_are_reported_at_once(secateur) -> None:
 
 
 def test_text_of_flags_becomes_values() -> None:
-    recipe = recipe_from_flags(
+    recipe, _ = recipe_from_flags(
         StructureRecipe,
         {"model": "m", "ffn": "0.75", "kv_groups": "2", "hidden_size": "1.0",
          "method_parameters": ["iterations=3", "growth=1.5"], "pad": True},
@@ -143,14 +143,15 @@ def test_text_of_flags_becomes_values() -> None:
     assert recipe.method_parameters == {"iterations": 3, "growth": 1.5}
     assert recipe.pad
     assert recipe.memory.max_bytes == 3 * 2**30
-    given = {"model": "m", "lora": "8", "gradual": "2:4", "text": ["a", "b"], "top_k": "64"}
-    taught = recipe_from_flags(
+    pruned, _ = recipe_from_flags(TrainRecipe, {"model": "m", "gradual": "2:4"})
+    assert pruned.gradual.pattern == "2:4"
+    given = {"model": "m", "lora": "8", "text": ["a", "b"], "top_k": "64"}
+    taught, _ = recipe_from_flags(
         TrainRecipe,
         {**given, "teacher": "m", "hidden_weight": 1.0, "teacher_layers": ["0,3", "5"]},
         ["lora.alpha=4"],
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
-    assert taught.gradual.pattern == "2:4"
     assert taught.text == ("a", "b")
     assert taught.teacher_layers == (0, 3, 5)
 

@@ -110,11 +110,6 @@ def test_a_step_can_be_resumed_and_files_that_prepare_one_cannot(
     assert (tmp_path / "out.partial").exists() == finished
 
 
-def test_resume_and_restart_are_not_given_together(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="give one of the two"):
-        RunFolder(tmp_path / "out", "prune", resume=True, restart=True)
-
-
 def test_an_error_of_a_resumed_run_keeps_the_work_of_the_first(tmp_path: Path) -> None:
     stopped(tmp_path / "out")
     with (

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from secateur.cli.verb import make_command
-from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -251,30 +250,16 @@ def _inspect(recipe: InspectRecipe) -> Result:
         return inspect(**dict(recipe), progress=progress)
 
 
-def _check_diagnosis(recipe: DiagnoseRecipe) -> None:
-    if recipe.model is None and not recipe.machine:
-        raise RecipeError(
-            "MODEL: missing",
-            where="secateur diagnose",
-            remedy="name a model, or give --machine to see what this machine can speed up",
-        )
-
-
 def _diagnosis_exit_code(result: Any) -> int:
     """3 if a finding is an error."""
     count = getattr(result, "count", None)
     return 3 if count and count("error") else 0
 
 
-@_command("diagnose", exit_code=_diagnosis_exit_code, check=_check_diagnosis)
+@_command("diagnose", exit_code=_diagnosis_exit_code)
 def _diagnose(recipe: DiagnoseRecipe) -> Result:
     from secateur.steps.diagnose import check_target, diagnose
 
-    if recipe.machine and recipe.model is not None:
-        raise RecipeError(
-            "--machine looks at this machine and at no model",
-            remedy=f"leave {recipe.model} out, or leave --machine out: the model's result says it",
-        )
     if recipe.machine:
         return check_target()
     options = {key: value for key, value in recipe if key != "machine"}

@@ -26,7 +26,7 @@ from secateur.recipes.options import (
     options_of,
     run_options_of,
 )
-from secateur.recipes.reading import call_from_flags, recipe_from_flags, takes_several
+from secateur.recipes.reading import recipe_from_flags, takes_several
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def make_command(
     """
     kind = imported(VERBS[verb].recipe)
     of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
-    of_call = run_options_of(kind)
-
-    shown = [*of_recipe, *of_call, JSON, QUIET]
+    shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
     if of_recipe:
         shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
     signature = inspect.Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
@@ -97,9 +95,7 @@ def make_command(
         _refuse_several(verb, given.get("dry_run", False))
         assignments = given.pop("set", None) or ()
         as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
-        of_this = {o.name: given.pop(o.name) for o in of_call if o.name in given}
-        call = call_from_flags(kind, of_this)
-        recipe = recipe_from_flags(kind, given, assignments)
+        recipe, call = recipe_from_flags(kind, given, assignments)
         if not call.get("dry_run"):
             needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
             if needed and recipe.output is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from secateur.recipes.options import (
     CALIBRATION,
     HOW,
     WHAT,
+    Conflict,
     Flag,
     Recipe,
     Section,
@@ -101,6 +102,26 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
             *("max_memory", "activations", "micro_batch_tokens", "device"),
         ),
         ("calibration",),
+    )
+    conflicts = (
+        Conflict(
+            "max_loss_increase",
+            "overrides",
+            "a bound on the loss chooses the values of all linears, but some have their own",
+            "leave one of the two out",
+        ),
+        Conflict(
+            "max_loss_increase",
+            "values",
+            "a bound on the loss chooses the values",
+            "use --values auto, or leave --max-loss-increase out",
+        ),
+        Conflict(
+            "max_loss_increase",
+            "calibration=None",
+            "a bound on the loss needs text to measure the loss on",
+            "add --calibration TEXT, or leave --max-loss-increase out",
+        ),
     )
 
     calibration: RoundingText = RoundingText()
@@ -213,16 +234,25 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
         **dict.fromkeys(("tasks", "task_data", "limit"), ("min_accuracy_kept",)),
         "context_length": ("max_inference_memory",),
     }
+    conflicts = (
+        Conflict(
+            "",
+            "",
+            "give a bound",
+            "give one or more of --max-size, --max-inference-memory, --decode-speedup and "
+            "--max-loss-increase; --min-accuracy-kept alone does not steer the search",
+            unless="max_size or max_inference_memory or decode_speedup or max_loss_increase",
+        ),
+        *(
+            Conflict(
+                bound,
+                "target",
+                "it needs times and memory of an engine, and only those of cpu are measured here",
+                "give --target cpu, or bounds on size and loss",
+            )
+            for bound in ("max_inference_memory", "decode_speedup")
+        ),
+    )
 
     calibration: FitText = FitText()
     memory: Memory = Memory()
-
-    @model_validator(mode="after")
-    def check_bounds(self) -> FitRecipe:
-        """There is a bound to search by."""
-        bounds = ("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase")
-        if all(getattr(self, name) is None for name in bounds):
-            flags = ["--" + name.replace("_", "-") for name in bounds]
-            also = " beside --min-accuracy-kept" if self.min_accuracy_kept is not None else ""
-            raise ValueError(f"give a bound{also}: one or more of {', '.join(flags)}")
-        return self

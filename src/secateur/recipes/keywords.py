@@ -19,11 +19,10 @@ from secateur.recipes.options import (
     Option,
     Section,
     all_options,
-    options_of,
     run_options_of,
     without_none,
 )
-from secateur.recipes.reading import AnyRecipe, build_recipe, checked_call, nested
+from secateur.recipes.reading import AnyRecipe, build_call, nested
 from secateur.recipes.verbs import VERBS, imported
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -123,10 +122,9 @@ def recipe_of(
     given = {k: plain(v) for k, v in {**values, **options}.items() if v is not None}
     if isinstance(given.get(CALIBRATION_TEXT), list | tuple):
         given[CALIBRATION_TEXT] = str(_keep_texts(given[CALIBRATION_TEXT]))
-    run = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
-    spelled = {option.path: option.name for option in options_of(kind)}
-    recipe = build_recipe(kind, nested(kind, given), spelled=spelled)
-    return recipe, checked_call(kind, run, {(name,): name for name in run})
+    call = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
+    spelled = {option.path: option.name for option in all_options(kind)}
+    return build_call(kind, nested(kind, given), call, spelled=spelled)
 
 
 def _keep_texts(texts: Sequence[Any]) -> Path:

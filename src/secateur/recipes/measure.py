@@ -15,6 +15,7 @@ from secateur.recipes.options import (
     MAX_SEED,
     OUTPUT,
     WHAT,
+    Conflict,
     Flag,
     Recipe,
     Section,
@@ -62,6 +63,16 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
 
     group = WHAT
     needs = dict.fromkeys(("task_data", "limit", "shots"), ("tasks",))
+    conflicts = tuple(
+        Conflict(
+            name,
+            "tasks or generation",
+            "windows are cut from texts, and none is measured",
+            "name the text (wikitext2, or a file), or leave it out",
+            unless="text",
+        )
+        for name in ("windows", "sequence_length")
+    )
 
     model: Annotated[str, Flag(value="MODEL")] = Field(
         description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
@@ -172,6 +183,21 @@ class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
 
     group = WHAT
     needs = dict.fromkeys(("text", "windows", "sequence_length"), ("dense",))
+    conflicts = (
+        Conflict(
+            "",
+            "",
+            "MODEL: missing",
+            "name a model, or give --machine to see what this machine can speed up",
+            unless="model or machine",
+        ),
+        Conflict(
+            "machine",
+            "model",
+            "it looks at this machine and at no model",
+            "leave the model out, or leave --machine out: the model's result says it",
+        ),
+    )
 
     model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
         None,

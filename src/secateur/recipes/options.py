@@ -87,6 +87,28 @@ class Flag:
     advanced: bool = False
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Two options that do not go together: one row of the table of a recipe.
+
+    An option counts if its value is not the default, and `NAME=VALUE` if it has this value. Several
+    are separated by `or`. A row without options holds for every recipe.
+
+    Attributes:
+        option: one of the two.
+        other: the other.
+        reason: why.
+        remedy: what to do.
+        unless: options with which the two go together.
+    """
+
+    option: str
+    other: str
+    reason: str
+    remedy: str
+    unless: str = ""
+
+
 class Section(BaseModel):
     """Fields that belong together.
 
@@ -102,6 +124,12 @@ class Section(BaseModel):
 
     alone: ClassVar[Mapping[type, str]] = {}
     """Types of single values that may stand for the whole section, and the field that they give."""
+
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Options that change nothing unless one of these others is given or switched on; by name."""
+
+    conflicts: ClassVar[tuple[Conflict, ...]] = ()
+    """Options that do not go together."""
 
     @classmethod
     def opened(cls, value: Any) -> Any:
@@ -125,9 +153,6 @@ class Recipe(Section):
 
     run: ClassVar[type[Section] | None] = None
     """Options of one call: flags and keywords, but not keys of a recipe."""
-
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Options that change nothing unless one of these others is given or switched on; by name."""
 
 
 BUDGET = "memory.max_memory"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from pydantic import Strict as Strictness
 
 from secateur.recipes.options import (
@@ -14,6 +14,7 @@ from secateur.recipes.options import (
     MEMORY,
     OUTPUT,
     WHAT,
+    Conflict,
     Flag,
     Recipe,
     Section,
@@ -22,6 +23,7 @@ from secateur.recipes.options import (
 from secateur.recipes.presets import presets
 from secateur.recipes.shared import (
     DISTILLING,
+    ONE,
     Calibration,
     Cluster,
     Device,
@@ -191,6 +193,10 @@ class PruneCall(Planning):
     """What to do with a stopped run; or to plan only, for this machine or on paper for others."""
 
     group = MEMORY
+    needs: ClassVar = {
+        "gpus": ("dry_run",),
+        **dict.fromkeys(("nodes", "gpu", "network"), ("gpus",)),
+    }
 
     gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(
         None,
@@ -207,15 +213,6 @@ class PruneCall(Planning):
         pattern=r"^\d+(\.\d+)?Gb$",
         description="Bits a second of the network of one machine, such as 400Gb.",
     )
-
-    @model_validator(mode="after")
-    def check_machines(self) -> PruneCall:
-        """Other machines are for plans on paper."""
-        given = [n for n in ("gpus", "nodes", "gpu", "network") if n in self.model_fields_set]
-        missing = "--dry-run" if not self.dry_run else "--gpus" if self.gpus is None else None
-        if given and missing:
-            raise ValueError(f"--{given[0]} is for plans on paper; add {missing}")
-        return self
 
 
 class PruneRecipe(
@@ -243,6 +240,28 @@ class PruneRecipe(
         "compress_embeddings": ("compress",),
         "ray_processes": ("ray",),
     }
+    conflicts = (
+        Conflict("keep_format", "compress", "both say how the weights are stored", ONE),
+        Conflict(
+            "keep_format",
+            "distill_epochs",
+            "distillation changes all weights, which the format of the source would round again",
+            "leave --keep-format out, or do not distill",
+        ),
+        Conflict(
+            "asymmetric",
+            "sequential=layer",
+            "asymmetric fitting needs the inputs of each group as they are after the groups before "
+            "it were pruned; in the order 'layer' they are not known",
+            "use --sequential group, or --symmetric",
+        ),
+        Conflict(
+            "dry_run",
+            "ray",
+            "a dry run plans for one process, and Ray would start several",
+            "leave --ray out; --gpus and --nodes plan for a cluster on paper",
+        ),
+    )
 
     reconstruction: Reconstruct = Reconstruct()
     distillation: Distill = Distill()

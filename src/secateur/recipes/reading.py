@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,6 +19,7 @@ from secateur.recipes.options import (
     Option,
     Recipe,
     Section,
+    all_options,
     choices_of,
     example_of,
     holds,
@@ -31,7 +32,6 @@ from secateur.recipes.presets import filled_in
 from secateur.recipes.yaml_text import read_yaml, write_yaml
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_recipe_file(file: Path) -> dict[str, Any]:
@@ -83,47 +83,38 @@ def build_recipe(
     Raises:
         RecipeError: listing every fault, with similar names for unknown keys.
     """
+    return build_call(kind, values, {}, assignments, where, spelled)[0]
+
+
+def build_call(
+    kind: type[AnyRecipe],
+    values: Mapping[str, Any],
+    call: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    where: str | None = None,
+    spelled: Spelled = MappingProxyType({}),
+) -> tuple[AnyRecipe, dict[str, Any]]:
+    """Build a recipe, and check the options of one call, which are no keys of it.
+
+    Args, errors: as in `build_recipe`; `call` has the options of the call by name.
+    """
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         _set_value(kind, merged, assignment)
     whole = filled_in(merged, kind.presets) if kind.presets else merged
-    recipe = _validated(kind, whole, where, spelled)
-    if idle := idle_lines(recipe, merged, spelled):
-        remedy = "leave out what changes nothing, or give what it needs"
-        raise RecipeError.of(idle, where=where, remedy=remedy)
-    return recipe
-
-
-def checked_call(
-    kind: type[Recipe], given: Mapping[str, Any], spelled: Spelled = MappingProxyType({})
-) -> dict[str, Any]:
-    """Check the options of one call, which are no keys of the recipe.
-
-    Args:
-        kind: the class of the recipe.
-        given: values by name.
-        spelled: how the user named them, for errors.
-
-    Returns:
-        The same values.
-
-    Raises:
-        RecipeError: listing every fault.
-    """
-    if kind.run is None:
-        return {}
-    checked = _validated(kind.run, given, None, spelled)
-    return {name: getattr(checked, name) for name in given}
-
-
-def _validated(
-    kind: type[AnySection], values: Mapping[str, Any], where: str | None, spelled: Spelled
-) -> AnySection:
-    """Build a section from nested values; see `build_recipe`."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError.of(_fault_lines(kind, error, spelled), where=where) from None
+    made: list[Section] = []
+    faults: list[str] = []
+    parts: list[tuple[type[Section], Mapping[str, Any]]] = [(kind, whole)]
+    for section, given in [*parts, (kind.run, call)] if kind.run else parts:
+        try:
+            made.append(section.model_validate(given))
+        except ValidationError as error:
+            faults += _fault_lines(section, error, spelled)
+    if faults:
+        raise RecipeError.of(faults, where=where)
+    _refuse_contradictions(made, {**merged, **call}, where, spelled)
+    recipe: Any = made[0]
+    return recipe, {name: getattr(made[1], name) for name in call}
 
 
 def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
@@ -193,8 +184,8 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 def recipe_from_flags(
     kind: type[AnyRecipe], given: Mapping[str, Any], assignments: Sequence[str] = ()
-) -> AnyRecipe:
-    """The recipe that the words of a command describe.
+) -> tuple[AnyRecipe, dict[str, Any]]:
+    """The recipe and the options of the call that the words of a command describe.
 
     The first argument may be a recipe file. Flags replace its values, and assignments replace
     both.
@@ -207,36 +198,20 @@ def recipe_from_flags(
     Raises:
         RecipeError: listing every fault.
     """
-    read = _read_flags(options_of(kind), given)
+    known = {option.name: option for option in all_options(kind)}
+    of_call = {option.name for option in run_options_of(kind)}
+    read = {n: read_flag(known[n], text) for n, text in given.items() if text is not None}
     values: dict[str, Any] = {}
-    where = None
-    first = str(read.get("model", (None, ""))[1])
+    where, first = None, str(read.get("model"))
     if first.endswith((".yaml", ".yml")):
         where = first
         values = read_recipe_file(Path(first))
         del read["model"]
-    for option, value in read.values():
-        _put(values, option.path, value, where)
-    spelled = {option.path: option.flag_text for option, _ in read.values()}
-    return build_recipe(kind, values, assignments, where, spelled)
-
-
-def call_from_flags(kind: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of one call; arguments and errors as in `recipe_from_flags`."""
-    read = _read_flags(run_options_of(kind), given)
-    spelled = {option.path: option.flag_text for option, _ in read.values()}
-    return checked_call(kind, {name: value for name, (_, value) in read.items()}, spelled)
-
-
-def _read_flags(
-    options: Sequence[Option], given: Mapping[str, Any]
-) -> dict[str, tuple[Option, Any]]:
-    known = {option.name: option for option in options}
-    return {
-        name: (known[name], read_flag(known[name], text))
-        for name, text in given.items()
-        if text is not None
-    }
+    spelled = {known[name].path: known[name].flag_text for name in read}
+    call = {name: read.pop(name) for name in of_call & read.keys()}
+    for name, value in read.items():
+        _put(values, known[name].path, value, where)
+    return build_call(kind, values, call, assignments, where, spelled)
 
 
 def takes_several(option: Option) -> bool:
@@ -328,7 +303,26 @@ def _fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) 
     ]
 
 
-def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> list[str]:
+NEEDED = "leave out what changes nothing, or give what it needs"
+"""The remedy for options that change nothing."""
+
+
+def _refuse_contradictions(
+    made: Sequence[Section], given: Mapping[str, Any], where: str | None, spelled: Spelled
+) -> None:
+    """Refuse options that change nothing, and options that do not go together; list all."""
+    idle = [line for section in made for line in idle_lines(section, given, spelled)]
+    faults = [(line, NEEDED) for line in idle] + list(_conflicts_in(made, spelled))
+    if not faults:
+        return
+    [(what, remedy), *more] = faults
+    if not more:
+        raise RecipeError(what, where=where, remedy=remedy)
+    lines = [what if remedy == NEEDED else f"{what}; {remedy}" for what, remedy in faults]
+    raise RecipeError.of(lines, where=where, remedy=NEEDED if idle else None)
+
+
+def idle_lines(section: Section, given: Mapping[str, Any], spelled: Spelled) -> list[str]:
     """A line for each option that was given and changes nothing, as another one is missing.
 
     An option with its default counts as not given, because a recipe that was written lists all.
@@ -336,32 +330,70 @@ def idle_lines(recipe: Recipe, given: Mapping[str, Any], spelled: Spelled) -> li
     off what a recipe has, and a line of a recipe what another line has.
 
     Args:
-        recipe: the recipe, its preset filled in.
+        section: the recipe, its preset filled in, or the options of a call.
         given: the nested values from which it was made, without the preset's.
         spelled: the names of options that do not come from YAML.
     """
-    options = {option.name: option for option in options_of(type(recipe))}
-    preset = recipe.presets.get(getattr(recipe, "effort", None) or "", {})
-    usual, lines = type(recipe).model_construct(**preset), []
-    for name, others in recipe.needs.items():
+    options = {option.name: option for option in options_of(type(section))}
+    presets = getattr(section, "presets", {})
+    preset = presets.get(getattr(section, "effort", None) or "", {})
+    usual, lines = type(section).model_construct(**preset), []
+    for name, others in section.needs.items():
         path, needed = options[name].path, [options[other] for other in others]
-        if not holds(given, path) or _value_at(recipe, path) in (None, _value_at(usual, path)):
+        if not holds(given, path) or _value_at(section, path) in (None, _value_at(usual, path)):
             continue
         if any(holds(given, x.path) and (x.path in spelled or path not in spelled) for x in needed):
             continue
-        if not any(_value_at(recipe, option.path) for option in needed):
-            flag = spelled.get(path)
-            names = [x.flag_text if flag and flag[0] == "-" else x.name if flag else x.key
-                     for x in needed]  # fmt: skip
+        if not any(_value_at(section, option.path) for option in needed):
+            names = [_name_of(option, options[name], spelled) for option in needed]
             wanted = f"one of {', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
-            lines.append(f"{flag or options[name].key}: changes nothing without {wanted}")
+            lines.append(
+                f"{spelled.get(path, options[name].key)}: changes nothing without {wanted}"
+            )
     return lines
+
+
+def _conflicts_in(made: Sequence[Section], spelled: Spelled) -> Iterator[tuple[str, str]]:
+    """What does not go together, and the remedy."""
+    states = {
+        option.name: (option, _value_at(section, option.path), _value_at(usual, option.path))
+        for section in made
+        for usual in [type(section).model_construct()]
+        for option in options_of(type(section))
+    }
+
+    def counting(words: str) -> tuple[Option, str] | None:
+        """The first of these options that counts, and the value that is asked for."""
+        for word in words.split(" or "):
+            name, equals, wanted = word.partition("=")
+            option, value, usual = states[name]
+            if str(value) == wanted if equals else value != usual:
+                return option, wanted
+        return None
+
+    for row in (row for section in made for row in section.conflicts):
+        if row.unless and counting(row.unless):
+            continue
+        if not row.option:
+            yield row.reason, row.remedy
+        elif (one := counting(row.option)) and (two := counting(row.other)):
+            names = _name_of(one[0], two[0], spelled), _name_of(two[0], one[0], spelled)
+            value = two[1] if two[1] != "None" else ""
+            pair = (" without " if two[1] == "None" else " with ").join(names)
+            yield f"{pair}{value and ' '}{value}: {row.reason}", row.remedy
+
+
+def _name_of(option: Option, other: Option, spelled: Spelled) -> str:
+    """An option as the user named it, else in the form in which the other one was named."""
+    like = spelled.get(option.path) or spelled.get(other.path, "")
+    form = option.flag_text if like.startswith("-") or like.isupper() else option.name
+    return spelled.get(option.path, form if like else option.key)
 
 
 def _value_at(section: Any, path: Sequence[str]) -> Any:
     """The value of an option in a recipe; a section of a preset may be a mapping."""
     for key in path:
-        section = section.get(key) if isinstance(section, Mapping) else getattr(section, key)
+        section = section.get(key) if isinstance(section, Mapping) else getattr(section, key, None)
     return section
 
 

@@ -13,12 +13,16 @@ from secateur.recipes.options import (
     MEMORY,
     OUTPUT,
     RECOVERY,
+    Conflict,
     Flag,
     Section,
     Size,
     bytes_of,
     matching,
 )
+
+ONE = "give one of the two"
+"""The remedy for two options that say the same, or the opposite."""
 
 
 class MemoryLimit(Section):
@@ -104,6 +108,10 @@ class Overwriting(Section):
 
 class Resuming(Overwriting):
     """What to do with a stopped run."""
+
+    conflicts = (
+        Conflict("resume", "restart", "one continues a stopped run, the other discards it", ONE),
+    )
 
     resume: bool = Field(
         False,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from secateur.recipes.options import WHAT, Flag, Recipe, Section, Size, Texts
+from secateur.recipes.options import WHAT, Conflict, Flag, Recipe, Section, Size, Texts
 from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.shared import (
     DISTILLING,
+    ONE,
     Calibration,
     Device,
     Distill,
@@ -23,10 +25,21 @@ from secateur.recipes.shared import (
 Kept = int | float
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 
-BUDGETS = ("keep_parameters", "max_size", "decode_latency", "kv_cache")
-"""Options that say how much is to remain, and leave open what goes."""
+TARGETS = ("keep_parameters", "max_size", "decode_latency")
+"""Options that say how much of the whole model is to remain, and leave open what goes."""
+BUDGETS = (*TARGETS, "kv_cache")
+NARROWING = ("kv_groups", "query_heads", "ffn", *BUDGETS)
+"""Options that cut heads or neurons."""
 WIDTHS = ("kv_groups", "query_heads", "ffn", "hidden_size", *BUDGETS)
 """Options that cut within layers, by a score."""
+CUTS = ("keep_layers", "experts", *WIDTHS, "vocabulary", "vocabulary_size")
+"""Options that cut."""
+
+NOT_LEARNED = (
+    *("effort", "experts", "query_heads", "decode_latency", "whole_first", "whole_last"),
+    *("allocation", "score", "solver", "asymmetric", "depth_units"),
+)
+"""Options that control the choice of units by a score, or name units without gates."""
 
 Counted = Flag(value="NUMBER", default="all")
 
@@ -219,8 +232,49 @@ class StructureRecipe(
         **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *BUDGETS)),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple", "pad"), WIDTHS),
+        **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
         **DISTILLING,
     }
+    conflicts = (
+        Conflict(
+            "",
+            "",
+            "the recipe cuts nothing",
+            "say what to keep: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, --hidden-size 0.9, "
+            "--experts 0.5, --vocabulary TEXT, or --keep-parameters 0.75 of the decoder's",
+            unless=" or ".join(CUTS),
+        ),
+        *(Conflict(*pair, "these are two targets", ONE) for pair in combinations(TARGETS, 2)),
+        *(
+            Conflict(
+                target,
+                width,
+                "both set how many heads and neurons stay",
+                ONE,
+            )
+            for target, width in product(TARGETS, ("kv_groups", "ffn", "kv_cache"))
+        ),
+        Conflict("kv_groups", "kv_cache", "both set the same number", ONE),
+        *(
+            Conflict(
+                whole,
+                "query_heads",
+                "all layers must have equally many query heads in a KV group, so no layer can keep "
+                "all",
+                "leave --whole-first and --whole-last out, or --query-heads",
+            )
+            for whole in ("whole_first", "whole_last")
+        ),
+        *(
+            Conflict(
+                "learned",
+                name,
+                "learned masks choose the units",
+                "leave it out, or --learned",
+            )
+            for name in NOT_LEARNED
+        ),
+    )
 
     distillation: Distill = Distill()
     calibration: Calibration = Calibration()

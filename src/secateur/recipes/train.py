@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from secateur.recipes.options import (
     MAX_SEED,
@@ -12,13 +13,14 @@ from secateur.recipes.options import (
     OUTPUT,
     TEACHER,
     WHAT,
+    Conflict,
     Flag,
     Recipe,
     Section,
     Texts,
     text_alone,
 )
-from secateur.recipes.shared import Device, MemoryLimit, OutputFolder, Planning
+from secateur.recipes.shared import ONE, Device, MemoryLimit, OutputFolder, Planning
 
 
 class LoraOptions(Section):
@@ -314,17 +316,27 @@ class TrainRecipe(
         "teacher_layers": ("hidden_weight",),
         "regrow": ("mask",),
     }
+    conflicts = (
+        *(
+            Conflict(
+                "lora",
+                pruning,
+                f"adapters keep the zeros there are, {pruning} pruning makes new ones",
+                "prune first, then train adapters",
+            )
+            for pruning in ("gradual", "iterative")
+        ),
+        Conflict("gradual", "iterative", "these are two ways to prune", ONE),
+        *(
+            Conflict(*pair, "must be one of them, the length of the training", ONE)
+            for pair in combinations(("steps", "minutes", "epochs"), 2)
+        ),
+        Conflict(
+            "patience",
+            "validation_windows=0",
+            "patience counts validations, and there would be none",
+            "leave one of the two out",
+        ),
+    )
 
     memory: MemoryLimit = MemoryLimit()
-
-    @model_validator(mode="after")
-    def check_length(self) -> TrainRecipe:
-        """One option says how long to train, and patience needs validations."""
-        if self.patience and not self.validation_windows:
-            raise ValueError(f"patience {self.patience}: must be 0 without validation windows")
-        lengths = {"steps": self.steps, "minutes": self.minutes}
-        lengths["epochs"] = self.epochs if self.epochs != 1 else None
-        given = [f"{name} {value:g}" for name, value in lengths.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}: must be one of them, the length")
-        return self

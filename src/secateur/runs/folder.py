@@ -96,11 +96,6 @@ class RunFolder:
     ) -> None:
         if output is None or not str(output):
             raise RecipeError("no output folder", remedy="add --output DIR")
-        if resume and restart:
-            raise RecipeError(
-                "--resume continues a stopped run, and --restart discards it",
-                remedy="give one of the two",
-            )
         self.output = Path(os.path.abspath(output))
         check_writable(self.output)
         self.verb, self.overwrite, self.restart = verb, overwrite, restart

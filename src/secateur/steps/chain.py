@@ -49,11 +49,10 @@ from secateur.sparsity.solvers import solvers
 from secateur.steps.compress.pack import check_compression, compress_recipe
 from secateur.steps.prune.checkpoint import run_recipe
 from secateur.steps.prune.composition import allocation_of, method_of, own_methods
-from secateur.steps.prune.prepare import settings_of
 from secateur.steps.prune.workers import refuse_cluster
 from secateur.steps.structure.run import structure_recipe
 from secateur.steps.train.checkpoint import run_training
-from secateur.structured.cut_plan import check_together, count, plan_cut
+from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
@@ -413,12 +412,10 @@ def _check_prune(recipe: PruneRecipe) -> None:
     own_methods(recipe)
     allocation_of(recipe, method)
     choose_device(recipe.device)
-    settings_of(recipe, "memory", None)
 
 
 def _check_structure(recipe: StructureRecipe) -> None:
-    """Check the parts of a structured cut, and that it cuts something."""
-    check_together(recipe)
+    """Check the parts of a structured cut."""
     for registry, name in (
         (scores, recipe.score),
         (solvers, recipe.solver),

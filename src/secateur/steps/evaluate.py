@@ -163,7 +163,6 @@ def run_evaluation(
         RecipeError: several processes, and something other than texts is to be measured.
     """
     _refuse_several(recipe, ranks.count)
-    _refuse_idle(recipe)
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
@@ -209,16 +208,6 @@ def _refuse_several(recipe: EvaluateRecipe, count: int) -> None:
                 f"{option} does not work with several processes yet, and there are {count}",
                 remedy="leave it out, or start without torchrun",
             )
-
-
-def _refuse_idle(recipe: EvaluateRecipe) -> None:
-    """Refuse windows where no text is read."""
-    cut = [n for n in ("windows", "sequence_length") if getattr(recipe, n) is not None]
-    if cut and not recipe.text and (recipe.tasks or recipe.generation):
-        raise RecipeError(
-            f"{' and '.join(cut)}: windows are cut from texts, and none is measured",
-            remedy="name the text (wikitext2, or a file), or leave them out",
-        )
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

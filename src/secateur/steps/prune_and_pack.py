@@ -108,16 +108,9 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
     Raises:
         SecateurError: as the run would.
     """
-    _check_storage(recipe)
     packs = recipe.compress.values is not None
     if packs:
         checked_steps(_chain_of(recipe).steps)
-    if recipe.cluster.ray is not None:
-        raise RecipeError(
-            "a dry run plans for one process, and Ray would start several",
-            where="--ray",
-            remedy="leave it out; --gpus and --nodes plan for a cluster on paper",
-        )
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
         return _plan_on_paper(recipe, cluster_call)
@@ -147,7 +140,6 @@ def prune_recipe(
         ranks: the processes that share the work; this one is the first.
     """
     refuse_several(recipe, ranks.count)
-    _check_storage(recipe)
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return run_recipe(recipe, progress, **call, ranks=ranks)
@@ -156,15 +148,6 @@ def prune_recipe(
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
     packed = packed.model_copy(update={"output": output})
     return dataclasses.replace(report_of(output), compression=packed)
-
-
-def _check_storage(recipe: PruneRecipe) -> None:
-    """Refuse options about how weights are stored that contradict each other."""
-    if recipe.compress.values is not None and recipe.keep_format:
-        raise RecipeError(
-            "--keep-format and --compress both say how the weights are stored",
-            remedy="give one of them",
-        )
 
 
 def _chain_of(recipe: PruneRecipe) -> ChainRecipe:

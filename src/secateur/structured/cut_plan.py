@@ -9,14 +9,11 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.recipes.options import bytes_of
-from secateur.recipes.structure import Kept, StructureRecipe
+from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of, unit_width
 from secateur.structured.design import design
-
-TARGETS = ("keep_parameters", "max_size", "decode_latency")
-"""Options that set the total reduction of heads and neurons."""
 
 UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
@@ -124,7 +121,6 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         ArchitectureError: the recipe cuts units within layers, and the family does not declare
             them.
     """
-    check_together(recipe)
     if any(getattr(recipe, name) is not None for name in UNITS):
         couplings_of(describe(model), [k for n, k in KINDS.items() if getattr(recipe, n)])
     sizes = sizes_of(model)
@@ -196,46 +192,6 @@ def _experts_of(wanted: int | float, sizes: Sizes) -> int | None:
     return kept - kept % groups
 
 
-def check_together(recipe: StructureRecipe) -> None:
-    """Refuse options that contradict each other, or cut nothing.
-
-    Raises:
-        RecipeError: naming the options.
-    """
-    targets = [n for n in TARGETS if getattr(recipe, n) is not None]
-    widths = [n for n in ("kv_groups", "ffn", "kv_cache") if getattr(recipe, n) is not None]
-    steps = ("keep_layers", "experts", "hidden_size", "query_heads")
-    others = [n for n in steps if getattr(recipe, n) is not None]
-    if not targets + widths + others:
-        if trims_vocabulary(recipe):
-            return
-        raise RecipeError(
-            "the recipe cuts nothing",
-            remedy="say what to keep: --keep-layers 24, --ffn 0.75, --kv-groups 0.67, "
-            "--hidden-size 0.9, --experts 0.5, --vocabulary TEXT, or --keep-parameters 0.75 of the "
-            "decoder's",
-        )
-    narrowed = targets or widths or recipe.query_heads is not None
-    if not narrowed and (recipe.whole_first or recipe.whole_last):
-        raise RecipeError(
-            "some layers keep all heads and neurons, but no other layer loses any",
-            remedy="leave --whole-first and --whole-last out, or add --ffn, --kv-groups or a "
-            "target",
-        )
-    targets, widths = (["--" + n.replace("_", "-") for n in names] for names in (targets, widths))
-    if len(targets) > 1:
-        raise RecipeError(f"{targets[0]} and {targets[1]} are two targets", remedy="give one")
-    if targets and widths:
-        raise RecipeError(
-            f"{targets[0]} and {widths[0]} both set how many heads and neurons stay",
-            remedy=f"leave {widths[0]} out, or the target",
-        )
-    if recipe.kv_groups is not None and recipe.kv_cache is not None:
-        raise RecipeError(
-            "--kv-groups and --kv-cache set the same number", remedy="give one of them"
-        )
-
-
 def _queries_of(recipe: StructureRecipe, sizes: Sizes) -> int | None:
     """How many query heads of each KV group to keep; None for all."""
     if recipe.query_heads is None:
@@ -257,11 +213,6 @@ def _whole_layers(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
             f"{first} layers at the start and {last} at the end keep everything, but only "
             f"{layers} layers remain",
             remedy="keep fewer layers whole",
-        )
-    if first + last and recipe.query_heads is not None:
-        raise RecipeError(
-            "all layers must have equally many query heads in a KV group, so no layer can keep all",
-            remedy="leave --whole-first and --whole-last out, or --query-heads",
         )
     return first, last
 

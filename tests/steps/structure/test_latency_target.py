@@ -158,7 +158,7 @@ def test_a_size_that_misses_the_target_is_never_taken(source: Path, windows: Pat
         (0, {"decode_latency": 0.9, "keep_layers": 3}, "with all heads and neurons it takes 75.0%"),
         (0, {"decode_latency": 0.5, "keep_parameters": 0.5}, "are two targets"),
         (0, {"decode_latency": 0.5, "max_size": "100KiB"}, "are two targets"),
-        (0, {"decode_latency": 0.5, "ffn": 0.5}, "decode.latency and (--)?ffn both set how many"),
+        (0, {"decode_latency": 0.5, "ffn": 0.5}, "decode.latency with (--)?ffn: both set how many"),
         (0, {"decode_latency": 1.0}, "less than 1"),
         (0, {"decode_latency": 0.5, "multiple": 480}, "with 3 KV groups and 480 neurons a layer"),
     ],

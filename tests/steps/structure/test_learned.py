@@ -130,9 +130,9 @@ def test_a_number_alone_is_the_steps(places: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "what"),
     [
-        ({"score": "wanda"}, RecipeError, "so score cannot"),
-        ({"effort": "best"}, RecipeError, "effort"),
-        ({"whole_first": 1}, RecipeError, "whole_first"),
+        ({"score": "wanda"}, RecipeError, "learned with score"),
+        ({"effort": "best"}, RecipeError, "learned with effort"),
+        ({"whole_first": 1}, RecipeError, "learned with whole_first"),
         ({"learned": {**HOW, "references": {"x": 1.0}}}, RecipeError, "'x', which is no domain"),
         ({"memory": {"max_memory": "1MiB"}}, MemoryBudgetError, "training needs"),
     ],

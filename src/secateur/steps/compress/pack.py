@@ -34,7 +34,6 @@ from secateur.runs.output import check_free
 from secateur.runs.records import FormatTotals, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.choice import (
-    AUTO,
     DEFAULT_GROUP,
     DENSE,
     check_names,
@@ -161,29 +160,11 @@ def check_compression(recipe: CompressRecipe) -> None:
                 where=f"override {glob!r}",
                 remedy=did_you_mean(values, [*VALUES]),
             )
-    if bound is not None and recipe.overrides:
-        raise RecipeError(
-            "a bound on the loss chooses the values of all linears, but some have their own",
-            where="--overrides",
-            remedy="leave one of the two out",
-        )
     integers = BITS.keys() & [recipe.values, *recipe.overrides.values()]
-    if bound is None:
-        if recipe.calibration.source is not None and not integers:
-            raise RecipeError(
-                "calibration text helps to round to integers, but the values are "
-                f"{recipe.values!r}",
-                remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
-            )
-    elif recipe.values != AUTO:
+    if bound is None and recipe.calibration.source is not None and not integers:
         raise RecipeError(
-            f"a bound on the loss chooses the values, but they are {recipe.values!r}",
-            remedy="use --values auto, or leave --max-loss-increase out",
-        )
-    elif recipe.calibration.source is None:
-        raise RecipeError(
-            "a bound on the loss needs text to measure the loss on",
-            remedy="add --calibration TEXT, or leave --max-loss-increase out",
+            f"calibration text helps to round to integers, but the values are {recipe.values!r}",
+            remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
         )
 
 

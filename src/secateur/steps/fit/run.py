@@ -113,9 +113,6 @@ DRAWN_TOKENS = 1024
 MOST = 2
 """Number of searches after the first one, at most."""
 
-OF_AN_ENGINE = ("max_inference_memory", "decode_speedup")
-"""Bounds that mean nothing without an engine."""
-
 INSTEAD: Mapping[str, tuple[str, str]] = {
     "vllm": (
         "vLLM reads one scheme for all linears from compressed-tensors, w8a8 or w4a16, and gains "
@@ -304,14 +301,6 @@ def check_target(recipe: FitRecipe) -> None:
     if recipe.target in INSTEAD:
         why, remedy = INSTEAD[recipe.target]
         raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
-    bounded = [name for name in OF_AN_ENGINE if getattr(recipe, name) is not None]
-    if recipe.target != "cpu" and bounded:
-        raise RecipeError(
-            f"{bounded[0]} needs times and memory of an engine, and only those of cpu are measured "
-            f"here; the target is {recipe.target}",
-            where="--target",
-            remedy="give --target cpu, or bounds on size and loss",
-        )
 
 
 def run_fit(

@@ -109,17 +109,7 @@ class Prepared:
 def settings_of(
     recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
 ) -> Settings:
-    """Return the settings for the work of a recipe.
-
-    Raises:
-        RecipeError: asymmetric fitting in the papers' order of work.
-    """
-    if recipe.asymmetric and recipe.sequential == "layer":
-        raise RecipeError(
-            "asymmetric fitting needs the inputs of each group as they are after the groups before "
-            "it were pruned; in the order 'layer' they are not known",
-            remedy="use --sequential group, or --symmetric",
-        )
+    """Return the settings for the work of a recipe."""
     tuning = recipe.reconstruction
     return Settings(
         sequential=recipe.sequential,
@@ -215,20 +205,12 @@ def prepare(
 
 
 def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
-    """Refuse to keep the format of a source that stores plain numbers, or to train in one."""
-    if not recipe.keep_format:
-        return
-    if not isinstance(reader, AssembledReader):
+    """Refuse to keep the format of a source that stores plain numbers."""
+    if recipe.keep_format and not isinstance(reader, AssembledReader):
         raise RecipeError(
             "the source stores plain numbers, and the result always has their dtypes",
             where="--keep-format",
             remedy="leave --keep-format out",
-        )
-    if recipe.distillation.epochs:
-        raise RecipeError(
-            "distillation changes all weights, which the format of the source would round again",
-            where="--keep-format",
-            remedy="leave --keep-format out, or do not distill",
         )
 
 

@@ -27,7 +27,7 @@ from secateur.models.architecture import hidden_size
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
-from secateur.recipes.structure import LearnedOptions, StructureRecipe
+from secateur.recipes.structure import LearnedOptions
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.steps.structure.steps import StepContext
@@ -48,36 +48,6 @@ from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
 from secateur.training.watch import mean_loss
 from secateur.types import Windows
-
-OTHER_WAYS = (
-    "effort",
-    "experts",
-    "query_heads",
-    "decode_latency",
-    "whole_first",
-    "whole_last",
-    "allocation",
-    "score",
-    "solver",
-    "asymmetric",
-)
-"""Options that control the choice of units, or name units without gates."""
-
-
-def check_learned(recipe: StructureRecipe) -> None:
-    """Refuse options that do not work with learned masks.
-
-    Raises:
-        RecipeError: the recipe has such options; the message names them.
-    """
-    given = [name for name in OTHER_WAYS if getattr(recipe, name)]
-    if recipe.depth.units != "layers":
-        given.append("depth.units")
-    if recipe.learned is not None and given:
-        raise RecipeError(
-            f"learned masks choose the units, so {', '.join(given)} cannot",
-            remedy="leave these options out, or learned",
-        )
 
 
 def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:

@@ -56,7 +56,8 @@ from secateur.runs.records import (
 )
 from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.steps.prune.workers import broadcast
-from secateur.steps.structure.learned import check_learned, choose_learned
+from secateur.steps.run_windows import WINDOWS, RunWindows
+from secateur.steps.structure.learned import choose_learned
 from secateur.steps.structure.steps import (
     NOTES,
     RefitStep,
@@ -154,7 +155,6 @@ def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanR
 
 def _open(recipe: StructureRecipe, progress: Progress) -> tuple[LocalCheckpoint, Any, CutPlan]:
     """Open the model and check the recipe: the checkpoint, its skeleton, and the plan in units."""
-    check_learned(recipe)
     source = resolve(
         recipe.model,
         dtype=recipe.dtype,

@@ -63,15 +63,7 @@ def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
         RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
             with several processes.
     """
-    kinds = {"gradual": recipe.gradual, "iterative": recipe.iterative, "lora": recipe.lora}
-    given = [name for name, options in kinds.items() if options is not None]
-    if len(given) > 1 and "lora" in given:
-        raise RecipeError(
-            f"adapters keep the zeros there are, {given[0]} pruning makes new ones",
-            remedy="prune first, then train adapters",
-        )
-    if len(given) > 1:
-        raise RecipeError("gradual and iterative are two ways to prune", remedy="give one")
+    given = [name for name in ("gradual", "iterative", "lora") if getattr(recipe, name) is not None]
     if given and processes.ranks > 1:
         raise RecipeError(
             f"{given[0]} needs a single process",
