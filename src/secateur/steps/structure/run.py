@@ -56,7 +56,6 @@ from secateur.runs.records import (
 )
 from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
 from secateur.steps.prune.workers import broadcast
-from secateur.steps.run_windows import WINDOWS, RunWindows
 from secateur.steps.structure.learned import choose_learned
 from secateur.steps.structure.steps import (
     NOTES,
