@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.exporting import Exported
-from secateur.reporting.next_steps import (
-    after_a_dense_folder,
-    after_a_packed_folder,
-    layer_of,
-)
+from secateur.reporting.next_steps import after_a_dense_folder, after_a_packed_folder, layer_of
 from secateur.reporting.tables import (
     Block,
     Line,
@@ -71,11 +67,7 @@ class CompressResult(Result, Compression):
             ("weight files before", binary_size(self.source_bytes), ""),
             ("as dense bfloat16", binary_size(self.bfloat16_bytes), "100 %"),
             ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
-            (
-                "of them linear layers",
-                binary_size(self.linears.bytes),
-                f"{self.linears.ratio:.2%}",
-            ),
+            ("of them linear layers", binary_size(self.linears.bytes), f"{self.linears.ratio:.2%}"),
         ]
         stored = [*self.formats.items()]
         if self.embeddings.matrices:

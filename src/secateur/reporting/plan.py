@@ -144,10 +144,7 @@ class CutPlanResult(Result):
         if self.plan is not None:
             where = "peak memory of the GPU" if self.plan.on_gpu else "peak memory"
             needs.append((f"{where}, heads and neurons", binary_size(self.plan.peak_bytes)))
-        return [
-            Table.of("plan of the cut", ("", "before", "after"), rows),
-            Table.facts("", needs),
-        ]
+        return [Table.of("plan of the cut", ("", "before", "after"), rows), Table.facts("", needs)]
 
 
 @dataclass(frozen=True, repr=False)

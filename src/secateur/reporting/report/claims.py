@@ -289,12 +289,7 @@ def fit_view(fit: ReportedFit) -> FitView:
     result = fit.result
     tables = [block for block in result.blocks() if isinstance(block, Table)]
     return FitView(
-        fit.name,
-        _fit_summary(result),
-        _fit_claims(result),
-        result.chart(),
-        tables,
-        result.broken,
+        fit.name, _fit_summary(result), _fit_claims(result), result.chart(), tables, result.broken
     )
 
 
