@@ -29,6 +29,7 @@ from secateur.progress import Silent
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.models import CompressResult
+from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.compress.pack import pack_into
@@ -39,6 +40,7 @@ from secateur.steps.fit.costs import SECONDS, Costs, check_feasible, costs_of
 from secateur.steps.fit.evaluation import speedup_of
 from secateur.steps.fit.run import MOST, is_faster, make_search, misses
 from secateur.steps.fit.storage_formats import StorageFormat
+from secateur.steps.runner import Run
 from stored import known_rows
 
 MEASUREMENTS = 3
@@ -130,7 +132,7 @@ def packed_mix(
     recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})
     mixed = MixedReader(context.source.folder, readers)
     chosen = ChosenValues(mixed, dict(context.matrices), values, {})
-    return pack_into(folder, recipe, context.source, chosen, Silent(), time.perf_counter())
+    return pack_into(Run(folder, context.source, Silent(), Meter.start()), recipe, chosen)
 
 
 def main() -> None:

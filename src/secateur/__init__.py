@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from secateur.steps.generate import generate
     from secateur.steps.import_model import import_model
     from secateur.steps.inspect import inspect
-    from secateur.steps.prune.composition import methods
-    from secateur.steps.prune_and_pack import prune
+    from secateur.steps.methods import methods
+    from secateur.steps.prune import prune
     from secateur.steps.push import push
     from secateur.steps.report import report
     from secateur.steps.structure.run import structure
@@ -109,8 +109,8 @@ HOMES = {
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
-    "methods": "secateur.steps.prune.composition",
-    "prune": "secateur.steps.prune_and_pack",
+    "methods": "secateur.steps.methods",
+    "prune": "secateur.steps.prune",
     "push": "secateur.steps.push",
     "refinements": "secateur.sparsity.refinements",
     "report": "secateur.steps.report",

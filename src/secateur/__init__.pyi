@@ -46,7 +46,7 @@ from secateur.steps.bench import bench as bench
 from secateur.steps.diagnose import diagnose as diagnose
 from secateur.steps.generate import generate as generate
 from secateur.steps.inspect import inspect as inspect
-from secateur.steps.prune.composition import methods as methods
+from secateur.steps.methods import methods as methods
 from secateur.steps.report import report as report
 from secateur.steps.train.callback import SecateurCallback as SecateurCallback
 from secateur.training.lora import merge as merge

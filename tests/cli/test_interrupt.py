@@ -9,7 +9,7 @@ from pathlib import Path
 
 WAITS = """
 import signal, sys, time
-import secateur.steps.prune_and_pack as workflow
+import secateur.steps.prune as workflow
 from secateur.cli import main
 
 def wait(*args, **options):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["together", "secateur.steps.prune_and_pack"])
+CONTEXT.set_forkserver_preload(["together", "secateur.steps.prune"])
 
 
 def free_port() -> int:
@@ -94,7 +94,7 @@ def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.steps.prune_and_pack import prune_recipe
+    from secateur.steps.prune import prune_recipe
 
     return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
 
@@ -105,8 +105,8 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.steps.prune.workers import run_worker
-    from secateur.steps.prune_and_pack import prune_recipe
+    from secateur.steps.processes import run_worker
+    from secateur.steps.prune import prune_recipe
 
     with joined("cpu") as ranks:
         for values in recipes:

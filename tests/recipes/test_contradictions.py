@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import recipe_of
 from secateur.recipes.options import all_options, example_of, options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, idle_lines, recipe_from_flags
 from secateur.recipes.verbs import VERBS, imported
-from secateur.steps.prune.composition import method_of
 
 KINDS = {verb.name: imported(verb.recipe) for verb in VERBS.values()}
 REQUIRED = {"repo": "owner/name"}

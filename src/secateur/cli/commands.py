@@ -64,8 +64,8 @@ def _show_progress() -> AbstractContextManager[Progress]:
 @_command("prune")
 def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.steps.prune.workers import run_worker
-    from secateur.steps.prune_and_pack import plan_recipe, prune_on_ray, prune_recipe
+    from secateur.steps.processes import run_worker
+    from secateur.steps.prune import plan_recipe, prune_on_ray, prune_recipe
 
     if dry_run:
         return plan_recipe(recipe, call)
@@ -110,10 +110,11 @@ def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result
 
 @_command("compress", exit_code=lambda result: 3 if result.broken else 0)
 def _compress(recipe: CompressRecipe, **call: Any) -> Result:
-    from secateur.steps.compress.pack import compress_recipe
+    from secateur.steps.compress.pack import Compress
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
-        return compress_recipe(recipe, progress, **call)
+        return carry_out(Compress, recipe, progress, **call)
 
 
 def _check_fit(recipe: FitRecipe) -> None:
@@ -164,7 +165,7 @@ def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
 
 @_command("methods")
 def _methods(recipe: MethodsRecipe) -> Result:
-    from secateur.steps.prune.composition import methods
+    from secateur.steps.methods import methods
 
     return methods()
 

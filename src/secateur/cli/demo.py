@@ -11,7 +11,7 @@ from secateur.reporting.evaluate import DemoResult
 from secateur.steps.bench import bench
 from secateur.steps.compress.pack import compress
 from secateur.steps.evaluate import evaluate
-from secateur.steps.prune_and_pack import prune
+from secateur.steps.prune import prune
 from secateur.steps.report import report
 
 if TYPE_CHECKING:

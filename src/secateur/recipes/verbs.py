@@ -26,6 +26,7 @@ class Verb:
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
         function: the place of the function; empty if the verb exists only on the command line.
+        step: the place of its step in the runner, if it makes a folder.
         more: further sentences for the help of the verb.
         usage: the first line of the help, where a positional argument may be left out.
         together: whether several processes, started by torchrun, can share its work.
@@ -36,6 +37,7 @@ class Verb:
     summary: str
     recipe: str
     function: str = ""
+    step: str = ""
     more: str = ""
     usage: str | None = None
     together: bool = False
@@ -65,7 +67,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
-            "secateur.steps.prune_and_pack:prune",
+            "secateur.steps.prune:prune",
+            step="secateur.steps.prune:Prune",
             together=True,
         ),
         Verb(
@@ -92,6 +95,7 @@ VERBS: dict[str, Verb] = {
             "Store a pruned model without its zeros.",
             "secateur.recipes.compress:CompressRecipe",
             "secateur.steps.compress.pack:compress",
+            step="secateur.steps.compress.pack:Compress",
         ),
         Verb(
             "fit",
@@ -115,6 +119,7 @@ VERBS: dict[str, Verb] = {
             "adapters.",
             "secateur.recipes.exchange:ImportRecipe",
             "secateur.steps.import_model:import_model",
+            step="secateur.steps.import_model:ImportModel",
             more="The kind of source is recognised. In Python: secateur.import_model.",
         ),
         Verb(
@@ -123,6 +128,7 @@ VERBS: dict[str, Verb] = {
             "Write a compressed model as plain dense safetensors again.",
             "secateur.recipes.compress:DecompressRecipe",
             "secateur.steps.compress.unpack:decompress",
+            step="secateur.steps.compress.unpack:Decompress",
         ),
         Verb(
             "methods",
@@ -224,6 +230,7 @@ VERBS: dict[str, Verb] = {
             "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
             "secateur.recipes.exchange:ExportRecipe",
             "secateur.steps.export:export",
+            step="secateur.steps.export:Export",
         ),
         Verb(
             "push",

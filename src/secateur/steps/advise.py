@@ -9,8 +9,10 @@ import psutil
 
 from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Load, TokenTimes
+from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
+from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import time_tokens
@@ -22,8 +24,9 @@ from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.measure import AdviseRecipe
+from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.registry import did_you_mean
-from secateur.reporting.advise import AdviseResult
+from secateur.reporting.advise import AdviseResult, ClusterPlanResult
 from secateur.reporting.report.records import Records, ReportedAdvice
 from secateur.runs.output import check_writable
 from secateur.steps.report import write_page
@@ -175,3 +178,43 @@ def counted(name: str, model: Any) -> ModelShape:
         experts if in_experts else 0,
         in_experts,
     )
+
+
+def plan_on_paper(recipe: PruneRecipe, cluster_call: PruneCall) -> ClusterPlanResult:
+    """Plan the run of a recipe for a well-known shape on GPUs that are not here."""
+    facts = read_facts()
+    if recipe.model not in facts.shapes:
+        raise RecipeError(
+            f"{recipe.model} is no well-known shape, and a plan on paper needs one",
+            where="--gpus",
+            remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
+            "machine",
+        )
+    hardware = facts.device(_full_name(cluster_call.gpu, facts))
+    method, _ = method_of(recipe)
+    length = recipe.calibration.sequence_length or 2048
+    assert cluster_call.gpus is not None
+    machines = Machines(
+        cluster_call.nodes,
+        cluster_call.gpus,
+        hardware,
+        facts.efficiency[hardware.kind],
+        float(cluster_call.network.removesuffix("Gb")) * 1e9 / 8,
+    )
+    plan = plan_cluster(
+        PlannedModel.of(facts.shapes[recipe.model]),
+        machines,
+        tokens=recipe.calibration.windows * length,
+        length=length,
+        solver=method.solver_name,
+        gram="gram" in method.requires or recipe.asymmetric,
+        whole_layer=recipe.sequential == "layer",
+        asymmetric=recipe.asymmetric,
+    )
+    return ClusterPlanResult(recipe.model, hardware.name, plan)
+
+
+def _full_name(gpu: str, facts: Facts) -> str:
+    """The name of a GPU in the facts, of which the beginning is enough."""
+    found = [name for name in facts.hardware if name.startswith(gpu)]
+    return found[0] if len(found) == 1 else gpu

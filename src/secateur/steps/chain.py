@@ -27,13 +27,13 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Labelled, Progress, listener
 from secateur.publishing import without_folders
-from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
-from secateur.recipes.prune import ChainRecipe, PruneRecipe
+from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
+from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name
 from secateur.reporting.models import ChainResult
@@ -46,12 +46,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.compress.pack import check_compression, compress_recipe
-from secateur.steps.prune.checkpoint import run_recipe
-from secateur.steps.prune.composition import allocation_of, method_of, own_methods
-from secateur.steps.prune.workers import refuse_cluster
-from secateur.steps.structure.run import structure_recipe
-from secateur.steps.train.checkpoint import run_training
+from secateur.steps.runner import carry_out
 from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
@@ -72,19 +67,8 @@ OPTIONS_OF_CHAIN = {
 """Options of a verb that the chain sets itself."""
 
 
-@dataclass(frozen=True)
-class StepKind:
-    """A verb that can be a step.
-
-    Attributes:
-        recipe: the class of its recipe.
-        run: carries out a recipe; takes the recipe, a progress and the options of the call.
-        check: checks everything in a recipe that does not need its model.
-    """
-
-    recipe: type[Recipe]
-    run: Callable[..., Any]
-    check: Callable[[Any], None]
+STEPS = ("structure", "prune", "train", "compress")
+"""The verbs that can be a step."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +98,11 @@ class PlannedStep:
         """Carry out the step, from one folder to another."""
         values = {"model": str(model), "output": str(output), "trust_remote_code": trust}
         with _named_step(self.number, self.verb):
-            STEPS[self.verb].run(self.recipe.model_copy(update=values), progress, **call)
+            recipe = self.recipe.model_copy(update=values)
+            if VERBS[self.verb].step:
+                carry_out(imported(VERBS[self.verb].step), recipe, progress, **call)
+            else:
+                imported(RUNS[self.verb])(recipe, progress, **call)
 
 
 @contextmanager
@@ -354,10 +342,17 @@ def _checked(number: int, step: Any) -> PlannedStep:
         raise RecipeError(
             f"{own[0]!r} is an option of the chain", where=where, remedy="remove it from the step"
         )
-    kind = STEPS[verb]
+    kind: type[Recipe] = imported(VERBS[verb].recipe)
     with _named_step(number, verb):
-        recipe = build_recipe(kind.recipe, nested(kind.recipe, {**PLACEHOLDERS, **options}))
-        kind.check(recipe)
+        recipe: Any = build_recipe(kind, nested(kind, {**PLACEHOLDERS, **options}))
+        if verb == "prune" and recipe.compress.values is not None:
+            raise RecipeError(
+                "compression is a step of its own", where="compress", remedy="add a compress step"
+            )
+        if VERBS[verb].step:
+            imported(VERBS[verb].step).check(recipe)
+        else:
+            CHECKS[verb](recipe)
         _check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)
 
@@ -401,19 +396,6 @@ def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: b
                 layers = count(step.recipe.keep_layers, layers, "decoder layers")
 
 
-def _check_prune(recipe: PruneRecipe) -> None:
-    """Check the parts of a pruning recipe, and that they fit together."""
-    if recipe.compress.values is not None:
-        raise RecipeError(
-            "compression is a step of its own", where="compress", remedy="add a compress step"
-        )
-    refuse_cluster(recipe)
-    method, _ = method_of(recipe)
-    own_methods(recipe)
-    allocation_of(recipe, method)
-    choose_device(recipe.device)
-
-
 def _check_structure(recipe: StructureRecipe) -> None:
     """Check the parts of a structured cut."""
     for registry, name in (
@@ -436,10 +418,12 @@ def _check_training(recipe: TrainRecipe) -> None:
         parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
 
 
-STEPS: Mapping[str, StepKind] = {
-    "structure": StepKind(StructureRecipe, structure_recipe, _check_structure),
-    "prune": StepKind(PruneRecipe, run_recipe, _check_prune),
-    "train": StepKind(TrainRecipe, run_training, _check_training),
-    "compress": StepKind(CompressRecipe, compress_recipe, check_compression),
+RUNS = {
+    "structure": "secateur.steps.structure.run:structure_recipe",
+    "train": "secateur.steps.train.checkpoint:run_training",
 }
-"""The possible steps, by verb."""
+CHECKS: Mapping[str, Callable[[Any], None]] = {
+    "structure": _check_structure,
+    "train": _check_training,
+}
+"""Verbs that are no step of the runner yet."""

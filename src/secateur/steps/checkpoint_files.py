@@ -14,7 +14,10 @@ from secateur.runs.output import cannot_write
 from secateur.runs.records.measured import FILE_NAME as EVALUATION
 from secateur.runs.records.measured import read_evaluation
 
-MEASURED = (EVALUATION, "diagnosis.json", "bench.json", "compression.json", STATE)
+COMPRESSION = "compression.json"
+"""The record of a compression."""
+
+MEASURED = (EVALUATION, "diagnosis.json", "bench.json", COMPRESSION, STATE)
 """Notes that measure the weights and files, or name their run. All others record how they were
 made."""
 

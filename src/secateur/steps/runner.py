@@ -129,13 +129,18 @@ def carry_out(
         values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(values.model, *kind.reads(recipe))
-    source = resolve(
-        values.model,
+    source = source_of(recipe, progress)
+    return finish(kind.open(recipe, Run(folder, source, progress, meter, ranks)))
+
+
+def source_of(recipe: Any, progress: Progress) -> LocalCheckpoint:
+    """Find or fetch the model that a recipe names; a GGUF file is converted."""
+    return resolve(
+        recipe.model,
         dtype=getattr(recipe, "dtype", None),
         trust_remote_code=getattr(recipe, "trust_remote_code", False),
         progress=progress,
     )
-    return finish(kind.open(recipe, Run(folder, source, progress, meter, ranks)))
 
 
 def finish(step: Step[R, T]) -> T:

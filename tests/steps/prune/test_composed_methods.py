@@ -10,10 +10,10 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
+from secateur.engine.prune.composition import keys_of
 from secateur.errors import RecipeError
 from secateur.sparsity.methods import compose
 from secateur.sparsity.scores.ria import RIA
-from secateur.steps.prune.composition import keys_of
 from tiny import save_tiny
 from weight_files import digest
 from zoo import tiny_model, tiny_windows

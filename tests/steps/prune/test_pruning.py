@@ -21,7 +21,8 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
-from secateur.steps.prune.checkpoint import run_recipe
+from secateur.steps.prune import Prune
+from secateur.steps.runner import carry_out
 from slow import few_families, slow
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
@@ -244,7 +245,8 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     assert "secateur prune recipe.yaml" in card
     assert AutoTokenizer.from_pretrained(out).vocab_size == tokenizer.vocab_size
     # The recipe and the windows in the folder are enough to make it again.
-    again = run_recipe(
+    again = carry_out(
+        Prune,
         build_recipe(
             PruneRecipe,
             {

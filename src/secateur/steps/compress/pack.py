@@ -21,7 +21,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress, listener
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -29,7 +29,7 @@ from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
 from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.folder import RunFolder, file_digests
+from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import FormatTotals, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
@@ -41,7 +41,7 @@ from secateur.runtime.choice import (
 )
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
-from secateur.steps.checkpoint_files import carry_over
+from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.compress.rounding import (
     BITS,
     MixedChoice,
@@ -56,8 +56,7 @@ from secateur.steps.compress.storage_plan import (
     find_matrices,
     make_plan,
 )
-
-COMPRESSION = "compression.json"
+from secateur.steps.runner import Run, Step, carry_out
 
 MOST_CHOICES = 4
 """How often values are chosen within a bound on the loss, at most."""
@@ -84,103 +83,97 @@ def compress(
         SecateurError: what, where, and what to do.
     """
     recipe, call = recipe_of(CompressRecipe, {"model": model}, options)
-    return compress_recipe(recipe, listener(progress), **call)
+    return carry_out(Compress, recipe, listener(progress), **call)
 
 
-def compress_recipe(
-    recipe: CompressRecipe,
-    progress: Progress,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> CompressResult:
-    """Carry out a recipe into a new folder.
+class Compress(Step[CompressRecipe, CompressResult]):
+    """Writes a checkpoint without its zeros."""
 
-    Args:
-        recipe: recipe of the compression.
-        progress: receives every step.
-        resume: resume a stopped run with calibration, or start if there is none.
-        restart: discard the files of a stopped run.
-        overwrite: replace an existing output folder.
-    """
-    begun = time.perf_counter()
-    check_compression(recipe)
-    text, trust = recipe.calibration.source, recipe.trust_remote_code
-    folder = RunFolder(
-        recipe.output, "compress", resume=resume, restart=restart, overwrite=overwrite
-    )
-    folder.keep_apart(recipe.model, text)
-    source = resolve(recipe.model, trust_remote_code=trust, progress=progress)
-    folder.keep_apart(source.folder)
-    refuse_quantized(source.folder)
-    reader = CheckpointReader(source.folder)
-    matrices = find_matrices(reader, recipe.embeddings, trust)
-    rounding: dict[str, Any] = {}
-    values_of: Mapping[str, str] = {}
-    with folder:
-        made_of = _identity(recipe, reader, progress)
-        folder.begin(made_of if text is not None else {}, made_of)
-        if folder.finished:
-            return read_record(CompressResult, folder.notes / COMPRESSION)
+    verb = "compress"
+
+    def __init__(self, recipe: CompressRecipe, run: Run) -> None:
+        super().__init__(recipe, run)
+        refuse_quantized(run.source.folder)
+        self.reader = CheckpointReader(run.source.folder)
+        self.matrices = find_matrices(self.reader, recipe.embeddings, recipe.trust_remote_code)
+
+    @classmethod
+    def check(cls, recipe: CompressRecipe) -> None:
+        """Check everything in a recipe that does not need its model.
+
+        Raises:
+            RecipeError: a format is unknown, or options do not fit together.
+        """
+        bound = recipe.max_loss_increase
+        grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
+        check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
+        for glob, values in recipe.overrides.items():
+            if values not in VALUES:
+                raise RecipeError(
+                    f"unknown values {values!r}",
+                    where=f"override {glob!r}",
+                    remedy=did_you_mean(values, [*VALUES]),
+                )
+        integers = BITS.keys() & [recipe.values, *recipe.overrides.values()]
+        if bound is None and recipe.calibration.source is not None and not integers:
+            raise RecipeError(
+                "calibration text helps to round to integers, but the values are "
+                f"{recipe.values!r}",
+                remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
+            )
+
+    @classmethod
+    def reads(cls, recipe: CompressRecipe) -> tuple[str | None, ...]:
+        """The calibration text."""
+        return (recipe.calibration.source,)
+
+    def settled(self) -> dict[str, Any]:
+        """Everything that affects the compressed weights."""
+        return {
+            **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
+            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            "source_files": file_digests(self.reader.files, self.run.progress),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The same with calibration; a run without it is quick, and starts anew."""
+        return {} if self.recipe.calibration.source is None else self.settled()
+
+    def work(self) -> CompressResult:
+        """Round the weights if there is text for it, and pack them."""
+        recipe, reader, matrices, run = self.recipe, self.reader, self.matrices, self.run
+        text, work = recipe.calibration.source, run.folder.work
+        rounding: dict[str, Any] = {}
+        values_of: Mapping[str, str] = {}
         zeros = zero_fractions(reader, matrices) if text is not None else {}
         if recipe.max_loss_increase is not None:
-            choice = MixedChoice(recipe, reader, matrices, zeros, folder.work, progress)
-            report = _pack_within(folder, recipe, source, choice, begun)
-            folder.finish()
-            return report
+            choice = MixedChoice(recipe, reader, matrices, zeros, work, run.progress)
+            return _pack_within(run, recipe, choice)
         if text is not None:
-            rounded = folder.work / "rounded"
-            round_checkpoint(recipe, source.folder, zeros, rounded, progress)
+            rounded = work / "rounded"
+            round_checkpoint(recipe, run.source.folder, zeros, rounded, run.progress)
             reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
-            matrices = find_matrices(reader, recipe.embeddings, trust)
+            matrices = find_matrices(reader, recipe.embeddings, recipe.trust_remote_code)
         if recipe.overrides:
             names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
-        chosen = ChosenValues(reader, matrices, values_of, rounding)
-        report = pack_into(folder, recipe, source, chosen, progress, begun)
-        folder.finish()
-    return report
+        return pack_into(run, recipe, ChosenValues(reader, matrices, values_of, rounding))
+
+    @classmethod
+    def result(cls, output: Path) -> CompressResult:
+        """Read the result of a finished run from its notes."""
+        return read_record(CompressResult, output / NOTES / COMPRESSION)
 
 
-def check_compression(recipe: CompressRecipe) -> None:
-    """Check everything in a recipe that does not need its model.
-
-    Raises:
-        RecipeError: a format is unknown, or options do not fit together.
-    """
-    bound = recipe.max_loss_increase
-    grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
-    check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
-    for glob, values in recipe.overrides.items():
-        if values not in VALUES:
-            raise RecipeError(
-                f"unknown values {values!r}",
-                where=f"override {glob!r}",
-                remedy=did_you_mean(values, [*VALUES]),
-            )
-    integers = BITS.keys() & [recipe.values, *recipe.overrides.values()]
-    if bound is None and recipe.calibration.source is not None and not integers:
-        raise RecipeError(
-            f"calibration text helps to round to integers, but the values are {recipe.values!r}",
-            remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
-        )
-
-
-def _pack_within(
-    folder: RunFolder,
-    recipe: CompressRecipe,
-    source: LocalCheckpoint,
-    choice: MixedChoice,
-    begun: float,
-) -> CompressResult:
+def _pack_within(run: Run, recipe: CompressRecipe, choice: MixedChoice) -> CompressResult:
     """Choose values within the bound on the loss, and pack them; then measure what was packed.
 
     The search only estimates the loss. If that of the packed model, and its standard error, exceed
     the bound on the same windows, the search runs again with a bound that is lower by the excess.
     """
     assert recipe.max_loss_increase is not None
+    folder, source = run.folder, run.source
     bound = allowed = recipe.max_loss_increase
     for _ in range(MOST_CHOICES):
         chosen = choice.within(allowed)
@@ -196,29 +189,20 @@ def _pack_within(
         "loss_increase_standard_error": found.standard_error,
         "judged_tokens": found.tokens,
     }
-    return _write_report(folder, recipe, source, chosen, packed, plan, begun)
+    return _write_report(run, recipe, chosen, packed, plan)
 
 
-def pack_into(
-    folder: RunFolder,
-    recipe: CompressRecipe,
-    source: LocalCheckpoint,
-    chosen: ChosenValues,
-    progress: Progress,
-    begun: float,
-) -> CompressResult:
+def pack_into(run: Run, recipe: CompressRecipe, chosen: ChosenValues) -> CompressResult:
     """Write the compressed checkpoint into the folder of a run, and verify it.
 
     Args:
-        folder: opened.
+        run: its source has the configuration and the tokenizer.
         recipe: format, values, embeddings, archive.
-        source: the checkpoint whose configuration and tokenizer are taken over.
         chosen: the tensors.
-        progress: receives every tensor.
-        begun: when the run began, for the record.
     """
-    plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, progress)
-    return _write_report(folder, recipe, source, chosen, packed, plan, begun)
+    made = run.folder.fresh_model()
+    plan, packed = pack_model(made, recipe, run.source, chosen, run.progress)
+    return _write_report(run, recipe, chosen, packed, plan)
 
 
 def pack_model(
@@ -254,17 +238,6 @@ def pack_model(
     config["quantization_config"] = quantization_config(recipe.archive, layouts)
     carry_over(source.folder, made, config, same_weights=kept)
     return plan, verified(made, progress)
-
-
-def _identity(
-    recipe: CompressRecipe, reader: CheckpointReader, progress: Progress
-) -> dict[str, Any]:
-    """Everything that affects the compressed weights."""
-    return {
-        **recipe.model_dump(mode="json", exclude={"output", "memory"}),
-        "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-        "source_files": file_digests(reader.files, progress),
-    }
 
 
 def zero_fractions(
@@ -325,16 +298,15 @@ def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
 
 
 def _write_report(
-    folder: RunFolder,
+    run: Run,
     recipe: CompressRecipe,
-    source: LocalCheckpoint,
     chosen: ChosenValues,
     packed: PackedCheckpoint,
     plan: StoragePlan,
-    begun: float,
 ) -> CompressResult:
     """Write the record of the compression and the card."""
-    report = _make_report(chosen, packed, plan, folder.output, begun)
+    folder, source = run.folder, run.source
+    report = _make_report(chosen, packed, plan, folder.output, run.meter.started)
     write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
     place = recipe.output or folder.output
     card = compression_card(report, source.record, source.folder, place)

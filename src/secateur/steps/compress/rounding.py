@@ -36,7 +36,8 @@ from secateur.runs.environment import choose_device
 from secateur.runs.records import Manifest, read_record
 from secateur.runtime.choice import DEFAULT_GROUP, choose_layout, values_for
 from secateur.steps.compress.storage_plan import ChosenValues, PackableMatrix, settled_values
-from secateur.steps.prune.checkpoint import run_recipe
+from secateur.steps.prune import Prune
+from secateur.steps.runner import carry_out
 
 BITS = {"int8": 8, "int4": 4, "int3": 3}
 """The bits of the values that can be rounded with text."""
@@ -89,7 +90,7 @@ def round_checkpoint(
         },
     )
     if not output.exists():
-        run_recipe(run, progress, resume=True)
+        carry_out(Prune, run, progress, resume=True)
     return output
 
 

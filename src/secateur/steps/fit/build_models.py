@@ -34,7 +34,8 @@ from secateur.steps.compress.rounding import (
 from secateur.steps.compress.storage_plan import ChosenValues, PackableMatrix, find_matrices
 from secateur.steps.fit.context import FitContext
 from secateur.steps.fit.storage_formats import StorageFormat
-from secateur.steps.prune.checkpoint import run_recipe
+from secateur.steps.prune import Prune
+from secateur.steps.runner import carry_out
 
 Formats = Mapping[str, StorageFormat]
 """How every linear is stored, by its name."""
@@ -113,7 +114,7 @@ def _prune(
         return source
     if not output.exists():
         recipe = build_recipe(PruneRecipe, {**options, **paths(context.recipe, source, output)})
-        run_recipe(recipe, progress, resume=True)
+        carry_out(Prune, recipe, progress, resume=True)
     return output
 
 

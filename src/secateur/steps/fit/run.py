@@ -59,6 +59,7 @@ from secateur.reporting.fit import (
 from secateur.reporting.models import CompressResult
 from secateur.reporting.plan import FitPlanResult
 from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import Meter
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.sparsity.evolution import Evolution
 from secateur.steps.compress.pack import pack_into
@@ -99,6 +100,7 @@ from secateur.steps.fit.evaluation import (
     speedup_of,
 )
 from secateur.steps.fit.storage_formats import FILES, StorageFormat
+from secateur.steps.runner import Run
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
@@ -597,7 +599,7 @@ def _pack_winner(
     chosen = chosen_values(recipe, winner.folder, winner.formats, rounding)
     source = replace(context.source, folder=winner.sparse)
     compress = packing_recipe(recipe, winner.formats)
-    report = pack_into(folder, compress, source, chosen, context.progress, begun)
+    report = pack_into(Run(folder, source, context.progress, Meter(begun)), compress, chosen)
     shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
     if winner.cut:
         shutil.copytree(winner.base / NOTES, folder.notes / "steps" / "structure")

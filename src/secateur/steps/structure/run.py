@@ -54,8 +54,8 @@ from secateur.runs.records import (
     Structure,
     read_record,
 )
-from secateur.steps.prune.prepare import SWEEP_WINDOWS, log_sweeps
-from secateur.steps.prune.workers import broadcast
+from secateur.steps.prepared import SWEEP_WINDOWS, log_sweeps
+from secateur.steps.processes import broadcast
 from secateur.steps.structure.learned import choose_learned
 from secateur.steps.structure.steps import (
     NOTES,

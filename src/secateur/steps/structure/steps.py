@@ -56,7 +56,7 @@ from secateur.runs.environment import choose_device
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
-from secateur.steps.prune.workers import broadcast, refuse_another_model, tensor_digest
+from secateur.steps.processes import broadcast, refuse_another_model, tensor_digest
 from secateur.steps.structure.width import WidthRun
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import CutPlan, trims_vocabulary

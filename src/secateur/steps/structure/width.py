@@ -35,8 +35,9 @@ from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.steps.prune.checkpoint import run_prepared
-from secateur.steps.prune.prepare import Prepared, choose_plan, prepare
+from secateur.steps.prepared import Prepared, choose_plan, prepare
+from secateur.steps.prune import Prune
+from secateur.steps.runner import Run, finish, source_of
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import (
     CutPlan,
@@ -111,8 +112,10 @@ class WidthRun:
                 "output": str(output),
                 "calibration": {"source": str(self.windows), "seed": recipe.calibration.seed},
             }
-            prepared = narrowed(prepare(build_recipe(PruneRecipe, values), folder.model))
-            run_prepared(prepared, folder, self.progress, Meter.start())
+            meter, pruning = Meter.start(), build_recipe(PruneRecipe, values)
+            source = source_of(pruning, self.progress)
+            prepared = narrowed(prepare(pruning, source, folder.model))
+            finish(Prune(prepared, Run(folder, source, self.progress, meter)))
         return sizes_of(build_skeleton(output, trust_remote_code=recipe.trust_remote_code))
 
     def cut(self, **kinds: Any) -> Cut:

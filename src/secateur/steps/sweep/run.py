@@ -22,6 +22,7 @@ from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import load_windows, stored_extra
+from secateur.engine.prune.composition import allocation_of, method_of
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import (
     computed_by,
@@ -57,9 +58,9 @@ from secateur.runs.records import (
 )
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.prune.checkpoint import run_recipe
-from secateur.steps.prune.composition import allocation_of, method_of
-from secateur.steps.prune.prepare import prepare, windows_needed
+from secateur.steps.prepared import prepare, windows_needed
+from secateur.steps.prune import Prune
+from secateur.steps.runner import carry_out
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
@@ -393,7 +394,7 @@ class SweepRun:
         place = self.place(key)
         begun = place.with_name(place.name + ".partial")
         if begun.exists() or not place.exists():  # else it is pruned but not evaluated
-            run_recipe(self.recipe_of(key), progress, resume=True)
+            carry_out(Prune, self.recipe_of(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.record.dense.perplexity

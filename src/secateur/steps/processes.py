@@ -25,7 +25,8 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.runs.folder import STATE, RunFolder
 from secateur.runs.ledger import Ledger
-from secateur.steps.prune.prepare import Prepared, prepare
+from secateur.steps.prepared import Prepared, prepare
+from secateur.steps.runner import source_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
             where=job.partial,
             remedy="put --output on a file system that all machines share",
         )
-    prepared = prepare(recipe, stored_windows=Path(job.windows) if job.windows else None)
+    prepared = prepare(
+        recipe,
+        source_of(recipe, Silent()),
+        stored_windows=Path(job.windows) if job.windows else None,
+    )
     if tensor_digest(prepared.target.reader) != job.source:
         refuse_another_model(ranks.rank, prepared.source.folder)
     ledger = Ledger()

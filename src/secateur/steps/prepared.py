@@ -13,6 +13,7 @@ from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.job import Job
 from secateur.engine.plan import fitting_plan, memory_budget
 from secateur.engine.plan_memory import PrunePlan, plan_run
+from secateur.engine.prune.composition import allocation_of, method_of, own_methods
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, tasks_of
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
@@ -22,7 +23,7 @@ from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.copies import copy_of, weight_bytes_of
 from secateur.models.opening import open_weights
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
@@ -30,7 +31,6 @@ from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
-from secateur.steps.prune.composition import allocation_of, method_of, own_methods
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) 
 
 def prepare(
     recipe: PruneRecipe,
+    source: LocalCheckpoint,
     output: Path | None = None,
     stored_windows: Path | None = None,
     *,
@@ -141,27 +142,22 @@ def prepare(
     pictures: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Fetch, open and check everything that a recipe names. This writes no output.
+    """Open and check everything that a recipe names. This writes no output.
 
     Args:
         recipe: the recipe.
+        source: the model that it names.
         output: the folder of the patched copy; None to only plan.
         stored_windows: windows of an earlier run to reuse.
         only_plan: read no text; use blank windows of the recipe's number and length.
         pictures: whether the caller passes pictures; otherwise windows with pictures are refused.
-        progress: receives the steps of a download, a conversion and the reading of the text.
+        progress: receives the reading of the text.
     """
     progress = progress or Silent()
     method, sparsity = method_of(recipe)
     methods = own_methods(recipe)
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
-    source = resolve(
-        recipe.model,
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-        progress=progress,
-    )
     reader = open_weights(source.folder)
     _refuse_dense_format(recipe, reader)
     target = CheckpointTarget(

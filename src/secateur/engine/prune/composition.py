@@ -7,18 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from secateur.errors import PatternError, RecipeError
-from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
-from secateur.reporting.plan import MethodsResult
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.methods import methods as named
-
-
-def methods() -> MethodsResult:
-    """All presets, methods and their parts, with what each needs."""
-    return MethodsResult({name: presets[name] for name in presets})
 
 
 def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:

@@ -1,0 +1,554 @@
+"""`secateur prune`: prunes a checkpoint or a loaded model, and can pack the result.
+
+On a Ray cluster, Ray starts processes that share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.documents import texts_of
+from secateur.calibration.run_windows import WINDOWS
+from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
+from secateur.engine.plan import explained
+from secateur.engine.plan_time import foretell_seconds, layer_times
+from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
+from secateur.engine.prune.coverage import coverage, reach
+from secateur.engine.prune.group_pruning import refuse_all_zero
+from secateur.engine.prune.tasks import Tasks, skipped_matrices
+from secateur.engine.search.allocation import settled_allocation
+from secateur.errors import RecipeError
+from secateur.models.experts import open_experts
+from secateur.models.opening import formats_of, load_whole
+from secateur.parallel.processes import joined
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.ray_launcher import launch
+from secateur.precision import fast_dtype
+from secateur.progress import Progress, Silent, listener
+from secateur.publishing import without_folders
+from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.reporting.advise import ClusterPlanResult
+from secateur.reporting.cards import prune_card
+from secateur.reporting.models import CompressResult, PruneResult
+from secateur.reporting.plan import PlanResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import choose_device, environment
+from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.ledger import Ledger
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Manifest,
+    RunResult,
+    SkippedMatrix,
+    read_record,
+)
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.methods import Method
+from secateur.sparsity.refinements import refinements
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
+from secateur.steps.chain import checked_steps, run_chain
+from secateur.steps.checkpoint_files import COMPRESSION
+from secateur.steps.loaded_model import prune_module
+from secateur.steps.prepared import (
+    Prepared,
+    choose_plan,
+    prepare,
+    settings_of,
+)
+from secateur.steps.processes import (
+    WorkerJob,
+    broadcast,
+    refuse_cluster,
+    refuse_several,
+    run_worker,
+)
+from secateur.steps.runner import Run, Step, carry_out, source_of
+from secateur.training.distillation import (
+    FINAL,
+    DistillationData,
+    Student,
+    once,
+    pruned_layers,
+    write_layers,
+)
+from secateur.training.layerwise import LayerwiseDistillation
+
+RECIPE = "recipe.yaml"
+OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
+"""Keys of the recipe that are not options of its first step."""
+
+
+LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
+DISTILLATION_MODE = "distillation.json"
+"""The file with the number of windows in a sweep of the distillation."""
+
+NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
+"""Fields of a recipe that do not affect the pruned weights."""
+
+
+@takes_options_of(PruneRecipe)
+def prune(
+    model: str | Path | nn.Module,
+    *,
+    method: str | Method | None = None,
+    calibration: str | Path | Sequence[str] | Tensor | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult | PlanResult | ClusterPlanResult:
+    """Prune a model: a checkpoint into a new folder, or a loaded module in place.
+
+    Args:
+        model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
+        method: A method by name (`secateur methods` lists them), or what `compose` returned.
+        calibration: Calibration text, as a file, folder, hub data set or named text, or as a list
+            of texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+        tokenizer: of a loaded model, to read text. [the one at the place the model came from]
+        progress: receives every step.
+        **options: the other options of the recipe.
+
+    Returns:
+        The result of the run; with `dry_run` its plan.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+    options = with_method(method, options)
+    if isinstance(model, nn.Module):
+        return prune_module(model, calibration, tokenizer, listener(progress), options)
+    if tokenizer is not None:
+        raise RecipeError(
+            "`tokenizer` is for loaded models; a checkpoint has its own",
+            remedy="leave it out, or load the model and prune it",
+        )
+    if options.get("output") is None and not options.get("dry_run"):
+        raise RecipeError("`output` is missing: the folder for the pruned model")
+    if isinstance(calibration, Tensor):
+        raise RecipeError(
+            "token windows as a tensor are for loaded models",
+            remedy="save them with secateur.calibration.windows.save_windows and pass the file",
+        )
+    own = {"model": model, "calibration": calibration}
+    recipe, call = recipe_of(PruneRecipe, own, options)
+    if call.pop("dry_run", False):
+        return plan_recipe(recipe, call)
+    if recipe.cluster.ray is not None:
+        return prune_on_ray(recipe, call)
+    return prune_recipe(recipe, listener(progress), **call)
+
+
+def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | ClusterPlanResult:
+    """Check a recipe, and show what it would need, on this machine or on paper for others.
+
+    Args:
+        recipe: recipe of the pruning.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the run would.
+    """
+    packs = recipe.compress.values is not None
+    if packs:
+        checked_steps(_chain_of(recipe).steps)
+    cluster_call = PruneCall(dry_run=True, **call)
+    if cluster_call.gpus is not None:
+        from secateur.steps.advise import plan_on_paper  # with the facts about hardware
+
+        return plan_on_paper(recipe, cluster_call)
+    plan = plan_pruning(recipe)
+    read = recipe.model, *texts_of(recipe.calibration.source)
+    check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
+    return plan
+
+
+def plan_pruning(recipe: PruneRecipe) -> PlanResult:
+    """What a recipe would need on this machine."""
+    began = time.perf_counter()
+    prepared = prepare(recipe, source_of(recipe, Silent()), only_plan=True, pictures=True)
+    ready = time.perf_counter() - began
+    tasks, target, windows = prepared.tasks(), prepared.target, prepared.windows
+    plan, activations = choose_plan(prepared, tasks, recipe.memory)
+    settings = settings_of(recipe, activations, None)
+    shared_inputs = [
+        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
+        for index, layout in enumerate(prepared.layouts)
+        for group in layout.groups
+    ]
+    seconds = foretell_seconds(
+        tasks,
+        [(name,) for name in tasks] if windows is None else shared_inputs,
+        layer_times(target, None if windows is None else windows.planned, settings),
+        ready=ready,
+        passed=plan.passed_tokens,
+        output_bytes=prepared.output_bytes,
+        tokens=plan.calibration_tokens,
+        settings=settings,
+        device=target.device,
+    )
+    left = skipped_matrices(tasks, target.matrices())
+    return PlanResult(replace(plan, left=left, seconds=seconds), activations)
+
+
+def prune_recipe(
+    recipe: PruneRecipe,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+) -> PruneResult:
+    """Carry out a recipe. With `compress`, it runs as a chain of two steps.
+
+    Args:
+        recipe: recipe of the pruning.
+        progress: receives every step.
+        resume: resume a stopped run, or start if there is none.
+        restart: discard the files of a stopped run.
+        overwrite: replace an existing output folder.
+        ranks: the processes that share the work; this one is the first.
+    """
+    refuse_several(recipe, ranks.count)
+    call = {"resume": resume, "restart": restart, "overwrite": overwrite}
+    if recipe.compress.values is None:
+        return carry_out(Prune, recipe, progress, **call, ranks=ranks)
+    output = run_chain(_chain_of(recipe), progress, **call).output
+    _name_recipe(recipe, output)
+    packed = read_record(CompressResult, output / NOTES / COMPRESSION)
+    packed = packed.model_copy(update={"output": output})
+    return dataclasses.replace(Prune.result(output), compression=packed)
+
+
+def _chain_of(recipe: PruneRecipe) -> ChainRecipe:
+    """The chain that prunes and then compresses."""
+    options = recipe.model_dump(mode="json", exclude=OF_THE_CHAIN, exclude_none=True)
+    values = {
+        "model": recipe.model,
+        "output": recipe.output,
+        "trust_remote_code": recipe.trust_remote_code,
+        "steps": [{"prune": options}, {"compress": recipe.compress.model_dump(mode="json")}],
+    }
+    return build_recipe(ChainRecipe, values)
+
+
+def _name_recipe(recipe: PruneRecipe, output: Path) -> None:
+    """Replace the recipe of the chain by the recipe of the pruning."""
+    file, card = output / NOTES / RECIPE, output / "README.md"
+    chain, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
+    text = card.read_text(encoding="utf-8").replace("`secateur chain", "`secateur prune")
+    write_text(card, text.replace(without_folders(chain), without_folders(whole)))
+    write_text(file, whole)
+
+
+Showing = Callable[[], AbstractContextManager[Progress]]
+"""Makes what shows the progress, in the first process."""
+
+
+def _silently() -> AbstractContextManager[Progress]:
+    """Show no progress."""
+    return nullcontext(Silent())
+
+
+def prune_on_ray(
+    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = _silently
+) -> PruneResult:
+    """Carry out a recipe in processes that Ray starts.
+
+    Args:
+        recipe: the recipe. All machines see its files under the same names.
+        call: `resume`, `restart` and `overwrite`, as `carry_out` takes them.
+        showing: makes what shows the progress.
+
+    Raises:
+        SecateurError: as `carry_out`; and if Ray or its cluster is missing.
+    """
+    cluster = recipe.cluster
+    assert cluster.ray is not None
+    refuse_several(recipe, count=cluster.processes or 2)
+    on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
+    values = recipe.model_dump(mode="json", exclude={"cluster"})
+    work = partial(_do_share, values, dict(call), showing)
+    launch(cluster.ray, cluster.processes, on_gpu, work)
+    return Prune.result(Path(recipe.output or "").absolute())
+
+
+def _do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -> None:
+    """What one process does."""
+    recipe = build_recipe(PruneRecipe, values)
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            run_worker(recipe, ranks)
+            return
+        with showing() as progress:
+            carry_out(Prune, recipe, progress, **call, ranks=ranks)
+
+
+class Prune(Step[PruneRecipe, PruneResult]):
+    """Prunes a checkpoint into a new folder."""
+
+    verb = "prune"
+
+    def __init__(self, prepared: Prepared, run: Run) -> None:
+        super().__init__(prepared.recipe, run)
+        self.prepared, self.tasks = prepared, prepared.tasks()
+        folder, mode = run.folder, run.folder.work / DISTILLATION_MODE
+        sweep_windows = None
+        if folder.state and mode.exists():  # a resumed run keeps its mode, whatever fits now
+            sweep_windows = json.loads(mode.read_text(encoding="utf-8"))["sweep_windows"]
+        self.plan, self.activations = choose_plan(
+            prepared, self.tasks, prepared.recipe.memory, run.ranks, sweep_windows
+        )
+        self.ledger = Ledger(folder.notes / LEDGER)
+        folder.worth_resuming = lambda: bool(self.ledger.entries)
+
+    @classmethod
+    def check(cls, recipe: PruneRecipe) -> None:
+        """Check the parts of the method, and refuse a cluster: only the verb itself starts one."""
+        refuse_cluster(recipe)
+        method, _ = method_of(recipe)
+        own_methods(recipe)
+        allocation_of(recipe, method)
+        choose_device(recipe.device)
+        settings_of(recipe, "memory", None)
+
+    @classmethod
+    def reads(cls, recipe: PruneRecipe) -> Iterable[str]:
+        """The calibration text."""
+        return texts_of(recipe.calibration.source)
+
+    @classmethod
+    def open(cls, recipe: PruneRecipe, run: Run) -> Self:
+        """Open everything that a recipe names, with the windows of a stopped run if any."""
+        folder = run.folder
+        kept = folder.notes if folder.finished else folder.work
+        windows = kept / WINDOWS if folder.state else None
+        prepared = prepare(
+            recipe, run.source, folder.model, windows, pictures=True, progress=run.progress
+        )
+        if prepared.windows is not None:
+            prepared.windows.refuse_several(run.ranks.count)
+        return cls(prepared, run)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The pruned copy, and what the work stores."""
+        return self.plan.disk_bytes
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the pruned weights."""
+        prepared = self.prepared
+        recipe = self.recipe.model_dump(mode="json", exclude=NO_PART)
+        return {
+            **recipe,
+            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            "starts": dict(prepared.selection.starts),
+            "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
+            "source_files": file_digests(prepared.target.reader.files, self.run.progress),
+        }
+
+    def work(self) -> PruneResult:
+        """Prune layer by layer, let the model recover, and count its zeros again."""
+        folder, progress, ranks = self.run.folder, self.run.progress, self.run.ranks
+        target, ledger, recipe = self.prepared.target, self.ledger, self.recipe
+        if not folder.resumed:
+            refuse_all_zero(target)
+        prepared = self.prepared
+        if prepared.windows is not None:
+            windows = prepared.windows.complete(
+                folder.work,
+                self.run.source.folder,
+                target.device,
+                recipe.calibration.seed,
+                progress,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            prepared = replace(prepared, windows=windows)
+        write_json(folder.work / DISTILLATION_MODE, {"sweep_windows": self.plan.sweep_windows})
+        job = prepared.job(self.tasks, self.activations, folder.work, ranks)
+        finished = 0
+        if ledger.begun:
+            finished = ledger.resume()
+        else:
+            assert target.output is not None
+            target.output.create(progress)
+            ledger.begin()
+        broadcast(WorkerJob.of(prepared, folder, self.activations, finished, ledger), ranks)
+        with torch.random.fork_rng(devices=[]), explained(self.plan):
+            torch.manual_seed(recipe.calibration.seed)
+            done = job.run(ledger, progress, finished)
+            losses = _distill(prepared, done, folder, self.plan.sweep_windows, progress)
+        left = skipped_matrices(done, target.matrices())
+        audit = _audit(recipe, done, folder, progress)
+        manifest = self._manifest(prepared, done, audit, losses, left)
+        _write_notes(manifest, prepared, folder)
+        return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+    @classmethod
+    def result(cls, output: Path) -> PruneResult:
+        """Read the result of a finished run from its notes."""
+        ledger = Ledger(output / NOTES / LEDGER)
+        ledger.resume()
+        manifest = read_record(Manifest, output / NOTES / MANIFEST)
+        sparsity, left = manifest.result.decoder_sparsity, list(manifest.left)
+        return PruneResult(sparsity, ledger.layers, manifest, output, left)
+
+    def _manifest(
+        self,
+        prepared: Prepared,
+        done: Tasks,
+        audit: Audit,
+        losses: dict[str, float] | None,
+        left: Sequence[SkippedMatrix],
+    ) -> Manifest:
+        """The record of a finished run."""
+        method, recipe, windows = prepared.method, self.recipe, prepared.windows
+        folder, layers = self.run.folder, self.ledger.layers
+        found = coverage(layers, prepared.target.architecture)
+        cost = {
+            **self.run.meter.read(),
+            "resumed": folder.resumed,
+            "processes": self.run.ranks.count,
+        }
+        return Manifest(
+            manifest_version=MANIFEST_VERSION,
+            source=prepared.source.record,
+            formats=formats_of(prepared.source.folder, folder.model),
+            family=audit.family,
+            method={
+                "name": method.name,
+                "score": scores.describe(method.score),
+                "solver": solvers.describe(method.solver),
+                "pattern": method.pattern.name,
+                "scope": method.pattern.scope,
+                "refinement": refinements.describe(method.refinement)
+                if method.refinement
+                else None,
+                "effort": recipe.effort,
+                "sequential": recipe.sequential,
+                "asymmetric": recipe.asymmetric,
+                "fast_matmuls": recipe.fast_matmuls,
+                "reconstruction": recipe.reconstruction.model_dump(),
+                "distillation": recipe.distillation.model_dump(),
+                "asked_sparsity": prepared.sparsity,
+            },
+            allocation=_describe_allocation(prepared, folder.work),
+            calibration=windows and windows.record,
+            calibration_digest=windows and windows.digest,
+            environment=environment(prepared.target.device),
+            plan={**self.plan.to_json(), "activations": self.activations},
+            cost=Cost.model_validate(cost),
+            distillation=losses,
+            experts=found and found.to_json(),
+            reach=reach(layers, (name for name, task in done.items() if task.changes)).to_json(),
+            left=tuple(left),
+            collapsed=tuple(name for layer in layers for name in layer.collapsed),
+            result=RunResult(
+                decoder_sparsity=audit.sparsity,
+                model_sparsity=audit.model_sparsity,
+                parameters=audit.parameters,
+                file_bytes=audit.file_bytes,
+            ),
+        )
+
+
+def _distill(
+    prepared: Prepared,
+    tasks: Tasks,
+    folder: RunFolder,
+    sweep_windows: int,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Let the pruned model learn from the dense one. Return the losses, or None if it does not.
+
+    With `sweep_windows` one layer is in memory, else both whole models. All trained weights are in
+    a complete file before the first layer is overwritten. So a resumed run either trains the pruned
+    model again or writes the trained weights. It never mixes the two.
+    """
+    recipe, dense = prepared.recipe, prepared.target
+    how, layers = recipe.distillation, pruned_layers(dense, tasks)
+    if not how.epochs or not layers:
+        return None
+    saved, device, trust = folder.work / "distillation", dense.device, recipe.trust_remote_code
+    assert prepared.windows is not None
+    data = DistillationData.of(prepared.windows.all, how, recipe.calibration.seed)
+    if sweep_windows:
+        return LayerwiseDistillation(
+            dense,
+            folder.model,
+            layers,
+            lambda module, number: Student.of(module, dense, tasks, [number]),
+            data,
+            sweep_windows,
+            saved,
+            progress,
+            trust_remote_code=trust,
+        ).learn_into(dense)
+
+    def learn() -> dict[str, float]:
+        teacher = load_whole(
+            prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
+        )
+        model = load_whole(folder.model, device, trust_remote_code=trust)
+        open_experts(model)  # its parameters get the names in the skeleton
+        student = Student.of(model, dense, tasks, layers)
+        return student.learn(teacher, data, progress, saved)
+
+    losses = once(saved, learn)
+    write_layers(saved / FINAL, dense, layers)
+    return losses
+
+
+def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progress) -> Audit:
+    """Read the pruned model again, and compare its zeros with the tasks."""
+    audit = audit_checkpoint(
+        folder.model,
+        lambda name: tasks[name].method.pattern,
+        {name: task.sparsity for name, task in tasks.items()},
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    verify(audit)
+    return audit
+
+
+def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
+    """The allocation, the range of its sparsities, and the measurements of a search."""
+    record = {
+        "name": prepared.recipe.allocation,
+        "parameters": allocations.describe(prepared.allocation),
+    }
+    settled = settled_allocation(work)
+    if not settled.exists():
+        return record
+    found = json.loads(settled.read_text())
+    shares = found.pop("sparsity_of").values()
+    return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
+
+
+def _write_notes(manifest: Manifest, prepared: Prepared, folder: RunFolder) -> None:
+    """Write recipe, manifest, windows and card into the result."""
+    if prepared.windows is not None:
+        shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+    recipe_yaml = dump_recipe(prepared.recipe)
+    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_json(folder.notes / MANIFEST, manifest.to_json())
+    card = prune_card(
+        manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
+    )
+    write_text(folder.model / "README.md", card)
