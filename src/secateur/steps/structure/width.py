@@ -26,7 +26,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
@@ -270,7 +270,8 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Prun
         "model": str(folder),
         "calibration": recipe.calibration.model_dump(),
     }
-    prepared = prepare(build_recipe(PruneRecipe, values), only_plan=True)
+    pruning = build_recipe(PruneRecipe, values)
+    prepared = prepare(pruning, source_of(pruning, Silent()), only_plan=True)
     prepared = _of_width(prepared, recipe, plan)
     return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]
 

@@ -60,7 +60,7 @@ from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.steps.prepared import prepare, windows_needed
 from secateur.steps.prune import Prune
-from secateur.steps.runner import carry_out
+from secateur.steps.runner import carry_out, source_of
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
@@ -271,7 +271,7 @@ class SweepRun:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         if self.calibrated and self.record.calibration is None:
             recipe = self.recipe_of(self.calibrated[0], self.recipe.calibration)
-            windows = prepare(recipe).windows
+            windows = prepare(recipe, source_of(recipe, Silent())).windows
             assert windows is not None
             windows.save_tokens(self.windows_file)
             self.save(calibration=windows.record)
