@@ -325,7 +325,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
         own_methods(recipe)
         allocation_of(recipe, method)
         choose_device(recipe.device)
-        settings_of(recipe, "memory", None)
 
     @classmethod
     def reads(cls, recipe: PruneRecipe) -> Iterable[str]:
