@@ -26,7 +26,7 @@ if __name__ == "__main__":
     from secateur.runtime.kernels.gpu import linear
 
     packed.runs_here = lambda: True
-    linear.measured = lambda matrix, dtype: linear.GpuChoice(1, asked["gain"])
+    linear.measured = lambda matrix, dtype: linear.KernelChoice(1, asked["gain"])
     made: list[Any] = []
     process = packed.BitmaskLinear.process_weights_after_loading
 

@@ -274,7 +274,8 @@ def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
     def seconds(matrix: KernelMatrix) -> float:
         return seconds_of(lambda: by_kernel(matrix, x))
 
-    return statistics.mean(alternate(matrices, seconds, min, turns=PASSES))
+    least: list[float] = alternate(matrices, seconds, min, turns=PASSES)
+    return statistics.mean(least)
 
 
 def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:

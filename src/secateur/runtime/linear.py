@@ -6,6 +6,8 @@ kernels, and in torch where there are none.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,6 @@ from secateur.errors import ShapeError
 from secateur.quantization.activations import GROUP, integers_of
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.kernels.operator import numbered
 
 AT_ONCE = 2**22
 """Weights that are float32 at the same time."""
@@ -28,11 +29,109 @@ def activations_of(model: nn.Module) -> str:
     return f"int8 g{GROUP}" if rounds else "none"
 
 
-class PackedLinear(nn.Module):
-    """y = x Wᵀ + b, with W packed; for inference on a CPU.
+class InferenceLinear(nn.Module):
+    """y = x Wᵀ + b for inference, with W in a form that is no parameter.
 
-    The product is the operator `torch.ops.secateur.linear`, which torch.compile does not trace
-    into.
+    Args:
+        shape: of W, [out, in].
+        bias: b [out], or None.
+        dtype: the one that `weight` has.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product for activations [..., in].
+
+        Raises:
+            ShapeError: the activations do not fit.
+        """
+        self.check(x)
+        y = self.affine(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse activations of another width."""
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
+
+    def affine(self, x: Tensor) -> Tensor:
+        """The product for activations [tokens, in], with the bias."""
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product x Wᵀ [tokens, out] without the bias."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, without values, for model code that reads them."""
+        return _stand_in(self.out_features, self.in_features, self.dtype)
+
+
+class OperatorLinear(InferenceLinear):
+    """A linear whose product is the operator `torch.ops.secateur.linear`.
+
+    The operator takes a tensor and the number of a module. torch.compile does not trace into it,
+    and engines that compile a model can capture what it launches.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(shape, bias, dtype)
+        self._take_number()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy its own number."""
+        super().__setstate__(state)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)
+        _linears[self.number] = self
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product by the operator, which calls `product`."""
+        y: Tensor = torch.ops.secateur.linear(x, self.number, self.out_features)
+        return y
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
+        raise NotImplementedError
+
+
+_numbers = itertools.count(1)
+_linears: weakref.WeakValueDictionary[int, OperatorLinear] = weakref.WeakValueDictionary()
+"""Modules by number, because the operator accepts only tensors and numbers."""
+
+_operators = torch.library.Library("secateur", "DEF")
+_operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
+
+
+@torch.no_grad()  # a caller who needs gradients of other parts may have enabled them
+def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
+    return _linears[module].product(x)
+
+
+_operators.impl("linear", _linear, "CPU")
+_operators.impl("linear", _linear, "CUDA")
+torch.library.register_fake(
+    "secateur::linear",
+    lambda x, module, out_features: x.new_empty((x.shape[0], out_features)),
+    lib=_operators,
+)
+
+
+class PackedLinear(OperatorLinear):
+    """y = x Wᵀ + b, with W packed; for inference on a CPU.
 
     Args:
         matrix: W [out, in].
@@ -44,34 +143,16 @@ class PackedLinear(nn.Module):
     def __init__(
         self, matrix: KernelMatrix, bias: Tensor | None = None, kernel_up_to: int = 8
     ) -> None:
-        super().__init__()
-        self.matrix = matrix
-        self.in_features, self.out_features = matrix.columns, matrix.rows
-        self.kernel_up_to = kernel_up_to
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.number = numbered(self)
+        super().__init__((matrix.rows, matrix.columns), bias)
+        self.matrix, self.kernel_up_to = matrix, kernel_up_to
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy its own number."""
-        super().__setstate__(state)
-        self.number = numbered(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product for activations [..., in], float32, bfloat16 or float16.
-
-        Raises:
-            ShapeError: the activations do not fit, or are not on the CPU.
-        """
+    def check(self, x: Tensor) -> None:
+        """Refuse activations of another width or on another device."""
         if x.shape[-1] != self.in_features or x.device.type not in ("cpu", "meta"):
             raise ShapeError(
                 f"activations of shape {tuple(x.shape)} on {x.device} for a packed linear of "
                 f"{self.in_features} inputs on the cpu"
             )
-        tokens = x.reshape(-1, self.in_features)
-        y: Tensor = torch.ops.secateur.linear(tokens, self.number, self.out_features)
-        if self.bias is not None:
-            y += self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:
@@ -104,7 +185,7 @@ class PackedLinear(nn.Module):
         )
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(InferenceLinear):
     """y = x Wᵀ + b in torch, on any device, with W of integers and rounded x.
 
     It computes what the kernels for prompts compute, bit for bit: integer products are exact in
@@ -122,11 +203,9 @@ class IntegerLinear(nn.Module):
     def __init__(
         self, codes: Tensor, scales: Tensor, group: int | None = None, bias: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = codes.shape
+        super().__init__((codes.shape[0], codes.shape[1]), bias, codes.dtype)
         # no buffers: they would be cast with the model, and looked for in its files
         self.codes, self.scales, self.group = codes, scales, group
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntegerLinear:
         """Move the integers along; a cast of the model leaves them."""
@@ -135,16 +214,14 @@ class IntegerLinear(nn.Module):
         self.codes, self.scales = self.codes.to(device), self.scales.to(device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product for activations [..., in], of their dtype."""
-        integers, steps = integers_of(x.reshape(-1, self.in_features))
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product for activations [tokens, in], of their dtype."""
+        integers, steps = integers_of(x)
         rows = max(1, AT_ONCE // max(len(integers), self.in_features))
         parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
-        y = torch.cat([self.product(integers, steps, *part) for part in parts], -1).to(x.dtype)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return torch.cat([self.rows(integers, steps, *part) for part in parts], -1).to(x.dtype)
 
-    def product(self, x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    def rows(self, x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         """The product with some rows of W, float32 [tokens, rows].
 
         Args:
@@ -163,11 +240,6 @@ class IntegerLinear(nn.Module):
                 scale = scale * scales[:, begin // width]
             sums = (sums.double() + dots.double() * scale.double()).float()
         return sums if self.group is not None else sums * scales
-
-    @property
-    def weight(self) -> Tensor:
-        """Shape and dtype of the weight, without values, for model code that reads them."""
-        return _stand_in(self.out_features, self.in_features, self.codes.dtype)
 
 
 class PackedEmbedding(nn.Module):

@@ -31,6 +31,7 @@ from secateur.models.skeleton import (
 from secateur.quantization.groups import Scales
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.install import DenseView, install, integers_of, path_of, replace, tie_head
+from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.sampling import generation_config
@@ -139,7 +140,7 @@ def install_on_gpu(
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
-    from secateur.runtime.kernels.gpu.linear import GpuChoice, GpuLinear, measured
+    from secateur.runtime.kernels.gpu.linear import GpuLinear, measured
 
     view = DenseView(packed, dtype)
     names = stored_names(model, view)
@@ -149,7 +150,7 @@ def install_on_gpu(
     head_module = None
     embedding_at = path_of(model, model.get_input_embeddings())
     refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
-    choices: dict[tuple[object, ...], GpuChoice] = {}
+    choices: dict[tuple[object, ...], KernelChoice] = {}
     found: list[str] = []
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")

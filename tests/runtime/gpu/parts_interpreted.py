@@ -129,13 +129,14 @@ def test_the_way_that_is_measured_faster_is_taken(kernel_wins: bool) -> None:
 def test_a_model_answers_as_its_dense_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, gain: float
 ) -> None:
+    from secateur.runtime.kernels.dispatch import KernelChoice
     from secateur.runtime.kernels.gpu import linear
-    from secateur.runtime.kernels.gpu.linear import GpuChoice, GpuLinear
+    from secateur.runtime.kernels.gpu.linear import GpuLinear
 
     save_tiny(tmp_path / "dense", num_hidden_layers=1)
     secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
     secateur.compress(tmp_path / "p", output=tmp_path / "small", values=values)
-    monkeypatch.setattr(linear, "measured", lambda matrix, dtype: GpuChoice(4, gain))
+    monkeypatch.setattr(linear, "measured", lambda matrix, dtype: KernelChoice(4, gain))
     model = build_skeleton(tmp_path / "small", dtype=torch.float32)
     packed = PackedCheckpoint(tmp_path / "small")
     found = install_on_gpu(model, packed, torch.float32, torch.device("cpu"))

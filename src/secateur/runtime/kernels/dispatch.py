@@ -37,13 +37,14 @@ CACHE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """How matrices of one kind are multiplied.
+    """How matrices of one kind are multiplied, on a CPU or a GPU.
 
     Args:
-        kernel_up_to: the most tokens for which the kernel is the faster way.
-        gain: for one token, seconds on dense matrices (the faster of torch and our kernel) divided
-            by seconds of the kernel on these; infinite where the caches hold them all, except for
-            int4 with AVX2. Integers are compared with the same integers, stored dense.
+        kernel_up_to: the most tokens for which the kernel is not the slower way.
+        gain: for one token, seconds on dense matrices divided by seconds of the kernel on these. On
+            a CPU, dense is the faster of torch and our kernel, and integers are compared with the
+            same integers; it is infinite where the caches hold all matrices, except for int4 with
+            AVX2.
     """
 
     kernel_up_to: int

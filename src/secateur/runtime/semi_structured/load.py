@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.errors import CheckpointError, KernelError, ShapeError
+from secateur.errors import CheckpointError, KernelError
 from secateur.models.configuration import transformers_errors
 from secateur.models.experts import open_experts
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.skeleton import quiet_transformers, refuse_missing, without_weights
 from secateur.runtime.kernels.gpu.linear import Call, Clock, Fastest, race
+from secateur.runtime.linear import InferenceLinear
 from secateur.runtime.semi_structured.layout import (
     FILE_NAME,
     VALUES,
@@ -252,7 +253,7 @@ class PartsForm:
         return y if bias is None else y + bias
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(InferenceLinear):
     """y = x Wᵀ + b by the fastest kernel for the number of tokens; for inference.
 
     Where dense is faster for some numbers of tokens and sparse for others, both forms are held: 25
@@ -268,25 +269,14 @@ class SparseLinear(nn.Module):
     def __init__(
         self, parts: StoredParts, bias: Tensor | None, fastest: Fastest, forms: Mapping[str, Form]
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = parts.in_features, len(parts.packed)
-        self.dtype = parts.packed.dtype
+        super().__init__((len(parts.packed), parts.in_features), bias, parts.packed.dtype)
         self.fastest, self.forms = fastest, dict(forms)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product for activations [..., in] of the dtype of W.
-
-        Raises:
-            ShapeError: the activations do not fit.
-        """
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
-        tokens = x.reshape(-1, self.in_features)
-        if len(tokens) == 0:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        y = self.forms[self.fastest.kernel(len(tokens))].multiply(tokens, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+    def affine(self, x: Tensor) -> Tensor:
+        """The product for activations [tokens, in] of the dtype of W, with the bias."""
+        if len(x) == 0:
+            return x.new_empty(0, self.out_features)
+        return self.forms[self.fastest.kernel(len(x))].multiply(x, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -295,12 +285,6 @@ class SparseLinear(nn.Module):
         if CUTLASS in sizes:
             sizes.pop(TRITON, None)
         return sum(sizes.values())
-
-    @property
-    def weight(self) -> Tensor:
-        """Shape and dtype without values, for model code that reads them."""
-        shape = self.out_features, self.in_features
-        return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def extra_repr(self) -> str:
         """Shape and kernels, for printing."""

@@ -9,23 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from secateur.errors import ShapeError
 from secateur.quantization.activations import round_activations
+from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.kernels.operator import numbered
+from secateur.runtime.linear import OperatorLinear
 from secateur.timing import alternate
 
 TRIED = (1, 2, 4, 8, TOKENS)
 
 
-class GpuLinear(nn.Module):
+class GpuLinear(OperatorLinear):
     """y = x Wᵀ + b, with W in the bitmask format; for inference.
 
     Args:
@@ -43,30 +42,8 @@ class GpuLinear(nn.Module):
         *,
         rounds_inputs: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(matrix.shape, bias)
         self.matrix, self.kernel_up_to, self.rounds_inputs = matrix, kernel_up_to, rounds_inputs
-        self.out_features, self.in_features = matrix.shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.number = numbered(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy its own number."""
-        super().__setstate__(state)
-        self.number = numbered(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product for activations [..., in].
-
-        Raises:
-            ShapeError: the activations do not fit.
-        """
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
-        tokens = x.reshape(-1, self.in_features)
-        y: Tensor = torch.ops.secateur.linear(tokens, self.number, self.out_features)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
@@ -87,26 +64,8 @@ class GpuLinear(nn.Module):
         """The memory of W."""
         return self.matrix.nbytes
 
-    @property
-    def weight(self) -> Tensor:
-        """Shape without values, for model code that reads it."""
-        return torch.empty(self.matrix.shape, device="meta")
 
-
-@dataclass(frozen=True)
-class GpuChoice:
-    """How matrices of one kind are multiplied.
-
-    Args:
-        kernel_up_to: the most tokens for which the kernel is not slower than expanding.
-        gain: for one token, seconds of torch on the dense matrix divided by those of the kernel.
-    """
-
-    kernel_up_to: int
-    gain: float
-
-
-def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) -> GpuChoice:
+def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) -> KernelChoice:
     """Time the kernel, expanding, and the dense matrix, in turns.
 
     Args:
@@ -126,7 +85,7 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
 
     seconds = race(TRIED, "dense", calls, clock)
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
-    return GpuChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
+    return KernelChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
 
 
 REPEATS = 11
