@@ -19,6 +19,7 @@ from secateur.engine.job import Job
 from secateur.engine.prune.composition import allocation_of, method_of, own_methods
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
+from secateur.engine.prune.prepared import settings_of, windows_needed
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
@@ -32,7 +33,6 @@ from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.runs.ledger import Ledger
-from secateur.steps.prepared import settings_of, windows_needed
 from secateur.training.distillation import DistillationData, Student, pruned_layers
 
 FOLDER = "name the folder of a checkpoint instead"

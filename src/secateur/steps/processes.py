@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from secateur.calibration.run_windows import WINDOWS
+from secateur.engine.prune.prepared import Prepared, prepare
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.parallel.ranks import Ranks
@@ -25,7 +26,6 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.runs.folder import STATE, RunFolder
 from secateur.runs.ledger import Ledger
-from secateur.steps.prepared import Prepared, prepare
 from secateur.steps.runner import source_of
 
 

@@ -27,6 +27,12 @@ from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
+from secateur.engine.prune.prepared import (
+    Prepared,
+    choose_plan,
+    prepare,
+    settings_of,
+)
 from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.engine.search.allocation import settled_allocation
 from secateur.errors import RecipeError
@@ -65,12 +71,6 @@ from secateur.sparsity.solvers import solvers
 from secateur.steps.chain import checked_steps, run_chain
 from secateur.steps.checkpoint_files import COMPRESSION
 from secateur.steps.loaded_model import prune_module
-from secateur.steps.prepared import (
-    Prepared,
-    choose_plan,
-    prepare,
-    settings_of,
-)
 from secateur.steps.processes import (
     WorkerJob,
     broadcast,

@@ -23,6 +23,7 @@ from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan import memory_budget
 from secateur.engine.plan_memory import distillation_plan
+from secateur.engine.prune.prepared import SWEEP_WINDOWS, log_sweeps
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
@@ -54,7 +55,6 @@ from secateur.runs.records import (
     Structure,
     read_record,
 )
-from secateur.steps.prepared import SWEEP_WINDOWS, log_sweeps
 from secateur.steps.processes import broadcast
 from secateur.steps.structure.learned import choose_learned
 from secateur.steps.structure.steps import (

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from secateur.engine.plan_memory import PrunePlan
+from secateur.engine.prune.prepared import Prepared, choose_plan, prepare
 from secateur.errors import RecipeError
 from secateur.evaluation.step_time import StepTimer
 from secateur.models.checkpoint import CheckpointReader
@@ -35,7 +36,6 @@ from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.steps.prepared import Prepared, choose_plan, prepare
 from secateur.steps.prune import Prune
 from secateur.steps.runner import Run, finish, source_of
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width

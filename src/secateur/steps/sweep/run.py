@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import load_windows, stored_extra
 from secateur.engine.prune.composition import allocation_of, method_of
+from secateur.engine.prune.prepared import prepare, windows_needed
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import (
     computed_by,
@@ -58,7 +59,6 @@ from secateur.runs.records import (
 )
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.prepared import prepare, windows_needed
 from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out, source_of
 
