@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from oracles import scores as oracles
-from secateur.calibration.statistics import of_gradients, of_inputs, statistics
+from secateur.calibration.statistics import Gathering, statistics
 from secateur.errors import NumericalError, RecipeError
 
-OF_INPUTS = sorted(of_inputs(statistics))
-OF_GRADIENTS = sorted(of_gradients(statistics))
+OF_INPUTS = sorted(Gathering.of(statistics).forward)
+OF_GRADIENTS = sorted(Gathering.of(statistics).backward)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -150,9 +150,9 @@ def test_holds_no_more_than_it_says(name):
     nbytes = statistics[name].nbytes(shape)
     # a count of a few bytes may come on top
     assert nbytes <= statistic.total.nbytes <= nbytes + 8
-    assert statistics[name].reads in ("inputs", "gradients")
+    assert statistics[name].source.name in ("inputs", "gradients")
 
 
 def test_an_unknown_statistic_is_refused_with_near_names():
     with pytest.raises(RecipeError, match="unknown statistic 'column_nrom'"):
-        of_inputs({"column_nrom"})
+        Gathering.of({"column_nrom"})

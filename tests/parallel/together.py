@@ -187,8 +187,8 @@ def sum_statistics(place: str) -> None:
         for name in statistics.names():
             kind = statistics[name]
             own = kind((24, 40))
-            share = rows[kind.reads].tensor_split(ranks.count)[ranks.rank]
-            for part in share if kind.reads == "gradients" else share.split(7):
+            share = rows[kind.source.name].tensor_split(ranks.count)[ranks.rank]
+            for part in share if kind.source.name == "gradients" else share.split(7):
                 own.update(part)
             ranks.total(own.total)
             found[name] = own.value().clone()

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -112,11 +114,47 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     assert 0 <= plan["disk_bytes"] - plain["disk_bytes"] - 256 * MIB < MIB
     assert plan["peak_bytes"] - plain["peak_bytes"] > 180 * MIB
 
+    assert parts["statistics"]["quince-output"] == "outputs"
     check_pruned(source, pruned)
     check_packed(pruned, packed, again)
     # here, without the package, nobody can read them
     with pytest.raises(secateur.SecateurError, match="no format 'quince-positions'"):
         secateur.load(packed)
+
+
+@pytest.mark.parametrize("sequential", ["group", "layer"])
+def test_a_foreign_statistic_of_a_kind_of_its_own_prunes(
+    installed: Path, tmp_path: Path, sequential: str
+) -> None:
+    source, text = save_tiny(tmp_path / "source"), tmp_path / "windows.safetensors"
+    windows = tiny_windows()
+    save_windows(windows, text)
+    how = ("--scope", "layer", "--sparsity", "0.5", "--calibration", text)
+    how = (*how, "--sequential", sequential)
+    by_output, by_size = ("--score", "quince-output"), ("--score", "magnitude")
+    plan, plain, _ = commands(
+        installed,
+        ("prune", "--dry-run", source, *how, *by_output),
+        ("prune", "--dry-run", source, *how, *by_size),
+        ("prune", source, *how, *by_output, "--output", tmp_path / "pruned"),
+    )
+    # 2 MiB for each linear: three share an input; a layer has seven
+    held = {"group": 3, "layer": 8}[sequential]
+    assert 0 <= plan["solve_bytes"] - plain["solve_bytes"] - 2 * held * MIB < MIB
+
+    model, seen = AutoModelForCausalLM.from_pretrained(source), dict[str, Tensor]()
+    first = {n: m for n, m in model.named_modules() if n.startswith("model.layers.0.self_attn.")}
+    outputs = {n: m for n, m in first.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
+    for name, module in outputs.items():
+        module.register_forward_hook(lambda m, x, y, name=name: seen.__setitem__(name, y))
+    with torch.no_grad():
+        model(windows)
+    after = load_file(tmp_path / "pruned" / "model.safetensors")
+    for name, module in outputs.items():
+        norm = seen[name].double().square().sum((0, 1)).sqrt()
+        score = module.weight.double().abs() * norm[:, None]
+        threshold = score.flatten().sort().values[score.numel() // 2 - 1]
+        assert torch.equal(after[f"{name}.weight"] != 0, score > threshold)
 
 
 def check_pruned(source: Path, pruned: Path) -> None:

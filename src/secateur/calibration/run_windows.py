@@ -25,7 +25,7 @@ from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_page
 from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
 from secateur.calibration.documents import read_documents
 from secateur.calibration.loading import load_calibration
-from secateur.calibration.statistics import of_gradients
+from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import (
     EXTRA,
     START,
@@ -288,8 +288,9 @@ class RunWindows:
         multimodal = load_multimodal(file, len(self.calibration))
         if multimodal is None:
             return self
+        before = Gathering.of(method.requires | allocation.requires).backward
         without = {
-            "the gradients of this method": of_gradients(method.requires | allocation.requires),
+            **{f"the {source.name} of this method": True for source in before.values()},
             f"the allocation {recipe.allocation}": recipe.allocation != "uniform",
             "distillation": recipe.distillation.epochs,
             "--generated-windows": recipe.calibration.generated_windows,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.prune.run import Run
-from secateur.engine.prune.tasks import Settings, Tasks, gradient_statistics
+from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.search.allocation import Survey, allocate
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import gather_gradients
@@ -52,7 +52,7 @@ class Job:
             The tasks, without linears that calibration did not reach.
         """
         calibration = self.calibration()
-        names = gradient_statistics(self.tasks)
+        names = gathering(self.tasks).backward
         if names:
             assert calibration is not None
             assert self.settings.work is not None

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
-from secateur.calibration.statistics import of_inputs, statistics
+from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan import Need, Phase, Plan
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
     Tasks,
-    gradient_statistics,
-    input_statistics,
+    gathering,
 )
 from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
@@ -180,7 +179,7 @@ def plan_run(
         target, tasks, windows, epochs, sweep_windows, tokens + extra_tokens, of_token
     )
     stored *= 1 + settings.dense_needed
-    gradients = _gradient_bytes(tasks)
+    gradients = _backward_bytes(tasks)
     surveying = _survey_bytes(target, found, allocation, prunable // len(layers), windows)
     more = surveying + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
@@ -311,9 +310,12 @@ def _solving_bytes(
     """The memory for the linear that needs most, with what is there meanwhile."""
     asymmetric = settings.asymmetric
     solve = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
+    names = gathering(tasks, asymmetric=asymmetric).forward
     if settings.sequential == "layer":
-        names = input_statistics(tasks, asymmetric=asymmetric)
         more += _statistics_bytes(target, found, names)
+    else:  # one group at a time; `solve` counts one of its linears
+        others = _other_statistics_bytes(target, found, names)
+        more += others * (4 if settings.choose_damping else 1)
     return replace(solve, most=solve.most + more, usual=solve.usual + more)
 
 
@@ -376,7 +378,7 @@ def _survey_bytes(
     held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
     if windows is None:  # the allocation reads only weights
         return held
-    held += _statistics_bytes(target, found, of_inputs(allocation.requires))
+    held += _statistics_bytes(target, found, Gathering.of(allocation.requires).forward)
     if allocation.judged_tokens:
         # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
@@ -392,7 +394,7 @@ def _forward_bytes(
     settings: Settings,
 ) -> tuple[int, dict[str, int]]:
     """The memory of all hidden states, and that of forwards: running, halted, and tuning."""
-    gathered = bool(input_statistics(tasks, asymmetric=settings.asymmetric))
+    gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
     halting = gathered and settings.sequential == "group" and settings.in_memory
     waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
     size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
@@ -558,8 +560,8 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) 
 
     With held-out tokens there are statistics of both parts, and copies of them while they are used.
     """
-    names = input_statistics({task.name: task}, asymmetric=asymmetric)
-    held = sum(statistics[name].nbytes(task.shape) for name in names)
+    names = gathering({task.name: task}, asymmetric=asymmetric).forward
+    held = held_bytes(names, [task.shape])
     working = task.method.working_bytes(task.shape)
     if asymmetric:
         square = float32_bytes((task.shape[1], task.shape[1]))
@@ -571,18 +573,31 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) 
     return held + working
 
 
-def _gradient_bytes(tasks: Tasks) -> int:
-    """The memory of the statistics of all gradients."""
-    names = gradient_statistics(tasks)
-    return sum(statistics[name].nbytes(t.shape) for name in names for t in tasks.values())
+def _backward_bytes(tasks: Tasks) -> int:
+    """The memory of the statistics of all linears that are gathered before the run."""
+    names = gathering(tasks).backward
+    return sum(held_bytes(names, [task.shape]) for task in tasks.values())
 
 
 def _statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
-    """The memory of input statistics for all groups of a layer; large with many experts."""
-    largest = 0
-    for layer, layout in zip(target.layers, found, strict=True):
-        linears = linears_of(layer, "")
-        shapes = [linears[group[0]].shape for group in layout.groups]
-        held = sum(statistics[name].nbytes(shape) for name in names for shape in shapes)
-        largest = max(largest, held)
-    return largest
+    """The memory of the statistics of all groups of a layer; large with many experts."""
+    layers = _group_shapes(target, found)
+    return max((sum(held_bytes(names, group) for group in groups) for groups in layers), default=0)
+
+
+def _other_statistics_bytes(
+    target: Target, found: Sequence[LayerLayout], names: Iterable[str]
+) -> int:
+    """The memory of the statistics of a group besides those of its first linear."""
+    groups = [group for groups in _group_shapes(target, found) for group in groups]
+    return max((held_bytes(names, x) - held_bytes(names, x[:1]) for x in groups), default=0)
+
+
+def _group_shapes(
+    target: Target, found: Sequence[LayerLayout]
+) -> list[list[list[tuple[int, int]]]]:
+    """For each layer, the shapes of the linears that share an input."""
+    pairs = zip([linears_of(layer, "") for layer in target.layers], found, strict=False)
+    return [
+        [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
+    ]

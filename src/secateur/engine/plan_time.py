@@ -19,13 +19,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import of_gradients, of_inputs, statistics
+from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan_memory import calls_of
+from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.layouts import kind_of
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
+from secateur.models.architecture import Linear
 from secateur.sparsity.methods import Method
 from secateur.types import STORED
 
@@ -140,15 +142,19 @@ def piece_times(
     wider, taller = shape[1] / columns, shape[0] / rows
     x = torch.randn(columns + 64, columns, device=device)
     weight = torch.randn(small, device=device)
-    names = of_inputs(method.requires) | ({"gram"} if settings.asymmetric else set())
+    names = Gathering.of(method.requires | ({"gram"} if settings.asymmetric else set()))
+    module = torch.nn.Linear(columns, rows, bias=False, device="meta")
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear = Linear("timed", module)
+    own = {name: torch.rand(small, device=device) for name in names.backward}
     gathering, shared = 0.0, dict[str, torch.Tensor]()
-    for name in names:
-        gathered = statistics[name](small, device)
+    for name, source in names.forward.items():
+        gathered = GroupStatistics({name: source}, [linear], device)
         seconds = _timed(lambda gathered=gathered: gathered.update(x), device)
-        growth = statistics[name].nbytes(shape) / statistics[name].nbytes(small)
+        growth = held_bytes([name], [shape]) / held_bytes([name], [small])
         gathering += growth * seconds / len(x)
-        shared[name] = gathered.value()
-    own = {name: torch.rand(small, device=device) for name in of_gradients(method.requires)}
+        shared |= gathered.value()
+        own |= gathered.own(linear)
     return PieceTimes(
         gathering, *_solving_seconds(method, weight, shared, own, sparsity, wider, taller)
     )

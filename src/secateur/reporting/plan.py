@@ -262,7 +262,7 @@ class MethodsResult(Result):
             "allocations": allocations.names(),
             "schedules": schedules.names(),
             "training": {name: entry.to_json() for name, entry in training_methods.items()},
-            "statistics": {name: statistics[name].reads for name in statistics},
+            "statistics": {name: statistics[name].source.name for name in statistics},
             "formats": formats.names(),
             "families": {name: families[name].model_types for name in families},
             "presets": {name: dict(keys) for name, keys in self.presets.items()},

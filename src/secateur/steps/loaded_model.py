@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.run_windows import READY, RunWindows, WindowReader
-from secateur.calibration.statistics import of_gradients
+from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
 from secateur.engine.job import Job
 from secateur.engine.prune.composition import allocation_of, method_of, own_methods
@@ -100,7 +100,7 @@ def prune_module(
         tokens = None if windows is None else windows.calibration
         with ExitStack() as stack, opened_experts(model), quiet_transformers():
             work = None
-            if of_gradients(method.requires) or allocation.reach > 0:
+            if Gathering.of(method.requires).backward or allocation.reach > 0:
                 work = Path(stack.enter_context(TemporaryDirectory(prefix="secateur-")))
             target = ModelTarget(model)
             refuse_all_zero(target)

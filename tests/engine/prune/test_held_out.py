@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur
+from secateur.calibration.statistics import Gathering
 from secateur.engine.prune import group_pruning
 from secateur.engine.prune.group_pruning import DAMPINGS, TargetStatistics, choose_dampings
 from secateur.engine.prune.tasks import LinearTask
@@ -34,7 +35,9 @@ def example(noise: float, seed: int) -> tuple[nn.Linear, list[Tensor], list[Tens
 
 
 def gathered(linear: nn.Linear, inputs: list[Tensor], outputs: list[Tensor], **more: Any) -> Any:
-    seen = TargetStatistics(("gram",), Linear("x", linear), torch.device("cpu"), OUT, **more)
+    seen = TargetStatistics(
+        Gathering.of(["gram"]).forward, [Linear("x", linear)], torch.device("cpu"), OUT, **more
+    )
     for x, y in zip(inputs, outputs, strict=True):
         seen.add(x, y)
     return seen

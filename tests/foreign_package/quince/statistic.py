@@ -1,18 +1,18 @@
 """The largest magnitude of each input."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import statistics
+from secateur.calibration.statistics import InputSource, Source, statistics
 
 
 @statistics.register("quince-peak")
 class Peak:
     """max_t |x_tj|, float32 [in]; 0 before any token."""
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    source: ClassVar[Source] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(shape[1], device=device)

@@ -3,24 +3,119 @@
 A statistic takes batch after batch, can be merged with one gathered elsewhere (another process,
 another share of the tokens), and returns its value at the end. It keeps no tokens, so its memory
 does not grow with them. One file each.
+
+A statistic names its source: an object that says which numbers of a linear it is updated with.
+There are two places to gather them. A `ForwardSource` sees the inputs of a linear in the forwards
+of the run, right before the linear is pruned. A `BackwardSource` sees a backward of each window's
+loss through the dense model, before the run. A statistic of a new kind brings its own source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import NumericalError
+from secateur.models.architecture import Linear
 from secateur.registry import Registry
-from secateur.types import STORED, Weight
+from secateur.types import STORED, Inputs, Weight
 
-__all__ = ["GradientMean", "Statistic", "check_finite", "of_gradients", "of_inputs", "statistics"]
+__all__ = [
+    "BackwardSource",
+    "ForwardSource",
+    "Gathering",
+    "GradientMean",
+    "GradientSource",
+    "InputSource",
+    "Source",
+    "Statistic",
+    "check_finite",
+    "held_bytes",
+    "statistics",
+    "watched",
+]
 
 S = TypeVar("S", bound="Statistic")
+Shape = tuple[int, int]
+Update = Callable[[Tensor], None]
+
+
+class Handle(Protocol):
+    """What `watch` returns."""
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        ...
+
+
+class Source(ABC):
+    """Which numbers of a linear update a statistic, and how many statistics that takes.
+
+    Attributes:
+        name: what lists call it.
+        shared: whether linears that share an input share the statistic too.
+    """
+
+    name: ClassVar[str]
+    shared: ClassVar[bool] = False
+
+    @abstractmethod
+    def watch(self, linear: Linear, update: Update) -> Handle:
+        """Call `update` with the numbers of every forward or backward, until the handle ends it."""
+
+    def nbytes(self, statistic: type[Statistic], shapes: Sequence[Shape]) -> int:
+        """Bytes that a statistic holds for linears that share an input, given their (out, in)."""
+        return sum(statistic.nbytes(shape) for shape in (shapes[:1] if self.shared else shapes))
+
+
+class ForwardSource(Source):
+    """Numbers of a forward: from the inputs that arrive at a linear which is not pruned yet."""
+
+    @abstractmethod
+    def rows(self, linear: Linear, x: Inputs) -> Tensor:
+        """What a statistic is updated with, given inputs [tokens, in] of the linear."""
+
+    def watch(self, linear: Linear, update: Update) -> Handle:
+        """Call `update` in every forward, by a hook."""
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            update(self.rows(linear, args[0].detach().flatten(0, -2)))
+
+        return linear.module.register_forward_pre_hook(before)
+
+
+class BackwardSource(Source):
+    """Numbers of a backward: a pass through the dense model before the run gathers them."""
+
+
+class InputSource(ForwardSource):
+    """The inputs of a linear, [tokens, in]."""
+
+    name = "inputs"
+    shared = True
+
+    def rows(self, linear: Linear, x: Inputs) -> Tensor:
+        """The inputs themselves."""
+        return x
+
+
+class GradientSource(BackwardSource):
+    """The gradient of a weight for one window, [out, in]."""
+
+    name = "gradients"
+
+    def watch(self, linear: Linear, update: Update) -> Handle:
+        """Call `update` in every backward. The weight must require its gradient by now."""
+        transposed = linear.transposed
+        weight = linear.module.get_parameter("weight")
+        return weight.register_hook(lambda g: update(g.t() if transposed else g))
 
 
 class Statistic(Protocol):
@@ -31,16 +126,16 @@ class Statistic(Protocol):
         device: where the sums are kept and computed.
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]]
-    """What it is updated with: the inputs of the linear, or the gradients of its weight."""
+    source: ClassVar[Source]
+    """Where the numbers come from that it is updated with."""
 
     total: Tensor
     """The running sum: what merging adds up, and what processes may all-reduce."""
 
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None: ...
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None: ...
 
     def update(self, x: Float[Tensor, "rows in"]) -> None:
-        """Add one batch, of any floating dtype: inputs [tokens, in], or a gradient [out, in]."""
+        """Add what the source gives for one batch, of any floating dtype."""
         ...
 
     def merge(self: S, other: S) -> None:
@@ -52,7 +147,7 @@ class Statistic(Protocol):
         ...
 
     @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
+    def nbytes(shape: Shape) -> int:
         """Bytes that it holds for a weight of this shape, (out, in)."""
         ...
 
@@ -65,9 +160,9 @@ class GradientMean:
         device: where the sums are kept and computed.
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "gradients"
+    source: ClassVar[Source] = GradientSource()
 
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
         # the last number counts the windows, so that all-reducing `total` merges both
         self.total = torch.zeros(shape[0] * shape[1] + 1, device=device)
         self.sum = self.total[:-1].view(shape)
@@ -81,7 +176,7 @@ class GradientMean:
         return self.sum / max(int(self.total[-1]), 1)
 
     @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
+    def nbytes(shape: Shape) -> int:
         """Four bytes for each weight."""
         return 4 * shape[0] * shape[1]
 
@@ -89,26 +184,63 @@ class GradientMean:
 statistics: Registry[type[Statistic]] = Registry("statistic", __name__)
 
 
-def of_inputs(names: Iterable[str]) -> frozenset[str]:
-    """Those of the names that are statistics of inputs: a forward gathers them.
+@dataclass(frozen=True)
+class Gathering:
+    """The sources of the statistics to gather, by the names of the statistics.
 
-    Raises:
-        RecipeError: a name is unknown.
+    Attributes:
+        forward: the statistics that the forwards of a run gather.
+        backward: those that a backward through the dense model gathers before the run.
     """
-    return _reading("inputs", names)
+
+    forward: Mapping[str, ForwardSource]
+    backward: Mapping[str, BackwardSource]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Gathering:
+        """Sort names of statistics. Nobody gathers the stored weight.
+
+        Raises:
+            RecipeError: a name is unknown.
+        """
+        sources = {name: statistics[name].source for name in sorted(names) if name != STORED}
+        return cls(
+            {name: x for name, x in sources.items() if isinstance(x, ForwardSource)},
+            {name: x for name, x in sources.items() if isinstance(x, BackwardSource)},
+        )
 
 
-def of_gradients(names: Iterable[str]) -> frozenset[str]:
-    """Those of the names that are statistics of gradients: a backward gathers them.
+def held_bytes(names: Iterable[str], shapes: Sequence[Shape]) -> int:
+    """Bytes that statistics hold for linears that share an input, given their (out, in)."""
+    return sum(statistics[name].source.nbytes(statistics[name], shapes) for name in names)
 
-    Raises:
-        RecipeError: a name is unknown.
+
+@contextmanager
+def watched(
+    linears: Sequence[Linear], names: Iterable[str]
+) -> Iterator[dict[str, dict[str, Statistic]]]:
+    """New statistics of linears, by linear and name. Every pass inside the context updates them.
+
+    The weights require their gradients inside the context if a backward is to be watched.
     """
-    return _reading("gradients", names)
-
-
-def _reading(source: str, names: Iterable[str]) -> frozenset[str]:
-    return frozenset(n for n in names if n != STORED and statistics[n].reads == source)
+    order = sorted(names)
+    kept = {x.name: {n: statistics[n](x.shape, x.weight.device) for n in order} for x in linears}
+    leaves = [x.module.get_parameter("weight") for x in linears]
+    required = [leaf.requires_grad for leaf in leaves]
+    handles = []
+    try:
+        if Gathering.of(order).backward:
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+        for linear in linears:
+            for name, statistic in kept[linear.name].items():
+                handles.append(statistics[name].source.watch(linear, statistic.update))
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+        for leaf, before in zip(leaves, required, strict=True):
+            leaf.requires_grad_(before)
 
 
 def check_finite(square_sums: Tensor) -> None:

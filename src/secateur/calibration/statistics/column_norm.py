@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from secateur.calibration.statistics import check_finite, statistics
+from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
 from secateur.types import ColumnNorm as Norms
 from secateur.types import Inputs
 
@@ -39,7 +39,7 @@ class ColumnNorm:
         tensor([5., 1.])
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    source: ClassVar[Source] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(shape[1], dtype=torch.float64, device=device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from secateur.calibration.statistics import check_finite, statistics
+from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
 from secateur.types import Inputs
 
 
@@ -32,7 +32,7 @@ class ColumnVariance:
         tensor([1., 0.])
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    source: ClassVar[Source] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(3, shape[1], dtype=torch.float64, device=device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import check_finite, statistics
+from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
 from secateur.types import Gram as GramMatrix
 from secateur.types import Inputs
 
@@ -47,7 +47,7 @@ class Gram:
                 [ 2.,  4.]])
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    source: ClassVar[Source] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.size = shape[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.cross_gram import CrossGram
-from secateur.calibration.statistics import of_inputs, statistics
+from secateur.calibration.statistics import ForwardSource, Statistic, statistics
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import NumericalError, VerificationError
@@ -38,29 +38,44 @@ COLLAPSED = 0.8
 
 
 class GroupStatistics:
-    """Running statistics of the input that a group of linears shares.
+    """Running statistics of a group of linears that share an input.
 
     Args:
-        names: names of the statistics. The gradient pass gathers the statistics of gradients.
-        linear: the first linear of the group.
+        sources: sources of the statistics, by their names.
+        linears: the linears of the group.
         device: device of the sums.
 
     Attributes:
         tokens: number of inputs so far.
+        running: the statistics that all linears of the group share, by name.
+        apart: the others, by the name of the linear and that of the statistic.
     """
 
-    def __init__(self, names: Iterable[str], linear: Linear, device: torch.device) -> None:
-        self.name, self.tokens = linear.name, 0
-        self.running = {
-            name: statistics[name](linear.shape, device) for name in sorted(of_inputs(names))
+    def __init__(
+        self, sources: Mapping[str, ForwardSource], linears: Sequence[Linear], device: torch.device
+    ) -> None:
+        self.sources, self.linears, self.tokens = sources, linears, 0
+        shared = [name for name, source in sources.items() if source.shared]
+        own = sources.keys() - shared
+        self.running = {name: statistics[name](linears[0].shape, device) for name in shared}
+        self.apart = {
+            x.name: {name: statistics[name](x.shape, device) for name in sorted(own)}
+            for x in linears
         }
 
     def update(self, x: Tensor) -> None:
         """Add the inputs of one micro-batch, with any leading shape."""
         flat = x.reshape(-1, x.shape[-1])
         self.tokens += len(flat)
-        for statistic in self.running.values():
-            statistic.update(flat)
+        for name, statistic in self.running.items():
+            statistic.update(self.sources[name].rows(self.linears[0], flat))
+        for linear in self.linears:
+            for name, statistic in self.apart[linear.name].items():
+                statistic.update(self.sources[name].rows(linear, flat))
+
+    def every(self) -> list[Statistic]:
+        """All statistics, in an order that is the same in every process."""
+        return [*self.running.values(), *(x for own in self.apart.values() for x in own.values())]
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows.
@@ -68,20 +83,36 @@ class GroupStatistics:
         Each sum passes alone, so no process holds more than one copy of one sum besides its own.
         """
         self.tokens = sum(ranks.gather(self.tokens))
-        for statistic in self.running.values():
+        for statistic in self.every():
             ranks.total(statistic.total)
 
     def value(self) -> dict[str, Tensor]:
-        """The statistics so far.
+        """The statistics that the group shares.
 
         Raises:
             NumericalError: the inputs overflowed; the message names the first linear that reads
                 them.
         """
-        try:
-            return {name: statistic.value() for name, statistic in self.running.items()}
-        except NumericalError as error:
-            raise NumericalError(error.what, where=self.name, remedy=error.remedy) from None
+        return _values(self.linears[0], self.running)
+
+    def own(self, linear: Linear) -> dict[str, Tensor]:
+        """The statistics that a linear of the group has for itself.
+
+        Raises:
+            NumericalError: its numbers overflowed.
+        """
+        return _values(linear, self.apart[linear.name])
+
+    def release(self) -> None:
+        """Forget the sums. Values that were read stay."""
+        self.running.clear()
+
+
+def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    try:
+        return {name: statistic.value() for name, statistic in gathered.items()}
+    except NumericalError as error:
+        raise NumericalError(error.what, where=linear.name, remedy=error.remedy) from None
 
 
 class TargetStatistics(GroupStatistics):
@@ -90,8 +121,8 @@ class TargetStatistics(GroupStatistics):
     The gram must be among the statistics.
 
     Args:
-        names: names of the statistics.
-        linear: the first linear of the group.
+        sources: sources of the statistics, by their names.
+        linears: the linears of the group.
         device: device of the sums.
         target_size: size of the group's target for one token.
         held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
@@ -102,16 +133,16 @@ class TargetStatistics(GroupStatistics):
 
     def __init__(
         self,
-        names: Iterable[str],
-        linear: Linear,
+        sources: Mapping[str, ForwardSource],
+        linears: Sequence[Linear],
         device: torch.device,
         target_size: int,
         *,
         held_out: bool = False,
     ) -> None:
-        super().__init__(names, linear, device)
-        self.cross = CrossGram(target_size, linear.shape[1], device)
-        self.held = TargetStatistics(names, linear, device, target_size) if held_out else None
+        super().__init__(sources, linears, device)
+        self.cross = CrossGram(target_size, linears[0].shape[1], device)
+        self.held = TargetStatistics(sources, linears, device, target_size) if held_out else None
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add the inputs of one micro-batch, with any leading shape, and their targets."""
@@ -137,8 +168,8 @@ class TargetStatistics(GroupStatistics):
         if held is None:
             return
         self.tokens += held.tokens
-        for name, statistic in self.running.items():
-            statistic.merge(held.running[name])
+        for statistic, part in zip(self.every(), held.every(), strict=True):
+            statistic.merge(part)
         self.cross.total += held.cross.total
 
     def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
@@ -188,7 +219,7 @@ def choose_dampings(
     found = {}
     for linear in linears:
         task = tasks[linear.name]
-        known = {**shared, **own(linear), STORED: linear.weight}
+        known = {**shared, **fit.own(linear), **own(linear), STORED: linear.weight}
         moments = cross if writer else linear.weight.float() @ cross
         errors = {}
         for damping in DAMPINGS:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
+from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.group_pruning import TargetStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.activations import Activations
@@ -227,6 +228,7 @@ class LayerRefit:
         )
         self.dense = HaltedLayer(refit.inputs(refit.dense, index), twin, sides[1], others)
         self.gathered: dict[int, TargetStatistics] = {}
+        self.moments = Gathering.of(["gram"]).forward
 
     @property
     def linears(self) -> list[Linear]:
@@ -258,7 +260,7 @@ class LayerRefit:
         target = self._target(index, group, dense) if self._writes(group) else dense
         if group not in self.gathered:
             device, rows = self.refit.cut.target.device, target.shape[-1]
-            self.gathered[group] = TargetStatistics(("gram",), linear, device, rows)
+            self.gathered[group] = TargetStatistics(self.moments, [linear], device, rows)
         self.gathered[group].add(x, target)
 
     def _target(self, index: int, group: int, dense: Tensor) -> Tensor:

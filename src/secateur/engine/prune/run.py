@@ -46,8 +46,7 @@ from secateur.engine.prune.reconstruction import (
 from secateur.engine.prune.tasks import (
     Settings,
     Tasks,
-    gradient_statistics,
-    input_statistics,
+    gathering,
     left_dense,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
@@ -101,7 +100,7 @@ class Run:
     ) -> None:
         self.target, self.tasks, self.calibration = target, tasks, calibration
         self.settings, self.ledger, self.progress = settings, ledger, progress
-        self.statistics = input_statistics(tasks, asymmetric=settings.asymmetric)
+        self.statistics = gathering(tasks, asymmetric=settings.asymmetric).forward
         self.steps_taken = 0
         self.verified: set[Hashable] = set()
 
@@ -261,7 +260,7 @@ class LayerPass:
         self.device, self.architecture = run.target.device, run.target.architecture
         self.linears = linears_of(layer, self.architecture.layer_name(index))
         self.pruned = [x for x in self.linears.values() if self.tasks[x.name].changes]
-        names = gradient_statistics(self.tasks)
+        names = gathering(self.tasks).backward
         self.own = stored_gradients(self.settings.work, index, names, self.device)
         self.groups = self.pruned_groups()
         self.gathered: dict[int, GroupStatistics] = {}
@@ -379,7 +378,7 @@ class LayerPass:
         return self.gathered[group]
 
     def _new_statistics(self, group: int) -> GroupStatistics:
-        return GroupStatistics(self.run.statistics, self.groups[group][0], self.device)
+        return GroupStatistics(self.run.statistics, self.groups[group], self.device)
 
     def _gather_exactly(self, group: int, x: Tensor) -> None:
         """Add the input of a group while a forward runs."""
@@ -420,12 +419,16 @@ class LayerPass:
             return []
         shared, weight_of = self._fitted(group, statistics, linears)
         weight_of = self._shadowed(weight_of, shared)
-        statistics.running.clear()
+        statistics.release()
         if self.remasks:
             for linear in self.groups[group]:
                 if own.get(linear.name) is False:
                     weight_of(linear)  # keeps what tuning needs, though another process solves it
-        found = prune_group(linears, shared, self.own, self.tasks, weight_of)
+
+        def own_of(linear: Linear) -> dict[str, Tensor]:
+            return {**statistics.own(linear), **self.own(linear)}
+
+        found = prune_group(linears, shared, own_of, self.tasks, weight_of)
         return [record.model_copy(update={"tokens": statistics.tokens}) for record in found]
 
     def _fitted(
@@ -566,7 +569,7 @@ class AsymmetricLayerPass(LayerPass):
         rows, columns = linears[0].shape
         return TargetStatistics(
             self.run.statistics,
-            self.groups[group][0],
+            self.groups[group],
             self.device,
             rows if self.writers else columns,
             held_out=self.settings.choose_damping,

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from secateur.calibration.statistics import of_gradients, of_inputs
+from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
@@ -158,20 +158,15 @@ def left_dense(tasks: Tasks, names: Collection[str]) -> dict[str, LinearTask]:
     return {**tasks, **{n: replace(tasks[n], sparsity=0.0, left=UNREACHED) for n in names}}
 
 
-def input_statistics(tasks: Tasks, *, asymmetric: bool) -> frozenset[str]:
-    """The statistics of inputs that a run gathers.
+def gathering(tasks: Tasks, *, asymmetric: bool = False) -> Gathering:
+    """The statistics that a run gathers.
 
     Args:
         tasks: tasks of the run.
         asymmetric: whether linears are fitted to the dense model, which needs a gram.
     """
-    required = frozenset().union(*(task.method.requires for task in tasks.values()))
-    return of_inputs(required) | (frozenset({"gram"}) if asymmetric else frozenset())
-
-
-def gradient_statistics(tasks: Tasks) -> frozenset[str]:
-    """The statistics of gradients that must be gathered before a run."""
-    return of_gradients(frozenset().union(*(task.method.requires for task in tasks.values())))
+    fitting = {"gram"} if asymmetric else set[str]()
+    return Gathering.of(fitting.union(*(task.method.requires for task in tasks.values())))
 
 
 def warn_of_work(tasks: Tasks) -> None:

@@ -23,14 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import of_inputs
+from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
     Tasks,
-    gradient_statistics,
+    gathering,
     with_sparsities,
 )
 from secateur.engine.search.candidate_evaluator import (
@@ -89,7 +89,7 @@ def _needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
             names |= task.method.score.requires
         if "solver" in allocation.uses:
             names |= task.method.requires
-    return of_inputs(names)
+    return Gathering.of(names).forward
 
 
 def _first_missing(files: Sequence[Path]) -> int:
@@ -186,7 +186,7 @@ class Survey:
         inputs = self.calibration.layer_inputs(index, step=step)
         groups = [[linears[name] for name in g] for g in self.calibration.layouts[index].groups]
         groups = [g for g in groups if any(self.tasks[x.name].changes for x in g)]
-        gathered = [GroupStatistics(names, group[0], self.target.device) for group in groups]
+        gathered = [GroupStatistics(names, group, self.target.device) for group in groups]
         forwards = [partial(inputs.pass_one, layer, b, stores=not last) for b in inputs.batches]
         by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
         for statistics in gathered:
@@ -205,7 +205,7 @@ class Survey:
         grains: Mapping[str, Granularity],
     ) -> LayerView:
         """The view of the layer for an allocation."""
-        names = gradient_statistics(self.tasks)
+        names = gathering(self.tasks).backward
         own = stored_gradients(self.settings.work, index, names, self.target.device)
         architecture = self.target.architecture
         reached = {
@@ -250,6 +250,7 @@ class LayerView:
         self.statistics = {
             name: {
                 **values.get(self.group.get(name, 0), {}),
+                **(shared[name].own(linear) if name in shared else {}),
                 **own(linear),
                 STORED: linear.weight,
             }

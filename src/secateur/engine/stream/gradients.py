@@ -9,7 +9,7 @@ windows with gradients g_n: the statistics that read gradients (`calibration/sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from secateur.calibration.statistics import statistics
+from secateur.calibration.statistics import watched
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.errors import NumericalError
@@ -32,7 +32,7 @@ from secateur.runs.atomic import write_tensors
 @full_float32()
 def gather_gradients(
     outer: EmbeddingAndHead,
-    names: frozenset[str],
+    names: Collection[str],
     work: Path,
     progress: Progress,
     ranks: Ranks = ALONE,
@@ -59,7 +59,7 @@ class _GradientPass:
     def __init__(
         self,
         outer: EmbeddingAndHead,
-        names: frozenset[str],
+        names: Collection[str],
         work: Path,
         progress: Progress,
         ranks: Ranks,
@@ -119,26 +119,20 @@ class _GradientPass:
         with self.target.layer(number) as layer:
             linears = list(linears_of(layer, self.target.architecture.layer_name(number)).values())
             leaves = [linear.module.get_parameter("weight") for linear in linears]
-            running = [
-                {name: statistics[name](x.shape, x.weight.device) for name in sorted(self.names)}
-                for x in linears
-            ]
 
-            def gather(place: int) -> None:
-                for linear, leaf, own in zip(linears, leaves, running, strict=True):
-                    gradient, leaf.grad = leaf.grad, None
-                    for statistic in own.values():
-                        statistic.update(gradient.t() if linear.transposed else gradient)
+            def after(place: int) -> None:
+                for leaf in leaves:
+                    leaf.grad = None
                 self.progress.step(note=f"backward, layer {number}")
 
-            with _only_learning(layer, leaves):
-                yield layer, gather
-        for own in running:
+            with _only_learning(layer, leaves), watched(linears, self.names) as running:
+                yield layer, after
+        for own in running.values():
             for statistic in own.values():
                 self.ranks.total(statistic.total)
         gathered = {
-            f"{linear.name}/{name}": statistic.value().cpu().contiguous()
-            for linear, own in zip(linears, running, strict=True)
+            f"{linear}/{name}": statistic.value().cpu().contiguous()
+            for linear, own in running.items()
             for name, statistic in own.items()
         }
         self.ranks.wait()  # all have stored what the layer below needs
@@ -166,7 +160,7 @@ def _only_learning(layer: nn.Module, leaves: Sequence[nn.Parameter]) -> Iterator
 
 
 def stored_gradients(
-    work: Path | None, index: int, names: frozenset[str], device: torch.device
+    work: Path | None, index: int, names: Collection[str], device: torch.device
 ) -> Callable[[Linear], dict[str, Tensor]]:
     """Return a function that returns the stored statistics of a linear's gradients.
 
