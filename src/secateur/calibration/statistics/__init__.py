@@ -21,6 +21,7 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear
@@ -47,14 +48,6 @@ Shape = tuple[int, int]
 Update = Callable[[Tensor], None]
 
 
-class Handle(Protocol):
-    """What `watch` returns."""
-
-    def remove(self) -> None:
-        """Watch no longer."""
-        ...
-
-
 class Source(ABC):
     """Which numbers of a linear update a statistic, and how many statistics that takes.
 
@@ -67,7 +60,7 @@ class Source(ABC):
     shared: ClassVar[bool] = False
 
     @abstractmethod
-    def watch(self, linear: Linear, update: Update) -> Handle:
+    def watch(self, linear: Linear, update: Update) -> RemovableHandle:
         """Call `update` with the numbers of every forward or backward, until the handle ends it."""
 
     def nbytes(self, statistic: type[Statistic], shapes: Sequence[Shape]) -> int:
@@ -82,7 +75,7 @@ class ForwardSource(Source):
     def rows(self, linear: Linear, x: Inputs) -> Tensor:
         """What a statistic is updated with, given inputs [tokens, in] of the linear."""
 
-    def watch(self, linear: Linear, update: Update) -> Handle:
+    def watch(self, linear: Linear, update: Update) -> RemovableHandle:
         """Call `update` in every forward, by a hook."""
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -111,7 +104,7 @@ class GradientSource(BackwardSource):
 
     name = "gradients"
 
-    def watch(self, linear: Linear, update: Update) -> Handle:
+    def watch(self, linear: Linear, update: Update) -> RemovableHandle:
         """Call `update` in every backward. The weight must require its gradient by now."""
         transposed = linear.transposed
         weight = linear.module.get_parameter("weight")
