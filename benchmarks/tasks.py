@@ -28,7 +28,7 @@ from secateur.evaluation.task_data import TASKS
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.running import ServeRecipe
+from secateur.recipes.deploy import ServeRecipe
 from secateur.runtime.load import load
 from secateur.steps.serve import prepare
 from stored import known_rows

@@ -11,8 +11,13 @@ import yaml
 
 from secateur.errors import RecipeError
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe, read_recipe_file
-from secateur.recipes.yaml_text import read_yaml, write_yaml
+from secateur.recipes.reading import (
+    build_recipe,
+    dump_recipe,
+    read_recipe_file,
+    read_yaml,
+    write_yaml,
+)
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from secateur.errors import RecipeError
+from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe, recipe_from_flags
-from secateur.recipes.running import ServeRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe, read_yaml, recipe_from_flags
 from secateur.recipes.verbs import VERBS, imported
-from secateur.recipes.yaml_text import read_yaml
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from secateur.recipes.running import ServeRecipe
+from secateur.recipes.deploy import ServeRecipe
 from secateur.steps.serve import Serving, prepare
 from trained import save_trained
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from secateur.errors import RecipeError
-from secateur.recipes.running import ServeRecipe
+from secateur.recipes.deploy import ServeRecipe
 from secateur.steps.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running
 from slow import slow

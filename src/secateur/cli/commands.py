@@ -19,7 +19,14 @@ from secateur.cli.verb import make_command
 if TYPE_CHECKING:
     from secateur.progress import Progress
     from secateur.recipes.compress import CompressRecipe, DecompressRecipe, FitRecipe
-    from secateur.recipes.exchange import ExportRecipe, ImportRecipe, PushRecipe
+    from secateur.recipes.deploy import (
+        ChatRecipe,
+        ExportRecipe,
+        GenerateRecipe,
+        ImportRecipe,
+        PushRecipe,
+        ServeRecipe,
+    )
     from secateur.recipes.measure import (
         AdviseRecipe,
         BenchRecipe,
@@ -30,7 +37,6 @@ if TYPE_CHECKING:
         SweepRecipe,
     )
     from secateur.recipes.prune import ChainRecipe, DemoRecipe, MethodsRecipe, PruneRecipe
-    from secateur.recipes.running import ChatRecipe, GenerateRecipe, ServeRecipe
     from secateur.recipes.structure import StructureRecipe
     from secateur.recipes.train import TrainRecipe
     from secateur.reporting.tables import Result
@@ -172,7 +178,7 @@ def _methods(recipe: MethodsRecipe) -> Result:
 
 @_command("demo")
 def _demo(recipe: DemoRecipe) -> Result:
-    from secateur.cli.demo import run_demo
+    from secateur.steps.demo import run_demo
 
     with _show_progress() as progress:
         return run_demo(recipe, progress)

@@ -9,7 +9,7 @@ from secateur.cli.verb import print_result
 from secateur.errors import RecipeError
 
 if TYPE_CHECKING:
-    from secateur.recipes.running import ChatRecipe, GenerateRecipe
+    from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.steps.generate import Conversation
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"

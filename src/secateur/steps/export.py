@@ -10,7 +10,7 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_config
 from secateur.progress import Progress, listener
-from secateur.recipes.exchange import ExportRecipe
+from secateur.recipes.deploy import ExportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.models import ExportResult

@@ -24,7 +24,7 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress, listener
-from secateur.recipes.exchange import ImportRecipe
+from secateur.recipes.deploy import ImportRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card

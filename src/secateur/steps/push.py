@@ -19,7 +19,7 @@ from secateur.publishing import (
     upload,
     without_folders,
 )
-from secateur.recipes.exchange import PushRecipe
+from secateur.recipes.deploy import PushRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.models import PushResult
 from secateur.reporting.report.claims import missing_in, push_card

@@ -12,8 +12,8 @@ from secateur.errors import RecipeError, install_extra
 from secateur.evaluation.generation import end_tokens
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of
-from secateur.recipes.running import ServeRecipe
 from secateur.runtime.decode import SlotDecoder, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in

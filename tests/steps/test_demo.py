@@ -29,7 +29,7 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
         tokenizer.save_pretrained(model)
     (tmp_path / "text.txt").write_text(source_text()[:40_000], encoding="utf-8")
     (tmp_path / "other.txt").write_text(source_text(held_out=True)[:20_000], encoding="utf-8")
-    demo = import_module("secateur.cli.demo")
+    demo = import_module("secateur.steps.demo")
     monkeypatch.setattr(demo, "MODEL", str(model))
     monkeypatch.setattr(demo, "CALIBRATION", str(tmp_path / "text.txt"))
     monkeypatch.setattr(demo, "JUDGING", str(tmp_path / "other.txt"))
