@@ -33,7 +33,7 @@ from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.shared import CalibrationWindows
-from secateur.steps.compress.storage_plan import find_matrices
+from secateur.runtime.storage_plan import find_matrices
 from secateur.steps.fit.context import FitContext, TimeBudget
 from secateur.steps.fit.costs import costs_of
 from secateur.steps.fit.evaluation import ModelEvaluator

@@ -31,10 +31,9 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.models import CompressResult
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
+from secateur.runtime.storage_plan import ChosenValues, MixedReader, find_matrices
 from secateur.sparsity.evolution import Candidate
-from secateur.steps.compress.pack import pack_into
-from secateur.steps.compress.rounding import MixedReader
-from secateur.steps.compress.storage_plan import ChosenValues, find_matrices
+from secateur.steps.compress import pack_into
 from secateur.steps.fit.context import FitContext, TimeBudget
 from secateur.steps.fit.costs import SECONDS, Costs, check_feasible, costs_of
 from secateur.steps.fit.evaluation import speedup_of
@@ -126,7 +125,7 @@ def packed_mix(
     """Pack a mix of levels."""
     levels = dict(zip(search.names, candidate, strict=True))
     stored = context.stored
-    readers = {stored[n]: search.levels[level].level.reader for n, level in levels.items() if level}
+    readers = {stored[n]: search.levels[level].reader for n, level in levels.items() if level}
     values = {stored[n]: context.costs.levels[level].values for n, level in levels.items()}
     ends = {"model": context.recipe.model, "output": context.recipe.output}
     recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})

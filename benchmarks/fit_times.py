@@ -34,7 +34,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.steps.compress.storage_plan import find_matrices
+from secateur.runtime.storage_plan import find_matrices
 from stored import known_rows
 
 FORMATS = (

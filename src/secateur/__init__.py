@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from secateur.steps.advise import advise
     from secateur.steps.bench import bench
     from secateur.steps.chain import chain
-    from secateur.steps.compress.pack import compress
-    from secateur.steps.compress.unpack import decompress
+    from secateur.steps.compress import compress
     from secateur.steps.diagnose import diagnose
     from secateur.steps.evaluate import evaluate
     from secateur.steps.export import export
@@ -45,9 +44,10 @@ if TYPE_CHECKING:
     from secateur.steps.push import push
     from secateur.steps.report import report
     from secateur.steps.structure.run import structure
-    from secateur.steps.sweep.run import sweep
+    from secateur.steps.sweep import sweep
     from secateur.steps.train.callback import SecateurCallback
     from secateur.steps.train.checkpoint import train
+    from secateur.steps.unpack import decompress
     from secateur.training.lora import merge
 
 __version__ = "0.1.0"
@@ -96,8 +96,8 @@ HOMES = {
     "bench": "secateur.steps.bench",
     "chain": "secateur.steps.chain",
     "compose": "secateur.sparsity.methods",
-    "compress": "secateur.steps.compress.pack",
-    "decompress": "secateur.steps.compress.unpack",
+    "compress": "secateur.steps.compress",
+    "decompress": "secateur.steps.unpack",
     "diagnose": "secateur.steps.diagnose",
     "evaluate": "secateur.steps.evaluate",
     "export": "secateur.steps.export",
@@ -117,7 +117,7 @@ HOMES = {
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
     "structure": "secateur.steps.structure.run",
-    "sweep": "secateur.steps.sweep.run",
+    "sweep": "secateur.steps.sweep",
     "train": "secateur.steps.train.checkpoint",
 }
 

@@ -17,8 +17,8 @@ from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.sweep import SweepResult
 from secateur.runs.records import Sweep, read_record
-from secateur.steps.sweep import run as sweeping
-from secateur.steps.sweep.run import sweep_recipe
+from secateur.steps import sweep as sweeping
+from secateur.steps.sweep import sweep_recipe
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -91,7 +91,7 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("secateur.steps.compress.pack.Compress.work", fails)
+        patched.setattr("secateur.steps.compress.Compress.work", fails)
         with pytest.raises(KeyboardInterrupt):
             secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     done = tmp_path / "out.partial" / "work" / "02-prune"

@@ -116,7 +116,7 @@ def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result
 
 @_command("compress", exit_code=lambda result: 3 if result.broken else 0)
 def _compress(recipe: CompressRecipe, **call: Any) -> Result:
-    from secateur.steps.compress.pack import Compress
+    from secateur.steps.compress import Compress
     from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
@@ -162,8 +162,8 @@ def _import(recipe: ImportRecipe, **call: Any) -> Result:
 
 @_command("decompress")
 def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
-    from secateur.steps.compress.unpack import Decompress
     from secateur.steps.runner import carry_out
+    from secateur.steps.unpack import Decompress
 
     with _show_progress() as progress:
         return carry_out(Decompress, recipe, progress, **call)
@@ -284,7 +284,7 @@ def _advise(recipe: AdviseRecipe) -> Result:
 
 @_command("sweep", exit_code=lambda result: int(bool(result.failures)))
 def _sweep(recipe: SweepRecipe) -> Result:
-    from secateur.steps.sweep.run import sweep_recipe
+    from secateur.steps.sweep import sweep_recipe
 
     with _show_progress() as progress:
         return sweep_recipe(recipe, progress)

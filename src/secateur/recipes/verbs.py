@@ -94,8 +94,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Store a pruned model without its zeros.",
             "secateur.recipes.compress:CompressRecipe",
-            "secateur.steps.compress.pack:compress",
-            step="secateur.steps.compress.pack:Compress",
+            "secateur.steps.compress:compress",
+            step="secateur.steps.compress:Compress",
         ),
         Verb(
             "fit",
@@ -127,8 +127,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Write a compressed model as plain dense safetensors again.",
             "secateur.recipes.compress:DecompressRecipe",
-            "secateur.steps.compress.unpack:decompress",
-            step="secateur.steps.compress.unpack:Decompress",
+            "secateur.steps.unpack:decompress",
+            step="secateur.steps.unpack:Decompress",
         ),
         Verb(
             "methods",
@@ -214,7 +214,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.measure:SweepRecipe",
-            "secateur.steps.sweep.run:sweep",
+            "secateur.steps.sweep:sweep",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(

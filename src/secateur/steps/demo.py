@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.progress import Labelled
 from secateur.reporting.evaluate import DemoResult
 from secateur.steps.bench import bench
-from secateur.steps.compress.pack import compress
+from secateur.steps.compress import compress
 from secateur.steps.evaluate import evaluate
 from secateur.steps.prune import prune
 from secateur.steps.report import report

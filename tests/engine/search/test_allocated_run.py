@@ -176,7 +176,7 @@ def tournament_of(survey: Survey, rungs, files: list[Path]) -> FitnessCache:
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
     evaluator = CandidateEvaluator(outer, variants, "divergence", Silent())
-    return FitnessCache(evaluator, variants.versions, None, {})
+    return FitnessCache(evaluator, variants.versions, variants.names, 1, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from secateur.engine.search.knapsack import Knapsack
-from secateur.engine.search.stored_levels import FitLevel, FitSearch, Level
+from secateur.engine.search.stored_levels import FitSearch, Level
 from secateur.progress import Silent
 
 ERRORS = ((0.0, 0.01, 0.04), (0.0, 0.02, 0.03), (0.0, 0.005, 0.05))
@@ -33,11 +32,10 @@ def imaginary(measure: Any) -> FitSearch:
     levels = []
     for level in range(3):
         errors = {name: ERRORS[place][level] for place, name in enumerate(search.names) if level}
-        levels.append(FitLevel(str(level), "quantize", Level(None, {}, errors)))  # type: ignore[arg-type]
-    search.levels, search.costs = levels, (((3.0,), (2.0,), (1.0,)),) * 3
-    search.variants = SimpleNamespace(places=[[0, 1], [2]])  # type: ignore[assignment]
+        levels.append(Level(str(level), None, {}, errors))  # type: ignore[arg-type]
+    search.levels, search.layers = levels, [[0, 1], [2]]
     search.fitness = lambda candidates, *_: list(map(measure, candidates))  # type: ignore[assignment]
-    search.knapsack = Knapsack(search.costs, ((0.0,) * 3,) * 3)
+    search.knapsack = Knapsack((((3.0,), (2.0,), (1.0,)),) * 3, ((0.0,) * 3,) * 3)
     return search
 
 

@@ -59,7 +59,7 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> list[Level]:
                 errors[name] = 0.01 + number / 100
         model.save_pretrained(place / str(bits))
         sizes = {n: model.get_submodule(n).weight.numel() * bits // 8 for n in names}
-        made.append(Level(CheckpointReader(place / str(bits)), sizes, errors))
+        made.append(Level(str(bits), CheckpointReader(place / str(bits)), sizes, errors))
     return made
 
 

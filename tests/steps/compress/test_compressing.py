@@ -333,11 +333,11 @@ def test_rounding_can_be_stopped_and_gone_on_with(
         )
 
     # and stopped once more, after the rounding
-    monkeypatch.setattr("secateur.steps.compress.pack.verified", interrupted)
+    monkeypatch.setattr("secateur.steps.compress.PackedCheckpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     monkeypatch.undo()
-    monkeypatch.setattr("secateur.steps.compress.rounding.carry_out", interrupted)
+    monkeypatch.setattr("secateur.steps.compress.Prune.work", interrupted)
     secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     assert_same(tmp_path / "out", tmp_path / "whole")
 

@@ -20,8 +20,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.steps.fit import run
-from secateur.steps.fit.context import FitContext
 from secateur.steps.fit.storage_formats import FINER, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -156,16 +154,16 @@ def test_a_model_that_loses_too_much_is_searched_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the search estimates does not count: the packed model is measured, and steps back."""
-    bounds, original = [], run.smallest_within
+    bounds, original = [], FitSearch.smallest_within
 
-    def smallest_within(context: FitContext, search: FitSearch, bound: float) -> float:
+    def smallest_within(search: FitSearch, losses: Any, aim: Any, bound: float) -> float:
         bounds.append(bound)
-        return original(context, search, 0.01) + 3000 * len(bounds)
+        return original(search, losses, aim, 0.01) + 3000 * len(bounds)
 
     def increase(judge: LossComparison, folder: Path) -> LossIncrease:
         return LossIncrease(0.012 if len(bounds) == 1 else 0.009, 0.0, 1)
 
-    monkeypatch.setattr(run, "smallest_within", smallest_within)
+    monkeypatch.setattr(FitSearch, "smallest_within", smallest_within)
     monkeypatch.setattr(LossComparison, "increase", increase)
     secateur.fit(
         place / "dense", output=place / "again-within", max_loss_increase=0.01,

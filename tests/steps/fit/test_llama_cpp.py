@@ -14,7 +14,7 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
-from secateur.steps.compress.storage_plan import find_matrices
+from secateur.runtime.storage_plan import find_matrices
 from secateur.steps.fit.storage_formats import GGUF_FILE, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows

@@ -119,7 +119,7 @@ def test_a_stop_while_packing_loses_no_pruning(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.steps.compress.pack.Compress.work", stop)
+        patch.setattr("secateur.steps.compress.Compress.work", stop)
         with pytest.raises(KeyboardInterrupt):
             secateur.prune("m", output="out", compress="int8", **OPTIONS)
     with monkeypatch.context() as patch:  # the pruning is not repeated

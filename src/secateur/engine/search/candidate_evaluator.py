@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 from zlib import crc32
 
 import torch
@@ -169,29 +169,44 @@ class FitnessCache:
     Args:
         evaluator: measures candidates that are not in the file.
         versions: returns a candidate's version of each layer.
+        units: names of the units of candidates.
+        tokens: number of tokens in the last stage.
         file: file of the values; None keeps them in memory only.
-        fingerprint: everything that affects the values.
+        outer: the model with all windows that values depend on, if `evaluator` has fewer.
+        conditions: what else affects the values.
 
     Raises:
-        RecipeError: the file has another fingerprint.
+        RecipeError: the file has other conditions.
     """
 
     def __init__(
         self,
         evaluator: CandidateEvaluator,
         versions: Callable[[Candidate], Versions],
+        units: Sequence[str],
+        tokens: int,
         file: Path | None,
-        fingerprint: Mapping[str, Any],
+        outer: EmbeddingAndHead | None = None,
+        **conditions: Any,
     ) -> None:
         self.evaluator, self.versions = evaluator, versions
         self.ledger = Ledger(file)
+        outer = outer or evaluator.outer
+        fingerprint = {
+            "windows": _checksum(outer.windows),
+            "judged_tokens": tokens,
+            "objective": evaluator.objective,
+            "embedded": _checksum(outer.embedded([0])[0]),
+            "units": list(units),
+            **conditions,
+        }
         self.values: dict[tuple[Candidate, tuple[int, ...]], float] = {}
         self.notes: dict[str, Any] = {}
         if self.ledger.begun:
             self.ledger.resume()
         if not self.ledger.entries:
             self.ledger.begin()
-            self.ledger.append({"fingerprint": dict(fingerprint)})
+            self.ledger.append({"fingerprint": fingerprint})
         refuse_another(self.ledger.entries[0]["fingerprint"], fingerprint, file or Path())
         for entry in self.ledger.entries[1:]:
             if "note" in entry:
@@ -234,26 +249,6 @@ def cut_windows(windows: Tensor, tokens: int) -> Tensor:
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     count = min(max(1, tokens // length), len(pieces))
     return pieces[torch.arange(count) * len(pieces) // count]
-
-
-def fingerprint(
-    outer: EmbeddingAndHead, tokens: int, objective: str, units: Sequence[str]
-) -> dict[str, Any]:
-    """Everything that affects measured values.
-
-    Args:
-        outer: embedding and head of the model, with the calibration windows.
-        tokens: number of tokens in the last stage.
-        objective: objective of `CandidateEvaluator`.
-        units: names of the units of candidates.
-    """
-    return {
-        "windows": _checksum(outer.windows),
-        "judged_tokens": tokens,
-        "objective": objective,
-        "embedded": _checksum(outer.embedded([0])[0]),
-        "units": list(units),
-    }
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -338,19 +333,29 @@ class WeightVariants(ABC):
             conditions: what else affects the values.
         """
         evaluator = CandidateEvaluator(self.outer, self, objective, progress)
-        known = fingerprint(self.outer, tokens, objective, self.names)
-        return FitnessCache(evaluator, self.versions, file, {**known, **conditions})
+        return FitnessCache(evaluator, self.versions, self.names, tokens, file, **conditions)
 
     @contextmanager
     def opened(
         self, number: int, layer: nn.Module
     ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
         """The forward of each version. Making a forward reads its weights."""
+        prefix = self.outer.target.architecture.layer_name(number)
+        linears, names = linears_of(layer, prefix), [self.names[p] for p in self.places[number]]
         with self.source(number) as source:
 
             def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
-                weights = self.weights(number, layer, version, source)
-                rounded = self.rounded(number, layer, version)
+                if version == self.dense:
+                    return lambda hidden: self.outer.run(number, layer, hidden)
+                weights, rounded = {}, []
+                level_of = dict(zip(names, cast(tuple[int, ...], version), strict=True))
+                for name, linear in linears.items():
+                    level = level_of.get(linear.name)
+                    weight = self.weight_of(linear, level, source)
+                    if weight is not None:
+                        weights[f"{name}.weight"] = weight
+                    if self.rounds_inputs(level):
+                        rounded.append(linear.module)
 
                 def replaced(*args: Any, **kwargs: Any) -> Any:
                     with _rounded_inputs(rounded):
@@ -359,33 +364,6 @@ class WeightVariants(ABC):
                 return lambda hidden: self.outer.run(number, replaced, hidden)
 
             yield forward_of
-
-    def weights(
-        self, number: int, layer: nn.Module, version: Version, source: Any
-    ) -> dict[str, Tensor]:
-        """The weights of a version by their names in the layer; empty for the dense model."""
-        found = {}
-        for name, linear, level in self.leveled(number, layer, version):
-            weight = self.weight_of(linear, level, source)
-            if weight is not None:
-                found[f"{name}.weight"] = weight
-        return found
-
-    def rounded(self, number: int, layer: nn.Module, version: Version) -> list[nn.Module]:
-        """The linears of a version whose inputs are rounded."""
-        found = self.leveled(number, layer, version)
-        return [linear.module for _, linear, level in found if self.rounds_inputs(level)]
-
-    def leveled(
-        self, number: int, layer: nn.Module, version: Version
-    ) -> Iterator[tuple[str, Linear, int | None]]:
-        """Each linear of a version, its name in the layer, and its level; none if it is dense."""
-        if not isinstance(version, tuple):
-            return
-        level_of = dict(zip((self.names[p] for p in self.places[number]), version, strict=True))
-        prefix = self.outer.target.architecture.layer_name(number)
-        for name, linear in linears_of(layer, prefix).items():
-            yield name, linear, level_of.get(linear.name)
 
     def rounds_inputs(self, level: int | None) -> bool:
         """Whether a level rounds the inputs of its linears."""

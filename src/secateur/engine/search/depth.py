@@ -24,7 +24,6 @@ from secateur.engine.search.candidate_evaluator import (
     FitnessCache,
     Version,
     cut_windows,
-    fingerprint,
 )
 from secateur.engine.search.depth_space import (
     ATTENTION,
@@ -257,8 +256,10 @@ class DepthChoice:
         self.fitness = FitnessCache(
             CandidateEvaluator(measured, SubBlocks(measured), how.objective, progress),
             space.kept,
+            names,
+            tokens,
             work / "depth.jsonl" if work else None,
-            fingerprint(self.outer, tokens, how.objective, names),
+            self.outer,
         )
         self.scores: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []

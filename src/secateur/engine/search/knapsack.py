@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
@@ -109,23 +109,31 @@ class Knapsack:
         self, price: Sequence[Sequence[float]], budget: Cost, levels: Sequence[int]
     ) -> Candidate | None:
         """The greedy candidate for one price; None if it does not come within the budget."""
+        for chosen, total in self.descent(price, levels):
+            if fits(total, budget):
+                self.spend(chosen, budget, range(len(chosen)), levels)
+                return tuple(chosen)
+        return None
+
+    def descent(
+        self, price: Sequence[Sequence[float]], levels: Sequence[int]
+    ) -> Iterator[tuple[list[int], Cost]]:
+        """The levels after each greedy step, and what they cost. The list of levels is reused."""
         hulls = [hull(p, rise, levels) for p, rise in zip(price, self.rise, strict=True)]
         chosen = [steps[0] for steps in hulls]
         total = self.total(tuple(chosen))
         place = [0] * len(hulls)
         queue = [(self.slope(unit, price, hulls, 0), unit) for unit in range(len(hulls))]
         heapq.heapify(queue)
-        while not fits(total, budget) and queue[0][0] < math.inf:
+        yield chosen, total
+        while queue[0][0] < math.inf:
             unit = queue[0][1]
             place[unit] += 1
             level = hulls[unit][place[unit]]
             total = self.exchanged(total, unit, chosen[unit], level)
             chosen[unit] = level
             heapq.heapreplace(queue, (self.slope(unit, price, hulls, place[unit]), unit))
-        if not fits(total, budget):
-            return None
-        self.spend(chosen, budget, range(len(chosen)), levels)
-        return tuple(chosen)
+            yield chosen, total
 
     def slope(
         self,

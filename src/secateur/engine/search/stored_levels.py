@@ -11,8 +11,8 @@ smaller:
    level, it is the answer.
 2. From the base, the linears of one decoder layer at a time go one level further. The rise of the
    loss is shared out among the linears of the layer by their output errors.
-3. The linears go one level further in the order of rise per saved byte. Bisection finds how many
-   can go within the bound.
+3. The linears go one level further in the order of rise per saved byte (`knapsack.Knapsack`).
+   Bisection finds how many can go within the bound.
 
 So the answer is a candidate whose loss was measured. It need not be the smallest one of all.
 
@@ -37,17 +37,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.engine.search.candidate_evaluator import (
-    FitnessCache,
     WeightVariants,
     cut_windows,
 )
@@ -59,8 +57,8 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution
 
-RANKING_TOKENS = 2048
-"""Tokens on which a layer's rise of the loss is measured; the whole text decides in the end."""
+SURVEY_TOKENS = 2048
+"""Tokens on which single layers are measured; the whole text decides in the end."""
 
 LEAST_RISE = 1e-6
 """A rise of the loss in nats below which the measurement says nothing."""
@@ -71,121 +69,21 @@ class Level:
     """A form in which all linears are stored.
 
     Attributes:
+        name: such as `50 % int4`.
         reader: the checkpoint whose linears have these values.
         bytes_of: the size of each linear when stored, by its name.
         error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
             for level 0.
         rounds_inputs: whether the values are integers, so that kernels round the inputs.
+        family: `quantize`, `prune` or `both`.
     """
 
+    name: str
     reader: CheckpointReader
     bytes_of: Mapping[str, int]
     error_of: Mapping[str, float]
     rounds_inputs: bool = False
-
-
-@dataclass(frozen=True)
-class ChosenLevels:
-    """The result of a choice.
-
-    Attributes:
-        level_of: the level of each linear, by its name.
-        loss: mean loss of the next token with these levels, in nats.
-        source_loss: that of level 0, on the same text.
-        uniform_loss: the loss with all linears on one level, for each level.
-    """
-
-    level_of: dict[str, int]
-    loss: float
-    source_loss: float
-    uniform_loss: tuple[float, ...]
-
-
-@torch.no_grad()
-def choose_levels(
-    target: CheckpointTarget,
-    levels: Sequence[Level],
-    windows: Tensor,
-    bound: float,
-    file: Path | None,
-    progress: Progress,
-) -> ChosenLevels:
-    """Choose the level of every linear.
-
-    Args:
-        target: the model of level 0.
-        levels: at least two; each is stored in fewer bytes than the one before.
-        windows: tokens to measure the loss on [windows, length].
-        bound: how much the loss may rise above that of level 0, in nats per token.
-        file: file of the measured values, which a stopped run resumes from; None for none.
-        progress: receives the steps.
-    """
-    names = list(levels[0].bytes_of)
-    tokens = windows.numel()
-    outer = EmbeddingAndHead(target, cut_windows(windows, tokens))
-    variants = StoredVariants(outer, names, levels)
-    fitness = variants.fitness("loss", tokens, file, progress, levels=len(levels))
-    progress.start("choosing values", len(levels) + len(target.layers) + len(names).bit_length())
-    every = [(level,) * len(names) for level in range(len(levels))]
-    losses = tuple(fitness(every, tokens, 0))
-    progress.step(len(levels))
-    allowed = losses[0] + bound
-    base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
-    best, loss = every[base], losses[base]
-    if base + 1 < len(levels):
-        order = _further_order(fitness, variants, levels, base, progress)
-        best, loss = _furthest(fitness, best, loss, order, allowed, tokens, progress)
-    progress.finish()
-    return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], losses)
-
-
-def _further_order(
-    fitness: FitnessCache,
-    variants: StoredVariants,
-    levels: Sequence[Level],
-    base: int,
-    progress: Progress,
-) -> list[int]:
-    """The places of linears, by the rise of the loss per byte saved on the level after `base`."""
-    names = variants.names
-    here, further = levels[base], levels[base + 1]
-    (reference,) = fitness([(base,) * len(names)], RANKING_TOKENS, 0)
-    rise_per_byte = {}
-    for places in variants.places:
-        tried = tuple(base + (place in places) for place in range(len(names)))
-        (loss,) = fitness([tried], RANKING_TOKENS, 0)
-        rise = max(loss - reference, LEAST_RISE)
-        errors = {place: further.error_of[names[place]] for place in places}
-        total = sum(errors.values()) or 1.0
-        for place, error in errors.items():
-            saved = here.bytes_of[names[place]] - further.bytes_of[names[place]]
-            rise_per_byte[place] = rise * error / total / max(saved, 1)
-        progress.step()
-    return sorted(rise_per_byte, key=rise_per_byte.__getitem__)
-
-
-def _furthest(
-    fitness: FitnessCache,
-    base: Candidate,
-    loss: float,
-    order: Sequence[int],
-    allowed: float,
-    tokens: int,
-    progress: Progress,
-) -> tuple[Candidate, float]:
-    """The base with as many linears one level further, in order, as the bound allows."""
-    best, low, high = base, 0, len(order)
-    while high - low > 1:
-        middle = (low + high) // 2
-        raised = set(order[:middle])
-        tried = tuple(level + (place in raised) for place, level in enumerate(base))
-        (found,) = fitness([tried], tokens, 0)
-        if found <= allowed:
-            best, loss, low = tried, found, middle
-        else:
-            high = middle
-        progress.step()
-    return best, loss
+    family: str = "quantize"
 
 
 class StoredVariants(WeightVariants):
@@ -221,26 +119,140 @@ class StoredVariants(WeightVariants):
         return weight.to(target.device, target.dtype)
 
 
-SURVEY_TOKENS = 2048
-FRONTIER = 8
-"""Budgets of the frontier, evenly spaced between the smallest and the largest cost."""
+class LevelEvaluator:
+    """Measures candidates that take each linear from one of the levels.
 
-LEAST_ERROR = 1e-9
+    Args:
+        target: the model of level 0.
+        levels: the levels.
+        names: names of the linears; a candidate has a level for each.
+        windows: tokens to measure on [windows, length].
+        objective: `divergence` or `loss` (`CandidateEvaluator`).
+        file: file of the measured values, which a stopped run resumes from; None for none.
+        progress: receives the steps.
+    """
+
+    def __init__(
+        self,
+        target: CheckpointTarget,
+        levels: Sequence[Level],
+        names: Sequence[str],
+        windows: Tensor,
+        objective: str,
+        file: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.levels, self.names = list(levels), list(names)
+        self.tokens, self.progress = windows.numel(), progress
+        variants = StoredVariants(EmbeddingAndHead(target, windows), self.names, self.levels)
+        self.layers = [places for places in variants.places if places]
+        labels = [level.name for level in self.levels]
+        self.fitness = variants.fitness(objective, self.tokens, file, progress, levels=labels)
+
+    def measured(self, *candidates: Candidate) -> list[float]:
+        """The loss or divergence of candidates on all windows."""
+        return self.fitness(candidates, self.tokens, 0)
+
+    def single(self, level: int) -> Candidate:
+        """The candidate with all linears on one level."""
+        return (level,) * len(self.names)
+
+    def by_layer(self, base: int, probe: int) -> Iterator[tuple[list[int], float]]:
+        """The linears of each layer, and what is measured if only they go from base to probe."""
+        for places in self.layers:
+            tried = tuple(probe if n in places else base for n in range(len(self.names)))
+            (found,) = self.fitness([tried], SURVEY_TOKENS, 0)
+            yield places, found
+            self.progress.step()
 
 
 @dataclass(frozen=True)
-class FitLevel:
-    """A level with its name and family.
+class ChosenLevels:
+    """The result of a choice.
 
     Attributes:
-        name: such as `50 % int4`.
-        family: `quantize`, `prune` or `both`.
-        level: the checkpoint, the sizes and the errors.
+        level_of: the level of each linear, by its name.
+        loss: mean loss of the next token with these levels, in nats.
+        source_loss: that of level 0, on the same text.
+        uniform_loss: the loss with all linears on one level, for each level.
     """
 
-    name: str
-    family: str
-    level: Level
+    level_of: dict[str, int]
+    loss: float
+    source_loss: float
+    uniform_loss: tuple[float, ...]
+
+
+def choose_levels(
+    target: CheckpointTarget,
+    levels: Sequence[Level],
+    windows: Tensor,
+    bound: float,
+    file: Path | None,
+    progress: Progress,
+) -> ChosenLevels:
+    """Choose the level of every linear.
+
+    Args:
+        target: the model of level 0.
+        levels: at least two; each is stored in fewer bytes than the one before.
+        windows: tokens to measure the loss on [windows, length].
+        bound: how much the loss may rise above that of level 0, in nats per token.
+        file: file of the measured values, which a stopped run resumes from; None for none.
+        progress: receives the steps.
+    """
+    names = list(levels[0].bytes_of)
+    windows = cut_windows(windows, windows.numel())
+    model = LevelEvaluator(target, levels, names, windows, "loss", file, progress)
+    steps = len(levels) + len(model.layers) + len(names).bit_length()
+    progress.start("choosing values", steps)
+    losses = model.measured(*map(model.single, range(len(levels))))
+    progress.step(len(levels))
+    allowed = losses[0] + bound
+    base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
+    best, loss = model.single(base), losses[base]
+    if base + 1 < len(levels):
+        # bisect the candidates on the way from the base to the next level
+        way = _way_further(model, base)
+        low, high = 0, len(way) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            (found,) = model.measured(way[middle])
+            if found <= allowed:
+                best, loss, low = way[middle], found, middle
+            else:
+                high = middle
+            progress.step()
+    progress.finish()
+    return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], tuple(losses))
+
+
+def _way_further(model: LevelEvaluator, base: int) -> list[Candidate]:
+    """Candidates from the base to the next level, one linear after the other, cheapest first."""
+    names, pair = model.names, (base, base + 1)
+    here, further = (model.levels[level] for level in pair)
+    (reference,) = model.fitness([model.single(base)], SURVEY_TOKENS, 0)
+    rises = [0.0] * len(names)
+    for places, loss in model.by_layer(*pair):
+        rise = max(loss - reference, LEAST_RISE)
+        total = sum(further.error_of[names[n]] for n in places) or 1.0
+        for n in places:
+            rises[n] = max(rise * further.error_of[names[n]] / total, 1e-300)
+    cost = tuple(((float(here.bytes_of[n]),), (float(further.bytes_of[n]),)) for n in names)
+    knapsack = Knapsack(cost, tuple((0.0, rise) for rise in rises))
+    price = [[level[0] for level in unit] for unit in cost]
+    return [
+        tuple(base + level for level in chosen) for chosen, _ in knapsack.descent(price, (0, 1))
+    ]
+
+
+FRONTIER = 8
+"""Budgets of the frontier, evenly spaced between the smallest and the largest cost."""
+
+BISECTIONS = 6
+"""Sizes that `FitSearch.smallest_within` tries."""
+
+LEAST_ERROR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -288,8 +300,8 @@ def unbeaten(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-class FitSearch:
-    """The search on one model.
+class FitSearch(LevelEvaluator):
+    """The search on one model, by the divergence.
 
     Args:
         target: the dense model.
@@ -303,110 +315,105 @@ class FitSearch:
     def __init__(
         self,
         target: CheckpointTarget,
-        levels: Sequence[FitLevel],
+        levels: Sequence[Level],
         costs: Mapping[str, Sequence[Cost]],
         windows: Tensor,
         file: Path | None,
         progress: Progress,
     ) -> None:
-        self.levels, self.progress = list(levels), progress
-        self.names = list(costs)
-        self.costs = tuple(tuple(costs[name]) for name in self.names)
-        self.tokens = windows.numel()
-        outer = EmbeddingAndHead(target, cut_windows(windows, self.tokens))
-        self.variants = StoredVariants(outer, self.names, [one.level for one in levels])
-        labels = [one.name for one in levels]
-        self.fitness = self.variants.fitness(
-            "divergence", self.tokens, file, progress, levels=labels
-        )
-        self.knapsack = Knapsack(self.costs, tuple((0.0,) * len(levels) for _ in self.names))
+        cut = cut_windows(windows, windows.numel())
+        super().__init__(target, levels, list(costs), cut, "divergence", file, progress)
+        rise = ((0.0,) * len(levels),) * len(costs)
+        self.knapsack = Knapsack(tuple(map(tuple, costs.values())), rise)
 
-    @torch.no_grad()
     def singles(self) -> list[Point]:
         """Every level alone, measured."""
-        count = len(self.levels)
-        self.progress.start("measuring single levels", count)
+        self.progress.start("measuring single levels", len(self.levels))
         points = []
-        for number, one in enumerate(self.levels):
-            candidate = (number,) * len(self.names)
-            (found,) = self.fitness([candidate], self.tokens, 0)
-            points.append(self.point(candidate, found, one.family, one.name))
-            self.progress.step(note=one.name)
+        for number, level in enumerate(self.levels):
+            points.append(self.point(self.single(number), level.family, level.name))
+            self.progress.step(note=level.name)
         self.progress.finish()
         return points
 
-    @torch.no_grad()
     def survey(self, probe: int) -> None:
         """Measure what errors cost in each layer, and fill the knapsack.
+
+        The rises are scaled so that those of each level add up to what the level alone measured.
 
         Args:
             probe: the level that layers go to, one at a time.
         """
-        layers = [places for places in self.variants.places if places]
-        self.progress.start("measuring layers", len(layers))
-        rises: list[tuple[float, ...]] = [()] * len(self.names)
-        for places in layers:
-            tried = tuple(probe if place in places else 0 for place in range(len(self.names)))
-            (found,) = self.fitness([tried], min(SURVEY_TOKENS, self.tokens), 0)
-            whole = sum(self.error(place, probe) for place in places)
+        self.progress.start("measuring layers", len(self.layers))
+        errors = [[x.error_of.get(name, 0.0) for x in self.levels] for name in self.names]
+        rises: list[list[float]] = [[]] * len(self.names)
+        for places, found in self.by_layer(0, probe):
+            whole = sum(errors[place][probe] for place in places)
             slope = max(found, 0.0) / max(whole, LEAST_ERROR)
             for place in places:
-                count = range(len(self.levels))
-                rises[place] = tuple(slope * self.error(place, n) for n in count)
-            self.progress.step()
+                rises[place] = [slope * error for error in errors[place]]
         self.progress.finish()
-        self.knapsack = Knapsack(self.costs, self.corrected(rises))
-
-    def corrected(self, rises: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-        """Rises scaled so that those of each level add up to what the level alone measured."""
         corrections = []
         for level in range(len(self.levels)):
             total = sum(rise[level] for rise in rises)
-            (found,) = self.fitness([(level,) * len(self.names)], self.tokens, 0)
+            (found,) = self.measured(self.single(level))
             corrections.append(max(found, 0.0) / total if total > 0 else 0.0)
-        return tuple(
-            tuple(one * correction for one, correction in zip(rise, corrections, strict=True))
-            for rise in rises
-        )
+        corrected = (tuple(r * c for r, c in zip(rise, corrections, strict=True)) for rise in rises)
+        self.knapsack = replace(self.knapsack, rise=tuple(corrected))
 
     @property
     def is_surveyed(self) -> bool:
         """Whether rises are known."""
         return any(map(any, self.knapsack.rise))
 
-    def error(self, place: int, level: int) -> float:
-        """The squared relative error of a linear's outputs on a level."""
-        return self.levels[level].level.error_of.get(self.names[place], 0.0)
-
     def allowed(self, families: str) -> list[int]:
         """The levels of some families; the dense model belongs to all."""
         allowed = {"all": ("quantize", "prune", "both")}.get(families, (families,))
-        return [n for n, one in enumerate(self.levels) if n == 0 or one.family in allowed]
+        return [n for n, level in enumerate(self.levels) if n == 0 or level.family in allowed]
 
     def budgets(self, axis: int) -> list[Cost]:
         """Budgets of the frontier, in one kind of cost; the other kinds have none."""
-        totals = [
-            self.knapsack.total((n,) * len(self.names))[axis] for n in range(1, len(self.levels))
-        ]
+        totals = [self.knapsack.total(self.single(n))[axis] for n in range(1, len(self.levels))]
         least, most = self.knapsack.least[axis], max(totals)
         values = [least + (most - least) * n / (FRONTIER - 1) for n in range(FRONTIER)]
         free = [math.inf] * len(self.knapsack.least)
         return [(*free[:axis], value, *free[axis + 1 :]) for value in values]
 
-    @torch.no_grad()
     def frontier(self, budgets: Sequence[Cost], families: str) -> list[Point]:
         """The best predicted candidate for each budget that can be kept, measured."""
         self.progress.start(f"measuring the frontier ({families})", len(budgets))
-        points, seen = [], set()
+        points: dict[Candidate, Point] = {}
         for budget in budgets:
             candidate = self.knapsack.best(budget, self.allowed(families))
-            if candidate is not None and candidate not in seen:
-                seen.add(candidate)
-                (found,) = self.fitness([candidate], self.tokens, 0)
-                points.append(self.point(candidate, found, families))
+            if candidate is not None and candidate not in points:
+                points[candidate] = self.point(candidate, families)
             self.progress.step()
         self.progress.finish()
-        return points
+        return list(points.values())
+
+    def smallest_within(self, losses: LevelEvaluator, aim: Cost, bound: float) -> float:
+        """The smallest size found, by bisection, whose loss rises by no more than a bound.
+
+        Args:
+            losses: measures the loss of the next token, on the same levels.
+            aim: the budget; size is the first kind. Predictions choose a candidate for each size.
+            bound: in nats per token.
+
+        Returns:
+            Bytes of all linears.
+        """
+        low, high = self.knapsack.least[0], min(aim[0], self.knapsack.most[0])
+        self.progress.start("finding the smallest size", BISECTIONS)
+        for _ in range(BISECTIONS):
+            middle, rise = (low + high) / 2, math.inf
+            candidate = self.knapsack.best((middle, *aim[1:]))
+            if candidate is not None:
+                ((found,), (dense,)) = losses.measured(candidate), losses.measured(self.single(0))
+                rise = found - dense
+            low, high = (low, middle) if rise <= bound else (middle, high)
+            self.progress.step(note=f"{middle / 2**20:.1f} MiB of linears: {rise:+.4f}")
+        self.progress.finish()
+        return high
 
     def between(self, budget: Cost) -> list[Candidate]:
         """Mixes of two levels each, one too large for a budget and one that fits.
@@ -414,18 +421,16 @@ class FitSearch:
         They stay near a single level, so they do not depend on the survey as much as others.
         """
         count = range(len(self.levels))
-        totals = [self.knapsack.total((n,) * len(self.names)) for n in count]
-        inside = [fits(total, budget) for total in totals]
+        inside = [fits(self.knapsack.total(self.single(n)), budget) for n in count]
         pairs = [(a, b) for a in count for b in count if inside[b] and not inside[a]]
         found = (self.knapsack.best(budget, pair) for pair in pairs)
         return list(dict.fromkeys(candidate for candidate in found if candidate is not None))
 
-    @torch.no_grad()
     def refined(
         self,
         starts: Sequence[Candidate],
         budget: Cost,
-        evolution: Callable[[int], Evolution],
+        search: Evolution,
         go_on: Callable[[], bool] = lambda: True,
     ) -> Point:
         """The best candidate within a budget: the starts, and mutants of the best of them.
@@ -433,27 +438,19 @@ class FitSearch:
         Args:
             starts: candidates within the budget.
             budget: of each kind of cost.
-            evolution: returns the parameters for so many tokens.
+            search: the parameters.
             go_on: whether there is time for another generation.
         """
-        search = evolution(self.tokens)
         self.progress.start("searching", search.generations + 1)
-        best = None
         for best in search.climb(starts, self.knapsack.mutation(budget), self.fitness):
             self.progress.step(note=f"divergence {best.fitness:.4f}")
             if best.generation < search.generations and not go_on():
                 break
         self.progress.finish()
-        assert best is not None
-        return self.point(best.candidate, best.fitness, "all")
+        return self.point(best.candidate, "all")
 
-    @torch.no_grad()
-    def measured(self, candidate: Candidate) -> float:
-        """The divergence of a candidate on all windows."""
-        (found,) = self.fitness([candidate], self.tokens, 0)
-        return found
-
-    def point(self, candidate: Candidate, found: float, families: str, name: str = "") -> Point:
-        """A measured candidate."""
+    def point(self, candidate: Candidate, families: str, name: str = "") -> Point:
+        """A candidate, measured."""
+        (found,) = self.measured(candidate)
         predicted = self.knapsack.predicted(candidate)
         return Point(candidate, self.knapsack.total(candidate), found, predicted, families, name)

@@ -17,21 +17,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.search.stored_levels import FitLevel, Level
+from secateur.engine.search.stored_levels import Level
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.runtime.choice import AUTO, choose_layout
-from secateur.steps.compress.pack import pack_model, zero_fractions
-from secateur.steps.compress.rounding import (
+from secateur.runtime.storage_plan import ChosenValues, Matrices, find_matrices, linear_bytes
+from secateur.steps.compress import (
     BITS,
     output_errors,
+    pack_model,
     refuse_renamed,
     round_checkpoint,
+    zero_fractions,
 )
-from secateur.steps.compress.storage_plan import ChosenValues, PackableMatrix, find_matrices
 from secateur.steps.fit.context import FitContext
 from secateur.steps.fit.storage_formats import StorageFormat
 from secateur.steps.prune import Prune
@@ -40,11 +40,8 @@ from secateur.steps.runner import carry_out
 Formats = Mapping[str, StorageFormat]
 """How every linear is stored, by its name."""
 
-Matrices = Mapping[str, PackableMatrix]
-"""The matrices of a model that can be packed, by stored name."""
 
-
-def make_levels(context: FitContext) -> Iterator[FitLevel]:
+def make_levels(context: FitContext) -> Iterator[Level]:
     """Make every level, or reuse what an earlier run has made."""
     dense, work = context.source.folder, context.work
     for level in context.costs.levels:
@@ -62,21 +59,16 @@ def make_levels(context: FitContext) -> Iterator[FitLevel]:
         for made in sorted({sparse, folder} - {dense}):
             for name, error in output_errors(made).items():
                 errors[name] = errors.get(name, 0.0) + error
-        sizes = linear_bytes(reader, context.matrices, formats)
-        made_level = Level(reader, sizes, errors, rounds_inputs=level.rounds_inputs)
-        yield FitLevel(level.name, level.family, made_level)
+        sizes = bytes_of_linears(reader, context.matrices, formats)
+        yield Level(level.name, reader, sizes, errors, level.rounds_inputs, level.family)
 
 
-def linear_bytes(reader: CheckpointReader, matrices: Matrices, formats: Formats) -> dict[str, int]:
+def bytes_of_linears(
+    reader: CheckpointReader, matrices: Matrices, formats: Formats
+) -> dict[str, int]:
     """Bytes of every linear when it is packed, by its name."""
-    sizes = {}
-    for name, matrix in matrices.items():
-        if matrix.prunable:
-            stored = reader.read(name)
-            weight = stored.t() if matrix.transposed else stored
-            values = formats[matrix.linear].values
-            sizes[matrix.linear] = choose_layout(weight, format=AUTO, values=values).nbytes
-    return sizes
+    sizes = linear_bytes(reader, matrices, lambda name: [formats[name].values])
+    return {name: size for name, (size,) in sizes.items()}
 
 
 def make_model(
@@ -130,7 +122,7 @@ def _round(
     if "calibration" not in options:
         return source
     recipe = build_recipe(CompressRecipe, {**options, **paths(context.recipe, source, output)})
-    zeros = zero_fractions(CheckpointReader(source), dict(matrices))
+    zeros = zero_fractions(CheckpointReader(source), matrices)
     return round_checkpoint(recipe, source, zeros, output, progress)
 
 

@@ -37,12 +37,11 @@ from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
+from secateur.runtime.storage_plan import Matrices, find_matrices
 from secateur.sparsity.evolution import Candidate
-from secateur.steps.compress.storage_plan import find_matrices
 from secateur.steps.fit.build_models import (
     Formats,
-    Matrices,
-    linear_bytes,
+    bytes_of_linears,
     make_model,
     paths,
     shared_options,
@@ -159,7 +158,7 @@ def best_single(
         return None
     levels, (number, *_) = context.costs.levels, best.candidate
     bare = levels.index(StorageFormat("bfloat16", levels[number].sparsity))
-    folders = [one.level.reader.folder for one in measured.search.levels]
+    folders = [one.reader.folder for one in measured.search.levels]
     formats = dict.fromkeys(measured.search.names, levels[number])
     packed, divergence = measured.evaluator.packed(folders[bare], folders[number], formats)
     size = round(context.costs.rest[0] + best.cost[0])
@@ -211,12 +210,12 @@ def build_mixes(
         label = Labelled(context.progress, f"making {name}")
         sparse, folder = make_model(context, dense, context.matrices, formats, output, label)
         packed, divergence = measured.evaluator.packed(sparse, folder, formats)
-        sizes = linear_bytes(CheckpointReader(folder), context.matrices, formats)
+        sizes = bytes_of_linears(CheckpointReader(folder), context.matrices, formats)
         row = FitFinalist(
             name=name,
             file_bytes=context.costs.file_bytes(formats, sizes),
             predicted=measured.knapsack.predicted(candidate),
-            mixed=search.measured(candidate) if max(candidate) < len(search.levels) else None,
+            mixed=search.measured(candidate)[0] if max(candidate) < len(search.levels) else None,
             divergence=divergence,
         )
         found.append(BuiltCandidate(dense, sparse, folder, packed, formats, row))
@@ -353,7 +352,7 @@ def _build_on_cut(
     formats = {name: own.every[level] for name, level in zip(names, candidate, strict=True)}
     label = Labelled(context.progress, structured.name)
     sparse, folder = make_model(context, cut, matrices, formats, cut.parent / "mix", label)
-    sizes = linear_bytes(CheckpointReader(folder), matrices, formats)
+    sizes = bytes_of_linears(CheckpointReader(folder), matrices, formats)
     size, most = own.file_bytes(formats, sizes), own.kinds[0].limit
     if size > most:
         return f"made, and {size - most:,.0f} bytes too large"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
-from secateur.steps.compress.storage_plan import PackableMatrix
+from secateur.runtime.storage_plan import Matrices, linear_names
 from secateur.steps.fit.costs import Costs
 
 
@@ -103,7 +103,7 @@ class FitContext:
     recipe: FitRecipe
     source: LocalCheckpoint
     target: CheckpointTarget
-    matrices: Mapping[str, PackableMatrix]
+    matrices: Matrices
     costs: Costs
     time: TimeBudget
     work: Path
@@ -118,7 +118,7 @@ class FitContext:
         recipe: FitRecipe,
         source: LocalCheckpoint,
         reader: CheckpointReader,
-        matrices: Mapping[str, PackableMatrix],
+        matrices: Matrices,
         costs: Costs,
         time: TimeBudget,
         work: Path,
@@ -147,4 +147,4 @@ class FitContext:
     @property
     def stored(self) -> dict[str, str]:
         """The stored name of every linear, by its own name."""
-        return {matrix.linear: name for name, matrix in self.matrices.items() if matrix.prunable}
+        return linear_names(self.matrices)

@@ -31,8 +31,8 @@ from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.runtime.kernels.matrix import matrix_bytes
+from secateur.runtime.storage_plan import Matrices
 from secateur.steps.advise import counted
-from secateur.steps.compress.storage_plan import PackableMatrix
 from secateur.steps.fit.storage_formats import (
     FILES,
     LEVELS,
@@ -222,7 +222,7 @@ class Costs:
 def costs_of(
     recipe: FitRecipe,
     reader: CheckpointReader,
-    matrices: Mapping[str, PackableMatrix],
+    matrices: Matrices,
     progress: Progress,
 ) -> Costs:
     """The kinds of cost that a recipe bounds, for a model or a cut of it.
@@ -279,7 +279,7 @@ def weight_format(stored: StorageFormat) -> WeightFormat:
     return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
 
 
-def _resident_rest(reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+def _resident_rest(reader: CheckpointReader, matrices: Matrices) -> int:
     """Bytes in memory of the weights that are no linears: int8 embeddings, norms in bfloat16."""
     total = 0
     for name, entry in reader.entries.items():

@@ -14,15 +14,14 @@ of the rest of the context is added.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache, fingerprint
-from secateur.engine.search.stored_levels import FitSearch, StoredVariants
+from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
+from secateur.engine.search.stored_levels import StoredVariants
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import load_model
@@ -35,7 +34,6 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitCheck, FitLoss
 from secateur.runtime.load import load
-from secateur.sparsity.evolution import Candidate
 from secateur.steps.advise import counted
 from secateur.steps.fit.build_models import Formats, pack_made
 from secateur.steps.fit.context import FitContext
@@ -45,8 +43,6 @@ TIMING_ERROR = 0.05
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS, MOST_SECONDS = 32, 16, 15, 90.0
 
-BISECTIONS = 6
-
 METRIC = "acc"
 
 
@@ -54,17 +50,19 @@ class ModelEvaluator:
     """Measures divergences: mean KL(dense ‖ model) of the next-token probabilities, nats per token.
 
     The models may have other layers and widths than the dense one, but its vocabulary. What was
-    measured is kept in files.
+    measured is kept in a file.
 
     Args:
         context: of the fit.
         windows: token ids [windows, length].
-        name: of the windows, for the files.
+        name: of the windows, for the file.
     """
 
     def __init__(self, context: FitContext, windows: Tensor, name: str) -> None:
-        self.context, self.windows, self.name = context, windows, name
+        self.context, self.windows = context, windows
         self.dense = self._evaluator(context.target, None)
+        file = context.work / f"measured-{name}.jsonl"
+        self.values = FitnessCache(self.dense, lambda _: (), (), windows.numel(), file)
 
     def divergence(self, folder: Path) -> float:
         """The divergence of a model as it is, which is not packed."""
@@ -103,14 +101,10 @@ class ModelEvaluator:
         return total / len(self.windows)
 
     def _once(self, folder: Path, measure: Callable[[], float]) -> float:
-        """A value of a model, from its file or else measured."""
+        """A value of a model, from the file or else measured."""
         name = self._name_of(folder)
-        file = self.context.work / "measured" / f"{self.name}-{name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        conditions = fingerprint(self.dense.outer, self.windows.numel(), "divergence", ())
-        values = FitnessCache(self.dense, lambda _: (), file, {**conditions, "model": name})
         self.context.progress.start(f"measuring {name}", 1)
-        found: float = values.noted("divergence", measure)
+        found: float = self.values.noted(name, measure)
         self.context.progress.finish()
         return found
 
@@ -126,43 +120,6 @@ class ModelEvaluator:
         outer = EmbeddingAndHead(target, self.windows)
         variants = StoredVariants(outer, (), ())
         return CandidateEvaluator(outer, variants, "divergence", self.context.progress, dense)
-
-
-def smallest_within(context: FitContext, search: FitSearch, bound: float) -> float:
-    """The smallest size found, by bisection, whose loss rises by no more than a bound.
-
-    The loss of the next token is measured on the windows that choose.
-
-    Args:
-        context: of the fit.
-        search: after the survey; its predictions choose a candidate for each cost.
-        bound: in nats per token.
-
-    Returns:
-        Bytes of all linears.
-    """
-    windows, aim, progress = context.choosing.windows, context.costs.aim, context.progress
-    outer = EmbeddingAndHead(context.target, windows)
-    variants = StoredVariants(outer, search.names, [one.level for one in search.levels])
-    file = context.work / "losses.jsonl"
-    losses = variants.fitness("loss", windows.numel(), file, progress)
-
-    @torch.no_grad()
-    def loss(candidate: Candidate) -> float:
-        (found,) = losses([candidate], windows.numel(), 0)
-        return found
-
-    low, high = search.knapsack.least[0], min(aim[0], search.knapsack.most[0])
-    progress.start("finding the smallest size", BISECTIONS)
-    for _ in range(BISECTIONS):
-        middle, rise = (low + high) / 2, math.inf
-        candidate = search.knapsack.best((middle, *aim[1:]))
-        if candidate is not None:
-            rise = loss(candidate) - loss((0,) * len(search.names))
-        low, high = (low, middle) if rise <= bound else (middle, high)
-        progress.step(note=f"{middle / 2**20:.1f} MiB of linears: {rise:+.4f}")
-    progress.finish()
-    return high
 
 
 def prepared_tasks(recipe: FitRecipe) -> list[PreparedTask]:

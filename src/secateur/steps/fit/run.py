@@ -35,7 +35,13 @@ from typing import Any
 from secateur.calibration.documents import texts_of
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import fits
-from secateur.engine.search.stored_levels import FRONTIER, SURVEY_TOKENS, FitSearch, Point
+from secateur.engine.search.stored_levels import (
+    FRONTIER,
+    SURVEY_TOKENS,
+    FitSearch,
+    LevelEvaluator,
+    Point,
+)
 from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.tasks import PreparedTask
 from secateur.models.checkpoint import CheckpointReader
@@ -61,10 +67,9 @@ from secateur.reporting.plan import FitPlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runtime.storage_plan import Matrices, find_matrices
 from secateur.sparsity.evolution import Evolution
-from secateur.steps.compress.pack import pack_into
-from secateur.steps.compress.rounding import rounding_record
-from secateur.steps.compress.storage_plan import PackableMatrix, find_matrices
+from secateur.steps.compress import pack_into, rounding_record
 from secateur.steps.fit.build_models import (
     chain_steps,
     chosen_values,
@@ -96,7 +101,6 @@ from secateur.steps.fit.evaluation import (
     ModelEvaluator,
     check_bounds,
     prepared_tasks,
-    smallest_within,
     speedup_of,
 )
 from secateur.steps.fit.storage_formats import FILES, StorageFormat
@@ -286,7 +290,7 @@ def fit_recipe(
 
 def _open_model(
     recipe: FitRecipe, progress: Progress
-) -> tuple[LocalCheckpoint, CheckpointReader, dict[str, PackableMatrix]]:
+) -> tuple[LocalCheckpoint, CheckpointReader, Matrices]:
     """Open the model: the checkpoint, its tensors, and the matrices that can be packed."""
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     refuse_quantized(source.folder)
@@ -364,7 +368,7 @@ def make_search(context: FitContext) -> FitSearch:
     levels = list(make_levels(context))
     made = list(zip(context.costs.levels, levels, strict=True))
     costs = {
-        n: [context.costs.of(n, stored, one.level.bytes_of[n]) for stored, one in made]
+        n: [context.costs.of(n, stored, one.bytes_of[n]) for stored, one in made]
         for n in context.stored
     }
     windows, file = context.choosing.windows, context.work / "search.jsonl"
@@ -407,7 +411,12 @@ def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -
     """The bounds after the survey: with a bound on the loss, the smallest size within it."""
     if bound is None:
         return context.costs
-    return context.costs.narrowed(smallest_within(context, search, bound))
+    windows, levels = context.choosing.windows, search.levels
+    losses = LevelEvaluator(
+        context.target, levels, search.names, windows, "loss",
+        context.work / "losses.jsonl", context.progress,
+    )  # fmt: skip
+    return context.costs.narrowed(search.smallest_within(losses, context.costs.aim, bound))
 
 
 def build_candidates(
@@ -457,7 +466,7 @@ def _search_mixes(
         seconds = expected.generation + expected.rest
         return context.time.allows("generations of the search", seconds)
 
-    winner = search.refined(starts, inside, lambda n: _evolution(context.recipe, n), goes_on)
+    winner = search.refined(starts, inside, _evolution(context.recipe, search.tokens), goes_on)
     return build_mixes(context, measured, choose_mixes(measured, winner, inside), expected.rest)
 
 

@@ -23,7 +23,7 @@ from secateur.progress import Progress
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.steps.compress.storage_plan import PackableMatrix
+from secateur.runtime.storage_plan import Matrices, PackableMatrix
 
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""
@@ -113,7 +113,7 @@ class TargetFiles(Protocol):
         """Formats for mixes that are made whole, besides the levels."""
         ...
 
-    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
         """Bytes of everything that is no linear, at most.
 
         Args:
@@ -152,7 +152,7 @@ class PackedFolder:
     levels: tuple[StorageFormat, ...] = LEVELS
     finer: tuple[StorageFormat, ...] = FINER
 
-    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
         """Int8 embeddings, norms in bfloat16, headers."""
         total = 4096
         for name, entry in reader.entries.items():
@@ -182,7 +182,7 @@ class GGUFFolder:
     levels: tuple[StorageFormat, ...] = LEVELS[:3]
     finer: tuple[StorageFormat, ...] = ()
 
-    def rest(self, reader: CheckpointReader, matrices: Mapping[str, PackableMatrix]) -> int:
+    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
         """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
         from secateur.exporting.gguf.writing import bytes_as_stored
 

@@ -1,61 +1,77 @@
 """Compresses a pruned checkpoint: the files no longer store its zeros.
 
-There are two passes over the source, with one matrix in memory. The first pass counts zeros and
-chooses the smallest layout for each matrix, so all sizes are known. The second pass packs and
-writes. The result is read again and verified before the folder gets its final name. With
-calibration text, a resumable run first moves the weights to int8 grids (`rounding`).
+One pass over the source chooses a layout for each matrix, and a second one packs
+(`runtime.storage_plan`). The result is read again and verified before the folder gets its final
+name.
+
+With calibration text, a pruning run first moves the weights to int8, int4 or int3 grids, layer by
+layer. The zeros stay the same, and the weights of a row compensate each other's rounding errors.
+The result is a checkpoint of the same dtype with weights on grids.
+
+Within a bound on the loss (`MixedChoice`), the checkpoint is rounded as a whole to int8 and to
+int4, by the same runs as `--values int8` and `--values int4`. Then each linear takes its weights
+from the source or from one of the two (`engine/search/stored_levels.py`). A sixth of the
+calibration windows, which the rounding does not see, measures the loss of candidates and of the
+packed model; another sixth measures that of the result.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from secateur.engine.prune.tasks import last_match
+from secateur.calibration.run_windows import WindowReader
+from secateur.engine.prune.tasks import last_match, refuse_idle_globs
+from secateur.engine.search.stored_levels import Level, choose_levels
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
+from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
-from secateur.progress import Progress, listener
+from secateur.progress import Labelled, Progress, listener
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
 from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free
-from secateur.runs.records import FormatTotals, read_record
+from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.choice import (
     DEFAULT_GROUP,
     DENSE,
     check_names,
-    without_negative_zeros,
 )
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
-from secateur.steps.checkpoint_files import COMPRESSION, carry_over
-from secateur.steps.compress.rounding import (
-    BITS,
-    MixedChoice,
-    own_values,
-    round_checkpoint,
-    rounding_record,
-)
-from secateur.steps.compress.storage_plan import (
+from secateur.runtime.storage_plan import (
     ChosenValues,
-    PackableMatrix,
+    Matrices,
+    MixedReader,
     StoragePlan,
     find_matrices,
+    linear_bytes,
+    linear_names,
     make_plan,
+    refuse_renamed,
+    settled_values,
+    zero_fractions,
 )
+from secateur.steps.checkpoint_files import COMPRESSION, carry_over
+from secateur.steps.prune import Prune
 from secateur.steps.runner import Run, Step, carry_out
 
 MOST_CHOICES = 4
@@ -127,7 +143,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
         """The calibration text."""
         return (recipe.calibration.source,)
 
-    def settled(self) -> dict[str, Any]:
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
         """Everything that affects the compressed weights."""
         return {
             **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
@@ -135,9 +152,13 @@ class Compress(Step[CompressRecipe, CompressResult]):
             "source_files": file_digests(self.reader.files, self.run.progress),
         }
 
+    def settled(self) -> dict[str, Any]:
+        """Everything: a run without calibration is quick, and starts anew."""
+        return self.made_of
+
     def identity(self) -> dict[str, Any]:
-        """The same with calibration; a run without it is quick, and starts anew."""
-        return {} if self.recipe.calibration.source is None else self.settled()
+        """The same with calibration."""
+        return {} if self.recipe.calibration.source is None else self.made_of
 
     def work(self) -> CompressResult:
         """Round the weights if there is text for it, and pack them."""
@@ -155,7 +176,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
             reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
             matrices = find_matrices(reader, recipe.embeddings, recipe.trust_remote_code)
         if recipe.overrides:
-            names = {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
+            names = linear_names(matrices)
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
         return pack_into(run, recipe, ChosenValues(reader, matrices, values_of, rounding))
@@ -221,14 +242,13 @@ def pack_model(
         chosen: the tensors.
         progress: receives every tensor.
     """
-    reader, matrices = chosen.reader, chosen.matrices
+    reader = chosen.reader
     plan = make_plan(chosen, recipe, progress)
     files = plan.files(reader)
     check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
     progress.start("packing", len(reader.entries))
-    write_packed(
-        made, files, _packed_tensors(reader, plan, matrices, progress), archive=recipe.archive
-    )
+    tensors = plan.packed_tensors(reader, chosen.matrices, progress)
+    write_packed(made, files, tensors, archive=recipe.archive)
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
     layouts = [layout for file in files for layout in file.layouts.values()]
@@ -237,64 +257,12 @@ def pack_model(
     config["dtype"] = str(plan.computed).removeprefix("torch.")
     config["quantization_config"] = quantization_config(recipe.archive, layouts)
     carry_over(source.folder, made, config, same_weights=kept)
-    return plan, verified(made, progress)
-
-
-def zero_fractions(
-    reader: CheckpointReader, matrices: dict[str, PackableMatrix]
-) -> dict[str, float]:
-    """The fraction of zeros of every linear, by its name."""
-    found = {}
-    for name, matrix in matrices.items():
-        if matrix.prunable:
-            weight = reader.read(name)
-            found[matrix.linear] = 1 - int(weight.count_nonzero()) / weight.numel()
-    return found
-
-
-def _packed_tensors(
-    reader: CheckpointReader,
-    plan: StoragePlan,
-    matrices: dict[str, PackableMatrix],
-    progress: Progress,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the result, in the order of the files, and count what is lost."""
-    for file in reader.files:
-        for name, entry in reader.entries.items():
-            if entry.file != file:
-                continue
-            tensor, layout = reader.read(name), plan.layout(name)
-            counts = name in matrices and matrices[name].prunable
-            if layout is None:
-                stored = tensor.to(plan.dtypes[name])
-                yield name, stored
-            else:
-                tensor = tensor.t() if layout.transposed else tensor
-                # a cast can make zeros too
-                weight = tensor if layout.integers else tensor.to(layout.dtype)
-                if plan.choices[name].negative_zeros:
-                    weight = without_negative_zeros(weight)
-                parts = formats[layout.format].pack(weight, layout)
-                owner = name.removesuffix(".weight")
-                yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
-                stored = formats[layout.format].unpack(parts, layout) if counts else tensor
-            if counts:
-                plan.count_loss(tensor, stored)
-            progress.step(note=name)
-
-
-def verified(folder: Path, progress: Progress) -> PackedCheckpoint:
-    """Read all written tensors back and compare them.
-
-    Raises:
-        CheckpointError: the disk does not hold the values that were written.
-    """
-    packed = PackedCheckpoint(folder)
+    packed = PackedCheckpoint(made)
     progress.start("verifying", len(packed.specs))
     for name, _ in packed.tensors():
         progress.step(note=name)
     progress.finish()
-    return packed
+    return plan, packed
 
 
 def _write_report(
@@ -367,3 +335,190 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     if values != "as here":
         dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
     return formats[DENSE].nbytes(dense, layout.weights)
+
+
+BITS = {"int8": 8, "int4": 4, "int3": 3}
+"""The bits of the values that can be rounded with text."""
+
+ROUNDED = ("int8", "int4")
+"""The values to choose from besides those of the source, from the largest."""
+
+
+def round_checkpoint(
+    recipe: CompressRecipe,
+    source: Path,
+    sparsity_of: Mapping[str, float],
+    output: Path,
+    progress: Progress,
+) -> Path:
+    """Round to grids and keep the zeros of the source. Resume or reuse an earlier run.
+
+    Args:
+        recipe: gives the values of every linear, the text and the device.
+        source: the checkpoint.
+        sparsity_of: the fraction of zeros of every linear, by its name.
+        output: folder of the run.
+        progress: receives every step.
+
+    Returns:
+        The folder of the run.
+    """
+    own = own_values(recipe, sparsity_of)
+    group = {"group": recipe.group_size or DEFAULT_GROUP}
+    parameters = {v: {"bits": bits, **(group if bits < 8 else {})} for v, bits in BITS.items()}
+    how = {n: parameters[v] for n, v in own.items() if v in BITS}
+    common = parameters[Counter(v for v in own.values() if v in BITS).most_common(1)[0][0]]
+    run = build_recipe(
+        PruneRecipe,
+        {
+            "model": str(source),
+            "output": str(output),
+            "score": "kept",
+            "solver": "obs",
+            "method_parameters": common,
+            "method_overrides": {name: one for name, one in how.items() if one != common},
+            "scope": "layer",
+            "sparsity": 0.0,
+            "include": tuple(how),
+            "overrides": {name: sparsity_of[name] for name in how},
+            "asymmetric": True,
+            "fast_matmuls": True,
+            "calibration": recipe.calibration.model_dump(exclude_unset=True),
+            "memory": recipe.memory.model_dump(exclude_unset=True),
+            "device": recipe.device,
+            "trust_remote_code": recipe.trust_remote_code,
+        },
+    )
+    if not output.exists():
+        carry_out(Prune, run, progress, resume=True)
+    return output
+
+
+def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
+    """The values of every linear, by its name.
+
+    Raises:
+        RecipeError: an override matches no linear.
+    """
+    names = list(linears)
+    refuse_idle_globs(recipe.overrides, names)
+    return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
+
+
+def rounding_record(rounded: Path) -> dict[str, Any]:
+    """The record of the rounding for the notes of the result."""
+    notes = rounded / "secateur"
+    manifest = read_record(Manifest, notes / "manifest.json")
+    errors = output_errors(rounded).values()
+    return {
+        "solver": manifest.method["solver"],
+        "asymmetric": manifest.method["asymmetric"],
+        "calibration": manifest.calibration,
+        "mean_error": sum(errors) / len(errors),
+        "seconds": manifest.cost.seconds,
+    }
+
+
+def output_errors(rounded: Path) -> dict[str, float]:
+    """The squared relative error of the outputs of every linear, from the notes of a run."""
+    lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    linears = [linear for line in lines for linear in json.loads(line)["linears"]]
+    return {linear["name"]: linear["error"] for linear in linears}
+
+
+class MixedChoice:
+    """A checkpoint that was rounded as a whole, ready to choose the values of each linear.
+
+    Args:
+        recipe: with `max_loss_increase` and a calibration text.
+        reader: the source.
+        matrices: that can be packed, by stored name.
+        zeros: the fraction of zeros of every linear, by its name.
+        work: folder for the windows, the rounded checkpoints and the measured losses.
+        progress: receives every step.
+
+    Attributes:
+        choosing: measures packed folders on the windows that choose.
+        judging: measures them on windows that neither rounded nor chose.
+    """
+
+    def __init__(
+        self,
+        recipe: CompressRecipe,
+        reader: CheckpointReader,
+        matrices: Matrices,
+        zeros: Mapping[str, float],
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.reader, self.matrices = reader, matrices
+        self.work, self.progress = work, progress
+        device, trust = choose_device(recipe.device), recipe.trust_remote_code
+        self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
+        text = recipe.calibration
+        assert text.source is not None
+        fitted, chosen, judged = (
+            work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")
+        )
+        config = self.target.model.config
+        WindowReader.of_folder(reader.folder, config, trust_remote_code=trust).save_parts(
+            text.source,
+            text,
+            [fitted, chosen, judged],
+            "fit the rounding, choose the values and judge the result",
+            progress,
+        )
+        self.choosing, self.judging = (
+            LossComparison(self.target, file, progress, trust_remote_code=trust)
+            for file in (chosen, judged)
+        )
+        self.linears = linear_names(matrices)
+        self.folders = {}
+        for values in ROUNDED:
+            own = {
+                "values": values,
+                "group_size": recipe.group_size if values == "int4" else None,
+                "calibration": text.model_copy(update={"source": str(fitted)}),
+            }
+            self.folders[values] = round_checkpoint(
+                recipe.model_copy(update=own),
+                reader.folder,
+                zeros,
+                work / f"rounded-{values}",
+                Labelled(progress, f"rounding to {values}"),
+            )
+        values = (settled_values(reader, matrices, recipe.values), *ROUNDED)
+        sizes = linear_bytes(
+            reader, matrices, lambda _: values, format=recipe.format, group=recipe.group_size
+        )
+        self.levels = []
+        for number, name in enumerate(("unchanged", *ROUNDED)):
+            rounded = CheckpointReader(self.folders[name]) if number else reader
+            refuse_renamed(self.linears.values(), rounded)
+            errors = output_errors(self.folders[name]) if number else {}
+            size_of = {linear: found[number] for linear, found in sizes.items()}
+            self.levels.append(Level(name, rounded, size_of, errors, rounds_inputs=number > 0))
+
+    def within(self, bound: float) -> ChosenValues:
+        """The values of each linear, with a rise of the loss of at most `bound` by the search."""
+        windows, file = self.choosing.windows, self.work / "values.jsonl"
+        chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
+        names = {self.linears[linear]: n for linear, n in chosen.level_of.items() if n}
+        record = rounding_record(self.folders[ROUNDED[-1]])
+        errors = [self.levels[n].error_of.get(name, 0.0) for name, n in chosen.level_of.items()]
+        record["mean_error"] = sum(errors) / len(errors)
+        count = Counter(self.levels[level].name for level in chosen.level_of.values())
+        record["chosen"] = {
+            "searched_loss_increase": chosen.loss - chosen.source_loss,
+            "uniform_loss_increase": {
+                values: loss - chosen.source_loss
+                for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
+            },
+            "matrices": dict(count),
+        }
+        return ChosenValues(
+            MixedReader(self.reader.folder, {n: self.levels[x].reader for n, x in names.items()}),
+            self.matrices,
+            {name: ROUNDED[level - 1] for name, level in names.items()},
+            record,
+        )

@@ -1,9 +1,16 @@
-"""Plans how every tensor of a checkpoint is stored: which can be packed, layouts, dtypes, files."""
+"""Plans how every tensor of a checkpoint is stored, and packs them by the plan.
+
+There are two passes over the source, with one matrix in memory. The first pass (`make_plan`) counts
+zeros and chooses the smallest layout for each matrix, so all sizes are known. The second pass
+(`StoragePlan.packed_tensors`) packs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +22,15 @@ from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
-from secateur.runtime.choice import AUTO, DENSE, KEEP, LayoutChoice, choose_layout, values_for
+from secateur.runtime.choice import (
+    AUTO,
+    DENSE,
+    KEEP,
+    LayoutChoice,
+    choose_layout,
+    values_for,
+    without_negative_zeros,
+)
 from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
 from secateur.runtime.packed import PlannedFile
 
@@ -40,10 +55,24 @@ class PackableMatrix:
         """Whether it is a linear of a decoder layer."""
         return bool(self.linear)
 
+    def choose_layout(
+        self, stored: Tensor, name: str, *, format: str, values: str, group: int | None = None
+    ) -> LayoutChoice:
+        """The smallest layout of the tensor `stored` of this name (`runtime.choice`)."""
+        return choose_layout(
+            stored.t() if self.transposed else stored,
+            format=format,
+            values=values_for(stored.dtype, values, name),
+            transposed=self.transposed,
+            group=group,
+        )
 
-def find_matrices(
-    reader: CheckpointReader, embeddings: str, trust_remote_code: bool
-) -> dict[str, PackableMatrix]:
+
+Matrices = Mapping[str, PackableMatrix]
+"""The matrices of a checkpoint that can be packed, by stored name."""
+
+
+def find_matrices(reader: CheckpointReader, embeddings: str, trust_remote_code: bool) -> Matrices:
     """The matrices of a checkpoint that can be packed, by stored name.
 
     Raises:
@@ -77,6 +106,71 @@ def find_matrices(
     return found
 
 
+def linear_names(matrices: Matrices) -> dict[str, str]:
+    """The stored name of every linear, by its own name."""
+    return {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
+
+
+def zero_fractions(reader: CheckpointReader, matrices: Matrices) -> dict[str, float]:
+    """The fraction of zeros of every linear, by its name."""
+    found = {}
+    for linear, name in linear_names(matrices).items():
+        weight = reader.read(name)
+        found[linear] = 1 - int(weight.count_nonzero()) / weight.numel()
+    return found
+
+
+def linear_bytes(
+    reader: CheckpointReader,
+    matrices: Matrices,
+    values_of: Callable[[str], Sequence[str]],
+    *,
+    format: str = AUTO,
+    group: int | None = None,
+) -> dict[str, list[int]]:
+    """Bytes of every linear when it is packed, with each of its `values_of`, by its name."""
+    sizes = {}
+    for linear, name in linear_names(matrices).items():
+        choose = partial(
+            matrices[name].choose_layout, reader.read(name), name, format=format, group=group
+        )
+        sizes[linear] = [choose(values=values).nbytes for values in values_of(linear)]
+    return sizes
+
+
+def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
+    """Refuse a model whose rounded copy stores its matrices under other names.
+
+    Raises:
+        ArchitectureError: names one of them.
+    """
+    missing = next((name for name in names if name not in rounded.entries), None)
+    if missing is not None:
+        raise ArchitectureError(
+            f"the rounded copy does not store {missing!r} under this name, so values cannot be "
+            "chosen for each matrix",
+            where=str(rounded.folder),
+            remedy="choose the values yourself: --values int8 or --values int4",
+        )
+
+
+class MixedReader(CheckpointReader):
+    """A checkpoint some of whose tensors are read from other folders.
+
+    Args:
+        folder: the checkpoint.
+        others: the readers of these tensors, by stored name; dtypes and shapes are the same.
+    """
+
+    def __init__(self, folder: Path, others: Mapping[str, CheckpointReader]) -> None:
+        super().__init__(folder)
+        self.others = others
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, from the folder that it was chosen from."""
+        return self.others[name].read(name) if name in self.others else super().read(name)
+
+
 @dataclass(frozen=True)
 class ChosenValues:
     """What is packed.
@@ -89,7 +183,7 @@ class ChosenValues:
     """
 
     reader: CheckpointReader
-    matrices: dict[str, PackableMatrix]
+    matrices: Matrices
     values_of: Mapping[str, str]
     rounding: dict[str, Any]
 
@@ -151,6 +245,31 @@ class StoragePlan:
                 planned.tensors[f"{owner}.{suffix}"] = spec
         return list(files.values())
 
+    def packed_tensors(
+        self, reader: CheckpointReader, matrices: Matrices, progress: Progress
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the result, in the order of the files, and count what is lost."""
+        in_order = [n for file in reader.files for n, x in reader.entries.items() if x.file == file]
+        for name in in_order:
+            tensor, layout = reader.read(name), self.layout(name)
+            counts = name in matrices and matrices[name].prunable
+            if layout is None:
+                stored = tensor.to(self.dtypes[name])
+                yield name, stored
+            else:
+                tensor = tensor.t() if layout.transposed else tensor
+                # a cast can make zeros too
+                weight = tensor if layout.integers else tensor.to(layout.dtype)
+                if self.choices[name].negative_zeros:
+                    weight = without_negative_zeros(weight)
+                parts = formats[layout.format].pack(weight, layout)
+                owner = name.removesuffix(".weight")
+                yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
+                stored = formats[layout.format].unpack(parts, layout) if counts else tensor
+            if counts:
+                self.count_loss(tensor, stored)
+            progress.step(note=name)
+
     def keeps_weights(self, reader: CheckpointReader) -> bool:
         """Whether no value changes: the dtypes are those of the source, or the grids are."""
         stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
@@ -160,9 +279,7 @@ class StoragePlan:
         )
 
 
-def settled_values(
-    reader: CheckpointReader, matrices: dict[str, PackableMatrix], values: str
-) -> str:
+def settled_values(reader: CheckpointReader, matrices: Matrices, values: str) -> str:
     """Resolve `auto` for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
 
     Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
@@ -198,11 +315,11 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
     for name, matrix in matrices.items():
         stored = reader.read(name)
         own = chosen.values_of.get(name, values) if matrix.prunable else "int8"
-        choices[name] = choose_layout(
-            stored.t() if matrix.transposed else stored,
+        choices[name] = matrix.choose_layout(
+            stored,
+            name,
             format=format if matrix.prunable else DENSE,
-            values=values_for(stored.dtype, own, name),
-            transposed=matrix.transposed,
+            values=own,
             group=recipe.group_size,
         )
         progress.step(note=name)
@@ -226,7 +343,7 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
 
 
 def _computed_dtype(
-    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix], values: str
+    choices: Mapping[str, LayoutChoice], matrices: Matrices, values: str
 ) -> torch.dtype:
     """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
     if values != KEEP:

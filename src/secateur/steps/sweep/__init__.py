@@ -1,1 +1,0 @@
-"""`secateur sweep`: curves over methods and sparsities."""
