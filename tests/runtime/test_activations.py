@@ -27,8 +27,8 @@ from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.decode import Decoder
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_blocks
+from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear, activations_of
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import IntegerLinear, PackedLinear, activations_of
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import tiny_tokenizer
 

@@ -15,7 +15,7 @@ from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, continued, why_not
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.linear import PackedLinear
+from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.sampling import Sampling
 from slow import slow
 

@@ -24,7 +24,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.linear import PackedEmbedding, PackedLinear
+from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, activations_for
 from slow import FEW_FAMILIES, every_pair, few_families, slow_but
 from zoo import CONFIGS

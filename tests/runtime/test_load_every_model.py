@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import FAMILIES, Decoder, why_not
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.linear import PackedLinear
+from secateur.runtime.kernels.linear import PackedLinear
 from slow import slow_but
 from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 

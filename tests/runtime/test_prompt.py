@@ -14,8 +14,8 @@ from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
+from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"

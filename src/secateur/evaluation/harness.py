@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating, forward_logits
-from secateur.runtime.linear import PackedLinear
+from secateur.runtime.kernels.linear import PackedLinear
 
 log = logging.getLogger(__name__)
 

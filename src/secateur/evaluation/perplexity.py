@@ -60,7 +60,7 @@ from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
-from secateur.runtime.linear import activations_of
+from secateur.runtime.kernels.linear import activations_of
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
 from secateur.types import Windows

@@ -29,8 +29,8 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.decode import FAMILIES, Decoder, why_not
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import settle
+from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedEmbedding, PackedLinear
 from secateur.timing import seconds_of
 
 LAYER_BYTES = 768 * 2**20

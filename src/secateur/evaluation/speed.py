@@ -48,8 +48,8 @@ from secateur.recipes.measure import Contender
 from secateur.runs.records import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache, why_not
 from secateur.runtime.kernels.library import library
+from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import PackedLinear
 from secateur.runtime.load import load
 from secateur.timing import alternate
 

@@ -34,8 +34,8 @@ from secateur.runtime.kernels.library import (
     kernel_info,
     library,
 )
+from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import IntegerLinear, PackedLinear
 from secateur.runtime.sampling import Sampling
 
 GREEDY = Sampling()

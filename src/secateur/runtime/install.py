@@ -25,8 +25,8 @@ from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
 from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 WORTH_IT = 0.9

@@ -32,7 +32,7 @@ from secateur.quantization.groups import Scales
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.install import DenseView, install, integers_of, path_of, replace, tie_head
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.linear import IntegerLinear, PackedEmbedding, PackedLinear
+from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.sampling import generation_config
 

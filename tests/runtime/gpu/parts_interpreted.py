@@ -17,7 +17,7 @@ import secateur
 from secateur.errors import ShapeError
 from secateur.models.skeleton import build_skeleton
 from secateur.quantization.groups import GroupGrid
-from secateur.runtime.linear import IntegerLinear, activations_of
+from secateur.runtime.kernels.linear import IntegerLinear, activations_of
 from secateur.runtime.load import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint
 from tiny import save_tiny

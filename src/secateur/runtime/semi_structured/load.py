@@ -30,7 +30,7 @@ from secateur.models.experts import open_experts
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.skeleton import quiet_transformers, refuse_missing, without_weights
 from secateur.runtime.kernels.gpu.linear import Call, Clock, Fastest, race
-from secateur.runtime.linear import InferenceLinear
+from secateur.runtime.kernels.linear import InferenceLinear
 from secateur.runtime.semi_structured.layout import (
     FILE_NAME,
     VALUES,

@@ -18,7 +18,7 @@ from secateur.quantization.activations import round_activations
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.linear import OperatorLinear
+from secateur.runtime.kernels.linear import OperatorLinear
 from secateur.timing import alternate
 
 TRIED = (1, 2, 4, 8, TOKENS)
