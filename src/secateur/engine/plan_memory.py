@@ -10,6 +10,7 @@ float64.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import Gathering, held_bytes
-from secateur.engine.plan import Need, Phase, Plan
+from secateur.engine.plan import Need, Phase, Plan, memory_budget
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
@@ -36,10 +37,16 @@ from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
 from secateur.models.layer_cache import layer_caches
+from secateur.recipes.shared import Distill
 from secateur.runs.environment import resident_bytes
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
 from secateur.types import float32_bytes
+
+log = logging.getLogger(__name__)
+
+SWEEP_WINDOWS = 16
+"""Number of windows in a sweep of a distillation, where the whole models do not fit."""
 
 PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
@@ -259,11 +266,55 @@ def prune_needs(
     return (*needs, *(Need(name, sizes[name], *row) for name, row in table.items()))
 
 
-def distillation_plan(target: Target, window: Tensor) -> Plan:
-    """Plan a distillation with both whole models in memory."""
-    sizes = Counter(process=resident_bytes(), distilling=distilling_bytes(target, window))
+def distillation_plan(target: Target, window: Tensor, tasks: Tasks) -> Plan:
+    """Plan a distillation with both whole models in memory.
+
+    Args:
+        target: the dense model, with its layers on the meta device.
+        window: one window.
+        tasks: the tasks of the linears in the smaller model; empty if it has no grids.
+    """
+    memory = distilling_bytes(target, window) + _on_grid_bytes(tasks)
+    loading = _model_bytes(target)
+    sizes = Counter(process=resident_bytes(), distilling=memory, loading=loading)
     on_gpu = target.device.type == "cuda"
     return Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
+
+
+def choose_sweeps(
+    options: Distill,
+    dense: Target,
+    windows: Tensor,
+    tasks: Tasks,
+    max_memory: int | None,
+    sharing: int = 1,
+) -> int:
+    """Return the number of windows in a sweep; 0 for both whole models, where they fit.
+
+    The log says when a distillation takes sweeps, and why.
+
+    Args:
+        options: of the distillation.
+        dense: the model to learn from.
+        windows: the windows that it reads.
+        tasks: the tasks of the linears in a pruned model; empty for a cut one.
+        max_memory: bytes; see `memory_budget`.
+        sharing: number of processes that share the host.
+    """
+    if options.sweep_windows is not None or not options.epochs:
+        return options.sweep_windows or 0
+    plan = distillation_plan(dense, windows[:1], tasks)
+    budget = memory_budget(max_memory, dense.device, sharing)
+    if budget.shortage(plan) is None:
+        return 0
+    log.warning(
+        "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
+        "models the peak is %.2f GiB, the budget %.2f GiB",
+        SWEEP_WINDOWS,
+        plan.peak_bytes / 2**30,
+        budget.computing / 2**30,
+    )
+    return SWEEP_WINDOWS
 
 
 class _Distillation(NamedTuple):

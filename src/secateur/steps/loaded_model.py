@@ -33,7 +33,7 @@ from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.runs.ledger import Ledger
-from secateur.training.distillation import DistillationData, Student, pruned_layers
+from secateur.training.distillation import DistillationData, Student, distill, pruned_layers
 
 FOLDER = "name the folder of a checkpoint instead"
 UNUSED = {
@@ -116,9 +116,9 @@ def prune_module(
             done = job.run(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                data = DistillationData.of(windows.all, how, recipe.calibration.seed)
+                data = DistillationData(windows.all, how, recipe.calibration.seed)
                 student = Student.of(model, target, done, pruned_layers(target, done))
-                student.learn(teacher, data, progress)
+                distill(teacher, student, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
             left = skipped_matrices(done, matrices)

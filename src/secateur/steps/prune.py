@@ -36,12 +36,10 @@ from secateur.engine.prune.prepared import (
 from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.engine.search.allocation import settled_allocation
 from secateur.errors import RecipeError
-from secateur.models.experts import open_experts
-from secateur.models.opening import formats_of, load_whole
+from secateur.models.opening import formats_of
 from secateur.parallel.processes import joined
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.ray_launcher import launch
-from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent, listener
 from secateur.publishing import without_folders
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -79,15 +77,8 @@ from secateur.steps.processes import (
     run_worker,
 )
 from secateur.steps.runner import Run, Step, carry_out, source_of
-from secateur.training.distillation import (
-    FINAL,
-    DistillationData,
-    Student,
-    once,
-    pruned_layers,
-    write_layers,
-)
-from secateur.training.layerwise import LayerwiseDistillation
+from secateur.training.distillation import DistillationData
+from secateur.training.distilled_checkpoint import distill_checkpoint, store_choice, stored_choice
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -95,8 +86,6 @@ OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
-DISTILLATION_MODE = "distillation.json"
-"""The file with the number of windows in a sweep of the distillation."""
 
 NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
 """Fields of a recipe that do not affect the pruned weights."""
@@ -307,10 +296,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
     def __init__(self, prepared: Prepared, run: Run) -> None:
         super().__init__(prepared.recipe, run)
         self.prepared, self.tasks = prepared, prepared.tasks()
-        folder, mode = run.folder, run.folder.work / DISTILLATION_MODE
-        sweep_windows = None
-        if folder.state and mode.exists():  # a resumed run keeps its mode, whatever fits now
-            sweep_windows = json.loads(mode.read_text(encoding="utf-8"))["sweep_windows"]
+        folder = run.folder
+        sweep_windows = stored_choice(folder.work) if folder.state else None
         self.plan, self.activations = choose_plan(
             prepared, self.tasks, prepared.recipe.memory, run.ranks, sweep_windows
         )
@@ -378,7 +365,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
                 trust_remote_code=recipe.trust_remote_code,
             )
             prepared = replace(prepared, windows=windows)
-        write_json(folder.work / DISTILLATION_MODE, {"sweep_windows": self.plan.sweep_windows})
+        store_choice(folder.work, self.plan.sweep_windows)
         job = prepared.job(self.tasks, self.activations, folder.work, ranks)
         finished = 0
         if ledger.begun:
@@ -391,7 +378,18 @@ class Prune(Step[PruneRecipe, PruneResult]):
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
             done = job.run(ledger, progress, finished)
-            losses = _distill(prepared, done, folder, self.plan.sweep_windows, progress)
+            losses = prepared.windows and distill_checkpoint(
+                target,
+                folder.model,
+                done,
+                DistillationData(
+                    prepared.windows.all, recipe.distillation, recipe.calibration.seed
+                ),
+                self.plan.sweep_windows,
+                folder.work,
+                progress,
+                trust_remote_code=recipe.trust_remote_code,
+            )
         left = skipped_matrices(done, target.matrices())
         audit = _audit(recipe, done, folder, progress)
         manifest = self._manifest(prepared, done, audit, losses, left)
@@ -464,53 +462,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
                 file_bytes=audit.file_bytes,
             ),
         )
-
-
-def _distill(
-    prepared: Prepared,
-    tasks: Tasks,
-    folder: RunFolder,
-    sweep_windows: int,
-    progress: Progress,
-) -> dict[str, float] | None:
-    """Let the pruned model learn from the dense one. Return the losses, or None if it does not.
-
-    With `sweep_windows` one layer is in memory, else both whole models. All trained weights are in
-    a complete file before the first layer is overwritten. So a resumed run either trains the pruned
-    model again or writes the trained weights. It never mixes the two.
-    """
-    recipe, dense = prepared.recipe, prepared.target
-    how, layers = recipe.distillation, pruned_layers(dense, tasks)
-    if not how.epochs or not layers:
-        return None
-    saved, device, trust = folder.work / "distillation", dense.device, recipe.trust_remote_code
-    assert prepared.windows is not None
-    data = DistillationData.of(prepared.windows.all, how, recipe.calibration.seed)
-    if sweep_windows:
-        return LayerwiseDistillation(
-            dense,
-            folder.model,
-            layers,
-            lambda module, number: Student.of(module, dense, tasks, [number]),
-            data,
-            sweep_windows,
-            saved,
-            progress,
-            trust_remote_code=trust,
-        ).learn_into(dense)
-
-    def learn() -> dict[str, float]:
-        teacher = load_whole(
-            prepared.source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
-        )
-        model = load_whole(folder.model, device, trust_remote_code=trust)
-        open_experts(model)  # its parameters get the names in the skeleton
-        student = Student.of(model, dense, tasks, layers)
-        return student.learn(teacher, data, progress, saved)
-
-    losses = once(saved, learn)
-    write_layers(saved / FINAL, dense, layers)
-    return losses
 
 
 def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progress) -> Audit:

@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from secateur.calibration.run_windows import MOST_HELD_OUT
 from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, in_float32
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.targets import Target, walk_layers
+from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, hidden_size
 from secateur.models.skeleton import quiet_transformers
@@ -49,21 +48,18 @@ from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
-from secateur.training.objectives import Distil, Objective
+from secateur.training.objectives import Distil
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved
 from secateur.training.teachers import ModelTeacher
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 
-FINAL = "final.safetensors"
-"""The file with the weights of a finished training."""
+RATE, TRIED = "rate.json", "tried.json"
+"""The files with the chosen learning rate, and with the losses of finished trials by rate."""
 
-LEARNED = "learned.json"
-"""The file with the losses of a finished distillation."""
-
-RATE = "rate.json"
-"""The file with the chosen learning rate."""
+CHOOSING = "choosing the learning rate"
+"""The title of the progress bar of a trial."""
 
 WARM_UP = 1 / 16
 SAVE_MINUTES = 5.0
@@ -81,27 +77,18 @@ class DistillationData:
 
     Args:
         windows: calibration tokens [samples, sequence_length].
+        options: how often they are read, the learning rate, the share of the next-token loss.
         seed: seed of the order of the windows.
-        epochs: number of passes over the windows.
-        learning_rate: the highest learning rate; None to choose it by short trials.
-        next_token: share of the next-token loss; the rest is the divergence.
     """
 
     windows: Windows
+    options: Distill
     seed: int
-    epochs: int
-    learning_rate: float | None = None
-    next_token: float = 0.0
-
-    @classmethod
-    def of(cls, windows: Windows, how: Distill, seed: int) -> DistillationData:
-        """The data of a distillation with these options."""
-        return cls(windows, seed, how.epochs, how.peak_learning_rate, how.next_token)
 
     @property
     def steps(self) -> int:
         """The number of steps."""
-        return self.epochs * len(self.windows)
+        return self.options.epochs * len(self.windows)
 
     @property
     def batches(self) -> Batches:
@@ -167,121 +154,101 @@ class Student:
         """Return the trained parameters by name."""
         return {name: self.model.get_parameter(name) for name in sorted(self.trained)}
 
-    def learn(
-        self,
-        teacher: Any,
-        data: DistillationData,
-        progress: Progress,
-        saved: Path | None = None,
-    ) -> dict[str, float]:
-        """Train in place to predict what the dense model predicts.
 
-        Args:
-            teacher: the dense model, on the same device. It gets no more gradients.
-            data: the windows, and how often they are read.
-            progress: receives every step.
-            saved: folder for the state of a resumed training, and for `FINAL`; None saves nothing.
+def distill(
+    teacher: Any,
+    student: Student,
+    data: DistillationData,
+    progress: Progress,
+    saved: Path | None = None,
+) -> dict[str, float]:
+    """Train a student in place to predict what the dense model predicts.
 
-        Returns:
-            The mean loss over the first and over the last eighth of the steps, and the highest
-            learning rate. The loss is the divergence alone if the next-token share is 0.
+    Args:
+        teacher: the dense model, on the same device. It gets no more gradients.
+        student: the smaller model.
+        data: the windows, and how often they are read.
+        progress: receives every step.
+        saved: folder for the state of a resumed training and for the final weights; None saves
+            nothing.
 
-        Raises:
-            NumericalError: the loss is NaN or infinite.
-        """
-        share = data.next_token
-        objective = Distil.between(self.model, ModelTeacher(teacher), next_token=share)
+    Returns:
+        The mean loss over the first and over the last eighth of the steps, and the highest
+        learning rate. The loss is the divergence alone if the next-token share is 0.
 
-        def choose(highest: float, held_out: int) -> float:
-            return self._try_rates(objective, data, highest, held_out, progress, saved)
+    Raises:
+        NumericalError: the loss is NaN or infinite.
+    """
+    objective = Distil.between(
+        student.model, ModelTeacher(teacher), next_token=data.options.next_token
+    )
+    device = next(student.model.parameters()).device
 
-        with quiet_transformers(), self.rounded.in_forwards():
-            rate = data.learning_rate
-            if not rate:
-                file = None if saved is None else saved / RATE
-                rate = stored_rate(file, self.width, data.windows, choose)
-            losses = self._train(
-                objective, data.batches, data.steps, rate, progress, "distilling", saved
-            )
-        return {**summary(losses), "learning_rate": rate}
-
-    def _train(
-        self,
-        objective: Objective,
-        batches: Batches,
-        steps: int,
-        rate: float,
-        progress: Progress,
-        label: str,
-        saved: Path | None = None,
-    ) -> list[float]:
-        """Train for some steps. Return the loss of each."""
-        loop = Loop(
-            self.model,
-            batches,
+    def train(read: Batches, steps: int, rate: float, label: str, saved: Path | None) -> Loop:
+        return Loop(
+            student.model,
+            read,
             objective,
-            self.masks,
+            student.masks,
             distillation_plan(steps, rate),
             saved=saved,
-            hooks=[self.rounded] if self.rounded.weights else [],
+            hooks=[student.rounded] if student.rounded.weights else [],
             progress=progress,
-            trained=self.trained,
+            trained=student.trained,
             label=label,
         )
-        return [line["loss"] for line in loop.run().log]
 
-    def _try_rates(
-        self,
-        objective: Objective,
-        data: DistillationData,
-        highest: float,
-        held_out: int,
-        progress: Progress,
-        saved: Path | None,
-    ) -> float:
-        """Return the best learning rate. The weights are reset after every trial."""
-        batches = data.batches
-        read = replace(batches, windows=batches.windows[:-held_out])
-        device = next(self.model.parameters()).device
+    def try_rates(highest: float, held_out: int) -> float:
+        windows = data.windows
+        read = replace(data.batches, windows=windows[:-held_out])
         start = Saved(None if saved is None else saved / "start", ProcessGroup(device), {})
-        with in_float32(self.model, self.trained):
-            parameters = self.parameters()
+
+        @torch.no_grad()
+        def evaluate() -> float:
+            with fast_matmuls(device):  # its copies of weights last as long as the context
+                losses = [
+                    objective(student.model, Batch(windows[[i]].to(device), (i,))).item()
+                    for i in range(len(read.windows), len(windows))
+                ]
+            return sum(losses) / held_out
+
+        with in_float32(student.model, student.trained):
+            parameters = student.parameters()
             start.keep_best(parameters)
-
-            def train(rate: float, steps: int) -> None:
-                label = "choosing the learning rate"
-                self._train(objective, read, steps, rate, progress, label)
-
-            @torch.no_grad()
-            def evaluate() -> float:
-                with fast_matmuls(device):  # its copies of weights last as long as the context
-                    losses = [
-                        objective(self.model, Batch(batches.windows[[i]].to(device), (i,))).item()
-                        for i in range(len(read.windows), len(batches.windows))
-                    ]
-                return sum(losses) / held_out
-
-            reset = partial(start.restore_best, parameters)
-            rate = RateTrials(train, evaluate, reset, data.steps).choose(highest)
+            rate = RateTrials(
+                lambda rate, steps: train(read, steps, rate, CHOOSING, None).run(),
+                evaluate,
+                partial(start.restore_best, parameters),
+                data.steps,
+                None if saved is None else saved / TRIED,
+            ).choose(highest)
         if start.folder is not None:
             shutil.rmtree(start.folder)
         return rate
 
+    with quiet_transformers(), student.rounded.in_forwards():
+        rate = chosen_rate(data, student.width, saved, try_rates)
+        log = train(data.batches, data.steps, rate, "distilling", saved).run().log
+    return {**summary([line["loss"] for line in log]), "learning_rate": rate}
 
-def stored_rate(
-    file: Path | None, width: int, windows: Windows, choose: Callable[[float, int], float]
+
+def chosen_rate(
+    data: DistillationData, width: int, saved: Path | None, choose: Callable[[float, int], float]
 ) -> float:
-    """Return the learning rate of a file, or choose it and store it for a resumed run.
+    """Return the learning rate: of the options, or the best of short trials.
 
     Args:
-        file: the file; None to store nothing.
+        data: the windows, and the options.
         width: the model's hidden size.
-        windows: tokens of the distillation.
+        saved: the folder that keeps the choice for a resumed run; None to store nothing.
         choose: the highest rate, and how many of the last windows are held out → the best rate.
     """
+    if data.options.peak_learning_rate:
+        return data.options.peak_learning_rate
+    file = None if saved is None else saved / RATE
     if file is not None and file.exists():
         return float(json.loads(file.read_text(encoding="utf-8"))["learning_rate"])
-    count, length = windows.shape
+    count, length = data.windows.shape
     highest, held_out = default_rate(width, length), held_out_windows(count)
     if not held_out:
         return highest
@@ -310,12 +277,14 @@ class RateTrials:
         evaluate: returns the loss on the windows that are held out.
         reset: puts the weights back with which the training begins.
         steps: number of steps of the training.
+        tried: keeps the losses of finished trials for a resumed run; None to store nothing.
     """
 
-    train: Callable[[float, int], None]
+    train: Callable[[float, int], object]
     evaluate: Callable[[], float]
     reset: Callable[[], None]
     steps: int
+    tried: Path | None = None
 
     def choose(self, highest: float) -> float:
         """Return the rate of the training; the weights are reset.
@@ -344,13 +313,20 @@ class RateTrials:
 
     def _loss(self, rate: float) -> float:
         """Return the loss after a trial; infinite if the training is lost at this rate."""
-        try:
-            self.train(rate, trial_steps(self.steps))
-            return self.evaluate()
-        except NumericalError:
-            return math.inf
-        finally:
-            self.reset()
+        found: dict[str, float] = {}
+        if self.tried is not None and self.tried.exists():
+            found = json.loads(self.tried.read_text(encoding="utf-8"))
+        if str(rate) not in found:
+            try:
+                self.train(rate, trial_steps(self.steps))
+                found[str(rate)] = self.evaluate()
+            except NumericalError:
+                found[str(rate)] = math.inf
+            finally:
+                self.reset()
+            if self.tried is not None:
+                write_json(self.tried, found)
+        return found[str(rate)]
 
 
 def distillation_plan(steps: int, rate: float) -> TrainingPlan:
@@ -364,15 +340,6 @@ def distillation_plan(steps: int, rate: float) -> TrainingPlan:
         save_minutes=SAVE_MINUTES,
         diverged=0.0,
     )
-
-
-def once(saved: Path, learn: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Distill into a folder and return the losses, or return the losses of an earlier run."""
-    file = saved / LEARNED
-    if not file.exists():
-        write_json(file, learn())
-    losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-    return losses
 
 
 def summary(losses: Sequence[float]) -> dict[str, float]:
@@ -395,14 +362,3 @@ def trainable_names(target: Target, index: int) -> list[str]:
     """The full names of the floating-point parameters of one decoder layer."""
     prefix, layer = target.architecture.layer_name(index), target.layers[index]
     return [f"{prefix}.{n}" for n, p in layer.named_parameters() if p.is_floating_point()]
-
-
-def write_layers(file: Path, target: Target, layers: Sequence[int]) -> None:
-    """Overwrite layers of the checkpoint with trained ones from a file."""
-    with safe_open(file, "pt") as learned:
-        there = set(learned.keys())
-        for index, _ in walk_layers(target, layers):
-            names = [name for name in trainable_names(target, index) if name in there]
-            for name in names:
-                target.model.get_parameter(name).data.copy_(learned.get_tensor(name))
-            target.commit(index, names)

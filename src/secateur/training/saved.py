@@ -11,7 +11,7 @@ different number of processes can resume.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,14 @@ class Saved:
         """
         write_whole(file, tensors, metadata, writes=self.processes.main)
         self.processes.wait()
+
+
+def stored_tensors(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file with this prefix, one at a time, by their names without it."""
+    with safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), stored.get_tensor(name)
 
 
 def write_whole(

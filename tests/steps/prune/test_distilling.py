@@ -16,8 +16,9 @@ from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
+from secateur.recipes.shared import Distill
 from secateur.sparsity.column_sweep import kept_weights
-from secateur.training.distillation import DistillationData, Student
+from secateur.training.distillation import DistillationData, Student, distill
 from slow import few_families, slow
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -113,10 +114,9 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_reporte
     names = [name for name in before if "layers.1" in name]
 
     def learnt() -> dict[str, float]:
-        data = DistillationData(tiny_windows(8), seed=0, epochs=3)
-        return Student(student, frozenset(names), student.config.hidden_size).learn(
-            teacher, data, Silent()
-        )
+        data = DistillationData(tiny_windows(8), Distill(epochs=3), seed=0)
+        learner = Student(student, frozenset(names), student.config.hidden_size)
+        return distill(teacher, learner, data, Silent())
 
     record = learnt()
     assert record["loss_after"] < record["loss_before"]

@@ -109,3 +109,15 @@ def test_other_cuts_learn_in_sweeps_too(
     )  # fmt: skip
     record = report.manifest.distillation
     assert record["loss_after"] < record["loss_before"]
+
+
+@pytest.mark.parametrize("size", [0, slow(4)])
+def test_a_cut_mixture_learns(tmp_path: Path, options: dict[str, Any], size: int) -> None:
+    """In memory its experts are fused, and in the file they may not be."""
+    options = {k: v for k, v in options.items() if k not in ("keep_layers", "ffn")}
+    report = secateur.structure(
+        save_tiny(tmp_path / "model", "mixtral"), output=tmp_path / "out", **options,
+        keep_layers=1, distill_sweep_windows=size,
+    )  # fmt: skip
+    record = report.manifest.distillation
+    assert record["loss_after"] < record["loss_before"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.job import Job
-from secateur.engine.plan import fitting_plan, memory_budget
-from secateur.engine.plan_memory import PrunePlan, plan_run
+from secateur.engine.plan import fitting_plan
+from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
 from secateur.engine.prune.composition import allocation_of, method_of, own_methods
 from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, tasks_of
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.errors import RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.copies import copy_of, weight_bytes_of
@@ -31,11 +30,6 @@ from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
-
-log = logging.getLogger(__name__)
-
-SWEEP_WINDOWS = 16
-"""Number of windows in a sweep of the distillation, where the whole model does not fit."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +213,6 @@ def choose_plan(
 ) -> tuple[PrunePlan, str]:
     """Plan the run, with hidden states on disk if memory cannot hold them.
 
-    A distillation has both whole models in memory if they fit, else one layer, in sweeps over
-    `SWEEP_WINDOWS` windows. The log says when it takes sweeps, and why.
-
     Args:
         prepared: the run.
         tasks: the task of each linear.
@@ -260,44 +251,20 @@ def choose_plan(
         batches = micro_batches(len(every), at_once, ranks.count)
         own = every[: rows_of(0, batches, ranks.count)[-1].stop]
 
-    def fitting(sweep_windows: int) -> tuple[PrunePlan, str]:
-        return fitting_plan(
-            lambda activations: planned(own, activations, sweep_windows),
-            prepared.target.device,
-            max_memory=memory.max_bytes,
-            activations=memory.activations,
-            sharing=ranks.here,
+    if sweep_windows is None and own is not None:
+        distillation = prepared.recipe.distillation
+        sweep_windows = choose_sweeps(
+            distillation, prepared.target, own, tasks, memory.max_bytes, ranks.here
         )
-
-    distillation = prepared.recipe.distillation
-    if sweep_windows is None:
-        sweep_windows = distillation.sweep_windows
-    try:
-        plan, activations = fitting(sweep_windows or 0)
-    except MemoryBudgetError:
-        if sweep_windows is not None or not distillation.epochs:
-            raise
-        plan, activations = fitting(SWEEP_WINDOWS)
-        budget = memory_budget(memory.max_bytes, prepared.target.device, ranks.here).computing
-        log_sweeps(SWEEP_WINDOWS, planned(own, activations, 0).peak_bytes, budget)
+    sweeps = sweep_windows or 0
+    plan, activations = fitting_plan(
+        lambda activations: planned(own, activations, sweeps),
+        prepared.target.device,
+        max_memory=memory.max_bytes,
+        activations=memory.activations,
+        sharing=ranks.here,
+    )
     if own is not every:
-        disk = planned(every, activations, plan.sweep_windows).disk_bytes
+        disk = planned(every, activations, sweeps).disk_bytes
         plan = replace(plan, disk_bytes=disk)
     return plan, activations
-
-
-def log_sweeps(size: int, whole: float, budget: float) -> None:
-    """Log that a distillation takes sweeps, and why.
-
-    Args:
-        size: number of windows in a sweep.
-        whole: peak bytes with both whole models.
-        budget: bytes of the device that computes.
-    """
-    log.warning(
-        "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
-        "models the peak is %.2f GiB, the budget %.2f GiB",
-        size,
-        whole / 2**30,
-        budget / 2**30,
-    )

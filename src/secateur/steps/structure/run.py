@@ -7,7 +7,6 @@ The distillation is optional: the smaller model learns from the uncut one.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -16,26 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
-from secateur.engine.plan import memory_budget
-from secateur.engine.plan_memory import distillation_plan
-from secateur.engine.prune.prepared import SWEEP_WINDOWS, log_sweeps
+from secateur.engine.plan_memory import choose_sweeps
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
-from secateur.models.architecture import describe, hidden_size
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy, shard_files
+from secateur.models.architecture import describe
+from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.copies import copy_of
-from secateur.models.opening import form_of, formats_of, load_whole, open_weights, refuse_quantized
+from secateur.models.opening import form_of, formats_of, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.precision import fast_dtype
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
@@ -81,15 +76,16 @@ from secateur.structured.cut_plan import (
     plan_cut,
     trims_vocabulary,
 )
-from secateur.training.distillation import FINAL, DistillationData, Student, once, trainable_names
-from secateur.training.layerwise import LayerwiseDistillation
+from secateur.training.distillation import DistillationData
+from secateur.training.distilled_checkpoint import (
+    distill_checkpoint,
+    store_choice,
+    stored_choice,
+)
 
 log = logging.getLogger(__name__)
 
 MANIFEST, STEPS = "manifest.json", "steps.json"
-
-DISTILLATION_MODE = "way.json"
-"""The file with the number of windows in a sweep."""
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
@@ -336,90 +332,18 @@ def _distill(
     windows: Tensor,
     device: torch.device,
     progress: Progress,
-) -> dict[str, float]:
-    """Distill the uncut model into the cut one, and overwrite its weights with the result.
-
-    Both models are in memory if they fit, else one decoder layer (`training/layerwise.py`). In
-    memory everything learns but the embeddings and the head; in sweeps the decoder layers learn.
-    """
-    trust, reader = recipe.trust_remote_code, CheckpointReader(folder.model)
-    dense = CheckpointTarget(open_weights(source.folder), None, device, trust_remote_code=trust)
-    made = CheckpointTarget(
-        reader, PatchedCopy(reader, folder.model), device, trust_remote_code=trust
+) -> dict[str, float] | None:
+    """Distill the uncut model into the cut one, and overwrite its weights with the result."""
+    how, trust, reader = recipe.distillation, recipe.trust_remote_code, open_weights(source.folder)
+    dense = CheckpointTarget(reader, None, device, trust_remote_code=trust)
+    size = stored_choice(folder.work)
+    if size is None:  # planned with two models of the uncut size
+        size = choose_sweeps(how, dense, windows, {}, recipe.memory.max_bytes)
+        store_choice(folder.work, size)
+    data = DistillationData(windows, how, recipe.calibration.seed)
+    return distill_checkpoint(
+        dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
     )
-    size = _sweep_windows(recipe, dense, folder.work / DISTILLATION_MODE, windows)
-    how, seed = recipe.distillation, recipe.calibration.seed
-    data = DistillationData.of(windows, how, seed)
-    saved = folder.work / "distillation"
-    if not size:
-        return _distill_whole(recipe, source, made, folder.model, data, saved, progress)
-    width = hidden_size(made.model)
-
-    def student_of(module: nn.Module, number: int) -> Student:
-        return Student(module, frozenset(trainable_names(made, number)), width)
-
-    layers = range(len(made.layers))
-    return LayerwiseDistillation(
-        dense, folder.model, layers, student_of, data, size, saved, progress,
-        trust_remote_code=trust,
-    ).learn_into(made)  # fmt: skip
-
-
-def _sweep_windows(
-    recipe: StructureRecipe, dense: CheckpointTarget, file: Path, windows: Tensor
-) -> int:
-    """The number of windows in a sweep; 0 if both whole models fit into memory.
-
-    The choice is stored, so a resumed run keeps it.
-    """
-    if file.exists():
-        return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
-    size = recipe.distillation.sweep_windows
-    if size is None:
-        size, budget = 0, memory_budget(recipe.memory.max_bytes, dense.device).computing
-        # of two models of the uncut size
-        needed = distillation_plan(dense, windows[:1]).peak_bytes
-        if needed > budget:
-            size = SWEEP_WINDOWS
-            log_sweeps(size, needed, budget)
-    write_json(file, {"sweep_windows": size})
-    return size
-
-
-def _distill_whole(
-    recipe: StructureRecipe,
-    source: LocalCheckpoint,
-    made: CheckpointTarget,
-    folder: Path,
-    data: DistillationData,
-    saved: Path,
-    progress: Progress,
-) -> dict[str, float]:
-    """Distill with both models in memory."""
-    device, trust = made.device, recipe.trust_remote_code
-
-    def train() -> dict[str, float]:
-        teacher = load_whole(
-            source.folder, device, dtype=fast_dtype(device), trust_remote_code=trust
-        )
-        student = load_whole(folder, device, trust_remote_code=trust)
-        outside = {id(p) for p in student.get_input_embeddings().parameters()}
-        outside |= {id(p) for p in student.get_output_embeddings().parameters()}
-        trained = [
-            name
-            for name, p in student.named_parameters()
-            if id(p) not in outside and p.is_floating_point() and p.numel()
-        ]
-        width = hidden_size(student)
-        return Student(student, frozenset(trained), width).learn(teacher, data, progress, saved)
-
-    losses = once(saved, train)
-    assert made.output is not None
-    with safe_open(saved / FINAL, "pt") as learned:
-        for name in learned.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            made.output.write(made.stored[name], learned.get_tensor(name))
-    made.output.sync()
-    return losses
 
 
 def _verified(
