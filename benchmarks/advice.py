@@ -28,8 +28,8 @@ from secateur.advisor.capacity import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.random_models import FormatTimer, WeightFormat
 from secateur.evaluation.speed import Process
+from secateur.models.shape import counted
 from secateur.models.skeleton import build_skeleton
-from secateur.steps.advise import counted
 from stored import known_rows
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from secateur.advisor.advice import MONTH_HOURS, AdviceQuestion, Requirements
 from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.options import CompressionWay, ModelShape, known_shape
+from secateur.advisor.options import CompressionWay, known_shape
+from secateur.models.shape import ModelShape
 from written_files import table
 
 FACTS = read_facts()

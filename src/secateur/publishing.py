@@ -17,6 +17,7 @@ from secateur.errors import CheckpointError, RecipeError, SourceError, Verificat
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, shard_files
 from secateur.models.configuration import check_folder
 from secateur.models.hub import why_unreachable
+from secateur.reporting.cards import without_folders
 from secateur.runs.folder import NOTES, STATE
 
 
@@ -206,9 +207,6 @@ KINDS = {
     "password in an address": r"\bhttps?://[^/\s:@\"']+:[^/\s:@\"']+@",
 }
 PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
-NAME = r"[^\s/\\\"'`,=|](?:[^/\\\"'`,=|\n]*[^\s/\\\"'`,=|])?"
-FOLDERS = re.compile(rf"(?<![^\s\"'`=,])(?:/|[A-Z]:\\+)(?:{NAME}[/\\]+)+(?={NAME})")
-"""The folders of an absolute path, up to its last name."""
 TEXTS = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ""}
 
 
@@ -261,16 +259,3 @@ def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
     notes = {name: file for name, file in files.items() if name.startswith(f"{NOTES}/")}
     texts = {name: (text, without_folders(text)) for name, text in _texts_of(notes)}
     return {name: bare for name, (text, bare) in texts.items() if text != bare}
-
-
-def without_folders(text: str) -> str:
-    """A text in which every absolute path is reduced to its last name.
-
-    Folders describe one machine, and often its user. Relative paths and addresses stay.
-
-    Example:
-        >>> from secateur.publishing import without_folders
-        >>> without_folders("model: /home/me/my models/tiny")
-        'model: tiny'
-    """
-    return FOLDERS.sub("", text)

@@ -9,8 +9,9 @@ import pytest
 from secateur.advisor.advice import Advice, AdviceQuestion, Requirements, advise_on, nearest
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, weight_bytes
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.options import CompressionWay, ModelShape, known_shape
+from secateur.advisor.options import CompressionWay, known_shape
 from secateur.errors import RecipeError
+from secateur.models.shape import ModelShape
 
 
 class ByBytes:

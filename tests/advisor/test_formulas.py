@@ -33,10 +33,10 @@ from secateur.advisor.options import (
     VALUES,
     ZEROS,
     CompressionWay,
-    ModelShape,
     known_shape,
     options_for,
 )
+from secateur.models.shape import ModelShape
 
 
 def option(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:
@@ -275,7 +275,7 @@ def test_measured_times_of_a_cut_model(llama: ModelShape) -> None:
 
 def capacity_stub() -> Capacity:
     one = Estimate.exact(1.0)
-    from secateur.advisor.capacity import ServingMemory
+    from secateur.models.shape import ServingMemory
 
     return Capacity(1, 1, ServingMemory(1, 1, 1, 1), one, one, one, one, one, one, 1, (1, 1))
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 import transformers as t
 
-from secateur.advisor.options import ModelShape
 from secateur.models.layer_cache import LayerCache, layer_caches
+from secateur.models.shape import ModelShape, counted
 from secateur.models.skeleton import without_weights
-from secateur.steps.advise import counted
 from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_windows
 
 LONG = 32768

@@ -15,8 +15,9 @@ import pytest
 from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Capacity, Load, TokenTimes
 from secateur.advisor.facts import Facts, read_facts
-from secateur.advisor.options import LayerKind, ModelShape, known_shape
+from secateur.advisor.options import known_shape
 from secateur.models.layer_cache import LayerCache
+from secateur.models.shape import LayerKind, ModelShape
 from secateur.reporting.report import page
 from secateur.reporting.report.page import what_if_data
 

@@ -43,8 +43,9 @@ from secateur.advisor.capacity import (
     most_requests,
 )
 from secateur.advisor.facts import API, Estimate, Facts, Hardware
-from secateur.advisor.options import CompressionWay, LayerKind, ModelShape, options_for
+from secateur.advisor.options import CompressionWay, options_for
 from secateur.models.layer_cache import LayerCache
+from secateur.models.shape import LayerKind, ModelShape
 
 MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
 

@@ -47,7 +47,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from secateur.advisor.facts import Efficiency, Estimate, Hardware
-from secateur.advisor.options import CompressionWay, ModelShape
+from secateur.advisor.options import CompressionWay
+from secateur.models.shape import CHUNK_TOKENS, ModelShape, ServingMemory, memory_with
 
 PARALLEL_EFFICIENCY = 0.85
 """What each device still gives when several share a model; our estimate for tensor parallelism."""
@@ -178,37 +179,6 @@ class Measured:
 
 GIB = 2**30
 
-FRAGMENTATION = {"cuda": 0.03, "cpu": 0.0}
-"""ServingMemory that an allocator cannot use, as a fraction; our estimate for a paged cache."""
-
-RUNTIME_BYTES = {"cuda": round(0.9 * GIB), "cpu": 185 * 2**20}
-"""The context of the driver, kernels and graphs; on a CPU, the code of the model, measured here."""
-
-CHUNK_TOKENS = 512
-"""Tokens of a prompt that are processed at once."""
-
-
-@dataclass(frozen=True)
-class ServingMemory:
-    """Bytes, by use.
-
-    Attributes:
-        weights: of the model.
-        cache: keys, values and states of all sequences.
-        working: activations and logits.
-        overhead: fragmentation and the runtime.
-    """
-
-    weights: int
-    cache: int
-    working: int
-    overhead: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.working + self.overhead
-
 
 def weight_bytes(model: ModelShape, option: CompressionWay) -> int:
     """Bytes of the weights of a model that was already cut.
@@ -232,18 +202,6 @@ def memory_of(
         context: tokens of each, prompt and answer together.
     """
     return memory_with(weight_bytes(model, option), model, kind, batch, context)
-
-
-def memory_with(
-    weights: int, model: ModelShape, kind: str, batch: int, context: int
-) -> ServingMemory:
-    """`memory_of` with known bytes of weights."""
-    cache = round(batch * model.cache_bytes(context))
-    chunk = min(CHUNK_TOKENS, batch * context)
-    working = chunk * (4 * model.hidden + 2 * model.widest) * 2 + batch * model.vocabulary * 4
-    part = weights + cache + working
-    overhead = round(part * FRAGMENTATION[kind]) + RUNTIME_BYTES[kind]
-    return ServingMemory(weights, cache, working, overhead)
 
 
 BATCHES = tuple(2**n for n in range(10))

@@ -5,12 +5,12 @@ A card has the YAML block that the hub reads, a title, and sections with a blank
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.models.samples import MODELS
-from secateur.publishing import without_folders
 from secateur.reporting.models import CompressResult, ImportResult
 from secateur.reporting.tables import binary_size, by_layer
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
@@ -432,3 +432,21 @@ def shown_place(output: str | Path) -> str:
     """
     path = Path(output)
     return path.name if path.is_absolute() or ".." in path.parts else str(path)
+
+
+_NAME = r"[^\s/\\\"'`,=|](?:[^/\\\"'`,=|\n]*[^\s/\\\"'`,=|])?"
+_FOLDERS = re.compile(rf"(?<![^\s\"'`=,])(?:/|[A-Z]:\\+)(?:{_NAME}[/\\]+)+(?={_NAME})")
+"""The folders of an absolute path, up to its last name."""
+
+
+def without_folders(text: str) -> str:
+    """A text in which every absolute path is reduced to its last name.
+
+    Folders describe one machine, and often its user. Relative paths and addresses stay.
+
+    Example:
+        >>> from secateur.reporting.cards import without_folders
+        >>> without_folders("model: /home/me/my models/tiny")
+        'model: tiny'
+    """
+    return _FOLDERS.sub("", text)

@@ -11,14 +11,13 @@ from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
-from secateur.advisor.options import ModelShape, kinds_of, known_shape, options_for
+from secateur.advisor.options import ModelShape, known_shape, options_for
 from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import time_tokens
-from secateur.models.architecture import describe, linears_of
 from secateur.models.hub import download_model, hub_name, kind_of_name
-from secateur.models.layer_cache import layer_caches
+from secateur.models.shape import ModelShape, counted
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Progress, listener
@@ -138,46 +137,6 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
         folder = resolve(name, values=False, progress=progress).folder
     model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
     return counted(name, model), model.config
-
-
-def counted(name: str, model: Any) -> ModelShape:
-    """Count a skeleton."""
-    architecture = describe(model)
-    layers = architecture.layers(model)
-    config = model.config.get_text_config(decoder=True)
-    linears = active = in_experts = 0
-    mixture = architecture.experts
-    experts = mixture.opened_in(layers) if mixture else 0
-    taken = (mixture.per_token(config) if mixture else None) or experts
-    for index, layer in enumerate(layers):
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            weights = linear.module.weight.numel()  # type: ignore[operator]
-            linears += weights
-            if experts and architecture.of_expert(linear.name):
-                in_experts += weights
-                active += round(weights * taken / experts)
-            else:
-                active += weights
-    total = sum(p.numel() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
-    outer = embedding.numel() + (0 if embedding is head else head.numel())
-    return ModelShape(
-        name,
-        len(layers),
-        config.hidden_size,
-        linears,
-        active,
-        embedding.numel(),
-        head.numel(),
-        tied,
-        total - linears - outer,
-        kinds_of(layer_caches(model)),
-        config.vocab_size,
-        experts if in_experts else 0,
-        in_experts,
-    )
 
 
 def plan_on_paper(recipe: PruneRecipe, cluster_call: PruneCall) -> ClusterPlanResult:

@@ -35,7 +35,7 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
-from secateur.reporting.cards import source_name
+from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device

@@ -17,10 +17,10 @@ from secateur.publishing import (
     notes_without_folders,
     refuse_secrets,
     upload,
-    without_folders,
 )
 from secateur.recipes.deploy import PushRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.reporting.cards import without_folders
 from secateur.reporting.models import PushResult
 from secateur.reporting.report.claims import missing_in, push_card
 from secateur.reporting.report.records import read_run

@@ -21,8 +21,8 @@ from secateur.advisor.facts import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
-from secateur.publishing import without_folders
-from secateur.reporting.cards import shown_place
+from secateur.models import shape
+from secateur.reporting.cards import shown_place, without_folders
 from secateur.reporting.charts import HeatMap, page_svg
 from secateur.reporting.report.claims import Claim, claims, fit_view, quality_rows
 from secateur.reporting.report.figures import (
@@ -605,9 +605,9 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
         },
         "constants": {
             "gib": capacity.GIB,
-            "chunk_tokens": capacity.CHUNK_TOKENS,
-            "fragmentation": capacity.FRAGMENTATION,
-            "runtime_bytes": capacity.RUNTIME_BYTES,
+            "chunk_tokens": shape.CHUNK_TOKENS,
+            "fragmentation": shape.FRAGMENTATION,
+            "runtime_bytes": shape.RUNTIME_BYTES,
             "parallel_efficiency": capacity.PARALLEL_EFFICIENCY,
             "measured_spread": capacity.Measured.spread,
             "batches": list(capacity.BATCHES),

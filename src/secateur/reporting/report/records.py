@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.publishing import without_folders
 from secateur.reporting.advise import AdviseResult
-from secateur.reporting.cards import shown_place, source_name
+from secateur.reporting.cards import shown_place, source_name, without_folders
 from secateur.reporting.fit import FitResult
 from secateur.reporting.next_steps import Origin, command
 from secateur.reporting.sweep import SweepResult

@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secateur.advisor.capacity import memory_with
 from secateur.engine.search.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import MatrixTimes, time_matrices
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.shape import counted, memory_with
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
