@@ -11,7 +11,7 @@ from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
-from secateur.advisor.options import ModelShape, known_shape, options_for
+from secateur.advisor.options import known_shape, options_for
 from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat

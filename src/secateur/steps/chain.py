@@ -26,7 +26,6 @@ from secateur.models.hub import kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Labelled, Progress, listener
-from secateur.publishing import without_folders
 from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe
