@@ -41,12 +41,11 @@ from secateur.parallel.processes import joined
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.parallel.ray_launcher import launch
 from secateur.progress import Progress, Silent, listener
-from secateur.publishing import without_folders
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.advise import ClusterPlanResult
-from secateur.reporting.cards import prune_card
+from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
 from secateur.runs.atomic import write_json, write_text

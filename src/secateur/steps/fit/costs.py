@@ -32,7 +32,6 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.runtime.storage_plan import Matrices
-from secateur.steps.advise import counted
 from secateur.steps.fit.storage_formats import (
     FILES,
     LEVELS,

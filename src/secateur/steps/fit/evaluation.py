@@ -35,7 +35,6 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitCheck, FitLoss
 from secateur.runtime.load import load
-from secateur.steps.advise import counted
 from secateur.steps.fit.build_models import Formats, pack_made
 from secateur.steps.fit.context import FitContext
 
