@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
 from secateur.parallel.processes import joined
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.parallel.ray_launcher import launch
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
@@ -65,9 +64,7 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.chain import checked_steps, run_chain
 from secateur.steps.checkpoint_files import COMPRESSION
-from secateur.steps.loaded_model import prune_module
 from secateur.steps.processes import (
     WorkerJob,
     broadcast,
@@ -78,6 +75,9 @@ from secateur.steps.processes import (
 from secateur.steps.runner import Run, Step, carry_out, source_of
 from secateur.training.distillation import DistillationData
 from secateur.training.distilled_checkpoint import distill_checkpoint, store_choice, stored_choice
+
+if TYPE_CHECKING:
+    from secateur.reporting.advise import ClusterPlanResult
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -119,6 +119,8 @@ def prune(
     """
     options = with_method(method, options)
     if isinstance(model, nn.Module):
+        from secateur.steps.loaded_model import prune_module
+
         return prune_module(model, calibration, tokenizer, listener(progress), options)
     if tokenizer is not None:
         raise RecipeError(
@@ -153,6 +155,8 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
     """
     packs = recipe.compress.values is not None
     if packs:
+        from secateur.steps.chain import checked_steps
+
         checked_steps(_chain_of(recipe).steps)
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
@@ -216,6 +220,8 @@ def prune_recipe(
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
+    from secateur.steps.chain import run_chain
+
     output = run_chain(_chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
@@ -272,6 +278,8 @@ def prune_on_ray(
     on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
     values = recipe.model_dump(mode="json", exclude={"cluster"})
     work = partial(_do_share, values, dict(call), showing)
+    from secateur.parallel.ray_launcher import launch
+
     launch(cluster.ray, cluster.processes, on_gpu, work)
     return Prune.result(Path(recipe.output or "").absolute())
 
