@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,15 @@ from secateur.models.inventory import (
     summary,
     weights_of,
 )
+from secateur.models.opening import form_of, open_weights
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
 from secateur.runs.records import SkippedMatrix
-from secateur.runtime.install import DenseView, open_checkpoint
 from secateur.sparsity.patterns import Pattern, misplaced
 from secateur.sparsity.patterns.recognised import recognised
+
+if TYPE_CHECKING:
+    from secateur.runtime.install import DenseView
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def audit_checkpoint(
         progress: receives a step for every tensor.
     """
     progress = progress or Silent()
-    reader = open_checkpoint(folder)
+    view = _view_of(folder)
+    reader = open_weights(folder) if view is None else view
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
     architecture = describe(model)
     names = model_names(model, reader)
@@ -154,11 +158,11 @@ def audit_checkpoint(
         counted = count(name, weight, pattern, target)
         if find_patterns:
             counted = replace(counted, found=recognised(weight))
-        if isinstance(reader, DenseView):
-            counted = replace(counted, layout=reader.layout_of(stored))
+        if view is not None:
+            counted = replace(counted, layout=view.layout_of(stored))
         counts.append(counted)
     progress.finish()
-    packed = reader.packed if isinstance(reader, DenseView) else None
+    packed = None if view is None else view.packed
     dtypes: dict[str, int] = {}
     files = reader.stored if isinstance(reader, AssembledReader) else packed or reader
     for entry in files.entries.values():
@@ -175,6 +179,16 @@ def audit_checkpoint(
         dtypes=dtypes,
         compressed=None if packed is None else "archive" if packed.archive else "packed",
     )
+
+
+def _view_of(folder: Path) -> DenseView | None:
+    """The dense tensors of a compressed checkpoint; None if it is not compressed."""
+    if form_of(folder) != "secateur":
+        return None
+    from secateur.runtime.install import DenseView  # only here, a run that prunes needs the runtime
+    from secateur.runtime.packed import PackedCheckpoint
+
+    return DenseView(PackedCheckpoint(folder))
 
 
 def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -> LinearCount:
