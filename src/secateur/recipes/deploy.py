@@ -31,43 +31,29 @@ class TokenDrawing(Section):
 
     group = HOW
 
-    max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(
-        None, gt=0, description="Stop after this many tokens."
-    )
-    temperature: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(
-        None, ge=0, description="0 always takes the most likely token; higher values sample."
-    )
-    top_k: Annotated[int | None, Flag(default=MODELS_OWN.format("all"))] = Field(
-        None, ge=0, description="Sample only from this many most likely tokens; 0 for all."
-    )
-    top_p: Annotated[float | None, Flag(default=MODELS_OWN.format(1))] = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Sample only from the most likely tokens that add up to this probability.",
-    )
-    min_p: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Sample only from tokens of at least this share of the largest probability.",
-    )
+    max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(None, gt=0)
+    """Stop after this many tokens."""
+    temperature: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(None, ge=0)
+    """0 always takes the most likely token; higher values sample."""
+    top_k: Annotated[int | None, Flag(default=MODELS_OWN.format("all"))] = Field(None, ge=0)
+    """Sample only from this many most likely tokens; 0 for all."""
+    top_p: Annotated[float | None, Flag(default=MODELS_OWN.format(1))] = Field(None, gt=0, le=1)
+    """Sample only from the most likely tokens that add up to this probability."""
+    min_p: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(None, ge=0, le=1)
+    """Sample only from tokens of at least this share of the largest probability."""
     repetition_penalty: Annotated[float | None, Flag(default=MODELS_OWN.format(1))] = Field(
-        None,
-        gt=0,
-        description="Above 1: tokens of the prompt and the text become less likely. Divides "
-        "positive logits, multiplies negative ones.",
+        None, gt=0
     )
-    presence_penalty: float = Field(
-        0.0, description="Subtract this from the logits of tokens that the text has."
-    )
-    frequency_penalty: float = Field(
-        0.0, description="Subtract this once for each time that the text has the token."
-    )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed for sampling.")
-    stop: Annotated[Texts, Flag(value="WORDS")] = Field(
-        (), description="Stop before the model writes this text; may be repeated."
-    )
+    """Above 1: tokens of the prompt and the text become less likely. Divides positive logits,
+    multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the text has."""
+    frequency_penalty: float = 0.0
+    """Subtract this once for each time that the text has the token."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Seed for sampling."""
+    stop: Annotated[Texts, Flag(value="WORDS")] = ()
+    """Stop before the model writes this text; may be repeated."""
 
     def drawing(self) -> dict[str, Any]:
         """The options of `Sampling`, None where not given."""
@@ -80,20 +66,17 @@ class GenerateRecipe(RemoteCode, TokenDrawing, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file, named sample, or a recipe "
-        "(`*.yaml`)."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id, GGUF file, named sample, or a recipe (`*.yaml`)."""
     prompt: Annotated[
         str | None,
         Flag(short="-p", value="WORDS", default="read from stdin"),
-    ] = Field(None, description="Text to continue, or with a chat template a message to answer.")
-    system: Annotated[str | None, Flag(value="WORDS")] = Field(
-        None, description="System message at the start of the conversation."
-    )
-    chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = Field(
-        None, description="Use the tokenizer's chat template."
-    )
+    ] = None
+    """Text to continue, or with a chat template a message to answer."""
+    system: Annotated[str | None, Flag(value="WORDS")] = None
+    """System message at the start of the conversation."""
+    chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = None
+    """Use the tokenizer's chat template."""
 
 
 class ChatRecipe(RemoteCode, TokenDrawing, Recipe):
@@ -101,12 +84,10 @@ class ChatRecipe(RemoteCode, TokenDrawing, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file or named sample."
-    )
-    system: Annotated[str | None, Flag(value="WORDS")] = Field(
-        None, description="System message at the start of the conversation."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id, GGUF file or named sample."""
+    system: Annotated[str | None, Flag(value="WORDS")] = None
+    """System message at the start of the conversation."""
 
 
 class ServingLimits(Section):
@@ -114,28 +95,24 @@ class ServingLimits(Section):
 
     group = HOW
 
-    slots: int = Field(8, ge=1, le=8, description="Requests that are computed together.")
+    slots: int = Field(8, ge=1, le=8)
+    """Requests that are computed together."""
     context_length: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = (
-        Field(None, ge=2, description="Tokens that a prompt and its answer may have together.")
+        Field(None, ge=2)
     )
-    queue: int = Field(
-        64, ge=0, description="Requests that may wait. More are refused with status 429."
-    )
-    request_seconds: float = Field(
-        600.0, gt=0, description="A request ends after this many seconds, waiting included."
-    )
-    prefix_cache: Annotated[SizeOrZero, Flag(value="SIZE")] = Field(
-        "256MiB", description="Memory for the prefix cache; 0: no cache."
-    )
-    prompt_piece: Annotated[int, Flag(advanced=True)] = Field(
-        128, ge=16, description="Chunk size of chunked prefill, in tokens."
-    )
-    max_body: Annotated[Size, Flag(value="SIZE", advanced=True)] = Field(
-        "4MiB", description="The longest body of a request."
-    )
-    stop_seconds: float = Field(
-        30.0, gt=0, description="How long running requests may go on after SIGTERM."
-    )
+    """Tokens that a prompt and its answer may have together."""
+    queue: int = Field(64, ge=0)
+    """Requests that may wait. More are refused with status 429."""
+    request_seconds: float = Field(600.0, gt=0)
+    """A request ends after this many seconds, waiting included."""
+    prefix_cache: Annotated[SizeOrZero, Flag(value="SIZE")] = "256MiB"
+    """Memory for the prefix cache; 0: no cache."""
+    prompt_piece: Annotated[int, Flag(advanced=True)] = Field(128, ge=16)
+    """Chunk size of chunked prefill, in tokens."""
+    max_body: Annotated[Size, Flag(value="SIZE", advanced=True)] = "4MiB"
+    """The longest body of a request."""
+    stop_seconds: float = Field(30.0, gt=0)
+    """How long running requests may go on after SIGTERM."""
 
 
 class ServeRecipe(RemoteCode, ServingLimits, Recipe):
@@ -143,25 +120,17 @@ class ServeRecipe(RemoteCode, ServingLimits, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file or named sample."
-    )
-    name: Annotated[str | None, Flag(default="the name of the folder")] = Field(
-        None, description="The name of the model in the API."
-    )
-    host: Annotated[str, Flag(value="ADDRESS")] = Field(
-        "127.0.0.1",
-        description="The address to listen on. 0.0.0.0 lets other machines connect; give an API "
-        "key then.",
-    )
-    port: int = Field(8000, ge=0, le=65535, description="The port; 0 takes a free one.")
-    api_key: Annotated[str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none")] = (
-        Field(
-            None,
-            description="Clients have to send this key. Other users of this machine can read "
-            "flags, but not environment variables.",
-        )
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id, GGUF file or named sample."""
+    name: Annotated[str | None, Flag(default="the name of the folder")] = None
+    """The name of the model in the API."""
+    host: Annotated[str, Flag(value="ADDRESS")] = "127.0.0.1"
+    """The address to listen on. 0.0.0.0 lets other machines connect; give an API key then."""
+    port: int = Field(8000, ge=0, le=65535)
+    """The port; 0 takes a free one."""
+    api_key: Annotated[str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none")] = None
+    """Clients have to send this key. Other users of this machine can read flags, but not
+    environment variables."""
 
 
 class ExportRecipe(OutputFolder, Recipe):
@@ -170,23 +139,20 @@ class ExportRecipe(OutputFolder, Recipe):
     group = WHAT
     run = Overwriting
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id, GGUF file or named sample."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id, GGUF file or named sample."""
     to: Annotated[
         Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"],
         Flag(value="TARGET"),
-    ] = Field(
-        "gguf", description="The target: gguf, compressed-tensors, onnx, openvino, semi-structured."
-    )
-    type: Annotated[str | None, Flag(default="the first that the target names")] = Field(
-        None,
-        description="How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as "
-        "the folder has them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, "
-        "q2_k, which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, "
-        "int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16.",
-    )
-    keep_zeros: bool = Field(False, description="Refuse a type that loses exact zeros.")
+    ] = "gguf"
+    """The target: gguf, compressed-tensors, onnx, openvino, semi-structured."""
+    type: Annotated[str | None, Flag(default="the first that the target names")] = None
+    """How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder has
+    them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k, which lose
+    exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0,
+    f16, q4_0. semi-structured: bf16, f16."""
+    keep_zeros: bool = False
+    """Refuse a type that loses exact zeros."""
 
 
 class WhatToImport(Section):
@@ -194,20 +160,15 @@ class WhatToImport(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="SOURCE")] = Field(
-        description="Folder or hub id of a model with zeros: plain safetensors, "
-        "compressed-tensors, or torch.nn.utils.prune; a dense model with --masks."
-    )
-    masks: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
-        None,
-        description="Safetensors file of masks by the names of tensors, True = kept. They are "
-        "applied to the model.",
-    )
-    adapter: Annotated[str | None, Flag(value="DIR", default="none")] = Field(
-        None,
-        description="Folder of an adapter that peft trained on the model. It is merged, and the "
-        "zeros of the model stay zero.",
-    )
+    model: Annotated[str, Flag(value="SOURCE")]
+    """Folder or hub id of a model with zeros: plain safetensors, compressed-tensors, or
+    torch.nn.utils.prune; a dense model with --masks."""
+    masks: Annotated[str | None, Flag(value="FILE", default="none")] = None
+    """Safetensors file of masks by the names of tensors, True = kept. They are applied to the
+    model."""
+    adapter: Annotated[str | None, Flag(value="DIR", default="none")] = None
+    """Folder of an adapter that peft trained on the model. It is merged, and the zeros of the model
+    stay zero."""
 
 
 class ImportRecipe(RemoteCode, WhatToImport, OutputFolder, Recipe):
@@ -224,20 +185,18 @@ class HowToPublish(Section):
 
     group = OUTPUT
 
-    public: bool = Field(
-        False, description="Make the repository public. Without this it is private."
-    )
-    branch: Annotated[str | None, Flag(value="NAME", default="main")] = Field(
-        None, description="Branch of the repository; it is created if there is none."
-    )
+    public: bool = False
+    """Make the repository public. Without this it is private."""
+    branch: Annotated[str | None, Flag(value="NAME", default="main")] = None
+    """Branch of the repository; it is created if there is none."""
     base_model: Annotated[
         str | None,
         Flag(value="REPO", default="the one that the card names"),
         matching(REPOSITORY, "OWNER/NAME"),
-    ] = Field(None, description="Base model for the card, OWNER/NAME on the hub.")
-    dry_run: bool = Field(
-        False, description="Check everything and show files and card. Nothing is sent."
-    )
+    ] = None
+    """Base model for the card, OWNER/NAME on the hub."""
+    dry_run: bool = False
+    """Check everything and show files and card. Nothing is sent."""
 
 
 class PushRecipe(RemoteCode, HowToPublish, Recipe):
@@ -245,7 +204,7 @@ class PushRecipe(RemoteCode, HowToPublish, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="DIR")] = Field(description="Folder of the model.")
-    repo: Annotated[str, Flag(value="REPO"), matching(REPOSITORY, "OWNER/NAME")] = Field(
-        description="Repository on the hub, OWNER/NAME. It is created if there is none."
-    )
+    model: Annotated[str, Flag(value="DIR")]
+    """Folder of the model."""
+    repo: Annotated[str, Flag(value="REPO"), matching(REPOSITORY, "OWNER/NAME")]
+    """Repository on the hub, OWNER/NAME. It is created if there is none."""

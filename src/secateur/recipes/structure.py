@@ -47,15 +47,12 @@ Counted = Flag(value="NUMBER", default="all")
 class Depth(Section):
     """How to select decoder layers, or their attention and FFN blocks."""
 
-    by: Annotated[Literal["influence", "angular", "greedy", "search"], Flag("depth_by")] = Field(
-        "influence",
-        description="How to select layers: by block influence, angular distance, greedy removal, "
-        "or search.",
+    by: Annotated[Literal["influence", "angular", "greedy", "search"], Flag("depth_by")] = (
+        "influence"
     )
-    units: Annotated[Literal["layers", "blocks"], Flag("depth_units")] = Field(
-        "layers",
-        description="Remove whole decoder layers, or their attention and FFN blocks separately.",
-    )
+    """How to select layers: by block influence, angular distance, greedy removal, or search."""
+    units: Annotated[Literal["layers", "blocks"], Flag("depth_units")] = "layers"
+    """Remove whole decoder layers, or their attention and FFN blocks separately."""
 
 
 class LearnedOptions(Section):
@@ -63,34 +60,26 @@ class LearnedOptions(Section):
 
     alone: ClassVar = {int: "steps"}
 
-    steps: int = Field(400, gt=0, description="Optimizer steps.")
-    batch: int = Field(4, gt=0, description="Windows per step.")
-    learning_rate: float | None = Field(
-        None, gt=0, lt=1, description="Learning rate of the weights; without it, as in training."
-    )
-    mask_learning_rate: float = Field(
-        0.1, gt=0, description="Learning rate of the gates and the multipliers."
-    )
-    target_warm_up: float = Field(
-        0.3, ge=0, le=1, description="Share of the steps in which sizes fall to their targets."
-    )
-    domains: Texts = Field(
-        (),
-        description="Further texts. With the calibration text they are the domains of dynamic "
-        "batch loading.",
-    )
-    references: dict[str, float] = Field(
-        default_factory=dict,
-        description="Loss to reach in each domain, in nats per token; the uncut model's loss if "
-        "not given.",
-    )
-    update_every: int = Field(
-        50, ge=0, description="Steps between updates of the domains' shares; 0: never."
-    )
-    held_out: int = Field(8, gt=0, description="Held-out windows that measure a domain's loss.")
-    save_minutes: float = Field(
-        5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
-    )
+    steps: int = Field(400, gt=0)
+    """Optimizer steps."""
+    batch: int = Field(4, gt=0)
+    """Windows per step."""
+    learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Learning rate of the weights; without it, as in training."""
+    mask_learning_rate: float = Field(0.1, gt=0)
+    """Learning rate of the gates and the multipliers."""
+    target_warm_up: float = Field(0.3, ge=0, le=1)
+    """Share of the steps in which sizes fall to their targets."""
+    domains: Texts = ()
+    """Further texts. With the calibration text they are the domains of dynamic batch loading."""
+    references: dict[str, float] = Field(default_factory=dict)
+    """Loss to reach in each domain, in nats per token; the uncut model's loss if not given."""
+    update_every: int = Field(50, ge=0)
+    """Steps between updates of the domains' shares; 0: never."""
+    held_out: int = Field(8, gt=0)
+    """Held-out windows that measure a domain's loss."""
+    save_minutes: float = Field(5.0, ge=0)
+    """Minutes between saves; a stopped run resumes from the last one."""
 
 
 class WhatToCut(Section):
@@ -98,119 +87,78 @@ class WhatToCut(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."
-    )
-    keep_layers: Annotated[Kept | None, Counted] = Field(
-        None, gt=0, description="Decoder layers to keep: a number, or a fraction such as 0.8."
-    )
-    experts: Annotated[Kept | None, Counted] = Field(
-        None, gt=0, description="Experts to keep in each layer: a number or a fraction."
-    )
-    hidden_size: Annotated[Kept | None, Counted] = Field(
-        None,
-        gt=0,
-        description="Channels of the residual stream to keep: a number or a fraction.",
-    )
-    kv_groups: Annotated[Kept | None, Counted] = Field(
-        None,
-        ge=0,
-        description="KV groups (with their query heads) to keep in each layer: a number or a "
-        "fraction.",
-    )
-    query_heads: Annotated[Kept | None, Counted] = Field(
-        None,
-        gt=0,
-        description="Query heads to keep in each KV group: a number or a fraction. The KV cache "
-        "keeps its size.",
-    )
-    ffn: Annotated[Kept | None, Counted] = Field(
-        None, ge=0, description="FFN neurons to keep in each layer: a number or a fraction."
-    )
-    vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = Field(
-        None,
-        description="Remove the tokens that this text never needs from tokenizer, embedding and "
-        "head: JSONL or text file, folder of texts, hub data set or named text.",
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
+    keep_layers: Annotated[Kept | None, Counted] = Field(None, gt=0)
+    """Decoder layers to keep: a number, or a fraction such as 0.8."""
+    experts: Annotated[Kept | None, Counted] = Field(None, gt=0)
+    """Experts to keep in each layer: a number or a fraction."""
+    hidden_size: Annotated[Kept | None, Counted] = Field(None, gt=0)
+    """Channels of the residual stream to keep: a number or a fraction."""
+    kv_groups: Annotated[Kept | None, Counted] = Field(None, ge=0)
+    """KV groups (with their query heads) to keep in each layer: a number or a fraction."""
+    query_heads: Annotated[Kept | None, Counted] = Field(None, gt=0)
+    """Query heads to keep in each KV group: a number or a fraction. The KV cache keeps its size."""
+    ffn: Annotated[Kept | None, Counted] = Field(None, ge=0)
+    """FFN neurons to keep in each layer: a number or a fraction."""
+    vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = None
+    """Remove the tokens that this text never needs from tokenizer, embedding and head: JSONL or
+    text file, folder of texts, hub data set or named text."""
     vocabulary_size: Annotated[int | None, Flag(value="N", default="all that the text has")] = (
-        Field(
-            None,
-            gt=0,
-            description="Keep at most this number of tokens, the most frequent ones of the text; "
-            "without --vocabulary, of the calibration text.",
-        )
+        Field(None, gt=0)
     )
+    """Keep at most this number of tokens, the most frequent ones of the text; without --vocabulary,
+    of the calibration text."""
     keep_parameters: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Fraction of the decoder's parameters to keep. KV groups and FFN neurons are "
-        "cut until it is reached.",
+        None, gt=0, lt=1
     )
-    max_size: Annotated[Size | None, Flag(value="SIZE", default="no limit")] = Field(
-        None,
-        description="Largest size of the weight files, such as 90MiB. KV groups and FFN neurons "
-        "are cut until they fit.",
-    )
+    """Fraction of the decoder's parameters to keep. KV groups and FFN neurons are cut until it is
+    reached."""
+    max_size: Annotated[Size | None, Flag(value="SIZE", default="no limit")] = None
+    """Largest size of the weight files, such as 90MiB. KV groups and FFN neurons are cut until they
+    fit."""
     decode_latency: Annotated[float | None, Flag(value="FRACTION", default="no limit")] = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Largest time per token, as a fraction of the uncut model's, measured on this "
-        "machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.",
+        None, gt=0, lt=1
     )
+    """Largest time per token, as a fraction of the uncut model's, measured on this machine in
+    transformers at batch 1. KV groups and FFN neurons are cut until it is met."""
     kv_cache: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Largest KV cache, as a fraction of the uncut model's. KV groups are cut.",
+        None, gt=0, lt=1
     )
-    whole_first: int = Field(
-        0, ge=0, description="Number of first decoder layers that keep all heads and neurons."
-    )
-    whole_last: int = Field(
-        0, ge=0, description="Number of last decoder layers that keep all heads and neurons."
-    )
-    multiple: int = Field(1, ge=1, description="Round the FFN width to a multiple of this number.")
-    pad: bool = Field(
-        False, description="Pad all layers with zeros to one size, for engines that need it."
-    )
+    """Largest KV cache, as a fraction of the uncut model's. KV groups are cut."""
+    whole_first: int = Field(0, ge=0)
+    """Number of first decoder layers that keep all heads and neurons."""
+    whole_last: int = Field(0, ge=0)
+    """Number of last decoder layers that keep all heads and neurons."""
+    multiple: int = Field(1, ge=1)
+    """Round the FFN width to a multiple of this number."""
+    pad: bool = False
+    """Pad all layers with zeros to one size, for engines that need it."""
 
 
 class HowToCut(Section):
     """How to select units, and how to adjust the weights that read them."""
 
-    effort: Annotated[Effort | None, Flag(default="balanced, if no score is given")] = Field(
-        None,
-        description="Preset: fast, balanced or best. It fills in the options that you do not give.",
-    )
-    score: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Score that selects the units to remove."
-    )
-    solver: Annotated[str | None, Flag(advanced=True)] = Field(
-        None, description="Solver that adjusts the weights that read the removed units."
-    )
+    effort: Annotated[Effort | None, Flag(default="balanced, if no score is given")] = None
+    """Preset: fast, balanced or best. It fills in the options that you do not give."""
+    score: Annotated[str | None, Flag(advanced=True)] = None
+    """Score that selects the units to remove."""
+    solver: Annotated[str | None, Flag(advanced=True)] = None
+    """Solver that adjusts the weights that read the removed units."""
     method_parameters: Annotated[
         dict[str, int | float], Flag(value="NAME=NUMBER", advanced=True)
-    ] = Field(default_factory=dict, description="Parameters of the score and the solver.")
-    allocation: Annotated[str | None, Flag(default="uniform")] = Field(
-        None,
-        description="How to divide the cut among the layers: uniform, owl, layer-sensitivity, "
-        "global or search.",
-    )
-    learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = Field(
-        None, description="Learn which units stay by training, in this many steps."
-    )
-    experts_by: Literal["reap", "frequency", "random", "merge"] = Field(
-        "reap",
-        description="How to select experts: by REAP or by how often they are chosen, or at random; "
-        "merge averages the others into the most similar expert that stays.",
-    )
-    experts_scope: Literal["layer", "global"] = Field(
-        "layer",
-        description="Where experts compete: within their layer, or in the whole model, so that "
-        "layers keep different numbers.",
-    )
+    ] = Field(default_factory=dict)
+    """Parameters of the score and the solver."""
+    allocation: Annotated[str | None, Flag(default="uniform")] = None
+    """How to divide the cut among the layers: uniform, owl, layer-sensitivity, global or search."""
+    learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
+    """Learn which units stay by training, in this many steps."""
+    experts_by: Literal["reap", "frequency", "random", "merge"] = "reap"
+    """How to select experts: by REAP or by how often they are chosen, or at random; merge averages
+    the others into the most similar expert that stays."""
+    experts_scope: Literal["layer", "global"] = "layer"
+    """Where experts compete: within their layer, or in the whole model, so that layers keep
+    different numbers."""
     depth: Depth = Depth()
 
 

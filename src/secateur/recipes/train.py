@@ -28,15 +28,16 @@ class LoraOptions(Section):
 
     alone: ClassVar = {int: "rank"}
 
-    rank: int = Field(16, gt=0, description="Rank of the matrix that is added to a weight.")
-    alpha: Annotated[float | None, Flag(default="2 · rank")] = Field(
-        None, gt=0, description="The added matrix is multiplied by alpha / rank."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs.")
-    include: Texts = Field(
-        ("*",), description="Names of the linear layers that get adapters, as globs."
-    )
-    exclude: Texts = Field((), description="Names of linear layers that get none, as globs.")
+    rank: int = Field(16, gt=0)
+    """Rank of the matrix that is added to a weight."""
+    alpha: Annotated[float | None, Flag(default="2 · rank")] = Field(None, gt=0)
+    """The added matrix is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' inputs."""
+    include: Texts = ("*",)
+    """Names of the linear layers that get adapters, as globs."""
+    exclude: Texts = ()
+    """Names of linear layers that get none, as globs."""
 
 
 class PruningOptions(Section):
@@ -44,19 +45,16 @@ class PruningOptions(Section):
 
     alone: ClassVar = {float: "sparsity", str: "pattern"}
 
-    sparsity: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of zeros at the end. An N:M pattern implies it."
-    )
-    pattern: str = Field(
-        "unstructured", description="Which zeros are allowed: unstructured, N:M, or blocks."
-    )
-    scope: Literal["row", "layer", "global"] | None = Field(
-        None, description="The set of weights that compete: row, layer or global."
-    )
-    score: str = Field("magnitude", description="Score that selects the weights to prune.")
-    windows: int = Field(
-        16, gt=0, description="Windows of the text on which scores and gradients are computed."
-    )
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    """Fraction of zeros at the end. An N:M pattern implies it."""
+    pattern: str = "unstructured"
+    """Which zeros are allowed: unstructured, N:M, or blocks."""
+    scope: Literal["row", "layer", "global"] | None = None
+    """The set of weights that compete: row, layer or global."""
+    score: str = "magnitude"
+    """Score that selects the weights to prune."""
+    windows: int = Field(16, gt=0)
+    """Windows of the text on which scores and gradients are computed."""
 
     @classmethod
     def opened(cls, value: Any) -> Any:
@@ -70,40 +68,32 @@ class PruningOptions(Section):
 class GradualOptions(PruningOptions):
     """Gradual pruning: a few more zeros every few steps of the training."""
 
-    schedule: str = Field(
-        "cubic", description="How sparsity rises; `secateur methods` lists the schedules."
-    )
-    every: int = Field(10, gt=0, description="Choose a new mask after this many steps.")
-    begin: float = Field(
-        0.0, ge=0, le=1, description="Share of the steps before the first weights are pruned."
-    )
-    end: float = Field(
-        0.75, ge=0, le=1, description="Share of the steps at which the last weights are pruned."
-    )
-    regrowth: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of the kept weights to exchange at each new mask: the lowest are "
-        "pruned, and those with the largest gradients return.",
-    )
+    schedule: str = "cubic"
+    """How sparsity rises; `secateur methods` lists the schedules."""
+    every: int = Field(10, gt=0)
+    """Choose a new mask after this many steps."""
+    begin: float = Field(0.0, ge=0, le=1)
+    """Share of the steps before the first weights are pruned."""
+    end: float = Field(0.75, ge=0, le=1)
+    """Share of the steps at which the last weights are pruned."""
+    regrowth: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the kept weights to exchange at each new mask: the lowest are pruned, and those
+    with the largest gradients return."""
 
 
 class IterativeOptions(PruningOptions):
     """Iterative pruning: prune a part, train, prune the next part."""
 
-    rounds: int = Field(4, gt=0, description="Number of rounds. Each is one training.")
-    schedule: str = Field(
-        "geometric",
-        description="Sparsity after each round; geometric prunes the same fraction of the "
-        "remaining weights each time.",
-    )
-    rewind: Literal["none", "rate", "weights"] = Field(
-        "rate",
-        description="What is reset before each training: none, rate (the learning rate), or "
-        "weights (the weights and the rate: lottery tickets).",
-    )
-    rewind_step: int = Field(0, ge=0, description="Reset to this step of a training.")
+    rounds: int = Field(4, gt=0)
+    """Number of rounds. Each is one training."""
+    schedule: str = "geometric"
+    """Sparsity after each round; geometric prunes the same fraction of the remaining weights each
+    time."""
+    rewind: Literal["none", "rate", "weights"] = "rate"
+    """What is reset before each training: none, rate (the learning rate), or weights (the weights
+    and the rate: lottery tickets)."""
+    rewind_step: int = Field(0, ge=0)
+    """Reset to this step of a training."""
 
 
 def _tuple_of(value: Any) -> Any:
@@ -116,51 +106,44 @@ class TrainingTextSection(Section):
 
     group = WHAT
 
-    model: Annotated[str, Flag(value="MODEL")] = Field(
-        description="Pruned, cut or dense model: hub id, folder, named sample, or a recipe "
-        "(`*.yaml`)."
-    )
+    model: Annotated[str, Flag(value="MODEL")]
+    """Pruned, cut or dense model: hub id, folder, named sample, or a recipe (`*.yaml`)."""
     text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
-        ("c4",),
-        min_length=1,
-        description="Training text: file, folder, hub data set or named text. May be repeated; "
-        "each text then gives equally many windows.",
+        ("c4",), min_length=1
     )
-    field: str = Field("text", description="The field of a JSONL line that holds the text.")
+    """Training text: file, folder, hub data set or named text. May be repeated; each text then
+    gives equally many windows."""
+    field: str = "text"
+    """The field of a JSONL line that holds the text."""
     sequence_length: Annotated[
         int | None, Flag(default="512, or the model's length if that is shorter")
-    ] = Field(None, gt=1, description="Tokens per window.")
-    windows: int = Field(
-        4096, gt=0, description="Largest number of training windows. A longer run repeats them."
-    )
-    mask: Annotated[str | None, Flag(value="FILE", default="the model's own zeros")] = Field(
-        None,
-        description="Masks to hold: a file of masks, or the folder of a pruned model.",
-    )
+    ] = Field(None, gt=1)
+    """Tokens per window."""
+    windows: int = Field(4096, gt=0)
+    """Largest number of training windows. A longer run repeats them."""
+    mask: Annotated[str | None, Flag(value="FILE", default="the model's own zeros")] = None
+    """Masks to hold: a file of masks, or the folder of a pruned model."""
     validation_text: Annotated[
         str | None, Flag(value="TEXT", default="held-out windows of the training text")
-    ] = Field(None, description="Validation text.")
-    validation_windows: int = Field(
-        16, ge=0, description="Number of validation windows; 0: no validation."
-    )
-    seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Seed that chooses the windows and their order."
-    )
+    ] = None
+    """Validation text."""
+    validation_windows: int = Field(16, ge=0)
+    """Number of validation windows; 0: no validation."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Seed that chooses the windows and their order."""
 
 
 class TrainingLength(Section):
     """How long the model is trained."""
 
-    steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(
-        None, gt=0, description="Optimizer steps."
-    )
-    minutes: Annotated[float | None, Flag(default="as long as the steps take")] = Field(
-        None, gt=0, description="Minutes to train, instead of steps."
-    )
-    epochs: float = Field(
-        1.0, gt=0, description="Epochs over the windows, if neither steps nor minutes are given."
-    )
-    batch: int = Field(4, gt=0, description="Windows per optimizer step.")
+    steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(None, gt=0)
+    """Optimizer steps."""
+    minutes: Annotated[float | None, Flag(default="as long as the steps take")] = Field(None, gt=0)
+    """Minutes to train, instead of steps."""
+    epochs: float = Field(1.0, gt=0)
+    """Epochs over the windows, if neither steps nor minutes are given."""
+    batch: int = Field(4, gt=0)
+    """Windows per optimizer step."""
 
 
 class OptimizerOptions(Section):
@@ -168,62 +151,48 @@ class OptimizerOptions(Section):
 
     learning_rate: Annotated[
         float | None, Flag(default="0.25 / hidden size · √(tokens in a step / 2048)")
-    ] = Field(None, gt=0, lt=1, description="Highest learning rate.")
-    warm_up: float = Field(
-        0.05, ge=0, lt=1, description="Share of the run in which the learning rate rises."
-    )
-    clip: float = Field(
-        1.0, ge=0, description="Largest norm of the gradient; larger ones are clipped. 0: no clip."
-    )
-    optimizer: str = Field("AdamW", description="A class of torch.optim.")
+    ] = Field(None, gt=0, lt=1)
+    """Highest learning rate."""
+    warm_up: float = Field(0.05, ge=0, lt=1)
+    """Share of the run in which the learning rate rises."""
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; larger ones are clipped. 0: no clip."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim."""
     optimizer_options: Annotated[
         dict[str, bool | int | float | list[float]], Flag(value="NAME=VALUE", advanced=True)
-    ] = Field(
-        default_factory=dict, description="Other arguments of the optimizer, such as weight_decay."
-    )
+    ] = Field(default_factory=dict)
+    """Other arguments of the optimizer, such as weight_decay."""
     rates: Annotated[dict[str, float], Flag(value="GLOB=FACTOR", advanced=True)] = Field(
-        default_factory=dict,
-        description="Learning rate of some parameters, as a factor of the rate; 0 freezes them.",
+        default_factory=dict
     )
+    """Learning rate of some parameters, as a factor of the rate; 0 freezes them."""
 
 
 # pydantic lists the fields of the last base first
 class Optimisation(OptimizerOptions, TrainingLength):
     """How the model is trained."""
 
-    layer_decay: Annotated[float, Flag(advanced=True)] = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Lower learning rates for earlier layers: layer i of L has the factor "
-        "layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.",
-    )
-    lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = Field(
-        None, description="Train low-rank adapters of this rank, and merge them at the end."
-    )
+    layer_decay: Annotated[float, Flag(advanced=True)] = Field(1.0, gt=0, le=1)
+    """Lower learning rates for earlier layers: layer i of L has the factor layer_decay^(L - 1 - i),
+    the embeddings layer_decay^L. `rates` replaces these factors."""
+    lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = None
+    """Train low-rank adapters of this rank, and merge them at the end."""
     gradual: Annotated[
         GradualOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
-    ] = Field(
-        None,
-        description="Prune gradually during training, up to this sparsity or N:M pattern.",
-    )
+    ] = None
+    """Prune gradually during training, up to this sparsity or N:M pattern."""
     iterative: Annotated[
         IterativeOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
-    ] = Field(
-        None,
-        description="Prune and train in rounds, up to this sparsity or N:M pattern. Each round "
-        "trains for --steps.",
-    )
-    regrow: bool = Field(
-        False,
-        description="Allow a mask that keeps weights which are zero in the model.",
-    )
-    validations: int = Field(
-        10, gt=0, description="Number of validations during the run; one more comes before it."
-    )
-    patience: Annotated[int, Flag(default="never")] = Field(
-        0, ge=0, description="Stop after this many validations without a better result; 0: never."
-    )
+    ] = None
+    """Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains for
+    --steps."""
+    regrow: bool = False
+    """Allow a mask that keeps weights which are zero in the model."""
+    validations: int = Field(10, gt=0)
+    """Number of validations during the run; one more comes before it."""
+    patience: Annotated[int, Flag(default="never")] = Field(0, ge=0)
+    """Stop after this many validations without a better result; 0: never."""
 
 
 class TrainingMemorySection(Section):
@@ -232,15 +201,13 @@ class TrainingMemorySection(Section):
     group = MEMORY
 
     micro_batch_windows: Annotated[int | None, Flag(default="about 2048 tokens")] = Field(
-        None, gt=0, description="Windows in one forward."
+        None, gt=0
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Compute layers again in the backward pass: a third slower, much less memory.",
-    )
-    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls", advanced=True)] = Field(
-        True, description="Multiply in bfloat16 on processors where this is faster."
-    )
+    """Windows in one forward."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: a third slower, much less memory."""
+    fast_matmuls: Annotated[bool, Flag(off="exact_matmuls", advanced=True)] = True
+    """Multiply in bfloat16 on processors where this is faster."""
 
 
 class TrainingOutput(OutputFolder):
@@ -248,12 +215,10 @@ class TrainingOutput(OutputFolder):
 
     group = OUTPUT
 
-    save_minutes: float = Field(
-        5.0, ge=0, description="Minutes between saves; a stopped run resumes from the last one."
-    )
-    tensorboard: Annotated[str | None, Flag(value="DIR")] = Field(
-        None, description="Folder for TensorBoard curves."
-    )
+    save_minutes: float = Field(5.0, ge=0)
+    """Minutes between saves; a stopped run resumes from the last one."""
+    tensorboard: Annotated[str | None, Flag(value="DIR")] = None
+    """Folder for TensorBoard curves."""
 
 
 class TeacherSection(Section):
@@ -261,41 +226,27 @@ class TeacherSection(Section):
 
     group = TEACHER
 
-    teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = (
-        Field(
-            None,
-            description="Model to learn from, such as the one that was pruned: hub id, folder or "
-            "named sample.",
-        )
-    )
-    kind: Literal["forward", "reverse", "symmetric"] = Field(
-        "forward",
-        description="Divergence to minimise: forward is KL(teacher ‖ student), reverse is "
-        "KL(student ‖ teacher), symmetric is the mean of both.",
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="Temperature of both models; gradients are scaled by its square."
-    )
-    next_token: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the next-token loss, 0 to 1; the rest is the divergence.",
-    )
-    hidden_weight: float = Field(0.0, ge=0, description="Weight of the hidden-state loss; 0: none.")
+    teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = None
+    """Model to learn from, such as the one that was pruned: hub id, folder or named sample."""
+    kind: Literal["forward", "reverse", "symmetric"] = "forward"
+    """Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher),
+    symmetric is the mean of both."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of both models; gradients are scaled by its square."""
+    next_token: float = Field(0.0, ge=0, le=1)
+    """Share of the next-token loss, 0 to 1; the rest is the divergence."""
+    hidden_weight: float = Field(0.0, ge=0)
+    """Weight of the hidden-state loss; 0: none."""
     teacher_layers: Annotated[
         Annotated[tuple[int, ...], BeforeValidator(_tuple_of)] | None,
         Flag(value="N", default="those of the cut, else spread evenly", commas=True),
-    ] = Field(None, description="Layers of the teacher that the student has, for --hidden-weight.")
-    top_k: Annotated[int | None, Flag(default="all, while training")] = Field(
-        None,
-        gt=0,
-        description="Before the training, store this many of the teacher's most likely tokens for "
-        "each position, and release the teacher.",
-    )
-    teacher_file: Annotated[str | None, Flag(value="FILE", default="removed at the end")] = Field(
-        None, description="File of the stored teacher; it is written if it does not exist."
-    )
+    ] = None
+    """Layers of the teacher that the student has, for --hidden-weight."""
+    top_k: Annotated[int | None, Flag(default="all, while training")] = Field(None, gt=0)
+    """Before the training, store this many of the teacher's most likely tokens for each position,
+    and release the teacher."""
+    teacher_file: Annotated[str | None, Flag(value="FILE", default="removed at the end")] = None
+    """File of the stored teacher; it is written if it does not exist."""
 
 
 class TrainRecipe(
