@@ -134,8 +134,7 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.steps.structure.run import structure_recipe
-    from secateur.steps.structure.steps import run_worker
+    from secateur.steps.structure.run import run_worker, structure_recipe
 
     with joined("cpu") as ranks:
         for values in recipes:

@@ -88,8 +88,7 @@ def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result
 @_command("structure")
 def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.steps.structure.run import plan_structure, structure_recipe
-    from secateur.steps.structure.steps import run_worker
+    from secateur.steps.structure.run import plan_structure, run_worker, structure_recipe
 
     if dry_run:
         return plan_structure(recipe, call)

@@ -14,6 +14,7 @@ A new file is written tensor by tensor, in any order, with one tensor in memory 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -160,6 +161,12 @@ class CheckpointReader:
     def total_bytes(self) -> int:
         """The size of all tensors."""
         return sum(entry.size_bytes for entry in self.entries.values())
+
+    @property
+    def tensor_digest(self) -> str:
+        """A digest of the names, shapes and dtypes of all tensors."""
+        entries = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in self.entries.items())
+        return hashlib.sha256(repr(entries).encode()).hexdigest()
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""

@@ -9,7 +9,6 @@ the first process. They write only their own hidden states.
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from secateur.calibration.run_windows import WINDOWS
 from secateur.engine.prune.prepared import Prepared, prepare
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
@@ -63,7 +61,7 @@ class WorkerJob:
             activations=activations,
             done=done,
             entries=ledger.entries,
-            source=tensor_digest(prepared.target.reader),
+            source=prepared.target.reader.tensor_digest,
         )
 
 
@@ -101,7 +99,7 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
         source_of(recipe, Silent()),
         stored_windows=Path(job.windows) if job.windows else None,
     )
-    if tensor_digest(prepared.target.reader) != job.source:
+    if prepared.target.reader.tensor_digest != job.source:
         refuse_another_model(ranks.rank, prepared.source.folder)
     ledger = Ledger()
     ledger.entries = list(job.entries)
@@ -109,12 +107,6 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
         work.run(ledger, Silent(), job.done)
-
-
-def tensor_digest(reader: CheckpointReader) -> str:
-    """A digest of the names, shapes and dtypes of a checkpoint's tensors."""
-    entries = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in reader.entries.items())
-    return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
 def refuse_another_model(rank: int, folder: Path) -> NoReturn:

@@ -30,13 +30,13 @@ from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.steps.structure.steps import StepContext
 from secateur.steps.train.checkpoint import OpenFile, stored_model
 from secateur.steps.train.memory import TRAINING, check_memory, training_memory
 from secateur.steps.train.session import run_loop
 from secateur.steps.train.text import TrainingText
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
+from secateur.structured.cut_steps import CutContext
 from secateur.structured.design import design
 from secateur.training.batches import Batches
 from secateur.training.domains import DomainLoading
@@ -50,7 +50,7 @@ from secateur.training.watch import mean_loss
 from secateur.types import Windows
 
 
-def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_learned(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Learn which units to keep. Return the cut, its notes, and the folder of the weights."""
     how, trust = context.recipe.learned, context.recipe.trust_remote_code
     assert how is not None
@@ -103,7 +103,7 @@ def choose_learned(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
     return cut, notes, made
 
 
-def _shape_of(context: StepContext, how: LearnedOptions) -> Shape:
+def _shape_of(context: CutContext, how: LearnedOptions) -> Shape:
     """The target sizes: the number of units of each kind to keep in every layer."""
     plan, sizes = context.plan, context.plan.sizes
     model = context.target(context.source).model
@@ -150,7 +150,7 @@ class Domains:
     held_out: Mapping[str, Windows]
 
 
-def _domains_of(context: StepContext, how: LearnedOptions, work: Path) -> Domains:
+def _domains_of(context: CutContext, how: LearnedOptions, work: Path) -> Domains:
     """The windows of calibration and of other domains. A resumed run reads its own files."""
     source = context.recipe.calibration.source
     reader = WindowReader.of_folder(
@@ -225,7 +225,7 @@ def _loading_of(
     )
 
 
-def _check_fits(context: StepContext, folder: Path, found: Domains, training: TrainingPlan) -> None:
+def _check_fits(context: CutContext, folder: Path, found: Domains, training: TrainingPlan) -> None:
     """Refuse a training that does not fit in memory."""
     target = context.target(folder)
     windows = torch.cat(list(found.windows.values()))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
-from secateur.engine.plan_memory import choose_sweeps
+from secateur.calibration.windows import load_windows
+from secateur.engine.plan_memory import PrunePlan, choose_sweeps
+from secateur.engine.prune.prepared import choose_plan, prepare
 from secateur.engine.prune.refit import can_refit
-from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import VerificationError
+from secateur.engine.search.experts import expert_use
+from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
@@ -33,8 +37,9 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.reading import dump_recipe
-from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.structure import StructureRecipe, WhatToCut
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
@@ -50,23 +55,10 @@ from secateur.runs.records import (
     Structure,
     read_record,
 )
-from secateur.steps.processes import broadcast
+from secateur.steps.processes import broadcast, refuse_another_model
+from secateur.steps.prune import Prune
+from secateur.steps.runner import Run, finish, source_of
 from secateur.steps.structure.learned import choose_learned
-from secateur.steps.structure.steps import (
-    NOTES,
-    RefitStep,
-    Step,
-    StepContext,
-    check_vocabulary,
-    choose_experts,
-    choose_hidden,
-    choose_layers,
-    choose_queries,
-    choose_width,
-    refuse_several,
-    trimmed_source,
-)
-from secateur.steps.structure.width import LATENCY, find_latency, plan_width_run
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import (
@@ -75,6 +67,28 @@ from secateur.structured.cut_plan import (
     counted_cut,
     plan_cut,
     trims_vocabulary,
+)
+from secateur.structured.cut_steps import (
+    NOTES,
+    CutContext,
+    CutStep,
+    RefitStep,
+    SurveyJob,
+    check_vocabulary,
+    choose_experts,
+    choose_hidden,
+    choose_layers,
+    trimmed_source,
+)
+from secateur.structured.latency import LATENCY, find_latency
+from secateur.structured.width import (
+    UnitSelection,
+    kept_queries,
+    kept_width,
+    pruning_values,
+    query_selection,
+    score_of,
+    width_selection,
 )
 from secateur.training.distillation import DistillationData
 from secateur.training.distilled_checkpoint import (
@@ -86,6 +100,9 @@ from secateur.training.distilled_checkpoint import (
 log = logging.getLogger(__name__)
 
 MANIFEST, STEPS = "manifest.json", "steps.json"
+
+SHARED = {"model", "experts"}
+"""The fields of `WhatToCut` that several processes may fill."""
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
@@ -140,7 +157,7 @@ def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanR
     unknown = tuple(name for name, given in conditions.items() if given)
     memory = None
     if plan.narrows and recipe.learned is None:
-        memory = plan_width_run(recipe, plan, source.folder)
+        memory = _plan_width_run(recipe, plan, source.folder)
     size = found.before.file_bytes if unknown else found.after.file_bytes
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "structure", size, read, call)
@@ -213,26 +230,91 @@ def structure_recipe(
     return StructureResult(read_record(Manifest, folder.notes / MANIFEST), folder.output)
 
 
-def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[Step | RefitStep]:
+def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[CutStep | RefitStep]:
     """The steps that a plan needs, in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
-        return [Step("learned", choose_learned)]
-    found: list[Step | RefitStep] = []
+        return [CutStep("learned", choose_learned)]
+    found: list[CutStep | RefitStep] = []
     if plan.drop_layers:
-        found.append(Step("depth", choose_layers))
+        found.append(CutStep("depth", choose_layers))
     if plan.keep_experts is not None:
-        found.append(Step("experts", choose_experts))
+        found.append(CutStep("experts", choose_experts))
     if plan.keep_hidden is not None:
-        found.append(Step("hidden", choose_hidden))
+        found.append(CutStep("hidden", choose_hidden))
     channels = plan.keep_hidden is not None
     helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
     if helps and can_refit(describe(model), channels=channels):
         found.append(RefitStep())
     if plan.keep_queries is not None:
-        found.append(Step("queries", choose_queries))
+        found.append(CutStep("queries", _choose_queries))
     if plan.narrows:
-        found.append(Step("width", choose_width))
+        found.append(CutStep("width", _choose_width))
     return found
+
+
+def _choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
+    heads, made = context.plan.keep_queries, context.work / "thinned"
+    assert heads is not None
+    _prune_units(context, folder, made, "uniform", lambda target: query_selection(target, heads))
+    cut = kept_queries(CheckpointReader(made), heads, context.recipe.trust_remote_code)
+    return cut, _score_record(context.recipe), made
+
+
+def _choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the heads and neurons to keep, and refit their readers in a folder."""
+    recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
+    allocation = recipe.allocation or "uniform"
+    _prune_units(
+        context, folder, made, allocation, lambda target: width_selection(target, recipe, plan)
+    )
+    cut = kept_width(CheckpointReader(made), allocation == "uniform", recipe.trust_remote_code)
+    return cut, _score_record(recipe) | {"allocation": allocation}, made
+
+
+def _score_record(recipe: StructureRecipe) -> dict[str, Any]:
+    """What chose the units of a pruning run."""
+    return {"score": score_of(recipe), "solver": recipe.solver}
+
+
+def _prune_units(
+    context: CutContext,
+    folder: Path,
+    made: Path,
+    allocation: str,
+    select: Callable[[Target], UnitSelection],
+) -> None:
+    """Prune whole units of a model folder into another, unless an earlier run did."""
+    if made.exists():
+        return
+    folder_of_run, calibration = RunFolder(made, "prune", resume=True), context.recipe.calibration
+    meter = Meter.start()
+    values = pruning_values(context.recipe, allocation) | {
+        "model": str(folder),
+        "output": str(made),
+        "calibration": {"source": str(context.windows_file), "seed": calibration.seed},
+    }
+    recipe = build_recipe(PruneRecipe, values)
+    source = source_of(recipe, context.progress)
+    prepared = prepare(recipe, source, folder_of_run.model)
+    prepared = select(prepared.target).applied(prepared)
+    finish(Prune(prepared, Run(folder_of_run, source, context.progress, meter)))
+
+
+def _plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> PrunePlan:
+    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget.
+    """
+    values = pruning_values(recipe, recipe.allocation or "uniform") | {
+        "model": str(folder),
+        "calibration": recipe.calibration.model_dump(),
+    }
+    pruning = build_recipe(PruneRecipe, values)
+    prepared = prepare(pruning, source_of(pruning, Silent()), only_plan=True)
+    prepared = width_selection(prepared.target, recipe, plan).applied(prepared)
+    return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]
 
 
 def _cut_into(
@@ -258,11 +340,16 @@ def _cut_into(
         windows = _calibrate(recipe, base, trimmed.config, folder, progress)
     if recipe.decode_latency is not None:
         latency = find_latency(
-            recipe, plan, trimmed, device, timer, progress, folder.work / LATENCY
+            recipe,
+            plan,
+            trimmed,
+            device,
+            lambda models: astuple(timer(models, device, progress)),
+            folder.work / LATENCY,
         )
         plan = replace(plan, joint=latency["joint"])
     made, file = base.folder, folder.work / WINDOWS
-    context = StepContext(
+    context = CutContext(
         recipe, plan, base.folder, windows.calibration, file, device, folder.work, progress, ranks
     )
     for step in _steps_of(recipe, plan, trimmed):
@@ -416,3 +503,63 @@ def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
         "decoder_after": step["after"]["decoder"],
         **tokens,
     }
+
+
+def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
+    """Do the share of one process, which is not the first.
+
+    Args:
+        recipe: the recipe; the first process has the same.
+        ranks: the processes.
+
+    Raises:
+        RecipeError: this process sees other files than the first one.
+    """
+    while (content := broadcast(None, ranks)) is not None:
+        job = SurveyJob(**content)
+        file = Path(job.windows)
+        if not file.exists():
+            raise RecipeError(
+                f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
+                "windows of the run",
+                where=job.windows,
+                remedy="put --output on a file system that all machines share",
+            )
+        trust = recipe.trust_remote_code
+        source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
+        reader = open_weights(source.folder)
+        if reader.tensor_digest != job.source:
+            refuse_another_model(ranks.rank, source.folder)
+        target = CheckpointTarget(
+            reader, None, choose_device(recipe.device), trust_remote_code=trust
+        )
+        tokens = recipe.memory.micro_batch_tokens
+        expert_use(target, load_windows(file), tokens, Silent(), ranks)
+
+
+def refuse_several(recipe: StructureRecipe, count: int) -> None:
+    """Refuse what several processes cannot share yet.
+
+    Raises:
+        RecipeError: names the option.
+    """
+    if count == 1:
+        return
+    other = [
+        name
+        for name, field in WhatToCut.model_fields.items()
+        if name not in SHARED and getattr(recipe, name) != field.default
+    ]
+    if recipe.learned is not None:
+        other.append("learned")
+    if recipe.distillation.epochs:
+        other.append("distill_epochs")
+    if recipe.calibration.generated_windows:
+        other.append("generated_windows")
+    if other:
+        option = f"--{other[0].replace('_', '-')}"
+        raise RecipeError(
+            f"{option} does not work with several processes yet, and there are {count}: they "
+            "share only the survey of --experts",
+            remedy="start without torchrun, or cut the experts first and the rest in a second run",
+        )

@@ -2,6 +2,8 @@
 
     depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
 
+The last two choose units with a run of `secateur prune` (`width.py`).
+
 A step's folder is complete, or it does not exist, so a killed run resumes after the last finished
 step. The refit comes after a cut of layers or channels: it fits the remaining linears to the uncut
 model.
@@ -16,10 +18,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import read_documents, texts_of
-from secateur.calibration.windows import load_windows
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
@@ -47,17 +47,14 @@ from secateur.models.checkpoint import PatchedCopy
 from secateur.models.copies import copy_of
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import open_weights
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent
-from secateur.recipes.structure import StructureRecipe, WhatToCut
+from secateur.progress import Progress
+from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder, write_json
-from secateur.runs.environment import choose_device
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
-from secateur.steps.processes import broadcast, refuse_another_model, tensor_digest
-from secateur.steps.structure.width import WidthRun
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import CutPlan, trims_vocabulary
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
@@ -67,12 +64,9 @@ from secateur.structured.vocabulary import read_tokenizer, token_tables, trim_vo
 NOTES = "step.json"
 """The file that a step writes into the folder of its model."""
 
-SHARED = {"model", "experts"}
-"""The fields of `WhatToCut` that several processes may fill."""
-
 
 @dataclass(frozen=True)
-class StepContext:
+class CutContext:
     """The inputs that all steps share.
 
     Attributes:
@@ -111,7 +105,7 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class Step:
+class CutStep:
     """One step, with its rule of choice.
 
     Attributes:
@@ -121,9 +115,9 @@ class Step:
     """
 
     name: str
-    choose: Callable[[StepContext, Path], tuple[Cut, dict[str, Any], Path]]
+    choose: Callable[[CutContext, Path], tuple[Cut, dict[str, Any], Path]]
 
-    def run(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def run(self, context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Choose and cut, unless an earlier run did. Return the new folder and its notes."""
         made = context.work / self.name
         if not made.exists():
@@ -217,7 +211,7 @@ def _vocabulary_text(recipe: StructureRecipe) -> str:
     return recipe.vocabulary or recipe.calibration.source
 
 
-def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the decoder layers or sub-blocks to remove."""
     how, sizes, drop = context.recipe.depth, context.plan.sizes, context.plan.drop_layers
     by_layers = how.units == "layers"
@@ -239,12 +233,13 @@ def choose_layers(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
     return cut, notes, folder
 
 
-def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_experts(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the experts to keep, and merge the others into them if the recipe says so."""
     target, recipe = context.target(folder), context.recipe
     assert context.plan.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    broadcast(SurveyJob(str(context.windows_file), tensor_digest(target.reader)), context.ranks)
+    job = SurveyJob(str(context.windows_file), target.reader.tensor_digest)
+    context.ranks.once(lambda: asdict(job))
     use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
@@ -267,7 +262,7 @@ def choose_experts(context: StepContext, folder: Path) -> tuple[Cut, dict[str, A
 
 
 def _merge_experts(
-    context: StepContext,
+    context: CutContext,
     folder: Path,
     kept: Mapping[int, tuple[int, ...]],
     use: Mapping[int, ExpertUse],
@@ -292,7 +287,7 @@ def _merge_experts(
     return made
 
 
-def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
     """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
     target = context.target(folder)
     assert context.plan.keep_hidden is not None
@@ -307,29 +302,12 @@ def choose_hidden(context: StepContext, folder: Path) -> tuple[Cut, dict[str, An
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
 
-def choose_queries(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
-    assert context.plan.keep_queries is not None
-    return _width_run(context, folder, "thinned").cut_queries(context.plan.keep_queries)
-
-
-def choose_width(context: StepContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the heads and neurons to keep, and refit their readers in a folder."""
-    return _width_run(context, folder, "narrowed").cut_width(context.plan)
-
-
-def _width_run(context: StepContext, folder: Path, name: str) -> WidthRun:
-    """A run that chooses units of a model folder and writes to a folder of this name."""
-    output = context.work / name
-    return WidthRun(context.recipe, folder, output, context.windows_file, context.progress)
-
-
 class RefitStep:
     """Fits linears to the outputs of the uncut model. Sizes stay the same."""
 
     name = "refit"
 
-    def run(self, context: StepContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def run(self, context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Refit into a new folder, unless an earlier run did. Return the folder and its notes.
 
         A killed refit resumes after the last layer in its ledger.
@@ -360,7 +338,7 @@ class RefitStep:
         return made, json.loads((made / NOTES).read_text(encoding="utf-8"))
 
 
-def _kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
+def _kept(context: CutContext, step: str, kind: str) -> Sequence[int] | None:
     """The units of one kind that an earlier step kept; None for all."""
     notes = context.work / step / NOTES
     if not notes.exists():
@@ -369,7 +347,7 @@ def _kept(context: StepContext, step: str, kind: str) -> Sequence[int] | None:
     return found
 
 
-def _refit_settings(context: StepContext, dense: CheckpointTarget) -> Settings:
+def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
     """Settings with hidden states on disk if memory cannot hold them."""
     memory = context.recipe.memory
     # a run that fits writers to the uncut model needs the same: two layers and their forwards
@@ -405,63 +383,3 @@ class SurveyJob:
 
     windows: str
     source: str
-
-
-def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
-    """Do the share of one process, which is not the first.
-
-    Args:
-        recipe: the recipe; the first process has the same.
-        ranks: the processes.
-
-    Raises:
-        RecipeError: this process sees other files than the first one.
-    """
-    while (content := broadcast(None, ranks)) is not None:
-        job = SurveyJob(**content)
-        file = Path(job.windows)
-        if not file.exists():
-            raise RecipeError(
-                f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
-                "windows of the run",
-                where=job.windows,
-                remedy="put --output on a file system that all machines share",
-            )
-        trust = recipe.trust_remote_code
-        source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
-        reader = open_weights(source.folder)
-        if tensor_digest(reader) != job.source:
-            refuse_another_model(ranks.rank, source.folder)
-        target = CheckpointTarget(
-            reader, None, choose_device(recipe.device), trust_remote_code=trust
-        )
-        tokens = recipe.memory.micro_batch_tokens
-        expert_use(target, load_windows(file), tokens, Silent(), ranks)
-
-
-def refuse_several(recipe: StructureRecipe, count: int) -> None:
-    """Refuse what several processes cannot share yet.
-
-    Raises:
-        RecipeError: names the option.
-    """
-    if count == 1:
-        return
-    other = [
-        name
-        for name, field in WhatToCut.model_fields.items()
-        if name not in SHARED and getattr(recipe, name) != field.default
-    ]
-    if recipe.learned is not None:
-        other.append("learned")
-    if recipe.distillation.epochs:
-        other.append("distill_epochs")
-    if recipe.calibration.generated_windows:
-        other.append("generated_windows")
-    if other:
-        option = f"--{other[0].replace('_', '-')}"
-        raise RecipeError(
-            f"{option} does not work with several processes yet, and there are {count}: they "
-            "share only the survey of --experts",
-            remedy="start without torchrun, or cut the experts first and the rest in a second run",
-        )
