@@ -14,6 +14,7 @@ from reporting.test_report import Page
 from secateur.errors import CheckpointError, RecipeError
 from secateur.reporting.fit import FitResult
 from secateur.reporting.report.claims import pruning_brought
+from secateur.runs.records import read_record
 from secateur.steps.report import report
 
 
@@ -50,14 +51,14 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
 
 def test_what_pruning_brought(tmp_path: Path) -> None:
     folder = write_fit(tmp_path / "small", zeros=0)
-    result = FitResult.read(folder / "secateur" / "fit.json")
+    result = read_record(FitResult, folder / "secateur" / "fit.json")
     assert pruning_brought(result).value == "nothing"
     losses = {"winner": result.losses["winner"]}
     file = folder / "secateur" / "fit.json"
     record = json.loads(file.read_text())
     record["losses"] = {"winner": record["losses"]["winner"]}
     file.write_text(json.dumps(record))
-    alone = FitResult.read(file)
+    alone = read_record(FitResult, file)
     assert alone.losses == losses
     assert pruning_brought(alone).description.startswith("No rounding alone fits into this budget.")
 
@@ -132,7 +133,7 @@ def test_a_file_that_is_no_advice_is_refused(tmp_path: Path, text: str, said: st
 def test_a_damaged_fit_is_refused(tmp_path: Path) -> None:
     folder = write_fit(tmp_path / "small")
     (folder / "secateur" / "fit.json").write_text('{"output": "x"}')
-    with pytest.raises(CheckpointError, match="no fit of this release: KeyError"):
+    with pytest.raises(CheckpointError, match="not what this release expects there"):
         report([folder], tmp_path / "r.html")
 
 

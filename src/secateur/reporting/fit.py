@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.engine.search.stored_levels import Point, unbeaten
-from secateur.errors import CheckpointError
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, signed
+from secateur.runs.records import Record
 
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
@@ -36,8 +34,8 @@ class FitCost:
     """
 
     name: str
-    rest: float
-    limit: float | None
+    rest: int | float
+    limit: int | float | None
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class FitCheck:
     """
 
     option: str
-    wanted: float
-    measured: float
+    wanted: int | float
+    measured: int | float
     kept: bool
     failure: str | None = None
     standard_error: float | None = None
@@ -166,12 +164,13 @@ class FitCorrection:
     reached: float | None
 
 
-@dataclass(frozen=True, repr=False)
-class FitResult(Result):
-    """The winner of a fit, and what it won against.
+class FitResult(Result, Record):
+    """The winner of a fit, and what it won against: `fit.json`.
 
     Attributes:
         output: folder of the packed winner.
+        seconds: wall time.
+        dropped: what was left out to keep the time.
         kind_of: how each linear is stored, by its name.
         winner: the best finalist.
         finalists: the candidates that were made whole and keep the bound.
@@ -182,86 +181,23 @@ class FitResult(Result):
         costs: the kinds of cost, size first.
         checks: every bound beside what was measured.
         corrections: winners that were slower than predicted.
-        dropped: what was left out to keep the time.
         packed: sizes of what was written.
-        seconds: wall time.
     """
 
     output: Path
-    kind_of: Mapping[str, str]
+    seconds: float
+    dropped: tuple[str, ...]
+    kind_of: dict[str, str]
     winner: FitFinalist
     finalists: tuple[FitFinalist, ...]
     branches: tuple[FitBranch, ...]
     singles: tuple[Point, ...]
     frontier: tuple[Point, ...]
-    losses: Mapping[str, FitLoss]
+    losses: dict[str, FitLoss]
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
     corrections: tuple[FitCorrection, ...]
-    dropped: tuple[str, ...]
     packed: CompressResult
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers."""
-        return {
-            "output": str(self.output),
-            "seconds": self.seconds,
-            "dropped": list(self.dropped),
-            "kind_of": dict(self.kind_of),
-            "winner": asdict(self.winner),
-            "finalists": [asdict(one) for one in self.finalists],
-            "branches": [asdict(one) for one in self.branches],
-            "singles": [asdict(point) for point in self.singles],
-            "frontier": [asdict(point) for point in self.frontier],
-            "losses": {name: asdict(loss) for name, loss in self.losses.items()},
-            "costs": [asdict(one) for one in self.costs],
-            "checks": [asdict(one) for one in self.checks],
-            "corrections": [asdict(one) for one in self.corrections],
-            "packed": self.packed.to_json(),
-        }
-
-    @classmethod
-    def read(cls, file: Path) -> FitResult:
-        """The result of a finished run.
-
-        Raises:
-            CheckpointError: the file is damaged, or of another release.
-        """
-        try:
-            return cls.of(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"no fit of this release: {type(error).__name__}: {error}",
-                where=str(file),
-                remedy="fit the model again",
-            ) from error
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> FitResult:
-        """The result that `to_json` told."""
-
-        def point(stored: dict[str, Any]) -> Point:
-            sequences = {name: tuple(stored[name]) for name in ("candidate", "cost")}
-            return Point(**{**stored, **sequences})
-
-        return cls(
-            **{
-                **record,
-                "output": Path(record["output"]),
-                "winner": FitFinalist(**record["winner"]),
-                "finalists": tuple(FitFinalist(**one) for one in record["finalists"]),
-                "branches": tuple(FitBranch(**one) for one in record["branches"]),
-                "singles": tuple(map(point, record["singles"])),
-                "frontier": tuple(map(point, record["frontier"])),
-                "losses": {name: FitLoss(**loss) for name, loss in record["losses"].items()},
-                "costs": tuple(FitCost(**one) for one in record["costs"]),
-                "checks": tuple(FitCheck(**one) for one in record["checks"]),
-                "corrections": tuple(FitCorrection(**one) for one in record["corrections"]),
-                "dropped": tuple(record["dropped"]),
-                "packed": CompressResult.model_validate(record["packed"], extra="ignore"),
-            }
-        )
 
     def chart(self) -> LineChart:
         """Size against divergence: frontiers, single levels by family, cuts, what was made."""
@@ -274,15 +210,15 @@ class FitResult(Result):
         }
         made = [one for one in self.finalists if one != self.winner]
         series = (
-            Series("mixed levels", self.marks(mixed)),
-            Series("mixed, only rounded", self.marks(rounded)),
+            Series("mixed levels", self._marks(mixed)),
+            Series("mixed, only rounded", self._marks(rounded)),
             *(
-                Series(f"one level for all, {FAMILIES[family]}", self.marks(points), joined=False)
+                Series(f"one level for all, {FAMILIES[family]}", self._marks(points), joined=False)
                 for family, points in single.items()
             ),
-            Series("cut, bfloat16", self.made(cuts), joined=False),
-            Series("made whole", self.made(made), joined=False),
-            Series("the winner", self.made([self.winner]), joined=False),
+            Series("cut, bfloat16", _made(cuts), joined=False),
+            Series("made whole", _made(made), joined=False),
+            Series("the winner", _made([self.winner]), joined=False),
         )
         return LineChart(
             "frontier",
@@ -302,26 +238,16 @@ class FitResult(Result):
         """Bytes of the weight files of a candidate, at most."""
         return self.costs[0].rest + point.cost[0]
 
-    def marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
+    def _marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
         """Marks of levels and of levels put together."""
         return tuple(
-            mark(p.name, self.format_candidate(p), self.size(p), p.divergence) for p in points
-        )
-
-    def made(self, models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
-        """Marks of models that were made whole."""
-        return tuple(
-            mark(one.name, one.name, one.file_bytes or 0, one.divergence or 0.0) for one in models
+            _mark(p.name, self.format_candidate(p), self.size(p), p.divergence) for p in points
         )
 
     @property
     def broken(self) -> list[str]:
         """Bounds that the measured result does not keep."""
         return [one.said for one in self.checks if not one.kept]
-
-    def bounds(self) -> list[tuple[str, str, str]]:
-        """Every bound, and what was measured."""
-        return [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
 
     @property
     def brought(self) -> str:
@@ -337,20 +263,6 @@ class FitResult(Result):
             f"that is only rounded ({won.loss_increase:.4f} against {rival.loss_increase:.4f})."
         )
 
-    def tried(self) -> list[Block]:
-        """The cuts that were tried."""
-        rows = [
-            (
-                one.name,
-                "" if one.file_bytes is None else binary_size(one.file_bytes),
-                "" if one.divergence is None else f"{one.divergence:.4f}",
-                one.outcome,
-            )
-            for one in self.branches
-        ]
-        columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
-        return [Table.of("cuts", columns, rows)] if rows else []
-
     def blocks(self) -> Sequence[Block]:
         """The winner, its rivals, the frontier, and the next commands."""
         kinds = Counter(self.kind_of.values())
@@ -364,19 +276,24 @@ class FitResult(Result):
         ]
         rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
         made = [
+            (x.name, binary_size(x.file_bytes), *map(_nats, (x.predicted, x.mixed, x.divergence)))
+            for x in sorted(self.finalists, key=lambda one: one.divergence)
+        ]
+        cuts = [
             (
                 one.name,
-                binary_size(one.file_bytes),
-                f"{one.predicted:.4f}",
-                "" if one.mixed is None else f"{one.mixed:.4f}",
-                f"{one.divergence:.4f}",
+                "" if one.file_bytes is None else binary_size(one.file_bytes),
+                _nats(one.divergence),
+                one.outcome,
             )
-            for one in sorted(self.finalists, key=lambda one: one.divergence)
+            for one in self.branches
         ]
+        bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
         rows = [
             (self.format_candidate(p), binary_size(self.size(p)), f"{p.divergence:.4f}")
             for p in unbeaten([*self.singles, *self.frontier])
         ]
+        columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
             Table.facts("the winner", facts),
             Table.of(
@@ -385,7 +302,7 @@ class FitResult(Result):
                 made,
             ),
             Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
-            Table.of("bounds", ("", "given", "measured"), self.bounds()),
+            Table.of("bounds", ("", "given", "measured"), bounds),
             *(
                 Line(
                     f"A winner had {one.measured:.2f} where {one.predicted:.2f} was predicted, so "
@@ -394,7 +311,7 @@ class FitResult(Result):
                 for one in self.corrections
             ),
             Line(self.brought),
-            *self.tried(),
+            *([Table.of("cuts", columns, cuts)] if cuts else []),
             Table.of("the best of each size", ("", "size", "divergence, nats per token"), rows),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),
@@ -402,7 +319,17 @@ class FitResult(Result):
         return blocks + after_a_fit(self.output)
 
 
-def mark(label: str, name: str, size: float, divergence: float) -> Mark:
-    """A mark of a model."""
+def _made(models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
+    """Marks of models that were made whole."""
+    return tuple(
+        _mark(one.name, one.name, one.file_bytes or 0, one.divergence or 0.0) for one in models
+    )
+
+
+def _mark(label: str, name: str, size: float, divergence: float) -> Mark:
     description = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
     return Mark(size / 2**20, divergence, label, description)
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

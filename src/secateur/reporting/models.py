@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from secateur.exporting import Exported
 from secateur.reporting.next_steps import after_a_dense_folder, after_a_packed_folder, layer_of
@@ -40,6 +42,8 @@ from secateur.runs.records.run import BFLOAT16_BYTES
 class CompressResult(Result, Compression):
     """The record of a compression: sizes before and after."""
 
+    source: str = Field("", exclude=True)
+
     @property
     def parameters(self) -> int:
         """Number of parameters in the source's weight files."""
@@ -57,10 +61,6 @@ class CompressResult(Result, Compression):
             f"choose, {given:g} was given; a lower bound or more --windows keeps it"
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """All numbers."""
-        return {key: x for key, x in Compression.to_json(self).items() if key != "source"}
-
     def blocks(self) -> Sequence[Block]:
         """Sizes and formats, and where the result is."""
         sizes = [
@@ -69,33 +69,29 @@ class CompressResult(Result, Compression):
             ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
             ("of them linear layers", binary_size(self.linears.bytes), f"{self.linears.ratio:.2%}"),
         ]
-        stored = [*self.formats.items()]
+        stored = {**self.formats}
         if self.embeddings.matrices:
-            stored.append(("embeddings int8", self.embeddings))
+            stored["embeddings int8"] = self.embeddings
+        columns = ("format", "matrices", "size", "bits per weight", "of bfloat16")
         formats = [
-            (
-                kind,
-                str(x.matrices),
-                binary_size(x.bytes),
-                f"{x.bits_per_weight:.3f}",
-                f"{x.ratio:.2%}",
-            )
-            for kind, x in stored
+            (n, str(x.matrices), binary_size(x.bytes), f"{x.bits_per_weight:.3f}", f"{x.ratio:.2%}")
+            for n, x in stored.items()
         ]
-        closing = [("time", f"{self.seconds:.1f} s"), ("output", str(self.output))]
-        if self.value_error:
-            closing.insert(0, ("loss of rounding", f"{self.value_error:.2%} of the weights' norm"))
-        if self.rounding:
-            error = f"{self.rounding['mean_error']:.2g} of the linear layers' outputs, squared"
-            closing.insert(0, ("error of rounding", error))
-        if chosen := self.rounding.get("chosen"):
-            closing.insert(0, ("in the search", _in_the_search(chosen)))
-            closing.insert(0, ("change of the loss", _judged(chosen)))
+        chosen, error = self.rounding.get("chosen"), self.rounding.get("mean_error")
+        lost, squared = "of the weights' norm", "of the linear layers' outputs, squared"
+        closing = [
+            ("change of the loss", _judged(chosen) if chosen else None),
+            ("in the search", _in_the_search(chosen) if chosen else None),
+            ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
+            ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
+            ("time", f"{self.seconds:.1f} s"),
+            ("output", str(self.output)),
+        ]
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
                 f"stored as ({self.sparsity:.2%} zeros in the linear layers)",
-                ("format", "matrices", "size", "bits per weight", "of bfloat16"),
+                columns,
                 formats,
             ),
             Table.facts("", closing),
@@ -145,10 +141,6 @@ class DecompressResult(Result):
     file_bytes: int
     matrices: int
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers."""
-        return {**asdict(self), "output": str(self.output)}
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
@@ -200,7 +192,12 @@ class PruneResult(Result):
             ]
             return [Table.facts("pruned in place", rows)]
         manifest, method, cost = self.manifest, self.manifest.method, self.manifest.cost
-        rows = [
+        reach, silent = manifest.reach, by_layer((manifest.experts or {}).get("silent", {}))
+        calibrated = None
+        if (fewest := reach.get("fewest_tokens")) is not None:
+            pruned = f"{reach['pruned']:,} of {reach['matrices']:,} matrices"
+            calibrated = f"{pruned}, with {fewest:,} tokens or more"
+        facts = [
             ("method", f"{method['name']}, {method['pattern']}"),
             ("allocation", manifest.allocation["name"]),
             ("zeros in decoder matrices", f"{manifest.result.decoder_sparsity:.2%}"),
@@ -210,29 +207,14 @@ class PruneResult(Result):
             ("peak memory", binary_size(cost.peak_resident_bytes)),
             ("planned memory", binary_size(manifest.plan["host_peak_bytes"])),
             ("weight files", binary_size(manifest.result.file_bytes)),
+            ("calibrated", calibrated),
+            ("experts without tokens", f"left dense: {silent}" if silent else None),
+            ("collapsed", ", ".join(manifest.collapsed) or None),
+            ("output", str(self.output)),
         ]
-        rows += _reach_rows(manifest)
-        if manifest.collapsed:
-            rows.append(("collapsed", ", ".join(manifest.collapsed)))
-        pruned = Table.facts("pruned", [*rows, ("output", str(self.output))])
         if self.compression is not None:
-            return [pruned, *self.compression.blocks()]
-        return [pruned, *after_a_dense_folder(self.output, self.sparsity)]
-
-
-def _reach_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """How far calibration reached, and the experts that it did not reach."""
-    reach, rows = manifest.reach, []
-    if reach.get("fewest_tokens") is not None:
-        rows.append(
-            (
-                "calibrated",
-                f"{reach['pruned']:,} of {reach['matrices']:,} matrices, with "
-                f"{reach['fewest_tokens']:,} tokens or more",
-            )
-        )
-    silent = by_layer((manifest.experts or {}).get("silent", {}))
-    return [*rows, ("experts without tokens", f"left dense: {silent}")] if silent else rows
+            return [Table.facts("pruned", facts), *self.compression.blocks()]
+        return [Table.facts("pruned", facts), *after_a_dense_folder(self.output, self.sparsity)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -269,47 +251,42 @@ class StructureResult(Result):
 
         def line(what: str, key: str) -> tuple[str, str, str, str]:
             then, now = getattr(before, key), getattr(after, key)
-            return what, f"{then:,}", f"{now:,}", f"{share(then, now):.1%}"
+            return what, f"{then:,}", f"{now:,}", f"{_share(then, now):.1%}"
 
+        sizes = (before.file_bytes, after.file_bytes)
         rows = [
             line("parameters", "parameters"),
             line("decoder layers", "decoder"),
             line("attention", "attention"),
             line("feed-forward", "ffn"),
+            *([line("experts", "experts")] if before.experts else []),
             line("embeddings and head", "embeddings"),
             line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+            ("weight files", *map(binary_size, sizes), f"{_share(*sizes):.1%}"),
         ]
-        if before.experts:
-            rows.insert(4, line("experts", "experts"))
-        size = share(before.file_bytes, after.file_bytes)
-        rows.append(
-            (
-                "weight files",
-                binary_size(before.file_bytes),
-                binary_size(after.file_bytes),
-                f"{size:.1%}",
-            )
-        )
         if latency:
             then, now = (latency[f"milliseconds_{when}"] for when in ("before", "after"))
-            rows.append(
-                ("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", f"{now / then:.1%}")
-            )
+            left = f"{now / then:.1%}"
+            rows.append(("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", left))
         return Table.of("cut", ("", "before", "after", "left"), rows)
 
     def steps(self) -> Table:
         """The part of the decoder, or the tokens, that each step kept."""
-        rows = [(x["step"], x["by"], _left_of(x)) for x in self.structure.steps]
+
+        def left(step: Mapping[str, Any]) -> str:
+            if "tokens_after" in step:
+                return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
+            return f"{_share(step['decoder_before'], step['decoder_after']):.1%}"
+
+        rows = [(x["step"], x["by"], left(x)) for x in self.structure.steps]
         return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
 
     def cost(self) -> Table:
         """What reads the result, the cost of the cut, and the output folder."""
         cost = self.manifest.cost
+        own = "secateur, or trust_remote_code"
         rows = [
-            (
-                "loads with",
-                "secateur, or trust_remote_code" if self.structure.varied else "plain transformers",
-            ),
+            ("loads with", own if self.structure.varied else "plain transformers"),
             ("time", f"{cost.seconds:.1f} s"),
             ("peak memory", binary_size(cost.peak_resident_bytes)),
             ("output", str(self.output)),
@@ -317,21 +294,9 @@ class StructureResult(Result):
         return Table.facts("", rows)
 
 
-def share(before: int, after: int) -> float:
+def _share(before: int, after: int) -> float:
     """The kept share of a number."""
     return after / before if before else 1.0
-
-
-def _left_of(step: Mapping[str, Any]) -> str:
-    """What a step left, in words."""
-    if "tokens_after" in step:
-        return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
-    return f"{_step_share(step):.1%}"
-
-
-def _step_share(step: Mapping[str, Any]) -> float:
-    """The share of the decoder that a step kept."""
-    return share(step["decoder_before"], step["decoder_after"])
 
 
 @dataclass(frozen=True, repr=False)
@@ -377,22 +342,20 @@ class TrainResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        cost = self.manifest.cost
+        cost, change = self.manifest.cost, None
         seconds = cost.training_seconds or 0.0
+        if self.perplexity_after is not None:
+            change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
+            change += f" at step {self.manifest.result['best_step']}"
         rows = [
             ("objective", self.manifest.objective),
             ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
+            ("validation perplexity", change),
             ("read", f"{self.tokens:,} tokens in {self.steps:,} steps"),
             ("time", f"{seconds:.1f} s, {self.tokens / seconds:,.0f} tokens/s"),
             ("peak memory", binary_size(cost.peak_resident_bytes)),
             ("output", str(self.output)),
         ]
-        if self.perplexity_after is not None:
-            change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
-            rows.insert(
-                2,
-                ("validation perplexity", f"{change} at step {self.manifest.result['best_step']}"),
-            )
         return [Table.facts("trained", rows), *after_a_dense_folder(self.output, self.sparsity)]
 
 
@@ -407,10 +370,6 @@ class ChainResult(Result):
 
     links: tuple[ChainStep, ...]
     output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return {"links": [link.to_json() for link in self.links], "output": str(self.output)}
 
     def blocks(self) -> Sequence[Block]:
         """Sizes after each step, and where the result is."""
@@ -428,17 +387,17 @@ class ChainResult(Result):
             for link in self.links
         ]
         columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
+        last = self.links[-1]
+        packed = last.step == "compress"
         return [
             Table.of("chain", columns, rows),
             Table.facts("", [("output", str(self.output))]),
-            *self.next_steps(),
+            *(
+                after_a_packed_folder(self.output)
+                if packed
+                else after_a_dense_folder(self.output, last.zeros)
+            ),
         ]
-
-    def next_steps(self) -> list[Block]:
-        """Commands for the folder that the last step made."""
-        if self.links[-1].step == "compress":
-            return after_a_packed_folder(self.output)
-        return after_a_dense_folder(self.output, self.links[-1].zeros)
 
 
 @dataclass(frozen=True, repr=False)
@@ -463,14 +422,9 @@ class ExportResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
-        return {
-            "target": self.target,
-            "type": self.type,
-            "output": str(self.output),
-            "files": list(self.files),
-            **asdict(self.exported),
-            "seconds": self.seconds,
-        }
+        fields = super().to_json()
+        made, seconds = fields.pop("exported"), fields.pop("seconds")
+        return {**fields, **made, "seconds": seconds}
 
     def blocks(self) -> Sequence[Block]:
         """One table, then the notes."""
@@ -527,38 +481,33 @@ class ImportResult(Result):
         """The folder and the record."""
         record = self.record.to_json()
         found = {name: record.pop(name) for name in ("sparsity", "matrices")}
-        return {
-            "output": str(self.output),
-            "parameters": self.parameters,
-            "patterns": self.patterns,
-            **record,
-            **found,
-        }
+        own = {"output": str(self.output), "parameters": self.parameters}
+        return {**own, "patterns": self.patterns, **record, **found}
 
     def facts(self) -> list[tuple[str, str]]:
         """What was found, as names and values."""
-        record = self.record
+        record, dense = self.record, self.dense
         stored = Counter(x.stored_as for x in record.matrices if x.stored_as)
-        zeros = f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned"
+        exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
+        rounding = f"{exact} of {stored.total()} matrices" if stored else None
+        adapter = record.adapter
         rows = [
             ("kind of source", record.kind),
             ("matrices stored as", _counted(stored) or "plain tensors"),
-            ("zeros in the decoder's matrices", zeros),
+            (
+                "zeros in the decoder's matrices",
+                f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned",
+            ),
             ("patterns", _counted(self.patterns)),
+            ("stayed dense", _shortened(dense) if len(dense) < len(record.matrices) else None),
+            ("stored without rounding", rounding),
+            ("masks", record.masks and record.masks["name"]),
+            ("adapter", adapter and f"{adapter['name']} ({adapter['kind']})"),
+            ("not part of the model", _shortened(record.dropped)),
+            *(("note", note) for note in record.notes),
+            ("time", f"{record.seconds:.1f} s"),
         ]
-        if 0 < len(self.dense) < len(record.matrices):
-            rows.append(("stayed dense", _shortened(self.dense)))
-        if stored:
-            exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
-            rows.append(("stored without rounding", f"{exact} of {stored.total()} matrices"))
-        if record.masks is not None:
-            rows.append(("masks", record.masks["name"]))
-        if record.adapter is not None:
-            rows.append(("adapter", f"{record.adapter['name']} ({record.adapter['kind']})"))
-        if record.dropped:
-            rows.append(("not part of the model", _shortened(record.dropped)))
-        rows += [("note", note) for note in record.notes]
-        return [*rows, ("time", f"{record.seconds:.1f} s")]
+        return [(name, value) for name, value in rows if value is not None]
 
     def layers(self) -> Table:
         """A line for each decoder layer."""
@@ -587,10 +536,10 @@ def _counted(counts: dict[Any, int] | Counter[Any]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def _shortened(names: Iterable[str], shown: int = 4) -> str:
-    """The number of names, and the first of them."""
-    known = list(names)
-    return f"{len(known)}: {', '.join(known[:shown])}{', …' if len(known) > shown else ''}"
+def _shortened(names: Sequence[str], shown: int = 4) -> str | None:
+    """The number of names, and the first of them; None if there are none."""
+    more = ", …" if len(names) > shown else ""
+    return f"{len(names)}: {', '.join(names[:shown])}{more}" if names else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -621,7 +570,7 @@ class PushResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Everything."""
-        return {**asdict(self), "total_bytes": sum(self.files.values())}
+        return {**super().to_json(), "total_bytes": sum(self.files.values())}
 
     def blocks(self) -> Sequence[Block]:
         """What it is, the files, and for a dry run the card."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.engine.plan_memory import PrunePlan
@@ -46,13 +46,13 @@ class PlanResult(Result):
         """One table."""
         plan, sizes = self.plan, self.plan.sizes
         out, columns = plan.solve_shape
-        rows = [
+        rows: list[tuple[str, str | None]] = [
             ("decoder layers", f"{plan.num_hidden_layers}"),
             ("weights that can be pruned", f"{plan.prunable_weights:,}"),
             ("not pruned", not_pruned(plan.left)),
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
-            *([("time on this machine", time_range(*plan.seconds))] if plan.seconds else []),
+            ("time on this machine", time_range(*plan.seconds) if plan.seconds else None),
             ("disk", binary_size(plan.disk_bytes)),
             ("memory: the program itself", binary_size(sizes["process"])),
             ("memory: one decoder layer", binary_size(sizes["layer"])),
@@ -60,26 +60,27 @@ class PlanResult(Result):
             ("memory: forwards", binary_size(sizes["forward"] + sizes["waiting"])),
             ("memory: statistics and solver", binary_size(sizes["solve"])),
         ]
-        if out:
-            rows.append(("  the linear layer that takes most", f"{out} x {columns}"))
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
             "memory: the whole model, generating windows": sizes["writing"],
             f"memory: {learning}, distilled": sizes["distilling"],
         }
-        rows += [(name, binary_size(size)) for name, size in optional.items() if size]
-        rows.append(
-            (
-                "peak memory of the GPU" if plan.on_gpu else "peak memory",
-                binary_size(plan.peak_bytes),
-            )
-        )
-        if plan.fallback_bytes:
-            usual = plan.peak_bytes - plan.fallback_bytes
-            rows.append(("  if float32 can factorise every gram, as usual", binary_size(usual)))
-        if plan.on_gpu:
-            rows.append(("peak memory of the host", binary_size(plan.host_peak_bytes)))
+        usual = plan.peak_bytes - plan.fallback_bytes if plan.fallback_bytes else None
+        rows += [
+            ("  the linear layer that takes most", f"{out} x {columns}" if out else None),
+            *((name, binary_size(size)) for name, size in optional.items() if size),
+            (_peak(plan.on_gpu), binary_size(plan.peak_bytes)),
+            ("  if float32 can factorise every gram, as usual", usual and binary_size(usual)),
+            (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
+        ]
         return [Table.of("plan", ("", ""), rows)]
+
+
+HOST_PEAK = "peak memory of the host"
+
+
+def _peak(on_gpu: bool) -> str:
+    return "peak memory of the GPU" if on_gpu else "peak memory"
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,13 +103,8 @@ class CutPlanResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        return {
-            "steps": list(self.steps),
-            "before": self.before.to_json(),
-            "after": self.after and self.after.to_json(),
-            "unknown": list(self.unknown),
-            "plan": self.plan and self.plan.to_json(),
-        }
+        sizes = Result.to_json(replace(self, plan=None))
+        return {**sizes, "plan": self.plan and self.plan.to_json()}
 
     def blocks(self) -> Sequence[Block]:
         """A table of sizes, and one of what the run needs."""
@@ -117,22 +113,22 @@ class CutPlanResult(Result):
         def line(what: str, key: str) -> tuple[str, str, str]:
             return what, f"{getattr(before, key):,}", f"{getattr(after, key):,}" if after else ""
 
+        sizes = binary_size(before.file_bytes), binary_size(after.file_bytes) if after else ""
         rows = [
             line("parameters", "parameters"),
             line("decoder layers", "decoder"),
             line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
+            ("weight files", *sizes),
+        ]
+        plan = self.plan
+        needs = [
+            ("steps", ", ".join(self.steps)),
+            ("sizes are known during the run", ", ".join(self.unknown) or None),
             (
-                "weight files",
-                binary_size(before.file_bytes),
-                binary_size(after.file_bytes) if after else "",
+                f"{_peak(bool(plan and plan.on_gpu))}, heads and neurons",
+                plan and binary_size(plan.peak_bytes),
             ),
         ]
-        needs = [("steps", ", ".join(self.steps))]
-        if self.unknown:
-            needs.append(("sizes are known during the run", ", ".join(self.unknown)))
-        if self.plan is not None:
-            where = "peak memory of the GPU" if self.plan.on_gpu else "peak memory"
-            needs.append((f"{where}, heads and neurons", binary_size(self.plan.peak_bytes)))
         return [Table.of("plan of the cut", ("", "before", "after"), rows), Table.facts("", needs)]
 
 
@@ -164,10 +160,6 @@ class TrainPlanResult(Result):
     memory: Mapping[str, int]
     disk_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        return {**asdict(self), "memory": dict(self.memory)}
-
     def blocks(self) -> Sequence[Block]:
         """One table."""
         length = f"{self.steps:,} steps, {self.tokens:,} tokens" if self.steps else ""
@@ -180,11 +172,9 @@ class TrainPlanResult(Result):
             ("length", length or f"{self.minutes:g} minutes"),
             ("disk", binary_size(self.disk_bytes)),
             *((f"memory: {x}", binary_size(self.memory[x])) for x in parts if self.memory[x]),
-            ("peak memory of the GPU" if self.memory["on_gpu"] else "peak memory",
-             binary_size(self.memory["peak"])),
-        ]  # fmt: skip
-        if self.memory["on_gpu"]:
-            rows.append(("peak memory of the host", binary_size(self.memory["host_peak"])))
+            (_peak(bool(self.memory["on_gpu"])), binary_size(self.memory["peak"])),
+            (HOST_PEAK, binary_size(self.memory["host_peak"]) if self.memory["on_gpu"] else None),
+        ]
         return [Table.facts("plan of the training", rows)]
 
 
@@ -209,10 +199,6 @@ class FitPlanResult(Result):
     generations: int
     offspring: int
     minutes: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        return asdict(self)
 
     def blocks(self) -> Sequence[Block]:
         """A table of bounds, and one of the search."""

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic_core import to_jsonable_python
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,15 +49,16 @@ class Table:
         cls,
         title: str,
         columns: Sequence[str],
-        rows: Iterable[Sequence[str]],
+        rows: Iterable[Sequence[str | None]],
         numbers: int = 1,
         styles: Iterable[str] = (),
     ) -> Table:
-        """Make a table from any sequences of rows and columns."""
-        return cls(title, tuple(columns), tuple(map(tuple, rows)), numbers, tuple(styles))
+        """Make a table from any sequences of rows and columns; a row with a None is left out."""
+        known = tuple(tuple(map(str, row)) for row in rows if None not in row)
+        return cls(title, tuple(columns), known, numbers, tuple(styles))
 
     @classmethod
-    def facts(cls, title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    def facts(cls, title: str, rows: Iterable[tuple[str, str | None]]) -> Table:
         """A table of names and values, without a head."""
         return cls.of(title, ("", ""), rows, numbers=2)
 
@@ -193,8 +196,8 @@ class Result:
     """
 
     def to_json(self) -> dict[str, Any]:
-        """The result as one JSON object."""
-        raise NotImplementedError
+        """The result as one JSON object: its fields, unless a class says otherwise."""
+        return cast("dict[str, Any]", to_jsonable_python(self))
 
     def blocks(self) -> Sequence[Block]:
         """The tables and lines that people read."""

@@ -150,7 +150,7 @@ def read_records(places: Sequence[Path]) -> Records:
             sweep = read_record(Sweep, place / "sweep.json")
             sweeps.append(ReportedSweep(name, SweepResult(sweep, place)))
         elif (place / FIT).is_file():
-            fits.append(ReportedFit(name, place, FitResult.read(place / FIT)))
+            fits.append(ReportedFit(name, place, read_record(FitResult, place / FIT)))
         elif place.is_file():
             advices.append(ReportedAdvice(name, AdviseResult.read(place)))
         else:

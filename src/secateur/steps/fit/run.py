@@ -67,6 +67,7 @@ from secateur.reporting.plan import FitPlanResult
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import Matrices, find_matrices
 from secateur.sparsity.evolution import Evolution
 from secateur.steps.compress import pack_into, rounding_record
@@ -274,7 +275,7 @@ def fit_recipe(
         }
         folder.begin(identity)
         if folder.finished:
-            return FitResult.read(folder.notes / FIT)
+            return read_record(FitResult, folder.notes / FIT)
         costs = costs_of(recipe, reader, matrices, progress)
         check_feasible(recipe, costs, sum(file.stat().st_size for file in reader.files))
         time_budget = TimeBudget(recipe.minutes, folder.work / "pace.json", begun)
