@@ -3,67 +3,112 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from pydantic import Field
+from pydantic_core import to_jsonable_python
 
 from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
-from secateur.models.gguf_header import GgufArray, GgufHeader, GgufTensor
+from secateur.models.gguf_header import GgufHeader, GgufTensor
 from secateur.reporting.models import stored_as
 from secateur.reporting.next_steps import layer_of
-from secateur.reporting.tables import Block, Line, Result, Table, binary_size, by_layer, not_pruned
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    binary_size,
+    by_layer,
+    counted,
+    not_pruned,
+)
 from secateur.runs.records import DiagnosisRecord, Finding, LayerState, Machine, MatrixState
 
-SCHEMA: Literal["secateur.diagnosis/1"] = "secateur.diagnosis/1"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+DRIFT = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
 
 
-@dataclass(frozen=True, repr=False)
-class DiagnoseResult(Result):
-    """The health of a model.
+class DiagnoseResult(Result, DiagnosisRecord):
+    """The health of a model: its record, and what the record was made from.
 
     Attributes:
-        model: the name from the user.
-        dense: the name of the dense model; None without one.
-        findings: the findings, the worst first.
-        weights: counts of every matrix.
-        claims: the claims in the records of its run.
-        drift: distance of each layer from the dense model's; empty without a dense model.
+        weights: counts of every matrix (`Weights`).
+        drift: a `LayerDrift` for each layer; empty without a dense model.
         bears: the sparsity that each layer could bear, if it is known.
-        target: what this machine can speed up.
-        environment: versions and hardware.
-        protocol: the text on which the layers were compared.
     """
 
-    model: str
-    dense: str | None
-    findings: list[Finding]
-    weights: Weights
-    claims: Claims
-    drift: Sequence[LayerDrift]
-    bears: Mapping[int, float]
-    target: Machine
-    environment: dict[str, Any]
-    protocol: dict[str, Any] = field(default_factory=dict)
+    weights: Any = Field(exclude=True)
+    drift: Any = Field(exclude=True)
+    bears: dict[int, float] = Field(exclude=True)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        claims: Claims,
+        drift: Sequence[LayerDrift],
+        bears: dict[int, float],
+        *,
+        findings: Sequence[Finding],
+        dense: str | None,
+        **facts: Any,
+    ) -> DiagnoseResult:
+        """Make the record.
+
+        Args:
+            weights: counts of every matrix.
+            claims: the claims in the records of its run.
+            drift: distance of each layer from the dense model's; empty without a dense model.
+            bears: the sparsity that each layer could bear, if it is known.
+            findings: the findings, the worst first.
+            dense: the name of the dense model; None without one.
+            **facts: the other fields of the record.
+        """
+        finite = {x.layer: x for x in drift if not x.not_finite}
+        layers = tuple(
+            LayerState(
+                layer=index,
+                sparsity=sparsity,
+                could_bear=bears.get(index),
+                **{name: getattr(finite.get(index), name, None) for name in DRIFT},
+            )
+            for index, sparsity in layer_sparsity(weights).items()
+        )
+        linears = tuple(
+            MatrixState(
+                name=x.name,
+                sparsity=x.sparsity,
+                claimed=claims.claimed(x.name),
+                dead_rows=int(x.dead_rows.sum()),
+                dead_columns=int(x.dead_columns.sum()),
+            )
+            for x in weights.linears
+        )
+        looked = f"{weights.tensors} tensors, {len(weights.linears)} linear layers"
+        if drift:
+            looked += f", {len(drift)} layers beside {dense}"
+        return cls(
+            schema_name="secateur.diagnosis/1",
+            dense=dense,
+            findings=tuple(findings),
+            verdict=_verdict(findings, looked),
+            layers=layers,
+            linears=linears,
+            weights=weights,
+            drift=drift,
+            bears=bears,
+            **facts,
+        )
 
     def count(self, severity: str) -> int:
         """The number of findings of a severity."""
         return sum(x.severity == severity for x in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        """One line: healthy, or the numbers of errors and warnings."""
-        errors, warnings, notes = (self.count(s) for s in ("error", "warning", "note"))
-        looked = f"{self.weights.tensors} tensors, {len(self.weights.linears)} linear layers"
-        if self.drift:
-            looked += f", {len(self.drift)} layers beside {self.dense}"
-        counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((errors, "error"),
-                (warnings, "warning")) if n]  # fmt: skip
-        also = f"; {notes} note{'s' * (notes != 1)}" if notes else ""
-        return f"{' and '.join(counts) or 'healthy: no error, no warning'} ({looked}{also})"
 
     def blocks(self) -> Sequence[Block]:
         """The verdict in a line, then the findings."""
@@ -78,50 +123,13 @@ class DiagnoseResult(Result):
         columns = ("what", "where, evidence → remedy")
         return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
 
-    @property
-    def record(self) -> DiagnosisRecord:
-        """The record of the diagnosis."""
-        drift = {x.layer: x for x in self.drift}
-        return DiagnosisRecord(
-            schema_name=SCHEMA,
-            model=self.model,
-            dense=self.dense,
-            environment=self.environment,
-            protocol=self.protocol,
-            verdict=self.verdict,
-            findings=tuple(self.findings),
-            layers=tuple(
-                LayerState(
-                    layer=index,
-                    sparsity=sparsity,
-                    could_bear=self.bears.get(index),
-                    **_drift_numbers(drift.get(index)),
-                )
-                for index, sparsity in layer_sparsity(self.weights).items()
-            ),
-            linears=tuple(
-                MatrixState(
-                    name=x.name,
-                    sparsity=x.sparsity,
-                    claimed=self.claims.claimed(x.name),
-                    dead_rows=int(x.dead_rows.sum()),
-                    dead_columns=int(x.dead_columns.sum()),
-                )
-                for x in self.weights.linears
-            ),
-            target=self.target,
-        )
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of `secateur/diagnosis.json`."""
-        return self.record.to_json()
-
-
-def _drift_numbers(drift: LayerDrift | None) -> dict[str, float | None]:
-    """The numbers of a layer; null if unknown or not finite."""
-    names = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
-    known = drift is not None and not drift.not_finite
-    return {name: getattr(drift, name) if known else None for name in names}
+def _verdict(findings: Sequence[Finding], looked: str) -> str:
+    """One line: healthy, or the numbers of errors and warnings."""
+    counts = Counter(x.severity for x in findings)
+    faults = [counted(counts[kind], kind) for kind in ("error", "warning") if counts[kind]]
+    notes = f"; {counted(counts['note'], 'note')}" if counts["note"] else ""
+    return f"{' and '.join(faults) or 'healthy: no error, no warning'} ({looked}{notes})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,15 +187,13 @@ class InspectResult(Result):
             ("decoder layers", str(audit.num_hidden_layers)),
             ("parameters", f"{audit.parameters:,}"),
             ("weight files", binary_size(audit.file_bytes)),
-            ("stored as", ", ".join(f"{k} ({binary_size(v)})" for k, v in audit.dtypes.items())),
+            ("compressed", audit.compressed or None),
+            ("stored as", _sizes(audit.dtypes)),
             ("zeros in decoder matrices", _share_of(zeros, weights)),
             ("zeros in all parameters", _share_of(audit.zeros, audit.parameters)),
             ("cannot be pruned", not_pruned(audit.left)),
+            ("experts without calibration tokens", by_layer(self.silent) or None),
         ]
-        if self.silent:
-            rows.append(("experts without calibration tokens", by_layer(self.silent)))
-        if audit.compressed:
-            rows.insert(4, ("compressed", audit.compressed))
         whole = Table.facts(self.model, rows)
         return [whole, self.layers() if self.layer is None else self.linears(self.layer)]
 
@@ -199,28 +205,20 @@ class InspectResult(Result):
         same = itertools.groupby(
             sorted(by_layer), lambda index: (index >= 0, _cells(by_layer[index]))
         )
-        rows = [(numbers(list(found)), *row) for (_, row), found in same]
+        rows = [(_numbers([*found]), *row) for (_, row), found in same]
         columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
         return Table.of("decoder layers (--layer N lists the linear layers of one)", columns, rows)
 
     def linears(self, layer: int) -> Table:
         """A line for each linear of a layer."""
-        packed = bool(self.audit.compressed)
-        linears = [x for x in self.audit.linears if layer_of(x.name) == layer]
-        stored = ("stored as",) if packed else ()
-        return Table.of(
-            f"linear layers of decoder layer {layer}",
-            ("name", "out", "in", "zeros", *stored),
-            [_linear_row(x, packed=packed) for x in linears],
-        )
-
-
-def _linear_row(linear: LinearCount, *, packed: bool) -> tuple[str, ...]:
-    """The counts of one linear."""
-    out, columns = linear.shape
-    kind = "as it is" if linear.layout is None else stored_as(linear.layout)
-    stored = (kind,) if packed else ()
-    return linear.name, str(out), str(columns), f"{linear.sparsity:.2%}", *stored
+        stored = ("stored as",) if self.audit.compressed else ()
+        rows = []
+        for linear in (x for x in self.audit.linears if layer_of(x.name) == layer):
+            kind = "as it is" if linear.layout is None else stored_as(linear.layout)
+            own = (linear.name, *map(str, linear.shape), f"{linear.sparsity:.2%}", kind)
+            rows.append(own[: 4 + len(stored)])
+        columns = ("name", "out", "in", "zeros", *stored)
+        return Table.of(f"linear layers of decoder layer {layer}", columns, rows)
 
 
 def _cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
@@ -238,7 +236,7 @@ def _cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
     )
 
 
-def numbers(layers: Sequence[int]) -> str:
+def _numbers(layers: Sequence[int]) -> str:
     """The numbers of layers that follow each other."""
     first, last = layers[0], layers[-1]
     return "shared" if first < 0 else str(first) if first == last else f"{first} to {last}"
@@ -275,37 +273,42 @@ class GgufInspectResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Metadata and tensors."""
+        header = to_jsonable_python(self.header)
         return {
             "model": self.model,
             "format": "gguf",
-            "version": self.header.version,
-            "file_bytes": self.header.file_bytes,
+            "version": header["version"],
+            "file_bytes": header["file_bytes"],
             "parameters": self.parameters,
-            "metadata": {
-                key: asdict(value) if isinstance(value, GgufArray) else value
-                for key, value in self.header.metadata.items()
-            },
-            "tensors": [asdict(tensor) for tensor in self.header.tensors],
+            "metadata": header["metadata"],
+            "tensors": header["tensors"],
         }
 
     def blocks(self) -> Sequence[Block]:
         """The whole file, its metadata, and its layers or the tensors of one layer."""
-        data, tensors = self.header.metadata, self.header.tensors
+        data, sizes = self.header.metadata, dict[str, int]()
+        for tensor in self.header.tensors:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
         architecture = data.get("general.architecture", "not named")
         rows = [
             ("architecture", str(architecture)),
             ("layers", str(data.get(f"{architecture}.block_count", "not named"))),
             ("parameters", f"{self.parameters:,}"),
             ("file", binary_size(self.header.file_bytes)),
-            ("stored as", _types_of(tensors)),
+            ("stored as", _sizes(dict(sorted(sizes.items(), key=lambda item: -item[1])))),
         ]
-        metadata = [(key, _in_a_line(value)) for key, value in data.items()]
         found: list[Block] = [Table.facts(self.model, rows)]
         if self.layer is None:
+            metadata = [(key, _in_a_line(value)) for key, value in data.items()]
             found += [Table.facts("metadata", metadata), self.layers()]
         else:
-            own = [tensor for tensor in tensors if layer_of(tensor.name) == self.layer]
-            found.append(_tensor_table(f"tensors of layer {self.layer}", own))
+            own = [
+                (x.name, " x ".join(map(str, x.shape)), x.type, f"{x.size_bytes:,} bytes")
+                for x in self.header.tensors
+                if layer_of(x.name) == self.layer
+            ]
+            columns = ("name", "shape", "type", "size")
+            found.append(Table.of(f"tensors of layer {self.layer}", columns, own))
         return [*found, Line("zeros were not counted: --zeros reads the weights", style="dim")]
 
     def layers(self) -> Table:
@@ -314,14 +317,9 @@ class GgufInspectResult(Result):
         for tensor in self.header.tensors:
             by_layer.setdefault(layer_of(tensor.name), []).append(tensor)
         outside = by_layer.pop(-1, [])
-        runs: list[tuple[list[int], tuple[str, ...]]] = []
-        for index, own in sorted(by_layer.items()):
-            row = _cells_of(own)
-            if runs and runs[-1][1] == row:
-                runs[-1][0].append(index)
-            else:
-                runs.append(([index], row))
-        rows = [(str(i[0]) if len(i) == 1 else f"{i[0]} to {i[-1]}, each", *row) for i, row in runs]
+        same = itertools.groupby(sorted(by_layer), lambda index: _cells_of(by_layer[index]))
+        runs = [([*found], row) for row, found in same]
+        rows = [(f"{_numbers(i)}{', each' * (len(i) > 1)}", *row) for i, row in runs]
         rows += [(x.name, *_cells_of([x])) for x in outside]
         columns = ("layer", "tensors", "parameters", "size", "stored as")
         return Table.of("layers (--layer N lists the tensors of one)", columns, rows)
@@ -337,21 +335,9 @@ def _cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
     )
 
 
-def _tensor_table(title: str, tensors: Iterable[GgufTensor]) -> Table:
-    """A line for each tensor."""
-    rows = [
-        (x.name, " x ".join(map(str, x.shape)), x.type, f"{x.size_bytes:,} bytes") for x in tensors
-    ]
-    return Table.of(title, ("name", "shape", "type", "size"), rows)
-
-
-def _types_of(tensors: Iterable[GgufTensor]) -> str:
-    """The types of tensors with their sizes, the largest first."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
-    ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in ordered)
+def _sizes(types: Mapping[str, int]) -> str:
+    """Types with their sizes in bytes."""
+    return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in types.items())
 
 
 def _in_a_line(value: Any) -> str:

@@ -118,19 +118,20 @@ def diagnose(
         findings += check_speed(own.reader.folder, pattern, weights.sparsity, target)
         findings += _skipped_checks(claims, reference)
     findings += check_training(steps, str(training_log))
-    found = DiagnoseResult(
-        str(model),
-        None if dense is None else str(dense),
-        by_severity(findings),
+    found = DiagnoseResult.of(
         weights,
         claims,
         drift,
         bears,
-        target,
-        environment(torch_device),
-        reference.protocol if reference else {},
+        model=str(model),
+        dense=None if dense is None else str(dense),
+        findings=by_severity(findings),
+        target=target,
+        environment=environment(torch_device),
+        protocol=reference.protocol if reference else {},
     )
-    _write_diagnosis(found)
+    if claims.folder is not None:
+        _write_diagnosis(found, claims.folder / "diagnosis.json")
     return found
 
 
@@ -254,12 +255,8 @@ def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding
     return found
 
 
-def _write_diagnosis(found: DiagnoseResult) -> None:
-    """Write the diagnosis next to the records of the run, if there are any."""
-    folder = found.claims.folder
-    if folder is None:
-        return
-    file = folder / "diagnosis.json"
+def _write_diagnosis(found: DiagnoseResult, file: Path) -> None:
+    """Write the diagnosis next to the records of the run."""
     try:
         write_json(file, found.to_json())
     except OSError as error:
