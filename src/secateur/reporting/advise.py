@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic_core import to_jsonable_python
 
 from secateur.advisor.advice import Advice, AdviceQuestion, Considered, nearest
 from secateur.advisor.capacity import GIB, Capacity, Load
@@ -57,28 +59,34 @@ class AdviseResult(Result):
             return ()
         return tuple(nearest(self.advice.considered, self.question.need))
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that make the chosen option; none if nothing is to be done."""
+        chosen = self.advice.chosen
+        return chosen.option.commands(self.model) if chosen else ()
+
     def to_json(self) -> dict[str, Any]:
         """All options with their numbers, and where each kind of number is from."""
         advice = self.advice
-        return {
+        record = {
             "schema": SCHEMA,
             "model": self.model,
             "parameters": advice.model.parameters,
             "hardware": self.hardware,
-            "load": asdict(self.load),
+            "load": self.load,
             "quality_loss": self.question.need.quality_loss,
             "gpu_hours": self.question.need.gpu_hours,
             "verdict": advice.verdict,
             "filled": advice.filled,
-            "hosted": advice.hosted and asdict(advice.hosted),
-            "elsewhere": advice.elsewhere and asdict(advice.elsewhere),
+            "hosted": advice.hosted,
+            "elsewhere": advice.elsewhere,
             "chosen": advice.chosen.option.name if advice.chosen else None,
-            "nearest": list(self.nearest),
-            "commands": list(advice.chosen.option.commands(self.model)) if advice.chosen else [],
+            "nearest": self.nearest,
+            "commands": self.commands,
             "paid_back_months": advice.paid_back_months,
             "measure_first": [row.option.name for row in advice.cheaper],
             "options": [self.row_json(row) for row in advice.considered],
-            "apis": [asdict(api) for api in advice.apis],
+            "apis": advice.apis,
             "basis": {
                 "times": self.speed_basis,
                 "memory": f"{ESTIMATED}: secateur/advisor/capacity.py",
@@ -86,8 +94,9 @@ class AdviseResult(Result):
                 "facts_date": self.facts.date.isoformat(),
             },
             "question": self.question.to_json(),
-            "page": self.page and str(self.page),
+            "page": self.page,
         }
+        return cast("dict[str, Any]", to_jsonable_python(record))
 
     @classmethod
     def read(cls, file: Path) -> AdviseResult:
@@ -116,16 +125,14 @@ class AdviseResult(Result):
             "option": row.option.name,
             "refused": row.refused,
             "safe": row.safe,
-            "accuracy_kept": list(row.kept),
-            "accuracy_sources": list(row.option.sources(self.facts)),
-            "making": asdict(row.making),
-            "commands": list(row.option.commands(self.model)),
+            "accuracy_kept": row.kept,
+            "accuracy_sources": row.option.sources(self.facts),
+            "making": row.making,
+            "commands": row.option.commands(self.model),
         }
         if isinstance(row.capacity, Capacity):
-            record["capacity"] = asdict(row.capacity)
-        if row.cost is not None:
-            record["cost_usd"] = asdict(row.cost)
-        return record
+            record["capacity"] = row.capacity
+        return record if row.cost is None else {**record, "cost_usd": row.cost}
 
     def blocks(self) -> Sequence[Block]:
         """The verdict, the options, the hosted models, and where the numbers are from."""
@@ -133,23 +140,23 @@ class AdviseResult(Result):
         rate = f"{load.requests_per_day:,.0f} requests a day of {load.prompt_tokens} + "
         rate += f"{load.new_tokens} tokens"
         title = f"{self.model} ({advice.model.parameters / 1e9:.2f} B) on {advice.device.name}, "
-        rows = [self.row(row) for row in advice.considered if not row.refused][:SHOWN]
+        fit = [row for row in advice.considered if not row.refused][:SHOWN]
+        rows = [self.row(row) for row in fit]
         styles = [
-            "bold green" if row is advice.chosen else "" if row.safe else "yellow"
-            for row in advice.considered
-            if not row.refused
-        ][:SHOWN]
+            "bold green" if row is advice.chosen else "" if row.safe else "yellow" for row in fit
+        ]
         columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
         blocks: list[Block] = [Line(advice.verdict, "bold")]
         blocks += [Line(f"nearest: {line}") for line in self.nearest]
         if rows:
             blocks.append(Table.of(title + rate, columns, rows, styles=styles))
-        blocks += [Line(line, "dim") for line in self.legend()]
-        blocks += self.refused()
-        blocks += self.recipe()
-        blocks += self.hosted()
-        blocks += self.origins()
+        blocks += [Line(line, "dim") for line in [*self.legend(), *self.refused()]]
+        blocks += [*self.recipe(), *self.hosted(), *(Line(x, "dim") for x in self.origins())]
         return blocks if self.page is None else [*blocks, Line(f"page: {self.page}")]
+
+    def notes(self) -> list[str]:
+        """What the numbers mean, why options are out, and where numbers are from."""
+        return [*self.legend(), *self.refused(), *self.origins()]
 
     def row(self, row: Considered) -> tuple[str, ...]:
         """The cells of an option."""
@@ -181,19 +188,19 @@ class AdviseResult(Result):
             "USD/M: for a million tokens. Ranges: --json",
         ]
 
-    def refused(self) -> list[Line]:
+    def refused(self) -> list[str]:
         """Why options are out, one line each for the plain ones."""
         plain = [row for row in self.advice.considered if row.refused and row.option.changed <= 1]
-        return [Line(f"{row.option.name}: {row.refused}", "dim") for row in plain]
+        return [f"{row.option.name}: {row.refused}" for row in plain]
 
     def recipe(self) -> list[Block]:
         """The commands of the chosen option."""
         chosen = self.advice.chosen
-        if chosen is None or not chosen.option.commands(self.model):
+        if chosen is None or not self.commands:
             return []
         making = chosen.making
         cost = f"{_ranged(making.gpu_hours, ',.1f')} GPU hours, {_ranged(making.usd, ',.0f')} USD"
-        lines = [Line(f"  {command}") for command in chosen.option.commands(self.model)]
+        lines = [Line(f"  {command}") for command in self.commands]
         lines.append(Line(f"  takes about {cost} ({making.formula})"))
         months = self.advice.paid_back_months
         if months:
@@ -234,12 +241,12 @@ class AdviseResult(Result):
         source = self.advice.device.price_source
         return source if source == GIVEN else f"{PUBLISHED}; {source}"
 
-    def origins(self) -> list[Line]:
+    def origins(self) -> list[str]:
         """Where each kind of number is from."""
         device, chosen = self.advice.device, self.advice.chosen
         sources = chosen.option.sources(self.facts) if chosen else ()
         times = ESTIMATED if self.question.times is None else MEASURED
-        lines = [
+        return [
             f"times: {times}; {self.speed_basis}",
             f"memory: {ESTIMATED}; formula in docs/advise.md; {self.format_cache()}",
             f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
@@ -247,7 +254,6 @@ class AdviseResult(Result):
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
             f"facts of {self.facts.date}; replace any with --facts FILE",
         ]
-        return [Line(line, "dim") for line in lines]
 
 
 def _ranged(value: Estimate, form: str) -> str:
@@ -273,8 +279,7 @@ class ClusterPlanResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        record = asdict(self)
-        return {**record, "seconds": asdict(self.plan.seconds)}
+        return {**super().to_json(), "seconds": to_jsonable_python(self.plan.seconds)}
 
     def blocks(self) -> Sequence[Block]:
         """A table of phases, one of memory, and what the figures are."""

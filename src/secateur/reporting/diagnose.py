@@ -96,7 +96,7 @@ class DiagnoseResult(Result, DiagnosisRecord):
         return cls(
             schema_name="secateur.diagnosis/1",
             dense=dense,
-            findings=tuple(findings),
+            findings=[*findings],
             verdict=_verdict(findings, looked),
             layers=layers,
             linears=linears,

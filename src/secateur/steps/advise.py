@@ -26,7 +26,7 @@ from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.registry import did_you_mean
 from secateur.reporting.advise import AdviseResult, ClusterPlanResult
-from secateur.reporting.report.records import Records, ReportedAdvice
+from secateur.reporting.report.records import Records, Reported
 from secateur.runs.output import check_writable
 from secateur.steps.report import write_page
 
@@ -85,7 +85,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     answer = question.answer()
     result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
     if page is not None:
-        advice = ReportedAdvice(f"{recipe.model} on {hardware.name}", result)
+        advice = Reported(f"{recipe.model} on {hardware.name}", page, result)
         write_page(Records(advices=(advice,)), page)
     return result
 

@@ -16,21 +16,21 @@ from typing import Any, Literal
 import yaml
 
 from secateur.evaluation.perplexity import COMPUTED, judged_part
+from secateur.publishing import without_folders
 from secateur.reporting.cards import OURS, split_card, without_folders
-from secateur.reporting.charts import LineChart
 from secateur.reporting.evaluate import GAIN
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.next_steps import command
-from secateur.reporting.report.records import ReportedFit, ReportedRun
+from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.sweep import markdown_row
 from secateur.reporting.tables import (
-    Table,
     bare_name,
     binary_size,
     counted,
     duration,
     percent,
     signed,
+    with_error,
 )
 from secateur.runs.records import Compression
 from secateur.runs.records.measured import (
@@ -79,26 +79,19 @@ def _smaller(run: ReportedRun) -> Claim:
     """The size of the files, compared with the same model in dense bfloat16."""
     found, cut = run.compression, run.manifest.structure
     if found is None and cut is not None:
-        saved = 1 - cut.after.file_bytes / cut.before.file_bytes
-        return Claim(
-            "Smaller by",
-            percent(saved),
-            f"{binary_size(cut.after.file_bytes)} instead of "
-            f"{binary_size(cut.before.file_bytes)} in the same dtype; "
-            f"{percent(cut.decoder_removed, 2)} of the decoder was cut out.",
-            tone=_gain_tone(saved > 0),
+        before, after = cut.before.file_bytes, cut.after.file_bytes
+        saved = 1 - after / before
+        said = (
+            f"{binary_size(after)} instead of {binary_size(before)} in the same dtype; "
+            f"{percent(cut.decoder_removed, 2)} of the decoder was cut out."
         )
+        return Claim("Smaller by", percent(saved), said, tone=_gain_tone(saved > 0))
     if found is None:
         return _not_packed(run)
     saved = 1 - found.ratio
     dense = f"{binary_size(found.bfloat16_bytes)} in dense bfloat16"
-    against = f"{binary_size(found.file_bytes)} instead of {dense}"
-    return Claim(
-        "Smaller by",
-        percent(saved),
-        f"{against}{_parts_of_saving(found)}.",
-        tone=_gain_tone(saved > 0),
-    )
+    against = f"{binary_size(found.file_bytes)} instead of {dense}{_parts_of_saving(found)}."
+    return Claim("Smaller by", percent(saved), against, tone=_gain_tone(saved > 0))
 
 
 def _parts_of_saving(found: Compression) -> str:
@@ -160,13 +153,8 @@ def _faster(run: ReportedRun) -> Claim:
     found = _speed_gain(run)
     if found is None:
         failed = "" if run.bench is None else "The measurement had nothing to compare. "
-        return Claim(
-            "Faster by",
-            "not measured",
-            f"{failed}Timing it on your machine:",
-            measured=False,
-            command=run.timing(),
-        )
+        said = f"{failed}Timing it on your machine:"
+        return Claim("Faster by", "not measured", said, measured=False, command=run.timing())
     other, theirs, ours = found
     ratio = ours / theirs
     description = (
@@ -187,13 +175,8 @@ def _quality(run: ReportedRun) -> Claim:
         if found.perplexity:
             first = found.perplexity[0]
             return _inherited([first], _kept_by_perplexity(run, first, found))
-    return Claim(
-        "Quality kept",
-        "not measured",
-        "Judging it beside the dense model:",
-        measured=False,
-        command=run.judging(),
-    )
+    said = "Judging it beside the dense model:"
+    return Claim("Quality kept", "not measured", said, measured=False, command=run.judging())
 
 
 def _inherited(results: Sequence[Measurement], claim: Claim) -> Claim:
@@ -262,37 +245,7 @@ LEAST_GAIN = 0.005
 """A difference in nats per token that is no more than this counts as none."""
 
 
-@dataclass(frozen=True)
-class FitView:
-    """The data of a fit for the page.
-
-    Attributes:
-        name: of the folder.
-        made: a line about the bounds and the work.
-        claims: size, loss, and what pruning brought.
-        chart: the frontier.
-        tables: as the terminal shows them.
-        broken: bounds that the result does not keep.
-    """
-
-    name: str
-    made: str
-    claims: list[Claim]
-    chart: LineChart
-    tables: list[Table]
-    broken: list[str]
-
-
-def fit_view(fit: ReportedFit) -> FitView:
-    """The data of a fit for the page."""
-    result = fit.result
-    tables = [block for block in result.blocks() if isinstance(block, Table)]
-    return FitView(
-        fit.name, _fit_summary(result), _fit_claims(result), result.chart(), tables, result.broken
-    )
-
-
-def _fit_summary(result: FitResult) -> str:
+def fit_summary(result: FitResult) -> str:
     """The bounds, how many candidates were measured, and how long it took."""
     bounds = [BOUNDS[one.option].format(one.format_value(one.wanted)) for one in result.checks]
     measured = len(result.singles) + len(result.frontier)
@@ -303,7 +256,7 @@ def _fit_summary(result: FitResult) -> str:
     )
 
 
-def _fit_claims(result: FitResult) -> list[Claim]:
+def fit_claims(result: FitResult) -> list[Claim]:
     """Size, loss, and what pruning brought."""
     packed, loss = result.packed, result.losses[WINNER].loss_increase
     return [
@@ -330,12 +283,8 @@ def pruning_brought(result: FitResult) -> Claim:
     zeros = sum("zeros" in kind for kind in result.kind_of.values())
     used = f"{zeros} of {len(result.kind_of)} matrices of the winner have zeros."
     if rounded is None:
-        return Claim(
-            "Pruning brought",
-            "the size",
-            f"No rounding alone fits into this budget. {used}",
-            tone="good",
-        )
+        said = f"No rounding alone fits into this budget. {used}"
+        return Claim("Pruning brought", "the size", said, tone="good")
     sizes = (
         f"Rounding alone, at {binary_size(rounded.file_bytes)}: "
         f"{signed(rounded.loss_increase, 3)} nats."
@@ -443,15 +392,10 @@ def _marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow
 def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     """A perplexity. Its error is the error of the mean loss, as a factor."""
     reference = found.reference_perplexity
-    row = QualityRow(
-        f"perplexity, {bare_name(found.text)}",
-        "lower",
-        "",
-        "" if reference is None else f"{reference:.2f}",
-    )
+    dense = "" if reference is None else f"{reference:.2f}"
+    row = QualityRow(f"perplexity, {bare_name(found.text)}", "lower", "", dense)
     error = found.perplexity * (found.standard_error or 0)
-    value = f"{found.perplexity:.2f}" + (f" ± {error:.2f}" if error else "")
-    comparison = ""
+    value, comparison = with_error(found.perplexity, error or None, ".2f"), ""
     if reference and found.perplexity > 0:
         comparison = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
     return row, Cell(value, comparison)
@@ -459,20 +403,13 @@ def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
 
 def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers for the distance of the predictions from the dense model's."""
-    change = _plus_minus(signed(found.loss_change, 4), found.loss_change_standard_error, ".4f")
-    kl = _plus_minus(f"{found.kl:.4f}", found.kl_standard_error, ".4f")
-    yield (
-        QualityRow(f"KL from dense, {bare_name(found.text)}", "lower", "", "0"),
-        Cell(kl, "nats a token"),
-    )
-    yield (
-        QualityRow(f"same top token as dense, {bare_name(found.text)}", "higher", "", percent(1)),
-        Cell(percent(found.top1_agreement, 1) + _points_error(found.top1_standard_error)),
-    )
-    yield (
-        QualityRow(f"change of loss, {bare_name(found.text)}", "lower", "", "0"),
-        Cell(change, "nats a token"),
-    )
+    change = signed(found.loss_change, 4) + _plus_minus(found.loss_change_standard_error, ".4f")
+    kl = with_error(found.kl, found.kl_standard_error)
+    text, same = bare_name(found.text), percent(found.top1_agreement, 1)
+    same += _plus_minus(found.top1_standard_error, ".1f", 100)
+    yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats a token")
+    yield QualityRow(f"same top token as dense, {text}", "higher", "", percent(1)), Cell(same)
+    yield QualityRow(f"change of loss, {text}", "lower", "", "0"), Cell(change, "nats a token")
 
 
 def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
@@ -484,15 +421,11 @@ def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
         percent(found.chance, 1),
         "" if found.reference_value is None else percent(found.reference_value, 1),
     )
-    value = percent(found.value, 1) + _points_error(found.standard_error)
+    value = percent(found.value, 1) + _plus_minus(found.standard_error, ".1f", 100)
     comparisons, verdict = [], ""
     if found.difference is not None:
-        points = _plus_minus(
-            signed(100 * found.difference, 1),
-            _times_hundred(found.difference_standard_error),
-            ".1f",
-        )
-        comparisons.append(f"{points} points")
+        error = _plus_minus(found.difference_standard_error, ".1f", 100)
+        comparisons.append(f"{signed(100 * found.difference, 1)}{error} points")
         if found.significant is not None:
             verdict = "same"
             if found.significant:
@@ -504,36 +437,17 @@ def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
     return row, Cell(value, ", ".join(comparisons), verdict)
 
 
-def _plus_minus(value: str, error: float | None, form: str) -> str:
-    """A value with its standard error, if it is known."""
-    return value if error is None else f"{value} ± {error:{form}}"
-
-
-def _points_error(error: float | None) -> str:
-    """The standard error of a fraction, in percentage points."""
-    return "" if error is None else f" ± {100 * error:.1f}"
-
-
-def _times_hundred(value: float | None) -> float | None:
-    """A fraction in percent."""
-    return None if value is None else 100 * value
+def _plus_minus(error: float | None, form: str, scale: float = 1) -> str:
+    """A standard error, if it is known; a scale of 100 makes points of a fraction."""
+    return "" if error is None else f" ± {scale * error:{form}}"
 
 
 def evidence(run: ReportedRun) -> str:
     """The sections headline, quality, speed and findings, as far as they were measured."""
-    parts = [
-        _headline_section(run),
-        _quality_section(run),
-        _speed_section(run),
-        _findings_section(run),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _headline_section(run: ReportedRun) -> str:
-    """The claims that have a measurement."""
     lines = [f"- **{c.title} {c.value}**: {c.description}" for c in claims(run) if c.measured]
-    return "\n".join(["## In short", "", *lines]) if lines else ""
+    headline = "\n".join(["## In short", "", *lines]) if lines else ""
+    parts = [headline, _quality_section(run), _speed_section(run), _findings_section(run)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _quality_section(run: ReportedRun) -> str:
@@ -555,18 +469,8 @@ def _quality_section(run: ReportedRun) -> str:
         said = {"same": "no significant difference", "": ""}
         verdict = said.get(cell.verdict, f"significantly {cell.verdict}")
         comparison = ", ".join(filter(None, (cell.comparison, verdict)))
-        lines.append(
-            markdown_row(
-                [
-                    row.measure,
-                    row.chance,
-                    row.dense,
-                    cell.value,
-                    comparison,
-                    f"`{cell.protocol_id}`",
-                ]
-            )
-        )
+        numbers = (row.measure, row.chance, row.dense, cell.value)
+        lines.append(markdown_row([*numbers, comparison, f"`{cell.protocol_id}`"]))
     return "\n".join(lines)
 
 
@@ -604,9 +508,6 @@ def _findings_section(run: ReportedRun) -> str:
     return f"## Diagnosis\n\n{without_folders(found)}"
 
 
-TEXT_GENERATION = {"type": "text-generation"}
-
-
 def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | None = None) -> str:
     """The text of README.md for the hub.
 
@@ -626,11 +527,9 @@ def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | N
     data.setdefault("library_name", "transformers")
     data.setdefault("pipeline_tag", "text-generation")
     data |= {"base_model": base_model} if base_model else {}
-    if run is not None and run.evaluation is not None:
-        results = [*_perplexities(run.evaluation), *_scores(run.evaluation)]
-        if results:
-            name = Path(repo).name
-            data["model-index"] = [{"name": name, "results": results}]
+    results = _hub_results(run.evaluation) if run and run.evaluation else []
+    if results:
+        data["model-index"] = [{"name": Path(repo).name, "results": results}]
     measured = evidence(run) if run is not None else ""
     if measured and measured not in body:
         body = f"{body.rstrip()}\n\n{measured}\n"
@@ -638,39 +537,21 @@ def push_card(card: str, repo: str, run: ReportedRun | None, base_model: str | N
     return f"---\n{header}---\n{body}"
 
 
-def _perplexities(found: EvaluationRecord) -> list[dict[str, Any]]:
-    """The perplexities in the form that the hub reads."""
-    return [
-        {
-            "task": TEXT_GENERATION,
-            "dataset": {"type": one.text, "name": one.text},
-            "metrics": [
-                {
-                    "type": "perplexity",
-                    "value": one.perplexity,
-                    "name": f"perplexity, protocol {one.protocol_id}",
-                }
-            ],
-        }
-        for one in found.perplexity
+def _hub_results(found: EvaluationRecord) -> list[dict[str, Any]]:
+    """Perplexities and scores in the form that the hub reads."""
+    numbers = [
+        *((x.text, "perplexity", x.perplexity, "perplexity", x) for x in found.perplexity),
+        *((x.task, x.metric, x.value, f"{x.metric}, {x.shots} shots", x) for x in found.tasks),
     ]
-
-
-def _scores(found: EvaluationRecord) -> list[dict[str, Any]]:
-    """The scores of tasks in the form that the hub reads."""
     return [
         {
-            "task": TEXT_GENERATION,
-            "dataset": {"type": one.task, "name": one.task},
+            "task": {"type": "text-generation"},
+            "dataset": {"type": data, "name": data},
             "metrics": [
-                {
-                    "type": one.metric,
-                    "value": one.value,
-                    "name": f"{one.metric}, {one.shots} shots, protocol {one.protocol_id}",
-                }
+                {"type": kind, "value": value, "name": f"{name}, protocol {one.protocol_id}"}
             ],
         }
-        for one in found.tasks
+        for data, kind, value, name, one in numbers
     ]
 
 

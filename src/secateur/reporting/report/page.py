@@ -22,9 +22,17 @@ from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape
+from secateur.publishing import without_folders
+from secateur.reporting.advise import AdviseResult
 from secateur.reporting.cards import shown_place, without_folders
-from secateur.reporting.charts import HeatMap, page_svg
-from secateur.reporting.report.claims import Claim, claims, fit_view, quality_rows
+from secateur.reporting.charts import page_svg
+from secateur.reporting.fit import FitResult
+from secateur.reporting.report.claims import (
+    claims,
+    fit_claims,
+    fit_summary,
+    quality_rows,
+)
 from secateur.reporting.report.figures import (
     alike,
     curves,
@@ -36,10 +44,8 @@ from secateur.reporting.report.figures import (
 )
 from secateur.reporting.report.records import (
     Records,
-    ReportedAdvice,
-    ReportedFit,
+    Reported,
     ReportedRun,
-    ReportedSweep,
 )
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import (
@@ -61,28 +67,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class RunView:
-    """The data of a run for the page."""
-
-    run: ReportedRun
-    made: str
-    claims: list[Claim]
-    chips: list[tuple[str, str]]
-    heat_maps: list[HeatMap]
-    findings: list[Finding]
-
-
-@dataclass(frozen=True)
-class SweepView:
-    """The data of a sweep for the page."""
-
-    name: str
-    made: str
-    summary: str
-    result: SweepResult
-
-
-@dataclass(frozen=True)
 class Voice:
     """The text that one model generated for a prompt."""
 
@@ -90,14 +74,6 @@ class Voice:
     text: str
     ours: bool = True
     degenerate: bool = False
-
-
-@dataclass(frozen=True)
-class PromptView:
-    """A prompt and the texts of all models."""
-
-    prompt: str
-    voices: list[Voice]
 
 
 def render(records: Records, *, version: str, date: str) -> str:
@@ -136,26 +112,40 @@ def render(records: Records, *, version: str, date: str) -> str:
 
 
 def _content(records: Records) -> dict[str, Any]:
-    """All values that the template needs."""
+    """All values that the template needs, and the functions that it calls."""
     runs = records.runs
     return {
         "title": _title(records),
         "lead": lead(records),
         "sections": _sections(records),
-        "views": [_view_of(run) for run in runs],
-        "fits": [fit_view(fit) for fit in records.fits],
-        "advices": [advice_view(advice) for advice in records.advices],
-        "sweeps": [_sweep_view(sweep) for sweep in records.sweeps],
+        "records": records,
         "alike": alike(runs),
         "quality": quality_rows(runs),
         "curves": curves(records),
         "drift": drift(runs),
-        "size": size_chart(runs),
-        "speeds": speed_charts(runs),
-        "memory": memory_charts(runs),
+        "bars": [size_chart(runs), *speed_charts(runs), *memory_charts(runs)],
         "samples": _samples(runs),
         "provenance": _provenance(records),
+        "made_by": _made_by,
+        "claims": claims,
+        "chips": chips,
+        "heat_maps": heat_maps,
+        "findings": _findings,
+        "sweep_lines": _sweep_lines,
+        "fit_summary": fit_summary,
+        "fit_claims": fit_claims,
+        "tables_of": _tables_of,
+        "sliders": SLIDERS,
+        "what_if": lambda found: json.dumps(
+            what_if_data(found.question, found.model, found.hardware)
+            | {"verdict": found.advice.verdict}
+        ),
     }
+
+
+def _tables_of(result: Result) -> list[Table]:
+    """The tables that the terminal shows."""
+    return [block for block in result.blocks() if isinstance(block, Table)]
 
 
 def _title(records: Records) -> str:
@@ -215,11 +205,10 @@ def _sections(records: Records) -> list[tuple[str, str]]:
     return [(key, name) for key, name, there in found if there]
 
 
-def _view_of(run: ReportedRun) -> RunView:
-    """The data of a run for the page."""
+def _findings(run: ReportedRun) -> list[Finding]:
+    """The findings of a run, the worst first."""
     found = run.diagnosis.findings if run.diagnosis else ()
-    ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-    return RunView(run, _made_by(run), claims(run), chips(run), heat_maps(run), ordered)
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _made_by(run: ReportedRun) -> str:
@@ -251,9 +240,8 @@ def chips(run: ReportedRun) -> list[tuple[str, str]]:
     return labels
 
 
-def _sweep_view(sweep: ReportedSweep) -> SweepView:
-    """The data of a sweep for the page."""
-    result = sweep.result
+def _sweep_lines(result: SweepResult) -> tuple[str, str]:
+    """What was swept; then the dense model's perplexity, and the best method at each sparsity."""
     methods = list(dict.fromkeys(point.method for point in result.points))
     made = f"{bare_name(result.sweep.model)}: {', '.join(methods)}; {len(result.points)} points"
     sentences = []
@@ -265,10 +253,10 @@ def _sweep_view(sweep: ReportedSweep) -> SweepView:
             place = percent(sparsity) if pattern == "unstructured" else pattern
             lead = "Best at" if len(alike) > 1 else "At"
             sentences.append(f"{lead} {place}: {best.method}, {best.perplexity[text]:.2f}.")
-    return SweepView(sweep.name, made, " ".join(sentences), result)
+    return made, " ".join(sentences)
 
 
-def _samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
+def _samples(runs: Sequence[ReportedRun]) -> dict[str, list[Voice]]:
     """The generated texts by prompt: first the dense model's, if it is known."""
     prompts: dict[str, list[Voice]] = {}
     for run, texts in _written(runs):
@@ -283,7 +271,7 @@ def _samples(runs: Sequence[ReportedRun]) -> list[PromptView]:
             if sample.reference_text is not None and dense not in voices:
                 voices.insert(sum(not voice.ours for voice in voices), dense)
             voices.append(Voice(name, sample.text.strip(), degenerate=sample.degenerate))
-    return [PromptView(prompt, voices) for prompt, voices in prompts.items()]
+    return prompts
 
 
 def _written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
@@ -372,7 +360,7 @@ def _judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
     return tables
 
 
-def _of_sweep(sweep: ReportedSweep) -> Part:
+def _of_sweep(sweep: Reported[SweepResult]) -> Part:
     """Everything that the points of a sweep share."""
     result = sweep.result
     tables = [
@@ -384,27 +372,26 @@ def _of_sweep(sweep: ReportedSweep) -> Part:
     return Part(sweep.name, tables)
 
 
-def _of_fit(fit: ReportedFit) -> Part:
+def _of_fit(fit: Reported[FitResult]) -> Part:
     """The bounds of a fit, its levels, and how the winner is stored."""
     result = fit.result
-    bounds: dict[str, Any] = {"folder": shown_place(fit.folder)}
+    bounds: dict[str, Any] = {"folder": shown_place(fit.place)}
     bounds |= {one.flag: one.format_value(one.wanted) for one in result.checks}
+    levels = [one.name for one in result.singles]
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
         ("Bounds", _facts(bounds)),
-        (
-            "Levels",
-            _facts({"levels": [one.name for one in result.singles], "seconds": result.seconds}),
-        ),
+        ("Levels", _facts({"levels": levels, "seconds": result.seconds})),
         ("Stored as", _facts(stored)),
     ]
     return Part(fit.name, [table for table in tables if table[1]])
 
 
-def _of_advice(advice: ReportedAdvice) -> Part:
+def _of_advice(advice: Reported[AdviseResult]) -> Part:
     """What an advice counts with: the model, the device, prices and losses with their sources."""
     result = advice.result
     question, known = result.question, result.facts
+    efficiency = known.efficiency[question.hardware.kind]
     sizes = asdict(question.model)
     del sizes["kinds"]
     model = {name: value for name, value in sizes.items() if value}
@@ -420,15 +407,7 @@ def _of_advice(advice: ReportedAdvice) -> Part:
         [
             ("Model", _facts(model)),
             ("Device", _facts({**device, "times": result.speed_basis})),
-            (
-                "Facts",
-                _facts(
-                    {
-                        "collected": known.date,
-                        **known.efficiency[question.hardware.kind].model_dump(),
-                    }
-                ),
-            ),
+            ("Facts", _facts({"collected": known.date, **efficiency.model_dump()})),
             ("Accuracy kept, published", _facts(losses)),
             ("Hosted models: prompt and answer", _facts(prices)),
             ("Pruning 7 B on one A100", _facts(pruning)),
@@ -480,14 +459,6 @@ class ReportResult(Result):
     plots: list[Path] = field(default_factory=list)
     card: Path | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """All paths."""
-        return {
-            "page": str(self.page),
-            "plots": [str(file) for file in self.plots],
-            "card": str(self.card) if self.card else None,
-        }
-
     def blocks(self) -> Sequence[Block]:
         """A line for each kind of file."""
         lines = [Line(f"report: {self.page}")]
@@ -534,56 +505,6 @@ SLIDERS = (
     Slider("utilisation", "planned part of a device's time", 0.05, 1, log=False),
     Slider("peak", "busiest moment over average", 1, 10, log=False),
 )
-
-
-@dataclass(frozen=True)
-class AdviceView:
-    """The data of an advice for the page.
-
-    Attributes:
-        name: of the file.
-        verdict: one sentence.
-        tables: as the terminal shows them.
-        lines: the notes, as the terminal shows them, without the verdict.
-        commands: that make the chosen option.
-        hardware: devices to choose from, by name.
-        sliders: of the what-if page.
-        data: JSON for the script.
-    """
-
-    name: str
-    verdict: str
-    tables: list[Table]
-    lines: list[str]
-    commands: tuple[str, ...]
-    hardware: list[tuple[str, str]]
-    sliders: tuple[Slider, ...]
-    data: str
-
-
-def advice_view(advice: ReportedAdvice) -> AdviceView:
-    """The data of an advice for the page."""
-    result = advice.result
-    chosen = result.advice.chosen
-    refused, origins = (
-        [line.text for line in lines] for lines in (result.refused(), result.origins())
-    )
-    lines = [*result.legend(), *refused, *origins]
-    devices = result.facts.hardware.items()
-    hardware = [(key, one.name) for key, one in devices if one.on_paper or key == result.hardware]
-    return AdviceView(
-        advice.name,
-        result.advice.verdict,
-        [block for block in result.blocks() if isinstance(block, Table)],
-        lines,
-        chosen.option.commands(result.model) if chosen else (),
-        hardware,
-        SLIDERS,
-        json.dumps(
-            what_if_data(result.question, result.model, result.hardware)
-            | {"verdict": result.advice.verdict}
-        ),
-    )
 
 
 def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[str, Any]:

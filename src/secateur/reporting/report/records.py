@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from secateur.errors import CheckpointError, SourceError
 from secateur.reporting.advise import AdviseResult
@@ -78,45 +79,22 @@ class ReportedRun:
         return command("diagnose", self.place, "--dense", self.dense)
 
 
+AnyResult = TypeVar("AnyResult")
+
+
 @dataclass(frozen=True)
-class ReportedSweep:
-    """A sweep.
+class Reported(Generic[AnyResult]):
+    """A sweep, a fit or an advice.
 
     Attributes:
-        name: the name of the sweep on the page.
+        name: its name on the page.
+        place: its folder or file.
         result: all its measurements.
     """
 
     name: str
-    result: SweepResult
-
-
-@dataclass(frozen=True)
-class ReportedFit:
-    """A fit.
-
-    Attributes:
-        name: its name on the page.
-        folder: of the packed winner.
-        result: all its measurements.
-    """
-
-    name: str
-    folder: Path
-    result: FitResult
-
-
-@dataclass(frozen=True)
-class ReportedAdvice:
-    """An advice.
-
-    Attributes:
-        name: its name on the page.
-        result: the advice with its question.
-    """
-
-    name: str
-    result: AdviseResult
+    place: Path
+    result: AnyResult
 
 
 @dataclass(frozen=True)
@@ -124,9 +102,9 @@ class Records:
     """What a report is about."""
 
     runs: tuple[ReportedRun, ...] = ()
-    sweeps: tuple[ReportedSweep, ...] = ()
-    fits: tuple[ReportedFit, ...] = ()
-    advices: tuple[ReportedAdvice, ...] = ()
+    sweeps: tuple[Reported[SweepResult], ...] = ()
+    fits: tuple[Reported[FitResult], ...] = ()
+    advices: tuple[Reported[AdviseResult], ...] = ()
 
 
 def read_records(places: Sequence[Path]) -> Records:
@@ -141,18 +119,17 @@ def read_records(places: Sequence[Path]) -> Records:
             "there is nothing to report", remedy="name folders of runs, sweeps or fits, or the "
             "JSON of an advice"
         )  # fmt: skip
-    runs: list[ReportedRun] = []
-    sweeps: list[ReportedSweep] = []
-    fits: list[ReportedFit] = []
-    advices: list[ReportedAdvice] = []
+    runs = list[ReportedRun]()
+    sweeps, fits = list[Reported[SweepResult]](), list[Reported[FitResult]]()
+    advices = list[Reported[AdviseResult]]()
     for place, name in zip(places, _names_of(places), strict=True):
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
-            sweeps.append(ReportedSweep(name, SweepResult(sweep, place)))
+            sweeps.append(Reported(name, place, SweepResult(sweep, place)))
         elif (place / FIT).is_file():
-            fits.append(ReportedFit(name, place, read_record(FitResult, place / FIT)))
+            fits.append(Reported(name, place, read_record(FitResult, place / FIT)))
         elif place.is_file():
-            advices.append(ReportedAdvice(name, AdviseResult.read(place)))
+            advices.append(Reported(name, place, AdviseResult.read(place)))
         else:
             runs.append(read_run(place, name))
     return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(advices))

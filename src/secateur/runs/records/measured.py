@@ -114,7 +114,7 @@ class DiagnosisRecord(Record):
     environment: dict[str, Any]
     protocol: dict[str, Any]
     verdict: str
-    findings: tuple[Finding, ...]
+    findings: list[Finding]
     layers: tuple[LayerState, ...]
     linears: tuple[MatrixState, ...]
     target: Machine
