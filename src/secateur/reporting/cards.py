@@ -73,11 +73,8 @@ def prune_card(
         "the same\ndtype, and engines that do not know of sparsity run it at the dense model's "
         f"speed. To pack it:\n`secateur compress {place} --output {place}-small`.",
         f"Vectors (norms, biases) are never pruned. {_not_pruned(manifest.left)}",
-        *(
-            [f"No calibration token reached these experts, so they are dense: {silent}."]
-            * bool(silent)
-        ),
-        *([evidence] * bool(evidence)),
+        f"No calibration token reached these experts, so they are dense: {silent}." * bool(silent),
+        evidence,
         _use(TRANSFORMERS, place),
         _made_again("prune", recipe_yaml, place),
         "The calibration windows are in `secateur/windows.safetensors`; per-layer records in\n"
@@ -98,20 +95,12 @@ def structure_card(
     """
     cut, place = manifest.structure, shown_place(output)
     assert cut is not None
-    before, after = cut.before, cut.after
+    before, after = both = cut.before, cut.after
     rows = [
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
         ("of them in decoder layers", f"{before.decoder:,}", f"{after.decoder:,}"),
-        (
-            "KV cache of a token",
-            f"{before.kv_cache_bytes_per_token:,} bytes",
-            f"{after.kv_cache_bytes_per_token:,} bytes",
-        ),
-        (
-            "weight files",
-            f"{before.file_bytes / 2**20:.1f} MiB",
-            f"{after.file_bytes / 2**20:.1f} MiB",
-        ),
+        ("KV cache of a token", *(f"{x.kv_cache_bytes_per_token:,} bytes" for x in both)),
+        ("weight files", *(f"{x.file_bytes / 2**20:.1f} MiB" for x in both)),
     ]
     if (measured := cut.latency) is not None:
         name = (
@@ -263,7 +252,7 @@ def with_dense_card(card: str, dense: str) -> str:
 
 
 def _card(front: str, title: str, *sections: str) -> str:
-    return front + "\n\n".join([f"# {title}", *sections])
+    return front + "\n\n".join([f"# {title}", *filter(None, sections)])
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 9) -> str:

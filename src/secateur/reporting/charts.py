@@ -303,7 +303,7 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
 def _style(more: dict[str, Any]) -> Iterator[None]:
     from matplotlib import rc_context
 
-    style: dict[str, Any] = {
+    style: Any = {
         "font.size": 10, "text.parse_math": False, "text.color": INK, "axes.edgecolor": SOFT,
         "axes.labelcolor": SOFT, "axes.facecolor": "none", "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": PAPER,
@@ -358,18 +358,10 @@ def _draw_lines(axes: Any, chart: LineChart) -> list[_Drawn]:
     for number, series in enumerate(chart.series):
         marks, kind = series.drawn, number % len(COLORS)
         [line] = axes.plot(
-            [m.x for m in marks],
-            [m.y for m in marks],
-            marker=SHAPES[kind],
-            markersize=7,
-            markeredgecolor=PAPER,
-            markeredgewidth=0.8,
-            linestyle=STROKES[kind] if series.joined else "none",
-            linewidth=1.8,
-            color=COLORS[kind],
-            clip_on=False,
-            zorder=3,
-        )
+            [m.x for m in marks], [m.y for m in marks], marker=SHAPES[kind], markersize=7,
+            markeredgecolor=PAPER, markeredgewidth=0.8, color=COLORS[kind], linewidth=1.8,
+            linestyle=STROKES[kind] if series.joined else "none", clip_on=False, zorder=3,
+        )  # fmt: skip
         drawn.append(_Drawn(line, f"s{kind}", [mark.description for mark in marks]))
     handles = [one.artist for one in drawn]
     names = [series.name for series in chart.series]
@@ -426,17 +418,10 @@ def _label_marks(axes: Any, chart: LineChart) -> list[_Drawn]:
             if mark.label:
                 at = _free_place(x, y, _printable(mark.label), frame, taken)
                 text = axes.annotate(
-                    _printable(mark.label),
-                    (at[0], at[1]),
-                    xycoords="figure points",
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color=COLORS[number % len(COLORS)],
-                    path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
-                    annotation_clip=False,
-                    zorder=4,
-                )
+                    _printable(mark.label), at, xycoords="figure points", ha="center", va="center",
+                    fontsize=8.5, color=COLORS[number % len(COLORS)], annotation_clip=False,
+                    path_effects=[withStroke(linewidth=2.5, foreground=PAPER)], zorder=4,
+                )  # fmt: skip
                 drawn.append(_Drawn(text, "value"))
     return drawn
 
@@ -478,8 +463,8 @@ def _draw_heat(axes: Any, chart: HeatMap) -> list[_Drawn]:
     for row, values in enumerate(chart.values):
         for column, value in enumerate(values):
             if value is None:
-                ends = ([column + 0.15, column + 0.85], [row + 0.85, row + 0.15])
-                axes.plot(*ends, color=RULE, linewidth=1.5, clip_on=False)
+                across = ([column + 0.15, column + 0.85], [row + 0.85, row + 0.15])
+                axes.plot(*across, color=RULE, linewidth=1.5, clip_on=False)
     tips = [
         f"{name}, layer {column}: {'not pruned' if value is None else chart.format(value)}"
         for name, values in zip(chart.rows, chart.values, strict=True)

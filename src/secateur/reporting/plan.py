@@ -65,12 +65,16 @@ class PlanResult(Result):
             "memory: the whole model, generating windows": sizes["writing"],
             f"memory: {learning}, distilled": sizes["distilling"],
         }
-        usual = plan.peak_bytes - plan.fallback_bytes if plan.fallback_bytes else None
+        fallback = plan.fallback_bytes
+        usual = binary_size(plan.peak_bytes - fallback) if fallback else None
         rows += [
             ("  the linear layer that takes most", f"{out} x {columns}" if out else None),
             *((name, binary_size(size)) for name, size in optional.items() if size),
             (_peak(plan.on_gpu), binary_size(plan.peak_bytes)),
-            ("  if float32 can factorise every gram, as usual", usual and binary_size(usual)),
+            (
+                "  if float32 can factorise every gram, as usual",
+                usual,
+            ),
             (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
         ]
         return [Table.of("plan", ("", ""), rows)]
@@ -126,7 +130,7 @@ class CutPlanResult(Result):
             ("sizes are known during the run", ", ".join(self.unknown) or None),
             (
                 f"{_peak(bool(plan and plan.on_gpu))}, heads and neurons",
-                plan and binary_size(plan.peak_bytes),
+                binary_size(plan.peak_bytes) if plan else None,
             ),
         ]
         return [Table.of("plan of the cut", ("", "before", "after"), rows), Table.facts("", needs)]

@@ -65,28 +65,15 @@ def heat_maps(run: ReportedRun) -> list[HeatMap]:
     """
     maps = []
     if run.layers and _uniform(run) is None:
-        maps.append(
-            _heat_map(
-                run,
-                f"sparsity-{run.name}",
-                "Sparsity of each matrix",
-                _sparsity_of,
-                percent=True,
-                note="Fraction of zeros.",
-            )
-        )
+        cells = _cells(run, _sparsity_of)
+        note = "Fraction of zeros."
+        title = "Sparsity of each matrix"
+        maps.append(HeatMap(f"sparsity-{run.name}", title, *cells, percent=True, note=note))
     if any(x.error is not None for layer in run.layers for x in layer.linears):
-        maps.append(
-            _heat_map(
-                run,
-                f"error-{run.name}",
-                "Error of each matrix",
-                lambda x: x.error,
-                log=True,
-                note="Relative squared error of its output on the calibration data; logarithmic "
-                "colours.",
-            )
-        )
+        cells = _cells(run, lambda x: x.error)
+        note = "Relative squared error of its output on the calibration data; logarithmic colours."
+        title = "Error of each matrix"
+        maps.append(HeatMap(f"error-{run.name}", title, *cells, log=True, note=note))
     return maps
 
 
@@ -128,34 +115,19 @@ def alike(runs: Sequence[ReportedRun]) -> list[str]:
     return lines
 
 
-def _heat_map(
-    run: ReportedRun,
-    key: str,
-    title: str,
-    value: Callable[[LinearRecord], float | None],
-    *,
-    log: bool = False,
-    percent: bool = False,
-    note: str,
-) -> HeatMap:
-    """The heat map of one value of every matrix."""
+Cells = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[float | None, ...], ...]]
+
+
+def _cells(run: ReportedRun, value: Callable[[LinearRecord], float | None]) -> Cells:
+    """Names of matrices, numbers of layers, and one value of every matrix."""
     cells: dict[str, dict[int, float | None]] = {}
     for layer in run.layers:
         for linear in layer.linears:
-            cells.setdefault(_place_in_layer(linear.name, layer.layer), {})[layer.layer] = value(
-                linear
-            )
+            row = cells.setdefault(_place_in_layer(linear.name, layer.layer), {})
+            row[layer.layer] = value(linear)
     columns = [layer.layer for layer in run.layers]
-    return HeatMap(
-        key=key,
-        title=title,
-        rows=tuple(_short_names(list(cells))),
-        columns=tuple(str(number) for number in columns),
-        values=tuple(tuple(row.get(number) for number in columns) for row in cells.values()),
-        log=log,
-        percent=percent,
-        note=note,
-    )
+    values = tuple(tuple(row.get(number) for number in columns) for row in cells.values())
+    return tuple(_short_names(list(cells))), tuple(map(str, columns)), values
 
 
 def _place_in_layer(name: str, layer: int) -> str:
@@ -177,19 +149,14 @@ def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
     series = []
     for run in runs:
         layers = run.diagnosis.layers if run.diagnosis else ()
-        marks = tuple(
-            Mark(
-                state.layer,
-                state.relative_error,
-                description=f"{run.name}, layer {state.layer}: "
-                f"relative error {state.relative_error:.3f}"
-                + ("" if state.cosine is None else f", cosine {state.cosine:.4f}"),
-            )
-            for state in layers
-            if state.relative_error is not None
-        )
+        marks = []
+        for state in layers:
+            if state.relative_error is not None:
+                said = f"{run.name}, layer {state.layer}: relative error {state.relative_error:.3f}"
+                said += "" if state.cosine is None else f", cosine {state.cosine:.4f}"
+                marks.append(Mark(state.layer, state.relative_error, description=said))
         if marks:
-            series.append(Series(run.name, marks))
+            series.append(Series(run.name, tuple(marks)))
     if all(len(one.marks) < 2 for one in series):
         return None
     return LineChart(
@@ -249,58 +216,44 @@ def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     """Tokens per second of each way to run a model, for each timed run."""
     charts = []
     for run in runs:
-        ran = [c for c in run.bench.contenders if c.tokens_per_second] if run.bench else []
-        if len(ran) < 2 or run.bench is None:
-            continue
-        p = run.bench.protocol
-        charts.append(
-            BarChart(
-                f"speed-{run.name}",
-                f"Speed of {run.name}",
-                "tokens a second",
-                tuple(
-                    Bar(
-                        c.contender,
-                        c.tokens_per_second or 0.0,
-                        f"{c.tokens_per_second:.1f} tokens/s",
-                        c.contender.startswith("packed"),
-                        c.tokens_per_second_least,
-                        c.tokens_per_second_most,
-                    )
-                    for c in ran
-                ),
-                f"Longer is better; lines from least to most. Batch 1, "
-                f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written, "
-                f"{p.get('rounds', '?')} rounds in turns, on {p.get('cpu', '?')}, "
-                f"{p.get('threads', '?')} threads.",
+        p = run.bench.protocol if run.bench else {}
+        bars = tuple(
+            Bar(
+                c.contender,
+                c.tokens_per_second,
+                f"{c.tokens_per_second:.1f} tokens/s",
+                c.contender.startswith("packed"),
+                c.tokens_per_second_least,
+                c.tokens_per_second_most,
             )
+            for c in (run.bench.contenders if run.bench else ())
+            if c.tokens_per_second
         )
+        note = (
+            f"Longer is better; lines from least to most. Batch 1, "
+            f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written, "
+            f"{p.get('rounds', '?')} rounds in turns, on {p.get('cpu', '?')}, "
+            f"{p.get('threads', '?')} threads."
+        )
+        if len(bars) > 1:
+            title = f"Speed of {run.name}"
+            charts.append(BarChart(f"speed-{run.name}", title, "tokens a second", bars, note))
     return charts
 
 
 def memory_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:
     """Memory of each way to run a model, for each run with a measurement."""
     charts = []
+    note = (
+        "Shorter is better. Of the process with the model loaded, over that of the libraries alone."
+    )
     for run in runs:
-        ran = [c for c in run.bench.contenders if c.resident_bytes] if run.bench else []
-        if len(ran) > 1:
-            bars = tuple(
-                Bar(
-                    c.contender,
-                    (c.resident_bytes or 0) / 2**20,
-                    binary_size(c.resident_bytes or 0),
-                    c.contender.startswith("packed"),
-                )
-                for c in ran
-            )
-            charts.append(
-                BarChart(
-                    f"memory-{run.name}",
-                    f"Memory of {run.name}",
-                    "MiB",
-                    bars,
-                    "Shorter is better. Of the process with the model loaded, over that of the "
-                    "libraries alone.",
-                )
-            )
+        bars = tuple(
+            Bar(c.contender, size / 2**20, binary_size(size), c.contender.startswith("packed"))
+            for c in (run.bench.contenders if run.bench else ())
+            if (size := c.resident_bytes)
+        )
+        if len(bars) > 1:
+            title = f"Memory of {run.name}"
+            charts.append(BarChart(f"memory-{run.name}", title, "MiB", bars, note))
     return charts
