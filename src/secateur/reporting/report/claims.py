@@ -16,7 +16,6 @@ from typing import Any, Literal
 import yaml
 
 from secateur.evaluation.perplexity import COMPUTED, judged_part
-from secateur.publishing import without_folders
 from secateur.reporting.cards import OURS, split_card, without_folders
 from secateur.reporting.evaluate import GAIN
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult

@@ -22,7 +22,6 @@ from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape
-from secateur.publishing import without_folders
 from secateur.reporting.advise import AdviseResult
 from secateur.reporting.cards import shown_place, without_folders
 from secateur.reporting.charts import page_svg
