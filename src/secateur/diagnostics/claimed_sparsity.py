@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import defaultdict
+from dataclasses import replace
 
 from secateur.diagnostics.findings import Claims, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
@@ -37,16 +39,11 @@ def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[F
         claims: the records of the run; without any, the linears are compared with each other.
         rounded: the weights were rounded to int8 since the run, which makes zeros.
     """
-    found = [*claims.faults, *_unasked_dense(weights, claims)]
+    found = [*claims.faults, *_dense_linears(weights, claims)]
     for linear in weights.linears:
         found += _against_claim(linear, claims, rounded)
-    return found + _against_total(weights, claims, rounded)
-
-
-def _against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Finding]:
-    """Check the total sparsity against the manifest."""
     if claims.sparsity is None:
-        return []
+        return found
     surplus = weights.sparsity - claims.sparsity
     evidence = (
         f"{weights.sparsity:.2%} of the weights of the decoder's matrices are zero, "
@@ -54,10 +51,10 @@ def _against_total(weights: Weights, claims: Claims, rounded: bool) -> list[Find
     )
     where = f"{claims.folder}/manifest.json"
     if surplus < -TOTAL:
-        return [Finding("sparsity-not-as-claimed", "error", where, evidence, AGAIN)]
-    if surplus > (SURPLUS_ROUNDED if rounded else SURPLUS):
-        return [Finding("more-zeros-than-claimed", "warning", where, evidence, CHANGED)]
-    return []
+        found.append(Finding("sparsity-not-as-claimed", "error", where, evidence, AGAIN))
+    elif surplus > (SURPLUS_ROUNDED if rounded else SURPLUS):
+        found.append(Finding("more-zeros-than-claimed", "warning", where, evidence, CHANGED))
+    return found
 
 
 def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[Finding]:
@@ -116,45 +113,67 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
     return found
 
 
-def _unasked_dense(weights: Weights, claims: Claims) -> list[Finding]:
+DENSE_FINDINGS = {
+    "unknown": Finding(
+        "dense-linear",
+        "warning",
+        "",
+        "{} stored matrices of the decoder layers are dense, others have {:.1%} zeros: their "
+        "layout is not known, so nothing prunes them",
+        "do not call the whole model sparse: `secateur inspect` counts the stored zeros",
+    ),
+    "experts": Finding(
+        "dense-linear",
+        "warning",
+        "",
+        "{} matrices of experts are dense, the other linears have {:.1%} zeros, and no record "
+        "says why",
+        "prune again with secateur, which opens fused experts, if they should be sparse",
+    ),
+    "unseen": Finding(
+        "expert-unseen",
+        "warning",
+        "",
+        "{} linears of experts are dense: no calibration token was routed to them, according to "
+        "the records",
+        "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)",
+    ),
+    "excluded": Finding(
+        "left-dense", "note", "", "{} linears are dense, as the recipe says", "nothing to do"
+    ),
+}
+"""Findings by why linears are dense, without their names and numbers."""
+
+
+def _dense_linears(weights: Weights, claims: Claims) -> list[Finding]:
     """Linears that are dense although others are pruned, and whether the recipe says so."""
     known = [x.sparsity for x in weights.linears if x.known]
     others = [x.sparsity for x in weights.linears if x.known and not _of_expert(x)]
     usual = statistics.median(others or known) if known else 0.0
     if usual < PRUNED:
         return []
-    dense = [
-        x
-        for x in weights.linears
-        if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0
-    ]
-    unseen = [x for x in dense if x.name in claims.unseen]
-    dense = [x for x in dense if x.name not in claims.unseen]
-    unknown = [x for x in dense if not x.known]
-    dense = [x for x in dense if x.known]
-    left = [x for x in dense if claims.kept_dense(x.name)]
-    odd = [x for x in dense if x not in left]
-    experts = [x for x in odd if _of_expert(x) and not claims.linears]
-    odd = [x for x in odd if x not in experts]
-    return [
-        *_dense_of_unknown_layout(unknown, usual),
-        *_dense_without_records(experts, usual),
-        *_dense_experts(unseen),
-        *_dense_as_asked(left),
-        *_dense_unasked(odd, weights, claims, usual),
-    ]
+    dense: dict[str | None, list[LinearHealth]] = defaultdict(list)
+    for x in weights.linears:
+        if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0:
+            dense[_why_dense(x, claims)].append(x)
+    found = []
+    for why, finding in DENSE_FINDINGS.items():
+        if dense[why]:
+            names = listed([x.name for x in dense[why]], 4)
+            evidence = finding.evidence.format(len(dense[why]), usual)
+            found.append(replace(finding, where=names, evidence=evidence))
+    return found + _unexplained(dense[None], weights, claims, usual)
 
 
-def _dense_of_unknown_layout(linears: list[LinearHealth], usual: float) -> list[Finding]:
-    """Dense matrices that no family describes."""
-    if not linears:
-        return []
-    evidence = (
-        f"{len(linears)} stored matrices of the decoder layers are dense, others have "
-        f"{usual:.1%} zeros: their layout is not known, so nothing prunes them"
-    )
-    remedy = "do not call the whole model sparse: `secateur inspect` counts the stored zeros"
-    return [Finding("dense-linear", "warning", _first_names(linears), evidence, remedy)]
+def _why_dense(linear: LinearHealth, claims: Claims) -> str | None:
+    """The entry of `DENSE_FINDINGS` for a dense linear; None if nothing explains it."""
+    if linear.name in claims.unseen:
+        return "unseen"
+    if not linear.known:
+        return "unknown"
+    if claims.kept_dense(linear.name):
+        return "excluded"
+    return "experts" if _of_expert(linear) and not claims.linears else None
 
 
 def _of_expert(linear: LinearHealth) -> bool:
@@ -162,39 +181,7 @@ def _of_expert(linear: LinearHealth) -> bool:
     return re.search(r"\bexperts\.\d+\.", linear.name) is not None
 
 
-def _dense_without_records(linears: list[LinearHealth], usual: float) -> list[Finding]:
-    """Dense matrices of experts, as tools leave them that do not see fused experts."""
-    if not linears:
-        return []
-    evidence = (
-        f"{len(linears)} matrices of experts are dense, the other linears have {usual:.1%} zeros, "
-        "and no record says why"
-    )
-    remedy = "prune again with secateur, which opens fused experts, if they should be sparse"
-    return [Finding("dense-linear", "warning", _first_names(linears), evidence, remedy)]
-
-
-def _dense_experts(linears: list[LinearHealth]) -> list[Finding]:
-    """Dense linears of experts that no calibration token reached."""
-    if not linears:
-        return []
-    evidence = (
-        f"{len(linears)} linears of experts are dense: no calibration token was routed to "
-        "them, according to the records"
-    )
-    remedy = "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)"
-    return [Finding("expert-unseen", "warning", _first_names(linears), evidence, remedy)]
-
-
-def _dense_as_asked(linears: list[LinearHealth]) -> list[Finding]:
-    """Dense linears that the recipe excludes."""
-    if not linears:
-        return []
-    evidence = f"{len(linears)} linears are dense, as the recipe says"
-    return [Finding("left-dense", "note", _first_names(linears), evidence, "nothing to do")]
-
-
-def _dense_unasked(
+def _unexplained(
     linears: list[LinearHealth], weights: Weights, claims: Claims, usual: float
 ) -> list[Finding]:
     """Dense linears that no record explains: a note where all of a kind are dense."""
@@ -219,8 +206,3 @@ def _dense_unasked(
             for x in odd
         ]
     return found
-
-
-def _first_names(linears: list[LinearHealth]) -> str:
-    """The first four names, and the number of the others."""
-    return listed([x.name for x in linears], 4)

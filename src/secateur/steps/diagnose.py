@@ -22,8 +22,14 @@ from secateur.diagnostics.drift import (
 from secateur.diagnostics.findings import Claims, by_severity, read_claims
 from secateur.diagnostics.target import check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
-from secateur.diagnostics.units import check_units, head_size
-from secateur.diagnostics.weights import Weights, check_values, layer_sparsity, look_at_weights
+from secateur.diagnostics.weights import (
+    Weights,
+    check_units,
+    check_values,
+    head_size,
+    layer_sparsity,
+    look_at_weights,
+)
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluation_windows
