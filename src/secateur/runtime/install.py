@@ -62,12 +62,10 @@ def integers_of(
     parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None = None
 ) -> IntegerLinear:
     """A linear in torch, of checked parts of a matrix of integers."""
-    mask, values = formats[layout.format].kept(parts, layout)
-    codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
+    stored = stored_integers(parts, layout)
     if layout.grid is None:
-        return IntegerLinear(codes, parts["weight_scale"].float(), None, bias)
-    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-    return IntegerLinear(codes, scales.values, layout.grid.group, bias)
+        return IntegerLinear(stored.codes, stored.scale[:, 0], None, bias)
+    return IntegerLinear(stored.codes, stored.scale, layout.grid.group, bias)
 
 
 def install(
@@ -269,6 +267,16 @@ class StoredIntegers:
     scale: Tensor
 
 
+def stored_integers(parts: Mapping[str, Tensor], layout: Layout) -> StoredIntegers:
+    """The integers of checked parts of a matrix."""
+    mask, values = formats[layout.format].kept(parts, layout)
+    codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
+    if layout.grid is None:
+        return StoredIntegers(8, codes, parts["weight_scale"][:, None])
+    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+    return StoredIntegers(layout.grid.bits, codes, scales.values)
+
+
 class DenseView(CheckpointReader):
     """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
 
@@ -333,13 +341,7 @@ class DenseView(CheckpointReader):
         layout = self.packed.layouts.get(owner)
         if layout is None or owner == name or not layout.integers:
             return None
-        parts = self.packed.parts(owner)
-        mask, values = formats[layout.format].kept(parts, layout)
-        codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
-        if layout.grid is None:
-            return StoredIntegers(8, codes, parts["weight_scale"][:, None])
-        scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-        return StoredIntegers(layout.grid.bits, codes, scales.values)
+        return stored_integers(self.packed.parts(owner), layout)
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors one after the other, read, since packed ones cannot be mapped."""

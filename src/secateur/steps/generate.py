@@ -1,6 +1,6 @@
 """Generates text with a checkpoint, compressed or not: one text, or a conversation.
 
-A `TextSession` holds the model, and generates piece by piece with the fastest available loop.
+A `Conversation` holds the model, and generates piece by piece with the fastest available loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued, why_not
 from secateur.runtime.load import load
-from secateur.runtime.sampling import Sampling, TextStream, sampling_in, sampling_with
+from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
 
 POSITIONS = "max_position_embeddings"
 
@@ -142,17 +142,22 @@ class Conversation:
             )
         if "" in stop:
             raise RecipeError("a stop text is empty", remedy="give at least one character")
-        self.session = TextSession(model, trust_remote_code=trust_remote_code)
-        self.max_new_tokens, self.stop = max_new_tokens, stop
-        given = dict(sampling or {})
-        self.sampling = sampling_with(self.session.defaults, given)
+        self.name, self.max_new_tokens, self.stop = model, max_new_tokens, stop
+        self.folder = resolve(model, trust_remote_code=trust_remote_code).folder
+        self.trust_remote_code = trust_remote_code
+        self.positions = positions_in(self.folder)
+        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+        self.model: Any = None
+        self.load_seconds = 0.0
+        self.decoder: Decoder | None = None
+        defaults, given = sampling_in(self.folder), dict(sampling or {})
+        self.sampling = sampling_with(defaults, given)
         if self.sampling.temperature == 0:
             _refuse_idle(given)
-        self.taken = {
-            name: value for name, value in self.session.defaults.items() if given.get(name) is None
-        }
+        self.taken = {name: x for name, x in defaults.items() if given.get(name) is None}
         self.start: list[Message] = []
-        self.chat = self.session.has_chat_template if chat is None else chat
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        self.chat = has_template if chat is None else chat
         if system is not None:
             if chat is False:
                 raise RecipeError(
@@ -160,8 +165,14 @@ class Conversation:
                 )
             self.chat = True
             self.start = [{"role": "system", "content": _check_text(system)}]
-        if self.chat:  # refuses a missing template, or a system message that the template refuses
-            self.session.conversation([*self.start, {"role": "user", "content": "Hello"}])
+        if self.chat and not has_template:
+            raise RecipeError(
+                "the tokenizer has no chat template",
+                where=str(self.folder),
+                remedy="leave --chat and --system out: the model then continues the prompt",
+            )
+        if self.chat:  # refuses a system message that the template refuses
+            self._written([*self.start, {"role": "user", "content": "Hello"}])
         self.messages: list[Message] = [*self.start]
 
     def say(self, prompt: str, tell: Callable[[str], None] = lambda text: None) -> GenerateResult:
@@ -177,21 +188,102 @@ class Conversation:
         if not prompt.strip():
             raise RecipeError("the prompt is empty", remedy="give at least one word")
         _check_text(prompt)
+        new_tokens, chat = self.max_new_tokens, self.chat
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        made = self.session.write(
-            prompt,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            messages=messages if self.chat else None,
-            stop=self.stop,
-            tell=tell,
+        self._check_length(new_tokens or 1)
+        read = self._written(messages) if chat else prompt
+        ids = self.tokenizer(read, return_tensors="pt", add_special_tokens=not chat)["input_ids"][0]
+        if len(ids) == 0:
+            raise RecipeError(
+                "the prompt has no token", remedy="give a prompt of at least one word"
+            )
+        self._check_length(len(ids) + (new_tokens or 1))
+        self._load()
+        if new_tokens is None:
+            new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
+        stream, begun = TextStream(self.tokenizer, self.stop, tell), time.perf_counter()
+        try:
+            loop = self._run(ids, new_tokens, stream)
+        finally:
+            stream.finish()
+        self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+        times = stream.times
+        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+        return GenerateResult(
+            model=self.name,
+            prompt=prompt,
+            text=stream.text,
+            tokens=len(stream.tokens),
+            load_seconds=self.load_seconds,
+            first_token_seconds=times[0] - begun if times else None,
+            tokens_per_second=rate,
+            loop=loop,
+            chat=chat,
         )
-        self.messages = [*messages, {"role": "assistant", "content": made.text}]
-        return made
 
     def forget(self) -> None:
         """Forget the conversation except the system message."""
         self.messages = [*self.start]
+
+    def _load(self) -> None:
+        """Load the weights if they are not loaded yet."""
+        if self.model is None:
+            started = time.perf_counter()
+            self.model = load(self.folder, trust_remote_code=self.trust_remote_code)
+            self.load_seconds = time.perf_counter() - started
+            self.positions = getattr(self.model.config, POSITIONS, None)
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        """Return a conversation in the model's format, up to the start of its answer."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # templates can raise any exception
+            raise RecipeError(
+                f"the chat template refuses the messages: {str(error)[:200]}",
+                where=str(self.folder),
+                remedy="leave --system out, or use --no-chat",
+            ) from error
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuse more tokens than the model has positions."""
+        most = self.positions
+        if most is not None and tokens > most:
+            raise RecipeError(
+                f"prompt and new tokens are {tokens}, and the model has {most} positions",
+                where="--max-new-tokens",
+                remedy=f"use a smaller number; prompt and new tokens together are at most {most}",
+            )
+
+    def _run(self, ids: Int64[Tensor, " tokens"], new_tokens: int, stream: TextStream) -> str:
+        """Generate until the text ends. Return the loop used, and why it is not the fast one."""
+        ends = end_tokens(self.model)
+        if self.chat and self.tokenizer.eos_token_id is not None:
+            ends |= {self.tokenizer.eos_token_id}
+        steps, loop = self._steps(len(ids) + new_tokens)
+        try:
+            for token in continued(steps, ids, new_tokens, sampling=self.sampling, stop=ends):
+                if not stream.add(token):
+                    break
+        finally:
+            if isinstance(steps, SteppedGeneration):
+                steps.close()
+        return loop
+
+    def _steps(self, tokens: int) -> tuple[TokenSteps, str]:
+        """What computes a text of so many tokens, and its name."""
+        reason = why_not(self.model, tokens)
+        if reason is not None:
+            return SteppedGeneration(self.model), f"transformers: {reason}"
+        if self.decoder is None or self.decoder.capacity < tokens:
+            room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
+            if why_not(self.model, room) is not None:  # a sliding window
+                room = tokens
+            self.decoder = Decoder(self.model, room, continues=True)
+        return self.decoder, ONE_CALL
 
 
 def _refuse_idle(given: Mapping[str, Any]) -> None:
@@ -217,169 +309,7 @@ def _check_text(prompt: str) -> str:
     return prompt
 
 
-class TextSession:
-    """A model in memory.
-
-    Args:
-        model: folder (compressed or not), hub id, GGUF file or named sample.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-
-    Raises:
-        SecateurError: the model cannot be loaded.
-    """
-
-    def __init__(self, model: str, *, trust_remote_code: bool = False) -> None:
-        self.name = model
-        self.folder = resolve(model, trust_remote_code=trust_remote_code).folder
-        self.trust_remote_code = trust_remote_code
-        self.load_seconds = 0.0
-        self.positions = positions_in(self.folder)
-        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
-        self.defaults = sampling_in(self.folder)
-        self.model: Any = None
-        self.decoder: Decoder | None = None
-
-    def load(self) -> None:
-        """Load the weights if they are not loaded yet."""
-        if self.model is None:
-            started = time.perf_counter()
-            self.model = load(self.folder, trust_remote_code=self.trust_remote_code)
-            self.load_seconds = time.perf_counter() - started
-            self.positions = getattr(self.model.config, POSITIONS, None)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the tokenizer has a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
-
-    def conversation(self, messages: Sequence[Message]) -> str:
-        """Return a conversation in the model's format, up to the start of its answer.
-
-        Raises:
-            RecipeError: the tokenizer has no chat template, or the template refuses the messages.
-        """
-        if not self.has_chat_template:
-            raise RecipeError(
-                "the tokenizer has no chat template",
-                where=str(self.folder),
-                remedy="leave --chat and --system out: the model then continues the prompt",
-            )
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
-                )
-            )
-        except Exception as error:  # templates can raise any exception
-            raise RecipeError(
-                f"the chat template refuses the messages: {str(error)[:200]}",
-                where=str(self.folder),
-                remedy="leave --system out, or use --no-chat",
-            ) from error
-
-    def write(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int | None,
-        sampling: Sampling,
-        messages: Sequence[Message] | None = None,
-        stop: Sequence[str] = (),
-        tell: Callable[[str], None] = lambda text: None,
-    ) -> GenerateResult:
-        """Continue a prompt, or answer the last message of a conversation.
-
-        Args:
-            prompt: the text to continue, or the last message of a conversation.
-            max_new_tokens: maximum number of new tokens; None for 256, or for the number of free
-                positions if that is less.
-            sampling: how tokens are drawn.
-            messages: the conversation, with `prompt` as its last message; None for a plain text.
-            stop: the text ends before the first of these.
-            tell: receives the text piece by piece.
-
-        Raises:
-            RecipeError: the prompt has no token, or prompt and text exceed the model's positions.
-        """
-        _check_length(max_new_tokens or 1, self.positions)
-        chat = messages is not None
-        read = self.conversation(messages or []) if chat else prompt
-        ids = self.tokenizer(read, return_tensors="pt", add_special_tokens=not chat)["input_ids"][0]
-        if len(ids) == 0:
-            raise RecipeError(
-                "the prompt has no token", remedy="give a prompt of at least one word"
-            )
-        _check_length(len(ids) + (max_new_tokens or 1), self.positions)
-        self.load()
-        if max_new_tokens is None:
-            max_new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
-        stream, begun = TextStream(self.tokenizer, stop, tell), time.perf_counter()
-        try:
-            loop = self.run(ids, max_new_tokens, sampling, stream, self.end_tokens(chat))
-        finally:
-            stream.finish()
-        times = stream.times
-        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        return GenerateResult(
-            model=self.name,
-            prompt=prompt,
-            text=stream.text,
-            tokens=len(stream.tokens),
-            load_seconds=self.load_seconds,
-            first_token_seconds=times[0] - begun if times else None,
-            tokens_per_second=rate,
-            loop=loop,
-            chat=chat,
-        )
-
-    def end_tokens(self, chat: bool) -> frozenset[int]:
-        """The tokens that end a text: the model's, and the tokenizer's for an answer."""
-        own = self.tokenizer.eos_token_id if chat else None
-        return end_tokens(self.model) | ({own} if own is not None else set())
-
-    def run(
-        self,
-        ids: Int64[Tensor, " tokens"],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stream: TextStream,
-        ends: frozenset[int],
-    ) -> str:
-        """Generate until the text ends. Return the loop used, and why it is not the fast one."""
-        steps, loop = self.steps(len(ids) + max_new_tokens)
-        try:
-            for token in continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends):
-                if not stream.add(token):
-                    break
-        finally:
-            if isinstance(steps, SteppedGeneration):
-                steps.close()
-        return loop
-
-    def steps(self, tokens: int) -> tuple[TokenSteps, str]:
-        """What computes a text of so many tokens, and its name."""
-        reason = why_not(self.model, tokens)
-        if reason is not None:
-            return SteppedGeneration(self.model), f"transformers: {reason}"
-        if self.decoder is None or self.decoder.capacity < tokens:
-            room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
-            if why_not(self.model, room) is not None:  # a sliding window
-                room = tokens
-            self.decoder = Decoder(self.model, room, continues=True)
-        return self.decoder, ONE_CALL
-
-
 def positions_in(folder: Path) -> int | None:
     """The number of positions in the model's configuration."""
     value = read_configuration(folder).get(POSITIONS)
     return value if type(value) is int else None
-
-
-def _check_length(tokens: int, positions: int | None) -> None:
-    """Refuse more tokens than the model has positions."""
-    if positions is not None and tokens > positions:
-        raise RecipeError(
-            f"prompt and new tokens are {tokens}, and the model has {positions} positions",
-            where="--max-new-tokens",
-            remedy=f"use a smaller number; prompt and new tokens together are at most {positions}",
-        )

@@ -39,35 +39,24 @@ def inspect(
     """
     file = Path(model).expanduser()
     if not zeros and file.suffix == ".gguf" and file.is_file():
-        return _inspect_gguf(file, str(model), layer)
-    return _inspect_checkpoint(str(model), layer, trust_remote_code, progress)
+        from secateur.models.gguf_header import read_gguf_header
+        from secateur.reporting.diagnose import GgufInspectResult
+        from secateur.reporting.next_steps import layer_of
 
-
-def _inspect_gguf(file: Path, model: str, layer: int | None) -> GgufInspectResult:
-    """Report the header of a GGUF file."""
-    from secateur.models.gguf_header import read_gguf_header
-    from secateur.reporting.diagnose import GgufInspectResult
-    from secateur.reporting.next_steps import layer_of
-
-    header = read_gguf_header(file)
-    _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
-    return GgufInspectResult(model, header, layer)
-
-
-def _inspect_checkpoint(
-    model: str, layer: int | None, trust_remote_code: bool, progress: Progress | None
-) -> InspectResult:
-    """Report a checkpoint. This reads every tensor."""
+        header = read_gguf_header(file)
+        _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
+        return GgufInspectResult(str(model), header, layer)
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.diagnostics.findings import read_claims
     from secateur.engine.prune.coverage import silent_experts
     from secateur.models.sources import resolve
     from secateur.reporting.diagnose import InspectResult
 
-    source = resolve(model, trust_remote_code=trust_remote_code, values=False, progress=progress)
-    audit = audit_checkpoint(source.folder, trust_remote_code=trust_remote_code, progress=progress)
+    trust = trust_remote_code
+    folder = resolve(str(model), trust_remote_code=trust, values=False, progress=progress).folder
+    audit = audit_checkpoint(folder, trust_remote_code=trust, progress=progress)
     _check_layer(layer, audit.num_hidden_layers)
-    return InspectResult(model, audit, layer, silent_experts(read_claims(source.folder).unseen))
+    return InspectResult(str(model), audit, layer, silent_experts(read_claims(folder).unseen))
 
 
 def _check_layer(layer: int | None, layers: int) -> None:

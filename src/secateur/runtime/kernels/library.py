@@ -74,19 +74,9 @@ class CDecoder(ctypes.Structure):
     _fields_ = (
         *(
             (name, _I64)
-            for name in (
-                "layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head",
-                "intermediate",
-                "vocabulary",
-                "capacity",
-                "cache_type",
-                "exact",
-            )
+            for name in ("layers", "hidden", "heads", "kv_heads", "head", "intermediate")
         ),
+        *((name, _I64) for name in ("vocabulary", "capacity", "cache_type", "exact")),
         ("epsilon", _FLOAT),
         ("layer", ctypes.POINTER(CLayer)),
         ("final_norm", _POINTER),
@@ -154,19 +144,14 @@ def library() -> ctypes.CDLL | None:
 def _declare(loaded: ctypes.CDLL) -> None:
     """The signatures of csrc/secateur.h."""
     matrix = ctypes.POINTER(CMatrix)
+    product = [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64]
     signatures = {
         "sct_tier": (ctypes.c_char_p, []),
         "sct_use_tier": (ctypes.c_int, [ctypes.c_char_p]),
         "sct_threads": (ctypes.c_int, []),
         "sct_set_threads": (ctypes.c_int, [ctypes.c_int]),
-        "sct_linear": (
-            ctypes.c_int,
-            [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
-        ),
-        "sct_prompt": (
-            ctypes.c_int,
-            [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64],
-        ),
+        "sct_linear": (ctypes.c_int, product),
+        "sct_prompt": (ctypes.c_int, product),
         "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
         "sct_decode": (
             ctypes.c_int,

@@ -132,9 +132,9 @@ class KernelMatrix:
         self.dtype, self.rows, self.columns = torch.bfloat16, rows, columns
         self.scale, self.group = None, group
         if kept is None:
-            held = PackedCodes.dense(codes, group, READ_AHEAD_BYTES)
+            held = PackedCodes.dense(codes, group)
         else:
-            held = PackedCodes.bitmask(codes, kept, group, READ_AHEAD_BYTES)
+            held = PackedCodes.bitmask(codes, kept, group)
         self.values, self.mask, self.offsets = held.values, held.mask, held.offsets
         self.nonzeros = held.nonzeros
         even = rows + rows % 2
@@ -175,7 +175,7 @@ class KernelMatrix:
     @property
     def words(self) -> int:
         """Words of 64 columns in a row."""
-        return -(-self.columns // WORD)
+        return _words_of(self.columns)
 
     @property
     def nbytes(self) -> int:
@@ -330,31 +330,29 @@ class PackedCodes:
     nonzeros: int
 
     @staticmethod
-    def dense(codes: Tensor, group: int, ahead: int) -> PackedCodes:
+    def dense(codes: Tensor, group: int) -> PackedCodes:
         """All codes of a matrix, int8 [out, in].
 
         Args:
             codes: −7 to 7.
             group: weights that share a scale.
-            ahead: bytes that can be read past the end.
         """
         rows, columns = codes.shape
         pairs, width = -(-rows // 2), _words_of(columns) * WORD
-        values = torch.zeros(pairs * width + ahead, dtype=torch.uint8)
+        values = torch.zeros(pairs * width + READ_AHEAD_BYTES, dtype=torch.uint8)
         for first, turned in _turned_rows(codes, group):
             both = (turned[0::2] & 15) | (turned[1::2] << 4)
             values[first // 2 * width :][: both.numel()] = both.view(torch.uint8).view(-1)
         return PackedCodes(values, None, None, rows * columns)
 
     @staticmethod
-    def bitmask(codes: Tensor, kept: Mask, group: int, ahead: int) -> PackedCodes:
+    def bitmask(codes: Tensor, kept: Mask, group: int) -> PackedCodes:
         """The kept codes of a matrix.
 
         Args:
             codes: −7 to 7, int8 [out, in].
             kept: which of them to store, bool [out, in].
             group: weights that share a scale.
-            ahead: bytes that can be read past the end.
         """
         rows = len(codes)
         pairs = -(-rows // 2)
@@ -362,7 +360,7 @@ class PackedCodes:
         counts[:rows] = kept.sum(1)
         offsets = torch.zeros(pairs + 1, dtype=torch.int64)
         torch.cumsum(counts.view(pairs, 2).amax(1), 0, out=offsets[1:])
-        values = np.zeros(int(offsets[-1]) + ahead, dtype=np.uint8)
+        values = np.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=np.uint8)
         masks = []
         both = zip(
             _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
@@ -421,9 +419,6 @@ def _places(starts: Tensor, counts: Tensor) -> np.ndarray:
     return (torch.arange(total) + (starts - before).repeat_interleave(counts)).numpy()
 
 
-OFFSET_BYTES = 8
-
-
 def matrix_bytes(
     shape: tuple[int, int], values: str, sparsity: float = 0.0, group: int | None = None
 ) -> int:
@@ -439,14 +434,14 @@ def matrix_bytes(
         group: weights of a row that share a scale, for int4 and int3.
     """
     rows, columns = shape
-    words = -(-columns // WORD)
+    words = _words_of(columns)
     paired = values in GRID_BITS
     bits = 4 if paired else VALUES[values].itemsize * 8
     nonzeros = rows * (columns - round(sparsity * columns)) if sparsity else rows * words * WORD
     total = nonzeros * bits // 8
     if sparsity:
         offsets = -(-rows // 2) if paired else rows
-        total += rows * words * WORD // 8 + OFFSET_BYTES * (offsets + 1)
+        total += rows * words * WORD // 8 + 8 * (offsets + 1)
     if values == "int8":
         total += 4 * rows
     if group is not None:
