@@ -11,12 +11,10 @@ float32 throughout. It needs a processor that multiplies bfloat16.
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hardware import heading, keep, markdown
@@ -26,6 +24,7 @@ from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import exact_matmuls, fast_dtype, fast_matmuls
+from secateur.timing import alternate, seconds_of
 from secateur.training.batches import Batch
 from secateur.training.objectives import NextToken
 
@@ -37,25 +36,23 @@ KERNELS: dict[str, type[AbstractContextManager[Any]]] = {
 }
 
 
-def once(inputs: list[Tensor], upstream: Tensor) -> float:
-    """Milliseconds of a forward and a backward."""
-    begun = time.perf_counter()
-    out = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    torch.autograd.grad(out, inputs, upstream)
-    return 1e3 * (time.perf_counter() - begun)
-
-
 def timed(length: int, rounds: int) -> dict[str, Any]:
     """One length, both ways."""
     shapes = [(1, heads, length, 64) for heads in (9, 3, 3)]
     inputs = [torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for shape in shapes]
     upstream = torch.randn(shapes[0], dtype=torch.bfloat16)
-    least = dict.fromkeys(KERNELS, float("inf"))
-    for _ in range(rounds):
-        for name, kernel in KERNELS.items():
-            with kernel():
-                least[name] = min(least[name], once(inputs, upstream))
-    return {"length": length, **{f"{name}_ms": least[name] for name in KERNELS}}
+
+    def once() -> None:
+        out = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, inputs, upstream)
+
+    def seconds(kernel: type[AbstractContextManager[Any]]) -> float:
+        with kernel():
+            return seconds_of(once)
+
+    least: list[float] = alternate([*KERNELS.values()], seconds, min, turns=rounds)
+    named = zip(KERNELS, least, strict=True)
+    return {"length": length, **{f"{name}_ms": 1e3 * found for name, found in named}}
 
 
 def gradients() -> dict[str, float]:

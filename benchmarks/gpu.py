@@ -161,6 +161,7 @@ def of_pruning(row: dict[str, Any]) -> list[str]:
 def scale_of(dry: bool) -> Any:
     """Llama-2-7B's shapes on a GPU, or tiny ones in Triton's interpreter."""
     import gpu_rows as measure
+    from secateur.timing import seconds_of
 
     if not dry:
         return measure.Scale(
@@ -169,12 +170,7 @@ def scale_of(dry: bool) -> Any:
         )  # fmt: skip
 
     def clock(calls: Any) -> list[float]:
-        found = []
-        for call in calls:
-            started = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - started)
-        return found
+        return [seconds_of(call) for call in calls]
 
     def called_again(call: Any, rewind: Any) -> Any:
         return call

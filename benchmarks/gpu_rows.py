@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,10 @@ from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
 from secateur.runtime.semi_structured.load import (
     SparseLinear,
     chosen_linear,
+    kernel_seconds,
     measured,
-    seconds_of,
 )
+from secateur.timing import alternate, seconds_of
 
 GROUP = 64
 VALUES = ("bf16", "int8", "int4")
@@ -126,7 +126,7 @@ def sparse_core_row(scale: Scale, shape: tuple[int, int], pattern: str) -> dict:
     """Seconds of a product on sparse tensor cores and of the dense one, for each prompt."""
     weight = torch.randn(shape, device=scale.device).bfloat16()
     parts = random_parts(weight, pattern)
-    seconds = seconds_of(parts, scale.prompts, scale.clock)
+    seconds = kernel_seconds(parts, scale.prompts, scale.clock)
     return {"shape": list(shape), "pattern": pattern, "seconds": seconds}
 
 
@@ -160,19 +160,19 @@ def model_row(scale: Scale, storage: str) -> dict:
     steps = {
         (name, loop): make(model) for name, model in models.items() for loop, make in loops.items()
     }
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    first: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in range(scale.rounds):
-        for key, one in steps.items():
-            first[key].append(timed(scale, lambda one=one: one.prefill(ids)))
-            one.step(1)  # the first one captures
-            taken[key] += [
-                timed(scale, lambda one=one: one.step(1)) for _ in range(scale.steps - 1)
-            ]
-    for (name, loop), seconds in taken.items():
-        prompt = median(first[name, loop])
-        found[f"{name}, {loop}"] = {"token_seconds": median(seconds), "prompt_seconds": prompt}
-        steps[name, loop].close()
+
+    def turn(one: Any) -> tuple[float, list[float]]:
+        prompt = timed(scale, lambda: one.prefill(ids))
+        one.step(1)  # the first one captures
+        return prompt, [timed(scale, lambda: one.step(1)) for _ in range(scale.steps - 1)]
+
+    turns = alternate([*steps.values()], turn, list, turns=scale.rounds)
+    for ((name, loop), one), taken in zip(steps.items(), turns, strict=True):
+        found[f"{name}, {loop}"] = {
+            "token_seconds": median(each for _, tokens in taken for each in tokens),
+            "prompt_seconds": median(prompt for prompt, _ in taken),
+        }
+        one.close()
     found["bytes"] = {name: stored_bytes(model) for name, model in models.items()}
     return found
 
@@ -180,10 +180,7 @@ def model_row(scale: Scale, storage: str) -> dict:
 def timed(scale: Scale, call: Call) -> float:
     """Seconds of one call, with everything that it launched."""
     scale.wait()
-    started = time.perf_counter()
-    call()
-    scale.wait()
-    return time.perf_counter() - started
+    return seconds_of(lambda: (call(), scale.wait()))
 
 
 def random_model(scale: Scale) -> Any:

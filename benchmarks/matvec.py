@@ -34,6 +34,7 @@ from torch.nn import functional
 from hardware import heading, keep, markdown
 from secateur.evaluation.random_models import another, random_matrix
 from secateur.runtime.kernels.library import kernel_info, use_tier
+from secateur.timing import alternate, seconds_of
 
 
 def last_cache_bytes() -> int:
@@ -86,17 +87,17 @@ def kinds(
 
 def measure(found: dict[str, list[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each kind, one number for each matrix and round."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for number in range(rounds + 1):
-        for name, calls in found.items():
-            time.sleep(REST_SECONDS)
-            calls[-1]()
-            for call in calls:
-                started = time.perf_counter()
-                call()
-                if number:  # the first round warms up
-                    times[name].append(1e3 * (time.perf_counter() - started))
-    return times
+
+    def after_a_rest(calls: list[Callable[[], Any]]) -> list[float]:
+        time.sleep(REST_SECONDS)
+        calls[-1]()
+        return [1e3 * seconds_of(call) for call in calls]
+
+    def after_the_first(turns: list[list[float]]) -> list[float]:
+        return [each for turn in turns[1:] for each in turn]  # the first round warms up
+
+    times = alternate([*found.values()], after_a_rest, after_the_first, turns=rounds + 1)
+    return dict(zip(found, times, strict=True))
 
 
 def in_processes(args: argparse.Namespace, shape: str, batch: int) -> dict[str, dict[str, float]]:

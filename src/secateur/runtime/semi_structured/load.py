@@ -317,7 +317,7 @@ def measured(parts: StoredParts, clock: Clock | None = None) -> Fastest:
         parts: a matrix of its kind.
         clock: None for the current GPU.
     """
-    seconds = seconds_of(parts, TRIED, clock)
+    seconds = kernel_seconds(parts, TRIED, clock)
     last = seconds[TRIED[-1]]
     best = min(last.keys() & set(LIBRARIES), key=lambda kernel: last[kernel], default=DENSE)
     compared = {
@@ -327,7 +327,7 @@ def measured(parts: StoredParts, clock: Clock | None = None) -> Fastest:
     return Fastest.of(DENSE, compared)
 
 
-def seconds_of(
+def kernel_seconds(
     parts: StoredParts, tried: Sequence[int], clock: Clock | None = None
 ) -> dict[int, dict[str, float]]:
     """Seconds of a product by every kernel that there is, for each number of tokens."""
