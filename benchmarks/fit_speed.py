@@ -39,7 +39,7 @@ from secateur.steps.fit.costs import SECONDS, Costs, check_feasible, costs_of
 from secateur.steps.fit.evaluation import speedup_of
 from secateur.steps.fit.run import MOST, is_faster, make_search, misses
 from secateur.steps.fit.storage_formats import StorageFormat
-from secateur.steps.runner import Run
+from secateur.steps.runner import RunContext
 from stored import known_rows
 
 MEASUREMENTS = 3
@@ -131,7 +131,7 @@ def packed_mix(
     recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})
     mixed = MixedReader(context.source.folder, readers)
     chosen = ChosenValues(mixed, dict(context.matrices), values, {})
-    return pack_into(Run(folder, context.source, Silent(), Meter.start()), recipe, chosen)
+    return pack_into(RunContext(folder, context.source, Silent(), Meter.start()), recipe, chosen)
 
 
 def main() -> None:

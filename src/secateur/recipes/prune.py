@@ -120,7 +120,7 @@ class Fitting(Section):
     """Calibrate in bfloat16 on processors where this is faster."""
 
 
-class Compress(Section):
+class Packing(Section):
     """Whether and how the pruned model is compressed."""
 
     group = OUTPUT
@@ -220,7 +220,7 @@ class PruneRecipe(
     calibration: Calibration = Calibration()
     memory: Memory = Memory()
     cluster: Cluster = Cluster()
-    compress: Compress = Compress()
+    compress: Packing = Packing()
 
 
 class DemoCalibration(Section):

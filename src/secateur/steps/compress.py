@@ -72,7 +72,7 @@ from secateur.runtime.storage_plan import (
 )
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.prune import Prune
-from secateur.steps.runner import Run, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out
 
 MOST_CHOICES = 4
 """How often values are chosen within a bound on the loss, at most."""
@@ -107,7 +107,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     verb = "compress"
 
-    def __init__(self, recipe: CompressRecipe, run: Run) -> None:
+    def __init__(self, recipe: CompressRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         self.reader = CheckpointReader(run.source.folder)
@@ -187,7 +187,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         return read_record(CompressResult, output / NOTES / COMPRESSION)
 
 
-def _pack_within(run: Run, recipe: CompressRecipe, choice: MixedChoice) -> CompressResult:
+def _pack_within(run: RunContext, recipe: CompressRecipe, choice: MixedChoice) -> CompressResult:
     """Choose values within the bound on the loss, and pack them; then measure what was packed.
 
     The search only estimates the loss. If that of the packed model, and its standard error, exceed
@@ -213,7 +213,7 @@ def _pack_within(run: Run, recipe: CompressRecipe, choice: MixedChoice) -> Compr
     return _write_report(run, recipe, chosen, packed, plan)
 
 
-def pack_into(run: Run, recipe: CompressRecipe, chosen: ChosenValues) -> CompressResult:
+def pack_into(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> CompressResult:
     """Write the compressed checkpoint into the folder of a run, and verify it.
 
     Args:
@@ -266,7 +266,7 @@ def pack_model(
 
 
 def _write_report(
-    run: Run,
+    run: RunContext,
     recipe: CompressRecipe,
     chosen: ChosenValues,
     packed: PackedCheckpoint,

@@ -15,7 +15,7 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.models import ExportResult
 from secateur.runtime.install import open_checkpoint
-from secateur.steps.runner import Run, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out
 
 
 @takes_options_of(ExportRecipe)
@@ -46,7 +46,7 @@ class Export(Step[ExportRecipe, ExportResult]):
 
     verb = "export"
 
-    def __init__(self, recipe: ExportRecipe, run: Run) -> None:
+    def __init__(self, recipe: ExportRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.type = recipe.type or targets[recipe.to].types[0]
         folder = run.source.folder

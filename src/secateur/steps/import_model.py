@@ -41,7 +41,7 @@ from secateur.runs.records import (
     RunResult,
 )
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.runner import Run, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out
 
 IMPORT, MANIFEST = "import.json", "manifest.json"
 UNKNOWN = "unknown"
@@ -78,7 +78,7 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
 
     verb = "import"
 
-    def __init__(self, recipe: ImportRecipe, run: Run) -> None:
+    def __init__(self, recipe: ImportRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.opened = _open_source(recipe, run.source)
 

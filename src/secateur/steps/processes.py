@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from secateur.calibration.run_windows import WINDOWS
-from secateur.engine.prune.prepared import Prepared, prepare
+from secateur.engine.prepared import Prepared, prepare
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent

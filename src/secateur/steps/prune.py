@@ -24,15 +24,15 @@ from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_time import foretell_seconds, layer_times
-from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
-from secateur.engine.prune.coverage import coverage, reach
-from secateur.engine.prune.group_pruning import refuse_all_zero
-from secateur.engine.prune.prepared import (
+from secateur.engine.prepared import (
     Prepared,
     choose_plan,
     prepare,
     settings_of,
 )
+from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
+from secateur.engine.prune.coverage import coverage, reach
+from secateur.engine.prune.group_pruning import refuse_all_zero
 from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.engine.search.allocation import settled_allocation
 from secateur.errors import RecipeError
@@ -72,7 +72,7 @@ from secateur.steps.processes import (
     refuse_several,
     run_worker,
 )
-from secateur.steps.runner import Run, Step, carry_out, source_of
+from secateur.steps.runner import RunContext, Step, carry_out, source_of
 from secateur.training.distillation import DistillationData
 from secateur.training.distilled_checkpoint import distill_checkpoint, store_choice, stored_choice
 
@@ -300,7 +300,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
 
     verb = "prune"
 
-    def __init__(self, prepared: Prepared, run: Run) -> None:
+    def __init__(self, prepared: Prepared, run: RunContext) -> None:
         super().__init__(prepared.recipe, run)
         self.prepared, self.tasks = prepared, prepared.tasks()
         folder = run.folder
@@ -326,7 +326,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         return texts_of(recipe.calibration.source)
 
     @classmethod
-    def open(cls, recipe: PruneRecipe, run: Run) -> Self:
+    def open(cls, recipe: PruneRecipe, run: RunContext) -> Self:
         """Open everything that a recipe names, with the windows of a stopped run if any."""
         folder = run.folder
         kept = folder.notes if folder.finished else folder.work

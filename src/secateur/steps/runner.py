@@ -28,7 +28,7 @@ R, T = TypeVar("R"), TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What the runner gives a step.
 
     Attributes:
@@ -55,7 +55,7 @@ class Step(ABC, Generic[R, T]):
     verb: ClassVar[str]
     """The name on the command line."""
 
-    def __init__(self, recipe: R, run: Run) -> None:
+    def __init__(self, recipe: R, run: RunContext) -> None:
         self.recipe, self.run = recipe, run
 
     @classmethod
@@ -68,7 +68,7 @@ class Step(ABC, Generic[R, T]):
         return ()
 
     @classmethod
-    def open(cls, recipe: R, run: Run) -> Self:
+    def open(cls, recipe: R, run: RunContext) -> Self:
         """Open and check everything that a recipe names. Writes nothing."""
         return cls(recipe, run)
 
@@ -130,7 +130,7 @@ def carry_out(
     )
     folder.keep_apart(values.model, *kind.reads(recipe))
     source = source_of(recipe, progress)
-    return finish(kind.open(recipe, Run(folder, source, progress, meter, ranks)))
+    return finish(kind.open(recipe, RunContext(folder, source, progress, meter, ranks)))
 
 
 def source_of(recipe: Any, progress: Progress) -> LocalCheckpoint:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from secateur.calibration.documents import JoinedText, read_text
 from secateur.calibration.windows import load_windows, stored_extra
+from secateur.engine.prepared import prepare, windows_needed
 from secateur.engine.prune.composition import allocation_of, method_of
-from secateur.engine.prune.prepared import prepare, windows_needed
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import (
     computed_by,

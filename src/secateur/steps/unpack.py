@@ -25,7 +25,7 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.runner import Run, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out
 
 
 @takes_options_of(DecompressRecipe)
@@ -58,7 +58,7 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
 
     verb = "decompress"
 
-    def __init__(self, recipe: DecompressRecipe, run: Run) -> None:
+    def __init__(self, recipe: DecompressRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.packed = PackedCheckpoint(run.source.folder)
         self.view = DenseView(self.packed)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from secateur.engine.prune.prepared import Prepared
+from secateur.engine.prepared import Prepared
 from secateur.engine.stream.targets import Target
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton

@@ -105,7 +105,7 @@ from secateur.steps.fit.evaluation import (
     speedup_of,
 )
 from secateur.steps.fit.storage_formats import FILES, StorageFormat
-from secateur.steps.runner import Run
+from secateur.steps.runner import RunContext
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
@@ -609,7 +609,7 @@ def _pack_winner(
     chosen = chosen_values(recipe, winner.folder, winner.formats, rounding)
     source = replace(context.source, folder=winner.sparse)
     compress = packing_recipe(recipe, winner.formats)
-    report = pack_into(Run(folder, source, context.progress, Meter(begun)), compress, chosen)
+    report = pack_into(RunContext(folder, source, context.progress, Meter(begun)), compress, chosen)
     shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
     if winner.cut:
         shutil.copytree(winner.base / NOTES, folder.notes / "steps" / "structure")

@@ -22,7 +22,7 @@ from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.calibration.windows import load_windows
 from secateur.engine.plan_memory import PrunePlan, choose_sweeps
-from secateur.engine.prune.prepared import choose_plan, prepare
+from secateur.engine.prepared import choose_plan, prepare
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.search.experts import expert_use
 from secateur.engine.stream.targets import CheckpointTarget, Target
@@ -57,7 +57,7 @@ from secateur.runs.records import (
 )
 from secateur.steps.processes import broadcast, refuse_another_model
 from secateur.steps.prune import Prune
-from secateur.steps.runner import Run, finish, source_of
+from secateur.steps.runner import RunContext, finish, source_of
 from secateur.steps.structure.learned import choose_learned
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
@@ -298,7 +298,7 @@ def _prune_units(
     source = source_of(recipe, context.progress)
     prepared = prepare(recipe, source, folder_of_run.model)
     prepared = select(prepared.target).applied(prepared)
-    finish(Prune(prepared, Run(folder_of_run, source, context.progress, meter)))
+    finish(Prune(prepared, RunContext(folder_of_run, source, context.progress, meter)))
 
 
 def _plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> PrunePlan:
