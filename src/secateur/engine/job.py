@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.calibration.windows import MultimodalInputs
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.asymmetric import AsymmetricRun
+from secateur.engine.prune.run import CalibratedRun, Run
 from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.search.allocation import Survey, allocate
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -51,20 +52,23 @@ class Job:
         Returns:
             The tasks, without linears that calibration did not reach.
         """
-        calibration = self.calibration()
-        names = gathering(self.tasks).backward
-        if names:
-            assert calibration is not None
-            assert self.settings.work is not None
-            ranks = self.settings.ranks
-            gather_gradients(calibration.outer, names, self.settings.work, progress, ranks)
-        survey = Survey(self.target, self.tasks, calibration, self.settings, progress)
-        tasks = allocate(survey, self.allocation, self.sparsity)
-        pruning = Run(self.target, tasks, calibration, self.settings, ledger, progress)
+        settings, tasks, stream = self.settings, self.tasks, self._stream()
+        before = gathering(tasks).backward
+        if before and stream is not None and settings.work is not None:
+            gather_gradients(stream.outer, before, settings.work, progress, settings.ranks)
+        if self.allocation.reach > 0:
+            survey = Survey(self.target, tasks, stream, settings, progress)
+            tasks = allocate(survey, self.allocation, self.sparsity)
+        forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
+        if stream is None or not forwards:
+            pruning: Run = Run(self.target, tasks, settings, ledger, progress)
+        else:
+            kind = AsymmetricRun if settings.asymmetric else CalibratedRun
+            pruning = kind(self.target, tasks, stream, settings, ledger, progress)
         pruning.execute(done)
         return pruning.tasks
 
-    def calibration(self) -> CalibrationStream | None:
+    def _stream(self) -> CalibrationStream | None:
         """The calibration stream."""
         if self.windows is None:
             return None

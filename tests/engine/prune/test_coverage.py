@@ -11,7 +11,7 @@ from torch import nn
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.prune.coverage import Reach, reach, silent_experts
-from secateur.engine.prune.run import LayerPass
+from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.errors import VerificationError
 from secateur.runs.records import Layer, LinearRecord
 from tiny import save_tiny
@@ -78,13 +78,13 @@ def test_a_run_that_passes_over_a_matrix_fails(
 ) -> None:
     """As it would if a model computed something without calling its linears."""
     source = save_tiny(tmp_path / "source", "llama")
-    plain = LayerPass.pruned_groups
+    plain = CalibratedLayerPass.pruned_groups
 
-    def without_down(self: LayerPass) -> Any:
+    def without_down(self: CalibratedLayerPass) -> Any:
         groups = plain(self)
         return groups[:-1] if self.index == 1 else groups
 
-    monkeypatch.setattr(LayerPass, "pruned_groups", without_down)
+    monkeypatch.setattr(CalibratedLayerPass, "pruned_groups", without_down)
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
     with pytest.raises(VerificationError, match="calibration passed over them") as error:
         secateur.prune(

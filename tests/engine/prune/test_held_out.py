@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibration.statistics import Gathering
-from secateur.engine.prune import group_pruning
-from secateur.engine.prune.group_pruning import DAMPINGS, TargetStatistics, choose_dampings
+from secateur.engine.prune import asymmetric
+from secateur.engine.prune.asymmetric import DAMPINGS, TargetStatistics, choose_dampings
 from secateur.engine.prune.tasks import LinearTask
 from secateur.models.architecture import Linear
 from secateur.sparsity.methods import compose
@@ -107,9 +107,9 @@ def test_one_value_to_choose_from_is_that_value(
                "asymmetric": True, "micro_batch_tokens": 48}  # fmt: skip
     plain, chosen, free = (tiny_model(family) for _ in range(3))
     secateur.prune(plain, **options, asymmetric_damping=0.4)
-    monkeypatch.setattr(group_pruning, "DAMPINGS", (0.4,))
+    monkeypatch.setattr(asymmetric, "DAMPINGS", (0.4,))
     secateur.prune(chosen, **options, choose_damping=True)
-    monkeypatch.setattr(group_pruning, "DAMPINGS", (0.01, 10.0))
+    monkeypatch.setattr(asymmetric, "DAMPINGS", (0.01, 10.0))
     secateur.prune(free, **options, choose_damping=True)
     pairs = zip(plain.parameters(), chosen.parameters(), free.parameters(), strict=True)
     far = 0

@@ -9,7 +9,7 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.run import CalibratedRun
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of, with_sparsities
 from secateur.engine.search.allocation import Survey, allocate, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -91,9 +91,8 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
 def execute(survey: Survey, tasks=None) -> Ledger:
     ledger = Ledger()
     tasks = survey.tasks if tasks is None else tasks
-    Run(
-        survey.target, tasks, survey.calibration, survey.settings, ledger, survey.progress
-    ).execute()
+    how = survey.target, tasks, survey.calibration, survey.settings, ledger, survey.progress
+    CalibratedRun(*how).execute()
     return ledger
 
 

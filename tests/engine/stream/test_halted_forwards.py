@@ -49,7 +49,8 @@ class Stage:
     def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
         halting = HaltingForwards(self.groups, forwards or self.forwards(), self.offload)
         try:
-            by_group(halting, gather, prune, **options)
+            for group in by_group(halting, gather, **options):
+                prune(group)
         finally:
             halting.close()
 

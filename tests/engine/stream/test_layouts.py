@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import secateur
 from architectures import tiny_architecture
 from oracles.hybrids import wanda
-from secateur.engine.prune.run import LayerPass
+from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.stream.layouts import kind_of, layouts
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, VerificationError
@@ -152,13 +152,13 @@ def test_linears_with_parts_of_one_tensor_are_no_group() -> None:
 def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    grouped, begun = LayerPass.pruned_groups, []
+    grouped, begun = CalibratedLayerPass.pruned_groups, []
 
-    def forgets(self: LayerPass) -> list:
+    def forgets(self: CalibratedLayerPass) -> list:
         begun.append(self.index)
         return [g for g in grouped(self) if not g[0].name.endswith("self_attn.out_proj")]
 
-    monkeypatch.setattr(LayerPass, "pruned_groups", forgets)
+    monkeypatch.setattr(CalibratedLayerPass, "pruned_groups", forgets)
     with pytest.raises(VerificationError) as caught:
         secateur.prune(
             tiny_architecture("lfm2"), method="wanda", sparsity=0.5, calibration=tiny_windows()

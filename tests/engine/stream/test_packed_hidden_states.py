@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import secateur
-from secateur.engine.prune.run import LayerPass
+from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.search.depth import influences
 from secateur.engine.search.depth_space import WHOLE, DepthUnit
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -123,14 +123,14 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "calibration": str(tmp_path / "windows.safetensors"),
     }  # fmt: skip
     whole = secateur.prune(tmp_path / "dense", output=tmp_path / "whole", **options)
-    prune = LayerPass.prune
+    prune = CalibratedLayerPass.prune
 
-    def stops(self: LayerPass) -> Any:
+    def stops(self: CalibratedLayerPass, groups: Any) -> Any:
         if self.index == 3:
             raise KeyboardInterrupt
-        return prune(self)
+        return prune(self, groups)
 
-    monkeypatch.setattr(LayerPass, "prune", stops)
+    monkeypatch.setattr(CalibratedLayerPass, "prune", stops)
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(tmp_path / "dense", output=tmp_path / "out", **options)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import secateur
 from page_blocks import ROOT, blocks
-from secateur.engine.prune.run import LayerPass
+from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from tiny import tiny_tokenizer
@@ -100,14 +100,14 @@ def test_a_stopped_run_has_its_pictures_again(
 ) -> None:
     options = {"method": "sparsegpt", "sparsity": 0.5, "activations": "disk", "calibration": file}
     secateur.prune(source, output=tmp_path / "whole", **options)
-    prune = LayerPass.prune
+    prune = CalibratedLayerPass.prune
 
-    def stops(self: LayerPass) -> Any:
+    def stops(self: CalibratedLayerPass, groups: Any) -> Any:
         if self.index == 1:
             raise KeyboardInterrupt
-        return prune(self)
+        return prune(self, groups)
 
-    monkeypatch.setattr(LayerPass, "prune", stops)
+    monkeypatch.setattr(CalibratedLayerPass, "prune", stops)
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(source, output=tmp_path / "out", **options)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import RecipeError, VerificationError
-from secateur.models.architecture import Architecture, Linear
+from secateur.models.architecture import Architecture
 from secateur.runs.records import Layer
 
 log = logging.getLogger(__name__)
@@ -23,19 +23,13 @@ log = logging.getLogger(__name__)
 MORE = "calibrate on more text (--windows), of more kinds"
 
 
-def is_reached(
-    architecture: Architecture, linear: Linear, tokens: int | None, own: Mapping[str, Tensor]
-) -> bool:
-    """Whether calibration reached a linear. It always reaches linears outside the experts.
+def is_reached(tokens: int | None, own: Mapping[str, Tensor]) -> bool:
+    """Whether calibration reached a linear of an expert. It always reaches all others.
 
     Args:
-        architecture: shows which linears belong to experts.
-        linear: the linear.
-        tokens: number of inputs; None if inputs do not matter.
+        tokens: number of its inputs; None if inputs do not matter.
         own: its own statistics, all zero if no gradient arrived.
     """
-    if not architecture.of_expert(linear.name):
-        return True
     return tokens != 0 and (not own or any(bool(value.any()) for value in own.values()))
 
 

@@ -7,14 +7,12 @@ the norms of the inputs give an estimate that assumes uncorrelated inputs (`lost
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.cross_gram import CrossGram
 from secateur.calibration.statistics import ForwardSource, Statistic, statistics
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.targets import Target, walk_layers
@@ -23,15 +21,8 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.models.checkpoint import not_finite
 from secateur.parallel.ranks import Ranks
 from secateur.runs.records import LinearRecord
-from secateur.sparsity.hessian import dense_target
 from secateur.sparsity.solvers import Solution
 from secateur.types import STORED, Mask, Statistics, Weight
-
-HELD_SHARE = 4
-"""One token in so many is kept apart."""
-
-DAMPINGS = (0.05, 0.2, 0.8, 3.2)
-"""The values that are tried, as fractions of the mean diagonal of the gram."""
 
 COLLAPSED = 0.8
 """A linear has collapsed if it lost more than this share of its output's energy."""
@@ -113,127 +104,6 @@ def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tens
         return {name: statistic.value() for name, statistic in gathered.items()}
     except NumericalError as error:
         raise NumericalError(error.what, where=linear.name, remedy=error.remedy) from None
-
-
-class TargetStatistics(GroupStatistics):
-    """Running statistics of the input of a group, and of the outputs that it should have.
-
-    The gram must be among the statistics.
-
-    Args:
-        sources: sources of the statistics, by their names.
-        linears: the linears of the group.
-        device: device of the sums.
-        target_size: size of the group's target for one token.
-        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
-
-    Attributes:
-        held: the statistics of the tokens that are kept apart.
-    """
-
-    def __init__(
-        self,
-        sources: Mapping[str, ForwardSource],
-        linears: Sequence[Linear],
-        device: torch.device,
-        target_size: int,
-        *,
-        held_out: bool = False,
-    ) -> None:
-        super().__init__(sources, linears, device)
-        self.cross = CrossGram(target_size, linears[0].shape[1], device)
-        self.held = TargetStatistics(sources, linears, device, target_size) if held_out else None
-
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add the inputs of one micro-batch, with any leading shape, and their targets."""
-        flat = x.reshape(-1, x.shape[-1])
-        target = target.reshape(len(flat), -1)
-        if self.held is not None:
-            rest = len(flat) - len(flat) // HELD_SHARE
-            self.held.add(flat[rest:], target[rest:])
-            flat, target = flat[:rest], target[:rest]
-        self.update(flat)
-        self.cross.update(target, flat)
-
-    def merge(self, ranks: Ranks) -> None:
-        """Add up the statistics that the processes have gathered, each from its own windows."""
-        super().merge(ranks)
-        ranks.total(self.cross.total)
-        if self.held is not None:
-            self.held.merge(ranks)
-
-    def take_in(self) -> None:
-        """Add the statistics of the tokens that were kept apart, if there are any."""
-        held, self.held = self.held, None
-        if held is None:
-            return
-        self.tokens += held.tokens
-        for statistic, part in zip(self.every(), held.every(), strict=True):
-            statistic.merge(part)
-        self.cross.total += held.cross.total
-
-    def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
-        """Return a function that gives the weight [out, in] that fits a linear's targets best.
-
-        Args:
-            writer: whether the targets are outputs of the only linear, not its dense inputs.
-            damping: strength of the pull towards the dense weights.
-        """
-        gram, moments = self.running["gram"].value(), self.cross.value()
-        if writer:
-            return lambda x: dense_target(gram, moments, x.weight.float(), damping)
-        identity = torch.eye(len(gram), device=gram.device)
-        shared = dense_target(gram, moments, identity, damping)
-        return lambda linear: linear.weight.float() @ shared
-
-
-def choose_dampings(
-    statistics: TargetStatistics,
-    linears: Sequence[Linear],
-    tasks: Mapping[str, LinearTask],
-    own: Callable[[Linear], Mapping[str, Tensor]],
-    writer: bool,
-) -> dict[str, float]:
-    """Return the damping with the smallest error on held-out tokens for each linear of a group.
-
-    With G and M the moments of the fitted tokens, and G', M' those of the held-out ones,
-
-        Ŵ_λ = the pruned W*_λ, W*_λ = (M + λW)(G + λI)⁻¹          `sparsity.hessian.dense_target`
-        λ   = argmin  ‖T' − Ŵ_λX̂'‖² = tr(Ŵ_λ G' Ŵ_λᵀ) − 2 tr(Ŵ_λ M'ᵀ) + rest
-
-    The moments say the error of any weights, so each λ costs a solve and no forward.
-
-    Args:
-        statistics: the statistics of the group, with held-out tokens; not changed.
-        linears: the linears that are solved.
-        tasks: tasks of the linears, by name.
-        own: returns the statistics of a linear's own gradients.
-        writer: whether the targets are outputs of the only linear, not its dense inputs.
-    """
-    fit, held = copy.copy(statistics), copy.deepcopy(statistics.held)
-    fit.held = None
-    fit = copy.deepcopy(fit)  # `value` takes the place of the sums, which are needed again
-    assert held is not None
-    shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
-    prepared = tasks[linears[0].name].method.solver.prepare(shared)
-    found = {}
-    for linear in linears:
-        task = tasks[linear.name]
-        known = {**shared, **fit.own(linear), **own(linear), STORED: linear.weight}
-        moments = cross if writer else linear.weight.float() @ cross
-        errors = {}
-        for damping in DAMPINGS:
-            target = fit.fitted(writer, damping)(linear)
-            solution = task.method.solve(target, prepared, known, task.sparsity)
-            errors[damping] = _held_out_error(solution.weight, gram, moments)
-        found[linear.name] = min(errors, key=errors.__getitem__)
-    return found
-
-
-def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
-    """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32."""
-    inner = (weight @ gram).sub_(moments, alpha=2.0)
-    return float((inner * weight).sum())
 
 
 def prune_group(

@@ -10,17 +10,16 @@ One decoder layer is in memory, with its gradients and the two moments of Adam.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.prune.tasks import Reconstruction, Settings, Tasks
+from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.errors import RecipeError
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
@@ -33,54 +32,6 @@ _CHOOSE_EVERY = 4
 _CHOOSING = 0.6
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Adam on the parameters θ of a pruned decoder layer f:
-
-        minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
-
-    where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
-    dense layer's outputs on the dense inputs. The error of each token is divided by the token's
-    size, because the following norms divide by it. A few tokens have hidden states a thousand times
-    larger than the others and would otherwise dominate the fit.
-
-    The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
-
-    With `remask`, pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
-    gradient of that product moves all of θ (straight through the mask), and every four steps
-    the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
-    value before pruning. After 60 % of the steps the mask is fixed.
-
-    After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
-    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
-    gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
-
-    Args:
-        passes: number of passes over the calibration windows; 0 tunes nothing.
-        learning_rate: learning rate of the first step.
-        remask: whether the mask may change.
-
-    Raises:
-        RecipeError: a number is out of range.
-    """
-
-    passes: int = 3
-    learning_rate: float = 1e-3
-    remask: bool = True
-
-    def __post_init__(self) -> None:
-        if self.passes < 0:
-            raise RecipeError(f"passes is {self.passes}", remedy="give 0 or more; 3 is usual")
-        if not 0 < self.learning_rate < 1:
-            raise RecipeError(
-                f"learning_rate is {self.learning_rate}", remedy="give a small number such as 1e-3"
-            )
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return self.learning_rate * _half_cosine(step, steps)
-
-
 def output_error(output: Tensor, target: Tensor) -> Tensor:
     """mean_t ‖output_t − target_t‖² / ‖target_t‖², a scalar, over all tokens t.
 
@@ -91,6 +42,109 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     target = target.float()
     error = (output.float() - target).square().sum(-1)
     return (error / target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+class LayerTuning:
+    """The tuning of one pruned layer to the outputs of the dense layer.
+
+    Args:
+        layer: the layer.
+        tasks: the tasks of its linears, by full name.
+        settings: how the work is done.
+        inputs: the hidden states of the pruned model at the layer.
+        dense: the hidden states of the dense model, behind the layer by the time of `execute`.
+
+    Attributes:
+        remasks: whether masks may change: not those of matrices on a grid.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        tasks: Tasks,
+        settings: Settings,
+        inputs: LayerInputs,
+        dense: LayerInputs,
+    ) -> None:
+        self.layer, self.tasks, self.inputs, self.dense = layer, tasks, inputs, dense
+        self.how, self.ranks = settings.reconstruction, settings.ranks
+        on_grid = any(task.method.solver.grid for task in tasks.values())
+        self.remasks = self.how.remask and not on_grid
+        self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keeping(
+        self, weight_of: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
+    ) -> Callable[[Linear], Tensor]:
+        """Keep the dense weights and their inputs' norms, if masks may change later."""
+        if not self.remasks:
+            return weight_of
+
+        def keep(linear: Linear) -> Tensor:
+            weight = weight_of(linear)
+            norm = torch.ones(weight.shape[1], device=weight.device)
+            if "column_norm" in shared:
+                norm = shared["column_norm"]
+            elif "gram" in shared:
+                norm = shared["gram"].diagonal().sqrt()
+            self.shadows[linear.name] = weight.clone(), norm
+            return weight
+
+        return keep
+
+    def execute(self, pruned: Sequence[Linear], *, stores: bool) -> dict[str, float]:
+        """Tune the pruned linears. Return the output error of the layer before and after.
+
+        Args:
+            pruned: the pruned linears.
+            stores: whether the outputs of the tuned layer are stored.
+        """
+        before = self._output_error(stores=False)
+        tuned, rounded = [], []
+        for linear in pruned:
+            shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
+            task = self.tasks[linear.name]
+            pattern, grid = task.method.pattern, task.method.solver.grid
+            tuned.append(TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
+            if grid:
+                rounded.append(RoundedWeight(linear, grid))
+        stream, index = self.inputs.calibration, self.inputs.index
+        count, at_once = len(stream.windows), stream.windows_at_once
+        reconstruct(
+            self.layer,
+            tuned,
+            draw_steps(count, at_once, self.how.passes, seed=index),
+            self._examples,
+            self.how,
+            on_step=self.inputs.step,
+            rounded=rounded,
+            ranks=self.ranks,
+        )
+        for parameter in self.layer.parameters():
+            self.ranks.share(parameter, 0)  # so no rounding of theirs can separate the processes
+        return {"error_before": before, "error_after": self._output_error(stores=stores)}
+
+    def _examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, LayerCall]]:
+        """Inputs, targets and call of some windows: together, or one by one this process's."""
+        stream, index = self.inputs.calibration, self.inputs.index
+        mine = [w for w in windows if stream.own.start <= w < stream.own.stop]
+        rows = [slice(w, w + 1) for w in mine]
+        pairs = [(self.inputs.read(row), self.dense.read(row)) for row in rows]
+        if self.ranks.count > 1:
+            calls = [stream.outer.call(index, [w]) for w in mine]
+            return [(*pair, call) for pair, call in zip(pairs, calls, strict=True)]
+        read, targets = zip(*pairs, strict=True)
+        return [(torch.cat(read), torch.cat(targets), stream.outer.call(index, mine))]
+
+    def _output_error(self, *, stores: bool) -> float:
+        """The mean output error of the layer over all windows. It can also pass on the outputs."""
+        total = 0.0
+        for batch in self.inputs.batches:
+            out, call = self.inputs.outputs(self.layer, batch), self.inputs.call(batch)
+            target = call.states(self.dense.read(batch))
+            total += float(output_error(call.states(out), target)) * len(out)
+            if stores:
+                self.inputs.write(batch, out)
+        return sum(self.ranks.gather(total)) / len(self.inputs.calibration.windows)
 
 
 class TunedWeight:
@@ -229,11 +283,6 @@ def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int
         order = torch.randperm(windows, generator=draw).tolist()
         steps += [order[i : i + size] for i in range(0, windows, size)]
     return steps
-
-
-def _half_cosine(step: int, steps: int) -> float:
-    """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @contextmanager

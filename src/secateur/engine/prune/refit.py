@@ -36,11 +36,11 @@ from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
 from secateur.calibration.statistics import Gathering
-from secateur.engine.prune.group_pruning import TargetStatistics
+from secateur.engine.prune.asymmetric import TargetStatistics, by_group_with_dense
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
-from secateur.engine.stream.halted_forwards import HaltedLayer, by_group_with_dense
+from secateur.engine.stream.halted_forwards import HaltedLayer
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
@@ -238,13 +238,14 @@ class LayerRefit:
     def execute(self) -> None:
         """Pass all windows through both layers, and fit each group when all have reached it."""
         with closing(self.dense), closing(self.changing):
-            by_group_with_dense(
+            arrived = by_group_with_dense(
                 self.changing.halting,
                 self.dense.halting,
                 self._gather,
-                self._fit,
                 outputs_needed=not self.last,
             )
+            for group in arrived:
+                self._fit(group)
             # if removed layers follow, the dense stream continues from `later`
             if not self.last and self.later is None:
                 self.dense.halting.finish()

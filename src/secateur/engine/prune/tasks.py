@@ -9,6 +9,7 @@ Every matrix that stays unpruned has a reason (`skipped_matrices`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 import torch
 
 from secateur.calibration.statistics import Gathering
-from secateur.engine.prune.reconstruction import Reconstruction
 from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError
@@ -284,6 +284,59 @@ def _reasons(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> Iterator[tuple[s
         reason = tasks[matrix.linear.name].left
         if reason is not None:
             yield matrix.name, reason, matrix.weights
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Adam on the parameters θ of a pruned decoder layer f:
+
+        minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
+
+    where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
+    dense layer's outputs on the dense inputs. The error of each token is divided by the token's
+    size, because the following norms divide by it. A few tokens have hidden states a thousand times
+    larger than the others and would otherwise dominate the fit.
+
+    The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
+
+    With `remask`, pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
+    gradient of that product moves all of θ (straight through the mask), and every four steps
+    the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
+    value before pruning. After 60 % of the steps the mask is fixed.
+
+    After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
+    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
+    gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
+
+    Args:
+        passes: number of passes over the calibration windows; 0 tunes nothing.
+        learning_rate: learning rate of the first step.
+        remask: whether the mask may change.
+
+    Raises:
+        RecipeError: a number is out of range.
+    """
+
+    passes: int = 3
+    learning_rate: float = 1e-3
+    remask: bool = True
+
+    def __post_init__(self) -> None:
+        if self.passes < 0:
+            raise RecipeError(f"passes is {self.passes}", remedy="give 0 or more; 3 is usual")
+        if not 0 < self.learning_rate < 1:
+            raise RecipeError(
+                f"learning_rate is {self.learning_rate}", remedy="give a small number such as 1e-3"
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * _half_cosine(step, steps)
+
+
+def _half_cosine(step: int, steps: int) -> float:
+    """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 NO_RECONSTRUCTION = Reconstruction(passes=0)

@@ -207,11 +207,10 @@ class Survey:
         """The view of the layer for an allocation."""
         names = gathering(self.tasks).backward
         own = stored_gradients(self.settings.work, index, names, self.target.device)
-        architecture = self.target.architecture
+        of_expert = self.target.architecture.of_expert
         reached = {
-            x.name: is_reached(
-                architecture, x, shared[x.name].tokens if x.name in shared else None, own(x)
-            )
+            x.name: not of_expert(x.name)
+            or is_reached(shared[x.name].tokens if x.name in shared else None, own(x))
             for x in linears.values()
         }
         return LayerView(list(linears.values()), self.tasks, shared, own, grains, reached)

@@ -13,20 +13,11 @@ There are two orders. Both have one decoder layer in memory, and one micro-batch
 A forward that halts in the middle of a model's `forward()` needs its own stack. Greenlets give it
 one within a single thread. So grad mode, thread pools and the order of all operations are the
 same as in a plain call.
-
-Where a group is fitted to the dense model, the forwards of the dense layer halt at the same groups.
-So both inputs of a group are known at the same time. A linear that writes to the residual stream
-can compensate the current error of that stream. So the terms that earlier linears added to the
-stream are summed for each model.
-
-    changing model  x̂ ──► group ──► …        halted together, group by group:
-    dense model     x ──► group ──► …        gather(x̂, x), change the group, continue
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -165,16 +156,16 @@ class HaltingForwards:
 def by_group(
     halting: HaltingForwards,
     gather: Callable[[int, int, Tensor], None],
-    prune: Callable[[int], None],
     *,
     outputs_needed: bool = True,
-) -> None:
-    """Prune each group as soon as all micro-batches have reached it, in one pass.
+) -> Iterator[int]:
+    """Yield each group as soon as all micro-batches have reached it, in one pass.
+
+    The caller prunes the group; then the forwards continue with the pruned weights.
 
     Args:
         halting: the forwards of the layer that is pruned.
         gather: called with a forward's index, a group's index and its input.
-        prune: called with a group's index when its input is known from all micro-batches.
         outputs_needed: False ends the forwards after the last group.
 
     Raises:
@@ -191,57 +182,22 @@ def by_group(
         halting.halt(index)
         return {group}
 
-    _prune_in_order(halting, advance, prune, outputs_needed=outputs_needed)
+    return in_step(halting, advance, outputs_needed=outputs_needed)
 
 
-def by_group_with_dense(
-    halting: HaltingForwards,
-    dense: HaltingForwards,
-    gather: Callable[[int, int, Tensor, Tensor | None], None],
-    prune: Callable[[int], None],
-    *,
-    outputs_needed: bool = True,
-) -> None:
-    """Prune each group as `by_group` does, in step with the forwards of the dense layer.
+def in_step(
+    halting: HaltingForwards, advance: Callable[[int], set[int]], *, outputs_needed: bool
+) -> Iterator[int]:
+    """Yield each group as soon as all micro-batches have reached it.
 
     Args:
         halting: the forwards of the layer that is pruned.
-        dense: the forwards of the dense layer. They halt at the same groups, except empty groups,
-            and are still halted at the end.
-        gather: called with a forward's index, a group's index, its input, and the input of the
-            same group in the dense model (None where that does not halt).
-        prune: called with a group's index when its input is known from all micro-batches.
+        advance: runs one forward to its next group, and returns it; nothing at the end.
         outputs_needed: False ends the forwards after the last group.
 
     Raises:
         ArchitectureError: the micro-batches do not reach the groups in the same order.
     """
-
-    def advance(index: int) -> set[int]:
-        arrival = halting.advance(index)
-        if arrival is None:
-            return set()
-        group, x = arrival
-        twin = dense.advance(index) if dense.groups[group] else None
-        gather(index, group, x, twin[1] if twin else None)
-        reached = {group} if twin is None else {group, twin[0]}
-        del arrival, x, twin
-        halting.halt(index)
-        if dense.groups[group]:
-            dense.halt(index)
-        return reached
-
-    _prune_in_order(halting, advance, prune, outputs_needed=outputs_needed)
-
-
-def _prune_in_order(
-    halting: HaltingForwards,
-    advance: Callable[[int], set[int]],
-    prune: Callable[[int], None],
-    *,
-    outputs_needed: bool,
-) -> None:
-    """`advance` runs one forward to its next group, and returns it; nothing at the end."""
     left, halted = len(halting.groups), list(range(len(halting.running)))
     while halted and (left or outputs_needed):
         reached = {index: advance(index) for index in halted}
@@ -254,7 +210,7 @@ def _prune_in_order(
             )
         halted = [index for index, groups in reached.items() if groups]
         if halted:
-            prune(together.pop())
+            yield together.pop()
             left -= 1
 
 
@@ -315,31 +271,3 @@ class HaltedLayer:
         for handle in self.handles:
             handle.remove()
         self.sums = {}
-
-
-def dense_copy(
-    layer: nn.Module,
-    groups: LinearGroups,
-    writers: Sequence[Linear],
-    of_expert: Callable[[str], bool],
-) -> tuple[nn.Module, LinearGroups, list[Linear]]:
-    """Copy a layer that is still dense, with its groups and writers.
-
-    The groups of experts are empty in the copy, because an expert sees different tokens in the two
-    models.
-
-    Args:
-        layer: a layer without hooks, because a copy would have them too.
-        groups: its linears, by shared input.
-        writers: its linears that write to the residual stream.
-        of_expert: returns whether the linear of this name belongs to an expert.
-    """
-    twin = copy.deepcopy(layer)
-    modules = dict(twin.named_modules())
-    names = {id(module): name for name, module in layer.named_modules()}
-
-    def copied(linear: Linear) -> Linear:
-        return Linear(linear.name, modules[names[id(linear.module)]])
-
-    own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
-    return twin, own, [copied(x) for x in writers]

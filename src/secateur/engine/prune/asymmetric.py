@@ -1,0 +1,353 @@
+"""Asymmetric fitting: a pruned linear stays near its outputs in the dense model.
+
+    changing model  x̂ ──► group ──► …        halted together, group by group:
+    dense model     x ──► group ──► …        gather(x̂, x), change the group, continue
+
+The forwards of the dense layer halt at the same groups as those of the layer that is pruned, so
+both inputs of a group are known at the same time. A linear that writes to the residual stream can
+compensate the current error of that stream. So the terms that earlier linears added to the stream
+are summed for each model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.calibration.statistics import ForwardSource
+from secateur.engine.prune.group_pruning import GroupStatistics
+from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, LayerPass
+from secateur.engine.prune.tasks import LinearTask
+from secateur.engine.stream.halted_forwards import (
+    HaltedLayer,
+    HaltingForwards,
+    LinearGroups,
+    in_step,
+)
+from secateur.models.architecture import Linear
+from secateur.parallel.ranks import Ranks
+from secateur.sparsity.hessian import dense_target
+from secateur.types import STORED
+
+HELD_SHARE = 4
+"""One token in so many is kept apart."""
+
+DAMPINGS = (0.05, 0.2, 0.8, 3.2)
+"""The values that are tried, as fractions of the mean diagonal of the gram."""
+
+_ROWS = 512  # the largest float32 product besides the sums
+
+
+class CrossGram:
+    """M = Σ_t y_t x̂_tᵀ, float32 [rows, in]: y_t in the dense model, x̂_t in the pruned one.
+
+    Products are float32 and their sums float64, as in `Gram`.
+
+    Args:
+        rows: the size of y, which is inputs or outputs of the linear.
+        in_features: the number of input features.
+        device: where the sums are kept and computed.
+    """
+
+    def __init__(self, rows: int, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(rows, in_features, dtype=torch.float64, device=device)
+
+    def update(self, target: Float[Tensor, "tokens rows"], x: Float[Tensor, "tokens in"]) -> None:
+        """Add y and x̂ of the same tokens, some rows of y at a time."""
+        targets, inputs = target.detach().float(), x.detach().float()
+        for columns, sums in zip(targets.split(_ROWS, 1), self.total.split(_ROWS), strict=True):
+            sums += columns.t() @ inputs
+
+    def value(self) -> Float[Tensor, "rows in"]:
+        """M, float32. It takes the place of the sums."""
+        self.total = self.total.float()
+        return self.total
+
+
+class TargetStatistics(GroupStatistics):
+    """Running statistics of the input of a group, and of the outputs that it should have.
+
+    The gram must be among the statistics.
+
+    Args:
+        sources: sources of the statistics, by their names.
+        linears: the linears of the group.
+        device: device of the sums.
+        target_size: size of the group's target for one token.
+        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
+
+    Attributes:
+        held: the statistics of the tokens that are kept apart.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, ForwardSource],
+        linears: Sequence[Linear],
+        device: torch.device,
+        target_size: int,
+        *,
+        held_out: bool = False,
+    ) -> None:
+        super().__init__(sources, linears, device)
+        self.cross = CrossGram(target_size, linears[0].shape[1], device)
+        self.held = TargetStatistics(sources, linears, device, target_size) if held_out else None
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add the inputs of one micro-batch, with any leading shape, and their targets."""
+        flat = x.reshape(-1, x.shape[-1])
+        target = target.reshape(len(flat), -1)
+        if self.held is not None:
+            rest = len(flat) - len(flat) // HELD_SHARE
+            self.held.add(flat[rest:], target[rest:])
+            flat, target = flat[:rest], target[:rest]
+        self.update(flat)
+        self.cross.update(target, flat)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add up the statistics that the processes have gathered, each from its own windows."""
+        super().merge(ranks)
+        ranks.total(self.cross.total)
+        if self.held is not None:
+            self.held.merge(ranks)
+
+    def take_in(self) -> None:
+        """Add the statistics of the tokens that were kept apart, if there are any."""
+        held, self.held = self.held, None
+        if held is None:
+            return
+        self.tokens += held.tokens
+        for statistic, part in zip(self.every(), held.every(), strict=True):
+            statistic.merge(part)
+        self.cross.total += held.cross.total
+
+    def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
+        """Return a function that gives the weight [out, in] that fits a linear's targets best.
+
+        Args:
+            writer: whether the targets are outputs of the only linear, not its dense inputs.
+            damping: strength of the pull towards the dense weights.
+        """
+        gram, moments = self.running["gram"].value(), self.cross.value()
+        if writer:
+            return lambda x: dense_target(gram, moments, x.weight.float(), damping)
+        identity = torch.eye(len(gram), device=gram.device)
+        shared = dense_target(gram, moments, identity, damping)
+        return lambda linear: linear.weight.float() @ shared
+
+
+def choose_dampings(
+    statistics: TargetStatistics,
+    linears: Sequence[Linear],
+    tasks: Mapping[str, LinearTask],
+    own: Callable[[Linear], Mapping[str, Tensor]],
+    writer: bool,
+) -> dict[str, float]:
+    """Return the damping with the smallest error on held-out tokens for each linear of a group.
+
+    With G and M the moments of the fitted tokens, and G', M' those of the held-out ones,
+
+        Ŵ_λ = the pruned W*_λ, W*_λ = (M + λW)(G + λI)⁻¹          `sparsity.hessian.dense_target`
+        λ   = argmin  ‖T' − Ŵ_λX̂'‖² = tr(Ŵ_λ G' Ŵ_λᵀ) − 2 tr(Ŵ_λ M'ᵀ) + rest
+
+    The moments say the error of any weights, so each λ costs a solve and no forward.
+
+    Args:
+        statistics: the statistics of the group, with held-out tokens; not changed.
+        linears: the linears that are solved.
+        tasks: tasks of the linears, by name.
+        own: returns the statistics of a linear's own gradients.
+        writer: whether the targets are outputs of the only linear, not its dense inputs.
+    """
+    fit, held = copy.copy(statistics), copy.deepcopy(statistics.held)
+    fit.held = None
+    fit = copy.deepcopy(fit)  # `value` takes the place of the sums, which are needed again
+    assert held is not None
+    shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
+    prepared = tasks[linears[0].name].method.solver.prepare(shared)
+    found = {}
+    for linear in linears:
+        task = tasks[linear.name]
+        known = {**shared, **fit.own(linear), **own(linear), STORED: linear.weight}
+        moments = cross if writer else linear.weight.float() @ cross
+        errors = {}
+        for damping in DAMPINGS:
+            target = fit.fitted(writer, damping)(linear)
+            solution = task.method.solve(target, prepared, known, task.sparsity)
+            errors[damping] = _held_out_error(solution.weight, gram, moments)
+        found[linear.name] = min(errors, key=errors.__getitem__)
+    return found
+
+
+def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
+    """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32."""
+    inner = (weight @ gram).sub_(moments, alpha=2.0)
+    return float((inner * weight).sum())
+
+
+def by_group_with_dense(
+    halting: HaltingForwards,
+    dense: HaltingForwards,
+    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    *,
+    outputs_needed: bool = True,
+) -> Iterator[int]:
+    """Yield each group as `by_group` does, in step with the forwards of the dense layer.
+
+    Args:
+        halting: the forwards of the layer that is pruned.
+        dense: the forwards of the dense layer. They halt at the same groups, except empty groups,
+            and are still halted at the end.
+        gather: called with a forward's index, a group's index, its input, and the input of the
+            same group in the dense model (None where that does not halt).
+        outputs_needed: False ends the forwards after the last group.
+
+    Raises:
+        ArchitectureError: the micro-batches do not reach the groups in the same order.
+    """
+
+    def advance(index: int) -> set[int]:
+        arrival = halting.advance(index)
+        if arrival is None:
+            return set()
+        group, x = arrival
+        twin = dense.advance(index) if dense.groups[group] else None
+        gather(index, group, x, twin[1] if twin else None)
+        reached = {group} if twin is None else {group, twin[0]}
+        del arrival, x, twin
+        halting.halt(index)
+        if dense.groups[group]:
+            dense.halt(index)
+        return reached
+
+    return in_step(halting, advance, outputs_needed=outputs_needed)
+
+
+def dense_copy(
+    layer: nn.Module,
+    groups: LinearGroups,
+    writers: Sequence[Linear],
+    of_expert: Callable[[str], bool],
+) -> tuple[nn.Module, LinearGroups, list[Linear]]:
+    """Copy a layer that is still dense, with its groups and writers.
+
+    The groups of experts are empty in the copy, because an expert sees different tokens in the two
+    models.
+
+    Args:
+        layer: a layer without hooks, because a copy would have them too.
+        groups: its linears, by shared input.
+        writers: its linears that write to the residual stream.
+        of_expert: returns whether the linear of this name belongs to an expert.
+    """
+    twin = copy.deepcopy(layer)
+    modules = dict(twin.named_modules())
+    names = {id(module): name for name, module in layer.named_modules()}
+
+    def copied(linear: Linear) -> Linear:
+        return Linear(linear.name, modules[names[id(linear.module)]])
+
+    own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
+    return twin, own, [copied(x) for x in writers]
+
+
+class AsymmetricRun(CalibratedRun):
+    """A pruning run in which the dense model runs in step."""
+
+    def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
+        return AsymmetricLayerPass(self, index, layer)
+
+
+class AsymmetricLayerPass(CalibratedLayerPass):
+    """The work on one decoder layer whose outputs stay near those of the dense model.
+
+    The dense model runs the layer in step. The target of a linear that writes to the residual
+    stream is its dense output plus the current error of the stream: T = Wx + (H − Ĥ). Any other
+    linear should return Wx, so its target is its dense input x (`sparsity.hessian.dense_target`).
+
+    If the writers are known, only they have a target. They keep the stream near the dense one. In
+    trials, fitting the other linears too doubled the cost and did not help. Experts have no target:
+    they are fitted to their own dense weights.
+    """
+
+    def __init__(self, run: AsymmetricRun, index: int, layer: nn.Module) -> None:
+        super().__init__(run, index, layer)
+        names = self.architecture.writers
+        writers = [self.linears[name] for name in names if name in self.linears]
+        self.writers = {writer.name for writer in writers}
+        # copy before adding hooks, because the copy would have them too
+        copied = dense_copy(layer, self.groups, writers, self.architecture.of_expert)
+        self.dense = HaltedLayer(self.inputs(dense=True), *copied)
+        self.changing = HaltedLayer(
+            self.inputs(), layer, self.groups, writers, stores=self.outputs_needed
+        )
+
+    def gather(self) -> Generator[Sequence[int], None, None]:
+        """Yield each group in one pass, in step with the dense model."""
+        with closing(self.dense), closing(self.changing):
+            arrived = by_group_with_dense(
+                self.changing.halting,
+                self.dense.halting,
+                self._gather,
+                outputs_needed=self.outputs_needed,
+            )
+            yield from self._in_order(arrived)
+            self.dense.halting.finish()
+        self.dense.inputs.states.advance(self.index + 1)
+
+    def _writes(self, group: int) -> bool:
+        """Whether a group is a linear that writes to the residual stream."""
+        linears = self.dense.groups[group]
+        return len(linears) == 1 and linears[0].name in self.writers
+
+    def _new_statistics(self, group: int) -> GroupStatistics:
+        linears = self.dense.groups[group]
+        if not linears or (self.writers and not self._writes(group)):
+            return super()._new_statistics(group)
+        rows, columns = linears[0].shape
+        return TargetStatistics(
+            self.run.sources,
+            self.groups[group],
+            self.device,
+            rows if self.writers else columns,
+            held_out=self.settings.choose_damping,
+        )
+
+    def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+        """Add the input of a group in one micro-batch, with its target if it has one."""
+        statistics = self._statistics(group)
+        if dense is None or not isinstance(statistics, TargetStatistics):
+            statistics.update(x)
+        else:
+            statistics.add(x, self._target(index, group, dense))
+
+    def _target(self, index: int, group: int, dense: Tensor) -> Tensor:
+        """The target of a group for one micro-batch, from its input in the dense model."""
+        if not self._writes(group):
+            return dense
+        stream = self.dense.before(index) - self.changing.before(index)
+        earlier = self.dense.added(index) - self.changing.added(index)
+        with self.dense.inputs.matmuls():
+            out = dense.reshape(-1, dense.shape[-1]) @ self.dense.groups[group][0].weight.t()
+        return out + (stream + earlier).reshape(out.shape)
+
+    def _fitted(
+        self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]
+    ) -> tuple[dict[str, Tensor], Callable[[Linear], Tensor]]:
+        if not isinstance(statistics, TargetStatistics):
+            return super()._fitted(group, statistics, linears)
+        every, writer = self.groups[group], self._writes(group)
+        damping_of = dict.fromkeys((x.name for x in every), self.settings.asymmetric_damping)
+        if statistics.held is not None:
+            changed = [x for x in every if self.tasks[x.name].changes]
+            if solved := changed if self._remasks else linears:
+                damping_of |= choose_dampings(statistics, solved, self.tasks, self.stored, writer)
+            statistics.take_in()
+        shared = statistics.value()
+        weights = {x: statistics.fitted(writer, x) for x in set(damping_of.values())}
+        return shared, lambda linear: weights[damping_of[linear.name]](linear)
