@@ -123,7 +123,7 @@ class Run:
         self.tasks = left_dense(self.tasks, work.unseen)
         self._verify_kind(layer, list(work.linears.values()))
         self.target.commit(index, changed)
-        self._finish_layer(index, records, tuned, work.unseen, started)
+        self.finish_layer(index, records, tuned, work.unseen, started)
 
     def step(self, index: int) -> None:
         """Report one step within a layer."""
@@ -169,7 +169,7 @@ class Run:
                 )
         self.verified.add(kind)
 
-    def _finish_layer(
+    def finish_layer(
         self,
         index: int,
         records: list[LinearRecord],
