@@ -29,9 +29,9 @@ from secateur.engine.prune.tasks import (
     gathering,
 )
 from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
+from secateur.engine.stream.activations import LiveTensors
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
-from secateur.engine.stream.offload import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out

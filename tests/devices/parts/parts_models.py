@@ -111,7 +111,7 @@ def test_hidden_states_may_be_anywhere(
     """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
     moved: list[str] = []
     monkeypatch.setattr(
-        "secateur.engine.stream.offload.ActivationOffload.store",
+        "secateur.engine.stream.activations.ActivationOffload.store",
         lambda self, forward: moved.append(""),
     )
     made = {}

@@ -155,7 +155,7 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
         >>> parse_pattern("unstructured", "row")
         Unstructured(scope='row')
     """
-    for name in patterns:
+    for name in sorted(patterns, key=lambda name: name != text):  # its own name first
         pattern = patterns[name].parse(text, scope)
         if pattern is not None:
             return pattern
