@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calls import Recorder, replaced_layers
+from secateur.engine.stream.calls import StandIn, replaced_layers
 from secateur.evaluation.random_models import RandomModel
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, quiet_transformers
@@ -191,7 +191,7 @@ class Running(RandomModel):
 
     def without_layers(self) -> AbstractContextManager[None]:
         """As the contract says."""
-        nothing: list[nn.Module] = [Recorder(layer, last=False) for layer in self.there]
+        nothing: list[nn.Module] = [StandIn(layer, in_tuple=False) for layer in self.there]
         return replaced_layers(self.there, nothing)
 
     def turn(self) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -258,39 +258,44 @@ class StandIn(nn.Module):
         """Hidden states in the form in which the layer returns them."""
         return (hidden, None) if self.in_tuple else hidden
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the hidden states that the layer is given."""
+        return self.answer(args[0] if args else kwargs["hidden_states"])
 
-class Recorder(StandIn):
+
+class Recorded(NamedTuple):
+    """What a decoder layer was called with."""
+
+    hidden: Tensor
+    call: LayerCall
+
+
+class _Recorder(StandIn):
     """Stands in for a decoder layer, records its arguments, and returns its input.
 
     Args:
-        layer: the layer.
-        last: whether the forward ends here.
+        layers: all decoder layers of the model.
+        index: the number of this one; the forward ends at the last.
         in_tuple: whether the model expects a tuple.
-        shapes: collects the shapes of the hidden states in one forward; a second shape shows that
-            the model took a tensor for a tuple. None to accept any.
+        seen: collects what the layers are called with in one forward. A second shape of hidden
+            states shows that the model took a tensor for a tuple.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        last: bool,
-        in_tuple: bool = False,
-        shapes: set[torch.Size] | None = None,
+        self, layers: nn.ModuleList, index: int, in_tuple: bool, seen: dict[int, Recorded]
     ) -> None:
-        super().__init__(layer, in_tuple)
-        self.last, self.shapes = last, shapes
-        self.hidden: Tensor | None = None
-        self.call: LayerCall | None = None
+        super().__init__(layers[index], in_tuple)
+        self.index, self.last, self.seen = index, index + 1 == len(layers), seen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record the call, and return the hidden states."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if self.shapes is not None:
-            self.shapes.add(hidden.shape)
-            if len(self.shapes) > 1:
-                raise OtherShapeError(f"hidden states of shapes {sorted(map(tuple, self.shapes))}")
-        self.hidden, self.call = hidden, LayerCall(tuple(args[1:]), kwargs, self.in_tuple)
+        call = LayerCall(tuple(args[1:]), kwargs, self.in_tuple)
+        shapes = {tuple(x.shape) for x in (hidden, *(one.hidden for one in self.seen.values()))}
+        if len(shapes) > 1:
+            raise OtherShapeError(f"hidden states of shapes {sorted(shapes)}")
+        self.seen[self.index] = Recorded(hidden, call)
         if self.last:
             raise AfterLastLayer
         return self.answer(hidden)
@@ -314,7 +319,7 @@ def _record(
     layers: nn.ModuleList,
     input_ids: Tensor,
     multimodal: Mapping[str, Tensor] | None = None,
-) -> list[Recorder]:
+) -> list[Recorded]:
     """Record one forward of the model up to its last decoder layer.
 
     Some models expect a tensor from a layer and some a tuple. Both are tried. `multimodal` is what
@@ -322,15 +327,14 @@ def _record(
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
-        shapes: set[torch.Size] = set()
-        last = len(layers) - 1
-        recorders = [Recorder(x, i == last, in_tuple, shapes) for i, x in enumerate(layers)]
+        seen: dict[int, Recorded] = {}
+        recorders = [_Recorder(layers, i, in_tuple, seen) for i in range(len(layers))]
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
                 model(input_ids=input_ids, use_cache=False, **(multimodal or {}))
             except AfterLastLayer:
-                if all(recorder.call is not None for recorder in recorders):
-                    return recorders
+                if len(seen) == len(layers):
+                    return [seen[index] for index in range(len(layers))]
             except Exception as fault:
                 faults.append(fault)
     raise ArchitectureError(
@@ -351,9 +355,7 @@ def first_inputs(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor
 
     It is not packed: see `LayerCall.packed`.
     """
-    hidden = _record(model, layers, input_ids)[0].hidden
-    assert hidden is not None
-    return hidden
+    return _record(model, layers, input_ids)[0].hidden
 
 
 def token_values(
@@ -369,7 +371,6 @@ def token_values(
         of: its call, which says what depends on the tokens.
     """
     call = _record(model, layers, ids)[index].call
-    assert call is not None
     return replace(call, varying=of.varying).values()
 
 
@@ -378,7 +379,7 @@ def token_values_of_all(
 ) -> Tensor:
     """`token_values` of all layers side by side, from one forward."""
     recorded = zip(_record(model, layers, ids), calls, strict=True)
-    found = [replace(_call_of(one), varying=call.varying) for one, call in recorded]
+    found = [replace(one.call, varying=call.varying) for one, call in recorded]
     return torch.cat([call.values() for call in found if call.varying], -1)
 
 
@@ -397,10 +398,10 @@ def layer_calls(
         ArchitectureError: arguments depend on the tokens, but not one by one.
     """
     recorded = [_record(model, layers, batch, multimodal) for batch in batches]
-    calls = [_call_of(recorder) for recorder in recorded[0]]
+    calls = [one.call for one in recorded[0]]
     for other in recorded[1:]:
-        for index, recorder in enumerate(other):
-            found = _differing(calls[index], _call_of(recorder), batches[0].shape)
+        for index, one in enumerate(other):
+            found = _differing(calls[index], one.call, batches[0].shape)
             if found is None:
                 raise ArchitectureError(
                     f"decoder layer {index} of {type(model).__name__} is handed values that depend "
@@ -410,16 +411,9 @@ def layer_calls(
             known = dict(calls[index].varying) | found
             calls[index] = replace(calls[index], varying=tuple(sorted(known.items())))
     hidden = recorded[0][0].hidden
-    assert hidden is not None
     shared = _shared_states(layers, hidden, calls)
     packing = _find_packing(hidden, batches[0].shape, shared, type(model).__name__)
     return [replace(call, packing=packing) for call in calls]
-
-
-def _call_of(recorder: Recorder) -> LayerCall:
-    """The call that was recorded."""
-    assert recorder.call is not None
-    return recorder.call
 
 
 def _differing(
@@ -485,15 +479,13 @@ def record_multimodal(
     Raises:
         ArchitectureError: the model adds something to the hidden states between its layers.
     """
-    recorders = _record(model, layers, ids, multimodal)
-    hidden = recorders[0].hidden
-    assert hidden is not None
-    for index, recorder in enumerate(recorders):
-        assert recorder.hidden is not None
-        if not torch.equal(recorder.hidden, hidden):
+    recorded = _record(model, layers, ids, multimodal)
+    hidden = recorded[0].hidden
+    for index, one in enumerate(recorded):
+        if not torch.equal(one.hidden, hidden):
             raise ArchitectureError(
                 f"{type(model).__name__} adds {', '.join(multimodal)} to the hidden states between "
                 f"its layers, first before layer {index}",
                 remedy="calibrate this model on text alone",
             )
-    return hidden, [_call_of(recorder) for recorder in recorders]
+    return hidden, [one.call for one in recorded]

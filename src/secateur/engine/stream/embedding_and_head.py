@@ -57,9 +57,7 @@ class Injector(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the given hidden states."""
-        if self.hidden is not None:
-            return self.answer(self.hidden)
-        return self.answer(args[0] if args else kwargs["hidden_states"])
+        return super().forward(*args, **kwargs) if self.hidden is None else self.answer(self.hidden)
 
 
 class EmbeddingAndHead:
