@@ -33,6 +33,7 @@ from secateur.quantization.groups import BITS, GROUPS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
 from secateur.sparsity.hessian import check_damping
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.solvers import SolverDefaults
 from secateur.types import Mask, Weight
 
 BLOCK_COLUMNS = 128
@@ -263,7 +264,7 @@ def kept_weights(weight: Weight) -> Mask:
 
 
 @dataclass(frozen=True)
-class RoundingSolver:
+class RoundingSolver(SolverDefaults):
     """The parameters that solvers share which prune, and then round if `bits` is not 0.
 
     Args:

@@ -17,7 +17,7 @@ from secateur.registry import Registry
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.types import Statistics
 
-__all__ = ["Allocation", "DenseLayer", "Kept", "allocations"]
+__all__ = ["Allocation", "AllocationDefaults", "DenseLayer", "Kept", "allocations"]
 
 Kept = Callable[[], Iterable[tuple[str, Tensor]]]
 """Streams what `observe` kept, the same pairs in the same order at every call."""
@@ -105,6 +105,24 @@ class Allocation(Protocol):
     def tokens(self, calibration: int) -> int:
         """Tokens that pass through the model for it, if there are so many calibration tokens."""
         ...
+
+
+class AllocationDefaults:
+    """What most allocations share: they read the scores of nothing, keep a few numbers, and pass
+    calibration through the dense model once.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
+    judged_tokens: ClassVar[int] = 0
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """A few numbers."""
+        return 0
+
+    def tokens(self, calibration: int) -> int:
+        """One pass."""
+        return calibration
 
 
 allocations: Registry[type[Allocation]] = Registry("allocation", __name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError, RecipeError
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
 _BINS = 2**16
@@ -20,7 +20,7 @@ _INFINITY = 0x7F800000  # the bits of float32 infinity; those of NaN are above
 
 @allocations.register("global")
 @dataclass(frozen=True)
-class GlobalThreshold:
+class GlobalThreshold(AllocationDefaults):
     """One threshold for the scores of all linears, with a floor and a cap for each.
 
     With n_i(θ) the number of scores of linear i at or below θ, linear i loses
@@ -45,9 +45,7 @@ class GlobalThreshold:
     """
 
     reach: float = 0.15
-    requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset({"score"})
-    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.reach <= 1:
@@ -89,10 +87,6 @@ class GlobalThreshold:
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """The scores that are kept of it."""
         return self.disk_bytes(weights, itemsize)
-
-    def tokens(self, calibration: int) -> int:
-        """One pass, if the score needs inputs."""
-        return calibration
 
 
 def global_threshold(

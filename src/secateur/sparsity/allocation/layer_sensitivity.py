@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.hessian import relative_output_error
 
@@ -20,7 +20,7 @@ _WIDEST = 0.17
 
 @allocations.register("layer-sensitivity")
 @dataclass(frozen=True)
-class LayerSensitivity:
+class LayerSensitivity(AllocationDefaults):
     """Sparsity falls with the rank of the error that pruning makes.
 
     Each linear i of the dense model is pruned by the run's own method to a reference sparsity.
@@ -48,7 +48,6 @@ class LayerSensitivity:
     reference: float = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
-    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.half_range <= _WIDEST and 0 < self.reference < 1):
@@ -87,17 +86,9 @@ class LayerSensitivity:
             for name, rank in ranks(errors).items()
         }
 
-    def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """A few numbers."""
-        return 0
-
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """Three float32 copies of one linear, which is a third of its layer at most."""
         return 4 * weights
-
-    def tokens(self, calibration: int) -> int:
-        """One pass."""
-        return calibration
 
 
 def ranks(values: Mapping[str, float]) -> dict[str, float]:

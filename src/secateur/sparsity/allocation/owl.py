@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
 
 @allocations.register("owl")
 @dataclass(frozen=True)
-class OWL:
+class OWL(AllocationDefaults):
     """Outlier weighed layer-wise sparsity.
 
     With the scores A_ij = |W_ij| · ‖X_j‖₂ / √T of all linears of decoder layer l taken together,
@@ -50,8 +50,6 @@ class OWL:
     outlier_multiple: float = 5.0
     half_range: float = 0.08
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
-    uses: ClassVar[frozenset[str]] = frozenset()
-    judged_tokens: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not (self.outlier_multiple > 0 and 0 <= self.half_range < 0.5):
@@ -100,14 +98,6 @@ class OWL:
         )
         return {name: sparsity - (value - mean) for name, value in r.items()}
 
-    def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """A few numbers."""
-        return 0
-
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """Three float32 copies of one linear, which is a third of its layer at most."""
         return 4 * weights
-
-    def tokens(self, calibration: int) -> int:
-        """One pass."""
-        return calibration

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
 
 @allocations.register("uniform")
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(AllocationDefaults):
     """s_i = s for every linear i; observes nothing of the model."""
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-    uses: ClassVar[frozenset[str]] = frozenset()
-    judged_tokens: ClassVar[int] = 0
 
     reach = 0.0
 
@@ -32,10 +27,6 @@ class Uniform:
     ) -> dict[str, float]:
         """The same for all."""
         return dict.fromkeys(grains, sparsity)
-
-    def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """None."""
-        return 0
 
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """None."""

@@ -17,7 +17,7 @@ from secateur.registry import Registry
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["Solution", "Solver", "required_mask", "solvers"]
+__all__ = ["Solution", "Solver", "SolverDefaults", "required_mask", "solvers"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,28 @@ class Solver(Protocol):
         They grow with the rows, and can take hours. Shared factorisations count as 0.
         """
         ...
+
+
+class SolverDefaults:
+    """What most solvers share: they choose no mask, round nothing, and shift no bias."""
+
+    selects_by: ClassVar[str | None] = None
+    whole_units: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it also rounds the remaining weights."""
+        return self.grid is not None
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights of its solutions are."""
+        return None
+
+    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+        """0: linears share all factorisations."""
+        return 0.0
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
@@ -19,7 +18,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 
@@ -42,7 +41,7 @@ class PreparedProximal:
 
 @solvers.register("admm")
 @dataclass(frozen=True)
-class ADMM:
+class ADMM(SolverDefaults):
     """Approaches the minimiser of ‖(W − Ŵ)X‖² + λ‖W − Ŵ‖² for a given mask by ADMM.
 
     With H = gram + λI, λ = damping · mean(diag(gram)), D = diag(H)^½, A = D⁻¹HD⁻¹ and B = WD, from
@@ -82,11 +81,6 @@ class ADMM:
     rho: float = 1.0
     iterations: int = 20
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    selects_by: ClassVar[str | None] = None
-    whole_units: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    grid: ClassVar[GroupGrid | None] = None
-    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -161,7 +155,3 @@ class ADMM:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Six float32 copies of the weight, three of the gram."""
         return 6 * float32_bytes(shape) + 3 * float32_bytes((shape[1], shape[1]))
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0

@@ -110,8 +110,6 @@ class ALPS(RoundingSolver):
     tolerance: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
-    whole_units: ClassVar[bool] = False
-    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,10 +195,6 @@ class ALPS(RoundingSolver):
         """
         squares = 10 if self.rounds else 9
         return 10 * float32_bytes(shape) + squares * float32_bytes((shape[1], shape[1]))
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0
 
     def _search(
         self, dense: Tensor, target: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float

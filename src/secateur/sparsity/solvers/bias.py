@@ -8,15 +8,14 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor
 
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 
 @solvers.register("bias")
 @dataclass(frozen=True)
-class Bias:
+class Bias(SolverDefaults):
     """Ŵ = mask ⊙ W and b ← b + (W − Ŵ) μ, where μ is the mean input.
 
     The mean output does not change. A linear without a bias gets none, so that the model keeps its
@@ -39,10 +38,6 @@ class Bias:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})
-    selects_by: ClassVar[str | None] = None
-    whole_units: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    grid: ClassVar[GroupGrid | None] = None
     shifts: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:
@@ -71,7 +66,3 @@ class Bias:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Three float32 copies of the weight."""
         return 3 * float32_bytes(shape)
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
@@ -20,7 +19,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 # Entries of the systems that are gathered and factorised together: 64 MiB in float32.
@@ -44,7 +43,7 @@ class PreparedHessian:
 
 @solvers.register("least-squares")
 @dataclass(frozen=True)
-class LeastSquares:
+class LeastSquares(SolverDefaults):
     """The exact minimiser of ‖(W − Ŵ)X‖² + λ‖W − Ŵ‖² among all Ŵ with these zeros.
 
     With H = gram + λI, λ = damping · mean(diag(gram)), a row w, its kept columns S and its pruned
@@ -79,11 +78,6 @@ class LeastSquares:
 
     damping: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    selects_by: ClassVar[str | None] = None
-    whole_units: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    grid: ClassVar[GroupGrid | None] = None
-    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

@@ -95,8 +95,6 @@ class OBS(RoundingSolver):
     block_columns: int = 128
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
-    whole_units: ClassVar[bool] = False
-    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,10 +178,6 @@ class OBS(RoundingSolver):
         square = float32_bytes((shape[1], shape[1]))
         copies = 9 if self.rounds else 3
         return max(squares * square, square + copies * float32_bytes(shape))
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0
 
     def _rounded(self, target: Tensor, kept: Tensor, prepared: PreparedGram) -> Tensor:
         """Fit the kept weights to the target [in, out], and round them."""

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, RecipeError
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, check_weight, inverse_factor
 from secateur.sparsity.patterns import Pattern, WholeUnits
-from secateur.sparsity.solvers import Solution, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
@@ -32,7 +31,7 @@ class PreparedUnits:
 
 @solvers.register("osscar")
 @dataclass(frozen=True)
-class OSSCAR:
+class OSSCAR(SolverDefaults):
     """Greedy removal of whole units of columns, with all others re-optimised after each.
 
     With H = gram + λI, λ = damping · mean(diag(gram)), removing the columns p of a unit and giving
@@ -76,9 +75,6 @@ class OSSCAR:
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = True
-    rounds: ClassVar[bool] = False
-    grid: ClassVar[GroupGrid | None] = None
-    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

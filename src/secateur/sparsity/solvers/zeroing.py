@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 
 @solvers.register("zero")
 @dataclass(frozen=True)
-class Zeroing:
+class Zeroing(SolverDefaults):
     """Ŵ = mask ⊙ W; needs no statistics and measures no error.
 
     Example:
@@ -27,11 +26,6 @@ class Zeroing:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    selects_by: ClassVar[str | None] = None
-    whole_units: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    grid: ClassVar[GroupGrid | None] = None
-    shifts: ClassVar[bool] = False
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
@@ -57,7 +51,3 @@ class Zeroing:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Three float32 copies of the weight."""
         return 3 * float32_bytes(shape)
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0
