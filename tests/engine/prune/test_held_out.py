@@ -11,7 +11,12 @@ from torch import Tensor, nn
 import secateur
 from secateur.calibration.statistics import Gathering
 from secateur.engine.prune import asymmetric
-from secateur.engine.prune.asymmetric import DAMPINGS, TargetStatistics, choose_dampings
+from secateur.engine.prune.asymmetric import (
+    DAMPINGS,
+    HeldOutStatistics,
+    TargetStatistics,
+    choose_dampings,
+)
 from secateur.engine.prune.tasks import LinearTask
 from secateur.models.architecture import Linear
 from secateur.sparsity.methods import compose
@@ -34,10 +39,14 @@ def example(noise: float, seed: int) -> tuple[nn.Linear, list[Tensor], list[Tens
     return linear, inputs, [y + noise * torch.randn(y.shape, generator=random) for y in outputs]
 
 
-def gathered(linear: nn.Linear, inputs: list[Tensor], outputs: list[Tensor], **more: Any) -> Any:
-    seen = TargetStatistics(
-        Gathering.of(["gram"]).forward, [Linear("x", linear)], torch.device("cpu"), OUT, **more
-    )
+def gathered(
+    linear: nn.Linear,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    kind: type[TargetStatistics] = TargetStatistics,
+) -> Any:
+    sources, device = Gathering.of(["gram"]).forward, torch.device("cpu")
+    seen = kind(sources, [Linear("x", linear)], device, OUT)
     for x, y in zip(inputs, outputs, strict=True):
         seen.add(x, y)
     return seen
@@ -68,7 +77,7 @@ def test_the_choice_is_that_of_the_tokens_themselves() -> None:
     for noise in (0.0, 3.0):
         for seed in range(4):
             linear, inputs, outputs = example(noise, seed)
-            seen = gathered(linear, inputs, outputs, held_out=True)
+            seen = gathered(linear, inputs, outputs, HeldOutStatistics)
             seen.running |= {"column_norm": norms(linear, inputs, 0, ROWS - ROWS // 4)}
             seen.held.running |= {"column_norm": norms(linear, inputs, ROWS - ROWS // 4, ROWS)}
             chosen = choose_dampings(seen, [Linear("x", linear)], {"x": task}, lambda _: {}, True)
@@ -90,7 +99,7 @@ def test_held_out_tokens_come_back() -> None:
     linear, inputs, outputs = example(1.0, 0)
     plain, seen = (
         gathered(linear, inputs, outputs),
-        gathered(linear, inputs, outputs, held_out=True),
+        gathered(linear, inputs, outputs, HeldOutStatistics),
     )
     assert (seen.tokens, seen.held.tokens) == (90, 30)
     seen.take_in()

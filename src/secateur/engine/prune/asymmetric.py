@@ -79,10 +79,6 @@ class TargetStatistics(GroupStatistics):
         linears: the linears of the group.
         device: device of the sums.
         target_size: size of the group's target for one token.
-        held_out: keep a quarter of the tokens of each micro-batch apart, until `take_in`.
-
-    Attributes:
-        held: the statistics of the tokens that are kept apart.
     """
 
     def __init__(
@@ -91,40 +87,27 @@ class TargetStatistics(GroupStatistics):
         linears: Sequence[Linear],
         device: torch.device,
         target_size: int,
-        *,
-        held_out: bool = False,
     ) -> None:
         super().__init__(sources, linears, device)
         self.cross = CrossGram(target_size, linears[0].shape[1], device)
-        self.held = TargetStatistics(sources, linears, device, target_size) if held_out else None
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add the inputs of one micro-batch, with any leading shape, and their targets."""
+        self.update(x)
         flat = x.reshape(-1, x.shape[-1])
-        target = target.reshape(len(flat), -1)
-        if self.held is not None:
-            rest = len(flat) - len(flat) // HELD_SHARE
-            self.held.add(flat[rest:], target[rest:])
-            flat, target = flat[:rest], target[:rest]
-        self.update(flat)
-        self.cross.update(target, flat)
+        self.cross.update(target.reshape(len(flat), -1), flat)
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows."""
         super().merge(ranks)
         ranks.total(self.cross.total)
-        if self.held is not None:
-            self.held.merge(ranks)
 
-    def take_in(self) -> None:
-        """Add the statistics of the tokens that were kept apart, if there are any."""
-        held, self.held = self.held, None
-        if held is None:
-            return
-        self.tokens += held.tokens
-        for statistic, part in zip(self.every(), held.every(), strict=True):
-            statistic.merge(part)
-        self.cross.total += held.cross.total
+    def copied(self) -> TargetStatistics:
+        """A copy whose values can be read, because a value takes the place of the sums."""
+        other = copy.copy(self)
+        sums = self.running, self.apart, self.cross
+        other.running, other.apart, other.cross = copy.deepcopy(sums)
+        return other
 
     def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
         """Return a function that gives the weight [out, in] that fits a linear's targets best.
@@ -141,8 +124,47 @@ class TargetStatistics(GroupStatistics):
         return lambda linear: linear.weight.float() @ shared
 
 
+class HeldOutStatistics(TargetStatistics):
+    """The same, but a quarter of the tokens of each micro-batch is kept apart until `take_in`.
+
+    Attributes:
+        held: the statistics of the tokens that are kept apart.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, ForwardSource],
+        linears: Sequence[Linear],
+        device: torch.device,
+        target_size: int,
+    ) -> None:
+        super().__init__(sources, linears, device, target_size)
+        self.held = TargetStatistics(sources, linears, device, target_size)
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add one micro-batch; its last tokens are kept apart."""
+        flat = x.reshape(-1, x.shape[-1])
+        target = target.reshape(len(flat), -1)
+        rest = len(flat) - len(flat) // HELD_SHARE
+        self.held.add(flat[rest:], target[rest:])
+        super().add(flat[:rest], target[:rest])
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add up both parts of all processes."""
+        super().merge(ranks)
+        self.held.merge(ranks)
+
+    def take_in(self) -> None:
+        """Add the statistics of the tokens that were kept apart; then there are none."""
+        self.tokens += self.held.tokens
+        for statistic, part in zip(self.every(), self.held.every(), strict=True):
+            statistic.merge(part)
+        self.cross.total += self.held.cross.total
+        del self.held
+
+
 def choose_dampings(
-    statistics: TargetStatistics,
+    statistics: HeldOutStatistics,
     linears: Sequence[Linear],
     tasks: Mapping[str, LinearTask],
     own: Callable[[Linear], Mapping[str, Tensor]],
@@ -158,16 +180,13 @@ def choose_dampings(
     The moments say the error of any weights, so each λ costs a solve and no forward.
 
     Args:
-        statistics: the statistics of the group, with held-out tokens; not changed.
+        statistics: the statistics of the group; not changed.
         linears: the linears that are solved.
         tasks: tasks of the linears, by name.
         own: returns the statistics of a linear's own gradients.
         writer: whether the targets are outputs of the only linear, not its dense inputs.
     """
-    fit, held = copy.copy(statistics), copy.deepcopy(statistics.held)
-    fit.held = None
-    fit = copy.deepcopy(fit)  # `value` takes the place of the sums, which are needed again
-    assert held is not None
+    fit, held = statistics.copied(), statistics.held.copied()
     shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
     prepared = tasks[linears[0].name].method.solver.prepare(shared)
     found = {}
@@ -310,13 +329,9 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         if not linears or (self.writers and not self._writes(group)):
             return super()._new_statistics(group)
         rows, columns = linears[0].shape
-        return TargetStatistics(
-            self.run.sources,
-            self.groups[group],
-            self.device,
-            rows if self.writers else columns,
-            held_out=self.settings.choose_damping,
-        )
+        kind = HeldOutStatistics if self.settings.choose_damping else TargetStatistics
+        size = rows if self.writers else columns
+        return kind(self.run.sources, self.groups[group], self.device, size)
 
     def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
         """Add the input of a group in one micro-batch, with its target if it has one."""
@@ -343,7 +358,7 @@ class AsymmetricLayerPass(CalibratedLayerPass):
             return super()._fitted(group, statistics, linears)
         every, writer = self.groups[group], self._writes(group)
         damping_of = dict.fromkeys((x.name for x in every), self.settings.asymmetric_damping)
-        if statistics.held is not None:
+        if isinstance(statistics, HeldOutStatistics):
             changed = [x for x in every if self.tasks[x.name].changes]
             if solved := changed if self._remasks else linears:
                 damping_of |= choose_dampings(statistics, solved, self.tasks, self.stored, writer)

@@ -381,14 +381,14 @@ class RoundedWeight:
         """Round in every forward of the module."""
         # A module finds its parameters in this dictionary, whatever it computes with them.
         module, found = self.linear.module, self.linear.module._parameters
+        held: list[nn.Parameter] = []
 
         def enter(module: nn.Module, args: object) -> None:
-            self.held = found["weight"]
-            assert self.held is not None
-            found["weight"] = StraightThrough.apply(self.held, self)
+            held.append(module.get_parameter("weight"))
+            found["weight"] = StraightThrough.apply(held[0], self)
 
         def leave(module: nn.Module, args: object, output: object) -> None:
-            found["weight"] = self.held
+            found["weight"] = held.pop()
 
         hooks = [
             module.register_forward_pre_hook(enter),
