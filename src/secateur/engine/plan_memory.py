@@ -10,10 +10,12 @@ float64.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
 from secateur.models.layer_cache import layer_caches
 from secateur.recipes.shared import Distill
+from secateur.runs.atomic import write_json
 from secateur.runs.environment import resident_bytes
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
@@ -652,3 +655,20 @@ def _group_shapes(
     return [
         [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
     ]
+
+
+CHOICE = "distillation.json"
+"""The file with the number of windows in a sweep."""
+
+
+def stored_choice(work: Path) -> int | None:
+    """The number of windows in a sweep that an earlier run has chosen; None if there is none."""
+    file = work / CHOICE
+    if not file.exists():
+        return None
+    return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
+
+
+def store_choice(work: Path, sweep_windows: int) -> None:
+    """Store the number of windows in a sweep, so that a resumed run keeps it."""
+    write_json(work / CHOICE, {"sweep_windows": sweep_windows})

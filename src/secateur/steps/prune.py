@@ -23,6 +23,7 @@ from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
+from secateur.engine.plan_memory import store_choice, stored_choice
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prepared import (
     Prepared,
@@ -43,7 +44,6 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.reporting.advise import ClusterPlanResult
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
@@ -73,8 +73,6 @@ from secateur.steps.processes import (
     run_worker,
 )
 from secateur.steps.runner import RunContext, Step, carry_out, source_of
-from secateur.training.distillation import DistillationData
-from secateur.training.distilled_checkpoint import distill_checkpoint, store_choice, stored_choice
 
 if TYPE_CHECKING:
     from secateur.reporting.advise import ClusterPlanResult
@@ -385,23 +383,32 @@ class Prune(Step[PruneRecipe, PruneResult]):
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
             done = job.run(ledger, progress, finished)
-            losses = prepared.windows and distill_checkpoint(
-                target,
-                folder.model,
-                done,
-                DistillationData(
-                    prepared.windows.all, recipe.distillation, recipe.calibration.seed
-                ),
-                self.plan.sweep_windows,
-                folder.work,
-                progress,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+            losses = self._distill(prepared, done)
         left = skipped_matrices(done, target.matrices())
         audit = _audit(recipe, done, folder, progress)
         manifest = self._manifest(prepared, done, audit, losses, left)
         _write_notes(manifest, prepared, folder)
         return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+
+    def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, float] | None:
+        """Let the pruned model learn from the dense one; None if it does not."""
+        how, run = self.recipe.distillation, self.run
+        if prepared.windows is None or not how.epochs:
+            return None
+        # a run that does not learn needs no training
+        from secateur.training.distillation import DistillationData
+        from secateur.training.distilled_checkpoint import distill_checkpoint
+
+        return distill_checkpoint(
+            prepared.target,
+            run.folder.model,
+            done,
+            DistillationData(prepared.windows.all, how, self.recipe.calibration.seed),
+            self.plan.sweep_windows,
+            run.folder.work,
+            run.progress,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
 
     @classmethod
     def result(cls, output: Path) -> PruneResult:

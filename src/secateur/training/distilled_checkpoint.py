@@ -44,9 +44,6 @@ FINAL = "final.safetensors"
 LEARNED = "learned.json"
 """The file with the losses of a finished distillation."""
 
-CHOICE = "distillation.json"
-"""The file with the number of windows in a sweep."""
-
 
 def distill_checkpoint(
     dense: CheckpointTarget,
@@ -135,16 +132,3 @@ def _outside_embeddings(model: Any) -> frozenset[str]:
     return frozenset(
         name for name, p in named if id(p) not in outside and p.is_floating_point() and p.numel()
     )
-
-
-def stored_choice(work: Path) -> int | None:
-    """The number of windows in a sweep that an earlier run has chosen; None if there is none."""
-    file = work / CHOICE
-    if not file.exists():
-        return None
-    return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
-
-
-def store_choice(work: Path, sweep_windows: int) -> None:
-    """Store the number of windows in a sweep, so that a resumed run keeps it."""
-    write_json(work / CHOICE, {"sweep_windows": sweep_windows})

@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.calibration.windows import load_windows
-from secateur.engine.plan_memory import PrunePlan, choose_sweeps
+from secateur.engine.plan_memory import PrunePlan, choose_sweeps, store_choice, stored_choice
 from secateur.engine.prepared import choose_plan, prepare
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.search.experts import expert_use
@@ -93,8 +93,6 @@ from secateur.structured.width import (
 from secateur.training.distillation import DistillationData
 from secateur.training.distilled_checkpoint import (
     distill_checkpoint,
-    store_choice,
-    stored_choice,
 )
 
 log = logging.getLogger(__name__)
