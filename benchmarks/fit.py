@@ -23,27 +23,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hardware import add, heading, markdown
 from secateur import export
 from secateur.calibration.run_windows import WindowReader
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import dense_losses
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.shared import CalibrationWindows
-from secateur.runtime.storage_plan import find_matrices
-from secateur.steps.fit.context import FitContext, TimeBudget
-from secateur.steps.fit.costs import costs_of
-from secateur.steps.fit.evaluation import ModelEvaluator
-from secateur.steps.fit.run import (
-    ExpectedSeconds,
-    best_of,
-    build_candidates,
-    make_search,
-    survey_levels,
-)
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.steps.fit import best_of, build_candidates, survey_levels
+from secateur.steps.fitting.context import FitContext, TimeBudget
+from secateur.steps.fitting.costs import costs_of
 from stored import known_rows
 
 MIB = 2**20
@@ -66,18 +62,13 @@ def recipe_of(args: argparse.Namespace) -> FitRecipe:
 def rows(args: argparse.Namespace) -> None:
     """Make the levels, then a row for each size."""
     recipe, source = recipe_of(args), resolve("smollm2-135m")
-    reader = CheckpointReader(source.folder)
-    matrices = find_matrices(reader, "int8", False)
-    costs = costs_of(recipe, reader, matrices, Silent())
+    model = PackableCheckpoint.open(source.folder)
+    costs = costs_of(recipe, model, Silent())
     (rest,) = costs.rest
     budget = TimeBudget(None, args.work / "pace.json", 0.0)
     args.work.mkdir(parents=True, exist_ok=True)
-    context = FitContext.prepare(
-        recipe, source, reader, matrices, costs, budget, args.work, Silent()
-    )
-    search = make_search(context)
-    expected = ExpectedSeconds.of(context, search)
-    measured, _ = survey_levels(context, search, expected)
+    context = FitContext.prepare(recipe, source, model, costs, budget, args.work, Silent())
+    measured, _ = survey_levels(context)
     measured = replace(measured, frontier=())
     options = CalibrationWindows(windows=16, sequence_length=512)
     reader = WindowReader.of_folder(
@@ -85,18 +76,18 @@ def rows(args: argparse.Namespace) -> None:
     )
     wiki, _ = reader.read(str(args.text), options)
     texts = {"c4": context.judging.windows, "wiki": wiki}
-    measures = {name: ModelEvaluator(context, text, name) for name, text in texts.items()}
+    dense = {name: loss_of(source.folder, windows) for name, windows in texts.items()}
 
     def kept(size: float, label: str, folder: Path, cost: float, **values: float) -> None:
         if known(size, label):
             return
-        loss = {name: measure.rise(folder) for name, measure in measures.items()}
+        loss = {name: loss_of(folder, text) - dense[name] for name, text in texts.items()}
         row = {"size": size, "contender": label, "mib": (rest + cost) / MIB, **values, **loss}
         add("fit", {"judged": "see benchmarks/fit.py"}, row)
         print(row, flush=True)
 
-    for point, level in zip(measured.singles, search.levels, strict=True):
-        folder = level.level.reader.folder
+    for point, level in zip(measured.singles, measured.search.levels, strict=True):
+        folder = level.reader.folder
         kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
     for kind in args.llama_cpp:
         if not known(0, f"llama.cpp {kind}"):
@@ -108,13 +99,20 @@ def rows(args: argparse.Namespace) -> None:
             continue
         began = time.perf_counter()
         within = costs.narrowed(size * MIB - rest)
-        candidates, cuts = build_candidates(context, measured, expected, within)
+        candidates, cuts = build_candidates(measured, within)
         best = best_of(candidates)
         for one in [*candidates, replace(best, row=replace(best.row, name="winner"))]:
             values = {n: getattr(one.row, n) for n in ("predicted", "mixed", "divergence")}
             kept(size, one.row.name, one.folder, one.row.file_bytes - rest, **values)
         print(cuts)
         print(f"{size} MiB: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def loss_of(folder: Path, windows: Tensor) -> float:
+    """The mean loss of the next token, in nats."""
+    target = CheckpointTarget(CheckpointReader(folder), None, torch.device("cpu"))
+    losses = dense_losses(target, windows, 0, Silent())
+    return sum(losses) / len(losses)
 
 
 def by_llama_cpp(source: Path, kind: str, work: Path) -> tuple[Path, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from hardware import add, heading
 from secateur.engine.search.stored_levels import FitSearch
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import CompressRecipe, FitRecipe
@@ -31,14 +31,14 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.models import CompressResult
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
-from secateur.runtime.storage_plan import ChosenValues, MixedReader, find_matrices
+from secateur.runtime.storage_plan import ChosenValues, MixedReader, PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.compress import pack_into
-from secateur.steps.fit.context import FitContext, TimeBudget
-from secateur.steps.fit.costs import SECONDS, Costs, check_feasible, costs_of
-from secateur.steps.fit.evaluation import speedup_of
-from secateur.steps.fit.run import MOST, is_faster, make_search, misses
-from secateur.steps.fit.storage_formats import StorageFormat
+from secateur.steps.fit import MOST, is_faster, make_search, misses
+from secateur.steps.fitting.bounds import check_feasible, speedup_of
+from secateur.steps.fitting.context import FitContext, TimeBudget
+from secateur.steps.fitting.costs import SECONDS, Costs, costs_of
+from secateur.steps.fitting.storage_formats import StorageFormat
 from secateur.steps.runner import RunContext
 from stored import known_rows
 
@@ -61,19 +61,15 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
     """Search, pack and measure."""
     output = args.work / f"speedup-{speedup:g}"
     recipe, source = recipe_of(args, speedup, output), resolve("smollm2-135m")
-    reader = CheckpointReader(source.folder)
-    matrices = find_matrices(reader, "int8", False)
-    costs = costs_of(recipe, reader, matrices, Silent())
-    assert costs.times is not None
-    row: dict[str, Any] = {"asked": speedup, "table": costs.times.measured}
+    model = PackableCheckpoint.open(source.folder)
+    costs = costs_of(recipe, model, Silent())
+    row: dict[str, Any] = {"asked": speedup, "table": costs.table.measured}
     try:
         check_feasible(recipe, costs, 10**9)
     except RecipeError as error:
         return {**row, "refused": f"{error.what}; {error.remedy}"}
     budget = TimeBudget(None, args.work / "pace.json", time.perf_counter())
-    context = FitContext.prepare(
-        recipe, source, reader, matrices, costs, budget, args.work, Silent()
-    )
+    context = FitContext.prepare(recipe, source, model, costs, budget, args.work, Silent())
     search = make_search(context)
     search.survey(costs.levels.index(StorageFormat("int4", 0.5)))
     folder, rounds = RunFolder(str(output), "compress", overwrite=True, restart=True), []
@@ -85,7 +81,7 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
             if found is None or found == candidate:
                 break
             packed = packed_mix(context, search, found, folder)
-            predicted = costs.times.base / (costs.rest[-1] + search.knapsack.total(found)[-1])
+            predicted = costs.table.base / (costs.rest[-1] + search.knapsack.total(found)[-1])
             measured = speedup_of(context, folder.model)
             assert measured is not None
             rounds.append({"aimed": aimed, "predicted": predicted, "measured": measured})
@@ -112,11 +108,10 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
 
 def aimed_at(costs: Costs, speedup: float) -> Costs:
     """The same costs with another bound on the time, not beyond what is possible."""
-    assert costs.times is not None
     place = costs.place(SECONDS)
     assert place is not None
     least = costs.least(place) or 0.0
-    return costs.limited(place, max(costs.times.base / speedup, least))
+    return costs.limited(place, max(costs.table.base / speedup, least))
 
 
 def packed_mix(
@@ -124,14 +119,14 @@ def packed_mix(
 ) -> CompressResult:
     """Pack a mix of levels."""
     levels = dict(zip(search.names, candidate, strict=True))
-    stored = context.stored
+    stored = context.model.linears
     readers = {stored[n]: search.levels[level].reader for n, level in levels.items() if level}
     values = {stored[n]: context.costs.levels[level].values for n, level in levels.items()}
     ends = {"model": context.recipe.model, "output": context.recipe.output}
     recipe = build_recipe(CompressRecipe, {**ends, "values": "bfloat16", "embeddings": "int8"})
-    mixed = MixedReader(context.source.folder, readers)
-    chosen = ChosenValues(mixed, dict(context.matrices), values, {})
-    return pack_into(RunContext(folder, context.source, Silent(), Meter.start()), recipe, chosen)
+    mixed = replace(context.model, reader=MixedReader(context.source.folder, readers))
+    run = RunContext(folder, context.source, Silent(), Meter.start())
+    return pack_into(run, recipe, ChosenValues(mixed, values, {}))
 
 
 def main() -> None:

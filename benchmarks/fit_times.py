@@ -30,11 +30,10 @@ from hardware import add, heading, markdown
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.token_times import BASE, MatrixTimes, time_matrices
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Silent
-from secateur.runtime.storage_plan import find_matrices
+from secateur.runtime.storage_plan import PackableCheckpoint
 from stored import known_rows
 
 FORMATS = (
@@ -154,10 +153,9 @@ def main() -> None:
     args = parser.parse_args()
     print(heading())
     source = resolve("smollm2-135m").folder
-    reader = CheckpointReader(source)
-    matrices = find_matrices(reader, "int8", False)
-    linears = {name: m.linear for name, m in matrices.items() if m.prunable}
-    shapes = {name: tuple(reader.entries[name].shape) for name in linears}
+    model = PackableCheckpoint.open(source)
+    linears = {stored: name for name, stored in model.linears.items()}
+    shapes = {name: tuple(model.reader.entries[name].shape) for name in linears}
     candidates = mixes(list(linears), args.mixes)
     folders = {n: packed(n, mix, linears, source, args.work) for n, mix in candidates.items()}
     if args.pack:

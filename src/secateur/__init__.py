@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from secateur.steps.diagnose import diagnose
     from secateur.steps.evaluate import evaluate
     from secateur.steps.export import export
-    from secateur.steps.fit.run import fit
+    from secateur.steps.fit import fit
     from secateur.steps.generate import generate
     from secateur.steps.import_model import import_model
     from secateur.steps.inspect import inspect
@@ -101,7 +101,7 @@ HOMES = {
     "diagnose": "secateur.steps.diagnose",
     "evaluate": "secateur.steps.evaluate",
     "export": "secateur.steps.export",
-    "fit": "secateur.steps.fit.run",
+    "fit": "secateur.steps.fit",
     "generate": "secateur.steps.generate",
     "import_model": "secateur.steps.import_model",
     "inspect": "secateur.steps.inspect",

@@ -46,7 +46,7 @@ from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, t
 import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
-from secateur.steps.fit import candidates
+from secateur.steps.fitting import candidates
 from secateur.training import distillation
 
 OUTPUT = "out"

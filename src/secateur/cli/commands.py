@@ -123,9 +123,9 @@ def _compress(recipe: CompressRecipe, **call: Any) -> Result:
 
 
 def _check_fit(recipe: FitRecipe) -> None:
-    from secateur.steps.fit.run import check_target
+    from secateur.steps.fit import Fit
 
-    check_target(recipe)
+    Fit.check(recipe)
 
 
 @_command(
@@ -134,12 +134,13 @@ def _check_fit(recipe: FitRecipe) -> None:
     check=_check_fit,
 )
 def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
-    from secateur.steps.fit.run import fit_recipe, plan_fit
+    from secateur.steps.fit import Fit, plan_fit
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
         if dry_run:
             return plan_fit(recipe, progress, call)
-        return fit_recipe(recipe, progress, **call)
+        return carry_out(Fit, recipe, progress, **call)
 
 
 @_command("chain")

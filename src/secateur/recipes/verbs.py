@@ -102,7 +102,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.compress:FitRecipe",
-            "secateur.steps.fit.run:fit",
+            "secateur.steps.fit:fit",
+            step="secateur.steps.fit:Fit",
             more="The exit code is 3 if the made model breaks a bound.",
         ),
         Verb(

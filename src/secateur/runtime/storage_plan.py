@@ -7,9 +7,9 @@ zeros and chooses the smallest layout for each matrix, so all sizes are known. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,90 +68,132 @@ class PackableMatrix:
         )
 
 
-Matrices = Mapping[str, PackableMatrix]
-"""The matrices of a checkpoint that can be packed, by stored name."""
+@dataclass(frozen=True)
+class PackableCheckpoint:
+    """A checkpoint, and its matrices that can be packed.
 
-
-def find_matrices(reader: CheckpointReader, embeddings: str, trust_remote_code: bool) -> Matrices:
-    """The matrices of a checkpoint that can be packed, by stored name.
-
-    Raises:
-        ArchitectureError: the checkpoint has no such matrix.
+    Attributes:
+        reader: reads every tensor.
+        matrices: by stored name.
     """
-    model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
-    stored = stored_names(model, reader)
-    architecture = describe(model)
-    layers = enumerate(architecture.layers(model))
-    linears = [x for i, y in layers for x in linears_of(y, architecture.layer_name(i)).values()]
-    refuse_missing((f"{linear.name}.weight" for linear in linears), stored, reader.folder)
-    found = {}
-    for linear in linears:
-        name = stored[f"{linear.name}.weight"]
-        if name.endswith(".weight"):
-            found[name] = PackableMatrix(linear.transposed, linear.name)
-    if not found:
-        raise ArchitectureError(
-            f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix of "
-            "its own",
-            where=str(reader.folder),
-            remedy="experts of families that secateur does not declare cannot be compressed; see "
-            "CONTRIBUTING.md, 'Add a model family'",
-        )
-    if embeddings == "int8":
-        outside = [model.get_input_embeddings(), model.get_output_embeddings()]
-        for path, module in model.named_modules():
-            kept = stored.get(f"{path}.weight")  # a tied head is stored only once
-            if any(module is x for x in outside) and kept is not None:
-                found[kept] = PackableMatrix()
-    return found
 
+    reader: CheckpointReader
+    matrices: Mapping[str, PackableMatrix]
 
-def linear_names(matrices: Matrices) -> dict[str, str]:
-    """The stored name of every linear, by its own name."""
-    return {matrix.linear: name for name, matrix in matrices.items() if matrix.prunable}
+    @classmethod
+    def open(
+        cls, folder: Path, embeddings: str = "int8", *, trust_remote_code: bool = False
+    ) -> PackableCheckpoint:
+        """Find the matrices of a folder; the embedding and the head if `embeddings` is int8.
 
+        Raises:
+            ArchitectureError: the checkpoint has no such matrix.
+        """
+        reader = CheckpointReader(folder)
+        model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+        stored = stored_names(model, reader)
+        architecture = describe(model)
+        layers = enumerate(architecture.layers(model))
+        linears = [x for i, y in layers for x in linears_of(y, architecture.layer_name(i)).values()]
+        refuse_missing((f"{linear.name}.weight" for linear in linears), stored, folder)
+        found = {}
+        for linear in linears:
+            name = stored[f"{linear.name}.weight"]
+            if name.endswith(".weight"):
+                found[name] = PackableMatrix(linear.transposed, linear.name)
+        if not found:
+            raise ArchitectureError(
+                f"the checkpoint stores none of the linears of {type(model).__name__} as a matrix "
+                "of its own",
+                where=str(folder),
+                remedy="experts of families that secateur does not declare cannot be compressed; "
+                "see CONTRIBUTING.md, 'Add a model family'",
+            )
+        if embeddings == "int8":
+            outside = [model.get_input_embeddings(), model.get_output_embeddings()]
+            for path, module in model.named_modules():
+                kept = stored.get(f"{path}.weight")  # a tied head is stored only once
+                if any(module is x for x in outside) and kept is not None:
+                    found[kept] = PackableMatrix()
+        return cls(reader, found)
 
-def zero_fractions(reader: CheckpointReader, matrices: Matrices) -> dict[str, float]:
-    """The fraction of zeros of every linear, by its name."""
-    found = {}
-    for linear, name in linear_names(matrices).items():
-        weight = reader.read(name)
-        found[linear] = 1 - int(weight.count_nonzero()) / weight.numel()
-    return found
+    def copy_in(self, folder: Path) -> PackableCheckpoint:
+        """A copy with other weights, stored under the same names.
 
+        Raises:
+            ArchitectureError: the copy stores a linear under another name.
+        """
+        reader = CheckpointReader(folder)
+        missing = next((x for x in self.linears.values() if x not in reader.entries), None)
+        if missing is not None:
+            raise ArchitectureError(
+                f"the rounded copy does not store {missing!r} under this name, so values cannot be "
+                "chosen for each matrix",
+                where=str(folder),
+                remedy="choose the values yourself: --values int8 or --values int4",
+            )
+        return replace(self, reader=reader)
 
-def linear_bytes(
-    reader: CheckpointReader,
-    matrices: Matrices,
-    values_of: Callable[[str], Sequence[str]],
-    *,
-    format: str = AUTO,
-    group: int | None = None,
-) -> dict[str, list[int]]:
-    """Bytes of every linear when it is packed, with each of its `values_of`, by its name."""
-    sizes = {}
-    for linear, name in linear_names(matrices).items():
-        choose = partial(
-            matrices[name].choose_layout, reader.read(name), name, format=format, group=group
-        )
-        sizes[linear] = [choose(values=values).nbytes for values in values_of(linear)]
-    return sizes
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its weight files."""
+        return sum(file.stat().st_size for file in self.reader.files)
 
+    @cached_property
+    def linears(self) -> dict[str, str]:
+        """The stored name of every linear, by its own name."""
+        return {x.linear: name for name, x in self.matrices.items() if x.prunable}
 
-def refuse_renamed(names: Iterable[str], rounded: CheckpointReader) -> None:
-    """Refuse a model whose rounded copy stores its matrices under other names.
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape [out, in] of every linear, by its name."""
+        found = {}
+        for linear, name in self.linears.items():
+            first, second = self.reader.entries[name].shape
+            transposed = self.matrices[name].transposed
+            found[linear] = (second, first) if transposed else (first, second)
+        return found
 
-    Raises:
-        ArchitectureError: names one of them.
-    """
-    missing = next((name for name in names if name not in rounded.entries), None)
-    if missing is not None:
-        raise ArchitectureError(
-            f"the rounded copy does not store {missing!r} under this name, so values cannot be "
-            "chosen for each matrix",
-            where=str(rounded.folder),
-            remedy="choose the values yourself: --values int8 or --values int4",
-        )
+    @cached_property
+    def zero_fractions(self) -> dict[str, float]:
+        """The fraction of zeros of every linear, by its name."""
+        found = {}
+        for linear, name in self.linears.items():
+            weight = self.reader.read(name)
+            found[linear] = 1 - int(weight.count_nonzero()) / weight.numel()
+        return found
+
+    def packed_bytes(
+        self,
+        values_of: Callable[[str], Sequence[str]],
+        *,
+        format: str = AUTO,
+        group: int | None = None,
+    ) -> dict[str, list[int]]:
+        """Bytes of every linear when it is packed, with each of its `values_of`, by its name."""
+        sizes = {}
+        for linear, name in self.linears.items():
+            weight, matrix = self.reader.read(name), self.matrices[name]
+            sizes[linear] = [
+                matrix.choose_layout(weight, name, format=format, values=x, group=group).nbytes
+                for x in values_of(linear)
+            ]
+        return sizes
+
+    def settled_values(self, values: str) -> str:
+        """Resolve `auto`: bfloat16 if most of the weights are wider, else `keep`.
+
+        Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
+        bits. The report gives the error of the rounding.
+        """
+        if values != AUTO:
+            return values
+        sizes = {True: 0, False: 0}
+        for name in self.linears.values():
+            entry = self.reader.entries[name]
+            count = entry.size_bytes // entry.dtype.itemsize
+            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
+        return "bfloat16" if sizes[True] > sizes[False] else KEEP
 
 
 class MixedReader(CheckpointReader):
@@ -176,14 +218,12 @@ class ChosenValues:
     """What is packed.
 
     Attributes:
-        reader: reads every tensor.
-        matrices: that can be packed, by stored name.
+        model: the tensors.
         values_of: the values of single matrices, by stored name; the others have the recipe's.
         rounding: the record of a calibrated rounding; empty if there was none.
     """
 
-    reader: CheckpointReader
-    matrices: Matrices
+    model: PackableCheckpoint
     values_of: Mapping[str, str]
     rounding: dict[str, Any]
 
@@ -246,9 +286,10 @@ class StoragePlan:
         return list(files.values())
 
     def packed_tensors(
-        self, reader: CheckpointReader, matrices: Matrices, progress: Progress
+        self, model: PackableCheckpoint, progress: Progress
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the result, in the order of the files, and count what is lost."""
+        reader, matrices = model.reader, model.matrices
         in_order = [n for file in reader.files for n, x in reader.entries.items() if x.file == file]
         for name in in_order:
             tensor, layout = reader.read(name), self.layout(name)
@@ -279,23 +320,6 @@ class StoragePlan:
         )
 
 
-def settled_values(reader: CheckpointReader, matrices: Matrices, values: str) -> str:
-    """Resolve `auto` for a checkpoint: bfloat16 if most of its weights are wider, else `keep`.
-
-    Most float32 checkpoints hold models that were trained in bfloat16 or expanded from fewer
-    bits. The report gives the error of the rounding.
-    """
-    if values != AUTO:
-        return values
-    sizes = {True: 0, False: 0}
-    for name, matrix in matrices.items():
-        if matrix.prunable:
-            entry = reader.entries[name]
-            count = entry.size_bytes // entry.dtype.itemsize
-            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
-    return "bfloat16" if sizes[True] > sizes[False] else KEEP
-
-
 def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) -> StoragePlan:
     """Read every matrix and choose its layout.
 
@@ -308,8 +332,8 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
         CheckpointError: a matrix has a dtype that cannot be packed.
         RecipeError: the requested format can hold no matrix.
     """
-    reader, matrices, format = chosen.reader, chosen.matrices, recipe.format
-    values = settled_values(reader, matrices, recipe.values)
+    reader, matrices, format = chosen.model.reader, chosen.model.matrices, recipe.format
+    values = chosen.model.settled_values(recipe.values)
     choices: dict[str, LayoutChoice] = {}
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
@@ -343,7 +367,7 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
 
 
 def _computed_dtype(
-    choices: Mapping[str, LayoutChoice], matrices: Matrices, values: str
+    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix], values: str
 ) -> torch.dtype:
     """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
     if values != KEEP:

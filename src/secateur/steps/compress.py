@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,11 @@ from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress, listener
-from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -59,16 +58,10 @@ from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
     ChosenValues,
-    Matrices,
     MixedReader,
+    PackableCheckpoint,
     StoragePlan,
-    find_matrices,
-    linear_bytes,
-    linear_names,
     make_plan,
-    refuse_renamed,
-    settled_values,
-    zero_fractions,
 )
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.prune import Prune
@@ -110,8 +103,12 @@ class Compress(Step[CompressRecipe, CompressResult]):
     def __init__(self, recipe: CompressRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
-        self.reader = CheckpointReader(run.source.folder)
-        self.matrices = find_matrices(self.reader, recipe.embeddings, recipe.trust_remote_code)
+        self.model = self.opened(run.source.folder)
+
+    def opened(self, folder: Path) -> PackableCheckpoint:
+        """A folder, and what of it is packed."""
+        trust = self.recipe.trust_remote_code
+        return PackableCheckpoint.open(folder, self.recipe.embeddings, trust_remote_code=trust)
 
     @classmethod
     def check(cls, recipe: CompressRecipe) -> None:
@@ -149,7 +146,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         return {
             **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
             "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
-            "source_files": file_digests(self.reader.files, self.run.progress),
+            "source_files": file_digests(self.model.reader.files, self.run.progress),
         }
 
     def settled(self) -> dict[str, Any]:
@@ -162,24 +159,20 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     def work(self) -> CompressResult:
         """Round the weights if there is text for it, and pack them."""
-        recipe, reader, matrices, run = self.recipe, self.reader, self.matrices, self.run
-        text, work = recipe.calibration.source, run.folder.work
-        rounding: dict[str, Any] = {}
-        values_of: Mapping[str, str] = {}
-        zeros = zero_fractions(reader, matrices) if text is not None else {}
+        recipe, model, run = self.recipe, self.model, self.run
+        values_of, rounding = dict[str, str](), dict[str, Any]()
         if recipe.max_loss_increase is not None:
-            choice = MixedChoice(recipe, reader, matrices, zeros, work, run.progress)
+            choice = MixedChoice(recipe, model, run.folder.work, run.progress)
             return _pack_within(run, recipe, choice)
-        if text is not None:
-            rounded = work / "rounded"
-            round_checkpoint(recipe, run.source.folder, zeros, rounded, run.progress)
-            reader, rounding = CheckpointReader(rounded), rounding_record(rounded)
-            matrices = find_matrices(reader, recipe.embeddings, recipe.trust_remote_code)
+        if recipe.calibration.source is not None:
+            rounded = run.folder.work / "rounded"
+            round_checkpoint(recipe, model, rounded, run.progress)
+            model, rounding = self.opened(rounded), rounding_record(rounded)
         if recipe.overrides:
-            names = linear_names(matrices)
+            names = model.linears
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
-        return pack_into(run, recipe, ChosenValues(reader, matrices, values_of, rounding))
+        return pack_into(run, recipe, ChosenValues(model, values_of, rounding))
 
     @classmethod
     def result(cls, output: Path) -> CompressResult:
@@ -242,12 +235,12 @@ def pack_model(
         chosen: the tensors.
         progress: receives every tensor.
     """
-    reader = chosen.reader
+    reader = chosen.model.reader
     plan = make_plan(chosen, recipe, progress)
     files = plan.files(reader)
     check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
     progress.start("packing", len(reader.entries))
-    tensors = plan.packed_tensors(reader, chosen.matrices, progress)
+    tensors = plan.packed_tensors(chosen.model, progress)
     write_packed(made, files, tensors, archive=recipe.archive)
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
@@ -286,7 +279,7 @@ def _make_report(
     chosen: ChosenValues, packed: PackedCheckpoint, plan: StoragePlan, output: Path, begun: float
 ) -> CompressResult:
     """Add up the contents of the files."""
-    reader, matrices = chosen.reader, chosen.matrices
+    reader, matrices = chosen.model.reader, chosen.model.matrices
     linears, embeddings = FormatTotals(), FormatTotals()
     dense = dict.fromkeys(("as here", "int8", "int4"), 0)
     by_format: dict[str, FormatTotals] = {}
@@ -346,8 +339,7 @@ ROUNDED = ("int8", "int4")
 
 def round_checkpoint(
     recipe: CompressRecipe,
-    source: Path,
-    sparsity_of: Mapping[str, float],
+    model: PackableCheckpoint,
     output: Path,
     progress: Progress,
 ) -> Path:
@@ -355,14 +347,16 @@ def round_checkpoint(
 
     Args:
         recipe: gives the values of every linear, the text and the device.
-        source: the checkpoint.
-        sparsity_of: the fraction of zeros of every linear, by its name.
+        model: the source.
         output: folder of the run.
         progress: receives every step.
 
     Returns:
         The folder of the run.
     """
+    if output.exists():
+        return output
+    sparsity_of = model.zero_fractions
     own = own_values(recipe, sparsity_of)
     group = {"group": recipe.group_size or DEFAULT_GROUP}
     parameters = {v: {"bits": bits, **(group if bits < 8 else {})} for v, bits in BITS.items()}
@@ -371,7 +365,7 @@ def round_checkpoint(
     run = build_recipe(
         PruneRecipe,
         {
-            "model": str(source),
+            "model": str(model.reader.folder),
             "output": str(output),
             "score": "kept",
             "solver": "obs",
@@ -389,8 +383,7 @@ def round_checkpoint(
             "trust_remote_code": recipe.trust_remote_code,
         },
     )
-    if not output.exists():
-        carry_out(Prune, run, progress, resume=True)
+    carry_out(Prune, run, progress, resume=True)
     return output
 
 
@@ -426,14 +419,47 @@ def output_errors(rounded: Path) -> dict[str, float]:
     return {linear["name"]: linear["error"] for linear in linears}
 
 
+def split_text(
+    recipe: CompressRecipe | FitRecipe,
+    target: CheckpointTarget,
+    work: Path,
+    purposes: str,
+    progress: Progress,
+) -> tuple[Path, LossComparison, LossComparison]:
+    """Cut the calibration text in three parts, unless an earlier run has.
+
+    Args:
+        recipe: gives the text.
+        target: the model.
+        work: folder for the parts.
+        purposes: of the three, for people.
+        progress: receives the steps.
+
+    Returns:
+        The file of the windows that make models, and what measures packed folders on the windows
+        that choose among them and on those that judge the result.
+
+    Raises:
+        RecipeError: there are fewer windows than purposes.
+    """
+    text, trust = recipe.calibration, recipe.trust_remote_code
+    files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
+    reader = WindowReader.of_folder(
+        target.reader.folder, target.model.config, trust_remote_code=trust
+    )
+    reader.save_parts(str(text.source), text, files, purposes, progress)
+    choosing, judging = (
+        LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
+    )
+    return files[0], choosing, judging
+
+
 class MixedChoice:
     """A checkpoint that was rounded as a whole, ready to choose the values of each linear.
 
     Args:
         recipe: with `max_loss_increase` and a calibration text.
-        reader: the source.
-        matrices: that can be packed, by stored name.
-        zeros: the fraction of zeros of every linear, by its name.
+        model: the source.
         work: folder for the windows, the rounded checkpoints and the measured losses.
         progress: receives every step.
 
@@ -443,82 +469,51 @@ class MixedChoice:
     """
 
     def __init__(
-        self,
-        recipe: CompressRecipe,
-        reader: CheckpointReader,
-        matrices: Matrices,
-        zeros: Mapping[str, float],
-        work: Path,
-        progress: Progress,
+        self, recipe: CompressRecipe, model: PackableCheckpoint, work: Path, progress: Progress
     ) -> None:
-        self.reader, self.matrices = reader, matrices
-        self.work, self.progress = work, progress
+        self.model, self.work, self.progress = model, work, progress
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
-        self.target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
-        text = recipe.calibration
-        assert text.source is not None
-        fitted, chosen, judged = (
-            work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")
+        self.target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        purposes = "fit the rounding, choose the values and judge the result"
+        fitted, self.choosing, self.judging = split_text(
+            recipe, self.target, work, purposes, progress
         )
-        config = self.target.model.config
-        WindowReader.of_folder(reader.folder, config, trust_remote_code=trust).save_parts(
-            text.source,
-            text,
-            [fitted, chosen, judged],
-            "fit the rounding, choose the values and judge the result",
-            progress,
-        )
-        self.choosing, self.judging = (
-            LossComparison(self.target, file, progress, trust_remote_code=trust)
-            for file in (chosen, judged)
-        )
-        self.linears = linear_names(matrices)
-        self.folders = {}
-        for values in ROUNDED:
+        forms = (model.settled_values(recipe.values), *ROUNDED)
+        sizes = model.packed_bytes(lambda _: forms, format=recipe.format, group=recipe.group_size)
+        size_of = [{n: found[number] for n, found in sizes.items()} for number in range(len(forms))]
+        self.levels = [Level("unchanged", model.reader, size_of[0], {})]
+        for values, size in zip(ROUNDED, size_of[1:], strict=True):
             own = {
                 "values": values,
                 "group_size": recipe.group_size if values == "int4" else None,
-                "calibration": text.model_copy(update={"source": str(fitted)}),
+                "calibration": recipe.calibration.model_copy(update={"source": str(fitted)}),
             }
-            self.folders[values] = round_checkpoint(
-                recipe.model_copy(update=own),
-                reader.folder,
-                zeros,
-                work / f"rounded-{values}",
-                Labelled(progress, f"rounding to {values}"),
-            )
-        values = (settled_values(reader, matrices, recipe.values), *ROUNDED)
-        sizes = linear_bytes(
-            reader, matrices, lambda _: values, format=recipe.format, group=recipe.group_size
-        )
-        self.levels = []
-        for number, name in enumerate(("unchanged", *ROUNDED)):
-            rounded = CheckpointReader(self.folders[name]) if number else reader
-            refuse_renamed(self.linears.values(), rounded)
-            errors = output_errors(self.folders[name]) if number else {}
-            size_of = {linear: found[number] for linear, found in sizes.items()}
-            self.levels.append(Level(name, rounded, size_of, errors, rounds_inputs=number > 0))
+            rounding, label = recipe.model_copy(update=own), f"rounding to {values}"
+            output = work / f"rounded-{values}"
+            round_checkpoint(rounding, model, output, Labelled(progress, label))
+            rounded, errors = model.copy_in(output).reader, output_errors(output)
+            self.levels.append(Level(values, rounded, size, errors, rounds_inputs=True))
 
     def within(self, bound: float) -> ChosenValues:
         """The values of each linear, with a rise of the loss of at most `bound` by the search."""
         windows, file = self.choosing.windows, self.work / "values.jsonl"
         chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
-        names = {self.linears[linear]: n for linear, n in chosen.level_of.items() if n}
-        record = rounding_record(self.folders[ROUNDED[-1]])
-        errors = [self.levels[n].error_of.get(name, 0.0) for name, n in chosen.level_of.items()]
+        level_of = {linear: self.levels[n] for linear, n in chosen.level_of.items()}
+        record = rounding_record(self.levels[-1].reader.folder)
+        errors = [level.error_of.get(linear, 0.0) for linear, level in level_of.items()]
         record["mean_error"] = sum(errors) / len(errors)
-        count = Counter(self.levels[level].name for level in chosen.level_of.values())
         record["chosen"] = {
             "searched_loss_increase": chosen.loss - chosen.source_loss,
             "uniform_loss_increase": {
                 values: loss - chosen.source_loss
                 for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
             },
-            "matrices": dict(count),
+            "matrices": dict(Counter(level.name for level in level_of.values())),
         }
+        rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounds_inputs}
+        readers = {name: level.reader for name, level in rounded.items()}
         return ChosenValues(
-            MixedReader(self.reader.folder, {n: self.levels[x].reader for n, x in names.items()}),
-            self.matrices,
-            {name: ROUNDED[level - 1] for name, level in names.items()},
+            replace(self.model, reader=MixedReader(self.model.reader.folder, readers)),
+            {name: level.name for name, level in rounded.items()},
             record,
         )

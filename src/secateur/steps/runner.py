@@ -24,7 +24,8 @@ from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
 
-R, T = TypeVar("R"), TypeVar("T")
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)

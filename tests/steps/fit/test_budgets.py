@@ -23,18 +23,18 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.fit import FitCheck
 from secateur.runtime.kernels.library import kernel_info
-from secateur.steps.fit import costs as costs_module
-from secateur.steps.fit import evaluation
-from secateur.steps.fit.costs import (
+from secateur.steps.fitting import bounds
+from secateur.steps.fitting import costs as costs_module
+from secateur.steps.fitting.bounds import check_feasible
+from secateur.steps.fitting.costs import (
     MEMORY,
     SECONDS,
     SIZE,
     CostKind,
     Costs,
-    check_feasible,
     weight_format,
 )
-from secateur.steps.fit.storage_formats import FINER, LEVELS
+from secateur.steps.fitting.storage_formats import FINER, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -200,7 +200,7 @@ def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
         return [Speed("packed", (1.0,), (1.0,)), Speed("dense int8", (found,), (1.0,))]
 
     monkeypatch.setattr(costs_module, "time_linears", lambda c, s, p: imaginary_times(s))
-    monkeypatch.setattr(evaluation, "race", race)
+    monkeypatch.setattr(bounds, "race", race)
     options = {**OPTIONS, "calibration": place / "windows.safetensors", "decode_speedup": 1.3}
     found = secateur.fit(place / "dense", output=tmp_path / "fast", **options)
     (check,) = found.checks
@@ -247,7 +247,7 @@ def test_a_speedup_is_searched_and_measured_again(
                 Speed("dense int8", (measured, measured), (1.0,), 20 * 2**20)]  # fmt: skip
 
     monkeypatch.setattr(costs_module, "time_linears", timed)
-    monkeypatch.setattr(evaluation, "race", race)
+    monkeypatch.setattr(bounds, "race", race)
     found = secateur.fit(
         place / "dense", output=tmp_path / "fast", decode_speedup=1.3, max_inference_memory="1GB",
         min_accuracy_kept=0.01, tasks="arc_easy", task_data=str(place / "tasks"),
@@ -280,9 +280,9 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
 ) -> None:
     ours = Speed("packed", (1.0,), (1.0,)) if speedup else Speed("packed", failure="no kernels")
     dense = Speed("dense int8", (speedup or 1.0,), (1.0,))
-    monkeypatch.setattr(evaluation, "race", lambda context, made: [ours, dense])
+    monkeypatch.setattr(bounds, "race", lambda context, made: [ours, dense])
     context = SimpleNamespace(recipe=recipe_of(decode_speedup=1.3))
-    (check,) = evaluation.check_running(context, Path())  # type: ignore[arg-type]
+    (check,) = bounds.check_running(context, Path())  # type: ignore[arg-type]
     assert check.kept == kept
     if not speedup:
         assert check.said == "--decode-speedup could not be measured: no kernels"
@@ -304,9 +304,9 @@ def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
     """On 91843e48 every layer grew, so bounds that hold were called broken."""
     save_tiny(tmp_path, family)
     ours = Speed("packed", (1.0,), (1.0,), 10 * 2**20)
-    monkeypatch.setattr(evaluation, "race", lambda context, made: [ours])
+    monkeypatch.setattr(bounds, "race", lambda context, made: [ours])
     context = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
-    (check,) = evaluation.check_running(context, tmp_path)  # type: ignore[arg-type]
+    (check,) = bounds.check_running(context, tmp_path)  # type: ignore[arg-type]
     assert check.measured == 10 * 2**20 + grown
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from secateur.runtime.choice import choose_layout
-from secateur.steps.fit.candidates import finer_bytes, finer_rise
-from secateur.steps.fit.storage_formats import FINER, LEVELS, StorageFormat, size_of
+from secateur.steps.fitting.candidates import finer_bytes, finer_rise
+from secateur.steps.fitting.storage_formats import FINER, LEVELS, StorageFormat, size_of
 
 SHAPE = (64, 128)
 RISES = tuple(

@@ -20,7 +20,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.steps.fit.storage_formats import FINER, LEVELS
+from secateur.steps.fitting.storage_formats import FINER, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
 

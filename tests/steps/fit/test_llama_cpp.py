@@ -12,10 +12,9 @@ import secateur
 from gguf_models import byte_level, save
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.storage_plan import find_matrices
-from secateur.steps.fit.storage_formats import GGUF_FILE, LEVELS
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.steps.fitting.storage_formats import GGUF_FILE, LEVELS
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -30,11 +29,9 @@ THEIR_NAMES = {
 
 def bytes_with(place: Path, level: int) -> int:
     """The bytes of a file whose linears all have one level."""
-    reader = CheckpointReader(place / "dense")
-    matrices = find_matrices(reader, "int8", False)
-    shapes = [reader.entries[name].shape for name, one in matrices.items() if one.prunable]
-    linears = [GGUF_FILE.linear((out, into), LEVELS[level], None) for out, into in shapes]
-    return round(GGUF_FILE.rest(reader, matrices) + sum(linears))
+    model = PackableCheckpoint.open(place / "dense")
+    linears = [GGUF_FILE.linear(shape, LEVELS[level], None) for shape in model.shapes.values()]
+    return round(GGUF_FILE.rest(model) + sum(linears))
 
 
 def test_a_fit_for_llama_cpp_writes_the_file_that_it_counted(tmp_path: Path) -> None:

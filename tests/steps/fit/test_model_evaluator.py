@@ -17,8 +17,8 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
-from secateur.steps.fit.evaluation import ModelEvaluator
-from secateur.steps.fit.storage_formats import StorageFormat
+from secateur.steps.fitting.models import ModelEvaluator
+from secateur.steps.fitting.storage_formats import StorageFormat
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -11,9 +11,8 @@ import yaml
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.fit import FitResult
-from secateur.steps.fit.build_models import Formats
-from secateur.steps.fit.candidates import StructuredCandidate
-from secateur.steps.fit.evaluation import ModelEvaluator
+from secateur.steps.fitting.candidates import StructuredCandidate
+from secateur.steps.fitting.models import Formats, ModelEvaluator
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -47,8 +46,8 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
-    monkeypatch.setattr("secateur.steps.fit.candidates.STRUCTURED_CANDIDATES", CUTS)
-    monkeypatch.setattr("secateur.steps.fit.candidates.WORTH", -1.0)
+    monkeypatch.setattr("secateur.steps.fitting.candidates.STRUCTURED_CANDIDATES", CUTS)
+    monkeypatch.setattr("secateur.steps.fitting.candidates.WORTH", -1.0)
     real = ModelEvaluator.packed
 
     def packed(
@@ -58,7 +57,7 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
         return output, found if "branches" in folder.parts else found + 100.0
 
     monkeypatch.setattr(ModelEvaluator, "packed", packed)
-    monkeypatch.setattr("secateur.steps.fit.run.best_single", lambda *_: None)
+    monkeypatch.setattr("secateur.steps.fit.best_single", lambda *_: None)
     result = fitted(place, "cut")
     outcomes = {one.name: one.outcome for one in result.branches}
     assert outcomes["a third of the layers cut"].startswith("the same cut")

@@ -21,24 +21,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.engine.search.knapsack import Cost, Knapsack
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import ArchitectureError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import MatrixTimes, time_matrices
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.shape import counted, memory_with
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.runtime.kernels.matrix import matrix_bytes
-from secateur.runtime.storage_plan import Matrices
-from secateur.steps.fit.storage_formats import (
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.steps.fitting.storage_formats import (
     FILES,
     LEVELS,
     PACKED_FOLDER,
     StorageFormat,
     TargetFiles,
-    matrix_shape,
 )
 
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
@@ -49,19 +47,6 @@ SHORT = {"bfloat16": "bf16", "int3": "int4"}
 MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
 """Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
 predicted from a table."""
-
-OPTION_OF: Mapping[str, str] = {
-    SIZE: "max_size",
-    MEMORY: "max_inference_memory",
-    SECONDS: "decode_speedup",
-}
-"""The option that bounds each kind of cost."""
-
-NEAREST: Mapping[str, str] = {
-    SIZE: "the smallest possible size is",
-    MEMORY: "the smallest possible memory is",
-    SECONDS: "the largest speed-up by the table of timed matrices is",
-}
 
 
 @dataclass(frozen=True)
@@ -129,9 +114,13 @@ class Costs:
     def speedup(self) -> float:
         """The bound on seconds, as a speed-up over dense int8; 0 without one."""
         place = self.place(SECONDS)
-        if place is None or self.times is None:
-            return 0.0
-        return self.times.base / self.kinds[place].limit
+        return 0.0 if place is None else self.table.base / self.kinds[place].limit
+
+    @property
+    def table(self) -> MatrixTimes:
+        """The timed matrices; only with a bound on seconds."""
+        assert self.times is not None
+        return self.times
 
     def of_another(self, other: Costs) -> Costs:
         """The costs of a cut of the model, with the limits of this one."""
@@ -178,7 +167,7 @@ class Costs:
             MEMORY: lambda: float(
                 matrix_bytes(shape, stored.values, stored.sparsity, stored.group)
             ),
-            SECONDS: lambda: self.seconds(shape, stored),
+            SECONDS: lambda: self.table.seconds(shape, weight_format(stored)),
         }
         return tuple(found[kind.name]() for kind in self.kinds)
 
@@ -191,11 +180,6 @@ class Costs:
         """
         linears = [self.of(name, one, float(sizes[name]))[0] for name, one in formats.items()]
         return round(self.rest[0] + sum(linears))
-
-    def seconds(self, shape: tuple[int, int], stored: StorageFormat) -> float:
-        """Of a linear, for one token."""
-        assert self.times is not None
-        return self.times.seconds(shape, weight_format(stored))
 
     def least(self, place: int, *, alone: bool = False) -> float | None:
         """The smallest cost of one kind that a whole model can have, within the other bounds.
@@ -220,36 +204,33 @@ class Costs:
 
 def costs_of(
     recipe: FitRecipe,
-    reader: CheckpointReader,
-    matrices: Matrices,
+    model: PackableCheckpoint,
     progress: Progress,
 ) -> Costs:
     """The kinds of cost that a recipe bounds, for a model or a cut of it.
 
     Args:
         recipe: the recipe.
-        reader: the model, dense.
-        matrices: that can be packed, by stored name.
+        model: dense.
         progress: receives the matrices that are timed.
 
     Raises:
         ArchitectureError: the speed is bounded, and our loop cannot decode the model.
     """
-    shapes = {m.linear: matrix_shape(reader, n, m) for n, m in matrices.items() if m.prunable}
     files = FILES[recipe.target]
-    size = files.rest(reader, matrices)
-    kinds = [CostKind(SIZE, size, _limit(recipe.max_size))]
+    kinds = [CostKind(SIZE, files.rest(model), _limit(recipe.max_size))]
     times = None
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
-        model = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
+        trust = recipe.trust_remote_code
+        skeleton = build_skeleton(model.reader.folder, trust_remote_code=trust)
     if recipe.max_inference_memory is not None:
-        shape = counted("", model)
-        held = memory_with(_resident_rest(reader, matrices), shape, "cpu", 1, recipe.context_length)
+        shape = counted("", skeleton)
+        held = memory_with(_resident_rest(model), shape, "cpu", 1, recipe.context_length)
         kinds.append(CostKind(MEMORY, held.total, _limit(recipe.max_inference_memory)))
     if recipe.decode_speedup is not None:
-        times = time_linears(model.config, shapes, progress)
+        times = time_linears(skeleton.config, model.shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
-    return Costs(tuple(kinds), shapes, times, files)
+    return Costs(tuple(kinds), model.shapes, times, files)
 
 
 def _limit(size: int | str | None) -> float:
@@ -278,74 +259,14 @@ def weight_format(stored: StorageFormat) -> WeightFormat:
     return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
 
 
-def _resident_rest(reader: CheckpointReader, matrices: Matrices) -> int:
+def _resident_rest(model: PackableCheckpoint) -> int:
     """Bytes in memory of the weights that are no linears: int8 embeddings, norms in bfloat16."""
     total = 0
-    for name, entry in reader.entries.items():
-        matrix = matrices.get(name)
+    for name, entry in model.reader.entries.items():
+        matrix = model.matrices.get(name)
         count = entry.size_bytes // entry.dtype.itemsize
         if matrix is None:
             total += 2 * count
         elif not matrix.prunable:
             total += count + 4 * entry.shape[0]
     return total
-
-
-def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
-    """Refuse a bound that no level can keep, and bounds that cannot be kept together.
-
-    Args:
-        recipe: gives the bounds.
-        costs: of the model.
-        source: bytes of the model's weight files.
-
-    Raises:
-        RecipeError: names the nearest bound that is possible.
-    """
-    bounded = [n for n, kind in enumerate(costs.kinds) if math.isfinite(kind.limit)]
-    for alone in (True, False):
-        for place in bounded:
-            least = costs.least(place, alone=alone)
-            if least is None or least > costs.kinds[place].limit:
-                raise _impossible(recipe, costs, place, least, alone=alone)
-    if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
-        least = costs.least(0)
-        assert least is not None
-        raise RecipeError(
-            f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
-            where="--max-size",
-            remedy=f"leave it, or give a size from {as_option(costs, SIZE, least)} on",
-        )
-
-
-def _impossible(
-    recipe: FitRecipe, costs: Costs, place: int, least: float | None, *, alone: bool
-) -> RecipeError:
-    """The error for a bound that cannot be kept; `least` is the smallest cost that can."""
-    name = costs.kinds[place].name
-    bounds = [OPTION_OF[kind.name] for kind in costs.kinds if math.isfinite(kind.limit)]
-    others = " and ".join(option for option in bounds if option != OPTION_OF[name])
-    if least is None:
-        return RecipeError(
-            f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
-        )
-    given = getattr(recipe, OPTION_OF[name])
-    fault = {
-        SIZE: f"no level fits into {given}",
-        MEMORY: f"no level runs in {given} with {recipe.context_length} tokens of context",
-        SECONDS: f"no level decodes {given} times as fast as dense int8 on this machine",
-    }[name]
-    nearest = f"{NEAREST[name]} {as_option(costs, name, least)}"
-    return RecipeError(
-        fault + ("" if alone else f" with this {others}"),
-        where=OPTION_OF[name],
-        remedy=f"{nearest}; or cut the model first with `secateur structure`",
-    )
-
-
-def as_option(costs: Costs, name: str, value: float) -> str:
-    """A cost in the form of the option that bounds it, rounded to the side that can be kept."""
-    if name == SECONDS:
-        assert costs.times is not None
-        return f"{math.floor(100 * costs.times.base / value) / 100:g}"
-    return f"{math.ceil(10 * value / 2**20) / 10:.1f}MiB"

@@ -27,8 +27,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,14 @@ from secateur.calibration.documents import texts_of
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import fits
 from secateur.engine.search.stored_levels import (
-    FRONTIER,
-    SURVEY_TOKENS,
     FitSearch,
     LevelEvaluator,
     Point,
 )
 from secateur.errors import RecipeError, VerificationError
-from secateur.evaluation.tasks import PreparedTask
-from secateur.models.checkpoint import CheckpointReader
+from secateur.evaluation.task_data import check_request
 from secateur.models.opening import refuse_quantized
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress, listener
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
@@ -65,19 +62,21 @@ from secateur.reporting.fit import (
 from secateur.reporting.models import CompressResult
 from secateur.reporting.plan import FitPlanResult
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import Meter
-from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.folder import NOTES, check_output, file_digests
 from secateur.runs.records import read_record
-from secateur.runtime.storage_plan import Matrices, find_matrices
+from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Evolution
 from secateur.steps.compress import pack_into, rounding_record
-from secateur.steps.fit.build_models import (
-    chain_steps,
-    chosen_values,
-    make_levels,
-    packing_recipe,
+from secateur.steps.fitting.bounds import (
+    OPTION_OF,
+    TIMING_ERROR,
+    as_option,
+    check_bounds,
+    check_feasible,
+    prepared_tasks,
+    speedup_of,
 )
-from secateur.steps.fit.candidates import (
+from secateur.steps.fitting.candidates import (
     SINGLE,
     STRUCTURED_CANDIDATES,
     BuiltCandidate,
@@ -88,34 +87,26 @@ from secateur.steps.fit.candidates import (
     choose_mixes,
     finer_knapsack,
 )
-from secateur.steps.fit.context import FitContext, TimeBudget
-from secateur.steps.fit.costs import (
-    OPTION_OF,
+from secateur.steps.fitting.context import DRAWN_TOKENS, ExpectedSeconds, FitContext, TimeBudget
+from secateur.steps.fitting.costs import (
     SECONDS,
     Costs,
-    as_option,
-    check_feasible,
     costs_of,
+    weight_format,
 )
-from secateur.steps.fit.evaluation import (
-    TIMING_ERROR,
+from secateur.steps.fitting.models import (
     ModelEvaluator,
-    check_bounds,
-    prepared_tasks,
-    speedup_of,
+    chain_steps,
+    chosen_values,
+    make_levels,
+    packing_recipe,
 )
-from secateur.steps.fit.storage_formats import FILES, StorageFormat
-from secateur.steps.runner import RunContext
+from secateur.steps.fitting.storage_formats import FILES, StorageFormat
+from secateur.steps.runner import RunContext, Step, carry_out, source_of
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
 FIT = "fit.json"
-
-MEASURED_AT_THE_END = 8
-"""What packing and judging the winner and its rivals take, in measurements of one candidate."""
-
-DRAWN_TOKENS = 1024
-"""Tokens on which all mutants of a generation are measured; the better ones see all."""
 
 MOST = 2
 """Number of searches after the first one, at most."""
@@ -142,41 +133,6 @@ Built = tuple[list[BuiltCandidate], list[FitBranch]]
 """The candidates that keep the bounds, and what became of every cut."""
 
 
-@dataclass(frozen=True)
-class ExpectedSeconds:
-    """Seconds that phases are expected to take, by what earlier ones took.
-
-    Attributes:
-        survey: of the layers.
-        frontier: of its candidates.
-        generation: of the search.
-        rest: one candidate, packed and judged.
-        cuts: all cuts, and one candidate among them.
-    """
-
-    survey: float
-    frontier: float
-    generation: float
-    rest: float
-    cuts: float
-
-    @classmethod
-    def of(cls, context: FitContext, search: FitSearch) -> ExpectedSeconds:
-        """By the time of a level, and of measuring it."""
-        each = context.time.expected("singles") / len(search.levels)
-        share = min(1.0, SURVEY_TOKENS / search.tokens)
-        drawn = context.recipe.offspring * min(1.0, DRAWN_TOKENS / search.tokens)
-        rest = context.time.expected("prune", "round") + MEASURED_AT_THE_END * each
-        cut = context.time.expected("prune") + each
-        return cls(
-            survey=len(context.target.layers) * each * share,
-            frontier=2 * FRONTIER * each,
-            generation=(drawn + 2) * each,
-            rest=rest,
-            cuts=len(STRUCTURED_CANDIDATES) * cut + rest,
-        )
-
-
 @takes_options_of(FitRecipe)
 def fit(
     model: str | Path, *, progress: Progress | None = None, **options: Any
@@ -200,7 +156,7 @@ def fit(
     recipe, call = recipe_of(FitRecipe, {"model": model}, options)
     if call.pop("dry_run", False):
         return plan_fit(recipe, listener(progress), call)
-    return fit_recipe(recipe, listener(progress), **call)
+    return carry_out(Fit, recipe, listener(progress), **call)
 
 
 def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> FitPlanResult:
@@ -214,12 +170,12 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     Raises:
         SecateurError: as the fit would.
     """
-    check_target(recipe)
+    Fit.check(recipe)
     prepared_tasks(recipe)
-    source, reader, matrices = _open_model(recipe, progress)
-    costs = costs_of(recipe, reader, matrices, progress)
-    size = sum(file.stat().st_size for file in reader.files)
-    check_feasible(recipe, costs, size)
+    source = source_of(recipe, progress)
+    model = open_model(recipe, source)
+    costs = costs_of(recipe, model, progress)
+    check_feasible(recipe, costs, model.file_bytes)
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "fit", 0, read, call)
     bounds = {}
@@ -233,7 +189,7 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
             bounds[name] = f"{getattr(recipe, name)}", ""
     return FitPlanResult(
         linears=len(costs.shapes),
-        file_bytes=size,
+        file_bytes=model.file_bytes,
         bounds=bounds,
         levels=tuple(level.name for level in costs.levels),
         generations=recipe.generations,
@@ -242,126 +198,102 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     )
 
 
-def fit_recipe(
-    recipe: FitRecipe,
-    progress: Progress,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> FitResult:
-    """Carry out a recipe into a new folder.
+def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint:
+    """The dense model of a recipe, and its matrices that can be packed."""
+    refuse_quantized(source.folder)
+    return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
 
-    Args:
-        recipe: the recipe.
-        progress: receives every step.
-        resume: resume a stopped run, or start if there is none.
-        restart: discard the files of a stopped run.
-        overwrite: replace an existing output folder.
-    """
-    begun = time.perf_counter()
-    check_target(recipe)
-    tasks = prepared_tasks(recipe)
-    folder = RunFolder(recipe.output, "fit", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, *texts_of(recipe.calibration.source))
-    source, reader, matrices = _open_model(recipe, progress)
-    folder.keep_apart(source.folder)
-    with folder:
-        identity = {
-            **recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
-            "micro_batch_tokens": recipe.memory.micro_batch_tokens,
-            "levels": [level.name for level in FILES[recipe.target].levels],
-            "source_files": file_digests(reader.files, progress),
+
+class Fit(Step[FitRecipe, FitResult]):
+    """Finds and makes the best compressed model within bounds."""
+
+    verb = "fit"
+
+    def __init__(self, recipe: FitRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        self.tasks = prepared_tasks(recipe)
+        self.model = open_model(recipe, run.source)
+
+    @classmethod
+    def check(cls, recipe: FitRecipe) -> None:
+        """Refuse a target that a fit cannot serve, and unknown tasks.
+
+        Raises:
+            RecipeError: why, and what can be done.
+        """
+        if recipe.target in INSTEAD:
+            why, remedy = INSTEAD[recipe.target]
+            raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
+        if recipe.min_accuracy_kept is not None:
+            check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=0)
+
+    @classmethod
+    def reads(cls, recipe: FitRecipe) -> Iterable[str]:
+        """The calibration texts."""
+        return texts_of(recipe.calibration.source)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the result."""
+        return {
+            **self.recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
+            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            "levels": [level.name for level in FILES[self.recipe.target].levels],
+            "source_files": file_digests(self.model.reader.files, self.run.progress),
         }
-        folder.begin(identity)
-        if folder.finished:
-            return read_record(FitResult, folder.notes / FIT)
-        costs = costs_of(recipe, reader, matrices, progress)
-        check_feasible(recipe, costs, sum(file.stat().st_size for file in reader.files))
-        time_budget = TimeBudget(recipe.minutes, folder.work / "pace.json", begun)
+
+    @classmethod
+    def result(cls, output: Path) -> FitResult:
+        """Read the result of a finished fit from its notes."""
+        return read_record(FitResult, output / NOTES / FIT)
+
+    def work(self) -> FitResult:
+        """Make levels, search, make the candidates, pack the best one and judge it.
+
+        Raises:
+            RecipeError: no model can keep the bounds.
+            VerificationError: no model that was made keeps them.
+        """
+        run, folder = self.run, self.run.folder
+        costs = costs_of(self.recipe, self.model, run.progress)
+        check_feasible(self.recipe, costs, self.model.file_bytes)
+        time_budget = TimeBudget(self.recipe.minutes, folder.work / "pace.json", run.meter.started)
         context = FitContext.prepare(
-            recipe, source, reader, matrices, costs, time_budget, folder.work, progress
+            self.recipe, run.source, self.model, costs, time_budget, folder.work, run.progress
         )
-        result = run_fit(context, folder, tasks, begun)
+        measured, costs = survey_levels(context)
+        (candidates, cuts), costs = _within_loss(measured, costs)
+        if not candidates:
+            raise VerificationError(
+                "no model that was made keeps the bounds",
+                where=str(folder.output),
+                remedy="give a little more of each bound",
+            )
+        candidates, packed, corrections = _correct_speed(run, measured, candidates, costs)
+        winner = best_of(candidates)
+        size = costs.files.finish(folder.model, run.progress)
+        losses = _judge(context, folder.model, winner, candidates)
+        result = FitResult(
+            output=folder.output,
+            kind_of={name: stored.name for name, stored in winner.formats.items()},
+            winner=winner.row,
+            finalists=tuple(one.row for one in candidates),
+            branches=tuple(cuts),
+            singles=tuple(measured.singles),
+            frontier=tuple(measured.frontier),
+            losses=losses,
+            costs=tuple(
+                FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
+                for kind in context.costs.kinds
+            ),
+            checks=check_bounds(context, folder.model, size, losses[WINNER], self.tasks),
+            corrections=tuple(corrections),
+            dropped=tuple(context.time.dropped),
+            packed=packed,
+            seconds=time.perf_counter() - run.meter.started,
+        )
         write_json(folder.notes / FIT, result.to_json())
         save_plots([result.chart()], folder.notes / "frontier")
-        folder.finish()
-    return result
-
-
-def _open_model(
-    recipe: FitRecipe, progress: Progress
-) -> tuple[LocalCheckpoint, CheckpointReader, Matrices]:
-    """Open the model: the checkpoint, its tensors, and the matrices that can be packed."""
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    refuse_quantized(source.folder)
-    reader = CheckpointReader(source.folder)
-    return source, reader, find_matrices(reader, "int8", recipe.trust_remote_code)
-
-
-def check_target(recipe: FitRecipe) -> None:
-    """Refuse a target that a fit cannot serve.
-
-    Raises:
-        RecipeError: why, and what can be done.
-    """
-    if recipe.target in INSTEAD:
-        why, remedy = INSTEAD[recipe.target]
-        raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
-
-
-def run_fit(
-    context: FitContext, folder: RunFolder, tasks: Sequence[PreparedTask], begun: float
-) -> FitResult:
-    """Make levels, search, make the candidates, pack the best one and judge it.
-
-    Args:
-        context: of the fit.
-        folder: of the run, opened.
-        tasks: for the accuracy; none if it has no bound.
-        begun: when the run began.
-
-    Raises:
-        VerificationError: no model that was made keeps the bounds.
-    """
-    search = make_search(context)
-    with context.time.phase("singles"):
-        search.singles()
-    expected = ExpectedSeconds.of(context, search)
-    measured, costs = survey_levels(context, search, expected)
-    built = build_candidates(context, measured, expected, costs)
-    (candidates, cuts), costs = _within_loss(context, measured, expected, built, costs)
-    if not candidates:
-        raise VerificationError(
-            "no model that was made keeps the bounds",
-            where=str(folder.output),
-            remedy="give a little more of each bound",
-        )
-    candidates, packed, corrections = _correct_speed(
-        context, folder, measured, expected, candidates, costs, begun
-    )
-    winner = best_of(candidates)
-    size = context.costs.files.finish(folder.model, context.progress)
-    losses = _judge(context, folder.model, winner, candidates)
-    return FitResult(
-        output=folder.output,
-        kind_of={name: stored.name for name, stored in winner.formats.items()},
-        winner=winner.row,
-        finalists=tuple(one.row for one in candidates),
-        branches=tuple(cuts),
-        singles=tuple(measured.singles),
-        frontier=tuple(measured.frontier),
-        losses=losses,
-        costs=tuple(
-            FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
-            for kind in context.costs.kinds
-        ),
-        checks=check_bounds(context, folder.model, size, losses[WINNER], tasks),
-        corrections=tuple(corrections),
-        dropped=tuple(context.time.dropped),
-        packed=packed,
-        seconds=time.perf_counter() - begun,
-    )
+        return result
 
 
 def make_search(context: FitContext) -> FitSearch:
@@ -370,27 +302,24 @@ def make_search(context: FitContext) -> FitSearch:
     made = list(zip(context.costs.levels, levels, strict=True))
     costs = {
         n: [context.costs.of(n, stored, one.bytes_of[n]) for stored, one in made]
-        for n in context.stored
+        for n in context.model.linears
     }
     windows, file = context.choosing.windows, context.work / "search.jsonl"
     return FitSearch(context.target, levels, costs, windows, file, context.progress)
 
 
-def survey_levels(
-    context: FitContext, search: FitSearch, expected: ExpectedSeconds
-) -> tuple[MeasuredLevels, Costs]:
-    """Survey the layers, measure the frontier, and settle the bounds; as far as there is time.
-
-    Args:
-        context: of the fit.
-        search: all levels are measured.
-        expected: seconds of what follows.
+def survey_levels(context: FitContext) -> tuple[MeasuredLevels, Costs]:
+    """Make and measure the levels, survey the layers, measure the frontier; as far as time allows.
 
     Returns:
-        What was measured, and the bounds of the search.
+        What was measured, and the bounds of the search: with a bound on the loss, the smallest
+        size within it.
     """
+    search, costs = make_search(context), context.costs
+    with context.time.phase("singles"):
+        search.singles()
+    expected = ExpectedSeconds.of(context, search, len(STRUCTURED_CANDIDATES))
     frontier: list[Point] = []
-    costs = context.costs
     if context.time.allows("the survey and the search", expected.survey + expected.rest):
         # the layers go to the middle of what they may lose
         probes = (StorageFormat("int4", 0.5), StorageFormat("int4", 0.0))
@@ -400,12 +329,11 @@ def survey_levels(
             for families in ("all", "quantize"):
                 frontier += search.frontier(budgets, families)
         costs = _costs_within(context, search, context.recipe.max_loss_increase)
-    singles = search.singles()  # with the survey's predictions; nothing is measured again
     windows = context.choosing.windows
-    evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "searched")
-    return MeasuredLevels(
-        search, finer_knapsack(context, search), singles, frontier, evaluator
-    ), costs
+    evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
+    singles = search.singles()  # with the survey's predictions; nothing is measured again
+    finer = finer_knapsack(context.costs, search)
+    return MeasuredLevels(context, expected, search, finer, singles, frontier, evaluator), costs
 
 
 def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -> Costs:
@@ -420,39 +348,28 @@ def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -
     return context.costs.narrowed(search.smallest_within(losses, context.costs.aim, bound))
 
 
-def build_candidates(
-    context: FitContext,
-    measured: MeasuredLevels,
-    expected: ExpectedSeconds,
-    costs: Costs,
-    *,
-    structure: bool = True,
-) -> Built:
+def build_candidates(measured: MeasuredLevels, costs: Costs, *, structure: bool = True) -> Built:
     """Search within budgets, and make the candidates that keep them.
 
     Args:
-        context: of the fit.
         measured: the levels; without a survey of the layers, only single levels take part.
-        expected: seconds of what follows.
         costs: the bounds.
         structure: whether cuts take part, if the recipe has them.
     """
-    found = _search_mixes(context, measured, expected, costs)
-    alone = best_single(context, measured, costs.budget)
+    context, found = measured.context, _search_mixes(measured, costs)
+    alone = best_single(measured, costs.budget)
     most = costs.kinds[0].limit
     candidates = [x for x in (alone, *found) if x is not None and x.row.file_bytes <= most]
     structure = structure and context.recipe.structure
-    if not structure or not candidates or not context.time.allows("cuts", expected.cuts):
+    if not structure or not candidates or not context.time.allows("cuts", measured.expected.cuts):
         return candidates, []
-    structured, cuts = build_structured(context, measured, best_of(candidates), costs)
+    structured, cuts = build_structured(measured, best_of(candidates), costs)
     return [*candidates, *structured], cuts
 
 
-def _search_mixes(
-    context: FitContext, measured: MeasuredLevels, expected: ExpectedSeconds, costs: Costs
-) -> list[BuiltCandidate]:
+def _search_mixes(measured: MeasuredLevels, costs: Costs) -> list[BuiltCandidate]:
     """Search from the best points, and make what was found; nothing without a survey."""
-    search, inside = measured.search, costs.aim
+    context, search, inside = measured.context, measured.search, costs.aim
     if not search.is_surveyed:
         return []
     quantized = search.knapsack.best(inside, search.allowed("quantize"))
@@ -464,23 +381,19 @@ def _search_mixes(
         return []
 
     def goes_on() -> bool:
-        seconds = expected.generation + expected.rest
+        seconds = measured.expected.generation + measured.expected.rest
         return context.time.allows("generations of the search", seconds)
 
-    winner = search.refined(starts, inside, _evolution(context.recipe, search.tokens), goes_on)
-    return build_mixes(context, measured, choose_mixes(measured, winner, inside), expected.rest)
-
-
-def _evolution(recipe: FitRecipe, tokens: int) -> Evolution:
-    """The parameters of the search on so many tokens."""
-    return Evolution(
-        generations=recipe.generations,
-        offspring=recipe.offspring,
-        stages=((2, min(DRAWN_TOKENS, tokens)), (1, tokens)),
-        seed=recipe.calibration.seed,
+    evolution = Evolution(
+        generations=context.recipe.generations,
+        offspring=context.recipe.offspring,
+        stages=((2, min(DRAWN_TOKENS, search.tokens)), (1, search.tokens)),
+        seed=context.recipe.calibration.seed,
         tries=4,
         revisits=False,
     )
+    winner = search.refined(starts, inside, evolution, goes_on)
+    return build_mixes(measured, choose_mixes(measured, winner, inside))
 
 
 def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
@@ -488,19 +401,14 @@ def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
     return min(candidates, key=lambda one: one.divergence)
 
 
-def _within_loss(
-    context: FitContext,
-    measured: MeasuredLevels,
-    expected: ExpectedSeconds,
-    built: Built,
-    costs: Costs,
-) -> tuple[Built, Costs]:
-    """Search again, for a larger model, while the best candidate loses more than its bound.
+def _within_loss(measured: MeasuredLevels, costs: Costs) -> tuple[Built, Costs]:
+    """The candidates; search again, for a larger model, while the best one loses too much.
 
     The search only estimates the loss, without the embeddings. So the packed model is measured on
     the windows that choose. If its rise and the standard error exceed the bound, the next search
     has a bound that is lower by the excess.
     """
+    context, built = measured.context, build_candidates(measured, costs)
     bound = aim = context.recipe.max_loss_increase
     if bound is None or aim is None or not measured.search.is_surveyed:
         return built, costs
@@ -515,36 +423,31 @@ def _within_loss(
         if larger.kinds[0].limit <= costs.kinds[0].limit:
             break
         costs = larger
-        built = build_candidates(context, measured, expected, costs)
+        built = build_candidates(measured, costs)
     return built, costs
 
 
 def _correct_speed(
-    context: FitContext,
-    folder: RunFolder,
-    measured: MeasuredLevels,
-    expected: ExpectedSeconds,
-    candidates: list[BuiltCandidate],
-    costs: Costs,
-    begun: float,
+    run: RunContext, measured: MeasuredLevels, candidates: list[BuiltCandidate], costs: Costs
 ) -> tuple[list[BuiltCandidate], CompressResult, list[FitCorrection]]:
     """Pack the best candidate, and search again while it decodes more slowly than its bound."""
-    packed = _pack_winner(folder, context, best_of(candidates), begun)
+    context, made = measured.context, run.folder.model
+    packed = _pack_winner(run, context, best_of(candidates))
     corrections: list[FitCorrection] = []
-    speed = _measured_speedup(context, folder.model, 0)
+    speed = _measured_speedup(context, made, 0)
     while speed is not None and misses(context, speed) and len(corrections) < MOST:
         predicted = _predicted_speedup(context, costs, best_of(candidates))
         tighter = _tightened(context, costs, speed / predicted)
         if tighter is None:
             break
-        again, _ = build_candidates(context, measured, expected, tighter, structure=False)
+        again, _ = build_candidates(measured, tighter, structure=False)
         if not again:
             break
-        packed_again = _pack_winner(folder, context, best_of(again), begun)
-        reached = _measured_speedup(context, folder.model, len(corrections) + 1)
+        packed_again = _pack_winner(run, context, best_of(again))
+        reached = _measured_speedup(context, made, len(corrections) + 1)
         corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
         if not is_faster(reached, speed):  # it has lost more, and for nothing
-            packed = _pack_winner(folder, context, best_of(candidates), begun)
+            packed = _pack_winner(run, context, best_of(candidates))
             break
         candidates, costs, packed, speed = again, tighter, packed_again, reached
     return candidates, packed, corrections
@@ -574,11 +477,11 @@ def is_faster(speedup: float | None, before: float) -> bool:
 
 def _predicted_speedup(context: FitContext, costs: Costs, winner: BuiltCandidate) -> float:
     """The speed-up that the table of times predicts for a winner; the bound for a cut one."""
-    assert costs.times is not None
     if winner.cut:
         return float(context.recipe.decode_speedup or 1.0)
-    linears = sum(costs.seconds(costs.shapes[name], one) for name, one in winner.formats.items())
-    return costs.times.base / (costs.times.rest + linears)
+    table, shapes = costs.table, costs.shapes
+    linears = (table.seconds(shapes[n], weight_format(x)) for n, x in winner.formats.items())
+    return table.base / (table.rest + sum(linears))
 
 
 def _tightened(context: FitContext, costs: Costs, ratio: float) -> Costs | None:
@@ -586,18 +489,15 @@ def _tightened(context: FitContext, costs: Costs, ratio: float) -> Costs | None:
     wanted, place = context.recipe.decode_speedup, costs.place(SECONDS)
     assert wanted is not None
     assert place is not None
-    assert costs.times is not None
     seconds, least = costs.kinds[place], costs.least(place)
     if least is None or least > seconds.limit * (1 - TIMING_ERROR / 5):
         return None
-    return costs.limited(place, max(min(seconds.limit, costs.times.base / wanted * ratio), least))
+    return costs.limited(place, max(min(seconds.limit, costs.table.base / wanted * ratio), least))
 
 
-def _pack_winner(
-    folder: RunFolder, context: FitContext, winner: BuiltCandidate, begun: float
-) -> CompressResult:
+def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -> CompressResult:
     """Pack the winner into the folder of the run, and write the recipe that makes it again."""
-    recipe = context.recipe
+    recipe, folder = context.recipe, run.folder
     text = f"{recipe.output}/{NOTES}/{WINDOWS}"
     steps = chain_steps(recipe, winner.formats, text)
     if winner.cut:
@@ -609,7 +509,7 @@ def _pack_winner(
     chosen = chosen_values(recipe, winner.folder, winner.formats, rounding)
     source = replace(context.source, folder=winner.sparse)
     compress = packing_recipe(recipe, winner.formats)
-    report = pack_into(RunContext(folder, source, context.progress, Meter(begun)), compress, chosen)
+    report = pack_into(replace(run, source=source), compress, chosen)
     shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
     if winner.cut:
         shutil.copytree(winner.base / NOTES, folder.notes / "steps" / "structure")

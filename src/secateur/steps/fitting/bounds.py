@@ -1,6 +1,4 @@
-"""Measures the models of a fit: divergence, loss, accuracy, speed and memory.
-
-Divergence and loss that choose are measured on other windows than those that made the levels.
+"""The bounds of a fit: refused before any work if they cannot be kept, and checked at the end.
 
     accuracy kept = Σ accuracy of the model / Σ accuracy of the dense model
 
@@ -14,29 +12,35 @@ of the rest of the context is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
-from secateur.engine.search.stored_levels import StoredVariants
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import load_model
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.shape import counted
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Labelled
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitCheck, FitLoss
-from secateur.runtime.load import load
-from secateur.steps.fit.build_models import Formats, pack_made
-from secateur.steps.fit.context import FitContext
+from secateur.steps.fitting.context import FitContext
+from secateur.steps.fitting.costs import MEMORY, SECONDS, SIZE, Costs
+
+OPTION_OF: Mapping[str, str] = {
+    SIZE: "max_size",
+    MEMORY: "max_inference_memory",
+    SECONDS: "decode_speedup",
+}
+"""The option that bounds each kind of cost."""
+
+NEAREST: Mapping[str, str] = {
+    SIZE: "the smallest possible size is",
+    MEMORY: "the smallest possible memory is",
+    SECONDS: "the largest speed-up by the table of timed matrices is",
+}
 
 TIMING_ERROR = 0.05
 """How far a speed-up may be off when it is measured again; a bound is kept up to here."""
@@ -46,80 +50,64 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS, MOST_SECONDS = 32, 16, 15, 90.0
 METRIC = "acc"
 
 
-class ModelEvaluator:
-    """Measures divergences: mean KL(dense ‖ model) of the next-token probabilities, nats per token.
-
-    The models may have other layers and widths than the dense one, but its vocabulary. What was
-    measured is kept in a file.
+def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
+    """Refuse a bound that no level can keep, and bounds that cannot be kept together.
 
     Args:
-        context: of the fit.
-        windows: token ids [windows, length].
-        name: of the windows, for the file.
+        recipe: gives the bounds.
+        costs: of the model.
+        source: bytes of the model's weight files.
+
+    Raises:
+        RecipeError: names the nearest bound that is possible.
     """
+    bounded = [n for n, kind in enumerate(costs.kinds) if math.isfinite(kind.limit)]
+    for alone in (True, False):
+        for place in bounded:
+            least = costs.least(place, alone=alone)
+            if least is None or least > costs.kinds[place].limit:
+                raise _impossible(recipe, costs, place, least, alone=alone)
+    if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
+        least = costs.least(0)
+        assert least is not None
+        raise RecipeError(
+            f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
+            where="--max-size",
+            remedy=f"leave it, or give a size from {as_option(costs, SIZE, least)} on",
+        )
 
-    def __init__(self, context: FitContext, windows: Tensor, name: str) -> None:
-        self.context, self.windows = context, windows
-        self.dense = self._evaluator(context.target, None)
-        file = context.work / f"measured-{name}.jsonl"
-        self.values = FitnessCache(self.dense, lambda _: (), (), windows.numel(), file)
 
-    def divergence(self, folder: Path) -> float:
-        """The divergence of a model as it is, which is not packed."""
-        device, trust = self.context.target.device, self.context.recipe.trust_remote_code
-        target = CheckpointTarget(CheckpointReader(folder), None, device, trust_remote_code=trust)
-        evaluator = self._evaluator(target, self.dense)
-        versions = ("dense",) * len(target.layers)
-        rows = range(len(self.windows))
-        return self._once(folder, lambda: evaluator.fitness([versions], rows)[0])
+def _impossible(
+    recipe: FitRecipe, costs: Costs, place: int, least: float | None, *, alone: bool
+) -> RecipeError:
+    """The error for a bound that cannot be kept; `least` is the smallest cost that can."""
+    name = costs.kinds[place].name
+    bounds = [OPTION_OF[kind.name] for kind in costs.kinds if math.isfinite(kind.limit)]
+    others = " and ".join(option for option in bounds if option != OPTION_OF[name])
+    if least is None:
+        return RecipeError(
+            f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
+        )
+    given = getattr(recipe, OPTION_OF[name])
+    fault = {
+        SIZE: f"no level fits into {given}",
+        MEMORY: f"no level runs in {given} with {recipe.context_length} tokens of context",
+        SECONDS: f"no level decodes {given} times as fast as dense int8 on this machine",
+    }[name]
+    nearest = f"{NEAREST[name]} {as_option(costs, name, least)}"
+    return RecipeError(
+        fault + ("" if alone else f" with this {others}"),
+        where=OPTION_OF[name],
+        remedy=f"{nearest}; or cut the model first with `secateur structure`",
+    )
 
-    def packed(self, sparse: Path, folder: Path, formats: Formats) -> tuple[Path, float]:
-        """Pack a model that was made, and measure it as it runs.
 
-        Args:
-            sparse: the model before rounding.
-            folder: the model.
-            formats: how every linear is stored.
-
-        Returns:
-            The packed folder and its divergence.
-        """
-        output = self.context.work / "packed" / self._name_of(folder)
-        pack_made(self.context, sparse, folder, formats, output)
-        return output, self._once(output, lambda: self._running(output))
-
-    @torch.no_grad()
-    def _running(self, folder: Path) -> float:
-        """The divergence of a packed model in the kernels."""
-        model = load(folder, trust_remote_code=self.context.recipe.trust_remote_code)
-        self.dense.pass_dense()
-        total = 0.0
-        with self.dense.outside():
-            for row, ids in enumerate(self.windows):
-                logits = model(input_ids=ids[None]).logits[0]
-                total += self.dense.measure(row)(logits.to(self.context.target.device))
-        return total / len(self.windows)
-
-    def _once(self, folder: Path, measure: Callable[[], float]) -> float:
-        """A value of a model, from the file or else measured."""
-        name = self._name_of(folder)
-        self.context.progress.start(f"measuring {name}", 1)
-        found: float = self.values.noted(name, measure)
-        self.context.progress.finish()
-        return found
-
-    def _name_of(self, folder: Path) -> str:
-        """A name for a folder among the work of the run, and for the dense model."""
-        work = self.context.work
-        return "-".join(folder.relative_to(work).parts) if folder.is_relative_to(work) else "dense"
-
-    def _evaluator(
-        self, target: CheckpointTarget, dense: CandidateEvaluator | None
-    ) -> CandidateEvaluator:
-        """Passes one model, as it is, through its layers."""
-        outer = EmbeddingAndHead(target, self.windows)
-        variants = StoredVariants(outer, (), ())
-        return CandidateEvaluator(outer, variants, "divergence", self.context.progress, dense)
+def as_option(costs: Costs, name: str, value: float) -> str:
+    """A cost in the form of the option that bounds it, rounded to the side that can be kept."""
+    if name == SECONDS:
+        return f"{math.floor(100 * costs.table.base / value) / 100:g}"
+    unit, size = ("KiB", 2**10) if value < 2**20 else ("MiB", 2**20)
+    return f"{math.ceil(10 * value / size) / 10:.1f}{unit}"
 
 
 def prepared_tasks(recipe: FitRecipe) -> list[PreparedTask]:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 from secateur.exporting import ExportSource
-from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_config
 from secateur.progress import Progress
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.storage_plan import Matrices, PackableMatrix
+from secateur.runtime.storage_plan import PackableCheckpoint
 
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""
@@ -86,12 +86,6 @@ FINER = tuple(
 """Formats without a level of their own, for mixes that are made whole (`candidates`)."""
 
 
-def matrix_shape(reader: CheckpointReader, name: str, matrix: PackableMatrix) -> tuple[int, int]:
-    """The shape [out, in] of a stored matrix."""
-    first, second = reader.entries[name].shape
-    return (second, first) if matrix.transposed else (first, second)
-
-
 def size_of(shape: tuple[int, int], stored: StorageFormat) -> int:
     """Bytes of a matrix in a packed folder: the smaller one of bitmask and dense."""
     nonzeros = round(shape[0] * shape[1] * (1 - stored.sparsity))
@@ -113,12 +107,11 @@ class TargetFiles(Protocol):
         """Formats for mixes that are made whole, besides the levels."""
         ...
 
-    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
+    def rest(self, model: PackableCheckpoint) -> int:
         """Bytes of everything that is no linear, at most.
 
         Args:
-            reader: the model, dense.
-            matrices: that can be packed, by stored name.
+            model: dense.
 
         Raises:
             ArchitectureError: the target does not know this model.
@@ -152,11 +145,11 @@ class PackedFolder:
     levels: tuple[StorageFormat, ...] = LEVELS
     finer: tuple[StorageFormat, ...] = FINER
 
-    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
+    def rest(self, model: PackableCheckpoint) -> int:
         """Int8 embeddings, norms in bfloat16, headers."""
         total = 4096
-        for name, entry in reader.entries.items():
-            matrix = matrices.get(name)
+        for name, entry in model.reader.entries.items():
+            matrix = model.matrices.get(name)
             count = entry.size_bytes // entry.dtype.itemsize
             if matrix is None:
                 total += count * min(entry.dtype.itemsize, 2)
@@ -182,15 +175,13 @@ class GGUFFolder:
     levels: tuple[StorageFormat, ...] = LEVELS[:3]
     finer: tuple[StorageFormat, ...] = ()
 
-    def rest(self, reader: CheckpointReader, matrices: Matrices) -> int:
+    def rest(self, model: PackableCheckpoint) -> int:
         """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
         from secateur.exporting.gguf.writing import bytes_as_stored
 
-        linears = {name for name, matrix in matrices.items() if matrix.prunable}
-        values = {name: "bfloat16" if name in linears else "int8" for name in matrices}
-        whole = bytes_as_stored(reader, values)
-        shapes = [reader.entries[name].shape for name in linears]
-        bare = self.levels[0]
+        values = {n: "bfloat16" if x.prunable else "int8" for n, x in model.matrices.items()}
+        whole, bare = bytes_as_stored(model.reader, values), self.levels[0]
+        shapes = [model.reader.entries[name].shape for name in model.linears.values()]
         return whole - round(sum(self.linear((out, into), bare, None) for out, into in shapes))
 
     def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:

@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.calibration.run_windows import WindowReader
+from secateur.engine.search.stored_levels import FRONTIER, SURVEY_TOKENS, FitSearch
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
-from secateur.runtime.storage_plan import Matrices, linear_names
-from secateur.steps.fit.costs import Costs
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.steps.compress import split_text
+from secateur.steps.fitting.costs import Costs
 
 
 class TimeBudget:
@@ -90,7 +90,7 @@ class FitContext:
         recipe: the recipe.
         source: the dense model.
         target: its layers, one at a time.
-        matrices: that can be packed, by stored name.
+        model: the same, and its matrices that can be packed.
         costs: what the model pays with, and how much of it.
         time: the time that is left.
         work: folder for levels, windows and measured values.
@@ -103,7 +103,7 @@ class FitContext:
     recipe: FitRecipe
     source: LocalCheckpoint
     target: CheckpointTarget
-    matrices: Matrices
+    model: PackableCheckpoint
     costs: Costs
     time: TimeBudget
     work: Path
@@ -117,8 +117,7 @@ class FitContext:
         cls,
         recipe: FitRecipe,
         source: LocalCheckpoint,
-        reader: CheckpointReader,
-        matrices: Matrices,
+        model: PackableCheckpoint,
         costs: Costs,
         time: TimeBudget,
         work: Path,
@@ -130,21 +129,49 @@ class FitContext:
             RecipeError: there are fewer windows than purposes.
         """
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
-        target = CheckpointTarget(reader, None, device, trust_remote_code=trust)
-        files = [work / f"{name}.safetensors" for name in ("fitted", "searched", "judged")]
-        text, config = recipe.calibration, target.model.config
-        WindowReader.of_folder(reader.folder, config, trust_remote_code=trust).save_parts(
-            text.source, text, files, "make levels, choose among them and judge", progress
-        )
-        choosing, judging = (
-            LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
-        )
-        return cls(
-            recipe, source, target, matrices, costs, time, work, files[0],
-            choosing, judging, progress,
-        )  # fmt: skip
+        target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        purposes = "make levels, choose among them and judge"
+        text = split_text(recipe, target, work, purposes, progress)
+        return cls(recipe, source, target, model, costs, time, work, *text, progress)
 
-    @property
-    def stored(self) -> dict[str, str]:
-        """The stored name of every linear, by its own name."""
-        return linear_names(self.matrices)
+
+MEASURED_AT_THE_END = 8
+"""What packing and judging the winner and its rivals take, in measurements of one candidate."""
+
+DRAWN_TOKENS = 1024
+"""Tokens on which all mutants of a generation are measured; the better ones see all."""
+
+
+@dataclass(frozen=True)
+class ExpectedSeconds:
+    """Seconds that phases are expected to take, by what earlier ones took.
+
+    Attributes:
+        survey: of the layers.
+        frontier: of its candidates.
+        generation: of the search.
+        rest: one candidate, packed and judged.
+        cuts: all cuts, and one candidate among them.
+    """
+
+    survey: float
+    frontier: float
+    generation: float
+    rest: float
+    cuts: float
+
+    @classmethod
+    def of(cls, context: FitContext, search: FitSearch, structured: int) -> ExpectedSeconds:
+        """By the time of a level, and of measuring it; `structured` is the number of cuts."""
+        each = context.time.expected("singles") / len(search.levels)
+        share = min(1.0, SURVEY_TOKENS / search.tokens)
+        drawn = context.recipe.offspring * min(1.0, DRAWN_TOKENS / search.tokens)
+        rest = context.time.expected("prune", "round") + MEASURED_AT_THE_END * each
+        cut = context.time.expected("prune") + each
+        return cls(
+            survey=len(context.target.layers) * each * share,
+            frontier=2 * FRONTIER * each,
+            generation=(drawn + 2) * each,
+            rest=rest,
+            cuts=structured * cut + rest,
+        )

@@ -20,7 +20,7 @@ It is made only if that is less than what the best model without a cut has.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, prod
 from pathlib import Path
@@ -31,29 +31,27 @@ from secateur.engine.search.knapsack import Cost, Knapsack, fits
 from secateur.engine.search.stored_levels import FitSearch, Point
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
-from secateur.runtime.storage_plan import Matrices, find_matrices
+from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
-from secateur.steps.fit.build_models import (
+from secateur.steps.fitting.context import ExpectedSeconds, FitContext
+from secateur.steps.fitting.costs import Costs, costs_of
+from secateur.steps.fitting.models import (
     Formats,
+    ModelEvaluator,
     bytes_of_linears,
     make_model,
     paths,
     shared_options,
 )
-from secateur.steps.fit.context import FitContext
-from secateur.steps.fit.costs import Costs, costs_of
-from secateur.steps.fit.evaluation import ModelEvaluator
-from secateur.steps.fit.storage_formats import (
+from secateur.steps.fitting.storage_formats import (
     LEVELS,
     PACKED_FOLDER,
     StorageFormat,
-    matrix_shape,
     size_of,
 )
 from secateur.steps.structure.run import STEPS, structure_recipe
@@ -134,6 +132,8 @@ class MeasuredLevels:
     """The levels, measured: by this, candidates are chosen.
 
     Attributes:
+        context: of the fit.
+        expected: seconds of further phases.
         search: the search. Without a survey of the layers, only single levels take part.
         knapsack: the levels of every linear, and after them the finer formats.
         singles: every level alone.
@@ -141,6 +141,8 @@ class MeasuredLevels:
         evaluator: measures whole models on the windows that choose.
     """
 
+    context: FitContext
+    expected: ExpectedSeconds
     search: FitSearch
     knapsack: Knapsack
     singles: Sequence[Point]
@@ -148,15 +150,14 @@ class MeasuredLevels:
     evaluator: ModelEvaluator
 
 
-def best_single(
-    context: FitContext, measured: MeasuredLevels, budget: Cost
-) -> BuiltCandidate | None:
+def best_single(measured: MeasuredLevels, budget: Cost) -> BuiltCandidate | None:
     """The best single level within a budget of the linears; it is made already."""
     fitting = [point for point in measured.singles if fits(point.cost, budget)]
     best = min(fitting, key=lambda point: point.divergence, default=None)
     if best is None:
         return None
-    levels, (number, *_) = context.costs.levels, best.candidate
+    context, (number, *_) = measured.context, best.candidate
+    levels = context.costs.levels
     bare = levels.index(StorageFormat("bfloat16", levels[number].sparsity))
     folders = [one.reader.folder for one in measured.search.levels]
     formats = dict.fromkeys(measured.search.names, levels[number])
@@ -188,17 +189,14 @@ def choose_mixes(measured: MeasuredLevels, winner: Point, budget: Cost) -> dict[
     return found
 
 
-def build_mixes(
-    context: FitContext, measured: MeasuredLevels, mixes: Mapping[str, Candidate], seconds: float
-) -> list[BuiltCandidate]:
+def build_mixes(measured: MeasuredLevels, mixes: Mapping[str, Candidate]) -> list[BuiltCandidate]:
     """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
 
     Args:
-        context: of the fit.
         measured: the levels.
         mixes: by what chose them.
-        seconds: that one is expected to take, packed and judged.
     """
+    context, seconds = measured.context, measured.expected.rest
     found, search, dense = [], measured.search, context.source.folder
     for name, candidate in mixes.items():
         if not context.time.allows(f"making {name}", seconds):
@@ -208,12 +206,12 @@ def build_mixes(
         lines = "\n".join(f"{linear} {stored.name}" for linear, stored in sorted(formats.items()))
         output = context.work / "mixes" / f"{crc32(lines.encode()):08x}"
         label = Labelled(context.progress, f"making {name}")
-        sparse, folder = make_model(context, dense, context.matrices, formats, output, label)
+        sparse, model = make_model(context, context.model, formats, output, label)
+        folder = model.reader.folder
         packed, divergence = measured.evaluator.packed(sparse, folder, formats)
-        sizes = bytes_of_linears(CheckpointReader(folder), context.matrices, formats)
         row = FitFinalist(
             name=name,
-            file_bytes=context.costs.file_bytes(formats, sizes),
+            file_bytes=context.costs.file_bytes(formats, bytes_of_linears(model, formats)),
             predicted=measured.knapsack.predicted(candidate),
             mixed=search.measured(candidate)[0] if max(candidate) < len(search.levels) else None,
             divergence=divergence,
@@ -222,16 +220,15 @@ def build_mixes(
     return found
 
 
-def finer_knapsack(context: FitContext, search: FitSearch) -> Knapsack:
+def finer_knapsack(costs: Costs, search: FitSearch) -> Knapsack:
     """The knapsack of the levels and, after them, of the finer formats that the target stores."""
-    cost, rise = [], []
-    for place, name in enumerate(search.names):
-        costs, rises = search.knapsack.cost[place], search.knapsack.rise[place]
-        bytes_of = tuple(level[0] for level in costs)
-        shape, finer = context.costs.shapes[name], context.costs.files.finer
-        sizes = [finer_bytes(stored, shape, bytes_of) for stored in finer]
-        more = [context.costs.of(name, stored, x) for stored, x in zip(finer, sizes, strict=True)]
-        cost.append((*costs, *more))
+    cost, rise, finer = [], [], costs.files.finer
+    known = zip(search.names, search.knapsack.cost, search.knapsack.rise, strict=True)
+    for name, own, rises in known:
+        bytes_of = tuple(level[0] for level in own)
+        sizes = [finer_bytes(stored, costs.shapes[name], bytes_of) for stored in finer]
+        more = [costs.of(name, stored, x) for stored, x in zip(finer, sizes, strict=True)]
+        cost.append((*own, *more))
         rise.append((*rises, *(finer_rise(stored, rises) for stored in finer)))
     return Knapsack(tuple(cost), tuple(rise))
 
@@ -254,12 +251,11 @@ def finer_rise(stored: StorageFormat, rises: tuple[float, ...]) -> float:
 
 
 def build_structured(
-    context: FitContext, measured: MeasuredLevels, best: BuiltCandidate, costs: Costs
+    measured: MeasuredLevels, best: BuiltCandidate, costs: Costs
 ) -> tuple[list[BuiltCandidate], list[FitBranch]]:
     """Cut the model in several ways, and make what may beat the best model without a cut.
 
     Args:
-        context: of the fit.
         measured: the levels of the uncut model.
         best: the best model without a cut.
         costs: the bounds.
@@ -271,26 +267,24 @@ def build_structured(
     rows: list[FitBranch] = []
     if best.divergence <= WORTH:
         return found, rows
-    plans: list[CutPlan] = []
+    context, plans = measured.context, list[CutPlan]()
     for structured in STRUCTURED_CANDIDATES:
         cut = _cut_model(context, structured, plans)
         if isinstance(cut, str):
             rows.append(FitBranch(structured.name, None, None, cut))
             continue
+        model = PackableCheckpoint.open(cut, trust_remote_code=context.recipe.trust_remote_code)
         leader = min(one.divergence for one in [best, *found])
         alone = measured.evaluator.divergence(cut)
         outcome = f"worse alone than the {leader:.3f} of the best"
         if alone < leader:
-            built = _build_on_cut(context, measured, structured, cut, alone, leader, costs)
+            built = _build_on_cut(measured, structured, model, alone, leader, costs)
             if isinstance(built, str):
                 outcome = built
             else:
                 found.append(built)
                 outcome = f"made: {built.divergence:.3f}"
-        reader = CheckpointReader(cut)
-        matrices = find_matrices(reader, "int8", context.recipe.trust_remote_code)
-        linears = [reader.entries[n].shape for n, one in matrices.items() if one.prunable]
-        size = PACKED_FOLDER.rest(reader, matrices) + sum(2 * prod(shape) for shape in linears)
+        size = PACKED_FOLDER.rest(model) + sum(2 * prod(shape) for shape in model.shapes.values())
         rows.append(FitBranch(structured.name, size, alone, outcome))
     return found, rows
 
@@ -327,22 +321,20 @@ def _cut_model(
 
 
 def _build_on_cut(
-    context: FitContext,
     measured: MeasuredLevels,
     structured: StructuredCandidate,
-    cut: Path,
+    cut: PackableCheckpoint,
     alone: float,
     leader: float,
     costs: Costs,
 ) -> BuiltCandidate | str:
     """The best expected mix of a cut model, made if it may win; or why there is none."""
-    reader = CheckpointReader(cut)
-    matrices = find_matrices(reader, "int8", context.recipe.trust_remote_code)
+    context, base = measured.context, cut.reader.folder
     try:
-        own = costs.of_another(costs_of(context.recipe, reader, matrices, context.progress))
+        own = costs.of_another(costs_of(context.recipe, cut, context.progress))
     except ArchitectureError as error:
         return error.what
-    knapsack, names = _inherited_knapsack(context, measured, reader, matrices, own)
+    knapsack, names = _inherited_knapsack(measured, cut, own)
     candidate = knapsack.best(own.aim)
     if candidate is None:
         return "no level fits"
@@ -351,58 +343,49 @@ def _build_on_cut(
         return f"expected {expected:.3f}, and the best has {leader:.3f}"
     formats = {name: own.every[level] for name, level in zip(names, candidate, strict=True)}
     label = Labelled(context.progress, structured.name)
-    sparse, folder = make_model(context, cut, matrices, formats, cut.parent / "mix", label)
-    sizes = bytes_of_linears(CheckpointReader(folder), matrices, formats)
-    size, most = own.file_bytes(formats, sizes), own.kinds[0].limit
+    sparse, model = make_model(context, cut, formats, base.parent / "mix", label)
+    size, most = own.file_bytes(formats, bytes_of_linears(model, formats)), own.kinds[0].limit
     if size > most:
         return f"made, and {size - most:,.0f} bytes too large"
+    folder = model.reader.folder
     packed, divergence = measured.evaluator.packed(sparse, folder, formats)
     row = FitFinalist(structured.name, size, expected, None, divergence)
     step = {"structure": _structure_options(context, structured)}
-    return BuiltCandidate(cut, sparse, folder, packed, formats, row, step)
+    return BuiltCandidate(base, sparse, folder, packed, formats, row, step)
 
 
 def _inherited_knapsack(
-    context: FitContext,
-    measured: MeasuredLevels,
-    reader: CheckpointReader,
-    matrices: Matrices,
-    costs: Costs,
+    measured: MeasuredLevels, cut: PackableCheckpoint, costs: Costs
 ) -> tuple[Knapsack, list[str]]:
     """The knapsack of a cut model, taken over from the uncut one; and the names of its linears."""
     place_of = {name: place for place, name in enumerate(measured.search.names)}
+    uncut, known = measured.context.model.shapes, measured.knapsack
     cost, rise, names = [], [], []
-    for uncut, stored, linear in _origins(context, reader, matrices):
-        home, place = context.stored[uncut], place_of[uncut]
-        before = matrix_shape(context.target.reader, home, context.matrices[home])
-        now = matrix_shape(reader, stored, matrices[stored])
+    for linear, home in _origins(measured.context, cut):
+        before, now, place = uncut[home], cut.shapes[linear], place_of[home]
+        sizes = [
+            level[0] * size_of(now, one) / size_of(before, one)
+            for level, one in zip(known.cost[place], costs.every, strict=True)
+        ]
+        pairs = zip(costs.every, sizes, strict=True)
+        cost.append(tuple(costs.of(linear, one, size) for one, size in pairs))
         of_weights = prod(now) / prod(before)
-        pairs = zip(measured.knapsack.cost[place], costs.every, strict=True)
-        sizes = [known[0] * size_of(now, one) / size_of(before, one) for known, one in pairs]
-        cost.append(
-            tuple(costs.of(linear, one, x) for one, x in zip(costs.every, sizes, strict=True))
-        )
-        rise.append(tuple(of_weights * one for one in measured.knapsack.rise[place]))
+        rise.append(tuple(of_weights * one for one in known.rise[place]))
         names.append(linear)
     return Knapsack(tuple(cost), tuple(rise)), names
 
 
-def _origins(
-    context: FitContext, reader: CheckpointReader, matrices: Matrices
-) -> list[tuple[str, str, str]]:
-    """Of every linear of a cut model: its name in the uncut one, its stored name and its name."""
+def _origins(context: FitContext, cut: PackableCheckpoint) -> Iterator[tuple[str, str]]:
+    """Every linear of a cut model, and its name in the uncut one."""
     uncut, trust = context.target, context.recipe.trust_remote_code
-    target = CheckpointTarget(reader, None, uncut.device, trust_remote_code=trust)
-    steps = json.loads((reader.folder / NOTES / STEPS).read_text(encoding="utf-8"))
+    target = CheckpointTarget(cut.reader, None, uncut.device, trust_remote_code=trust)
+    steps = json.loads((cut.reader.folder / NOTES / STEPS).read_text(encoding="utf-8"))
     kept = list(range(len(uncut.layers)))
     for step in steps:
         kept = [kept[n] for n in (step.get("cut") or {}).get("layers", range(len(kept)))]
-    found = []
     for number, before in enumerate(kept):
         prefix = target.architecture.layer_name(number) + "."
-        for stored, matrix in matrices.items():
-            if matrix.linear.startswith(prefix):
-                own = matrix.linear.removeprefix(prefix)
-                home = f"{uncut.architecture.layer_name(before)}.{own}"
-                found.append((home, stored, matrix.linear))
-    return found
+        home = uncut.architecture.layer_name(before) + "."
+        for linear in cut.linears:
+            if linear.startswith(prefix):
+                yield linear, home + linear.removeprefix(prefix)

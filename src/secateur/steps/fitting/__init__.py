@@ -1,0 +1,1 @@
+"""What a fit computes with: formats, costs, models, candidates and bounds."""
