@@ -30,7 +30,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.runtime.load import load
-from secateur.steps.serve import prepare
+from secateur.serving.serve import prepare
 from stored import known_rows
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from secateur.sparsity.refinements import refinements
     from secateur.sparsity.scores import scores
     from secateur.sparsity.solvers import solvers
-    from secateur.steps.advise import advise
     from secateur.steps.bench import bench
     from secateur.steps.chain import chain
     from secateur.steps.compress import compress
@@ -41,14 +40,16 @@ if TYPE_CHECKING:
     from secateur.steps.inspect import inspect
     from secateur.steps.methods import methods
     from secateur.steps.prune import prune
-    from secateur.steps.push import push
-    from secateur.steps.report import report
     from secateur.steps.structure.run import structure
     from secateur.steps.sweep import sweep
     from secateur.steps.train.callback import SecateurCallback
     from secateur.steps.train.checkpoint import train
     from secateur.steps.unpack import decompress
     from secateur.training.lora import merge
+
+    advise: Any  # the last three are apart from the core, which does not import them
+    push: Any
+    report: Any
 
 __version__ = "0.1.0"
 
@@ -91,7 +92,7 @@ HOMES = {
     "ProgressBar": "secateur.progress",
     "SecateurCallback": "secateur.steps.train.callback",
     "SecateurError": "secateur.errors",
-    "advise": "secateur.steps.advise",
+    "advise": "secateur.advisor.advise",
     "allocations": "secateur.sparsity.allocation",
     "bench": "secateur.steps.bench",
     "chain": "secateur.steps.chain",
@@ -111,9 +112,9 @@ HOMES = {
     "merge": "secateur.training.lora",
     "methods": "secateur.steps.methods",
     "prune": "secateur.steps.prune",
-    "push": "secateur.steps.push",
+    "push": "secateur.publishing.push",
     "refinements": "secateur.sparsity.refinements",
-    "report": "secateur.steps.report",
+    "report": "secateur.report_page.report",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",
     "structure": "secateur.steps.structure.run",
@@ -128,7 +129,12 @@ def __getattr__(name: str) -> Any:
 
     if name not in HOMES:
         raise AttributeError(f"module 'secateur' has no attribute {name!r}")
-    found = getattr(importlib.import_module(HOMES[name]), name)
+    try:
+        found = getattr(importlib.import_module(HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if not HOMES[name].startswith(f"{error.name}."):
+            raise
+        raise AttributeError(f"secateur.{name} needs {error.name}, which is missing") from error
     if isinstance(found, FunctionType):
         found = importlib.import_module("secateur.recipes.keywords").naming_keywords(found)
     return found

@@ -9,10 +9,11 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
+from secateur.advisor.results import AdviseResult
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
-from secateur.reporting.advise import AdviseResult, ClusterPlanResult
+from secateur.report_page.report import report as report
 from secateur.reporting.evaluate import EvaluateResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
@@ -26,13 +27,9 @@ from secateur.reporting.models import (
     StructureResult,
     TrainResult,
 )
-from secateur.reporting.plan import (
-    CutPlanResult,
-    FitPlanResult,
-    PlanResult,
-    TrainPlanResult,
-)
+from secateur.reporting.plan import CutPlanResult, FitPlanResult, PlanResult, TrainPlanResult
 from secateur.reporting.sweep import SweepResult
+from secateur.reporting.tables import Result
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured
@@ -47,7 +44,6 @@ from secateur.steps.diagnose import diagnose as diagnose
 from secateur.steps.generate import generate as generate
 from secateur.steps.inspect import inspect as inspect
 from secateur.steps.methods import methods as methods
-from secateur.steps.report import report as report
 from secateur.steps.train.callback import SecateurCallback as SecateurCallback
 from secateur.training.lora import merge as merge
 
@@ -505,7 +501,7 @@ def prune(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> PlanResult | ClusterPlanResult: ...
+) -> PlanResult | Result: ...
 @overload
 def prune(
     model: str | Path | nn.Module,

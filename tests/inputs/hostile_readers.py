@@ -35,7 +35,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import encoded, load_tokenizer
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
-from secateur.reporting.report.records import read_records
+from secateur.report_page.records import read_records
 from secateur.steps.inspect import inspect
 from secateur.training.masks import stored_masks
 from tiny import save_tiny

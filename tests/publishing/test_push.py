@@ -62,7 +62,7 @@ class Hub:
         self.api.upload_folder.side_effect = self.take
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self.api)
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-        monkeypatch.setattr("secateur.publishing.why_unreachable", lambda: None)
+        monkeypatch.setattr("secateur.publishing.push.why_unreachable", lambda: None)
 
     def take(self, *, folder_path: Path, **rest: Any) -> Any:
         files = [file for file in Path(folder_path).rglob("*") if file.is_file()]
@@ -246,7 +246,7 @@ def test_what_must_not_be_published_is_refused(fault: str, hub: Hub, copied: Pat
     ],
 )  # fmt: skip
 def test_every_kind_of_secret_is_found(text: str) -> None:
-    from secateur.publishing import secrets_in
+    from secateur.publishing.push import secrets_in
 
     assert len([*secrets_in("file", f"one\n  {text} more")]) == 1
     assert not [*secrets_in("file", "hf_model, sk-learn, https://host:80/path@v2, AKIA")]
@@ -282,7 +282,7 @@ def test_offline_and_without_a_login_it_says_so(
     with pytest.raises(SourceError, match="nobody is logged in") as raised:
         package.push(pruned, REPO)
     assert "hf auth login" in str(raised.value.remedy)
-    monkeypatch.setattr("secateur.publishing.why_unreachable", lambda: "no route to host")
+    monkeypatch.setattr("secateur.publishing.push.why_unreachable", lambda: "no route to host")
     with pytest.raises(SourceError, match=r"cannot be reached \(no route to host\)") as raised:
         package.push(pruned, REPO)
     assert "dry_run=True" in str(raised.value.remedy)

@@ -9,6 +9,7 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
+from secateur.report_page.page import ReportResult
 from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateResult
 from secateur.reporting.models import (
     ChainResult,
@@ -17,7 +18,6 @@ from secateur.reporting.models import (
     PruneResult,
     TrainResult,
 )
-from secateur.reporting.report.page import ReportResult
 from secateur.reporting.tables import PLAIN_WIDTH, Result
 from secateur.runs.records import ChainStep, Cost, FormatTotals, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord

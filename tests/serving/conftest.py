@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from secateur.recipes.deploy import ServeRecipe
-from secateur.steps.serve import Serving, prepare
+from secateur.serving.serve import Serving, prepare
 from trained import save_trained
 
 TEMPLATE = (

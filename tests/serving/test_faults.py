@@ -23,7 +23,7 @@ import torch
 
 from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
-from secateur.steps.serve import KEY_VARIABLE, prepare
+from secateur.serving.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running
 from slow import slow
 from tiny import CHARACTERS, save_tiny

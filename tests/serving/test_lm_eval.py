@@ -15,7 +15,7 @@ from runtime.packed_models import packed_model
 from secateur.evaluation.tasks import prepare_tasks, quiet_harness, run_tasks
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
-from secateur.steps.serve import prepare
+from secateur.serving.serve import prepare
 from serving.conftest import Running
 from tiny import tiny_tokenizer
 

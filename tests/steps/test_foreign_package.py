@@ -92,8 +92,9 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     flags = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
     on_text = ("--calibration", text)
     as_positions = ("--format", "quince-positions", "--values", "keep")
-    parts, seen, plan, plain, *_ = commands(
+    counted, parts, seen, plan, plain, *_ = commands(
         installed,
+        ("quince-count", source),
         ("methods",),
         ("inspect", source),
         ("prune", "--dry-run", source, *flags, *on_text),
@@ -102,6 +103,7 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
         ("compress", pruned, *as_positions, "--output", packed),
         ("decompress", packed, "--output", again),
     )
+    assert counted["files"] == len(list(source.iterdir()))
     assert "quince-peak" in parts["scores"]
     assert parts["statistics"]["quince-peak"] == "inputs"
     assert "pairs" in parts["patterns"]["quince-pairs"]

@@ -1,6 +1,22 @@
 """Advice without running anything: what would fit, how fast, at what cost, with which loss.
 
-`facts.py` reads hardware, prices and published results. `shape.py` holds the sizes of a model.
-`options.py` lists the ways to make it smaller. `memory.py`, `speed.py`, `capacity.py` and
-`money.py` are the formulas. `advice.py` compares the options and decides.
+`facts.py` reads hardware, prices and published results. `options.py` lists the ways to make a model
+smaller. `capacity.py` has the formulas of memory and speed, `cluster.py` those of a prune on many
+GPUs. `advice.py` compares the options and decides, and `advise.py` is the verb. The core works
+without this package.
 """
+
+from __future__ import annotations
+
+VERB = {
+    "name": "advise",
+    "stage": "Measure a model",
+    "summary": "Say whether to prune, quantize, distil or leave a model: size, speed and cost. "
+    "Reads no weights.",
+    "recipe": "secateur.recipes.measure:AdviseRecipe",
+    "function": "secateur.advisor.advise:advise",
+    "run": "secateur.advisor.advise:advise_recipe",
+    "more": "Every number says whether it was measured here, published, or estimated. The "
+    "exit code is 3 if nothing serves the load within the bounds.",
+    "after": "diagnose",
+}

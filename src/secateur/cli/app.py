@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Group
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.recipes.verbs import STAGES, VERBS
+from secateur.recipes.verbs import STAGES, VERBS, look_for
 
 
 def make_app() -> App:
@@ -63,6 +63,8 @@ def main() -> None:
 
 def _run(words: Sequence[str]) -> None:
     """Run a command line."""
+    if words and words[0] not in VERBS and not words[0].startswith("-"):
+        look_for(words[0])
     app = make_app()
     try:
         command, bound, left, _ = app.parse_known_args(list(words))

@@ -1,12 +1,12 @@
 """What every verb does with its recipe. Nothing that takes long to import is loaded before it runs.
 
 `secateur.cli.commands:NAME` is the command of the verb NAME. It is made when the command line
-looks it up, so that only the recipe of that verb is imported.
+looks it up, so that only the recipe of that verb is imported. A verb that is not in the core says
+in the table of verbs what does its work.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from secateur.cli.verb import make_command
+from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -24,16 +25,12 @@ if TYPE_CHECKING:
         ExportRecipe,
         GenerateRecipe,
         ImportRecipe,
-        PushRecipe,
-        ServeRecipe,
     )
     from secateur.recipes.measure import (
-        AdviseRecipe,
         BenchRecipe,
         DiagnoseRecipe,
         EvaluateRecipe,
         InspectRecipe,
-        ReportRecipe,
         SweepRecipe,
     )
     from secateur.recipes.prune import ChainRecipe, DemoRecipe, MethodsRecipe, PruneRecipe
@@ -46,9 +43,23 @@ COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {}
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    if name not in COMMANDS:
+    if name in COMMANDS:
+        return COMMANDS[name]()
+    if name not in VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return COMMANDS[name]()
+    verb = VERBS[name]  # of a package apart from the core
+
+    def run(recipe: Any, **call: Any) -> Result | None:
+        if verb.streams:
+            imported(verb.run)(recipe, **call)
+            return None
+        with _show_progress() as progress:
+            result: Result = imported(verb.run)(recipe, progress, **call)
+        return result
+
+    return make_command(
+        name, run, exit_code=lambda x: getattr(x, "exit_code", 0), streams=verb.streams
+    )
 
 
 def _command(verb: str, **how: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -198,19 +209,6 @@ def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
     chat(recipe, as_json)
 
 
-@_command("serve", streams=True)
-def _serve(recipe: ServeRecipe, *, as_json: bool) -> None:
-    from secateur.steps.serve import prepare
-
-    serving = prepare(recipe)
-    for line in serving.lines:
-        print(line, file=sys.stderr)
-    if as_json:
-        print(json.dumps({"address": serving.address}), flush=True)
-    print(f"listening on {serving.address}/v1; Ctrl-C ends it", file=sys.stderr, flush=True)
-    serving.run()
-
-
 def _check_tasks(recipe: EvaluateRecipe) -> None:
     from secateur.evaluation.task_data import check_request
 
@@ -274,27 +272,12 @@ def _diagnose(recipe: DiagnoseRecipe) -> Result:
         return diagnose(**options, progress=progress)
 
 
-@_command("advise", exit_code=lambda result: 0 if result.advice.chosen else 3)
-def _advise(recipe: AdviseRecipe) -> Result:
-    from secateur.steps.advise import advise_recipe
-
-    with _show_progress() as progress:
-        return advise_recipe(recipe, progress)
-
-
 @_command("sweep", exit_code=lambda result: int(bool(result.failures)))
 def _sweep(recipe: SweepRecipe) -> Result:
     from secateur.steps.sweep import sweep_recipe
 
     with _show_progress() as progress:
         return sweep_recipe(recipe, progress)
-
-
-@_command("report")
-def _report(recipe: ReportRecipe) -> Result:
-    from secateur.steps.report import report
-
-    return report(**dict(recipe))
 
 
 @_command("export")
@@ -304,11 +287,3 @@ def _export(recipe: ExportRecipe, **call: Any) -> Result:
 
     with _show_progress() as progress:
         return carry_out(Export, recipe, progress, **call)
-
-
-@_command("push")
-def _push(recipe: PushRecipe) -> Result:
-    from secateur.steps.push import push_recipe
-
-    with _show_progress() as progress:
-        return push_recipe(recipe, progress)

@@ -1,4 +1,13 @@
-"""The verbs: name, summary, recipe and function. Imports nothing, so that `--help` is instant."""
+"""The verbs: name, summary, recipe and function. Imports nothing slow, so that `--help` is instant.
+
+The core has most verbs. Packages of `APART` have one each, and nothing of the core imports them:
+without the package there is no such verb. A verb of somebody else's package is an entry point:
+
+    [project.entry-points."secateur.verbs"]
+    shear = "package:VERB"          # fields of `Verb`; `run` takes the recipe and the progress
+
+Entry points are read only for a word that is no verb here, because that takes as long as `--help`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +16,8 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
+from secateur.errors import RecipeError
+
 MAKE, RUN, MEASURE, PUBLISH = STAGES = (
     "Make a smaller model",
     "Run a model",
@@ -14,6 +25,9 @@ MAKE, RUN, MEASURE, PUBLISH = STAGES = (
     "Publish a model",
 )
 """The headings of `secateur --help`."""
+
+APART = ("secateur.serving", "secateur.advisor", "secateur.report_page", "secateur.publishing")
+"""Packages that may be missing. Each has the fields of its verb in `VERB`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,9 @@ class Verb:
         more: further sentences for the help of the verb.
         usage: the first line of the help, where a positional argument may be left out.
         together: whether several processes, started by torchrun, can share its work.
+        run: of a verb that is not in the core, the place of the function that does its work.
+        streams: whether this function prints by itself; it then takes `as_json`, else the progress.
+        after: the verb of the core that `secateur --help` lists before it.
     """
 
     name: str
@@ -41,6 +58,9 @@ class Verb:
     more: str = ""
     usage: str | None = None
     together: bool = False
+    run: str = ""
+    streams: bool = False
+    after: str = ""
 
     @property
     def python(self) -> str:
@@ -54,14 +74,40 @@ class Verb:
 
 
 def imported(place: str) -> Any:
-    """Import and return the object at `package.module:name`."""
+    """Import and return the object at `package.module:name`.
+
+    Raises:
+        RecipeError: it is in a package of `APART` that is missing.
+    """
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name not in APART:
+            raise
+        raise RecipeError(
+            f"this needs {error.name}, which is not installed",
+            remedy="install the whole package: pip install secateur-llm",
+        ) from error
+
+
+def _with_apart(*core: Verb) -> list[Verb]:
+    """The verbs of the core and of the packages that are there, in the order of `--help`."""
+    found = list(core)
+    for package in APART:
+        try:
+            verb = Verb(**importlib.import_module(package).VERB)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+        else:
+            found.insert(1 + [each.name for each in found].index(verb.after), verb)
+    return found
 
 
 VERBS: dict[str, Verb] = {
     verb.name: verb
-    for verb in (
+    for verb in _with_apart(
         Verb(
             "prune",
             MAKE,
@@ -159,14 +205,6 @@ VERBS: dict[str, Verb] = {
             "answer. Without a terminal every line of stdin is a message.",
         ),
         Verb(
-            "serve",
-            RUN,
-            "Serve a model over HTTP with OpenAI's API, to several clients at once.",
-            "secateur.recipes.deploy:ServeRecipe",
-            more="Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
-            "when the running requests have ended. Needs the extra `serve`.",
-        ),
-        Verb(
             "evaluate",
             MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
@@ -201,29 +239,12 @@ VERBS: dict[str, Verb] = {
             usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),
         Verb(
-            "advise",
-            MEASURE,
-            "Say whether to prune, quantize, distil or leave a model: size, speed and cost. Reads "
-            "no weights.",
-            "secateur.recipes.measure:AdviseRecipe",
-            "secateur.steps.advise:advise",
-            more="Every number says whether it was measured here, published, or estimated. The "
-            "exit code is 3 if nothing serves the load within the bounds.",
-        ),
-        Verb(
             "sweep",
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.measure:SweepRecipe",
             "secateur.steps.sweep:sweep",
             more="The same command again resumes a stopped sweep.",
-        ),
-        Verb(
-            "report",
-            MEASURE,
-            "Put what was measured of pruned models on one self-contained page, side by side.",
-            "secateur.recipes.measure:ReportRecipe",
-            "secateur.steps.report:report",
         ),
         Verb(
             "export",
@@ -233,14 +254,14 @@ VERBS: dict[str, Verb] = {
             "secateur.steps.export:export",
             step="secateur.steps.export:Export",
         ),
-        Verb(
-            "push",
-            PUBLISH,
-            "Publish a model on the hub, with a card that has its results.",
-            "secateur.recipes.deploy:PushRecipe",
-            "secateur.steps.push:push",
-            more="The zeros are counted first. The repository is private unless --public.",
-        ),
     )
 }
 """All verbs, in the order of `secateur --help`."""
+
+
+def look_for(name: str) -> None:
+    """Add a verb of an installed package to the verbs, if there is one of this name."""
+    from importlib.metadata import entry_points
+
+    for plug_in in entry_points(group="secateur.verbs", name=name):
+        VERBS[name] = Verb(**plug_in.load())

@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from secateur.progress import Labelled
+from secateur.recipes.verbs import imported
 from secateur.reporting.evaluate import DemoResult
 from secateur.steps.bench import bench
 from secateur.steps.compress import compress
 from secateur.steps.evaluate import evaluate
 from secateur.steps.prune import prune
-from secateur.steps.report import report
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -77,5 +77,5 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
             MODEL, output=output, values="int8", embeddings="int8", progress=listener
         )
         rounded_judged = evaluate(output, progress=listener, **held_out)
-    page = report([folder], folder / "report.html").page
+    page = imported("secateur.report_page.report:report")([folder], folder / "report.html").page
     return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,11 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.verbs import imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
+from secateur.reporting.tables import Result
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
@@ -74,9 +76,6 @@ from secateur.steps.processes import (
 )
 from secateur.steps.runner import RunContext, Step, carry_out, source_of
 
-if TYPE_CHECKING:
-    from secateur.reporting.advise import ClusterPlanResult
-
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 """Keys of the recipe that are not options of its first step."""
@@ -97,7 +96,7 @@ def prune(
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
-) -> PruneResult | PlanResult | ClusterPlanResult:
+) -> PruneResult | PlanResult | Result:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -141,7 +140,7 @@ def prune(
     return prune_recipe(recipe, listener(progress), **call)
 
 
-def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | ClusterPlanResult:
+def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Result:
     """Check a recipe, and show what it would need, on this machine or on paper for others.
 
     Args:
@@ -158,9 +157,8 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Cl
         checked_steps(_chain_of(recipe).steps)
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
-        from secateur.steps.advise import plan_on_paper  # with the facts about hardware
-
-        return plan_on_paper(recipe, cluster_call)
+        planned: Result = imported("secateur.advisor.advise:plan_on_paper")(recipe, cluster_call)
+        return planned
     plan = plan_pruning(recipe)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)

@@ -24,11 +24,11 @@ from reporting.examples import (
 )
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError, SourceError
+from secateur.report_page.claims import claims
+from secateur.report_page.figures import all_figures, curves, speed_charts
+from secateur.report_page.records import read_records
+from secateur.report_page.report import report
 from secateur.reporting.charts import WIDTH, BarChart, HeatMap, LineChart, page_svg
-from secateur.reporting.report.claims import claims
-from secateur.reporting.report.figures import all_figures, curves, speed_charts
-from secateur.reporting.report.records import read_records
-from secateur.steps.report import report
 from tiny import save_tiny
 from zoo import tiny_windows
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,3 +166,14 @@ def _engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
         f"up to {slots} requests at once, {capacity} tokens each; their keys and values take at "
         f"most {most:.0f} MiB"
     )
+
+
+def serve(recipe: ServeRecipe, *, as_json: bool) -> None:
+    """Serve a model until SIGTERM or Ctrl-C."""
+    serving = prepare(recipe)
+    for line in serving.lines:
+        print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps({"address": serving.address}), flush=True)
+    print(f"listening on {serving.address}/v1; Ctrl-C ends it", file=sys.stderr, flush=True)
+    serving.run()

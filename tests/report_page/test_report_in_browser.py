@@ -12,7 +12,7 @@ import pytest
 
 import secateur as library
 from reporting.examples import diagnosis, evaluation, write_full_run, write_run, write_sweep
-from secateur.steps.report import report
+from secateur.report_page.report import report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -18,8 +18,8 @@ from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.options import known_shape
 from secateur.models.layer_cache import LayerCache
 from secateur.models.shape import LayerKind, ModelShape
-from secateur.reporting.report import page
-from secateur.reporting.report.page import what_if_data
+from secateur.report_page import page
+from secateur.report_page.page import what_if_data
 
 NODE = shutil.which("node") or shutil.which("nodejs")
 pytestmark = pytest.mark.skipif(

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import yaml
 
 from secateur.evaluation.perplexity import COMPUTED, judged_part
+from secateur.report_page.records import ReportedRun
 from secateur.reporting.cards import OURS, split_card, without_folders
 from secateur.reporting.evaluate import GAIN
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.next_steps import command
-from secateur.reporting.report.records import ReportedRun
 from secateur.reporting.sweep import markdown_row
 from secateur.reporting.tables import (
     bare_name,

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from secateur.advisor.results import AdviseResult
 from secateur.errors import DISTRIBUTION, RecipeError
+from secateur.progress import Progress
+from secateur.recipes.measure import ReportRecipe
+from secateur.report_page.claims import evidence
+from secateur.report_page.figures import all_figures
+from secateur.report_page.page import ReportResult, render
+from secateur.report_page.records import Records, Reported, ReportedRun, read_records
 from secateur.reporting.cards import prune_card, with_dense_card
 from secateur.reporting.charts import save_plots
-from secateur.reporting.report.claims import evidence
-from secateur.reporting.report.figures import all_figures
-from secateur.reporting.report.page import ReportResult, render
-from secateur.reporting.report.records import Records, ReportedRun, read_records
 from secateur.runs.output import check_writable
 
 
@@ -50,6 +53,16 @@ def report(
     if card is not None:
         Path(card).write_text(_card_text(records.runs[0]), encoding="utf-8")
     return ReportResult(page, written, Path(card) if card is not None else None)
+
+
+def report_recipe(recipe: ReportRecipe, progress: Progress) -> ReportResult:
+    """Carry out a recipe."""
+    return report(**dict(recipe))
+
+
+def write_advice(name: str, advice: AdviseResult, page: Path) -> None:
+    """Write the page about an advice."""
+    write_page(Records(advices=(Reported(name, page, advice),)), page)
 
 
 def write_page(records: Records, page: Path) -> None:

@@ -65,6 +65,11 @@ class AdviseResult(Result):
         chosen = self.advice.chosen
         return chosen.option.commands(self.model) if chosen else ()
 
+    @property
+    def exit_code(self) -> int:
+        """3 if nothing serves the load within the bounds."""
+        return 0 if self.advice.chosen else 3
+
     def to_json(self) -> dict[str, Any]:
         """All options with their numbers, and where each kind of number is from."""
         advice = self.advice

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import secateur as library
+from report_page.test_report import Page
 from reporting.examples import write_fit, write_full_run
-from reporting.test_report import Page
 from secateur.errors import CheckpointError, RecipeError
+from secateur.report_page.claims import pruning_brought
+from secateur.report_page.report import report
 from secateur.reporting.fit import FitResult
-from secateur.reporting.report.claims import pruning_brought
 from secateur.runs.records import read_record
-from secateur.steps.report import report
 
 
 def page_of(tmp_path: Path, *places: Path, **options: Any) -> Page:

@@ -19,20 +19,17 @@ from secateur.advisor import advice, capacity
 from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD, AdviceQuestion
 from secateur.advisor.facts import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
+from secateur.advisor.results import AdviseResult
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape
-from secateur.reporting.advise import AdviseResult
-from secateur.reporting.cards import shown_place, without_folders
-from secateur.reporting.charts import page_svg
-from secateur.reporting.fit import FitResult
-from secateur.reporting.report.claims import (
+from secateur.report_page.claims import (
     claims,
     fit_claims,
     fit_summary,
     quality_rows,
 )
-from secateur.reporting.report.figures import (
+from secateur.report_page.figures import (
     alike,
     curves,
     drift,
@@ -41,11 +38,14 @@ from secateur.reporting.report.figures import (
     size_chart,
     speed_charts,
 )
-from secateur.reporting.report.records import (
+from secateur.report_page.records import (
     Records,
     Reported,
     ReportedRun,
 )
+from secateur.reporting.cards import shown_place, without_folders
+from secateur.reporting.charts import page_svg
+from secateur.reporting.fit import FitResult
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import (
     Block,

@@ -12,6 +12,7 @@ from secateur.advisor.capacity import Load, TokenTimes
 from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
 from secateur.advisor.options import known_shape, options_for
+from secateur.advisor.results import AdviseResult, ClusterPlanResult
 from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
@@ -24,11 +25,9 @@ from secateur.progress import Progress, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.prune import PruneCall, PruneRecipe
+from secateur.recipes.verbs import imported
 from secateur.registry import did_you_mean
-from secateur.reporting.advise import AdviseResult, ClusterPlanResult
-from secateur.reporting.report.records import Records, Reported
 from secateur.runs.output import check_writable
-from secateur.steps.report import write_page
 
 FREE_SHARE = 0.8
 """The fraction of this machine's memory that a model may take."""
@@ -85,8 +84,8 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     answer = question.answer()
     result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
     if page is not None:
-        advice = Reported(f"{recipe.model} on {hardware.name}", page, result)
-        write_page(Records(advices=(advice,)), page)
+        write = imported("secateur.report_page.report:write_advice")
+        write(f"{recipe.model} on {hardware.name}", result, page)
     return result
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from secateur.report_page.records import Records, ReportedRun
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Mark, Series
-from secateur.reporting.report.records import Records, ReportedRun
 from secateur.reporting.sweep import CurvePoint, curve_charts
 from secateur.reporting.tables import bare_name, binary_size
 from secateur.reporting.tables import percent as percent_of

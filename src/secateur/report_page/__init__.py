@@ -1,0 +1,18 @@
+"""The report: one page about runs, sweeps, fits and advice, for people.
+
+`runs/records/` declares the files of a run, and `records.py` reads them. `claims.py` and
+`figures.py` compute what the page shows, `page.py` writes it, and `report.py` is the verb. The core
+works without this package.
+"""
+
+from __future__ import annotations
+
+VERB = {
+    "name": "report",
+    "stage": "Measure a model",
+    "summary": "Put what was measured of pruned models on one self-contained page, side by side.",
+    "recipe": "secateur.recipes.measure:ReportRecipe",
+    "function": "secateur.report_page.report:report",
+    "run": "secateur.report_page.report:report_recipe",
+    "after": "sweep",
+}
