@@ -101,6 +101,26 @@ def damped_diagonal(
     return torch.where(dead, torch.ones_like(diagonal), damped), dead
 
 
+def scaled_hessian(
+    gram: Gram, damping: float
+) -> tuple[Float32[Tensor, "in in"], Float32[Tensor, " in"], Bool[Tensor, " in"]]:
+    """H / s sᵀ with s the roots of the diagonal of H, so that its diagonal is 1; s; dead columns.
+
+    Args:
+        gram: float32 [in, in].
+        damping: fraction of the mean diagonal added to the diagonal.
+
+    Raises:
+        NumericalError: the gram is not finite, or is zero everywhere.
+    """
+    damped, dead = damped_diagonal(gram, damping)
+    scale = damped.sqrt()
+    hessian = gram / scale
+    hessian /= scale[:, None]
+    hessian.diagonal().fill_(1.0)
+    return hessian, scale, dead
+
+
 def inverse_factor(
     gram: Gram, damping: float
 ) -> tuple[Float32[Tensor, "in in"], Bool[Tensor, " in"]]:

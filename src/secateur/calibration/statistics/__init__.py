@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from secateur.types import STORED, Inputs, Weight
 
 __all__ = [
     "BackwardSource",
+    "ColumnSums",
     "ForwardSource",
     "Gathering",
     "GradientMean",
@@ -37,6 +38,7 @@ __all__ = [
     "InputSource",
     "Source",
     "Statistic",
+    "Summed",
     "check_finite",
     "held_bytes",
     "statistics",
@@ -139,13 +141,46 @@ class Statistic(Protocol):
         """The statistic over everything so far, float32; afterwards nothing is added any more."""
         ...
 
-    @staticmethod
-    def nbytes(shape: Shape) -> int:
+    @classmethod
+    def nbytes(cls, shape: Shape) -> int:
         """Bytes that it holds for a weight of this shape, (out, in)."""
         ...
 
 
-class GradientMean:
+class Summed:
+    """A statistic whose running sums add up."""
+
+    total: Tensor
+
+    def merge(self, other: Any) -> None:
+        """Add what `other` has seen."""
+        self.total += other.total.to(self.total.device)
+
+
+class ColumnSums(Summed):
+    """The base of statistics with a few float64 sums for each input feature.
+
+    Args:
+        shape: (out, in) of the weight.
+        device: where the sums are kept and computed.
+
+    Attributes:
+        sums: the number of sums.
+    """
+
+    source: ClassVar[Source] = InputSource()
+    sums: ClassVar[int] = 1
+
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(self.sums, shape[1], dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, shape: Shape) -> int:
+        """Eight bytes for each sum."""
+        return 8 * cls.sums * shape[1]
+
+
+class GradientMean(Summed):
     """The mean over windows of something of their gradients: the base of statistics of gradients.
 
     Args:
@@ -159,10 +194,6 @@ class GradientMean:
         # the last number counts the windows, so that all-reducing `total` merges both
         self.total = torch.zeros(shape[0] * shape[1] + 1, device=device)
         self.sum = self.total[:-1].view(shape)
-
-    def merge(self, other: GradientMean) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
 
     def value(self) -> Weight:
         """The mean, float32 [out, in]; 0 before any window."""

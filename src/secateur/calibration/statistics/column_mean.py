@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
+from secateur.calibration.statistics import ColumnSums, check_finite, statistics
 from secateur.types import Inputs
 
 
 @statistics.register("column_mean")
-class ColumnMean:
+class ColumnMean(ColumnSums):
     """μ_j = 1/N Σ_t x_tj, float32 [in]; 0 before any token. Summed in float64.
-
-    Args:
-        shape: (out, in) of the weight.
-        device: where the sums are kept and computed.
 
     Example:
         >>> import torch
@@ -29,20 +23,13 @@ class ColumnMean:
         tensor([3.5000, 0.5000])
     """
 
-    source: ClassVar[Source] = InputSource()
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(2, shape[1], dtype=torch.float64, device=device)
+    sums = 2
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]: their number and their sum."""
         inputs = x.detach()
         self.total[0] += len(inputs)
         self.total[1] += inputs.sum(0, dtype=torch.float64)
-
-    def merge(self, other: ColumnMean) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
 
     def value(self) -> Float32[Tensor, " in"]:
         """μ_j of every input feature, float32 [in].
@@ -52,8 +39,3 @@ class ColumnMean:
         """
         check_finite(self.total[1])
         return (self.total[1] / self.total[0].clamp(min=1)).float()
-
-    @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
-        """Count and sum, float64."""
-        return 16 * shape[1]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-
-from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
+from secateur.calibration.statistics import ColumnSums, check_finite, statistics
 from secateur.types import ColumnNorm as Norms
 from secateur.types import Inputs
 
@@ -17,17 +13,13 @@ _CHUNK = 2**15
 
 
 @statistics.register("column_norm")
-class ColumnNorm:
+class ColumnNorm(ColumnSums):
     """‖X_j‖₂ = sqrt(Σ_t x_tj²), float32 [in].
 
     Tokens are squared and summed in float32, a chunk at a time, and the sums of chunks in float64.
     So the order of the chunks, and how many processes have gathered them, does not change it.
 
     If the gram is gathered anyway, this is the square root of its diagonal.
-
-    Args:
-        shape: (out, in) of the weight.
-        device: where the sums are kept and computed.
 
     Example:
         >>> import torch
@@ -39,21 +31,12 @@ class ColumnNorm:
         tensor([5., 1.])
     """
 
-    source: ClassVar[Source] = InputSource()
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(shape[1], dtype=torch.float64, device=device)
-
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]."""
         tokens = max(1, _CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
         for chunk in x.detach().split(tokens):
             inputs = chunk.float()
-            self.total += (inputs * inputs).sum(0)
-
-    def merge(self, other: ColumnNorm) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
+            self.total[0] += (inputs * inputs).sum(0)
 
     def value(self) -> Norms:
         """‖X_j‖₂ of every input feature, float32 [in].
@@ -61,10 +44,5 @@ class ColumnNorm:
         Raises:
             NumericalError: an input was infinite or NaN.
         """
-        check_finite(self.total)
-        return self.total.sqrt().float()
-
-    @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
-        """A sum of squares, float64."""
-        return 8 * shape[1]
+        check_finite(self.total[0])
+        return self.total[0].sqrt().float()

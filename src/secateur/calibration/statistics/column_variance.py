@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
+from secateur.calibration.statistics import ColumnSums, check_finite, statistics
 from secateur.types import Inputs
 
 
 @statistics.register("column_variance")
-class ColumnVariance:
+class ColumnVariance(ColumnSums):
     """σ²_j = 1/N Σ_t x_tj² − (1/N Σ_t x_tj)², float32 [in]; 0 before any token.
 
     Counts and sums are float64, so that subtracting the mean's square loses no digit that float32
     inputs have, and that two gathered elsewhere add up.
-
-    Args:
-        shape: (out, in) of the weight.
-        device: where the sums are kept and computed.
 
     Example:
         >>> import torch
@@ -32,10 +25,7 @@ class ColumnVariance:
         tensor([1., 0.])
     """
 
-    source: ClassVar[Source] = InputSource()
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(3, shape[1], dtype=torch.float64, device=device)
+    sums = 3
 
     def update(self, x: Inputs) -> None:
         """Add the inputs of more tokens, [tokens, in]: number, sum, sum of squares."""
@@ -43,10 +33,6 @@ class ColumnVariance:
         self.total[0] += len(inputs)
         self.total[1] += inputs.sum(0)
         self.total[2] += inputs.square().sum(0)
-
-    def merge(self, other: ColumnVariance) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
 
     def value(self) -> Float32[Tensor, " in"]:
         """σ²_j of every input feature, float32 [in].
@@ -58,8 +44,3 @@ class ColumnVariance:
         tokens = self.total[0].clamp(min=1)
         mean = self.total[1] / tokens
         return (self.total[2] / tokens - mean.square()).clamp(min=0).float()
-
-    @staticmethod
-    def nbytes(shape: tuple[int, int]) -> int:
-        """Count, sum and sum of squares, float64."""
-        return 24 * shape[1]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import InputSource, Source, check_finite, statistics
+from secateur.calibration.statistics import InputSource, Source, Summed, check_finite, statistics
 from secateur.types import Gram as GramMatrix
 from secateur.types import Inputs
 
@@ -19,7 +19,7 @@ _WIDE, _NARROW = 512, 256
 
 
 @statistics.register("gram")
-class Gram:
+class Gram(Summed):
     """G = XᵀX = Σ_t x_t x_tᵀ, float32 [in, in].
 
     The inputs of one update are multiplied and summed in float32, the products of updates in
@@ -60,10 +60,6 @@ class Gram:
         inputs = x.detach().float()
         for rows, panel in self._panels():
             panel += inputs[:, rows].t() @ inputs[:, rows.start :]
-
-    def merge(self, other: Gram) -> None:
-        """Add what `other` has seen."""
-        self.total += other.total.to(self.total.device)
 
     def value(self) -> GramMatrix:
         """XᵀX, float32 [in, in], exactly symmetric. It takes the place of the sums.

@@ -14,8 +14,8 @@ from secateur.sparsity.hessian import (
     check_damping,
     check_weight,
     cholesky,
-    damped_diagonal,
     relative_output_error,
+    scaled_hessian,
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
@@ -99,10 +99,7 @@ class ADMM(SolverDefaults):
                 float32.
         """
         gram = statistics["gram"]
-        diagonal, dead = damped_diagonal(gram, self.damping)
-        scale = diagonal.sqrt()
-        scaled = gram / scale
-        scaled /= scale[:, None]
+        scaled, scale, dead = scaled_hessian(gram, self.damping)
         scaled.diagonal().fill_(1 + self.rho)
         lower = cholesky(scaled)
         if lower is None:

@@ -14,10 +14,10 @@ from secateur.errors import RecipeError
 from secateur.sparsity.column_sweep import RoundingSolver
 from secateur.sparsity.hessian import (
     check_weight,
-    damped_diagonal,
     fit_on_mask,
     inverse_factor,
     relative_output_error,
+    scaled_hessian,
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.shifted_inverse import ShiftedInverse
@@ -129,11 +129,7 @@ class ALPS(RoundingSolver):
             NumericalError: the gram is not finite, or is zero everywhere.
         """
         gram = statistics["gram"]
-        damped, dead = damped_diagonal(gram, self.damping)
-        scale = damped.sqrt()
-        hessian = gram / scale
-        hessian /= scale[:, None]
-        hessian.diagonal().fill_(1.0)
+        hessian, scale, dead = scaled_hessian(gram, self.damping)
         inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations))
         factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
         return ScaledGram(scale, hessian, dead, gram, inverse, factor)

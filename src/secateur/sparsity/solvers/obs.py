@@ -18,6 +18,7 @@ from secateur.sparsity.hessian import (
     fit_on_mask,
     inverse_factor,
     relative_output_error,
+    scaled_hessian,
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, solvers
@@ -182,9 +183,7 @@ class OBS(RoundingSolver):
     def _rounded(self, target: Tensor, kept: Tensor, prepared: PreparedGram) -> Tensor:
         """Fit the kept weights to the target [in, out], and round them."""
         diagonal, _ = damped_diagonal(prepared.gram, self.damping)
-        scale = diagonal.sqrt()
-        hessian = (prepared.gram / scale).div_(scale[:, None])
-        hessian.diagonal().fill_(1.0)
+        hessian, scale, _ = scaled_hessian(prepared.gram, self.damping)
         dense = target.t() * scale
         fitted = fit_on_mask(dense * kept.t(), dense @ hessian, hessian, kept.t(), self.refit_steps)
         columns = fitted.div_(scale).t().contiguous()
