@@ -156,10 +156,11 @@ def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
 
 @_command("chain")
 def _chain(recipe: ChainRecipe, **call: Any) -> Result:
-    from secateur.steps.chain import run_chain
+    from secateur.steps.chain import Chain
+    from secateur.steps.runner import carry_out
 
     with _show_progress() as progress:
-        return run_chain(recipe, progress, **call)
+        return carry_out(Chain, recipe, progress, **call)
 
 
 @_command("import")

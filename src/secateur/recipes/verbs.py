@@ -158,6 +158,7 @@ VERBS: dict[str, Verb] = {
             "Cut, prune, train and compress in one run, with one account of what is left.",
             "secateur.recipes.prune:ChainRecipe",
             "secateur.steps.chain:chain",
+            step="secateur.steps.chain:Chain",
         ),
         Verb(
             "import",

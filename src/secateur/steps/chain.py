@@ -24,7 +24,7 @@ from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.checkpoint import shard_files
 from secateur.models.hub import kind_of_name
 from secateur.models.skeleton import build_skeleton
-from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress, listener
 from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
@@ -36,16 +36,17 @@ from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
+from secateur.runs import records
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
-from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests, refuse_another
-from secateur.runs.records import Chain, ChainStep, read_record
+from secateur.runs.folder import NOTES, STATE, file_digests, refuse_another
+from secateur.runs.records import read_record
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import carry_out
+from secateur.steps.runner import RunContext, Step, carry_out
 from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
@@ -85,6 +86,11 @@ class PlannedStep:
     recipe: Any
 
     @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.number:02d}-{self.verb}"
+
+    @property
     def options(self) -> dict[str, Any]:
         """Everything that affects the step's model, apart from the model before it."""
         return {
@@ -93,9 +99,9 @@ class PlannedStep:
             )
         }
 
-    def run(self, model: str | Path, output: Path, progress: Any, trust: bool, **call: Any) -> None:
+    def run(self, model: str, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry out the step, from one folder to another."""
-        values = {"model": str(model), "output": str(output), "trust_remote_code": trust}
+        values = {"model": model, "output": str(output), "trust_remote_code": trust}
         with _named_step(self.number, self.verb):
             recipe = self.recipe.model_copy(update=values)
             if VERBS[self.verb].step:
@@ -127,146 +133,126 @@ def chain(model: str | Path, *, progress: Progress | None = None, **options: Any
         SecateurError: a step is wrong; all are checked before the first one runs.
     """
     recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
-    return run_chain(recipe, listener(progress), **call)
+    return carry_out(Chain, recipe, listener(progress), **call)
 
 
-def run_chain(
-    recipe: ChainRecipe,
-    progress: Progress,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> ChainResult:
-    """Carry out a recipe into a new folder.
+class Chain(Step[ChainRecipe, ChainResult]):
+    """Carries out several verbs.
 
     A stopped chain can resume with different steps if its finished steps are the same.
-
-    Args:
-        recipe: recipe of the chain.
-        progress: receives every step.
-        resume: resume a stopped chain, or start if there is none.
-        restart: discard the files of a stopped chain.
-        overwrite: replace an existing output folder.
-
-    Raises:
-        SecateurError: a step is wrong; all are checked before the first one runs.
     """
-    steps = checked_steps(recipe.steps)
-    folder = RunFolder(recipe.output, "chain", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model)
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    folder.keep_apart(source.folder)
-    _check_cuts(steps, source.folder, recipe.trust_remote_code)
-    with folder:
-        weights = file_digests(shard_files(source.folder), progress)
-        options = {
-            "steps": [step.options for step in steps]
-        }  # may change while the chain is stopped
-        folder.begin({"model": recipe.model, "source_files": weights}, options)
-        if not folder.finished:
-            links = _run_steps(
-                steps, recipe.model, source.folder, folder, recipe.trust_remote_code, progress
-            )
-            _write_notes(folder, recipe, source)
-            record = Chain(links=links, output=str(folder.output))
-            write_json(folder.notes / CHAIN, record.to_json())
-            folder.finish()
-    links = read_record(Chain, folder.output / NOTES / CHAIN).links
-    return ChainResult(links, folder.output)
 
+    verb = "chain"
 
-def _begun_steps(steps: Sequence[PlannedStep], folder: RunFolder) -> list[Any]:
-    """Return the recorded options of all steps that have begun. Refuse other finished steps."""
-    file = folder.work / BEGUN
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    for number, options in enumerate(begun, start=1):
-        now = steps[number - 1].options if number <= len(steps) else {}
-        [verb] = options
-        made = folder.work / f"{number:02d}-{verb}"
-        if made.exists() or made.with_suffix(".json").exists():
-            try:
-                refuse_another(options, now, folder.partial)
-            except RecipeError as error:
-                where = f"step {number}, {verb}"
-                raise RecipeError(error.what, where=where, remedy=error.remedy) from None
-    return begun
+    def __init__(self, recipe: ChainRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        self.steps = checked_steps(recipe.steps)
+        _check_cuts(self.steps, run.source.folder, recipe.trust_remote_code)
 
+    @classmethod
+    def check(cls, recipe: ChainRecipe) -> None:
+        """Check all steps."""
+        checked_steps(recipe.steps)
 
-def _run_steps(
-    steps: Sequence[PlannedStep],
-    model: str,
-    source: Path,
-    folder: RunFolder,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[ChainStep, ...]:
-    """Run the steps that no earlier run finished. Return the report of each step.
+    def identity(self) -> dict[str, Any]:
+        """The model."""
+        weights = file_digests(shard_files(self.run.source.folder), self.run.progress)
+        return {"model": self.recipe.model, "source_files": weights}
 
-    The recipe of a step is written before it begins. Its report is written when its folder is
-    complete. When all reports exist, the folder of the last step becomes the result.
-    """
-    begun = _begun_steps(steps, folder)
-    before: str | Path = model  # the first step reports the model under the user's name
-    links = [_describe("source", source, 0.0, trust_remote_code, progress)]
-    for step in steps:
-        made = folder.work / f"{step.number:02d}-{step.verb}"
-        record = made.with_suffix(".json")
-        if not record.exists():
-            started = time.perf_counter()
-            labelled = Labelled(progress, f"{step.number}/{len(steps)} {step.verb}")
-            if not made.exists():
-                another = begun[step.number - 1 :][:1] not in ([], [step.options])
-                begun = [*begun[: step.number - 1], step.options]
-                write_json(folder.work / BEGUN, begun)
-                step.run(
-                    before, made, labelled, trust_remote_code, resume=not another, restart=another
+    def settled(self) -> dict[str, Any]:
+        """The steps. They may change while the chain is stopped."""
+        return {"steps": [step.options for step in self.steps]}
+
+    @classmethod
+    def result(cls, output: Path) -> ChainResult:
+        """Read the result of a finished chain from its notes."""
+        return ChainResult(read_record(records.Chain, output / NOTES / CHAIN).links, output)
+
+    def work(self) -> ChainResult:
+        """Run the steps that no earlier run finished; the last one's folder becomes the result.
+
+        The recipe of a step is written before it begins. Its report is written when its folder is
+        complete.
+        """
+        folder, progress, begun = self.run.folder, self.run.progress, self.begun_steps()
+        trust = self.recipe.trust_remote_code
+        before = self.recipe.model  # the first step reports the model under the user's name
+        links = [_describe("source", self.run.source.folder, 0.0, trust, progress)]
+        for step in self.steps:
+            made = folder.work / step.name
+            record = made.with_suffix(".json")
+            if not record.exists():
+                started = time.perf_counter()
+                labelled = Labelled(progress, f"{step.number}/{len(self.steps)} {step.verb}")
+                if not made.exists():
+                    another = begun[step.number - 1 :][:1] not in ([], [step.options])
+                    begun = [*begun[: step.number - 1], step.options]
+                    write_json(folder.work / BEGUN, begun)
+                    step.run(before, made, labelled, trust, resume=not another, restart=another)
+                seconds = time.perf_counter() - started
+                described = _describe(step.verb, made, seconds, trust, labelled)
+                write_json(record, described.to_json())
+            links.append(read_record(records.ChainStep, record))
+            before = str(made)
+        if made.exists():
+            shutil.rmtree(folder.model)
+            made.rename(folder.model)
+        self.write_notes()
+        record_of = records.Chain(links=tuple(links), output=str(folder.output))
+        write_json(folder.notes / CHAIN, record_of.to_json())
+        return ChainResult(record_of.links, folder.output)
+
+    def begun_steps(self) -> list[Any]:
+        """Return the recorded options of all steps that have begun. Refuse other finished steps."""
+        folder = self.run.folder
+        file = folder.work / BEGUN
+        begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        for number, options in enumerate(begun, start=1):
+            now = self.steps[number - 1].options if number <= len(self.steps) else {}
+            [verb] = options
+            made = folder.work / f"{number:02d}-{verb}"
+            if made.exists() or made.with_suffix(".json").exists():
+                try:
+                    refuse_another(options, now, folder.partial)
+                except RecipeError as error:
+                    where = f"step {number}, {verb}"
+                    raise RecipeError(error.what, where=where, remedy=error.remedy) from None
+        return begun
+
+    def write_notes(self) -> None:
+        """Gather the notes of all steps, and name the chain's model and output in card and records.
+
+        The steps have named their own folders, which are gone. Only the last one is the output; the
+        others stand for the model of the chain.
+        """
+        folder, source = self.run.folder, self.run.source
+        for step in sorted(folder.work.iterdir()):
+            if (step / NOTES).is_dir():
+                shutil.copytree(
+                    step / NOTES,
+                    folder.notes / "steps" / step.name,
+                    ignore=shutil.ignore_patterns("*.safetensors", STATE),
+                    dirs_exist_ok=True,
                 )
-            seconds = time.perf_counter() - started
-            write_json(
-                record, _describe(step.verb, made, seconds, trust_remote_code, labelled).to_json()
-            )
-        links.append(read_record(ChainStep, record))
-        before = made
-    if made.exists():
-        shutil.rmtree(folder.model)
-        made.rename(folder.model)
-    return tuple(links)
-
-
-def _write_notes(folder: RunFolder, recipe: ChainRecipe, source: LocalCheckpoint) -> None:
-    """Gather the notes of all steps, and name the chain's model and output in card and records.
-
-    The steps have named their own folders, which are gone. Only the last one is the output; the
-    others stand for the model of the chain.
-    """
-    for step in sorted(folder.work.iterdir()):
-        if (step / NOTES).is_dir():
-            shutil.copytree(
-                step / NOTES,
-                folder.notes / "steps" / step.name,
-                ignore=shutil.ignore_patterns("*.safetensors", STATE),
-                dirs_exist_ok=True,
-            )
-    steps = [f"{number:02d}-{next(iter(step))}" for number, step in enumerate(recipe.steps, 1)]
-    names = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
-    names[str(folder.work / steps[-1])] = str(folder.output)
-    for file in sorted(folder.notes.rglob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, _with_names(found, names, source))
-    whole = dump_recipe(recipe)
-    write_text(folder.notes / RECIPE, whole)
-    card, model = folder.model / "README.md", source_name(source.record)
-    text = card.read_text(encoding="utf-8")
-    for name in steps[:-1]:
-        for around in (("# ", ","), ("| source | `", "`")):
-            text = text.replace(name.join(around), model.join(around))
-    for name in steps:
-        text = text.replace(name, folder.output.name)
-    made = "## Make it again\n\n`secateur chain recipe.yaml` with `recipe.yaml`:\n\n```yaml\n"
-    made += f"{without_folders(whole)}```\n"
-    first, *others = re.split(r"## Make it again\n.*?```yaml\n.*?```\n", text, flags=re.DOTALL)
-    write_text(card, made.join((first, "".join(others))))
+        steps = [step.name for step in self.steps]
+        names = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
+        names[str(folder.work / steps[-1])] = str(folder.output)
+        for file in sorted(folder.notes.rglob("*.json")):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            write_json(file, _with_names(found, names, source))
+        whole = dump_recipe(self.recipe)
+        write_text(folder.notes / RECIPE, whole)
+        card, model = folder.model / "README.md", source_name(source.record)
+        text = card.read_text(encoding="utf-8")
+        for name in steps[:-1]:
+            for around in (("# ", ","), ("| source | `", "`")):
+                text = text.replace(name.join(around), model.join(around))
+        for name in steps:
+            text = text.replace(name, folder.output.name)
+        made = "## Make it again\n\n`secateur chain recipe.yaml` with `recipe.yaml`:\n\n```yaml\n"
+        made += f"{without_folders(whole)}```\n"
+        first, *others = re.split(r"## Make it again\n.*?```yaml\n.*?```\n", text, flags=re.DOTALL)
+        write_text(card, made.join((first, "".join(others))))
 
 
 def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -> Any:
@@ -282,11 +268,11 @@ def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -
 
 def _describe(
     step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
-) -> ChainStep:
+) -> records.ChainStep:
     """Describe the contents of a folder."""
     audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
-    return ChainStep(
+    return records.ChainStep(
         step=step,
         parameters=audit.parameters,
         zeros=zeros,

@@ -152,9 +152,9 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Re
     """
     packs = recipe.compress.values is not None
     if packs:
-        from secateur.steps.chain import checked_steps
+        from secateur.steps.chain import Chain
 
-        checked_steps(_chain_of(recipe).steps)
+        Chain.check(_chain_of(recipe))
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
         planned: Result = imported("secateur.advisor.advise:plan_on_paper")(recipe, cluster_call)
@@ -216,9 +216,9 @@ def prune_recipe(
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
-    from secateur.steps.chain import run_chain
+    from secateur.steps.chain import Chain
 
-    output = run_chain(_chain_of(recipe), progress, **call).output
+    output = carry_out(Chain, _chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
     packed = packed.model_copy(update={"output": output})
