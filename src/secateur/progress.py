@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -71,6 +72,15 @@ def listener(progress: Progress | None) -> Progress:
         return progress
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return ProgressBar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
+
+
+def each_step(progress: Progress, label: str, names: Collection[str]) -> Iterator[str]:
+    """The names of the steps of a stage. A step is reported once the loop is done with it."""
+    progress.start(label, len(names))
+    for name in names:
+        yield name
+        progress.step(note=name)
+    progress.finish()
 
 
 class Labelled:

@@ -31,7 +31,7 @@ from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_lin
 from secateur.models.checkpoint import INDEX_NAME, PLAIN, ShardWriter, shard_name
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.install import DenseView
@@ -76,11 +76,8 @@ class Scheme:
         if not self.packed:
             return {f"{name}.weight": (torch.int8, (out, columns)), **scale}
         words = -(-columns * self.bits // 32)
-        return {
-            f"{name}.weight_packed": (torch.int32, (out, words)),
-            **scale,
-            f"{name}.weight_shape": (torch.int64, (2,)),
-        }
+        shape = {f"{name}.weight_shape": (torch.int64, (2,))}
+        return {f"{name}.weight_packed": (torch.int32, (out, words)), **scale, **shape}
 
     def tensors(self, name: str, codes: Tensor, scale: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a linear, of its integers [out, in] and scales [out, groups]."""
@@ -115,25 +112,14 @@ class Scheme:
 
     def to_json(self, ignored: tuple[str, ...]) -> dict[str, Any]:
         """The `quantization_config` of `config.json`."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel" if self.group is None else "group",
-            "group_size": self.group,
-            "dynamic": False,
-        }
-        activations = self.activations and {
-            "num_bits": self.activations,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "token",
-            "group_size": None,
-            "dynamic": True,
-        }
+        kind = {"type": "int", "symmetric": True}
+        strategy = {"strategy": "channel" if self.group is None else "group"}
+        weights = {"num_bits": self.bits, **kind, **strategy, "group_size": self.group}
+        of_tokens = {"strategy": "token", "group_size": None, "dynamic": True}
+        activations = self.activations and {"num_bits": self.activations, **kind, **of_tokens}
         group = {
             "targets": ["Linear"],
-            "weights": weights,
+            "weights": {**weights, "dynamic": False},
             "input_activations": activations,
             "output_activations": None,
             "format": self.format,
@@ -162,10 +148,9 @@ class CompressedTensors:
         if type == "w4a16":
             group, kind = _group_of(source, linears, progress), computed_dtype(source.folder)
             scheme = Scheme(4, packed=True, group=group, activations=None, scale=kind)
-        elif type == "w8a16":
-            scheme = Scheme(8, packed=True, group=None, activations=None, scale=torch.float32)
         else:
-            scheme = Scheme(8, packed=False, group=None, activations=8, scale=torch.float32)
+            packed, rounded = (True, None) if type == "w8a16" else (False, 8)
+            scheme = Scheme(8, packed, group=None, activations=rounded, scale=torch.float32)
         copy_the_rest(source, {"quantization_config": scheme.to_json(linears.others)}, output)
         files, made, exact = source.reader.files, Exported(), 0
         weight_map: dict[str, str] = {}
@@ -180,7 +165,9 @@ class CompressedTensors:
                     tensor = source.reader.read(name)
                     if name in linears.shapes:
                         codes, scale = scheme.rounded(source, name, tensor)
-                        for part, stored in scheme.tensors(_owner_of(name), codes, scale):
+                        for part, stored in scheme.tensors(
+                            name.removesuffix(".weight"), codes, scale
+                        ):
                             writer.write(part, stored)
                         made.count_tensor(f"int{scheme.bits}")
                         exact += made.count_matrix(tensor, scheme.weight(codes, scale))
@@ -198,11 +185,6 @@ class CompressedTensors:
         return made
 
 
-def _owner_of(name: str) -> str:
-    """The name of the linear of a weight."""
-    return name.removesuffix(".weight")
-
-
 def _planned(
     source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: list[str]
 ) -> Specs:
@@ -211,7 +193,7 @@ def _planned(
     for name in names:
         entry = source.reader.entries[name]
         if name in linears.shapes:
-            known |= scheme.specs(_owner_of(name), *linears.shapes[name])
+            known |= scheme.specs(name.removesuffix(".weight"), *linears.shapes[name])
         else:
             known[name] = (entry.dtype, entry.shape)
     return known
@@ -232,14 +214,11 @@ def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress)
         g for g in possible if all(columns % g == 0 for _, columns in linears.shapes.values())
     ]
     best = possible
-    progress.start("looking for an int4 grid", len(linears.shapes))
-    for name in linears.shapes:
+    for name in each_step(progress, "looking for an int4 grid", linears.shapes):
         weight = source.reader.read(name)
         weight = weight[:: max(1, len(weight) // SAMPLE)]
         held = [group for group in possible if GroupGrid(4, group).holds(weight)]
         best = [group for group in best if group in held] or best if held else best
-        progress.step(note=name)
-    progress.finish()
     return best[0]
 
 

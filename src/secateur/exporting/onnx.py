@@ -25,7 +25,7 @@ from secateur.errors import ArchitectureError
 from secateur.exporting import Exported, ExportSource, missing_extra, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.models.checkpoint import ShardWriter
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")
 OPTIONS = MappingProxyType({"fp32": (), "int8": SYMMETRIC, "int4": SYMMETRIC})
@@ -73,13 +73,10 @@ def _write_dense(source: ExportSource, folder: Path, progress: Progress) -> None
     copy_the_rest(source, {}, folder)
     entries = source.reader.entries
     known = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    progress.start("unpacking", len(known))
     with ShardWriter(folder / "model.safetensors", known, [], {"format": "pt"}) as writer:
-        for name in known:
+        for name in each_step(progress, "unpacking", known):
             writer.write(name, source.reader.read(name))
-            progress.step(note=name)
         writer.close({"format": "pt"})
-    progress.finish()
 
 
 def _build(dense: Path, output: Path, type: str, scratch: Path) -> None:
@@ -110,16 +107,11 @@ def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
         names = [f"{where}.{name}.weight" for name in FUSED.get(part[3], (part[3],))]
         weight = torch.cat([source.reader.read(name) for name in names])
         made.count_matrix(weight, _weight_of(node))
-        made.count_tensor(_kind_of(node))
+        bits = node.attributes.get("bits")
+        made.count_tensor("float32" if bits is None else f"int{bits.value}")
         progress.step(note=node.name)
     progress.finish()
     return made
-
-
-def _kind_of(node: Any) -> str:
-    """How the matrix of a node is stored."""
-    bits = node.attributes.get("bits")
-    return f"int{bits.value}" if bits is not None else "float32"
 
 
 def _weight_of(node: Any) -> Tensor:

@@ -15,7 +15,7 @@ from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
 from secateur.models.checkpoint import ShardWriter
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 from secateur.runtime.semi_structured.layout import (
     COLUMNS,
     FILE_NAME,
@@ -51,10 +51,9 @@ class SemiStructured:
         stored = _stored_as(source, linears, progress)
         copy_the_rest(source, {"dtype": str(dtype).removeprefix("torch.")}, output)
         made, rounded = Exported(), 0
-        progress.start("writing", len(source.reader.entries))
         known = _known_specs(source, linears, stored, dtype)
         with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
-            for name in source.reader.entries:
+            for name in each_step(progress, "writing", source.reader.entries):
                 tensor, own = source.reader.read(name), linears.names[name]
                 value = _cast(tensor, dtype, name)
                 if name in stored:
@@ -67,9 +66,7 @@ class SemiStructured:
                 made.count_tensor(stored.get(name, type))
                 if name in linears.shapes:
                     rounded += not made.count_matrix(tensor, value)
-                progress.step(note=name)
             writer.close({"format": "pt"})
-        progress.finish()
         made.file_bytes = (output / FILE_NAME).stat().st_size
         if rounded:
             made.notes.append(f"{rounded} of {len(linears.shapes)} matrices were rounded to {type}")
@@ -116,17 +113,12 @@ def _patterns_of(
     source: ExportSource, linears: tuple[str, ...], progress: Progress
 ) -> Mapping[str, str]:
     """The pattern of every linear: the first of `PATTERNS` that it has."""
-    progress.start("checking the pattern", len(linears))
     found: dict[str, str] = {}
-    for name in linears:
+    for name in each_step(progress, "checking the pattern", linears):
         weight = source.reader.read(name)
         fits = (p for p in PATTERNS if is_n_of_m(weight, *map(int, p.split(":"))))
-        pattern = next(fits, None)
-        if pattern is not None:
-            found[name] = pattern
-        progress.step(note=name)
-    progress.finish()
-    odd = [name for name in linears if name not in found]
+        found[name] = next(fits, "")
+    odd = [name for name in linears if not found[name]]
     if odd:
         raise PatternError(
             f"{len(odd)} of {len(linears)} matrices are not {', '.join(PATTERNS)}: they keep more "

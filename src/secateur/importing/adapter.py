@@ -63,11 +63,7 @@ class MergedReader(CheckpointReader):
             raise
         except Exception as error:  # whatever peft raises on a foreign file
             said = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(
-                f"peft cannot put this adapter on the model: {said[0][:300]}",
-                where=str(adapter),
-                remedy="name the model that the adapter was trained on, pruned",
-            ) from error
+            raise _of_another_model(said[0][:300], str(adapter)) from error
         values = dict(merged.named_parameters())
         self.changed = {
             name: tensor.detach() for name, tensor in StoredModel(skeleton, stored).written(values)
@@ -91,12 +87,15 @@ def _refuse_unknown(adapter: Path, known: set[str]) -> None:
     """Refuse an adapter with tensors that peft left out, which it does without a word."""
     left = sorted(read_header(adapter / WEIGHTS).entries.keys() - known)
     if left:
-        raise CheckpointError(
-            f"peft cannot put this adapter on the model: {len(left)} of its tensors belong to no "
-            "part of it",
-            where=left[0],
-            remedy="name the model that the adapter was trained on, pruned",
-        )
+        raise _of_another_model(f"{len(left)} of its tensors belong to no part of it", left[0])
+
+
+def _of_another_model(why: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"peft cannot put this adapter on the model: {why}",
+        where=where,
+        remedy="name the model that the adapter was trained on, pruned",
+    )
 
 
 def _check_adapter(folder: Path) -> None:

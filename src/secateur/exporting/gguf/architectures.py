@@ -219,6 +219,15 @@ def _qwen3_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
         yield "it does not divide the weights of the chosen experts by their sum"
 
 
+GEMMA2 = LlamaCppFamily(
+    A.GEMMA2,
+    activations=GELU_TANH,
+    norm_shift=1.0,
+    windows=True,
+    constants=_gemma_constants,
+    differences=_gemma_differences,
+)
+
 LLAMA_CPP_FAMILIES = MappingProxyType(
     {
         "llama": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
@@ -228,22 +237,8 @@ LLAMA_CPP_FAMILIES = MappingProxyType(
         "gemma": LlamaCppFamily(
             A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=_must_be_tied
         ),
-        "gemma2": LlamaCppFamily(
-            A.GEMMA2,
-            activations=GELU_TANH,
-            norm_shift=1.0,
-            windows=True,
-            constants=_gemma_constants,
-            differences=_gemma_differences,
-        ),
-        "gemma3_text": LlamaCppFamily(
-            A.GEMMA3,
-            activations=GELU_TANH,
-            norm_shift=1.0,
-            windows=True,
-            constants=_gemma_constants,
-            differences=_gemma_differences,
-        ),
+        "gemma2": GEMMA2,
+        "gemma3_text": replace(GEMMA2, arch=A.GEMMA3),
         "phi3": LlamaCppFamily(A.PHI3, differences=_narrow_differences),
         "granite": LlamaCppFamily(A.GRANITE, interleaved=True, constants=_granite_constants),
         "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),

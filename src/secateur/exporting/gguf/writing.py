@@ -68,16 +68,8 @@ TYPES = MappingProxyType(
 STORED = "stored"
 """The name of the type that gives every matrix what is nearest to how the source stores it."""
 
-NEAREST = MappingProxyType(
-    {
-        "float32": Q.F32,
-        "float16": Q.F16,
-        "bfloat16": Q.BF16,
-        "int8": Q.Q8_0,
-        "int4": Q.Q4_0,
-        "int3": Q.Q4_0,
-    }
-)
+FLOATS = {"float32": Q.F32, "float16": Q.F16, "bfloat16": Q.BF16}
+NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, "int4": Q.Q4_0, "int3": Q.Q4_0})
 """The type for stored values: exact for floats and, where it is on a grid of groups, for int4."""
 
 
@@ -144,12 +136,8 @@ def _q4_0(values: Tensor) -> np.ndarray:
 
 
 FILE_TYPES = {
-    Q.F32: gguf.LlamaFileType.ALL_F32,
-    Q.F16: gguf.LlamaFileType.MOSTLY_F16,
-    Q.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Q.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    Q.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    Q.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    kind: gguf.LlamaFileType[f"{'ALL' if kind == Q.F32 else 'MOSTLY'}_{kind.name}"]
+    for kind in TYPES.values()
 }
 NUMPY = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
