@@ -21,12 +21,12 @@ from secateur.reporting.cards import OURS, split_card, without_folders
 from secateur.reporting.evaluate import GAIN
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.next_steps import command
-from secateur.reporting.sweep import markdown_row
 from secateur.reporting.tables import (
     bare_name,
     binary_size,
     counted,
     duration,
+    markdown_table,
     percent,
     signed,
     with_error,
@@ -454,23 +454,20 @@ def _quality_section(run: ReportedRun) -> str:
     rows = quality_rows([run])
     if not rows:
         return ""
-    lines = [
-        "## Quality",
-        "",
-        "± is one standard error. Numbers can be compared if their protocol ids begin alike; what "
-        "follows says how the model computed.",
-        "",
-        markdown_row(["measure", "chance", "dense", "this model", "beside dense", "protocol"]),
-        "|---|---:|---:|---:|---|---|",
-    ]
+    said = {"same": "no significant difference", "": ""}
+    lines = []
     for row in rows:
         cell = row.cells[run.name]
-        said = {"same": "no significant difference", "": ""}
         verdict = said.get(cell.verdict, f"significantly {cell.verdict}")
         comparison = ", ".join(filter(None, (cell.comparison, verdict)))
         numbers = (row.measure, row.chance, row.dense, cell.value)
-        lines.append(markdown_row([*numbers, comparison, f"`{cell.protocol_id}`"]))
-    return "\n".join(lines)
+        lines.append((*numbers, comparison, f"`{cell.protocol_id}`"))
+    columns = ("measure", "chance", "dense", "this model", "beside dense", "protocol")
+    return (
+        "## Quality\n\n± is one standard error. Numbers can be compared if their protocol ids "
+        "begin alike; what follows says how the model computed.\n\n"
+        + markdown_table(columns, lines, range(1, 4))
+    )
 
 
 def _speed_section(run: ReportedRun) -> str:
@@ -479,20 +476,19 @@ def _speed_section(run: ReportedRun) -> str:
     if not ran or run.bench is None:
         return ""
     p = run.bench.protocol
-    lines = [
-        "## Speed",
-        "",
-        f"Batch 1 on {p.get('cpu', '?')}, {p.get('threads', '?')} threads; "
-        f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written.",
-        "",
-        markdown_row(["", "tokens a second", "memory"]),
-        "|---|---:|---:|",
+    rows = [
+        (
+            x.contender,
+            f"{x.tokens_per_second:.1f}",
+            binary_size(x.resident_bytes) if x.resident_bytes else "",
+        )
+        for x in ran
     ]
-    for timing in ran:
-        memory = timing.resident_bytes
-        size = binary_size(memory) if memory else ""
-        lines.append(markdown_row([timing.contender, f"{timing.tokens_per_second:.1f}", size]))
-    return "\n".join(lines)
+    return (
+        f"## Speed\n\nBatch 1 on {p.get('cpu', '?')}, {p.get('threads', '?')} threads; "
+        f"{p.get('prompt_tokens', '?')} tokens read, {p.get('new_tokens', '?')} written.\n\n"
+        + markdown_table(("", "tokens a second", "memory"), rows, range(1, 3))
+    )
 
 
 def _findings_section(run: ReportedRun) -> str:

@@ -6,13 +6,13 @@ A card has the YAML block that the hub reads, a title, and sections with a blank
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.models.samples import MODELS
 from secateur.reporting.models import CompressResult, ImportResult
-from secateur.reporting.tables import binary_size, by_layer
+from secateur.reporting.tables import binary_size, by_layer, markdown_table
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
 
 OURS = "secateur"
@@ -68,7 +68,7 @@ def prune_card(
         f"{source}, pruned to {result.decoder_sparsity:.2%}",
         f"Made by secateur {manifest.environment['secateur']} with **{method['name']}** (score "
         f"{score}, solver {solver}).",
-        _table(("", ""), facts),
+        markdown_table(("", ""), facts),
         "The zeros are stored as zeros: these files are as large as those of the dense model in "
         "the same\ndtype, and engines that do not know of sparsity run it at the dense model's "
         f"speed. To pack it:\n`secateur compress {place} --output {place}-small`.",
@@ -118,7 +118,7 @@ def structure_card(
         front_matter(manifest.source, source_folder, ["pruned", "structured-pruning"]),
         f"{source_name(manifest.source)}, cut to {1 - cut.decoder_removed:.2%} of its decoder",
         f"Made by secateur {manifest.environment['secateur']}: {steps}.",
-        _table(("", "before", "after"), rows),
+        markdown_table(("", "before", "after"), rows),
         _chosen_on(manifest.calibration, cut.steps) + distilled,
         _use(VARIED + TRANSFORMERS if cut.varied else TRANSFORMERS, place),
         _made_again("structure", recipe_yaml, place),
@@ -158,7 +158,7 @@ def training_card(
         "Trained by `secateur train` with its zeros held at every step, and looked at again in "
         f"these files:\n{result['decoder_sparsity']:.2%} of the weights in the decoder's matrices "
         "are zero.",
-        _table(("", ""), facts),
+        markdown_table(("", ""), facts),
         "Training watched this perplexity. `secateur evaluate` measures one by a protocol.",
         _made_again("train", recipe_yaml, shown_place(output)),
         "The card of the model that was trained follows; what it says of weights is about that "
@@ -196,8 +196,8 @@ def compression_card(
         f"{Path(source.name).name}, compressed",
         "The zeros of this model are not stored. Made by `secateur compress`; `docs/format.md` of "
         "secateur\nspecifies the files.",
-        _table(("", "bytes", "of dense bfloat16"), sizes, numbers=1),
-        _table(("stored as", "matrices", "bits per weight"), formats, numbers=1),
+        markdown_table(("", "bytes", "of dense bfloat16"), sizes, range(1, 3)),
+        markdown_table(("stored as", "matrices", "bits per weight"), formats, range(1, 3)),
         _use('import secateur\nmodel = secateur.load("{place}")', place),
         f"For engines that do not know of this format: `secateur decompress {place} --output "
         f"{place}-dense`.",
@@ -225,7 +225,7 @@ def import_card(result: ImportResult, source_folder: Path, output: str | Path) -
         f"{Path(source.name.partition('@')[0]).name}, imported",
         "Made by `secateur import` from a folder that another tool wrote. The zeros were counted "
         "in these\nfiles.",
-        _table(("", ""), [("source", f"`{source_name(source)}`"), *result.facts()]),
+        markdown_table(("", ""), [("source", f"`{source_name(source)}`"), *result.facts()]),
         "Each matrix is listed in `secateur/import.json`." + packing * bool(result.sparsity),
         _body(source_folder),
     )
@@ -253,13 +253,6 @@ def with_dense_card(card: str, dense: str) -> str:
 
 def _card(front: str, title: str, *sections: str) -> str:
     return front + "\n\n".join([f"# {title}", *filter(None, sections)])
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 9) -> str:
-    """A table in Markdown; columns from number `numbers` on align right."""
-    rule = "".join("---|" if index < numbers else "---:|" for index in range(len(columns)))
-    head = "|" + "|".join(f" {column} " if column else " " for column in columns) + "|"
-    return "\n".join([head, f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _use(code: str, place: str) -> str:

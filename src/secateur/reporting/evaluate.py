@@ -131,22 +131,17 @@ class EvaluateResult(Result):
 
 def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
     """Perplexity on each text, with the dense model's if it was measured."""
-    with_dense = any(one.reference_perplexity is not None for one in texts)
-    columns = ["text", "perplexity", "nats per token", "protocol"]
-    if with_dense:
-        columns.insert(2, "dense")
-    rows = []
-    for one in texts:
-        row = [
-            one.text,
-            f"{one.perplexity:.4f}",
-            with_error(one.mean_loss, one.standard_error),
-            one.protocol_id,
-        ]
-        if with_dense:
-            row.insert(2, _number(one.reference_perplexity, ".4f"))
-        rows.append(row)
-    return Table.of(model, columns, rows)
+    rows = [
+        {
+            "text": one.text,
+            "perplexity": f"{one.perplexity:.4f}",
+            "dense": _number(one.reference_perplexity, ".4f"),
+            "nats per token": with_error(one.mean_loss, one.standard_error),
+            "protocol": one.protocol_id,
+        }
+        for one in texts
+    ]
+    return Table.of_records(model, rows)
 
 
 def _divergence_table(found: DivergenceRecord) -> Table:
@@ -165,66 +160,59 @@ def _divergence_table(found: DivergenceRecord) -> Table:
 
 def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
     """Scores, with the score of guessing, so that nobody takes noise for quality."""
-    with_dense = any(one.reference for one in tasks)
-    columns = ["task", "metric", "score", "chance", "items", "shots"]
-    if with_dense:
-        columns += ["dense", "difference", "retention"]
-    rows = [_task_row(one, with_dense=with_dense) for one in tasks]
-    table = Table.of("tasks", [*columns, "protocol"], rows, numbers=2)
-    if not with_dense:
+    table = Table.of_records("tasks", [_task_row(one) for one in tasks], numbers=2)
+    if not any(one.reference for one in tasks):
         return [table]
-    return [
-        table,
-        Line(
-            "* significant at 95 % over pairs of items, n.s. not significant. Retention is the "
-            "part of dense's lead over chance that is left; no lead: dense is less than two "
-            "standard errors above chance.",
-            style="dim",
-        ),
-    ]
+    note = (
+        "* significant at 95 % over pairs of items, n.s. not significant. Retention is the "
+        "part of dense's lead over chance that is left; no lead: dense is less than two "
+        "standard errors above chance."
+    )
+    return [table, Line(note, style="dim")]
 
 
-def _task_row(one: TaskRecord, *, with_dense: bool) -> list[str]:
-    """The score on one task; with `with_dense` also its difference from the dense model."""
-    row = [
-        one.task,
-        one.metric,
-        with_error(one.value, one.standard_error, ".3f"),
-        f"{one.chance:.3f}",
-        str(one.items),
-        str(one.shots),
-    ]
-    if with_dense:
+def _task_row(one: TaskRecord) -> dict[str, str | None]:
+    """The score on one task, and its difference from the dense model's."""
+    difference, retention = None, None
+    if one.reference is not None:
         mark = {None: "", True: " *", False: " n.s."}[one.significant]
-        error = one.difference_standard_error
-        row += [
-            _number(one.reference_value, ".3f"),
-            with_error(one.difference or 0.0, error, "+.3f") + mark,
-            "no lead" if one.retention is None else f"{one.retention:.0%}",
-        ]
-    return [*row, one.protocol_id]
+        difference = with_error(one.difference or 0.0, one.difference_standard_error, "+.3f") + mark
+        retention = "no lead" if one.retention is None else f"{one.retention:.0%}"
+    return {
+        "task": one.task,
+        "metric": one.metric,
+        "score": with_error(one.value, one.standard_error, ".3f"),
+        "chance": f"{one.chance:.3f}",
+        "items": str(one.items),
+        "shots": str(one.shots),
+        "dense": _number(one.reference_value, ".3f"),
+        "difference": difference,
+        "retention": retention,
+        "protocol": one.protocol_id,
+    }
 
 
 def _generation_blocks(found: GenerationRecord) -> list[Block]:
     """Texts side by side, then their repetition."""
-    columns = ["prompt", "text", "repeated"]
-    if found.reference:
-        columns.insert(2, "dense")
-    rows = []
-    for one in found.samples:
-        share = f"{one.repetition:.0%}" + (" degenerate" if one.degenerate else "")
-        dense = [one.reference_text or ""] if found.reference else []
-        rows.append([one.prompt, *map(without_blank_lines, [one.text, *dense]), share])
+    rows = [
+        {
+            "prompt": one.prompt,
+            "text": without_blank_lines(one.text),
+            "dense": without_blank_lines(one.reference_text or "") if found.reference else None,
+            "repeated": f"{one.repetition:.0%}" + " degenerate" * one.degenerate,
+        }
+        for one in found.samples
+    ]
     summary = f"repeated 4-grams: {found.repetition:.0%}, degenerate texts: {found.degenerate}"
     if found.reference_repetition is not None:
         summary += f"; dense: {found.reference_repetition:.0%}, {found.reference_degenerate}"
     title = f"texts ({found.protocol_id})"
-    return [Table.of(title, columns, rows, numbers=len(columns) - 1), Line(summary)]
+    numbers = 3 if found.reference else 2
+    return [Table.of_records(title, rows, numbers), Line(summary)]
 
 
-def _number(value: float | None, form: str) -> str:
-    """A number as text; empty for None."""
-    return "" if value is None else f"{value:{form}}"
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else f"{value:{form}}"
 
 
 GAIN = 1.02

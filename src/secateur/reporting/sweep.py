@@ -20,6 +20,7 @@ from secateur.reporting.tables import (
     Table,
     bare_name,
     binary_size,
+    markdown_table,
     percent,
     signed,
 )
@@ -103,9 +104,7 @@ class SweepResult(Result):
             "Made by `secateur sweep`. In brackets the excess loss, ln(perplexity) − ln(dense "
             "perplexity), in nats a token.",
             "",
-            markdown_row(self.columns),
-            "|---|---|" + "---:|" * (len(self.columns) - 2),
-            *(markdown_row(row) for row in self.rows()),
+            markdown_table(self.columns, self.rows(), range(2, len(self.columns))),
             "",
         ]
         for failure in self.failures:
@@ -159,11 +158,6 @@ class SweepResult(Result):
             for p in self.points
             for text in self.texts
         ]
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; bars within cells are escaped."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,14 @@ class Table:
         return cls(title, tuple(columns), known, numbers, tuple(styles))
 
     @classmethod
+    def of_records(
+        cls, title: str, rows: Sequence[Mapping[str, str | None]], numbers: int = 1
+    ) -> Table:
+        """Make a table from rows of columns and cells; a column without any cell is left out."""
+        columns = [x for x in (rows[0] if rows else ()) if any(row[x] is not None for row in rows)]
+        return cls.of(title, columns, [[row[x] or "" for x in columns] for row in rows], numbers)
+
+    @classmethod
     def facts(cls, title: str, rows: Iterable[tuple[str, str | None]]) -> Table:
         """A table of names and values, without a head."""
         return cls.of(title, ("", ""), rows, numbers=2)
@@ -153,6 +161,16 @@ def html(blocks: Iterable[Block]) -> str:
         if block is not None:
             parts.append(block.html())
     return "\n".join(parts)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: range = range(0)
+) -> str:
+    """A table in Markdown; columns with a number in `numbers` align right. Bars are escaped."""
+    head = "|" + "|".join(f" {column} " if column else " " for column in columns) + "|"
+    rule = "".join("---:|" if index in numbers else "---|" for index in range(len(columns)))
+    cells = ((cell.replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join([head, f"|{rule}", *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> list[Block]:

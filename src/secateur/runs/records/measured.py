@@ -105,13 +105,27 @@ class Machine:
         return [s for s in self.supports if s.kind == kind and s.faster]
 
 
-class DiagnosisRecord(Record):
+class OfModel(Record):
+    """What was measured on a model, beside its dense one.
+
+    Attributes:
+        schema_name: what the file holds.
+        model: the model.
+        dense: what it is compared with.
+        environment: versions and hardware.
+    """
+
+    schema_name: str = Field(alias="schema")
+    model: str
+    dense: Any
+    environment: dict[str, Any]
+
+
+class DiagnosisRecord(OfModel):
     """`diagnosis.json`."""
 
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
-    model: str
     dense: str | None
-    environment: dict[str, Any]
     protocol: dict[str, Any]
     verdict: str
     findings: list[Finding]
@@ -257,6 +271,12 @@ class Score(Record):
     shots: int = Field(ge=0)
 
 
+COMPARISON = (
+    "reference_value", "difference", "difference_standard_error", "significant", "retention",
+)  # fmt: skip
+"""The fields of a task that compare it with the reference."""
+
+
 class TaskRecord(Score, Measurement):
     """One metric of one task; the fields of the reference are null without one."""
 
@@ -275,13 +295,7 @@ class TaskRecord(Score, Measurement):
         """The comparison in pairs is valid if the score is unchanged."""
         if self.value != earlier.value:
             return {}
-        return {
-            "reference_value": earlier.reference_value,
-            "difference": earlier.difference,
-            "difference_standard_error": earlier.difference_standard_error,
-            "significant": earlier.significant,
-            "retention": earlier.retention,
-        }
+        return {name: getattr(earlier, name) for name in COMPARISON}
 
 
 class SampleRecord(Record):
@@ -460,7 +474,7 @@ class SweepDense(Record):
     perplexity: dict[str, float] = Field(default_factory=dict)
 
 
-class Sweep(Record):
+class Sweep(OfModel):
     """`sweep.json`.
 
     Attributes:
@@ -475,9 +489,7 @@ class Sweep(Record):
     """
 
     schema_name: Literal["secateur.sweep/1"] = Field("secateur.sweep/1", alias="schema")
-    model: str
     dense: SweepDense
-    environment: dict[str, Any]
     conditions: dict[str, Any]
     protocol: dict[str, dict[str, Any]]
     calibration: dict[str, Any] | None
