@@ -354,6 +354,19 @@ def test_a_picture_has_the_same_bytes_again(tmp_path: Path) -> None:
         assert not re.search('#[0-9a-f]{6}|url|http|<image|id="drawn', drawn)
 
 
+def test_an_empty_cell_is_crossed_out_and_names_are_text() -> None:
+    rows, values = ("<q>\x08$a_b$", "k"), ((0.25, None), (None, 0.5))
+    drawn = page_svg(HeatMap("few & odd", "few", rows, ("0", "1"), values, percent=True))
+    tips = re.findall("<title>([^<]*)</title>", drawn)
+    assert tips == [
+        "&lt;q&gt;\ufffd$a_b$, layer 0: 25.0\u00a0%", "&lt;q&gt;\ufffd$a_b$, layer 1: not pruned",
+        "k, layer 0: not pruned", "k, layer 1: 50.0\u00a0%",
+    ]  # fmt: skip
+    fills = re.findall(r"</title><path [^>]*fill: (none|color-mix[^;]*)", drawn)
+    assert [fill == "none" for fill in fills] == [False, True, True, False]
+    assert "var(--line)" in drawn  # the crosses
+
+
 def test_a_page_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = page_of(tmp_path, write_full_run(tmp_path / "small"))

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -118,7 +119,7 @@ class HeatMap:
         """Number of cells with a value."""
         return sum(value is not None for row in self.values for value in row)
 
-    @property
+    @cached_property
     def span(self) -> tuple[float, float]:
         """The smallest and the largest value of the colour scale."""
         found = [v for row in self.values for v in row if v is not None and math.isfinite(v)]
@@ -460,11 +461,10 @@ def _draw_heat(axes: Any, chart: HeatMap) -> list[_Drawn]:
     cells = axes.pcolormesh(
         shares, cmap=colors, vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.6, clip_on=False
     )
-    for row, values in enumerate(chart.values):
-        for column, value in enumerate(values):
-            if value is None:
-                across = ([column + 0.15, column + 0.85], [row + 0.85, row + 0.15])
-                axes.plot(*across, color=RULE, linewidth=1.5, clip_on=False)
+    empty = [(x, y) for y, row in enumerate(chart.values) for x, v in enumerate(row) if v is None]
+    across = [(x + step, y + 1 - step) for x, y in empty for step in (0.15, 0.85, math.nan)]
+    if across:  # one line with gaps
+        axes.plot(*zip(*across, strict=True), color=RULE, linewidth=1.5)
     tips = [
         f"{name}, layer {column}: {'not pruned' if value is None else chart.format(value)}"
         for name, values in zip(chart.rows, chart.values, strict=True)
@@ -472,7 +472,8 @@ def _draw_heat(axes: Any, chart: HeatMap) -> list[_Drawn]:
     ]
     axes.invert_yaxis()
     axes.set_yticks(
-        [row + 0.5 for row in range(len(chart.rows))], [_end_of(name) for name in chart.rows]
+        [row + 0.5 for row in range(len(chart.rows))],
+        [_shortened(name, NAME) for name in chart.rows],
     )
     step = max(1, (len(chart.columns) + 9) // 10)
     shown = range(0, len(chart.columns), step)
@@ -515,18 +516,15 @@ def _draw_bars(axes: Any, chart: BarChart) -> list[_Drawn]:
 
 def _printable(text: str) -> str:
     """A text without characters that no picture can show, and no XML."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\u00a0" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _shortened(text: str, most: int) -> str:
-    text = _printable(text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _end_of(name: str) -> str:
-    """The end of a name, which says more than its beginning."""
-    name = _printable(name)
-    return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
+    """A text without its middle, if it is long."""
+    text, half = _printable(text), most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[1 - half :]}"
 
 
 # -- for the page --------------------------------------------------------------------------------
