@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from secateur.steps.prune import prune
     from secateur.steps.structure.run import structure
     from secateur.steps.sweep import sweep
-    from secateur.steps.train.callback import SecateurCallback
     from secateur.steps.train.checkpoint import train
     from secateur.steps.unpack import decompress
+    from secateur.training.callback import SecateurCallback
     from secateur.training.lora import merge
 
     advise: Any  # the last three are apart from the core, which does not import them
@@ -90,7 +90,7 @@ __all__ = [
 
 HOMES = {
     "ProgressBar": "secateur.progress",
-    "SecateurCallback": "secateur.steps.train.callback",
+    "SecateurCallback": "secateur.training.callback",
     "SecateurError": "secateur.errors",
     "advise": "secateur.advisor.advise",
     "allocations": "secateur.sparsity.allocation",

@@ -44,7 +44,7 @@ from secateur.steps.diagnose import diagnose as diagnose
 from secateur.steps.generate import generate as generate
 from secateur.steps.inspect import inspect as inspect
 from secateur.steps.methods import methods as methods
-from secateur.steps.train.callback import SecateurCallback as SecateurCallback
+from secateur.training.callback import SecateurCallback as SecateurCallback
 from secateur.training.lora import merge as merge
 
 __version__: str

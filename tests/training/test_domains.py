@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.training.batches import Batches
-from secateur.training.domains import DomainLoading
+from secateur.training.batches import Batches, DomainLoading
 
 WINDOWS = {"code": torch.zeros(30, 4).long(), "prose": torch.arange(10)[:, None].expand(10, 4) + 1}
 REFERENCES = {"code": 1.0, "prose": 2.0}

@@ -12,11 +12,16 @@ import transformers
 
 from oracles.divergences import divergence, lumped_divergence, next_token_loss
 from secateur.errors import RecipeError, SourceError
-from secateur.training import divergences, teachers
+from secateur.training import divergences, objectives
 from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import KINDS, head_alone, hidden_loss, layer_pairs
-from secateur.training.objectives import Distil, NextToken
-from secateur.training.teachers import ModelTeacher, WrittenTeacher, write_teacher
+from secateur.training.objectives import (
+    Distil,
+    ModelTeacher,
+    NextToken,
+    WrittenTeacher,
+    write_teacher,
+)
 from zoo import CONFIGS
 
 CPU = torch.device("cpu")
@@ -64,7 +69,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param != "whole":
         monkeypatch.setattr(divergences, "BLOCK_BYTES", 96 * 4 * 7)
         monkeypatch.setattr(divergences, "CHUNK_BYTES", 96 * 4 * 2)
-        monkeypatch.setattr(teachers, "AT_ONCE_BYTES", 96 * 4 * 5)
+        monkeypatch.setattr(objectives, "AT_ONCE_BYTES", 96 * 4 * 5)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -88,7 +93,9 @@ def test_divergences_and_their_gradients(kind: str, temperature: float) -> None:
         expected = divergence(logits_of(student).flatten(0, 1), wanted, kind, temperature)
         # the teacher may be in bfloat16; here it is as exact as the student
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+            patch.setattr(
+                objectives, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False)
+            )
             assert_same(objective(student, BATCH), expected, student, 2e-4)
 
 
@@ -122,7 +129,7 @@ def test_a_share_of_the_plain_loss() -> None:
 def test_a_written_teacher_is_the_divergence_with_the_rest_as_one_outcome(
     kind: str, k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(objectives, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
     student, dense = model_of(), model_of(seed=1)
     write_teacher(
         ModelTeacher(dense), IDS, tmp_path / "t.safetensors", k=k, device=CPU, temperature=2.0
@@ -137,7 +144,7 @@ def test_a_written_teacher_is_the_divergence_with_the_rest_as_one_outcome(
 
 
 def test_hidden_states_are_compared_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(objectives, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
     dense = model_of(num_hidden_layers=4)
     student = model_of(num_hidden_layers=2, seed=1)
     options = {"teacher_depth": 4, "teacher_layers": [0, 2]}

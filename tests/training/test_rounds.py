@@ -10,7 +10,7 @@ import torch
 from secateur.errors import CheckpointError, RecipeError, VerificationError
 from secateur.sparsity.schedules import levels
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.training.gradual import open_masks, renew
+from secateur.training.gradual import Criterion, open_masks, renew
 from secateur.training.rounds import (
     KeepEarly,
     PruningRounds,
@@ -18,7 +18,6 @@ from secateur.training.rounds import (
     read_weights,
     write_weights,
 )
-from secateur.training.selecting import Criterion
 from trained import held_out_loss, source_ids, train, untrained
 from zoo import tiny_model
 

@@ -1,12 +1,20 @@
-"""The token windows that each training step reads. All are full; a seed sets their order."""
+"""The token windows that each training step reads. All are full; a seed sets their order.
+
+Dynamic batch loading: domains with a high loss get more text.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.types import Windows
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,118 @@ class Batches:
         mine = self.numbers(step)[rank::ranks]
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
         return [Batch(self.windows[list(part)].to(device), part) for part in parts]
+
+
+Losses = Callable[[Any], Mapping[str, float]]
+
+
+class DomainLoading:
+    """Proportions of data domains that follow their losses.
+
+    This class is a hook of the training loop. It also gives `Batches` its order.
+
+        w_d ← w_d · exp(max(loss_d − reference_d, 0)),  then Σ w = 1
+
+    The draws of a step depend only on the seed, the step and the proportions, so a resumed
+    training draws the same windows.
+
+    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694. The references are the losses that
+    the model should reach in each domain. The losses of the dense model are a simple choice.
+
+    Args:
+        windows: token ids [windows, length] of each domain; the length is the same for all.
+        references: a loss for each domain, in nats per token.
+        losses: measures a model's loss on held-out text of each domain.
+        size: number of windows in a step.
+        every: steps between updates; 0 keeps the first proportions.
+        seed: seed of the draws.
+
+    Raises:
+        RecipeError: domains and references differ, or a domain is empty.
+    """
+
+    def __init__(
+        self,
+        windows: Mapping[str, Windows],
+        references: Mapping[str, float],
+        losses: Losses,
+        *,
+        size: int,
+        every: int = 50,
+        seed: int = 0,
+    ) -> None:
+        if not windows or set(windows) != set(references):
+            raise RecipeError(
+                f"domains {sorted(windows)}, references {sorted(references)}",
+                remedy="name the same domains in both, at least one",
+            )
+        empty = [name for name, ids in windows.items() if not len(ids)]
+        if empty:
+            raise RecipeError(
+                f"domain {empty[0]!r} has no windows", remedy="leave it out, or give it longer text"
+            )
+        self.names = list(windows)
+        self.counts = [len(windows[name]) for name in self.names]
+        self.references, self.losses = dict(references), losses
+        self.size, self.every, self.seed = size, every, seed
+        self.weights = torch.tensor(self.counts, dtype=torch.float64)
+        self.weights /= self.weights.sum()
+        self.read = torch.zeros(len(windows), dtype=torch.int64)
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """The current share of each domain in the batches."""
+        return dict(zip(self.names, self.weights.tolist(), strict=True))
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Called after the optimizer's step, 1 to `steps`.
+
+        Raises:
+            NumericalError: a loss is not a number.
+        """
+        self.read += torch.bincount(self.domains(step - 1), minlength=len(self.names))
+        if self.every and step % self.every == 0 and step < steps:
+            self.update(self.losses(model))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The proportions, and how many windows of each domain the training has read."""
+        return {"weights": self.weights, "read": self.read}
+
+    def update(self, losses: Mapping[str, float]) -> None:
+        """Update the proportions from the losses on held-out text of each domain.
+
+        Raises:
+            NumericalError: a loss is not a number.
+        """
+        for name in self.names:
+            if not math.isfinite(losses[name]):
+                raise NumericalError(f"the loss of domain {name!r} is {losses[name]}")
+        excess = [max(losses[name] - self.references[name], 0.0) for name in self.names]
+        most = max(excess)  # the same factor for all, so that exp cannot overflow
+        self.weights *= torch.tensor([math.exp(x - most) for x in excess], dtype=torch.float64)
+        self.weights /= self.weights.sum()
+
+    def domains(self, step: int) -> Tensor:
+        """The domain of each window of a step, counted from 0; int64 [size]."""
+        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        return torch.multinomial(self.weights, self.size, replacement=True, generator=random)
+
+    def numbers(self, step: int) -> tuple[int, ...]:
+        """Return the windows of the next step, numbered over all domains in order.
+
+        Within a domain, the training reads every window once before it repeats one.
+        """
+        read, found = self.read.tolist(), []
+        for domain in self.domains(step).tolist():
+            epoch, place = divmod(read[domain], self.counts[domain])
+            start = sum(self.counts[:domain])
+            found.append(start + self.order(domain, epoch)[place])
+            read[domain] += 1
+        return tuple(found)
+
+    def order(self, domain: int, epoch: int) -> list[int]:
+        """The order of a domain's windows in one pass over them."""
+        seed = (self.seed * 1_000_003 + epoch) * 1_009 + domain
+        draw = torch.Generator().manual_seed(seed % 2**63)
+        order: list[int] = torch.randperm(self.counts[domain], generator=draw).tolist()
+        return order

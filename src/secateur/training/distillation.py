@@ -48,10 +48,9 @@ from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
-from secateur.training.objectives import Distil
+from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved
-from secateur.training.teachers import ModelTeacher
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 

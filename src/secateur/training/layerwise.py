@@ -56,16 +56,17 @@ from secateur.training.distillation import (
     distillation_plan,
     summary,
 )
-from secateur.training.objectives import Distil, Objective
-from secateur.training.process_group import ProcessGroup
-from secateur.training.saved import Saved, stored_tensors
-from secateur.training.teachers import (
+from secateur.training.objectives import (
     TOP_K,
+    Distil,
     ModelTeacher,
+    Objective,
     TeacherOutput,
     WrittenTeacher,
     write_teacher,
 )
+from secateur.training.process_group import ProcessGroup
+from secateur.training.saved import Saved, stored_tensors
 from secateur.training.training_plan import TrainingPlan
 
 PREDICTIONS = "predictions.safetensors"

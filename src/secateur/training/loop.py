@@ -1,10 +1,14 @@
-"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes."""
+"""The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes.
+
+Monitors a training: the losses of its steps, and the loss on held-out text.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +24,12 @@ from secateur.models.architecture import hidden_size
 from secateur.models.attention import WrittenOut
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
-from secateur.training.batches import Batches
-from secateur.training.hooks import Hook
+from secateur.training.batches import Batch, Batches
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
 from secateur.training.process_group import ProcessGroup, checkpointed
-from secateur.training.saved import Saved
+from secateur.training.saved import Hook, Saved
 from secateur.training.training_plan import TrainingPlan
-from secateur.training.watch import DivergenceWatch, mean_loss
 
 TICKS = 1000
 """Units of the progress bar when the clock sets the length of a training."""
@@ -469,3 +471,76 @@ class Outcome:
             setattr(self, key, facts[key])
         self.validations = [(int(step), loss) for step, loss in self.validations]
         self.best_loss = math.inf if self.best_loss is None else self.best_loss
+
+
+WATCHED = 10
+"""Number of steps in one median."""
+SUSPECT, NOISE = 1.5, 0.1
+
+
+class DivergenceWatch:
+    """Finds a training that diverges.
+
+    Let m be the median of the last 10 losses. A training diverges when
+
+        m_now > limit · min(m so far) + 0.1 · loss_1
+
+    The last term lets a loss near 0 vary.
+
+    Args:
+        limit: factor of the lowest median; 0 sets no limit.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.lowest = self.latest = math.inf
+        self.watched = 0
+
+    def fault(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        """Read the new lines of the log. Return a description of the divergence, or None.
+
+        Args:
+            log: one line for each step, with `loss`.
+        """
+        for end in range(max(WATCHED, self.watched + 1), len(log) + 1):
+            self.latest = statistics.median(line["loss"] for line in log[end - WATCHED : end])
+            self.lowest, self.watched = min(self.lowest, self.latest), end
+        if not self.watched or not self.limit:
+            return None
+        if self.latest <= self.limit * self.lowest + NOISE * log[0]["loss"]:
+            return None
+        return (
+            f"the loss has risen from {self.lowest:.3g} to {self.latest:.3g} (medians of {WATCHED} "
+            "steps): training diverges"
+        )
+
+    def is_suspicious(self, log: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the last loss is so high that the training may diverge soon."""
+        if not self.watched or not self.limit:
+            return False
+        allowed: float = SUSPECT * self.lowest + NOISE * log[0]["loss"]
+        return bool(log[-1]["loss"] > allowed)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any,
+    objective: Objective,
+    windows: Tensor,
+    at_once: int,
+    matmuls: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """The mean loss over windows.
+
+    Args:
+        model: a causal language model.
+        objective: the loss of a batch; a mean over its windows.
+        windows: token ids [windows, length], on any device.
+        at_once: number of windows in one forward.
+        matmuls: returns a context that sets the precision of products.
+    """
+    device, total = next(model.parameters()).device, 0.0
+    for ids in windows.split(at_once):
+        with matmuls():
+            total += objective(model, Batch(ids.to(device), ())).item() * len(ids)
+    return total / len(windows)

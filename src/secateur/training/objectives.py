@@ -1,16 +1,30 @@
-"""The losses of a training: the next-token loss, or the divergence from a teacher."""
+"""The losses of a training: the next-token loss, or the divergence from a teacher.
+
+The teacher of a distillation: a model in memory, or a file of its predictions.
+
+A model in memory runs once for every batch. A file stores, for every token, the k most likely next
+tokens with their log probabilities, and the remaining probability of all others together. With a
+file, only the student is in memory, and the teacher reads a text once for any number of epochs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import describe
+from secateur.models.checkpoint import ShardWriter
+from secateur.precision import fast_matmuls
 from secateur.registry import did_you_mean
 from secateur.training.batches import Batch
 from secateur.training.divergences import (
@@ -20,11 +34,237 @@ from secateur.training.divergences import (
     divergence_rows,
     head_alone,
     hidden_loss,
+    last_hidden,
     layer_pairs,
     loss_of,
     next_token_rows,
+    through_head,
 )
-from secateur.training.teachers import Teacher, vocabulary_of
+
+Expected = Callable[[slice, Tensor], Tensor]
+AT_ONCE_BYTES = 64 * 2**20
+TOP_K = 64
+"""Default number of most likely tokens to store from a teacher."""
+METADATA = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """The predictions of a teacher for a batch.
+
+    Attributes:
+        expected: rows and log q of the student → log p, float32 [tokens, vocabulary].
+        hidden: outputs of its decoder layers, by number, if the objective needs them.
+    """
+
+    expected: Expected
+    hidden: dict[int, Tensor]
+
+
+class Teacher(Protocol):
+    """Predicts the next token of every token in a batch."""
+
+    vocabulary: int
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+        """Return the predictions for a batch, and the outputs of some decoder layers."""
+        ...
+
+
+class ModelTeacher:
+    """A teacher in memory. It does not learn.
+
+    Args:
+        model: a causal language model in eval mode, on the device of the student.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.requires_grad_(False)
+        self.head = head_alone(model)
+        self.vocabulary = vocabulary_of(model)
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+        """See `Teacher`."""
+        with torch.no_grad(), _matmuls(batch.ids.device):
+            if layers:
+                blocks = describe(self.model).layers(self.model)
+                with HiddenStateRecorder({n: blocks[n] for n in layers}) as recorder:
+                    states = last_hidden(self.model, self.head, batch.ids)
+                hidden = recorder.seen
+            else:
+                states, hidden = last_hidden(self.model, self.head, batch.ids), {}
+        return TeacherOutput(_from_states(self.head, states, temperature, self.vocabulary), hidden)
+
+
+def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
+    """Returns log p of rows. It computes many logits at once and keeps them for later rows."""
+    size = max(1, AT_ONCE_BYTES // (4 * vocabulary))
+    block, logits = slice(0, 0), states
+
+    def expected(rows: slice, log_q: Tensor) -> Tensor:
+        nonlocal block, logits
+        if not block.start <= rows.start <= rows.stop <= block.stop:
+            block = slice(rows.start, max(rows.start + size, rows.stop))
+            with _matmuls(states.device):
+                logits = through_head(head, states[block])
+        own = logits[rows.start - block.start : rows.stop - block.start]
+        return (own / temperature).log_softmax(-1)
+
+    return expected
+
+
+class WrittenTeacher:
+    """The k most likely tokens at every position, from a file that `write_teacher` wrote.
+
+    The remaining probability is one outcome, "any other token". It is distributed as in the
+    student,
+    so the student learns nothing about its distribution; see `divergence_rows`.
+
+    Args:
+        file: predictions for the windows that the student reads, in the same order.
+
+    Raises:
+        SourceError: the file is missing, or `write_teacher` did not write it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise SourceError("no such file of a teacher", where=str(file))
+        self.stored = safe_open(file, framework="pt")
+        record = (self.stored.metadata() or {}).get(METADATA)
+        if record is None:
+            raise SourceError(
+                "the file is not what a teacher expects",
+                where=str(file),
+                remedy="let `secateur train --teacher MODEL --teacher-file` write it",
+            )
+        self.record: dict[str, Any] = json.loads(record)
+        self.vocabulary = int(self.record["vocabulary"])
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+        """See `Teacher`.
+
+        Raises:
+            RecipeError: the file has another temperature, or the objective needs hidden states.
+        """
+        if layers:
+            raise RecipeError(
+                "a teacher that is written down has no hidden states",
+                remedy="leave the hidden loss out, or keep the teacher in memory",
+            )
+        if temperature != self.record["temperature"]:
+            raise RecipeError(
+                f"the teacher was written down at temperature {self.record['temperature']}, "
+                f"{temperature} is asked for",
+                remedy="write it again, or take that temperature",
+            )
+        device = batch.ids.device
+        known, rest, tokens = (self.read(part, batch.numbers).to(device) for part in PARTS)
+        joint = torch.cat([known, rest[:, None]], -1).log_softmax(-1)
+
+        def expected(rows: slice, log_q: Tensor) -> Tensor:
+            places, log_p = tokens[rows].long(), joint[rows]
+            left = log_q.scatter(1, places, -torch.inf).logsumexp(-1, keepdim=True)
+            return (log_q + (log_p[:, -1:] - left)).scatter_(1, places, log_p[:, :-1])
+
+        return TeacherOutput(expected, {})
+
+    def read(self, part: str, numbers: Sequence[int]) -> Tensor:
+        """Return one stored tensor for some windows, in float32 or int64."""
+        read = [self.stored.get_tensor(f"{n}/{part}") for n in numbers]
+        return torch.cat([x.float() if x.is_floating_point() else x for x in read])
+
+
+PARTS = ("log_p", "rest", "tokens")
+
+
+def write_teacher(
+    teacher: Teacher,
+    windows: Tensor,
+    file: Path,
+    *,
+    k: int,
+    device: torch.device,
+    temperature: float = 1.0,
+    name: str = "",
+    on_window: Callable[[], None] = lambda: None,
+    writes: bool = True,
+) -> None:
+    """Write a model's predictions for every token of windows, with one window in memory.
+
+    Args:
+        teacher: the teacher.
+        windows: token ids [windows, length].
+        file: the result. It is complete, or it does not exist.
+        k: number of most likely tokens to keep, 6 bytes for each; log p is in float16.
+        device: where the teacher computes.
+        temperature: temperature of the distillation.
+        name: name of the teacher, for the record.
+        on_window: called after every window.
+        writes: False for a process that runs its part of the model but writes nothing.
+
+    Raises:
+        RecipeError: k is not between 1 and the vocabulary size − 1.
+    """
+    if not 0 < k < teacher.vocabulary:
+        raise RecipeError(
+            f"the {k} most likely of {teacher.vocabulary} tokens", remedy="64 is usual"
+        )
+    length = windows.shape[1]
+    known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for n in range(len(windows)):
+        known[f"{n}/log_p"] = (torch.float16, (length, k))
+        known[f"{n}/rest"] = (torch.float32, (length,))
+        known[f"{n}/tokens"] = (torch.int32, (length, k))
+    record = {
+        "teacher": name,
+        "temperature": temperature,
+        "k": k,
+        "vocabulary": teacher.vocabulary,
+        "windows": windows_digest(windows),
+    }
+    metadata = {METADATA: json.dumps(record)}
+    unfinished = file.with_suffix(".unfinished")
+    with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as writer:
+        for n, window in enumerate(windows):
+            expected = teacher(Batch(window[None].to(device), (n,)), temperature, ()).expected
+            for part, value in zip(PARTS, _most_likely(expected, length, k), strict=True):
+                if writer is not None:
+                    writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
+            on_window()
+        if writer is not None:
+            writer.close(metadata)
+    if writes:
+        unfinished.rename(file)
+
+
+def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p of the k most likely tokens at every position, log of the rest, and the ids."""
+    found = []
+    for start in range(0, length, 64):
+        log_p = expected(slice(start, min(start + 64, length)), torch.empty(0))
+        most = log_p.topk(k, dim=-1)
+        rest = log_p.scatter_(1, most.indices, -torch.inf).logsumexp(-1)
+        found.append((most.values, rest, most.indices))
+    values, rests, tokens = (torch.cat(x) for x in zip(*found, strict=True))
+    return values, rests, tokens
+
+
+def vocabulary_of(model: Any) -> int:
+    """The number of logits of a model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
+
+
+def windows_digest(windows: Tensor) -> str:
+    """The digest by which a file recognises its windows."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _matmuls(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context with fast, less precise products. They are enough for a teacher."""
+    return fast_matmuls(device)
 
 
 class Objective(Protocol):

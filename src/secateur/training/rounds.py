@@ -22,10 +22,9 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.schedules import Schedule, levels
-from secateur.training.gradual import renew
+from secateur.training.gradual import Criterion, renew
 from secateur.training.masks import Masks, stored_masks
 from secateur.training.saved import write_whole
-from secateur.training.selecting import Criterion
 
 REWINDS = ("none", "rate", "weights")
 

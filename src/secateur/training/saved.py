@@ -6,6 +6,8 @@
 
 A file is complete, or it does not exist. There are no pickles. The files hold whole tensors, so a
 different number of processes can resume.
+
+The contract of a hook: work that the training loop does after every step.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import ShardWriter
 from secateur.runs.output import cannot_write
-from secateur.training.hooks import Hook
 from secateur.training.masks import as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
@@ -295,3 +296,25 @@ def _read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> 
     if is_shared(parameter):
         return as_part(file[rows_of(parameter)].to(device, copy=True), parameter)
     return stored.get_tensor(key).to(device, copy=True)
+
+
+class Hook(Protocol):
+    """Work after every step. A resumed training restores its state."""
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Called after the optimizer's step.
+
+        Args:
+            step: the number of the step, 1 to `steps`.
+            steps: number of steps in the plan.
+            model: the model in training.
+            optimizer: the optimizer of the model.
+        """
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors that the hook changes in place, by name.
+
+        The loop saves them with the weights. A resumed training copies the saved values into them.
+        """
+        ...

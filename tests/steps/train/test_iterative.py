@@ -14,8 +14,8 @@ import secateur
 from commands import runner
 from secateur.errors import RecipeError
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.steps.train import session as in_rounds
 from secateur.training import loop
+from secateur.training import session as in_rounds
 from tiny import save_tiny
 from trained import source_text
 

@@ -41,16 +41,16 @@ from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Cost, Training, read_list
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.train.memory import (
+from secateur.training.batches import Batches
+from secateur.training.masks import Masks, is_shared, local, rows_of
+from secateur.training.memory import (
     check_memory,
     disk_bytes,
     training_memory,
 )
-from secateur.steps.train.session import Session, Trained, train_in_rounds
-from secateur.steps.train.setup import Adapted, TrainingInputs, adapt, check_together, merged
-from secateur.training.batches import Batches
-from secateur.training.masks import Masks, is_shared, local, rows_of
 from secateur.training.process_group import ProcessGroup, load
+from secateur.training.session import Session, Trained, train_in_rounds
+from secateur.training.setup import Adapted, TrainingInputs, adapt, check_together, merged
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 NO_PART = {

@@ -21,10 +21,8 @@ from secateur.errors import NumericalError, RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
-from secateur.steps.train.setup import Adapted
 from secateur.training.batches import Batches
-from secateur.training.hooks import Hook
-from secateur.training.loop import Loop, Outcome
+from secateur.training.loop import Loop, Outcome, mean_loss
 from secateur.training.objectives import Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.rounds import (
@@ -35,8 +33,9 @@ from secateur.training.rounds import (
     read_weights,
     write_weights,
 )
+from secateur.training.saved import Hook
+from secateur.training.setup import Adapted
 from secateur.training.training_plan import TrainingPlan
-from secateur.training.watch import mean_loss
 from secateur.types import Windows
 
 

@@ -33,13 +33,13 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
-from secateur.steps.train.text import TrainingText
 from secateur.training.divergences import BLOCK_BYTES
+from secateur.training.gradual import prunable
 from secateur.training.lora import chosen_linears
 from secateur.training.masks import matrices, moments
+from secateur.training.objectives import TOP_K
 from secateur.training.process_group import ProcessGroup
-from secateur.training.selecting import prunable
-from secateur.training.teachers import TOP_K
+from secateur.training.setup import TrainingText
 from secateur.training.training_plan import TrainingPlan
 
 LESS_FORWARD = (
