@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from secateur.steps.prune import prune
     from secateur.steps.structure.run import structure
     from secateur.steps.sweep import sweep
-    from secateur.steps.train.checkpoint import train
+    from secateur.steps.train import train
     from secateur.steps.unpack import decompress
     from secateur.training.callback import SecateurCallback
     from secateur.training.lora import merge
@@ -119,7 +119,7 @@ HOMES = {
     "solvers": "secateur.sparsity.solvers",
     "structure": "secateur.steps.structure.run",
     "sweep": "secateur.steps.sweep",
-    "train": "secateur.steps.train.checkpoint",
+    "train": "secateur.steps.train",
 }
 
 

@@ -24,7 +24,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from torch import Tensor, nn
 
 import secateur
-from secateur.steps.train import checkpoint as retraining
+from secateur.steps import train as retraining
 from secateur.training.loop import Loop
 
 COUNTED = 2**14

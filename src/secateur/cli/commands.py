@@ -113,7 +113,7 @@ def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -
 
 @_command("train")
 def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
-    from secateur.steps.train.checkpoint import plan_training, run_training
+    from secateur.steps.train import plan_training, run_training
 
     if int(os.environ.get("RANK", "0")):
         run_training(recipe, **call)

@@ -132,7 +132,7 @@ VERBS: dict[str, Verb] = {
             "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
             "stay zero.",
             "secateur.recipes.train:TrainRecipe",
-            "secateur.steps.train.checkpoint:train",
+            "secateur.steps.train:train",
             together=True,
         ),
         Verb(

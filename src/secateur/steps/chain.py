@@ -405,7 +405,7 @@ def _check_training(recipe: TrainRecipe) -> None:
 
 RUNS = {
     "structure": "secateur.steps.structure.run:structure_recipe",
-    "train": "secateur.steps.train.checkpoint:run_training",
+    "train": "secateur.steps.train:run_training",
 }
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "structure": _check_structure,

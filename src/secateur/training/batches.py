@@ -1,6 +1,6 @@
 """The token windows that each training step reads. All are full; a seed sets their order.
 
-Dynamic batch loading: domains with a high loss get more text.
+With `DomainLoading`, domains with a high loss get more text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Gradual pruning: the training prunes a little more every few steps. Regrowth restores weights.
 
-The pruning is a hook of the training loop. It changes the masks that the loop holds.
-
-The next masks of a model in training: any score and pattern select the weights to keep.
+The pruning is a hook of the training loop. It changes the masks that the loop holds. Any score and
+pattern select the weights to keep (`Criterion`).
 
 The engine gathers the statistics of scores with one decoder layer in memory. A model in training is
 in memory anyway, so this module uses ordinary forwards and backwards with the current weights.
@@ -41,8 +40,7 @@ class Criterion:
 
     Pruned weights stay pruned, unless weights are exchanged: the pattern may keep only the weights
     of the current masks (`Pattern.mask`). With scope `global`, one threshold over the model sets
-    the
-    sparsity of each linear. Otherwise all linears have the same sparsity.
+    the sparsity of each linear. Otherwise all linears have the same sparsity.
 
     Args:
         score: importance of each weight.

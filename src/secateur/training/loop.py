@@ -1,6 +1,6 @@
 """The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes.
 
-Monitors a training: the losses of its steps, and the loss on held-out text.
+It ends a training that diverges (`DivergenceWatch`).
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ from secateur.training.lora import chosen_linears
 from secateur.training.masks import matrices, moments
 from secateur.training.objectives import TOP_K
 from secateur.training.process_group import ProcessGroup
-from secateur.training.setup import TrainingText
+from secateur.training.setup import TrainingInputs, TrainingText, check_together
 from secateur.training.training_plan import TrainingPlan
 
 LESS_FORWARD = (
@@ -50,6 +52,32 @@ TRAINING = Phase("training")
 READING = Phase("reading the weights", on_host=True)
 READING_TEACHER = Phase("reading the teacher", on_host=True)
 HOST = READING, READING_TEACHER
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """What is known of a training before the weights are read.
+
+    Attributes:
+        plan: its length, learning rate and optimizer.
+        teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
+        needs: memory, and what it writes at most.
+    """
+
+    plan: TrainingPlan
+    teacher: LocalCheckpoint | None
+    needs: Plan
+
+
+def plan_of(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
+    """Check everything of a training that needs no weights."""
+    recipe, target, text = inputs.recipe, inputs.target, inputs.text
+    check_together(recipe, inputs.processes)
+    plan, teacher = inputs.plan(), inputs.teacher(work)
+    needs = training_memory(recipe, target, teacher, text, plan, inputs.processes)
+    check_memory(needs, recipe.memory.max_bytes, inputs.processes.device)
+    needs = replace(needs, disk_bytes=_disk_bytes(recipe, target, text, plan))
+    return PlannedTraining(plan, teacher, needs)
 
 
 def training_memory(
@@ -175,7 +203,7 @@ def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: boo
     return dtype.itemsize * weights
 
 
-def disk_bytes(
+def _disk_bytes(
     recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
 ) -> int:
     """The maximum disk use of a training. Each new file is written next to the old one."""

@@ -1,10 +1,9 @@
 """The losses of a training: the next-token loss, or the divergence from a teacher.
 
-The teacher of a distillation: a model in memory, or a file of its predictions.
-
-A model in memory runs once for every batch. A file stores, for every token, the k most likely next
-tokens with their log probabilities, and the remaining probability of all others together. With a
-file, only the student is in memory, and the teacher reads a text once for any number of epochs.
+A teacher is a model in memory, or a file of its predictions. A model in memory runs once for every
+batch. A file stores, for every token, the k most likely next tokens with their log probabilities,
+and the remaining probability of all others together. With a file, only the student is in memory,
+and the teacher reads a text once for any number of epochs.
 """
 
 from __future__ import annotations
@@ -117,8 +116,7 @@ class WrittenTeacher:
     """The k most likely tokens at every position, from a file that `write_teacher` wrote.
 
     The remaining probability is one outcome, "any other token". It is distributed as in the
-    student,
-    so the student learns nothing about its distribution; see `divergence_rows`.
+    student, so the student learns nothing about its distribution; see `divergence_rows`.
 
     Args:
         file: predictions for the windows that the student reads, in the same order.
@@ -280,7 +278,7 @@ class NextToken:
     """loss = mean_t −log q_t(the token after t), in nats: the usual loss of language models.
 
     Args:
-        head: the model's output head, if its output is exactly the logits; see `heads.py`.
+        head: the model's output head, if its output is exactly the logits; see `divergences.py`.
     """
 
     head: nn.Linear | None
@@ -300,7 +298,7 @@ class Distil:
     """loss = (1 − next_token) · T² · divergence(p, q) + next_token · next-token loss
                                                         + hidden · distance of hidden states
 
-    The divergence is the mean over all tokens. `divergences.py` and `hidden.py` define the terms.
+    The divergence is the mean over all tokens. `divergences.py` defines the terms.
 
     Papers: Hinton et al. 2015, arXiv:1503.02531; for pruned and cut models Muralidharan et al.
     2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron),

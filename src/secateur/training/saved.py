@@ -5,16 +5,14 @@
     FOLDER/log.jsonl            one line for every step: loss, learning rate, norm of the gradient
 
 A file is complete, or it does not exist. There are no pickles. The files hold whole tensors, so a
-different number of processes can resume.
-
-The contract of a hook: work that the training loop does after every step.
+different number of processes can resume. From the final weights the checkpoint is made.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +20,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.models.checkpoint import ShardWriter
+from secateur.errors import MemoryBudgetError, RecipeError, VerificationError
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy, ShardWriter
+from secateur.models.skeleton import build_skeleton
+from secateur.models.stored_parameters import StoredModel
+from secateur.progress import Progress
 from secateur.runs.output import cannot_write
-from secateur.training.masks import as_part, is_shared, local, rows_of, whole
+from secateur.training.masks import Masks, as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
 FACTS = "facts"
@@ -229,6 +230,86 @@ def stored_tensors(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]
         for name in stored.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), stored.get_tensor(name)
+
+
+class _OpenTensors(Mapping[str, Tensor]):
+    """The tensors of an open file, each read on access."""
+
+    def __init__(self, stored: Any) -> None:
+        self.stored, self.names = stored, frozenset(stored.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        value: Tensor = self.stored.get_tensor(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
+    """A context with the tensors of a file by name, each read on access."""
+    with safe_open(file, framework="pt") as stored:
+        yield _OpenTensors(stored)
+
+
+def write_trained(
+    source: Path,
+    trained: Mapping[str, Tensor],
+    made: Path,
+    progress: Progress | None = None,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Write a copy of a checkpoint with new values of trained parameters, one tensor at a time.
+
+    The copy has the names, shapes, dtypes and files of the source. Tensors that were not trained
+    are the same byte for byte.
+
+    Args:
+        source: the checkpoint.
+        trained: the new values, by the names in the transformers model.
+        made: the folder of the copy.
+        progress: receives the copied files.
+        trust_remote_code: whether code from the checkpoint may run.
+    """
+    stored = _stored_model(source, trust_remote_code)
+    copy = PatchedCopy(stored.reader, made)
+    copy.create(progress)
+    for name, tensor in stored.written(trained):
+        copy.write(name, tensor)
+    copy.sync()
+
+
+def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
+    """Read a trained checkpoint again, one parameter at a time. Each process checks its part.
+
+    Raises:
+        VerificationError: a pruned weight is not zero.
+    """
+    stored = _stored_model(folder, trust_remote_code)
+    for name, mask in masks.kept.items():
+        rows = rows_of(mask) if is_shared(mask) else slice(None)
+        filled = int(stored.read(name)[rows][~local(mask).cpu()].count_nonzero())
+        if filled:
+            raise VerificationError(
+                f"{filled} pruned weights are not zero in the files",
+                where=f"{name} in {folder}",
+                remedy="the files were changed after they were written, or this is a fault in "
+                "secateur; what was trained is still in the work folder",
+            )
+
+
+def _stored_model(folder: Path, trust: bool) -> StoredModel:
+    """The parameters of a checkpoint in the names of the transformers model."""
+    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
+    return StoredModel(skeleton, CheckpointReader(folder))
 
 
 def write_whole(

@@ -5,7 +5,7 @@ lora        adapters learn, with the masks in their products; they are merged at
 gradual     the masks lose weights every few steps
 iterative   the masks lose weights in rounds, with a training after each
 
-The text of a training: training windows and validation windows, which must differ.
+Training windows and validation windows must differ.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_the_plan_is_what_lies_on_the_disk(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned, most = [], 0
-    check = secateur.steps.train.checkpoint.check_free
+    check = secateur.steps.train.check_free
 
     def watched(needed: int, *places: Path) -> None:
         planned.append(needed)
@@ -112,7 +112,7 @@ def test_the_plan_is_what_lies_on_the_disk(
         files = [x for x in (tmp_path / "out.partial").rglob("*") if x.is_file()]
         most = max(most, sum(x.stat().st_size for x in files))
 
-    monkeypatch.setattr("secateur.steps.train.checkpoint.check_free", watched)
+    monkeypatch.setattr("secateur.steps.train.check_free", watched)
     monkeypatch.setattr(checkpoint.ShardWriter, "close", look)
     train(places, tmp_path / "out")
     assert most <= 1.1 * planned[0]  # headers count for much in so small a model

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration.run_windows import WindowReader
@@ -24,13 +23,11 @@ from secateur.calibration.windows import load_windows, save_windows
 from secateur.engine.plan import Need
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import hidden_size
-from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.atomic import whole_folder
-from secateur.steps.train.checkpoint import OpenFile, stored_model
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.cut_steps import CutContext
@@ -42,6 +39,7 @@ from secateur.training.masks import Masks
 from secateur.training.memory import TRAINING, check_memory, training_memory
 from secateur.training.objectives import NextToken
 from secateur.training.process_group import ProcessGroup
+from secateur.training.saved import open_tensors, write_trained
 from secateur.training.session import run_loop
 from secateur.training.setup import TrainingText
 from secateur.training.training_plan import TrainingPlan
@@ -255,11 +253,5 @@ def _check_fits(context: CutContext, folder: Path, found: Domains, training: Tra
 def _write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
     """Write a copy of a checkpoint with trained weights."""
     shutil.rmtree(made, ignore_errors=True)
-    stored = stored_model(folder, trust)
-    with whole_folder(made) as partial_folder:
-        copy = PatchedCopy(stored.reader, partial_folder)
-        copy.create()
-        with safe_open(final, framework="pt") as opened:
-            for name, tensor in stored.written(OpenFile(opened)):
-                copy.write(name, tensor)
-        copy.sync()
+    with whole_folder(made) as partial_folder, open_tensors(final) as trained:
+        write_trained(folder, trained, partial_folder, trust_remote_code=trust)

@@ -8,26 +8,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.plan import Plan
-from secateur.errors import VerificationError
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole, refuse_quantized
-from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.stored_parameters import StoredModel
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
@@ -42,16 +34,13 @@ from secateur.runs.output import check_free
 from secateur.runs.records import Cost, Training, read_list
 from secateur.steps.checkpoint_files import carry_over
 from secateur.training.batches import Batches
-from secateur.training.masks import Masks, is_shared, local, rows_of
-from secateur.training.memory import (
-    check_memory,
-    disk_bytes,
-    training_memory,
-)
+from secateur.training.masks import Masks
+from secateur.training.memory import plan_of
 from secateur.training.process_group import ProcessGroup, load
+from secateur.training.saved import check_written, open_tensors, write_trained
 from secateur.training.session import Session, Trained, train_in_rounds
-from secateur.training.setup import Adapted, TrainingInputs, adapt, check_together, merged
-from secateur.training.training_plan import TrainingPlan, optimizers
+from secateur.training.setup import Adapted, TrainingInputs, adapt, merged
+from secateur.training.training_plan import optimizers
 
 NO_PART = {
     "output",
@@ -110,7 +99,7 @@ def plan_training(
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     refuse_quantized(source.folder)
     inputs = TrainingInputs.read(recipe, source, processes, progress)
-    found = _planned(inputs, None)
+    found = plan_of(inputs, None)
     places = () if found.teacher is None else (found.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
     check_output(recipe.output, "train", found.needs.disk_bytes, read, call)
@@ -189,7 +178,7 @@ def _train_into(
         )
     if folder.finished:
         return
-    found = _planned(inputs, work)
+    found = plan_of(inputs, work)
     if found.teacher is not None:
         folder.keep_apart(found.teacher.folder)
     check_free(found.needs.disk_bytes, folder.output, folder.partial)
@@ -216,36 +205,10 @@ def _train_into(
         training = _record(inputs, session, trained, meter, found.needs)
         _write(recipe, source, adapted.masks, training, trained, folder, progress)
     processes.wait()
-    _check_written(folder.model, adapted.masks, trust_remote_code=trust)
+    check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
     if processes.main:
         folder.finish()
-
-
-@dataclass(frozen=True)
-class PlannedTraining:
-    """What is known of a training before the weights are read.
-
-    Attributes:
-        plan: its length, learning rate and optimizer.
-        teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
-        needs: memory, and what it writes at most.
-    """
-
-    plan: TrainingPlan
-    teacher: LocalCheckpoint | None
-    needs: Plan
-
-
-def _planned(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
-    """Check everything that needs no weights."""
-    recipe, target, text = inputs.recipe, inputs.target, inputs.text
-    check_together(recipe, inputs.processes)
-    plan, teacher = inputs.plan(), inputs.teacher(work)
-    needs = training_memory(recipe, target, teacher, text, plan, inputs.processes)
-    check_memory(needs, recipe.memory.max_bytes, inputs.processes.device)
-    needs = replace(needs, disk_bytes=disk_bytes(recipe, target, text, plan))
-    return PlannedTraining(plan, teacher, needs)
 
 
 def _report_of(output: Path) -> TrainResult:
@@ -321,7 +284,12 @@ def _write(
 ) -> None:
     """Write the model and its notes."""
     made = folder.fresh_model()
-    _write_trained(recipe, source.folder, masks, trained.final, made, progress)
+    trust = recipe.trust_remote_code
+    with open_tensors(trained.final) as values:
+        if recipe.lora is not None:  # the whole model is in memory, as in the training
+            model = load_whole(source.folder, torch.device("cpu"), trust_remote_code=trust)
+            values = dict(merged(recipe, model, masks, values).named_parameters())
+        write_trained(source.folder, values, made, progress, trust_remote_code=trust)
     carry_over(source.folder, made, read_config(source.folder), same_weights=False)
     audit = audit_checkpoint(made, trust_remote_code=recipe.trust_remote_code, progress=progress)
     result = {**training.result, "decoder_sparsity": audit.sparsity}
@@ -334,65 +302,3 @@ def _write(
     write_text(folder.notes / "training.yaml", recipe_yaml)
     card = training_card(training, recipe_yaml, source.folder, recipe.output or folder.output)
     write_text(made / "README.md", card)
-
-
-class OpenFile(Mapping[str, Tensor]):
-    """The tensors of an open file, each read on access."""
-
-    def __init__(self, stored: Any) -> None:
-        self.stored, self.names = stored, frozenset(stored.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        value: Tensor = self.stored.get_tensor(name)
-        return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _write_trained(
-    recipe: TrainRecipe, source: Path, masks: Masks, final: Path, made: Path, progress: Progress
-) -> None:
-    """Write a copy of the source with the new values of the trained parameters.
-
-    The copy has the names, shapes, dtypes and files of the source. Tensors that were not trained
-    are the same byte for byte. With adapters the whole model is in memory, as in their training.
-    """
-    stored, trust = stored_model(source, recipe.trust_remote_code), recipe.trust_remote_code
-    copy = PatchedCopy(stored.reader, made)
-    copy.create(progress)
-    with safe_open(final, framework="pt") as opened:
-        values: Mapping[str, Tensor] = OpenFile(opened)
-        if recipe.lora is not None:
-            model = load_whole(source, torch.device("cpu"), trust_remote_code=trust)
-            values = dict(merged(recipe, model, masks, load_file(final)).named_parameters())
-        for name, tensor in stored.written(values):
-            copy.write(name, tensor)
-    copy.sync()
-
-
-def _check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
-    """Read a trained checkpoint again, one parameter at a time. Each process checks its part."""
-    stored = stored_model(folder, trust_remote_code)
-    for name, mask in masks.kept.items():
-        rows = rows_of(mask) if is_shared(mask) else slice(None)
-        filled = int(stored.read(name)[rows][~local(mask).cpu()].count_nonzero())
-        if filled:
-            raise VerificationError(
-                f"{filled} pruned weights are not zero in the files",
-                where=f"{name} in {folder}",
-                remedy="the files were changed after they were written, or this is a fault in "
-                "secateur; what was trained is still in the work folder",
-            )
-
-
-def stored_model(folder: Path, trust: bool) -> StoredModel:
-    """The parameters of a checkpoint in the names of the transformers model."""
-    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
-    return StoredModel(skeleton, CheckpointReader(folder))

@@ -1,1 +1,0 @@
-"""`secateur train`: train a pruned model and keep its zeros."""
