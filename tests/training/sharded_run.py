@@ -31,7 +31,7 @@ def main(folder: Path, steps: int) -> None:
         saved=folder,
     )
     loop.run()
-    if loop.processes.ranks > 1:
+    if loop.processes.count > 1:
         parts = [local(p).numel() < p.numel() for p in loop.parameters.values()]
         assert sum(parts) > len(parts) // 2, "the weights were not shared out"
         torch.distributed.destroy_process_group()

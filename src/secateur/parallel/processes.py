@@ -77,8 +77,90 @@ def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
     torch.cuda.set_device(launched.place)
 
 
-class Processes:
-    """Several processes, through torch.distributed.
+class TorchRanks:
+    """The processes of a group of torch.distributed. A single one needs no group.
+
+    Args:
+        rank: the number of this process.
+        count: the number of processes.
+        here: the number of processes on this machine.
+        device: where plain data is when it passes from one process to another.
+    """
+
+    def __init__(self, rank: int, count: int, here: int, device: torch.device) -> None:
+        self.rank, self.count, self.here, self.device = rank, count, here, device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports progress."""
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> None:
+        """Replace a tensor in place by its sum over all processes; all get the same bits."""
+        if self.count > 1:
+            with self.together(), _in_one_piece(tensor) as whole:
+                dist.all_reduce(whole)
+
+    def share(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor in place by the one of process `owner`, bit for bit."""
+        if self.count > 1:
+            with self.together(), _in_one_piece(tensor) as whole:
+                dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        own = self._as_bytes(value)
+        size = torch.tensor([len(own)], device=self.device)
+        with self.together():
+            sizes = [torch.zeros_like(size) for _ in range(self.count)]
+            dist.all_gather(sizes, size)
+            longest = int(max(sizes))
+            texts = [own.new_zeros(longest) for _ in sizes]
+            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
+        return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process alone, and return its result in all."""
+        if self.count == 1:
+            return work()
+        text = self._as_bytes(work() if self.first else None)
+        size = torch.tensor([len(text)], device=self.device)
+        self.share(size, 0)
+        text = text if self.first else text.new_zeros(int(size))
+        self.share(text, 0)
+        found: T = _as_value(text)
+        return found
+
+    def wait(self) -> None:
+        """Wait until all processes reach this call."""
+        self.total(torch.zeros(1, device=self.device))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A context around an operation in which all processes take part."""
+        yield
+
+    def _as_bytes(self, value: object) -> Tensor:
+        """Plain data as JSON, one byte in each number, uint8."""
+        text = bytearray(json.dumps(value).encode())
+        return torch.frombuffer(text, dtype=torch.uint8).to(self.device)
+
+    def __enter__(self) -> TorchRanks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave errors as they are."""
+
+
+class Processes(TorchRanks):
+    """Several processes that find out which of them has failed.
 
     Args:
         launched: what the launcher has set.
@@ -89,56 +171,13 @@ class Processes:
     """
 
     def __init__(self, launched: Launched, backend: str) -> None:
-        self.rank, self.count, self.here = launched.rank, launched.count, launched.here
+        super().__init__(launched.rank, launched.count, launched.here, torch.device("cpu"))
         if not dist.is_initialized():  # Ray has already made the group
             _meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
         self.watchdog = Watchdog(shared.clone(), self.rank, self.count)
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files and reports progress."""
-        return self.rank == 0
-
-    # -- numbers and plain data ------------------------------------------------------------------
-
-    def total(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by its sum over all processes; all get the same bits."""
-        with self.together(), _in_one_piece(tensor) as whole:
-            dist.all_reduce(whole)
-
-    def share(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor in place by the one of process `owner`, bit for bit."""
-        with self.together(), _in_one_piece(tensor) as whole:
-            dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank."""
-        own = _as_bytes(value)
-        size = torch.tensor([len(own)])
-        with self.together():
-            sizes = [torch.zeros_like(size) for _ in range(self.count)]
-            dist.all_gather(sizes, size)
-            longest = int(max(sizes))
-            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
-        return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
-
-    def once(self, work: Callable[[], T]) -> T:
-        """Do some work in the first process alone, and return its result in all."""
-        text = _as_bytes(work() if self.first else None)
-        size = torch.tensor([len(text)])
-        self.share(size, 0)
-        text = text if self.first else text.new_zeros(int(size))
-        self.share(text, 0)
-        found: T = _as_value(text)
-        return found
-
-    def wait(self) -> None:
-        """Wait until all processes reach this call."""
-        self.total(torch.zeros(1))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -246,14 +285,9 @@ def _in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
         tensor.detach().copy_(whole)
 
 
-def _as_bytes(value: object) -> Tensor:
-    """Plain data as JSON, one byte in each number, uint8."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
 def _as_value(text: Tensor) -> Any:
-    """The plain data that `_as_bytes` has written."""
-    return json.loads(text.numpy().tobytes())
+    """The plain data of some bytes."""
+    return json.loads(text.cpu().numpy().tobytes())
 
 
 def _in_main_thread() -> bool:

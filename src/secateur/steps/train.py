@@ -139,14 +139,14 @@ def run_training(
     """
     meter = Meter.start()
     processes = ProcessGroup(choose_device(recipe.device))
-    progress = progress if progress is not None and processes.main else Silent()
+    progress = progress if progress is not None and processes.first else Silent()
     folder = RunFolder(recipe.output, "train", resume=resume, restart=restart, overwrite=overwrite)
     folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
     source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
     folder.keep_apart(source.folder)
     refuse_quantized(source.folder)
     processes.wait()  # all must read the folder before one of them locks it
-    with folder if processes.main else nullcontext():
+    with folder if processes.first else nullcontext():
         processes.wait()
         _train_into(folder, recipe, source, processes, progress, meter)
         processes.wait()
@@ -165,7 +165,7 @@ def _train_into(
     trust, work = recipe.trust_remote_code, folder.work
     inputs = TrainingInputs.read(recipe, source, processes, progress)
     text = inputs.text
-    if processes.main:
+    if processes.first:
         settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
         identity = {  # everything that affects the trained weights
             **recipe.model_dump(mode="json", exclude=NO_PART),
@@ -183,7 +183,7 @@ def _train_into(
         folder.keep_apart(found.teacher.folder)
     check_free(found.needs.disk_bytes, folder.output, folder.partial)
     # Weights are not rounded between the rounds of iterative pruning.
-    dtype = torch.float32 if processes.ranks > 1 or recipe.iterative is not None else None
+    dtype = torch.float32 if processes.count > 1 or recipe.iterative is not None else None
     model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
     masks = inputs.masks(model)
     objective = inputs.objective(found.teacher, model, work, progress)
@@ -201,13 +201,13 @@ def _train_into(
     )
     rounds = adapted.rounds
     trained = session.run() if rounds is None else train_in_rounds(session, rounds)
-    if processes.main:
+    if processes.first:
         training = _record(inputs, session, trained, meter, found.needs)
         _write(recipe, source, adapted.masks, training, trained, folder, progress)
     processes.wait()
     check_written(folder.model, adapted.masks, trust_remote_code=trust)
     processes.wait()
-    if processes.main:
+    if processes.first:
         folder.finish()
 
 
@@ -235,7 +235,7 @@ def _record(
         text=inputs.text.record,
         learning_rate=trained.learning_rate,
         optimizer=optimizers()[recipe.optimizer.lower()].__name__,
-        processes=session.processes.ranks,
+        processes=session.processes.count,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(session.processes.device),
         planned=needs.to_json(),

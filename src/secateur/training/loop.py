@@ -96,7 +96,7 @@ class Loop:
         self.tokens_of_step = batches.size * batches.windows.shape[1]
         self.peak = plan.learning_rate or plan.peak(hidden_size(model), self.tokens_of_step)
         self.saved = Saved(saved, self.processes, identity or {})
-        self.board_folder = board if self.processes.main else None
+        self.board_folder = board if self.processes.first else None
         self.board: TensorBoardLog | None = None
         self.outcome = Outcome(step=first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
@@ -114,14 +114,14 @@ class Loop:
             raise SourceError("there is no text to train on", remedy="name a longer text")
         if self.masks is not None:
             self.masks.fit(self.model)
-        if self.hooks and (self.plan.minutes or self.processes.ranks > 1):
+        if self.hooks and (self.plan.minutes or self.processes.count > 1):
             raise RecipeError(
                 "hooks need a number of steps, and a single process",
                 remedy="train by steps instead of minutes, in one process",
             )
-        if self.batches.size % self.processes.ranks:
+        if self.batches.size % self.processes.count:
             raise RecipeError(
-                f"{self.processes.ranks} processes cannot share the {self.batches.size} windows "
+                f"{self.processes.count} processes cannot share the {self.batches.size} windows "
                 "of a step",
                 remedy="make the batch a multiple of the number of processes",
             )
@@ -178,7 +178,7 @@ class Loop:
         self.outcome.log = self.saved.log.lines
         if self.board_folder is not None:
             self.board = TensorBoardLog(self.board_folder, self.outcome.step)
-        self.started = time.perf_counter() - self.processes.same(self.outcome.seconds)
+        self.started = time.perf_counter() - self.processes.once(lambda: self.outcome.seconds)
         self.saved_at = time.perf_counter()
 
     def train(self) -> None:
@@ -221,7 +221,7 @@ class Loop:
         else:
             ahead = self.last_step_seconds + self.last_validation_seconds
             left = 60 * self.plan.minutes - self.clock() - ahead
-            self.outcome.stopped = "minutes" if self.processes.same(left) <= 0 else ""
+            self.outcome.stopped = "minutes" if self.processes.once(lambda: left) <= 0 else ""
         return bool(self.outcome.stopped)
 
     def clock(self) -> float:
@@ -234,7 +234,7 @@ class Loop:
             return self.outcome.step / self.plan.steps, 1 / self.plan.steps
         seconds = 60 * self.plan.minutes
         done, share = self.clock() / seconds, max(self.last_step_seconds / seconds, 1e-3)
-        return self.processes.same(done), self.processes.same(share)
+        return self.processes.once(lambda: (done, share))
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -271,16 +271,16 @@ class Loop:
         size = self.plan.at_once(self.batches.windows.shape[1])
         processes = self.processes
         parts = self.batches.micro(
-            self.outcome.step, size, self.device, processes.rank, processes.ranks
+            self.outcome.step, size, self.device, processes.rank, processes.count
         )
         total = 0.0
         for part in parts:
-            share = len(part.numbers) * processes.ranks / self.batches.size
+            share = len(part.numbers) * processes.count / self.batches.size
             with self.matmuls(), self.attention(), torch.enable_grad():
                 loss = self.objective(self.model, part) * share
             total += loss.item()
             loss.backward()
-        return self.refuse(processes.mean(total), "the loss")
+        return self.refuse(sum(processes.gather(total)) / processes.count, "the loss")
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """Return the context that sets the precision of products."""
@@ -325,7 +325,7 @@ class Loop:
         size = self.plan.at_once(self.validation.shape[1])
         mean = mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
         self.processes.reshard(self.model)
-        loss = self.refuse(self.processes.same(mean), "the validation loss")
+        loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
         self.plot({"validation/loss": loss})
         kept = self.masks.count if self.hooks and self.masks else -1
@@ -353,7 +353,7 @@ class Loop:
         if self.watch.is_suspicious(self.outcome.log):
             return
         waited = time.perf_counter() - self.saved_at >= 60 * self.plan.save_minutes
-        if self.saved.folder is not None and self.processes.same(float(waited)):
+        if self.saved.folder is not None and self.processes.once(lambda: waited):
             self.save()
 
     def save(self) -> None:

@@ -107,7 +107,7 @@ def training_memory(
         shapes = [linear.shape for linear in chosen_linears(model, recipe.lora)]
         trained = sum(recipe.lora.rank * sum(shape) for shape in shapes)
         products = sum(4 * out * columns for out, columns in shapes)
-    ranks = processes.ranks
+    ranks = processes.count
     together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
     micro = text.windows[:together]
     sizes = {
@@ -195,11 +195,11 @@ def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: boo
     model = build_skeleton(teacher.folder, trust_remote_code=trust)
     dtype, stored = fast_dtype(processes.device) or model.dtype, CheckpointReader(teacher.folder)
     weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
-    if processes.ranks > 1:
+    if processes.count > 1:
         layers = describe(model).layers(model)
         within = sum(p.numel() for p in layers.parameters())
         one = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-        weights += 2 * one - (within - within // processes.ranks)
+        weights += 2 * one - (within - within // processes.count)
     return dtype.itemsize * weights
 
 

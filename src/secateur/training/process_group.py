@@ -9,13 +9,14 @@ Of a checkpoint each process reads its part, and none loads all of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from secateur.errors import ArchitectureError
@@ -24,11 +25,12 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton
 from secateur.models.stored_parameters import StoredModel, aliases
+from secateur.parallel.processes import TorchRanks
 from secateur.training.masks import is_shared
 
 
-class ProcessGroup:
-    """The processes that train together.
+class ProcessGroup(TorchRanks):
+    """The processes that train together. They are `Ranks` that can divide a model.
 
     Args:
         device: device of the model, if there is only one process.
@@ -37,15 +39,10 @@ class ProcessGroup:
     def __init__(self, device: torch.device) -> None:
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        self.ranks: int = self.accelerator.num_processes
-        self.rank: int = self.accelerator.process_index
-        self.device = self.accelerator.device if self.ranks > 1 else device
-
-    @property
-    def main(self) -> bool:
-        """Whether this process writes files and reports progress."""
-        return self.rank == 0
+        state = Accelerator(cpu=device.type == "cpu")
+        rank, count = state.process_index, state.num_processes
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        super().__init__(rank, count, here, state.device if count > 1 else device)
 
     def shard(
         self,
@@ -69,7 +66,7 @@ class ProcessGroup:
         Raises:
             ArchitectureError: two decoder layers share a parameter.
         """
-        if self.ranks == 1:
+        if self.count == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -77,7 +74,7 @@ class ProcessGroup:
         if isinstance(model, FSDPModule):
             self.reshard(model)
             return
-        mesh, chosen = init_device_mesh(self.device.type, (self.ranks,)), _units(model, apart)
+        mesh, chosen = init_device_mesh(self.device.type, (self.count,)), _units(model, apart)
         _refuse_shared(chosen)
         for unit in chosen:
             fill(unit)
@@ -91,34 +88,12 @@ class ProcessGroup:
 
         Without a backward, torch keeps them gathered.
         """
-        if self.ranks > 1:
+        if self.count > 1:
             model.reshard()
 
-    def mean(self, value: float) -> float:
-        """Return the mean of a number over all processes."""
-        if self.ranks == 1:
-            return value
-        reduced: Tensor = self.accelerator.reduce(
-            torch.tensor(value, dtype=torch.float64, device=self.device), "mean"
-        )
-        return float(reduced)
-
-    def same(self, value: float) -> float:
-        """Return the main process's value in all processes."""
-        return value if self.ranks == 1 else self.mean(value if self.main else 0.0) * self.ranks
-
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Return the sum of each number over all processes; exact for integers below 2**53."""
-        if self.ranks == 1:
-            return list(values)
-        reduced: Tensor = self.accelerator.reduce(
-            torch.tensor(list(values), dtype=torch.float64, device=self.device), "sum"
-        )
-        return [float(x) for x in reduced.cpu()]
-
-    def wait(self) -> None:
-        """Wait until all processes reach this call."""
-        self.accelerator.wait_for_everyone()
+        """Return the sum of each number over all processes."""
+        return [sum(each) for each in zip(*self.gather(list(values)), strict=True)]
 
 
 def _units(model: Any, apart: bool = True) -> list[nn.Module]:
@@ -193,7 +168,7 @@ def load(
     Raises:
         CheckpointError: a parameter is not stored.
     """
-    if processes.ranks == 1:
+    if processes.count == 1:
         return load_whole(
             folder, processes.device, dtype=dtype, trust_remote_code=trust_remote_code
         )

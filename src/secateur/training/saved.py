@@ -93,9 +93,9 @@ class Saved:
         self.folder, self.processes = folder, processes
         self.identity = json.loads(json.dumps(identity))
         self.in_memory: dict[str, Tensor] | None = None
-        if folder is not None and processes.main:
+        if folder is not None and processes.first:
             folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder / "log.jsonl" if folder is not None and processes.main else None)
+        self.log = Log(folder / "log.jsonl" if folder is not None and processes.first else None)
 
     def file(self, name: str) -> Path | None:
         """The path of one file; None without a folder."""
@@ -220,7 +220,7 @@ class Saved:
         Raises:
             MemoryBudgetError: the disk is full; the earlier files remain.
         """
-        write_whole(file, tensors, metadata, writes=self.processes.main)
+        write_whole(file, tensors, metadata, writes=self.processes.first)
         self.processes.wait()
 
 

@@ -177,7 +177,7 @@ def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
             with several processes.
     """
     given = [name for name in ("gradual", "iterative", "lora") if getattr(recipe, name) is not None]
-    if given and processes.ranks > 1:
+    if given and processes.count > 1:
         raise RecipeError(
             f"{given[0]} needs a single process",
             remedy="start the command without torchrun or accelerate launch",
@@ -369,7 +369,7 @@ class TrainingInputs:
                 temperature=recipe.temperature,
                 name=checkpoint.name,
                 on_window=progress.step,
-                writes=processes.main,
+                writes=processes.first,
             )
         progress.finish()
         processes.wait()
