@@ -28,7 +28,7 @@ from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol, protocol_id
 from secateur.models.tokenizer import start_tokens
 from secateur.recipes.train import TrainRecipe
-from secateur.training.setup import read_training_text
+from secateur.training.batches import read_training_text
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 

@@ -15,7 +15,7 @@ from secateur.engine.plan_memory import prune_needs, writing_bytes
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.cache import roomy_cache
 from secateur.runtime.decode import given_cache
-from secateur.training.memory import check_memory, training_needs
+from secateur.training.setup import check_memory, training_needs
 from zoo import tiny_model, tiny_windows
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from secateur.errors import NumericalError
-from secateur.parallel.watchdog import LEFT, SILENCE_SECONDS, Fault, Watchdog
+from secateur.parallel.processes import LEFT, SILENCE_SECONDS, Fault, Watchdog
 
 
 @contextmanager

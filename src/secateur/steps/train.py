@@ -35,11 +35,10 @@ from secateur.runs.records import Cost, Training, read_list
 from secateur.steps.checkpoint_files import carry_over
 from secateur.training.batches import Batches
 from secateur.training.masks import Masks
-from secateur.training.memory import plan_of
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import check_written, open_tensors, write_trained
 from secateur.training.session import Session, Trained, train_in_rounds
-from secateur.training.setup import Adapted, TrainingInputs, adapt, merged
+from secateur.training.setup import Adapted, TrainingInputs, adapt, merged, plan_of
 from secateur.training.training_plan import optimizers
 
 NO_PART = {

@@ -3,37 +3,84 @@
 The trained weights are in complete files before the first weight of the smaller checkpoint is
 overwritten. So a resumed run either trains the smaller model again or writes the trained weights.
 It never mixes the two.
+
+With one decoder layer, for models that do not fit as a whole:
+
+    dense model, one layer at a time ─► its predictions, on disk
+    for every N windows: all layers forward, all layers backward ─► weights, on disk
+    ─► the weights go into the checkpoint
+
+A training of N windows is a layer-wise pass (`engine/stream/layerwise.py`), in whose backward a
+layer moves after every window: masks, clip to 1/√layers, a step of Adam.
+
+The gradients are those of the whole model. With N = 1 the steps are those of the ordinary loop, but
+for the clipping: a layer does not know the norm of the others' gradients. With more windows a layer
+makes N steps with what the other layers computed before these steps, and everything is read and
+written once for N windows. Hidden states, gradients, weights and moments are on disk.
+
+A killed run continues with the layer in which it stopped, and its result is the same.
+
+Pudipeddi et al. 2020, "Training Large Neural Networks with Constant Memory using a New Execution
+Algorithm" (L2L), arXiv:2002.05645, adds up the gradients of the N windows and makes one step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.targets import CheckpointTarget
-from secateur.models.architecture import hidden_size
+from secateur.engine.stream.activations import Activations
+from secateur.engine.stream.calls import LayerCall
+from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.layerwise import LayerwisePass
+from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.errors import NumericalError
+from secateur.models.architecture import Architecture, hidden_size
+from secateur.models.attention import WrittenOut
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.experts import open_experts
 from secateur.models.opening import load_whole, open_weights
-from secateur.precision import fast_dtype
+from secateur.precision import fast_dtype, fast_matmuls
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
+from secateur.training.batches import Batch, Batches
 from secateur.training.distillation import (
+    CHOOSING,
+    TRIED,
     DistillationData,
+    RateTrials,
     Student,
+    chosen_rate,
     distill,
+    distillation_plan,
     pruned_layers,
+    summary,
     trainable_names,
 )
-from secateur.training.layerwise import LayerwiseDistillation
-from secateur.training.saved import stored_tensors
+from secateur.training.objectives import (
+    TOP_K,
+    Distil,
+    ModelTeacher,
+    Objective,
+    TeacherOutput,
+    WrittenTeacher,
+    write_teacher,
+)
+from secateur.training.process_group import ProcessGroup
+from secateur.training.saved import Saved, stored_tensors
+from secateur.training.training_plan import TrainingPlan
 
 FOLDER = "distillation"
 """The folder of the state, in the folder of the work."""
@@ -132,3 +179,462 @@ def _outside_embeddings(model: Any) -> frozenset[str]:
     return frozenset(
         name for name, p in named if id(p) not in outside and p.is_floating_point() and p.numel()
     )
+<<<<<<< HEAD
+=======
+
+
+def stored_choice(work: Path) -> int | None:
+    """The number of windows in a sweep that an earlier run has chosen; None if there is none."""
+    file = work / CHOICE
+    if not file.exists():
+        return None
+    return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
+
+
+def store_choice(work: Path, sweep_windows: int) -> None:
+    """Store the number of windows in a sweep, so that a resumed run keeps it."""
+    write_json(work / CHOICE, {"sweep_windows": sweep_windows})
+
+
+PREDICTIONS = "predictions.safetensors"
+TRAINING = "training"
+"""The folder of the training, with a file for each layer."""
+
+LOSSES = "losses.json"
+"""The file with the loss of each finished step."""
+
+FEWEST_SWEEPS = 8
+"""The fewest times that the layers are passed. With fewer, the steps of a layer know too little of
+the others: two passes of 24 windows each made a tiny model worse."""
+
+
+class LayerwiseDistillation:
+    """One distillation with one decoder layer in memory.
+
+    Args:
+        dense: the model to learn from.
+        smaller: the checkpoint of the smaller model in float32; it is only read.
+        learning: numbers of the layers that learn.
+        student_of: see `StreamedStudent`.
+        data: the windows, and how often they are read.
+        size: number of windows that the layers pass at a time; at most an eighth of the steps are
+            taken.
+        work: folder of the state.
+        progress: receives every step.
+    """
+
+    def __init__(
+        self,
+        dense: Target,
+        smaller: CheckpointTarget,
+        learning: Sequence[int],
+        student_of: Callable[[nn.Module, int], Student],
+        data: DistillationData,
+        size: int,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.dense, self.target, self.learning, self.data = dense, smaller, learning, data
+        self.student_of, self.work, self.progress = student_of, work, progress
+        # Trials have this size too: they must measure a rate with gradients as old as it will meet.
+        self.size = min(size, max(1, data.steps // FEWEST_SWEEPS))
+        work.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, float]:
+        """Distill. The trained weights are in files, see `trained`. A stopped run resumes.
+
+        Returns:
+            The mean loss over the first and over the last eighth of the steps, the learning rate,
+            and the number of windows that the layers pass at a time.
+        """
+        data = self.data
+        if not (self.work / PREDICTIONS).exists():
+            self._predict()
+        outer = EmbeddingAndHead(self.target, data.windows)
+        with outer.outside(), outer.returning(None):
+            loss = Distil.between(
+                self.target.model,
+                WrittenTeacher(self.work / PREDICTIONS),
+                next_token=data.options.next_token,
+            )
+        student = StreamedStudent(self.learning, self.student_of, outer, loss, self.work)
+        rate = chosen_rate(
+            data,
+            hidden_size(self.target.model),
+            self.work,
+            lambda highest, held_out: self._try_rates(student, highest, held_out),
+        )
+        trainer = self._trainer(student, data.batches, data.steps, rate, TRAINING, "distilling")
+        return {
+            **summary(trainer.run()),
+            "learning_rate": rate,
+            "sweep_windows": float(self.size),
+        }
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of the trained parameters of a finished training."""
+        for number in self.learning:
+            file = _layer_folder(self.work / TRAINING, number) / "state.safetensors"
+            yield from stored_tensors(file, "weights/")
+
+    def _predict(self) -> None:
+        """Store the dense model's predictions."""
+        windows, device, progress = self.data.windows, self.dense.device, self.progress
+        outer = EmbeddingAndHead(self.dense, windows, self.work)
+
+        @contextmanager
+        def layer(number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+            with self.dense.layer(number) as layer:
+                yield layer, lambda place: progress.step(note=f"layer {number}")
+
+        walk = LayerwisePass(
+            outer,
+            range(len(windows)),
+            self.work / "dense",
+            lambda number, window: outer.call(number, [window]),
+            lambda: fast_matmuls(device),
+        )
+        progress.start("dense hidden states", len(windows) * (walk.count - walk.passed))
+        walk.forward(layer, keep=False)
+        progress.finish()
+        progress.start("dense predictions", len(windows))
+        with outer.outside():
+            teacher = _StreamedTeacher(outer, walk.states)
+            write_teacher(
+                teacher,
+                windows,
+                self.work / PREDICTIONS,
+                k=min(TOP_K, teacher.vocabulary - 1),
+                device=device,
+                on_window=progress.step,
+            )
+        walk.states.forget(walk.count)
+        progress.finish()
+
+    def _trainer(
+        self,
+        student: StreamedStudent,
+        batches: Batches,
+        steps: int,
+        rate: float,
+        name: str,
+        label: str,
+    ) -> LayerwiseTrainer:
+        """Return a training of some steps, in a folder of this name."""
+        plan, folder = distillation_plan(steps, rate), self.work / name
+        folder.mkdir(exist_ok=True)
+        return LayerwiseTrainer(student, batches, plan, self.size, folder, self.progress, label)
+
+    def _try_rates(self, student: StreamedStudent, highest: float, held_out: int) -> float:
+        """Return the best learning rate."""
+        windows = self.data.windows
+        read = Batches(windows[:-held_out], 1, self.data.seed)
+        trial: list[LayerwiseTrainer] = []
+
+        def train(rate: float, steps: int) -> None:
+            name = f"trial-{rate:.3g}"
+            trial[:] = [self._trainer(student, read, steps, rate, name, CHOOSING)]
+            trial[0].run()
+
+        return RateTrials(
+            train,
+            lambda: trial[0].evaluate(range(len(read.windows), len(windows))),
+            lambda: shutil.rmtree(trial[0].folder),
+            self.data.steps,
+            self.work / TRIED,
+        ).choose(highest)
+
+
+class _StreamedTeacher(ModelTeacher):
+    """A teacher whose last hidden states are stored. Use it only within `outer.outside()`.
+
+    Args:
+        outer: embedding and head of the dense model.
+        states: the outputs of its last decoder layer for all windows.
+    """
+
+    def __init__(self, outer: EmbeddingAndHead, states: Activations) -> None:
+        self.outer, self.states = outer, states
+        with outer.returning(None):  # to find the head, the model runs without its layers
+            super().__init__(outer.target.model)
+
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+        """See `Teacher`."""
+        (number,) = batch.numbers
+        hidden = self.states.read(slice(number, number + 1)).to(batch.ids.device)
+        with self.outer.returning(hidden):
+            return super().__call__(batch, temperature, layers)
+
+
+@dataclass(frozen=True)
+class StreamedStudent:
+    """The checkpoint of a smaller model that learns, layer by layer.
+
+    Args:
+        learning: numbers of the layers that learn.
+        student_of: a module with one layer, and the number of that layer → the student. The layer
+            has the checkpoint's weights.
+        outer: embedding and head of the checkpoint in float32, with all windows.
+        loss: the loss on the logits.
+        folder: for the values of each token that some families give to their layers.
+    """
+
+    learning: Sequence[int]
+    student_of: Callable[[nn.Module, int], Student]
+    outer: EmbeddingAndHead
+    loss: Objective
+    folder: Path
+    outer_of_layers: dict[int, EmbeddingAndHead] = field(default_factory=dict)
+
+    def call(self, number: int, window: int) -> LayerCall:
+        """How a layer is called for a window.
+
+        The values of tokens that a layer gets are kept for one layer at a time, so each such layer
+        has an object of its own.
+        """
+        outer = self.outer
+        if outer.calls()[number].varying:
+            if number not in self.outer_of_layers:
+                folder = self.folder / f"values-{number:04d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                self.outer_of_layers[number] = EmbeddingAndHead(outer.target, outer.windows, folder)
+            outer = self.outer_of_layers[number]
+        return outer.call(number, [window])
+
+    def loss_of(self, window: int, hidden: Tensor) -> Tensor:
+        """Return the loss of a window from the outputs of the last layer; within `outside()`."""
+        target, ids = self.outer.target, self.outer.windows[window : window + 1]
+        with self.outer.returning(hidden):
+            return self.loss(target.model, Batch(ids.to(target.device), (window,)))
+
+
+class LayerwiseTrainer:
+    """One layer-wise training. A killed one goes on with the layer in which it stopped.
+
+    Args:
+        student: the model.
+        batches: the window of each step.
+        plan: number of steps, and the schedule of the learning rate.
+        size: number of windows that the layers pass at a time.
+        folder: of its files. Weights and moments of a layer are in one file, with the number of
+            steps that the layer has done.
+        progress: receives every step.
+        label: the title of the progress bar.
+    """
+
+    def __init__(
+        self,
+        student: StreamedStudent,
+        batches: Batches,
+        plan: TrainingPlan,
+        size: int,
+        folder: Path,
+        progress: Progress,
+        label: str,
+    ) -> None:
+        self.student, self.batches, self.plan = student, batches, plan
+        self.size, self.folder, self.progress, self.label = size, folder, progress, label
+        self.target, self.learning = student.outer.target, set(student.learning)
+        self.device, self.count = self.target.device, len(self.target.layers)
+        self.clip = plan.clip / math.sqrt(len(self.learning))
+
+    def run(self) -> list[float]:
+        """Train. The weights are in the files of the layers.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            NumericalError: a loss or a gradient is NaN or infinite.
+        """
+        steps, file = self.plan.steps, self.folder / LOSSES
+        done: list[float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        finished, of_batch = -(-len(done) // self.size), 2 * self.count
+        self.progress.start(self.label, -(-steps // self.size) * of_batch)
+        self.progress.step(finished * of_batch)
+        with reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
+            while len(done) < steps:
+                folder = self.folder / f"sweep-{len(done):06d}"
+                done += self._train_batch(len(done), min(self.size, steps - len(done)), folder)
+                write_json(file, done)
+                shutil.rmtree(folder)
+        self.progress.finish()
+        return done
+
+    def evaluate(self, windows: Sequence[int]) -> float:
+        """Return the mean loss of some windows."""
+        folder = self.folder / "judged"
+        shutil.rmtree(folder, ignore_errors=True)
+        walk = self._pass(windows, folder)
+        walk.forward(self._layer)
+        with torch.no_grad(), self.student.outer.outside(), self._precision():
+            walk.states.resume(self.count)
+            losses = [
+                self.student.loss_of(window, walk.states.read(rows).to(self.device)).item()
+                for window, rows in zip(windows, walk.rows, strict=True)
+            ]
+        shutil.rmtree(folder)
+        return sum(losses) / len(losses)
+
+    def _train_batch(self, done: int, size: int, folder: Path) -> list[float]:
+        """Do the next steps. Return their losses."""
+        windows = [self.batches.numbers(done + place)[0] for place in range(size)]
+        for other in self.folder.glob("sweep-*"):  # what is left of a finished one
+            if other != folder:
+                shutil.rmtree(other)
+        walk, file = self._pass(windows, folder), folder / LOSSES
+
+        def loss(place: int, hidden: Tensor) -> Tensor:
+            found = self.student.loss_of(windows[place], hidden)
+            self.check_finite(found.item(), "the loss", done + place)
+            return found
+
+        if file.exists():
+            self.progress.step(self.count)
+        else:
+            self.progress.step(walk.passed)
+            walk.forward(
+                self._layer, lambda number: self.progress.step(note=f"layer {number} forward")
+            )
+            write_json(file, walk.losses(loss))
+        losses: list[float] = json.loads(file.read_text(encoding="utf-8"))
+        self._backward(walk, done, f"step {done + size}, loss {sum(losses) / size:.3f}")
+        return losses
+
+    def _pass(self, windows: Sequence[int], folder: Path) -> LayerwisePass:
+        """Some windows on their way through the layers, begun or not."""
+        student = self.student
+        return LayerwisePass(student.outer, windows, folder, student.call, self._precision)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """The context of a forward: precision, and how attention is computed."""
+        written = self.plan.writes_out(self.device, self.batches.windows.shape[1])
+        with fast_matmuls(self.device), WrittenOut() if written else nullcontext():
+            yield
+
+    @contextmanager
+    def _student(self, number: int) -> Iterator[tuple[nn.Module, Student | None]]:
+        """A context with a layer and its newest weights, and its student if it learns."""
+        with self.target.layer(number) as layer:
+            if number not in self.learning:
+                yield layer.requires_grad_(False), None
+                return
+            module = _module_of(self.target.architecture, number, layer)
+            student = self.student.student_of(module, number)
+            with in_float32(student.model, student.trained), student.rounded.in_forwards():
+                saved = _layer_state(self.folder, number, self.device)
+                saved.load_weights(student.parameters())
+                yield layer, student
+
+    @contextmanager
+    def _layer(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        """A context with a layer and its newest weights, for a forward."""
+        with self._student(number) as (layer, _):
+            yield layer, lambda place: None
+
+    def _backward(self, walk: LayerwisePass, done: int, note: str) -> None:
+        """Pass the gradients down, and let every layer learn after every window."""
+        first, last_step = min(self.learning), done + len(walk.windows)
+
+        @contextmanager
+        def learning(number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+            with self._student(number) as (layer, student):
+                if student is None:
+                    yield layer, lambda place: None
+                    return
+                optimizer = _LayerOptimizer(self, student, number)
+                yield layer, lambda place: optimizer.step(done + place)
+                optimizer.save(last_step)
+
+        def is_finished(number: int) -> bool:
+            if number not in self.learning:
+                return walk.gradients.has(number)
+            saved = _layer_state(self.folder, number, self.device)
+            return bool(saved.facts().get("step", 0) == last_step)
+
+        walk.backward(
+            learning,
+            is_finished,
+            lambda number: self.progress.step(note=f"{note}, layer {number} backward"),
+            first,
+        )
+        self.progress.step(first, note)
+
+    def check_finite(self, value: float, what: str, step: int) -> None:
+        """Refuse a number that is not finite.
+
+        Raises:
+            NumericalError: it is NaN or infinite.
+        """
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"{what} is {value}",
+                where=f"step {step} of the distillation, learning rate "
+                f"{self.plan.learning_rate:.2g}",
+                remedy="distill with a third of the learning rate (--distill-learning-rate)",
+            )
+
+
+def _layer_state(folder: Path, number: int, device: torch.device) -> Saved:
+    """The weights and moments of a layer."""
+    return Saved(_layer_folder(folder, number), ProcessGroup(device), {})
+
+
+def _layer_folder(folder: Path, number: int) -> Path:
+    """The folder of a layer in the folder of a training."""
+    return folder / f"layer-{number:04d}"
+
+
+def _module_of(architecture: Architecture, number: int, layer: nn.Module) -> nn.Module:
+    """Return a module of one decoder layer, whose parameters have their names in the model."""
+    whole = holder = nn.Module()
+    for part in architecture.layers_path.split("."):
+        inner = nn.Module()
+        holder.add_module(part, inner)
+        holder = inner
+    holder.add_module(str(number), layer)
+    return whole
+
+
+class _LayerOptimizer:
+    """The steps of one layer.
+
+    Args:
+        trainer: the training.
+        student: the layer with its masks.
+        number: number of the layer.
+    """
+
+    def __init__(self, trainer: LayerwiseTrainer, student: Student, number: int) -> None:
+        self.trainer, self.student, self.number = trainer, student, number
+        self.parameters = student.parameters()
+        self.optimizer = trainer.plan.make_optimizer(self.parameters.items())
+        self.saved = _layer_state(trainer.folder, number, trainer.device)
+        self.saved.load_state(self.parameters, self.optimizer, ())
+
+    def step(self, step: int) -> None:
+        """Move the weights along the gradient of one window."""
+        trainer, student = self.trainer, self.student
+        if student.masks is not None:
+            student.masks.hold_gradients(student.model)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), trainer.clip or math.inf)
+        trainer.check_finite(float(norm), f"the norm of layer {self.number}'s gradient", step)
+        done, share = step / trainer.plan.steps, 1 / trainer.plan.steps
+        assert trainer.plan.learning_rate is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = trainer.plan.rate(done, share, trainer.plan.learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, step: int) -> None:
+        """Store weights and moments, and the number of finished steps.
+
+        After the last step the matrices that learn on a grid are rounded.
+        """
+        if step == self.trainer.plan.steps:
+            self.student.rounded.settle()
+        if self.student.masks is not None:
+            self.student.masks.check(self.student.model, self.optimizer)
+        self.saved.save_state(self.parameters, self.optimizer, (), {"step": step})
+>>>>>>> d2a364d6 (Training: text, memory and layer-wise distillation join what uses them)

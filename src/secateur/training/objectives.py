@@ -8,7 +8,6 @@ and the teacher reads a text once for any number of epochs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.registry import did_you_mean
-from secateur.training.batches import Batch
+from secateur.training.batches import Batch, windows_digest
 from secateur.training.divergences import (
     KINDS,
     HiddenStateRecorder,
@@ -253,11 +252,6 @@ def vocabulary_of(model: Any) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
-
-
-def windows_digest(windows: Tensor) -> str:
-    """The digest by which a file recognises its windows."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _matmuls(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,48 +1,63 @@
-"""Makes from the recipe of a training its plan, masks, loss, teacher, and trained parameters.
+"""Makes from the recipe of a training its plan, memory, masks, loss, teacher and parameters.
 
 weights     all weights learn, the masks stay                       the default
 lora        adapters learn, with the masks in their products; they are merged at the end
 gradual     the masks lose weights every few steps
 iterative   the masks lose weights in rounds, with a training after each
 
-Training windows and validation windows must differ.
+A training that would not fit is refused. Its memory:
+
+    all weights in float32
+    + for trained parameters: gradients, and the state of the optimizer
+    + the products of adapters
+    + activations of one micro-batch's forward for its backward, rehearsed on the meta device
+    + a block of logits; the teacher; the masks
+
+Several processes share weights, gradients, optimizer state, masks, and the teacher's layers.
+Gathered parts count separately. The student needs two decoder layers, because the next one is
+fetched while one runs, and the gradients of one; or its embeddings or head with their gradients, if
+these are larger. The teacher needs one layer, its embeddings and its head.
+
+The disk holds at the same time: the state for a resumed run, the best weights, a new version of one
+of these or the final weights, and the result.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from secateur.calibration.continuation import SEQUENCE, shared_share
-from secateur.calibration.documents import read_text
-from secateur.calibration.run_windows import WindowReader
-from secateur.calibration.windows import WindowPlan, begins_with, without_start
+from secateur.engine.plan import Need, Phase, Plan, memory_budget
+from secateur.engine.plan_memory import calls_of, rehearse_training
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import RecipeError, SourceError
-from secateur.evaluation.perplexity import evaluation_windows
-from secateur.models.architecture import describe, positions_of
+from secateur.errors import RecipeError
+from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.skeleton import quiet_transformers
+from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import load_tokenizer, start_tokens_of
+from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.train import GradualOptions, IterativeOptions, OptimizerOptions, TrainRecipe
+from secateur.runs.environment import resident_bytes
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks
-from secateur.training.lora import ADAPTERS_ALONE, attach, merge
-from secateur.training.masks import Masks, masks_in
+from secateur.training.batches import TrainingText, read_training_text, windows_digest
+from secateur.training.divergences import BLOCK_BYTES
+from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks, prunable
+from secateur.training.lora import ADAPTERS_ALONE, attach, chosen_linears, merge
+from secateur.training.masks import Masks, masks_in, matrices, moments
 from secateur.training.objectives import (
     TOP_K,
     Distil,
@@ -50,7 +65,6 @@ from secateur.training.objectives import (
     NextToken,
     Objective,
     WrittenTeacher,
-    windows_digest,
     write_teacher,
 )
 from secateur.training.process_group import ProcessGroup, load
@@ -60,113 +74,6 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows
 
 log = logging.getLogger(__name__)
-
-LENGTH = 512
-HELD_OUT_AT_MOST = 8
-"""At most one window in this many is held out if the recipe has no validation text."""
-REFUSED = 0.01
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """The windows of a training.
-
-    Attributes:
-        windows: token ids [samples, sequence_length].
-        validation: validation windows, likewise; None for none.
-        record: the source of both, as JSON values.
-    """
-
-    windows: Windows
-    validation: Windows | None
-    record: dict[str, Any]
-
-
-def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> TrainingText:
-    """Return the windows of a recipe.
-
-    Args:
-        recipe: names the texts.
-        folder: folder of the model, for its tokenizer.
-        config: configuration of the model, for its context and vocabulary.
-
-    Raises:
-        SourceError: a text is not available, or is too short for one step.
-        RecipeError: the training text contains the validation text, or the windows are longer
-            than the model's context.
-    """
-    length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
-    start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
-    windows = _windows_of(recipe, folder, length, config)
-    validation, watched = None, "none"
-    if recipe.validation_windows and recipe.validation_text is not None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        text = read_text(recipe.validation_text)
-        validation = evaluation_windows(
-            text.text, tokenizer, windows.shape[1], max_windows=recipe.validation_windows
-        )
-        watched = text.dataset
-    elif recipe.validation_windows:
-        held = min(recipe.validation_windows, len(windows) // HELD_OUT_AT_MOST)
-        validation = windows[:held] if held else None
-        windows, watched = windows[held:], f"{held} windows held out of the text"
-    if len(windows) < recipe.batch:
-        raise SourceError(
-            f"the text gives {len(windows)} windows of {length} tokens, one step needs "
-            f"{recipe.batch}",
-            where=", ".join(recipe.text),
-            remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
-        )
-    shared = None
-    if validation is not None:
-        shared = shared_share(without_start(windows, start), without_start(validation, start))
-    if shared and recipe.validation_text is not None:
-        _refuse_overlap(shared, watched)
-    return TrainingText(
-        windows,
-        validation,
-        {
-            "source": ", ".join(recipe.text),
-            "windows": len(windows),
-            "sequence_length": windows.shape[1],
-            **({"start_tokens": list(start)} if start and begins_with(windows, start) else {}),
-            "tokens": windows.numel(),
-            "sha256": windows_digest(windows),
-            "validation": watched,
-            "validation_windows": 0 if validation is None else len(validation),
-            "validation_shared": shared,
-        },
-    )
-
-
-def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> Windows:
-    """Return the windows of all texts, up to the number in the recipe.
-
-    Several texts contribute equally: each gives as many windows as the shortest, in turns.
-    """
-    reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
-    plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
-    found = [reader.read_up_to(text, plan, recipe.field) for text in recipe.text]
-    if len({windows.shape[1] for windows in found}) > 1:
-        lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
-        raise SourceError(
-            f"the texts have windows of different lengths ({', '.join(lengths)})",
-            remedy="make the windows of one length, or give the texts themselves",
-        )
-    each = min(map(len, found))
-    return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
-
-
-def _refuse_overlap(shared: float, watched: str) -> None:
-    """Refuse training text that contains validation text; warn if it shares only a few phrases."""
-    if shared > REFUSED:
-        raise RecipeError(
-            f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
-            "the training text too, so its perplexity would say nothing",
-            where=watched,
-            remedy="watch another text, or leave that one out of the training",
-        )
-    log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
 
 
 def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
@@ -529,3 +436,209 @@ def merged(recipe: TrainRecipe, model: Any, masks: Masks, trained: Mapping[str, 
     for name, value in trained.items():
         model.get_parameter(name).data.copy_(value)
     return model if adapted is None else merge(adapted)
+
+
+LESS_FORWARD = (
+    "use --gradient-checkpointing, --micro-batch-windows 1 or a shorter --sequence-length"
+)
+LESS_TEACHER = "use --top-k 64 (the teacher is written down first)"
+TRAINING = Phase("training")
+READING = Phase("reading the weights", on_host=True)
+READING_TEACHER = Phase("reading the teacher", on_host=True)
+HOST = READING, READING_TEACHER
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """What is known of a training before the weights are read.
+
+    Attributes:
+        plan: its length, learning rate and optimizer.
+        teacher: the checkpoint of the teacher; None without one, or if a file has its predictions.
+        needs: memory, and what it writes at most.
+    """
+
+    plan: TrainingPlan
+    teacher: LocalCheckpoint | None
+    needs: Plan
+
+
+def plan_of(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
+    """Check everything of a training that needs no weights."""
+    recipe, target, text = inputs.recipe, inputs.target, inputs.text
+    check_together(recipe, inputs.processes)
+    plan, teacher = inputs.plan(), inputs.teacher(work)
+    needs = training_memory(recipe, target, teacher, text, plan, inputs.processes)
+    check_memory(needs, recipe.memory.max_bytes, inputs.processes.device)
+    needs = replace(needs, disk_bytes=_disk_bytes(recipe, target, text, plan))
+    return PlannedTraining(plan, teacher, needs)
+
+
+def training_memory(
+    recipe: TrainRecipe,
+    target: CheckpointTarget,
+    teacher: LocalCheckpoint | None,
+    text: TrainingText,
+    plan: TrainingPlan,
+    processes: ProcessGroup,
+) -> Plan:
+    """Plan the memory of a training in one process.
+
+    Args:
+        recipe: recipe of the training.
+        target: the student, with its layers on the meta device.
+        teacher: checkpoint of a teacher that is loaded; None for none.
+        text: the training text.
+        plan: length and optimizer.
+        processes: the processes.
+    """
+    model, trust = target.model, recipe.trust_remote_code
+    stored = target.stored  # tied tensors are stored only once
+    named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    products = 0
+    if recipe.lora is not None:
+        shapes = [linear.shape for linear in chosen_linears(model, recipe.lora)]
+        trained = sum(recipe.lora.rank * sum(shape) for shape in shapes)
+        products = sum(4 * out * columns for out, columns in shapes)
+    ranks = processes.count
+    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
+    micro = text.windows[:together]
+    sizes = {
+        "process": resident_bytes(),
+        "weights": 4 * (sum(named.values()) + trained * (recipe.lora is not None)) // ranks,
+        "gathered": _gathered_bytes(target, 4) if ranks > 1 else 0,
+        "optimizer": 4 * trained * (1 + _moments_of(plan)) // ranks,
+        "adapters": products,
+        "forward": _forward_bytes(target, micro, plan, processes.device),
+        "logits": (1 + (teacher is not None))
+        * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
+        "teacher": 0 if teacher is None else _teacher_bytes(teacher, processes, trust),
+        "masks": sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
+    }
+    on_gpu = processes.device.type == "cuda"
+    return Plan(training_needs(sizes, on_gpu), on_gpu)
+
+
+def training_needs(sizes: Mapping[str, int], on_gpu: bool) -> tuple[Need, ...]:
+    """The needs of a training: what each size is for, and when it is there.
+
+    Args:
+        sizes: bytes by the name of the need.
+        on_gpu: whether a GPU computes.
+    """
+    here = (TRAINING,)
+    table: Mapping[str, tuple[tuple[Phase, ...], str, str]] = {
+        "process": (HOST if on_gpu else here, "the program itself, with text", ""),
+        "weights": ((*here, READING), "weights", ""),
+        "gathered": (here, "gathered weights", ""),
+        "optimizer": (here, "optimizer", "use --lora 16 or --optimizer SGD"),
+        "adapters": (here, "products of adapters", ""),
+        "forward": (here, "forward", LESS_FORWARD),
+        "logits": (here, "logits", ""),
+        "teacher": (
+            (*here, READING_TEACHER),
+            "teacher",
+            LESS_TEACHER,
+        ),
+        "masks": (here, "masks", ""),
+    }
+    return tuple(Need(name, sizes[name], *row) for name, row in table.items())
+
+
+def _gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
+    """The maximum size of a student's gathered parts in one of several processes."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
+    outside = [
+        sum(p.numel() for p in module.parameters())
+        for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
+        if module is not None
+    ]
+    return itemsize * max(3 * max(layers), 2 * max(outside))
+
+
+def _forward_bytes(
+    target: CheckpointTarget, windows: Tensor, plan: TrainingPlan, device: torch.device
+) -> int:
+    """The activations that the decoder layers keep for one micro-batch until their backward.
+
+    With checkpointing, each layer keeps its input, and one layer at a time keeps everything inside.
+    """
+    hidden, calls = calls_of(target, windows)
+    layers = len(target.layers)
+    written_out = plan.writes_out(device, windows.shape[1])
+    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
+    return one + layers * 4 * hidden.numel() if plan.gradient_checkpointing else layers * one
+
+
+def _moments_of(plan: TrainingPlan) -> int:
+    """The number of weight-sized tensors in the optimizer's state, measured with one weight."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = plan.make_optimizer([("weight", weight)])
+    optimizer.step()
+    return len(list(moments(optimizer, weight)))
+
+
+def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
+    """The size of a teacher's weights in one process.
+
+    Each of several processes has a part of the decoder layers, one whole layer, and everything
+    outside the layers.
+    """
+    model = build_skeleton(teacher.folder, trust_remote_code=trust)
+    dtype, stored = fast_dtype(processes.device) or model.dtype, CheckpointReader(teacher.folder)
+    weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
+    if processes.count > 1:
+        layers = describe(model).layers(model)
+        within = sum(p.numel() for p in layers.parameters())
+        one = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        weights += 2 * one - (within - within // processes.count)
+    return dtype.itemsize * weights
+
+
+def _disk_bytes(
+    recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
+) -> int:
+    """The maximum disk use of a training. Each new file is written next to the old one."""
+    stored = target.stored
+    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    if recipe.lora is not None:
+        chosen = chosen_linears(target.model, recipe.lora)
+        trained = sum(recipe.lora.rank * sum(linear.shape) for linear in chosen)
+    final = 4 * trained
+    state = final * (1 + _moments_of(plan))
+    masks = sum(x.weight.numel() for x in prunable(target.model))
+    if recipe.gradual is not None:
+        state += masks
+    rounds = 0
+    if recipe.iterative is not None:
+        # The float32 weights and the masks of the last round and of this one. Rewinding weights
+        # adds the early weights and the weights of the first training.
+        copies = 4 if recipe.iterative.rewind == "weights" else 2
+        rounds = 4 * sum(named.values()) * copies + 2 * masks
+    best = final * (text.validation is not None)
+    predictions = 0
+    if recipe.teacher is not None and (recipe.top_k or recipe.teacher_file):
+        predictions = text.windows.numel() * (6 * (recipe.top_k or TOP_K) + 4)
+    result = target.reader.total_bytes
+    return state + best + predictions + rounds + max(state, best, final + result)
+
+
+def check_memory(needed: Plan, max_memory: int | None, device: torch.device) -> None:
+    """Refuse a training that would not fit.
+
+    Args:
+        needed: the plan of the training.
+        max_memory: bytes; see `memory_budget`.
+        device: the computing device.
+
+    Raises:
+        MemoryBudgetError: the training needs more than there is; the message gives both numbers and
+            remedies.
+    """
+    budget = memory_budget(max_memory, device)
+    shortage = budget.shortage(needed)
+    if shortage is not None:
+        raise budget.refusal(needed, f"training needs {shortage}")

@@ -22,8 +22,8 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.plan import PlanResult
 from secateur.sparsity.column_sweep import kept_weights
-from secateur.training import layerwise
-from secateur.training.layerwise import LayerwiseTrainer
+from secateur.training import distilled_checkpoint
+from secateur.training.distilled_checkpoint import LayerwiseTrainer
 from secateur.training.masks import Masks
 from slow import slow, slow_but
 from stopped_stage import StopAt, StoppedError
@@ -39,14 +39,14 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few steps would have sweeps over one window."""
-    monkeypatch.setattr("secateur.training.layerwise.FEWEST_SWEEPS", 1)
+    monkeypatch.setattr("secateur.training.distilled_checkpoint.FEWEST_SWEEPS", 1)
 
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 on every machine, and a teacher that stores nearly all tokens."""
     monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(layerwise, "TOP_K", 95)
+    monkeypatch.setattr(distilled_checkpoint, "TOP_K", 95)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_layers_with_values_of_each_token_learn_too(
 def test_a_training_has_eight_sweeps_or_more(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.training.layerwise.FEWEST_SWEEPS", 8)
+    monkeypatch.setattr("secateur.training.distilled_checkpoint.FEWEST_SWEEPS", 8)
     folder = save_tiny(tmp_path / "model")
     options = {**OPTIONS, "distill_epochs": 3, "calibration": str(file)}  # 18 steps
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=16)
@@ -262,7 +262,7 @@ def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, step
 def test_the_trials_of_a_rate_have_sweeps_as_large_as_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "FEWEST_SWEEPS", 8)
+    monkeypatch.setattr(distilled_checkpoint, "FEWEST_SWEEPS", 8)
     sizes: dict[str, set[int]] = {}
     train = LayerwiseTrainer._train_batch
 

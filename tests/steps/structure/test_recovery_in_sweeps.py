@@ -13,7 +13,7 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.training import layerwise
+from secateur.training import distilled_checkpoint
 from slow import slow
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few steps would have sweeps over one window."""
-    monkeypatch.setattr("secateur.training.layerwise.FEWEST_SWEEPS", 1)
+    monkeypatch.setattr("secateur.training.distilled_checkpoint.FEWEST_SWEEPS", 1)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
     """Where no gradient is clipped, and but for the last norm, which learns only in memory."""
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: Tensor([0.0]))
     monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(layerwise, "TOP_K", 95)
+    monkeypatch.setattr(distilled_checkpoint, "TOP_K", 95)
     before = secateur.structure(
         source, output=tmp_path / "plain", **options | {"distill_epochs": 0}
     )

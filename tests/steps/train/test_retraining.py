@@ -15,7 +15,7 @@ import secateur
 from secateur.cli import main
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.training import loop
-from secateur.training.objectives import windows_digest
+from secateur.training.batches import windows_digest
 from tiny import save_tiny, tiny_tokenizer
 from trained import source_text
 

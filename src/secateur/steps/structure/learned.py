@@ -32,16 +32,15 @@ from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.cut_steps import CutContext
 from secateur.structured.design import design
-from secateur.training.batches import Batches, DomainLoading
+from secateur.training.batches import Batches, DomainLoading, TrainingText
 from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
 from secateur.training.loop import Loop, mean_loss
 from secateur.training.masks import Masks
-from secateur.training.memory import TRAINING, check_memory, training_memory
 from secateur.training.objectives import NextToken
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import open_tensors, write_trained
 from secateur.training.session import run_loop
-from secateur.training.setup import TrainingText
+from secateur.training.setup import TRAINING, check_memory, training_memory
 from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows
 
