@@ -368,12 +368,11 @@ class Watchdog:
 
     def report(self, error: BaseException) -> Fault:
         """Tell all that this process has failed. Return the first fault, which may be another's."""
-        if self.fault is None:
-            own = Fault.of(error, self.rank)
-            first = self.quietly(lambda: self.store.compare_set("fault", "", own.write()))
-            self.hear(Fault.read(first.decode()) if first else own)
-        assert self.fault is not None
-        return self.fault
+        if self.fault is not None:
+            return self.fault
+        own = Fault.of(error, self.rank)
+        first = self.quietly(lambda: self.store.compare_set("fault", "", own.write()))
+        return self.hear(Fault.read(first.decode()) if first else own)
 
     def wait(self, seconds: float) -> Fault | None:
         """Wait for a fault. Return it, or None if there is none by then."""
@@ -410,7 +409,7 @@ class Watchdog:
             if self.fault is None:
                 since = self.clock()
             elif self.clock() - since > self.grace_seconds:
-                self.force()
+                self.force(self.fault)
                 return
 
     def look_at_others(self) -> None:
@@ -433,20 +432,20 @@ class Watchdog:
         """A value in the store; empty if there is none. `get` alone would wait for it."""
         return self.store.get(key) if self.store.check([key]) else b""
 
-    def hear(self, fault: Fault) -> None:
-        """Remember the first fault."""
+    def hear(self, fault: Fault) -> Fault:
+        """Remember the first fault, and return it."""
         if self.fault is None:
             self.fault = fault
             self.known.set()
+        return self.fault
 
-    def force(self) -> None:
+    def force(self, fault: Fault) -> None:
         """End this process in the middle of whatever it does."""
-        assert self.fault is not None
         if self.over.is_set():
             return
-        if self.fault.rank != self.rank and 0 in (self.rank, self.fault.rank):
-            print(f"error: {self.fault.error()}", file=sys.stderr, flush=True)
-        self.end(self.fault.exit_code)
+        if fault.rank != self.rank and 0 in (self.rank, fault.rank):
+            print(f"error: {fault.error()}", file=sys.stderr, flush=True)
+        self.end(fault.exit_code)
 
     def quietly(self, work: Callable[[], T]) -> T | None:
         """Do something with the store. Return None if its machine has gone."""

@@ -80,7 +80,7 @@ from secateur.training.objectives import (
 )
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved, stored_tensors
-from secateur.training.training_plan import TrainingPlan
+from secateur.types import Windows
 
 FOLDER = "distillation"
 """The folder of the state, in the folder of the work."""
@@ -150,22 +150,21 @@ def distill_checkpoint(
             student = replace(student, trained=_outside_embeddings(model))
         return distill(teacher, student, data, progress, saved)
 
-    sweeps = LayerwiseDistillation(
-        dense,
-        made,
-        layers,
-        lambda module, number: student_of(module, [number]),
-        data,
-        sweep_windows,
-        saved,
-        progress,
-    )
-    file = saved / LEARNED
+    def learn_in_sweeps() -> dict[str, float]:
+        return _distill_in_sweeps(
+            dense, made, layers, student_of, data, sweep_windows, saved, progress
+        )
+
+    file, copy = saved / LEARNED, PatchedCopy(reader, folder)
     if not file.exists():
-        write_json(file, sweeps.run() if sweep_windows else learn_whole())
-    copy = PatchedCopy(reader, folder)
-    for name, tensor in sweeps.trained() if sweep_windows else stored_tensors(saved / FINAL):
-        copy.write(made.stored[name], tensor)
+        write_json(file, learn_in_sweeps() if sweep_windows else learn_whole())
+    trained = [(saved / FINAL, "")]
+    if sweep_windows:
+        states = [_layer_folder(saved / TRAINING, number) for number in layers]
+        trained = [(state / "state.safetensors", "weights/") for state in states]
+    for stored, prefix in trained:
+        for name, tensor in stored_tensors(stored, prefix):
+            copy.write(made.stored[name], tensor)
     copy.sync()
     losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return losses
@@ -208,141 +207,105 @@ FEWEST_SWEEPS = 8
 the others: two passes of 24 windows each made a tiny model worse."""
 
 
-class LayerwiseDistillation:
-    """One distillation with one decoder layer in memory.
+def _distill_in_sweeps(
+    dense: Target,
+    made: CheckpointTarget,
+    layers: Sequence[int],
+    student_of: Callable[[nn.Module, Sequence[int]], Student],
+    data: DistillationData,
+    sweep_windows: int,
+    work: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Distill with one decoder layer in memory. The trained weights are in files.
 
     Args:
         dense: the model to learn from.
-        smaller: the checkpoint of the smaller model in float32; it is only read.
-        learning: numbers of the layers that learn.
+        made: the checkpoint of the smaller model in float32; it is only read.
+        layers: numbers of the layers that learn.
         student_of: see `StreamedStudent`.
         data: the windows, and how often they are read.
-        size: number of windows that the layers pass at a time; at most an eighth of the steps are
-            taken.
+        sweep_windows: number of windows that the layers pass at a time; at most an eighth of the
+            steps are taken.
         work: folder of the state.
         progress: receives every step.
+
+    Returns:
+        The mean loss over the first and over the last eighth of the steps, the learning rate, and
+        the number of windows that the layers pass at a time.
     """
+    windows, share = data.windows, data.options.next_token
+    # Trials have this size too: they must measure a rate with gradients as old as it will meet.
+    size = min(sweep_windows, max(1, data.steps // FEWEST_SWEEPS))
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / PREDICTIONS).exists():
+        _predict(dense, windows, work, progress)
+    outer = EmbeddingAndHead(made, windows)
+    with outer.outside(), outer.returning(None):
+        teacher = WrittenTeacher(work / PREDICTIONS)
+        loss = Distil.between(made.model, teacher, next_token=share)
+    student = StreamedStudent(layers, student_of, outer, loss, work)
 
-    def __init__(
-        self,
-        dense: Target,
-        smaller: CheckpointTarget,
-        learning: Sequence[int],
-        student_of: Callable[[nn.Module, int], Student],
-        data: DistillationData,
-        size: int,
-        work: Path,
-        progress: Progress,
-    ) -> None:
-        self.dense, self.target, self.learning, self.data = dense, smaller, learning, data
-        self.student_of, self.work, self.progress = student_of, work, progress
-        # Trials have this size too: they must measure a rate with gradients as old as it will meet.
-        self.size = min(size, max(1, data.steps // FEWEST_SWEEPS))
-        work.mkdir(parents=True, exist_ok=True)
-
-    def run(self) -> dict[str, float]:
-        """Distill. The trained weights are in files, see `trained`. A stopped run resumes.
-
-        Returns:
-            The mean loss over the first and over the last eighth of the steps, the learning rate,
-            and the number of windows that the layers pass at a time.
-        """
-        data = self.data
-        if not (self.work / PREDICTIONS).exists():
-            self._predict()
-        outer = EmbeddingAndHead(self.target, data.windows)
-        with outer.outside(), outer.returning(None):
-            loss = Distil.between(
-                self.target.model,
-                WrittenTeacher(self.work / PREDICTIONS),
-                next_token=data.options.next_token,
-            )
-        student = StreamedStudent(self.learning, self.student_of, outer, loss, self.work)
-        rate = chosen_rate(
-            data,
-            hidden_size(self.target.model),
-            self.work,
-            lambda highest, held_out: self._try_rates(student, highest, held_out),
-        )
-        trainer = self._trainer(student, data.batches, data.steps, rate, TRAINING, "distilling")
-        return {
-            **summary(trainer.run()),
-            "learning_rate": rate,
-            "sweep_windows": float(self.size),
-        }
-
-    def trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names and values of the trained parameters of a finished training."""
-        for number in self.learning:
-            file = _layer_folder(self.work / TRAINING, number) / "state.safetensors"
-            yield from stored_tensors(file, "weights/")
-
-    def _predict(self) -> None:
-        """Store the dense model's predictions."""
-        windows, device, progress = self.data.windows, self.dense.device, self.progress
-        outer = EmbeddingAndHead(self.dense, windows, self.work)
-
-        @contextmanager
-        def layer(number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
-            with self.dense.layer(number) as layer:
-                yield layer, lambda place: progress.step(note=f"layer {number}")
-
-        walk = LayerwisePass(
-            outer,
-            range(len(windows)),
-            self.work / "dense",
-            lambda number, window: outer.call(number, [window]),
-            lambda: fast_matmuls(device),
-        )
-        progress.start("dense hidden states", len(windows) * (walk.count - walk.passed))
-        walk.forward(layer, keep=False)
-        progress.finish()
-        progress.start("dense predictions", len(windows))
-        with outer.outside():
-            teacher = _StreamedTeacher(outer, walk.states)
-            write_teacher(
-                teacher,
-                windows,
-                self.work / PREDICTIONS,
-                k=min(TOP_K, teacher.vocabulary - 1),
-                device=device,
-                on_window=progress.step,
-            )
-        walk.states.forget(walk.count)
-        progress.finish()
-
-    def _trainer(
-        self,
-        student: StreamedStudent,
-        batches: Batches,
-        steps: int,
-        rate: float,
-        name: str,
-        label: str,
+    def trainer(
+        batches: Batches, steps: int, rate: float, name: str, label: str
     ) -> LayerwiseTrainer:
-        """Return a training of some steps, in a folder of this name."""
-        plan, folder = distillation_plan(steps, rate), self.work / name
+        folder = work / name
         folder.mkdir(exist_ok=True)
-        return LayerwiseTrainer(student, batches, plan, self.size, folder, self.progress, label)
+        return LayerwiseTrainer(student, batches, steps, rate, size, folder, progress, label)
 
-    def _try_rates(self, student: StreamedStudent, highest: float, held_out: int) -> float:
-        """Return the best learning rate."""
-        windows = self.data.windows
-        read = Batches(windows[:-held_out], 1, self.data.seed)
+    def try_rates(highest: float, held_out: int) -> float:
+        read = Batches(windows[:-held_out], 1, data.seed)
         trial: list[LayerwiseTrainer] = []
 
         def train(rate: float, steps: int) -> None:
-            name = f"trial-{rate:.3g}"
-            trial[:] = [self._trainer(student, read, steps, rate, name, CHOOSING)]
+            trial[:] = [trainer(read, steps, rate, f"trial-{rate:.3g}", CHOOSING)]
             trial[0].run()
 
         return RateTrials(
             train,
             lambda: trial[0].evaluate(range(len(read.windows), len(windows))),
             lambda: shutil.rmtree(trial[0].folder),
-            self.data.steps,
-            self.work / TRIED,
+            data.steps,
+            work / TRIED,
         ).choose(highest)
+
+    rate = chosen_rate(data, hidden_size(made.model), work, try_rates)
+    losses = trainer(data.batches, data.steps, rate, TRAINING, "distilling").run()
+    return {**summary(losses), "learning_rate": rate, "sweep_windows": float(size)}
+
+
+def _predict(dense: Target, windows: Windows, work: Path, progress: Progress) -> None:
+    """Store the dense model's predictions."""
+    outer = EmbeddingAndHead(dense, windows, work)
+
+    @contextmanager
+    def layer(number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        with dense.layer(number) as layer:
+            yield layer, lambda place: progress.step(note=f"layer {number}")
+
+    walk = LayerwisePass(
+        outer,
+        range(len(windows)),
+        work / "dense",
+        lambda number, window: outer.call(number, [window]),
+        lambda: fast_matmuls(dense.device),
+    )
+    progress.start("dense hidden states", len(windows) * (walk.count - walk.passed))
+    walk.forward(layer, keep=False)
+    progress.finish()
+    progress.start("dense predictions", len(windows))
+    with outer.outside():
+        teacher = _StreamedTeacher(outer, walk.states)
+        write_teacher(
+            teacher,
+            windows,
+            work / PREDICTIONS,
+            k=min(TOP_K, teacher.vocabulary - 1),
+            device=dense.device,
+            on_window=progress.step,
+        )
+    walk.states.forget(walk.count)
+    progress.finish()
 
 
 class _StreamedTeacher(ModelTeacher):
@@ -372,15 +335,15 @@ class StreamedStudent:
 
     Args:
         learning: numbers of the layers that learn.
-        student_of: a module with one layer, and the number of that layer → the student. The layer
-            has the checkpoint's weights.
+        student_of: a module with some layers, and their numbers → the student. The layers have the
+            checkpoint's weights.
         outer: embedding and head of the checkpoint in float32, with all windows.
         loss: the loss on the logits.
         folder: for the values of each token that some families give to their layers.
     """
 
     learning: Sequence[int]
-    student_of: Callable[[nn.Module, int], Student]
+    student_of: Callable[[nn.Module, Sequence[int]], Student]
     outer: EmbeddingAndHead
     loss: Objective
     folder: Path
@@ -414,7 +377,8 @@ class LayerwiseTrainer:
     Args:
         student: the model.
         batches: the window of each step.
-        plan: number of steps, and the schedule of the learning rate.
+        steps: number of steps.
+        rate: the highest learning rate.
         size: number of windows that the layers pass at a time.
         folder: of its files. Weights and moments of a layer are in one file, with the number of
             steps that the layer has done.
@@ -426,17 +390,19 @@ class LayerwiseTrainer:
         self,
         student: StreamedStudent,
         batches: Batches,
-        plan: TrainingPlan,
+        steps: int,
+        rate: float,
         size: int,
         folder: Path,
         progress: Progress,
         label: str,
     ) -> None:
-        self.student, self.batches, self.plan = student, batches, plan
+        self.student, self.batches, self.steps, self.rate = student, batches, steps, rate
+        self.plan = distillation_plan(steps, rate)
         self.size, self.folder, self.progress, self.label = size, folder, progress, label
         self.target, self.learning = student.outer.target, set(student.learning)
         self.device, self.count = self.target.device, len(self.target.layers)
-        self.clip = plan.clip / math.sqrt(len(self.learning))
+        self.clip = self.plan.clip / math.sqrt(len(self.learning))
 
     def run(self) -> list[float]:
         """Train. The weights are in the files of the layers.
@@ -447,7 +413,7 @@ class LayerwiseTrainer:
         Raises:
             NumericalError: a loss or a gradient is NaN or infinite.
         """
-        steps, file = self.plan.steps, self.folder / LOSSES
+        steps, file = self.steps, self.folder / LOSSES
         done: list[float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         finished, of_batch = -(-len(done) // self.size), 2 * self.count
         self.progress.start(self.label, -(-steps // self.size) * of_batch)
@@ -521,7 +487,7 @@ class LayerwiseTrainer:
                 yield layer.requires_grad_(False), None
                 return
             module = _module_of(self.target.architecture, number, layer)
-            student = self.student.student_of(module, number)
+            student = self.student.student_of(module, [number])
             with in_float32(student.model, student.trained), student.rounded.in_forwards():
                 saved = _layer_state(self.folder, number, self.device)
                 saved.load_weights(student.parameters())
@@ -570,8 +536,7 @@ class LayerwiseTrainer:
         if not math.isfinite(value):
             raise NumericalError(
                 f"{what} is {value}",
-                where=f"step {step} of the distillation, learning rate "
-                f"{self.plan.learning_rate:.2g}",
+                where=f"step {step} of the distillation, learning rate {self.rate:.2g}",
                 remedy="distill with a third of the learning rate (--distill-learning-rate)",
             )
 
@@ -620,10 +585,9 @@ class _LayerOptimizer:
             student.masks.hold_gradients(student.model)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), trainer.clip or math.inf)
         trainer.check_finite(float(norm), f"the norm of layer {self.number}'s gradient", step)
-        done, share = step / trainer.plan.steps, 1 / trainer.plan.steps
-        assert trainer.plan.learning_rate is not None
+        rate = trainer.plan.rate(step / trainer.steps, 1 / trainer.steps, trainer.rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = trainer.plan.rate(done, share, trainer.plan.learning_rate)
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -632,7 +596,7 @@ class _LayerOptimizer:
 
         After the last step the matrices that learn on a grid are rounded.
         """
-        if step == self.trainer.plan.steps:
+        if step == self.trainer.steps:
             self.student.rounded.settle()
         if self.student.masks is not None:
             self.student.masks.check(self.student.model, self.optimizer)

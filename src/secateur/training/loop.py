@@ -187,7 +187,7 @@ class Loop:
         self.progress.start(self.label, TICKS if self.plan.minutes else count)
         self.reported = 0
         self.report(0.0)
-        if self.validation is not None and not self.outcome.validations:
+        if not self.outcome.validations:
             self.validate()
         while not self.over():
             begun = time.perf_counter()
@@ -201,8 +201,7 @@ class Loop:
 
     def end(self) -> None:
         """Validate once more, restore the best weights, and check the masks."""
-        validations = self.outcome.validations
-        if self.validation is not None and validations[-1][0] != self.outcome.step:
+        if not self.outcome.validations or self.outcome.validations[-1][0] != self.outcome.step:
             self.validate()
         self.save()  # a run killed after this point does not train again
         if self.validation is not None:
@@ -317,13 +316,19 @@ class Loop:
             remedy="train with a third of the learning rate, or with a longer warm-up",
         )
 
-    def validate(self) -> None:
-        """Measure the next-token loss of the validation windows; keep the best weights."""
-        assert self.validation is not None
-        assert self.next_token is not None
-        begun, outcome = time.perf_counter(), self.outcome
+    def validation_loss(self) -> float | None:
+        """The next-token loss of the validation windows; None without them."""
+        if self.validation is None or self.next_token is None:
+            return None
         size = self.plan.at_once(self.validation.shape[1])
-        mean = mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
+        return mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
+
+    def validate(self) -> None:
+        """Measure the loss of the validation windows, if there are any; keep the best weights."""
+        begun, outcome = time.perf_counter(), self.outcome
+        mean = self.validation_loss()
+        if mean is None:
+            return
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))

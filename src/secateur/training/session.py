@@ -22,7 +22,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
 from secateur.training.batches import Batches
-from secateur.training.loop import Loop, Outcome, mean_loss
+from secateur.training.loop import Loop, Outcome
 from secateur.training.objectives import Objective
 from secateur.training.process_group import ProcessGroup
 from secateur.training.rounds import (
@@ -109,11 +109,7 @@ class Session:
 
     def validation_loss(self) -> float | None:
         """The next-token loss of the validation windows before any training."""
-        loop = self.loop(self.work, board=None)
-        if loop.validation is None or loop.next_token is None:
-            return None
-        size = self.plan.at_once(loop.validation.shape[1])
-        return mean_loss(loop.model, loop.next_token, loop.validation, size, loop.matmuls)
+        return self.loop(self.work, board=None).validation_loss()
 
 
 def run_loop(loop: Loop) -> Outcome:
@@ -156,17 +152,17 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
         _train_before(session, rounds.rewind_step, early, files)
 
     def retrain(this: Round) -> None:
-        assert this.folder is not None
+        name = f"round-{this.number}"
         first, last, steps = rounds.span(this.number, plan.steps)
         loop = session.loop(
-            this.folder,
+            files.folder / name,
             plan=plan.model_copy(update={"steps": steps}),
-            board=None if session.board is None else session.board / f"round-{this.number}",
+            board=None if session.board is None else session.board / name,
             first_step=first,
             last_step=last,
             label=f"round {this.number} of {this.rounds}",
         )
-        files.keep(f"round-{this.number}", run_loop(loop), loop, this.sparsity)
+        files.keep(name, run_loop(loop), loop, this.sparsity)
 
     prune_in_rounds(adapted.model, adapted.opened, rounds, retrain, early, files.folder)
     names = ["dense"] if early is not None else []

@@ -360,16 +360,16 @@ def adapt(recipe: TrainRecipe, model: Any, masks: Masks, windows: Windows) -> Ad
     # Zeros elsewhere (experts that are stored in one tensor) stay unchanged.
     held = Masks({**Masks.of(model).kept, **opened})
     sparsity = Masks(opened).sparsity
+    hooks: tuple[Hook, ...] = ()
+    rounds = None
+    if recipe.gradual is not None:
+        gradual = _pruning(recipe.gradual, sparsity, windows, "gradual")
+        hooks = (GradualPruning(opened, Gradual(*gradual, recipe.gradual)),)
     if recipe.iterative is not None:
         how = recipe.iterative
         schedule, criterion = _pruning(how, sparsity, windows, "iterative")
         rounds = PruningRounds(schedule, how.rounds, criterion, how.rewind, how.rewind_step)
-        return Adapted(model, held, held, (), rounds, opened)
-    assert recipe.gradual is not None
-    hook = GradualPruning(
-        opened, Gradual(*_pruning(recipe.gradual, sparsity, windows, "gradual"), recipe.gradual)
-    )
-    return Adapted(model, held, held, (hook,), None, opened)
+    return Adapted(model, held, held, hooks, rounds, opened)
 
 
 def _layer_rates(model: Any, decay: float) -> dict[str, float]:
