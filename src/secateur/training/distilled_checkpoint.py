@@ -178,21 +178,6 @@ def _outside_embeddings(model: Any) -> frozenset[str]:
     return frozenset(
         name for name, p in named if id(p) not in outside and p.is_floating_point() and p.numel()
     )
-<<<<<<< HEAD
-=======
-
-
-def stored_choice(work: Path) -> int | None:
-    """The number of windows in a sweep that an earlier run has chosen; None if there is none."""
-    file = work / CHOICE
-    if not file.exists():
-        return None
-    return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
-
-
-def store_choice(work: Path, sweep_windows: int) -> None:
-    """Store the number of windows in a sweep, so that a resumed run keeps it."""
-    write_json(work / CHOICE, {"sweep_windows": sweep_windows})
 
 
 PREDICTIONS = "predictions.safetensors"
@@ -601,4 +586,3 @@ class _LayerOptimizer:
         if self.student.masks is not None:
             self.student.masks.check(self.student.model, self.optimizer)
         self.saved.save_state(self.parameters, self.optimizer, (), {"step": step})
->>>>>>> d2a364d6 (Training: text, memory and layer-wise distillation join what uses them)
