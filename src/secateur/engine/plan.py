@@ -132,13 +132,14 @@ class Budget:
         remedies: dict[str, None] = {}
         for phase, size in plan.phases.items():
             if size > (self.host if phase.on_host and self.host is not None else self.computing):
-                there = [
-                    x for x in plan.needs if phase in x.phases and x.bytes > NAMED_SHARE * size
-                ]
-                largest = sorted(there, key=lambda need: -need.bytes)[:NAMED_NEEDS]
-                parts = ", ".join(f"{need.text} {need.bytes / 2**30:.2f}" for need in largest)
+                needs = sorted(
+                    (x for x in plan.needs if phase in x.phases), key=lambda need: -need.bytes
+                )
+                large = [x for x in needs if x.bytes > NAMED_SHARE * size][:NAMED_NEEDS]
+                parts = ", ".join(f"{need.text} {need.bytes / 2**30:.2f}" for need in large)
                 what += f"; {phase.name} takes {size / 2**30:.2f} GiB, most of it: {parts}"
-                remedies |= {need.remedy: None for need in largest if need.remedy}
+                # also a small need, where the program itself takes most
+                remedies |= dict.fromkeys([x.remedy for x in needs if x.remedy][:NAMED_NEEDS])
         less = "; ".join(remedies)
         return MemoryBudgetError(what, remedy=f"{less}{less and '; or '}raise --max-memory")
 
