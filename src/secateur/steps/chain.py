@@ -46,7 +46,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out, step_of
 from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
@@ -105,7 +105,7 @@ class PlannedStep:
         with _named_step(self.number, self.verb):
             recipe = self.recipe.model_copy(update=values)
             if VERBS[self.verb].step:
-                carry_out(imported(VERBS[self.verb].step), recipe, progress, **call)
+                carry_out(step_of(self.verb), recipe, progress, **call)
             else:
                 imported(RUNS[self.verb])(recipe, progress, **call)
 

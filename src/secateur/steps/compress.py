@@ -64,8 +64,7 @@ from secateur.runtime.storage_plan import (
     make_plan,
 )
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
-from secateur.steps.prune import Prune
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
 MOST_CHOICES = 4
 """How often values are chosen within a bound on the loss, at most."""
@@ -383,7 +382,7 @@ def round_checkpoint(
             "trust_remote_code": recipe.trust_remote_code,
         },
     )
-    carry_out(Prune, run, progress, resume=True)
+    carry_out(step_of("prune"), run, progress, resume=True)
     return output
 
 

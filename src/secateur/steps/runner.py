@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
+from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
@@ -132,6 +133,12 @@ def carry_out(
     folder.keep_apart(values.model, *kind.reads(recipe))
     source = source_of(recipe, progress)
     return finish(kind.open(recipe, RunContext(folder, source, progress, meter, ranks)))
+
+
+def step_of(verb: str) -> type[Step[Any, Any]]:
+    """The step of a verb, for verbs that carry out others. Imports it only now."""
+    found: type[Step[Any, Any]] = imported(VERBS[verb].step)
+    return found
 
 
 def source_of(recipe: Any, progress: Progress) -> LocalCheckpoint:

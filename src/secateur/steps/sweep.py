@@ -59,8 +59,7 @@ from secateur.runs.records import (
 )
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.prune import Prune
-from secateur.steps.runner import carry_out, source_of
+from secateur.steps.runner import carry_out, source_of, step_of
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
@@ -394,7 +393,7 @@ class SweepRun:
         place = self.place(key)
         begun = place.with_name(place.name + ".partial")
         if begun.exists() or not place.exists():  # else it is pruned but not evaluated
-            carry_out(Prune, self.recipe_of(key), progress, resume=True)
+            carry_out(step_of("prune"), self.recipe_of(key), progress, resume=True)
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.record.dense.perplexity

@@ -37,8 +37,7 @@ from secateur.runtime.storage_plan import ChosenValues, PackableCheckpoint
 from secateur.steps.compress import BITS, output_errors, pack_model, round_checkpoint
 from secateur.steps.fitting.context import FitContext
 from secateur.steps.fitting.storage_formats import StorageFormat
-from secateur.steps.prune import Prune
-from secateur.steps.runner import carry_out
+from secateur.steps.runner import carry_out, step_of
 
 Formats = Mapping[str, StorageFormat]
 """How every linear is stored, by its name."""
@@ -106,7 +105,7 @@ def _prune(
         return source
     if not output.exists():
         recipe = build_recipe(PruneRecipe, {**options, **paths(context.recipe, source, output)})
-        carry_out(Prune, recipe, progress, resume=True)
+        carry_out(step_of("prune"), recipe, progress, resume=True)
     return output
 
 
