@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from secateur.advisor.results import AdviseResult
+from secateur.advisor.advise import AdviseResult
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar

@@ -19,7 +19,6 @@ from runtime.packed_models import packed_model, settled
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Sampling
-from secateur.serving.one_at_a_time import TransformersEngine
 from secateur.serving.scheduler import (
     BLOCK_TOKENS,
     PrefixCache,
@@ -27,6 +26,7 @@ from secateur.serving.scheduler import (
     Request,
     Scheduler,
     ServingJob,
+    TransformersEngine,
 )
 
 __all__ = ["settled"]

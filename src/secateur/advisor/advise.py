@@ -1,20 +1,36 @@
-"""Advises on a model without running it: prune, quantize, both, distil, or leave it."""
+"""Advises on a model without running it: prune, quantize, both, distil, or leave it.
+
+A dry run of `prune` for a cluster is planned here too.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
+from pydantic_core import to_jsonable_python
 
-from secateur.advisor.advice import AdviceQuestion, Requirements
-from secateur.advisor.capacity import Load, TokenTimes
-from secateur.advisor.cluster import Machines, PlannedModel, plan_cluster
-from secateur.advisor.facts import GIVEN, THIS_MACHINE, Facts, Hardware, read_facts
+from secateur.advisor.advice import Advice, AdviceQuestion, Considered, Requirements, nearest
+from secateur.advisor.capacity import GIB, Capacity, Load, TokenTimes
+from secateur.advisor.cluster import ClusterPlan, Machines, PlannedModel, plan_cluster
+from secateur.advisor.facts import (
+    ESTIMATED,
+    GIVEN,
+    MEASURED,
+    PUBLISHED,
+    THIS_MACHINE,
+    Estimate,
+    Facts,
+    Hardware,
+    read_facts,
+)
 from secateur.advisor.options import known_shape, options_for
-from secateur.advisor.results import AdviseResult, ClusterPlanResult
 from secateur.engine.prune.composition import method_of
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import time_tokens
 from secateur.models.hub import download_model, hub_name, kind_of_name
@@ -27,6 +43,7 @@ from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.verbs import imported
 from secateur.registry import did_you_mean
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
 from secateur.runs.output import check_writable
 
 FREE_SHARE = 0.8
@@ -176,3 +193,298 @@ def _full_name(gpu: str, facts: Facts) -> str:
     """The name of a GPU in the facts, of which the beginning is enough."""
     found = [name for name in facts.hardware if name.startswith(gpu)]
     return found[0] if len(found) == 1 else gpu
+
+
+SCHEMA = "secateur.advice/1"
+SHOWN = 8
+"""Options in the table; --json has all."""
+
+
+@dataclass(frozen=True, repr=False)
+class AdviseResult(Result):
+    """The advice, with every number behind it.
+
+    Attributes:
+        model: what the user named.
+        hardware: its name in the facts.
+        question: everything that the advice depends on.
+        advice: the options and the decision.
+        speed_basis: how times were found.
+        page: the HTML file; None if none was written.
+    """
+
+    model: str
+    hardware: str
+    question: AdviceQuestion
+    advice: Advice
+    speed_basis: str
+    page: Path | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """What was counted with."""
+        return self.question.facts
+
+    @property
+    def load(self) -> Load:
+        """Requests, tokens and latencies of the service."""
+        return self.question.need.load
+
+    @property
+    def nearest(self) -> tuple[str, ...]:
+        """Looser bounds that can be kept; empty if these can."""
+        if self.advice.chosen is not None:
+            return ()
+        return tuple(nearest(self.advice.considered, self.question.need))
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that make the chosen option; none if nothing is to be done."""
+        chosen = self.advice.chosen
+        return chosen.option.commands(self.model) if chosen else ()
+
+    @property
+    def exit_code(self) -> int:
+        """3 if nothing serves the load within the bounds."""
+        return 0 if self.advice.chosen else 3
+
+    def to_json(self) -> dict[str, Any]:
+        """All options with their numbers, and where each kind of number is from."""
+        advice = self.advice
+        record = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "parameters": advice.model.parameters,
+            "hardware": self.hardware,
+            "load": self.load,
+            "quality_loss": self.question.need.quality_loss,
+            "gpu_hours": self.question.need.gpu_hours,
+            "verdict": advice.verdict,
+            "filled": advice.filled,
+            "hosted": advice.hosted,
+            "elsewhere": advice.elsewhere,
+            "chosen": advice.chosen.option.name if advice.chosen else None,
+            "nearest": self.nearest,
+            "commands": self.commands,
+            "paid_back_months": advice.paid_back_months,
+            "measure_first": [row.option.name for row in advice.cheaper],
+            "options": [self.row_json(row) for row in advice.considered],
+            "apis": advice.apis,
+            "basis": {
+                "times": self.speed_basis,
+                "memory": f"{ESTIMATED}: secateur/advisor/capacity.py",
+                "prices": self.price_origin(),
+                "facts_date": self.facts.date.isoformat(),
+            },
+            "question": self.question.to_json(),
+            "page": self.page,
+        }
+        return cast("dict[str, Any]", to_jsonable_python(record))
+
+    @classmethod
+    def read(cls, file: Path) -> AdviseResult:
+        """The result in a file that `secateur advise --json` wrote. The advice is computed again.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another release.
+        """
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["schema"] != SCHEMA:
+                raise ValueError(f"the schema is {record['schema']!r}, not {SCHEMA!r}")
+            question = AdviceQuestion.from_json(record["question"])
+            basis = record["basis"]["times"]
+            return cls(record["model"], record["hardware"], question, question.answer(), basis)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"no advice of this release: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="write it again with `secateur advise MODEL --json`",
+            ) from error
+
+    def row_json(self, row: Considered) -> dict[str, Any]:
+        """The numbers of one option."""
+        record: dict[str, Any] = {
+            "option": row.option.name,
+            "refused": row.refused,
+            "safe": row.safe,
+            "accuracy_kept": row.kept,
+            "accuracy_sources": row.option.sources(self.facts),
+            "making": row.making,
+            "commands": row.option.commands(self.model),
+        }
+        if isinstance(row.capacity, Capacity):
+            record["capacity"] = row.capacity
+        return record if row.cost is None else {**record, "cost_usd": row.cost}
+
+    def blocks(self) -> Sequence[Block]:
+        """The verdict, the options, the hosted models, and where the numbers are from."""
+        advice, load = self.advice, self.load
+        rate = f"{load.requests_per_day:,.0f} requests a day of {load.prompt_tokens} + "
+        rate += f"{load.new_tokens} tokens"
+        title = f"{self.model} ({advice.model.parameters / 1e9:.2f} B) on {advice.device.name}, "
+        fit = [row for row in advice.considered if not row.refused][:SHOWN]
+        rows = [self.row(row) for row in fit]
+        styles = [
+            "bold green" if row is advice.chosen else "" if row.safe else "yellow" for row in fit
+        ]
+        columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
+        blocks: list[Block] = [Line(advice.verdict, "bold")]
+        blocks += [Line(f"nearest: {line}") for line in self.nearest]
+        if rows:
+            blocks.append(Table.of(title + rate, columns, rows, styles=styles))
+        blocks += [Line(line, "dim") for line in [*self.legend(), *self.refused()]]
+        blocks += [*self.recipe(), *self.hosted(), *(Line(x, "dim") for x in self.origins())]
+        return blocks if self.page is None else [*blocks, Line(f"page: {self.page}")]
+
+    def notes(self) -> list[str]:
+        """What the numbers mean, why options are out, and where numbers are from."""
+        return [*self.legend(), *self.refused(), *self.origins()]
+
+    def row(self, row: Considered) -> tuple[str, ...]:
+        """The cells of an option."""
+        found, cost = row.capacity, row.cost
+        assert isinstance(found, Capacity)
+        assert cost is not None
+        low, high = row.kept
+        mark = "*\u00a0" if row is self.advice.chosen else "" if row.safe else "?\u00a0"
+        return (
+            mark + row.option.name,
+            f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
+            f"{found.memory.total / GIB:.3g} GiB",
+            f"{found.devices.typical:.0f}",
+            f"{found.step.typical * 1e3:.1f}",
+            f"{cost.month.typical:,.0f}",
+            f"{cost.million_tokens.typical:.3g}",
+        )
+
+    def legend(self) -> list[str]:
+        """What the marks and columns of the table of options mean."""
+        shown = [row.capacity for row in self.advice.considered if not row.refused][:SHOWN]
+        sizes = sorted({one.batch for one in shown if isinstance(one, Capacity)})
+        if not sizes:
+            return []
+        batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        return [
+            "*: advised. ?: may break your limit on accuracy: measure its loss first.",
+            f"Memory of a copy and ms/token at the batch size that this load needs ({batch}). "
+            "USD/M: for a million tokens. Ranges: --json",
+        ]
+
+    def refused(self) -> list[str]:
+        """Why options are out, one line each for the plain ones."""
+        plain = [row for row in self.advice.considered if row.refused and row.option.changed <= 1]
+        return [f"{row.option.name}: {row.refused}" for row in plain]
+
+    def recipe(self) -> list[Block]:
+        """The commands of the chosen option."""
+        chosen = self.advice.chosen
+        if chosen is None or not self.commands:
+            return []
+        making = chosen.making
+        cost = f"{_ranged(making.gpu_hours, ',.1f')} GPU hours, {_ranged(making.usd, ',.0f')} USD"
+        lines = [Line(f"  {command}") for command in self.commands]
+        lines.append(Line(f"  takes about {cost} ({making.formula})"))
+        months = self.advice.paid_back_months
+        if months:
+            lines.append(Line(f"  paid back after {months:.2g} months"))
+        return [Line("recipe:", "bold"), *lines]
+
+    def hosted(self) -> list[Block]:
+        """Hosted models under the same load."""
+        rows = [
+            (
+                api.name,
+                f"{api.month:,.0f}",
+                "never" if api.requests_per_day is None else f"{api.requests_per_day:,.0f}",
+            )
+            for api in self.advice.apis
+        ]
+        if not rows:
+            return []
+        columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
+        return [Table.of("", columns, rows)]
+
+    def format_cache(self) -> str:
+        """What one sequence of the load keeps, and in which layers."""
+        model, tokens = self.advice.model, self.load.context
+        kinds = [(kind.layers, kind.cache) for kind in model.kinds]
+        counts = {
+            "all tokens": sum(n for n, one in kinds if one.values and one.window is None),
+            "a window": sum(n for n, one in kinds if one.values and one.window is not None),
+            "a state": sum(n for n, one in kinds if one.state_bytes and not one.values),
+            "nothing": sum(n for n, one in kinds if not one.values and not one.state_bytes),
+        }
+        layers = ", ".join(f"{count:g} keep {what}" for what, count in counts.items() if count)
+        held = model.cache_bytes(tokens) / 2**20
+        return f"cache of {tokens} tokens in bfloat16: {held:,.1f} MiB ({layers})"
+
+    def price_origin(self) -> str:
+        """Where the price of the device is from."""
+        source = self.advice.device.price_source
+        return source if source == GIVEN else f"{PUBLISHED}; {source}"
+
+    def origins(self) -> list[str]:
+        """Where each kind of number is from."""
+        device, chosen = self.advice.device, self.advice.chosen
+        sources = chosen.option.sources(self.facts) if chosen else ()
+        times = ESTIMATED if self.question.times is None else MEASURED
+        return [
+            f"times: {times}; {self.speed_basis}",
+            f"memory: {ESTIMATED}; formula in docs/advise.md; {self.format_cache()}",
+            f"price of {device.usd_per_hour[1]:g} USD an hour ({device.usd_per_hour[0]:g} to "
+            f"{device.usd_per_hour[2]:g}): {self.price_origin()}",
+            *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
+            f"facts of {self.facts.date}; replace any with --facts FILE",
+        ]
+
+
+def _ranged(value: Estimate, form: str) -> str:
+    """A number with its range."""
+    if value.low == value.high:
+        return format(value.typical, form)
+    return f"{value.typical:{form}} ({value.low:{form}} to {value.high:{form}})"
+
+
+@dataclass(frozen=True, repr=False)
+class ClusterPlanResult(Result):
+    """The time, memory and traffic that a pruning run on a cluster would need, on paper.
+
+    Attributes:
+        model: the model.
+        hardware: what a GPU is.
+        plan: the figures.
+    """
+
+    model: str
+    hardware: str
+    plan: ClusterPlan
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**super().to_json(), "seconds": to_jsonable_python(self.plan.seconds)}
+
+    def blocks(self) -> Sequence[Block]:
+        """A table of phases, one of memory, and what the figures are."""
+        rows = [
+            (
+                phase.name,
+                time_range(phase.seconds.low, phase.seconds.high),
+                binary_size(round(phase.sent_bytes)) if phase.sent_bytes else "",
+                binary_size(round(phase.read_bytes)) if phase.read_bytes else "",
+            )
+            for phase in self.plan.phases
+        ]
+        total = self.plan.seconds
+        rows.append(("all", time_range(total.low, total.high), "", ""))
+        title = f"{self.model} in {self.plan.ranks} processes on {self.hardware}"
+        columns = ("phase", "time", "each process sends", "each machine reads")
+        memory = [
+            ("memory of each GPU", binary_size(round(self.plan.device_bytes))),
+            ("host memory of each process", binary_size(round(self.plan.host_bytes))),
+        ]
+        return [
+            Table.of(title, columns, rows),
+            Table.facts("", memory),
+            Line("estimated from data sheets by the formulas in docs/machines.md; nothing was run"),
+        ]

@@ -269,21 +269,6 @@ def prune_needs(
     return (*needs, *(Need(name, sizes[name], *row) for name, row in table.items()))
 
 
-def distillation_plan(target: Target, window: Tensor, tasks: Tasks) -> Plan:
-    """Plan a distillation with both whole models in memory.
-
-    Args:
-        target: the dense model, with its layers on the meta device.
-        window: one window.
-        tasks: the tasks of the linears in the smaller model; empty if it has no grids.
-    """
-    memory = distilling_bytes(target, window) + _on_grid_bytes(tasks)
-    loading = _model_bytes(target)
-    sizes = Counter(process=resident_bytes(), distilling=memory, loading=loading)
-    on_gpu = target.device.type == "cuda"
-    return Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
-
-
 def choose_sweeps(
     options: Distill,
     dense: Target,
@@ -306,7 +291,10 @@ def choose_sweeps(
     """
     if options.sweep_windows is not None or not options.epochs:
         return options.sweep_windows or 0
-    plan = distillation_plan(dense, windows[:1], tasks)
+    size = distilling_bytes(dense, windows[:1]) + _on_grid_bytes(tasks)
+    sizes = Counter(process=resident_bytes(), distilling=size)
+    on_gpu = dense.device.type == "cuda"
+    plan = Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
     budget = memory_budget(max_memory, dense.device, sharing)
     if budget.shortage(plan) is None:
         return 0

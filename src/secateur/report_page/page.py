@@ -17,9 +17,9 @@ from typing import Any
 
 from secateur.advisor import advice, capacity
 from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD, AdviceQuestion
+from secateur.advisor.advise import AdviseResult
 from secateur.advisor.facts import Estimate
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
-from secateur.advisor.results import AdviseResult
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape

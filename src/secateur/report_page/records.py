@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from secateur.advisor.results import AdviseResult
+from secateur.advisor.advise import AdviseResult
 from secateur.errors import CheckpointError, SourceError
 from secateur.reporting.cards import shown_place, source_name, without_folders
 from secateur.reporting.fit import FitResult

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from secateur.advisor.results import AdviseResult
+from secateur.advisor.advise import AdviseResult
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.progress import Progress
 from secateur.recipes.measure import ReportRecipe

@@ -19,12 +19,11 @@ from secateur.recipes.options import bytes_of
 from secateur.runtime.decode import SlotDecoder, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
-from secateur.serving.one_at_a_time import TransformersEngine
-from secateur.serving.scheduler import Engine, PrefixCache, Scheduler
+from secateur.serving.scheduler import Engine, PrefixCache, Scheduler, TransformersEngine
 from secateur.serving.service import Service, Worker
 
 if TYPE_CHECKING:
-    from secateur.serving.http.server import StoppableServer
+    from secateur.serving.http.app import StoppableServer
 
 KEY_VARIABLE = "SECATEUR_API_KEY"
 """Environment variable with the key, which other users of the machine cannot read."""
@@ -74,8 +73,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
         SecateurError: the model cannot be loaded, the port is taken, or a package is missing.
     """
     try:
-        from secateur.serving.http.app import application
-        from secateur.serving.http.server import StoppableServer, listening_socket
+        from secateur.serving.http.app import StoppableServer, application, listening_socket
     except ImportError as error:
         raise RecipeError(
             f"the server needs packages that are not installed: {error}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from secateur.serving.http.errors import ApiError
+from secateur.serving.http.requests import ApiError
 from secateur.serving.scheduler import Scheduler
 
 OPEN = ("/", "/health", "/metrics")

@@ -1,4 +1,7 @@
-"""What a client may ask: the bodies of requests, checked, with our own words for what is wrong."""
+"""What a client may ask: the bodies of requests, checked, with our own words for what is wrong.
+
+Errors have the shape of OpenAI's API.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from secateur.runtime.sampling import MAX_SEED
-from secateur.serving.http.errors import ApiError, bad_request
+from secateur.runtime.sampling import MAX_SEED, Sampling
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_CHOICES = 1024
@@ -212,20 +215,12 @@ class SamplingRequest(BaseModel, ABC):
 
     def sampling(self) -> dict[str, Any]:
         """The options of the draw that are given; `top_k` below 1 means all tokens."""
-        names = (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        )
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        options = self.model_dump(include={field.name for field in fields(Sampling)})
+        given = {name: value for name, value in options.items() if value is not None}
         if given.get("top_k", 1) < 1:
             given["top_k"] = None
-        if self.seed is not None:
-            given["seed"] = self.seed % (MAX_SEED + 1)
+        if "seed" in given:
+            given["seed"] %= MAX_SEED + 1
         return given
 
 
@@ -456,3 +451,60 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     }
     said = WORDS.get(first["type"], "is not valid").format(**bounds)
     return bad_request(f"{param} {said}; it is {shown(first['input'])}", param)
+
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""The `type` of an error by its status; `server_error` for the others."""
+
+RETRY_SECONDS = 1
+"""What `Retry-After` says to clients that came at a bad moment."""
+
+
+class ApiError(Exception):
+    """A request that is not answered.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong, for a person.
+        param: the parameter that is wrong.
+        code: a word for programs.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of an answer."""
+        kind = KINDS.get(self.status, "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def event(self) -> bytes:
+        """The same in a stream that has begun."""
+        return b"data: " + json.dumps(self.body()).encode() + b"\n\n"
+
+    def response(self) -> Response:
+        """The answer."""
+        headers = {}
+        if self.status in (429, 503):
+            headers["Retry-After"] = str(RETRY_SECONDS)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that has to be changed."""
+    return ApiError(400, message, param=param, code=code)

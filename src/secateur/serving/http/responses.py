@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from secateur.serving.http.errors import ApiError
 from secateur.serving.http.middleware import Metrics
+from secateur.serving.http.requests import ApiError
 from secateur.serving.service import Answer, End, Piece, TokenChance, Worker
 
 DONE = b"data: [DONE]\n\n"
