@@ -17,14 +17,17 @@ from oracles import depth as oracle
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator
 from secateur.engine.search.depth import (
     DepthSettings,
+    DepthUnit,
     Dropped,
+    DropSpace,
     SubBlocks,
     angular_distances,
     choose_depth,
+    greedy,
     influences,
+    lowest,
     space_of,
 )
-from secateur.engine.search.depth_space import DepthUnit, DropSpace, greedy, lowest
 from secateur.engine.stream import embedding_and_head as stream_ends
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget

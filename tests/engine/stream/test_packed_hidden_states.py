@@ -15,8 +15,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import secateur
 from secateur.engine.prune.run import CalibratedLayerPass
-from secateur.engine.search.depth import influences
-from secateur.engine.search.depth_space import WHOLE, DepthUnit
+from secateur.engine.search.depth import WHOLE, DepthUnit, influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import PackedHiddenStates, Shared, call_layer
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import Gathering
+from secateur.calibration.statistics import ForwardSource, Gathering
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.tasks import (
@@ -51,6 +51,9 @@ from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
+
+Linears = Mapping[str, Linear]
+"""The linears of a decoder layer, by their names in it."""
 
 
 def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
@@ -81,26 +84,11 @@ def _plain(task: LinearTask, share: float) -> float:
     return asked if pattern.pruned(shape, asked) == pattern.pruned(shape, share) else share
 
 
-def _needed_statistics(tasks: Tasks, allocation: Allocation) -> frozenset[str]:
-    """The statistics of inputs that an allocation needs."""
-    names = set(allocation.requires)
-    for task in tasks.values():
-        if "score" in allocation.uses:
-            names |= task.method.score.requires
-        if "solver" in allocation.uses:
-            names |= task.method.requires
-    return Gathering.of(names).forward
-
-
-def _first_missing(files: Sequence[Path]) -> int:
-    """The number of the first file that does not exist; their number if all do."""
-    return next((i for i, file in enumerate(files) if not file.exists()), len(files))
-
-
+@dataclass(frozen=True)
 class Survey:
     """One pass through the whole dense model, layer by layer, for an allocation.
 
-    Args:
+    Attributes:
         target: the model.
         tasks: the tasks of the linears before the allocation.
         calibration: the calibration stream; None without calibration.
@@ -108,16 +96,11 @@ class Survey:
         progress: receives every step.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        tasks: Tasks,
-        calibration: CalibrationStream | None,
-        settings: Settings,
-        progress: Progress,
-    ) -> None:
-        self.target, self.tasks, self.calibration = target, tasks, calibration
-        self.settings, self.progress = settings, progress
+    target: Target
+    tasks: Tasks
+    calibration: CalibrationStream | None
+    settings: Settings
+    progress: Progress
 
     @property
     def work(self) -> Path:
@@ -130,22 +113,27 @@ class Survey:
         """Pass every layer to the allocation. Return one file for each layer."""
         count = len(self.target.layers)
         files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
-        names = _needed_statistics(self.tasks, allocation)
-        start = self.settings.ranks.once(lambda: _first_missing(files))
+        needed = set(allocation.requires)
+        for task in self.tasks.values():
+            needed |= task.method.score.requires if "score" in allocation.uses else set()
+            needed |= task.method.requires if "solver" in allocation.uses else set()
+        names, ranks = Gathering.of(needed).forward, self.settings.ranks
+        # the first file that does not exist
+        start = ranks.once(lambda: next((i for i, x in enumerate(files) if not x.exists()), count))
         if start == count:
             return files
         calibration = self.calibration if names else None
         if calibration is not None:
             start = calibration.open(start, dense=False)
-        steps = len(calibration.batches()) if calibration is not None else 1
+            walk, steps = calibration.walk(start), len(calibration.batches())
+        else:
+            walk, steps = walk_layers(self.target, range(start, count)), 1
         self.progress.start("allocation: dense model", steps * (count - start))
-        walk = (
-            calibration.walk(start)
-            if calibration
-            else walk_layers(self.target, range(start, count))
-        )
         for index, layer in walk:
-            self._observe(index, layer, allocation, grains, names, files[index])
+            linears = linears_of(layer, self.target.architecture.layer_name(index))
+            shared = self.gathered(index, layer, linears, names) if names else {}
+            view_of = partial(LayerView, self, index, linears, shared, grains)
+            ranks.once(partial(_observe, allocation, view_of, files[index]))
             if calibration is None:
                 self.progress.step(note=f"layer {index}")
         self.progress.finish()
@@ -153,31 +141,8 @@ class Survey:
             calibration.close()
         return files
 
-    def _observe(
-        self,
-        index: int,
-        layer: nn.Module,
-        allocation: Allocation,
-        grains: Mapping[str, Granularity],
-        names: frozenset[str],
-        file: Path,
-    ) -> None:
-        """Pass calibration through one dense layer, and write the values for the allocation."""
-        linears = linears_of(layer, self.target.architecture.layer_name(index))
-        shared = self.gathered(index, layer, linears, names) if names else {}
-
-        def keep() -> None:
-            if file.exists():
-                return
-            view = self.view(index, linears, shared, grains)
-            refuse_unreached(view.unreached)
-            kept = allocation.observe(view)
-            write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
-
-        self.settings.ranks.once(keep)
-
     def gathered(
-        self, index: int, layer: nn.Module, linears: Mapping[str, Linear], names: frozenset[str]
+        self, index: int, layer: nn.Module, linears: Linears, names: Mapping[str, ForwardSource]
     ) -> dict[str, GroupStatistics]:
         """Pass calibration through a dense layer. Return the statistics of each linear's input."""
         assert self.calibration is not None
@@ -197,52 +162,34 @@ class Survey:
             for linear in group
         }
 
-    def view(
-        self,
-        index: int,
-        linears: Mapping[str, Linear],
-        shared: Mapping[str, GroupStatistics],
-        grains: Mapping[str, Granularity],
-    ) -> LayerView:
-        """The view of the layer for an allocation."""
-        names = gathering(self.tasks).backward
-        own = stored_gradients(self.settings.work, index, names, self.target.device)
-        of_expert = self.target.architecture.of_expert
-        reached = {
-            x.name: not of_expert(x.name)
-            or is_reached(shared[x.name].tokens if x.name in shared else None, own(x))
-            for x in linears.values()
-        }
-        return LayerView(list(linears.values()), self.tasks, shared, own, grains, reached)
-
 
 class LayerView:
     """The view of one dense decoder layer for an allocation (`allocation.DenseLayer`).
 
     Args:
-        linears: linears of the layer.
-        tasks: tasks of the run.
+        survey: gives the tasks of the run.
+        index: number of the layer.
+        linears: its linears.
         shared: the statistics of each linear's input, by name.
-        own: returns the statistics of a linear's gradients.
         grains: grains of the competing linears.
-        reached: whether calibration reached each linear.
     """
 
     def __init__(
         self,
-        linears: Sequence[Linear],
-        tasks: Tasks,
+        survey: Survey,
+        index: int,
+        linears: Linears,
         shared: Mapping[str, GroupStatistics],
-        own: Callable[[Linear], Mapping[str, Tensor]],
         grains: Mapping[str, Granularity],
-        reached: Mapping[str, bool],
     ) -> None:
-        self.tasks, self.grains = tasks, grains
-        self.linears = {linear.name: linear for linear in linears}
+        self.tasks, self.grains = survey.tasks, grains
+        of_expert = survey.target.architecture.of_expert
+        names = gathering(self.tasks).backward
+        own = stored_gradients(survey.settings.work, index, names, survey.target.device)
+        self.linears = {linear.name: linear for linear in linears.values()}
         self.weights = {n: x.weight for n, x in self.linears.items() if n in grains}
-        self.fixed = {
-            n: tasks[n].sparsity for n in self.linears if n not in grains and tasks[n].sparsity > 0
-        }
+        sparsities = {n: self.tasks[n].sparsity for n in self.linears if n not in grains}
+        self.fixed = {n: sparsity for n, sparsity in sparsities.items() if sparsity > 0}
         values = {id(s): s.value() for s in shared.values()}
         self.group = {name: id(statistics) for name, statistics in shared.items()}
         self.tokens = {name: statistics.tokens for name, statistics in shared.items()}
@@ -256,7 +203,11 @@ class LayerView:
             for name, linear in self.linears.items()
         }
         self.prepared: tuple[int, Any] | None = None
-        self.unreached = [name for name in self.weights if not reached[name]]
+        self.unreached = [
+            name
+            for name in filter(of_expert, self.weights)
+            if not is_reached(self.tokens.get(name), own(self.linears[name]))
+        ]
 
     def score(self, name: str) -> Tensor:
         """The scores of the pattern's units, by the score of the linear's task."""
@@ -277,6 +228,16 @@ class LayerView:
         known = self.statistics[name]
         solution = task.method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
+
+
+def _observe(allocation: Allocation, view_of: Callable[[], LayerView], file: Path) -> None:
+    """Write what an allocation keeps of a layer, unless an earlier run has."""
+    if file.exists():
+        return
+    view = view_of()
+    refuse_unreached(view.unreached)
+    kept = allocation.observe(view)
+    write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
 
 
 @dataclass(frozen=True)
@@ -316,26 +277,21 @@ def search_levels(
     file = survey.work / "search.jsonl"
     fitness = variants.fitness("divergence", tokens, file, survey.progress)
     survey.progress.start("allocation: search", search.generations + 1)
-    informed = search.informed(_stored_errors(files), rungs)
+    errors: dict[str, float] = {}  # at the targets, without reading the weights in the same files
+    for path in files:
+        with safe_open(path, "pt") as stored_layer:
+            found = [key for key in stored_layer.keys() if key.endswith("/error")]  # noqa: SIM118
+            names = [key.removesuffix("/error") for key in found]
+            errors |= {n: float(stored_layer.get_tensor(f"{n}/error")) for n in names}
+    informed = search.informed(errors, rungs)
     for leader in search.climb(list(rungs.values()), informed, fitness):
-        found = leader
+        best = leader
         survey.progress.step()
     survey.progress.finish()
     (uniform,) = fitness([(0,) * len(rungs)], tokens, 0)
-    levels = zip(rungs.items(), found.candidate, strict=True)
+    levels = zip(rungs.items(), best.candidate, strict=True)
     sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}
-    return FoundLevels(sparsity_of, found.fitness, uniform)
-
-
-def _stored_errors(files: Sequence[Path]) -> dict[str, float]:
-    """The error of every linear at its target, without reading the weights in the same file."""
-    errors = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                if key.endswith("/error"):
-                    errors[key.removesuffix("/error")] = float(file.get_tensor(key))
-    return errors
+    return FoundLevels(sparsity_of, best.fitness, uniform)
 
 
 class LevelVariants(WeightVariants):
@@ -393,36 +349,27 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
     settled, ranks = settled_allocation(survey.work), survey.settings.ranks
     if not ranks.once(settled.exists):
         files = survey.execute(allocation, grains)
-        ranks.once(lambda: _settle_into(settled, survey, allocation, grains, files, sparsity))
+
+        def settle_all() -> None:
+            found: dict[str, Any] = {}
+            if allocation.judged_tokens:
+                levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
+                ideal = levels.sparsity_of
+                found = {
+                    "divergence": levels.divergence,
+                    "uniform_divergence": levels.uniform_divergence,
+                }
+            else:
+                ideal = allocation.allocate(partial(stored, files), grains, sparsity)
+            shares = settle(ideal, grains).items()
+            sparsity_of = {name: _plain(survey.tasks[name], share) for name, share in shares}
+            write_json(settled, {"sparsity_of": sparsity_of, **found})
+            for file in files:
+                file.unlink()
+
+        ranks.once(settle_all)
     found = ranks.once(lambda: json.loads(settled.read_text()))
     return with_sparsities(survey.tasks, found["sparsity_of"])
-
-
-def _settle_into(
-    settled: Path,
-    survey: Survey,
-    allocation: Allocation,
-    grains: dict[str, Granularity],
-    files: list[Path],
-    sparsity: float,
-) -> None:
-    """Write the sparsity of every linear into a file, from what the survey has stored."""
-    found: dict[str, Any] = {}
-    if allocation.judged_tokens:
-        levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
-        ideal = levels.sparsity_of
-        found = {
-            "divergence": levels.divergence,
-            "uniform_divergence": levels.uniform_divergence,
-        }
-    else:
-        ideal = allocation.allocate(partial(stored, files), grains, sparsity)
-    shares = {
-        name: _plain(survey.tasks[name], share) for name, share in settle(ideal, grains).items()
-    }
-    write_json(settled, {"sparsity_of": shares, **found})
-    for file in files:
-        file.unlink()
 
 
 def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
