@@ -291,8 +291,11 @@ def choose_sweeps(
     """
     if options.sweep_windows is not None or not options.epochs:
         return options.sweep_windows or 0
-    size = distilling_bytes(dense, windows[:1]) + _on_grid_bytes(tasks)
-    sizes = Counter(process=resident_bytes(), distilling=size)
+    sizes = Counter(
+        process=resident_bytes(),
+        distilling=distilling_bytes(dense, windows[:1]) + _on_grid_bytes(tasks),
+        loading=_model_bytes(dense),
+    )
     on_gpu = dense.device.type == "cuda"
     plan = Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
     budget = memory_budget(max_memory, dense.device, sharing)
