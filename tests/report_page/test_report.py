@@ -398,6 +398,18 @@ def test_real_runs(tmp_path: Path) -> None:
     assert "method: sparsegpt" in page.text
 
 
+def test_the_card_shows_the_charts(tmp_path: Path) -> None:
+    run = write_full_run(tmp_path / "run")
+    page_of(tmp_path, run, plots=True, card=tmp_path / "CARD.md")
+    card = (tmp_path / "CARD.md").read_text()
+    shown = re.findall(r"!\[([^]]+)\]\(<([^>]+\.svg)>\)", card)
+    assert ("Size of the weight files", "report-plots/size.svg") in shown
+    assert len(shown) == 6
+    assert all((tmp_path / file).is_file() for _, file in shown)
+    page_of(tmp_path, run, card=tmp_path / "CARD.md")
+    assert ".svg" not in (tmp_path / "CARD.md").read_text()
+
+
 def test_every_chart_is_a_file_too(tmp_path: Path) -> None:
     page = page_of(
         tmp_path, write_full_run(tmp_path / "run"), write_sweep(tmp_path / "curves"), plots=True

@@ -24,8 +24,8 @@ from torch import Tensor
 from secateur.errors import ArchitectureError
 from secateur.exporting import Exported, ExportSource, missing_extra, targets
 from secateur.exporting.folder import copy_the_rest
-from secateur.models.checkpoint import ShardWriter
-from secateur.progress import Progress, each_step
+from secateur.models.copies import write_dense
+from secateur.progress import Progress
 
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")
 OPTIONS = MappingProxyType({"fp32": (), "int8": SYMMETRIC, "int4": SYMMETRIC})
@@ -61,22 +61,12 @@ class ONNX:
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             dense = Path(scratch) / "dense"
             dense.mkdir()
-            _write_dense(source, dense, progress)
+            copy_the_rest(source, {}, dense)  # the builder loads it whatever the source is
+            write_dense(source.reader, dense, progress)
             _build(dense, output, type, Path(scratch))
         made = _counted(source, output / "model.onnx", progress)
         made.file_bytes = sum(file.stat().st_size for file in output.iterdir())
         return made
-
-
-def _write_dense(source: ExportSource, folder: Path, progress: Progress) -> None:
-    """Write an ordinary folder, which the builder can load whatever the source is."""
-    copy_the_rest(source, {}, folder)
-    entries = source.reader.entries
-    known = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    with ShardWriter(folder / "model.safetensors", known, [], {"format": "pt"}) as writer:
-        for name in each_step(progress, "unpacking", known):
-            writer.write(name, source.reader.read(name))
-        writer.close({"format": "pt"})
 
 
 def _build(dense: Path, output: Path, type: str, scratch: Path) -> None:

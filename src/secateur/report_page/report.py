@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,8 @@ def report(
         runs: run folders, compressed or not; folders of sweeps and fits; JSON files of advice.
         output: the HTML file.
         plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
-        card: also write the model card of the only run, with all its measurements, to this file.
+        card: also write the model card of the only run, with all its measurements, to this file;
+            with `plots` it shows the charts.
 
     Raises:
         SecateurError: a place is none of these, a file in it is damaged, or `card` is given
@@ -51,7 +53,8 @@ def report(
     write_page(records, page)
     written = _save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
     if card is not None:
-        Path(card).write_text(_card_text(records.runs[0]), encoding="utf-8")
+        pictures = _pictures(records, written, Path(card).parent)
+        Path(card).write_text(_card_text(records.runs[0], pictures), encoding="utf-8")
     return ReportResult(page, written, Path(card) if card is not None else None)
 
 
@@ -82,10 +85,21 @@ def _save_all_plots(records: Records, folder: Path) -> list[Path]:
     return files
 
 
-def _card_text(run: ReportedRun) -> str:
+def _pictures(records: Records, written: Sequence[Path], folder: Path) -> str:
+    """The section of a card in a folder that shows the written charts; empty without any."""
+    files = [os.path.relpath(file, folder) for file in written if file.suffix == ".svg"]
+    shown = [
+        f"![{chart.title}](<{Path(file).as_posix()}>)"
+        for chart, file in zip(all_figures(records), files, strict=False)
+    ]
+    return "\n\n".join(["## Charts", *shown]) if shown else ""
+
+
+def _card_text(run: ReportedRun, pictures: str) -> str:
     """Write the model card of a run with all its measurements."""
     written = run.folder / "README.md"
-    dense = prune_card(run.manifest, run.recipe, run.folder, run.folder, evidence(run))
+    sections = "\n\n".join(filter(None, (evidence(run), pictures)))
+    dense = prune_card(run.manifest, run.recipe, run.folder, run.folder, sections)
     if run.compression is None or not written.is_file():
         return dense
     return with_dense_card(written.read_text(encoding="utf-8"), dense)

@@ -320,6 +320,9 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
     from huggingface_hub import ModelCardData
 
     known = _source_card(folder)
+    earlier = known.get("tags") or []
+    if OURS not in earlier:  # they describe another model
+        earlier = []
     sample = MODELS.get(source.name) if source.kind == "sample" else None
     base = known.get("base_model")  # the source folder was itself made from another model
     if source.kind == "hub":
@@ -334,7 +337,7 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
         language=known.get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*_earlier_tags(known), *tags, OURS])),
+        tags=list(dict.fromkeys([*earlier, *tags, OURS])),
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -348,12 +351,6 @@ def inherited_front_matter(source: Source, folder: Path) -> str:
     """
     front, _ = split_card(_read_card(folder))
     return front if front and source.kind == "folder" else front_matter(source, folder, ())
-
-
-def _earlier_tags(card: Mapping[str, Any]) -> list[str]:
-    """The tags of a card written by secateur. Tags of other cards describe another model."""
-    tags = card.get("tags") or []
-    return [*tags] if OURS in tags else []
 
 
 def _source_card(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from secateur.errors import RecipeError
 from secateur.reporting.tables import percent
 
 
@@ -288,7 +290,12 @@ def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
 
     Returns:
         The written files.
+
+    Raises:
+        RecipeError: matplotlib is not installed.
     """
+    if find_spec("matplotlib") is None:
+        raise RecipeError("charts need matplotlib", remedy="pip install matplotlib")
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     with _style({"svg.hashsalt": "secateur"}):
         figure, _ = _draw(charts, titles=True)

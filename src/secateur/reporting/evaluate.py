@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from secateur.reporting.tables import (
     with_error,
     without_blank_lines,
 )
-from secateur.runs.records import Bench, TimingEntry
+from secateur.runs.records import Bench
 from secateur.runs.records.measured import (
     DivergenceRecord,
     EvaluationRecord,
@@ -294,7 +294,18 @@ class BenchResult(Result):
     def blocks(self) -> Sequence[Block]:
         """A row for each contender that ran, then sizes, verdict and protocol."""
         p = self.protocol
-        rows = [_timing_row(x) for x in self.record.contenders if x.failure is None]
+        rows = [
+            (
+                x.contender,
+                f"{x.tokens_per_second:.1f}",
+                f"{x.tokens_per_second_least:.1f} to {x.tokens_per_second_most:.1f}",
+                f"{1e3 * (x.first_token_seconds or 0):.0f} ms",
+                f"{x.prompt_tokens_per_second:.0f}",
+                binary_size(x.resident_bytes or 0),
+            )
+            for x in self.record.contenders
+            if x.failure is None
+        ]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
         return [
             Table.of(self.model, columns, rows),
@@ -309,18 +320,6 @@ class BenchResult(Result):
                 f"{p['rounds']} rounds in turns"
             ),
         ]
-
-
-def _timing_row(timing: TimingEntry) -> tuple[str, ...]:
-    """The table row of one contender that ran."""
-    return (
-        timing.contender,
-        f"{timing.tokens_per_second:.1f}",
-        f"{timing.tokens_per_second_least:.1f} to {timing.tokens_per_second_most:.1f}",
-        f"{1e3 * (timing.first_token_seconds or 0):.0f} ms",
-        f"{timing.prompt_tokens_per_second:.0f}",
-        binary_size(timing.resident_bytes or 0),
-    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -348,10 +347,6 @@ class GenerateResult(Result):
     tokens_per_second: float | None
     loop: str
     chat: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
     @property
     def account(self) -> str:

@@ -217,8 +217,19 @@ class PruneResult(Result):
         return [Table.facts("pruned", facts), *after_a_dense_folder(self.output, self.sparsity)]
 
 
+class _WrittenModel(Result):
+    """A folder and its record."""
+
+    manifest: Manifest | Training
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder and the record."""
+        return {"output": str(self.output), **self.manifest.to_json()}
+
+
 @dataclass(frozen=True, repr=False)
-class StructureResult(Result):
+class StructureResult(_WrittenModel):
     """The result of a structured cut.
 
     Attributes:
@@ -228,10 +239,6 @@ class StructureResult(Result):
 
     manifest: Manifest
     output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """The folder and its manifest."""
-        return {"output": str(self.output), **self.manifest.to_json()}
 
     @property
     def structure(self) -> Structure:
@@ -300,7 +307,7 @@ def _share(before: int, after: int) -> float:
 
 
 @dataclass(frozen=True, repr=False)
-class TrainResult(Result):
+class TrainResult(_WrittenModel):
     """The result of a training.
 
     Attributes:
@@ -335,10 +342,6 @@ class TrainResult(Result):
     def perplexity_after(self) -> float | None:
         """Validation perplexity of the weights that were kept."""
         return self.manifest.result["perplexity_after"]
-
-    def to_json(self) -> dict[str, Any]:
-        """The folder and the manifest of this training."""
-        return {"output": str(self.output), **self.manifest.to_json()}
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
