@@ -24,7 +24,11 @@ def test_standard_error(values: list[float]) -> None:
 def test_one_value_has_no_error() -> None:
     assert standard_error([0.3]) is None
     compared = compare([1.0], [0.0], 0.25)
-    assert (compared.difference, compared.standard_error, compared.significant) == (1.0, None, None)
+    assert (compared.difference, compared.difference_standard_error, compared.significant) == (
+        1.0,
+        None,
+        None,
+    )
     assert compared.retention is None
 
 
@@ -34,7 +38,7 @@ def test_pairs_by_hand() -> None:
     compared = compare(model, dense, 0.25)
     # differences 0 −1 0 −1 0 0 −1 −1: mean −1/2, variance 8 · 1/4 / 7, error √(2/7/8)
     assert compared.difference == -0.5
-    assert compared.standard_error == pytest.approx(math.sqrt(2 / 7 / 8))
+    assert compared.difference_standard_error == pytest.approx(math.sqrt(2 / 7 / 8))
     assert compared.significant is True
     assert compared.reference_value == 7 / 8
     assert compared.retention == pytest.approx((3 / 8 - 1 / 4) / (7 / 8 - 1 / 4))
@@ -78,14 +82,14 @@ def test_few_items_need_a_larger_difference() -> None:
         ([1.0 + six, 1.0 - six] * 3, True),  # 2.57 are needed
     ):
         found = compare(differences, [0.0] * len(differences), 0.0)
-        assert found.difference / found.standard_error == pytest.approx(3.0)
+        assert found.difference / found.difference_standard_error == pytest.approx(3.0)
         assert found.significant is significant
 
 
 def test_the_edge_of_significance() -> None:
     assert compare([0.0, 1.0] * 10, [1.0, 0.0] * 10, 0.5).significant is False
     same = compare([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 0.0)
-    assert (same.difference, same.standard_error, same.significant) == (0.0, 0.0, False)
+    assert (same.difference, same.difference_standard_error, same.significant) == (0.0, 0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,11 @@ def test_linears_take_the_kernel_that_was_measured(
     monkeypatch.setattr(loading, "measured", measured)
     monkeypatch.setattr(loading, "refuse_device", lambda device: None)
     monkeypatch.setattr(
-        sparse_linear, "form", lambda kernel, p: sparse_linear.WideForm(p.wide, p.columns, p.nbytes)
+        sparse_linear,
+        "form",
+        lambda kernel, p: sparse_linear.Form(
+            p.nbytes, partial(sparse_linear._by_torch, weight=p.wide, columns=p.columns)
+        ),
     )
     found = secateur.load_semi_structured(tmp_path / "out", "cpu")
     assert len(kinds) == len(set(kinds))  # each kind once

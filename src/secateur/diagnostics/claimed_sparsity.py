@@ -62,7 +62,7 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
     claim = claims.linears.get(linear.name)
     if claim is None:
         return []
-    weights = linear.shape[0] * linear.shape[1]
+    weights = linear.weights
     has = f"{linear.sparsity:.2%} of its weights are zero ({linear.zeros:,} of {weights:,})"
     if linear.zeros < claim.pruned:
         dense = linear.sparsity < DENSE

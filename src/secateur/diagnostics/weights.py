@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.diagnostics.audit import count
+from secateur.diagnostics.audit import LinearCount, count
 from secateur.diagnostics.findings import Claims, listed
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
@@ -32,37 +32,24 @@ from secateur.runs.records import Finding, Severity
 
 
 @dataclass(frozen=True)
-class LinearHealth:
-    """One stored matrix of a decoder layer.
+class LinearHealth(LinearCount):
+    """One stored matrix of a decoder layer: its count, and what it is good for.
 
     Attributes:
-        name: its full name.
         layer: the number of its decoder layer.
         kind: its name within the layer.
-        shape: (out, in).
-        zeros: the number of zero weights.
-        misplaced: nonzero weights where the claimed pattern needs zeros.
         size: root mean square of the weights that are not zero.
         known: False for experts in an unknown layout, which were not pruned.
         dead_rows: bool [out], outputs whose weights are all zero.
         dead_columns: bool [in], inputs that no weight reads.
     """
 
-    name: str
-    layer: int
-    kind: str
-    shape: tuple[int, int]
-    zeros: int
-    misplaced: int
-    size: float
-    known: bool
-    dead_rows: Tensor
-    dead_columns: Tensor
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros."""
-        return self.zeros / (self.shape[0] * self.shape[1])
+    layer: int = field(kw_only=True)
+    kind: str = field(kw_only=True)
+    size: float = field(kw_only=True)
+    known: bool = field(kw_only=True)
+    dead_rows: Tensor = field(kw_only=True)
+    dead_columns: Tensor = field(kw_only=True)
 
     def dead_lines(self, line: str) -> Tensor:
         """Which lines are dead: those of every `row`, or of every `column`."""
@@ -86,7 +73,7 @@ class Weights:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the matrices of the decoder layers."""
-        weights = sum(x.shape[0] * x.shape[1] for x in self.linears)
+        weights = sum(x.weights for x in self.linears)
         return sum(x.zeros for x in self.linears) / weights
 
     def of_layer(self, index: int) -> dict[str, LinearHealth]:
@@ -99,7 +86,7 @@ def layer_sparsity(weights: Weights) -> dict[int, float]:
     found = {}
     for index in dict.fromkeys(x.layer for x in weights.linears):
         same = [x for x in weights.linears if x.layer == index]
-        found[index] = sum(x.zeros for x in same) / sum(x.shape[0] * x.shape[1] for x in same)
+        found[index] = sum(x.zeros for x in same) / sum(x.weights for x in same)
     return found
 
 
@@ -138,16 +125,13 @@ def _health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHe
     kept = counted.weights - counted.zeros
     size = (weight.float().square().sum(dtype=torch.float64) / max(1, kept)).sqrt()
     return LinearHealth(
-        name,
-        matrix.layer,
-        matrix.kind,
-        counted.shape,
-        counted.zeros,
-        counted.misplaced,
-        float(size),
-        matrix.linear is not None,
-        ~nonzero.any(dim=1),
-        ~nonzero.any(dim=0),
+        **vars(counted),
+        layer=matrix.layer,
+        kind=matrix.kind,
+        size=float(size),
+        known=matrix.linear is not None,
+        dead_rows=~nonzero.any(dim=1),
+        dead_columns=~nonzero.any(dim=0),
     )
 
 

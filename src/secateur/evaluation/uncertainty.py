@@ -29,7 +29,7 @@ class Comparison:
     Args:
         reference_value: the reference's score.
         difference: the model's score minus the reference's.
-        standard_error: standard error of the difference, over pairs; None for one item.
+        difference_standard_error: standard error of the difference, over pairs; None for one item.
         significant: whether the difference is significant at 95 %; None for one item.
         retention: share of the reference's lead over chance that the model keeps; None if the
             reference has no lead.
@@ -37,7 +37,7 @@ class Comparison:
 
     reference_value: float
     difference: float
-    standard_error: float | None
+    difference_standard_error: float | None
     significant: bool | None
     retention: float | None
 
@@ -96,13 +96,6 @@ def central_share(t: float, degrees: int) -> float:
     return 2 / math.pi * (angle + total) if odd else total
 
 
-def _is_significant(difference: float, error: float, items: int) -> bool:
-    """Whether the mean difference of `items` pairs, with this standard error, is significant."""
-    if error == 0:
-        return difference != 0
-    return central_share(abs(difference) / error, items - 1) > CENTRAL
-
-
 def compare(values: Sequence[float], reference: Sequence[float], chance: float) -> Comparison:
     """Compare a model with a reference, item by item.
 
@@ -117,7 +110,7 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
     Example:
         >>> from secateur.evaluation.uncertainty import compare
         >>> found = compare([1, 0, 1, 1], [1, 1, 1, 1], chance=0.5)
-        >>> found.difference, found.standard_error, found.significant, found.retention
+        >>> found.difference, found.difference_standard_error, found.significant, found.retention
         (-0.25, 0.25, False, 0.5)
     """
     if len(values) != len(reference):
@@ -127,11 +120,14 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
         )
     differences = [a - b for a, b in zip(values, reference, strict=True)]
     difference, error = mean_of(differences), standard_error(differences)
+    significant = None if error is None else difference != 0
+    if error:  # without an error, any difference is significant
+        significant = central_share(abs(difference) / error, len(differences) - 1) > CENTRAL
     return Comparison(
         reference_value=mean_of(reference),
         difference=difference,
-        standard_error=error,
-        significant=None if error is None else _is_significant(difference, error, len(differences)),
+        difference_standard_error=error,
+        significant=significant,
         retention=retention(mean_of(values), mean_of(reference), standard_error(reference), chance),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from secateur.evaluation.perplexity import (
     window_progress,
     windows_of,
 )
-from secateur.evaluation.tasks import PreparedTask, TaskScore, prepare_tasks, run_tasks
+from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
@@ -55,6 +55,9 @@ from secateur.runs.records.measured import (
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
 
+
+NOT_COMPARED = dict.fromkeys(field.name for field in fields(Comparison))
+"""What a score without a reference says about one."""
 
 UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
 """Options that loaded models cannot use."""
@@ -300,24 +303,17 @@ class _Measurement:
         if not prepared:
             return []
         own = run_tasks(self.own.model, self.own.tokenizer, prepared, self.progress)
-        if self.dense is None:
-            return [self._task(score, None) for score in own]
-        dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
+        compared: list[dict[str, Any]] = [NOT_COMPARED] * len(own)
+        if self.dense is not None:
+            dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
+            compared = [
+                asdict(compare(score.outcomes, other.outcomes, score.chance))
+                for score, other in zip(own, dense, strict=True)
+            ]
         return [
-            self._task(score, compare(score.outcomes, other.outcomes, score.chance))
-            for score, other in zip(own, dense, strict=True)
+            TaskRecord(**score.model_dump(exclude={"outcomes"}), **comparison, **self.shared)
+            for score, comparison in zip(own, compared, strict=True)
         ]
-
-    def _task(self, score: TaskScore, comparison: Comparison | None) -> TaskRecord:
-        return TaskRecord(
-            **score.model_dump(exclude={"outcomes"}),
-            reference_value=comparison.reference_value if comparison else None,
-            difference=comparison.difference if comparison else None,
-            difference_standard_error=comparison.standard_error if comparison else None,
-            significant=comparison.significant if comparison else None,
-            retention=comparison.retention if comparison else None,
-            **self.shared,
-        )
 
     def generation(self, prompts: Sequence[str]) -> GenerationRecord:
         """Generate texts with the model and with the dense model, side by side."""
@@ -334,12 +330,9 @@ class _Measurement:
         return GenerationRecord(
             samples=[
                 SampleRecord(
-                    prompt=one.prompt,
-                    text=one.text,
+                    **asdict(one),
                     reference_text=other.text if other else None,
-                    repetition=one.repetition,
                     reference_repetition=other.repetition if other else None,
-                    degenerate=one.degenerate,
                 )
                 for one, other in zip(own, pairs, strict=True)
             ],

@@ -13,12 +13,13 @@ Each linear layer takes the way to multiply that was measured to be fastest:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,65 +193,30 @@ TRIED = (1, FEW, 16, 64, 256, 1024, 4096)
 """Tokens of a product that are tried: decoding, and prompts."""
 
 
-class Form(Protocol):
-    """A weight as a kernel takes it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its memory."""
-        ...
-
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product of activations [tokens, in] and the weight, with a bias [out]."""
-        ...
-
-
 @dataclass(frozen=True)
-class DenseForm:
-    """W itself."""
+class Form:
+    """A weight as a kernel takes it.
 
-    weight: Tensor
+    Attributes:
+        nbytes: its memory.
+        multiply: the product of activations [tokens, in] and the weight, with `bias` [out] or None.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Its memory."""
-        return self.weight.nbytes
-
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """By torch."""
-        return functional.linear(x, self.weight, bias)
-
-
-@dataclass(frozen=True)
-class WideForm:
-    """The wide matrix as a tensor of a library for sparse tensor cores."""
-
-    weight: Tensor
-    columns: Tensor | None
     nbytes: int
-
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """By torch, which calls the library."""
-        return functional.linear(lifted(x, self.columns), self.weight, bias)
+    multiply: Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class PartsForm:
-    """The parts as they are stored."""
+def _by_torch(x: Tensor, weight: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The product by torch: W itself, or the wide matrix as a tensor of a library."""
+    return functional.linear(lifted(x, columns), weight, bias)
 
-    parts: StoredParts
 
-    @property
-    def nbytes(self) -> int:
-        """Their memory."""
-        return self.parts.nbytes
+def _by_our_kernel(x: Tensor, parts: StoredParts, bias: Tensor | None) -> Tensor:
+    """The product with the parts as they are stored."""
+    from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """By our kernel."""
-        from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
-
-        y = multiply_two_of_four(x, self.parts.packed, self.parts.meta, self.parts.columns)
-        return y if bias is None else y + bias
+    y = multiply_two_of_four(x, parts.packed, parts.meta, parts.columns)
+    return y if bias is None else y + bias
 
 
 class SparseLinear(InferenceLinear):
@@ -276,7 +242,7 @@ class SparseLinear(InferenceLinear):
         """The product for activations [tokens, in] of the dtype of W, with the bias."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
-        return self.forms[self.fastest.kernel(len(x))].multiply(x, self.bias)
+        return self.forms[self.fastest.kernel(len(x))].multiply(x, bias=self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -340,7 +306,9 @@ def kernel_seconds(
         like = parts.packed
         x = torch.randn(tokens, parts.in_features, device=like.device).to(like.dtype)
         able = (kernel for kernel in forms if kernel != TRITON or tokens <= FEW)
-        return {kernel: lambda kernel=kernel: forms[kernel].multiply(x) for kernel in able}
+        return {
+            kernel: lambda kernel=kernel: forms[kernel].multiply(x, bias=None) for kernel in able
+        }
 
     return race(tried, DENSE, calls, clock)
 
@@ -360,9 +328,10 @@ def form(kernel: str, parts: StoredParts) -> Form:
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
     if kernel == DENSE:
-        return DenseForm(parts.dense)
+        dense = parts.dense
+        return Form(dense.nbytes, partial(_by_torch, weight=dense, columns=None))
     if kernel == TRITON:
-        return PartsForm(parts)
+        return Form(parts.nbytes, partial(_by_our_kernel, parts=parts))
     made: Tensor
     with warnings.catch_warnings():  # torch warns once that its interface is a prototype
         warnings.simplefilter("ignore")
@@ -372,4 +341,4 @@ def form(kernel: str, parts: StoredParts) -> Form:
             shape = torch.Size((len(parts.packed), 2 * parts.packed.shape[1]))
             own = parts.packed, parts.meta
             made = SparseSemiStructuredTensorCUTLASS(shape, *own, None, None, None)
-    return WideForm(made, parts.columns, parts.nbytes)
+    return Form(parts.nbytes, partial(_by_torch, weight=made, columns=parts.columns))
