@@ -59,7 +59,8 @@ class Activations:
         *,
         home: torch.device = HOST,
     ) -> None:
-        self.shape, self.dtype, self.folder, self.in_memory = shape, dtype, folder, in_memory
+        self.shape, self.dtype, self.in_memory = shape, dtype, in_memory
+        self.folder, self.on_disk = folder or Path(), folder is not None
         self.row_bytes = shape[1] * shape[2] * dtype.itemsize
         self.own = own or slice(0, shape[0])
         held = (self.own.stop - self.own.start, *shape[1:])
@@ -68,12 +69,11 @@ class Activations:
 
     def file(self, layer: int) -> Path:
         """The file that holds the inputs of a layer for the windows of this process."""
-        assert self.folder is not None
         return self.folder / f"inputs-{layer:04d}.{self.own.start}-{self.own.stop}.bin"
 
     def files(self, layer: int) -> dict[Path, range]:
         """All files with inputs of a layer, and the windows of each."""
-        if self.folder is None:
+        if not self.on_disk:
             return {}
         found = {}
         for file in sorted(self.folder.glob(f"inputs-{layer:04d}.*.bin")):
@@ -133,7 +133,7 @@ class Activations:
     def advance(self, layer: int) -> None:
         """Make the newly stored outputs the inputs of `layer`, and sync them to disk."""
         self.layer = layer
-        if self.folder is None or self.own.start == self.own.stop:
+        if not self.on_disk or self.own.start == self.own.stop:
             return
         file = self.unfinished()
         try:
@@ -152,7 +152,7 @@ class Activations:
 
     def forget_all_but(self, layer: int) -> None:
         """Delete what stopped runs have stored, except the inputs of a layer."""
-        if self.folder is None:
+        if not self.on_disk:
             return
         kept = self.files(layer)
         for file in self.folder.glob("inputs-*.bin"):
@@ -161,7 +161,6 @@ class Activations:
 
     def unfinished(self) -> Path:
         """The temporary file of the outputs, until all are written."""
-        assert self.folder is not None
         return self.folder / f"outputs.{self.own.start}-{self.own.stop}.unfinished"
 
     def within(self, rows: slice) -> slice:
@@ -239,7 +238,8 @@ class ActivationOffload:
         first: int = 0,
     ) -> None:
         self.live = LiveTensors(permanent)
-        self.folder, self.device, self.first = folder, device, first
+        self.folder, self.on_disk = folder or Path(), folder is not None
+        self.device, self.first = device, first
         self.alive: dict[int, dict[int, StorageWeakRef]] = {}
         self.moved: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self.saved: dict[int, list[Tensor]] = {}
@@ -253,7 +253,7 @@ class ActivationOffload:
         ]
         self.alive[forward] = self.live.current
         self.moved[forward] = [(storage, storage.nbytes()) for storage in storages]
-        if self.folder is None:
+        if not self.on_disk:
             self.saved[forward] = [_content(s).to("cpu", copy=True) for s in storages]
         else:
             with self.file(forward).open("wb", buffering=0) as stream:
@@ -270,7 +270,7 @@ class ActivationOffload:
         kept = self.moved.pop(forward)
         for storage, size in kept:
             storage.resize_(size)
-        if self.folder is None:
+        if not self.on_disk:
             for (storage, _), saved in zip(kept, self.saved.pop(forward), strict=True):
                 _content(storage).copy_(saved)
             return
@@ -283,7 +283,6 @@ class ActivationOffload:
 
     def file(self, forward: int) -> Path:
         """The file of one halted forward."""
-        assert self.folder is not None
         return self.folder / f"parked-{self.first + forward:05d}.bin"
 
 
