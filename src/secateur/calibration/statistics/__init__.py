@@ -37,6 +37,7 @@ __all__ = [
     "GradientSource",
     "InputSource",
     "Source",
+    "Sources",
     "Statistic",
     "Summed",
     "check_finite",
@@ -88,6 +89,10 @@ class ForwardSource(Source):
 
 class BackwardSource(Source):
     """Numbers of a backward: a pass through the dense model before the run gathers them."""
+
+
+Sources = Mapping[str, ForwardSource]
+"""The sources of statistics that forwards gather, by the names of the statistics."""
 
 
 class InputSource(ForwardSource):
@@ -217,7 +222,7 @@ class Gathering:
         backward: those that a backward through the dense model gathers before the run.
     """
 
-    forward: Mapping[str, ForwardSource]
+    forward: Sources
     backward: Mapping[str, BackwardSource]
 
     @classmethod

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import ForwardSource
+from secateur.calibration.statistics import Sources
 from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, LayerPass
 from secateur.engine.prune.tasks import LinearTask
@@ -83,7 +83,7 @@ class TargetStatistics(GroupStatistics):
 
     def __init__(
         self,
-        sources: Mapping[str, ForwardSource],
+        sources: Sources,
         linears: Sequence[Linear],
         device: torch.device,
         target_size: int,
@@ -133,7 +133,7 @@ class HeldOutStatistics(TargetStatistics):
 
     def __init__(
         self,
-        sources: Mapping[str, ForwardSource],
+        sources: Sources,
         linears: Sequence[Linear],
         device: torch.device,
         target_size: int,

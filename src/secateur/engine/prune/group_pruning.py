@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import ForwardSource, Statistic, statistics
+from secateur.calibration.statistics import Sources, Statistic, statistics
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import NumericalError, VerificationError
@@ -42,9 +42,7 @@ class GroupStatistics:
         apart: the others, by the name of the linear and that of the statistic.
     """
 
-    def __init__(
-        self, sources: Mapping[str, ForwardSource], linears: Sequence[Linear], device: torch.device
-    ) -> None:
+    def __init__(self, sources: Sources, linears: Sequence[Linear], device: torch.device) -> None:
         self.sources, self.linears, self.tokens = sources, linears, 0
         shared = [name for name, source in sources.items() if source.shared]
         own = sources.keys() - shared
