@@ -447,6 +447,7 @@ class CalibratedLayerPass(LayerPass):
             own = partial(self._own, statistics)
             records = prune_group(solved, shared, own, self.tasks, weight_of)
             found += [x.model_copy(update={"tokens": statistics.tokens}) for x in records]
+            del statistics, shared, weight_of, own  # before the next group's values are made
         return exchange(every, owned, found, ranks) if ranks.count > 1 else found
 
     def _complete(self, group: int) -> list[Linear]:
