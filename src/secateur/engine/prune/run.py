@@ -438,12 +438,9 @@ class CalibratedLayerPass(LayerPass):
             shared, weight_of = self._fitted(group, statistics, solved)
             weight_of = self._weights(weight_of, shared)
             statistics.release()
-            if self._remasks:
-                for linear in linears:
-                    if linear.name not in mine:
-                        weight_of(
-                            linear
-                        )  # keeps what tuning needs, though another process solves it
+            if self._remasks:  # keeps what tuning needs, though another process solves it
+                for linear in (x for x in linears if x.name not in mine):
+                    weight_of(linear)
             own = partial(self._own, statistics)
             records = prune_group(solved, shared, own, self.tasks, weight_of)
             found += [x.model_copy(update={"tokens": statistics.tokens}) for x in records]
