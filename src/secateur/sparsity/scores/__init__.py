@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import ClassVar, Protocol, runtime_checkable
 
 from secateur.registry import Registry
-from secateur.types import Score, Statistics, Weight
+from secateur.types import Score, Statistics, Weight, float32_bytes
 
-__all__ = ["ScoreFunction", "scores"]
+__all__ = ["ScoreDefaults", "ScoreFunction", "scores"]
 
 
 @runtime_checkable
@@ -31,6 +31,16 @@ class ScoreFunction(Protocol):
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The most memory it takes for a weight [out, in], besides the weight and statistics."""
         ...
+
+
+class ScoreDefaults:
+    """What most scores share: they score single weights, and take two float32 copies of them."""
+
+    whole_units: ClassVar[bool] = False
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Two float32 copies of the weight."""
+        return 2 * float32_bytes(shape)
 
 
 scores: Registry[type[ScoreFunction]] = Registry("score", __name__)

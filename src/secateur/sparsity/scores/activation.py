@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
+from secateur.sparsity.scores import ScoreDefaults, scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
 
 @scores.register("activation")
 @dataclass(frozen=True)
-class Activation:
+class Activation(ScoreDefaults):
     """S_ij = ‖X_j‖₂² / out, float32 [out, in]; the weights are not read.
 
     Meant for whole columns: summed over the rows and columns of a unit U it is ‖X_U‖²_F, the
@@ -31,7 +31,6 @@ class Activation:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in]; reads `column_norm`, float32 [in]."""

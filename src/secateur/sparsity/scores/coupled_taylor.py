@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("coupled-taylor")
 @dataclass(frozen=True)
-class CoupledTaylor:
+class CoupledTaylor(ScoreDefaults):
     """S_ij = W_ij · ∂L/∂W_ij with its sign, float32 [out, in]; L is the mean calibration loss.
 
     Whole columns take |Σ_U S| of a unit U. For the columns that read a unit, Σ_U W · ∂L/∂W is the
@@ -37,7 +37,3 @@ class CoupledTaylor:
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
         return weight.detach().float() * statistics["gradient"]
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

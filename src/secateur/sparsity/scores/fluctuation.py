@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("fluctuation")
 @dataclass(frozen=True)
-class Fluctuation:
+class Fluctuation(ScoreDefaults):
     """S_ij = Var_t(x_tj) · W_ij², float32 [out, in].
 
     Summed over the rows it is Var(x_j) · ‖W_:j‖². For uncorrelated inputs this is the loss without
@@ -31,12 +31,7 @@ class Fluctuation:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_variance"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `column_variance`, [in]."""
         return weight.detach().float().square() * statistics["column_variance"]
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

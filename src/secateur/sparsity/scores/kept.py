@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("kept")
 @dataclass(frozen=True)
-class Kept:
+class Kept(ScoreDefaults):
     """S_ij = 1 where the stored weight is not zero, else 0; float32 [out, in].
 
     For solvers that improve or round a pruned model: at the present sparsity of a matrix, its own
@@ -27,12 +27,7 @@ class Kept:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"stored"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype."""
         return (statistics["stored"] != 0).float()
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("magnitude")
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(ScoreDefaults):
     """S_ij = |W_ij|, float32 [out, in]; needs no calibration.
 
     Paper: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural
@@ -25,12 +25,7 @@ class Magnitude:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; the statistics are not read."""
         return weight.detach().float().abs()
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("obd")
 @dataclass(frozen=True)
-class OBD:
+class OBD(ScoreDefaults):
     """S_ij = ½ · F_ij · W_ij², float32 [out, in].
 
     F is the empirical Fisher diagonal: the mean over calibration windows of the squared gradient
@@ -30,12 +30,7 @@ class OBD:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"fisher"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `fisher`, float32 [out, in]."""
         return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

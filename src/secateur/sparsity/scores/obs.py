@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, inverse_factor
-from secateur.sparsity.scores import scores
+from secateur.sparsity.scores import ScoreDefaults, scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
 
 @scores.register("obs")
 @dataclass(frozen=True)
-class OBSScore:
+class OBSScore(ScoreDefaults):
     """S_ij = W_ij² / [H⁻¹]_jj with H = gram + damping · mean(diag(gram)) · I, float32 [out, in].
 
     The score holds for removing one weight and re-optimising all others of its row. Columns whose
@@ -38,7 +38,6 @@ class OBSScore:
 
     damping: float = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-    whole_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)

@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.scores import scores
+from secateur.sparsity.scores import ScoreDefaults, scores
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
 
 @scores.register("ria")
 @dataclass(frozen=True)
-class RIA:
+class RIA(ScoreDefaults):
     """S_ij = (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a, float32 [out, in].
 
     Paper: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
@@ -38,7 +38,6 @@ class RIA:
 
     a: float = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
-    whole_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.a < float("inf"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("taylor")
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(ScoreDefaults):
     """S_ij = |W_ij · ∂L/∂W_ij|, float32 [out, in]; L is the mean calibration loss.
 
     Removing w changes the loss by L(0) − L(w) ≈ −w · ∂L/∂w.
@@ -29,12 +29,7 @@ class Taylor:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
         return (weight.detach().float() * statistics["gradient"]).abs_()
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.sparsity.scores import scores
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.types import Score, Statistics, Weight
 
 
 @scores.register("wanda")
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(ScoreDefaults):
     """S_ij = |W_ij| · ‖X_j‖₂, float32 [out, in].
 
     ‖X_j‖₂ is taken over all calibration tokens (the sum; the released code takes the mean, which
@@ -28,12 +28,7 @@ class Wanda:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
-    whole_units: ClassVar[bool] = False
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype; reads `column_norm`, float32 [in]."""
         return weight.detach().float().abs() * statistics["column_norm"]
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)
