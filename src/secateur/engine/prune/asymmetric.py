@@ -310,13 +310,13 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         """Yield each group in one pass, in step with the dense model."""
         with closing(self.dense), closing(self.changing):
             arrived = by_group_with_dense(
-                self.changing.halting,
-                self.dense.halting,
+                self.changing,
+                self.dense,
                 self._gather,
                 outputs_needed=self.outputs_needed,
             )
             yield from self._in_order(arrived)
-            self.dense.halting.finish()
+            self.dense.finish()
         self.dense.inputs.states.advance(self.index + 1)
 
     def _writes(self, group: int) -> bool:

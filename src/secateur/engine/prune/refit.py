@@ -239,8 +239,8 @@ class LayerRefit:
         """Pass all windows through both layers, and fit each group when all have reached it."""
         with closing(self.dense), closing(self.changing):
             arrived = by_group_with_dense(
-                self.changing.halting,
-                self.dense.halting,
+                self.changing,
+                self.dense,
                 self._gather,
                 outputs_needed=not self.last,
             )
@@ -248,7 +248,7 @@ class LayerRefit:
                 self._fit(group)
             # if removed layers follow, the dense stream continues from `later`
             if not self.last and self.later is None:
-                self.dense.halting.finish()
+                self.dense.finish()
 
     def _writes(self, group: int) -> bool:
         """Whether a group is a linear that writes to the stream."""

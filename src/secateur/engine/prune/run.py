@@ -385,7 +385,7 @@ class CalibratedLayerPass(LayerPass):
         """Yield each group in one pass, when the inputs of all micro-batches are known."""
         halted = HaltedLayer(self.inputs(), self.layer, self.groups, stores=self.outputs_needed)
         with closing(halted):
-            arrived = by_group(halted.halting, self._update, outputs_needed=self.outputs_needed)
+            arrived = by_group(halted, self._update, outputs_needed=self.outputs_needed)
             yield from self._in_order(arrived)
 
     def _update(self, index: int, group: int, x: Tensor) -> None:

@@ -117,7 +117,7 @@ class HaltingForwards:
         hub = getcurrent()
         self.offload = offload
         self.groups = groups
-        self.inputs = _SharedInputs(groups, lambda group, x: hub.switch((group, x)))
+        self.hooks = _SharedInputs(groups, lambda group, x: hub.switch((group, x)))
         self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
         self.current = 0
@@ -125,7 +125,7 @@ class HaltingForwards:
     def advance(self, index: int) -> tuple[int, Tensor] | None:
         """Run one forward up to the next group. Return group and input, or None at the end."""
         watch: AbstractContextManager[object] = nullcontext()
-        self.current, self.inputs.seen = index, self.seen[index]
+        self.current, self.hooks.seen = index, self.seen[index]
         if self.offload:
             self.offload.restore(index)
             watch = self.offload.live
@@ -147,7 +147,7 @@ class HaltingForwards:
 
     def close(self) -> None:
         """Stop the forwards that are still halted."""
-        self.inputs.remove()
+        self.hooks.remove()
         for running in self.running:
             if not running.dead:
                 running.throw(GreenletExit)
@@ -214,7 +214,7 @@ def in_step(
             left -= 1
 
 
-class HaltedLayer:
+class HaltedLayer(HaltingForwards):
     """One model's forwards through one decoder layer, halted at each group of linears.
 
     Args:
@@ -235,10 +235,8 @@ class HaltedLayer:
         stores: bool = True,
     ) -> None:
         self.inputs, self.layer, self.stores = inputs, layer, stores
-        self.offload = inputs.offload(layer)
         forwards = [partial(self._forward, batch) for batch in inputs.batches]
-        self.halting = HaltingForwards(groups, forwards, self.offload, inputs.matmuls)
-        self.groups = groups
+        super().__init__(groups, forwards, inputs.offload(layer), inputs.matmuls)
         # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.module.register_forward_hook(self._add) for x in writers]
@@ -254,8 +252,8 @@ class HaltedLayer:
 
     def _add(self, module: nn.Module, args: Any, out: Tensor) -> None:
         """Add the output of a writer to the sum of the running forward."""
-        before = self.sums.get(self.halting.current)
-        self.sums[self.halting.current] = out if before is None else before + out
+        before = self.sums.get(self.current)
+        self.sums[self.current] = out if before is None else before + out
 
     def before(self, index: int) -> Tensor:
         """The residual stream before the layer, of micro-batch `index`."""
@@ -267,7 +265,7 @@ class HaltedLayer:
 
     def close(self) -> None:
         """Stop the halted forwards, remove the hooks, and release the sums."""
-        self.halting.close()
+        super().close()
         for handle in self.handles:
             handle.remove()
         self.sums = {}
