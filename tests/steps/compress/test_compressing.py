@@ -337,7 +337,7 @@ def test_rounding_can_be_stopped_and_gone_on_with(
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     monkeypatch.undo()
-    monkeypatch.setattr("secateur.steps.compress.Prune.work", interrupted)
+    monkeypatch.setattr("secateur.steps.prune.Prune.work", interrupted)
     secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
