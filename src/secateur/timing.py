@@ -8,7 +8,6 @@ what a call can take, since other work can only lengthen it; the median says wha
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -33,7 +32,7 @@ def alternate(
     statistic: Callable[[list[Measured]], Result],
     *,
     turns: int,
-    seconds: float = math.inf,
+    seconds: float | None = None,
 ) -> list[Result]:
     """Measure all things once, then all again, and so on.
 
@@ -42,7 +41,7 @@ def alternate(
         clock: measures one of them once, such as `seconds_of`.
         statistic: of all measurements of a thing, such as `min` or `statistics.median`.
         turns: how often each is measured, at most.
-        seconds: no turn begins after this many seconds, but there are at least two.
+        seconds: if given, no turn begins after this many seconds, but there are at least two.
 
     Returns:
         The statistic of each thing.
@@ -53,9 +52,9 @@ def alternate(
         [1, 4]
     """
     found: list[list[Measured]] = [[] for _ in things]
-    begun = time.perf_counter()
+    end = None if seconds is None else time.perf_counter() + seconds
     for turn in range(turns):
-        if turn >= LEAST_TURNS and time.perf_counter() - begun > seconds:
+        if end is not None and turn >= LEAST_TURNS and time.perf_counter() > end:
             break
         for own, thing in zip(found, things, strict=True):
             own.append(clock(thing))

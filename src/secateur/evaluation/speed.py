@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import signal
 import statistics
@@ -177,7 +176,7 @@ def take_turns(
     prompt: Sequence[int],
     new_tokens: int,
     rounds: int,
-    seconds: float = math.inf,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> list[Speed]:
     """Time backends in turns, each with its own checkpoint.
