@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,28 @@ class ByBytes:
         return Estimate.exact(0.0)
 
 
+@dataclass(frozen=True)
+class ByBytesQuestion(AdviceQuestion):
+    """A question about one device with these times."""
+
+    batch: int = 512
+
+    @property
+    def device(self) -> ServingDevice:
+        times = ByBytes()
+        return ServingDevice(
+            "cuda", self.memory_bytes, lambda n: times, most=1, most_batch=self.batch
+        )
+
+
 def decided(
     requests: float, quality_loss: float | None, hours: float | None = None, batch: int = 1
 ) -> Advice:
     facts = read_facts()
     model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
-    device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1, most_batch=batch)
     need = Requirements(Load(requests, 100, 100), quality_loss, hours)
-    return advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
+    h100 = facts.hardware["h100-80gb"]
+    return advise_on(ByBytesQuestion(model, h100, 80 * 2**30, facts, need, batch=batch))
 
 
 def test_one_device_is_enough_so_the_model_stays_as_it_is() -> None:
@@ -120,9 +135,9 @@ def test_a_looser_bound_lets_cuts_win_and_hours_rule_them_out() -> None:
 def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
     facts = read_facts()
     model = known_shape("x", facts.shapes["llama-2-7b"])
-    device = ServingDevice("cuda", 80 * 2**30, lambda n: ByBytes(), most=1)
     need = Requirements(Load(1000, 100, 100, token_ms=0.001), 0.01)
-    found = advise_on(model, facts.hardware["h100-80gb"], device, facts, need)
+    h100 = facts.hardware["h100-80gb"]
+    found = advise_on(ByBytesQuestion(model, h100, 80 * 2**30, facts, need))
     assert found.chosen is None
     assert found.verdict.startswith("No option is certain to serve this load within your limits.")
     assert all(row.refused for row in found.considered)

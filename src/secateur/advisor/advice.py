@@ -171,9 +171,6 @@ FILLED = 0.5
 LEAST_USD = 10.0
 """USD a month below which another place to serve is not worth a word."""
 
-Place = tuple[Hardware, ServingDevice]
-"""A device, and its memory and speed."""
-
 
 @dataclass(frozen=True)
 class Requirements:
@@ -268,26 +265,15 @@ class Advice:
     verdict: str
 
 
-def advise_on(
-    model: ModelShape,
-    hardware: Hardware,
-    device: ServingDevice,
-    facts: Facts,
-    need: Requirements,
-    others: Sequence[Place] = (),
-) -> Advice:
+def advise_on(question: AdviceQuestion, others: Sequence[AdviceQuestion] = ()) -> Advice:
     """Compute every option and decide.
 
     Args:
-        model: its sizes.
-        hardware: what it runs on, with its price.
-        device: its memory and speed.
-        facts: prices and published losses.
-        need: the load and the bounds.
-        others: devices to name instead, if the load does not fill this one.
+        question: the model, the device, the load and the bounds.
+        others: about devices to name instead, if the load does not fill this one.
     """
-    price = facts.price(hardware)
-    rows = considered(model, (hardware, device), facts, need)
+    hardware, need, facts = question.hardware, question.need, question.facts
+    price, rows = facts.price(hardware), considered(question)
     base = next(row for row in rows if row.option.changed == 0)
     safe = [row for row in rows if row.possible and row.safe]
     chosen = _choose(safe, base)
@@ -309,7 +295,7 @@ def advise_on(
         hosted = None
     alone = chosen and isinstance(chosen.capacity, Capacity) and chosen.capacity.replicas == 1
     empty = filled < FILLED and alone
-    elsewhere = _cheapest(model, others, facts, need) if empty else None
+    elsewhere = _cheapest(others) if empty else None
     if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
         elsewhere = None
     months = None
@@ -322,34 +308,27 @@ def advise_on(
     elif hosted is not None:
         verdict += f" A hosted model costs less ({_priced(hosted.name, hosted.month)}): compare."
     return Advice(
-        model, hardware, tuple(rows), chosen, cheaper, apis, filled, hosted, elsewhere, months,
-        verdict,
+        question.model, hardware, tuple(rows), chosen, cheaper, apis, filled, hosted, elsewhere,
+        months, verdict,
     )  # fmt: skip
 
 
-def considered(
-    model: ModelShape, place: Place, facts: Facts, need: Requirements
-) -> list[Considered]:
+def considered(question: AdviceQuestion) -> list[Considered]:
     """All options on a device, those that can serve first, the cheapest first."""
-    hardware, device = place
-    price = facts.price(hardware)
-    options = options_for(model, hardware)
-    rows = [_consider(model, option, device, facts, need, price) for option in options]
-    return sorted(rows, key=_order)
+    options = options_for(question.model, question.hardware)
+    return sorted((_consider(question, option) for option in options), key=_order)
 
 
-def _cheapest(
-    model: ModelShape, places: Sequence[Place], facts: Facts, need: Requirements
-) -> Elsewhere | None:
+def _cheapest(questions: Sequence[AdviceQuestion]) -> Elsewhere | None:
     """The cheapest way to serve a load on other devices that surely keeps the bounds, if any."""
     found = []
-    for place in places:
-        rows = considered(model, place, facts, need)
+    for question in questions:
+        rows = considered(question)
         row = next((row for row in rows if row.possible and row.safe), None)
         if row is not None and row.cost is not None and isinstance(row.capacity, Capacity):
             many, step = round(row.capacity.devices.typical), row.capacity.step.typical
             month = row.cost.month.typical
-            found.append(Elsewhere(place[0].name, many, row.option.name, month, step))
+            found.append(Elsewhere(question.hardware.name, many, row.option.name, month, step))
     return min(found, key=lambda one: one.month, default=None)
 
 
@@ -386,19 +365,13 @@ def _priced(name: str, month: float) -> str:
     return f"{name}: {month:,.0f} USD a month" if month >= 1 else f"{name}: under 1 USD a month"
 
 
-def _consider(
-    model: ModelShape,
-    option: CompressionWay,
-    device: ServingDevice,
-    facts: Facts,
-    need: Requirements,
-    price: Estimate,
-) -> Considered:
+def _consider(question: AdviceQuestion, option: CompressionWay) -> Considered:
     """Compute one option."""
-    kept = option.kept(facts)
-    making = making_of(model, option, facts)
-    found = capacity_of(model, option, device, need.load)
-    cost = cost_of(found, need.load, price) if isinstance(found, Capacity) else None
+    model, facts, need = question.model, question.facts, question.need
+    kept, making = option.kept(facts), making_of(model, option, facts)
+    found, cost = capacity_of(model, option, question.device, need.load), None
+    if isinstance(found, Capacity):
+        cost = cost_of(found, need.load, facts.price(question.hardware))
     floor = 0.0 if need.quality_loss is None else 1 - need.quality_loss
     refused = ""
     if isinstance(found, TooMuch):
@@ -525,20 +498,14 @@ class AdviceQuestion:
             return Measured(self.model, self.times)
         return Roofline(self.hardware, self.facts.efficiency[self.hardware.kind], devices)
 
-    def options(self) -> list[CompressionWay]:
-        """The ways to compare, the model itself first."""
-        return list(options_for(self.model, self.hardware))
-
     def answer(self) -> Advice:
         """The advice."""
-        return advise_on(
-            self.model, self.hardware, self.device, self.facts, self.need, self.others()
-        )
+        return advise_on(self, self.others())
 
-    def others(self) -> list[tuple[Hardware, ServingDevice]]:
-        """All other devices with a data sheet, with their memory and speed."""
+    def others(self) -> list[AdviceQuestion]:
+        """The same question about all other devices with a data sheet."""
         return [
-            (other, self.on(other).device)
+            self.on(other)
             for other in self.facts.hardware.values()
             if other.on_paper and other.name != self.hardware.name
         ]

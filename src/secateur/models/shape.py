@@ -132,20 +132,15 @@ class ModelShape:
             experts: the fraction of experts that stays. A token reads as many as before.
         """
         kept = self.linears - self.expert_weights + round(self.expert_weights * experts)
-        return ModelShape(
-            self.name,
-            max(1, round(self.layers * layers)),
-            self.hidden,
-            round(kept * linears * layers),
-            round(self.active * linears * layers),
-            self.embedding,
-            self.head,
-            self.tied,
-            round(self.other * layers),
-            tuple(kind.scaled(linears, layers) for kind in self.kinds),
-            self.vocabulary,
-            round(self.experts * experts),
-            round(self.expert_weights * experts * linears * layers),
+        return replace(
+            self,
+            layers=max(1, round(self.layers * layers)),
+            linears=round(kept * linears * layers),
+            active=round(self.active * linears * layers),
+            other=round(self.other * layers),
+            kinds=tuple(kind.scaled(linears, layers) for kind in self.kinds),
+            experts=round(self.experts * experts),
+            expert_weights=round(self.expert_weights * experts * linears * layers),
         )
 
 

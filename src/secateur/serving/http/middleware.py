@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -145,47 +146,26 @@ class Metrics:
 
     def text(self) -> str:
         """All numbers, in Prometheus's text format."""
-        s = self.scheduler
-        counts = s.counts
-        lines: list[str] = []
-
-        def add(name: str, kind: str, help: str, *values: tuple[str, float]) -> None:
-            lines.append(f"# HELP secateur_{name} {help}")
-            lines.append(f"# TYPE secateur_{name} {kind}")
-            lines.extend(f"secateur_{name}{labels} {value:.10g}" for labels, value in values)
-
-        add(
-            "http_responses_total",
-            "counter",
-            "Answers by path and status.",
-            *(
-                (f'{{path="{path}",status="{status}"}}', count)
-                for (path, status), count in sorted(self.answers.items())
-            ),
-        )
-        add(
-            "requests_ended_total",
-            "counter",
-            "Requests by the reason of their end.",
-            *((f'{{reason="{r}"}}', n) for r, n in sorted(counts.ended.items())),
-        )
-        add("requests_running", "gauge", "Requests in a slot.", ("", len(s.running)))
-        add("requests_waiting", "gauge", "Requests in the queue.", ("", len(s.queue)))
-        add("prompt_tokens_total", "counter", "Tokens of prompts.", ("", counts.prompt_tokens))
-        add(
-            "prompt_tokens_cached_total",
-            "counter",
-            "Tokens of prompts that the prefix cache knew.",
-            ("", counts.cached_tokens),
-        )
-        add("new_tokens_total", "counter", "Tokens written.", ("", counts.new_tokens))
-        add("decode_calls_total", "counter", "Calls of the decoder.", ("", counts.calls))
-        add("prefix_cache_bytes", "gauge", "Size of the prefix cache.", ("", s.prefixes.bytes))
-        add(
-            "first_token_seconds",
-            "summary",
-            "Time from a request to its first text.",
-            ("_sum", self.first_seconds),
-            ("_count", self.firsts),
-        )
+        s, found = self.scheduler, self.scheduler.counts
+        answers = sorted(self.answers.items())
+        paths = {f'{{path="{path}",status="{status}"}}': n for (path, status), n in answers}
+        ended = {f'{{reason="{reason}"}}': n for reason, n in sorted(found.ended.items())}
+        first = {"_sum": self.first_seconds, "_count": self.firsts}
+        table: tuple[tuple[str, str, str, Mapping[str, float]], ...] = (
+            ("http_responses_total", "counter", "Answers by path and status.", paths),
+            ("requests_ended_total", "counter", "Requests by the reason of their end.", ended),
+            ("requests_running", "gauge", "Requests in a slot.", {"": len(s.running)}),
+            ("requests_waiting", "gauge", "Requests in the queue.", {"": len(s.queue)}),
+            ("prompt_tokens_total", "counter", "Tokens of prompts.", {"": found.prompt_tokens}),
+            ("prompt_tokens_cached_total", "counter",
+             "Tokens of prompts that the prefix cache knew.", {"": found.cached_tokens}),
+            ("new_tokens_total", "counter", "Tokens written.", {"": found.new_tokens}),
+            ("decode_calls_total", "counter", "Calls of the decoder.", {"": found.calls}),
+            ("prefix_cache_bytes", "gauge", "Size of the prefix cache.", {"": s.prefixes.bytes}),
+            ("first_token_seconds", "summary", "Time from a request to its first text.", first),
+        )  # fmt: skip
+        lines = list[str]()
+        for name, kind, help, values in table:
+            lines += [f"# HELP secateur_{name} {help}", f"# TYPE secateur_{name} {kind}"]
+            lines += [f"secateur_{name}{label} {value:.10g}" for label, value in values.items()]
         return "\n".join(lines) + "\n"
