@@ -31,9 +31,7 @@ from torch import Tensor
 from secateur.errors import PatternError, RecipeError
 from secateur.quantization.groups import BITS, GROUPS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
-from secateur.sparsity.hessian import check_damping
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import SolverDefaults
 from secateur.types import Mask, Weight
 
 BLOCK_COLUMNS = 128
@@ -261,45 +259,3 @@ def mark_kept(weight: Weight, kept: Mask) -> None:
 def kept_weights(weight: Weight) -> Mask:
     """The mask of a weight from `mark_kept`: its nonzero values and its −0."""
     return (weight != 0) | torch.signbit(weight)
-
-
-@dataclass(frozen=True)
-class RoundingSolver(SolverDefaults):
-    """The parameters that solvers share which prune, and then round if `bits` is not 0.
-
-    Args:
-        damping: fraction of the mean diagonal of the gram added to its diagonal.
-        refit_steps: conjugate-gradient steps on the mask.
-        bits: 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not to
-            round.
-        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
-        descent: passes of coordinate descent over the rounded weights; for 3 and 4 bits.
-
-    Raises:
-        RecipeError: a parameter is out of range.
-    """
-
-    damping: float = 0.01
-    refit_steps: int = 10
-    bits: int = 0
-    group: int = 64
-    descent: int = 4
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-        Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounding(self) -> Rounding:
-        """How the kept weights are rounded."""
-        return Rounding(self.bits, self.group, self.descent)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the solver also rounds the remaining weights."""
-        return self.bits > 0
-
-    @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights then are."""
-        return self.rounding.group_grid

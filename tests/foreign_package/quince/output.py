@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quince import MIB
-from secateur.calibration.statistics import ForwardSource, Source, statistics
+from secateur.calibration.statistics import ForwardSource, StatisticSource, statistics
 from secateur.models.architecture import Linear
 from secateur.sparsity.scores import scores
 from secateur.types import Score, Statistics, Weight
@@ -27,7 +27,7 @@ class OutputSource(ForwardSource):
 class OutputNorm:
     """‖y_i‖₂ over all tokens, float32 [out]."""
 
-    source: ClassVar[Source] = OutputSource()
+    source: ClassVar[StatisticSource] = OutputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(shape[0], dtype=torch.float64, device=device)

@@ -5,14 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import InputSource, Source, statistics
+from secateur.calibration.statistics import InputSource, StatisticSource, statistics
 
 
 @statistics.register("quince-peak")
 class Peak:
     """max_t |x_tj|, float32 [in]; 0 before any token."""
 
-    source: ClassVar[Source] = InputSource()
+    source: ClassVar[StatisticSource] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(shape[1], device=device)

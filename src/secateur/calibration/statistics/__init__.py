@@ -36,9 +36,9 @@ __all__ = [
     "GradientMean",
     "GradientSource",
     "InputSource",
-    "Source",
     "Sources",
     "Statistic",
+    "StatisticSource",
     "Summed",
     "check_finite",
     "held_bytes",
@@ -51,7 +51,7 @@ Shape = tuple[int, int]
 Update = Callable[[Tensor], None]
 
 
-class Source(ABC):
+class StatisticSource(ABC):
     """Which numbers of a linear update a statistic, and how many statistics that takes.
 
     Attributes:
@@ -71,7 +71,7 @@ class Source(ABC):
         return sum(statistic.nbytes(shape) for shape in (shapes[:1] if self.shared else shapes))
 
 
-class ForwardSource(Source):
+class ForwardSource(StatisticSource):
     """Numbers of a forward: from the inputs that arrive at a linear which is not pruned yet."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class ForwardSource(Source):
         return linear.module.register_forward_pre_hook(before)
 
 
-class BackwardSource(Source):
+class BackwardSource(StatisticSource):
     """Numbers of a backward: a pass through the dense model before the run gathers them."""
 
 
@@ -126,7 +126,7 @@ class Statistic(Protocol):
         device: where the sums are kept and computed.
     """
 
-    source: ClassVar[Source]
+    source: ClassVar[StatisticSource]
     """Where the numbers come from that it is updated with."""
 
     total: Tensor
@@ -173,7 +173,7 @@ class ColumnSums(Summed):
         sums: the number of sums.
     """
 
-    source: ClassVar[Source] = InputSource()
+    source: ClassVar[StatisticSource] = InputSource()
     sums: ClassVar[int] = 1
 
     def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
@@ -193,7 +193,7 @@ class GradientMean(Summed):
         device: where the sums are kept and computed.
     """
 
-    source: ClassVar[Source] = GradientSource()
+    source: ClassVar[StatisticSource] = GradientSource()
 
     def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
         # the last number counts the windows, so that all-reducing `total` merges both

@@ -8,7 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import InputSource, Source, Summed, check_finite, statistics
+from secateur.calibration.statistics import (
+    InputSource,
+    StatisticSource,
+    Summed,
+    check_finite,
+    statistics,
+)
 from secateur.types import Gram as GramMatrix
 from secateur.types import Inputs
 
@@ -47,7 +53,7 @@ class Gram(Summed):
                 [ 2.,  4.]])
     """
 
-    source: ClassVar[Source] = InputSource()
+    source: ClassVar[StatisticSource] = InputSource()
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         self.size = shape[1]

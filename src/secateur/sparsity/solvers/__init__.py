@@ -14,10 +14,12 @@ from torch import Tensor
 from secateur.errors import RecipeError
 from secateur.quantization.groups import GroupGrid
 from secateur.registry import Registry
+from secateur.sparsity.column_sweep import Rounding
+from secateur.sparsity.hessian import check_damping
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["Solution", "Solver", "SolverDefaults", "required_mask", "solvers"]
+__all__ = ["RoundingSolver", "Solution", "Solver", "SolverDefaults", "required_mask", "solvers"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,48 @@ class SolverDefaults:
     def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
         """0: linears share all factorisations."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class RoundingSolver(SolverDefaults):
+    """The parameters that solvers share which prune, and then round if `bits` is not 0.
+
+    Args:
+        damping: fraction of the mean diagonal of the gram added to its diagonal.
+        refit_steps: conjugate-gradient steps on the mask.
+        bits: 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not to
+            round.
+        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
+        descent: passes of coordinate descent over the rounded weights; for 3 and 4 bits.
+
+    Raises:
+        RecipeError: a parameter is out of range.
+    """
+
+    damping: float = 0.01
+    refit_steps: int = 10
+    bits: int = 0
+    group: int = 64
+    descent: int = 4
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the kept weights are rounded."""
+        return Rounding(self.bits, self.group, self.descent)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the solver also rounds the remaining weights."""
+        return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return self.rounding.group_grid
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import RoundingSolver
 from secateur.sparsity.hessian import (
     check_weight,
     fit_on_mask,
@@ -21,7 +20,7 @@ from secateur.sparsity.hessian import (
 )
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.shifted_inverse import ShiftedInverse
-from secateur.sparsity.solvers import Solution, solvers
+from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 # The support is compared, and ρ has grown by `growth`, once in this many iterations.

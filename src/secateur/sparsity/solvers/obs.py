@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import Choice, RoundingSolver, sweep
+from secateur.sparsity.column_sweep import Choice, sweep
 from secateur.sparsity.hessian import (
     FACTOR_SQUARES,
     check_weight,
@@ -21,7 +21,7 @@ from secateur.sparsity.hessian import (
     scaled_hessian,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, solvers
+from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 
