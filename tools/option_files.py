@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import secateur
+from secateur.recipes.keywords import public_function
 from secateur.recipes.options import GROUPS, Option, options_of, run_options_of
 from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
 from written_files import write_or_check
@@ -59,15 +60,15 @@ def stub() -> str:
     """The text of the stub."""
     imports: set[str] = set()
     bodies = []
-    verbs = {verb.python: verb for verb in VERBS.values()}
-    for name, home in sorted(secateur.HOMES.items()):
-        verb = verbs.get(name)
-        if verb and verb.function and hasattr(imported(verb.function), "__signature__"):
-            bodies.append(declaration(imported(verb.function), imports))
-        else:
-            imports.add(f"from {home} import {name} as {name}")
+    homes = dict(secateur.HOMES)
+    for verb in VERBS.values():
+        if verb.in_python and hasattr(public_function(verb.name), "__signature__"):
+            bodies.append(declaration(public_function(verb.name), imports))
+        elif verb.in_python:
+            homes[verb.python] = verb.function.partition(":")[0]
+    imports |= {f"from {home} import {name} as {name}" for name, home in homes.items()}
     names = ", ".join(f'"{name}"' for name in secateur.__all__)
-    body = "\n\n".join(bodies)
+    body = "\n\n".join(sorted(bodies, key=lambda text: str(re.findall(r"def (\w+)", text))))
     head = STUB_HEAD + "\n".join(sorted(imports))
     text = f"{head}\n\n__version__: str\nHOMES: dict[str, str]\n__all__ = [{names}]\n\n{body}\n"
     return ruff("format", text=ruff("check", "--select", "I", "--fix", "-q", text=text))
@@ -116,6 +117,9 @@ def declaration(function: Callable[..., Any], imports: set[str]) -> str:
 def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> str:
     """A type as text; the names in it are imported."""
     text = type_text(kind)
+    for part in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]:
+        if isinstance(part, type) and part.__module__.startswith("secateur."):
+            imports.add(f"from {part.__module__} import {part.__name__}")
     for name in re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'", "", text)):
         found = function.__globals__.get(name)
         if isinstance(found, types.ModuleType):

@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from secateur.recipes.verbs import VERBS
+
 DOCS = Path("docs")
 PROJECT = tuple(
     Path(name) for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
@@ -128,18 +130,20 @@ def python_page(root: Path) -> str:
         "command line is a function with the same options: [all options](options.md).",
         "",
     ]
-    for name, home in sorted(homes.items(), key=lambda item: item[0].lower()):
+    for name in sorted({*homes, *declared}, key=str.lower):
+        home = homes.get(name, "secateur")
         node = declared.get(name) or found(root / "src", home, name)
         lines += entry(name, node, home)
     return "\n".join(lines) + "\n"
 
 
 def homes_of(module: ast.Module) -> dict[str, str]:
-    """The module of each public name."""
+    """The module of each public name that is written by hand."""
+    own = [place.partition(":") for verb in VERBS.values() if (place := verb.function)]
     for node in module.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "HOMES":
             homes: dict[str, str] = ast.literal_eval(node.value)
-            return homes
+            return homes | {name: home for home, _, name in own}
     raise ValueError("secateur/__init__.py has no HOMES")
 
 

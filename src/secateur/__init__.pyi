@@ -14,7 +14,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
-from secateur.reporting.evaluate import EvaluateResult
+from secateur.reporting.evaluate import BenchResult, EvaluateResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
     ChainResult,
@@ -39,7 +39,6 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
-from secateur.steps.bench import bench as bench
 from secateur.steps.diagnose import diagnose as diagnose
 from secateur.steps.generate import generate as generate
 from secateur.steps.inspect import inspect as inspect
@@ -109,8 +108,9 @@ def advise(
     estimated by a formula, and say which.
 
     Args:
-        model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
-        progress: receives the steps when this machine is timed.
+        model: Hub id, folder (config.json is enough), named sample, or a well-known shape such as
+            llama-3.1-8b.
+        progress: receives every step.
         hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu,
             raspberry-pi-5, this-machine, or a name from --facts. [this-machine]
         requests_per_day: Requests on an average day. [1000]
@@ -126,6 +126,48 @@ def advise(
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         html: Also write a page with the advice and sliders to vary the load. [none]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def bench(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    contenders: Sequence[
+        Literal[
+            "packed",
+            "packed in transformers",
+            "dense bf16",
+            "dense int8",
+            "torch bf16",
+            "torch int8",
+            "all",
+        ]
+    ]
+    | None = None,
+    gguf: Sequence[str | Path] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    rounds: int | None = None,
+    seconds: float | None = None,
+) -> BenchResult:
+    """Time a checkpoint at batch 1 with several backends, in turns.
+
+    For a run folder, the result is also written to `secateur/bench.json`.
+
+    Args:
+        model: Folder (compressed or not), hub id or named sample.
+        progress: receives every step.
+        contenders: Ways to run the model, separated by commas: packed, packed in transformers,
+            dense bf16, dense int8, torch bf16, torch int8; or all. [packed, dense bf16, dense int8,
+            torch bf16]
+        gguf: Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated. [none]
+        prompt_tokens: Tokens in the prompt. [32]
+        new_tokens: Tokens to generate in each round. [8]
+        rounds: Largest number of rounds. [5]
+        seconds: Start no round after this many seconds; at least two rounds are timed. [30]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -147,7 +189,7 @@ def chain(
     Args:
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        steps: Each step is a verb (structure, prune, train, compress) with its options. [required]
+        steps: Each step is a verb (structure, prune, train, compress) with its options.
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -192,7 +234,7 @@ def compress(
     outputs stay closer to the source's. Without it, each weight is rounded to the nearest value.
 
     Args:
-        model: folder, hub id, GGUF file or named sample. A model that is not pruned gains little.
+        model: Folder, hub id, GGUF file or named sample.
         progress: receives every step.
         format: auto chooses the smallest format for each matrix. bitmask, n-of-m or dense uses that
             format, or dense where dense is smaller. [auto]
@@ -228,9 +270,6 @@ def compress(
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
 
-    Returns:
-        Sizes before and after.
-
     Raises:
         SecateurError: what, where, and what to do.
     """
@@ -249,13 +288,10 @@ def decompress(
     numbers are exact, so compressing them again changes nothing.
 
     Args:
-        model: folder or hub id of a compressed checkpoint, archive or not.
+        model: Folder or hub id of a compressed model.
         progress: receives every step.
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-
-    Returns:
-        Sizes before and after.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -334,8 +370,8 @@ def export(
     them; the result says how many another type lost.
 
     Args:
-        model: folder, compressed or not; hub id, GGUF file or named sample.
-        progress: receives every tensor.
+        model: Folder (compressed or not), hub id, GGUF file or named sample.
+        progress: receives every step.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
         type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder
             has them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k,
@@ -344,9 +380,6 @@ def export(
         keep_zeros: Refuse a type that loses exact zeros. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-
-    Returns:
-        The files, their sizes, and how many zeros they keep.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -402,7 +435,7 @@ def fit(
     A search measured on the whole model chooses, and the winner is packed.
 
     Args:
-        model: folder, hub id, GGUF file or named sample.
+        model: Folder, hub id, GGUF file or named sample.
         progress: receives every step.
         max_size: Largest size of the weight files, such as 90MiB or 4GB. The result is the best one
             found that fits. [any]
@@ -453,9 +486,6 @@ def fit(
         dry_run: Check the options and show what the run would need. Reads no weights, and writes
             nothing. [off]
 
-    Returns:
-        The winner, the frontier, and what each single technique gives; with `dry_run` the plan.
-
     Raises:
         SecateurError: what, where, and what to do.
     """
@@ -477,9 +507,9 @@ def import_model(
     written files are read again: sparsity and pattern of every matrix are in the result.
 
     Args:
-        model: folder or hub id: plain safetensors with zeros, compressed-tensors, or a state dict
-            of torch.nn.utils.prune; a dense model with `masks`.
-        progress: receives every tensor.
+        model: Folder or hub id of a model with zeros: plain safetensors, compressed-tensors, or
+            torch.nn.utils.prune; a dense model with --masks.
+        progress: receives every step.
         masks: Safetensors file of masks by the names of tensors, True = kept. They are applied to
             the model. [none]
         adapter: Folder of an adapter that peft trained on the model. It is merged, and the zeros of
@@ -487,9 +517,6 @@ def import_model(
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
-
-    Returns:
-        Where the zeros are, and what was rounded or dropped.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -684,17 +711,14 @@ def push(
     incomplete, or that holds keys or tokens is refused. The repository is private unless `public`.
 
     Args:
-        model: a folder that secateur wrote.
-        repo: the repository, OWNER/NAME; created if there is none.
-        progress: receives every tensor.
+        model: Folder of the model.
+        repo: Repository on the hub, OWNER/NAME. It is created if there is none.
+        progress: receives every step.
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         public: Make the repository public. Without this it is private. [off]
         branch: Branch of the repository; it is created if there is none. [main]
         base_model: Base model for the card, OWNER/NAME on the hub. [the one that the card names]
         dry_run: Check everything and show files and card. Nothing is sent. [off]
-
-    Returns:
-        The files, the card, and the address of the commit.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -767,7 +791,7 @@ def structure(
     """Cut structure out of a checkpoint, and write a new, smaller one.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: Hub id, folder, GGUF file or named sample.
         progress: receives every step.
         keep_layers: Decoder layers to keep: a number, or a fraction such as 0.8. [all]
         experts: Experts to keep in each layer: a number or a fraction. [all]
@@ -850,9 +874,6 @@ def structure(
         dry_run: Check the options and show what the run would need. Reads no weights, and writes
             nothing. [off]
 
-    Returns:
-        The result of the cut; with `dry_run` its plan.
-
     Raises:
         SecateurError: what, where, and what to do.
     """
@@ -881,10 +902,11 @@ def sweep(
     """Prune and evaluate a model with several methods at several sparsities.
 
     A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again.
+    same output resumes the sweep, and tries failed points again. `sweep.json` is written after
+    every point, a table and a plot at the end.
 
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: Hub id, folder, GGUF file or named sample.
         progress: receives every step.
         methods: Methods or presets (fast, balanced, best), separated by commas. [none]
         sparsities: Fractions of zeros, separated by commas, such as 0.3,0.5,0.7. [none]
@@ -907,9 +929,6 @@ def sweep(
             none]
         output: Folder of the sweep. The same folder again resumes a stopped sweep. [required]
         keep_models: Keep the weights of every point. [off]
-
-    Returns:
-        The points, and the dense model's perplexities.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -976,10 +995,11 @@ def train(
 ) -> TrainResult:
     """Train a checkpoint into a new folder, with its zeros held at every step.
 
-    It learns from text; with a `teacher` it learns that model's predictions for the text.
+    It learns from text; with a `teacher` it learns that model's predictions for the text. With
+    several processes, only the first one writes, and all return the result.
 
     Args:
-        model: hub id, folder or named sample.
+        model: Pruned, cut or dense model: hub id, folder or named sample.
         progress: receives every step.
         text: Training text: file, folder, hub data set or named text. May be repeated; each text
             then gives equally many windows. [c4]
@@ -1041,9 +1061,6 @@ def train(
         restart: Discard a stopped run and start again. [off]
         dry_run: Check the options and show what the run would need. Reads no weights, and writes
             nothing. [off]
-
-    Returns:
-        The result of the training; with `dry_run` its plan.
 
     Raises:
         SecateurError: what, where, and what to do.

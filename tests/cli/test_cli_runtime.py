@@ -163,7 +163,7 @@ def test_bench_refuses(secateur, tmp_path: Path) -> None:
         assert done.code == 2
         assert message in done.err
     assert secateur("bench", tmp_path / "none").code == 2
-    with pytest.raises(RecipeError, match="0 prompt tokens"):
+    with pytest.raises(RecipeError, match="prompt_tokens=0: must be 1 or more"):
         library.bench(folder, prompt_tokens=0)
     assert tokens_of(folder) == 96
 

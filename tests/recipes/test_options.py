@@ -12,7 +12,7 @@ import pytest
 import secateur
 from secateur.cli.app import make_app
 from secateur.errors import RecipeError
-from secateur.recipes.keywords import recipe_of
+from secateur.recipes.keywords import public_function, recipe_of
 from secateur.recipes.options import GROUPS, options_of, run_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, nested, read_flag, recipe_from_flags
@@ -21,7 +21,7 @@ from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 
 DECLARED = list(VERBS.values())
-IN_PYTHON = [verb for verb in DECLARED if verb.function]
+IN_PYTHON = [verb for verb in DECLARED if verb.in_python]
 
 
 @pytest.mark.parametrize("verb", DECLARED, ids=lambda verb: verb.name)
@@ -39,7 +39,7 @@ def test_every_option_has_a_sentence_a_default_and_a_name_of_its_own(verb) -> No
 
 @pytest.mark.parametrize("verb", IN_PYTHON, ids=lambda verb: verb.name)
 def test_the_signature_has_every_option(verb) -> None:
-    function = imported(verb.function)
+    function = public_function(verb.name)
     assert inspect.unwrap(getattr(secateur, verb.python)) is function
     kind = imported(verb.recipe)
     parameters, docstring = dict(inspect.signature(function).parameters), function.__doc__

@@ -12,7 +12,7 @@ import pytest
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
 from secateur.evaluation.perplexity import perplexity
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.sweep import SweepResult
@@ -44,7 +44,7 @@ def swept(
     recipe: SweepRecipe, output: Path, progress: Progress | None = None, **change: object
 ) -> SweepResult:
     values = recipe.model_dump(exclude_unset=True) | {"output": str(output)} | change
-    return sweep_recipe(build_recipe(SweepRecipe, values), progress)
+    return sweep_recipe(build_recipe(SweepRecipe, values), progress or Silent())
 
 
 class Killed(BaseException):

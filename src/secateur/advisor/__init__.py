@@ -14,8 +14,7 @@ VERB = {
     "summary": "Say whether to prune, quantize, distil or leave a model: size, speed and cost. "
     "Reads no weights.",
     "recipe": "secateur.recipes.measure:AdviseRecipe",
-    "function": "secateur.advisor.advise:advise",
-    "run": "secateur.advisor.advise:advise_recipe",
+    "step": "secateur.advisor.advise:advise_recipe",
     "more": "Every number says whether it was measured here, published, or estimated. The "
     "exit code is 3 if nothing serves the load within the bounds.",
     "after": "diagnose",

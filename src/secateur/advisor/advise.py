@@ -37,8 +37,7 @@ from secateur.models.hub import download_model, hub_name, kind_of_name
 from secateur.models.shape import ModelShape, counted
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
-from secateur.progress import Progress, listener
-from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.verbs import imported
@@ -50,27 +49,12 @@ FREE_SHARE = 0.8
 """The fraction of this machine's memory that a model may take."""
 
 
-@takes_options_of(AdviseRecipe)
-def advise(model: str | Path, *, progress: Progress | None = None, **options: Any) -> AdviseResult:
+def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     """Say what would make a model cheaper to serve, and what that would cost.
 
     Reads the configuration, no weights. Numbers are measured on this machine, published, or
     estimated by a formula, and say which.
-
-    Args:
-        model: hub id, folder, named sample, or a well-known shape such as `llama-3.1-8b`.
-        progress: receives the steps when this machine is timed.
-        **options: the other options of the recipe.
-
-    Raises:
-        SecateurError: what, where, and what to do.
     """
-    recipe, _ = recipe_of(AdviseRecipe, {"model": model}, options)
-    return advise_recipe(recipe, listener(progress))
-
-
-def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
-    """Carry out a recipe."""
     page = None if recipe.html is None else Path(recipe.html)
     if page is not None:
         check_writable(page, file=True)

@@ -1,72 +1,85 @@
-"""What every verb does with its recipe. Nothing that takes long to import is loaded before it runs.
+"""The commands: one function for each verb. Nothing that takes long to import is loaded before it
+runs.
 
 `secateur.cli.commands:NAME` is the command of the verb NAME. It is made when the command line
-looks it up, so that only the recipe of that verb is imported. A verb that is not in the core says
-in the table of verbs what does its work.
+looks it up, so that only the recipe of that verb is imported. Its flags and its help come from the
+recipe, and its work is the step of the verb, unless there is a function here.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stderr
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from inspect import Parameter as Argument
+from inspect import Signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_origin
 
-from secateur.cli.verb import make_command
+from cyclopts import Group, Parameter, Token
+
+from secateur.errors import RecipeError
+from secateur.parallel.launched import Launched
+from secateur.progress import Silent
+from secateur.recipes.options import (
+    GROUPS,
+    OUTPUT,
+    Flag,
+    Option,
+    example_of,
+    options_of,
+    run_options_of,
+)
+from secateur.recipes.reading import recipe_from_flags, takes_several
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
-    from secateur.recipes.compress import CompressRecipe, DecompressRecipe, FitRecipe
-    from secateur.recipes.deploy import (
-        ChatRecipe,
-        ExportRecipe,
-        GenerateRecipe,
-        ImportRecipe,
-    )
+    from secateur.recipes.compress import FitRecipe
+    from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.recipes.measure import (
         BenchRecipe,
         DiagnoseRecipe,
         EvaluateRecipe,
         InspectRecipe,
-        SweepRecipe,
     )
-    from secateur.recipes.prune import ChainRecipe, DemoRecipe, MethodsRecipe, PruneRecipe
+    from secateur.recipes.prune import MethodsRecipe, PruneRecipe
     from secateur.recipes.structure import StructureRecipe
     from secateur.recipes.train import TrainRecipe
     from secateur.reporting.tables import Result
+    from secateur.steps.generate import Conversation
 
-COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {}
-"""For each verb, a function that makes its command."""
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+OWN: dict[str, Callable[..., Any]] = {}
+"""The work of the verbs that do more than to run their step: takes the recipe and the call."""
+
+EXIT_CODES: Mapping[str, Callable[[Any], int]] = {
+    "compress": lambda result: 3 if result.broken else 0,
+    "fit": lambda result: 3 if getattr(result, "broken", False) else 0,
+    "bench": lambda result: int(all(speed.failure is not None for speed in result.speeds)),
+    "diagnose": lambda result: 3 if hasattr(result, "count") and result.count("error") else 0,
+    "sweep": lambda result: int(bool(result.failures)),
+}
+"""The exit code for a result; for other verbs that of the result, else 0."""
 
 
 def __getattr__(name: str) -> Callable[..., None]:
-    if name in COMMANDS:
-        return COMMANDS[name]()
     if name not in VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    verb = VERBS[name]  # of a package apart from the core
-
-    def run(recipe: Any, **call: Any) -> Result | None:
-        if verb.streams:
-            imported(verb.run)(recipe, **call)
-            return None
-        with _show_progress() as progress:
-            result: Result = imported(verb.run)(recipe, progress, **call)
-        return result
-
-    return make_command(
-        name, run, exit_code=lambda x: getattr(x, "exit_code", 0), streams=verb.streams
-    )
+    return make_command(name)
 
 
-def _command(verb: str, **how: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the work of a verb; `how` goes to `make_command`."""
+def _own(verb: str) -> Callable[[Run], Run]:
+    """Register a function as the work of a verb."""
 
-    def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        COMMANDS[verb] = partial(make_command, verb, run, **how)
+    def register(run: Run) -> Run:
+        OWN[verb] = run
         return run
 
     return register
@@ -78,14 +91,38 @@ def _show_progress() -> AbstractContextManager[Progress]:
     return show_progress()
 
 
-@_command("prune")
-def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
+def _run(verb: str, recipe: Any, **call: Any) -> Any:
+    """Run the step of a verb, and show its progress."""
+    if VERBS[verb].streams:
+        return imported(VERBS[verb].step)(recipe, **call)
+    with _show_progress() as progress:
+        return VERBS[verb].carry_out(recipe, call, progress)
+
+
+def _check_target(recipe: FitRecipe) -> None:
+    from secateur.steps.fit import Fit
+
+    Fit.check(recipe)
+
+
+def _check_tasks(recipe: EvaluateRecipe) -> None:
+    from secateur.evaluation.task_data import check_request
+
+    check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
+
+
+CHECKS: Mapping[str, Callable[[Any], None]] = {"fit": _check_target, "evaluate": _check_tasks}
+"""Quick checks of a recipe, before the model is looked up."""
+
+
+@_own("prune")
+def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
     from secateur.steps.processes import run_worker
-    from secateur.steps.prune import plan_recipe, prune_on_ray, prune_recipe
+    from secateur.steps.prune import prune_on_ray, prune_recipe
 
-    if dry_run:
-        return plan_recipe(recipe, call)
+    if call.get("dry_run"):
+        return _run("prune", recipe, **call)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call, _show_progress)
     with joined(recipe.device) as ranks:
@@ -96,130 +133,29 @@ def _prune(recipe: PruneRecipe, *, dry_run: bool = False, **call: Any) -> Result
             return prune_recipe(recipe, progress, ranks=ranks, **call)
 
 
-@_command("structure")
-def _structure(recipe: StructureRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
+@_own("structure")
+def _structure(recipe: StructureRecipe, **call: Any) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.steps.structure.run import plan_structure, run_worker, structure_recipe
+    from secateur.steps.structure.run import run_worker
 
-    if dry_run:
-        return plan_structure(recipe, call)
     with joined(recipe.device) as ranks:
         if not ranks.first:
             run_worker(recipe, ranks)
             return None
-        with _show_progress() as progress:
-            return structure_recipe(recipe, progress, ranks=ranks, **call)
+        return _run("structure", recipe, **call, **({} if ranks.count == 1 else {"ranks": ranks}))
 
 
-@_command("train")
-def _train(recipe: TrainRecipe, *, dry_run: bool = False, **call: Any) -> Result | None:
-    from secateur.steps.train import plan_training, run_training
-
+@_own("train")
+def _train(recipe: TrainRecipe, **call: Any) -> Result | None:
     if int(os.environ.get("RANK", "0")):
-        run_training(recipe, **call)
+        VERBS["train"].carry_out(recipe, call, Silent())
         return None
-    with _show_progress() as progress:
-        if dry_run:
-            return plan_training(recipe, progress, call)
-        return run_training(recipe, progress, **call)
+    return _run("train", recipe, **call)
 
 
-@_command("compress", exit_code=lambda result: 3 if result.broken else 0)
-def _compress(recipe: CompressRecipe, **call: Any) -> Result:
-    from secateur.steps.compress import Compress
-    from secateur.steps.runner import carry_out
-
-    with _show_progress() as progress:
-        return carry_out(Compress, recipe, progress, **call)
-
-
-def _check_fit(recipe: FitRecipe) -> None:
-    from secateur.steps.fit import Fit
-
-    Fit.check(recipe)
-
-
-@_command(
-    "fit",
-    exit_code=lambda result: 3 if getattr(result, "broken", False) else 0,
-    check=_check_fit,
-)
-def _fit(recipe: FitRecipe, *, dry_run: bool = False, **call: Any) -> Result:
-    from secateur.steps.fit import Fit, plan_fit
-    from secateur.steps.runner import carry_out
-
-    with _show_progress() as progress:
-        if dry_run:
-            return plan_fit(recipe, progress, call)
-        return carry_out(Fit, recipe, progress, **call)
-
-
-@_command("chain")
-def _chain(recipe: ChainRecipe, **call: Any) -> Result:
-    from secateur.steps.chain import Chain
-    from secateur.steps.runner import carry_out
-
-    with _show_progress() as progress:
-        return carry_out(Chain, recipe, progress, **call)
-
-
-@_command("import")
-def _import(recipe: ImportRecipe, **call: Any) -> Result:
-    from secateur.steps.import_model import ImportModel
-    from secateur.steps.runner import carry_out
-
-    with _show_progress() as progress:
-        return carry_out(ImportModel, recipe, progress, **call)
-
-
-@_command("decompress")
-def _decompress(recipe: DecompressRecipe, **call: Any) -> Result:
-    from secateur.steps.runner import carry_out
-    from secateur.steps.unpack import Decompress
-
-    with _show_progress() as progress:
-        return carry_out(Decompress, recipe, progress, **call)
-
-
-@_command("methods")
-def _methods(recipe: MethodsRecipe) -> Result:
-    from secateur.steps.methods import methods
-
-    return methods()
-
-
-@_command("demo")
-def _demo(recipe: DemoRecipe) -> Result:
-    from secateur.steps.demo import run_demo
-
-    with _show_progress() as progress:
-        return run_demo(recipe, progress)
-
-
-@_command("generate", streams=True)
-def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
-    from secateur.cli.conversation import generate
-
-    generate(recipe, as_json)
-
-
-@_command("chat", streams=True)
-def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
-    from secateur.cli.conversation import chat
-
-    chat(recipe, as_json)
-
-
-def _check_tasks(recipe: EvaluateRecipe) -> None:
-    from secateur.evaluation.task_data import check_request
-
-    check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
-
-
-@_command("evaluate", check=_check_tasks)
+@_own("evaluate")
 def _evaluate(recipe: EvaluateRecipe) -> Result | None:
     from secateur.parallel.processes import joined
-    from secateur.progress import Silent
     from secateur.steps.evaluate import run_evaluation
 
     with joined(recipe.device) as ranks:
@@ -230,25 +166,22 @@ def _evaluate(recipe: EvaluateRecipe) -> Result | None:
             return run_evaluation(recipe, progress, ranks=ranks)
 
 
-@_command(  # 1 if nothing could run
-    "bench",
-    exit_code=lambda result: int(all(speed.failure is not None for speed in result.speeds)),
-)
-def _bench(recipe: BenchRecipe) -> Result:
-    from secateur.evaluation.speed import BACKENDS
-    from secateur.steps.bench import bench
+@_own("methods")
+def _methods(recipe: MethodsRecipe) -> Result:
+    from secateur.steps.methods import methods
 
-    options = dict(recipe)
-    if recipe.contenders == ("all",):
-        options["contenders"] = BACKENDS
-    with _show_progress() as progress:
-        result = bench(**options, progress=progress)
+    return methods()
+
+
+@_own("bench")
+def _bench(recipe: BenchRecipe) -> Result:
+    result = _run("bench", recipe)
     for reason, failed in result.failures.items():
         print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
     return result
 
 
-@_command("inspect")
+@_own("inspect")
 def _inspect(recipe: InspectRecipe) -> Result:
     from secateur.steps.inspect import inspect
 
@@ -256,13 +189,7 @@ def _inspect(recipe: InspectRecipe) -> Result:
         return inspect(**dict(recipe), progress=progress)
 
 
-def _diagnosis_exit_code(result: Any) -> int:
-    """3 if a finding is an error."""
-    count = getattr(result, "count", None)
-    return 3 if count and count("error") else 0
-
-
-@_command("diagnose", exit_code=_diagnosis_exit_code)
+@_own("diagnose")
 def _diagnose(recipe: DiagnoseRecipe) -> Result:
     from secateur.steps.diagnose import check_target, diagnose
 
@@ -273,18 +200,280 @@ def _diagnose(recipe: DiagnoseRecipe) -> Result:
         return diagnose(**options, progress=progress)
 
 
-@_command("sweep", exit_code=lambda result: int(bool(result.failures)))
-def _sweep(recipe: SweepRecipe) -> Result:
-    from secateur.steps.sweep import sweep_recipe
-
-    with _show_progress() as progress:
-        return sweep_recipe(recipe, progress)
+CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
-@_command("export")
-def _export(recipe: ExportRecipe, **call: Any) -> Result:
-    from secateur.steps.export import Export
-    from secateur.steps.runner import carry_out
+@_own("generate")
+def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
+    """Continue a prompt on the CPU: text while it is generated, then the speed.
 
-    with _show_progress() as progress:
-        return carry_out(Export, recipe, progress, **call)
+    With `as_json` everything is written at the end.
+    """
+    conversation = _open(recipe, chat=recipe.chat)
+    prompt = recipe.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            print(
+                "Write the text and end it with Ctrl-D; `secateur chat` holds a conversation.",
+                file=sys.stderr,
+            )
+        prompt = sys.stdin.read().rstrip("\n")
+    if as_json:
+        print_result(conversation.say(prompt), as_json=True)
+        return
+    _print_defaults(conversation)
+    begun = conversation.chat
+
+    def show(text: str) -> None:
+        nonlocal begun
+        _write(text if begun else prompt + text)
+        begun = True
+
+    made = conversation.say(prompt, show)
+    _write("\n")
+    print(made.account, file=sys.stderr)
+
+
+@_own("chat")
+def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
+    """Answer line by line until the input ends."""
+    conversation = _open(recipe)
+    typed = sys.stdin.isatty()
+    if typed:
+        _import_line_editing()
+        kind = "" if conversation.chat else "no chat template: each line is a text to continue. "
+        print(f"{recipe.model}: {kind}{CHAT_HELP}", file=sys.stderr)
+    if not as_json:
+        _print_defaults(conversation)
+    while (line := _next_line(typed)) is not None:
+        if line == "/exit":
+            return
+        if line == "/reset":
+            conversation.forget()
+        elif line.startswith("/"):
+            print(CHAT_HELP, file=sys.stderr)
+        elif line:
+            _reply(conversation, line, as_json)
+
+
+def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conversation:
+    """Load the model. `chat`: whether to use its chat template; None: if there is one."""
+    from secateur.runtime.sampling import sampling_with
+    from secateur.steps.generate import Conversation
+
+    sampling_with({}, recipe.drawing())  # a bad number is an error before any work
+    return Conversation(
+        recipe.model,
+        max_new_tokens=recipe.max_new_tokens,
+        sampling=recipe.drawing(),
+        stop=recipe.stop,
+        chat=chat,
+        system=recipe.system,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _import_line_editing() -> Any:
+    """Import readline, if Python has it, so that `input` can edit and recall lines."""
+    try:
+        import readline
+    except ImportError:
+        return None
+    return readline
+
+
+def _print_defaults(conversation: Conversation) -> None:
+    """Say on stderr which sampling options come from the model."""
+    if conversation.taken:
+        taken = ", ".join(f"{name} {value}" for name, value in conversation.taken.items())
+        print(f"from the model's generation_config.json: {taken}", file=sys.stderr)
+
+
+def _next_line(typed: bool) -> str | None:
+    """The next line of the input; None at its end."""
+    try:
+        if typed:
+            return input("> ").strip()
+        line = sys.stdin.readline()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return None
+    return line.strip() if line else None
+
+
+def _reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
+    """Answer one message. Ctrl-C stops the answer. An error does not end the conversation."""
+    try:
+        made = conversation.say(prompt, (lambda text: None) if as_json else _write)
+    except KeyboardInterrupt:
+        print("\n(stopped; the conversation does not keep this answer)", file=sys.stderr)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        if as_json:
+            print_result(made, as_json=True)
+            return
+        _write("\n")
+        print(made.account, file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
+
+SET = Option(
+    "set",
+    (),
+    list[str],
+    required=False,
+    default="none",
+    group=OUTPUT,
+    help="Set any key of the recipe, for example {example}.",
+    flag=Flag(value="KEY=VALUE"),
+)
+JSON = Option(
+    "json",
+    (),
+    bool,
+    required=False,
+    default="a table",
+    group=OUTPUT,
+    help="Print the result as JSON on stdout.",
+    flag=Flag(),
+)
+QUIET = Option(
+    "quiet",
+    (),
+    bool,
+    required=False,
+    default="off",
+    group=OUTPUT,
+    help="Show neither progress nor log on stderr, only errors.",
+    flag=Flag(short="-q"),
+)
+
+
+def make_command(verb: str) -> Callable[..., None]:
+    """Make a function whose signature has a flag for every option of a verb's recipe."""
+    kind, run = imported(VERBS[verb].recipe), OWN.get(verb) or partial(_run, verb)
+    of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
+    shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
+    if of_recipe:
+        shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
+    signature = Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
+
+    def run_command(*words: str, **flags: Any) -> None:
+        given = dict(signature.bind_partial(*words, **flags).arguments)
+        _refuse_several(verb, given.get("dry_run", False))
+        assignments = given.pop("set", None) or ()
+        as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
+        recipe, call = recipe_from_flags(kind, given, assignments)
+        if not call.get("dry_run"):
+            needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
+            if needed and recipe.output is None:
+                raise RecipeError("no output folder", remedy="add --output DIR")
+        if verb in CHECKS:
+            CHECKS[verb](recipe)
+        from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
+
+        refuse_out_of_reach(str(getattr(recipe, "model", "")))
+        call |= {"as_json": as_json} if VERBS[verb].streams else {}
+        with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
+            result = run(recipe, **call)
+        if result is not None:
+            print_result(result, as_json=as_json)
+            if code := EXIT_CODES.get(verb, lambda x: getattr(x, "exit_code", 0))(result):
+                sys.exit(code)
+
+    function: Any = run_command
+    function.__signature__ = signature
+    function.__doc__ = VERBS[verb].about
+    function.__name__ = verb
+    return run_command
+
+
+def print_result(result: Result, *, as_json: bool) -> None:
+    """Write a result to stdout: tables for people, or one JSON document."""
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        result.show()
+
+
+class OnlyErrors(io.TextIOBase):
+    """Takes the place of stderr: writes errors there, and throws everything else away."""
+
+    def __init__(self, stderr: TextIO) -> None:
+        self.stderr = stderr
+
+    def write(self, text: str) -> int:
+        """Write an error; `print` passes its line break separately."""
+        if text.startswith("error: "):
+            self.stderr.write(f"{text}\n")
+        return len(text)
+
+
+def _refuse_several(verb: str, dry_run: bool) -> None:
+    """Refuse a verb that several processes would carry out several times."""
+    count = Launched.read(os.environ).count
+    if count > 1:  # torch would print the stack of every connection that closes
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if count > 1 and (dry_run or not VERBS[verb].together):
+        able = ", ".join(name for name, each in VERBS.items() if each.together)
+        words = f"secateur {verb}" + " --dry-run" * dry_run
+        raise RecipeError(
+            f"`{words}` does not work with several processes yet, and there are {count}",
+            remedy=f"start it without torchrun; {able} can share their work",
+        )
+
+
+def _parameter(option: Option) -> Argument:
+    """The parameter of a command for an option.
+
+    Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
+    faults. What is not given is not passed on.
+    """
+    is_bool, choices = option.type is bool, option.choices
+    shown = Parameter(
+        help=option.help if option.required else option.about,
+        group=HEADINGS[option.group],
+        metavar=None if is_bool else option.word,
+        show_default=False,
+        converter=None if is_bool else _as_text,  # a `Path` would turn ./DIR into DIR
+        completer=(lambda _: choices) if choices else None,
+        allow_repeating=None if takes_several(option) else True,
+    )
+    text: Any = Path if option.is_path else str
+    kind: Any = bool if is_bool else list[text] if takes_several(option) else text
+    if option.is_word:
+        return Argument(
+            option.name,
+            Argument.POSITIONAL_ONLY,
+            default=Argument.empty if option.required else None,
+            annotation=Annotated[kind if option.required else kind | None, shown],
+        )
+    off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
+    named = Parameter(
+        name=[_dashed(option.name), *([option.flag.short] if option.flag.short else [])],
+        negative=_dashed(off) if off else (),
+    )
+    return Argument(
+        option.name,
+        Argument.KEYWORD_ONLY,
+        default=False if is_bool else None,
+        annotation=Annotated[kind if is_bool else kind | None, shown, named],
+    )
+
+
+def _as_text(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The text of an option as it was written; several if it may be repeated."""
+    words = [token.value for token in tokens]
+    return words if get_origin(kind) is list else words[0]
+
+
+def _dashed(name: str) -> str:
+    """A name with dashes, as in a flag."""
+    return "--" + name.replace("_", "-")

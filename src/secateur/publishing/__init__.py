@@ -7,8 +7,7 @@ VERB = {
     "stage": "Publish a model",
     "summary": "Publish a model on the hub, with a card that has its results.",
     "recipe": "secateur.recipes.deploy:PushRecipe",
-    "function": "secateur.publishing.push:push",
-    "run": "secateur.publishing.push:push_recipe",
+    "step": "secateur.publishing.push:push_recipe",
     "more": "The zeros are counted first. The repository is private unless --public.",
     "after": "export",
 }

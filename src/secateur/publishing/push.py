@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.findings import read_claims
@@ -21,9 +21,8 @@ from secateur.errors import CheckpointError, RecipeError, SourceError, Verificat
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder
 from secateur.models.hub import why_unreachable
-from secateur.progress import Progress, listener
+from secateur.progress import Progress
 from secateur.recipes.deploy import PushRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.report_page.claims import missing_in, push_card
 from secateur.report_page.records import read_run
 from secateur.reporting.cards import without_folders
@@ -272,33 +271,11 @@ def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: bare for name, (text, bare) in texts.items() if text != bare}
 
 
-@takes_options_of(PushRecipe)
-def push(
-    model: str | Path, repo: str, *, progress: Progress | None = None, **options: Any
-) -> PushResult:
+def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     """Publish a model folder on the hub, with a card that has its results and their protocols.
 
     The zeros are counted first and compared with the records. A folder that lost some, that is
     incomplete, or that holds keys or tokens is refused. The repository is private unless `public`.
-
-    Args:
-        model: a folder that secateur wrote.
-        repo: the repository, OWNER/NAME; created if there is none.
-        progress: receives every tensor.
-        **options: the other options of the recipe; `dry_run` sends nothing.
-
-    Returns:
-        The files, the card, and the address of the commit.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    recipe, call = recipe_of(PushRecipe, {"model": model, "repo": repo}, options)
-    return push_recipe(recipe, listener(progress), **call)
-
-
-def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
-    """Carry out a recipe.
 
     Args:
         recipe: the recipe.

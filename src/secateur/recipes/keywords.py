@@ -12,13 +12,15 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from secateur.errors import RecipeError, SecateurError
+from secateur.progress import Progress, listener
 from secateur.recipes.options import (
     Option,
     Section,
     all_options,
+    options_of,
     run_options_of,
     without_none,
 )
@@ -27,7 +29,20 @@ from secateur.recipes.verbs import VERBS, imported
 
 P, R = ParamSpec("P"), TypeVar("R")
 
+RECIPE_FILE = re.compile(r", ([\w ]+), or a recipe \(`\*\.yaml`\)")
+
 INDENT, WIDTH = " " * 8, 100
+FUNCTION_HELP = """{about}
+
+    Args:
+{words}
+        progress: receives every step.
+        **options: the other options.
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+"""The help of a function that is made from its options."""
 CALIBRATION_TEXT = "calibration"
 """The option that also takes the texts themselves, as a list."""
 
@@ -57,6 +72,49 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
         return function
 
     return decorate
+
+
+@functools.cache
+def public_function(verb: str) -> Callable[..., Any]:
+    """The Python function of a verb.
+
+    Unless the verb has one of its own, it is made from the options of its recipe. Its help begins
+    like that of the verb's step.
+    """
+    row = VERBS[verb]
+    if row.function:
+        own: Callable[..., Any] = imported(row.function)
+        return own
+    kind, step = imported(row.recipe), imported(row.step)
+    words = [option for option in options_of(kind) if option.required]
+
+    def function(*given: Any, progress: Progress | None = None, **options: Any) -> Any:
+        if len(given) > len(words):
+            raise TypeError(f"{row.python}() takes {len(words)} arguments without a name")
+        named = {word.name: value for word, value in zip(words, given, strict=False)}
+        recipe, call = recipe_of(kind, named, options)
+        return row.carry_out(recipe, call, listener(progress))
+
+    made: Any = function
+    made.__name__ = made.__qualname__ = row.python
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = inspect.signature(function).parameters
+    returned = get_type_hints(step.work if isinstance(step, type) else step)["return"]
+    if row.plan:
+        returned |= get_type_hints(imported(row.plan))["return"]
+    made.__signature__ = inspect.Signature(
+        [
+            *(_parameter_of(word).replace(kind=positional) for word in words),
+            own["progress"],
+            own["options"],
+        ],
+        return_annotation=returned,
+    )
+    about, *_ = re.split(r"\n\n *(?:Args|Raises):", inspect.getdoc(step) or "")
+    made.__doc__ = FUNCTION_HELP.format(
+        about=textwrap.indent(about, " " * 4).strip(), words="\n".join(map(_line_of, words))
+    )
+    return takes_options_of(kind)(function)
 
 
 def _parameter_of(option: Option) -> inspect.Parameter:
@@ -93,17 +151,22 @@ def _widened(kind: Any, text: Any) -> Any:
 
 def _documented(doc: str, added: Sequence[Option]) -> str:
     """Replace `**options` in a docstring by a line for each option."""
-    lines = [
-        textwrap.fill(
-            f"{option.name}: {option.about}",
-            WIDTH,
-            initial_indent=INDENT,
-            subsequent_indent=INDENT + "    ",
-            break_on_hyphens=False,
-        )
-        for option in added
-    ]
+    lines = [_line_of(option) for option in added]
     return re.sub(r" *\*\*options: .*(\n {12}.*)*", lambda _: "\n".join(lines), doc, count=1)
+
+
+def _line_of(option: Option) -> str:
+    """The line of a docstring about an option. A recipe file is for the command line only."""
+    about = option.about
+    if option.required:
+        about = RECIPE_FILE.sub(r" or \1", option.help)
+    return textwrap.fill(
+        f"{option.name}: {about}",
+        WIDTH,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT + "    ",
+        break_on_hyphens=False,
+    )
 
 
 def recipe_of(

@@ -163,7 +163,7 @@ BUDGET = "memory.max_memory"
 RISKY = ("trust_remote_code", "public", "machine")
 """Switches that are no good examples."""
 
-PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "TEXT")
+PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "SOURCE", "TEXT")
 """Words for values that may be given as a path."""
 WORDS = {int: "N", float: "X", int | float: "X"}
 """Words for values without a word of their own, by type."""

@@ -4,7 +4,7 @@ The core has most verbs. Packages of `APART` have one each, and nothing of the c
 without the package there is no such verb. A verb of somebody else's package is an entry point:
 
     [project.entry-points."secateur.verbs"]
-    shear = "package:VERB"          # fields of `Verb`; `run` takes the recipe and the progress
+    shear = "package:VERB"          # fields of `Verb`
 
 Entry points are read only for a word that is no verb here, because that takes as long as `--help`.
 """
@@ -12,6 +12,7 @@ Entry points are read only for a word that is no verb here, because that takes a
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
@@ -39,13 +40,14 @@ class Verb:
         stage: the heading that lists it.
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
-        function: the place of the function; empty if the verb exists only on the command line.
-        step: the place of its step in the runner, if it makes a folder.
+        step: the place of its step: a class for the runner, or a function that takes the recipe,
+            a progress and the options of the call. Its docstring is that of the Python function.
+        plan: the place of the function for a dry run, which takes the same.
+        function: the place of the Python function, if `step` alone does not make it.
         more: further sentences for the help of the verb.
         usage: the first line of the help, where a positional argument may be left out.
         together: whether several processes, started by torchrun, can share its work.
-        run: of a verb that is not in the core, the place of the function that does its work.
-        streams: whether this function prints by itself; it then takes `as_json`, else the progress.
+        streams: whether it prints by itself; its step then takes `as_json` instead of a progress.
         after: the verb of the core that `secateur --help` lists before it.
     """
 
@@ -53,12 +55,12 @@ class Verb:
     stage: str
     summary: str
     recipe: str
-    function: str = ""
     step: str = ""
+    plan: str = ""
+    function: str = ""
     more: str = ""
     usage: str | None = None
     together: bool = False
-    run: str = ""
     streams: bool = False
     after: str = ""
 
@@ -66,6 +68,30 @@ class Verb:
     def python(self) -> str:
         """The name of the function: that of the verb, unless Python has that word itself."""
         return f"{self.name}_model" if iskeyword(self.name) else self.name
+
+    @property
+    def in_python(self) -> bool:
+        """Whether there is a Python function."""
+        return bool(self.function or self.step) and self.name not in ("demo", "serve")
+
+    def carry_out(self, recipe: Any, call: Mapping[str, Any], progress: Any, **ranks: Any) -> Any:
+        """Carry out a recipe, or plan it only.
+
+        Args:
+            recipe: the recipe.
+            call: the options of the call.
+            progress: receives every step.
+            **ranks: the processes that share the work, if there are several.
+        """
+        options = dict(call)
+        if options.pop("dry_run", False):
+            return imported(self.plan)(recipe, progress, options)
+        step = imported(self.step)
+        if isinstance(step, type):
+            return imported("secateur.steps.runner:carry_out")(
+                step, recipe, progress, **options, **ranks
+            )
+        return step(recipe, progress, **options, **ranks)
 
     @property
     def about(self) -> str:
@@ -113,8 +139,9 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
-            "secateur.steps.prune:prune",
             step="secateur.steps.prune:Prune",
+            plan="secateur.steps.prune:plan_recipe",
+            function="secateur.steps.prune:prune",
             together=True,
         ),
         Verb(
@@ -123,7 +150,8 @@ VERBS: dict[str, Verb] = {
             "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
-            "secateur.steps.structure.run:structure",
+            step="secateur.steps.structure.run:structure_recipe",
+            plan="secateur.steps.structure.run:plan_structure",
             together=True,
         ),
         Verb(
@@ -132,7 +160,8 @@ VERBS: dict[str, Verb] = {
             "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
             "stay zero.",
             "secateur.recipes.train:TrainRecipe",
-            "secateur.steps.train:train",
+            step="secateur.steps.train:run_training",
+            plan="secateur.steps.train:plan_training",
             together=True,
         ),
         Verb(
@@ -140,7 +169,6 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Store a pruned model without its zeros.",
             "secateur.recipes.compress:CompressRecipe",
-            "secateur.steps.compress:compress",
             step="secateur.steps.compress:Compress",
         ),
         Verb(
@@ -148,8 +176,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Find and make the best compressed model within a size, memory, speed or loss.",
             "secateur.recipes.compress:FitRecipe",
-            "secateur.steps.fit:fit",
             step="secateur.steps.fit:Fit",
+            plan="secateur.steps.fit:plan_fit",
             more="The exit code is 3 if the made model breaks a bound.",
         ),
         Verb(
@@ -157,8 +185,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Cut, prune, train and compress in one run, with one account of what is left.",
             "secateur.recipes.prune:ChainRecipe",
-            "secateur.steps.chain:chain",
             step="secateur.steps.chain:Chain",
+            function="secateur.steps.chain:chain",
         ),
         Verb(
             "import",
@@ -166,7 +194,6 @@ VERBS: dict[str, Verb] = {
             "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
             "adapters.",
             "secateur.recipes.deploy:ImportRecipe",
-            "secateur.steps.import_model:import_model",
             step="secateur.steps.import_model:ImportModel",
             more="The kind of source is recognised. In Python: secateur.import_model.",
         ),
@@ -175,7 +202,6 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Write a compressed model as plain dense safetensors again.",
             "secateur.recipes.compress:DecompressRecipe",
-            "secateur.steps.unpack:decompress",
             step="secateur.steps.unpack:Decompress",
         ),
         Verb(
@@ -189,13 +215,15 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
             "secateur.recipes.prune:DemoRecipe",
+            step="secateur.steps.demo:run_demo",
         ),
         Verb(
             "generate",
             RUN,
             "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.deploy:GenerateRecipe",
-            "secateur.steps.generate:generate",
+            function="secateur.steps.generate:generate",
+            streams=True,
         ),
         Verb(
             "chat",
@@ -204,13 +232,14 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.deploy:ChatRecipe",
             more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
             "answer. Without a terminal every line of stdin is a message.",
+            streams=True,
         ),
         Verb(
             "evaluate",
             MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.measure:EvaluateRecipe",
-            "secateur.steps.evaluate:evaluate",
+            function="secateur.steps.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
@@ -221,21 +250,21 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure speed and memory at batch 1 on the CPU; ways to run are interleaved.",
             "secateur.recipes.measure:BenchRecipe",
-            "secateur.steps.bench:bench",
+            step="secateur.steps.bench:bench_recipe",
         ),
         Verb(
             "inspect",
             MEASURE,
             "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.measure:InspectRecipe",
-            "secateur.steps.inspect:inspect",
+            function="secateur.steps.inspect:inspect",
         ),
         Verb(
             "diagnose",
             MEASURE,
             "Check zeros, values, units and layers.",
             "secateur.recipes.measure:DiagnoseRecipe",
-            "secateur.steps.diagnose:diagnose",
+            function="secateur.steps.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
             usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),
@@ -244,7 +273,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.measure:SweepRecipe",
-            "secateur.steps.sweep:sweep",
+            step="secateur.steps.sweep:sweep_recipe",
             more="The same command again resumes a stopped sweep.",
         ),
         Verb(
@@ -252,7 +281,6 @@ VERBS: dict[str, Verb] = {
             PUBLISH,
             "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
             "secateur.recipes.deploy:ExportRecipe",
-            "secateur.steps.export:export",
             step="secateur.steps.export:Export",
         ),
     )

@@ -13,6 +13,6 @@ VERB = {
     "summary": "Put what was measured of pruned models on one self-contained page, side by side.",
     "recipe": "secateur.recipes.measure:ReportRecipe",
     "function": "secateur.report_page.report:report",
-    "run": "secateur.report_page.report:report_recipe",
+    "step": "secateur.report_page.report:report_recipe",
     "after": "sweep",
 }

@@ -7,7 +7,7 @@ VERB = {
     "stage": "Run a model",
     "summary": "Serve a model over HTTP with OpenAI's API, to several clients at once.",
     "recipe": "secateur.recipes.deploy:ServeRecipe",
-    "run": "secateur.serving.serve:serve",
+    "step": "secateur.serving.serve:serve",
     "streams": True,
     "more": "Listens on 127.0.0.1 unless --host says otherwise. SIGTERM or Ctrl-C ends it "
     "when the running requests have ended. Needs the extra `serve`.",

@@ -46,7 +46,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, carry_out, step_of
+from secateur.steps.runner import RunContext, Step, carry_out
 from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
 
@@ -104,10 +104,7 @@ class PlannedStep:
         values = {"model": model, "output": str(output), "trust_remote_code": trust}
         with _named_step(self.number, self.verb):
             recipe = self.recipe.model_copy(update=values)
-            if VERBS[self.verb].step:
-                carry_out(step_of(self.verb), recipe, progress, **call)
-            else:
-                imported(RUNS[self.verb])(recipe, progress, **call)
+            VERBS[self.verb].carry_out(recipe, call, progress)
 
 
 @contextmanager
@@ -334,10 +331,8 @@ def _checked(number: int, step: Any) -> PlannedStep:
             raise RecipeError(
                 "compression is a step of its own", where="compress", remedy="add a compress step"
             )
-        if VERBS[verb].step:
-            imported(VERBS[verb].step).check(recipe)
-        else:
-            CHECKS[verb](recipe)
+        check = CHECKS.get(verb) or imported(VERBS[verb].step).check
+        check(recipe)
         _check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)
 
@@ -403,10 +398,6 @@ def _check_training(recipe: TrainRecipe) -> None:
         parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
 
 
-RUNS = {
-    "structure": "secateur.steps.structure.run:structure_recipe",
-    "train": "secateur.steps.train:run_training",
-}
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "structure": _check_structure,
     "train": _check_training,

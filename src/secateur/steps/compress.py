@@ -35,9 +35,8 @@ from secateur.evaluation.perplexity import LossComparison
 from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
-from secateur.progress import Labelled, Progress, listener
+from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.registry import did_you_mean
@@ -70,32 +69,12 @@ MOST_CHOICES = 4
 """How often values are chosen within a bound on the loss, at most."""
 
 
-@takes_options_of(CompressRecipe)
-def compress(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> CompressResult:
+class Compress(Step[CompressRecipe, CompressResult]):
     """Write a checkpoint without its zeros.
 
     With calibration text, int8 weights compensate each other's rounding errors (GPTQ), so the
     outputs stay closer to the source's. Without it, each weight is rounded to the nearest value.
-
-    Args:
-        model: folder, hub id, GGUF file or named sample. A model that is not pruned gains little.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        Sizes before and after.
-
-    Raises:
-        SecateurError: what, where, and what to do.
     """
-    recipe, call = recipe_of(CompressRecipe, {"model": model}, options)
-    return carry_out(Compress, recipe, listener(progress), **call)
-
-
-class Compress(Step[CompressRecipe, CompressResult]):
-    """Writes a checkpoint without its zeros."""
 
     verb = "compress"
 

@@ -7,10 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from secateur.progress import Labelled
+from secateur.recipes.keywords import public_function
 from secateur.recipes.verbs import imported
 from secateur.reporting.evaluate import DemoResult
-from secateur.steps.bench import bench
-from secateur.steps.compress import compress
 from secateur.steps.evaluate import evaluate
 from secateur.steps.prune import prune
 
@@ -34,6 +33,7 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     The dense model in int8 is judged beside the pruned one: it is what a user would take instead.
     Its speed is that of the contender `dense int8`; its files are deleted.
     """
+    bench, compress = public_function("bench"), public_function("compress")
     folder = Path(recipe.output)
     pruned = prune(
         MODEL,

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_config
-from secateur.progress import Progress, listener
 from secateur.recipes.deploy import ExportRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.registry import did_you_mean
 from secateur.reporting.models import ExportResult
 from secateur.runtime.install import open_checkpoint
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step
 
 
-@takes_options_of(ExportRecipe)
-def export(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ExportResult:
+class Export(Step[ExportRecipe, ExportResult]):
     """Write a model for another engine, with its zeros.
 
     The model is checked first: one that the engine would compute differently is refused. The zeros
     of every matrix are counted before and after. A type that keeps exact zeros must keep all of
     them; the result says how many another type lost.
-
-    Args:
-        model: folder, compressed or not; hub id, GGUF file or named sample.
-        progress: receives every tensor.
-        **options: the other options of the recipe.
-
-    Returns:
-        The files, their sizes, and how many zeros they keep.
-
-    Raises:
-        SecateurError: what, where, and what to do.
     """
-    recipe, call = recipe_of(ExportRecipe, {"model": model}, options)
-    return carry_out(Export, recipe, listener(progress), **call)
-
-
-class Export(Step[ExportRecipe, ExportResult]):
-    """Writes a model for another engine."""
 
     verb = "export"
 

@@ -44,9 +44,8 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.task_data import check_request
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
-from secateur.progress import Progress, listener
+from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.reporting.charts import save_plots
@@ -102,7 +101,7 @@ from secateur.steps.fitting.models import (
     packing_recipe,
 )
 from secateur.steps.fitting.storage_formats import FILES, StorageFormat
-from secateur.steps.runner import RunContext, Step, carry_out, source_of
+from secateur.steps.runner import RunContext, Step, source_of
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
@@ -131,32 +130,6 @@ INSTEAD: Mapping[str, tuple[str, str]] = {
 
 Built = tuple[list[BuiltCandidate], list[FitBranch]]
 """The candidates that keep the bounds, and what became of every cut."""
-
-
-@takes_options_of(FitRecipe)
-def fit(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> FitResult | FitPlanResult:
-    """Find the best compressed model within a budget, and make it.
-
-    Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
-    A search measured on the whole model chooses, and the winner is packed.
-
-    Args:
-        model: folder, hub id, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The winner, the frontier, and what each single technique gives; with `dry_run` the plan.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    recipe, call = recipe_of(FitRecipe, {"model": model}, options)
-    if call.pop("dry_run", False):
-        return plan_fit(recipe, listener(progress), call)
-    return carry_out(Fit, recipe, listener(progress), **call)
 
 
 def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> FitPlanResult:
@@ -205,7 +178,11 @@ def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint
 
 
 class Fit(Step[FitRecipe, FitResult]):
-    """Finds and makes the best compressed model within bounds."""
+    """Find the best compressed model within a budget, and make it.
+
+    Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
+    A search measured on the whole model chooses, and the winner is packed.
+    """
 
     verb = "fit"
 

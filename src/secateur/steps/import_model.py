@@ -23,9 +23,7 @@ from secateur.models.opening import computed_dtype, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.stored_parameters import StoredModel
-from secateur.progress import Progress, listener
 from secateur.recipes.deploy import ImportRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
 from secateur.reporting.models import ImportResult
@@ -41,40 +39,19 @@ from secateur.runs.records import (
     RunResult,
 )
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step
 
 IMPORT, MANIFEST = "import.json", "manifest.json"
 UNKNOWN = "unknown"
 
 
-@takes_options_of(ImportRecipe)
-def import_model(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> ImportResult:
+class ImportModel(Step[ImportRecipe, ImportResult]):
     """Make an ordinary folder from what another tool wrote: dense safetensors with its zeros.
 
     The kind of source is recognised. The values are those that the source means, in the dtype of
     the model; where that dtype cannot hold them exactly, they are rounded once, and counted. The
     written files are read again: sparsity and pattern of every matrix are in the result.
-
-    Args:
-        model: folder or hub id: plain safetensors with zeros, compressed-tensors, or a state dict
-            of torch.nn.utils.prune; a dense model with `masks`.
-        progress: receives every tensor.
-        **options: the other options of the recipe.
-
-    Returns:
-        Where the zeros are, and what was rounded or dropped.
-
-    Raises:
-        SecateurError: what, where, and what to do.
     """
-    recipe, call = recipe_of(ImportRecipe, {"model": model}, options)
-    return carry_out(ImportModel, recipe, listener(progress), **call)
-
-
-class ImportModel(Step[ImportRecipe, ImportResult]):
-    """Makes an ordinary folder from what another tool wrote."""
 
     verb = "import"
 

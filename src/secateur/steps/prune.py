@@ -134,17 +134,20 @@ def prune(
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
     if call.pop("dry_run", False):
-        return plan_recipe(recipe, call)
+        return plan_recipe(recipe, listener(progress), call)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call)
     return prune_recipe(recipe, listener(progress), **call)
 
 
-def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Result:
+def plan_recipe(
+    recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
+) -> PlanResult | Result:
     """Check a recipe, and show what it would need, on this machine or on paper for others.
 
     Args:
         recipe: recipe of the pruning.
+        progress: receives the download of the model.
         call: the other options of the call.
 
     Raises:
@@ -159,16 +162,16 @@ def plan_recipe(recipe: PruneRecipe, call: Mapping[str, Any]) -> PlanResult | Re
     if cluster_call.gpus is not None:
         planned: Result = imported("secateur.advisor.advise:plan_on_paper")(recipe, cluster_call)
         return planned
-    plan = plan_pruning(recipe)
+    plan = plan_pruning(recipe, progress)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
     return plan
 
 
-def plan_pruning(recipe: PruneRecipe) -> PlanResult:
+def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
     """What a recipe would need on this machine."""
     began = time.perf_counter()
-    prepared = prepare(recipe, source_of(recipe, Silent()), only_plan=True, pictures=True)
+    prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
     ready = time.perf_counter() - began
     tasks, target, windows = prepared.tasks(), prepared.target, prepared.windows
     plan, activations = choose_plan(prepared, tasks, recipe.memory)

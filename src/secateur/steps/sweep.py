@@ -37,8 +37,7 @@ from secateur.models.opening import load_whole
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ray_launcher import each
-from secateur.progress import Labelled, Progress, Silent, listener
-from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.presets import presets
 from secateur.recipes.prune import PruneRecipe
@@ -79,31 +78,12 @@ CONDITIONS = (
 """The options that must not change when a sweep resumes. New points are allowed."""
 
 
-@takes_options_of(SweepRecipe)
-def sweep(model: str | Path, *, progress: Progress | None = None, **options: Any) -> SweepResult:
+def sweep_recipe(recipe: SweepRecipe, progress: Progress) -> SweepResult:
     """Prune and evaluate a model with several methods at several sparsities.
 
     A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The points, and the dense model's perplexities.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    return sweep_recipe(recipe_of(SweepRecipe, {"model": model}, options)[0], progress)
-
-
-def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
-    """Prune and evaluate a model at every point of a recipe, or resume a stopped sweep.
-
-    This writes `sweep.json` after every point, and a table and a plot at the end.
+    same output resumes the sweep, and tries failed points again. `sweep.json` is written after
+    every point, a table and a plot at the end.
 
     Args:
         recipe: the recipe.
@@ -120,7 +100,7 @@ def sweep_recipe(recipe: SweepRecipe, progress: Progress | None) -> SweepResult:
     for read in (recipe.model, recipe.calibration, *recipe.text):
         check_apart(read, folder, folder)
     with _locked(folder):
-        run = SweepRun(recipe, folder, listener(progress))
+        run = SweepRun(recipe, folder, progress)
         run.begin()
         run.judge_dense()
         done = {point.key: point for point in run.record.points}

@@ -20,8 +20,7 @@ from secateur.engine.plan import Plan
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole, refuse_quantized
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.progress import Progress, Silent, listener
-from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.progress import Progress, Silent
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
 from secateur.reporting.cards import training_card
@@ -54,31 +53,6 @@ NO_PART = {
 diverged can resume from its last save with a lower rate."""
 
 TRAININGS = "training.json"
-
-
-@takes_options_of(TrainRecipe)
-def train(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> TrainResult | TrainPlanResult:
-    """Train a checkpoint into a new folder, with its zeros held at every step.
-
-    It learns from text; with a `teacher` it learns that model's predictions for the text.
-
-    Args:
-        model: hub id, folder or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The result of the training; with `dry_run` its plan.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    recipe, call = recipe_of(TrainRecipe, {"model": model}, options)
-    if call.pop("dry_run", False):
-        return plan_training(recipe, listener(progress), call)
-    return run_training(recipe, listener(progress), **call)
 
 
 def plan_training(
@@ -125,9 +99,10 @@ def run_training(
     restart: bool = False,
     overwrite: bool = False,
 ) -> TrainResult:
-    """Carry out the recipe of a training, into a new folder.
+    """Train a checkpoint into a new folder, with its zeros held at every step.
 
-    With several processes, only the first one writes. All return the result.
+    It learns from text; with a `teacher` it learns that model's predictions for the text. With
+    several processes, only the first one writes, and all return the result.
 
     Args:
         recipe: recipe of the training.

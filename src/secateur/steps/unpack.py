@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +13,7 @@ from secateur.models.copies import write_dense
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.models.stored_parameters import FusedExperts, loads_one_by_one
-from secateur.progress import Progress, listener
 from secateur.recipes.compress import DecompressRecipe
-from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.cards import source_part
 from secateur.reporting.models import DecompressResult
 from secateur.runs.atomic import write_text
@@ -25,36 +21,16 @@ from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step
 
 
-@takes_options_of(DecompressRecipe)
-def decompress(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> DecompressResult:
+class Decompress(Step[DecompressRecipe, DecompressResult]):
     """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
     Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
     their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
     numbers are exact, so compressing them again changes nothing.
-
-    Args:
-        model: folder or hub id of a compressed checkpoint, archive or not.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        Sizes before and after.
-
-    Raises:
-        SecateurError: what, where, and what to do.
     """
-    recipe, call = recipe_of(DecompressRecipe, {"model": model}, options)
-    return carry_out(Decompress, recipe, listener(progress), **call)
-
-
-class Decompress(Step[DecompressRecipe, DecompressResult]):
-    """Writes a compressed checkpoint as plain dense safetensors."""
 
     verb = "decompress"
 

@@ -15,7 +15,7 @@ VERB = {
     "stage": "Measure a model",
     "summary": "Count the files of a folder.",
     "recipe": "quince.verb:CountRecipe",
-    "run": "quince.verb:count",
+    "step": "quince.verb:count",
 }
 
 

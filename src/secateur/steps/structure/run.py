@@ -35,8 +35,7 @@ from secateur.models.opening import form_of, formats_of, open_weights, refuse_qu
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent, listener
-from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.recipes.structure import StructureRecipe, WhatToCut
@@ -109,40 +108,20 @@ VARIED = (
 )
 
 
-@takes_options_of(StructureRecipe)
-def structure(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> StructureResult | CutPlanResult:
-    """Cut structure out of a checkpoint, and write a new, smaller one.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Returns:
-        The result of the cut; with `dry_run` its plan.
-
-    Raises:
-        SecateurError: what, where, and what to do.
-    """
-    recipe, call = recipe_of(StructureRecipe, {"model": model}, options)
-    if call.pop("dry_run", False):
-        return plan_structure(recipe, call)
-    return structure_recipe(recipe, listener(progress), **call)
-
-
-def plan_structure(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutPlanResult:
+def plan_structure(
+    recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
+) -> CutPlanResult:
     """Check a recipe, and show what the cut would leave and need.
 
     Args:
         recipe: recipe of the cut.
+        progress: receives the download of the model.
         call: the other options of the call.
 
     Raises:
         SecateurError: as the cut would.
     """
-    source, skeleton, plan = _open(recipe, Silent())
+    source, skeleton, plan = _open(recipe, progress)
     steps = [step.name for step in _steps_of(recipe, plan, skeleton)]
     trimmed = trims_vocabulary(recipe)
     steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
@@ -191,7 +170,7 @@ def structure_recipe(
     timer: StepTimer = time_steps,
     ranks: Ranks = ALONE,
 ) -> StructureResult:
-    """Carry out a recipe into a new folder.
+    """Cut structure out of a checkpoint, and write a new, smaller one.
 
     Args:
         recipe: recipe of the cut.
