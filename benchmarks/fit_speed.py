@@ -37,7 +37,7 @@ from secateur.steps.compress import pack_into
 from secateur.steps.fit import MOST, is_faster, make_search, misses
 from secateur.steps.fitting.bounds import check_feasible, speedup_of
 from secateur.steps.fitting.context import FitContext, TimeBudget
-from secateur.steps.fitting.costs import SECONDS, Costs, costs_of
+from secateur.steps.fitting.costs import Costs, costs_of
 from secateur.steps.fitting.storage_formats import StorageFormat
 from secateur.steps.runner import RunContext
 from stored import known_rows
@@ -89,7 +89,7 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
                 packed = packed_mix(context, search, candidate, folder)
                 break
             candidate = found
-            if not misses(context, measured):
+            if not misses(speedup, measured):
                 break
             aimed = speedup * predicted / measured
         again = [speedup_of(context, folder.model) for _ in range(MEASUREMENTS)]
@@ -108,8 +108,7 @@ def row_of(args: argparse.Namespace, speedup: float) -> dict[str, Any]:
 
 def aimed_at(costs: Costs, speedup: float) -> Costs:
     """The same costs with another bound on the time, not beyond what is possible."""
-    place = costs.place(SECONDS)
-    assert place is not None
+    place = len(costs.kinds) - 1
     least = costs.least(place) or 0.0
     return costs.limited(place, max(costs.table.base / speedup, least))
 

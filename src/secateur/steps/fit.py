@@ -88,10 +88,8 @@ from secateur.steps.fitting.candidates import (
 )
 from secateur.steps.fitting.context import DRAWN_TOKENS, ExpectedSeconds, FitContext, TimeBudget
 from secateur.steps.fitting.costs import (
-    SECONDS,
     Costs,
     costs_of,
-    weight_format,
 )
 from secateur.steps.fitting.models import (
     ModelEvaluator,
@@ -411,10 +409,13 @@ def _correct_speed(
     context, made = measured.context, run.folder.model
     packed = _pack_winner(run, context, best_of(candidates))
     corrections: list[FitCorrection] = []
-    speed = _measured_speedup(context, made, 0)
-    while speed is not None and misses(context, speed) and len(corrections) < MOST:
-        predicted = _predicted_speedup(context, costs, best_of(candidates))
-        tighter = _tightened(context, costs, speed / predicted)
+    wanted, speed = context.recipe.decode_speedup, _measured_speedup(context, made, 0)
+    while wanted and speed is not None and misses(wanted, speed) and len(corrections) < MOST:
+        best = best_of(candidates)
+        # the table does not know the linears of a cut
+        predicted = wanted if best.cut else costs.predicted_speedup(best.formats)
+        # seconds that make up for what the table promises too much
+        tighter = costs.tightened(context.costs.kinds[-1].limit * (speed / predicted))
         if tighter is None:
             break
         again, _ = build_candidates(measured, tighter, structure=False)
@@ -441,35 +442,14 @@ def _measured_speedup(context: FitContext, made: Path, number: int) -> float | N
     return found
 
 
-def misses(context: FitContext, speedup: float) -> bool:
+def misses(wanted: float, speedup: float) -> bool:
     """Whether a measured speed-up is less than the bound, by more than the error of timing."""
-    wanted = context.recipe.decode_speedup
-    return wanted is not None and speedup < wanted * (1 - TIMING_ERROR)
+    return speedup < wanted * (1 - TIMING_ERROR)
 
 
 def is_faster(speedup: float | None, before: float) -> bool:
     """Whether a speed-up is more than another one, by more than the error of timing."""
     return speedup is not None and speedup > before * (1 + TIMING_ERROR)
-
-
-def _predicted_speedup(context: FitContext, costs: Costs, winner: BuiltCandidate) -> float:
-    """The speed-up that the table of times predicts for a winner; the bound for a cut one."""
-    if winner.cut:
-        return float(context.recipe.decode_speedup or 1.0)
-    table, shapes = costs.table, costs.shapes
-    linears = (table.seconds(shapes[n], weight_format(x)) for n, x in winner.formats.items())
-    return table.base / (table.rest + sum(linears))
-
-
-def _tightened(context: FitContext, costs: Costs, ratio: float) -> Costs | None:
-    """Bounds that make up for what the table promises too much."""
-    wanted, place = context.recipe.decode_speedup, costs.place(SECONDS)
-    assert wanted is not None
-    assert place is not None
-    seconds, least = costs.kinds[place], costs.least(place)
-    if least is None or least > seconds.limit * (1 - TIMING_ERROR / 5):
-        return None
-    return costs.limited(place, max(min(seconds.limit, costs.table.base / wanted * ratio), least))
 
 
 def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -> CompressResult:

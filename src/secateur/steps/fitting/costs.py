@@ -48,6 +48,9 @@ MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
 """Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
 predicted from a table."""
 
+LEAST_STEP = 0.01
+"""By which a bound on seconds is tightened at least, as a fraction."""
+
 
 @dataclass(frozen=True)
 class CostKind:
@@ -79,7 +82,7 @@ class Costs:
     """The kinds of cost of a model.
 
     Attributes:
-        kinds: size, then those that are bounded.
+        kinds: size, then memory and seconds if they are bounded.
         shapes: [out, in] of every linear, by its name.
         times: of the linears, if seconds are bounded.
         files: of the target.
@@ -106,21 +109,29 @@ class Costs:
         bounded = [place for place, kind in enumerate(self.kinds) if math.isfinite(kind.limit)]
         return bounded[-1] if bounded and self.kinds[bounded[-1]].name == SECONDS else 0
 
-    def place(self, name: str) -> int | None:
-        """The place of a kind; None if it is not counted."""
-        return next((n for n, kind in enumerate(self.kinds) if kind.name == name), None)
-
-    @property
-    def speedup(self) -> float:
-        """The bound on seconds, as a speed-up over dense int8; 0 without one."""
-        place = self.place(SECONDS)
-        return 0.0 if place is None else self.table.base / self.kinds[place].limit
-
     @property
     def table(self) -> MatrixTimes:
         """The timed matrices; only with a bound on seconds."""
         assert self.times is not None
         return self.times
+
+    @property
+    def speedup(self) -> float:
+        """The bound on seconds, as a speed-up over dense int8."""
+        return self.table.base / self.kinds[-1].limit
+
+    def predicted_speedup(self, formats: Mapping[str, StorageFormat]) -> float:
+        """The speed-up over dense int8 that the table of times predicts."""
+        linears = [self.of(name, stored)[-1] for name, stored in formats.items()]
+        return self.table.base / (self.table.rest + sum(linears))
+
+    def tightened(self, seconds: float) -> Costs | None:
+        """The same with a lower bound on seconds; None if it is as low as it can be."""
+        last = len(self.kinds) - 1
+        now, least = self.kinds[last].limit, self.least(last)
+        if least is None or least > now * (1 - LEAST_STEP):
+            return None
+        return self.limited(last, max(min(now, seconds), least))
 
     def of_another(self, other: Costs) -> Costs:
         """The costs of a cut of the model, with the limits of this one."""
@@ -129,8 +140,7 @@ class Costs:
 
     def narrowed(self, size: float) -> Costs:
         """The same with at most so many bytes for the linears."""
-        first = self.kinds[0]
-        return self.limited(0, min(first.limit, first.rest + size))
+        return self.limited(0, min(self.kinds[0].limit, self.kinds[0].rest + size))
 
     def limited(self, place: int, limit: float) -> Costs:
         """The same with another limit of one kind."""
@@ -202,11 +212,7 @@ class Costs:
         return kind.rest + knapsack.predicted(candidate) / (1 - MARGINS[kind.name])
 
 
-def costs_of(
-    recipe: FitRecipe,
-    model: PackableCheckpoint,
-    progress: Progress,
-) -> Costs:
+def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -> Costs:
     """The kinds of cost that a recipe bounds, for a model or a cut of it.
 
     Args:
