@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.documents import JoinedText, read_text
+from secateur.calibration.documents import read_text
 from secateur.calibration.windows import load_windows, stored_extra
 from secateur.engine.prepared import prepare, windows_needed
 from secateur.engine.prune.composition import allocation_of, method_of
@@ -34,7 +34,6 @@ from secateur.evaluation.perplexity import (
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole
-from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent
@@ -178,19 +177,23 @@ class SweepRun:
 
     def __init__(self, recipe: SweepRecipe, folder: Path, progress: Progress) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.windows_file = folder / "windows.safetensors"
         self.grid = _grid(recipe)
         self.device = choose_device(recipe.device)
         self.calibrated = [key for key in self.grid if self.needs_windows(key)]
-        self.source = resolve(
-            recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress
-        )
-        self.texts, self.windows, self.start = _evaluation_texts(recipe, self.source)
+        self.source = source_of(recipe, progress)
+        folder_of_model, trust = self.source.folder, recipe.trust_remote_code
+        tokenizer = load_tokenizer(folder_of_model, trust_remote_code=trust)
+        self.start = start_tokens(tokenizer)
+        config = read_config(folder_of_model)
+        longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
+        length = recipe.text_sequence_length or min(2048, longest)
+        self.texts = {text: read_text(text) for text in recipe.text}
+        self.windows = {
+            text: evaluation_windows(one.text, tokenizer, length, max_windows=recipe.text_windows)
+            for text, one in self.texts.items()
+        }
         self.record = self.found_or_new()
-
-    @property
-    def windows_file(self) -> Path:
-        """The calibration windows of all points."""
-        return self.folder / "windows.safetensors"
 
     def found_or_new(self) -> Sweep:
         """The record of the sweep in the folder, or an empty one.
@@ -217,11 +220,8 @@ class SweepRun:
             )
         found = read_record(Sweep, file)
         names = sorted({*conditions, *found.conditions})
-        differing = [
-            f"{name}: {found.conditions.get(name)!r} then, {conditions.get(name)!r} now"
-            for name in names
-            if found.conditions.get(name) != conditions.get(name)
-        ]
+        pairs = ((name, found.conditions.get(name), conditions.get(name)) for name in names)
+        differing = [f"{n}: {then!r} then, {now!r} now" for n, then, now in pairs if then != now]
         missing = [_point_name(p.key) for p in found.points if p.key not in self.grid]
         if missing:
             differing.append(f"measured, but not asked for now: {', '.join(missing)}")
@@ -255,21 +255,16 @@ class SweepRun:
             windows.save_tokens(self.windows_file)
             self.save(calibration=windows.record)
             return
-        if (
-            self.record.calibration is not None
-            and self.stored_digest() != self.record.calibration["sha256"]
-        ):
-            raise RecipeError(
-                "the calibration windows are not those that the sweep began with",
-                where=str(self.windows_file),
-                remedy="choose another --output",
-            )
+        if self.record.calibration is not None:
+            stored = load_windows(self.windows_file)
+            own = stored[: len(stored) - stored_extra(self.windows_file)]
+            if _digest(own) != self.record.calibration["sha256"]:
+                raise RecipeError(
+                    "the calibration windows are not those that the sweep began with",
+                    where=str(self.windows_file),
+                    remedy="choose another --output",
+                )
         self.save()
-
-    def stored_digest(self) -> str:
-        """The digest of the stored calibration windows, without the extra ones."""
-        windows = load_windows(self.windows_file)
-        return _digest(windows[: len(windows) - stored_extra(self.windows_file)])
 
     def recipe_of(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
         """The recipe of a point. By default it uses the calibration windows of the sweep.
@@ -406,22 +401,6 @@ class SweepRun:
 def _measure_alone(recipe: SweepRecipe, folder: Path, key: PointKey) -> SweepPoint:
     """Measure a point in a process of its own. The process that began the sweep records it."""
     return SweepRun(recipe, folder, Silent()).measure(key, Silent())
-
-
-def _evaluation_texts(
-    recipe: SweepRecipe, source: LocalCheckpoint
-) -> tuple[dict[str, JoinedText], dict[str, Tensor], tuple[int, ...]]:
-    """The evaluation texts, their windows, and the start tokens of each window."""
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=recipe.trust_remote_code)
-    config = read_config(source.folder)
-    longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
-    length = recipe.text_sequence_length or min(2048, longest)
-    texts = {text: read_text(text) for text in recipe.text}
-    windows = {
-        text: evaluation_windows(joined.text, tokenizer, length, max_windows=recipe.text_windows)
-        for text, joined in texts.items()
-    }
-    return texts, windows, start_tokens(tokenizer)
 
 
 def _digest(windows: Tensor) -> str:

@@ -68,12 +68,11 @@ def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
             if least is None or least > costs.kinds[place].limit:
                 raise _impossible(recipe, costs, place, least, alone=alone)
     if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
-        least = costs.least(0)
-        assert least is not None
+        nearest = as_option(costs, SIZE, costs.least(0) or 0.0)
         raise RecipeError(
             f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
             where="--max-size",
-            remedy=f"leave it, or give a size from {as_option(costs, SIZE, least)} on",
+            remedy=f"leave it, or give a size from {nearest} on",
         )
 
 
@@ -123,11 +122,7 @@ def prepared_tasks(recipe: FitRecipe) -> list[PreparedTask]:
 
 
 def check_bounds(
-    context: FitContext,
-    made: Path,
-    file_bytes: int,
-    loss: FitLoss,
-    tasks: Sequence[PreparedTask],
+    context: FitContext, made: Path, file_bytes: int, loss: FitLoss, tasks: Sequence[PreparedTask]
 ) -> tuple[FitCheck, ...]:
     """Compare every bound with what is measured.
 
@@ -144,11 +139,9 @@ def check_bounds(
         most = bytes_of(recipe.max_size)
         found.append(FitCheck("max_size", most, file_bytes, file_bytes <= most))
     if recipe.max_loss_increase is not None:
-        bound, rise = recipe.max_loss_increase, loss.loss_increase
-        error = loss.standard_error
-        found.append(
-            FitCheck("max_loss_increase", bound, rise, rise <= bound, standard_error=error)
-        )
+        bound, rise, error = recipe.max_loss_increase, loss.loss_increase, loss.standard_error
+        kept = rise <= bound
+        found.append(FitCheck("max_loss_increase", bound, rise, kept, standard_error=error))
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         found += check_running(context, made)
     if recipe.min_accuracy_kept is not None:
@@ -210,20 +203,16 @@ def race(context: FitContext, made: Path) -> list[Speed]:
 
     A model that our loop does not decode runs in transformers.
     """
-    found = _in_turns(context, "packed", made)
-    return _in_turns(context, "packed in transformers", made) if found[0].failure else found
-
-
-def _in_turns(context: FitContext, backend: str, made: Path) -> list[Speed]:
-    """A backend on the packed winner, and dense int8 where a speed-up is bounded."""
-    timed = [(backend, made)]
-    if context.recipe.decode_speedup is not None:
-        timed.append(("dense int8", context.source.folder))
-    return take_turns(
-        timed,
-        prompt=context.judging.windows.flatten()[:PROMPT_TOKENS].tolist(),
-        new_tokens=NEW_TOKENS,
-        rounds=ROUNDS,
-        seconds=MOST_SECONDS,
-        progress=context.progress,
-    )
+    dense = [] if context.recipe.decode_speedup is None else [("dense int8", context.source.folder)]
+    for backend in ("packed", "packed in transformers"):
+        found = take_turns(
+            [(backend, made), *dense],
+            prompt=context.judging.windows.flatten()[:PROMPT_TOKENS].tolist(),
+            new_tokens=NEW_TOKENS,
+            rounds=ROUNDS,
+            seconds=MOST_SECONDS,
+            progress=context.progress,
+        )
+        if not found[0].failure:
+            break
+    return found
