@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from pydantic_core import to_jsonable_python
 
 from secateur.diagnostics.audit import Audit, LinearCount
@@ -38,13 +38,13 @@ class DiagnoseResult(Result, DiagnosisRecord):
     """The health of a model: its record, and what the record was made from.
 
     Attributes:
-        weights: counts of every matrix (`Weights`).
-        drift: a `LayerDrift` for each layer; empty without a dense model.
+        weights: counts of every matrix.
+        drift: distance of each layer from the dense model's; empty without a dense model.
         bears: the sparsity that each layer could bear, if it is known.
     """
 
-    weights: Any = Field(exclude=True)
-    drift: Any = Field(exclude=True)
+    weights: InstanceOf[Weights] = Field(exclude=True)
+    drift: tuple[InstanceOf[LayerDrift], ...] = Field(exclude=True)
     bears: dict[int, float] = Field(exclude=True)
 
     @classmethod
@@ -101,7 +101,7 @@ class DiagnoseResult(Result, DiagnosisRecord):
             layers=layers,
             linears=linears,
             weights=weights,
-            drift=drift,
+            drift=tuple(drift),
             bears=bears,
             **facts,
         )
