@@ -59,7 +59,6 @@ from secateur.reporting.tables import (
     percent,
 )
 from secateur.runs.records import Finding
-from secateur.runs.records.measured import GenerationRecord
 from secateur.runs.records.run import Manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -258,7 +257,8 @@ def _sweep_lines(result: SweepResult) -> tuple[str, str]:
 def _samples(runs: Sequence[ReportedRun]) -> dict[str, list[Voice]]:
     """The generated texts by prompt: first the dense model's, if it is known."""
     prompts: dict[str, list[Voice]] = {}
-    for run, texts in _written(runs):
+    written = ((run, x) for run in runs if run.evaluation for x in run.evaluation.generation)
+    for run, texts in written:
         name = run.name
         if texts.inherited_from is not None:
             name = f"{bare_name(texts.inherited_from)}, same weights as {name}"
@@ -271,13 +271,6 @@ def _samples(runs: Sequence[ReportedRun]) -> dict[str, list[Voice]]:
                 voices.insert(sum(not voice.ours for voice in voices), dense)
             voices.append(Voice(name, sample.text.strip(), degenerate=sample.degenerate))
     return prompts
-
-
-def _written(runs: Sequence[ReportedRun]) -> Iterator[tuple[ReportedRun, GenerationRecord]]:
-    """The generated texts of every run."""
-    for run in runs:
-        for texts in run.evaluation.generation if run.evaluation else ():
-            yield run, texts
 
 
 def _provenance(records: Records) -> list[Part]:
@@ -305,20 +298,19 @@ class Part:
 def _of_run(run: ReportedRun) -> Part:
     """Everything that a run and its measurements depend on."""
     m = run.manifest
-    result: dict[str, Any] = {
+    cut, planned = m.structure, m.plan.get("peak_bytes")
+    result = {
         "zeros in the decoder's matrices": percent(m.result.decoder_sparsity, 2),
         "zeros in all parameters": percent(m.result.model_sparsity, 2),
         "parameters": f"{m.result.parameters:,}",
+        "parameters before": cut and f"{cut.before.parameters:,}",
+        "decoder cut out": cut and percent(cut.decoder_removed, 2),
     }
-    if m.structure is not None:
-        result["parameters before"] = f"{m.structure.before.parameters:,}"
-        result["decoder cut out"] = percent(m.structure.decoder_removed, 2)
-    cost: dict[str, Any] = {
-        "time": f"{m.cost.seconds:.1f} s" + (", resumed" if m.cost.resumed else ""),
+    cost = {
+        "time": f"{m.cost.seconds:.1f} s" + ", resumed" * m.cost.resumed,
         "peak memory": binary_size(m.cost.peak_resident_bytes),
+        "planned memory": None if planned is None else binary_size(planned),
     }
-    if "peak_bytes" in m.plan:
-        cost["planned memory"] = binary_size(m.plan["peak_bytes"])
     tables = [
         ("Source", _facts({"folder": run.place, **m.source.model_dump(), "family": m.family})),
         ("Method", _facts({**m.method, "allocation": m.allocation})),
@@ -341,11 +333,13 @@ def _of_run(run: ReportedRun) -> Part:
 def _reached(manifest: Manifest) -> dict[str, Any]:
     """How many matrices calibration reached, and the experts that no token reached."""
     reach, silent = manifest.reach, (manifest.experts or {}).get("silent", {})
-    found = {}
-    if reach.get("fewest_tokens") is not None:
-        found["matrices"] = f"{reach['pruned']:,} of {reach['matrices']:,}"
-        found["fewest tokens of one"] = f"{reach['fewest_tokens']:,}"
-    return found | ({"experts without tokens": by_layer(silent)} if silent else {})
+    fewest = reach.get("fewest_tokens")
+    known = fewest is not None
+    return {
+        "matrices": f"{reach['pruned']:,} of {reach['matrices']:,}" if known else None,
+        "fewest tokens of one": f"{fewest:,}" if known else None,
+        "experts without tokens": by_layer(silent),
+    }
 
 
 def _judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
