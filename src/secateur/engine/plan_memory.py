@@ -200,7 +200,7 @@ def plan_run(
     passed = allocation.tokens(tokens) + tokens * _passes(settings) + distillation.passed_tokens
     sizes = {
         "process": resident_bytes(),
-        "layer": layer_bytes(target) * (1 + settings.asymmetric),
+        "layer": max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
         "activation": settings.in_memory * stored,
         **forwards,
         "solve": solving.most,
@@ -364,15 +364,14 @@ def _solving_bytes(
     return replace(solve, most=solve.most + more, usual=solve.usual + more)
 
 
+def weights_of(module: nn.Module) -> int:
+    """The number of weights in a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def _model_bytes(target: Target) -> int:
     """The size of the whole model in its dtype."""
-    return sum(p.numel() for p in target.model.parameters()) * target.dtype.itemsize
-
-
-def layer_bytes(target: Target) -> int:
-    """The size of the largest decoder layer in the model's dtype."""
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
-    return weights * target.dtype.itemsize
+    return weights_of(target.model) * target.dtype.itemsize
 
 
 def _working_weights(target: Target) -> int:
@@ -495,7 +494,7 @@ def tuning_bytes(target: Target, windows: Tensor) -> int:
     hidden, calls = calls_of(target, windows)
 
     def of(layer: nn.Module, call: LayerCall) -> int:
-        weights = 4 * sum(p.numel() for p in layer.parameters())
+        weights = 4 * weights_of(layer)
         plain = next(layer.parameters()).dtype == torch.float32
         # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
         return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
@@ -506,17 +505,13 @@ def tuning_bytes(target: Target, windows: Tensor) -> int:
 def distilling_bytes(target: Target, window: Tensor) -> int:
     """Two whole models, one in float32 with gradients and moments, and one window's forward."""
     hidden, calls = calls_of(target, window)
-    tokens = window.numel()
-    weights = sum(p.numel() for p in target.model.parameters())
-    trained = sum(p.numel() for p in target.layers.parameters())
-    # logits of both models, and the gradient of one
-    logits = 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
         count * rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, count in _layers_by_kind(target, calls)
     )
-    return weights * (4 + target.dtype.itemsize) + 3 * 4 * trained + forward + logits
+    models = weights_of(target.model) * (4 + target.dtype.itemsize)
+    return models + 3 * 4 * weights_of(target.layers) + forward + _logits_bytes(target, window)
 
 
 def _sweep_bytes(target: Target, window: Tensor) -> int:
@@ -524,16 +519,19 @@ def _sweep_bytes(target: Target, window: Tensor) -> int:
     through it; or everything outside the layers in float32 with one window's logits.
     """
     hidden, calls = calls_of(target, window)
-    weights = max(sum(p.numel() for p in layer.parameters()) for layer in target.layers)
-    of_layers = sum(p.numel() for p in target.layers.parameters())
-    outside = sum(p.numel() for p in target.model.parameters()) - of_layers
-    logits = 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
+    weights = max(map(weights_of, target.layers))
+    outside = weights_of(target.model) - weights_of(target.layers)
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
         rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, _ in _layers_by_kind(target, calls)
     )
-    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits)
+    return max((4 * 4 + 1) * weights + forward, 4 * outside + _logits_bytes(target, window))
+
+
+def _logits_bytes(target: Target, window: Tensor) -> int:
+    """The logits of both models for the tokens of a window, and the gradient of one."""
+    return 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
 
 
 def _on_grid_bytes(tasks: Tasks) -> int:

@@ -237,7 +237,9 @@ def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> L
     """
     layers = list(target.layers)
     if windows is None:
-        return LayerTimes(0.0, len(layers) * _read_seconds(target, 0))
+        began = time.perf_counter()
+        with target.layer(0):
+            return LayerTimes(0.0, len(layers) * (time.perf_counter() - began))
     size = max(1, settings.micro_batch_tokens // windows.shape[1])
     hidden, calls = calls_of(target, windows[:size])
     of = [kind_of(*pair) for pair in zip(layers, calls, strict=True)]
@@ -256,10 +258,3 @@ def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> L
                 seconds.append(time.perf_counter() - began)
         forward += count * median(seconds)
     return LayerTimes(forward / (hidden.shape[0] * hidden.shape[1]), reading)
-
-
-def _read_seconds(target: Target, index: int) -> float:
-    """Seconds to read one layer."""
-    began = time.perf_counter()
-    with target.layer(index):
-        return time.perf_counter() - began

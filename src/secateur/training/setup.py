@@ -536,11 +536,7 @@ def training_needs(sizes: Mapping[str, int], on_gpu: bool) -> tuple[Need, ...]:
         "adapters": (here, "products of adapters", ""),
         "forward": (here, "forward", LESS_FORWARD),
         "logits": (here, "logits", ""),
-        "teacher": (
-            (*here, READING_TEACHER),
-            "teacher",
-            LESS_TEACHER,
-        ),
+        "teacher": ((*here, READING_TEACHER), "teacher", LESS_TEACHER),
         "masks": (here, "masks", ""),
     }
     return tuple(Need(name, sizes[name], *row) for name, row in table.items())
