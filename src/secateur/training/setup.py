@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.plan import Need, Phase, Plan, memory_budget
-from secateur.engine.plan_memory import calls_of, rehearse_training
+from secateur.engine.plan_memory import calls_of, rehearse_training, weights_of
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
@@ -493,23 +493,17 @@ def training_memory(
         processes: the processes.
     """
     model, trust = target.model, recipe.trust_remote_code
-    stored = target.stored  # tied tensors are stored only once
-    named = {n: p.numel() for n, p in model.named_parameters() if n in stored}
-    trained = sum(count for name, count in named.items() if plan.factor(name))
-    products = 0
-    if recipe.lora is not None:
-        shapes = [linear.shape for linear in chosen_linears(model, recipe.lora)]
-        trained = sum(recipe.lora.rank * sum(shape) for shape in shapes)
-        products = sum(4 * out * columns for out, columns in shapes)
+    weights, trained = _counted(recipe, target, plan)
+    adapted = () if recipe.lora is None else chosen_linears(model, recipe.lora)
     ranks = processes.count
     together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
     micro = text.windows[:together]
     sizes = {
         "process": resident_bytes(),
-        "weights": 4 * (sum(named.values()) + trained * (recipe.lora is not None)) // ranks,
+        "weights": 4 * (weights + trained * (recipe.lora is not None)) // ranks,
         "gathered": _gathered_bytes(target, 4) if ranks > 1 else 0,
         "optimizer": 4 * trained * (1 + _moments_of(plan)) // ranks,
-        "adapters": products,
+        "adapters": sum(4 * math.prod(linear.shape) for linear in adapted),
         "forward": _forward_bytes(target, micro, plan, processes.device),
         "logits": (1 + (teacher is not None))
         * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
@@ -542,15 +536,22 @@ def training_needs(sizes: Mapping[str, int], on_gpu: bool) -> tuple[Need, ...]:
     return tuple(Need(name, sizes[name], *row) for name, row in table.items())
 
 
+def _counted(recipe: TrainRecipe, target: CheckpointTarget, plan: TrainingPlan) -> tuple[int, int]:
+    """The weights of the student, tied ones once, and those that are trained."""
+    stored = target.stored
+    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
+    trained = sum(count for name, count in named.items() if plan.factor(name))
+    if recipe.lora is not None:
+        chosen = chosen_linears(target.model, recipe.lora)
+        trained = sum(recipe.lora.rank * sum(linear.shape) for linear in chosen)
+    return sum(named.values()), trained
+
+
 def _gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
     """The maximum size of a student's gathered parts in one of several processes."""
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in target.layers]
-    outside = [
-        sum(p.numel() for p in module.parameters())
-        for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
-        if module is not None
-    ]
-    return itemsize * max(3 * max(layers), 2 * max(outside))
+    ends = target.model.get_input_embeddings(), target.model.get_output_embeddings()
+    outside = max(weights_of(module) for module in ends if module is not None)
+    return itemsize * max(3 * max(map(weights_of, target.layers)), 2 * outside)
 
 
 def _forward_bytes(
@@ -587,9 +588,8 @@ def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: boo
     weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
     if processes.count > 1:
         layers = describe(model).layers(model)
-        within = sum(p.numel() for p in layers.parameters())
-        one = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-        weights += 2 * one - (within - within // processes.count)
+        within = weights_of(layers)
+        weights += 2 * max(map(weights_of, layers)) - (within - within // processes.count)
     return dtype.itemsize * weights
 
 
@@ -597,12 +597,7 @@ def _disk_bytes(
     recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, plan: TrainingPlan
 ) -> int:
     """The maximum disk use of a training. Each new file is written next to the old one."""
-    stored = target.stored
-    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
-    trained = sum(count for name, count in named.items() if plan.factor(name))
-    if recipe.lora is not None:
-        chosen = chosen_linears(target.model, recipe.lora)
-        trained = sum(recipe.lora.rank * sum(linear.shape) for linear in chosen)
+    weights, trained = _counted(recipe, target, plan)
     final = 4 * trained
     state = final * (1 + _moments_of(plan))
     masks = sum(x.weight.numel() for x in prunable(target.model))
@@ -613,7 +608,7 @@ def _disk_bytes(
         # The float32 weights and the masks of the last round and of this one. Rewinding weights
         # adds the early weights and the weights of the first training.
         copies = 4 if recipe.iterative.rewind == "weights" else 2
-        rounds = 4 * sum(named.values()) * copies + 2 * masks
+        rounds = 4 * weights * copies + 2 * masks
     best = final * (text.validation is not None)
     predictions = 0
     if recipe.teacher is not None and (recipe.top_k or recipe.teacher_file):
