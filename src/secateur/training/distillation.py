@@ -103,14 +103,14 @@ class Student:
         model: the pruned or cut model in eval mode, or a module with some of its layers.
         trained: names of the trained parameters.
         width: the model's hidden size.
-        masks: masks to hold; None for none.
+        masks: masks to hold.
         rounded: the matrices that stay on their grids.
     """
 
     model: Any
     trained: frozenset[str]
     width: int
-    masks: Masks | None = None
+    masks: Masks = field(default_factory=lambda: Masks({}))
     rounded: RoundedWeights = field(default_factory=lambda: RoundedWeights(()))
 
     @classmethod

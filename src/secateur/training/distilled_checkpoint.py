@@ -566,8 +566,7 @@ class _LayerOptimizer:
     def step(self, step: int) -> None:
         """Move the weights along the gradient of one window."""
         trainer, student = self.trainer, self.student
-        if student.masks is not None:
-            student.masks.hold_gradients(student.model)
+        student.masks.hold_gradients(student.model)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), trainer.clip or math.inf)
         trainer.check_finite(float(norm), f"the norm of layer {self.number}'s gradient", step)
         rate = trainer.plan.rate(step / trainer.steps, 1 / trainer.steps, trainer.rate)
@@ -583,6 +582,5 @@ class _LayerOptimizer:
         """
         if step == self.trainer.steps:
             self.student.rounded.settle()
-        if self.student.masks is not None:
-            self.student.masks.check(self.student.model, self.optimizer)
+        self.student.masks.check(self.student.model, self.optimizer)
         self.saved.save_state(self.parameters, self.optimizer, (), {"step": step})

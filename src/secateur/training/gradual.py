@@ -31,6 +31,7 @@ from secateur.sparsity.patterns.unstructured import Unstructured
 from secateur.sparsity.schedules import Schedule
 from secateur.sparsity.scores import ScoreFunction
 from secateur.sparsity.scores.magnitude import Magnitude
+from secateur.training.masks import moments
 from secateur.types import STORED, Mask, Score, Statistics, Windows
 
 
@@ -355,7 +356,5 @@ def renew(
         parameter = model.get_parameter(name)
         gone = ~kept[name]
         parameter.masked_fill_(gone, 0.0)
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for moment in state.values():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                moment.masked_fill_(gone, 0.0)
+        for moment in moments(optimizer, parameter) if optimizer is not None else ():
+            moment.masked_fill_(gone, 0.0)

@@ -83,7 +83,7 @@ class Loop:
         label: str = "training",
     ) -> None:
         self.model, self.batches, self.objective, self.plan = model, batches, objective, plan
-        self.masks, self.hooks = masks, hooks
+        self.masks, self.hooks = masks or Masks({}), hooks
         self.trained, self.label = trained, label
         self.progress = progress or Silent()
         self.device = next(model.parameters()).device
@@ -112,8 +112,7 @@ class Loop:
         """
         if not len(self.batches.windows):
             raise SourceError("there is no text to train on", remedy="name a longer text")
-        if self.masks is not None:
-            self.masks.fit(self.model)
+        self.masks.fit(self.model)
         if self.hooks and (self.plan.minutes or self.processes.count > 1):
             raise RecipeError(
                 "hooks need a number of steps, and a single process",
@@ -164,9 +163,8 @@ class Loop:
 
     def begin(self) -> None:
         """Apply the masks, make the optimizer, and load the state of an earlier run."""
-        if self.masks is not None:
-            self.masks = self.masks.held_in(self.model)
-            self.masks.apply(self.model)
+        self.masks = self.masks.held_in(self.model)
+        self.masks.apply(self.model)
         self.model.eval()
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
@@ -206,8 +204,7 @@ class Loop:
         self.save()  # a run killed after this point does not train again
         if self.validation is not None:
             self.saved.restore_best(self.parameters)
-        if self.masks is not None:
-            self.masks.check(self.model)
+        self.masks.check(self.model)
         self.outcome.seconds = time.perf_counter() - self.started
         self.saved.keep_final(self.parameters)
 
@@ -244,15 +241,13 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = self.backward()
-        if self.masks is not None:
-            self.masks.hold_gradients(self.model)
+        self.masks.hold_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.refuse(float(norm), "the norm of the gradient")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.masks is not None:
-            self.masks.hold(self.model, self.optimizer)
+        self.masks.hold(self.model, self.optimizer)
         outcome.step += 1
         outcome.tokens += self.tokens_of_step
         values = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
@@ -333,7 +328,7 @@ class Loop:
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
         self.plot({"validation/loss": loss})
-        kept = self.masks.count if self.hooks and self.masks else -1
+        kept = self.masks.count if self.hooks else -1
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
             self.saved.keep_best(self.parameters)
@@ -363,8 +358,7 @@ class Loop:
 
     def save(self) -> None:
         """Save the state for a resumed training."""
-        if self.masks is not None:
-            self.masks.check(self.model, self.optimizer)
+        self.masks.check(self.model, self.optimizer)
         self.outcome.seconds = self.clock()
         self.saved.save_state(self.parameters, self.optimizer, self.hooks, self.outcome.facts())
         self.saved_at = time.perf_counter()

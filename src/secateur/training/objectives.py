@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,7 +83,7 @@ class ModelTeacher:
 
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`."""
-        with torch.no_grad(), _matmuls(batch.ids.device):
+        with torch.no_grad(), fast_matmuls(batch.ids.device):
             if layers:
                 blocks = describe(self.model).layers(self.model)
                 with HiddenStateRecorder({n: blocks[n] for n in layers}) as recorder:
@@ -103,7 +103,7 @@ def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int)
         nonlocal block, logits
         if not block.start <= rows.start <= rows.stop <= block.stop:
             block = slice(rows.start, max(rows.start + size, rows.stop))
-            with _matmuls(states.device):
+            with fast_matmuls(states.device):
                 logits = through_head(head, states[block])
         own = logits[rows.start - block.start : rows.stop - block.start]
         return (own / temperature).log_softmax(-1)
@@ -252,11 +252,6 @@ def vocabulary_of(model: Any) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
-
-
-def _matmuls(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context with fast, less precise products. They are enough for a teacher."""
-    return fast_matmuls(device)
 
 
 class Objective(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -333,7 +333,7 @@ def write_whole(
     unfinished, metadata = file.with_suffix(".unfinished"), metadata or {}
     known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     try:
-        with ShardWriter(unfinished, known, [], metadata) if writes else _nobody() as to:
+        with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as to:
             for name, tensor in tensors.items():
                 value = whole(tensor)
                 if to is not None:
@@ -350,11 +350,6 @@ def write_whole(
 def _changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:
     """The tensors that hooks change, by their names in the file."""
     return {f"hooks/{i}/{n}": x for i, hook in enumerate(hooks) for n, x in hook.state().items()}
-
-
-def _nobody() -> AbstractContextManager[None]:
-    """The context of a process that does not write the file."""
-    return nullcontext()
 
 
 @torch.no_grad()
