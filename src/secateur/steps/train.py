@@ -124,7 +124,8 @@ def run_training(
         processes.wait()
         _train_into(folder, recipe, source, processes, progress, meter)
         processes.wait()
-    return _report_of(folder.output)
+    trainings = read_list(Training, folder.output / NOTES / TRAININGS)
+    return TrainResult(folder.output, trainings[-1])
 
 
 def _train_into(
@@ -183,11 +184,6 @@ def _train_into(
     processes.wait()
     if processes.first:
         folder.finish()
-
-
-def _report_of(output: Path) -> TrainResult:
-    """Read the result of a finished training from its notes."""
-    return TrainResult(output, read_list(Training, output / NOTES / TRAININGS)[-1])
 
 
 # -- results -------------------------------------------------------------------------------------
