@@ -357,7 +357,7 @@ class StreamedStudent:
 
 
 class LayerwiseTrainer:
-    """One layer-wise training. A killed one goes on with the layer in which it stopped.
+    """One layer-wise training. A killed one continues with the layer in which it stopped.
 
     Args:
         student: the model.

@@ -35,8 +35,8 @@ class PruningRounds:
 
     `rewind` selects what is reset before each retraining:
 
-    - `none`: nothing. One course of the learning rate covers all rounds. Han et al. 2015,
-      arXiv:1506.02626, with our course of the learning rate in place of a constant low one;
+    - `none`: nothing. One schedule of the learning rate covers all rounds. Han et al. 2015,
+      arXiv:1506.02626, with our schedule of the learning rate in place of a constant low one;
     - `rate`: the learning rate starts again at `rewind_step`; the weights stay. Renda et al. 2020,
       "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv:2003.02389;
     - `weights`: the weights go back to their values at `rewind_step` too. This finds lottery
@@ -79,7 +79,7 @@ class PruningRounds:
             )
 
     def span(self, number: int, steps: int) -> tuple[int, int, int]:
-        """Return the first and last step of a round, and the length of the learning rate's course.
+        """Return the first and last step of a round, and the length of the schedule.
 
         Args:
             number: number of the round, 1 to `rounds`.
