@@ -212,14 +212,14 @@ def choose_levels(
     base = max(level for level, loss in enumerate(losses) if level == 0 or loss <= allowed)
     best, loss = model.single(base), losses[base]
     if base + 1 < len(levels):
-        # bisect the candidates on the way from the base to the next level
-        way = _way_further(model, base)
-        low, high = 0, len(way) - 1
+        # bisect the candidates between the base and the next level
+        raised = _raised_in_order(model, base)
+        low, high = 0, len(raised) - 1
         while high - low > 1:
             middle = (low + high) // 2
-            (found,) = model.measured(way[middle])
+            (found,) = model.measured(raised[middle])
             if found <= allowed:
-                best, loss, low = way[middle], found, middle
+                best, loss, low = raised[middle], found, middle
             else:
                 high = middle
             progress.step()
@@ -227,7 +227,7 @@ def choose_levels(
     return ChosenLevels(dict(zip(names, best, strict=True)), loss, losses[0], tuple(losses))
 
 
-def _way_further(model: LevelEvaluator, base: int) -> list[Candidate]:
+def _raised_in_order(model: LevelEvaluator, base: int) -> list[Candidate]:
     """Candidates from the base to the next level, one linear after the other, cheapest first."""
     names, pair = model.names, (base, base + 1)
     here, further = (model.levels[level] for level in pair)
