@@ -185,7 +185,7 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "Cut, prune, train and compress in one run, with one account of what is left.",
             "secateur.recipes.prune:ChainRecipe",
-            step="secateur.steps.chain:Chain",
+            step="secateur.steps.chain:ChainSteps",
             function="secateur.steps.chain:chain",
         ),
         Verb(

@@ -130,10 +130,10 @@ def chain(model: str | Path, *, progress: Progress | None = None, **options: Any
         SecateurError: a step is wrong; all are checked before the first one runs.
     """
     recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
-    return carry_out(Chain, recipe, listener(progress), **call)
+    return carry_out(ChainSteps, recipe, listener(progress), **call)
 
 
-class Chain(Step[ChainRecipe, ChainResult]):
+class ChainSteps(Step[ChainRecipe, ChainResult]):
     """Carries out several verbs.
 
     A stopped chain can resume with different steps if its finished steps are the same.

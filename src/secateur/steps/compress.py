@@ -65,6 +65,9 @@ from secateur.runtime.storage_plan import (
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
+Packed = tuple[StoragePlan, PackedCheckpoint]
+"""A checkpoint that was packed, and its plan."""
+
 MOST_CHOICES = 4
 """How often values are chosen within a bound on the loss, at most."""
 
@@ -165,11 +168,11 @@ def _pack_within(run: RunContext, recipe: CompressRecipe, choice: MixedChoice) -
     the bound on the same windows, the search runs again with a bound that is lower by the excess.
     """
     assert recipe.max_loss_increase is not None
-    folder, source = run.folder, run.source
+    folder = run.folder
     bound = allowed = recipe.max_loss_increase
     for _ in range(MOST_CHOICES):
         chosen = choice.within(allowed)
-        plan, packed = pack_model(folder.fresh_model(), recipe, source, chosen, choice.progress)
+        made = pack_model(folder.fresh_model(), recipe, run.source, chosen, run.progress)
         excess = choice.choosing.increase(folder.model).cautious - bound
         if excess <= 0 or allowed <= 0:
             break
@@ -181,7 +184,7 @@ def _pack_within(run: RunContext, recipe: CompressRecipe, choice: MixedChoice) -
         "loss_increase_standard_error": found.standard_error,
         "judged_tokens": found.tokens,
     }
-    return _write_report(run, recipe, chosen, packed, plan)
+    return _report(run, recipe, chosen, made)
 
 
 def pack_into(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> CompressResult:
@@ -192,9 +195,8 @@ def pack_into(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> 
         recipe: format, values, embeddings, archive.
         chosen: the tensors.
     """
-    made = run.folder.fresh_model()
-    plan, packed = pack_model(made, recipe, run.source, chosen, run.progress)
-    return _write_report(run, recipe, chosen, packed, plan)
+    made = pack_model(run.folder.fresh_model(), recipe, run.source, chosen, run.progress)
+    return _report(run, recipe, chosen, made)
 
 
 def pack_model(
@@ -203,7 +205,7 @@ def pack_model(
     source: LocalCheckpoint,
     chosen: ChosenValues,
     progress: Progress,
-) -> tuple[StoragePlan, PackedCheckpoint]:
+) -> Packed:
     """Write a compressed checkpoint into an empty folder, and verify it.
 
     Args:
@@ -236,27 +238,11 @@ def pack_model(
     return plan, packed
 
 
-def _write_report(
-    run: RunContext,
-    recipe: CompressRecipe,
-    chosen: ChosenValues,
-    packed: PackedCheckpoint,
-    plan: StoragePlan,
+def _report(
+    run: RunContext, recipe: CompressRecipe, chosen: ChosenValues, made: Packed
 ) -> CompressResult:
-    """Write the record of the compression and the card."""
-    folder, source = run.folder, run.source
-    report = _make_report(chosen, packed, plan, folder.output, run.meter.started)
-    write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
-    place = recipe.output or folder.output
-    card = compression_card(report, source.record, source.folder, place)
-    write_text(folder.model / "README.md", card)
-    return report
-
-
-def _make_report(
-    chosen: ChosenValues, packed: PackedCheckpoint, plan: StoragePlan, output: Path, begun: float
-) -> CompressResult:
-    """Add up the contents of the files."""
+    """Add up the contents of the files, and write the record of the compression and the card."""
+    folder, source, (plan, packed) = run.folder, run.source, made
     reader, matrices = chosen.model.reader, chosen.model.matrices
     linears, embeddings = FormatTotals(), FormatTotals()
     dense = dict.fromkeys(("as here", "int8", "int4"), 0)
@@ -279,8 +265,9 @@ def _make_report(
             negative_zeros += choice.negative_zeros
     size = sum(file.stat().st_size for file in packed.files)
     parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
-    return CompressResult(
-        output=output,
+    dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
+    report = CompressResult(
+        output=folder.output,
         archive=packed.archive,
         source_bytes=sum(file.stat().st_size for file in reader.files),
         bfloat16_bytes=BFLOAT16_BYTES * parameters,
@@ -293,11 +280,14 @@ def _make_report(
         embeddings=embeddings,
         rounding=chosen.rounding,
         value_error=plan.value_error,
-        dense_file_bytes={}
-        if packed.archive
-        else {values: size - linears.bytes + count for values, count in dense.items()},
-        seconds=time.perf_counter() - begun,
+        dense_file_bytes={} if packed.archive else dense_bytes,
+        seconds=time.perf_counter() - run.meter.started,
     )
+    write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
+    place = recipe.output or folder.output
+    card = compression_card(report, source.record, source.folder, place)
+    write_text(folder.model / "README.md", card)
+    return report
 
 
 def _dense_bytes(layout: Layout, values: str) -> int:
@@ -316,10 +306,7 @@ ROUNDED = ("int8", "int4")
 
 
 def round_checkpoint(
-    recipe: CompressRecipe,
-    model: PackableCheckpoint,
-    output: Path,
-    progress: Progress,
+    recipe: CompressRecipe, model: PackableCheckpoint, output: Path, progress: Progress
 ) -> Path:
     """Round to grids and keep the zeros of the source. Resume or reuse an earlier run.
 

@@ -155,9 +155,9 @@ def plan_recipe(
     """
     packs = recipe.compress.values is not None
     if packs:
-        from secateur.steps.chain import Chain
+        from secateur.steps.chain import ChainSteps
 
-        Chain.check(_chain_of(recipe))
+        ChainSteps.check(_chain_of(recipe))
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
         planned: Result = imported("secateur.advisor.advise:plan_on_paper")(recipe, cluster_call)
@@ -219,9 +219,9 @@ def prune_recipe(
     call = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
-    from secateur.steps.chain import Chain
+    from secateur.steps.chain import ChainSteps
 
-    output = carry_out(Chain, _chain_of(recipe), progress, **call).output
+    output = carry_out(ChainSteps, _chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
     packed = packed.model_copy(update={"output": output})
