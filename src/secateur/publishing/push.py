@@ -207,16 +207,15 @@ def contents_of(folder: Path) -> Contents:
     return Contents(folder, files, tuple(name for name in names if name not in files))
 
 
-KINDS = {
-    "token of the hub": r"\bhf_[A-Za-z0-9]{30,}",
-    "token of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{40,}",
-    "key of an API": r"\bsk-[A-Za-z0-9_-]{32,}",
-    "key of AWS": r"\bAKIA[0-9A-Z]{16}\b",
-    "token of Slack": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
-    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "password in an address": r"\bhttps?://[^/\s:@\"']+:[^/\s:@\"']+@",
+PATTERNS = {
+    "token of the hub": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "token of GitHub": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_[A-Za-z0-9_]{40,}"),
+    "key of an API": re.compile(r"\bsk-[A-Za-z0-9_-]{32,}"),
+    "key of AWS": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "token of Slack": re.compile(r"\bxox[abprs]-[0-9A-Za-z-]{10,}"),
+    "private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "password in an address": re.compile(r"\bhttps?://[^/\s:@\"']+:[^/\s:@\"']+@"),
 }
-PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 TEXTS = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja", ".py", ""}
 
 

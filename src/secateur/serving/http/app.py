@@ -16,6 +16,8 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from string import Template
 from types import FrameType
 from typing import Any
 
@@ -331,40 +333,7 @@ def _add_faults(app: FastAPI) -> None:
 
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{
-  color-scheme: light dark;
-  --paper: light-dark(#fbfaf6, #14181a); --card: light-dark(#ffffff, #1c2224);
-  --ink: light-dark(#1d2421, #e6e9e4); --line: light-dark(#e2e0d6, #2e3638);
-  --green: light-dark(#0f7a52, #4cc38f);
-}}
-body {{
-  max-width: 46rem; margin: 0 auto; padding: 2rem 1rem 3rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 ui-sans-serif, system-ui, sans-serif;
-  overflow-wrap: anywhere;
-}}
-h1 {{ font: 600 1.9rem/1.2 ui-serif, Georgia, serif; margin: 0 0 0.4rem; }}
-td {{ padding: 0.3rem 1rem 0.3rem 0; border-bottom: 1px solid var(--line); }}
-code, pre {{ font: 0.84em ui-monospace, Menlo, monospace; }}
-td code {{ color: var(--green); }}
-pre {{
-  padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  white-space: pre-wrap;
-}}
-</style>
-<h1>{title}</h1>
-<p>Secateur serves this model with OpenAI's API.</p>
-<table>
-{rows}
-</table>
-<pre>{example}</pre>
-</html>
-"""
+PAGE = Path(__file__).with_name("front_page.html")
 
 
 @dataclass(frozen=True)
@@ -396,7 +365,9 @@ class FrontPage:
             f"<tr><td><code>{method} {html.escape(path)}</code><td>{html.escape(what)}"
             for method, path, what in self.paths
         )
-        page = PAGE.format(title=html.escape(title), rows=rows, example=html.escape(example))
+        page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+            title=html.escape(title), rows=rows, example=html.escape(example)
+        )
         return HTMLResponse(page, headers=HEADERS)
 
 
