@@ -95,16 +95,14 @@ def layer_drifts(
         progress: hears of every layer.
     """
     ours, theirs = (
-        CalibrationStream(t, windows, TOKENS_AT_ONCE, True, None) for t in (pruned, dense)
+        CalibrationStream(t, windows, TOKENS_AT_ONCE, True, None).open() for t in (pruned, dense)
     )
-    for calibration in (ours, theirs):
-        calibration.open(0, dense=False)
     found = []
     progress.start("layers", len(pruned.layers))
     for (index, layer), (_, dense_layer) in zip(ours.walk(), theirs.walk(), strict=True):
         measured: dict[str, list[Tensor]] = {}
         for batch in ours.batches():
-            own, other = ours.call(index, batch), theirs.call(index, batch)
+            own, other = (x.stream.call(index, batch) for x in (ours, theirs))
             x, dense_x = ours.read(batch), theirs.read(batch)
             y, dense_y = call_layer(layer, x, own), call_layer(dense_layer, dense_x, other)
             alone = call_layer(layer, dense_x, own)

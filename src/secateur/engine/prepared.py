@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
@@ -39,6 +40,7 @@ from secateur.models.copies import copy_of, weight_bytes_of
 from secateur.models.opening import open_weights
 from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
+from secateur.precision import full_float32
 from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Memory
@@ -327,11 +329,16 @@ class Job:
             survey = Survey(self.target, tasks, stream, settings, progress)
             tasks = allocate(survey, self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
-        if stream is None or not forwards:
+        if stream is None or not forwards or done == len(self.target.layers):
             pruning: Run = Run(self.target, tasks, settings, ledger, progress)
         else:
             kind = AsymmetricRun if settings.asymmetric else CalibratedRun
-            pruning = kind(self.target, tasks, stream, settings, ledger, progress)
+            with torch.no_grad(), full_float32():
+                opened = stream.open(done, dense=settings.dense_needed)
+            if opened.start == 0:  # also if the hidden states of a stopped run are lost
+                ledger.begin()
+            done = opened.start
+            pruning = kind(self.target, tasks, opened, settings, ledger, progress)
         pruning.execute(done)
         return pruning.tasks
 

@@ -91,7 +91,8 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
 def execute(survey: Survey, tasks=None) -> Ledger:
     ledger = Ledger()
     tasks = survey.tasks if tasks is None else tasks
-    how = survey.target, tasks, survey.calibration, survey.settings, ledger, survey.progress
+    opened = survey.calibration.open()
+    how = survey.target, tasks, opened, survey.settings, ledger, survey.progress
     CalibratedRun(*how).execute()
     return ledger
 

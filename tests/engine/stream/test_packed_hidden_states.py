@@ -32,15 +32,16 @@ WINDOWS = tiny_windows(5, 12)
 
 def logits_of(model: nn.Module, folder: Path | None) -> Tensor:
     """The logits of all windows, layer by layer, two windows at a time."""
-    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 24, folder is None, folder)
-    calibration.open(0, dense=False)
+    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 24, folder is None, folder).open()
     for number, layer in calibration.walk():
         for batch in calibration.batches():
-            out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+            out = call_layer(layer, calibration.read(batch), calibration.stream.call(number, batch))
             calibration.write(batch, out)
-    calibration.advance(len(calibration.target.layers))
+    calibration.advance(len(calibration.stream.target.layers))
     rows = range(len(WINDOWS))
-    return torch.stack([calibration.outer.head(r, calibration.read(slice(r, r + 1))) for r in rows])
+    return torch.stack(
+        [calibration.stream.outer.head(r, calibration.read(slice(r, r + 1))) for r in rows]
+    )
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])

@@ -82,18 +82,18 @@ def test_layer_by_layer_is_the_model(name: str) -> None:
     expected = heard(model, windows, multimodal)
     calibration = CalibrationStream(
         ModelTarget(model), windows, 2048, True, None, multimodal=multimodal
-    )
-    calibration.open(0, dense=False)
+    ).open()
     for number, layer in calibration.walk():
         assert len(calibration.batches()) == COUNT
         for row, batch in enumerate(calibration.batches()):
             hidden = calibration.read(batch)
             torch.testing.assert_close(hidden, expected[number][row], rtol=0, atol=1e-6)
-            calibration.write(batch, call_layer(layer, hidden, calibration.call(number, batch)))
+            calibration.write(
+                batch, call_layer(layer, hidden, calibration.stream.call(number, batch))
+            )
     plain = CalibrationStream(ModelTarget(model), windows, 2048, True, None)
     if name == "llava":  # the others do not run with places of pictures and no picture
-        plain.open(0, dense=False)
-        assert not torch.allclose(plain.read(slice(0, 1)), expected[0][0])
+        assert not torch.allclose(plain.open().read(slice(0, 1)), expected[0][0])
 
 
 def test_what_is_added_between_layers_is_refused() -> None:
@@ -106,4 +106,4 @@ def test_what_is_added_between_layers_is_refused() -> None:
         ModelTarget(model), windows, 2048, True, None, multimodal=MultimodalInputs(tensors)
     )
     with pytest.raises(ArchitectureError, match=r"adds .*pixel_values.* between its layers"):
-        calibration.open(0, dense=False)
+        calibration.open()

@@ -33,11 +33,10 @@ def test_a_forward_has_the_rows_of_its_tokens(name: str, tmp_path: Path) -> None
     before = table.weight
     sizes = []
     table.register_forward_hook(lambda module, args, out: sizes.append(len(module.weight)))
-    calibration = CalibrationStream(target, WINDOWS, 16, True, None)
-    calibration.open(0, dense=False)
+    calibration = CalibrationStream(target, WINDOWS, 16, True, None).open()
     for number, _ in calibration.walk():
         for batch in calibration.batches():
-            calibration.call(number, batch)
+            calibration.stream.call(number, batch)
             calibration.write(batch, calibration.read(batch))
     assert len(sizes) > len(WINDOWS) * len(target.layers)
     assert max(sizes) <= WINDOWS.shape[1] * 2  # of the tokens of a micro-batch
@@ -53,8 +52,7 @@ def test_arguments_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
     target = stored_in_bfloat16(name, tmp_path)
     windows = WINDOWS.clone()
     windows[1, 2:4] = 0
-    calibration = CalibrationStream(target, windows, 16, True, None)
-    calibration.open(0, dense=False)
+    calibration = CalibrationStream(target, windows, 16, True, None).open()
     with quiet_transformers():
         whole = class_of(config_of(name)).from_pretrained(tmp_path, dtype=torch.float32).eval()
     seen: dict[int, Any] = {}
@@ -65,7 +63,7 @@ def test_arguments_are_those_of_the_whole_model(name: str, tmp_path: Path) -> No
         )
     whole(input_ids=windows, use_cache=False)
     for number in range(len(target.layers)):
-        call = calibration.outer.call(number, range(3))
+        call = calibration.stream.outer.call(number, range(3))
         args, kwargs = seen[number]
         given = [*args[1:], *kwargs.values()]
         own = call.values()

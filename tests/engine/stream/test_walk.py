@@ -56,29 +56,32 @@ def test_a_loop_that_ends_early_leaves_no_layer_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_is_written_enters_the_next_layer(in_memory: bool, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 40, in_memory, tmp_path)
-    calibration.open(0, dense=False)
+    calibration = CalibrationStream(ModelTarget(model), WINDOWS, 40, in_memory, tmp_path).open()
     with torch.no_grad():
         expected = model.model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
         for number, layer in calibration.walk():
             for batch in calibration.batches():
                 inputs = calibration.read(batch)
                 torch.testing.assert_close(inputs, expected[number][batch])
-                calibration.write(batch, call_layer(layer, inputs, calibration.call(number, batch)))
+                calibration.write(
+                    batch, call_layer(layer, inputs, calibration.stream.call(number, batch))
+                )
     assert not list(tmp_path.glob("inputs-*"))  # the inputs of finished layers are gone
 
 
 def test_a_walk_resumes_from_stored_inputs(tmp_path: Path) -> None:
     target = ModelTarget(tiny_model("llama"))
 
-    def walked(calibration: CalibrationStream, start: int, stop: int) -> list[torch.Tensor]:
-        inputs = []
-        for number, layer in calibration.walk(calibration.open(start, dense=False)):
+    def walked(stream: CalibrationStream, start: int, stop: int) -> list[torch.Tensor]:
+        inputs, calibration = [], stream.open(start)
+        for number, layer in calibration.walk():
             inputs.append(torch.cat([calibration.read(batch) for batch in calibration.batches()]))
             if number == stop:
                 break
             for batch in calibration.batches():
-                out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
+                out = call_layer(
+                    layer, calibration.read(batch), calibration.stream.call(number, batch)
+                )
                 calibration.write(batch, out)
         return inputs
 

@@ -39,7 +39,7 @@ from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.asymmetric import TargetStatistics, by_group_with_dense
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.activations import Activations
-from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
+from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
@@ -101,33 +101,34 @@ class Refit:
     @full_float32()
     def execute(self, done: int = 0) -> None:
         """Refit every layer of the cut model from number `done` on."""
+        if done == len(self.layers):
+            self.progress.start("refitting", 0)
+            self.progress.finish()
+            return
         with reused_pages():
-            done = self._open(done)
+            dense, cut = self._open(done)
+            done = cut.start
             gaps = [self._gap(place) for place in range(done, len(self.layers))]
             missing = range(0 if done else self.layers[0])
             forwards = len(missing) + sum(2 + (gap + 1 if gap else 0) for gap in gaps)
-            self.progress.start("refitting", forwards * len(self.cut.batches()))
-            for index, layer in self.dense.walk(0, len(missing)):
-                self.inputs(self.dense, index).pass_through(layer)
+            self.progress.start("refitting", forwards * len(cut.batches()))
+            for index, layer in dense.walk(len(missing)):
+                self.inputs(dense, index).pass_through(layer)
             for place in range(done, len(self.layers)):
-                self._refit_layer(place)
-        for calibration in (self.dense, self.cut):
-            calibration.close()
+                self._refit_layer(place, dense, cut)
         self.progress.finish()
 
-    def _open(self, done: int) -> int:
-        """Make the inputs of layer `done` ready, or else those of the first one."""
-        if done == len(self.layers):
-            return done
-        if done and (
-            self.cut.open(done, dense=False) == done
-            and self.dense.open(self.layers[done], dense=False) == self.layers[done]
-        ):
-            return done
-        self.cut.open(0, dense=False)
-        self.dense.open(0, dense=False)
+    def _open(self, done: int) -> tuple[OpenStream, OpenStream]:
+        """Make the inputs of layer `done` ready in both models, or else those of the first one."""
+        if done:
+            cut = self.cut.open(done)
+            if cut.start == done:
+                dense = self.dense.open(self.layers[done])
+                if dense.start == self.layers[done]:
+                    return dense, cut
+        cut, dense = self.cut.open(), self.dense.open()
         self.ledger.begin()
-        return 0
+        return dense, cut
 
     def _gap(self, place: int) -> int:
         """The number of removed layers after a layer of the cut model."""
@@ -135,35 +136,37 @@ class Refit:
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
 
-    def inputs(self, calibration: CalibrationStream, index: int) -> LayerInputs:
+    def inputs(self, opened: OpenStream, index: int) -> LayerInputs:
         """The hidden states of one of the models at one of its layers."""
         matmuls = partial(self.settings.matmuls, self.dense.target.device)
-        return calibration.layer_inputs(
+        return opened.layer_inputs(
             index, matmuls, lambda: self.progress.step(note=f"layer {index}")
         )
 
-    def _refit_layer(self, place: int) -> None:
+    def _refit_layer(self, place: int, dense: OpenStream, cut: OpenStream) -> None:
         """Read, refit and record one layer of the cut model."""
         started, index, gap = time.perf_counter(), self.layers[place], self._gap(place)
-        with self._stream_after(index, gap) as later:
+        with self._stream_after(dense, index, gap) as later:
             target = self.cut.target
             with self.dense.target.layer(index) as twin, target.layer(place) as layer:
-                one = LayerRefit(self, place, layer, twin, later)
+                one = LayerRefit(self, dense, cut, place, layer, twin, later)
                 one.execute()
                 target.commit(place, [f"{x.name}.weight" for x in one.linears])
             if place + 1 < len(self.layers):
                 if later is not None:
-                    for batch in self.dense.batches():
-                        self.dense.write(batch, later.read(batch))
-                self.dense.advance(index + 1 + gap)
-                self.cut.advance(place + 1)
+                    for batch in dense.batches():
+                        dense.write(batch, later.read(batch))
+                dense.advance(index + 1 + gap)
+                cut.advance(place + 1)
         seconds = time.perf_counter() - started
         self.ledger.finish_layer(Layer(layer=place, seconds=seconds, linears=()))
-        self.dense.forget(index)
-        self.cut.forget(place)
+        dense.forget(index)
+        cut.forget(place)
 
     @contextmanager
-    def _stream_after(self, index: int, gap: int) -> Iterator[Activations | None]:
+    def _stream_after(
+        self, opened: OpenStream, index: int, gap: int
+    ) -> Iterator[Activations | None]:
         """The uncut model's stream after the removed layers that follow; None if there are none."""
         dense = self.dense
         if not gap:
@@ -172,10 +175,10 @@ class Refit:
         folder = None if dense.in_memory or dense.work is None else dense.work / "ahead"
         if folder:
             folder.mkdir(exist_ok=True)
-        shape, dtype = dense.hidden.shape, dense.hidden.dtype
+        shape, dtype = opened.hidden.shape, opened.hidden.dtype
         stream = Activations(shape, dtype, folder, dense.in_memory, home=dense.home)
         for number, layer in walk_layers(dense.target, range(index, index + 1 + gap)):
-            inputs = self.inputs(dense, number)
+            inputs = self.inputs(opened, number)
             if number > index:
                 inputs = replace(inputs, states=stream)
             for batch in inputs.batches:
@@ -192,6 +195,8 @@ class LayerRefit:
 
     Args:
         refit: the refit of the whole model.
+        dense: the hidden states of the uncut model.
+        cut: the hidden states of the cut model.
         place: index of the layer in the cut model.
         layer: the layer with its weights after the cut.
         twin: the same layer of the uncut model.
@@ -201,6 +206,8 @@ class LayerRefit:
     def __init__(
         self,
         refit: Refit,
+        dense: OpenStream,
+        cut: OpenStream,
         place: int,
         layer: nn.Module,
         twin: nn.Module,
@@ -224,9 +231,9 @@ class LayerRefit:
         self.mixture = experts is not None and experts.module in dict(layer.named_modules())
         sides = [[[pair[side] for pair in group] for group in self.groups] for side in (0, 1)]
         self.changing = HaltedLayer(
-            refit.inputs(refit.cut, place), layer, sides[0], self.writers, stores=not self.last
+            refit.inputs(cut, place), layer, sides[0], self.writers, stores=not self.last
         )
-        self.dense = HaltedLayer(refit.inputs(refit.dense, index), twin, sides[1], others)
+        self.dense = HaltedLayer(refit.inputs(dense, index), twin, sides[1], others)
         self.gathered: dict[int, TargetStatistics] = {}
         self.moments = Gathering.of(["gram"]).forward
 

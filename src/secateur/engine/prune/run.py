@@ -35,7 +35,7 @@ from secateur.engine.prune.group_pruning import (
 )
 from secateur.engine.prune.reconstruction import LayerTuning
 from secateur.engine.prune.tasks import Settings, Tasks, gathering, left_dense
-from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs
+from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
 from secateur.engine.stream.layouts import kind_of
@@ -81,7 +81,6 @@ class Run:
     def execute(self, done: int = 0) -> None:
         """Prune every layer from number `done` on."""
         count = len(self.target.layers)
-        done = self._open(done)
         for entry in self.ledger.layers:
             self.tasks = left_dense(self.tasks, entry.unseen)
         self.progress.start("pruning", self.steps_per_layer * (count - done))
@@ -90,7 +89,6 @@ class Run:
             for index, layer in walk_layers(self.target, range(done, count)):
                 self.prune_layer(index, layer, started)
                 started = time.perf_counter()
-        self._close()
         self.progress.finish()
         found = coverage(self.ledger.layers, self.target.architecture)
         if found is not None and self.settings.ranks.first:
@@ -129,13 +127,6 @@ class Run:
         """Report one step within a layer."""
         self.steps_taken += 1
         self.progress.step(note=f"layer {index}")
-
-    def _open(self, done: int) -> int:
-        """Make the inputs of layer `done` ready, or else those of the first one."""
-        return done
-
-    def _close(self) -> None:
-        """Release the inputs."""
 
     def _advance(self, index: int) -> None:
         """Make the stored outputs the inputs of a layer."""
@@ -212,7 +203,7 @@ class CalibratedRun(Run):
     Args:
         target: the model.
         tasks: the task of each linear (`tasks_of`).
-        stream: the calibration stream.
+        opened: the calibration stream with the hidden states at the first layer to prune.
         settings: how the work is done.
         ledger: record of finished layers.
         progress: receives every step.
@@ -225,35 +216,25 @@ class CalibratedRun(Run):
         self,
         target: Target,
         tasks: Tasks,
-        stream: CalibrationStream,
+        opened: OpenStream,
         settings: Settings,
         ledger: Ledger,
         progress: Progress,
     ) -> None:
         super().__init__(target, tasks, settings, ledger, progress)
-        self.stream = stream
+        self.opened = opened
         self.sources = gathering(tasks, asymmetric=settings.asymmetric).forward
         passes = 1 if settings.sequential == "group" else 2
         passes += settings.dense_needed
         if settings.tunes:
             passes += 2 + settings.reconstruction.passes
-        self.steps_per_layer = passes * len(stream.batches())  # each forward of a micro-batch
-
-    def _open(self, done: int) -> int:
-        if done < len(self.target.layers):
-            done = self.stream.open(done, dense=self.settings.dense_needed)
-            if done == 0:  # also if the hidden states of a stopped run are lost
-                self.ledger.begin()
-        return done
-
-    def _close(self) -> None:
-        self.stream.close()
+        self.steps_per_layer = passes * len(opened.batches())  # each forward of a micro-batch
 
     def _advance(self, index: int) -> None:
-        self.stream.advance(index)
+        self.opened.advance(index)
 
     def _forget(self, index: int) -> None:
-        self.stream.forget(index)
+        self.opened.forget(index)
 
     def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
         return CalibratedLayerPass(self, index, layer)
@@ -327,7 +308,7 @@ class CalibratedLayerPass(LayerPass):
 
     def __init__(self, run: CalibratedRun, index: int, layer: nn.Module) -> None:
         super().__init__(run, index, layer)
-        self.run, self.stream = run, run.stream
+        self.run, self.stream = run, run.opened.stream
         self.last = index + 1 == len(run.target.layers)
         self.groups = self.pruned_groups()
         self.gathered: dict[int, GroupStatistics] = {}
@@ -351,7 +332,7 @@ class CalibratedLayerPass(LayerPass):
         """The hidden states of the pruned or the dense model at this layer."""
         matmuls = partial(self.settings.matmuls, self.device)
         step = partial(self.run.step, self.index)
-        return self.stream.layer_inputs(self.index, matmuls, step, dense=dense)
+        return self.run.opened.layer_inputs(self.index, matmuls, step, dense=dense)
 
     def gather(self) -> Generator[Sequence[int], None, None]:
         """Pass all windows through the layer; yield groups when their statistics are complete.

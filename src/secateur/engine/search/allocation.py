@@ -37,7 +37,7 @@ from secateur.engine.search.candidate_evaluator import (
     WeightVariants,
     cut_windows,
 )
-from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
@@ -122,34 +122,35 @@ class Survey:
         start = ranks.once(lambda: next((i for i, x in enumerate(files) if not x.exists()), count))
         if start == count:
             return files
-        calibration = self.calibration if names else None
-        if calibration is not None:
-            start = calibration.open(start, dense=False)
-            walk, steps = calibration.walk(start), len(calibration.batches())
+        opened = self.calibration.open(start) if names and self.calibration else None
+        if opened is not None:
+            start, walk, steps = opened.start, opened.walk(), len(opened.batches())
         else:
             walk, steps = walk_layers(self.target, range(start, count)), 1
         self.progress.start("allocation: dense model", steps * (count - start))
         for index, layer in walk:
             linears = linears_of(layer, self.target.architecture.layer_name(index))
-            shared = self.gathered(index, layer, linears, names) if names else {}
+            shared = self.gathered(opened, index, layer, linears, names) if opened else {}
             view_of = partial(LayerView, self, index, linears, shared, grains)
             ranks.once(partial(_observe, allocation, view_of, files[index]))
-            if calibration is None:
+            if opened is None:
                 self.progress.step(note=f"layer {index}")
         self.progress.finish()
-        if calibration is not None:
-            calibration.close()
         return files
 
     def gathered(
-        self, index: int, layer: nn.Module, linears: Linears, names: Mapping[str, ForwardSource]
+        self,
+        opened: OpenStream,
+        index: int,
+        layer: nn.Module,
+        linears: Linears,
+        names: Mapping[str, ForwardSource],
     ) -> dict[str, GroupStatistics]:
         """Pass calibration through a dense layer. Return the statistics of each linear's input."""
-        assert self.calibration is not None
         last = index + 1 == len(self.target.layers)
         step = partial(self.progress.step, note=f"layer {index}")
-        inputs = self.calibration.layer_inputs(index, step=step)
-        groups = [[linears[name] for name in g] for g in self.calibration.layouts[index].groups]
+        inputs = opened.layer_inputs(index, step=step)
+        groups = [[linears[name] for name in g] for g in opened.stream.layouts[index].groups]
         groups = [g for g in groups if any(self.tasks[x.name].changes for x in g)]
         gathered = [GroupStatistics(names, group, self.target.device) for group in groups]
         forwards = [partial(inputs.pass_one, layer, b, stores=not last) for b in inputs.batches]

@@ -52,10 +52,9 @@ def hidden_scores(
     calibration = CalibrationStream(
         target, windows, settings.micro_batch_tokens, settings.in_memory, settings.work,
         on_gpu=settings.on_gpu,
-    )  # fmt: skip
+    ).open()  # fmt: skip
     scores = torch.zeros(hidden)
     all_readers = [_readers_of(layer, architecture) for layer in layers]
-    calibration.open(0, dense=False)
     progress.start("hidden channels", len(calibration.batches()) * len(layers))
     for index, layer in calibration.walk():
         step = partial(progress.step, note=f"layer {index}")
@@ -74,7 +73,6 @@ def hidden_scores(
             where = architecture.layer_name(index)
             raise NumericalError(error.what, where=where, remedy=error.remedy) from None
     progress.finish()
-    calibration.close()
     return scores
 
 

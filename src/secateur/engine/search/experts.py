@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.experts import OpenExperts
@@ -142,22 +141,18 @@ def expert_use(
     Raises:
         ArchitectureError: no layer has experts.
     """
-    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None, ranks)
-    calibration.open(0, dense=False)
+    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None, ranks).open()
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
     for number, layer in calibration.walk():
         hooks = [_UseHooks(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-        for batch in calibration.batches():
-            out = call_layer(layer, calibration.read(batch), calibration.call(number, batch))
-            calibration.write(batch, out)
+        calibration.layer_inputs(number).pass_through(layer)
         for hook in hooks:
             use = hook.close()
             ranks.total(use.tokens)
             ranks.total(use.outputs)
             found[number] = use
         progress.step(note=f"layer {number}")
-    calibration.close()
     progress.finish()
     if not found:
         raise ArchitectureError(

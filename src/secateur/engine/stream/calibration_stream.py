@@ -64,7 +64,6 @@ class CalibrationStream:
         self.target, self.windows, self.work, self.multimodal = target, windows, work, multimodal
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
-        self.opened: list[Activations] = []
 
     @cached_property
     def outer(self) -> EmbeddingAndHead:
@@ -128,35 +127,32 @@ class CalibrationStream:
         folder = None if self.in_memory else states.folder
         return ActivationOffload(permanent, folder, self.target.device, self.own.start)
 
-    def open(self, start: int, *, dense: bool) -> int:
+    def open(self, start: int = 0, *, dense: bool = False) -> OpenStream:
         """Make the inputs of layer `start` ready, or else those of layer 0.
 
         Args:
             start: the layer to resume from, if an earlier run stored its inputs.
             dense: whether the dense model's hidden states pass as well.
-
-        Returns:
-            The layer whose inputs are ready: 0 if there are no stored ones.
         """
-        for size in {batch.stop - batch.start for batch in self.batches()}:
+        batches = self.batches()
+        for size in {batch.stop - batch.start for batch in batches}:
             self.outer.calls(size)  # recorded before any layer has its weights
         if self.ranks.count > 1:
             self.outer.calls()  # tuning takes the windows of a process one by one
-        self.opened = self._states(dense)
-        stored = start > 0 and all(states.has(start) for states in self.opened)
+        every = self._states(dense)
+        stored = start > 0 and all(states.has(start) for states in every)
         start = start if all(self.ranks.gather(stored)) else 0
-        self.ranks.once(partial(_forget_all_but, self.opened, start))
+        self.ranks.once(partial(_forget_all_but, every, start))
         if start:
-            for states in self.opened:
+            for states in every:
                 states.resume(start)
-            return start
-        batches = self.batches()
+            return OpenStream(self, start, every)
         for batch, hidden in zip(batches, self.outer.embed(batches), strict=True):
-            for states in self.opened:
+            for states in every:
                 states.write(batch, hidden)
-        for states in self.opened:
+        for states in every:
             states.advance(0)
-        return 0
+        return OpenStream(self, 0, every)
 
     def _states(self, dense: bool) -> list[Activations]:
         """Empty hidden states, in memory or on disk."""
@@ -171,32 +167,51 @@ class CalibrationStream:
             for folder in folders
         ]
 
-    def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
+
+@dataclass(frozen=True)
+class OpenStream:
+    """A calibration stream with its hidden states. They are released with it.
+
+    Attributes:
+        stream: the calibration stream.
+        start: the layer whose inputs were ready first: 0 if no run had stored those asked for.
+        every: the hidden states of the pruned model, and those of the dense one if they pass.
+    """
+
+    stream: CalibrationStream
+    start: int
+    every: Sequence[Activations]
+
+    @property
+    def hidden(self) -> Activations:
+        """The hidden states of the pruned model."""
+        return self.every[0]
+
+    def batches(self) -> list[slice]:
+        """The micro-batches of this process, as ranges of calibration windows."""
+        return self.stream.batches()
+
+    def walk(self, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield each layer with its weights. Outputs that the caller stores enter the next layer.
 
-        Call `open(start)` before. When the loop ends early, the last layer's outputs are dropped.
+        When the loop ends early, the last layer's outputs are dropped.
 
         Args:
-            start: the first layer.
             stop: the layer after the last one to visit; None to visit all that follow.
 
         Yields:
             The number of a layer, and the layer.
         """
-        count = len(self.target.layers)
+        target = self.stream.target
+        count = len(target.layers)
         for number, layer in walk_layers(
-            self.target, range(start, count if stop is None else stop)
+            target, range(self.start, count if stop is None else stop)
         ):
             yield number, layer
             if number + 1 < count:
                 self.advance(number + 1)
-            self.ranks.wait()  # all have stored the next inputs before one forgets these
+            self.stream.ranks.wait()  # all have stored the next inputs before one forgets these
             self.forget(number)
-
-    @property
-    def hidden(self) -> Activations:
-        """The hidden states of the pruned model, between `open` and `close`."""
-        return self.opened[0]
 
     def layer_inputs(
         self,
@@ -212,13 +227,13 @@ class CalibrationStream:
             index: number of the layer.
             matmuls: returns a context for the forwards.
             step: called after every forward.
-            dense: of the dense model; `open` must have opened them.
+            dense: of the dense model, if its hidden states pass.
         """
-        return LayerInputs(self, self.opened[dense], index, matmuls, step)
+        return LayerInputs(self.stream, self.every[dense], index, matmuls, step)
 
     def read(self, rows: slice) -> Tensor:
         """Inputs of the current layer in the pruned model, on the target's device."""
-        return self.hidden.read(rows).to(self.target.device)
+        return self.hidden.read(rows).to(self.stream.target.device)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
         """Store outputs of the current layer in the pruned model."""
@@ -226,17 +241,12 @@ class CalibrationStream:
 
     def advance(self, layer: int) -> None:
         """Make the stored outputs the inputs of `layer` in the pruned model."""
-        for states in self.opened[:1]:
-            states.advance(layer)
+        self.hidden.advance(layer)
 
     def forget(self, layer: int) -> None:
         """Delete the inputs of a finished layer."""
-        for states in self.opened:
+        for states in self.every:
             states.forget(layer)
-
-    def close(self) -> None:
-        """Release the hidden states."""
-        self.opened = []
 
 
 @dataclass(frozen=True)
