@@ -49,7 +49,6 @@ if TYPE_CHECKING:
         InspectRecipe,
     )
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
-    from secateur.recipes.structure import StructureRecipe
     from secateur.recipes.train import TrainRecipe
     from secateur.reporting.tables import Result
     from secateur.steps.generate import Conversation
@@ -92,11 +91,21 @@ def _show_progress() -> AbstractContextManager[Progress]:
 
 
 def _run(verb: str, recipe: Any, **call: Any) -> Any:
-    """Run the step of a verb, and show its progress."""
-    if VERBS[verb].streams:
-        return imported(VERBS[verb].step)(recipe, **call)
-    with _show_progress() as progress:
-        return VERBS[verb].carry_out(recipe, call, progress)
+    """Run the step of a verb, and show its progress; with other processes if they share it."""
+    row = VERBS[verb]
+    if row.streams:
+        return imported(row.step)(recipe, **call)
+    if not row.worker or call.get("dry_run"):
+        with _show_progress() as progress:
+            return row.carry_out(recipe, call, progress)
+    from secateur.parallel.processes import joined
+
+    with joined(recipe.device) as ranks:
+        if not ranks.first:
+            imported(row.worker)(recipe, ranks)
+            return None
+        with _show_progress() as progress:
+            return row.carry_out(recipe, call, progress, ranks=ranks)
 
 
 def _check_target(recipe: FitRecipe) -> None:
@@ -133,37 +142,12 @@ def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
             return prune_recipe(recipe, progress, ranks=ranks, **call)
 
 
-@_own("structure")
-def _structure(recipe: StructureRecipe, **call: Any) -> Result | None:
-    from secateur.parallel.processes import joined
-    from secateur.steps.structure.run import run_worker
-
-    with joined(recipe.device) as ranks:
-        if not ranks.first:
-            run_worker(recipe, ranks)
-            return None
-        return _run("structure", recipe, **call, **({} if ranks.count == 1 else {"ranks": ranks}))
-
-
 @_own("train")
 def _train(recipe: TrainRecipe, **call: Any) -> Result | None:
     if int(os.environ.get("RANK", "0")):
         VERBS["train"].carry_out(recipe, call, Silent())
         return None
     return _run("train", recipe, **call)
-
-
-@_own("evaluate")
-def _evaluate(recipe: EvaluateRecipe) -> Result | None:
-    from secateur.parallel.processes import joined
-    from secateur.steps.evaluate import run_evaluation
-
-    with joined(recipe.device) as ranks:
-        if not ranks.first:
-            run_evaluation(recipe, Silent(), ranks=ranks)
-            return None
-        with _show_progress() as progress:
-            return run_evaluation(recipe, progress, ranks=ranks)
 
 
 @_own("methods")
@@ -324,36 +308,12 @@ def _write(text: str) -> None:
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
-SET = Option(
-    "set",
-    (),
-    list[str],
-    required=False,
-    default="none",
-    group=OUTPUT,
-    help="Set any key of the recipe, for example {example}.",
-    flag=Flag(value="KEY=VALUE"),
-)
-JSON = Option(
-    "json",
-    (),
-    bool,
-    required=False,
-    default="a table",
-    group=OUTPUT,
-    help="Print the result as JSON on stdout.",
-    flag=Flag(),
-)
-QUIET = Option(
-    "quiet",
-    (),
-    bool,
-    required=False,
-    default="off",
-    group=OUTPUT,
-    help="Show neither progress nor log on stderr, only errors.",
-    flag=Flag(short="-q"),
-)
+SET_HELP = "Set any key of the recipe, for example {}."
+SET = Option("set", (), list[str], False, "none", OUTPUT, SET_HELP, Flag(value="KEY=VALUE"))
+JSON_HELP = "Print the result as JSON on stdout."
+JSON = Option("json", (), bool, False, "a table", OUTPUT, JSON_HELP, Flag())
+QUIET_HELP = "Show neither progress nor log on stderr, only errors."
+QUIET = Option("quiet", (), bool, False, "off", OUTPUT, QUIET_HELP, Flag(short="-q"))
 
 
 def make_command(verb: str) -> Callable[..., None]:
@@ -362,7 +322,7 @@ def make_command(verb: str) -> Callable[..., None]:
     of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
     shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
     if of_recipe:
-        shown.append(replace(SET, help=SET.help.format(example=example_of(kind))))
+        shown.append(replace(SET, help=SET_HELP.format(example_of(kind))))
     signature = Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
 
     def run_command(*words: str, **flags: Any) -> None:

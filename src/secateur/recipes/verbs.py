@@ -43,6 +43,8 @@ class Verb:
         step: the place of its step: a class for the runner, or a function that takes the recipe,
             a progress and the options of the call. Its docstring is that of the Python function.
         plan: the place of the function for a dry run, which takes the same.
+        worker: the place of what other processes do, which share the work of this one; takes the
+            recipe and the processes.
         function: the place of the Python function, if `step` alone does not make it.
         more: further sentences for the help of the verb.
         usage: the first line of the help, where a positional argument may be left out.
@@ -57,6 +59,7 @@ class Verb:
     recipe: str
     step: str = ""
     plan: str = ""
+    worker: str = ""
     function: str = ""
     more: str = ""
     usage: str | None = None
@@ -152,6 +155,7 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.structure:StructureRecipe",
             step="secateur.steps.structure.run:structure_recipe",
             plan="secateur.steps.structure.run:plan_structure",
+            worker="secateur.steps.structure.run:run_worker",
             together=True,
         ),
         Verb(
@@ -239,6 +243,8 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.measure:EvaluateRecipe",
+            step="secateur.steps.evaluate:run_evaluation",
+            worker="secateur.steps.evaluate:run_worker",
             function="secateur.steps.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "

@@ -33,7 +33,7 @@ from secateur.evaluation.uncertainty import Comparison, compare, mean_of
 from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, listener
+from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.reporting.evaluate import EvaluateResult
@@ -136,6 +136,11 @@ def evaluate(
         tokenizer=tokenizer,
         prompts=prompts,
     )
+
+
+def run_worker(recipe: EvaluateRecipe, ranks: Ranks) -> None:
+    """Measure the share of a process that is not the first."""
+    run_evaluation(recipe, Silent(), ranks=ranks)
 
 
 def run_evaluation(
