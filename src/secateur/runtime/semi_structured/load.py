@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import CheckpointError, KernelError
-from secateur.models.configuration import transformers_errors
-from secateur.models.experts import open_experts
 from secateur.models.header import TensorEntry, read_header
-from secateur.models.skeleton import quiet_transformers, refuse_missing, without_weights
+from secateur.models.skeleton import build_skeleton, refuse_missing
 from secateur.runtime.kernels.gpu.linear import Call, Clock, Fastest, race
 from secateur.runtime.kernels.linear import InferenceLinear
 from secateur.runtime.semi_structured.layout import (
@@ -80,7 +78,7 @@ def load_semi_structured(
         refuse_device(device)
     entries = read_header(file).entries
     dtypes = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
-    model = _empty_model(folder, next(dtypes, torch.bfloat16))
+    model = build_skeleton(folder, dtype=next(dtypes, torch.bfloat16), alone=True)
     sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
     held = {f"{name}.{part}" for name in sparse for part in PARTS}
     owners: dict[str, Any] = dict(model.named_modules())
@@ -125,17 +123,6 @@ def refuse_device(device: torch.device) -> None:
             remedy="name an NVIDIA GPU from Ampere on (A100, RTX 30); or pass expand=True for a "
             "dense model; on a CPU, use `secateur compress` and `secateur.load`",
         )
-
-
-def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder, its experts opened, its parameters on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet_transformers(), transformers_errors(folder), without_weights():
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    open_experts(model)
-    return model
 
 
 def _read_parts(
