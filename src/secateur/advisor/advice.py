@@ -111,8 +111,8 @@ def cost_of(found: Capacity, load: Load, price: Estimate) -> ServingCost:
 def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making:
     """What it costs to make an option: pruning or cutting, rounding, distillation."""
     device = facts.hardware[PRUNING_DEVICE]
-    parts = (option.structure, option.zeros, option.values)
-    passes = sum("".join(part.commands).startswith("secateur") for part in parts)  # FP8 needs none
+    ours = ("".join(part.commands).startswith("secateur") for part in option.parts)  # FP8: none
+    passes = sum(ours)
     seconds = facts.pruning_seconds_of_7b[PRUNING_METHOD] * model.parameters / 7e9 * passes
     hours = Estimate.exact(seconds / 3600)
     formula = f"{passes} x {PRUNING_METHOD} on one {device.name}, published time, by parameters"

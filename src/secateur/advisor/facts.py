@@ -5,8 +5,9 @@ Numbers have a range, and say where they come from.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -259,9 +260,12 @@ class Estimate:
         ends = [function(self.low), function(self.high)]
         return Estimate(min(ends), function(self.typical), max(ends))
 
+    def _by_end(self, join: Callable[[float, float], float], other: Estimate) -> Estimate:
+        return Estimate(*map(join, astuple(self), astuple(other)))
+
     def __add__(self, other: Estimate) -> Estimate:
         """The sum; both low ends together, both high ends together."""
-        return Estimate(self.low + other.low, self.typical + other.typical, self.high + other.high)
+        return self._by_end(operator.add, other)
 
     def __mul__(self, factor: float) -> Estimate:
         """The multiple by a number that is not negative."""
@@ -269,12 +273,8 @@ class Estimate:
 
     def times(self, other: Estimate) -> Estimate:
         """The product; both low ends together, both high ends together."""
-        return Estimate(self.low * other.low, self.typical * other.typical, self.high * other.high)
+        return self._by_end(operator.mul, other)
 
     def larger(self, other: Estimate) -> Estimate:
         """The larger one, end by end."""
-        return Estimate(
-            max(self.low, other.low),
-            max(self.typical, other.typical),
-            max(self.high, other.high),
-        )
+        return self._by_end(max, other)

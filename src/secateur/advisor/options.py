@@ -146,14 +146,14 @@ class CompressionWay:
     @property
     def name(self) -> str:
         """The parts that differ from the model itself."""
-        parts = []
-        if self.structure.name != "whole":
-            parts.append(self.structure.name)
-        if self.zeros.name != "dense":
-            parts.append(f"{self.zeros.name} zeros")
-        if self.values.name != "bf16":
-            parts.append(self.values.name)
-        return " + ".join(parts) or "as it is"
+        names = self.structure.name, f"{self.zeros.name} zeros", self.values.name
+        pairs = zip(names, self.parts, strict=True)
+        return " + ".join(name for name, part in pairs if part.loss != "none") or "as it is"
+
+    @property
+    def parts(self) -> tuple[CutAway | Zeros | Values, ...]:
+        """What is done, in order."""
+        return self.structure, self.zeros, self.values
 
     @property
     def stored(self) -> str:
@@ -163,9 +163,7 @@ class CompressionWay:
     @property
     def changed(self) -> int:
         """How many of the three parts differ from the model itself."""
-        own = ("whole", "dense", "bf16")
-        found = (self.structure.name, self.zeros.name, self.values.name)
-        return sum(a != b for a, b in zip(own, found, strict=True))
+        return sum(part.loss != "none" for part in self.parts)
 
     @property
     def bits(self) -> float:
@@ -187,20 +185,20 @@ class CompressionWay:
     def kept(self, facts: Facts) -> tuple[float, float]:
         """The fraction of the accuracy that stays: the product of the three parts, low to high."""
         low = high = 1.0
-        for part in (self.structure, self.zeros, self.values):
+        for part in self.parts:
             found = facts.compressions[part.loss].kept
             low, high = low * found[0], high * found[1]
         return low, high
 
     def sources(self, facts: Facts) -> tuple[str, ...]:
         """Where the losses of its parts were published."""
-        parts = (self.structure, self.zeros, self.values)
-        return tuple(facts.compressions[p.loss].source for p in parts if p.loss != "none")
+        losses = (part.loss for part in self.parts)
+        return tuple(facts.compressions[loss].source for loss in losses if loss != "none")
 
     def commands(self, model: str) -> tuple[str, ...]:
         """The commands that make it, in order."""
         lines, source = [], model
-        for part in (self.structure, self.zeros, self.values):
+        for part in self.parts:
             for command in part.commands:
                 lines.append(command.format(source=source, model=model))
                 source = command.partition("--output ")[2] or source
