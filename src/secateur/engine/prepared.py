@@ -338,7 +338,7 @@ class Job:
             if opened.start == 0:  # also if the hidden states of a stopped run are lost
                 ledger.begin()
             done = opened.start
-            pruning = kind(self.target, tasks, opened, settings, ledger, progress)
+            pruning = kind(self.target, tasks, settings, ledger, progress, opened)
         pruning.execute(done)
         return pruning.tasks
 

@@ -32,7 +32,7 @@ from secateur.engine.prepared import (
     settings_of,
 )
 from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
-from secateur.engine.prune.coverage import coverage, reach
+from secateur.engine.prune.coverage import Reach, coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
 from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.engine.search.allocation import settled_allocation
@@ -386,8 +386,10 @@ class Prune(Step[PruneRecipe, PruneResult]):
             done = job.run(ledger, progress, finished)
             losses = self._distill(prepared, done)
         left = skipped_matrices(done, target.matrices())
+        # before the audit, which sees the zeros alone
+        reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         audit = _audit(recipe, done, folder, progress)
-        manifest = self._manifest(prepared, done, audit, losses, left)
+        manifest = self._manifest(prepared, reached, audit, losses, left)
         _write_notes(manifest, prepared, folder)
         return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
@@ -423,7 +425,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
     def _manifest(
         self,
         prepared: Prepared,
-        done: Tasks,
+        reached: Reach,
         audit: Audit,
         losses: dict[str, float] | None,
         left: Sequence[SkippedMatrix],
@@ -467,7 +469,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
             cost=Cost.model_validate(cost),
             distillation=losses,
             experts=found and found.to_json(),
-            reach=reach(layers, (name for name, task in done.items() if task.changes)).to_json(),
+            reach=reached.to_json(),
             left=tuple(left),
             collapsed=tuple(name for layer in layers for name in layer.collapsed),
             result=RunResult(

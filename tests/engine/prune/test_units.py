@@ -92,7 +92,7 @@ def execute(survey: Survey, tasks=None) -> Ledger:
     ledger = Ledger()
     tasks = survey.tasks if tasks is None else tasks
     opened = survey.calibration.open()
-    how = survey.target, tasks, opened, survey.settings, ledger, survey.progress
+    how = survey.target, tasks, survey.settings, ledger, survey.progress, opened
     CalibratedRun(*how).execute()
     return ledger
 

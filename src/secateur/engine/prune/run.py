@@ -17,12 +17,14 @@ import logging
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
+from secateur.calibration.statistics import Sources
 from secateur.engine.prune.coverage import coverage, is_reached
 from secateur.engine.prune.group_pruning import (
     GroupStatistics,
@@ -52,29 +54,31 @@ from secateur.sparsity.patterns import misplaced
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Run:
     """One pruning run over all decoder layers of a target, without forwards.
 
-    Args:
+    Attributes:
         target: the model.
-        tasks: the task of each linear (`tasks_of`).
+        tasks: the task of each linear (`tasks_of`); linears that calibration does not reach become
+            dense during the run.
         settings: how the work is done.
         ledger: record of finished layers.
         progress: receives every step.
-
-    Attributes:
-        tasks: the same, but linears that calibration does not reach become dense during the run.
-        steps_per_layer: the number of progress steps in one layer.
     """
 
-    def __init__(
-        self, target: Target, tasks: Tasks, settings: Settings, ledger: Ledger, progress: Progress
-    ) -> None:
-        self.target, self.tasks = target, tasks
-        self.settings, self.ledger, self.progress = settings, ledger, progress
-        self.steps_per_layer = 1
-        self.steps_taken = 0
-        self.verified: set[Hashable] = set()
+    target: Target
+    tasks: Tasks
+    settings: Settings
+    ledger: Ledger
+    progress: Progress
+    steps_taken: int = field(default=0, init=False)
+    verified: set[Hashable] = field(default_factory=set, init=False)
+
+    @property
+    def steps_per_layer(self) -> int:
+        """The number of progress steps in one layer."""
+        return 1
 
     @torch.no_grad()
     @full_float32()
@@ -197,38 +201,29 @@ class Run:
         return whole and record.pruned == record.shape[0] * record.shape[1]
 
 
+@dataclass
 class CalibratedRun(Run):
     """A pruning run in which calibration tokens pass through the layers.
 
-    Args:
-        target: the model.
-        tasks: the task of each linear (`tasks_of`).
-        opened: the calibration stream with the hidden states at the first layer to prune.
-        settings: how the work is done.
-        ledger: record of finished layers.
-        progress: receives every step.
-
     Attributes:
-        sources: sources of the statistics to gather, by name; empty if a layer is only tuned.
+        opened: the calibration stream with the hidden states at the first layer to prune.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        tasks: Tasks,
-        opened: OpenStream,
-        settings: Settings,
-        ledger: Ledger,
-        progress: Progress,
-    ) -> None:
-        super().__init__(target, tasks, settings, ledger, progress)
-        self.opened = opened
-        self.sources = gathering(tasks, asymmetric=settings.asymmetric).forward
-        passes = 1 if settings.sequential == "group" else 2
-        passes += settings.dense_needed
-        if settings.tunes:
-            passes += 2 + settings.reconstruction.passes
-        self.steps_per_layer = passes * len(opened.batches())  # each forward of a micro-batch
+    opened: OpenStream
+
+    @cached_property
+    def sources(self) -> Sources:
+        """Sources of the statistics to gather, by name; empty if a layer is only tuned."""
+        return gathering(self.tasks, asymmetric=self.settings.asymmetric).forward
+
+    @property
+    def steps_per_layer(self) -> int:
+        """The number of forwards of micro-batches in one layer."""
+        passes = 1 if self.settings.sequential == "group" else 2
+        passes += self.settings.dense_needed
+        if self.settings.tunes:
+            passes += 2 + self.settings.reconstruction.passes
+        return passes * len(self.opened.batches())
 
     def _advance(self, index: int) -> None:
         self.opened.advance(index)
