@@ -83,7 +83,6 @@ from secateur.steps.fitting.candidates import (
     best_single,
     build_mixes,
     build_structured,
-    choose_mixes,
     finer_knapsack,
 )
 from secateur.steps.fitting.context import DRAWN_TOKENS, ExpectedSeconds, FitContext, TimeBudget
@@ -368,7 +367,7 @@ def _search_mixes(measured: MeasuredLevels, costs: Costs) -> list[BuiltCandidate
         revisits=False,
     )
     winner = search.refined(starts, inside, evolution, goes_on)
-    return build_mixes(measured, choose_mixes(measured, winner, inside))
+    return build_mixes(measured, winner.candidate, inside)
 
 
 def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:

@@ -168,40 +168,30 @@ def best_single(measured: MeasuredLevels, budget: Cost) -> BuiltCandidate | None
     return BuiltCandidate(dense, folders[bare], folders[number], packed, formats, row)
 
 
-def choose_mixes(measured: MeasuredLevels, winner: Point, budget: Cost) -> dict[str, Candidate]:
-    """The mixes to make, by what chose them; no mix twice.
+def build_mixes(
+    measured: MeasuredLevels, searched: Candidate, budget: Cost
+) -> list[BuiltCandidate]:
+    """Make and measure the best mixes: prune, then round, each linear in its own format.
 
     Args:
         measured: the levels.
-        winner: of the search.
+        searched: what the search found.
         budget: of the search.
     """
-    search = measured.search
-    wanted = {
-        SEARCHED: winner.candidate,
+    context, search, expected = measured.context, measured.search, measured.expected
+    mixes = {
+        SEARCHED: searched,
         QUANTIZED: search.knapsack.best(budget, search.allowed("quantize")),
         SURVEYED: measured.knapsack.best(budget),
     }
-    found: dict[str, Candidate] = {}
-    for name, candidate in wanted.items():
-        if candidate is not None and len(set(candidate)) > 1 and candidate not in found.values():
-            found[name] = candidate
-    return found
-
-
-def build_mixes(measured: MeasuredLevels, mixes: Mapping[str, Candidate]) -> list[BuiltCandidate]:
-    """Make and measure mixes: prune, then round, with the sparsity and the values of each linear.
-
-    Args:
-        measured: the levels.
-        mixes: by what chose them.
-    """
-    context, seconds = measured.context, measured.expected.rest
-    found, search, dense = [], measured.search, context.source.folder
+    every, dense, found = context.costs.every, context.source.folder, list[BuiltCandidate]()
+    seen = set[Candidate]()
     for name, candidate in mixes.items():
-        if not context.time.allows(f"making {name}", seconds):
+        if candidate is None or len(set(candidate)) == 1 or candidate in seen:
             continue
-        every = context.costs.every
+        seen.add(candidate)
+        if not context.time.allows(f"making {name}", expected.rest):
+            continue
         formats = {n: every[level] for n, level in zip(search.names, candidate, strict=True)}
         lines = "\n".join(f"{linear} {stored.name}" for linear, stored in sorted(formats.items()))
         output = context.work / "mixes" / f"{crc32(lines.encode()):08x}"
