@@ -10,6 +10,7 @@ Matrices wider than `WIDEST` are timed at a fraction of their size.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
 from secateur.models.architecture import Linear
 from secateur.sparsity.methods import Method
+from secateur.timing import alternate, seconds_of
 from secateur.types import STORED
 
 WIDEST = 1024
@@ -123,14 +125,15 @@ def run_seconds(
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call. Calls repeat for a tenth of a second, at least twice."""
-    best, calls, begun = float("inf"), 0, time.perf_counter()
-    while calls < 2 or time.perf_counter() - begun < PROBE_SECONDS:
-        started = time.perf_counter()
+
+    def call() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best, calls = min(best, time.perf_counter() - started), calls + 1
-    return best
+
+    best: list[float]
+    best = alternate([call], seconds_of, min, turns=sys.maxsize, seconds=PROBE_SECONDS)
+    return best[0]
 
 
 def piece_times(
