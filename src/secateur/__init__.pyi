@@ -189,7 +189,7 @@ def chain(
     Args:
         model: hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        steps: Each step is a verb (structure, prune, train, compress) with its options.
+        steps: Each step is a verb (structure, prune, train, compress) with its options. [required]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]

@@ -30,6 +30,7 @@ from secateur.recipes.verbs import VERBS, imported
 P, R = ParamSpec("P"), TypeVar("R")
 
 RECIPE_FILE = re.compile(r", ([\w ]+), or a recipe \(`\*\.yaml`\)")
+"""What the help of a command says, and a Python function does not take."""
 
 INDENT, WIDTH = " " * 8, 100
 FUNCTION_HELP = """{about}
@@ -85,7 +86,8 @@ def public_function(verb: str) -> Callable[..., Any]:
     if row.function:
         own: Callable[..., Any] = imported(row.function)
         return own
-    kind, step = imported(row.recipe), imported(row.step)
+    kind: type[Section] = imported(row.recipe)
+    step: Any = imported(row.step)
     words = [option for option in options_of(kind) if option.required]
 
     def function(*given: Any, progress: Progress | None = None, **options: Any) -> Any:
@@ -98,21 +100,22 @@ def public_function(verb: str) -> Callable[..., Any]:
     made: Any = function
     made.__name__ = made.__qualname__ = row.python
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
     returned = get_type_hints(step.work if isinstance(step, type) else step)["return"]
     if row.plan:
         returned |= get_type_hints(imported(row.plan))["return"]
     made.__signature__ = inspect.Signature(
         [
             *(_parameter_of(word).replace(kind=positional) for word in words),
-            own["progress"],
-            own["options"],
+            parameters["progress"],
+            parameters["options"],
         ],
         return_annotation=returned,
     )
+    lines = [_line_of(word.name, RECIPE_FILE.sub(r" or \1", word.help)) for word in words]
     about, *_ = re.split(r"\n\n *(?:Args|Raises):", inspect.getdoc(step) or "")
     made.__doc__ = FUNCTION_HELP.format(
-        about=textwrap.indent(about, " " * 4).strip(), words="\n".join(map(_line_of, words))
+        about=textwrap.indent(about, " " * 4).strip(), words="\n".join(lines)
     )
     return takes_options_of(kind)(function)
 
@@ -151,17 +154,14 @@ def _widened(kind: Any, text: Any) -> Any:
 
 def _documented(doc: str, added: Sequence[Option]) -> str:
     """Replace `**options` in a docstring by a line for each option."""
-    lines = [_line_of(option) for option in added]
+    lines = [_line_of(option.name, option.about) for option in added]
     return re.sub(r" *\*\*options: .*(\n {12}.*)*", lambda _: "\n".join(lines), doc, count=1)
 
 
-def _line_of(option: Option) -> str:
-    """The line of a docstring about an option. A recipe file is for the command line only."""
-    about = option.about
-    if option.required:
-        about = RECIPE_FILE.sub(r" or \1", option.help)
+def _line_of(name: str, about: str) -> str:
+    """The line of a docstring about an option."""
     return textwrap.fill(
-        f"{option.name}: {about}",
+        f"{name}: {about}",
         WIDTH,
         initial_indent=INDENT,
         subsequent_indent=INDENT + "    ",

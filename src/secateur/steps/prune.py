@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,9 @@ from secateur.steps.processes import (
     run_worker,
 )
 from secateur.steps.runner import RunContext, Step, carry_out, source_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}

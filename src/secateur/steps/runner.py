@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
@@ -24,6 +24,9 @@ from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
 from secateur.runs.output import check_free
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 R = TypeVar("R")
 T = TypeVar("T")
