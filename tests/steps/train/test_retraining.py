@@ -209,7 +209,7 @@ def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(SourceError, match="one step needs 4"):
         train(places, tmp_path / "out", text=str(tmp_path / "short.txt"), restart=True)
-    with pytest.raises(RecipeError, match="steps 8 and minutes 1: must be one"):
+    with pytest.raises(RecipeError, match="steps with minutes: must be one"):
         train(places, tmp_path / "out", minutes=1, restart=True)
     with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
         train(places, tmp_path / "out", optimiser="SGD", restart=True)
