@@ -91,8 +91,10 @@ class Loop:
         self.check()
         self.first_step = first_step
         self.last_step = plan.steps if last_step is None else last_step
-        self.validation = validation
-        self.next_token = NextToken.of(model) if validation is not None else None
+        self.validation: tuple[NextToken, Tensor, int] | None = None  # also how many at once
+        if validation is not None:
+            at_once = plan.at_once(validation.shape[1])
+            self.validation = NextToken.of(model), validation, at_once
         self.tokens_of_step = batches.size * batches.windows.shape[1]
         self.peak = plan.learning_rate or plan.peak(hidden_size(model), self.tokens_of_step)
         self.saved = Saved(saved, self.processes, identity or {})
@@ -313,17 +315,16 @@ class Loop:
 
     def validation_loss(self) -> float | None:
         """The next-token loss of the validation windows; None without them."""
-        if self.validation is None or self.next_token is None:
+        if self.validation is None:
             return None
-        size = self.plan.at_once(self.validation.shape[1])
-        return mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
+        return mean_loss(self.model, *self.validation, self.matmuls)
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
-        begun, outcome = time.perf_counter(), self.outcome
-        mean = self.validation_loss()
-        if mean is None:
+        if self.validation is None:
             return
+        begun, outcome = time.perf_counter(), self.outcome
+        mean = mean_loss(self.model, *self.validation, self.matmuls)
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
