@@ -25,8 +25,8 @@ from random import Random
 
 from secateur.sparsity.evolution import Candidate, Mutation
 
-Cost = tuple[float, ...]
-"""A number for each kind of cost. As a budget: the most of each kind, infinite for no bound."""
+Cost = tuple[int | float, ...]
+"""A number for each kind of cost; bytes are whole. As a budget: the most of each, or infinite."""
 
 TRIES = 16
 """Units that a mutation tries to improve with what is left of the budgets."""
