@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
 def write_windows(args: argparse.Namespace) -> None:
     """The windows that all are judged on, made by our evaluation."""
     from secateur.calibration.documents import read_text
-    from secateur.evaluation.perplexity import evaluation_windows
+    from secateur.calibration.windows import evaluation_windows
     from secateur.models.sources import resolve
     from secateur.models.tokenizer import load_tokenizer
 

@@ -19,13 +19,14 @@ from secateur.calibration.loading import load_calibration
 from secateur.calibration.windows import (
     WindowCutter,
     WindowPlan,
+    evaluation_windows,
     make_windows,
     save_windows,
     stored_start,
 )
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.divergence import divergence
-from secateur.evaluation.perplexity import evaluation_windows, perplexity, protocol, protocol_id
+from secateur.evaluation.perplexity import perplexity, protocol, protocol_id
 from secateur.models.tokenizer import start_tokens
 from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import read_training_text

@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 
 from architectures import tiny_architecture
+from secateur.calibration.windows import evaluation_windows
 from secateur.errors import ArchitectureError, NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
-from secateur.evaluation.perplexity import evaluation_windows, fingerprint, perplexity, protocol
+from secateur.evaluation.perplexity import fingerprint, perplexity, protocol
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.sampling import Sampling
 from tiny import save_tiny, tiny_tokenizer

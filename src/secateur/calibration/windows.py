@@ -376,6 +376,40 @@ class WindowCutter:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.sequence_length)
 
 
+def evaluation_windows(
+    text: str, tokenizer: Tokenizer, sequence_length: int, *, max_windows: int | None = None
+) -> Windows:
+    """Cut a text into windows that do not overlap; the last partial one is dropped.
+
+    Args:
+        text: the whole text, tokenised once.
+        tokenizer: used with its default special tokens.
+        sequence_length: tokens in a window, at least 2, including start tokens.
+        max_windows: use only this many windows, from the start; all by default.
+
+    Returns:
+        Token ids [windows, sequence_length], int64.
+
+    Raises:
+        RecipeError: the sequence length is below 2, or the start tokens leave no room for text.
+        SourceError: the text is shorter than one window.
+    """
+    if sequence_length < 2 or (max_windows is not None and max_windows < 1):
+        raise RecipeError(
+            f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
+            remedy="give a sequence_length of 2 or more and at least one window",
+        )
+    cutter = WindowCutter.of(tokenizer, sequence_length)
+    ids = cutter.read([text])[0]
+    places = cutter.places(len(ids))
+    if not places:
+        raise SourceError(
+            f"the text has {len(ids)} tokens, one window needs {cutter.text_length}",
+            remedy="name a longer text or a shorter sequence length",
+        )
+    return cutter.cut(ids, places[:max_windows])
+
+
 def begins_with(windows: Windows, start: Sequence[int]) -> bool:
     """Whether every window begins with these tokens; True for no tokens.
 

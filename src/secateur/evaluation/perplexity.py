@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.calibration.documents import read_text
-from secateur.calibration.windows import WindowCutter, load_windows, stored_start
+from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import NumericalError, RecipeError, SourceError
@@ -54,7 +54,7 @@ from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.architecture import positions_of, refuse_non_decoders
 from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import Tokenizer, load_tokenizer, start_tokens
+from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import exact_matmuls
 from secateur.progress import Progress
@@ -96,40 +96,6 @@ class PerplexityResult:
     losses: tuple[float, ...] = ()
 
 
-def evaluation_windows(
-    text: str, tokenizer: Tokenizer, sequence_length: int, *, max_windows: int | None = None
-) -> Windows:
-    """Cut a text into windows that do not overlap; the last partial one is dropped.
-
-    Args:
-        text: the whole text, tokenised once.
-        tokenizer: used with its default special tokens.
-        sequence_length: tokens in a window, at least 2, including start tokens.
-        max_windows: use only this many windows, from the start; all by default.
-
-    Returns:
-        Token ids [windows, sequence_length], int64.
-
-    Raises:
-        RecipeError: the sequence length is below 2, or the start tokens leave no room for text.
-        SourceError: the text is shorter than one window.
-    """
-    if sequence_length < 2 or (max_windows is not None and max_windows < 1):
-        raise RecipeError(
-            f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
-            remedy="give a sequence_length of 2 or more and at least one window",
-        )
-    cutter = WindowCutter.of(tokenizer, sequence_length)
-    ids = cutter.read([text])[0]
-    places = cutter.places(len(ids))
-    if not places:
-        raise SourceError(
-            f"the text has {len(ids)} tokens, one window needs {cutter.text_length}",
-            remedy="name a longer text or a shorter sequence length",
-        )
-    return cutter.cut(ids, places[:max_windows])
-
-
 def protocol(
     windows: Windows,
     *,
@@ -143,7 +109,7 @@ def protocol(
     The token ids say all that a tokenizer does, so its name is not there.
 
     Args:
-        windows: from `evaluation_windows`.
+        windows: from `calibration.windows.evaluation_windows`.
         dataset: data set and split, or file.
         join: how its documents were joined.
         computed: how the model computes, from `protocol.computed_by`.

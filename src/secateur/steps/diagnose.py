@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import read_text
-from secateur.calibration.windows import load_windows, stored_start
+from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.drift import (
     LayerDrift,
@@ -32,7 +32,6 @@ from secateur.diagnostics.weights import (
 )
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
-from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens

@@ -21,16 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.documents import read_text
-from secateur.calibration.windows import load_windows, stored_extra
+from secateur.calibration.windows import evaluation_windows, load_windows, stored_extra
 from secateur.engine.prepared import prepare, windows_needed
 from secateur.engine.prune.composition import allocation_of, method_of
 from secateur.errors import RecipeError, SecateurError
-from secateur.evaluation.perplexity import (
-    computed_by,
-    evaluation_windows,
-    perplexity,
-    window_progress,
-)
+from secateur.evaluation.perplexity import computed_by, perplexity, window_progress
 from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole

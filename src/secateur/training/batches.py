@@ -21,9 +21,8 @@ from torch import Tensor
 from secateur.calibration.continuation import SEQUENCE, shared_share
 from secateur.calibration.documents import read_text
 from secateur.calibration.run_windows import WindowReader
-from secateur.calibration.windows import WindowPlan, begins_with, without_start
+from secateur.calibration.windows import WindowPlan, begins_with, evaluation_windows, without_start
 from secateur.errors import NumericalError, RecipeError, SourceError
-from secateur.evaluation.perplexity import evaluation_windows
 from secateur.models.architecture import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.recipes.train import TrainRecipe
