@@ -51,6 +51,9 @@ does.
   section `memory`. `secateur VERB recipe.yaml` reads a recipe. Flags replace its values, and
   `--set KEY=VALUE` sets any key. An option *of the call* is no key of a recipe.
 
+Below the tables of a verb stand options that only work with another one, and options that do not go
+together. One error names all that a call has of them.
+
 "The preset's" means that the preset (`--effort`) decides; [presets](methods/presets.md) says what
 each brings. `python tools/option_files.py` writes this page from `src/secateur/recipes/`.
 """
