@@ -26,8 +26,18 @@ from torch import Tensor
 from hardware import heading, keep, markdown
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks, renew
-from secateur.training.rounds import KeepEarly, PruningRounds, Round, prune_in_rounds, write_weights
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    KeepEarly,
+    PruningRounds,
+    Round,
+    open_masks,
+    prune_in_rounds,
+    renew,
+    write_weights,
+)
 from stored import known_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -21,10 +21,9 @@ from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batches
-from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.lora import attach
 from secateur.training.objectives import NextToken
-from secateur.training.rounds import KeepEarly
+from secateur.training.pruning import Gradual, GradualPruning, KeepEarly, open_masks
 from secateur.training.training_plan import TrainingPlan
 from tiny import save_tiny
 from trained import source_text

@@ -13,8 +13,15 @@ from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, exchange, open_masks
-from secateur.training.rounds import PruningRounds, prune_in_rounds
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    PruningRounds,
+    exchange,
+    open_masks,
+    prune_in_rounds,
+)
 from zoo import tiny_windows
 
 SIDE = 480  # every pattern of the examples tiles such a matrix

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.training.rounds import KeepEarly
+from secateur.training.pruning import KeepEarly
 from trained import source_ids, train, untrained
 
 STEPS, EARLY_STEP = 300, 30

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from secateur.training.batches import Batches
-from secateur.training.gradual import open_masks
+from secateur.training.pruning import open_masks
 from zoo import CONFIGS
 
 SEQUENCES = torch.arange(40 * 12).view(40, 12).mul(7).remainder(23) + 4

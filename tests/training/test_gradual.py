@@ -15,7 +15,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.scores import scores
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks, renew
+from secateur.training.pruning import Criterion, Gradual, GradualPruning, open_masks, renew
 from trained import held_out_loss, source_ids, train
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 

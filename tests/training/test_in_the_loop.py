@@ -10,13 +10,20 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training.batches import Batches
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks
 from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
 from secateur.training.loop import Loop
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken
-from secateur.training.rounds import KeepEarly, PruningRounds, prune_in_rounds
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    KeepEarly,
+    PruningRounds,
+    open_masks,
+    prune_in_rounds,
+)
 from secateur.training.training_plan import TrainingPlan
 from zoo import tiny_model, tiny_windows, zeros_of
 

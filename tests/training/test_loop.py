@@ -17,11 +17,11 @@ from secateur.errors import NumericalError, RecipeError, SourceError, Verificati
 from secateur.recipes.train import GradualOptions, LoraOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batch
-from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome, train
 from secateur.training.lora import attach, merge
 from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
 from secateur.training.objectives import NextToken
+from secateur.training.pruning import Gradual, GradualPruning, open_masks
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 TOLERANCE = 2e-5

@@ -10,12 +10,14 @@ import torch
 from secateur.errors import CheckpointError, RecipeError, VerificationError
 from secateur.sparsity.schedules import levels
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.training.gradual import Criterion, open_masks, renew
-from secateur.training.rounds import (
+from secateur.training.pruning import (
+    Criterion,
     KeepEarly,
     PruningRounds,
+    open_masks,
     prune_in_rounds,
     read_weights,
+    renew,
     write_weights,
 )
 from trained import held_out_loss, source_ids, train, untrained

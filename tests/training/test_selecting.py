@@ -12,7 +12,7 @@ from oracles import exchange as oracle
 from secateur.errors import NumericalError, RecipeError
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.scores import scores
-from secateur.training.gradual import Criterion, exchange, gather, open_masks, prunable, stage
+from secateur.training.pruning import Criterion, exchange, gather, open_masks, prunable, stage
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 WINDOWS = tiny_windows(samples=3)

@@ -17,10 +17,10 @@ from secateur.errors import RecipeError
 from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
-from secateur.training.gradual import Gradual, GradualPruning, open_masks
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken
+from secateur.training.pruning import Gradual, GradualPruning, open_masks
 from secateur.training.training_plan import TrainingPlan
 
 

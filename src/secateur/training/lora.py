@@ -21,8 +21,8 @@ from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.train import LoraOptions
-from secateur.training.gradual import prunable
 from secateur.training.masks import Masks, first_names
+from secateur.training.pruning import prunable
 
 if TYPE_CHECKING:
     from peft import PeftModel

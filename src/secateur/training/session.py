@@ -2,7 +2,7 @@
 
     work/rounds/early.safetensors      the weights to go back to, with rewind `weights`
     work/rounds/dense.*                the training before the first round, with rewind `weights`
-    work/rounds/round-N.*              see `secateur.training.rounds`
+    work/rounds/round-N.*              see `secateur.training.pruning`
     work/rounds/NAME.json, NAME.jsonl  the report of a finished training, and its log
 
 A killed run resumes at the last save of the unfinished training.
@@ -25,7 +25,7 @@ from secateur.training.batches import Batches
 from secateur.training.loop import Loop, Outcome
 from secateur.training.objectives import Objective
 from secateur.training.process_group import ProcessGroup
-from secateur.training.rounds import (
+from secateur.training.pruning import (
     KeepEarly,
     PruningRounds,
     Round,

@@ -55,7 +55,6 @@ from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
 from secateur.training.batches import TrainingText, read_training_text, windows_digest
 from secateur.training.divergences import BLOCK_BYTES
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks, prunable
 from secateur.training.lora import ADAPTERS_ALONE, attach, chosen_linears, merge
 from secateur.training.masks import Masks, masks_in, matrices, moments
 from secateur.training.objectives import (
@@ -68,7 +67,14 @@ from secateur.training.objectives import (
     write_teacher,
 )
 from secateur.training.process_group import ProcessGroup, load
-from secateur.training.rounds import PruningRounds
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    PruningRounds,
+    open_masks,
+    prunable,
+)
 from secateur.training.saved import Hook
 from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows

@@ -17,7 +17,6 @@ from secateur.sparsity.schedules.geometric import Geometric
 from secateur.sparsity.scores import scores
 from secateur.training.batches import Batches
 from secateur.training.divergences import KINDS
-from secateur.training.gradual import Criterion, Gradual, GradualPruning, open_masks
 from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
 from secateur.training.loop import train
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
@@ -29,7 +28,15 @@ from secateur.training.objectives import (
     WrittenTeacher,
     write_teacher,
 )
-from secateur.training.rounds import PruningRounds, prune_in_rounds, write_weights
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    PruningRounds,
+    open_masks,
+    prune_in_rounds,
+    write_weights,
+)
 from secateur.training.training_plan import TrainingPlan
 from zoo import tiny_model, tiny_windows
 
