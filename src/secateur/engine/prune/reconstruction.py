@@ -186,9 +186,9 @@ class TunedWeight:
 
     def before_step(self, *, choosing: bool) -> None:
         """Give the optimizer the weights and gradients that it may change."""
-        assert self.parameter.grad is not None
-        if self.full is None or not choosing:
-            self.parameter.grad *= self.mask  # without moments, a pruned weight stays zero
+        gradient = self.parameter.grad
+        if gradient is not None and (self.full is None or not choosing):
+            gradient *= self.mask  # without moments, a pruned weight stays zero
         if self.full is not None:
             self.parameter.data = self.full
 

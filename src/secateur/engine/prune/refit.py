@@ -218,10 +218,9 @@ class LayerRefit:
         index, architecture = refit.layers[place], refit.cut.target.architecture
         own = linears_of(layer, architecture.layer_name(place))
         other = linears_of(twin, architecture.layer_name(index))
-        assert architecture.groups is not None
         pairs: list[list[Pair]] = [
             [(own[n], other[n]) for n in group if n in own and n in other]
-            for group in architecture.groups
+            for group in architecture.groups or ()
             if not architecture.of_expert(group[0])
         ]
         self.groups = [group for group in pairs if group]
