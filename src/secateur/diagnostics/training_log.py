@@ -16,7 +16,6 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import SourceError
 from secateur.runs.records import Finding
@@ -60,7 +59,14 @@ def read_log(file: Path) -> list[LoggedStep]:
         try:
             row = json.loads(line)
             if "loss" in row:
-                steps.append(_step_of(row, len(steps)))
+                loss, rate = row["loss"], row.get("learning_rate")
+                steps.append(
+                    LoggedStep(
+                        int(row.get("step", len(steps))),
+                        math.nan if loss is None else float(loss),  # null: NaN or infinite
+                        None if rate is None else float(rate),
+                    )
+                )
         except (ValueError, TypeError) as error:
             raise SourceError(
                 f"the line is not a step of a training: {error}",
@@ -74,16 +80,6 @@ def read_log(file: Path) -> list[LoggedStep]:
             remedy='one JSON object a line: {"step": 1, "loss": 2.5, "learning_rate": 1e-4}',
         )
     return steps
-
-
-def _step_of(row: dict[str, Any], place: int) -> LoggedStep:
-    """Convert a line to a step; a loss of null means NaN or infinite."""
-    loss, rate = row["loss"], row.get("learning_rate")
-    return LoggedStep(
-        int(row.get("step", place)),
-        math.nan if loss is None else float(loss),
-        None if rate is None else float(rate),
-    )
 
 
 def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:

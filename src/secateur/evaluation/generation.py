@@ -21,10 +21,8 @@ from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 from secateur.runtime.captured import CapturedGeneration, why_not_captured
-from secateur.runtime.decode import SteppedGeneration, continued
+from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
 from secateur.runtime.sampling import Sampling
-
-GREEDY = Sampling()
 
 
 def generate(
@@ -57,20 +55,16 @@ def generate(
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
     with evaluating(model):
-        steps = _token_steps(model, len(ids) + max_new_tokens)
+        # on a GPU one graph for each token, if that works
+        captures = model.device.type == "cuda" and why_not_captured(model) is None
+        tokens = len(ids) + max_new_tokens
+        steps = CapturedGeneration(model, tokens) if captures else SteppedGeneration(model)
         try:
             ends = end_tokens(model)
-            tokens = [*continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends)]
+            made = [*continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends)]
         finally:
             steps.close()
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _token_steps(model: Any, tokens: int) -> CapturedGeneration | SteppedGeneration:
-    """What computes a text of so many tokens: on a GPU one graph for each token, if that works."""
-    if model.device.type == "cuda" and why_not_captured(model) is None:
-        return CapturedGeneration(model, tokens)
-    return SteppedGeneration(model)
+    return str(tokenizer.decode(made, skip_special_tokens=True))
 
 
 def end_tokens(model: Any) -> frozenset[int]:

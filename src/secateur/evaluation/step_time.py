@@ -89,7 +89,12 @@ def time_steps(
         layer_bytes: bytes of decoder layers to time in the largest model; at least two layers run.
         clock: returns seconds.
     """
-    layers = max(2, layer_bytes // max(_bytes_of_a_layer(model) for model in models))
+    largest = max(
+        sum(p.numel() * p.itemsize for p in layer.parameters())
+        for model in models
+        for layer in describe(model).layers(model)
+    )
+    layers = max(2, layer_bytes // largest)
     shortened = [_first_of(model, layers) for model in models]
     fill(shortened, device)
     context = context_tokens(models[0].config)
@@ -107,12 +112,6 @@ def time_steps(
         alternate(running, turn, len, turns=TURNS)
         progress.finish()
     return Timed(tuple(each.seconds for each in running), context)
-
-
-def _bytes_of_a_layer(model: Any) -> int:
-    """Bytes of the largest decoder layer."""
-    layers = describe(model).layers(model)
-    return max(sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers)
 
 
 def _first_of(model: Any, count: int) -> Any:
