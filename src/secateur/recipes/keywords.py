@@ -18,6 +18,7 @@ from secateur.errors import RecipeError, SecateurError
 from secateur.progress import Progress, listener
 from secateur.recipes.options import (
     Option,
+    Recipe,
     Section,
     all_options,
     options_of,
@@ -86,7 +87,7 @@ def public_function(verb: str) -> Callable[..., Any]:
     if row.function:
         own: Callable[..., Any] = imported(row.function)
         return own
-    kind: type[Section] = imported(row.recipe)
+    kind: type[Recipe] = imported(row.recipe)
     step: Any = imported(row.step)
     words = [option for option in options_of(kind) if option.required]
 
@@ -101,7 +102,7 @@ def public_function(verb: str) -> Callable[..., Any]:
     made.__name__ = made.__qualname__ = row.python
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = inspect.signature(function).parameters
-    returned = get_type_hints(step.work if isinstance(step, type) else step)["return"]
+    returned = get_type_hints(getattr(step, "work", step))["return"]
     if row.plan:
         returned |= get_type_hints(imported(row.plan))["return"]
     made.__signature__ = inspect.Signature(

@@ -219,7 +219,7 @@ def prune_recipe(
         ranks: the processes that share the work; this one is the first.
     """
     refuse_several(recipe, ranks.count)
-    call = {"resume": resume, "restart": restart, "overwrite": overwrite}
+    call: dict[str, Any] = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
     from secateur.steps.chain import ChainSteps
