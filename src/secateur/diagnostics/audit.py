@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from secateur.runtime.install import DenseView
 
 
+COUNTED_AT_ONCE = 2**22
+
+
 @dataclass(frozen=True)
 class LinearCount:
     """The zeros of one stored matrix."""
@@ -147,7 +150,9 @@ def audit_checkpoint(
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
         progress.step(note=stored)
         tensor = reader.read(stored)
-        zeros += tensor.numel() - int(torch.count_nonzero(tensor))
+        # in blocks: torch would make a second tensor of this size
+        blocks = tensor.flatten().split(COUNTED_AT_ONCE)
+        zeros += tensor.numel() - sum(int(torch.count_nonzero(block)) for block in blocks)
         matrix = matrices.get(stored)
         if matrix is None or not matrix.is_decoder_matrix:
             continue
