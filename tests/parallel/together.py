@@ -123,9 +123,10 @@ def cut_alone(values: Mapping[str, Any], **call: bool) -> Any:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.steps.structure.run import structure_recipe
+    from secateur.steps.runner import carry_out
+    from secateur.steps.structure import CutStructure
 
-    return structure_recipe(build_recipe(StructureRecipe, values), Silent(), **call)
+    return carry_out(CutStructure, build_recipe(StructureRecipe, values), Silent(), **call)
 
 
 def cut_together(recipes: list[Mapping[str, Any]]) -> None:
@@ -134,13 +135,15 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.progress import Silent
     from secateur.recipes.reading import build_recipe
     from secateur.recipes.structure import StructureRecipe
-    from secateur.steps.structure.run import run_worker, structure_recipe
+    from secateur.steps.runner import carry_out
+    from secateur.steps.structure import CutStructure
+    from secateur.structured.expert_survey import run_worker
 
     with joined("cpu") as ranks:
         for values in recipes:
             recipe = build_recipe(StructureRecipe, values)
             if ranks.first:
-                structure_recipe(recipe, Silent(), ranks=ranks)
+                carry_out(CutStructure, recipe, Silent(), ranks=ranks)
             else:
                 run_worker(recipe, ranks)
             ranks.wait()

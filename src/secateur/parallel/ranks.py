@@ -6,9 +6,11 @@ the others what only it knows (`once`). A single process is `ALONE`, which does 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -188,3 +190,17 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
         found[piece] = min(range(ranks), key=lambda rank: (busy[rank], rank))
         busy[found[piece]] += costs[piece]
     return found
+
+
+def refuse_another_model(rank: int, folder: Path) -> NoReturn:
+    """Refuse a process that reads another model than the first one.
+
+    Raises:
+        RecipeError: always.
+    """
+    raise RecipeError(
+        f"process {rank} on {socket.gethostname()} reads another model than the first process: "
+        "names, shapes or dtypes of the tensors differ",
+        where=str(folder),
+        remedy="give all machines the same files",
+    )

@@ -153,9 +153,9 @@ VERBS: dict[str, Verb] = {
             "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
             "engine.",
             "secateur.recipes.structure:StructureRecipe",
-            step="secateur.steps.structure.run:structure_recipe",
-            plan="secateur.steps.structure.run:plan_structure",
-            worker="secateur.steps.structure.run:run_worker",
+            step="secateur.steps.structure:CutStructure",
+            plan="secateur.steps.structure:plan_structure",
+            worker="secateur.structured.expert_survey:run_worker",
             together=True,
         ),
         Verb(

@@ -30,7 +30,6 @@ from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
-from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
@@ -41,11 +40,9 @@ from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE, file_digests, refuse_another
 from secateur.runs.records import read_record
-from secateur.sparsity.allocation import allocations
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
-from secateur.sparsity.solvers import solvers
 from secateur.steps.runner import RunContext, Step, carry_out
 from secateur.structured.cut_plan import count, plan_cut
 from secateur.training.training_plan import TrainingPlan
@@ -376,18 +373,6 @@ def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: b
                 layers = count(step.recipe.keep_layers, layers, "decoder layers")
 
 
-def _check_structure(recipe: StructureRecipe) -> None:
-    """Check the parts of a structured cut."""
-    for registry, name in (
-        (scores, recipe.score),
-        (solvers, recipe.solver),
-        (allocations, recipe.allocation),
-    ):
-        if name is not None:
-            registry[name]
-    choose_device(recipe.device)
-
-
 def _check_training(recipe: TrainRecipe) -> None:
     """Check the optimizer, the device, and the parts of gradual pruning."""
     TrainingPlan(steps=1, optimizer=recipe.optimizer)
@@ -399,7 +384,6 @@ def _check_training(recipe: TrainRecipe) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Any], None]] = {
-    "structure": _check_structure,
     "train": _check_training,
 }
 """Verbs that are no step of the runner yet."""

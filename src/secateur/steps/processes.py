@@ -12,14 +12,14 @@ from __future__ import annotations
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from secateur.calibration.run_windows import WINDOWS
 from secateur.engine.prepared import Prepared, prepare
 from secateur.errors import RecipeError
-from secateur.parallel.ranks import Ranks
+from secateur.parallel.ranks import Ranks, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.runs.folder import STATE, RunFolder
@@ -107,20 +107,6 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
         work.run(ledger, Silent(), job.done)
-
-
-def refuse_another_model(rank: int, folder: Path) -> NoReturn:
-    """Refuse a process that reads another model than the first one.
-
-    Raises:
-        RecipeError: always.
-    """
-    raise RecipeError(
-        f"process {rank} on {socket.gethostname()} reads another model than the first process: "
-        "names, shapes or dtypes of the tensors differ",
-        where=str(folder),
-        remedy="give all machines the same files",
-    )
 
 
 def refuse_several(recipe: PruneRecipe, count: int) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.errors import VerificationError
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.layer_cache import layer_caches
 from secateur.models.layout import Couplings
+from secateur.models.opening import form_of
+from secateur.models.skeleton import build_skeleton
 from secateur.runs.records import Counts
 from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
@@ -122,3 +127,33 @@ def _kind_of(
     if "experts" in axes:
         return "experts"
     return "ffn" if inner.startswith(tuple(f"{x}." for x in couplings.ffn)) else "other"
+
+
+def verified(
+    skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any], *, trust_remote_code: bool
+) -> Accounting:
+    """Count the parameters of a written model, and compare them with the notes of the last step.
+
+    Args:
+        skeleton: the uncut model.
+        source: its folder.
+        made: folder of the cut model.
+        promised: the notes of the last step.
+        trust_remote_code: whether code from the folder may run.
+
+    Raises:
+        VerificationError: the numbers differ.
+    """
+    written = build_skeleton(made, trust_remote_code=trust_remote_code)
+    before, after = accounting(skeleton, Cut()).before, accounting(written, Cut()).before
+    if form_of(source) is not None:
+        before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
+        after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})
+    decoder = promised["after"]["decoder"]
+    if after.decoder != decoder:
+        raise VerificationError(
+            f"the decoder has {after.decoder:,} parameters, the cut promised {decoder:,}",
+            where=str(made),
+            remedy="this is a fault in secateur; please report it",
+        )
+    return Accounting(before, after, promised["varied"])

@@ -15,13 +15,14 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from secateur.calibration.documents import read_documents, texts_of
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
@@ -29,11 +30,16 @@ from secateur.models.configuration import read_config
 from secateur.models.header import parse_json
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import build_skeleton, model_names
+from secateur.models.sources import LocalCheckpoint
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
+from secateur.recipes.structure import StructureRecipe
+from secateur.runs.atomic import whole_folder
 from secateur.runs.output import cannot_write
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
+from secateur.structured.cut_plan import trims_vocabulary
+from secateur.structured.cut_steps import STEP
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
 from secateur.structured.token_pieces import Pieces, TokenUse, kept_tokens, pieces_of
@@ -510,3 +516,74 @@ def _each_id(value: Any, change: Any) -> Any:
             for key, inner in value.items()
         }
     return value
+
+
+def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton: Any) -> None:
+    """Refuse what cannot be trimmed, before any work.
+
+    Raises:
+        RecipeError: the text is a file of windows, or the size is not smaller.
+        ArchitectureError: the tokenizer or the model is of a kind that cannot be trimmed.
+    """
+    if not trims_vocabulary(recipe):
+        return
+    pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
+    rows = token_tables(skeleton).rows
+    if any(text.endswith(".safetensors") for text in texts_of(_vocabulary_text(recipe))):
+        raise RecipeError(
+            "tokens are counted in a text, and this is a file of windows",
+            where=_vocabulary_text(recipe),
+            remedy="name a text with --vocabulary",
+        )
+    if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
+        raise RecipeError(
+            "windows of token ids would have other ids after the vocabulary is trimmed",
+            where=recipe.calibration.source,
+            remedy="calibrate on a text, or trim the vocabulary in a run of its own",
+        )
+    if recipe.vocabulary_size is not None and recipe.vocabulary_size >= rows:
+        raise RecipeError(
+            f"the vocabulary has {rows} tokens, the recipe keeps {recipe.vocabulary_size}",
+            where="--vocabulary-size",
+            remedy="give a smaller number",
+        )
+
+
+def trimmed_source(
+    recipe: StructureRecipe, source: LocalCheckpoint, work: Path, progress: Progress
+) -> tuple[LocalCheckpoint, list[dict[str, Any]]]:
+    """The model with the smaller vocabulary, and the notes of the step.
+
+    It is the first step, so that all later ones see the smaller model. A recipe that removes no
+    token gives the source itself, and no notes. The folder is whole or does not exist, so a killed
+    run resumes after it.
+
+    Raises:
+        RecipeError: fewer tokens than have to stay, or none is removed.
+        VerificationError: a text is cut into other tokens than before.
+    """
+    if not trims_vocabulary(recipe):
+        return source, []
+    made, text, field = work / "vocabulary", _vocabulary_text(recipe), recipe.calibration.field
+    if not made.exists():
+        with whole_folder(made) as partial:
+            documents = [d for x in texts_of(text) for d in read_documents(x, field=field)]
+            found = trim_vocabulary(
+                source.folder,
+                partial,
+                documents,
+                recipe.vocabulary_size,
+                where=text,
+                trust_remote_code=recipe.trust_remote_code,
+                progress=progress,
+            )
+            by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
+            notes = {"step": "vocabulary", "by": by, "text": text, **found}
+            (partial / STEP).write_text(json.dumps(notes), encoding="utf-8")
+    notes = json.loads((made / STEP).read_text(encoding="utf-8"))
+    return replace(source, folder=made), [notes]
+
+
+def _vocabulary_text(recipe: StructureRecipe) -> str:
+    """The text in which tokens are counted."""
+    return recipe.vocabulary or recipe.calibration.source

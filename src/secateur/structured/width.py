@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from secateur.engine.prepared import Prepared
+from secateur.engine.plan_memory import PrunePlan
+from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.stream.targets import Target
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import resolve
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
@@ -179,3 +184,21 @@ def _filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
     """Return `count` units: the kept ones, then the first of the others."""
     spare = [unit for unit in there if unit not in kept]
     return tuple(sorted([*kept, *spare[: count - len(kept)]]))
+
+
+def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> PrunePlan:
+    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget.
+    """
+    values = pruning_values(recipe, recipe.allocation or "uniform") | {
+        "model": str(folder),
+        "calibration": recipe.calibration.model_dump(),
+    }
+    pruning = build_recipe(PruneRecipe, values)
+    trust = recipe.trust_remote_code
+    source = resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
+    prepared = prepare(pruning, source, only_plan=True)
+    prepared = width_selection(prepared.target, recipe, plan).applied(prepared)
+    return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]

@@ -19,7 +19,8 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.models import StructureResult
-from secateur.steps.structure.run import structure_recipe
+from secateur.steps.runner import carry_out
+from secateur.steps.structure import CutStructure
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -71,7 +72,8 @@ def cut(
     values = {"model": str(source), "output": str(source.with_name("out")), "effort": "fast"}
     values |= {"calibration": str(windows)} | options
     recipe = build_recipe(StructureRecipe, nested(StructureRecipe, values))
-    return structure_recipe(recipe, progress or Silent(), resume=resume, timer=timer)
+    timed = type("Timed", (CutStructure,), {"timer": staticmethod(timer)})
+    return carry_out(timed, recipe, progress or Silent(), resume=resume)
 
 
 @pytest.mark.parametrize(

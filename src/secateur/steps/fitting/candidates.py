@@ -54,7 +54,8 @@ from secateur.steps.fitting.storage_formats import (
     StorageFormat,
     size_of,
 )
-from secateur.steps.structure.run import STEPS, structure_recipe
+from secateur.steps.runner import carry_out
+from secateur.steps.structure import STEPS, CutStructure
 from secateur.structured.cut_plan import CutPlan, plan_cut
 
 SEARCHED = "the search's choice"
@@ -304,7 +305,8 @@ def _cut_model(
             return "the same cut as another one: the model is small"
         plans.append(plan)
         if not output.exists():
-            structure_recipe(recipe, Labelled(context.progress, structured.name), resume=True)
+            progress = Labelled(context.progress, structured.name)
+            carry_out(CutStructure, recipe, progress, resume=True)
     except (RecipeError, ArchitectureError) as error:
         return f"cannot be cut: {error.what}"
     return output

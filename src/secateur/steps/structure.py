@@ -1,0 +1,413 @@
+"""`secateur structure`: the result has fewer layers, heads, neurons, channels or experts.
+
+plan in units ─► steps, each a smaller model ─► distillation from the uncut model ─► verified
+
+The distillation is optional: the smaller model learns from the uncut one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from secateur.calibration.documents import texts_of
+from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
+from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
+from secateur.engine.prepared import prepare
+from secateur.engine.prune.refit import can_refit
+from secateur.engine.stream.targets import CheckpointTarget, Target
+from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.models.architecture import describe
+from secateur.models.checkpoint import CheckpointReader, shard_files
+from secateur.models.copies import copy_of
+from secateur.models.opening import formats_of, open_weights, refuse_quantized
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint
+from secateur.progress import Progress
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.structure import StructureRecipe
+from secateur.reporting.cards import structure_card
+from secateur.reporting.models import StructureResult
+from secateur.reporting.plan import CutPlanResult
+from secateur.runs.atomic import write_json, write_text
+from secateur.runs.environment import Meter, choose_device, environment
+from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.records import (
+    MANIFEST_VERSION,
+    Cost,
+    Manifest,
+    RunResult,
+    StepEntry,
+    Structure,
+    read_record,
+)
+from secateur.sparsity.allocation import allocations
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
+from secateur.steps.prune import Prune
+from secateur.steps.runner import RunContext, Step, finish, source_of
+from secateur.structured.accounting import verified
+from secateur.structured.cut import Cut
+from secateur.structured.cut_plan import (
+    CutPlan,
+    check_width,
+    counted_cut,
+    plan_cut,
+    trims_vocabulary,
+)
+from secateur.structured.cut_steps import (
+    STEP,
+    CutContext,
+    CutStep,
+    RefitStep,
+    choose_hidden,
+    choose_layers,
+)
+from secateur.structured.expert_survey import choose_experts, refuse_several
+from secateur.structured.latency import LATENCY, find_latency
+from secateur.structured.learned import choose_learned
+from secateur.structured.vocabulary import check_vocabulary, trimmed_source
+from secateur.structured.width import (
+    UnitSelection,
+    kept_queries,
+    kept_width,
+    plan_width_run,
+    pruning_values,
+    query_selection,
+    score_of,
+    width_selection,
+)
+from secateur.training.distillation import DistillationData
+from secateur.training.distilled_checkpoint import distill_checkpoint
+
+log = logging.getLogger(__name__)
+
+MANIFEST, STEPS = "manifest.json", "steps.json"
+
+VARIED = (
+    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
+    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
+    "other engines need --pad"
+)
+
+
+def plan_structure(
+    recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
+) -> CutPlanResult:
+    """Check a recipe, and show what the cut would leave and need.
+
+    Args:
+        recipe: recipe of the cut.
+        progress: receives the download of the model.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the cut would.
+    """
+    source = source_of(recipe, progress)
+    skeleton, plan = _open(recipe, source)
+    steps = [step.name for step in _steps_of(recipe, plan, skeleton)]
+    trimmed = trims_vocabulary(recipe)
+    steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
+    found = counted_cut(recipe, plan, skeleton)
+    conditions = {
+        "--vocabulary": trimmed,
+        "--decode-latency": recipe.decode_latency is not None,
+        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
+    }
+    unknown = tuple(name for name, given in conditions.items() if given)
+    memory = None
+    if plan.narrows and recipe.learned is None:
+        memory = plan_width_run(recipe, plan, source.folder)
+    size = found.before.file_bytes if unknown else found.after.file_bytes
+    read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
+    check_output(recipe.output, "structure", size, read, call)
+    after = None if unknown else found.after
+    return CutPlanResult(tuple(steps), found.before, after, unknown, memory)
+
+
+def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, CutPlan]:
+    """Open the model and check the recipe: the skeleton, and the plan in units."""
+    open_weights(source.folder)  # refuses what is not read
+    if recipe.learned is not None:
+        refuse_quantized(source.folder)
+    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    plan = plan_cut(recipe, skeleton)
+    check_width(recipe, plan, skeleton)
+    check_vocabulary(recipe, source, skeleton)
+    return skeleton, plan
+
+
+class CutStructure(Step[StructureRecipe, StructureResult]):
+    """Cut structure out of a checkpoint, and write a new, smaller one."""
+
+    verb = "structure"
+    timer: ClassVar[StepTimer] = staticmethod(time_steps)
+    """Measures the time of a token, if the recipe has a target in time."""
+
+    def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        refuse_several(recipe, run.ranks.count)
+        self.skeleton, self.plan = _open(recipe, run.source)
+        self.device, work = choose_device(recipe.device), run.folder.work
+        run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
+
+    @classmethod
+    def check(cls, recipe: StructureRecipe) -> None:
+        """Check the parts that choose units, and the device."""
+        for registry, name in (
+            (scores, recipe.score),
+            (solvers, recipe.solver),
+            (allocations, recipe.allocation),
+        ):
+            if name is not None:
+                registry[name]
+        choose_device(recipe.device)
+
+    @classmethod
+    def reads(cls, recipe: StructureRecipe) -> Iterable[str]:
+        """The calibration text, and those of other domains."""
+        domains = recipe.learned.domains if recipe.learned is not None else ()
+        return [*texts_of(recipe.calibration.source), *domains]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the result."""
+        return {
+            **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
+            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            "source_files": file_digests(shard_files(self.run.source.folder), self.run.progress),
+        }
+
+    def work(self) -> StructureResult:
+        """RunContext all steps that no earlier run finished, and write the result."""
+        recipe, folder, progress = self.recipe, self.run.folder, self.run.progress
+        base, steps = trimmed_source(recipe, self.run.source, folder.work, progress)
+        trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
+        plan = plan_cut(recipe, trimmed) if steps else self.plan
+        windows, latency = self._windows(base, trimmed.config, plan), None
+        if recipe.decode_latency is not None:
+            latency = find_latency(
+                recipe,
+                plan,
+                trimmed,
+                self.device,
+                lambda models: astuple(self.timer(models, self.device, progress)),
+                folder.work / LATENCY,
+            )
+            plan = replace(plan, joint=latency["joint"])
+        context = CutContext(
+            recipe,
+            plan,
+            base.folder,
+            windows.calibration,
+            folder.work / WINDOWS,
+            self.device,
+            folder.work,
+            progress,
+            self.run.ranks,
+        )
+        made = base.folder
+        for step in _steps_of(recipe, plan, trimmed):
+            made, notes = step.run(context, made)
+            steps.append(notes)
+        stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
+        copy_of(stored, folder.model).create(progress)
+        (folder.model / STEP).unlink(missing_ok=True)
+        losses = self._distill(base, windows) if recipe.distillation.epochs else None
+        manifest = self._manifest(self._structure(steps, latency), losses, windows)
+        write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
+        if windows.record:
+            shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
+        self._write_notes(manifest)
+        self.run.ranks.once(lambda: None)
+        return StructureResult(manifest, folder.output)
+
+    @classmethod
+    def result(cls, output: Path) -> StructureResult:
+        """Read the result of a finished run from its notes."""
+        return StructureResult(read_record(Manifest, output / NOTES / MANIFEST), output)
+
+    def _windows(self, base: LocalCheckpoint, config: Any, plan: CutPlan) -> RunWindows:
+        """The windows of the run, or of a stopped one; none where nothing reads text."""
+        recipe, work = self.recipe, self.run.folder.work
+        if not (plan.cuts or recipe.decode_latency or recipe.distillation.epochs):
+            none = torch.empty((0, 0), dtype=torch.int64)
+            return RunWindows(none, none, {})
+        file, trust, options = work / WINDOWS, recipe.trust_remote_code, recipe.calibration
+        if file.exists():
+            return RunWindows.load(file, config)
+        reader = WindowReader.of_folder(base.folder, config, trust_remote_code=trust)
+        return RunWindows.cut(reader, options, recipe.distillation).complete(
+            work, base.folder, self.device, options.seed, self.run.progress, trust_remote_code=trust
+        )
+
+    def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
+        """Distill the uncut model into the cut one, and overwrite its weights with the result."""
+        recipe, folder, trust = self.recipe, self.run.folder, self.recipe.trust_remote_code
+        how, reader = recipe.distillation, open_weights(base.folder)
+        dense = CheckpointTarget(reader, None, self.device, trust_remote_code=trust)
+        size = stored_choice(folder.work)
+        if size is None:  # planned with two models of the uncut size
+            size = choose_sweeps(how, dense, windows.all, {}, recipe.memory.max_bytes)
+            store_choice(folder.work, size)
+        data, progress = (
+            DistillationData(windows.all, how, recipe.calibration.seed),
+            self.run.progress,
+        )
+        return distill_checkpoint(
+            dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
+        )
+
+    def _structure(self, steps: list[dict[str, Any]], latency: dict[str, Any] | None) -> Structure:
+        """The record of what was cut, counted in the written model."""
+        found = verified(
+            self.skeleton,
+            self.run.source.folder,
+            self.run.folder.model,
+            steps[-1],
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+        if found.varied:
+            log.warning(VARIED)
+        return Structure(
+            steps=tuple(_summary(step) for step in steps),
+            before=found.before,
+            after=found.after,
+            decoder_removed=found.decoder_removed,
+            removed=found.removed,
+            varied=found.varied,
+            latency=latency,
+        )
+
+    def _manifest(
+        self, structure: Structure, losses: Mapping[str, float] | None, windows: RunWindows
+    ) -> Manifest:
+        """The record of a finished cut."""
+        recipe, source, folder = self.recipe, self.run.source, self.run.folder
+        return Manifest(
+            manifest_version=MANIFEST_VERSION,
+            source=source.record,
+            method={
+                "name": "structure",
+                "score": recipe.score,
+                "solver": recipe.solver,
+                "pattern": ", ".join(step["step"] for step in structure.steps),
+                "scope": "layer",
+                "effort": recipe.effort,
+                "asymmetric": recipe.asymmetric,
+                "fast_matmuls": recipe.fast_matmuls,
+                "distillation": recipe.distillation.model_dump(),
+            },
+            allocation={"name": recipe.allocation or "uniform"},
+            structure=structure,
+            distillation=losses,
+            calibration=windows.record or None,
+            environment=environment(self.device),
+            cost=Cost.model_validate({**self.run.meter.read(), "resumed": folder.resumed}),
+            result=RunResult(
+                decoder_sparsity=0.0,
+                model_sparsity=0.0,
+                parameters=structure.after.parameters,
+                file_bytes=structure.after.file_bytes,
+            ),
+            formats=formats_of(source.folder, folder.model),
+        )
+
+    def _write_notes(self, manifest: Manifest) -> None:
+        """Write the recipe, the manifest and the card."""
+        folder, recipe_yaml = self.run.folder, dump_recipe(self.recipe)
+        write_text(folder.notes / "recipe.yaml", recipe_yaml)
+        write_json(folder.notes / MANIFEST, manifest.to_json())
+        place = self.recipe.output or folder.output
+        card = structure_card(manifest, recipe_yaml, self.run.source.folder, place)
+        write_text(folder.model / "README.md", card)
+
+
+def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[CutStep | RefitStep]:
+    """The steps that a plan needs, in order. The model is the uncut skeleton."""
+    if recipe.learned is not None:
+        return [CutStep("learned", choose_learned)]
+    found: list[CutStep | RefitStep] = []
+    if plan.drop_layers:
+        found.append(CutStep("depth", choose_layers))
+    if plan.keep_experts is not None:
+        found.append(CutStep("experts", choose_experts))
+    if plan.keep_hidden is not None:
+        found.append(CutStep("hidden", choose_hidden))
+    channels = plan.keep_hidden is not None
+    helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    if helps and can_refit(describe(model), channels=channels):
+        found.append(RefitStep())
+    if plan.keep_queries is not None:
+        found.append(CutStep("queries", _choose_queries))
+    if plan.narrows:
+        found.append(CutStep("width", _choose_width))
+    return found
+
+
+def _choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
+    heads, made = context.plan.keep_queries, context.work / "thinned"
+    assert heads is not None
+    _prune_units(context, folder, made, "uniform", lambda target: query_selection(target, heads))
+    cut = kept_queries(CheckpointReader(made), heads, context.recipe.trust_remote_code)
+    return cut, _score_record(context.recipe), made
+
+
+def _choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the heads and neurons to keep, and refit their readers in a folder."""
+    recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
+    allocation = recipe.allocation or "uniform"
+    _prune_units(
+        context, folder, made, allocation, lambda target: width_selection(target, recipe, plan)
+    )
+    cut = kept_width(CheckpointReader(made), allocation == "uniform", recipe.trust_remote_code)
+    return cut, _score_record(recipe) | {"allocation": allocation}, made
+
+
+def _score_record(recipe: StructureRecipe) -> dict[str, Any]:
+    """What chose the units of a pruning run."""
+    return {"score": score_of(recipe), "solver": recipe.solver}
+
+
+def _prune_units(
+    context: CutContext,
+    folder: Path,
+    made: Path,
+    allocation: str,
+    select: Callable[[Target], UnitSelection],
+) -> None:
+    """Prune whole units of a model folder into another, unless an earlier run did."""
+    if made.exists():
+        return
+    folder_of_run, calibration = RunFolder(made, "prune", resume=True), context.recipe.calibration
+    meter = Meter.start()
+    values = pruning_values(context.recipe, allocation) | {
+        "model": str(folder),
+        "output": str(made),
+        "calibration": {"source": str(context.windows_file), "seed": calibration.seed},
+    }
+    recipe = build_recipe(PruneRecipe, values)
+    source = source_of(recipe, context.progress)
+    prepared = prepare(recipe, source, folder_of_run.model)
+    prepared = select(prepared.target).applied(prepared)
+    finish(Prune(prepared, RunContext(folder_of_run, source, context.progress, meter)))
+
+
+def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The notes of a step without its lists of indices, which `steps.json` keeps."""
+    tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
+    return {
+        "step": step["step"],
+        "by": step.get("by", step.get("solver")),
+        "decoder_before": step["before"]["decoder"],
+        "decoder_after": step["after"]["decoder"],
+        **tokens,
+    }

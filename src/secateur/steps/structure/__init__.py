@@ -1,1 +1,0 @@
-"""`secateur structure`: removes layers, heads, neurons, channels and experts."""
