@@ -14,32 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from secateur.errors import RecipeError
+from secateur.runs.records.measured import Comparison
 
 CENTRAL = 0.95
 FROM_CHANCE = 2.0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model's score compared with a reference's, over the same items.
-
-    Args:
-        reference_value: the reference's score.
-        difference: the model's score minus the reference's.
-        difference_standard_error: standard error of the difference, over pairs; None for one item.
-        significant: whether the difference is significant at 95 %; None for one item.
-        retention: share of the reference's lead over chance that the model keeps; None if the
-            reference has no lead.
-    """
-
-    reference_value: float
-    difference: float
-    difference_standard_error: float | None
-    significant: bool | None
-    retention: float | None
 
 
 def mean_of(values: Sequence[float]) -> float:

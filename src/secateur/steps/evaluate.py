@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from secateur.evaluation.perplexity import (
     windows_of,
 )
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
-from secateur.evaluation.uncertainty import Comparison, compare, mean_of
+from secateur.evaluation.uncertainty import compare, mean_of
 from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
@@ -42,6 +42,7 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
 from secateur.runs.records.measured import (
     FILE_NAME,
+    Comparison,
     Divergence,
     DivergenceRecord,
     EvaluationRecord,
@@ -56,7 +57,7 @@ DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
 
 
-NOT_COMPARED = dict.fromkeys(field.name for field in fields(Comparison))
+NOT_COMPARED: dict[str, Any] = dict.fromkeys(Comparison.model_fields)
 """What a score without a reference says about one."""
 
 UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
@@ -312,7 +313,7 @@ class _Measurement:
         if self.dense is not None:
             dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
             compared = [
-                asdict(compare(score.outcomes, other.outcomes, score.chance))
+                compare(score.outcomes, other.outcomes, score.chance).model_dump()
                 for score, other in zip(own, dense, strict=True)
             ]
         return [

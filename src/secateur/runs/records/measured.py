@@ -271,20 +271,27 @@ class Score(Record):
     shots: int = Field(ge=0)
 
 
-COMPARISON = (
-    "reference_value", "difference", "difference_standard_error", "significant", "retention",
-)  # fmt: skip
-"""The fields of a task that compare it with the reference."""
+class Comparison(Record):
+    """A model's score compared with a reference's, over the same items; null without a reference.
 
-
-class TaskRecord(Score, Measurement):
-    """One metric of one task; the fields of the reference are null without one."""
+    Attributes:
+        reference_value: the reference's score.
+        difference: the model's score minus the reference's.
+        difference_standard_error: standard error of the difference, over pairs; None for one item.
+        significant: whether the difference is significant at 95 %; None for one item.
+        retention: share of the reference's lead over chance that the model keeps; None if the
+            reference has no lead.
+    """
 
     reference_value: float | None
     difference: float | None
     difference_standard_error: float | None
     significant: bool | None
     retention: float | None
+
+
+class TaskRecord(Comparison, Score, Measurement):
+    """One metric of one task."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -295,7 +302,7 @@ class TaskRecord(Score, Measurement):
         """The comparison in pairs is valid if the score is unchanged."""
         if self.value != earlier.value:
             return {}
-        return {name: getattr(earlier, name) for name in COMPARISON}
+        return {name: getattr(earlier, name) for name in Comparison.model_fields}
 
 
 class SampleRecord(Record):
