@@ -55,21 +55,13 @@ PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """The memory that one micro-batch keeps alive in one decoder layer.
+def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> tuple[int, int]:
+    """The memory that one micro-batch keeps alive in one decoder layer, on the meta device.
 
-    Attributes:
-        running_bytes: the maximum at any moment, including the input.
-        halted_bytes: the maximum at any group of linears, where forwards wait for each other.
+    Returns:
+        The maximum at any moment, including the input; and at any group of linears, where forwards
+        wait for each other.
     """
-
-    running_bytes: int
-    halted_bytes: int
-
-
-def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> Rehearsal:
-    """Pass one micro-batch through a layer on the meta device."""
     meta = torch.device("meta")
     call = call.to(meta)
     permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
@@ -90,7 +82,7 @@ def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall)
     finally:
         for handle in handles:
             handle.remove()
-    return Rehearsal(live.peak_bytes, max(halted))
+    return live.peak_bytes, max(halted)
 
 
 PRUNING = Phase("pruning a layer")
@@ -448,13 +440,11 @@ def _forward_bytes(
     values = max(call.values().nbytes if call.varying else 0 for call in calls)
     stored = (own + values) * windows.numel() // batch_tokens
     groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
-    rehearsals = [
-        _rehearse(x, groups[id(x)], hidden, call) for x, call, _ in _layers_by_kind(target, calls)
-    ]
-    forward = max(r.running_bytes for r in rehearsals)
+    kinds = _layers_by_kind(target, calls)
+    rehearsals = [_rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds]
+    forward, halted = map(max, zip(*rehearsals, strict=True))
     # A halted forward's own input is a view of the stored hidden states.
-    halted = max(r.halted_bytes for r in rehearsals) - own
-    held = waiting * halted * (windows.numel() // batch_tokens)
+    held = waiting * (halted - own) * (windows.numel() // batch_tokens)
     if waiting > 1:  # the terms that the writers of both models added to the residual stream
         held += waiting * stored
     tuning = tuning_bytes(target, windows[:size]) if settings.tunes else 0

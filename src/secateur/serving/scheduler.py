@@ -245,7 +245,7 @@ class Scheduler:
         if job.score is not None:
             job.score(logits)
         if not self.unread(job):
-            self.prompt_read(job)
+            self.keep(job, job.request.ids)
             self.answer(job, logits[-1])
 
     def decode(self) -> None:
@@ -271,12 +271,8 @@ class Scheduler:
         self.counts.calls += 1
         for job, row in zip(jobs, logits, strict=True):
             if not job.text:
-                self.prompt_read(job)
+                self.keep(job, job.request.ids)
             self.answer(job, row)
-
-    def prompt_read(self, job: ServingJob) -> None:
-        """Keep what others can use of a prompt."""
-        self.keep(job, job.request.ids)
 
     def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
         """Keep the keys and values of some tokens of a slot."""
