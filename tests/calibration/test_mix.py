@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateur.calibration.documents import parts_of, shares
-from secateur.calibration.loading import load_calibration
+from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import WindowPlan, save_windows
 from secateur.errors import RecipeError
 from tiny import tiny_tokenizer

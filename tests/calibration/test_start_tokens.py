@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.calibration.continuation import PREFIX, continue_windows
-from secateur.calibration.loading import load_calibration
+from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import (
     WindowCutter,
     WindowPlan,

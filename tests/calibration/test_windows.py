@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import secateur
-from secateur.calibration.loading import load_calibration
+from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import (
     PIECE_CHARACTERS,
     WindowPlan,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.calibration.loading import load_calibration
+from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import (
     EXTRA,
     WindowPlan,
