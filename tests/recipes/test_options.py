@@ -86,6 +86,23 @@ def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize(
+    ("verb", "others"),
+    [("export", {"runner"}), ("decompress", {"runner", "checkpoint_files"})],
+)
+def test_the_function_of_a_verb_imports_no_other_verb(verb: str, others: set[str]) -> None:
+    own = VERBS[verb].step.partition(":")[0].rpartition(".")[2]
+    script = (
+        "import sys, secateur\n"
+        f"secateur.{verb}\n"
+        "steps = {m for m in sys.modules if m.startswith('secateur.steps.')}\n"
+        f"found = {{m.rpartition('.')[2] for m in steps}} - {{{own!r}}}\n"
+        f"assert found <= {others!r}, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 def test_flat_names_go_into_their_sections() -> None:
     flat = {"calibration": "a.txt", "windows": 4, "max_memory": "2GiB", "tune_passes": 3}
     values = nested(PruneRecipe, {**flat, "distillation": {"epochs": 1}})
