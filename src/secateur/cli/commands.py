@@ -97,7 +97,8 @@ def _run(verb: str, recipe: Any, **call: Any) -> Any:
         return imported(row.step)(recipe, **call)
     if not row.worker or call.get("dry_run"):
         with _show_progress() as progress:
-            return row.carry_out(recipe, call, progress)
+            result = row.carry_out(recipe, call, progress)
+        return result if Launched.read(os.environ).rank == 0 else None
     from secateur.parallel.processes import joined
 
     with joined(recipe.device) as ranks:

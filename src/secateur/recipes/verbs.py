@@ -164,7 +164,7 @@ VERBS: dict[str, Verb] = {
             "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
             "stay zero.",
             "secateur.recipes.train:TrainRecipe",
-            step="secateur.steps.train:run_training",
+            step="secateur.steps.train:Train",
             plan="secateur.steps.train:plan_training",
             together=True,
         ),

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,22 +30,16 @@ from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
-from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
 from secateur.runs import records
 from secateur.runs.atomic import write_json, write_text
-from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE, file_digests, refuse_another
 from secateur.runs.records import read_record
-from secateur.sparsity.patterns import parse_pattern
-from secateur.sparsity.schedules import schedules
-from secateur.sparsity.scores import scores
-from secateur.steps.runner import RunContext, Step, carry_out
+from secateur.steps.runner import RunContext, Step, carry_out, step_of
 from secateur.structured.cut_plan import count, plan_cut
-from secateur.training.training_plan import TrainingPlan
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"
@@ -328,8 +322,7 @@ def _checked(number: int, step: Any) -> PlannedStep:
             raise RecipeError(
                 "compression is a step of its own", where="compress", remedy="add a compress step"
             )
-        check = CHECKS.get(verb) or imported(VERBS[verb].step).check
-        check(recipe)
+        step_of(verb).check(recipe)
         _check_reads(recipe)
     return PlannedStep(number, str(verb), recipe)
 
@@ -371,19 +364,3 @@ def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: b
                 layers = aim.sizes.layers - aim.drop_layers
             elif step.recipe.keep_layers is not None:
                 layers = count(step.recipe.keep_layers, layers, "decoder layers")
-
-
-def _check_training(recipe: TrainRecipe) -> None:
-    """Check the optimizer, the device, and the parts of gradual pruning."""
-    TrainingPlan(steps=1, optimizer=recipe.optimizer)
-    choose_device(recipe.device)
-    if recipe.gradual is not None:
-        scores[recipe.gradual.score]
-        schedules[recipe.gradual.schedule]
-        parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
-
-
-CHECKS: Mapping[str, Callable[[Any], None]] = {
-    "train": _check_training,
-}
-"""Verbs that are no step of the runner yet."""

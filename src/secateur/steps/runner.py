@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder
@@ -60,8 +61,16 @@ class Step(ABC, Generic[R, T]):
     verb: ClassVar[str]
     """The name on the command line."""
 
+    everywhere: ClassVar[bool] = False
+    """Whether every process carries it out; else the first one sends the others their share."""
+
     def __init__(self, recipe: R, run: RunContext) -> None:
         self.recipe, self.run = recipe, run
+
+    @classmethod
+    def processes(cls, recipe: R) -> Ranks:
+        """The processes of a step that every process carries out."""
+        return ALONE
 
     @classmethod
     def check(cls, recipe: R) -> None:
@@ -134,6 +143,9 @@ def carry_out(
         values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(values.model, *kind.reads(recipe))
+    if kind.everywhere:
+        ranks = kind.processes(recipe)
+        progress = progress if ranks.first else Silent()
     source = source_of(recipe, progress)
     return finish(kind.open(recipe, RunContext(folder, source, progress, meter, ranks)))
 
@@ -165,13 +177,21 @@ def finish(step: Step[R, T]) -> T:
     folder.keep_apart(run.source.folder)
     if step.disk_bytes and not folder.finished:
         check_free(step.disk_bytes, folder.output, folder.partial)
-    with folder:
-        identity = step.identity()
+    ranks, everywhere = run.ranks, step.everywhere
+    if everywhere:
+        ranks.wait()  # all must read the folder before one of them locks it
+    with folder if ranks.first else nullcontext():
+        if everywhere:
+            ranks.wait()
+        identity = step.identity() if ranks.first else None
         if identity is not None:
             folder.begin(identity, step.settled())
         if folder.finished:
-            run.ranks.once(lambda: None)
+            ranks.once(lambda: None)
             return step.result(folder.output)
         result = step.work()
-        folder.finish()
+        if ranks.first:
+            folder.finish()
+        if everywhere:
+            ranks.wait()
     return result

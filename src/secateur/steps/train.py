@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.plan import Plan
 from secateur.models.configuration import read_config
 from secateur.models.opening import load_whole, refuse_quantized
-from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.progress import Progress, Silent
+from secateur.models.sources import LocalCheckpoint
+from secateur.progress import Progress
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
 from secateur.reporting.cards import training_card
@@ -31,14 +30,18 @@ from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import Cost, Training, read_list
+from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.schedules import schedules
+from secateur.sparsity.scores import scores
 from secateur.steps.checkpoint_files import carry_over
+from secateur.steps.runner import RunContext, Step, source_of
 from secateur.training.batches import Batches
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import check_written, open_tensors, write_trained
 from secateur.training.session import Session, Trained, train_in_rounds
 from secateur.training.setup import Adapted, TrainingInputs, adapt, merged, plan_of
-from secateur.training.training_plan import optimizers
+from secateur.training.training_plan import TrainingPlan, optimizers
 
 NO_PART = {
     "output",
@@ -69,7 +72,7 @@ def plan_training(
         SecateurError: as the training would.
     """
     processes = ProcessGroup(choose_device(recipe.device))
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    source = source_of(recipe, progress)
     refuse_quantized(source.folder)
     inputs = TrainingInputs.read(recipe, source, processes, progress)
     found = plan_of(inputs, None)
@@ -91,99 +94,102 @@ def plan_training(
     )
 
 
-def run_training(
-    recipe: TrainRecipe,
-    progress: Progress | None = None,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> TrainResult:
+class Train(Step[TrainRecipe, TrainResult]):
     """Train a checkpoint into a new folder, with its zeros held at every step.
 
     It learns from text; with a `teacher` it learns that model's predictions for the text. With
     several processes, only the first one writes, and all return the result.
-
-    Args:
-        recipe: recipe of the training.
-        progress: receives every step.
-        resume: resume a stopped training, or start if there is none.
-        restart: discard the files of a stopped training.
-        overwrite: replace an existing output folder.
     """
-    meter = Meter.start()
-    processes = ProcessGroup(choose_device(recipe.device))
-    progress = progress if progress is not None and processes.first else Silent()
-    folder = RunFolder(recipe.output, "train", resume=resume, restart=restart, overwrite=overwrite)
-    folder.keep_apart(recipe.model, recipe.mask, recipe.validation_text, *recipe.text)
-    source = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    folder.keep_apart(source.folder)
-    refuse_quantized(source.folder)
-    processes.wait()  # all must read the folder before one of them locks it
-    with folder if processes.first else nullcontext():
-        processes.wait()
-        _train_into(folder, recipe, source, processes, progress, meter)
-        processes.wait()
-    trainings = read_list(Training, folder.output / NOTES / TRAININGS)
-    return TrainResult(folder.output, trainings[-1])
 
+    verb = "train"
+    everywhere = True
 
-def _train_into(
-    folder: RunFolder,
-    recipe: TrainRecipe,
-    source: LocalCheckpoint,
-    processes: ProcessGroup,
-    progress: Progress,
-    meter: Meter,
-) -> None:
-    """Run or resume the training, and write the model, unless an earlier run finished it."""
-    trust, work = recipe.trust_remote_code, folder.work
-    inputs = TrainingInputs.read(recipe, source, processes, progress)
-    text = inputs.text
-    if processes.first:
-        settled = {"learning_rate": recipe.learning_rate}  # a stopped training may lower it
-        identity = {  # everything that affects the trained weights
-            **recipe.model_dump(mode="json", exclude=NO_PART),
-            "tokens": text.record["sha256"],
-            "source_files": file_digests(inputs.target.reader.files, progress),
-        }
-        folder.begin(identity, settled)
-        folder.worth_resuming = lambda: any(
+    def __init__(self, recipe: TrainRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        refuse_quantized(run.source.folder)
+        assert isinstance(run.ranks, ProcessGroup)
+        self.ranks, work = run.ranks, run.folder.work
+        self.inputs = TrainingInputs.read(recipe, run.source, self.ranks, run.progress)
+        run.folder.worth_resuming = lambda: any(
             file.name != "best.safetensors" for file in work.rglob("*.safetensors")
         )
-    if folder.finished:
-        return
-    found = plan_of(inputs, work)
-    if found.teacher is not None:
-        folder.keep_apart(found.teacher.folder)
-    check_free(found.needs.disk_bytes, folder.output, folder.partial)
-    # Weights are not rounded between the rounds of iterative pruning.
-    dtype = torch.float32 if processes.count > 1 or recipe.iterative is not None else None
-    model = load(source.folder, processes, dtype=dtype, trust_remote_code=trust)
-    masks = inputs.masks(model)
-    objective = inputs.objective(found.teacher, model, work, progress)
-    adapted = adapt(recipe, model, masks, text.windows)
-    session = Session(
-        adapted,
-        Batches(text.windows, recipe.batch, recipe.seed),
-        objective,
-        found.plan,
-        text.validation,
-        work,
-        progress,
-        processes,
-        Path(recipe.tensorboard) if recipe.tensorboard else None,
-    )
-    rounds = adapted.rounds
-    trained = session.run() if rounds is None else train_in_rounds(session, rounds)
-    if processes.first:
-        training = _record(inputs, session, trained, meter, found.needs)
-        _write(recipe, source, adapted.masks, training, trained, folder, progress)
-    processes.wait()
-    check_written(folder.model, adapted.masks, trust_remote_code=trust)
-    processes.wait()
-    if processes.first:
-        folder.finish()
+
+    @classmethod
+    def processes(cls, recipe: TrainRecipe) -> ProcessGroup:
+        """Those that divide the model."""
+        return ProcessGroup(choose_device(recipe.device))
+
+    @classmethod
+    def check(cls, recipe: TrainRecipe) -> None:
+        """Check the optimizer, the device, and the parts of gradual pruning."""
+        TrainingPlan(steps=1, optimizer=recipe.optimizer)
+        choose_device(recipe.device)
+        if recipe.gradual is not None:
+            scores[recipe.gradual.score]
+            schedules[recipe.gradual.schedule]
+            parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
+
+    @classmethod
+    def reads(cls, recipe: TrainRecipe) -> tuple[str | None, ...]:
+        """The mask and the texts."""
+        return recipe.mask, recipe.validation_text, *recipe.text
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the trained weights."""
+        return {
+            **self.recipe.model_dump(mode="json", exclude=NO_PART),
+            "tokens": self.inputs.text.record["sha256"],
+            "source_files": file_digests(self.inputs.target.reader.files, self.run.progress),
+        }
+
+    def settled(self) -> dict[str, Any]:
+        """The learning rate, which a stopped training may lower."""
+        return {"learning_rate": self.recipe.learning_rate}
+
+    def work(self) -> TrainResult:
+        """Train, write the model, and read its zeros again."""
+        recipe, inputs, ranks = self.recipe, self.inputs, self.ranks
+        folder, progress, source = self.run.folder, self.run.progress, self.run.source
+        trust, work, text = recipe.trust_remote_code, folder.work, inputs.text
+        found = plan_of(inputs, work)
+        if found.teacher is not None:
+            folder.keep_apart(found.teacher.folder)
+        check_free(found.needs.disk_bytes, folder.output, folder.partial)
+        # Weights are not rounded between the rounds of iterative pruning.
+        dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
+        model = load(source.folder, ranks, dtype=dtype, trust_remote_code=trust)
+        masks = inputs.masks(model)
+        objective = inputs.objective(found.teacher, model, work, progress)
+        adapted = adapt(recipe, model, masks, text.windows)
+        session = Session(
+            adapted,
+            Batches(text.windows, recipe.batch, recipe.seed),
+            objective,
+            found.plan,
+            text.validation,
+            work,
+            progress,
+            ranks,
+            Path(recipe.tensorboard) if recipe.tensorboard else None,
+        )
+        rounds = adapted.rounds
+        trained = session.run() if rounds is None else train_in_rounds(session, rounds)
+        if ranks.first:
+            training = _record(inputs, session, trained, self.run.meter, found.needs)
+            _write(recipe, source, adapted.masks, training, trained, folder, progress)
+        ranks.wait()
+        check_written(folder.model, adapted.masks, trust_remote_code=trust)
+        ranks.wait()
+        return self._read(folder.notes, folder.output)
+
+    @classmethod
+    def result(cls, output: Path) -> TrainResult:
+        """Read the result of a finished training from its notes."""
+        return cls._read(output / NOTES, output)
+
+    @classmethod
+    def _read(cls, notes: Path, output: Path) -> TrainResult:
+        return TrainResult(output, read_list(Training, notes / TRAININGS)[-1])
 
 
 # -- results -------------------------------------------------------------------------------------
