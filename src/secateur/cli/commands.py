@@ -49,7 +49,6 @@ if TYPE_CHECKING:
         InspectRecipe,
     )
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
-    from secateur.recipes.train import TrainRecipe
     from secateur.reporting.tables import Result
     from secateur.steps.generate import Conversation
 
@@ -96,9 +95,11 @@ def _run(verb: str, recipe: Any, **call: Any) -> Any:
     if row.streams:
         return imported(row.step)(recipe, **call)
     if not row.worker or call.get("dry_run"):
+        if Launched.read(os.environ).rank:
+            row.carry_out(recipe, call, Silent())
+            return None
         with _show_progress() as progress:
-            result = row.carry_out(recipe, call, progress)
-        return result if Launched.read(os.environ).rank == 0 else None
+            return row.carry_out(recipe, call, progress)
     from secateur.parallel.processes import joined
 
     with joined(recipe.device) as ranks:
@@ -141,14 +142,6 @@ def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
             return None
         with _show_progress() as progress:
             return prune_recipe(recipe, progress, ranks=ranks, **call)
-
-
-@_own("train")
-def _train(recipe: TrainRecipe, **call: Any) -> Result | None:
-    if int(os.environ.get("RANK", "0")):
-        VERBS["train"].carry_out(recipe, call, Silent())
-        return None
-    return _run("train", recipe, **call)
 
 
 @_own("methods")
