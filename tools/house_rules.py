@@ -40,14 +40,14 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 377,
-    "modules that only their neighbour imports": 16,
-    "pairs of classes with five equal fields": 9,
-    "percent of lines that import": 7.0,
-    "lines of statements": 43484,
-    "functions named in one place": 650,
-    "files a run opens before it changes a weight": 75,
-    "functions deep where it changes a weight": 17,
+    "source files": 342,
+    "modules that only their neighbour imports": 13,
+    "pairs of classes with five equal fields": 7,
+    "percent of lines that import": 6.8,
+    "lines of statements": 41799,
+    "functions named in one place": 609,
+    "files a run opens before it changes a weight": 66,
+    "functions deep where it changes a weight": 12,
 }
 """The most that each number may be."""
 
