@@ -45,7 +45,7 @@ def test_the_picture() -> None:
         "  cli: app",
         "  engine: run, stream.calls",
         "  maths: sums",
-        "^ engine: plan",
+        "^ engine: plan_memory",
         "  report: secateur.report",
         "6 modules in 5 stays, 4 moves, 1 climbs",
     ]

@@ -296,7 +296,9 @@ class TextStream:
         if whole and more.endswith(HALF):
             return ""
         self.to_token = len(self.tokens)
-        self.from_token = max(self.from_token, self.to_token - LOOK_BACK)
+        start = max(self.from_token, self.to_token - LOOK_BACK)
+        if self.decoded(self.tokens[start:]):  # after special tokens alone a space would be lost
+            self.from_token = start
         return more[len(known) :]
 
     def decoded(self, tokens: list[int]) -> str:

@@ -58,7 +58,7 @@ def test_tiles_can_be_divided_among_programs(
 
     monkeypatch.setattr(matrix, "PROGRAMS", programs)
     parts, weight = weight_of("2:4", (32, 320), torch.bfloat16)  # five tiles
-    y = form("Triton", parts).multiply(torch.eye(320)[:1].bfloat16())
+    y = form("Triton", parts).multiply(torch.eye(320)[:1].bfloat16(), None)
     assert torch.equal(y[0], weight[:, 0])
 
 
@@ -66,4 +66,4 @@ def test_too_many_tokens_are_refused() -> None:
     parts, _ = weight_of("2:4", (32, 64), torch.bfloat16)
     for tokens in (0, 5):
         with pytest.raises(ShapeError, match=f"{tokens} tokens for a kernel of 1 to 4"):
-            form("Triton", parts).multiply(torch.ones(tokens, 64).bfloat16())
+            form("Triton", parts).multiply(torch.ones(tokens, 64).bfloat16(), None)

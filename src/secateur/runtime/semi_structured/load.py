@@ -190,15 +190,15 @@ class Form:
     """
 
     nbytes: int
-    multiply: Callable[..., Tensor]
+    multiply: Callable[[Tensor, Tensor | None], Tensor]
 
 
-def _by_torch(x: Tensor, weight: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+def _by_torch(x: Tensor, bias: Tensor | None, weight: Tensor, columns: Tensor | None) -> Tensor:
     """The product by torch: W itself, or the wide matrix as a tensor of a library."""
     return functional.linear(lifted(x, columns), weight, bias)
 
 
-def _by_our_kernel(x: Tensor, parts: StoredParts, bias: Tensor | None) -> Tensor:
+def _by_our_kernel(x: Tensor, bias: Tensor | None, parts: StoredParts) -> Tensor:
     """The product with the parts as they are stored."""
     from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
 
@@ -229,7 +229,7 @@ class SparseLinear(InferenceLinear):
         """The product for activations [tokens, in] of the dtype of W, with the bias."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
-        return self.forms[self.fastest.kernel(len(x))].multiply(x, bias=self.bias)
+        return self.forms[self.fastest.kernel(len(x))].multiply(x, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -293,9 +293,7 @@ def kernel_seconds(
         like = parts.packed
         x = torch.randn(tokens, parts.in_features, device=like.device).to(like.dtype)
         able = (kernel for kernel in forms if kernel != TRITON or tokens <= FEW)
-        return {
-            kernel: lambda kernel=kernel: forms[kernel].multiply(x, bias=None) for kernel in able
-        }
+        return {kernel: lambda kernel=kernel: forms[kernel].multiply(x, None) for kernel in able}
 
     return race(tried, DENSE, calls, clock)
 
