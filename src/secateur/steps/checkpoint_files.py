@@ -17,6 +17,9 @@ from secateur.runs.records.measured import read_evaluation
 COMPRESSION = "compression.json"
 """The record of a compression."""
 
+STEPS = "steps.json"
+"""The record of the steps of a cut."""
+
 MEASURED = (EVALUATION, "diagnosis.json", "bench.json", COMPRESSION, STATE)
 """Notes that measure the weights and files, or name their run. All others record how they were
 made."""

@@ -51,8 +51,8 @@ from secateur.runs.records import (
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.prune import Prune
-from secateur.steps.runner import RunContext, Step, finish, source_of
+from secateur.steps.checkpoint_files import STEPS
+from secateur.steps.runner import RunContext, Step, finish, source_of, step_of
 from secateur.structured.accounting import verified
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import (
@@ -89,7 +89,7 @@ from secateur.training.distilled_checkpoint import distill_checkpoint
 
 log = logging.getLogger(__name__)
 
-MANIFEST, STEPS = "manifest.json", "steps.json"
+MANIFEST = "manifest.json"
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
@@ -398,7 +398,7 @@ def _prune_units(
     source = source_of(recipe, context.progress)
     prepared = prepare(recipe, source, folder_of_run.model)
     prepared = select(prepared.target).applied(prepared)
-    finish(Prune(prepared, RunContext(folder_of_run, source, context.progress, meter)))
+    finish(step_of("prune")(prepared, RunContext(folder_of_run, source, context.progress, meter)))
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from secateur.reporting.fit import FitBranch, FitFinalist
 from secateur.runs.folder import NOTES
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
+from secateur.steps.checkpoint_files import STEPS
 from secateur.steps.fitting.context import ExpectedSeconds, FitContext
 from secateur.steps.fitting.costs import Costs, costs_of
 from secateur.steps.fitting.models import (
@@ -54,8 +55,7 @@ from secateur.steps.fitting.storage_formats import (
     StorageFormat,
     size_of,
 )
-from secateur.steps.runner import carry_out
-from secateur.steps.structure import STEPS, CutStructure
+from secateur.steps.runner import carry_out, step_of
 from secateur.structured.cut_plan import CutPlan, plan_cut
 
 SEARCHED = "the search's choice"
@@ -306,7 +306,7 @@ def _cut_model(
         plans.append(plan)
         if not output.exists():
             progress = Labelled(context.progress, structured.name)
-            carry_out(CutStructure, recipe, progress, resume=True)
+            carry_out(step_of("structure"), recipe, progress, resume=True)
     except (RecipeError, ArchitectureError) as error:
         return f"cannot be cut: {error.what}"
     return output
