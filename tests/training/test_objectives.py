@@ -83,6 +83,16 @@ def test_the_next_token_loss_is_that_of_the_whole_logits(family: str) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
+def test_a_bias_of_the_head_learns_too() -> None:
+    model = model_of()
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))
+    expected = next_token_loss(logits_of(model), IDS)
+    assert_same(NextToken.of(model)(model, BATCH), expected, model, 1e-4)
+    assert "lm_head.bias" in gradients(expected, model)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergences_and_their_gradients(kind: str, temperature: float) -> None:
