@@ -252,7 +252,7 @@ def with_dense_card(card: str, dense: str) -> str:
 
 
 def _card(front: str, title: str, *sections: str) -> str:
-    return front + "\n\n".join([f"# {title}", *filter(None, sections)])
+    return front + "\n\n".join([f"# {title}", *filter(None, sections)]).rstrip("\n") + "\n"
 
 
 def _use(code: str, place: str) -> str:

@@ -470,17 +470,17 @@ class Prune(Step[PruneRecipe, PruneResult]):
             environment=environment(prepared.target.device),
             plan={**self.plan.to_json(), "activations": self.activations},
             cost=Cost.model_validate(cost),
-            distillation=losses,
-            experts=found and found.to_json(),
-            reach=reached.to_json(),
-            left=tuple(left),
-            collapsed=tuple(name for layer in layers for name in layer.collapsed),
             result=RunResult(
                 decoder_sparsity=audit.sparsity,
                 model_sparsity=audit.model_sparsity,
                 parameters=audit.parameters,
                 file_bytes=audit.file_bytes,
             ),
+            distillation=losses,
+            experts=found and found.to_json(),
+            reach=reached.to_json(),
+            left=tuple(left),
+            collapsed=tuple(name for layer in layers for name in layer.collapsed),
         )
 
 
