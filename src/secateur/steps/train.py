@@ -180,16 +180,12 @@ class Train(Step[TrainRecipe, TrainResult]):
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
         ranks.wait()
-        return self._read(folder.notes, folder.output)
+        return TrainResult(folder.output, read_list(Training, folder.notes / TRAININGS)[-1])
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
         """Read the result of a finished training from its notes."""
-        return cls._read(output / NOTES, output)
-
-    @classmethod
-    def _read(cls, notes: Path, output: Path) -> TrainResult:
-        return TrainResult(output, read_list(Training, notes / TRAININGS)[-1])
+        return TrainResult(output, read_list(Training, output / NOTES / TRAININGS)[-1])
 
 
 # -- results -------------------------------------------------------------------------------------
