@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.errors import VerificationError
 from secateur.models.architecture import describe
 from secateur.models.at_rest import AssembledReader
+from secateur.models.checkpoint import QUANT_METHOD
 from secateur.models.inventory import (
     inventory,
     stored_shapes,
@@ -183,7 +184,7 @@ def audit_checkpoint(
 
 def _view_of(folder: Path) -> DenseView | None:
     """The dense tensors of a compressed checkpoint; None if it is not compressed."""
-    if form_of(folder) != "secateur":
+    if form_of(folder) != QUANT_METHOD:
         return None
     from secateur.runtime.install import DenseView  # only here, a run that prunes needs the runtime
     from secateur.runtime.packed import PackedCheckpoint

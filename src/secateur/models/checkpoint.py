@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+QUANT_METHOD = "secateur"
+"""What the configuration of a compressed checkpoint of ours calls its form."""
+
 PACKED_INDEX_NAME = "secateur.safetensors.index.json"
 """The index of a compressed checkpoint. transformers does not look for these file names. Otherwise
 it would skip the parts of packed matrices as unknown tensors, and draw the matrices at random."""

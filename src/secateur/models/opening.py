@@ -13,7 +13,7 @@ import torch
 
 from secateur.errors import CheckpointError
 from secateur.models.at_rest import SourceFolder, described_by, stored_forms
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import QUANT_METHOD, CheckpointReader
 from secateur.models.configuration import (
     check_sizes,
     read_config,
@@ -47,7 +47,7 @@ def refuse_quantized(folder: Path) -> None:
     method = _method_of(read_config(folder))
     if method is None:
         return
-    if method == "secateur":
+    if method == QUANT_METHOD:
         raise CheckpointError(
             "the checkpoint is compressed already",
             where=str(folder),

@@ -26,6 +26,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import (
     PACKED_INDEX_NAME,
+    QUANT_METHOD,
     ShardWriter,
     as_bytes,
     dtype_name,
@@ -37,8 +38,6 @@ from secateur.models.header import Header, TensorEntry, parse_json, read_header
 from secateur.quantization.activations import GROUP
 from secateur.runtime.archive import SMALLEST_BYTES, Archived, archived_spec, decode, encode
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
-
-QUANT_METHOD = "secateur"
 
 
 def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError, KernelError
-from secateur.models.checkpoint import PACKED_INDEX_NAME
+from secateur.models.checkpoint import PACKED_INDEX_NAME, QUANT_METHOD
 from secateur.models.experts import open_experts
 from secateur.models.stored_parameters import expert_renamings, stored_experts_of
 from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
-from secateur.runtime.packed import QUANT_METHOD, VERSION, PackedCheckpoint
+from secateur.runtime.packed import VERSION, PackedCheckpoint
 
 
 @register_quantization_config(QUANT_METHOD)

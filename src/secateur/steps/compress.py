@@ -131,11 +131,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
         }
 
     def settled(self) -> dict[str, Any]:
-        """Everything: a run without calibration is quick, and starts anew."""
+        """The same: also a finished run without calibration must not have been another one."""
         return self.made_of
 
     def identity(self) -> dict[str, Any]:
-        """The same with calibration."""
+        """Nothing without calibration: such a run is quick, and starts anew."""
         return {} if self.recipe.calibration.source is None else self.made_of
 
     def work(self) -> CompressResult:

@@ -186,7 +186,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         }
 
     def work(self) -> StructureResult:
-        """RunContext all steps that no earlier run finished, and write the result."""
+        """Run all steps that no earlier run finished, and write the result."""
         recipe, folder, progress = self.recipe, self.run.folder, self.run.progress
         base, steps = trimmed_source(recipe, self.run.source, folder.work, progress)
         trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
@@ -257,10 +257,8 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         if size is None:  # planned with two models of the uncut size
             size = choose_sweeps(how, dense, windows.all, {}, recipe.memory.max_bytes)
             store_choice(folder.work, size)
-        data, progress = (
-            DistillationData(windows.all, how, recipe.calibration.seed),
-            self.run.progress,
-        )
+        data = DistillationData(windows.all, how, recipe.calibration.seed)
+        progress = self.run.progress
         return distill_checkpoint(
             dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
         )
