@@ -104,6 +104,7 @@ class LayerwisePass:
             if not keep:
                 states.forget(number)
             on_layer(number)
+        states.resume(self.count)
 
     def losses(self, loss: Callable[[int, Tensor], Tensor]) -> list[float]:
         """Store the gradients of the last layer's outputs. Return the losses.
@@ -112,7 +113,6 @@ class LayerwisePass:
             loss: place of a window, and the outputs of the last layer for it → its loss.
         """
         found = []
-        self.states.resume(self.count)
         with self.outer.outside(), full_float32():
             for place, rows in enumerate(self.rows):
                 hidden = self._read(self.states, rows).requires_grad_()
