@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -31,19 +32,25 @@ def statistics_of(x):
     return {"gram": x.t() @ x, "column_norm": x.norm(dim=0)}
 
 
+@functools.cache
+def slow(seed: int, sparsity: float):
+    """A weight, its inputs, and what the slow iteration makes of them."""
+    weight, x = correlated(seed)
+    return weight, x, *slow_alps(weight, x.t() @ x, round((1 - sparsity) * weight.numel()))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_equals_the_slow_iteration(
     seed: int, sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shifted_inverse, "_PRECISION", 1e-6)
-    weight, x = correlated(seed)
+    weight, x, expected, mask = slow(seed, sparsity)
     # enough refit steps to reach the exact solution
     solver = solvers["alps"](tolerance=0.0, refit_steps=200)
     pattern = parse_pattern("unstructured", "layer")
     prepared = solver.prepare(statistics_of(x))
     found = solver.solve(weight, prepared, pattern, sparsity)
-    expected, mask = slow_alps(weight, x.t() @ x, round((1 - sparsity) * weight.numel()))
     assert int((found.mask != mask).sum()) <= 4  # of 1152: near ties fall either way in float32
     if torch.equal(found.mask, mask):
         assert torch.allclose(found.weight.double(), expected, rtol=1e-3, atol=1e-3)
@@ -55,11 +62,10 @@ def test_as_good_as_the_slow_iteration() -> None:
     """With inverses that are only right to within half a percent, masks differ, errors do not."""
     ratios = []
     for seed, sparsity in itertools.product(range(8), (0.25, 0.5, 0.75)):
-        weight, x = correlated(seed)
+        weight, x, expected, _ = slow(seed, sparsity)
         solver = solvers["alps"](tolerance=0.0, refit_steps=200)
         prepared = solver.prepare(statistics_of(x))
         found = solver.solve(weight, prepared, parse_pattern("unstructured", "layer"), sparsity)
-        expected, _ = slow_alps(weight, x.t() @ x, round((1 - sparsity) * weight.numel()))
         ours, theirs = (relative_error(weight, w, x) for w in (found.weight, expected))
         ratios.append(ours / theirs)
     assert max(ratios) < 1.04

@@ -28,9 +28,16 @@ def masks_of(text, scope, case):
     return [pattern.mask(case.weight.float().abs(), s) for s in sparsities(pattern)]
 
 
-@pytest.mark.parametrize(("text", "scope"), ALL)
-@pytest.mark.parametrize("kind", ["plain", "tied", "dead", "bfloat16"])
-def test_equal_their_formulas(text, scope, kind, example):
+@pytest.mark.parametrize(
+    ("kind", "text", "scope"),
+    [("plain", *one) for one in ALL]
+    + [
+        (kind, *one)
+        for kind in ("tied", "dead", "bfloat16")
+        for one in (("unstructured", "row"), ("3:5", None), ("16x1", None))
+    ],
+)
+def test_equal_their_formulas(kind, text, scope, example):
     case = example(
         fitting_shape(text),
         seed=3,

@@ -10,13 +10,16 @@ from torch import Tensor
 from oracles.scores import damped_hessian
 from oracles.sparsegpt import select, selection_width
 
-SCALES = [math.ldexp(1 + step / 16, power) for power in range(-20, 6) for step in range(16)]
+SCALES = torch.tensor(
+    [math.ldexp(1 + step / 16, power) for power in range(-20, 6) for step in range(16)],
+    dtype=torch.float64,
+)
 """All scales of five significant bits."""
 
 
 def nearest_scale(wanted: float) -> int:
     """The place of the nearest scale."""
-    return min(range(len(SCALES)), key=lambda place: abs(SCALES[place] - wanted))
+    return int((SCALES - wanted).abs().argmin())
 
 
 def rounded(weight: float, scale: float, largest: int) -> float:
@@ -33,14 +36,11 @@ def best_scale(weights: Tensor, importance: Tensor, largest: int) -> tuple[float
     if peak == 0:
         return 1.0, 1.0
     top = nearest_scale(1.5 * peak / largest)
-    errors = {}
-    for scale in SCALES[top - 25 : top + 1]:
-        errors[scale] = sum(
-            float(h) * (float(w) - rounded(float(w), scale, largest)) ** 2
-            for w, h in zip(weights, importance, strict=True)
-        )
-    best, second = sorted(errors, key=errors.__getitem__)[:2]
-    return best, (errors[second] - errors[best]) / max(errors[second], 1e-30)
+    scales = SCALES[top - 25 : top + 1, None]
+    grid = scales * (weights / scales).round().clamp(-largest, largest)
+    errors, order = (importance * (weights - grid) ** 2).sum(1).sort(stable=True)
+    best, second = errors[:2].tolist()
+    return float(scales[order[0], 0]), (second - best) / max(second, 1e-30)
 
 
 def sweep(
@@ -118,7 +118,7 @@ def descend(
                 codes[start : start + group] = x[row, start : start + group] / s
                 if codes.any() and s + vertex(codes) > 0:
                     wanted = s + vertex(codes)
-                    s = SCALES[nearest_scale(wanted)]
+                    s = float(SCALES[nearest_scale(wanted)])
                     steps = (math.frexp(wanted)[0] * 32) % 1
                     clearance[row] = min(float(clearance[row]), abs(steps - 0.5))
                 scales[row, start // group] = s

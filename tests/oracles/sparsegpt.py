@@ -49,8 +49,7 @@ def sparsegpt(
             kept[:, i:stop] = select(text, scope, score, i, sparsity)
         wanted = w[:, i].clone()
         if bits:
-            for row in range(len(w)):
-                wanted[row] = nearest(w[row, i], peak[row] / 127, bool(peak_column[row] == i))
+            wanted = nearest(w[:, i], peak / 127, peak_column == i)
             from_tie = ((w[:, i] * 127 / peak).remainder(1.0) - 0.5).abs()
             clearance = torch.where(kept[:, i], clearance.minimum(from_tie), clearance)
         wanted[~kept[:, i]] = 0.0
@@ -60,12 +59,12 @@ def sparsegpt(
     return w, kept, clearance
 
 
-def nearest(value: Tensor, scale: Tensor, largest: bool) -> float:
+def nearest(values: Tensor, scales: Tensor, largest: Tensor) -> Tensor:
     """The nearest of −127 … 127 times the scale; an end of it for what was the row's largest."""
-    if largest:
-        return float(scale) * (127 if value >= 0 else -127)
-    grid = scale * torch.arange(-127, 128, dtype=torch.float64)
-    return float(grid[(grid - value).abs().argmin()])
+    grid = scales[:, None] * torch.arange(-127, 128, dtype=torch.float64)
+    place = (grid - values[:, None]).abs().argmin(1)
+    place = torch.where(largest, torch.where(values >= 0, 254, 0), place)
+    return grid.gather(1, place[:, None])[:, 0]
 
 
 def selection_width(text: str, block_columns: int) -> int:
