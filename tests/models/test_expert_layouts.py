@@ -17,10 +17,9 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError
 from secateur.models.architecture import describe, experts_of, families, family_of, text_config
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.expert_layout import ExpertLayout, stored_in_table
 from secateur.models.experts import OpenExperts, opened_experts
-from secateur.models.layout import ExpertLayout, flagged_layout
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.stored_parameters import stored_in_table
 from slow import slow_but
 from tiny import tiny_tokenizer
 from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows
@@ -134,13 +133,14 @@ def test_declared_forms_are_those_of_transformers(family: str) -> None:
     assert experts is not None
     for path in fused(model):
         assert path.endswith(f".{experts.module}")
-        flagged = flagged_layout(model.get_submodule(path))
+        flagged = ExpertLayout.of_class(model.get_submodule(path))
         if family in ("llama4", "step3p7 experts"):  # their classes say nothing
             assert flagged is None
         else:
             assert flagged == experts.layout
-    if family_of(model) is not None:
-        assert stored_in_table(model) == experts.stored
+    declared = family_of(model)
+    if declared is not None and declared.experts is not None:
+        assert stored_in_table(model) == declared.experts.stored
         assert hasattr(text_config(model.config), experts.count)
         layers = describe(model).layers(model)
         assert any(experts.router in dict(layer.named_modules()) for layer in layers)
@@ -238,12 +238,13 @@ def test_a_view_is_read_and_written_as_torch_does(tmp_path: Path) -> None:
         for transposed in (False, True)
     ):
         rows = 14 if layout.gated else 7
-        shapes = {layout.weights[0]: (3, rows, 5), layout.weights[1]: (3, 5, 7)}
+        first, down, *biases = layout.tensors
+        shapes = {first: (3, rows, 5), down: (3, 5, 7)}
         if layout.transposed:
             shapes = {name: (e, b, a) for name, (e, a, b) in shapes.items()}
-        shapes |= dict(zip(layout.names[2:], ((3, rows), (3, 5)), strict=True))
+        shapes |= dict(zip(biases, ((3, rows), (3, 5)), strict=True))
         assert layout.fits(shapes)
-        assert not layout.fits(shapes | {layout.weights[1]: (3, 5, 8)})
+        assert not layout.fits(shapes | {down: (3, 5, 8)})
         whole = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
         folder = tmp_path / str(layout)
         folder.mkdir()

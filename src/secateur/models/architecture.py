@@ -3,23 +3,118 @@
 A `Family` is data: the path to the decoder layers, and the linears of a layer, grouped by the input
 they share, in the order they run. For a family that the library does not know, the layers are the
 longest list of modules with linears, and running one layer shows the groups.
+
+**Couplings.** A dimension of a decoder is spread over many parameters. An FFN neuron is a row of
+two matrices and a column of a third. A KV group is a run of rows in three matrices and of columns
+in a fourth. A channel of the residual stream is an entry of nearly every parameter. `Couplings`
+describes this as data.
+
+An axis has the name of the units along it:
+
+| name        | along it                                                                        |
+|-------------|---------------------------------------------------------------------------------|
+| `hidden`    | channels of the residual stream                                                 |
+| `embedding` | the same, unless the embedding is narrower and projected                        |
+| `queries`   | query heads, those of a KV group together: groups × heads per group × head size |
+| `heads`     | one value for each query head                                                   |
+| `keys`      | key or value heads: groups × head size                                          |
+| `triples`   | query, key and value of one head after another: heads × 3 × head size           |
+| `pairs`     | query and gate of one head after another: heads × 2 × head size                 |
+| `parts`     | what latent attention computes for each head, of any size: heads × size         |
+| `neurons`   | FFN neurons                                                                     |
+| `state`     | channels of a state space or a convolution, which are not cut                   |
+| `experts`   | experts of a mixture                                                            |
+| `layers`    | what a parameter outside the layers holds for each layer: layers × size         |
+| `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
+
+Names joined by `+` are segments one after the other: `queries+keys+keys` of a fused projection.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.layout import Couplings, ExpertLayout, Experts, flagged_layout
+from secateur.models.expert_layout import (
+    PROJECTIONS,
+    ExpertLayout,
+    Experts,
+    stored_in_table,
+)
 from secateur.registry import Registry
 
 Groups = tuple[tuple[str, ...], ...]
+
+
+Axes = Mapping[str, tuple[str, ...]]
+"""Axes by name of a module or parameter. Of a linear or an embedding: those of its weight as
+[out, in], whatever way it is stored; its bias has the first. Of a norm: the one it runs over."""
+
+
+@dataclass(frozen=True)
+class Couplings:
+    """Which parameters of the models of one family must be cut together.
+
+    Attributes:
+        layer: axes of modules and parameters, named within a decoder layer.
+        outside: axes of those outside the decoder layers, named within the model.
+        attention: the module that is the attention sub-block.
+        ffn: the modules that make up the FFN sub-block, one or several.
+        attention_norms: norms that serve the attention sub-block alone and go with it.
+        ffn_norms: norms that serve the FFN sub-block alone and go with it.
+        neurons_key: what the configuration calls the number of FFN neurons; empty if it does not
+            say it.
+        attributes: attributes of modules that hold a size, by module and attribute, as a quantity:
+            `heads`, `groups`, `queries` (heads × head size), `neurons`, `experts` or `hidden`.
+            An attribute `config.x` is a value the module reads from the model's configuration.
+        norm_offset: what a norm adds to its stored weight (1 for Gemma, which stores w - 1).
+        scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+        with_neurons: entries of the configuration that another number of neurons needs too.
+        alike: why all layers must keep the same sizes; empty where they may differ.
+        fixed: kinds of units that cannot be cut (`groups`, `neurons`, `hidden`), and why.
+    """
+
+    layer: Axes
+    outside: Axes
+    attention: str = "self_attn"
+    ffn: tuple[str, ...] = ("mlp",)
+    attention_norms: tuple[str, ...] = ()
+    ffn_norms: tuple[str, ...] = ()
+    neurons_key: str = "intermediate_size"
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    with_neurons: Mapping[str, Any] = field(default_factory=dict)
+    alike: str = ""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, path: str, base: str) -> Couplings:
+        """The couplings of the same decoder inside a larger model.
+
+        Args:
+            path: of the decoder in that model.
+            base: its name where it is the whole model.
+        """
+        outside = {
+            path + name.removeprefix(base) if name.startswith(f"{base}.") else name: axes
+            for name, axes in self.outside.items()
+        }
+        return replace(self, outside=outside)
+
+    def plus(self, axes: Axes, **changes: Any) -> Couplings:
+        """The same with axes of more modules of a layer, and with other fields changed."""
+        return replace(self, layer={**self.layer, **axes}, **changes)
+
+    def consumer(self, axis: str) -> str | None:
+        """The linear of a layer whose input columns are the units along `axis`."""
+        found = (n for n, axes in self.layer.items() if len(axes) == 2 and axes[1] == axis)
+        return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -250,16 +345,21 @@ def _decoder_inside(model: Any, base: str) -> str | None:
 
 
 def experts_of(model: Any) -> Experts | None:
-    """Where the experts of a model are; None for a dense model.
+    """Where the experts of a model are and how they are stored; None for a dense model.
 
-    The family declares it. Without a family the modules show it, whether opened or fused.
+    The family declares it. Without a family the modules show it, whether opened or fused. Where the
+    family and transformers' table differ in stored names, the table is of this very class.
     """
     family = family_of(model)
-    if family is not None:
-        return family.experts
+    experts = family.experts if family else _shown_experts(model)
+    table = stored_in_table(model) if experts else PROJECTIONS
+    return experts and (experts if table == PROJECTIONS else replace(experts, stored=table))
+
+
+def _shown_experts(model: Any) -> Experts | None:
     for path, module in model.named_modules():
         own = getattr(module, "layout", None)  # of opened experts
-        layout = own if isinstance(own, ExpertLayout) else flagged_layout(module)
+        layout = own if isinstance(own, ExpertLayout) else ExpertLayout.of_class(module)
         if layout is not None:
             return Experts(re.split(r"\.\d+\.", path)[-1], layout=layout)
     return None

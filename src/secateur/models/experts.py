@@ -4,8 +4,8 @@ transformers multiplies with slices of tensors that hold all experts of a layer,
 inputs of an expert. Which code does this depends on `experts_implementation`. After opening, the
 experts are modules, whatever that setting is, and gate, up and down of each are linears [out, in]
 like any others: statistics, halted forwards, solvers and packed matrices need no special case.
-`layout.py` describes how experts are fused, and the family declares it. For a family that is
-not declared, the class of transformers says it itself.
+`expert_layout.py` describes how experts are fused, and the family declares it. For a family that
+is not declared, the class of transformers says it itself.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import family_of
-from secateur.models.layout import ExpertLayout, Experts, flagged_layout
+from secateur.models.expert_layout import ExpertLayout, Experts, shapes_of
 
 
 def _form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
     """How a module fuses experts; None if it is no such module, or in a form that is not known."""
     if declared is not None and path.endswith("." + declared.module):
-        shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
-        return declared if declared.layout.fits(shapes) else None
-    layout = flagged_layout(module)
+        return declared if declared.layout.fits(shapes_of(module)) else None
+    layout = ExpertLayout.of_class(module)
     return None if layout is None else Experts(path, layout=layout)
 
 
@@ -73,11 +72,10 @@ def opened_experts(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        family = family_of(model)
         for path, fused in replaced.items():
-            form = _form_of(path, fused, family.experts if family else None)
-            assert form is not None
-            _close(_opened(fused, form.layout), model.get_submodule(path))
+            experts = model.get_submodule(path)
+            assert isinstance(experts, OpenExperts)
+            _close(_opened(fused, experts.layout), experts)
             _put(model, path, fused)
 
 
@@ -108,7 +106,7 @@ class ExpertActivation(nn.Module):
         shell._parameters = {}
         # In a tuple, because transformers would initialise a module of this class.
         self.fused = (shell,)
-        self.interleaved = layout.interleaved
+        self.joined = layout.joined
         own = getattr(type(fused), "_apply_gate", None)  # in the place of act(gate) · up
         self.own = own is not None and own.__name__ != "_default_apply_gate"
 
@@ -118,11 +116,7 @@ class ExpertActivation(nn.Module):
         if len(parts) == 1 or not self.own:
             out: Tensor = of.act_fn(parts[0])
             return out if len(parts) == 1 else out * parts[1]
-        if self.interleaved:
-            together = torch.stack(parts, dim=-1).flatten(-2)
-        else:
-            together = torch.cat(parts, dim=-1)
-        gated: Tensor = of._apply_gate(together)
+        gated: Tensor = of._apply_gate(self.joined(*parts))
         return gated
 
 
@@ -240,7 +234,7 @@ class ScaledExperts(OpenExperts):
 def _opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = False) -> OpenExperts:
     """The experts of a fused module; their weights are views of its parameters."""
     parts: list[dict[str, nn.Parameter]] = []
-    for name in layout.names:
+    for name in layout.tensors:
         parameter = fused.get_parameter(name)
         views = layout.apart(name, parameter.detach())
         parts = parts or [{} for _ in views]

@@ -18,11 +18,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchitectureError, CheckpointError
-from secateur.models.architecture import text_config
+from secateur.models.architecture import experts_of, text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
-from secateur.models.stored_parameters import expert_renamings, split_stored, stored_experts_of
 
 LARGE = 2**24
 """Values of a tensor that is large."""
@@ -134,10 +133,9 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     known, prefix = dict(model.state_dict()), model.base_model_prefix
-    experts = stored_experts_of(model)
+    experts = experts_of(model)
     if experts is not None:
-        own = expert_renamings(experts)
-        renamings += [WeightRenaming(pattern, name) for pattern, name in own.items()]
+        renamings += [WeightRenaming(*pair) for pair in experts.renamings().items()]
 
     def name_of(stored: str) -> str:
         name: str = rename_source_key(stored, renamings, [], prefix, known)[0]
@@ -145,7 +143,7 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
     names = {stored: name_of(stored) for stored in reader.entries}
     if experts is not None and split:
-        split_stored(reader, experts, names)
+        experts.split(reader, names)
     return {stored: names.get(stored) or name_of(stored) for stored in reader.entries}
 
 

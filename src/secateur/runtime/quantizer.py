@@ -13,9 +13,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError, KernelError
+from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import PACKED_INDEX_NAME, QUANT_METHOD
 from secateur.models.experts import open_experts
-from secateur.models.stored_parameters import expert_renamings, stored_experts_of
 from secateur.runtime.formats import part_suffixes
 from secateur.runtime.install import install
 from secateur.runtime.packed import VERSION, PackedCheckpoint
@@ -108,13 +108,12 @@ class PackedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Keep experts as they are stored, one by one, and do not fuse them."""
-        experts = stored_experts_of(model)
+        experts = experts_of(model)
         if experts is None:
             return weight_conversions
-        own = expert_renamings(experts)
         return [
             *(x for x in weight_conversions if not isinstance(x, WeightConverter)),
-            *(WeightRenaming(pattern, name) for pattern, name in own.items()),
+            *(WeightRenaming(*pair) for pair in experts.renamings().items()),
         ]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

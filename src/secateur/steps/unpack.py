@@ -10,9 +10,9 @@ from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.configuration import read_config
 from secateur.models.copies import write_dense
+from secateur.models.expert_layout import FusedExperts, loads_one_by_one
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
-from secateur.models.stored_parameters import FusedExperts, loads_one_by_one
 from secateur.recipes.compress import DecompressRecipe
 from secateur.reporting.cards import source_part
 from secateur.reporting.models import DecompressResult
@@ -91,6 +91,6 @@ def _as_transformers_loads(view: DenseView) -> CheckpointReader:
         return view
     paths = (path for path, m in opened.named_modules() if isinstance(m, OpenExperts))
     whole = skeleton_of(type(opened), opened.config, opened.dtype)
-    names = [f"{path}.{leaf}" for path in paths for leaf in experts.layout.names]
+    names = [f"{path}.{leaf}" for path in paths for leaf in experts.layout.tensors]
     shapes = {name: tuple(whole.get_parameter(name).shape) for name in names}
     return FusedExperts(view, model_names(opened, view), experts.layout, shapes)

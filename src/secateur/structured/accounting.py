@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.errors import VerificationError
+from secateur.models.architecture import Couplings
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.layer_cache import layer_caches
-from secateur.models.layout import Couplings
 from secateur.models.opening import form_of
 from secateur.models.skeleton import build_skeleton
 from secateur.runs.records import Counts

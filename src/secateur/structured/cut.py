@@ -11,13 +11,13 @@ from torch import nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import (
     Architecture,
+    Couplings,
     Linear,
     describe,
     hidden_size,
     setting,
     text_config,
 )
-from secateur.models.layout import Couplings
 
 QUERIES_OF_A_GROUP = "num_key_value_groups"
 """The name in transformers of the number of query heads that share a key."""

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import Architecture, describe, setting, text_config
-from secateur.models.layout import Couplings
+from secateur.models.architecture import Architecture, Couplings, describe, setting, text_config
 from secateur.models.skeleton import quiet_transformers, skeleton_of, text_part
 from secateur.structured.cut import (
     QUERIES_OF_A_GROUP,

@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import Architecture
-from secateur.models.layout import Axes, Couplings
+from secateur.models.architecture import Architecture, Axes, Couplings
 from secateur.models.skeleton import stored_buffers
 from secateur.structured.cut import UNITS, Cut, Sizes, find
 

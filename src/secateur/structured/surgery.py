@@ -39,7 +39,6 @@ from secateur.models.checkpoint import (
     note_links,
 )
 from secateur.models.inventory import part_outside
-from secateur.models.layout import PROJECTIONS
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import (
     assign,
@@ -286,39 +285,17 @@ def _stored_parts(
 ) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
     """The edits of the tensors that hold a parameter, with the expert's old and new number.
 
-    A checkpoint may store gate and up of all experts in a tensor each, or the linears of each
-    expert; other parameters are whole.
+    A checkpoint may store the experts of a layer otherwise than the model holds them; other
+    parameters are whole.
     """
-    owner = edit.source.rpartition(".")[0]
-    halves = [f"{owner}.{name}" for name in PROJECTIONS[:2]]
-    if not edit.source.endswith(".gate_up_proj") or halves[0] not in stored:
-        yield from _parts_of_experts(made, edit)
-        return
-    count, both, inner = edit.shape
-    for half in halves:
-        yield None, replace(edit, source=half, shape=(count, both // 2, inner))
-
-
-def _parts_of_experts(made: Design, edit: Edit) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
-    """The edits of each expert's linears, with its old and new number; others unchanged."""
-    experts = made.architecture.experts
-    owner, _, leaf = edit.source.rpartition(".")
-    if (
-        experts is None
-        or not owner.endswith(f".{experts.module}")
-        or leaf not in experts.layout.names
-    ):
+    experts, kept = made.architecture.experts, edit.kept[0]
+    numbers = None if kept is None else kept.tolist()
+    parts = list(experts.parts(edit.source, edit.shape, numbers, stored)) if experts else []
+    for part in parts:
+        axes = tuple(edit.kept[axis] for axis in part.axes)
+        yield part.expert, replace(edit, source=part.name, kept=axes, shape=part.shape)
+    if not parts:
         yield None, edit
-        return
-    whole = made.uncut.get_parameter(edit.source)
-    axes = edit.kept[1:]
-    if experts.layout.transposed and not leaf.endswith("_bias"):
-        axes = axes[::-1]
-    kept = range(len(whole)) if edit.kept[0] is None else edit.kept[0].tolist()
-    apart = experts.layout.apart(leaf, torch.empty(edit.shape, device="meta"))
-    for new, old in enumerate(kept):
-        for part, view in apart[new].items():
-            yield (old, new), Edit(f"{owner}.{old}.{part}", axes, tuple(view.shape))
 
 
 def _renumbered_name(
@@ -330,9 +307,9 @@ def _renumbered_name(
         return stored
     old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
     stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
-    if expert is not None:
-        stored = re.sub(rf"\.experts\.{expert[0]}\.", f".experts.{expert[1]}.", stored, count=1)
-    return stored
+    experts = made.architecture.experts
+    place = experts.place_of(stored) if experts and expert else None
+    return f"{stored[: place.start(1)]}{expert[1]}{stored[place.end(1) :]}" if place else stored
 
 
 def _part_edits(
@@ -437,8 +414,7 @@ def _renumbered(made: Design, name: str) -> str | None:
     kept = made.layers[new].experts
     if experts is None or kept is None:
         return start + rest
-    where = re.escape(experts.module.rpartition(".")[2])
-    inner = re.search(rf"\.{where}\.(\d+)(?=\.|$)", rest)
+    inner = experts.place_of(rest)
     if inner is None:
         return start + rest
     places = kept.tolist()

@@ -25,8 +25,7 @@ from secateur.exporting import ExportSource
 from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
-from secateur.models.layout import PROJECTIONS, Experts
-from secateur.models.stored_parameters import split_stored
+from secateur.models.expert_layout import Experts
 
 
 @dataclass(frozen=True)
@@ -407,7 +406,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
         raise _differs(source.folder, f"models of type {kind!r} are not described for it here")
     experts = _experts_of(source)
     if experts is not None:
-        split_stored(source.reader, experts, {name: name for name in source.reader.entries})
+        experts.split(source.reader, {name: name for name in source.reader.entries})
     decoder = _decoder_of(source, family, _configuration(source, kind))
     if decoder.varied:
         if family.varied is None:
@@ -494,14 +493,13 @@ def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
     experts = _experts_of(source)
     if experts is None:
         return {}
-    called = dict(zip(experts.stored, PROJECTIONS, strict=True))
-    pattern = rf"(model\.layers\.\d+)\..+\.experts\.(\d+)\.({'|'.join(called)})\.weight"
     found: dict[str, dict[int, str]] = {}
     for name in source.reader.entries:
-        part = re.fullmatch(pattern, name)
-        if part:
-            stack = f"{part[1]}.mlp.experts.{called[part[3]]}.weight"
-            found.setdefault(stack, {})[int(part[2])] = name
+        layer = re.match(r"model\.layers\.\d+", name)
+        place, linear = experts.place_of(name), experts.stored_linear(name)
+        if layer and place and linear:
+            stack = f"{layer[0]}.mlp.experts.{linear}.weight"
+            found.setdefault(stack, {})[int(place[1])] = name
     return {stack: tuple(of[e] for e in sorted(of)) for stack, of in found.items()}
 
 

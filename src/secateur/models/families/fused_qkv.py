@@ -1,13 +1,12 @@
 """Decoders with queries, keys and values in one matrix."""
 
-from secateur.models.architecture import PRE_NORM_WRITERS, Family, families
+from secateur.models.architecture import PRE_NORM_WRITERS, Axes, Couplings, Family, families
 from secateur.models.families.llama_like import (
     FUSED_FFN_GROUPS,
     FUSED_GATED_FFN,
     PRE_NORM,
     TWO_NORMS,
 )
-from secateur.models.layout import Axes, Couplings
 
 WIDE_FFN: Axes = {
     "mlp.dense_h_to_4h": ("neurons", "hidden"),

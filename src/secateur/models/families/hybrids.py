@@ -4,9 +4,12 @@ from secateur.models.architecture import (
     PRE_NORM_WRITERS,
     SPLIT_ATTENTION_GATED_FFN,
     SPLIT_ATTENTION_GROUPS,
+    Axes,
+    Couplings,
     Family,
     families,
 )
+from secateur.models.expert_layout import ExpertLayout, Experts
 from secateur.models.families.llama_like import (
     EMBEDDING_AND_HEAD,
     GATED_FFN,
@@ -16,7 +19,6 @@ from secateur.models.families.llama_like import (
     TWO_NORMS,
 )
 from secateur.models.families.mixtures import GATED_SHARED_EXPERT, GRANITE, W132
-from secateur.models.layout import Axes, Couplings, ExpertLayout, Experts
 
 
 def _mamba_axes(module: str) -> Axes:

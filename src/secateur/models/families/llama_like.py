@@ -7,10 +7,11 @@ from secateur.models.architecture import (
     PRE_NORM_WRITERS,
     SPLIT_ATTENTION_GATED_FFN,
     SPLIT_ATTENTION_GROUPS,
+    Axes,
+    Couplings,
     Family,
     families,
 )
-from secateur.models.layout import Axes, Couplings
 
 SPLIT_ATTENTION: Axes = {
     "self_attn.q_proj": ("queries", "hidden"),

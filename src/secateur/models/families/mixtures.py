@@ -6,10 +6,13 @@ from secateur.models.architecture import (
     PRE_NORM_WRITERS,
     SPLIT_ATTENTION_GATED_FFN,
     SPLIT_ATTENTION_GROUPS,
+    Axes,
+    Couplings,
     Family,
     Groups,
     families,
 )
+from secateur.models.expert_layout import ExpertLayout, Experts
 from secateur.models.families.llama_like import (
     GATED_FFN,
     HEAD_NORMS,
@@ -20,7 +23,6 @@ from secateur.models.families.llama_like import (
     SPLIT,
     WIDE_NORMS,
 )
-from secateur.models.layout import Axes, Couplings, ExpertLayout, Experts
 
 
 def _shared(name: str) -> tuple[Groups, Axes]:

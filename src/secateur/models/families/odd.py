@@ -1,8 +1,8 @@
 """Decoders whose layout no other family has: OPT, Phi-2, GPT-J, Gemma 3n and Gemma 4."""
 
-from secateur.models.architecture import Family, families
+from secateur.models.architecture import Axes, Couplings, Family, families
+from secateur.models.expert_layout import Experts
 from secateur.models.families.llama_like import HEAD_NORMS, SPLIT_ATTENTION
-from secateur.models.layout import Axes, Couplings, Experts
 
 QUERIES_KEYS_VALUES = {n: axes for n, axes in SPLIT_ATTENTION.items() if "o_proj" not in n}
 
