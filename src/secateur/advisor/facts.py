@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError
+from secateur.models.shape import DecoderSizes
 from secateur.registry import did_you_mean
 
 THIS_MACHINE = "this-machine"
@@ -111,18 +112,16 @@ class API(Entry):
     source: str
 
 
-class KnownShape(Entry):
-    """The sizes of a well-known model."""
+@dataclass(frozen=True, kw_only=True)
+class KnownShape(DecoderSizes):
+    """The sizes of a well-known model; no unknown keys, as in `Entry`."""
 
-    layers: int
-    hidden: int
+    __pydantic_config__ = Entry.model_config
+
     ffn: int
     heads: int
     kv_heads: int
     head: int
-    vocabulary: int
-    tied: bool = False
-    experts: int = 0
     experts_per_token: int = 0
 
 

@@ -8,7 +8,6 @@ overhead = (weights + cache + working) · fragmentation + the runtime
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,43 +45,47 @@ class LayerKind:
         )
 
 
-def kinds_of(caches: Iterable[LayerCache]) -> tuple[LayerKind, ...]:
-    """The caches of all layers, equal ones together."""
-    return tuple(LayerKind(count, cache) for cache, count in Counter(caches).items())
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """What every description of a decoder says.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: channels of the residual stream.
+        vocabulary: rows of the embedding.
+        tied: whether the head is the embedding.
+        experts: experts of a layer; 0 for a dense model.
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 0
 
 
-@dataclass(frozen=True)
-class ModelShape:
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(DecoderSizes):
     """Counts of a decoder. Weights are counted as stored: tied ones once.
 
     Attributes:
         name: for people.
-        layers: decoder layers.
-        hidden: channels of the residual stream.
         linears: weights of the linears in decoder layers, all experts.
         active: of these, the weights that one token reads.
         embedding: weights of the embedding.
         head: weights of the output head; they count only once with `embedding` where tied.
-        tied: whether the head is the embedding.
         other: weights of norms, biases and everything else.
         kinds: what the decoder layers keep of a sequence, and what their attention computes.
-        vocabulary: rows of the embedding.
-        experts: experts of a layer; 0 for a dense model.
         expert_weights: of `linears`, the weights in experts.
     """
 
     name: str
-    layers: int
-    hidden: int
     linears: int
     active: int
     embedding: int
     head: int
-    tied: bool
     other: int
     kinds: tuple[LayerKind, ...]
-    vocabulary: int
-    experts: int = 0
     expert_weights: int = 0
 
     @property
@@ -168,19 +171,19 @@ def counted(name: str, model: Any) -> ModelShape:
     tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
     outer = embedding.numel() + (0 if embedding is head else head.numel())
     return ModelShape(
-        name,
-        len(layers),
-        config.hidden_size,
-        linears,
-        active,
-        embedding.numel(),
-        head.numel(),
-        tied,
-        total - linears - outer,
-        kinds_of(layer_caches(model)),
-        config.vocab_size,
-        experts if in_experts else 0,
-        in_experts,
+        name=name,
+        layers=len(layers),
+        hidden=config.hidden_size,
+        linears=linears,
+        active=active,
+        embedding=embedding.numel(),
+        head=head.numel(),
+        tied=tied,
+        other=total - linears - outer,
+        kinds=tuple(LayerKind(n, kind) for kind, n in Counter(layer_caches(model)).items()),
+        vocabulary=config.vocab_size,
+        experts=experts if in_experts else 0,
+        expert_weights=in_experts,
     )
 
 

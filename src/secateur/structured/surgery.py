@@ -308,8 +308,10 @@ def _renumbered_name(
     old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
     stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
     experts = made.architecture.experts
-    place = experts.place_of(stored) if experts and expert else None
-    return f"{stored[: place.start(1)]}{expert[1]}{stored[place.end(1) :]}" if place else stored
+    place = experts.place_of(stored) if experts else None
+    if place and expert:
+        return f"{stored[: place.start(1)]}{expert[1]}{stored[place.end(1) :]}"
+    return stored
 
 
 def _part_edits(

@@ -26,10 +26,11 @@ from secateur.models.architecture import families
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
 from secateur.models.expert_layout import Experts
+from secateur.models.shape import DecoderSizes
 
 
-@dataclass(frozen=True)
-class LlamaCppDecoder:
+@dataclass(frozen=True, kw_only=True)
+class LlamaCppDecoder(DecoderSizes):
     """A decoder as llama.cpp sees it.
 
     Attributes:
@@ -39,9 +40,6 @@ class LlamaCppDecoder:
         heads: query heads of each layer; 0 where there is no attention.
         kv_heads: KV heads of each layer.
         ffn: FFN neurons of each layer, or of each expert; 0 where there is no FFN.
-        vocabulary: rows of the embedding.
-        tied: whether the head is the embedding.
-        experts: experts of each layer; 0 for a dense model.
     """
 
     arch: gguf.MODEL_ARCH
@@ -50,14 +48,6 @@ class LlamaCppDecoder:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     ffn: tuple[int, ...]
-    vocabulary: int
-    tied: bool
-    experts: int = 0
-
-    @property
-    def layers(self) -> int:
-        """The number of decoder layers."""
-        return len(self.heads)
 
     @property
     def varied(self) -> bool:
@@ -171,8 +161,8 @@ def _must_be_tied(decoder: LlamaCppDecoder) -> Iterator[str]:
 def _narrow_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     """llama.cpp expects that the heads of some families are as wide as the residual stream."""
     width = decoder.heads[0] * decoder.head
-    if width != decoder.config.hidden_size:
-        yield f"its heads have {width} channels and its hidden states {decoder.config.hidden_size}"
+    if width != decoder.hidden:
+        yield f"its heads have {width} channels and its hidden states {decoder.hidden}"
 
 
 def _granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
@@ -319,7 +309,7 @@ class LlamaCppModel:
         fields = {
             "block_count": decoder.layers,
             "context_length": self.context,
-            "embedding_length": decoder.config.hidden_size,
+            "embedding_length": decoder.hidden,
             "vocab_size": decoder.vocabulary,
             "key_length": decoder.head,
             "value_length": decoder.head,
@@ -364,7 +354,7 @@ class LlamaCppModel:
 
     def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that the source does not store."""
-        hidden = self.decoder.config.hidden_size
+        hidden = self.decoder.hidden
         for layer, width in enumerate(self.decoder.ffn):
             if width == 0:
                 yield f"blk.{layer}.ffn_norm.weight", torch.ones(hidden)
@@ -457,12 +447,14 @@ def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Ll
             raise _differs(source.folder, f"its layers have {sorted(counts)} experts")
         (count,) = counts
     return LlamaCppDecoder(
-        family.arch,
-        config,
-        head,
-        heads,
-        kv_heads if any(fused) else separate,
-        ffn,
+        arch=family.arch,
+        config=config,
+        layers=len(layers),
+        hidden=config.hidden_size,
+        head=head,
+        heads=heads,
+        kv_heads=kv_heads if any(fused) else separate,
+        ffn=ffn,
         vocabulary=entries["model.embed_tokens.weight"].shape[0],
         tied=bool(config.tie_word_embeddings) or "lm_head.weight" not in entries,
         experts=count,
