@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +13,14 @@ from secateur.diagnostics.drift import (
     check_layers,
     compared,
     could_bear,
+    medians,
     pruned_energy,
-    summed_up,
 )
 
-FINE = LayerDrift(0, 0.2, 0.98, 0.95, 0.3, 0.95, 1.1, 1.1)
+FINE = LayerDrift(
+    layer=0, relative_error=0.2, cosine=0.98, norm_ratio=0.95, own_error=0.3, contribution=0.95,
+    kept_input=1.1, dense_kept_input=1.1,
+)  # fmt: skip
 
 
 def kinds(*layers: LayerDrift) -> dict[str, str]:
@@ -40,7 +42,7 @@ def kinds(*layers: LayerDrift) -> dict[str, str]:
     ],
 )
 def test_faults(change: dict, kind: str | None) -> None:
-    broken = replace(FINE, layer=1, **change)
+    broken = FINE.model_copy(update={"layer": 1, **change})
     assert kinds(FINE, broken) == ({kind: "layer 1"} if kind else {})
 
 
@@ -49,7 +51,7 @@ def test_the_measures_of_known_vectors() -> None:
     x = torch.tensor([[[2.0, 0.0]]]).expand(1, 5, 2)
     added = torch.tensor([[[0.0, 1.0]]]).expand(1, 5, 2)
     y, dense_y = x + added / 2, x + added
-    layer = summed_up(3, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
+    layer = medians(3, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
     assert layer.layer == 3
     assert layer.relative_error == pytest.approx(0.5 / math.sqrt(5))
     assert layer.cosine == pytest.approx(4.5 / math.sqrt(4.25 * 5))
@@ -63,10 +65,10 @@ def test_a_massive_token_does_not_fool_the_median() -> None:
     torch.manual_seed(0)
     x, added = torch.randn(1, 9, 16), torch.randn(1, 9, 16)
     y, dense_y = x + 0.9 * added, x + added
-    plain = summed_up(0, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
+    plain = medians(0, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
     x[0, 0] *= 1e4
     y[0, 0], dense_y[0, 0] = 3 * x[0, 0], x[0, 0]
-    massive = summed_up(0, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
+    massive = medians(0, {k: [v] for k, v in compared(y, dense_y, y, x).items()})
     assert massive.own_error == pytest.approx(plain.own_error, abs=0.02)
     assert massive.cosine > 0.9
 
@@ -80,7 +82,10 @@ def test_pruned_energy_is_that_of_normal_weights() -> None:
 
 
 def test_what_layers_could_bear() -> None:
-    drift = [replace(FINE, layer=i, own_error=e) for i, e in enumerate((0.2, 0.3, 0.6, 0.3, 0.01))]
+    drift = [
+        FINE.model_copy(update={"layer": i, "own_error": e})
+        for i, e in enumerate((0.2, 0.3, 0.6, 0.3, 0.01))
+    ]
     bears = could_bear({0: 0.5, 1: 0.5, 2: 0.5, 3: 0.0, 4: 0.5}, drift)
     assert set(bears) == {0, 1, 2, 4}  # layer 3 is dense
     common = (0.2 + 0.3) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     # two frontiers of four, five single levels, a cut, the winner and another finalist
     assert page.figures["frontier"] == 16
     assert {"fit", "quality", "provenance"} <= set(page.ids)
+
+
+def test_the_chart_of_a_fit_shows_every_finalist(tmp_path: Path) -> None:
+    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
+    first, second = result.finalists
+    more = [replace(second, name=f"a cut, {n}", file_bytes=n << 20) for n in (45, 50, 65)]
+    result = result.model_copy(update={"finalists": (*more, first, second)})
+    shown = {
+        (mark.label, mark.x, mark.y)
+        for series in result.chart().series
+        if series.name in ("made whole", "the winner")
+        for mark in series.marks
+    }
+    assert shown == {(x.name, x.file_bytes / 2**20, x.divergence) for x in result.finalists}
+    assert len(shown) == 5
 
 
 def test_what_pruning_brought(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,33 +27,22 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress
-from secateur.runs.records import Finding, Severity
+from secateur.runs.records import Drift, Finding, Severity
 
 TOKENS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class LayerDrift:
-    """A pruned decoder layer compared with the dense one; medians over tokens.
+class LayerDrift(Drift[float]):
+    """What the checks know of a layer.
 
     Attributes:
         layer: its number.
-        relative_error: of the stream, ‖ŷ − y‖ / ‖y‖.
-        cosine: of the stream.
-        norm_ratio: of the stream, ‖ŷ‖ / ‖y‖.
-        own_error: of the layer alone, relative to the dense layer's addition.
-        contribution: the layer's own addition, relative to the dense layer's.
         kept_input: how much of its input the output of the layer alone contains, ⟨ŷ, x⟩ / ⟨x, x⟩.
         dense_kept_input: the same of the dense layer.
         not_finite: hidden states of the pruned model that are NaN or infinite.
     """
 
     layer: int
-    relative_error: float
-    cosine: float
-    norm_ratio: float
-    own_error: float
-    contribution: float
     kept_input: float
     dense_kept_input: float
     not_finite: int = 0
@@ -111,7 +99,7 @@ def layer_drifts(
                 measured.setdefault(name, []).append(values)
             ours.write(batch, y)
             theirs.write(batch, dense_y)
-        found.append(summed_up(index, measured))
+        found.append(medians(index, measured))
         progress.step(note=f"layer {index}")
         if found[-1].not_finite:
             break
@@ -142,11 +130,12 @@ def _never_zero(x: Tensor) -> Tensor:
     return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def summed_up(index: int, measured: dict[str, list[Tensor]]) -> LayerDrift:
+def medians(index: int, measured: dict[str, list[Tensor]]) -> LayerDrift:
     """The medians over all tokens."""
     joined = {name: torch.cat(values) for name, values in measured.items()}
     bad = int(joined.pop("not_finite").sum())
-    return LayerDrift(index, **{n: float(v.median()) for n, v in joined.items()}, not_finite=bad)
+    found = {name: float(values.median()) for name, values in joined.items()}
+    return LayerDrift(layer=index, not_finite=bad, **found)
 
 
 COLLAPSED, EXPLODED = 0.1, 10.0

@@ -28,10 +28,9 @@ from secateur.reporting.tables import (
     counted,
     not_pruned,
 )
-from secateur.runs.records import DiagnosisRecord, Finding, LayerState, Machine, MatrixState
+from secateur.runs.records import DiagnosisRecord, Drift, Finding, LayerState, Machine, MatrixState
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-DRIFT = ("relative_error", "cosine", "norm_ratio", "own_error", "contribution")
 
 
 class DiagnoseResult(Result, DiagnosisRecord):
@@ -76,7 +75,7 @@ class DiagnoseResult(Result, DiagnosisRecord):
                 layer=index,
                 sparsity=sparsity,
                 could_bear=bears.get(index),
-                **{name: getattr(finite.get(index), name, None) for name in DRIFT},
+                **{name: getattr(finite.get(index), name, None) for name in Drift.model_fields},
             )
             for index, sparsity in layer_sparsity(weights).items()
         )

@@ -20,6 +20,7 @@ from secateur.runs.records.base import AnyRecord, Record, parsed, read_list, rea
 from secateur.runs.records.measured import (
     Bench,
     DiagnosisRecord,
+    Drift,
     Finding,
     LayerState,
     Machine,
@@ -63,6 +64,7 @@ __all__ = [
     "Cost",
     "Counts",
     "DiagnosisRecord",
+    "Drift",
     "Finding",
     "FormatTotals",
     "Import",

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -42,16 +42,38 @@ class Finding:
     remedy: str
 
 
-class LayerState(Record):
-    """The effect of a layer on its inputs, compared with the dense layer."""
+Measured = TypeVar("Measured", float, float | None)
+"""A number, or one that may be missing."""
+
+
+class Drift(Record, Generic[Measured]):
+    """A pruned decoder layer compared with the dense one; medians over tokens.
+
+    Attributes:
+        relative_error: of the hidden states after the layer, ‖ŷ − y‖ / ‖y‖.
+        cosine: of these hidden states.
+        norm_ratio: of these hidden states, ‖ŷ‖ / ‖y‖.
+        own_error: of the layer alone, relative to the dense layer's addition.
+        contribution: the layer's own addition, relative to the dense layer's.
+    """
+
+    relative_error: Measured
+    cosine: Measured
+    norm_ratio: Measured
+    own_error: Measured
+    contribution: Measured
+
+
+class LayerSparsity(Record):
+    """The zeros in the matrices of a layer."""
 
     layer: int
     sparsity: float
-    relative_error: float | None
-    cosine: float | None
-    norm_ratio: float | None
-    own_error: float | None
-    contribution: float | None
+
+
+class LayerState(Drift[float | None], LayerSparsity):
+    """The zeros of a layer and what they did to it, as far as it was measured."""
+
     could_bear: float | None
 
 
