@@ -150,9 +150,7 @@ def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) 
     most = most_requests(found.least_busy.typical, load)
     least = copy / request if request else float("inf")
     return APICost(
-        name,
-        request * load.requests_per_day * MONTH_DAYS,
-        least if least <= most else None,
+        name, request * load.requests_per_day * MONTH_DAYS, least if least <= most else None
     )
 
 

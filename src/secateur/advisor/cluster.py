@@ -30,11 +30,7 @@ Shape = tuple[int, int]
 SINGLE = 1 / 16
 """Float32 without tensor cores, as a fraction of bfloat16 with them: 67 / 989 on an H100."""
 
-SOLVER_COSTS = {
-    "zero": (0.0, 0.0),
-    "obs": (4.4, 13.0),
-    "alps": (0.7, 156.0),
-}
+SOLVER_COSTS = {"zero": (0.0, 0.0), "obs": (4.4, 13.0), "alps": (0.7, 156.0)}
 """(p, s) by solver, measured on one core for 1024 inputs and outputs; wider matrices need less."""
 
 GPU_LINK_BYTES = 200e9

@@ -18,12 +18,7 @@ from secateur.errors import VerificationError
 from secateur.models.architecture import describe
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import QUANT_METHOD
-from secateur.models.inventory import (
-    inventory,
-    stored_shapes,
-    summary,
-    weights_of,
-)
+from secateur.models.inventory import inventory, stored_shapes, summary, weights_of
 from secateur.models.opening import form_of, open_weights
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent

@@ -375,11 +375,7 @@ def _digest(data: bytes) -> str:
 
 
 def windows_of(
-    text: str | Path,
-    loaded: Any,
-    tokenizer: Any,
-    sequence_length: int | None,
-    first: int | None,
+    text: str | Path, loaded: Any, tokenizer: Any, sequence_length: int | None, first: int | None
 ) -> tuple[Windows, dict[str, Any]]:
     """Return the windows of a text, and their protocol."""
     longest = positions_of(loaded.config) or 2048

@@ -124,10 +124,7 @@ class FormatTimer(RandomModel):
     """
 
     def __init__(
-        self,
-        config: Any,
-        stored: WeightFormat,
-        clock: Callable[[], float] = time.perf_counter,
+        self, config: Any, stored: WeightFormat, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         if config.model_type not in FAMILIES:
             raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")

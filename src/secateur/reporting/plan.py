@@ -71,10 +71,7 @@ class PlanResult(Result):
             ("  the linear layer that takes most", f"{out} x {columns}" if out else None),
             *((name, binary_size(size)) for name, size in optional.items() if size),
             (_peak(plan.on_gpu), binary_size(plan.peak_bytes)),
-            (
-                "  if float32 can factorise every gram, as usual",
-                usual,
-            ),
+            ("  if float32 can factorise every gram, as usual", usual),
             (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
         ]
         return [Table.of("plan", ("", ""), rows)]

@@ -21,12 +21,7 @@ from secateur.errors import CheckpointError
 from secateur.models.checkpoint import as_bytes, dtype_name
 from secateur.models.header import DTYPES, MAX_DIMENSIONS, MAX_SIDE, is_counts
 from secateur.runtime.formats import PartSpec
-from secateur.runtime.formats.bits import (
-    pack_numbers,
-    padding_bits,
-    row_bytes,
-    unpack_numbers,
-)
+from secateur.runtime.formats.bits import pack_numbers, padding_bits, row_bytes, unpack_numbers
 
 SMALLEST_BYTES = 1024
 """Tensors up to this size are not compressed."""

@@ -100,12 +100,7 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 
 
 def choose_layout(
-    weight: Tensor,
-    *,
-    format: str,
-    values: str,
-    transposed: bool = False,
-    group: int | None = None,
+    weight: Tensor, *, format: str, values: str, transposed: bool = False, group: int | None = None
 ) -> LayoutChoice:
     """The smallest layout for a matrix among the allowed ones; dense is always allowed.
 

@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.nemotron_nas import (
-    DeciLMDecoderLayer,
-    DeciLMForCausalLM,
-    DeciModel,
-)
+from vllm.model_executor.models.nemotron_nas import DeciLMDecoderLayer, DeciLMForCausalLM, DeciModel
 
 
 class VariedLayer(DeciLMDecoderLayer):
