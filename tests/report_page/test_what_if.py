@@ -18,8 +18,8 @@ from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.options import known_shape
 from secateur.models.layer_cache import LayerCache
 from secateur.models.shape import LayerKind, ModelShape
-from secateur.report_page import page
-from secateur.report_page.page import what_if_data
+from secateur.report_page import report
+from secateur.report_page.report import what_if_data
 
 NODE = shutil.which("node") or shutil.which("nodejs")
 pytestmark = pytest.mark.skipif(
@@ -44,7 +44,7 @@ process.stdout.write(JSON.stringify(cases.map((data) => {
 
 def in_javascript(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers of the page's script."""
-    script = (page.TEMPLATES / "advisor.js").read_text(encoding="utf-8") + HARNESS
+    script = (report.TEMPLATES / "advisor.js").read_text(encoding="utf-8") + HARNESS
     assert NODE is not None
     found = subprocess.run(
         [NODE, "-e", script], input=json.dumps(cases), capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.report_page.page import ReportResult
+from secateur.report_page.report import ReportResult
 from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateResult
 from secateur.reporting.models import (
     ChainResult,
