@@ -6,7 +6,7 @@ set of zeros that the pattern allows, of the target size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,14 @@ class LinearCount:
         return self.zeros / self.weights
 
 
+def zero_share(linears: Iterable[LinearCount]) -> float:
+    """The fraction of zeros in some matrices; 0 without any."""
+    zeros, weights = 0, 0
+    for linear in linears:
+        zeros, weights = zeros + linear.zeros, weights + linear.weights
+    return zeros / weights if weights else 0.0
+
+
 @dataclass(frozen=True)
 class Audit:
     """The zeros of a checkpoint.
@@ -78,8 +86,7 @@ class Audit:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros among the matrices of the decoder layers."""
-        weights = sum(x.weights for x in self.linears)
-        return sum(x.zeros for x in self.linears) / weights if weights else 0.0
+        return zero_share(self.linears)
 
     @property
     def model_sparsity(self) -> float:
@@ -190,13 +197,9 @@ def _view_of(folder: Path) -> DenseView | None:
 def count(name: str, weight: Tensor, pattern: Pattern | None, sparsity: float) -> LinearCount:
     """Count one matrix."""
     out, columns = weight.shape
-    return LinearCount(
-        name,
-        (out, columns),
-        zeros=weight.numel() - int(torch.count_nonzero(weight)),
-        weights=weight.numel(),
-        misplaced=0 if pattern is None else misplaced(pattern, weight, sparsity),
-    )
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    wrong = 0 if pattern is None else misplaced(pattern, weight, sparsity)
+    return LinearCount(name, (out, columns), zeros, weight.numel(), wrong)
 
 
 def verify(audit: Audit) -> None:

@@ -19,6 +19,12 @@ from secateur.errors import SecateurError
 from secateur.runs.records import Finding, Severity
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
+DAMAGED = (
+    *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(yaml.YAMLError, SecateurError),
+)
+"""Errors of reading a damaged record."""
+
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """The worst first: an error is proven, a warning is likely, a note is worth knowing."""
 
@@ -102,15 +108,7 @@ def read_claims(model: Path) -> Claims:
             return empty
         try:
             return reader(file.read_text(encoding="utf-8"))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            yaml.YAMLError,
-            SecateurError,
-        ) as e:
+        except DAMAGED as e:
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
             faults.append(
                 Finding(
@@ -127,16 +125,10 @@ def read_claims(model: Path) -> Claims:
     pattern, selection = None, None
     if manifest.get("method") != "structure":  # a cut model claims no zeros
         pattern, selection = read("recipe.yaml", lambda x: _of_recipe(x, manifest), (None, None))
-    return Claims(
-        folder,
-        read("layers.jsonl", _claims_of, {}),
-        pattern,
-        selection,
-        manifest.get("sparsity"),
-        read("layers.jsonl", _unseen_of, frozenset()) if not faults else frozenset(),
-        manifest.get("source"),
-        tuple(faults),
-    )
+    linears = read("layers.jsonl", _claims_of, {})
+    unseen = frozenset() if faults else read("layers.jsonl", _unseen_of, frozenset())
+    sparsity, source = manifest.get("sparsity"), manifest.get("source")
+    return Claims(folder, linears, pattern, selection, sparsity, unseen, source, tuple(faults))
 
 
 def _manifest_of(text: str) -> dict[str, Any]:
@@ -152,7 +144,6 @@ def _manifest_of(text: str) -> dict[str, Any]:
 
 def _claims_of(text: str) -> dict[str, LinearClaim]:
     """The claims of each layer's last line; a repeated layer has two."""
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     return {
         record["name"]: LinearClaim(
             float(record["asked"]),
@@ -160,24 +151,25 @@ def _claims_of(text: str) -> dict[str, LinearClaim]:
             int(record["zeros"]),
             record.get("lost") if record.get("error") is None else record["error"],
         )
-        for line in lines
+        for line in _json_lines(text)
         for record in line.get("linears", [])
     }
 
 
 def _unseen_of(text: str) -> frozenset[str]:
     """The linears that the last line of a layer lists as unseen."""
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    last = {line["layer"]: line for line in lines if "layer" in line}
+    last = {line["layer"]: line for line in _json_lines(text) if "layer" in line}
     return frozenset(name for line in last.values() for name in line.get("unseen", []))
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
     """Pattern and selection of a resolved recipe."""
     recipe = yaml.safe_load(text)
     scope = manifest.get("scope", recipe["scope"])
+    include, exclude = tuple(recipe["include"]), tuple(recipe["exclude"])
     pattern = parse_pattern(recipe["pattern"], None if scope == "group" else scope)
-    selection = Selection(
-        tuple(recipe["include"]), tuple(recipe["exclude"]), dict(recipe["overrides"])
-    )
-    return pattern, selection
+    return pattern, Selection(include, exclude, dict(recipe["overrides"]))

@@ -36,6 +36,14 @@ ENGINES = {
 }
 """Distributions of engines that run dense models, and how they treat unstructured zeros."""
 
+STRUCTURED = Support(
+    "structured",
+    "any",
+    True,
+    "cutting whole heads, neurons or layers leaves smaller dense matrices, which every engine "
+    "gains from",
+)
+
 
 def look_at_target(cpu: str) -> Machine:
     """Describe this machine.
@@ -45,13 +53,13 @@ def look_at_target(cpu: str) -> Machine:
     """
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     engines = {name: _installed(name) for name in ("torch", *ENGINES)}
-    return Machine(
-        cpu,
-        cpu_features(),
-        None if capability is None else f"{capability[0]}.{capability[1]}",
-        engines,
-        [*own_kernels(kernel_info()), sparse_cores(capability), *_other_engines(engines)],
-    )
+    supports = [*own_kernels(kernel_info()), sparse_cores(capability), STRUCTURED]
+    for name, reason in ENGINES.items():
+        there = engines[name]
+        text = "not installed" if there is None else f"version {there}"
+        supports.append(Support("unstructured", name, False, f"{text}; {reason}"))
+    shown = None if capability is None else f"{capability[0]}.{capability[1]}"
+    return Machine(cpu, cpu_features(), shown, engines, supports)
 
 
 def _installed(distribution: str) -> str | None:
@@ -79,59 +87,34 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 def own_kernels(info: KernelInfo) -> list[Support]:
     """The gains of this library's kernels on the CPU; those for ARM were never measured."""
     measured = info.tier != "none" and not info.tier.startswith("neon")
-    if info.tier == "none":
-        why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), info.reason)
-    elif not measured:
-        reason = f"the kernels ({info.tier}) were checked in an emulator; their speed is not known"
-        why = dict.fromkeys(("unstructured", "n:m", "2:4", "int8"), reason)
-    else:
-        by = f"the kernels ({info.tier}, {info.threads} threads) multiply"
-        why = {
-            "unstructured": f"{by} packed matrices without their zeros, from about half of them "
-            "on faster than dense ones; after `secateur compress`",
-            "n:m": f"{by} packed N:M matrices like any others, by their mask",
-            "2:4": f"{by} packed 2:4 matrices like any others, by their mask",
-            "int8": f"{by} int8 values: half the bytes of bfloat16, zeros or not",
-        }
+    by = f"the kernels ({info.tier}, {info.threads} threads) multiply"
+    why = {
+        "unstructured": f"{by} packed matrices without their zeros, from about half of them on "
+        "faster than dense ones; after `secateur compress`",
+        "n:m": f"{by} packed N:M matrices like any others, by their mask",
+        "2:4": f"{by} packed 2:4 matrices like any others, by their mask",
+        "int8": f"{by} int8 values: half the bytes of bfloat16, zeros or not",
+    }
+    if not measured:
+        neon = f"the kernels ({info.tier}) were checked in an emulator; their speed is not known"
+        why = dict.fromkeys(why, info.reason if info.tier == "none" else neon)
     return [Support(kind, "secateur, CPU", measured, reason) for kind, reason in why.items()]
 
 
 def sparse_cores(capability: tuple[int, int] | None) -> Support:
     """Whether a GPU has sparse tensor cores for 2:4 matrices."""
+    gains: bool | None = False
     if capability is None:
-        return Support("2:4", "torch, CUDA", False, "torch sees no CUDA device here")
-    if capability < SPARSE_CORES:
-        return Support(
-            "2:4",
-            "torch, CUDA",
-            False,
-            f"capability {capability[0]}.{capability[1]}; sparse tensor cores begin at 8.0",
+        reason = "torch sees no CUDA device here"
+    elif capability < SPARSE_CORES:
+        reason = f"capability {capability[0]}.{capability[1]}; sparse tensor cores begin at 8.0"
+    else:
+        gains = None
+        reason = (
+            "this GPU has sparse tensor cores; they pay for large batches and large matrices, not "
+            "when one token is generated at a time. Not measured here"
         )
-    return Support(
-        "2:4",
-        "torch, CUDA",
-        None,
-        "this GPU has sparse tensor cores; they pay for large batches and large matrices, not when "
-        "one token is generated at a time. Not measured here",
-    )
-
-
-def _other_engines(engines: dict[str, str | None]) -> list[Support]:
-    """Engines without support for zeros, and structured cuts, which help everywhere."""
-    found = [
-        Support(
-            "structured",
-            "any",
-            True,
-            "cutting whole heads, neurons or layers leaves smaller dense matrices, which every "
-            "engine gains from",
-        )
-    ]
-    for name, reason in ENGINES.items():
-        there = engines[name]
-        text = "not installed" if there is None else f"version {there}"
-        found.append(Support("unstructured", name, False, f"{text}; {reason}"))
-    return found
+    return Support("2:4", "torch, CUDA", gains, reason)
 
 
 def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) -> list[Finding]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.diagnostics.audit import LinearCount, count
+from secateur.diagnostics.audit import LinearCount, count, zero_share
 from secateur.diagnostics.findings import Claims, listed
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
@@ -73,8 +73,7 @@ class Weights:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in the matrices of the decoder layers."""
-        weights = sum(x.weights for x in self.linears)
-        return sum(x.zeros for x in self.linears) / weights
+        return zero_share(self.linears)
 
     def of_layer(self, index: int) -> dict[str, LinearHealth]:
         """The matrices of one decoder layer, by their name within it."""
@@ -83,11 +82,8 @@ class Weights:
 
 def layer_sparsity(weights: Weights) -> dict[int, float]:
     """The fraction of zeros in the matrices of each decoder layer."""
-    found = {}
-    for index in dict.fromkeys(x.layer for x in weights.linears):
-        same = [x for x in weights.linears if x.layer == index]
-        found[index] = sum(x.zeros for x in same) / sum(x.weights for x in same)
-    return found
+    layers = dict.fromkeys(x.layer for x in weights.linears)
+    return {index: zero_share(weights.of_layer(index).values()) for index in layers}
 
 
 def look_at_weights(
@@ -218,11 +214,8 @@ class DeadUnits:
 
     def beyond(self, dense: DeadUnits) -> DeadUnits:
         """The units that are dead in the pruned layer but not in the dense one."""
-        return DeadUnits(
-            _new(self.heads, dense.heads),
-            _new(self.unmade, dense.unmade),
-            _new(self.unread, dense.unread),
-        )
+        pairs = zip(vars(self).values(), vars(dense).values(), strict=True)
+        return DeadUnits(*(_new(now, before) for now, before in pairs))
 
 
 def head_size(config: Any) -> int:
@@ -282,7 +275,8 @@ def check_units(
     """
     found = []
     row_keeps_share = claims.pattern is not None and claims.pattern.scope in ("row", "group")
-    neurons, warned = dict[str, list[int]](), False
+    neurons = dict[str, list[int]]()
+    severity: Severity = "note"
     for index in dict.fromkeys(x.layer for x in weights.linears):
         units, name = _dead_units(weights.of_layer(index), size), layer_name(index)
         if dense is not None:
@@ -300,9 +294,10 @@ def check_units(
             neurons[name] = _numbers(dead)
             unmade = int(units.unmade.sum())
             limit = 0.0 if row_keeps_share else MANY
-            warned |= unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead)
+            if unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead):
+                severity = "warning"
     if neurons:
-        found.append(_neurons_finding(neurons, "warning" if warned else "note"))
+        found.append(_neurons_finding(neurons, severity))
     return found + _dead_lines(weights, row_keeps_share, dense)
 
 
@@ -312,9 +307,7 @@ def _new(now: Tensor, before: Tensor) -> Tensor:
 
 
 def _numbers(flags: Tensor) -> list[int]:
-    """The indices of True entries."""
-    places: list[int] = flags.nonzero().flatten().tolist()
-    return places
+    return [number for number, flag in enumerate(flags.tolist()) if flag]
 
 
 def _neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Finding:

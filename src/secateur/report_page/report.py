@@ -1,8 +1,8 @@
 """A report over runs, sweeps, fits and advice: the page, charts as files, the model card.
 
-The page is one HTML file that contains everything it shows. The templates escape all text from files
-and models. The page also blocks the network and every script except its own, which computes an
-advice anew: `templates/advisor.js` has the formulas of `secateur.advisor`, and no number of its
+The page is one HTML file that contains everything it shows. The templates escape all text from
+files and models. The page also blocks the network and every script except its own, which computes
+an advice anew: `templates/advisor.js` has the formulas of `secateur.advisor`, and no number of its
 own.
 """
 
