@@ -414,17 +414,10 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    torch_device = choose_device(device)
+    place, code = choose_device(device), {"trust_remote_code": trust_remote_code}
     if is_packed(source.folder):
-        loaded = load(
-            source.folder,
-            kernels=torch_device.type == "cpu",
-            device=torch_device,
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        loaded = load_whole(source.folder, torch_device, trust_remote_code=trust_remote_code)
-    return loaded, tokenizer
+        return load(source.folder, kernels=place.type == "cpu", device=place, **code), tokenizer
+    return load_whole(source.folder, place, **code), tokenizer
 
 
 @dataclass(frozen=True)
@@ -510,9 +503,8 @@ def dense_losses(
         with outer.outside(), exact_matmuls(device):
             for row, states in zip(rows, hidden, strict=True):
                 logits = outer.head(row, states)[first - 1 : -1].float()
-                losses.append(
-                    float(functional.cross_entropy(logits, windows[row, first:].to(device)))
-                )
+                following = windows[row, first:].to(device)
+                losses.append(float(functional.cross_entropy(logits, following)))
         progress.step(len(rows))
     progress.finish()
     return losses

@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +113,9 @@ class Process:
 
     def load(self, prompt: Sequence[int], new_tokens: int) -> None:
         """Start loading; `ready` returns the outcome."""
-        asked = {
-            "name": self.name,
-            "folder": str(self.folder),
-            "prompt": list(prompt),
-            "new_tokens": new_tokens,
-            "threads": len(os.sched_getaffinity(0)),
-        }
-        self.ready = self.ask(asked)
+        asked = {"name": self.name, "folder": str(self.folder), "prompt": list(prompt)}
+        threads = len(os.sched_getaffinity(0))
+        self.ready = self.ask({**asked, "new_tokens": new_tokens, "threads": threads})
 
     def ask(self, question: Any) -> dict[str, Any]:
         """Send one line to the process and read one line back; a failure if the process ended."""
@@ -218,8 +213,7 @@ def _serve() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
-    kernels = library()
-    if kernels is not None:
+    if (kernels := library()) is not None:
         kernels.sct_set_threads(asked["threads"])
     before = psutil.Process().memory_info().rss
     prompt = torch.tensor(asked["prompt"])
@@ -260,6 +254,17 @@ Round = dict[str, float]
 """Seconds to the first token, and seconds per token after it."""
 
 
+def _timed(read: Callable[[], Any], step: Callable[[Any], Any], new_tokens: int) -> Round:
+    """Time a model that reads its prompt and then takes each token that it gave."""
+    started = time.perf_counter()
+    token = read()
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = step(token)
+    each = (time.perf_counter() - first) / max(1, new_tokens - 1)
+    return {"first_token": first - started, "each_token": each}
+
+
 class Backend(Protocol):
     """A loaded model that can be timed."""
 
@@ -279,16 +284,17 @@ class Transformers:
         """As the contract says."""
         from transformers import DynamicCache
 
-        started = time.perf_counter()
-        cache = given_cache(self.model, DynamicCache(config=self.model.config))
-        out = self.model(input_ids=prompt[None], use_cache=True, logits_to_keep=1, **cache)
-        token = out.logits[0, -1].argmax()
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            out = self.model(input_ids=token.view(1, 1), use_cache=True, **cache)
-            token = out.logits[0, -1].argmax()
-        each = (time.perf_counter() - first) / max(1, new_tokens - 1)
-        return {"first_token": first - started, "each_token": each}
+        cache: dict[str, Any] = {}
+
+        def read() -> Tensor:
+            cache.update(given_cache(self.model, DynamicCache(config=self.model.config)))
+            return after(prompt, logits_to_keep=1)
+
+        def after(ids: Tensor, **options: Any) -> Tensor:
+            out = self.model(input_ids=ids.view(1, -1), use_cache=True, **options, **cache)
+            return out.logits[0, -1].argmax()
+
+        return _timed(read, after, new_tokens)
 
 
 class OneCall:
@@ -299,13 +305,12 @@ class OneCall:
 
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
         """As the contract says."""
-        started = time.perf_counter()
-        token = int(self.decoder.prefill(prompt).argmax())
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            token = int(self.decoder.step(token).argmax())
-        each = (time.perf_counter() - first) / max(1, new_tokens - 1)
-        return {"first_token": first - started, "each_token": each}
+        decoder = self.decoder
+        return _timed(
+            lambda: int(decoder.prefill(prompt).argmax()),
+            lambda token: int(decoder.step(token).argmax()),
+            new_tokens,
+        )
 
 
 class LlamaCpp:
@@ -327,20 +332,11 @@ class LlamaCpp:
 
     def round(self, prompt: Tensor, new_tokens: int) -> Round:
         """As the contract says; the times are llama.cpp's own."""
-        answered = self.server.handle_completions(
-            {
-                "prompt": prompt.tolist(),
-                "n_predict": new_tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-                "cache_prompt": False,
-            }
-        )
-        timings = answered["timings"]
-        return {
-            "first_token": timings["prompt_ms"] / 1e3,
-            "each_token": timings["predicted_per_token_ms"] / 1e3,
-        }
+        asked = {"prompt": prompt.tolist(), "n_predict": new_tokens, "temperature": 0.0}
+        asked |= {"ignore_eos": True, "cache_prompt": False}
+        times = self.server.handle_completions(asked)["timings"]
+        first, each = (times[f"{what}_ms"] / 1e3 for what in ("prompt", "predicted_per_token"))
+        return {"first_token": first, "each_token": each}
 
 
 class TorchInt8(nn.Module):

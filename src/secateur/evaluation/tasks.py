@@ -149,7 +149,10 @@ def _task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     config: dict[str, Any] = {"task": spec.harness}
     if rows is not None:
-        held = _splits(rows)
+        import datasets
+
+        made = {name: datasets.Dataset.from_list(list(x)) for name, x in rows.items() if x}
+        held = datasets.DatasetDict(made)
         config |= {
             "custom_dataset": lambda **_: held,
             "training_split": None,
@@ -162,15 +165,6 @@ def _task_of(spec: TaskSpec, rows: Mapping[str, Sequence[Any]] | None) -> Any:
     # itself would be these changes alone
     group = {"group": "secateur", "task": [config]}
     return manager.load(group)["tasks"][spec.harness]
-
-
-def _splits(rows: Mapping[str, Sequence[Any]]) -> Any:
-    """Rows as an in-memory data set of `datasets`. Splits without rows are left out."""
-    import datasets
-
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(list(found)) for split, found in rows.items() if found}
-    )
 
 
 def run_tasks(
@@ -214,8 +208,7 @@ def _scored(one: PreparedTask, protocol: Mapping[str, Any]) -> list[TaskScore]:
     (kept,) = task.instances[0].filtered_resps
     outcomes: dict[str, list[float]] = {}
     guesses: list[float] = []
-    documents = task.doc_iterator(rank=0, limit=one.limit, world_size=1)
-    for number, document in documents:
+    for number, document in task.doc_iterator(rank=0, limit=one.limit, world_size=1):
         requests = sorted(by_item[number], key=lambda request: request.idx)
         found = task.process_results(document, [r.filtered_resps[kept] for r in requests])
         for metric in METRICS:

@@ -93,7 +93,10 @@ class TimeTable:
     def seconds(self, name: str, measure: Callable[[], Any]) -> Any:
         """A time, or a list of times, from the table or measured."""
         entry = self.read().get(machine(), {}).get(name, {})
-        if not _plausible(entry.get("seconds")):
+        times = entry.get("seconds")
+        kept = times if isinstance(times, list | tuple) else [times]
+        right = [isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in kept]
+        if not (right and all(right)):
             entry = {"seconds": measure(), "measured": date.today().isoformat()}
             known = self.read()  # other processes may have written meanwhile
             known.setdefault(machine(), {})[name] = entry
@@ -101,13 +104,6 @@ class TimeTable:
             write_json(self.file, known)
         self.dates.append(entry["measured"])
         return entry["seconds"]
-
-
-def _plausible(seconds: Any) -> bool:
-    """Whether kept times can be used: there are some, and all are finite and above 0."""
-    times = seconds if isinstance(seconds, list | tuple) else [seconds]
-    numbers = [x for x in times if isinstance(x, int | float) and math.isfinite(x) and x > 0]
-    return bool(times) and len(numbers) == len(times)
 
 
 def machine() -> str:
@@ -280,8 +276,7 @@ def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
 
 def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:
     """Matrices of a shape that have as many bytes as the model's linears together."""
-    whole = (
-        sum(rows * columns * count for (rows, columns), count in counts.items()) * stored.bits / 8
-    )
-    each = shape[0] * shape[1] * stored.bits / 8
+    size = stored.bits / 8
+    whole = sum(rows * columns * count for (rows, columns), count in counts.items()) * size
+    each = shape[0] * shape[1] * size
     return max(LEAST_MATRICES, round(min(whole, LAYER_BYTES) / each))
