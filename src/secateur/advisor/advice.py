@@ -212,6 +212,11 @@ class Considered:
         """Whether it may be taken after measuring."""
         return not self.refused
 
+    @property
+    def month(self) -> float:
+        """USD a month, typical; infinite if it cannot serve."""
+        return self.cost.month.typical if self.cost else math.inf
+
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -275,23 +280,19 @@ def advise_on(question: AdviceQuestion, others: Sequence[AdviceQuestion] = ()) -
     base = next(row for row in rows if row.option.changed == 0)
     safe = [row for row in rows if row.possible and row.safe]
     chosen = _choose(safe, base)
-    dearest = chosen.cost.month.typical if chosen and chosen.cost else float("inf")
-    cheaper = tuple(
-        row for row in rows
-        if row.possible and not row.safe and row.cost and row.cost.month.typical < dearest
-    )  # fmt: skip
+    dearest = chosen.month if chosen else math.inf
+    cheaper = tuple(x for x in rows if x.possible and not x.safe and x.month < dearest)
     apis: tuple[APICost, ...] = ()
-    filled = 1.0
+    filled, alone = 1.0, False
     if chosen is not None and isinstance(chosen.capacity, Capacity):
         apis = tuple(
             api_cost(name, api, chosen.capacity, need.load, price)
             for name, api in facts.apis.items()
         )
-        filled = chosen.capacity.used(need.load)
+        filled, alone = chosen.capacity.used(need.load), chosen.capacity.replicas == 1
     hosted = min(apis, key=lambda api: api.month, default=None)
     if hosted is not None and hosted.month > dearest - LEAST_USD:
         hosted = None
-    alone = chosen and isinstance(chosen.capacity, Capacity) and chosen.capacity.replicas == 1
     empty = filled < FILLED and alone
     elsewhere = _cheapest(others) if empty else None
     if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
@@ -323,10 +324,9 @@ def _cheapest(questions: Sequence[AdviceQuestion]) -> Elsewhere | None:
     for question in questions:
         rows = considered(question)
         row = next((row for row in rows if row.possible and row.safe), None)
-        if row is not None and row.cost is not None and isinstance(row.capacity, Capacity):
+        if row is not None and isinstance(row.capacity, Capacity):
             many, step = round(row.capacity.devices.typical), row.capacity.step.typical
-            month = row.cost.month.typical
-            found.append(Elsewhere(question.hardware.name, many, row.option.name, month, step))
+            found.append(Elsewhere(question.hardware.name, many, row.option.name, row.month, step))
     return min(found, key=lambda one: one.month, default=None)
 
 
@@ -376,38 +376,28 @@ def _consider(question: AdviceQuestion, option: CompressionWay) -> Considered:
         refused = found.reason
     elif kept[1] < floor:
         refused = f"keeps {kept[0]:.1%} to {kept[1]:.1%} of the accuracy, {floor:.1%} required"
-    elif need.gpu_hours is not None and making.gpu_hours.typical > need.gpu_hours:
-        refused = (
-            f"takes {making.gpu_hours.typical:,.0f} GPU hours to make, {need.gpu_hours:g} allowed"
-        )
+    elif need.gpu_hours is not None and (hours := making.gpu_hours.typical) > need.gpu_hours:
+        refused = f"takes {hours:,.0f} GPU hours to make, {need.gpu_hours:g} allowed"
     return Considered(option, kept, found, cost, making, refused, kept[0] >= floor)
 
 
 def _order(row: Considered) -> tuple[bool, float, int, float]:
     """Cheapest first, then the least changed, then what surely keeps more; those out last."""
-    month = row.cost.month.typical if row.cost else float("inf")
-    return bool(row.refused), month, row.option.changed, -row.kept[0]
+    return bool(row.refused), row.month, row.option.changed, -row.kept[0]
 
 
 def _choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
     """The cheapest safe option; the model itself if it costs hardly more."""
-    if not safe:
-        return None
-    best = safe[0]
-    if base in safe and base.cost and best.cost:
-        least = (1 - LEAST_SAVING) * base.cost.month.typical
-        if best.cost.month.typical > least:
-            return base
+    best = next(iter(safe), None)
+    if best is not None and base in safe and best.month > (1 - LEAST_SAVING) * base.month:
+        return base
     return best
 
 
 def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
     """One sentence for people."""
-    hint = (
-        f" {cheaper[0].option.name} would be cheaper and may meet your limits: measure its loss."
-        if cheaper
-        else ""
-    )
+    may = "would be cheaper and may meet your limits: measure its loss."
+    hint = f" {cheaper[0].option.name} {may}" if cheaper else ""
     if chosen is None:
         return f"No option is certain to serve this load within your limits.{hint}"
     if chosen.option.changed == 0:
@@ -455,12 +445,9 @@ def nearest(rows: Sequence[Considered], need: Requirements) -> Iterator[str]:
 def _misses(rows: Sequence[Considered], bound: str, floor: float) -> Iterator[tuple[float, str]]:
     """By how much each option breaks one bound, of those that surely keep the accuracy."""
     for row in rows:
-        if (
-            isinstance(row.capacity, TooMuch)
-            and row.kept[0] >= floor
-            and row.capacity.bound == bound
-        ):
-            yield row.capacity.least, row.option.name
+        lack = row.capacity
+        if isinstance(lack, TooMuch) and row.kept[0] >= floor and lack.bound == bound:
+            yield lack.least, row.option.name
 
 
 @dataclass(frozen=True)
@@ -502,11 +489,8 @@ class AdviceQuestion:
 
     def others(self) -> list[AdviceQuestion]:
         """The same question about all other devices with a data sheet."""
-        return [
-            self.on(other)
-            for other in self.facts.hardware.values()
-            if other.on_paper and other.name != self.hardware.name
-        ]
+        known = self.facts.hardware.values()
+        return [self.on(x) for x in known if x.on_paper and x.name != self.hardware.name]
 
     def on(self, other: Hardware) -> AdviceQuestion:
         """The same question about another device, by its data sheet."""

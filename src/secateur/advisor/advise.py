@@ -1,7 +1,4 @@
-"""Advises on a model without running it: prune, quantize, both, distil, or leave it.
-
-A dry run of `prune` for a cluster is planned here too.
-"""
+"""Advises on a model without running it: prune, quantize, both, distil, or leave it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from pydantic_core import to_jsonable_python
 
 from secateur.advisor.advice import Advice, AdviceQuestion, Considered, Requirements, nearest
 from secateur.advisor.capacity import GIB, Capacity, Load, TokenTimes
-from secateur.advisor.cluster import ClusterPlan, Machines, PlannedModel, plan_cluster
 from secateur.advisor.facts import (
     ESTIMATED,
     GIVEN,
@@ -29,7 +25,6 @@ from secateur.advisor.facts import (
     read_facts,
 )
 from secateur.advisor.options import known_shape, options_for
-from secateur.engine.prune.composition import method_of
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import time_tokens
@@ -39,10 +34,9 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
-from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.verbs import imported
 from secateur.registry import did_you_mean
-from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
+from secateur.reporting.tables import Block, Line, Result, Table
 from secateur.runs.output import check_writable
 
 FREE_SHARE = 0.8
@@ -137,46 +131,6 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
         folder = resolve(name, values=False, progress=progress).folder
     model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
     return counted(name, model), model.config
-
-
-def plan_on_paper(recipe: PruneRecipe, cluster_call: PruneCall) -> ClusterPlanResult:
-    """Plan the run of a recipe for a well-known shape on GPUs that are not here."""
-    facts = read_facts()
-    if recipe.model not in facts.shapes:
-        raise RecipeError(
-            f"{recipe.model} is no well-known shape, and a plan on paper needs one",
-            where="--gpus",
-            remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
-            "machine",
-        )
-    hardware = facts.device(_full_name(cluster_call.gpu, facts))
-    method, _ = method_of(recipe)
-    length = recipe.calibration.sequence_length or 2048
-    assert cluster_call.gpus is not None
-    machines = Machines(
-        cluster_call.nodes,
-        cluster_call.gpus,
-        hardware,
-        facts.efficiency[hardware.kind],
-        float(cluster_call.network.removesuffix("Gb")) * 1e9 / 8,
-    )
-    plan = plan_cluster(
-        PlannedModel.of(facts.shapes[recipe.model]),
-        machines,
-        tokens=recipe.calibration.windows * length,
-        length=length,
-        solver=method.solver_name,
-        gram="gram" in method.requires or recipe.asymmetric,
-        whole_layer=recipe.sequential == "layer",
-        asymmetric=recipe.asymmetric,
-    )
-    return ClusterPlanResult(recipe.model, hardware.name, plan)
-
-
-def _full_name(gpu: str, facts: Facts) -> str:
-    """The name of a GPU in the facts, of which the beginning is enough."""
-    found = [name for name in facts.hardware if name.startswith(gpu)]
-    return found[0] if len(found) == 1 else gpu
 
 
 SCHEMA = "secateur.advice/1"
@@ -428,47 +382,3 @@ def _ranged(value: Estimate, form: str) -> str:
     if value.low == value.high:
         return format(value.typical, form)
     return f"{value.typical:{form}} ({value.low:{form}} to {value.high:{form}})"
-
-
-@dataclass(frozen=True, repr=False)
-class ClusterPlanResult(Result):
-    """The time, memory and traffic that a pruning run on a cluster would need, on paper.
-
-    Attributes:
-        model: the model.
-        hardware: what a GPU is.
-        plan: the figures.
-    """
-
-    model: str
-    hardware: str
-    plan: ClusterPlan
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        return {**super().to_json(), "seconds": to_jsonable_python(self.plan.seconds)}
-
-    def blocks(self) -> Sequence[Block]:
-        """A table of phases, one of memory, and what the figures are."""
-        rows = [
-            (
-                phase.name,
-                time_range(phase.seconds.low, phase.seconds.high),
-                binary_size(round(phase.sent_bytes)) if phase.sent_bytes else "",
-                binary_size(round(phase.read_bytes)) if phase.read_bytes else "",
-            )
-            for phase in self.plan.phases
-        ]
-        total = self.plan.seconds
-        rows.append(("all", time_range(total.low, total.high), "", ""))
-        title = f"{self.model} in {self.plan.ranks} processes on {self.hardware}"
-        columns = ("phase", "time", "each process sends", "each machine reads")
-        memory = [
-            ("memory of each GPU", binary_size(round(self.plan.device_bytes))),
-            ("host memory of each process", binary_size(round(self.plan.host_bytes))),
-        ]
-        return [
-            Table.of(title, columns, rows),
-            Table.facts("", memory),
-            Line("estimated from data sheets by the formulas in docs/machines.md; nothing was run"),
-        ]

@@ -301,9 +301,8 @@ class Capacity:
 
     def used(self, load: Load) -> float:
         """The part of the copies that the busiest moment of a load needs, with typical times."""
-        return load.requests_per_day / (
-            self.replicas * most_requests(self.least_busy.typical, load)
-        )
+        most = most_requests(self.least_busy.typical, load)
+        return load.requests_per_day / (self.replicas * most)
 
 
 @dataclass(frozen=True)
@@ -336,12 +335,8 @@ def capacity_of(
     least = memory_of(shape, option, device.kind, 1, load.context)
     choices = [n for n in SHARED_BY if n <= device.most and least.total <= n * device.memory_bytes]
     if not choices:
-        return TooMuch(
-            f"needs {least.total / GIB:.1f} GiB, {device.most} x {device.memory_bytes / GIB:.1f} "
-            "GiB are there",
-            "memory",
-            least.total,
-        )
+        there = f"{device.most} x {device.memory_bytes / GIB:.1f} GiB are there"
+        return TooMuch(f"needs {least.total / GIB:.1f} GiB, {there}", "memory", least.total)
     capacities = [_shared(shape, option, device, load, devices) for devices in choices]
     found = [one for one in capacities if isinstance(one, Capacity)]
     return min(found, key=lambda one: one.devices.typical) if found else capacities[0]

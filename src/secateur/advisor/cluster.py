@@ -1,4 +1,4 @@
-"""Time, memory and traffic of pruning on many GPUs, on paper.
+"""Time, memory and traffic of pruning on many GPUs, on paper: a dry run of `prune` for a cluster.
 
 R = nodes · devices processes, T calibration tokens, t = T / R of them in each process. A layer has
 groups of linears that share an input. `copies` of a group are experts, and each sees a `share` of
@@ -20,10 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape
+from pydantic_core import to_jsonable_python
+
+from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape, read_facts
+from secateur.engine.prune.composition import method_of
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import owners
+from secateur.recipes.prune import PruneCall, PruneRecipe
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
 
 Shape = tuple[int, int]
 
@@ -237,19 +243,16 @@ def plan_cluster(
     sent = model.layers * ring * sum(sums)
     weights = model.layers * 2 * model.layer_weights * (ranks > 1)
     stored = 2 * model.parameters
+    reading = Estimate.exact(stored / machines.network_bytes)
     wide = max(g.columns for g in model.groups)
     held = model.layer_weights * (2 if asymmetric else 1) * 2
     statistics = sum(sums) if whole_layer else max(sums)
     working = 4 * 4 * wide**2 if gram else 0
-    forward = MICRO_BATCH * (8 * model.hidden + 3 * max(g.columns for g in model.groups)) * 2
+    forward = MICRO_BATCH * (8 * model.hidden + 3 * wide) * 2
     return ClusterPlan(
         ranks,
         (
-            ClusterPhase(
-                "reading the model",
-                Estimate.exact(stored / machines.network_bytes),
-                read_bytes=stored,
-            ),
+            ClusterPhase("reading the model", reading, read_bytes=stored),
             ClusterPhase("forwards", machines.seconds(forwards)),
             ClusterPhase("gathering statistics", machines.seconds(model.layers * gathered, SINGLE)),
             ClusterPhase("summing statistics", Estimate.exact(sent / machines.link_bytes), sent),
@@ -290,3 +293,82 @@ def busiest(
             busy[owner] += work
         total += max(busy)
     return total
+
+
+def plan_on_paper(recipe: PruneRecipe, cluster_call: PruneCall) -> ClusterPlanResult:
+    """Plan the run of a recipe for a well-known shape on GPUs that are not here."""
+    facts = read_facts()
+    if recipe.model not in facts.shapes:
+        raise RecipeError(
+            f"{recipe.model} is no well-known shape, and a plan on paper needs one",
+            where="--gpus",
+            remedy=f"name one of: {', '.join(facts.shapes)}; or leave out --gpus to plan for this "
+            "machine",
+        )
+    named = [name for name in facts.hardware if name.startswith(cluster_call.gpu)]
+    hardware = facts.device(named[0] if len(named) == 1 else cluster_call.gpu)
+    method, _ = method_of(recipe)
+    length = recipe.calibration.sequence_length or 2048
+    assert cluster_call.gpus is not None
+    machines = Machines(
+        cluster_call.nodes,
+        cluster_call.gpus,
+        hardware,
+        facts.efficiency[hardware.kind],
+        float(cluster_call.network.removesuffix("Gb")) * 1e9 / 8,
+    )
+    plan = plan_cluster(
+        PlannedModel.of(facts.shapes[recipe.model]),
+        machines,
+        tokens=recipe.calibration.windows * length,
+        length=length,
+        solver=method.solver_name,
+        gram="gram" in method.requires or recipe.asymmetric,
+        whole_layer=recipe.sequential == "layer",
+        asymmetric=recipe.asymmetric,
+    )
+    return ClusterPlanResult(recipe.model, hardware.name, plan)
+
+
+@dataclass(frozen=True, repr=False)
+class ClusterPlanResult(Result):
+    """The time, memory and traffic that a pruning run on a cluster would need, on paper.
+
+    Attributes:
+        model: the model.
+        hardware: what a GPU is.
+        plan: the figures.
+    """
+
+    model: str
+    hardware: str
+    plan: ClusterPlan
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**super().to_json(), "seconds": to_jsonable_python(self.plan.seconds)}
+
+    def blocks(self) -> Sequence[Block]:
+        """A table of phases, one of memory, and what the figures are."""
+        rows = [
+            (
+                phase.name,
+                time_range(phase.seconds.low, phase.seconds.high),
+                binary_size(round(phase.sent_bytes)) if phase.sent_bytes else "",
+                binary_size(round(phase.read_bytes)) if phase.read_bytes else "",
+            )
+            for phase in self.plan.phases
+        ]
+        total = self.plan.seconds
+        rows.append(("all", time_range(total.low, total.high), "", ""))
+        title = f"{self.model} in {self.plan.ranks} processes on {self.hardware}"
+        columns = ("phase", "time", "each process sends", "each machine reads")
+        memory = [
+            ("memory of each GPU", binary_size(round(self.plan.device_bytes))),
+            ("host memory of each process", binary_size(round(self.plan.host_bytes))),
+        ]
+        return [
+            Table.of(title, columns, rows),
+            Table.facts("", memory),
+            Line("estimated from data sheets by the formulas in docs/machines.md; nothing was run"),
+        ]

@@ -12,7 +12,7 @@ from datetime import date
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -189,10 +189,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) ->
 @cache
 def _own_facts() -> dict[str, Any]:
     """The facts of this package, as they stand in the file."""
-    found: dict[str, Any] = yaml.safe_load(
-        files("secateur.advisor").joinpath("facts.yaml").read_text("utf-8")
-    )
-    return found
+    text = files("secateur.advisor").joinpath("facts.yaml").read_text("utf-8")
+    return cast("dict[str, Any]", yaml.safe_load(text))
 
 
 def read_facts(override: Path | None = None) -> Facts:

@@ -163,7 +163,7 @@ def plan_recipe(
         ChainSteps.check(_chain_of(recipe))
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
-        planned: Result = imported("secateur.advisor.advise:plan_on_paper")(recipe, cluster_call)
+        planned: Result = imported("secateur.advisor.cluster:plan_on_paper")(recipe, cluster_call)
         return planned
     plan = plan_pruning(recipe, progress)
     read = recipe.model, *texts_of(recipe.calibration.source)
