@@ -18,7 +18,7 @@ import yaml
 from secateur.evaluation.perplexity import COMPUTED, judged_part
 from secateur.report_page.records import ReportedRun
 from secateur.reporting.cards import OURS, split_card, without_folders
-from secateur.reporting.evaluate import GAIN
+from secateur.reporting.evaluate import GAIN, fastest_other
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.next_steps import command
 from secateur.reporting.tables import (
@@ -28,6 +28,7 @@ from secateur.reporting.tables import (
     duration,
     markdown_table,
     percent,
+    plus_minus,
     signed,
     with_error,
 )
@@ -84,13 +85,13 @@ def _smaller(run: ReportedRun) -> Claim:
             f"{binary_size(after)} instead of {binary_size(before)} in the same dtype; "
             f"{percent(cut.decoder_removed, 2)} of the decoder was cut out."
         )
-        return Claim("Smaller by", percent(saved), said, tone=_gain_tone(saved > 0))
+        return Claim("Smaller by", percent(saved), said, tone="good" if saved > 0 else "bad")
     if found is None:
         return _not_packed(run)
     saved = 1 - found.ratio
     dense = f"{binary_size(found.bfloat16_bytes)} in dense bfloat16"
     against = f"{binary_size(found.file_bytes)} instead of {dense}{_parts_of_saving(found)}."
-    return Claim("Smaller by", percent(saved), against, tone=_gain_tone(saved > 0))
+    return Claim("Smaller by", percent(saved), against, tone="good" if saved > 0 else "bad")
 
 
 def _parts_of_saving(found: Compression) -> str:
@@ -100,21 +101,13 @@ def _parts_of_saving(found: Compression) -> str:
     by_zeros = (dense - found.file_bytes) / whole
     if dense >= whole:
         return f"; all of it by leaving out {zeros}"
-    values = " and ".join(dict.fromkeys(v for name in found.formats if (v := _values_in(name))))
+    words = (word for name in found.formats for word in name.split())  # `bitmask int4 g64`
+    types = dict.fromkeys(word for word in words if word.startswith(("int", "float", "bf")))
+    values = " and ".join(types)
     return (
         f": {percent((whole - dense) / whole)} by {values} alone ({binary_size(dense)}), "
         f"{percent(by_zeros)} more by leaving out {zeros}"
     )
-
-
-def _values_in(stored: str) -> str | None:
-    """The type of the values in the name of a format, such as `bitmask int4 g64`."""
-    return next((word for word in stored.split() if word.startswith(("int", "float", "bf"))), None)
-
-
-def _gain_tone(gained: bool) -> Tone:
-    """The tone of a size: good if the files are smaller."""
-    return "good" if gained else "bad"
 
 
 def _not_packed(run: ReportedRun) -> Claim:
@@ -135,26 +128,16 @@ def _not_packed(run: ReportedRun) -> Claim:
     )
 
 
-def _speed_gain(run: ReportedRun) -> tuple[str, float, float] | None:
-    """The fastest other contender, its tokens per second, and those of the packed model."""
-    if run.bench is None:
-        return None
-    rates = {c.contender: c.tokens_per_second for c in run.bench.contenders if c.tokens_per_second}
-    others = {name: rate for name, rate in rates.items() if not name.startswith("packed")}
-    if "packed" not in rates or not others:
-        return None
-    best = max(others, key=lambda name: others[name])
-    return best, others[best], rates["packed"]
-
-
 def _faster(run: ReportedRun) -> Claim:
     """Tokens per second, compared with the fastest dense way to run the same model here."""
-    found = _speed_gain(run)
+    timed = run.bench.contenders if run.bench else ()
+    rates = {c.contender: c.tokens_per_second for c in timed if c.tokens_per_second}
+    found = fastest_other(rates)
     if found is None:
         failed = "" if run.bench is None else "The measurement had nothing to compare. "
         said = f"{failed}Timing it on your machine:"
         return Claim("Faster by", "not measured", said, measured=False, command=run.timing())
-    other, theirs, ours = found
+    (other, theirs), ours = found, rates["packed"]
     ratio = ours / theirs
     description = (
         f"{ours:.0f} tokens a second, {theirs:.0f} by {other}, the fastest dense way tried."
@@ -316,6 +299,10 @@ class Cell:
     verdict: str = ""
     protocol_id: str = ""
 
+    def with_comparison(self, said: str) -> Cell:
+        """The cell with one more comparison, unless it is empty."""
+        return replace(self, comparison=", ".join(filter(None, (self.comparison, said))))
+
 
 @dataclass
 class QualityRow:
@@ -355,15 +342,11 @@ def quality_rows(runs: Sequence[ReportedRun]) -> list[QualityRow]:
             rows.setdefault(key, row).cells[run.name] = cell
     for row in rows.values():
         if len({cell.protocol_id for cell in row.cells.values()}) > 1:
-            row.cells = {name: _with_computing(cell) for name, cell in row.cells.items()}
+            for name, cell in row.cells.items():
+                used = cell.protocol_id.removeprefix(judged_part(cell.protocol_id)).strip("-")
+                said = f"computed in {used.replace('-', ', activations ')}" if used else ""
+                row.cells[name] = cell.with_comparison(said)
     return list(rows.values())
-
-
-def _with_computing(cell: Cell) -> Cell:
-    """A cell that says how its model computed."""
-    computed = cell.protocol_id.removeprefix(judged_part(cell.protocol_id)).strip("-")
-    said = f"computed in {computed.replace('-', ', activations ')}" if computed else ""
-    return replace(cell, comparison=", ".join(filter(None, (cell.comparison, said))))
 
 
 def _lines_of(found: EvaluationRecord) -> Iterator[tuple[QualityRow, Cell]]:
@@ -385,7 +368,7 @@ def _marked(found: Measurement, row: QualityRow, cell: Cell) -> tuple[QualityRow
     if found.inherited_from is None:
         return row, cell
     said = f"not measured: of {bare_name(found.inherited_from)}, which has the same weights"
-    return row, replace(cell, comparison=", ".join(filter(None, (cell.comparison, said))))
+    return row, cell.with_comparison(said)
 
 
 def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
@@ -402,10 +385,10 @@ def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
 
 def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
     """Three numbers for the distance of the predictions from the dense model's."""
-    change = signed(found.loss_change, 4) + _plus_minus(found.loss_change_standard_error, ".4f")
+    change = signed(found.loss_change, 4) + plus_minus(found.loss_change_standard_error)
     kl = with_error(found.kl, found.kl_standard_error)
     text, same = bare_name(found.text), percent(found.top1_agreement, 1)
-    same += _plus_minus(found.top1_standard_error, ".1f", 100)
+    same += _points(found.top1_standard_error)
     yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats a token")
     yield QualityRow(f"same top token as dense, {text}", "higher", "", percent(1)), Cell(same)
     yield QualityRow(f"change of loss, {text}", "lower", "", "0"), Cell(change, "nats a token")
@@ -420,10 +403,10 @@ def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
         percent(found.chance, 1),
         "" if found.reference_value is None else percent(found.reference_value, 1),
     )
-    value = percent(found.value, 1) + _plus_minus(found.standard_error, ".1f", 100)
+    value = percent(found.value, 1) + _points(found.standard_error)
     comparisons, verdict = [], ""
     if found.difference is not None:
-        error = _plus_minus(found.difference_standard_error, ".1f", 100)
+        error = _points(found.difference_standard_error)
         comparisons.append(f"{signed(100 * found.difference, 1)}{error} points")
         if found.significant is not None:
             verdict = "same"
@@ -436,9 +419,9 @@ def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
     return row, Cell(value, ", ".join(comparisons), verdict)
 
 
-def _plus_minus(error: float | None, form: str, scale: float = 1) -> str:
-    """A standard error, if it is known; a scale of 100 makes points of a fraction."""
-    return "" if error is None else f" ± {scale * error:{form}}"
+def _points(error: float | None) -> str:
+    """A standard error of a fraction, in points."""
+    return plus_minus(error and 100 * error, ".1f")
 
 
 def evidence(run: ReportedRun) -> str:
@@ -458,10 +441,9 @@ def _quality_section(run: ReportedRun) -> str:
     lines = []
     for row in rows:
         cell = row.cells[run.name]
-        verdict = said.get(cell.verdict, f"significantly {cell.verdict}")
-        comparison = ", ".join(filter(None, (cell.comparison, verdict)))
+        cell = cell.with_comparison(said.get(cell.verdict, f"significantly {cell.verdict}"))
         numbers = (row.measure, row.chance, row.dense, cell.value)
-        lines.append((*numbers, comparison, f"`{cell.protocol_id}`"))
+        lines.append((*numbers, cell.comparison, f"`{cell.protocol_id}`"))
     columns = ("measure", "chance", "dense", "this model", "beside dense", "protocol")
     return (
         "## Quality\n\n± is one standard error. Numbers can be compared if their protocol ids "

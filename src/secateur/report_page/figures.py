@@ -123,25 +123,14 @@ def _cells(run: ReportedRun, value: Callable[[LinearRecord], float | None]) -> C
     cells: dict[str, dict[int, float | None]] = {}
     for layer in run.layers:
         for linear in layer.linears:
-            row = cells.setdefault(_place_in_layer(linear.name, layer.layer), {})
-            row[layer.layer] = value(linear)
+            within = linear.name.partition(f".{layer.layer}.")[2] or linear.name
+            cells.setdefault(within, {})[layer.layer] = value(linear)
     columns = [layer.layer for layer in run.layers]
     values = tuple(tuple(row.get(number) for number in columns) for row in cells.values())
-    return tuple(_short_names(list(cells))), tuple(map(str, columns)), values
-
-
-def _place_in_layer(name: str, layer: int) -> str:
-    """The name of a matrix within its layer."""
-    _, found, rest = name.partition(f".{layer}.")
-    return rest if found else name
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each name, or the whole name if two would be equal."""
-    last = [name.rpartition(".")[2] for name in names]
-    return [
-        short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True)
-    ]
+    last = [name.rpartition(".")[2] for name in cells]
+    # the whole name if two would be equal
+    rows = (x if last.count(x) == 1 else name for x, name in zip(last, cells, strict=True))
+    return tuple(rows), tuple(map(str, columns)), values
 
 
 def drift(runs: Sequence[ReportedRun]) -> LineChart | None:
@@ -185,7 +174,11 @@ def size_chart(runs: Sequence[ReportedRun]) -> BarChart | None:
             for values in ("int8", "int4")
             if rounded and not own[0].manifest.structure
         ]
-        bars += [_size_bar(run) for run in own]
+        for run in own:
+            packed_as, result = run.compression, run.manifest.result
+            size = packed_as.file_bytes if packed_as else result.file_bytes
+            kind = ", zeros stored" if not packed_as and result.decoder_sparsity > 0 else ""
+            bars.append(Bar(run.name, size / 2**20, binary_size(size) + kind, ours=True))
     if not bars:
         return None
     return BarChart(
@@ -202,14 +195,6 @@ def _parameters_before(run: ReportedRun) -> int:
     """The number of parameters before any cut."""
     cut = run.manifest.structure
     return cut.before.parameters if cut else run.manifest.result.parameters
-
-
-def _size_bar(run: ReportedRun) -> Bar:
-    """The bar for the weight files of one run."""
-    packed, result = run.compression, run.manifest.result
-    size = packed.file_bytes if packed else result.file_bytes
-    kind = ", zeros stored" if packed is None and result.decoder_sparsity > 0 else ""
-    return Bar(run.name, size / 2**20, binary_size(size) + kind, ours=True)
 
 
 def speed_charts(runs: Sequence[ReportedRun]) -> list[BarChart]:

@@ -168,13 +168,15 @@ def read_run(place: Path, name: str) -> ReportedRun:
             where=str(place),
             remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` wrote",
         )
-    recipe, judged = notes / "recipe.yaml", notes / FILE_NAME
+    recipe, judged, file = notes / "recipe.yaml", notes / FILE_NAME, notes / "layers.jsonl"
+    lines = _read_text(file).splitlines() if file.is_file() else []
+    layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
     return ReportedRun(
         name,
         place,
         read_record(Manifest, notes / "manifest.json"),
         recipe=_read_text(recipe) if recipe.is_file() else "",
-        layers=_read_layers(notes / "layers.jsonl"),
+        layers=tuple(sorted(layers, key=lambda layer: layer.layer)),
         evaluation=read_evaluation(judged) if judged.is_file() else None,
         diagnosis=_read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
         bench=_read_if_there(Bench, notes / "bench.json"),
@@ -197,12 +199,3 @@ def _read_text(file: Path) -> str:
 def _read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
     """Read an optional file of a run; None if it does not exist."""
     return read_record(record, file) if file.is_file() else None
-
-
-def _read_layers(file: Path) -> tuple[Layer, ...]:
-    """Read the records of the layers."""
-    if not file.is_file():
-        return ()
-    lines = _read_text(file).splitlines()
-    layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
-    return tuple(sorted(layers, key=lambda layer: layer.layer))

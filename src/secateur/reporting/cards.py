@@ -141,15 +141,13 @@ def training_card(
     result = training.result
     before, after = result["perplexity_before"], result["perplexity_after"]
     optimizer = f"{training.learning_rate:.2g} at most, {training.optimizer}"
+    watched = "not watched" if after is None else f"{before:.3f} → {after:.3f}"
     facts = [
         ("text", f"`{without_folders(training.text['source'])}`"),
         ("read", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
         ("objective", training.objective),
         ("learning rate, optimizer", optimizer),
-        (
-            "perplexity of the validation windows",
-            "not watched" if after is None else f"{before:.3f} → {after:.3f}",
-        ),
+        ("perplexity of the validation windows", watched),
         ("wall time", f"{training.cost.seconds:.0f} s on {_hardware(training.environment)}"),
     ]
     return _card(
@@ -179,13 +177,10 @@ def compression_card(
         output: the output folder.
     """
     place, linears = shown_place(output), result.linears
+    zeros = f"prunable matrices, {result.sparsity:.2%} zeros"
     sizes = [
         ("weight files", f"{result.file_bytes:,}", f"{result.ratio:.1%}"),
-        (
-            f"prunable matrices, {result.sparsity:.2%} zeros",
-            f"{linears.bytes:,}",
-            f"{linears.ratio:.1%}",
-        ),
+        (zeros, f"{linears.bytes:,}", f"{linears.ratio:.1%}"),
     ]
     stored = {**result.formats}
     if result.embeddings.matrices:
@@ -296,11 +291,9 @@ def _chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[st
     """The sentence about the text of the calibration; empty if no step read one."""
     if calibration is None:
         return ""
-    done = ["what stays was chosen"]
-    if any(step["step"] in REFITTED and step["by"] != "zero" for step in steps):
-        done.append("the weights that read it were fitted again")
-    sentence = f"{' and '.join(done)} on {_calibration(calibration)}. "
-    return sentence[0].upper() + sentence[1:]
+    refitted = any(step["step"] in REFITTED and step["by"] != "zero" for step in steps)
+    done = " and the weights that read it were fitted again" * refitted
+    return f"What stays was chosen{done} on {_calibration(calibration)}. "
 
 
 # -- the YAML block at the head ------------------------------------------------------------------
@@ -321,8 +314,7 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
 
     known = _source_card(folder)
     earlier = known.get("tags") or []
-    if OURS not in earlier:  # they describe another model
-        earlier = []
+    earlier = earlier if OURS in earlier else []  # they describe another model
     sample = MODELS.get(source.name) if source.kind == "sample" else None
     base = known.get("base_model")  # the source folder was itself made from another model
     if source.kind == "hub":
@@ -358,10 +350,8 @@ def _source_card(folder: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     card = folder / "README.md"
-    if not card.exists():
-        return {}
     try:
-        return ModelCard.load(card).data.to_dict()
+        return ModelCard.load(card).data.to_dict() if card.exists() else {}
     except ValueError:
         return {}
 

@@ -173,9 +173,8 @@ class Bar:
 
     def describe(self) -> str:
         """The bar in words."""
-        spread = ""
-        if self.least is not None and self.most is not None:
-            spread = f", {self.least:.1f} to {self.most:.1f}"
+        several = self.least is not None and self.most is not None
+        spread = f", {self.least:.1f} to {self.most:.1f}" if several else ""
         return f"{self.label}: {self.text}{spread}"
 
 
@@ -383,10 +382,9 @@ def _draw_lines(axes: Any, chart: LineChart) -> list[_Drawn]:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         low, high = axes.get_ylim()
-        if high / low < 20:  # a short range needs the minor ticks
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axes.yaxis.set_minor_formatter(NullFormatter())
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        # a short range needs the minor ticks
+        axes.yaxis.set_minor_formatter(plain if high / low < 20 else NullFormatter())
     if chart.percent_x:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_xlabel(chart.x_label)
@@ -446,17 +444,16 @@ def _free_place(
     for place in ((inner, y + 13), (inner, y - 13), *sides, (inner, y + 26), (inner, y - 26)):
         box = (place[0] - half, place[1] - LINE / 2, place[0] + half, place[1] + LINE / 2)
         inside = box[0] >= left and box[2] <= right and box[1] >= bottom and box[3] <= top + LINE
-        covered = sum(_overlap(box, other) for other in taken) + (0 if inside else 100)
+        overlaps = (
+            max(min(box[2], other[2]) - max(box[0], other[0]), 0.0)
+            * max(min(box[3], other[3]) - max(box[1], other[1]), 0.0)
+            for other in taken
+        )
+        covered = sum(overlaps) + (0 if inside else 100)
         if covered < least:
             best, least, chosen = place, covered, box
     taken.append(chosen)
     return best
-
-
-def _overlap(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _draw_heat(axes: Any, chart: HeatMap) -> list[_Drawn]:
@@ -478,10 +475,8 @@ def _draw_heat(axes: Any, chart: HeatMap) -> list[_Drawn]:
         for column, value in zip(chart.columns, values, strict=True)
     ]
     axes.invert_yaxis()
-    axes.set_yticks(
-        [row + 0.5 for row in range(len(chart.rows))],
-        [_shortened(name, NAME) for name in chart.rows],
-    )
+    names = [_shortened(name, NAME) for name in chart.rows]
+    axes.set_yticks([row + 0.5 for row in range(len(chart.rows))], names)
     step = max(1, (len(chart.columns) + 9) // 10)
     shown = range(0, len(chart.columns), step)
     axes.set_xticks([column + 0.5 for column in shown], [chart.columns[n] for n in shown])

@@ -298,7 +298,8 @@ class GgufInspectResult(Result):
         ]
         found: list[Block] = [Table.facts(self.model, rows)]
         if self.layer is None:
-            metadata = [(key, _in_a_line(value)) for key, value in data.items()]
+            lines = {key: " ".join(str(value).split()) for key, value in data.items()}
+            metadata = [(k, x if len(x) <= 72 else f"{x[:69]}...") for k, x in lines.items()]
             found += [Table.facts("metadata", metadata), self.layers()]
         else:
             own = [
@@ -337,9 +338,3 @@ def _cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
 def _sizes(types: Mapping[str, int]) -> str:
     """Types with their sizes in bytes."""
     return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in types.items())
-
-
-def _in_a_line(value: Any) -> str:
-    """A metadata value, shortened to one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 72 else f"{text[:69]}..."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,11 @@ def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
 
 def _divergence_table(found: DivergenceRecord) -> Table:
     """Distance from the dense model."""
+    changed = with_error(found.loss_change, found.loss_change_standard_error)
     rows = [
         ("KL(dense ‖ model), nats per token", with_error(found.kl, found.kl_standard_error)),
         ("same token most likely", with_error(found.top1_agreement, found.top1_standard_error)),
-        (
-            "change of loss, nats per token",
-            with_error(found.loss_change, found.loss_change_standard_error),
-        ),
+        ("change of loss, nats per token", changed),
     ]
     title = f"distance from {found.reference} on {found.text} ({found.protocol_id})"
     return Table.of(title, ("", ""), rows)
@@ -219,6 +218,12 @@ GAIN = 1.02
 """Smallest ratio of tokens per second that counts as faster."""
 
 
+def fastest_other(rates: Mapping[str, float]) -> tuple[str, float] | None:
+    """The fastest contender that is not packed, and its rate; None if `packed` has no other."""
+    others = {name: rate for name, rate in rates.items() if not name.startswith("packed")}
+    return max(others.items(), key=itemgetter(1)) if others and "packed" in rates else None
+
+
 @dataclass(frozen=True, repr=False)
 class BenchResult(Result):
     """Speed and memory of a model, run in several ways.
@@ -239,19 +244,11 @@ class BenchResult(Result):
     dense_bytes: int
     protocol: dict[str, Any]
 
-    def gain(self, over: Sequence[str]) -> tuple[str, float] | None:
-        """The fastest contender in `over`, and how many times as fast `packed` is."""
-        ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
-        others = {name: ran[name] for name in over if name in ran}
-        if "packed" not in ran or not others:
-            return None
-        best = max(others, key=lambda name: others[name])
-        return best, ran["packed"] / others[best]
-
     @property
     def verdict(self) -> str:
         """A sentence: how much faster the packed model is than the fastest of all others."""
-        found = self.gain([s.name for s in self.speeds if not s.name.startswith("packed")])
+        ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
+        found = fastest_other(ran)
         if found is None and not self.compressed:
             return (
                 "the model is not compressed, so its zeros are multiplied: "
@@ -259,7 +256,8 @@ class BenchResult(Result):
             )
         if found is None:
             return "nothing to compare: the packed model or all others could not run"
-        best, ratio = found
+        best, rate = found
+        ratio = ran["packed"] / rate
         if ratio < GAIN:
             return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
         return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
@@ -307,19 +305,15 @@ class BenchResult(Result):
             if x.failure is None
         ]
         columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
-        return [
-            Table.of(self.model, columns, rows),
-            Line(
-                f"weight files {binary_size(self.file_bytes)}; dense bfloat16 would be "
-                f"{binary_size(self.dense_bytes)}"
-            ),
-            Line(self.verdict),
-            Line(
-                f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
-                f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
-                f"{p['rounds']} rounds in turns"
-            ),
-        ]
+        lines = (
+            f"weight files {binary_size(self.file_bytes)}; dense bfloat16 would be "
+            f"{binary_size(self.dense_bytes)}",
+            self.verdict,
+            f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
+            f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
+            f"{p['rounds']} rounds in turns",
+        )
+        return [Table.of(self.model, columns, rows), *map(Line, lines)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -408,16 +402,9 @@ class DemoResult(Result):
             without_blank_lines(first.prompt + (text or ""))
             for text in (first.reference_text, first.text)
         )
-        return [
-            Table.of(
-                self.model, ("", "dense, bfloat16", "dense, int8", "pruned, int8"), self.rows()
-            ),
-            Line(""),
-            Line(f"dense writes:  {dense}"),
-            Line(""),
-            Line(f"pruned writes: {pruned}"),
-            *self.places(),
-        ]
+        columns = ("", "dense, bfloat16", "dense, int8", "pruned, int8")
+        written = ("", f"dense writes:  {dense}", "", f"pruned writes: {pruned}")
+        return [Table.of(self.model, columns, self.rows()), *map(Line, written), *self.places()]
 
     def rows(self) -> list[tuple[str, ...]]:
         """The measurements of the dense model, of its int8 weights, and of the pruned model."""

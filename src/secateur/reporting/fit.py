@@ -12,12 +12,15 @@ from secateur.engine.search.stored_levels import Point, unbeaten
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
-from secateur.reporting.tables import Block, Line, Result, Table, binary_size, signed
+from secateur.reporting.tables import Block, Line, Result, Table, binary_size, plus_minus, signed
 from secateur.runs.records import Record
 
 WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""
+
+MADE = ("", "size", "predicted", "levels put together", "made")
+"""Columns of the table of finalists."""
 
 FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
 """The families of levels, in words."""
@@ -71,8 +74,7 @@ class FitCheck:
     @property
     def found(self) -> str:
         """What was measured, with its standard error."""
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return self.failure or self.format_value(self.measured) + error
+        return self.failure or self.format_value(self.measured) + plus_minus(self.standard_error)
 
     @property
     def flag(self) -> str:
@@ -106,8 +108,7 @@ class FitLoss:
     standard_error: float | None = None
 
     def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return signed(self.loss_increase, 4) + error
+        return signed(self.loss_increase, 4) + plus_minus(self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -209,13 +210,11 @@ class FitResult(Result, Record):
             for family in dict.fromkeys(p.families for p in self.singles)
         }
         made = [one for one in self.finalists if one != self.winner]
+        all_in_one = {f"one level for all, {FAMILIES[name]}": x for name, x in single.items()}
         series = (
             Series("mixed levels", self._marks(mixed)),
             Series("mixed, only rounded", self._marks(rounded)),
-            *(
-                Series(f"one level for all, {FAMILIES[family]}", self._marks(points), joined=False)
-                for family, points in single.items()
-            ),
+            *(Series(name, self._marks(x), joined=False) for name, x in all_in_one.items()),
             Series("cut, bfloat16", _made(cuts), joined=False),
             Series("made whole", _made(made), joined=False),
             Series("the winner", _made([self.winner]), joined=False),
@@ -296,11 +295,7 @@ class FitResult(Result, Record):
         columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
             Table.facts("the winner", facts),
-            Table.of(
-                "made whole, divergence in nats per token",
-                ("", "size", "predicted", "levels put together", "made"),
-                made,
-            ),
+            Table.of("made whole, divergence in nats per token", MADE, made),
             Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
             Table.of("bounds", ("", "given", "measured"), bounds),
             *(
@@ -321,9 +316,7 @@ class FitResult(Result, Record):
 
 def _made(models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
     """Marks of models that were made whole."""
-    return tuple(
-        _mark(one.name, one.name, one.file_bytes or 0, one.divergence or 0.0) for one in models
-    )
+    return tuple(_mark(x.name, x.name, x.file_bytes or 0, x.divergence or 0.0) for x in models)
 
 
 def _mark(label: str, name: str, size: float, divergence: float) -> Mark:

@@ -23,6 +23,7 @@ from secateur.reporting.tables import (
     binary_size,
     by_layer,
     not_pruned,
+    plus_minus,
     signed,
 )
 from secateur.runs.records import (
@@ -79,9 +80,15 @@ class CompressResult(Result, Compression):
         ]
         chosen, error = self.rounding.get("chosen"), self.rounding.get("mean_error")
         lost, squared = "of the weights' norm", "of the linear layers' outputs, squared"
+        judged = searched = None
+        if chosen:
+            judged = _judged(chosen)
+            uniform = chosen["uniform_loss_increase"].items()
+            others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
+            searched = f"{signed(chosen['searched_loss_increase'], 4)}{others}"
         closing = [
-            ("change of the loss", _judged(chosen) if chosen else None),
-            ("in the search", _in_the_search(chosen) if chosen else None),
+            ("change of the loss", judged),
+            ("in the search", searched),
             ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
             ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
             ("time", f"{self.seconds:.1f} s"),
@@ -101,19 +108,11 @@ class CompressResult(Result, Compression):
 def _judged(chosen: dict[str, Any]) -> str:
     """The rise of the loss of the packed model, and its bound."""
     error = chosen["loss_increase_standard_error"]
-    error_text = "" if error is None else f" ± {error:.4f}"
     return (
-        f"{signed(chosen['loss_increase'], 4)}{error_text} nats per token on "
+        f"{signed(chosen['loss_increase'], 4)}{plus_minus(error)} nats per token on "
         f"{chosen['judged_tokens']:,} tokens that did not choose "
         f"(at most {chosen['max_loss_increase']:g} allowed)"
     )
-
-
-def _in_the_search(chosen: dict[str, Any]) -> str:
-    """What the search estimated, of the choice and of all matrices in one type."""
-    uniform = chosen["uniform_loss_increase"].items()
-    others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
-    return f"{signed(chosen['searched_loss_increase'], 4)}{others}"
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:
@@ -388,17 +387,11 @@ class ChainResult(Result):
             for link in self.links
         ]
         columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
-        last = self.links[-1]
-        packed = last.step == "compress"
-        return [
-            Table.of("chain", columns, rows),
-            Table.facts("", [("output", str(self.output))]),
-            *(
-                after_a_packed_folder(self.output)
-                if packed
-                else after_a_dense_folder(self.output, last.zeros)
-            ),
-        ]
+        place, last = Table.facts("", [("output", str(self.output))]), self.links[-1]
+        following = after_a_dense_folder(self.output, last.zeros)
+        if last.step == "compress":
+            following = after_a_packed_folder(self.output)
+        return [Table.of("chain", columns, rows), place, *following]
 
 
 @dataclass(frozen=True, repr=False)
@@ -525,11 +518,8 @@ class ImportResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """What was found, then all layers."""
-        return [
-            Table.facts("imported", self.facts()),
-            self.layers(),
-            *after_a_dense_folder(self.output, self.sparsity),
-        ]
+        following = after_a_dense_folder(self.output, self.sparsity)
+        return [Table.facts("imported", self.facts()), self.layers(), *following]
 
 
 def _counted(counts: dict[Any, int] | Counter[Any]) -> str:

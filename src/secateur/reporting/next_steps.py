@@ -81,20 +81,17 @@ class Origin:
         ]
         calibration = manifest.get("calibration") or packed.get("rounding", {}).get("calibration")
         calibrated, watched = calibration or {}, last.get("validation_text")
-        texts = (
-            [watched]
-            if watched
-            else [*texts_of(calibrated.get("source", "")), *last.get("text", ())]
-        )
-        length = calibrated.get("sequence_length") or trainings[-1].get("text", {}).get(
-            "sequence_length"
-        )
+        read = [*texts_of(calibrated.get("source", "")), *last.get("text", ())]
+        texts = [watched] if watched else read
+        length = calibrated.get("sequence_length")
+        length = length or trainings[-1].get("text", {}).get("sequence_length")
         known = (name for name in sources if name and kind_of_name(name) is not None)
         return cls(next(known, None), tuple(filter(None, texts)), length)
 
     def text_words(self) -> list[str]:
         """The options of `evaluate` that choose a text which can be read here."""
-        own = [text for text in self.texts if _is_own(text)]
+        files = [text for text in self.texts if not text.endswith(".safetensors")]
+        own = [text for text in files if Path(text).expanduser().exists()]
         sample = self.dense is not None and kind_of_name(self.dense) == "sample"
         if sample or any(text in TEXTS for text in self.texts):
             return ["--text", HELD_OUT]
@@ -112,11 +109,6 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _is_own(text: str) -> bool:
-    """Whether a text is a file or folder of the user, with text in it."""
-    return not text.endswith(".safetensors") and Path(text).expanduser().exists()
 
 
 def _evaluation(folder: Path) -> dict[str, str]:
@@ -160,13 +152,10 @@ def after_a_packed_folder(folder: Path) -> list[Block]:
     Args:
         folder: folder of the model.
     """
+    timing = {"measure speed and memory": command("bench", folder)}
     return next_steps(
         {"the packed model": folder, "its card": folder / "README.md"},
-        {
-            **generation(folder),
-            "measure speed and memory": command("bench", folder),
-            **_evaluation(folder),
-        },
+        {**generation(folder), **timing, **_evaluation(folder)},
     )
 
 
@@ -176,7 +165,7 @@ def after_a_fit(folder: Path) -> list[Block]:
     Args:
         folder: folder of the packed winner.
     """
-    notes = folder / "secateur"
+    notes, converted = folder / "secateur", free_place(f"{folder}-gguf")
     return next_steps(
         {
             "the packed model": folder,
@@ -190,7 +179,7 @@ def after_a_fit(folder: Path) -> list[Block]:
             **_evaluation(folder),
             "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
             "give it to llama.cpp": command(
-                "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
+                "export", folder, "--to", "gguf", "--output", converted
             ),
             "make it again": command("chain", notes / "recipe.yaml"),
         },
@@ -216,14 +205,8 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     if sweep.calibration is not None:
         chosen += ["--calibration", str(folder / "windows.safetensors")]
     output = free_place(f"{folder}-{Path(best.notes).name}")
-    return next_steps(
-        places,
-        {
-            f"make the model with {best.zeros:.0%} zeros that lost least": command(
-                "prune", sweep.model, *chosen, "--output", output
-            )
-        },
-    )
+    what = f"make the model with {best.zeros:.0%} zeros that lost least"
+    return next_steps(places, {what: command("prune", sweep.model, *chosen, "--output", output)})
 
 
 def _best_of(points: Iterable[SweepPoint]) -> SweepPoint:

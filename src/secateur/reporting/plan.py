@@ -122,13 +122,11 @@ class CutPlanResult(Result):
             ("weight files", *sizes),
         ]
         plan = self.plan
+        peak = f"{_peak(bool(plan and plan.on_gpu))}, heads and neurons"
         needs = [
             ("steps", ", ".join(self.steps)),
             ("sizes are known during the run", ", ".join(self.unknown) or None),
-            (
-                f"{_peak(bool(plan and plan.on_gpu))}, heads and neurons",
-                binary_size(plan.peak_bytes) if plan else None,
-            ),
+            (peak, binary_size(plan.peak_bytes) if plan else None),
         ]
         return [Table.of("plan of the cut", ("", "before", "after"), rows), Table.facts("", needs)]
 

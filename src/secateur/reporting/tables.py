@@ -200,9 +200,14 @@ def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
     )
 
 
+def plus_minus(error: float | None, form: str = ".4f") -> str:
+    """A standard error after its value; empty if there is none."""
+    return "" if error is None else f" ± {error:{form}}"
+
+
 def with_error(value: float, error: float | None, form: str = ".4f") -> str:
     """A value with its standard error, if it has one."""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+    return f"{value:{form}}{plus_minus(error, form.lstrip('+'))}"
 
 
 class Result:
