@@ -17,6 +17,7 @@ from secateur.engine.search.stored_levels import FitSearch
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison, LossIncrease
 from secateur.models.checkpoint import CheckpointReader
+from secateur.progress import Silent
 from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
@@ -27,15 +28,31 @@ from zoo import tiny_windows
 OPTIONS = {"effort": "fast", "generations": 2, "offspring": 3}
 
 
+class Labels(Silent):
+    """The labels of all work."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def start(self, label: str, steps: int) -> None:
+        self.seen.append(label)
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labels() -> Labels:
+    """The work of the fit in `place`."""
+    return Labels()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, labels: Labels) -> Path:
     """A model, windows, and a fit of it."""
     place = tmp_path_factory.mktemp("fit")
     save_tiny(place / "dense", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
     secateur.fit(
         place / "dense", output=place / "small", max_size="75KiB",
-        calibration=place / "windows.safetensors", **OPTIONS,
+        calibration=place / "windows.safetensors", progress=labels, **OPTIONS,
     )  # fmt: skip
     return place
 
@@ -56,6 +73,13 @@ def test_the_bound_holds_and_the_size_was_predicted(place: Path) -> None:
     )
     assert found["winner"]["file_bytes"] == found["costs"][0]["rest"] + linears
     assert size <= found["winner"]["file_bytes"]
+
+
+def test_every_candidate_that_was_made_is_a_finalist(place: Path, labels: Labels) -> None:
+    made = {x.partition(": ")[0].removeprefix("making ") for x in labels.seen if "making" in x}
+    assert len(made) > 1
+    names = [one["name"] for one in result_of(place / "small")["finalists"]]
+    assert sorted(names) == sorted({*made, "the best single technique"})
 
 
 def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
