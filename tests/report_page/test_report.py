@@ -83,8 +83,16 @@ def page_of(tmp_path: Path, *runs: Path, **options: Any) -> Page:
     return Page(file.read_text(encoding="utf-8"))
 
 
-def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
-    page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Path]:
+    """The page of everything that can be measured, and its file; charts lie beside it."""
+    place = tmp_path_factory.mktemp("whole")
+    small = write_full_run(place / "small", layers=30)
+    return page_of(place, small, write_sweep(place / "curves"), plots=True), place / "report.html"
+
+
+def test_everything_that_was_measured_is_there(whole: tuple[Page, Path]) -> None:
+    page, _ = whole
     for text in (
         "smollm2-135m, pruned to 50.00\u00a0%",
         "65\u00a0%",  # smaller
@@ -117,9 +125,9 @@ def test_everything_that_was_measured_is_there(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_it_asks_nothing_of_the_network(tmp_path: Path) -> None:
-    page = page_of(tmp_path, write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
-    html = (tmp_path / "report.html").read_text()
+def test_it_asks_nothing_of_the_network(whole: tuple[Page, Path]) -> None:
+    page, file = whole
+    html = file.read_text()
     inside = {f"#{name}" for name in page.ids}
     assert set(page.references) - inside == {"data:,"}
     assert not re.search(r"https?:|//[a-z]|@import|url\(|@font-face|<iframe|fetch\(", html)
@@ -194,7 +202,7 @@ def test_one_point_is_no_chart(tmp_path: Path) -> None:
     seen = diagnosis(layers=1)
     run = write_run(tmp_path / "run", evaluation=evaluation(), bench=slow, diagnosis=seen)
     page = page_of(tmp_path, run)
-    assert page.figures == {"sparsity-run": 210, "error-run": 210, "size": 2}
+    assert page.figures == {"sparsity-run": 14, "error-run": 14, "size": 2}
     assert "31.99 ± 0.67" in page.text  # the table has it
 
 
@@ -318,8 +326,8 @@ def test_no_folder_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
     assert "a user" not in (tmp_path / "CARD.md").read_text()
 
 
-def test_what_is_rounding_and_what_is_zeros(tmp_path: Path) -> None:
-    page = page_of(tmp_path, write_full_run(tmp_path / "small"))
+def test_what_is_rounding_and_what_is_zeros(whole: tuple[Page, Path]) -> None:
+    page, _ = whole
     # 257 MiB in bfloat16; 129 MiB with dense int8, 91 MiB without the zeros
     assert "91 MiB instead of 257 MiB in dense bfloat16" in page.text
     assert (
@@ -400,23 +408,21 @@ def test_real_runs(tmp_path: Path) -> None:
 
 def test_the_card_shows_the_charts(tmp_path: Path) -> None:
     run = write_full_run(tmp_path / "run")
-    page_of(tmp_path, run, plots=True, card=tmp_path / "CARD.md")
+    report([run], tmp_path / "report.html", plots=True, card=tmp_path / "CARD.md")
     card = (tmp_path / "CARD.md").read_text()
     shown = re.findall(r"!\[([^]]+)\]\(<([^>]+\.svg)>\)", card)
     assert ("Size of the weight files", "report-plots/size.svg") in shown
     assert len(shown) == 6
     assert all((tmp_path / file).is_file() for _, file in shown)
-    page_of(tmp_path, run, card=tmp_path / "CARD.md")
-    assert ".svg" not in (tmp_path / "CARD.md").read_text()
 
 
-def test_every_chart_is_a_file_too(tmp_path: Path) -> None:
-    page = page_of(
-        tmp_path, write_full_run(tmp_path / "run"), write_sweep(tmp_path / "curves"), plots=True
+def test_every_chart_is_a_file_too(whole: tuple[Page, Path]) -> None:
+    page, file = whole
+    files = sorted(file.with_name("report-plots").iterdir())
+    assert [f.name for f in files] == sorted(
+        f"{key}.{kind}" for key in page.figures for kind in ("png", "svg")
     )
-    files = sorted(f.name for f in (tmp_path / "report-plots").iterdir())
-    assert files == sorted(f"{key}.{kind}" for key in page.figures for kind in ("png", "svg"))
-    assert all(f.stat().st_size > 2000 for f in (tmp_path / "report-plots").iterdir())
+    assert all(f.stat().st_size > 2000 for f in files)
 
 
 @pytest.mark.parametrize("name", ["manifest", "evaluation", "diagnosis", "bench", "compression"])
@@ -475,6 +481,7 @@ def test_the_model_card_tells_the_same(secateur, tmp_path: Path) -> None:
     for text in ("31.99 ± 0.67", "`ppl-0a1b2c3d`", "1.15×", "| packed | 187.0 |", "not-a-number"):
         assert text in card
     assert "not packed" not in card
+    assert ".svg" not in card  # without --plots
     other = write_run(tmp_path / "other")
     done = secateur("report", folder, other, "-o", tmp_path / "r.html", "--card", tmp_path / "c")
     assert done.code == 2

@@ -41,9 +41,10 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report over two runs and a sweep."""
     folder = tmp_path_factory.mktemp("report")
     runs = [
-        write_full_run(folder / "sparsegpt-50-int8"),
+        write_full_run(folder / "sparsegpt-50-int8", layers=30),
         write_run(
             folder / "balanced-50-with-a-rather-long-name-that-does-not-fit-a-phone",
+            layers=30,
             evaluation=evaluation(28.4, text="word" * 60),
             diagnosis=diagnosis(healthy=True),
         ),

@@ -231,7 +231,7 @@ def compression() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_run(folder: Path, *, layers: int = 30, **parts: Any) -> Path:
+def write_run(folder: Path, *, layers: int = 2, **parts: Any) -> Path:
     """A run folder with a manifest, layers, and whatever parts are given by name."""
     notes = folder / "secateur"
     notes.mkdir(parents=True)
@@ -244,13 +244,13 @@ def write_run(folder: Path, *, layers: int = 30, **parts: Any) -> Path:
     return folder
 
 
-def write_full_run(folder: Path, **parts: Any) -> Path:
+def write_full_run(folder: Path, *, layers: int = 2, **parts: Any) -> Path:
     """A run of which everything was measured."""
     everything: dict[str, Any] = {
-        "evaluation": evaluation(), "diagnosis": diagnosis(), "bench": bench(),
+        "evaluation": evaluation(), "diagnosis": diagnosis(layers), "bench": bench(),
         "compression": compression(),
     }  # fmt: skip
-    return write_run(folder, **{**everything, **parts})
+    return write_run(folder, layers=layers, **{**everything, **parts})
 
 
 def write_sweep(folder: Path, methods: tuple[str, ...] = ("wanda", "sparsegpt")) -> Path:

@@ -38,10 +38,13 @@ class Running:
     Attributes:
         serving: the server.
         url: where it listens.
+        client: sends requests to it.
     """
 
     def __init__(self, serving: Serving) -> None:
         self.serving, self.url = serving, serving.address
+        # One client for all requests: each would read all certificates.
+        self.client = httpx.Client(base_url=self.url, timeout=30)
         self.thread = threading.Thread(target=serving.run, daemon=True)
         self.thread.start()
         self.until(lambda: serving.server.started)
@@ -70,10 +73,11 @@ class Running:
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """Send a request."""
-        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=30, **options)
+        return self.client.post(f"/v1/{path}", json=body, **options)
 
     def stop(self) -> None:
         """End the server."""
+        self.client.close()
         self.serving.stop()
         self.thread.join(20)
         assert not self.thread.is_alive()

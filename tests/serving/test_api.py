@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
@@ -253,7 +252,7 @@ def test_variables_of_the_chat_template(client: openai.OpenAI, server: Running) 
 
 def test_tokens_of_texts(client: openai.OpenAI, server: Running) -> None:
     def post(path: str, body: Any) -> Any:
-        answer = httpx.post(f"{server.url}/{path}", json=body)
+        answer = server.client.post(f"/{path}", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -268,7 +267,7 @@ def test_tokens_of_texts(client: openai.OpenAI, server: Running) -> None:
     assert found["tokens"] == secateur_ids(client, "s:be;u:def f(x;!a:")
     assert found["token_strs"] is None
     for body in ({}, {"prompt": "x", "messages": MESSAGES}):
-        refused = httpx.post(f"{server.url}/tokenize", json=body)
+        refused = server.client.post("/tokenize", json=body)
         assert refused.status_code == 400
         assert "either prompt or messages" in refused.json()["error"]["message"]
 
@@ -322,9 +321,9 @@ def test_models_health_and_metrics(server: Running, client: openai.OpenAI) -> No
     assert client.models.retrieve("learned").owned_by == "secateur"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert server.client.get("/health").json() == {"status": "ok"}
     chat(client)
-    answer = httpx.get(f"{server.url}/metrics")
+    answer = server.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     numbers = {}
     for line in answer.text.splitlines():
@@ -336,25 +335,25 @@ def test_models_health_and_metrics(server: Running, client: openai.OpenAI) -> No
     assert numbers["secateur_requests_running"] == numbers["secateur_requests_waiting"] == 0
     assert 0 < numbers["secateur_first_token_seconds_sum"] < 60
     assert numbers["secateur_first_token_seconds_count"] >= 1
-    assert httpx.get(f"{server.url}/openapi.json").json()["info"]["title"] == "Secateur"
+    assert server.client.get("/openapi.json").json()["info"]["title"] == "Secateur"
 
 
 def test_the_page_at_the_root(server: Running, serve: Callable[..., Running]) -> None:
-    text = httpx.get(server.url)
+    text = server.client.get("/")
     assert text.headers["content-type"].startswith("text/plain")
     assert text.text.startswith("learned\n")
     assert "POST /v1/chat/completions" in text.text
     command = text.text[text.text.index("curl") :].replace("curl", "curl -s", 1)
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert 1 <= json.loads(answer.stdout)["usage"]["completion_tokens"] <= 16  # drawn at random
-    page = httpx.get(server.url, headers={"accept": "text/html,*/*"})
+    page = server.client.get("/", headers={"accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "<h1>learned</h1>" in page.text
     assert "<code>POST /detokenize</code>" in page.text
-    closed = httpx.get(serve(api_key="s3", name="<b>&").url)
+    closed = serve(api_key="s3", name="<b>&").client.get("/")
     assert closed.status_code == 200
     assert "<b>" not in closed.text
     assert "s3" not in closed.text
     assert "Authorization: Bearer $SECATEUR_API_KEY" in closed.text
-    odd = httpx.get(serve(name="<b>&").url, headers={"accept": "text/html"}).text
+    odd = serve(name="<b>&").client.get("/", headers={"accept": "text/html"}).text
     assert "<h1>&lt;b&gt;&amp;</h1>" in odd

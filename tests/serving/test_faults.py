@@ -185,11 +185,8 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
 def test_a_bad_request_says_what_is_wrong(server: Running, case: str) -> None:
     path, body, message, param = BAD[case]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = httpx.post(
-        f"{server.url}/v1/{path}",
-        content=content,
-        headers={"content-type": "application/json"},
-        timeout=30,
+    answer = server.client.post(
+        f"/v1/{path}", content=content, headers={"content-type": "application/json"}
     )
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -231,7 +228,7 @@ def test_wrong_places(server: Running) -> None:
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/models", 405),
     ):
-        answer = httpx.request(method, server.url + path)
+        answer = server.client.request(method, path)
         assert answer.status_code == status
         error = answer.json()["error"]
         assert error["type"] == "invalid_request_error"
@@ -249,10 +246,9 @@ def test_wrong_places(server: Running) -> None:
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        plain = httpx.post(
-            f"{server.url}/v1/completions", content=b'{"prompt": "x"}',
-            headers={"content-type": kind},
-        )  # fmt: skip
+        plain = server.client.post(
+            "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind}
+        )
         assert plain.status_code == 415  # a page of another site could send it
         assert "Content-Type: application/json" in plain.json()["error"]["message"]
 
@@ -265,10 +261,9 @@ def test_long_bodies(serve: Start) -> None:
         for _ in range(50):
             yield b" " * 1000
 
-    answer = httpx.post(
-        f"{server.url}/v1/completions", content=parts(), timeout=30,
-        headers={"content-type": "application/json"},
-    )  # fmt: skip
+    answer = server.client.post(
+        "/v1/completions", content=parts(), headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
     assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
@@ -416,13 +411,13 @@ def test_the_api_key(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     for server, key in ((serve(), "from the environment"), (serve(api_key="s3"), "s3")):
         for given in (None, "Bearer wrong", f"Basic {key}", f"Bearer {key} "):
             headers = {} if given is None else {"Authorization": given.strip() + "x"}
-            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+            answer = server.client.get("/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
             assert [*client.models.list()]
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/metrics").status_code == 200
 
 
 def test_an_error_of_the_model(serve: Start, capfd: pytest.CaptureFixture[str]) -> None:
