@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import secateur
 from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
-from secateur.models.samples import sample_model
+from secateur.models.hub import sample_model
 from secateur.reporting.evaluate import BenchResult
 
 SHAPE: dict[str, Any] = {

@@ -38,7 +38,7 @@ from hardware import heading, keep, markdown
 from presets import windows_file
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
-from secateur.models.samples import sample_model
+from secateur.models.hub import sample_model
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from stored import known_rows

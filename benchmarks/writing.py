@@ -20,7 +20,7 @@ from hardware import heading, keep, markdown
 from secateur.calibration.continuation import PREFIX, continue_windows
 from secateur.calibration.windows import WindowPlan, make_windows
 from secateur.evaluation.perplexity import load_model
-from secateur.models.samples import sample_text
+from secateur.models.hub import sample_text
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_dtype
 

@@ -10,7 +10,7 @@ from secateur.calibration import documents as room
 from secateur.calibration.documents import read_documents, read_text
 from secateur.errors import SourceError
 from secateur.models import hub as models_hub
-from secateur.models.samples import split_passages
+from secateur.models.hub import split_passages
 
 
 def write_lines(path, rows):

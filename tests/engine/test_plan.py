@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
+from secateur.calibration.continuation import roomy_cache
 from secateur.engine.plan import Plan, fitting_plan, memory_budget
 from secateur.engine.plan_memory import prune_needs, writing_bytes
 from secateur.errors import MemoryBudgetError, RecipeError
-from secateur.models.cache import roomy_cache
 from secateur.runtime.decode import given_cache
 from secateur.training.setup import check_memory, training_needs
 from zoo import tiny_model, tiny_windows

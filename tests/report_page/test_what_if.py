@@ -20,6 +20,9 @@ from secateur.models.layer_cache import LayerCache
 from secateur.models.shape import LayerKind, ModelShape
 from secateur.report_page import report
 from secateur.report_page.report import what_if_data
+from secateur.models.shape import LayerCache, LayerKind, ModelShape
+from secateur.report_page import page
+from secateur.report_page.page import what_if_data
 
 NODE = shutil.which("node") or shutil.which("nodejs")
 pytestmark = pytest.mark.skipif(

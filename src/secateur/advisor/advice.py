@@ -44,8 +44,7 @@ from secateur.advisor.capacity import (
 )
 from secateur.advisor.facts import API, Estimate, Facts, Hardware
 from secateur.advisor.options import CompressionWay, options_for
-from secateur.models.layer_cache import LayerCache
-from secateur.models.shape import LayerKind, ModelShape
+from secateur.models.shape import LayerCache, LayerKind, ModelShape
 
 MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
 

@@ -19,7 +19,7 @@ Serving takes this memory:
 
 `values` are keys and values of a token, in bfloat16, or the latent vector of latent attention. A
 layer without a window keeps them of all tokens, a recurrent layer has a state instead, and a layer
-that reads the cache of another keeps nothing (`secateur.models.layer_cache`). `largest` is the
+that reads the cache of another keeps nothing (`secateur.models.shape`). `largest` is the
 width of attention or of the whole residual stream, `chunk` the tokens of a prompt that are
 processed together.
 
@@ -33,7 +33,7 @@ a data sheet (Williams et al., CACM 2009), for a batch of b sequences with T tok
                  / (peak · e_c), but never less than a step
 
 `width` is query heads · (key + value), `pairs` the tokens that the tokens of a prompt see, P² / 2
-without a window, `state` the bytes of a recurrent state (`secateur.models.layer_cache`).
+without a window, `state` the bytes of a recurrent state (`secateur.models.shape`).
 
 Of a mixture with E experts and k for each token, b tokens read E · (1 − (1 − k / E)^b) experts of a
 layer, if the router spreads them evenly.

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from secateur.advisor.facts import Estimate, Facts, Hardware, KnownShape
-from secateur.models.layer_cache import LayerCache
-from secateur.models.shape import LayerKind, ModelShape
+from secateur.models.shape import LayerCache, LayerKind, ModelShape
 
 
 @dataclass(frozen=True)

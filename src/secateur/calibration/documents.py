@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from secateur.errors import RecipeError, SourceError
-from secateur.models.hub import hub_or_cache
-from secateur.models.samples import TEXTS, sample_text
+from secateur.models.hub import TEXTS, hub_or_cache, sample_text
 from secateur.registry import did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw")

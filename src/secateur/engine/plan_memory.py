@@ -38,7 +38,7 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
-from secateur.models.layer_cache import layer_caches
+from secateur.models.shape import layer_caches
 from secateur.recipes.shared import Distill
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import resident_bytes

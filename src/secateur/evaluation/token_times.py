@@ -42,7 +42,7 @@ from secateur.evaluation.random_models import (
     another,
     random_matrix,
 )
-from secateur.models.samples import cache_folder
+from secateur.models.hub import cache_folder
 from secateur.progress import Progress
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment

@@ -24,7 +24,7 @@ from torch import Tensor
 from secateur.errors import ArchitectureError
 from secateur.exporting import Exported, ExportSource, missing_extra, targets
 from secateur.exporting.folder import copy_the_rest
-from secateur.models.copies import write_dense
+from secateur.models.opening import write_dense
 from secateur.progress import Progress
 
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")

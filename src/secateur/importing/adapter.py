@@ -12,8 +12,7 @@ from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceE
 from secateur.models.checkpoint import CheckpointReader, refuse_not_finite
 from secateur.models.header import read_header
 from secateur.models.opening import load_whole
-from secateur.models.skeleton import build_skeleton, quiet_transformers
-from secateur.models.stored_parameters import StoredModel
+from secateur.models.skeleton import StoredModel, build_skeleton, quiet_transformers
 from secateur.training.lora import merge, need_peft
 
 WEIGHTS = "adapter_model.safetensors"

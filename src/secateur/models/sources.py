@@ -27,13 +27,16 @@ from secateur.models.configuration import check_folder
 from secateur.models.header import damaged
 from secateur.models.hub import (
     CONVERT,
+    MODELS,
+    PARTIAL,
     PICKLES,
+    cache_folder,
     download_model,
     hub_name,
     kind_of_name,
     no_such_model,
+    sweep_partials,
 )
-from secateur.models.samples import MODELS, PARTIAL, cache_folder, sweep_partials
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 from secateur.runs.records import Source

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.models.samples import MODELS
+from secateur.models.hub import MODELS
 from secateur.reporting.models import CompressResult, ImportResult
 from secateur.reporting.tables import binary_size, by_layer, markdown_table
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training

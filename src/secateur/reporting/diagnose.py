@@ -15,7 +15,7 @@ from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
-from secateur.models.gguf_header import GgufHeader, GgufTensor
+from secateur.models.header import GgufHeader, GgufTensor
 from secateur.reporting.models import stored_as
 from secateur.reporting.next_steps import layer_of
 from secateur.reporting.tables import (

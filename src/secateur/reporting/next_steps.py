@@ -16,8 +16,7 @@ from typing import Any
 
 from secateur.calibration.documents import KNOWN_DATASETS, texts_of
 from secateur.models.at_rest import DESCRIPTIONS
-from secateur.models.hub import kind_of_name
-from secateur.models.samples import TEXTS
+from secateur.models.hub import TEXTS, kind_of_name
 from secateur.reporting.tables import Block, next_steps
 from secateur.runs.records import Sweep, SweepPoint
 from secateur.sparsity.methods import methods

@@ -18,11 +18,9 @@ from secateur.importing.refused import refuse_by_name
 from secateur.models.at_rest import AssembledReader, SourceFolder
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_config
-from secateur.models.copies import write_dense
-from secateur.models.opening import computed_dtype, refuse_quantized
-from secateur.models.skeleton import build_skeleton
+from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
+from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.models.sources import LocalCheckpoint
-from secateur.models.stored_parameters import StoredModel
 from secateur.recipes.deploy import ImportRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card

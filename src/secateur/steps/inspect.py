@@ -39,7 +39,7 @@ def inspect(
     """
     file = Path(model).expanduser()
     if not zeros and file.suffix == ".gguf" and file.is_file():
-        from secateur.models.gguf_header import read_gguf_header
+        from secateur.models.header import read_gguf_header
         from secateur.reporting.diagnose import GgufInspectResult
         from secateur.reporting.next_steps import layer_of
 

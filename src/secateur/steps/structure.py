@@ -25,8 +25,7 @@ from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.evaluation.step_time import StepTimer, time_steps
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
-from secateur.models.copies import copy_of
-from secateur.models.opening import formats_of, open_weights, refuse_quantized
+from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress

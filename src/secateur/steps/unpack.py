@@ -9,9 +9,9 @@ import torch
 from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.configuration import read_config
-from secateur.models.copies import write_dense
 from secateur.models.expert_layout import FusedExperts, loads_one_by_one
 from secateur.models.experts import OpenExperts
+from secateur.models.opening import write_dense
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.recipes.compress import DecompressRecipe
 from secateur.reporting.cards import source_part

@@ -32,8 +32,7 @@ from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import PatchedCopy
-from secateur.models.copies import copy_of
-from secateur.models.opening import open_weights
+from secateur.models.opening import copy_of, open_weights
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe

@@ -24,9 +24,8 @@ from secateur.engine.search.experts import (
 )
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
-from secateur.models.copies import copy_of
 from secateur.models.experts import OpenExperts
-from secateur.models.opening import open_weights
+from secateur.models.opening import copy_of, open_weights
 from secateur.models.sources import resolve
 from secateur.parallel.ranks import Ranks, refuse_another_model
 from secateur.progress import Silent

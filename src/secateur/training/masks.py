@@ -25,8 +25,7 @@ from secateur.errors import RecipeError, SourceError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.header import read_header
-from secateur.models.skeleton import build_skeleton
-from secateur.models.stored_parameters import StoredModel
+from secateur.models.skeleton import StoredModel, build_skeleton
 
 FIXED_AT_ZERO = (
     torch.optim.SGD,

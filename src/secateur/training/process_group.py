@@ -23,8 +23,7 @@ from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
-from secateur.models.skeleton import build_skeleton
-from secateur.models.stored_parameters import StoredModel, aliases
+from secateur.models.skeleton import StoredModel, aliases, build_skeleton
 from secateur.parallel.processes import TorchRanks
 from secateur.training.masks import is_shared
 

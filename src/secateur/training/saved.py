@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from secateur.errors import MemoryBudgetError, RecipeError, VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, ShardWriter
-from secateur.models.skeleton import build_skeleton
-from secateur.models.stored_parameters import StoredModel
+from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.progress import Progress
 from secateur.runs.output import cannot_write
 from secateur.training.masks import Masks, as_part, is_shared, local, rows_of, whole

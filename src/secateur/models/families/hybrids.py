@@ -10,30 +10,36 @@ from secateur.models.architecture import (
     families,
 )
 from secateur.models.expert_layout import ExpertLayout, Experts
+from secateur.models.families import ends, grouped, over
 from secateur.models.families.llama_like import (
     EMBEDDING_AND_HEAD,
     GATED_FFN,
     HEAD_NORMS,
     PRE_NORM,
+    QUERIES_KEYS_VALUES,
     SPLIT_ATTENTION,
     TWO_NORMS,
 )
-from secateur.models.families.mixtures import GATED_SHARED_EXPERT, GRANITE, W132
+from secateur.models.families.mixtures import (
+    FEED_FORWARD,
+    FEED_FORWARD_GROUPS,
+    GATED_SHARED_EXPERT,
+    GRANITE,
+    W132,
+)
 
 
 def _mamba_axes(module: str) -> Axes:
     """Mamba-2, whose states are left as they are."""
-    of_state = dict.fromkeys(("norm", "A_log", "D", "dt_bias"), ("state",))
-    axes: Axes = {
-        "in_proj": ("state", "hidden"),
-        "out_proj": ("hidden", "state"),
-        "conv1d": ("state", "state", "state"),
-        **of_state,
+    return {
+        **over("state hidden", f"{module}.in_proj"),
+        **over("hidden state", f"{module}.out_proj"),
+        **over("state state state", f"{module}.conv1d"),
+        **over("state", f"{module}.norm {module}.A_log {module}.D {module}.dt_bias"),
     }
-    return {f"{module}.{name}": own for name, own in axes.items()}
 
 
-MAMBA_GROUPS = (("mamba.in_proj",), ("mamba.out_proj",))
+MAMBA_GROUPS = grouped("mamba.in_proj", "mamba.out_proj")
 TIED_STATES = "the states of its Mamba layers are a multiple of the hidden size"
 
 BAMBA_COUPLINGS = Couplings(
@@ -41,16 +47,10 @@ BAMBA_COUPLINGS = Couplings(
         **_mamba_axes("mamba"),
         **SPLIT_ATTENTION,
         "input_layernorm": ("hidden",),
-        "feed_forward.gate_proj": ("neurons", "hidden"),
-        "feed_forward.up_proj": ("neurons", "hidden"),
-        "feed_forward.down_proj": ("hidden", "neurons"),
+        **FEED_FORWARD,
         "pre_ff_layernorm": ("hidden",),
     },
-    outside={
-        "model.embed_tokens": ("-", "hidden"),
-        "model.final_layernorm": ("hidden",),
-        "lm_head": ("-", "hidden"),
-    },
+    outside=ends("model.embed_tokens", "model.final_layernorm"),
     ffn=("feed_forward",),
     ffn_norms=("pre_ff_layernorm",),
     fixed={"hidden": TIED_STATES},
@@ -61,8 +61,7 @@ BAMBA = Family(
     groups=(
         *MAMBA_GROUPS,
         *SPLIT_ATTENTION_GROUPS,
-        ("feed_forward.gate_proj", "feed_forward.up_proj"),
-        ("feed_forward.down_proj",),
+        *FEED_FORWARD_GROUPS,
     ),
     writers=("mamba.out_proj", "self_attn.o_proj", "feed_forward.down_proj"),
     couplings=BAMBA_COUPLINGS,
@@ -70,47 +69,33 @@ BAMBA = Family(
 
 LFM2_COUPLINGS = Couplings(
     layer={
-        "conv.in_proj": ("state", "hidden"),
-        "conv.conv": ("state", "state", "state"),
-        "conv.out_proj": ("hidden", "state"),
-        "self_attn.q_proj": ("queries", "hidden"),
-        "self_attn.k_proj": ("keys", "hidden"),
-        "self_attn.v_proj": ("keys", "hidden"),
-        "self_attn.out_proj": ("hidden", "queries"),
-        "self_attn.q_layernorm": ("-",),
-        "self_attn.k_layernorm": ("-",),
-        "operator_norm": ("hidden",),
-        "feed_forward.w1": ("neurons", "hidden"),
-        "feed_forward.w3": ("neurons", "hidden"),
-        "feed_forward.w2": ("hidden", "neurons"),
-        "ffn_norm": ("hidden",),
+        **over("state hidden", "conv.in_proj"),
+        **over("state state state", "conv.conv"),
+        **over("hidden state", "conv.out_proj"),
+        **QUERIES_KEYS_VALUES,
+        **over("hidden queries", "self_attn.out_proj"),
+        **over("-", "self_attn.q_layernorm self_attn.k_layernorm"),
+        **over("hidden", "operator_norm"),
+        **over("neurons hidden", "feed_forward.w1 feed_forward.w3"),
+        **over("hidden neurons", "feed_forward.w2"),
+        **over("hidden", "ffn_norm"),
     },
-    outside={
-        "model.embed_tokens": ("-", "hidden"),
-        "model.embedding_norm": ("hidden",),
-        "lm_head": ("-", "hidden"),
-    },
+    outside=ends("model.embed_tokens", "model.embedding_norm"),
     ffn=("feed_forward",),
     ffn_norms=("ffn_norm",),
     with_neurons={"block_auto_adjust_ff_dim": False},
     fixed={"hidden": "its convolutions run over the residual stream's channels"},
 )
 
+DELTANET_INPUTS = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
 DELTANET_COUPLINGS = PRE_NORM.plus(
     {
-        "linear_attn.in_proj_qkv": ("state", "hidden"),
-        "linear_attn.in_proj_z": ("state", "hidden"),
-        "linear_attn.in_proj_b": ("state", "hidden"),
-        "linear_attn.in_proj_a": ("state", "hidden"),
-        "linear_attn.out_proj": ("hidden", "state"),
-        "linear_attn.conv1d": ("state", "state", "state"),
-        "linear_attn.norm": ("state",),
-        "linear_attn.A_log": ("state",),
-        "linear_attn.dt_bias": ("state",),
-        "self_attn.q_proj": ("pairs", "hidden"),
-        "self_attn.k_proj": ("keys", "hidden"),
-        "self_attn.v_proj": ("keys", "hidden"),
-        "self_attn.o_proj": ("hidden", "queries"),
+        **over("state hidden", " ".join(DELTANET_INPUTS)),
+        **over("hidden state", "linear_attn.out_proj"),
+        **over("state state state", "linear_attn.conv1d"),
+        **over("state", "linear_attn.norm linear_attn.A_log linear_attn.dt_bias"),
+        **SPLIT_ATTENTION,
+        **over("pairs hidden", "self_attn.q_proj"),
         **HEAD_NORMS,
         **GATED_FFN,
     },
@@ -145,8 +130,7 @@ TABLE = {
         groups=(
             *MAMBA_GROUPS,
             *SPLIT_ATTENTION_GROUPS,
-            ("shared_mlp.input_linear",),
-            ("shared_mlp.output_linear",),
+            *grouped("shared_mlp.input_linear", "shared_mlp.output_linear"),
         ),
         couplings=Couplings(
             layer={
@@ -170,13 +154,13 @@ TABLE = {
     "lfm2": Family(
         model_types=("lfm2",),
         layers="model.layers",
-        groups=(
-            ("conv.in_proj",),
-            ("conv.out_proj",),
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.out_proj",),
-            ("feed_forward.w1", "feed_forward.w3"),
-            ("feed_forward.w2",),
+        groups=grouped(
+            "conv.in_proj",
+            "conv.out_proj",
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            "self_attn.out_proj",
+            "feed_forward.w1 feed_forward.w3",
+            "feed_forward.w2",
         ),
         writers=("conv.out_proj", "self_attn.out_proj", "feed_forward.w2"),
         couplings=LFM2_COUPLINGS,
@@ -197,32 +181,26 @@ TABLE = {
     "nemotron_h": Family(
         model_types=("nemotron_h",),
         layers="model.layers",
-        groups=(
-            ("mixer.in_proj",),
-            ("mixer.out_proj",),
-            ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-            ("mixer.o_proj",),
-            ("mixer.up_proj",),
-            ("mixer.down_proj",),
+        groups=grouped(
+            "mixer.in_proj",
+            "mixer.out_proj",
+            "mixer.q_proj mixer.k_proj mixer.v_proj",
+            "mixer.o_proj",
+            "mixer.up_proj",
+            "mixer.down_proj",
         ),
         writers=("mixer.out_proj", "mixer.o_proj", "mixer.down_proj"),
         couplings=Couplings(
             layer={
                 **_mamba_axes("mixer"),
-                "mixer.q_proj": ("state", "hidden"),
-                "mixer.k_proj": ("state", "hidden"),
-                "mixer.v_proj": ("state", "hidden"),
-                "mixer.o_proj": ("hidden", "state"),
-                "mixer.up_proj": ("neurons", "hidden"),
-                "mixer.down_proj": ("hidden", "neurons"),
-                "norm": ("hidden",),
+                **over("state hidden", "mixer.q_proj mixer.k_proj mixer.v_proj"),
+                **over("hidden state", "mixer.o_proj"),
+                **over("neurons hidden", "mixer.up_proj"),
+                **over("hidden neurons", "mixer.down_proj"),
+                **over("hidden", "norm"),
                 **NEMOTRON_EXPERTS.axes(stream="-"),
             },
-            outside={
-                "model.embeddings": ("-", "hidden"),
-                "model.norm_f": ("hidden",),
-                "lm_head": ("-", "hidden"),
-            },
+            outside=ends("model.embeddings", "model.norm_f"),
             attention="",  # no layer has it besides something else
             ffn=("mixer",),
             ffn_norms=("norm",),
@@ -239,7 +217,7 @@ TABLE = {
         model_types=("qwen3_5_text",),
         layers="model.layers",
         groups=(
-            tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+            DELTANET_INPUTS,
             ("linear_attn.out_proj",),
             *SPLIT_ATTENTION_GATED_FFN,
         ),
@@ -253,8 +231,7 @@ TABLE = {
         groups=(),  # found by running a layer of each kind
         couplings=DELTANET_COUPLINGS.plus(
             {
-                "linear_attn.in_proj_qkvz": ("state", "hidden"),
-                "linear_attn.in_proj_ba": ("state", "hidden"),
+                **over("state hidden", "linear_attn.in_proj_qkvz linear_attn.in_proj_ba"),
                 **Experts().axes(),
                 **GATED_SHARED_EXPERT,
             },

@@ -12,45 +12,32 @@ from secateur.models.architecture import (
     Family,
     families,
 )
+from secateur.models.families import ends, grouped, over
 
-SPLIT_ATTENTION: Axes = {
-    "self_attn.q_proj": ("queries", "hidden"),
-    "self_attn.k_proj": ("keys", "hidden"),
-    "self_attn.v_proj": ("keys", "hidden"),
-    "self_attn.o_proj": ("hidden", "queries"),
+QUERIES_KEYS_VALUES = {
+    **over("queries hidden", "self_attn.q_proj"),
+    **over("keys hidden", "self_attn.k_proj self_attn.v_proj"),
 }
-HEAD_NORMS: Axes = {"self_attn.q_norm": ("-",), "self_attn.k_norm": ("-",)}
+SPLIT_ATTENTION: Axes = {**QUERIES_KEYS_VALUES, **over("hidden queries", "self_attn.o_proj")}
+HEAD_NORMS = over("-", "self_attn.q_norm self_attn.k_norm")
 """Norms over the channels of a head, which all heads share."""
 WIDE_NORMS: Axes = {"self_attn.q_norm": ("queries",), "self_attn.k_norm": ("keys",)}
 """Norms over the channels of all heads."""
-HUNYUAN_NORMS: Axes = {"self_attn.query_layernorm": ("-",), "self_attn.key_layernorm": ("-",)}
-SINKS: Axes = {"self_attn.sinks": ("heads",)}
+HUNYUAN_NORMS = over("-", "self_attn.query_layernorm self_attn.key_layernorm")
+SINKS = over("heads", "self_attn.sinks")
 
-GATED_FFN: Axes = {
-    "mlp.gate_proj": ("neurons", "hidden"),
-    "mlp.up_proj": ("neurons", "hidden"),
-    "mlp.down_proj": ("hidden", "neurons"),
-}
-FUSED_GATED_FFN: Axes = {
-    "mlp.gate_up_proj": ("neurons+neurons", "hidden"),
-    "mlp.down_proj": ("hidden", "neurons"),
-}
-PLAIN_FFN: Axes = {"mlp.up_proj": ("neurons", "hidden"), "mlp.down_proj": ("hidden", "neurons")}
-PLAIN_FFN_GROUPS = (("mlp.up_proj",), ("mlp.down_proj",))
-FUSED_FFN_GROUPS = (("mlp.gate_up_proj",), ("mlp.down_proj",))
+DOWN = over("hidden neurons", "mlp.down_proj")
+GATED_FFN: Axes = {**over("neurons hidden", "mlp.gate_proj mlp.up_proj"), **DOWN}
+FUSED_GATED_FFN: Axes = {**over("neurons+neurons hidden", "mlp.gate_up_proj"), **DOWN}
+PLAIN_FFN: Axes = {**over("neurons hidden", "mlp.up_proj"), **DOWN}
+PLAIN_FFN_GROUPS = grouped("mlp.up_proj", "mlp.down_proj")
+FUSED_FFN_GROUPS = grouped("mlp.gate_up_proj", "mlp.down_proj")
 
-TWO_NORMS: Axes = {"input_layernorm": ("hidden",), "post_attention_layernorm": ("hidden",)}
+TWO_NORMS = over("hidden", "input_layernorm post_attention_layernorm")
 """One norm before each sub-block."""
-NORMS_AFTER: Axes = {
-    "post_attention_layernorm": ("hidden",),
-    "post_feedforward_layernorm": ("hidden",),
-}
+NORMS_AFTER = over("hidden", "post_attention_layernorm post_feedforward_layernorm")
 """One norm after each sub-block."""
-EMBEDDING_AND_HEAD: Axes = {
-    "model.embed_tokens": ("-", "hidden"),
-    "model.norm": ("hidden",),
-    "lm_head": ("-", "hidden"),
-}
+EMBEDDING_AND_HEAD = ends("model.embed_tokens", "model.norm")
 
 PRE_NORM = Couplings(
     layer=TWO_NORMS,
@@ -72,7 +59,7 @@ ONE_NORM = Couplings(
 )
 """One norm, then attention and feed-forward side by side."""
 FOUR_NORMS = LLAMA_COUPLINGS.plus(
-    {"pre_feedforward_layernorm": ("hidden",), "post_feedforward_layernorm": ("hidden",)},
+    over("hidden", "pre_feedforward_layernorm post_feedforward_layernorm"),
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
@@ -165,8 +152,7 @@ TABLE = {
                 **HEAD_NORMS,
                 **PLAIN_FFN,
                 "mlp.act_fn": ("-",),
-                "attention_layernorm": ("hidden",),
-                "feedforward_layernorm": ("hidden",),
+                **over("hidden", "attention_layernorm feedforward_layernorm"),
             },
             outside=EMBEDDING_AND_HEAD,
             attention_norms=("attention_layernorm",),
@@ -176,10 +162,10 @@ TABLE = {
     # Biases everywhere, LayerNorms, no gate.
     "starcoder2": LLAMA.like(
         "starcoder2",
-        groups=(*SPLIT_ATTENTION_GROUPS, ("mlp.c_fc",), ("mlp.c_proj",)),
+        groups=SPLIT_ATTENTION_GROUPS + grouped("mlp.c_fc", "mlp.c_proj"),
         writers=("self_attn.o_proj", "mlp.c_proj"),
         couplings=SPLIT.plus(
-            {"mlp.c_fc": ("neurons", "hidden"), "mlp.c_proj": ("hidden", "neurons")}
+            over("neurons hidden", "mlp.c_fc") | over("hidden neurons", "mlp.c_proj")
         ),
     ),
     # GLM-4 (2024): gate and up in one matrix.
@@ -189,11 +175,7 @@ TABLE = {
         "glm4",
         writers=(),
         couplings=SPLIT.plus(
-            {
-                **FUSED_GATED_FFN,
-                "post_self_attn_layernorm": ("hidden",),
-                "post_mlp_layernorm": ("hidden",),
-            },
+            {**FUSED_GATED_FFN, **over("hidden", "post_self_attn_layernorm post_mlp_layernorm")},
             attention_norms=("input_layernorm", "post_self_attn_layernorm"),
             ffn_norms=("post_attention_layernorm", "post_mlp_layernorm"),
         ),

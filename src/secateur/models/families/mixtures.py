@@ -13,6 +13,7 @@ from secateur.models.architecture import (
     families,
 )
 from secateur.models.expert_layout import ExpertLayout, Experts
+from secateur.models.families import grouped, over
 from secateur.models.families.llama_like import (
     GATED_FFN,
     HEAD_NORMS,
@@ -25,28 +26,26 @@ from secateur.models.families.llama_like import (
 )
 
 
-def _shared(name: str) -> tuple[Groups, Axes]:
-    """The groups and axes of an expert that every token passes."""
-    gate, up, down = (f"{name}.{part}_proj" for part in ("gate", "up", "down"))
-    axes = {gate: ("-", "hidden"), up: ("-", "hidden"), down: ("hidden", "-")}
-    return ((gate, up), (down,)), axes
+def _ffn(name: str, neurons: str = "-") -> tuple[Groups, Axes]:
+    """The groups and axes of a feed-forward with a gate: by default an expert for every token."""
+    inputs, down = f"{name}.gate_proj {name}.up_proj", f"{name}.down_proj"
+    axes = {**over(f"{neurons} hidden", inputs), **over(f"hidden {neurons}", down)}
+    return grouped(inputs, down), axes
 
 
-SHARED_EXPERT_GROUPS, SHARED_EXPERT = _shared("mlp.shared_expert")
-SHARED_EXPERTS_GROUPS, SHARED_EXPERTS = _shared("mlp.shared_experts")
-SHARED_MLP_GROUPS, SHARED_MLP = _shared("mlp.shared_mlp")
-LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _shared("feed_forward.shared_expert")
+SHARED_EXPERT_GROUPS, SHARED_EXPERT = _ffn("mlp.shared_expert")
+SHARED_EXPERTS_GROUPS, SHARED_EXPERTS = _ffn("mlp.shared_experts")
+SHARED_MLP_GROUPS, SHARED_MLP = _ffn("mlp.shared_mlp")
+LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _ffn("feed_forward.shared_expert")
+FEED_FORWARD_GROUPS, FEED_FORWARD = _ffn("feed_forward", "neurons")
 GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
 
 LATENT_ATTENTION: Axes = {
-    "self_attn.q_proj": ("parts", "hidden"),
-    "self_attn.q_a_proj": ("-", "hidden"),
-    "self_attn.q_a_layernorm": ("-",),
-    "self_attn.q_b_proj": ("parts", "-"),
-    "self_attn.kv_a_proj_with_mqa": ("-", "hidden"),
-    "self_attn.kv_a_layernorm": ("-",),
-    "self_attn.kv_b_proj": ("parts", "-"),
-    "self_attn.o_proj": ("hidden", "queries"),
+    **over("parts hidden", "self_attn.q_proj"),
+    **over("- hidden", "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa"),
+    **over("-", "self_attn.q_a_layernorm self_attn.kv_a_layernorm"),
+    **over("parts -", "self_attn.q_b_proj self_attn.kv_b_proj"),
+    **over("hidden queries", "self_attn.o_proj"),
 }
 """Queries, keys and values of all heads come from short vectors, which stay whole."""
 
@@ -155,28 +154,15 @@ TABLE = {
         experts=Experts(router="mlp.gate.wg"),
         axes={**HUNYUAN_NORMS, **SHARED_MLP},
         groups=(*SPLIT_ATTENTION_GROUPS, *SHARED_MLP_GROUPS),
-        attributes={
-            "mlp.gate": {"num_experts": "experts"},
-            "mlp.experts": {"num_experts": "experts"},
-        },
+        attributes={key: {"num_experts": "experts"} for key in ("mlp.gate", "mlp.experts")},
     ),
     # The text model: transposed experts whose inputs are scaled, a shared expert, dense layers.
     "llama4": _mixture(
         "llama4_text",
         experts=LLAMA4,
         base=SPLIT,
-        axes={
-            "feed_forward.gate_proj": ("neurons", "hidden"),
-            "feed_forward.up_proj": ("neurons", "hidden"),
-            "feed_forward.down_proj": ("hidden", "neurons"),
-            **LLAMA4_SHARED,
-        },
-        groups=(
-            *SPLIT_ATTENTION_GROUPS,
-            ("feed_forward.gate_proj", "feed_forward.up_proj"),
-            ("feed_forward.down_proj",),
-            *LLAMA4_SHARED_GROUPS,
-        ),
+        axes={**FEED_FORWARD, **LLAMA4_SHARED},
+        groups=(*SPLIT_ATTENTION_GROUPS, *FEED_FORWARD_GROUPS, *LLAMA4_SHARED_GROUPS),
         writers=("self_attn.o_proj", "feed_forward.down_proj"),
         ffn=("feed_forward",),
         neurons_key="intermediate_size_mlp",
