@@ -16,13 +16,9 @@ from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Capacity, Load, TokenTimes
 from secateur.advisor.facts import Facts, read_facts
 from secateur.advisor.options import known_shape
-from secateur.models.layer_cache import LayerCache
-from secateur.models.shape import LayerKind, ModelShape
+from secateur.models.shape import LayerCache, LayerKind, ModelShape
 from secateur.report_page import report
 from secateur.report_page.report import what_if_data
-from secateur.models.shape import LayerCache, LayerKind, ModelShape
-from secateur.report_page import page
-from secateur.report_page.page import what_if_data
 
 NODE = shutil.which("node") or shutil.which("nodejs")
 pytestmark = pytest.mark.skipif(
