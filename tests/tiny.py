@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from secateur.models.skeleton import quiet_transformers
-from zoo import config_of
+from zoo import class_of, config_of
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = [*string.ascii_letters, *string.digits, " ", "\n", *string.punctuation[:28]]
@@ -75,7 +75,7 @@ def save_tiny(
     for name, value in overrides.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = class_of(config).from_config(config, dtype=dtype)
     with quiet_transformers():
         model.save_pretrained(folder)
     if tokenizer:

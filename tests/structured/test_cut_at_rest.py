@@ -149,6 +149,27 @@ def test_lists_of_modules_get_the_new_numbers(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_description_of_a_decoder_inside_gets_the_new_numbers(tmp_path: Path) -> None:
+    """A model that sees may describe the form of its decoder in `text_config`."""
+    folder = in_float8(tmp_path / "m", "qwen3_vl")
+    file, place = folder / "config.json", "model.language_model.layers"
+    config = json.loads(file.read_text())
+    description = config.pop("quantization_config")
+    description["modules_to_not_convert"] = ["lm_head", f"{place}.1.mlp", f"{place}.2.mlp.up_proj"]
+    config["text_config"]["quantization_config"] = description
+    file.write_text(json.dumps(config))
+    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
+    after = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert "quantization_config" not in after
+    renumbered = ["lm_head", f"{place}.1.mlp.up_proj"]
+    expected = {**description, "modules_to_not_convert": renumbered}
+    assert after["text_config"]["quantization_config"] == expected
+    assert after["text_config"]["num_hidden_layers"] == 2
+    cut_checkpoint(folder, Cut(neurons={n: tuple(range(16)) for n in range(3)}), tmp_path / "d")
+    dense = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert "quantization_config" not in dense["text_config"]
+
+
 def test_scales_of_activations_stay_with_their_matrices(tmp_path: Path) -> None:
     folder = in_float8(tmp_path / "m", "qwen3")
     tensors = load_file(folder / "model.safetensors")

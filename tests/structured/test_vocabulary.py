@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import secateur
 from same_logits import assert_same_logits
@@ -116,6 +119,27 @@ def test_a_size_keeps_the_most_frequent_tokens(tmp_path: Path) -> None:
     assert notes[0]["same_documents"] == len(same)
     words = "parser add_argument"
     assert cut.decode(cut(words).input_ids) == words
+
+
+def test_copies_of_the_tables_lose_the_same_rows(tmp_path: Path) -> None:
+    """Layers that predict several tokens have an embedding and a head of their own."""
+    source = model_with(tmp_path / "m", "byte-level")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    rows, columns = tensors["model.embed_tokens.weight"].shape
+    copies = ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight")
+    others = {"model.layers.3.eh_proj.weight": rows, "model.layers.3.head.weight": rows + 1}
+    for name, size in (dict.fromkeys(copies, rows) | others).items():
+        tensors[name] = torch.randn(size, columns)
+    save_file(tensors, file, metadata={"format": "pt"})
+    trim(source, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    tokenizer, cut = (AutoTokenizer.from_pretrained(x) for x in (source, tmp_path / "out"))
+    kept = tokenizer.convert_tokens_to_ids(cut.convert_ids_to_tokens(range(len(cut))))
+    assert len(kept) < rows
+    for name in ("model.embed_tokens.weight", *copies):
+        assert torch.equal(after[name], tensors[name][kept]), name
+    assert all(torch.equal(after[name], tensors[name]) for name in others)
 
 
 def test_too_small_a_size_is_refused(tmp_path: Path) -> None:

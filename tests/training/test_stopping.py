@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,28 @@ def loop_of(
         batches(),
         NextToken.of(model),
         masks,
-        TrainingPlan(steps=16, optimizer=optimizer, save_minutes=0, validations=4, **EXACT),
+        TrainingPlan(steps=8, optimizer=optimizer, save_minutes=0, validations=4, **EXACT),
         validation=SEQUENCES[:4],
         saved=saved,
         hooks=[GradualPruning(masks.kept, how)] if gradual else [],
         progress=stop,
         identity={"seed": 0, "optimizer": optimizer},
     )
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[Path, Loop, Outcome]]:
+    """Runs that nobody stops: the folder, the loop at its end, the outcome."""
+
+    @functools.cache
+    def whole(optimizer: str) -> tuple[Path, Loop, Outcome]:
+        folder = tmp_path_factory.mktemp("straight")
+        loop = loop_of(folder, optimizer=optimizer)
+        return folder, loop, loop.run()
+
+    return whole
 
 
 def same(one: Loop, other: Loop, done: Outcome, again: Outcome) -> None:
@@ -73,36 +90,35 @@ def same(one: Loop, other: Loop, done: Outcome, again: Outcome) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Rprop", "NAdam"])
-@pytest.mark.parametrize("stop", [1, 9])
+@pytest.mark.parametrize("stop", [1, 5])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(
-    optimizer: str, stop: int, tmp_path: Path
+    optimizer: str, stop: int, straight, tmp_path: Path
 ) -> None:
-    straight = loop_of(tmp_path / "straight", optimizer=optimizer)
-    done = straight.run()
+    _, whole, done = straight(optimizer)
     with pytest.raises(StoppedError):
         loop_of(tmp_path / "stopped", StopAt(stop), optimizer).run()
     again = loop_of(tmp_path / "stopped", optimizer=optimizer)
-    same(straight, again, done, again.run())
+    same(whole, again, done, again.run())
 
 
 def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
-    straight = loop_of(tmp_path / "straight", gradual=True)
-    done = straight.run()
+    whole = loop_of(tmp_path / "straight", gradual=True)
+    done = whole.run()
     with pytest.raises(StoppedError):
-        loop_of(tmp_path / "stopped", StopAt(7), gradual=True).run()
+        loop_of(tmp_path / "stopped", StopAt(3), gradual=True).run()
     again = loop_of(tmp_path / "stopped", gradual=True)
-    same(straight, again, done, again.run())
-    assert straight.masks is not None
-    assert straight.masks.sparsity == pytest.approx(0.8, abs=0.01)
+    same(whole, again, done, again.run())
+    assert whole.masks is not None
+    assert whole.masks.sparsity == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(straight, tmp_path: Path) -> None:
     program = (
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from test_stopping import StopAt, loop_of\n"
-        f"loop_of(Path({str(tmp_path / 'killed')!r}), StopAt(9, kill=True)).run()\n"
+        f"loop_of(Path({str(tmp_path / 'killed')!r}), StopAt(5, kill=True)).run()\n"
     )
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
@@ -110,19 +126,17 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGKILL
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    straight = loop_of(None)
-    done = straight.run()
+    _, whole, done = straight("AdamW")
     again = loop_of(tmp_path / "killed")
     assert (tmp_path / "killed" / "state.safetensors").exists()
-    same(straight, again, done, again.run())
+    same(whole, again, done, again.run())
     torch.set_num_threads(threads)
 
 
-def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
-    first = loop_of(tmp_path)
-    done = first.run()
-    again = loop_of(tmp_path, StopAt(1))
-    same(first, again, done, again.run())
+def test_a_finished_run_is_not_done_again(straight) -> None:
+    folder, whole, done = straight("AdamW")
+    again = loop_of(folder, StopAt(1))
+    same(whole, again, done, again.run())
 
 
 def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from secateur.sparsity import shifted_inverse
 from secateur.sparsity.hessian import FACTOR_SQUARES, dense_target, inverse_factor
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.solvers import least_squares, solvers
+from secateur.sparsity.solvers.least_squares import LeastSquares, systems_bytes
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -136,6 +137,38 @@ def test_what_asymmetric_fitting_solves_fits_into_its_plan() -> None:
     assert linear_bytes(wanda, asymmetric=True) >= (1 + TARGET_SQUARES) * SQUARE
     held = linear_bytes(alps, asymmetric=True) - linear_bytes(alps, asymmetric=False)
     assert held == HELD_TARGETS * SQUARE
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [
+        ((960, 96), 1000),  # all rows share one support, larger than a chunk
+        ((24, 240), None),  # every row has its own
+        ((24, 240), 3 * 240**2),  # two of them at once
+        ((24, 240), 1000),  # one takes more than a chunk
+    ],
+)
+def test_the_systems_of_least_squares_take_what_is_declared(
+    shape: tuple[int, int], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only float64 factorises them, and nearly all weights are kept."""
+    if chunk is not None:
+        monkeypatch.setattr(least_squares, "_CHUNK_ENTRIES", chunk)
+    rows, columns = shape
+    mask = torch.ones(shape, dtype=torch.bool)
+    if rows < columns:
+        mask[:, :rows].fill_diagonal_(False)
+    prepared = LeastSquares(1e-6).prepare({"gram": gram_of(FEW, columns)})
+    pull, declared = torch.randn(shape), systems_bytes(*shape)
+    peaks = []
+    for systems in least_squares._systems(mask):
+        live = LiveTensors(
+            (pull, prepared.gram, prepared.diagonal, *vars(systems).values()), find_peak=True
+        )
+        with live:
+            systems.solve(pull, prepared)
+        peaks.append(live.peak_bytes)
+    assert 0.6 * declared < max(peaks) <= declared
 
 
 def warn(shape: tuple[int, int], pattern: str, solver: str = "least-squares") -> None:

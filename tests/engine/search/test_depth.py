@@ -232,7 +232,7 @@ def test_a_long_search_finds_the_best_of_all_sets() -> None:
         )
         for dropped in combinations(range(6), 3)
     }
-    how = DepthSettings(count=3, method="search", stages=((1, 120),), generations=40, offspring=4)
+    how = DepthSettings(count=3, method="search", stages=((1, 120),), generations=12, offspring=4)
     found = choose(model, how)
     assert found.layers == min(worth, key=lambda dropped: worth[dropped])
     assert found.fitness == pytest.approx(worth[found.layers], rel=1e-3)
@@ -323,7 +323,7 @@ def test_what_was_killed_goes_on_and_ends_the_same(amount: dict, tmp_path: Path)
     counter = Counter()
     expected = choose(model, how, None, counter)
     left = [counter.steps]
-    for place in range(1, counter.steps, counter.steps // 9):
+    for place in range(1, counter.steps, counter.steps // 4):
         work = tmp_path / str(place)
         work.mkdir()
         with pytest.raises(Stop):

@@ -46,7 +46,7 @@ def linear_names(model) -> list[str]:
 def levels(tmp_path_factory: pytest.TempPathFactory) -> list[Level]:
     """The trained model, and the same rounded to 8 and to 3 bits."""
     place = tmp_path_factory.mktemp("levels")
-    source = save_trained(place / "source", steps=50)
+    source = save_trained(place / "source", steps=35)
     made = []
     for bits in (16, 8, 3):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

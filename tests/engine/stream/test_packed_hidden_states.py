@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +29,33 @@ from slow import slow_but
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 NAMES = ("gemma4_text small", "gemma4_text shared", "gemma3n_text", "gemma3n_text shared")
-WINDOWS = tiny_windows(5, 12)
+WINDOWS = tiny_windows(3, 12)
+DISK: dict[str, Any] = {"micro_batch_tokens": 24, "activations": "disk"}
+FITTED: dict[str, Any] = {
+    "method": "sparsegpt", "pattern": "2:4", "asymmetric": True, "tune_passes": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders with a model, windows, and a whole run whose hidden states were on disk."""
+
+    @functools.cache
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        with quiet_transformers():
+            tiny_model(name).save_pretrained(folder / "dense")
+        save_file({"input_ids": WINDOWS}, folder / "windows.safetensors")
+        prune_in(folder, folder / "disk", **DISK)
+        return folder
+
+    return made
+
+
+def prune_in(folder: Path, output: Path, **options: Any) -> Any:
+    """Prune the model of such a folder."""
+    windows = str(folder / "windows.safetensors")
+    return secateur.prune(folder / "dense", output=output, calibration=windows, **FITTED, **options)
 
 
 def logits_of(model: nn.Module, folder: Path | None) -> Tensor:
@@ -94,35 +122,25 @@ def test_gradients_equal_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["gemma3n_text shared"], NAMES))
 def test_runs_on_disk_with_the_dense_model_beside_are_those_in_memory(
-    name: str, tmp_path: Path
+    name: str, on_disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with quiet_transformers():
-        tiny_model(name).save_pretrained(tmp_path / "dense")
-    save_file({"input_ids": WINDOWS}, tmp_path / "windows.safetensors")
-    made = {}
-    for place in ("memory", "disk"):
-        report = secateur.prune(
-            tmp_path / "dense", method="sparsegpt", pattern="2:4", asymmetric=True, tune_passes=1,
-            calibration=str(tmp_path / "windows.safetensors"), micro_batch_tokens=24,
-            activations=place, output=tmp_path / place,
-        )  # fmt: skip
-        for layer in report.layers:
-            record = layer.reconstruction
-            assert record["error_after"] < record["error_before"]
-        made[place] = load_file(tmp_path / place / "model.safetensors")
-    assert all(torch.equal(x, made["disk"][n]) for n, x in made["memory"].items())
+    options = {**DISK, "activations": "memory"}
+    report = prune_in(on_disk(name), tmp_path / "memory", **options)
+    for layer in report.layers:
+        record = layer.reconstruction
+        assert record["error_after"] < record["error_before"]
+    made, expected = (
+        load_file(x / "model.safetensors") for x in (tmp_path / "memory", on_disk(name) / "disk")
+    )
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(x, made[n]) for n, x in expected.items())
 
 
-def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues(
+    on_disk: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What layers share is on disk with the hidden states; the rest is computed anew."""
-    with quiet_transformers():
-        tiny_model("gemma3n_text shared").save_pretrained(tmp_path / "dense")
-    save_file({"input_ids": WINDOWS}, tmp_path / "windows.safetensors")
-    options: dict[str, Any] = {
-        "method": "wanda", "sparsity": 0.5, "activations": "disk",
-        "calibration": str(tmp_path / "windows.safetensors"),
-    }  # fmt: skip
-    whole = secateur.prune(tmp_path / "dense", output=tmp_path / "whole", **options)
+    whole = on_disk("gemma3n_text shared")
     prune = CalibratedLayerPass.prune
 
     def stops(self: CalibratedLayerPass, groups: Any) -> Any:
@@ -132,12 +150,15 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(CalibratedLayerPass, "prune", stops)
     with pytest.raises(KeyboardInterrupt):
-        secateur.prune(tmp_path / "dense", output=tmp_path / "out", **options)
+        prune_in(whole, tmp_path / "out", **DISK)
     monkeypatch.undo()
-    again = secateur.prune(tmp_path / "dense", output=tmp_path / "out", resume=True, **options)
+    again = prune_in(whole, tmp_path / "out", resume=True, **DISK)
     assert again.manifest.cost.resumed
-    assert again.sparsity == whole.sparsity
-    made, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert again.sparsity == 0.5
+    made, expected = (
+        load_file(x / "model.safetensors") for x in (tmp_path / "out", whole / "disk")
+    )
+    assert made.keys() == expected.keys()
     assert all(torch.equal(made[n], x) for n, x in expected.items())
 
 
@@ -156,7 +177,7 @@ def test_a_search_passes_windows_one_by_one(name: str) -> None:
     """It does not say which window it passes, so what depends on the tokens travels along."""
     model: Any = tiny_model(name)
     outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
-    rows = [3, 1]
+    rows = [2, 1]
     states = outer.embedded(rows)
     for number, layer in walk_layers(outer.target):
         states = [outer.run(number, layer, x) for x in states]
