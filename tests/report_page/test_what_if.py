@@ -55,13 +55,12 @@ def in_javascript(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def drawn_shape(draw: random.Random, facts: Facts) -> ModelShape:
     """A well-known model, perhaps tied and with other sizes."""
     name = draw.choice([*facts.shapes])
-    sizes = facts.shapes[name].model_copy(
-        update={
-            "layers": draw.randrange(2, 130),
-            "ffn": draw.randrange(64, 30000),
-            "vocabulary": draw.randrange(100, 300000),
-            "tied": draw.random() < 0.5,
-        }
+    sizes = replace(
+        facts.shapes[name],
+        layers=draw.randrange(2, 130),
+        ffn=draw.randrange(64, 30000),
+        vocabulary=draw.randrange(100, 300000),
+        tied=draw.random() < 0.5,
     )
     shape = known_shape("drawn & <b>", sizes)
     return replace(shape, kinds=drawn_kinds(draw, shape.layers))
@@ -118,9 +117,9 @@ def test_many_random_questions_have_the_same_answers() -> None:
     draw = random.Random(25)
     asked = [drawn(draw) for _ in range(120)]
     found = in_javascript([what_if_data(one, "org/model", name) for name, one in asked])
+    answers = [question.answer() for _, question in asked]
     kinds = set()
-    for (_, question), theirs in zip(asked, found, strict=True):
-        wanted = question.answer()
+    for wanted, theirs in zip(answers, found, strict=True):
         assert theirs["verdict"] == wanted.verdict
         assert len(theirs["rows"]) == len(wanted.considered)
         for row, mine in zip(theirs["rows"], wanted.considered, strict=True):
@@ -154,7 +153,7 @@ def test_many_random_questions_have_the_same_answers() -> None:
             [] if chosen is None else [*chosen.option.commands("org/model")]
         )
     assert kinds == {"Capacity", "TooMuch"}
-    assert any("does not fill a device" in question.answer().verdict for _, question in asked)
+    assert any("does not fill a device" in wanted.verdict for wanted in answers)
 
 
 def ends(found: list[float], wanted: Any) -> bool:

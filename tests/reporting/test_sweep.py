@@ -23,18 +23,19 @@ from tiny import save_tiny
 from zoo import tiny_windows
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> SweepRecipe:
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> SweepRecipe:
     """Two methods at two sparsities and one pattern."""
-    save_windows(tiny_windows(), tmp_path / "w.safetensors")
-    text = tmp_path / "text.txt"
+    place = tmp_path_factory.mktemp("given")
+    save_windows(tiny_windows(), place / "w.safetensors")
+    text = place / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
     return SweepRecipe(
-        model=str(save_tiny(tmp_path / "model")),
+        model=str(save_tiny(place / "model", num_hidden_layers=2)),
         methods=("wanda", "sparsegpt"),
         sparsities=(0.3, 0.6),
         patterns=("2:4",),
-        calibration=str(tmp_path / "w.safetensors"),
+        calibration=str(place / "w.safetensors"),
         text=(str(text),),
         text_sequence_length=16,
     )
@@ -45,6 +46,15 @@ def swept(
 ) -> SweepResult:
     values = recipe.model_dump(exclude_unset=True) | {"output": str(output)} | change
     return sweep_recipe(build_recipe(SweepRecipe, values), progress or Silent())
+
+
+@pytest.fixture(scope="module")
+def whole(
+    recipe: SweepRecipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SweepResult, Path]:
+    """The whole grid, and its folder, which no test changes."""
+    out = tmp_path_factory.mktemp("whole") / "sweep"
+    return swept(recipe, out), out
 
 
 class Killed(BaseException):
@@ -76,9 +86,8 @@ def measured(folder: Path) -> list[tuple[object, ...]]:
     return [(p.key, p.perplexity, p.excess, p.zeros) for p in points]
 
 
-def test_the_whole_grid(recipe: SweepRecipe, tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
-    result = swept(recipe, out)
+def test_the_whole_grid(recipe: SweepRecipe, whole: tuple[SweepResult, Path]) -> None:
+    result, out = whole
     assert [p.key for p in result.points] == [
         (method, pattern, sparsity)
         for method in ("wanda", "sparsegpt")
@@ -119,14 +128,18 @@ def test_the_whole_grid(recipe: SweepRecipe, tmp_path: Path) -> None:
     ],
 )
 def test_killed_it_goes_on_to_the_same_table(
-    recipe: SweepRecipe, tmp_path: Path, stage: str, steps: int, left: str | None
+    recipe: SweepRecipe,
+    whole: tuple[SweepResult, Path],
+    tmp_path: Path,
+    stage: str,
+    steps: int,
+    left: str | None,
 ) -> None:
     with pytest.raises(Killed):
         swept(recipe, tmp_path / "killed", progress=KilledAt(stage, steps))
     assert left is None or (tmp_path / "killed" / left).exists()
     swept(recipe, tmp_path / "killed")
-    swept(recipe, tmp_path / "whole")
-    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    assert measured(tmp_path / "killed") == measured(whole[1])
     left_over = [
         *tmp_path.glob("killed/points/*.partial"),
         *tmp_path.glob("killed/points/*/*.saf*"),
@@ -157,7 +170,10 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_another_sweep_is_refused(recipe: SweepRecipe, tmp_path: Path) -> None:
-    few = recipe.model_copy(update={"methods": ("magnitude",), "patterns": ()})
+    text = tmp_path / "text.txt"
+    text.write_text(Path(recipe.text[0]).read_text())
+    changes = {"methods": ("magnitude",), "patterns": (), "text": (str(text),)}
+    few = recipe.model_copy(update=changes)
     swept(few, tmp_path / "s")
     for change, message in (
         ({"seed": 3}, "seed: 0 then, 3 now"),
@@ -166,7 +182,7 @@ def test_another_sweep_is_refused(recipe: SweepRecipe, tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             swept(few.model_copy(update=change), tmp_path / "s")
-    Path(recipe.text[0]).write_text("another text of the same name. " * 30)
+    text.write_text("another text of the same name. " * 30)
     with pytest.raises(RecipeError, match="texts_sha256"):
         swept(few, tmp_path / "s")
 

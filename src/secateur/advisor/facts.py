@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -258,7 +258,11 @@ class Estimate:
         return Estimate(min(ends), function(self.typical), max(ends))
 
     def _by_end(self, join: Callable[[float, float], float], other: Estimate) -> Estimate:
-        return Estimate(*map(join, astuple(self), astuple(other)))
+        return Estimate(
+            join(self.low, other.low),
+            join(self.typical, other.typical),
+            join(self.high, other.high),
+        )
 
     def __add__(self, other: Estimate) -> Estimate:
         """The sum; both low ends together, both high ends together."""
