@@ -144,7 +144,7 @@ def test_windows_are_the_text_cut_up_and_the_rest_dropped():
 
 
 def test_protocol():
-    computed = {"dtype": "bfloat16", "activations": "int8 g256"}
+    computed = {"dtype": "bfloat16", "activations": "int8 g64"}
     record = protocol(tiny_windows(3, 8), dataset="a.txt", join="as it is", computed=computed)
     assert record == {
         "dataset": "a.txt",

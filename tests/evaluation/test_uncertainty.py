@@ -122,9 +122,9 @@ def test_protocol_ids_are_of_the_content() -> None:
     assert len(judged_part(named)) == 12
     assert protocol_id("ppl", {**protocol, "dataset": "b.txt"}) == named
     assert protocol_id("ppl", {**protocol, "activations": "none"}) == named
-    computed = {"dtype": "bfloat16", "activations": "int8 g256"}
+    computed = {"dtype": "bfloat16", "activations": "int8 g64"}
     assert protocol_id("ppl", {**protocol, **computed}) == (
-        f"{judged_part(named)}-bfloat16-int8g256"
+        f"{judged_part(named)}-bfloat16-int8g64"
     )
     assert protocol_id("ppl", {**protocol, "windows": 4}) != named
     assert protocol_id("div", protocol)[4:] != named[4:]

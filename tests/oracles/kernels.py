@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256
+GROUP = 64
 
 
 def bitmask_product(x: Tensor, dense: Tensor) -> Tensor:
@@ -14,17 +14,17 @@ def bitmask_product(x: Tensor, dense: Tensor) -> Tensor:
 
 
 def rounded_to_bytes(x: Tensor) -> Tensor:
-    """x in int8 with one scale, largest / 127, for each 256 of a row; as numbers in float64."""
+    """x in int8 with one scale, largest / 127, for each 64 of a row; as numbers in float64."""
     rounded = torch.zeros_like(x, dtype=torch.float64)
     for row in range(len(x)):
-        for start in range(0, x.shape[1], BLOCK):
-            block = x[row, start : start + BLOCK]
+        for start in range(0, x.shape[1], GROUP):
+            block = x[row, start : start + GROUP]
             largest = block.abs().max()
             if largest == 0:
                 continue
             inverse = torch.tensor(127.0) / largest  # in float32, as the kernels compute it
             scale = (largest / 127.0).double()
-            rounded[row, start : start + BLOCK] = (block * inverse).round().double() * scale
+            rounded[row, start : start + GROUP] = (block * inverse).round().double() * scale
     return rounded
 
 

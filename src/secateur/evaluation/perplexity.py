@@ -10,12 +10,12 @@ after k > 1 start tokens the first prediction is token k + 1. You can compare pe
 the windows are the same token ids, with the same start tokens. `protocol` records them.
 
 A protocol is a dictionary of everything that a number depends on besides the weights. Its id, for
-example `ppl-1a2b3c4d-bfloat16-int8g256`, has two parts:
+example `ppl-1a2b3c4d-bfloat16-int8g64`, has two parts:
 
 | part                | what it says                                                           |
 |---------------------|------------------------------------------------------------------------|
 | `ppl-1a2b3c4d`      | what was judged, and how: a hash of the protocol without labels        |
-| `bfloat16-int8g256` | how the model computed: its dtype, and how activations were rounded    |
+| `bfloat16-int8g64`  | how the model computed: its dtype, and how activations were rounded    |
 
 Data enters the hash by its content (`fingerprint`), so the same text under another file name has
 the same id. Numbers with the same first part are comparable. If the whole id is the same, the

@@ -106,7 +106,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
         tmp_path / "out", dense=pruned / "pruned", text=pruned / "text.txt", sequence_length=64
     )
     chosen, (moved,) = found.rounding["chosen"], evaluation.divergence
-    assert evaluation.protocol["activations"] == "int8 g256"
+    assert evaluation.protocol["activations"] == "int8 g64"
     assert chosen["loss_increase"] == pytest.approx(moved.loss_change, abs=1e-4)
     error = chosen["loss_increase_standard_error"]
     assert error == pytest.approx(moved.loss_change_standard_error, rel=0.02)

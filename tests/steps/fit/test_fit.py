@@ -168,7 +168,7 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
         place / "small", dense=place / "dense", text=tmp_path / "text.txt", sequence_length=24
     )
     loss = result_of(place / "small")["losses"]["winner"]
-    assert found.protocol["activations"] == "int8 g256"
+    assert found.protocol["activations"] == "int8 g64"
     assert loss["loss_increase"] == pytest.approx(found.divergence[0].loss_change, abs=1e-4)
     error = found.divergence[0].loss_change_standard_error
     assert loss["standard_error"] == pytest.approx(error, abs=1e-4)

@@ -152,7 +152,7 @@ def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
-    """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 256 entries.
+    """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 64 entries.
 
     Args:
         matrix: W [out, in], of int8 or in groups of 4 bits.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 5
+ABI = 6
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 

@@ -24,7 +24,7 @@ AT_ONCE = 2**22
 
 
 def activations_of(model: nn.Module) -> str:
-    """How a model rounds activations: `int8 g256` where they meet integers, or `none`."""
+    """How a model rounds activations: `int8 g64` where they meet integers, or `none`."""
     rounds = any(getattr(module, "rounds_inputs", None) is True for module in model.modules())
     return f"int8 g{GROUP}" if rounds else "none"
 
@@ -226,18 +226,18 @@ class IntegerLinear(InferenceLinear):
 
         Args:
             x: rounded activations as integers [tokens, ≥ in].
-            steps: their scales [tokens, ⌈in / 256⌉].
+            steps: their scales [tokens, ⌈in / 64⌉].
             codes: of the rows.
             scales: of the rows.
         """
-        width = self.group or GROUP
+        width = min(self.group or GROUP, GROUP)
         sums = torch.zeros(len(x), len(codes), device=x.device)
         for begin in range(0, self.in_features, width):
             part = codes[:, begin : begin + width].float()
             dots = x[:, begin : begin + part.shape[1]] @ part.T
             scale = steps[:, begin // GROUP, None]
             if self.group is not None:
-                scale = scale * scales[:, begin // width]
+                scale = scale * scales[:, begin // self.group]
             sums = (sums.double() + dots.double() * scale.double()).float()
         return sums if self.group is not None else sums * scales
 

@@ -193,7 +193,7 @@ class KernelMatrix:
 
         Returns:
             [batch, out] of the dtype of x. bfloat16 values with float32 x are computed in float32.
-            With integer values, x is rounded to int8 with one scale per 256 entries.
+            With integer values, x is rounded to int8 with one scale per 64 entries.
 
         Raises:
             ShapeError: x does not fit the matrix.

@@ -12,7 +12,6 @@
 
 #define PAIR_BLOCK 16
 #define LANES 8
-#define SHIFTED 0
 
 static uint8_t one_byte[256][8] __attribute__((aligned(64)));   /* 0x80: zero */
 static uint8_t two_byte[256][16] __attribute__((aligned(64)));
@@ -183,43 +182,38 @@ SCT_ROWS(rows_halves, halves)
 SCT_ROWS(rows_floats, floats)
 
 /* int8 values and activations. vpmaddubsw wants one side unsigned and saturates at 16 bits, so it
- * gets |x|, and the sign of x goes to w: as w ^ 0xff = −w − 1 where x is negative. What the −1 adds
- * up to does not depend on w; sums begin with it (`in->excess`). */
+ * gets |w|, and the sign of w goes to x. */
 SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
                       float *y, int64_t y_stride, const int B, const int packed) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t row = begin; row < end; row++) {
         const int8_t *v = (const int8_t *)m->values + start_of(m, row, packed);
         __m256 sum[SCT_MAX_BATCH];
-        __m256i dots[SCT_MAX_BATCH];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[b] = _mm256_setzero_ps();
-        for (int64_t first = 0; first < m->words; first += SCT_SCALED_WORDS) {
-            const int64_t last =
-                first + SCT_SCALED_WORDS < m->words ? first + SCT_SCALED_WORDS : m->words;
+        for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
+            __m256i dots[SCT_MAX_BATCH];
+            k = sct_next_block(k, m->words - w);
 #pragma GCC unroll 8
-            for (int b = 0; b < B; b++) {
-                const int32_t *excess =
-                    in->excess + (b * in->blocks + first / SCT_SCALED_WORDS) * 16;
-                dots[b] = _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)excess),
-                                           _mm256_loadu_si256((const __m256i *)(excess + 8)));
-            }
-            for (int64_t half = 2 * first; half < 2 * last; half++) {
-                uint64_t kept = packed ? m->mask[row * m->words + half / 2] : 0;
-                __m256i e = thirty_two_bytes(&v, (uint32_t)(kept >> (32 * (half & 1))), packed);
+            for (int b = 0; b < B; b++) dots[b] = _mm256_setzero_si256();
+            for (int64_t half = 2 * w; half < 2 * (w + k); half++) {
+                const uint64_t kept = packed ? m->mask[row * m->words + half / 2] : 0;
+                const __m256i e =
+                    thirty_two_bytes(&v, (uint32_t)(kept >> (32 * (half & 1))), packed);
+                const __m256i size = _mm256_abs_epi8(e);
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) {
-                    const int64_t at = b * in->padded + half * 32;
-                    __m256i x = _mm256_load_si256((const __m256i *)(in->bytes + at));
-                    __m256i signs = _mm256_load_si256((const __m256i *)(in->signs + at));
-                    __m256i products = _mm256_maddubs_epi16(x, _mm256_xor_si256(e, signs));
+                    const void *at = in->bytes + b * in->padded + half * 32;
+                    const __m256i x = _mm256_sign_epi8(_mm256_load_si256(at), e);
+                    const __m256i products = _mm256_maddubs_epi16(size, x);
                     dots[b] = _mm256_add_epi32(dots[b], _mm256_madd_epi16(products, ones));
                 }
             }
+            /* lanes 8 to 15 of a block have the scales of lanes 0 to 7, as k divides 8 */
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
-                float scale = in->scales[b * in->blocks + first / SCT_SCALED_WORDS];
-                sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[b]), _mm256_set1_ps(scale), sum[b]);
+                const __m256 scale = _mm256_load_ps(in->scales + (b * in->blocks + block) * 16);
+                sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[b]), scale, sum[b]);
             }
         }
 #pragma GCC unroll 8

@@ -88,7 +88,7 @@ typedef struct {
 } sct_dots;
 
 /* Up to eight words of a block, added to its sums. */
-SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const uint8_t *x,
+SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const int8_t *x,
                          int64_t padded, int64_t words, sct_dots *dots, const int B,
                          const int packed, const int row, const int rows) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -131,12 +131,13 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
     const uint8_t *v[2] = {bytes_of(m, pair, packed), bytes_of(m, pair, packed)};
     const uint64_t *mask = masks_of(m, pair, packed);
     const int64_t groups = groups_of(m);
-    const uint8_t *codes = m->scales + 2 * pair * groups, *x = in->bytes;
+    const uint8_t *codes = m->scales + 2 * pair * groups;
+    const int8_t *x = in->bytes;
     __m256 sum[2][SCT_MAX_BATCH];
     sct_dots dots;
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm256_setzero_ps();
-    for (int64_t w = 0, block = 0, k = in->turned; w < m->words; w += k, block++) {
+    for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
         k = sct_next_block(k, m->words - w);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++)

@@ -13,7 +13,6 @@
 
 #define PAIR_BLOCK 32
 #define LANES 16
-#define SHIFTED 1
 SCT_TARGET_BEGIN(SCT_AVX512)
 
 #include "batches.inc"
@@ -146,12 +145,33 @@ SCT_INLINE void floats(const sct_matrix *m, const sct_input *in, int64_t begin, 
 }
 SCT_ROWS(rows_floats, floats)
 
-/* int8 values and activations. vpdpbusd wants one side unsigned, so activations come as x + 128,
- * and 128 · Σ w is taken off again: one more product for all activations of a batch. Two rows at
- * once share what is loaded of x. */
+/* int8 values and activations. vpdpbusd wants one side unsigned, so weights are multiplied as
+ * w + 128, and sums begin with −128 · Σ x. Two rows at once share what is loaded of x. */
+#define BYTES_STEP(w)                                                                          \
+    do {                                                                                       \
+        __m512i e[2];                                                                          \
+        _Pragma("GCC unroll 2") for (int r = 0; r < R; r++) {                                  \
+            e[r] = load(v[r]);                                                                 \
+            ask_in_steps(v[r]);                                                                \
+            if (packed) {                                                                      \
+                const uint64_t kept = mask_of(m, row + r)[w];                                  \
+                e[r] = _mm512_maskz_expand_epi8(kept, e[r]);                                   \
+                v[r] += __builtin_popcountll(kept);                                            \
+            } else {                                                                           \
+                v[r] += 64;                                                                    \
+            }                                                                                  \
+            e[r] = _mm512_xor_si512(e[r], top);                                                \
+        }                                                                                      \
+        _Pragma("GCC unroll 8") for (int b = 0; b < B; b++) {                                  \
+            const __m512i x = _mm512_load_si512(in->bytes + b * in->padded + (w) * 64);        \
+            _Pragma("GCC unroll 2") for (int r = 0; r < R; r++)                                \
+                dots[r][b] = _mm512_dpbusd_epi32(dots[r][b], e[r], x);                         \
+        }                                                                                      \
+    } while (0)
+
 SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
                          int64_t y_stride, const int B, const int packed, const int R) {
-    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i top = _mm512_set1_epi8((char)0x80);
     const int8_t *v[2];
     __m512 sum[2][SCT_MAX_BATCH];
     for (int r = 0; r < R; r++) {
@@ -159,51 +179,29 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
     }
-    for (int64_t block = 0; block < in->blocks; block++) {
-        const int64_t first = block * SCT_SCALED_WORDS;
-        const int64_t left = m->words - first;
-        const int64_t last = first + (left < SCT_SCALED_WORDS ? left : SCT_SCALED_WORDS);
-        for (int r = 0; r < R; r++) ask_for_mask(m, row + r, first, packed);
-        __m512i dots[2][SCT_MAX_BATCH], weights[2];
-        for (int r = 0; r < R; r++) {
-            weights[r] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) dots[r][b] = _mm512_setzero_si512();
-        }
-#pragma GCC unroll 4
-        for (int64_t w = first; w < last; w++) {
-            __m512i e[2];
-#pragma GCC unroll 2
-            for (int r = 0; r < R; r++) {
-                e[r] = load(v[r]);
-                ask_in_steps(v[r]);
-                if (packed) {
-                    const uint64_t kept = mask_of(m, row + r)[w];
-                    e[r] = _mm512_maskz_expand_epi8(kept, e[r]);
-                    v[r] += __builtin_popcountll(kept);
-                } else {
-                    v[r] += 64;
-                }
-                weights[r] = _mm512_dpbusd_epi32(weights[r], ones, e[r]);
-            }
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) {
-                const __m512i x = _mm512_load_si512(in->bytes + b * in->padded + w * 64);
-#pragma GCC unroll 2
-                for (int r = 0; r < R; r++)
-                    dots[r][b] = _mm512_dpbusd_epi32(dots[r][b], x, e[r]);
-            }
-        }
-#pragma GCC unroll 2
-        for (int r = 0; r < R; r++) weights[r] = _mm512_slli_epi32(weights[r], 7);
+    for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
+        __m512i dots[2][SCT_MAX_BATCH];
+        k = sct_next_block(k, m->words - w);
+        for (int r = 0; r < R; r++) ask_for_mask(m, row + r, w, packed);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            const __m512 scale = _mm512_set1_ps(in->scales[b * in->blocks + block]);
+            const __m512i excess = _mm512_load_si512(in->excess + (b * in->blocks + block) * 16);
+            for (int r = 0; r < R; r++) dots[r][b] = excess;
+        }
+        int64_t j = w;
+        for (; j + 4 <= w + k; j += 4) {
+            BYTES_STEP(j);
+            BYTES_STEP(j + 1);
+            BYTES_STEP(j + 2);
+            BYTES_STEP(j + 3);
+        }
+        for (; j < w + k; j++) BYTES_STEP(j);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            const __m512 scales = _mm512_load_ps(in->scales + (b * in->blocks + block) * 16);
 #pragma GCC unroll 2
-            for (int r = 0; r < R; r++) {
-                const __m512i exact = _mm512_sub_epi32(dots[r][b], weights[r]);
-                sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, sum[r][b]);
-            }
+            for (int r = 0; r < R; r++)
+                sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][b]), scales, sum[r][b]);
         }
     }
     for (int r = 0; r < R; r++)

@@ -87,12 +87,13 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
     const int S = B <= 2 ? 2 : 1;
     sct_place at = {{bytes_of(m, pair, packed), bytes_of(m, pair, packed)},
                     masks_of(m, pair, packed)};
-    const uint8_t *codes = m->scales + 2 * pair * groups_of(m), *x = in->bytes;
+    const uint8_t *codes = m->scales + 2 * pair * groups_of(m);
+    const int8_t *x = in->bytes;
     const int64_t groups = groups_of(m);
     __m512 sum[2][SCT_MAX_BATCH];
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm512_setzero_ps();
-    for (int64_t w = 0, block = 0, k = in->turned; w < m->words; w += k, block++) {
+    for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
         __m512i dots[2][2][SCT_MAX_BATCH];
         k = sct_next_block(k, m->words - w);
 #pragma GCC unroll 8

@@ -41,7 +41,7 @@ static void round_panels(void *context, int thread, int threads) {
 static void multiply_tiles(void *context, int thread, int threads) {
     sct_prompt_job *job = context;
     char *own = job->tiles + job->tile_bytes * (size_t)thread;
-    const int grouped = job->group < SCT_BLOCK;
+    const int grouped = job->matrix->type == SCT_INT4;
     sct_tile tile = {0, job->rows, job->matrix->words, job->group, own,
                      (int32_t *)(own + job->codes_bytes),
                      grouped ? (float *)(own + job->codes_bytes + job->starts_bytes) : NULL};
@@ -65,17 +65,18 @@ int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
     const int threads = sct_threads();
     sct_prompt_job job = {.code = code, .matrix = m, .x = x, .x_type = x_type,
                           .x_stride = x_stride,
-                          .group = m->type == SCT_INT4 ? m->group : SCT_BLOCK,
+                          .group = m->type == SCT_INT4 && m->group < SCT_SCALED ? m->group
+                                                                                : SCT_SCALED,
                           .rows = rows_of_tile(code, m, threads),
                           .sink = {y, x_type, y_stride, m->scale}};
-    const int64_t panels = (tokens + code->lanes - 1) / code->lanes, blocks = (m->words + 3) / 4;
-    const int64_t groups = (m->words * 64 + job.group - 1) / job.group;
-    job.panels = (sct_panels){tokens, panels, m->words, blocks, NULL, NULL};
-    job.codes_bytes = rounded(blocks * SCT_BLOCK * job.rows * code->code_bytes);
+    const int64_t panels = (tokens + code->lanes - 1) / code->lanes;
+    const int64_t groups = m->words * 64 / job.group;
+    job.panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
+    job.codes_bytes = rounded(up(m->words * 64, SCT_BLOCK) * job.rows * code->code_bytes);
     job.starts_bytes = rounded(4 * groups * job.rows);
     job.tile_bytes = job.codes_bytes + 2 * job.starts_bytes;
     const size_t bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);
-    const size_t scales = rounded(4 * panels * code->lanes * blocks);
+    const size_t scales = rounded(4 * panels * code->lanes * m->words);
     char *memory = aligned_alloc(64, bytes + scales + job.tile_bytes * (size_t)threads);
     if (!memory) return -1;
     job.panels.bytes = memory;

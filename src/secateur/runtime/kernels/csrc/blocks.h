@@ -2,7 +2,7 @@
  * share.
  *
  * Rows of the matrix are expanded once into a tile of int8 codes that stays in the second cache.
- * Activations are rounded to int8 with a scale for each 256, as for few tokens, and interleaved: a
+ * Activations are rounded to int8 with a scale for each 64, as for few tokens, and interleaved: a
  * panel has some tokens (`lanes`), and of each four columns. So a register of a panel times one
  * broadcast of four codes gives sums for all its tokens, and a register of sums is a row of the
  * tile times a panel.
@@ -18,13 +18,14 @@
 #endif
 #endif
 
-#define SCT_BLOCK 256 /* columns that share a scale of activations */
+#define SCT_BLOCK 512 /* columns of a row that lie together in a tile */
 
-/* Codes of some rows: of a block of columns after the other, [blocks][padded_rows][256]. What
- * stands past the rows and past the columns is never read, or its sums are never stored. */
+/* Codes of some rows: of a block of columns after the other, [blocks][padded_rows][512]. What
+ * stands past the rows and past the columns is never read, or its sums are never stored. Columns that
+ * share a scale lie together: of int8 the shares of a block (internal.h) come one after the other. */
 typedef struct {
     int64_t rows, padded_rows, words;
-    int64_t group;   /* columns that share a scale of the row: 256, unless the type has groups */
+    int64_t group;   /* columns that share their scales: 64, or fewer where the type has smaller groups */
     void *codes;     /* int8, or int16 where the tier multiplies those */
     int32_t *starts; /* [words · 64 / group, rounded up][padded_rows]: what sums begin with */
     float *scales;   /* the same shape: scales of the groups; NULL: the type has none */
@@ -32,9 +33,10 @@ typedef struct {
 
 /* Rounded activations: [panels][words · 16][lanes][4]. */
 typedef struct {
-    int64_t tokens, panels, words, blocks;
+    int64_t tokens, panels, words;
+    int spread;    /* whether columns that share a scale are spread over blocks, as beside int8 */
     void *bytes;
-    float *scales; /* [panels][blocks][lanes] */
+    float *scales; /* [panels][words][lanes] */
 } sct_panels;
 
 /* Where a unit finds its rows and one or two panels, from the first of `columns` that share a scale. */
@@ -71,6 +73,9 @@ typedef struct {
 SCT_HIDDEN extern const sct_blocks sct_blocks_amx, sct_blocks_avx512, sct_blocks_avx2;
 SCT_HIDDEN extern const sct_blocks sct_blocks_i8mm, sct_blocks_neon;
 SCT_HIDDEN const sct_blocks *sct_blocks_code(void); /* NULL: none */
+
+/* Where four columns of int8, number `four` of a block of k words, lie in the order of shares. */
+SCT_INLINE int64_t sct_place_of(int64_t four, int64_t k) { return four % k * 16 + four / k; }
 
 /* The next 64 codes of one row of int4, in the order of the layout; returns what comes after them. */
 typedef const uint8_t *sct_word(const uint8_t *v, uint64_t kept, int packed, int high,

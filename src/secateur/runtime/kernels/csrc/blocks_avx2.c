@@ -123,15 +123,22 @@ static void expand_bytes(const sct_matrix *m, int64_t begin, sct_tile *tile) {
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t row = begin + r, start = m->mask ? m->offsets[row] : row * m->stride;
         const int8_t *v = (const int8_t *)m->values + start;
-        for (int64_t at = 0; at < m->words * 64; at += 8) {
-            const uint64_t word = m->mask ? m->mask[row * m->words + at / 64] : ~0ull;
-            const uint8_t kept = (uint8_t)(word >> (at & 63));
+        for (int64_t w = 0, k = SCT_SPREAD_WORDS; w < m->words; w += k) {
             int16_t *to = (int16_t *)tile->codes +
-                          (at / SCT_BLOCK * tile->padded_rows + r) * SCT_BLOCK + at % SCT_BLOCK;
-            const __m128i raw = _mm_loadl_epi64((const __m128i *)v);
-            const __m128i from = _mm_loadl_epi64((const __m128i *)(places + 8 * kept));
-            _mm_store_si128((__m128i *)to, _mm_cvtepi8_epi16(_mm_shuffle_epi8(raw, from)));
-            v += __builtin_popcount(kept);
+                          (w / SCT_SPREAD_WORDS * tile->padded_rows + r) * SCT_BLOCK +
+                          w % SCT_SPREAD_WORDS * 64;
+            k = sct_next_block(k, m->words - w);
+            for (int64_t four = 0; four < 16 * k; four += 2) {
+                const uint64_t word = m->mask ? m->mask[row * m->words + w + four / 16] : ~0ull;
+                const uint8_t kept = (uint8_t)(word >> (4 * four & 63));
+                const __m128i raw = _mm_loadl_epi64((const __m128i *)v);
+                const __m128i from = _mm_loadl_epi64((const __m128i *)(places + 8 * kept));
+                const __m128i codes = _mm_cvtepi8_epi16(_mm_shuffle_epi8(raw, from));
+                _mm_storel_epi64((__m128i *)(to + 4 * sct_place_of(four, k)), codes);
+                _mm_storel_epi64((__m128i *)(to + 4 * sct_place_of(four + 1, k)),
+                                 _mm_unpackhi_epi64(codes, codes));
+                v += __builtin_popcount(kept);
+            }
         }
     }
 }

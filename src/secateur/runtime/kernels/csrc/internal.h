@@ -21,9 +21,12 @@
 #define SCT_TARGET_END _Pragma("GCC pop_options")
 #endif
 
-/* Words that share a scale when activations are rounded to int8: blocks of 256, as the Q8_K of
- * llama.cpp. */
-#define SCT_SCALED_WORDS 4
+/* Columns that share a scale when activations are rounded to int8. Beside int4 weights they are
+ * consecutive. Beside int8 weights they are spread over a block of k words, k = 8 or, at the end of
+ * a row, 4, 2 and 1: share g has the columns 4g + 4ks to 4g + 4ks + 3 of the block, s = 0 to 15. So
+ * each lane of 32 bits meets one scale in all words of a block, and sums are scaled once. */
+#define SCT_SCALED 64
+#define SCT_SPREAD_WORDS 8
 
 /* How activations are laid out for a kernel. */
 typedef enum {
@@ -31,21 +34,20 @@ typedef enum {
     SCT_IN_PAIRS,   /* float32, in each block the even ones before the odd ones: a bfloat16 in the
                        upper or lower half of 32 bits becomes a float32 by one `and` or shift */
     SCT_IN_BFLOAT,  /* bfloat16 */
-    SCT_IN_BYTES,   /* int8 with a scale for each 256 */
-    SCT_IN_TURNED   /* the same in the order of the columns of int4 weights */
+    SCT_IN_BYTES,   /* int8 with scales, for int8 weights */
+    SCT_IN_TURNED   /* the same for int4 weights, in the order of their columns */
 } sct_input_kind;
 
 /* Activations of a batch, each padded with zeros to `padded` = words · 64. */
 typedef struct {
     int64_t batch, padded, blocks;
-    int64_t turned;  /* words in most blocks, where turned */
+    int64_t most;    /* of bytes: words in most blocks */
     float *floats;
     uint16_t *bfloats;
-    uint8_t *bytes;  /* x + 128, or |x|, as the tier wants it; turned: x, signed */
-    float *scales;   /* [batch, blocks], of bytes; turned: [batch, blocks, 16], by lanes */
-    uint8_t *signs;  /* beside |x|: 0xff where x is negative, else 0 */
-    int32_t *excess; /* [batch, blocks, 16], by lanes: beside |x|, Σ |x| where x is negative;
-                        turned: −8 Σ x, because weights are multiplied as q + 8 */
+    int8_t *bytes;
+    float *scales;   /* of bytes: [batch, blocks, 16], by lanes */
+    int32_t *excess; /* of bytes: −128 Σ x, turned: −8 Σ x, [batch, blocks, 16], by lanes, because
+                        weights are multiplied as w + 128 and as q + 8 */
 } sct_input;
 
 typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,
@@ -88,8 +90,11 @@ SCT_HIDDEN size_t sct_input_bytes(const sct_matrix *matrix, int64_t batch, sct_i
 SCT_HIDDEN void sct_input_place(sct_input *in, void *memory, const sct_matrix *matrix,
                                 int64_t batch, sct_input_kind kind);
 
-/* Words in most blocks of an int4 row, and in the next block where `left` words are left. */
-SCT_INLINE int64_t sct_turned_words(int64_t group) { return group < 64 ? group / 4 : 16; }
+/* Words in most blocks of a row of integers, and in the next block where `left` words are left. */
+SCT_INLINE int64_t sct_block_words(const sct_matrix *m) {
+    if (m->type != SCT_INT4) return SCT_SPREAD_WORDS;
+    return m->group < 64 ? m->group / 4 : 16;
+}
 SCT_INLINE int64_t sct_next_block(int64_t words, int64_t left) {
     while (words > left) words >>= 1;
     return words;

@@ -6,18 +6,16 @@
 
 static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t blocks_of(const sct_matrix *m, sct_input_kind kind) {
-    if (kind != SCT_IN_TURNED) return (m->words + SCT_SCALED_WORDS - 1) / SCT_SCALED_WORDS;
-    const int64_t words = sct_turned_words(m->group);
+static int64_t blocks_of(const sct_matrix *m) {
+    const int64_t words = sct_block_words(m);
     return m->words / words + __builtin_popcountll((unsigned long long)(m->words % words));
 }
 
 size_t sct_input_bytes(const sct_matrix *m, int64_t batch, sct_input_kind kind) {
     const size_t numbers = (size_t)batch * (size_t)m->words * 64;
-    const size_t blocks = (size_t)(batch * blocks_of(m, kind));
+    const size_t blocks = (size_t)(batch * blocks_of(m));
     if (kind == SCT_IN_BFLOAT) return rounded(2 * numbers);
-    if (kind == SCT_IN_BYTES) return 2 * numbers + rounded(4 * blocks) + 64 * blocks;
-    if (kind == SCT_IN_TURNED) return numbers + 2 * 64 * blocks;
+    if (kind == SCT_IN_BYTES || kind == SCT_IN_TURNED) return numbers + 2 * 64 * blocks;
     return rounded(4 * numbers);
 }
 
@@ -26,20 +24,15 @@ void sct_input_place(sct_input *in, void *memory, const sct_matrix *m, int64_t b
     memset(in, 0, sizeof *in);
     in->batch = batch;
     in->padded = m->words * 64;
-    in->blocks = blocks_of(m, kind);
+    in->blocks = blocks_of(m);
     const size_t numbers = (size_t)(batch * in->padded), blocks = (size_t)(batch * in->blocks);
     if (kind == SCT_IN_BFLOAT) {
         in->bfloats = memory;
-    } else if (kind == SCT_IN_TURNED) {
-        in->turned = sct_turned_words(m->group);
+    } else if (kind == SCT_IN_BYTES || kind == SCT_IN_TURNED) {
+        in->most = sct_block_words(m);
         in->bytes = memory;
         in->scales = (float *)(in->bytes + numbers);
         in->excess = (int32_t *)(in->scales + 16 * blocks);
-    } else if (kind == SCT_IN_BYTES) {
-        in->bytes = memory;
-        in->signs = in->bytes + numbers;
-        in->scales = (float *)(in->signs + numbers);
-        in->excess = (int32_t *)((char *)in->scales + rounded(4 * blocks));
     } else {
         in->floats = memory;
     }

@@ -7,7 +7,6 @@
 
 #define PAIR_BLOCK 2 /* pairs are in their natural order */
 #define LANES 8
-#define SHIFTED 1
 
 SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
@@ -36,14 +35,6 @@ static void fill_tables(void) {
 const sct_shuffles *sct_neon_shuffles(void) {
     pthread_once(&once, fill_tables);
     return &shuffles;
-}
-
-/* Activations in bytes are signed here. */
-static void prepare_signed(const float *x, int64_t columns, sct_input *in, int64_t b,
-                           sct_input_kind kind) {
-    prepare(x, columns, in, b, kind);
-    uint8_t *bytes = in->bytes + b * in->padded;
-    for (int64_t i = 0; kind == SCT_IN_BYTES && i < in->padded; i++) bytes[i] ^= 0x80;
 }
 
 SCT_INLINE int64_t start_of(const sct_matrix *m, int64_t row, int packed) {
@@ -144,27 +135,30 @@ SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, i
         float32x4_t sum[SCT_MAX_BATCH];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[b] = vdupq_n_f32(0.0f);
-        for (int64_t block = 0; block < in->blocks; block++) {
-            const int64_t first = block * SCT_SCALED_WORDS * 64, left = in->padded - first;
-            const int64_t last = first + (left < SCT_SCALED_WORDS * 64 ? left
-                                                                       : SCT_SCALED_WORDS * 64);
-            int32x4_t dots[SCT_MAX_BATCH];
+        for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
+            int32x4_t dots[2][SCT_MAX_BATCH]; /* lanes 8 to 15 have the scales of lanes 0 to 7 */
+            k = sct_next_block(k, m->words - w);
 #pragma GCC unroll 8
-            for (int b = 0; b < B; b++) dots[b] = vdupq_n_s32(0);
-            for (int64_t at = first; at < last; at += 16) {
-                const uint64_t kept = packed ? m->mask[row * m->words + at / 64] : 0;
-                const int8x16_t e =
-                    sixteen_bytes(&v, (uint16_t)(kept >> (at & 63)), packed, table);
+            for (int b = 0; b < B; b++) dots[0][b] = dots[1][b] = vdupq_n_s32(0);
+            for (int64_t j = w; j < w + k; j++) {
+                const uint64_t kept = packed ? m->mask[row * m->words + j] : 0;
+#pragma GCC unroll 4
+                for (int part = 0; part < 4; part++) {
+                    const int8x16_t e =
+                        sixteen_bytes(&v, (uint16_t)(kept >> (16 * part)), packed, table);
 #pragma GCC unroll 8
-                for (int b = 0; b < B; b++) {
-                    const int8_t *x = (const int8_t *)in->bytes + b * in->padded + at;
-                    dots[b] = vdotq_s32(dots[b], e, vld1q_s8(x));
+                    for (int b = 0; b < B; b++) {
+                        const int8_t *x = in->bytes + b * in->padded + 64 * j + 16 * part;
+                        dots[part & 1][b] = vdotq_s32(dots[part & 1][b], e, vld1q_s8(x));
+                    }
                 }
             }
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++)
-                sum[b] = vfmaq_n_f32(sum[b], vcvtq_f32_s32(dots[b]),
-                                     in->scales[b * in->blocks + block]);
+                for (int half = 0; half < 2; half++) {
+                    const float *scales = in->scales + (b * in->blocks + block) * 16 + 4 * half;
+                    sum[b] = vfmaq_f32(sum[b], vcvtq_f32_s32(dots[half][b]), vld1q_f32(scales));
+                }
         }
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) y[b * y_stride + row] = vaddvq_f32(sum[b]) * m->scale[row];
@@ -194,7 +188,7 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
         float32x4_t sum[SCT_MAX_BATCH];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[b] = vdupq_n_f32(0.0f);
-        for (int64_t w = 0, block = 0, k = in->turned; w < m->words; w += k, block++) {
+        for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
             int32x4_t dots[4][SCT_MAX_BATCH];
             float scales[16];
             k = sct_next_block(k, m->words - w);
@@ -208,7 +202,7 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
                         sixteen_bytes(&v, (uint16_t)(kept >> (16 * part)), packed, table), row & 1);
 #pragma GCC unroll 8
                     for (int b = 0; b < B; b++) {
-                        const int8_t *x = (const int8_t *)in->bytes + b * in->padded + 64 * j;
+                        const int8_t *x = in->bytes + b * in->padded + 64 * j;
                         dots[part][b] = vdotq_s32(dots[part][b], e, vld1q_s8(x + 16 * part));
                     }
                 }
@@ -274,5 +268,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_neon = {
     "neon", {rows_floats, rows_pairs, rows_halves, rows_bytes, rows_fours}, NULL, expand,
-    prepare_signed, attend, silu_times};
+    prepare, attend, silu_times};
 #endif

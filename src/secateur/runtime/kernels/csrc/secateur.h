@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 5
+#define SCT_ABI 6
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
@@ -65,7 +65,7 @@ int sct_set_threads(int threads); /* what was really started */
 /* y[b, r] = Σ_c x[b, c] · W[r, c], 1 <= batch <= 8. x and y are both float32, or both bfloat16
  * (x_type), their rows `x_stride` and `y_stride` elements apart. float32 activations meet bfloat16
  * values in float32. Values of int8 and int4 meet activations that are rounded to int8 with one
- * scale for each 256 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
+ * scale for each 64 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
 int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t batch);
 
