@@ -13,18 +13,33 @@ def bitmask_product(x: Tensor, dense: Tensor) -> Tensor:
     return x.double() @ dense.double().T
 
 
-def rounded_to_bytes(x: Tensor) -> Tensor:
-    """x in int8 with one scale, largest / 127, for each 64 of a row; as numbers in float64."""
+def share_of(column: int, columns: int, shares: str) -> tuple[int, int]:
+    """Which columns share a scale, by the rule of docs/format.md: those with the same answer."""
+    if shares == "consecutive":
+        return 0, column // GROUP
+    words, first, block = -(-columns // GROUP), 0, 8
+    while True:
+        block = max(k for k in (8, 4, 2, 1) if k <= min(block, words - first))
+        if column < (first + block) * GROUP:
+            return first, (column - first * GROUP) // 4 % block
+        first += block
+
+
+def rounded_to_bytes(x: Tensor, shares: str) -> Tensor:
+    """x in int8 with one scale, largest / 127, for each 64 columns; as numbers in float64."""
     rounded = torch.zeros_like(x, dtype=torch.float64)
+    columns_of: dict[tuple[int, int], list[int]] = {}
+    for column in range(x.shape[1]):
+        columns_of.setdefault(share_of(column, x.shape[1], shares), []).append(column)
     for row in range(len(x)):
-        for start in range(0, x.shape[1], GROUP):
-            block = x[row, start : start + GROUP]
+        for together in columns_of.values():
+            block = x[row, together]
             largest = block.abs().max()
             if largest == 0:
                 continue
             inverse = torch.tensor(127.0) / largest  # in float32, as the kernels compute it
             scale = (largest / 127.0).double()
-            rounded[row, start : start + GROUP] = (block * inverse).round().double() * scale
+            rounded[row, together] = (block * inverse).round().double() * scale
     return rounded
 
 

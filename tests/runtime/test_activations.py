@@ -91,9 +91,13 @@ def slow_loss(folder: Path, text: Path, length: int) -> float:
         parameter.copy_(found)
     tied = {"lm_head": "model.embed_tokens"} if config.tie_word_embeddings else {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "int" in values.get(tied.get(name, name), ""):
+        own = values.get(tied.get(name, name), "")
+        if isinstance(module, torch.nn.Linear) and "int" in own:
+            shares = "spread" if own == "int8" else "consecutive"
             module.register_forward_pre_hook(
-                lambda _, x: (rounded_to_bytes(x[0].flatten(0, -2)).view(x[0].shape).float(),)
+                lambda _, x, shares=shares: (
+                    rounded_to_bytes(x[0].flatten(0, -2), shares).view(x[0].shape).float(),
+                )
             )
     ids = tiny_tokenizer()(text.read_text(), return_tensors="pt")["input_ids"][0]
     windows = ids[: len(ids) // length * length].view(-1, length)[:4]
@@ -183,13 +187,15 @@ def test_without_kernels_integers_stay_integers(tmp_path: Path) -> None:
     )
 
 
-def test_rounding_is_that_of_the_oracle() -> None:
-    x = torch.randn(5, 2 * GROUP + 9)
+@pytest.mark.parametrize("shares", ["consecutive", "spread"])
+@pytest.mark.parametrize("columns", [1, 65, 2 * GROUP + 9, 13 * GROUP, 24 * GROUP - 5])
+def test_rounding_is_that_of_the_oracle(shares: Any, columns: int) -> None:
+    x = torch.randn(5, columns)
     x[1, :GROUP] = 0
     x[2] *= 1e-30
-    assert torch.equal(round_activations(x), rounded_to_bytes(x).float())
-    assert round_activations(x.view(5, 1, -1)).shape == (5, 1, 2 * GROUP + 9)
-    assert round_activations(torch.tensor([[float("nan"), 1.0]])).isnan().all()
+    assert torch.equal(round_activations(x, shares), rounded_to_bytes(x, shares).float())
+    assert round_activations(x.view(5, 1, -1), shares).shape == (5, 1, columns)
+    assert round_activations(torch.tensor([[float("nan"), 1.0]]), shares).isnan().all()
 
 
 def test_the_folder_says_how_activations_are_rounded(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def test_products_are_those_of_float64(tier, shape, values, sparsity):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
             given = x.to(dtype)
-            seen = rounded_to_bytes(given.float()) if values == torch.int8 else given.double()
+            whole = values == torch.int8
+            seen = rounded_to_bytes(given.float(), "spread") if whole else given.double()
             wanted = bitmask_product(seen, dense)
             got = matrix.multiply(given)
             assert got.dtype == dtype
@@ -62,7 +63,7 @@ def test_products_of_4_bits_are_those_of_float64(tier, shape, group, sparsity):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
             given = x.to(dtype)
-            seen = rounded_to_bytes(given.float())
+            seen = rounded_to_bytes(given.float(), "consecutive")
             size = seen.abs() @ dense.abs().T + 1e-60
             got = matrix.multiply(given).double()
             assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < tolerance

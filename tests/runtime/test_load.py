@@ -94,7 +94,8 @@ def check_linears(packed: Any, dense: Any, ids: torch.Tensor = IDS) -> None:
     for name, (given, result) in seen.items():
         plain = dense.get_submodule(name)
         weight = plain.weight if isinstance(plain, nn.Linear) else plain.weight.T
-        wanted = rounded_to_bytes(given.float()) @ weight.double().T
+        shares = "spread" if linears[name].matrix.group is None else "consecutive"
+        wanted = rounded_to_bytes(given.float(), shares) @ weight.double().T
         bias = getattr(plain, "bias", None)
         wanted = wanted if bias is None else wanted + bias
         largest = float(wanted.abs().max())
@@ -223,7 +224,7 @@ def test_int8_in_bfloat16_is_as_near_as_its_rounding(tmp_path: Path) -> None:
     weight = secateur.load(folder, dtype=torch.float32, expand=True).model.layers[0].mlp.up_proj
     up = model.model.layers[0].mlp.up_proj
     x = torch.randn(9, 32).bfloat16()
-    expected = rounded_to_bytes(x.float()) @ weight.weight.double().T
+    expected = rounded_to_bytes(x.float(), "spread") @ weight.weight.double().T
     for up_to in (1, 16):
         up.kernel_up_to = up_to
         torch.testing.assert_close(up(x).double(), expected, rtol=1.02 * 2**-8, atol=1e-5)

@@ -122,7 +122,8 @@ def assert_products(run: Run, asked: list[tuple[int, KernelMatrix, Tensor, Tenso
         size = len(x) * matrix.rows * x.element_size()
         got = tensor(output[:size], x.dtype).view(len(x), matrix.rows).double()
         output = output[size:]
-        seen = rounded_to_bytes(x.float()) if integers(matrix) else x.double()
+        shares = "spread" if matrix.group is None else "consecutive"
+        seen = rounded_to_bytes(x.float(), shares) if integers(matrix) else x.double()
         error = (got - bitmask_product(seen, dense)).abs()
         limit = 2e-6 if x.dtype == torch.float32 else 5e-3
         assert float((error / (seen.abs() @ dense.abs().T + 1e-30)).max()) < limit

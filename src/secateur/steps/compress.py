@@ -48,6 +48,7 @@ from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
+from secateur.quantization.activations import Shares
 from secateur.runtime.choice import (
     DEFAULT_GROUP,
     DENSE,
@@ -457,7 +458,8 @@ class MixedChoice:
             output = work / f"rounded-{values}"
             round_checkpoint(rounding, model, output, Labelled(progress, label))
             rounded, errors = model.copy_in(output).reader, output_errors(output)
-            self.levels.append(Level(values, rounded, size, errors, rounds_inputs=True))
+            shares: Shares = "spread" if values == "int8" else "consecutive"
+            self.levels.append(Level(values, rounded, size, errors, shares))
 
     def within(self, bound: float) -> ChosenValues:
         """The values of each linear, with a rise of the loss of at most `bound` by the search."""
@@ -475,7 +477,7 @@ class MixedChoice:
             },
             "matrices": dict(Counter(level.name for level in level_of.values())),
         }
-        rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounds_inputs}
+        rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounded_inputs}
         readers = {name: level.reader for name, level in rounded.items()}
         return ChosenValues(
             replace(self.model, reader=MixedReader(self.model.reader.folder, readers)),

@@ -30,7 +30,7 @@ from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
-from secateur.quantization.activations import round_activations
+from secateur.quantization.activations import Shares, round_activations
 from secateur.runs.folder import refuse_another
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.evolution import Candidate
@@ -347,15 +347,16 @@ class WeightVariants(ABC):
             def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
                 if version == self.dense:
                     return lambda hidden: self.outer.run(number, layer, hidden)
-                weights, rounded = {}, []
+                weights: dict[str, Tensor] = {}
+                rounded: list[tuple[nn.Module, Shares]] = []
                 level_of = dict(zip(names, cast(tuple[int, ...], version), strict=True))
                 for name, linear in linears.items():
                     level = level_of.get(linear.name)
                     weight = self.weight_of(linear, level, source)
                     if weight is not None:
                         weights[f"{name}.weight"] = weight
-                    if self.rounds_inputs(level):
-                        rounded.append(linear.module)
+                    if (shares := self.rounded_inputs(level)) is not None:
+                        rounded.append((linear.module, shares))
 
                 def replaced(*args: Any, **kwargs: Any) -> Any:
                     with _rounded_inputs(rounded):
@@ -365,9 +366,9 @@ class WeightVariants(ABC):
 
             yield forward_of
 
-    def rounds_inputs(self, level: int | None) -> bool:
-        """Whether a level rounds the inputs of its linears."""
-        return False
+    def rounded_inputs(self, level: int | None) -> Shares | None:
+        """How a level rounds the inputs of its linears; None if it does not."""
+        return None
 
     @abstractmethod
     def source(self, number: int) -> AbstractContextManager[Any]:
@@ -387,13 +388,13 @@ class WeightVariants(ABC):
 
 
 @contextmanager
-def _rounded_inputs(linears: Iterable[nn.Module]) -> Iterator[None]:
+def _rounded_inputs(linears: Iterable[tuple[nn.Module, Shares]]) -> Iterator[None]:
     """A context in which these linears round their inputs, and multiply in the dtype they have."""
 
-    def rounded(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (round_activations(args[0]).to(args[0].dtype),)
+    def rounding(shares: Shares) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        return lambda _, args: (round_activations(args[0], shares).to(args[0].dtype),)
 
-    hooks = [linear.register_forward_pre_hook(rounded) for linear in linears]
+    hooks = [module.register_forward_pre_hook(rounding(shares)) for module, shares in linears]
     try:
         yield
     finally:

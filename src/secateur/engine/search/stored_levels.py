@@ -55,6 +55,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
+from secateur.quantization.activations import Shares
 from secateur.sparsity.evolution import Candidate, Evolution
 
 SURVEY_TOKENS = 2048
@@ -74,7 +75,7 @@ class Level:
         bytes_of: the size of each linear when stored, by its name.
         error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
             for level 0.
-        rounds_inputs: whether the values are integers, so that kernels round the inputs.
+        rounded_inputs: how kernels round the inputs, if the values are integers.
         family: `quantize`, `prune` or `both`.
     """
 
@@ -82,7 +83,7 @@ class Level:
     reader: CheckpointReader
     bytes_of: Mapping[str, int]
     error_of: Mapping[str, float]
-    rounds_inputs: bool = False
+    rounded_inputs: Shares | None = None
     family: str = "quantize"
 
 
@@ -105,9 +106,9 @@ class StoredVariants(WeightVariants):
         """Nothing to open: readers read single tensors."""
         return nullcontext()
 
-    def rounds_inputs(self, level: int | None) -> bool:
-        """Whether the values of a level are integers."""
-        return bool(level) and self.levels[level or 0].rounds_inputs
+    def rounded_inputs(self, level: int | None) -> Shares | None:
+        """How a level rounds the inputs of its linears; None if it does not."""
+        return self.levels[level].rounded_inputs if level else None
 
     def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
         """The weight of a level above 0."""

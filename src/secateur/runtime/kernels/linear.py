@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from secateur.errors import ShapeError
-from secateur.quantization.activations import GROUP, integers_of
+from secateur.quantization.activations import GROUP, integers_of, shared_order, shares_of
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -216,7 +217,7 @@ class IntegerLinear(InferenceLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product for activations [tokens, in], of their dtype."""
-        integers, steps = integers_of(x)
+        integers, steps = integers_of(x, shares_of(self.group))
         rows = max(1, AT_ONCE // max(len(integers), self.in_features))
         parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
         return torch.cat([self.rows(integers, steps, *part) for part in parts], -1).to(x.dtype)
@@ -225,16 +226,17 @@ class IntegerLinear(InferenceLinear):
         """The product with some rows of W, float32 [tokens, rows].
 
         Args:
-            x: rounded activations as integers [tokens, ≥ in].
+            x: rounded activations as integers, from `integers_of` [tokens, ⌈in / 64⌉ · 64].
             steps: their scales [tokens, ⌈in / 64⌉].
             codes: of the rows.
             scales: of the rows.
         """
         width = min(self.group or GROUP, GROUP)
         sums = torch.zeros(len(x), len(codes), device=x.device)
+        order = shared_order(self.in_features, shares_of(self.group)).to(x.device)
+        codes = functional.pad(codes, (0, len(order) - self.in_features))[:, order]
         for begin in range(0, self.in_features, width):
-            part = codes[:, begin : begin + width].float()
-            dots = x[:, begin : begin + part.shape[1]] @ part.T
+            dots = x[:, begin : begin + width] @ codes[:, begin : begin + width].float().T
             scale = steps[:, begin // GROUP, None]
             if self.group is not None:
                 scale = scale * scales[:, begin // self.group]

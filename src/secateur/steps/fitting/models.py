@@ -61,7 +61,9 @@ def make_levels(context: FitContext) -> Iterator[Level]:
             for name, error in output_errors(made).items():
                 errors[name] = errors.get(name, 0.0) + error
         sizes = bytes_of_linears(made_model, formats)
-        yield Level(level.name, made_model.reader, sizes, errors, level.rounds_inputs, level.family)
+        yield Level(
+            level.name, made_model.reader, sizes, errors, level.rounded_inputs, level.family
+        )
 
 
 def bytes_of_linears(model: PackableCheckpoint, formats: Formats) -> dict[str, int]:

@@ -20,6 +20,7 @@ from secateur.exporting import ExportSource
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_config
 from secateur.progress import Progress
+from secateur.quantization.activations import Shares, shares_of
 from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
@@ -52,14 +53,14 @@ class StorageFormat:
     @property
     def family(self) -> str:
         """Which techniques it uses."""
-        if self.rounds_inputs:
+        if self.rounded_inputs is not None:
             return "both" if self.sparsity else "quantize"
         return "prune"
 
     @property
-    def rounds_inputs(self) -> bool:
-        """Whether values are integers, so that kernels round the inputs."""
-        return self.values.startswith("int")
+    def rounded_inputs(self) -> Shares | None:
+        """How kernels round the inputs, if the values are integers."""
+        return shares_of(self.group) if self.values.startswith("int") else None
 
     @property
     def group(self) -> int | None:

@@ -72,7 +72,7 @@ int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
     const int64_t panels = (tokens + code->lanes - 1) / code->lanes;
     const int64_t groups = m->words * 64 / job.group;
     job.panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
-    job.codes_bytes = rounded(up(m->words * 64, SCT_BLOCK) * job.rows * code->code_bytes);
+    job.codes_bytes = rounded(m->words * 64 * job.rows * code->code_bytes);
     job.starts_bytes = rounded(4 * groups * job.rows);
     job.tile_bytes = job.codes_bytes + 2 * job.starts_bytes;
     const size_t bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);

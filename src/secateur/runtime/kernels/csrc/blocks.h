@@ -18,11 +18,11 @@
 #endif
 #endif
 
-#define SCT_BLOCK 512 /* columns of a row that lie together in a tile */
+#define SCT_SPREAD (64 * SCT_SPREAD_WORDS) /* columns of the largest block of int8 */
 
-/* Codes of some rows: of a block of columns after the other, [blocks][padded_rows][512]. What
- * stands past the rows and past the columns is never read, or its sums are never stored. Columns that
- * share a scale lie together: of int8 the shares of a block (internal.h) come one after the other. */
+/* Codes of some rows: of 64 columns that share a scale after the other, [words][padded_rows][64]. Of
+ * int8 these are the shares of a block (internal.h). What stands past the rows is never read, or its
+ * sums are never stored. */
 typedef struct {
     int64_t rows, padded_rows, words;
     int64_t group;   /* columns that share their scales: 64, or fewer where the type has smaller groups */
@@ -41,7 +41,7 @@ typedef struct {
 
 /* Where a unit finds its rows and one or two panels, from the first of `columns` that share a scale. */
 typedef struct {
-    const void *codes;     /* of the first row; SCT_BLOCK codes later the next */
+    const void *codes;     /* of the first row; 64 codes later the next */
     const int32_t *starts; /* by row */
     const float *scales;   /* by row, or NULL */
     const char *panel[2];
@@ -74,8 +74,10 @@ SCT_HIDDEN extern const sct_blocks sct_blocks_amx, sct_blocks_avx512, sct_blocks
 SCT_HIDDEN extern const sct_blocks sct_blocks_i8mm, sct_blocks_neon;
 SCT_HIDDEN const sct_blocks *sct_blocks_code(void); /* NULL: none */
 
-/* Where four columns of int8, number `four` of a block of k words, lie in the order of shares. */
-SCT_INLINE int64_t sct_place_of(int64_t four, int64_t k) { return four % k * 16 + four / k; }
+/* Where four columns, number `four` of a block of k words, lie in its shares, `pitch` apart. */
+SCT_INLINE int64_t sct_place_of(int64_t four, int64_t k, int64_t pitch) {
+    return four % k * pitch + 4 * (four / k);
+}
 
 /* The next 64 codes of one row of int4, in the order of the layout; returns what comes after them. */
 typedef const uint8_t *sct_word(const uint8_t *v, uint64_t kept, int packed, int high,

@@ -61,10 +61,10 @@ SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const 
         _tile_zero(3);
     }
     for (int64_t k = 0; k < at->columns; k += 64) {
-        _tile_loadd(4, codes + k, SCT_BLOCK);
+        _tile_loadd(4, codes + k, SCT_SCALED);
         _tile_loadd(6, at->panel[0] + 16 * k, 64);
         _tile_dpbssd(0, 4, 6);
-        _tile_loadd(5, codes + 16 * SCT_BLOCK + k, SCT_BLOCK);
+        _tile_loadd(5, codes + 16 * SCT_SCALED + k, SCT_SCALED);
         _tile_dpbssd(2, 5, 6);
         if (P == 2) {
             _tile_loadd(7, at->panel[1] + 16 * k, 64);

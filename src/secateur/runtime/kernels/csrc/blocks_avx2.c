@@ -44,7 +44,7 @@ static void interleave(const uint32_t *from, int64_t count, uint32_t *to) {
         __m256i x[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
-            x[i] = _mm256_load_si256((const __m256i *)(from + i * SCT_BLOCK / 2 + at));
+            x[i] = _mm256_load_si256((const __m256i *)(from + i * SCT_SPREAD / 2 + at));
         transpose(x);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)(to + (at + i) * 8), x[i]);
@@ -100,7 +100,7 @@ SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const 
             P == 2 ? _mm256_load_si256((const __m256i *)(at->panel[1] + 16 * k)) : x;
 #pragma GCC unroll 4
         for (int r = 0; r < UNIT_ROWS; r++) {
-            const __m256i codes = two((const int16_t *)at->codes + r * SCT_BLOCK + k);
+            const __m256i codes = two((const int16_t *)at->codes + r * SCT_SCALED + k);
             first[r] += (sct_sums)_mm256_madd_epi16(x, codes);
             if (P == 2) second[r] += (sct_sums)_mm256_madd_epi16(other, codes);
         }
@@ -120,13 +120,12 @@ static void unit(const sct_places *at, float *sums, int64_t pitch) {
 
 static void expand_bytes(const sct_matrix *m, int64_t begin, sct_tile *tile) {
     const uint8_t *places = sct_places_avx2();
+    const int64_t pitch = tile->padded_rows * SCT_SCALED;
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t row = begin + r, start = m->mask ? m->offsets[row] : row * m->stride;
         const int8_t *v = (const int8_t *)m->values + start;
         for (int64_t w = 0, k = SCT_SPREAD_WORDS; w < m->words; w += k) {
-            int16_t *to = (int16_t *)tile->codes +
-                          (w / SCT_SPREAD_WORDS * tile->padded_rows + r) * SCT_BLOCK +
-                          w % SCT_SPREAD_WORDS * 64;
+            int16_t *to = (int16_t *)tile->codes + (w * tile->padded_rows + r) * SCT_SCALED;
             k = sct_next_block(k, m->words - w);
             for (int64_t four = 0; four < 16 * k; four += 2) {
                 const uint64_t word = m->mask ? m->mask[row * m->words + w + four / 16] : ~0ull;
@@ -134,8 +133,8 @@ static void expand_bytes(const sct_matrix *m, int64_t begin, sct_tile *tile) {
                 const __m128i raw = _mm_loadl_epi64((const __m128i *)v);
                 const __m128i from = _mm_loadl_epi64((const __m128i *)(places + 8 * kept));
                 const __m128i codes = _mm_cvtepi8_epi16(_mm_shuffle_epi8(raw, from));
-                _mm_storel_epi64((__m128i *)(to + 4 * sct_place_of(four, k)), codes);
-                _mm_storel_epi64((__m128i *)(to + 4 * sct_place_of(four + 1, k)),
+                _mm_storel_epi64((__m128i *)(to + sct_place_of(four, k, pitch)), codes);
+                _mm_storel_epi64((__m128i *)(to + sct_place_of(four + 1, k, pitch)),
                                  _mm_unpackhi_epi64(codes, codes));
                 v += __builtin_popcount(kept);
             }

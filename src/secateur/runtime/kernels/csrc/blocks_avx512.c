@@ -32,13 +32,14 @@ SCT_INLINE void take(__m512i *sums, __m512i x, __m512i codes) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(codes));
 }
 
-/* Sums of integers times the scales of tokens and of a row. */
-SCT_INLINE void add(__m512i dots, const float *panel_scales, __m512 by, float *sums) {
-    const __m512 scale = _mm512_mul_ps(_mm512_load_ps(panel_scales), by);
+/* Sums of integers times the scales of tokens, and of a row where the type has them. */
+SCT_INLINE void add(__m512i dots, __m512 scale, const float *by, float *sums) {
+    if (by) scale = _mm512_mul_ps(scale, _mm512_set1_ps(*by));
     _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, _mm512_load_ps(sums)));
 }
 
-SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const int P) {
+/* P panels; G: the type has groups, so each row has its scales. */
+SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const int P, const int G) {
     __m512i first[UNIT_ROWS], second[UNIT_ROWS];
 #pragma GCC unroll 12
     for (int r = 0; r < UNIT_ROWS; r++) first[r] = second[r] = _mm512_set1_epi32(at->starts[r]);
@@ -47,22 +48,25 @@ SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const 
         const __m512i other = P == 2 ? _mm512_load_si512(at->panel[1] + 16 * k) : x;
 #pragma GCC unroll 12
         for (int r = 0; r < UNIT_ROWS; r++) {
-            const __m512i codes = four((const int8_t *)at->codes + r * SCT_BLOCK + k);
+            const __m512i codes = four((const int8_t *)at->codes + r * SCT_SCALED + k);
             take(&first[r], x, codes);
             if (P == 2) take(&second[r], other, codes);
         }
     }
+    const __m512 scale = _mm512_load_ps(at->panel_scales[0]);
+    const __m512 other_scale = P == 2 ? _mm512_load_ps(at->panel_scales[1]) : scale;
 #pragma GCC unroll 12
     for (int r = 0; r < UNIT_ROWS; r++) {
-        const __m512 by = at->scales ? _mm512_set1_ps(at->scales[r]) : _mm512_set1_ps(1.0f);
-        add(first[r], at->panel_scales[0], by, sums + r * pitch);
-        if (P == 2) add(second[r], at->panel_scales[1], by, sums + r * pitch + 16);
+        add(first[r], scale, G ? at->scales + r : NULL, sums + r * pitch);
+        if (P == 2) add(second[r], other_scale, G ? at->scales + r : NULL, sums + r * pitch + 16);
     }
 }
 
 static void unit(const sct_places *at, float *sums, int64_t pitch) {
-    if (at->panels == 2) unit_of(at, sums, pitch, 2);
-    else unit_of(at, sums, pitch, 1);
+    if (at->panels == 2 && at->scales) unit_of(at, sums, pitch, 2, 1);
+    else if (at->panels == 2) unit_of(at, sums, pitch, 2, 0);
+    else if (at->scales) unit_of(at, sums, pitch, 1, 1);
+    else unit_of(at, sums, pitch, 1, 0);
 }
 
 #include "blocks.inc"

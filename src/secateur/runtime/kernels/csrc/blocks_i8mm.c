@@ -27,8 +27,8 @@ static void unit(const sct_places *at, float *sums, int64_t pitch) {
         token_pairs(at->panel[at->panels - 1] + 4 * k, tokens + 2);
 #pragma GCC unroll 4
         for (int r = 0; r < UNIT_ROWS / 2; r++) {
-            const int8_t *codes = (const int8_t *)at->codes + 2 * r * SCT_BLOCK + k;
-            const int8x16_t rows = vcombine_s8(vld1_s8(codes), vld1_s8(codes + SCT_BLOCK));
+            const int8_t *codes = (const int8_t *)at->codes + 2 * r * SCT_SCALED + k;
+            const int8x16_t rows = vcombine_s8(vld1_s8(codes), vld1_s8(codes + SCT_SCALED));
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) dots[r][i] = vmmlaq_s32(dots[r][i], rows, tokens[i]);
         }

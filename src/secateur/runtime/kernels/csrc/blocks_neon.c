@@ -28,7 +28,7 @@ static void unit(const sct_places *at, float *sums, int64_t pitch) {
     for (int64_t k = 0; k < at->columns; k += 16) {
         int8x16_t codes[UNIT_ROWS];
         for (int r = 0; r < UNIT_ROWS; r++)
-            codes[r] = vld1q_s8((const int8_t *)at->codes + r * SCT_BLOCK + k);
+            codes[r] = vld1q_s8((const int8_t *)at->codes + r * SCT_SCALED + k);
         FOUR_COLUMNS(0);
         FOUR_COLUMNS(1);
         FOUR_COLUMNS(2);

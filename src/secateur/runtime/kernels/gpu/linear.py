@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.quantization.activations import round_activations
+from secateur.quantization.activations import round_activations, shares_of
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
@@ -50,7 +50,9 @@ class GpuLinear(OperatorLinear):
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
         if self.rounds_inputs:
-            return self.exact_product(round_activations(x)).to(x.dtype)
+            return self.exact_product(round_activations(x, shares_of(self.matrix.group))).to(
+                x.dtype
+            )
         return self.exact_product(x)
 
     def exact_product(self, x: Tensor) -> Tensor:
