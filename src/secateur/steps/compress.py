@@ -36,6 +36,7 @@ from secateur.models.configuration import read_config
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
+from secateur.quantization.activations import Shares
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -48,7 +49,6 @@ from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
-from secateur.quantization.activations import Shares
 from secateur.runtime.choice import (
     DEFAULT_GROUP,
     DENSE,
