@@ -8,10 +8,11 @@ Matrices of int8, int4 and int3 meet activations that are rounded like this, in 
 without kernels. All numbers are float32.
 
 Beside int4 and int3 the columns of a share are consecutive. Beside int8 they are spread over a
-block of 64k columns: share g of its k shares has the columns c with ⌊c / 4⌋ mod k = g. A row, filled
-up with zeros to a multiple of 64, is cut into blocks with k = 8, and what is left into one with
-k = 4, one with 2 and one with 1, where they fit. So each lane of a register meets one scale in a
-whole block, and sums are scaled once for a block, not once for 64 columns.
+block of 64k columns: share g of its k shares has the columns c with ⌊c / 4⌋ mod k = g. A row,
+filled up with zeros to a multiple of 64, is cut into blocks with k = 8, and what is left into one
+with k = 4, one with 2 and one with 1, where they fit. So each lane of a register meets one scale in
+a whole block, and sums are scaled once for a block, not once for 64 columns.
+
 """
 
 from __future__ import annotations
