@@ -32,12 +32,7 @@ from slow import slow_but
 HOW_TO = [name_of(page) for page in PAGES if page.parent.name == "howto"]
 AS_PROGRAMS = ("CONTRIBUTING", "docs/howto/several-machines", "docs/howto/add-a-method")
 WALKED = [name_of(page) for page in PAGES if run_blocks(page) and name_of(page) not in AS_PROGRAMS]
-BY_DEFAULT = {
-    "docs/start",
-    "docs/howto/gpu-2-4",
-    "docs/howto/prune-experts",
-    "docs/howto/serve",
-}
+BY_DEFAULT = {"docs/start", "docs/howto/prune-experts"}
 FAMILIES = {
     "docs/howto/prune-experts": "mixtral",
     "docs/methods/experts": "mixtral",

@@ -26,6 +26,12 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated texts of few tokens: 64 of each prompt would take most of the time."""
+    monkeypatch.setitem(check_generation.__kwdefaults__, "new_tokens", 6)
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """Run `secateur` in this process."""
     monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
@@ -34,6 +40,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, capsys) -> None:
     code = command(
         monkeypatch, "evaluate", pruned, "--dense", dense, "--text", text,
@@ -71,6 +78,7 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     assert all(s.reference_text is not None for s in texts.samples)
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     arguments = [

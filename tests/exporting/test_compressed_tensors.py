@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,21 @@ def export(folder: Path, source: Path, type: str) -> Any:
     return secateur.export(source, output=folder, to="compressed-tensors", type=type).exported
 
 
-def pruned(folder: Path, **options: Any) -> Path:
-    save_tiny(folder / "dense", **{**WIDE, **options})
-    secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", sparsity=0.5)
-    return folder / "pruned"
+Pruned = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    """Prune a model of some sizes once; no test changes it."""
+
+    @functools.cache
+    def made(**options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("pruned")
+        save_tiny(folder / "dense", **{**WIDE, **options})
+        secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", sparsity=0.5)
+        return folder / "pruned"
+
+    return made
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -76,8 +89,10 @@ def weight_in(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("type", "bits"), [("w8a8", 8), ("w8a16", 8), ("w4a16", 4)])
-def test_weights_come_back_within_half_a_step_and_zeros_exactly(type, bits, tmp_path: Path) -> None:
-    source = pruned(tmp_path)
+def test_weights_come_back_within_half_a_step_and_zeros_exactly(
+    type, bits, pruned: Pruned, tmp_path: Path
+) -> None:
+    source = pruned()
     made = export(tmp_path / "out", source, type)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     weight, found = before[f"{UP}.weight"], weight_in(after, UP, bits)
@@ -98,8 +113,8 @@ def test_weights_come_back_within_half_a_step_and_zeros_exactly(type, bits, tmp_
     assert made.types == {f"int{bits}": 21, "float32": len(others)}
 
 
-def test_the_configuration_says_how_to_read_it(tmp_path: Path) -> None:
-    source = pruned(tmp_path)
+def test_the_configuration_says_how_to_read_it(pruned: Pruned, tmp_path: Path) -> None:
+    source = pruned()
     for type, format, weights, activations in (
         ("w8a8", "int-quantized", (8, "channel", None), (8, "token", True)),
         ("w4a16", "pack-quantized", (4, "group", 64), None),
@@ -134,10 +149,12 @@ def test_the_largest_group_that_divides_all_rows(hidden, ffn, group, tmp_path: P
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
 @pytest.mark.parametrize("group", [32, 64])
-def test_a_model_on_a_grid_is_stored_without_rounding(values, group, tmp_path: Path) -> None:
+def test_a_model_on_a_grid_is_stored_without_rounding(
+    values, group, pruned: Pruned, tmp_path: Path
+) -> None:
     """Also as a dense checkpoint, and though a larger group divides all rows."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    source = pruned(tmp_path, **sizes, num_hidden_layers=1)
+    source = pruned(**sizes, num_hidden_layers=1)
     packed = secateur.compress(
         source, output=tmp_path / "packed", values=values, group_size=group
     ).output
@@ -155,9 +172,9 @@ def test_a_model_on_a_grid_is_stored_without_rounding(values, group, tmp_path: P
         assert not made.notes
 
 
-def test_the_integers_of_an_int8_model_stay_what_they_are(tmp_path: Path) -> None:
+def test_the_integers_of_an_int8_model_stay_what_they_are(pruned: Pruned, tmp_path: Path) -> None:
     """And their scales, which the dense checkpoint in bfloat16 does not hold."""
-    source = pruned(tmp_path, dtype=torch.bfloat16)
+    source = pruned(dtype=torch.bfloat16)
     packed = secateur.compress(source, output=tmp_path / "packed", values="int8").output
     made = export(tmp_path / "out", packed, "w8a8")
     assert not any("rounded to the nearest" in note for note in made.notes)
@@ -166,8 +183,8 @@ def test_the_integers_of_an_int8_model_stay_what_they_are(tmp_path: Path) -> Non
     assert torch.equal(weight_in(found, UP, 8), dense[f"{UP}.weight"])
 
 
-def test_a_calibrated_int8_model_needs_no_rounding(tmp_path: Path) -> None:
-    source = pruned(tmp_path, dtype=torch.bfloat16)
+def test_a_calibrated_int8_model_needs_no_rounding(pruned: Pruned, tmp_path: Path) -> None:
+    source = pruned(dtype=torch.bfloat16)
     save_windows(tiny_windows(4, 20), tmp_path / "windows.safetensors")
     packed = secateur.compress(
         source, output=tmp_path / "packed", values="int8",
@@ -178,13 +195,13 @@ def test_a_calibrated_int8_model_needs_no_rounding(tmp_path: Path) -> None:
     assert [note for note in made.notes if "rounded" in note] == []
 
 
-def test_what_was_rounded_is_said(tmp_path: Path) -> None:
-    made = export(tmp_path / "out", pruned(tmp_path), "w4a16")
+def test_what_was_rounded_is_said(pruned: Pruned, tmp_path: Path) -> None:
+    made = export(tmp_path / "out", pruned(), "w4a16")
     assert "21 of 21 matrices were rounded to the nearest int4" in made.notes[0]
     assert "compress --values int4 --calibration TEXT" in made.notes[0]
-    made = export(tmp_path / "eight", tmp_path / "pruned", "w8a8")
+    made = export(tmp_path / "eight", pruned(), "w8a8")
     assert "the engine also rounds activations to int8" in made.notes
-    made = export(tmp_path / "wide", tmp_path / "pruned", "w8a16")
+    made = export(tmp_path / "wide", pruned(), "w8a16")
     assert "vLLM runs this type on GPUs only" in made.notes
 
 
@@ -250,9 +267,11 @@ def library() -> Any:
     )
 
 
-def test_evaluation_judges_rounded_weights_and_activations(library, tmp_path: Path) -> None:
+def test_evaluation_judges_rounded_weights_and_activations(
+    library, pruned: Pruned, tmp_path: Path
+) -> None:
     """What `secateur evaluate` loads rounds the inputs of linears too, about as an engine does."""
-    source = pruned(tmp_path)
+    source = pruned()
     export(tmp_path / "out", source, "w8a8")
     judged = load_whole(tmp_path / "out", torch.device("cpu"))
     ours, stored = secateur.load(source), tensors_of(tmp_path / "out")
@@ -277,10 +296,10 @@ def test_evaluation_judges_rounded_weights_and_activations(library, tmp_path: Pa
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
 @pytest.mark.parametrize("type", ["w8a16", "w4a16"])
 def test_transformers_computes_with_the_stored_weights(
-    family, type, library, tmp_path: Path
+    family, type, library, pruned: Pruned, tmp_path: Path
 ) -> None:
     """Loaded by compressed-tensors, against the weights read by hand in a plain model."""
-    source = pruned(tmp_path, family=family)
+    source = pruned(family=family)
     export(tmp_path / "out", source, type)
     with quiet_transformers():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(

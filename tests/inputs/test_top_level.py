@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,34 +105,24 @@ def test_both_names_of_a_failed_rename_are_reported() -> None:
     assert to_error(error).where == "a → b"
 
 
-INTERRUPTED = """
-import os, signal, sys
-import secateur.steps.inspect
-def wait(*_, **__):
-    os.kill(os.getpid(), signal.SIGINT)
-    signal.pause()
-secateur.steps.inspect.inspect = wait
-sys.argv = ["secateur", "inspect", "m", *sys.argv[1:]]
-from secateur.cli import main
-main()
-"""
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[..., None]]:
+    """A verb that is interrupted; a test suite may have been started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_ctrl_c_says_how_to_go_on(flags: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert done.returncode == 130
-    assert done.stderr.startswith("error: interrupted")
-    assert "start again with: secateur inspect m" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch, ctrl_c, flags: list[str]) -> None:
+    monkeypatch.setattr(BROKEN, ctrl_c)
+    done = run("inspect", "m", *flags)
+    assert done.code == 130
+    assert done.err.startswith("error: interrupted")
+    assert "start again with: secateur inspect m" in done.err
+    assert "Traceback" not in done.err
     if flags:
-        assert json.loads(done.stdout)["error"]["kind"] == "UserInterruptError"
+        assert json.loads(done.out)["error"]["kind"] == "UserInterruptError"
 
 
 def test_usage_errors_and_help_are_as_ever(run) -> None:

@@ -109,12 +109,10 @@ def test_a_large_vocabulary_keeps_what_the_definition_keeps(options: dict[str, A
     ordered, tokens = chances.sort(descending=True)
     ordered = ordered[: options.get("top_k")]
     ordered = ordered / ordered.sum()
-    kept = [
-        int(token)
-        for number, token in enumerate(tokens[: len(ordered)])
-        if float(ordered[:number].sum()) < options.get("top_p", 1.0)
-        and ordered[number] >= options.get("min_p", 0.0) * ordered[0]
-    ]
+    likelier = ordered.cumsum(0) - ordered  # the sum of all before it
+    counts = likelier < options.get("top_p", 1.0)
+    counts &= ordered >= options.get("min_p", 0.0) * ordered[0]
+    kept = tokens[: len(ordered)][counts].tolist()
     draws = Sampling(1.0, **options).begin()
     found = Counter(draws.draw(logits) for _ in range(3000))
     assert set(found) <= set(kept)
