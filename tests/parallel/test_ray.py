@@ -133,6 +133,22 @@ def test_the_whole_way_through_a_fake(place: Path, monkeypatch: pytest.MonkeyPat
     assert "ray: local" not in (place / "out" / "secateur" / "recipe.yaml").read_text()
 
 
+def test_one_process_of_ray_also_compresses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    installed(monkeypatch, FakeRay())
+    result = secateur.prune(
+        place / "dense", output=place / "out", method="magnitude", sparsity=0.5, compress="int8",
+        ray="local", ray_processes=1,
+    )  # fmt: skip
+    assert result.compression.output == place / "out"
+    assert (
+        "secateur"
+        in json.loads((place / "out" / "config.json").read_text())["quantization_config"][
+            "quant_method"
+        ]
+    )
+
+
 def test_without_ray_the_message_says_how_to_get_it(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,14 +100,13 @@ def _run(verb: str, recipe: Any, **call: Any) -> Any:
             return None
         with _show_progress() as progress:
             return row.carry_out(recipe, call, progress)
-    from secateur.parallel.processes import joined
+    from secateur.parallel.processes import share
 
-    with joined(recipe.device) as ranks:
-        if not ranks.first:
-            imported(row.worker)(recipe, ranks)
-            return None
+    def first(ranks: Any) -> Any:
         with _show_progress() as progress:
             return row.carry_out(recipe, call, progress, ranks=ranks)
+
+    return share(recipe.device, first, partial(imported(row.worker), recipe))
 
 
 def _check_target(recipe: FitRecipe) -> None:
@@ -128,20 +127,12 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {"fit": _check_target, "evaluate":
 
 @_own("prune")
 def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
-    from secateur.parallel.processes import joined
-    from secateur.steps.processes import run_worker
-    from secateur.steps.prune import prune_on_ray, prune_recipe
+    from secateur.steps.prune import prune_on_ray, prune_together
 
     if call.get("dry_run"):
         return _run("prune", recipe, **call)
-    if recipe.cluster.ray is not None:
-        return prune_on_ray(recipe, call, _show_progress)
-    with joined(recipe.device) as ranks:
-        if not ranks.first:
-            run_worker(recipe, ranks)
-            return None
-        with _show_progress() as progress:
-            return prune_recipe(recipe, progress, ranks=ranks, **call)
+    start = prune_together if recipe.cluster.ray is None else prune_on_ray
+    return start(recipe, call, _show_progress)
 
 
 @_own("methods")

@@ -78,6 +78,21 @@ def joined(device: str = "auto") -> Ranks:
     return Processes(launched, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
 
+def share(device: str, first: Callable[[Ranks], T], others: Callable[[Ranks], object]) -> T | None:
+    """Share some work among the processes that were launched together with this one.
+
+    Args:
+        device: the device of the recipe.
+        first: what the first process does. Its result is that of the work; the others have None.
+        others: what each other process does.
+    """
+    with joined(device) as ranks:
+        if ranks.first:
+            return first(ranks)
+        others(ranks)
+        return None
+
+
 def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
     """Give this process a GPU of its own."""
     if ":" in device:

@@ -23,7 +23,7 @@ LOCAL = "local"
 """In place of an address: processes on this machine, without a cluster."""
 
 
-def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[], None]) -> None:
+def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[], object]) -> None:
     """Do some work in several processes of a cluster, and wait for its end.
 
     Args:

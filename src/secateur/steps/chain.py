@@ -134,13 +134,13 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
 
     def __init__(self, recipe: ChainRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.steps = checked_steps(recipe.steps)
+        self.steps: list[PlannedStep] = run.checked
         _check_cuts(self.steps, run.source.folder, recipe.trust_remote_code)
 
     @classmethod
-    def check(cls, recipe: ChainRecipe) -> None:
-        """Check all steps."""
-        checked_steps(recipe.steps)
+    def check(cls, recipe: ChainRecipe) -> list[PlannedStep]:
+        """Read and check all steps."""
+        return checked_steps(recipe.steps)
 
     def identity(self) -> dict[str, Any]:
         """The model."""

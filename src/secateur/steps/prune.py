@@ -5,7 +5,6 @@ On a Ray cluster, Ray starts processes that share the work.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -38,12 +37,13 @@ from secateur.engine.prune.tasks import Tasks, skipped_matrices
 from secateur.engine.search.allocation import settled_allocation
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
-from secateur.parallel.processes import joined
+from secateur.parallel.processes import share
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.shared import Cluster
 from secateur.recipes.verbs import imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
@@ -226,9 +226,7 @@ def prune_recipe(
 
     output = carry_out(ChainSteps, _chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
-    packed = read_record(CompressResult, output / NOTES / COMPRESSION)
-    packed = packed.model_copy(update={"output": output})
-    return dataclasses.replace(Prune.result(output), compression=packed)
+    return _result_of(recipe, output)
 
 
 def _chain_of(recipe: PruneRecipe) -> ChainRecipe:
@@ -278,23 +276,42 @@ def prune_on_ray(
     assert cluster.ray is not None
     refuse_several(recipe, count=cluster.processes or 2)
     on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
-    values = recipe.model_dump(mode="json", exclude={"cluster"})
-    work = partial(_do_share, values, dict(call), showing)
+    own = recipe.model_copy(update={"cluster": Cluster()})
     from secateur.parallel.ray_launcher import launch
 
+    work = partial(prune_together, own, dict(call), showing)
     launch(cluster.ray, cluster.processes, on_gpu, work)
-    return Prune.result(Path(recipe.output or "").absolute())
+    return _result_of(recipe, Path(recipe.output or "").absolute())
 
 
-def _do_share(values: dict[str, Any], call: dict[str, bool], showing: Showing) -> None:
-    """What one process does."""
-    recipe = build_recipe(PruneRecipe, values)
-    with joined(recipe.device) as ranks:
-        if not ranks.first:
-            run_worker(recipe, ranks)
-            return
+def prune_together(
+    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = _silently
+) -> PruneResult | None:
+    """Carry out a recipe, alone or with the processes that were launched together with this one.
+
+    Args:
+        recipe: the recipe; all processes have the same.
+        call: as `prune_on_ray` takes it.
+        showing: makes what shows the progress, in the first process.
+
+    Returns:
+        The result; None in a process that is not the first.
+    """
+
+    def first(ranks: Ranks) -> PruneResult:
         with showing() as progress:
-            carry_out(Prune, recipe, progress, **call, ranks=ranks)
+            return prune_recipe(recipe, progress, **call, ranks=ranks)
+
+    return share(recipe.device, first, partial(run_worker, recipe))
+
+
+def _result_of(recipe: PruneRecipe, output: Path) -> PruneResult:
+    """Read the result of a finished recipe."""
+    result = Prune.result(output)
+    if recipe.compress.values is None:
+        return result
+    packed = read_record(CompressResult, output / NOTES / COMPRESSION)
+    return replace(result, compression=packed.model_copy(update={"output": output}))
 
 
 class Prune(Step[PruneRecipe, PruneResult]):

@@ -43,6 +43,7 @@ class RunContext:
         progress: receives every step.
         meter: measures the cost, from the beginning.
         ranks: the processes that share the work; this one is the first.
+        checked: what the check of the step has returned.
     """
 
     folder: RunFolder
@@ -50,6 +51,7 @@ class RunContext:
     progress: Progress
     meter: Meter
     ranks: Ranks = ALONE
+    checked: Any = None
 
 
 class Step(ABC, Generic[R, T]):
@@ -73,8 +75,8 @@ class Step(ABC, Generic[R, T]):
         return ALONE
 
     @classmethod
-    def check(cls, recipe: R) -> None:
-        """Refuse what can be refused without the model."""
+    def check(cls, recipe: R) -> Any:
+        """Refuse what can be refused without the model. What it returns is `run.checked`."""
 
     @classmethod
     def reads(cls, recipe: R) -> Iterable[str | Path | None]:
@@ -138,7 +140,7 @@ def carry_out(
     """
     meter = Meter.start()
     values: Any = recipe
-    kind.check(recipe)
+    checked = kind.check(recipe)
     folder = RunFolder(
         values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
@@ -147,7 +149,8 @@ def carry_out(
         ranks = kind.processes(recipe)
         progress = progress if ranks.first else Silent()
     source = source_of(recipe, progress)
-    return finish(kind.open(recipe, RunContext(folder, source, progress, meter, ranks)))
+    run = RunContext(folder, source, progress, meter, ranks, checked)
+    return finish(kind.open(recipe, run))
 
 
 def step_of(verb: str) -> type[Step[Any, Any]]:
