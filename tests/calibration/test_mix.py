@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.calibration.documents import parts_of, shares
 from secateur.calibration.run_windows import load_calibration
-from secateur.calibration.windows import WindowPlan, save_windows
+from secateur.calibration.windows import WindowPlan, parts_of, save_windows, shares
 from secateur.errors import RecipeError
 from tiny import tiny_tokenizer
 

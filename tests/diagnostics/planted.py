@@ -14,7 +14,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.diagnose import DiagnoseResult
-from secateur.runs.records import Finding
+from secateur.runs.records.measured import Finding
 from tiny import tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 

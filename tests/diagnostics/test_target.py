@@ -14,7 +14,7 @@ from secateur.diagnostics.target import (
     own_kernels,
     sparse_cores,
 )
-from secateur.runs.records import Machine
+from secateur.runs.records.measured import Machine
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
 

@@ -105,8 +105,7 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
     from secateur.progress import Silent
     from secateur.recipes.prune import PruneRecipe
     from secateur.recipes.reading import build_recipe
-    from secateur.steps.processes import run_worker
-    from secateur.steps.prune import prune_recipe
+    from secateur.steps.prune import prune_recipe, run_worker
 
     with joined("cpu") as ranks:
         for values in recipes:

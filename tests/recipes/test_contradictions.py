@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from secateur.engine.prune.composition import method_of
+from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import recipe_of
 from secateur.recipes.options import all_options, example_of, options_of

@@ -16,7 +16,8 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.sweep import SweepResult
-from secateur.runs.records import Sweep, read_record
+from secateur.runs.records import read_record
+from secateur.runs.records.measured import Sweep
 from secateur.steps import sweep as sweeping
 from secateur.steps.sweep import sweep_recipe
 from tiny import save_tiny

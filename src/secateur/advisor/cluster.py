@@ -25,7 +25,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape, read_facts
-from secateur.engine.prune.composition import method_of
+from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
 from secateur.parallel.ranks import owners
 from secateur.recipes.prune import PruneCall, PruneRecipe

@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
-from secateur.calibration.documents import parts_of, read_documents, shares
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import (
     EXTRA,
@@ -38,7 +36,9 @@ from secateur.calibration.windows import (
     load_windows,
     make_windows,
     pack_windows,
+    parts_of,
     save_windows,
+    shares,
     stored_extra,
     stored_start,
 )
@@ -152,6 +152,8 @@ class WindowReader:
         """All ready windows of a file, or as many of a text as the plan has; perhaps none."""
         if text.endswith(READY):
             return load_windows(Path(text).expanduser(), **self._limits)
+        from secateur.calibration.documents import read_documents
+
         documents, tokenizer = read_documents(text, field=field), self.tokenizer()
         windows = pack_windows(documents, tokenizer, plan, plan.windows)
         if len(windows):
@@ -359,6 +361,8 @@ class RunWindows:
         own, count = self.calibration, self.ungenerated
         if not count:
             return self
+        from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
+
         batches = -(-count // AT_ONCE)
         progress.start("writing windows", batches * (own.shape[1] - len(start) - PREFIX))
         # its blocks of many sizes would fragment the memory for all later work
@@ -420,7 +424,7 @@ def load_calibration(
     """Calibration windows from texts or a file of ready windows, with a record of both.
 
     Args:
-        source: a source of `read_documents`, several with weights (`mix.parts_of`), or a
+        source: a source of `read_documents`, several with weights (`parts_of`), or a
             `.safetensors` file of windows. All windows of such a file are used unchanged: the file
             decides their number and length.
         tokenizer: of the model that will read the windows; may be None for ready windows.
@@ -470,6 +474,8 @@ def load_calibration(
                 remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
                 ".safetensors file of them",
             )
+        from secateur.calibration.documents import read_documents  # ready windows need none
+
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)
         check_fit(windows, source, vocab_size=vocab_size, positions=positions)

@@ -27,7 +27,7 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress
-from secateur.runs.records import Drift, Finding, Severity
+from secateur.runs.records.measured import Drift, Finding, Severity
 
 TOKENS_AT_ONCE = 1024
 

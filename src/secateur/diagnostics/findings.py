@@ -16,7 +16,7 @@ import yaml
 
 from secateur.engine.prune.tasks import Selection
 from secateur.errors import SecateurError
-from secateur.runs.records import Finding, Severity
+from secateur.runs.records.measured import Finding, Severity
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
 DAMAGED = (

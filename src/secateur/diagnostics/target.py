@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.runs.records import Finding, Machine, Support
+from secateur.runs.records.measured import Finding, Machine, Support
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
 FEATURES = (

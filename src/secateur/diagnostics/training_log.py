@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import SourceError
-from secateur.runs.records import Finding
+from secateur.runs.records.measured import Finding
 
 WINDOW = 20
 DEVIATIONS = 6.0

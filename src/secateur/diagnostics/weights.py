@@ -28,7 +28,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
 from secateur.models.checkpoint import not_finite
 from secateur.models.inventory import StoredMatrix
-from secateur.runs.records import Finding, Severity
+from secateur.runs.records.measured import Finding, Severity
 
 
 @dataclass(frozen=True)

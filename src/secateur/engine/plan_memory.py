@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.continuation import AT_ONCE
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan import Need, Phase, Plan, memory_budget
 from secateur.engine.prune.tasks import (
@@ -30,7 +29,6 @@ from secateur.engine.prune.tasks import (
     Tasks,
     gathering,
 )
-from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
 from secateur.engine.stream.activations import LiveTensors
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
@@ -38,7 +36,6 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
-from secateur.models.shape import layer_caches
 from secateur.recipes.shared import Distill
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import resident_bytes
@@ -388,6 +385,9 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     """
     if windows is None or not unwritten:
         return 0
+    from secateur.calibration.continuation import AT_ONCE
+    from secateur.models.shape import layer_caches
+
     size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)
     caches = layer_caches(target.model)  # `roomy_cache` has room for all tokens, window or not
@@ -416,6 +416,8 @@ def _survey_bytes(
         return held
     held += _statistics_bytes(target, found, Gathering.of(allocation.requires).forward)
     if allocation.judged_tokens:
+        from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
+
         # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)

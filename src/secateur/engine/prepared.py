@@ -1,13 +1,16 @@
 """Prepares a run from a recipe: source, method, windows, and a plan that fits into memory.
 
 A `Job` is what pruning a checkpoint and pruning a loaded model share.
+
+The method and the allocation of a recipe, composed from their names, and back again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +19,6 @@ from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.asymmetric import AsymmetricRun
-from secateur.engine.prune.composition import allocation_of, method_of, own_methods
 from secateur.engine.prune.run import CalibratedRun, Run
 from secateur.engine.prune.tasks import (
     LinearTask,
@@ -28,12 +29,10 @@ from secateur.engine.prune.tasks import (
     gathering,
     tasks_of,
 )
-from secateur.engine.search.allocation import Survey, allocate
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.gradients import gather_gradients
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
-from secateur.errors import RecipeError
+from secateur.errors import PatternError, RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
@@ -45,8 +44,9 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
 from secateur.runs.ledger import Ledger
-from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.methods import Method
+from secateur.sparsity.allocation import Allocation, allocations
+from secateur.sparsity.methods import Method, compose
+from secateur.sparsity.methods import methods as named
 
 
 @dataclass(frozen=True)
@@ -323,15 +323,23 @@ class Job:
         settings, tasks, stream = self.settings, self.tasks, self._stream()
         before = gathering(tasks).backward
         if before and stream is not None and settings.work is not None:
+            from secateur.engine.stream.gradients import gather_gradients
+
             gather_gradients(stream.outer, before, settings.work, progress, settings.ranks)
         if self.allocation.reach > 0:
+            from secateur.engine.search.allocation import Survey, allocate
+
             survey = Survey(self.target, tasks, stream, settings, progress)
             tasks = allocate(survey, self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
         if stream is None or not forwards or done == len(self.target.layers):
             pruning: Run = Run(self.target, tasks, settings, ledger, progress)
         else:
-            kind = AsymmetricRun if settings.asymmetric else CalibratedRun
+            kind = CalibratedRun
+            if settings.asymmetric:
+                from secateur.engine.prune.asymmetric import AsymmetricRun
+
+                kind = AsymmetricRun
             with torch.no_grad(), full_float32():
                 opened = stream.open(done, dense=settings.dense_needed)
             if opened.start == 0:  # also if the hidden states of a stopped run are lost
@@ -350,3 +358,174 @@ class Job:
             self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
             self.multimodal, on_gpu=how.on_gpu,
         )  # fmt: skip
+
+
+def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
+    """The method of a recipe with some parameters."""
+    return compose(
+        recipe.method,
+        recipe.pattern,
+        scope=recipe.scope,
+        score=recipe.score,
+        solver=recipe.solver,
+        refine=recipe.refine,
+        **parameters,
+    )
+
+
+def own_methods(recipe: PruneRecipe) -> dict[str, Method]:
+    """The methods of linears that have parameters of their own, by glob.
+
+    Raises:
+        RecipeError: a parameter is unknown or out of range; the message names the glob.
+    """
+    found = {}
+    for glob, own in recipe.method_overrides.items():
+        try:
+            found[glob] = _composed(recipe, {**recipe.method_parameters, **own})
+        except RecipeError as error:
+            where = f"method override {glob!r}"
+            raise RecipeError(error.what, where=where, remedy=error.remedy) from None
+    return found
+
+
+def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
+    """Return the method and the sparsity of a recipe.
+
+    Raises:
+        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
+    """
+    for part in ("score", "solver"):
+        given = getattr(recipe, part)
+        known = named[recipe.method] if recipe.method and recipe.method in named else None
+        decided = getattr(known, part) if known else given
+        if given not in (None, decided):
+            raise RecipeError(
+                f"the method {recipe.method!r} has the {part} {decided!r}, but {given!r} is given",
+                where=f"--{part}",
+                remedy="name a method, or compose one of --score and --solver without --method",
+            )
+    method = _composed(recipe, recipe.method_parameters)
+    solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
+    if solver.rounds and not solver.grid and trains:
+        raise RecipeError(
+            "tuning and distillation would move int8 weights off their grid",
+            remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
+            "secateur compress DIR --values int8 --calibration TEXT",
+        )
+    implied = method.pattern.sparsity
+    sparsity = implied if recipe.sparsity is None else recipe.sparsity
+    if sparsity is None:
+        raise RecipeError(
+            f"the pattern {recipe.pattern!r} needs a sparsity",
+            remedy="add --sparsity, for example --sparsity 0.5",
+        )
+    for glob, own in {"": sparsity, **recipe.overrides}.items():
+        if not 0 <= own < 1:
+            raise RecipeError(
+                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
+                where=f"override {glob!r}" if glob else "--sparsity",
+                remedy="0.5 prunes half of the weights",
+            )
+        if implied is not None and own and abs(own - implied) > 1e-6:
+            raise RecipeError(
+                f"{recipe.pattern} always has sparsity {implied:g}, not {own:g}",
+                where=f"override {glob!r}" if glob else "--sparsity",
+                remedy="leave the sparsity out, or choose another N:M",
+            )
+    return method, sparsity
+
+
+def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
+    """Return the allocation of a recipe. The global scope is an allocation without floors and caps.
+
+    Raises:
+        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
+    """
+    allocation = allocations[recipe.allocation]()
+    pattern = method.pattern
+    if allocation.reach > 0 and pattern.sparsity is not None:
+        raise RecipeError(
+            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
+            f"for the allocation {recipe.allocation!r} to decide",
+            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
+        )
+    if pattern.scope != "global":
+        return allocation
+    if allocation.reach > 0:
+        raise RecipeError(
+            "with the scope 'global' one threshold decides how much each linear loses, so there "
+            f"is nothing for the allocation {recipe.allocation!r} to decide",
+            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
+            "floor and a cap for each linear",
+        )
+    return allocations["global"](reach=1.0)
+
+
+PARAMETERS = "method_parameters"
+
+
+def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the method to the options of a run. A `Method` becomes the keys that compose it.
+
+    Args:
+        method: a name, or a composed method; None for the preset's method.
+        options: all other options.
+
+    Raises:
+        RecipeError: an option contradicts the method, or no recipe can express the method.
+    """
+    if not isinstance(method, Method):
+        return {**options, "method": method}
+    keys = keys_of(method)
+    own = {"score", "solver", "refine", "pattern", "scope", PARAMETERS}
+    for name in sorted(own & {key for key, value in options.items() if value is not None}):
+        if options[name] != keys.get(name):
+            raise RecipeError(
+                f"the method already decides `{name}`: {keys.get(name)!r}, not {options[name]!r}",
+                remedy=f"leave `{name}` out, or compose the method with it",
+            )
+    return {**options, **keys}
+
+
+def keys_of(method: Method) -> dict[str, Any]:
+    """The keys of a recipe that compose a method.
+
+    Raises:
+        RecipeError: no recipe can express it: a part is not registered, or two parts have
+            different values for one parameter.
+    """
+    kept = method.score, method.solver, method.refinement
+    parameters = {
+        field.name: getattr(part, field.name)
+        for part in kept
+        if part is not None
+        for field in fields(part)  # type: ignore[arg-type]
+        if getattr(part, field.name) != field.default
+    }
+    pair = method.score_name, method.solver_name
+    famous = next((n for n, known in named.items() if (known.score, known.solver) == pair), None)
+    keys: dict[str, Any] = {
+        "method": famous,
+        "score": None if famous else method.score_name,
+        "solver": None if famous else method.solver_name,
+        "refine": method.refinement_name,
+        "pattern": method.pattern.name,
+        "scope": method.pattern.scope if len(method.pattern.scopes) > 1 else None,
+    }
+    if _recomposed(keys, parameters) != method:
+        raise RecipeError(
+            f"no recipe composes the method {method.name!r} with these parts: {method}",
+            remedy="register its parts under their names, and give one value to a parameter that "
+            "several parts have; see CONTRIBUTING.md",
+        )
+    return {**keys, PARAMETERS: parameters}
+
+
+def _recomposed(keys: Mapping[str, Any], parameters: Mapping[str, Any]) -> Method | None:
+    """The method that these keys compose; None if they are refused."""
+    own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
+    try:
+        return compose(keys["method"], keys["pattern"], **own, **parameters)
+    except (RecipeError, PatternError):
+        return None

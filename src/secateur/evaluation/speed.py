@@ -44,7 +44,7 @@ from secateur.errors import KernelError, SecateurError
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.measure import Contender
-from secateur.runs.records import TimingEntry
+from secateur.runs.records.measured import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache, why_not
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear

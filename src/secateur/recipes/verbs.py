@@ -143,7 +143,7 @@ VERBS: dict[str, Verb] = {
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
             step="secateur.steps.prune:Prune",
-            plan="secateur.steps.prune:plan_recipe",
+            plan="secateur.steps.plan_prune:plan_recipe",
             function="secateur.steps.prune:prune",
             together=True,
         ),

@@ -13,18 +13,15 @@ from secateur.reporting.cards import shown_place, source_name, without_folders
 from secateur.reporting.fit import FitResult
 from secateur.reporting.next_steps import Origin, command
 from secateur.reporting.sweep import SweepResult
-from secateur.runs.records import (
-    AnyRecord,
+from secateur.runs.records import AnyRecord, Compression, Layer, Manifest, parsed, read_record
+from secateur.runs.records.measured import (
+    FILE_NAME,
     Bench,
-    Compression,
     DiagnosisRecord,
-    Layer,
-    Manifest,
+    EvaluationRecord,
     Sweep,
-    parsed,
-    read_record,
+    read_evaluation,
 )
-from secateur.runs.records.measured import FILE_NAME, EvaluationRecord, read_evaluation
 
 FIT = Path("secateur") / "fit.json"
 

@@ -17,7 +17,6 @@ from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.models.header import GgufHeader, GgufTensor
 from secateur.reporting.models import stored_as
-from secateur.reporting.next_steps import layer_of
 from secateur.reporting.tables import (
     Block,
     Line,
@@ -26,9 +25,17 @@ from secateur.reporting.tables import (
     binary_size,
     by_layer,
     counted,
+    layer_of,
     not_pruned,
 )
-from secateur.runs.records import DiagnosisRecord, Drift, Finding, LayerState, Machine, MatrixState
+from secateur.runs.records.measured import (
+    DiagnosisRecord,
+    Drift,
+    Finding,
+    LayerState,
+    Machine,
+    MatrixState,
+)
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 

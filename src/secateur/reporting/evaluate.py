@@ -24,8 +24,8 @@ from secateur.reporting.tables import (
     with_error,
     without_blank_lines,
 )
-from secateur.runs.records import Bench
 from secateur.runs.records.measured import (
+    Bench,
     DivergenceRecord,
     EvaluationRecord,
     GenerationRecord,

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from secateur.exporting import Exported
-from secateur.reporting.next_steps import after_a_dense_folder, after_a_packed_folder, layer_of
 from secateur.reporting.tables import (
     Block,
     Line,
@@ -22,6 +20,7 @@ from secateur.reporting.tables import (
     Table,
     binary_size,
     by_layer,
+    layer_of,
     not_pruned,
     plus_minus,
     signed,
@@ -38,6 +37,18 @@ from secateur.runs.records import (
     Training,
 )
 from secateur.runs.records.run import BFLOAT16_BYTES
+
+if TYPE_CHECKING:
+    from secateur.exporting import Exported
+
+
+def _commands(folder: Path, zeros: float | None = None) -> list[Block]:
+    """Commands to try next, on a dense folder with this share of zeros or on a packed one."""
+    from secateur.reporting import next_steps  # only a result that is shown names them
+
+    if zeros is None:
+        return next_steps.after_a_packed_folder(folder)
+    return next_steps.after_a_dense_folder(folder, zeros)
 
 
 class CompressResult(Result, Compression):
@@ -101,7 +112,7 @@ class CompressResult(Result, Compression):
             ),
             Table.facts("", closing),
             *(Line(fault, "bold red") for fault in self.broken),
-            *after_a_packed_folder(self.output),
+            *_commands(self.output),
         ]
 
 
@@ -211,7 +222,7 @@ class PruneResult(Result):
         ]
         if self.compression is not None:
             return [Table.facts("pruned", facts), *self.compression.blocks()]
-        return [Table.facts("pruned", facts), *after_a_dense_folder(self.output, self.sparsity)]
+        return [Table.facts("pruned", facts), *_commands(self.output, self.sparsity)]
 
 
 class _WrittenModel(Result):
@@ -247,7 +258,7 @@ class StructureResult(_WrittenModel):
         """What the cut removed in total and in each step, and what to try next."""
         zeros = self.manifest.result.decoder_sparsity
         tables = [self.removed(), self.steps(), self.cost()]
-        return [*tables, *after_a_dense_folder(self.output, zeros)]
+        return [*tables, *_commands(self.output, zeros)]
 
     def removed(self) -> Table:
         """The model before and after."""
@@ -356,7 +367,7 @@ class TrainResult(_WrittenModel):
             ("peak memory", binary_size(cost.peak_resident_bytes)),
             ("output", str(self.output)),
         ]
-        return [Table.facts("trained", rows), *after_a_dense_folder(self.output, self.sparsity)]
+        return [Table.facts("trained", rows), *_commands(self.output, self.sparsity)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -388,9 +399,7 @@ class ChainResult(Result):
         ]
         columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
         place, last = Table.facts("", [("output", str(self.output))]), self.links[-1]
-        following = after_a_dense_folder(self.output, last.zeros)
-        if last.step == "compress":
-            following = after_a_packed_folder(self.output)
+        following = _commands(self.output, None if last.step == "compress" else last.zeros)
         return [Table.of("chain", columns, rows), place, *following]
 
 
@@ -518,7 +527,7 @@ class ImportResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """What was found, then all layers."""
-        following = after_a_dense_folder(self.output, self.sparsity)
+        following = _commands(self.output, self.sparsity)
         return [Table.facts("imported", self.facts()), self.layers(), *following]
 
 

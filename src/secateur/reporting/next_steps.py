@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import KNOWN_DATASETS, texts_of
+from secateur.calibration.documents import KNOWN_DATASETS
+from secateur.calibration.windows import texts_of
 from secateur.models.at_rest import DESCRIPTIONS
 from secateur.models.hub import TEXTS, kind_of_name
 from secateur.reporting.tables import Block, next_steps
-from secateur.runs.records import Sweep, SweepPoint
+from secateur.runs.records.measured import Sweep, SweepPoint
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 
@@ -211,8 +212,3 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
 def _best_of(points: Iterable[SweepPoint]) -> SweepPoint:
     """The point with the least excess loss among those whose zeros are closest to one half."""
     return min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
-
-
-def layer_of(name: str) -> int:
-    """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

@@ -24,7 +24,7 @@ from secateur.reporting.tables import (
     percent,
     signed,
 )
-from secateur.runs.records import Sweep, SweepPoint
+from secateur.runs.records.measured import Sweep, SweepPoint
 
 
 @dataclass(frozen=True, repr=False)

@@ -200,6 +200,11 @@ def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
     )
 
 
+def layer_of(name: str) -> int:
+    """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
 def plus_minus(error: float | None, form: str = ".4f") -> str:
     """A standard error after its value; empty if there is none."""
     return "" if error is None else f" ± {error:{form}}"

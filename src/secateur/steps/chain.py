@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import check_text, texts_of
+from secateur.calibration.documents import check_text
+from secateur.calibration.windows import texts_of
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.checkpoint import shard_files

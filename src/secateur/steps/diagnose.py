@@ -40,7 +40,7 @@ from secateur.reporting.diagnose import DiagnoseResult, TargetResult
 from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import cannot_write
-from secateur.runs.records import Finding
+from secateur.runs.records.measured import Finding
 from secateur.runtime.install import DenseView, open_checkpoint
 
 PRUNED = 0.01

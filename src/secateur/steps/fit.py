@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import texts_of
+from secateur.calibration.windows import texts_of
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import fits
 from secateur.engine.search.stored_levels import (

@@ -41,7 +41,7 @@ def inspect(
     if not zeros and file.suffix == ".gguf" and file.is_file():
         from secateur.models.header import read_gguf_header
         from secateur.reporting.diagnose import GgufInspectResult
-        from secateur.reporting.next_steps import layer_of
+        from secateur.reporting.tables import layer_of
 
         header = read_gguf_header(file)
         _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))

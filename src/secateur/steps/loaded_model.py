@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
-from secateur.engine.prepared import Job, settings_of, windows_needed
-from secateur.engine.prune.composition import allocation_of, method_of, own_methods
+from secateur.engine.prepared import (
+    Job,
+    allocation_of,
+    method_of,
+    own_methods,
+    settings_of,
+    windows_needed,
+)
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of

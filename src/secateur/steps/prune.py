@@ -1,16 +1,21 @@
 """`secateur prune`: prunes a checkpoint or a loaded model, and can pack the result.
 
-On a Ray cluster, Ray starts processes that share the work.
+torchrun or Ray can start several processes that share the work. The first one does everything that
+one process does: it reads the recipe, checks it, opens the run folder, and writes the result. When
+all is ready, it sends a job. Until then the others have done nothing, so whatever the first one
+refuses is refused before any work. They open the same source, take the calibration windows from
+the work folder, and prune layer by layer together with the first process. They write only their own
+hidden states.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,40 +23,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS
+from secateur.calibration.windows import texts_of
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
-from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prepared import (
     Prepared,
+    allocation_of,
     choose_plan,
+    method_of,
+    own_methods,
     prepare,
-    settings_of,
+    with_method,
 )
-from secateur.engine.prune.composition import allocation_of, method_of, own_methods, with_method
 from secateur.engine.prune.coverage import Reach, coverage, reach
 from secateur.engine.prune.group_pruning import refuse_all_zero
-from secateur.engine.prune.tasks import Tasks, skipped_matrices
-from secateur.engine.search.allocation import settled_allocation
+from secateur.engine.prune.tasks import Tasks, settled_allocation, skipped_matrices
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
-from secateur.parallel.processes import share
-from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.ranks import ALONE, Ranks, refuse_another_model
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.prune import ChainRecipe, PruneCall, PruneRecipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.recipes.shared import Cluster
-from secateur.recipes.verbs import imported
+from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
-from secateur.reporting.plan import PlanResult
-from secateur.reporting.tables import Result
 from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests
 from secateur.runs.ledger import Ledger
 from secateur.runs.records import (
     MANIFEST_VERSION,
@@ -66,18 +68,13 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.checkpoint_files import COMPRESSION
-from secateur.steps.processes import (
-    WorkerJob,
-    broadcast,
-    refuse_cluster,
-    refuse_several,
-    run_worker,
-)
 from secateur.steps.runner import RunContext, Step, carry_out, source_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from secateur.reporting.plan import PlanResult
+    from secateur.reporting.tables import Result
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
@@ -137,66 +134,10 @@ def prune(
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
     if call.pop("dry_run", False):
-        return plan_recipe(recipe, listener(progress), call)
+        return imported(VERBS["prune"].plan)(recipe, listener(progress), call)
     if recipe.cluster.ray is not None:
         return prune_on_ray(recipe, call)
     return prune_recipe(recipe, listener(progress), **call)
-
-
-def plan_recipe(
-    recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
-) -> PlanResult | Result:
-    """Check a recipe, and show what it would need, on this machine or on paper for others.
-
-    Args:
-        recipe: recipe of the pruning.
-        progress: receives the download of the model.
-        call: the other options of the call.
-
-    Raises:
-        SecateurError: as the run would.
-    """
-    packs = recipe.compress.values is not None
-    if packs:
-        from secateur.steps.chain import ChainSteps
-
-        ChainSteps.check(_chain_of(recipe))
-    cluster_call = PruneCall(dry_run=True, **call)
-    if cluster_call.gpus is not None:
-        planned: Result = imported("secateur.advisor.cluster:plan_on_paper")(recipe, cluster_call)
-        return planned
-    plan = plan_pruning(recipe, progress)
-    read = recipe.model, *texts_of(recipe.calibration.source)
-    check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
-    return plan
-
-
-def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
-    """What a recipe would need on this machine."""
-    began = time.perf_counter()
-    prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
-    ready = time.perf_counter() - began
-    tasks, target, windows = prepared.tasks(), prepared.target, prepared.windows
-    plan, activations = choose_plan(prepared, tasks, recipe.memory)
-    settings = settings_of(recipe, activations, None)
-    shared_inputs = [
-        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
-        for index, layout in enumerate(prepared.layouts)
-        for group in layout.groups
-    ]
-    seconds = foretell_seconds(
-        tasks,
-        [(name,) for name in tasks] if windows is None else shared_inputs,
-        layer_times(target, None if windows is None else windows.planned, settings),
-        ready=ready,
-        passed=plan.passed_tokens,
-        output_bytes=prepared.output_bytes,
-        tokens=plan.calibration_tokens,
-        settings=settings,
-        device=target.device,
-    )
-    left = skipped_matrices(tasks, target.matrices())
-    return PlanResult(replace(plan, left=left, seconds=seconds), activations)
 
 
 def prune_recipe(
@@ -218,18 +159,18 @@ def prune_recipe(
         overwrite: replace an existing output folder.
         ranks: the processes that share the work; this one is the first.
     """
-    refuse_several(recipe, ranks.count)
+    _refuse_several(recipe, ranks.count)
     call: dict[str, Any] = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress.values is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
     from secateur.steps.chain import ChainSteps
 
-    output = carry_out(ChainSteps, _chain_of(recipe), progress, **call).output
+    output = carry_out(ChainSteps, chain_of(recipe), progress, **call).output
     _name_recipe(recipe, output)
     return _result_of(recipe, output)
 
 
-def _chain_of(recipe: PruneRecipe) -> ChainRecipe:
+def chain_of(recipe: PruneRecipe) -> ChainRecipe:
     """The chain that prunes and then compresses."""
     options = recipe.model_dump(mode="json", exclude=OF_THE_CHAIN, exclude_none=True)
     values = {
@@ -274,7 +215,7 @@ def prune_on_ray(
     """
     cluster = recipe.cluster
     assert cluster.ray is not None
-    refuse_several(recipe, count=cluster.processes or 2)
+    _refuse_several(recipe, count=cluster.processes or 2)
     on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
     own = recipe.model_copy(update={"cluster": Cluster()})
     from secateur.parallel.ray_launcher import launch
@@ -302,6 +243,8 @@ def prune_together(
         with showing() as progress:
             return prune_recipe(recipe, progress, **call, ranks=ranks)
 
+    from secateur.parallel.processes import share  # one process needs no others
+
     return share(recipe.device, first, partial(run_worker, recipe))
 
 
@@ -310,6 +253,8 @@ def _result_of(recipe: PruneRecipe, output: Path) -> PruneResult:
     result = Prune.result(output)
     if recipe.compress.values is None:
         return result
+    from secateur.steps.checkpoint_files import COMPRESSION
+
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
     return replace(result, compression=packed.model_copy(update={"output": output}))
 
@@ -333,7 +278,13 @@ class Prune(Step[PruneRecipe, PruneResult]):
     @classmethod
     def check(cls, recipe: PruneRecipe) -> None:
         """Check the parts of the method, and refuse a cluster: only the verb itself starts one."""
-        refuse_cluster(recipe)
+        if recipe.cluster.ray is not None:
+            raise RecipeError(
+                "only `secateur prune` starts processes on a Ray cluster, and torchrun starts them "
+                "without one",
+                where=f"--ray {recipe.cluster.ray}",
+                remedy="leave out --ray",
+            )
         method, _ = method_of(recipe)
         own_methods(recipe)
         allocation_of(recipe, method)
@@ -400,7 +351,16 @@ class Prune(Step[PruneRecipe, PruneResult]):
             assert target.output is not None
             target.output.create(progress)
             ledger.begin()
-        broadcast(WorkerJob.of(prepared, folder, self.activations, finished, ledger), ranks)
+        job_of_others = WorkerJob(
+            partial=str(folder.partial),
+            state=folder.state_text(),
+            windows=None if prepared.windows is None else str(folder.work / WINDOWS),
+            activations=self.activations,
+            done=finished,
+            entries=ledger.entries,
+            source=target.reader.tensor_digest,
+        )
+        ranks.once(partial(asdict, job_of_others))
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
             done = job.run(ledger, progress, finished)
@@ -539,3 +499,92 @@ def _write_notes(manifest: Manifest, prepared: Prepared, folder: RunFolder) -> N
         manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
     )
     write_text(folder.model / "README.md", card)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Everything that the other processes cannot find out by themselves.
+
+    Attributes:
+        partial: the folder of the run while it works, as the first process sees it.
+        state: the content of its `run.json`.
+        windows: file of the calibration windows; None if nothing needs them.
+        activations: `memory` or `disk`.
+        done: number of layers that an earlier run has finished.
+        entries: the ledger so far.
+        source: digest of the names, shapes and dtypes of the source's tensors.
+    """
+
+    partial: str
+    state: str
+    windows: str | None
+    activations: str
+    done: int
+    entries: list[dict[str, Any]]
+    source: str
+
+
+def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
+    """Do the share of one process, which is not the first.
+
+    Args:
+        recipe: the recipe; the first process has the same.
+        ranks: the processes.
+
+    Raises:
+        RecipeError: this process sees other files than the first one.
+    """
+    values = ranks.once(lambda: None)
+    if values is None:  # an earlier run has finished everything
+        return
+    job = WorkerJob(**values)
+    try:
+        same = (Path(job.partial) / STATE).read_text(encoding="utf-8") == job.state
+    except OSError:
+        same = False
+    if not same:
+        raise RecipeError(
+            f"process {ranks.rank} on {socket.gethostname()} does not see the folder of the run",
+            where=job.partial,
+            remedy="put --output on a file system that all machines share",
+        )
+    prepared = prepare(
+        recipe,
+        source_of(recipe, Silent()),
+        stored_windows=Path(job.windows) if job.windows else None,
+    )
+    if prepared.target.reader.tensor_digest != job.source:
+        refuse_another_model(ranks.rank, prepared.source.folder)
+    ledger = Ledger()
+    ledger.entries = list(job.entries)
+    work = prepared.job(prepared.tasks(), job.activations, Path(job.partial) / "work", ranks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.calibration.seed)
+        work.run(ledger, Silent(), job.done)
+
+
+def _refuse_several(recipe: PruneRecipe, count: int) -> None:
+    """Refuse what several processes cannot do yet.
+
+    Raises:
+        RecipeError: names the option.
+    """
+    if count == 1:
+        return
+    refused = {
+        "--compress": (
+            recipe.compress.values is not None,
+            "leave it out, and run `secateur compress` on the result",
+        ),
+        "--distill-epochs": (
+            recipe.distillation.epochs > 0,
+            "use --distill-epochs 0, and then `torchrun … -m secateur train --teacher MODEL` on "
+            "the result, which divides both models among the processes",
+        ),
+    }
+    for option, (given, remedy) in refused.items():
+        if given:
+            raise RecipeError(
+                f"{option} does not work with several processes yet, and there are {count}",
+                remedy=remedy,
+            )

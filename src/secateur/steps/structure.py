@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from secateur.calibration.documents import texts_of
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
+from secateur.calibration.windows import texts_of
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prepared import prepare
 from secateur.engine.prune.refit import can_refit

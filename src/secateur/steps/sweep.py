@@ -22,8 +22,7 @@ from torch import Tensor
 
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import evaluation_windows, load_windows, stored_extra
-from secateur.engine.prepared import prepare, windows_needed
-from secateur.engine.prune.composition import allocation_of, method_of
+from secateur.engine.prepared import allocation_of, method_of, prepare, windows_needed
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import computed_by, perplexity, window_progress
 from secateur.evaluation.perplexity import protocol as describe_protocol
@@ -42,14 +41,8 @@ from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
 from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
-from secateur.runs.records import (
-    Manifest,
-    PointKey,
-    Sweep,
-    SweepDense,
-    SweepPoint,
-    read_record,
-)
+from secateur.runs.records import Manifest, read_record
+from secateur.runs.records.measured import PointKey, Sweep, SweepDense, SweepPoint
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.steps.runner import carry_out, source_of, step_of

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibration.documents import read_documents, texts_of
+from secateur.calibration.documents import read_documents
+from secateur.calibration.windows import texts_of
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links

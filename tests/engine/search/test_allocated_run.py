@@ -11,7 +11,7 @@ import torch
 import secateur
 from oracles import allocation as oracle
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune import composition
+from secateur.engine import prepared
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.search.allocation import (
     LevelVariants,
@@ -50,7 +50,7 @@ def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's search is the small one."""
     short = {name: allocations[name] for name in allocations} | {"search": lambda: SMALL}
-    monkeypatch.setattr(composition, "allocations", short)
+    monkeypatch.setattr(prepared, "allocations", short)
 
 
 def survey_of(

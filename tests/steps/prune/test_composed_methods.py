@@ -10,7 +10,7 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.composition import keys_of
+from secateur.engine.prepared import keys_of
 from secateur.errors import RecipeError
 from secateur.sparsity.methods import compose
 from secateur.sparsity.scores.ria import RIA

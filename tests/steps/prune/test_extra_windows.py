@@ -21,7 +21,7 @@ from secateur.calibration.windows import (
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
-from secateur.steps.prune import plan_pruning
+from secateur.steps.plan_prune import plan_pruning
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 

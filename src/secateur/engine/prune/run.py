@@ -35,10 +35,8 @@ from secateur.engine.prune.group_pruning import (
     format_collapsed,
     prune_group,
 )
-from secateur.engine.prune.reconstruction import LayerTuning
 from secateur.engine.prune.tasks import Settings, Tasks, gathering, left_dense
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
-from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
 from secateur.engine.stream.layouts import kind_of
 from secateur.engine.stream.targets import Target, walk_layers
@@ -257,6 +255,8 @@ class LayerPass:
         self.pruned = [x for x in self.linears.values() if self.tasks[x.name].changes]
         self.stored: Callable[[Linear], dict[str, Tensor]] = lambda linear: {}
         if names := gathering(self.tasks).backward:
+            from secateur.engine.stream.gradients import stored_gradients
+
             self.stored = stored_gradients(self.settings.work, index, names, self.device)
         self.unseen: list[str] = []
 
@@ -309,6 +309,8 @@ class CalibratedLayerPass(LayerPass):
         self.gathered: dict[int, GroupStatistics] = {}
         self.tuning: LayerTuning | None = None
         if self.settings.tunes and self.pruned:
+            from secateur.engine.prune.reconstruction import LayerTuning
+
             dense = self.inputs(dense=True)
             self.tuning = LayerTuning(layer, self.tasks, self.settings, self.inputs(), dense)
 

@@ -153,6 +153,11 @@ def with_sparsities(tasks: Tasks, sparsity_of: Mapping[str, float]) -> dict[str,
     return {**tasks, **given}
 
 
+def settled_allocation(work: Path) -> Path:
+    """The file in the work folder with the sparsity that an allocation has given every linear."""
+    return work / "allocation.json"
+
+
 def left_dense(tasks: Tasks, names: Collection[str]) -> dict[str, LinearTask]:
     """Return the tasks, with linears that calibration did not reach left unchanged."""
     return {**tasks, **{n: replace(tasks[n], sparsity=0.0, left=UNREACHED) for n in names}}

@@ -31,6 +31,7 @@ from secateur.engine.prune.tasks import (
     Settings,
     Tasks,
     gathering,
+    settled_allocation,
     with_sparsities,
 )
 from secateur.engine.search.candidate_evaluator import (
@@ -326,11 +327,6 @@ class LevelVariants(WeightVariants):
         weight: Tensor = source.get_tensor(f"{linear.name}/{level or 0}")
         weight = weight.to(self.outer.target.device)
         return weight.t() if linear.transposed else weight
-
-
-def settled_allocation(work: Path) -> Path:
-    """The file with the sparsity of every linear."""
-    return work / "allocation.json"
 
 
 @full_float32()
