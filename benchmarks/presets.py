@@ -45,7 +45,8 @@ from secateur.calibration.windows import (
 )
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.recipes.presets import filled_in
+from secateur.recipes.prune import presets
+from secateur.recipes.reading import filled_in
 from stored import known_rows
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
@@ -127,7 +128,7 @@ def run_ours(
     """Prune with Secateur; what it cost."""
     sparsity, pattern = COLUMNS[column]
     text: dict[str, Any] = {"calibration": windows}
-    if filled_in(OURS[row]).get("distillation"):
+    if filled_in(OURS[row], presets).get("distillation"):
         # the same 64 windows; a distillation also reads others of the text
         text = {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
                 "packing": "random-crop", "seed": seed}  # fmt: skip

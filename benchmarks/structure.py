@@ -26,7 +26,8 @@ import secateur
 from hardware import add, heading, markdown
 from presets import own_asked
 from secateur.calibration.windows import load_windows, stored_extra
-from secateur.recipes.presets import filled_in, structure_presets
+from secateur.recipes.reading import filled_in
+from secateur.recipes.structure import structure_presets
 from stored import known_rows
 
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from secateur.calibration.run_windows import load_calibration
-from secateur.calibration.windows import WindowPlan, parts_of, save_windows, shares
+from secateur.calibration.windows import WindowPlan, save_windows, shares
 from secateur.errors import RecipeError
+from secateur.recipes.shared import parts_of
 from tiny import tiny_tokenizer
 
 

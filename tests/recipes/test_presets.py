@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from secateur.errors import RecipeError
-from secateur.recipes.presets import filled_in, presets
-from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe
+from secateur.recipes.prune import PruneRecipe, presets
+from secateur.recipes.reading import build_recipe, filled_in
 from secateur.sparsity.methods import compose
 
 
@@ -69,12 +68,10 @@ def test_an_unknown_effort_gets_a_near_name() -> None:
 
 
 def test_parameters_alone_are_added_to_those_of_the_preset():
-    found = filled_in({"effort": "best", "method_parameters": {"bits": 4, "iterations": 7}})
+    found = filled_in(
+        {"effort": "best", "method_parameters": {"bits": 4, "iterations": 7}}, presets
+    )
     assert found["method"] == "alps"
     assert found["method_parameters"] == {"iterations": 7, "growth": 1.3, "bits": 4}
-    assert (
-        "iterations"
-        not in filled_in(
-            {"effort": "best", "method": "sparsegpt", "method_parameters": {"bits": 4}}
-        )["method_parameters"]
-    )
+    asked = {"effort": "best", "method": "sparsegpt", "method_parameters": {"bits": 4}}
+    assert "iterations" not in filled_in(asked, presets)["method_parameters"]

@@ -36,7 +36,6 @@ from secateur.calibration.windows import (
     load_windows,
     make_windows,
     pack_windows,
-    parts_of,
     save_windows,
     shares,
     stored_extra,
@@ -50,7 +49,7 @@ from secateur.models.tokenizer import Tokenizer, load_tokenizer, start_tokens, s
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.shared import Calibration, CalibrationWindows, Distill
+from secateur.recipes.shared import Calibration, CalibrationWindows, Distill, parts_of
 from secateur.runs.atomic import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from secateur.diagnostics.findings import Claims, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
-from secateur.engine.prune.group_pruning import COLLAPSED
+from secateur.engine.prune.tasks import COLLAPSED
 from secateur.runs.records.measured import Finding
 
 DENSE = 0.01

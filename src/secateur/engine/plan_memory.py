@@ -179,14 +179,14 @@ def plan_run(
     )
     stored *= 1 + settings.dense_needed
     gradients = _backward_bytes(tasks)
-    surveying = _survey_bytes(target, found, allocation, prunable // len(layers), windows)
-    more = surveying + gradients // len(layers)
+    survey = _plan_survey(target, found, allocation, prunable, windows)
+    more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
     loads_all = unwritten or (epochs and not sweep_windows)
-    disk = output_bytes + allocation.disk_bytes(prunable, target.dtype.itemsize)
+    disk = output_bytes + survey.disk_bytes
     disk += 2 * stored + distillation.disk_bytes  # hidden states are read and written anew
     disk += gradients + len(layers) * stored if gradients else 0
-    passed = allocation.tokens(tokens) + tokens * _passes(settings) + distillation.passed_tokens
+    passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
     sizes = {
         "process": resident_bytes(),
         "layer": max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -300,8 +300,8 @@ def choose_sweeps(
     return SWEEP_WINDOWS
 
 
-class _Distillation(NamedTuple):
-    """The needs of a distillation; `passed_tokens` counts a forward with its backward thrice."""
+class _PartNeeds(NamedTuple):
+    """The needs of a part of a run; `passed_tokens` counts a forward with its backward thrice."""
 
     memory_bytes: int = 0
     disk_bytes: int = 0
@@ -316,10 +316,10 @@ def _plan_distillation(
     sweep_windows: int,
     tokens: int,
     of_token: int,
-) -> _Distillation:
+) -> _PartNeeds:
     """The needs of a distillation. `of_token` is the bytes of a hidden state in float32."""
     if not epochs:
-        return _Distillation()
+        return _PartNeeds()
     layers, memory = len(target.layers), 0
     disk = 12 * sum(task.shape[0] * task.shape[1] for task in tasks.values())  # weights, moments
     if windows is not None:
@@ -328,14 +328,14 @@ def _plan_distillation(
             of_models, on_grid = _sweep_bytes, on_grid // layers
         memory = of_models(target, windows[:1]) + on_grid
     if not sweep_windows:
-        return _Distillation(memory, disk, 5 * epochs * tokens)
+        return _PartNeeds(memory, disk, 5 * epochs * tokens)
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
     # The dense model passes once, and every layer runs again for its backward. Trials of the
     # learning rate are a fifth of a training.
-    return _Distillation(memory, disk, (1 + 5 * epochs) * tokens)
+    return _PartNeeds(memory, disk, (1 + 5 * epochs) * tokens)
 
 
 def _solving_bytes(
@@ -403,17 +403,21 @@ def _passes(settings: Settings) -> int:
     return plain + settings.dense_needed + tuned
 
 
-def _survey_bytes(
+def _plan_survey(
     target: Target,
     found: Sequence[LayerLayout],
     allocation: Allocation,
-    layer_weights: int,
+    prunable: int,
     windows: Tensor | None,
-) -> int:
-    """The memory of an allocation besides one dense layer: statistics, scores, logits."""
-    held = allocation.working_bytes(layer_weights, target.dtype.itemsize)
+) -> _PartNeeds:
+    """The needs of an allocation besides one dense layer: statistics, scores, logits."""
+    if allocation.reach == 0:
+        return _PartNeeds()
+    item = target.dtype.itemsize
+    held = allocation.working_bytes(prunable // len(target.layers), item)
+    disk = allocation.disk_bytes(prunable, item)
     if windows is None:  # the allocation reads only weights
-        return held
+        return _PartNeeds(held, disk, allocation.tokens(0))
     held += _statistics_bytes(target, found, Gathering.of(allocation.requires).forward)
     if allocation.judged_tokens:
         from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
@@ -421,7 +425,7 @@ def _survey_bytes(
         # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-    return held
+    return _PartNeeds(held, disk, allocation.tokens(windows.numel()))
 
 
 def _forward_bytes(

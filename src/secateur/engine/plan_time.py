@@ -20,9 +20,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import Gathering, held_bytes
+from secateur.calibration.statistics import Gathering, GroupStatistics, held_bytes
 from secateur.engine.plan_memory import calls_of
-from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.layouts import kind_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +22,6 @@ from secateur.recipes.options import (
     Section,
     Texts,
 )
-from secateur.recipes.presets import presets
 from secateur.recipes.shared import (
     DISTILLING,
     ONE,
@@ -165,6 +166,30 @@ class PruneCall(Planning):
     """What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."""
     network: Annotated[str, Flag(value="RATE")] = Field("400Gb", pattern=r"^\d+(\.\d+)?Gb$")
     """Bits a second of the network of one machine, such as 400Gb."""
+
+
+presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {"method": "sparsegpt", "fast_matmuls": True},
+        "balanced": {
+            "method": "alps",
+            "method_parameters": {"iterations": 15, "growth": 1.6},
+            "asymmetric": True,
+            "fast_matmuls": True,
+        },
+        "best": {
+            "method": "alps",
+            "method_parameters": {"iterations": 30, "growth": 1.3},
+            "asymmetric": True,
+            "fast_matmuls": True,
+            "calibration": {"generated_windows": 128},
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
+        },
+    }
+)
+"""The recipe values of each effort. A preset fills in the options that a recipe leaves open, and
+trades time for quality: `benchmarks/presets.py` measures what each brings and costs, and
+docs/methods/presets.md shows the results."""
 
 
 class PruneRecipe(

@@ -35,7 +35,6 @@ from secateur.recipes.options import (
     section_of,
     without_none,
 )
-from secateur.recipes.presets import filled_in
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -121,6 +120,41 @@ def build_call(
     _refuse_contradictions(made, {**merged, **call}, where, spelled)
     recipe: Any = made[0]
     return recipe, {name: getattr(made[1], name) for name in call}
+
+
+DEFAULT_EFFORT = "balanced"
+
+_COMPOSITION = {"method", "score", "solver", "refine"}
+"""Values that only make sense together. If the recipe has one of them, the preset sets none, and no
+parameters either. Parameters alone are added to those of the preset."""
+
+
+def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Add the values of the preset that a recipe does not have itself.
+
+    Without an effort, method, score, solver or learned masks, the effort is `balanced`. An unknown
+    effort adds nothing; the recipe refuses it.
+
+    Args:
+        values: the values of the recipe.
+        known: the presets of this kind of recipe.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    composed = _COMPOSITION & given.keys()
+    effort = given.get("effort")
+    if effort is None:
+        if composed & {"method", "score", "solver"} or "learned" in given:
+            return given
+        effort = DEFAULT_EFFORT
+    preset = known.get(effort, {}) if isinstance(effort, str) else {}
+    for key, value in preset.items():
+        if composed and key in _COMPOSITION | {"method_parameters"}:
+            continue
+        if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):
+            given[key] = {**value, **given.get(key, {})}
+        else:
+            given.setdefault(key, value)
+    return {**given, "effort": effort}
 
 
 def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:

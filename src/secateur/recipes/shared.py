@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from secateur.errors import RecipeError
 from secateur.recipes.options import (
     CALIBRATION,
     MAX_SEED,
@@ -132,6 +134,46 @@ class CalibrationText(Section):
         "c4",
         description=f"Calibration text: {TEXT} Or several with weights: code.jsonl=2,math.jsonl=1.",
     )
+
+
+def parts_of(source: str) -> tuple[tuple[str, float], ...]:
+    """The texts that a source names, each with its weight; 1 where none is given.
+
+    The name of a file that exists is one text, whatever characters it has.
+
+    Raises:
+        RecipeError: a text has no name, is named twice, or its weight is not above 0.
+
+    Example:
+        >>> from secateur.recipes.shared import parts_of
+        >>> parts_of("code.jsonl=2,c4")
+        (('code.jsonl', 2.0), ('c4', 1.0))
+    """
+    if ("," not in source and "=" not in source) or Path(source).expanduser().exists():
+        return ((source, 1.0),)
+    found: dict[str, float] = {}
+    for part in source.split(","):
+        name, has_weight, written = part.strip().rpartition("=")
+        name = name if has_weight else written
+        try:
+            weight = float(written) if has_weight else 1.0
+        except ValueError:
+            weight = -1.0
+        if not name or name in found or not 0 < weight < float("inf"):
+            what = "names a text twice" if name in found else "is no text with a weight above 0"
+            raise RecipeError(
+                f"{part.strip()!r} {what}",
+                where="calibration",
+                remedy="write texts with commas between them, each with =WEIGHT if you like: "
+                "code.jsonl=2,math.jsonl=1",
+            )
+        found[name] = weight
+    return tuple(found.items())
+
+
+def texts_of(source: str) -> list[str]:
+    """The texts that a source names, without their weights."""
+    return [name for name, _ in parts_of(source)]
 
 
 class CalibrationWindows(Section):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations, product
-from typing import Annotated, ClassVar, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from secateur.recipes.options import WHAT, Conflict, Flag, Recipe, Section, Size, Texts
-from secateur.recipes.presets import structure_presets
 from secateur.recipes.prune import Effort, Fitting
 from secateur.recipes.shared import (
     DISTILLING,
@@ -160,6 +161,34 @@ class HowToCut(Section):
     """Where experts compete: within their layer, or in the whole model, so that layers keep
     different numbers."""
     depth: Depth = Depth()
+
+
+structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {
+            "score": "wanda",
+            "solver": "least-squares",
+            "fast_matmuls": True,
+        },
+        "balanced": {
+            "score": "wanda",
+            "solver": "alps",
+            "method_parameters": {"iterations": 15, "growth": 1.6},
+            "asymmetric": True,
+            "fast_matmuls": True,
+        },
+        "best": {
+            "score": "wanda",
+            "solver": "alps",
+            "method_parameters": {"iterations": 30, "growth": 1.3},
+            "asymmetric": True,
+            "fast_matmuls": True,
+            "calibration": {"generated_windows": 256},
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
+        },
+    }
+)
+"""The recipe values of each effort, for structured cuts."""
 
 
 class StructureRecipe(

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import KNOWN_DATASETS
-from secateur.calibration.windows import texts_of
 from secateur.models.at_rest import DESCRIPTIONS
 from secateur.models.hub import TEXTS, kind_of_name
+from secateur.recipes.shared import texts_of
 from secateur.reporting.tables import Block, next_steps
 from secateur.runs.records.measured import Sweep, SweepPoint
 from secateur.sparsity.methods import methods

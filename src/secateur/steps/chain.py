@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import check_text
-from secateur.calibration.windows import texts_of
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.checkpoint import shard_files
@@ -31,6 +30,7 @@ from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
+from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders

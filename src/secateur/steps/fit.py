@@ -32,7 +32,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.windows import texts_of
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import fits
 from secateur.engine.search.stored_levels import (
@@ -48,6 +47,7 @@ from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.fit import (
     ONLY_ROUNDED,

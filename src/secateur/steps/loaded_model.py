@@ -24,7 +24,7 @@ from secateur.engine.prepared import (
     windows_needed,
 )
 from secateur.engine.prune.coverage import reach
-from secateur.engine.prune.group_pruning import check_finite, refuse_all_zero
+from secateur.engine.prune.run import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget

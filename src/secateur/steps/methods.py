@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.calibration.statistics import statistics
 from secateur.models.architecture import families
-from secateur.recipes.presets import presets
+from secateur.recipes.prune import presets
 from secateur.reporting.tables import Block, Result, Table
 from secateur.runtime.formats import formats
 from secateur.sparsity.allocation import allocations

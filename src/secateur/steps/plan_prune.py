@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from secateur.calibration.windows import texts_of
 from secateur.engine.plan_time import foretell_seconds, layer_times
 from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneCall, PruneRecipe
+from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import imported
 from secateur.reporting.plan import PlanResult
 from secateur.reporting.tables import Result

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.run_windows import WINDOWS
-from secateur.calibration.windows import texts_of
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
@@ -38,7 +37,7 @@ from secateur.engine.prepared import (
     with_method,
 )
 from secateur.engine.prune.coverage import Reach, coverage, reach
-from secateur.engine.prune.group_pruning import refuse_all_zero
+from secateur.engine.prune.run import refuse_all_zero
 from secateur.engine.prune.tasks import Tasks, settled_allocation, skipped_matrices
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
@@ -47,7 +46,7 @@ from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
-from secateur.recipes.shared import Cluster
+from secateur.recipes.shared import Cluster, texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult

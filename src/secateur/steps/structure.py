@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
-from secateur.calibration.windows import texts_of
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prepared import prepare
 from secateur.engine.prune.refit import can_refit
@@ -31,6 +30,7 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult

@@ -32,8 +32,7 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ray_launcher import each
 from secateur.progress import Labelled, Progress, Silent
 from secateur.recipes.measure import SweepRecipe
-from secateur.recipes.presets import presets
-from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from secateur.calibration.documents import read_documents
-from secateur.calibration.windows import texts_of
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
@@ -34,6 +33,7 @@ from secateur.models.skeleton import build_skeleton, model_names
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
+from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.atomic import whole_folder
 from secateur.runs.output import cannot_write

@@ -11,7 +11,7 @@ import torch
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.group_pruning import lost_energy
+from secateur.engine.prune.run import lost_energy
 from secateur.errors import VerificationError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows

@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import Sources
-from secateur.engine.prune.group_pruning import GroupStatistics
+from secateur.calibration.statistics import GroupStatistics, Sources
 from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, LayerPass
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.halted_forwards import (

@@ -41,6 +41,9 @@ UNSEEN = "calibration cannot see its inputs"
 UNREACHED = "no calibration token was routed to it"
 NOT_ALLOCATED = "the allocation takes nothing from it"
 
+COLLAPSED = 0.8
+"""A linear has collapsed if it lost more than this share of its output's energy."""
+
 MUCH_WORK = 1e14
 """Floating-point operations that take a processor at 100 GFLOP/s a quarter of an hour."""
 
@@ -364,7 +367,7 @@ class Settings:
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `gpu`, `memory` or `disk`: the storage of hidden states.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
-        on_collapse: `stop` or `warn` when a layer has collapsed (`engine.prune.group_pruning`).
+        on_collapse: `stop` or `warn` when a layer has collapsed (`COLLAPSED`).
         reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
         ranks: the processes that share the work.
     """

@@ -23,9 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import ForwardSource, Gathering
+from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
-from secateur.engine.prune.group_pruning import GroupStatistics
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
