@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
-from secateur.runs import atomic
+from secateur.runs import output as output_files
 from secateur.runs.folder import RunFolder
 
 IDENTITY = {"sparsity": 0.5, "source_files": {"model.safetensors": "0" * 64}}
@@ -263,7 +263,7 @@ def test_killed_anywhere_while_it_gets_its_name(
     """Every change of the file system in `finish` and after it is a point to be killed at."""
     names = ["rename", "replace", "unlink", "rmdir"]
     if not swaps:
-        monkeypatch.setattr(atomic, "rename", lambda *_: False)
+        monkeypatch.setattr(output_files, "rename", lambda *_: False)
     point, resumed = 0, 0
     while True:
         out = tmp_path / f"out-{point}"
@@ -288,7 +288,7 @@ def test_killed_anywhere_while_it_gets_its_name(
                 write(folder, "new")
                 for name in names:
                     patched.setattr(os, name, counting(getattr(os, name)))
-                patched.setattr(atomic, "rename", counting(atomic.rename))
+                patched.setattr(output_files, "rename", counting(output_files.rename))
                 folder.finish()
             break
         except KilledError:

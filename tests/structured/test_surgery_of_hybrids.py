@@ -12,7 +12,7 @@ from cuts import close, cut_on_disk, odd
 from test_surgery import cut_quietly, greedy, logits
 
 from oracles.masking import switch_off
-from secateur.engine.stream.layouts import declared_layout, layouts
+from secateur.engine.stream.calls import declared_layout, layouts
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.structured.accounting import accounting

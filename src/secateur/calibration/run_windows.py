@@ -50,7 +50,7 @@ from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Calibration, CalibrationWindows, Distill, parts_of
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
 from secateur.types import Windows

@@ -34,7 +34,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
 from secateur.registry import did_you_mean
-from secateur.runs.atomic import write_bytes
+from secateur.runs.output import write_bytes
 from secateur.types import Windows
 
 PACKINGS = ("concatenate", "random-crop")

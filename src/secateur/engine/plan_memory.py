@@ -30,15 +30,24 @@ from secateur.engine.prune.tasks import (
     gathering,
 )
 from secateur.engine.stream.activations import LiveTensors
-from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
-from secateur.engine.stream.layouts import LayerLayout, kind_of, layouts, on_meta, refuse_unknown
+from secateur.engine.stream.calls import (
+    LayerCall,
+    LayerLayout,
+    call_layer,
+    first_inputs,
+    kind_of,
+    layer_calls,
+    layouts,
+    on_meta,
+    refuse_unknown,
+)
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
 from secateur.recipes.shared import Distill
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import resident_bytes
+from secateur.runs.output import write_json
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
 from secateur.types import float32_bytes

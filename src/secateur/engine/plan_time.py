@@ -20,11 +20,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import Gathering, GroupStatistics, held_bytes
+from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan_memory import calls_of
+from secateur.engine.prune.run import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.layouts import kind_of
+from secateur.engine.stream.calls import call_layer, kind_of
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
 from secateur.models.architecture import Linear

@@ -30,7 +30,7 @@ from secateur.engine.prune.tasks import (
     tasks_of,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
+from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import PatternError, RecipeError
 from secateur.models.at_rest import AssembledReader
@@ -43,7 +43,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import Ledger
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.methods import methods as named

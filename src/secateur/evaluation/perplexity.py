@@ -58,8 +58,8 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import exact_matmuls
 from secateur.progress import Progress
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
+from secateur.runs.output import write_json
 from secateur.runtime.kernels.linear import activations_of
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed

@@ -44,8 +44,8 @@ from secateur.evaluation.random_models import (
 )
 from secateur.models.hub import cache_folder
 from secateur.progress import Progress
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
+from secateur.runs.output import write_json
 from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix

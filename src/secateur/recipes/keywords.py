@@ -197,7 +197,7 @@ def _keep_texts(texts: Sequence[Any]) -> Path:
     So a run that reads them can be resumed and repeated.
     """
     from secateur.models.hub import cache_folder
-    from secateur.runs.atomic import write_bytes
+    from secateur.runs.output import write_bytes
 
     kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}
     if kinds or not any(text.strip() for text in texts):

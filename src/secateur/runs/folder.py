@@ -8,6 +8,10 @@
 Every verb that writes a folder uses it. Files that a resumed run reads stay until the rename. An
 old output stays until the new one has its name. A lock keeps two runs from one folder. Files that
 no run has made are never removed.
+
+The ledger of a run has one line for each finished layer, so that a killed run can resume. A line is
+written only after the layer's weights and the next layer's inputs are on disk. A line that a kill
+has cut off is dropped, and its layer is repeated.
 """
 
 from __future__ import annotations
@@ -29,15 +33,18 @@ from typing import Any
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 from secateur.progress import Progress, Silent
-from secateur.runs.atomic import UNFINISHED, take_name, write_json
 from secateur.runs.output import (
+    UNFINISHED,
     cannot_write,
     check_apart,
     check_free,
     check_replaceable,
     check_writable,
     is_full,
+    take_name,
+    write_json,
 )
+from secateur.runs.records import Layer
 
 NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
@@ -556,3 +563,59 @@ class Lock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+
+
+class Ledger:
+    """Append-only record of a run.
+
+    Args:
+        file: of the ledger; None for a run only in memory.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.entries: list[dict[str, Any]] = []
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The records of finished layers, in order of completion."""
+        lines = (entry for entry in self.entries if "layer" in entry)
+        return [Layer.model_validate(entry, extra="ignore") for entry in lines]
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier run has started this ledger."""
+        return self.file is not None and self.file.exists()
+
+    def begin(self) -> None:
+        """Start a new ledger."""
+        self.entries = []
+        if self.file is not None:
+            self.file.write_bytes(b"")
+
+    def resume(self) -> int:
+        """Read an earlier run's ledger; returns how many layers are finished."""
+        assert self.file is not None
+        self.entries = []
+        whole = 0
+        for line in self.file.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            self.entries.append(json.loads(line))
+            whole += len(line)
+        os.truncate(self.file, whole)
+        return len(self.layers)
+
+    def finish_layer(self, layer: Layer) -> None:
+        """Record a finished layer."""
+        self.append(layer.to_json())
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one line so that it survives a power cut."""
+        self.entries.append(entry)
+        if self.file is None:
+            return
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -16,10 +16,9 @@ from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.recipes.measure import BenchRecipe
 from secateur.reporting.evaluate import BenchResult
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
-from secateur.runs.output import cannot_write
+from secateur.runs.output import cannot_write, write_json
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed

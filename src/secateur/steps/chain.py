@@ -36,8 +36,8 @@ from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
 from secateur.runs import records
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, STATE, file_digests, refuse_another
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
 from secateur.structured.cut_plan import count, plan_cut

@@ -43,10 +43,9 @@ from secateur.recipes.reading import build_recipe
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
 from secateur.reporting.models import CompressResult, stored_as
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, file_digests
-from secateur.runs.output import check_free
+from secateur.runs.output import check_free, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.choice import (

@@ -37,9 +37,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener
 from secateur.reporting.diagnose import DiagnoseResult, TargetResult
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.output import cannot_write
+from secateur.runs.output import cannot_write, write_json
 from secateur.runs.records.measured import Finding
 from secateur.runtime.install import DenseView, open_checkpoint
 

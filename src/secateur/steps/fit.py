@@ -60,8 +60,8 @@ from secateur.reporting.fit import (
 )
 from secateur.reporting.models import CompressResult
 from secateur.reporting.plan import FitPlanResult
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Evolution

@@ -26,7 +26,7 @@ from secateur.engine.prepared import (
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
-from secateur.engine.stream.layouts import layouts, refuse_unknown
+from secateur.engine.stream.calls import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts
@@ -37,7 +37,7 @@ from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import Ledger
 from secateur.training.distillation import DistillationData, Student, distill, pruned_layers
 
 FOLDER = "name the folder of a checkpoint instead"

@@ -50,10 +50,9 @@ from secateur.recipes.shared import Cluster, texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, STATE, RunFolder, file_digests
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder, file_digests
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,
     Cost,

@@ -35,9 +35,9 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,
     Cost,

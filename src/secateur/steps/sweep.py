@@ -36,10 +36,9 @@ from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
-from secateur.runs.output import cannot_write, check_apart, check_own, check_writable
+from secateur.runs.output import cannot_write, check_apart, check_own, check_writable, write_json
 from secateur.runs.records import Manifest, read_record
 from secateur.runs.records.measured import PointKey, Sweep, SweepDense, SweepPoint
 from secateur.sparsity.methods import methods

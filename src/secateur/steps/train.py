@@ -25,10 +25,9 @@ from secateur.recipes.train import TrainRecipe
 from secateur.reporting.cards import training_card
 from secateur.reporting.models import TrainResult
 from secateur.reporting.plan import TrainPlanResult
-from secateur.runs.atomic import write_json, write_text
 from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
-from secateur.runs.output import check_free
+from secateur.runs.output import check_free, write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules

@@ -16,7 +16,7 @@ from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.recipes.compress import DecompressRecipe
 from secateur.reporting.cards import source_part
 from secateur.reporting.models import DecompressResult
-from secateur.runs.atomic import write_text
+from secateur.runs.output import write_text
 from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint

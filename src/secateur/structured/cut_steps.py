@@ -36,8 +36,8 @@ from secateur.models.opening import copy_of, open_weights
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
-from secateur.runs.atomic import whole_folder, write_json
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import Ledger
+from secateur.runs.output import whole_folder, write_json
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut

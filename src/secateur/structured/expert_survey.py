@@ -30,8 +30,8 @@ from secateur.models.sources import resolve
 from secateur.parallel.ranks import Ranks, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.structure import StructureRecipe, WhatToCut
-from secateur.runs.atomic import whole_folder
 from secateur.runs.environment import choose_device
+from secateur.runs.output import whole_folder
 from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import CutContext
 

@@ -17,7 +17,7 @@ import torch
 
 from secateur.errors import RecipeError
 from secateur.recipes.structure import StructureRecipe
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.design import design

@@ -27,7 +27,7 @@ from secateur.models.opening import load_whole
 from secateur.precision import exact_matmuls, fast_matmuls
 from secateur.recipes.structure import LearnedOptions
 from secateur.recipes.train import TrainRecipe
-from secateur.runs.atomic import whole_folder
+from secateur.runs.output import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.cut_steps import CutContext

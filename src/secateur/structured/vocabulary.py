@@ -35,8 +35,7 @@ from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
-from secateur.runs.atomic import whole_folder
-from secateur.runs.output import cannot_write
+from secateur.runs.output import cannot_write, whole_folder
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import trims_vocabulary

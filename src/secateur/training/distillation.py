@@ -43,7 +43,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.shared import Distill
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop

@@ -54,7 +54,7 @@ from secateur.models.experts import open_experts
 from secateur.models.opening import load_whole, open_weights
 from secateur.precision import fast_dtype, fast_matmuls
 from secateur.progress import Progress
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.training.batches import Batch, Batches
 from secateur.training.distillation import (
     CHOOSING,

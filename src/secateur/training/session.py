@@ -20,7 +20,7 @@ from typing import Any
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Progress
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.training.batches import Batches
 from secateur.training.loop import Loop, Outcome
 from secateur.training.objectives import Objective

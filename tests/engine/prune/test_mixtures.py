@@ -14,7 +14,7 @@ import secateur
 from oracles.mixtures import inputs_of, prune_experts, reap
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.search.experts import ExpertChoice, expert_use, kept_experts
-from secateur.engine.stream.layouts import find_groups
+from secateur.engine.stream.calls import find_groups
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe, linears_of

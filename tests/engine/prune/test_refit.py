@@ -17,7 +17,7 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import describe
 from secateur.progress import Silent
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
 from slow import FEW_FAMILIES, few_families, slow_but

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.engine.stream.layouts import find_groups
+from secateur.engine.stream.calls import find_groups
 from secateur.models.architecture import describe, linears_of
 from slow import few_families
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of

@@ -16,7 +16,7 @@ import secateur
 from architectures import tiny_architecture
 from oracles.hybrids import wanda
 from secateur.engine.prune.run import CalibratedLayerPass
-from secateur.engine.stream.layouts import kind_of, layouts
+from secateur.engine.stream.calls import kind_of, layouts
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe

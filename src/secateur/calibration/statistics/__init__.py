@@ -25,7 +25,6 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear
-from secateur.parallel.ranks import Ranks
 from secateur.registry import Registry
 from secateur.types import STORED, Inputs, Weight
 
@@ -36,7 +35,6 @@ __all__ = [
     "Gathering",
     "GradientMean",
     "GradientSource",
-    "GroupStatistics",
     "InputSource",
     "Sources",
     "Statistic",
@@ -272,82 +270,6 @@ def watched(
             handle.remove()
         for leaf, before in zip(leaves, required, strict=True):
             leaf.requires_grad_(before)
-
-
-class GroupStatistics:
-    """Running statistics of a group of linears that share an input.
-
-    Args:
-        sources: sources of the statistics, by their names.
-        linears: the linears of the group.
-        device: device of the sums.
-
-    Attributes:
-        tokens: number of inputs so far.
-        running: the statistics that all linears of the group share, by name.
-        apart: the others, by the name of the linear and that of the statistic.
-    """
-
-    def __init__(self, sources: Sources, linears: Sequence[Linear], device: torch.device) -> None:
-        self.sources, self.linears, self.tokens = sources, linears, 0
-        shared = [name for name, source in sources.items() if source.shared]
-        own = sources.keys() - shared
-        self.running = {name: statistics[name](linears[0].shape, device) for name in shared}
-        self.apart = {
-            x.name: {name: statistics[name](x.shape, device) for name in sorted(own)}
-            for x in linears
-        }
-
-    def update(self, x: Tensor) -> None:
-        """Add the inputs of one micro-batch, with any leading shape."""
-        flat = x.reshape(-1, x.shape[-1])
-        self.tokens += len(flat)
-        for name, statistic in self.running.items():
-            statistic.update(self.sources[name].rows(self.linears[0], flat))
-        for linear in self.linears:
-            for name, statistic in self.apart[linear.name].items():
-                statistic.update(self.sources[name].rows(linear, flat))
-
-    def every(self) -> list[Statistic]:
-        """All statistics, in an order that is the same in every process."""
-        return [*self.running.values(), *(x for own in self.apart.values() for x in own.values())]
-
-    def merge(self, ranks: Ranks) -> None:
-        """Add up the statistics that the processes have gathered, each from its own windows.
-
-        Each sum passes alone, so no process holds more than one copy of one sum besides its own.
-        """
-        self.tokens = sum(ranks.gather(self.tokens))
-        for statistic in self.every():
-            ranks.total(statistic.total)
-
-    def value(self) -> dict[str, Tensor]:
-        """The statistics that the group shares.
-
-        Raises:
-            NumericalError: the inputs overflowed; the message names the first linear that reads
-                them.
-        """
-        return _values(self.linears[0], self.running)
-
-    def own(self, linear: Linear) -> dict[str, Tensor]:
-        """The statistics that a linear of the group has for itself.
-
-        Raises:
-            NumericalError: its numbers overflowed.
-        """
-        return _values(linear, self.apart[linear.name])
-
-    def release(self) -> None:
-        """Forget the sums. Values that were read stay."""
-        self.running.clear()
-
-
-def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    try:
-        return {name: statistic.value() for name, statistic in gathered.items()}
-    except NumericalError as error:
-        raise NumericalError(error.what, where=linear.name, remedy=error.remedy) from None
 
 
 def check_finite(square_sums: Tensor) -> None:

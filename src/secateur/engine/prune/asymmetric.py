@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import GroupStatistics, Sources
-from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, LayerPass
+from secateur.calibration.statistics import Sources
+from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, GroupStatistics, LayerPass
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.halted_forwards import (
     HaltedLayer,

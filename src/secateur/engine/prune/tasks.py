@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from secateur.calibration.statistics import Gathering
-from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
+from secateur.engine.stream.calls import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError
 from secateur.models.architecture import linears_of

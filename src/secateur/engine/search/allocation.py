@@ -23,8 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
+from secateur.calibration.statistics import ForwardSource, Gathering
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
+from secateur.engine.prune.run import GroupStatistics
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
@@ -45,7 +46,7 @@ from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
-from secateur.runs.atomic import write_json, write_tensors
+from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch

@@ -31,8 +31,7 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.quantization.activations import Shares, round_activations
-from secateur.runs.folder import refuse_another
-from secateur.runs.ledger import Ledger
+from secateur.runs.folder import Ledger, refuse_another
 from secateur.sparsity.evolution import Candidate
 
 WINDOW_TOKENS = 512

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.activations import ActivationOffload, Activations
-from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.calls import LayerCall, LayerLayout, call_layer, layouts
 from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
-from secateur.engine.stream.layouts import LayerLayout, layouts
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 

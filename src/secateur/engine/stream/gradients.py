@@ -26,7 +26,7 @@ from secateur.models.architecture import Linear, linears_of
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
-from secateur.runs.atomic import write_tensors
+from secateur.runs.output import write_tensors
 
 
 @full_float32()

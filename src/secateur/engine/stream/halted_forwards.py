@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.activations import ActivationOffload
 from secateur.engine.stream.calibration_stream import LayerInputs
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.layouts import input_mark
+from secateur.engine.stream.calls import call_layer, input_mark
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 

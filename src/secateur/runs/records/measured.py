@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from secateur.errors import CheckpointError
-from secateur.runs.atomic import write_json
+from secateur.runs.output import write_json
 from secateur.runs.records.base import PartialRecord, Record
 
 Severity = Literal["error", "warning", "note"]

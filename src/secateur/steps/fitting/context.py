@@ -22,8 +22,8 @@ from secateur.evaluation.perplexity import LossComparison
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
-from secateur.runs.atomic import write_json
 from secateur.runs.environment import choose_device
+from secateur.runs.output import write_json
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.compress import split_text
 from secateur.steps.fitting.costs import Costs
