@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -30,32 +28,6 @@ from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 NAMES = ("gemma4_text small", "gemma4_text shared", "gemma3n_text", "gemma3n_text shared")
 WINDOWS = tiny_windows(3, 12)
-DISK: dict[str, Any] = {"micro_batch_tokens": 24, "activations": "disk"}
-FITTED: dict[str, Any] = {
-    "method": "sparsegpt", "pattern": "2:4", "asymmetric": True, "tune_passes": 1,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders with a model, windows, and a whole run whose hidden states were on disk."""
-
-    @functools.cache
-    def made(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("whole")
-        with quiet_transformers():
-            tiny_model(name).save_pretrained(folder / "dense")
-        save_file({"input_ids": WINDOWS}, folder / "windows.safetensors")
-        prune_in(folder, folder / "disk", **DISK)
-        return folder
-
-    return made
-
-
-def prune_in(folder: Path, output: Path, **options: Any) -> Any:
-    """Prune the model of such a folder."""
-    windows = str(folder / "windows.safetensors")
-    return secateur.prune(folder / "dense", output=output, calibration=windows, **FITTED, **options)
 
 
 def logits_of(model: nn.Module, folder: Path | None) -> Tensor:
@@ -122,25 +94,51 @@ def test_gradients_equal_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["gemma3n_text shared"], NAMES))
 def test_runs_on_disk_with_the_dense_model_beside_are_those_in_memory(
-    name: str, on_disk: Callable[[str], Path], tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
-    options = {**DISK, "activations": "memory"}
-    report = prune_in(on_disk(name), tmp_path / "memory", **options)
-    for layer in report.layers:
+    model, options = saved_in(tmp_path, name), {
+        "method": "sparsegpt", "pattern": "2:4", "asymmetric": True, "tune_passes": 1,
+        "micro_batch_tokens": 24,
+    }  # fmt: skip
+    reports = [
+        secateur.prune(model, calibration=WINDOWS, **options),
+        prune_on_disk(tmp_path, **options),
+    ]
+    for layer in [layer for report in reports for layer in report.layers]:
         record = layer.reconstruction
         assert record["error_after"] < record["error_before"]
-    made, expected = (
-        load_file(x / "model.safetensors") for x in (tmp_path / "memory", on_disk(name) / "disk")
+    assert_is_the_model(tmp_path, model)
+
+
+def saved_in(place: Path, name: str) -> Any:
+    """A model, which is also written to `dense` with its windows beside it."""
+    model = tiny_model(name)
+    with quiet_transformers():
+        model.save_pretrained(place / "dense")
+    save_file({"input_ids": WINDOWS}, place / "windows.safetensors")
+    return model
+
+
+def prune_on_disk(place: Path, **options: Any) -> Any:
+    """Prune `dense` to `out` with hidden states on disk."""
+    windows = str(place / "windows.safetensors")
+    return secateur.prune(
+        place / "dense", output=place / "out", calibration=windows, activations="disk", **options
     )
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(x, made[n]) for n, x in expected.items())
 
 
-def test_a_stopped_run_continues(
-    on_disk: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def assert_is_the_model(place: Path, model: nn.Module) -> None:
+    """The tensors of `out` are those of a model, bit for bit."""
+    made, expected = load_file(place / "out" / "model.safetensors"), model.state_dict()
+    assert len(made) > 50
+    assert all(torch.equal(value, expected[name]) for name, value in made.items())
+
+
+def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What layers share is on disk with the hidden states; the rest is computed anew."""
-    whole = on_disk("gemma3n_text shared")
+    model = saved_in(tmp_path, "gemma3n_text shared")
+    options = {"method": "wanda", "sparsity": 0.5}
+    whole = secateur.prune(model, calibration=WINDOWS, **options)
     prune = CalibratedLayerPass.prune
 
     def stops(self: CalibratedLayerPass, groups: Any) -> Any:
@@ -150,16 +148,12 @@ def test_a_stopped_run_continues(
 
     monkeypatch.setattr(CalibratedLayerPass, "prune", stops)
     with pytest.raises(KeyboardInterrupt):
-        prune_in(whole, tmp_path / "out", **DISK)
+        prune_on_disk(tmp_path, **options)
     monkeypatch.undo()
-    again = prune_in(whole, tmp_path / "out", resume=True, **DISK)
+    again = prune_on_disk(tmp_path, resume=True, **options)
     assert again.manifest.cost.resumed
-    assert again.sparsity == 0.5
-    made, expected = (
-        load_file(x / "model.safetensors") for x in (tmp_path / "out", whole / "disk")
-    )
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[n], x) for n, x in expected.items())
+    assert again.sparsity == whole.sparsity
+    assert_is_the_model(tmp_path, model)
 
 
 @pytest.fixture
