@@ -138,7 +138,7 @@ def test_round_trips_are_exact(name, pattern, stored):
             assert chosen.kept(parts, layout)[0][weight != 0].all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     stored=st.sampled_from(STORED),

@@ -39,7 +39,7 @@ def pruned_weights(shapes, pattern, shares: Mapping[str, float]) -> int:
     return sum(pattern.pruned(shape, shares[f"linear {i}"]) for i, shape in enumerate(shapes))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 13), st.integers(1, 29)), min_size=1, max_size=9),
     which=st.sampled_from(PATTERNS),
@@ -92,7 +92,7 @@ def test_an_allocation_of_something_else_is_refused(ideal):
 scores = st.one_of(st.sampled_from([0.0, 1.0, 2.0, math.inf]), st.floats(0, 1e6, width=32))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(lists=st.lists(st.lists(scores, max_size=12), min_size=1, max_size=5), data=st.data())
 def test_bounded_threshold_equals_pruning_one_after_the_other(lists, data):
     tensors = {f"layer {i}": torch.tensor(x, dtype=torch.float32) for i, x in enumerate(lists)}
@@ -213,7 +213,7 @@ def test_sensitivity_is_its_formula():
     assert set(part.allocate(lambda: iter(tied), grains, 0.6).values()) == {0.6}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(2, 60)), min_size=2, max_size=9),
     scope=st.sampled_from(["row", "layer"]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,24 @@ def trim(source: Path, output: Path, **options: Any) -> Any:
     return secateur.structure(source, output=output, vocabulary=text, **options)
 
 
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path, Any]]:
+    """A model with a kind of tokenizer, the same trimmed by the first texts, and the result."""
+
+    @functools.cache
+    def made(kind: str) -> tuple[Path, Path, Any]:
+        place = tmp_path_factory.mktemp("trimmed")
+        source = model_with(place / "m", kind, tie_word_embeddings=kind != "unigram")
+        return source, place / "out", trim(source, place / "out")
+
+    return made
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, tmp_path: Path) -> None:
-    source = model_with(tmp_path / "m", kind, tie_word_embeddings=kind != "unigram")
-    made = trim(source, tmp_path / "out")
+def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, trimmed) -> None:
+    source, output, made = trimmed(kind)
     model, tokenizer = loaded(source)
-    small, cut = loaded(tmp_path / "out")
+    small, cut = loaded(output)
     step = made.manifest.structure.steps[0]
     rows = small.get_input_embeddings().num_embeddings
     assert (step["tokens_before"], step["tokens_after"]) == (model.config.vocab_size, rows)
@@ -83,12 +97,10 @@ def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_can_still_be_encoded(kind: str, tmp_path: Path) -> None:
-    source = model_with(tmp_path / "m", kind)
-    trim(source, tmp_path / "out")
-    _, tokenizer = loaded(source)
-    _, cut = loaded(tmp_path / "out")
-    texts = [*documents(), *random_texts(10_000 if kind == "byte-level" else 500)]
+def test_every_text_can_still_be_encoded(kind: str, trimmed) -> None:
+    source, output, _ = trimmed(kind)
+    tokenizer, cut = (AutoTokenizer.from_pretrained(folder) for folder in (source, output))
+    texts = [*documents(), *random_texts(3000 if kind == "byte-level" else 300)]
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     ids = cut(texts, add_special_tokens=False)["input_ids"]
     assert cut.batch_decode(ids, **options) == tokenizer.batch_decode(
@@ -164,12 +176,10 @@ def merged(word: str, merges: list[tuple[str, str]]) -> list[str]:
             return parts
 
 
-def test_merges_stay_closed_and_in_order(tmp_path: Path) -> None:
-    source = model_with(tmp_path / "m", "byte-level")
-    trim(source, tmp_path / "out")
+def test_merges_stay_closed_and_in_order(trimmed) -> None:
+    source, output, _ = trimmed("byte-level")
     before, after = (
-        json.loads((folder / "tokenizer.json").read_text())["model"]
-        for folder in (source, tmp_path / "out")
+        json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (source, output)
     )
     old, new = ([tuple(pair) for pair in model["merges"]] for model in (before, after))
     assert new == [pair for pair in old if {*pair, "".join(pair)} <= after["vocab"].keys()]
@@ -181,10 +191,9 @@ def test_merges_stay_closed_and_in_order(tmp_path: Path) -> None:
             assert pieces.parts_of(token) <= after["vocab"].keys()
 
 
-def test_added_tokens_stay_if_something_mentions_them(tmp_path: Path) -> None:
-    source = model_with(tmp_path / "m", "llama 3")
-    trim(source, tmp_path / "out")
-    _, cut = loaded(tmp_path / "out")
+def test_added_tokens_stay_if_something_mentions_them(trimmed) -> None:
+    _, output, _ = trimmed("llama 3")
+    cut = AutoTokenizer.from_pretrained(output)
     assert "<tool>" in cut.get_vocab()
     assert "<unused0>" not in cut.get_vocab()
     assert cut("x").input_ids[0] == cut.bos_token_id

@@ -101,8 +101,10 @@ def decoder(model, cut: Cut) -> int:
     return accounting(model, cut).after.decoder
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: f"{type(a).__name__}-{a.reach}")
+@pytest.mark.parametrize(
+    ("allocation", "multiple"),
+    [*((allocation, 4) for allocation in ALLOCATIONS), (Uniform(), 1), (SEARCH, 1)],
+)
 def test_every_allocation_removes_the_same_coupled_parameters(allocation, multiple, tmp_path):
     model = tiny_model("llama")
     before, costs = decoder(model, Cut()), unit_costs(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,13 @@ def matrices_of(model: nn.Module, path: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", slow_but(FEW, HYBRIDS | IN_TUPLES))
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    slow_but(
+        [(name, "unstructured") for name in FEW] + [("lfm2", "2:4")],
+        product(HYBRIDS | IN_TUPLES, ["unstructured", "2:4"]),
+    ),
+)
 def test_every_kind_is_pruned_as_by_plain_forwards(name: str, pattern: str) -> None:
     windows = tiny_windows(4, 12)
     ours, plain = tiny_architecture(name), tiny_architecture(name)
