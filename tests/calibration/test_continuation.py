@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from secateur.calibration import continuation
 from secateur.calibration.continuation import PREFIX, continue_windows, drawn
 from secateur.errors import SourceError
+from slow import few_families
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 LENGTH = 40
@@ -55,7 +56,7 @@ def test_drawn_as_the_model_believes(model: LlamaForCausalLM, windows: torch.Ten
     assert ((found - expected).abs() <= 4.5 * deviation).all()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few_families(CONFIGS))
 def test_every_token_sees_those_before_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a token is drawn from is what the whole window gives in one forward without a cache."""
     model = tiny_model(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,17 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int, use_cache: bool) -> An
         )
 
 
+@functools.cache
+def cut_of(family: str, name: str) -> tuple[Any, Cut, Any]:
+    """A model, a cut and the cut model: not to be changed."""
+    model = tiny_model(family)
+    cut = CUTS[name](sizes_of(model))
+    return model, cut, cut_quietly(model, cut)
+
+
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_path: Path) -> None:
-    model, windows = tiny_model(family), tiny_windows(2)
-    cut = CUTS[name](sizes_of(model))
-    smaller = cut_quietly(model, cut)
+    (model, cut, smaller), windows = cut_of(family, name), tiny_windows(2)
     expected = masked(family, cut, windows)
     assert close(logits(smaller, windows), expected)
     assert smaller.config.model_type == (
@@ -83,17 +90,16 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     assert not info["mismatched_keys"]
     assert_same_logits(logits(loaded.eval(), windows), logits(smaller, windows))
     prompt = windows[:, :9]  # longer than the sliding windows
-    with_cache, without = (greedy(loaded, prompt, 6, use) for use in (True, False))
+    with_cache, without = (greedy(loaded, prompt, 4, use) for use in (True, False))
     assert torch.equal(with_cache.sequences, without.sequences)
     assert close(torch.stack(with_cache.logits), torch.stack(without.logits))
 
 
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
 def test_accounting_is_exact(family: str, name: str) -> None:
-    model, windows = tiny_model(family), tiny_windows(2, 7)
-    cut = CUTS[name](sizes_of(model))
+    (model, cut, smaller), windows = cut_of(family, name), tiny_windows(2, 7)
     found = accounting(model, cut)
-    for counted, one in ((found.before, model), (found.after, cut_quietly(model, cut))):
+    for counted, one in ((found.before, model), (found.after, smaller)):
         parameters = dict(one.named_parameters())
         assert counted.parameters == sum(p.numel() for p in parameters.values())
         layers = [p for n, p in parameters.items() if ".layers." in n or ".h." in n]
