@@ -8,6 +8,7 @@ ten is held out.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -33,6 +34,7 @@ def source_files(held_out: bool = False) -> list[Path]:
     return [file for number, file in enumerate(files) if (number % 10 == 5) == held_out]
 
 
+@functools.cache
 def source_text(held_out: bool = False) -> str:
     """Their text, in the tokenizer's characters."""
     unknown = re.compile(f"[^{re.escape(''.join(CHARACTERS))}]+")

@@ -28,6 +28,15 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return byte_level()
 
 
+@pytest.fixture(scope="module")
+def pruned(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with half of its weights zero."""
+    place = tmp_path_factory.mktemp("pruned")
+    source = save(place / "model", tokenizer, "llama", intermediate_size=64)
+    secateur.prune(source, output=place / "pruned", method="magnitude", sparsity=0.5)
+    return place / "pruned"
+
+
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -78,21 +87,15 @@ def half(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"])
-def test_every_type_keeps_all_zeros(type, tokenizer, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
-    secateur.prune(source, output=tmp_path / "pruned", method="magnitude", sparsity=0.5)
-    found = secateur.export(tmp_path / "pruned", output=tmp_path / "out", type=type).exported
+def test_every_type_keeps_all_zeros(type, pruned: Path, tmp_path: Path) -> None:
+    found = secateur.export(pruned, output=tmp_path / "out", type=type).exported
     assert found.zeros == pytest.approx(found.weights / 2, rel=0.01)
     assert found.zeros_kept == found.zeros
     assert not found.notes
 
 
-def test_an_int4_model_becomes_q4_0_without_any_change(tokenizer, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
-    secateur.prune(source, output=tmp_path / "pruned", method="magnitude", sparsity=0.5)
-    packed = secateur.compress(
-        tmp_path / "pruned", output=tmp_path / "packed", values="int4", group_size=32
-    )
+def test_an_int4_model_becomes_q4_0_without_any_change(pruned: Path, tmp_path: Path) -> None:
+    packed = secateur.compress(pruned, output=tmp_path / "packed", values="int4", group_size=32)
     found = secateur.export(packed.output, output=tmp_path / "out", type="q4_0")
     (name,) = found.files
     dense = secateur.load(packed.output, expand=True, dtype=torch.float32).state_dict()

@@ -147,11 +147,12 @@ def test_declared_forms_are_those_of_transformers(family: str) -> None:
     assert experts.per_token(text_config(model.config)) == (1 if family == "llama4" else 2)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_calibration_reaches_experts_however_they_are_computed(implementation: str) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_calibration_reaches_experts_however_they_are_computed(family: str) -> None:
     """transformers passes fused experts to functions where no hook is; opened ones it cannot."""
-    found = {}
-    for family in ("qwen3_moe", "gpt_oss"):
+    plain = tiny_model(family)
+    secateur.prune(plain, method="wanda", sparsity=0.5, calibration=tiny_windows(20, 16))
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
         model: Any = tiny_model(family)
         model.set_experts_implementation(implementation)
         report = secateur.prune(
@@ -160,11 +161,8 @@ def test_calibration_reaches_experts_however_they_are_computed(implementation: s
         experts = [r for x in report.layers for r in x.linears if ".experts." in r.name]
         assert experts
         assert all(record.tokens > 0 for record in experts)
-        plain = tiny_model(family)
-        secateur.prune(plain, method="wanda", sparsity=0.5, calibration=tiny_windows(20, 16))
-        found[family] = plain
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, plain.get_parameter(name)), name
+            assert torch.equal(parameter, plain.get_parameter(name)), (implementation, name)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -324,7 +322,7 @@ def test_distilled_views_keep_their_zeros() -> None:
     for epochs in (0, 1):
         model: Any = tiny_model("gpt_oss")
         options = {"method": "wanda", "sparsity": 0.5, "distill_epochs": epochs}
-        secateur.prune(model, calibration=tiny_windows(20, 16), **options)
+        secateur.prune(model, calibration=tiny_windows(8, 16), **options)
         zeros.append(model.model.layers[1].mlp.experts.gate_up_proj == 0)
     assert zeros[0].float().mean() > 0.35  # some experts may receive nothing
     assert torch.equal(*zeros)

@@ -37,6 +37,22 @@ def folder(
     return made / "start"
 
 
+Answers = list[tuple[float, bool]]
+
+
+@pytest.fixture(scope="module")
+def ours(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any], dict[str, Answers]]:
+    """Rows of some tasks, and the scores and log-likelihoods of the loaded model."""
+    rows = tmp_path_factory.mktemp("rows")
+    for name in NAMES:
+        write_rows(rows, name, 6)
+    prepared = prepare_tasks(NAMES, source=str(rows))
+    scores = run_tasks(secateur.load(folder), load_tokenizer(folder), prepared, None)
+    return rows, scores, {one.name: [r.resps[0] for r in one.task.instances] for one in prepared}
+
+
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[Running]:
     """A server of it."""
@@ -55,21 +71,19 @@ def running(folder: Path) -> Iterator[Running]:
     ids=["one", "clients", "texts"],
 )
 def test_lm_eval_finds_our_numbers(
-    running: Running, folder: Path, tmp_path: Path, options: dict[str, Any]
+    running: Running,
+    folder: Path,
+    ours: tuple[Path, list[Any], dict[str, Answers]],
+    options: dict[str, Any],
 ) -> None:
     import lm_eval
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    for name in NAMES:
-        write_rows(tmp_path, name, 6)
-    prepared = prepare_tasks(NAMES, source=str(tmp_path))
-    tokenizer = load_tokenizer(folder)
     start = folder.name == "start"
     if start and options.get("tokenized_requests") is False:
         pytest.skip("the server adds the start token, and lm-eval does not count it")
-    scores = run_tasks(secateur.load(folder), tokenizer, prepared, None)
-    ours = {one.name: [r.resps[0] for r in one.task.instances] for one in prepared}
-    again = prepare_tasks(NAMES, source=str(tmp_path))
+    rows, scores, answers = ours
+    again = prepare_tasks(NAMES, source=str(rows))
     with quiet_harness():
         asking = LocalCompletionsAPI(
             base_url=f"{running.url}/v1/completions", model=running.serving.service.name,
@@ -80,7 +94,7 @@ def test_lm_eval_finds_our_numbers(
         )
     for score in scores:
         assert score.value == found["results"][score.task][f"{score.metric},none"]
-    for name, own in ours.items():
+    for name, own in answers.items():
         theirs = [
             response[0]
             for sample in found["samples"][name]
