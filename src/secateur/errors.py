@@ -35,6 +35,11 @@ def install_extra(extra: str) -> str:
     return f"pip install '.[{extra}]' in a checkout of secateur"
 
 
+def first_line(error: Exception) -> str:
+    """The first line that an error of another library says, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SecateurError(Exception):
     """Base of all errors raised on purpose.
 

@@ -125,7 +125,8 @@ def test_only_old_leftovers_are_swept(tmp_path):
         (tmp_path / name).mkdir()
         then = (tmp_path / name).stat().st_mtime - age_seconds
         os.utime(tmp_path / name, (then, then))
-    hub.sweep_partials(tmp_path)
+    with hub.work_beside(tmp_path / "made"):
+        assert not (tmp_path / "old.partial").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["new.partial"]
 
 

@@ -205,33 +205,29 @@ class OneTokenAttention(OtherAttention):
         """The attention of one token."""
         return not options.get("is_causal")
 
-    def attend(self, *args: Any, **options: Any) -> Tensor:
-        """See `_attended`."""
-        return _attended(*args, **options)
-
-
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` for a model in eval mode, not causal."""
-    batch, heads, tokens, size = query.shape
-    if enable_gqa:  # [batch, key heads, queries of each, size]
-        query = query.reshape(batch, key.shape[1], -1, size)
-    scores = (query @ key.transpose(2, 3)).float()
-    scores *= size**-0.5 if scale is None else scale
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores.masked_fill_(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores += attn_mask
-    found = scores.softmax(-1).to(value.dtype) @ value
-    return found.reshape(batch, heads, tokens, value.shape[-1])
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention` for a model in eval mode, not causal."""
+        batch, heads, tokens, size = query.shape
+        if enable_gqa:  # [batch, key heads, queries of each, size]
+            query = query.reshape(batch, key.shape[1], -1, size)
+        scores = (query @ key.transpose(2, 3)).float()
+        scores *= size**-0.5 if scale is None else scale
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores.masked_fill_(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores += attn_mask
+        found = scores.softmax(-1).to(value.dtype) @ value
+        return found.reshape(batch, heads, tokens, value.shape[-1])
 
 
 class _Room:

@@ -16,7 +16,6 @@ the source. The layout is that of https://github.com/vllm-project/compressed-ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from secateur.errors import ShapeError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
-from secateur.models.checkpoint import INDEX_NAME, PLAIN, ShardWriter, shard_name
+from secateur.models.checkpoint import PLAIN, ShardWriter, shard_name, write_index
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress, each_step
@@ -179,8 +178,7 @@ class CompressedTensors:
             made.file_bytes += shard.stat().st_size
         progress.finish()
         if len(files) > 1:
-            index = {"metadata": {"total_size": made.file_bytes}, "weight_map": weight_map}
-            (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            write_index(output, weight_map, made.file_bytes)
         made.notes += _notes_on(source, linears, scheme, len(linears.shapes) - exact)
         return made
 

@@ -16,7 +16,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.models.inventory import inventory, stored_shapes
 from secateur.models.skeleton import build_skeleton, model_names
-from secateur.runs.output import cannot_write
+from secateur.runs.output import writing
 
 
 def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path) -> None:
@@ -35,12 +35,10 @@ def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path
     note_links(files)
     kept = {k: v for k, v in source.config.items() if k != "quantization_config"}
     text = json.dumps({**kept, **changes}, indent=2, ensure_ascii=False) + "\n"
-    try:
+    with writing(output):
         for file in files:
             shutil.copyfile(file, output / file.name)
         (output / "config.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(error, output) from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
+from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
 from secateur.models.checkpoint import CheckpointReader, refuse_not_finite
 from secateur.models.header import read_header
 from secateur.models.opening import load_whole
@@ -61,8 +61,7 @@ class MergedReader(CheckpointReader):
         except (SecateurError, MemoryError):
             raise
         except Exception as error:  # whatever peft raises on a foreign file
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise _of_another_model(said[0][:300], str(adapter)) from error
+            raise _of_another_model(first_line(error)[:300], str(adapter)) from error
         values = dict(merged.named_parameters())
         self.changed = {
             name: tensor.detach() for name, tensor in StoredModel(skeleton, stored).written(values)

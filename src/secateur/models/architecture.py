@@ -269,13 +269,20 @@ def is_router(layer: nn.Module, name: str) -> bool:
 
     It is called `gate` or `router`, or has a class with such a name, and is next to `experts`.
     """
+    return any(
+        "router" in type(module).__name__.lower()
+        or (hasattr(owner, "experts") and part in ("gate", "router"))
+        for owner, part, module in _path_to(layer, name)
+    )
+
+
+def _path_to(layer: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The modules on the way to one: owner, name there, module."""
     owner = layer
     for part in filter(None, name.split(".")):
-        routes = hasattr(owner, "experts") and part in ("gate", "router")
-        owner = getattr(owner, part)
-        if routes or "router" in type(owner).__name__.lower():
-            return True
-    return False
+        module = getattr(owner, part)
+        yield owner, part, module
+        owner = module
 
 
 def mixes_states(layer: nn.Module, name: str) -> bool:
@@ -284,23 +291,21 @@ def mixes_states(layer: nn.Module, name: str) -> bool:
     Its matrices have a row or a column for each of the few hidden states of a token, so a zero
     there would cut a whole state off.
     """
-    owner = layer
-    for part in filter(None, name.split(".")):
-        owner = getattr(owner, part)
-        if "altup" in type(owner).__name__.lower():
-            return True
-    return False
+    return any("altup" in type(m).__name__.lower() for _, _, m in _path_to(layer, name))
 
 
 def family_of(model: Any) -> Family | None:
     """The declared family of a model; None if there is none."""
     config = getattr(model, "config", None)
-    for part in (config, text_config(config)):  # a decoder may be a part of the model
-        model_type = getattr(part, "base_model_type", None) or getattr(part, "model_type", None)
-        for name in families:
-            if model_type in families[name].model_types:
-                return families[name]
-    return None
+    parts = (config, text_config(config))  # a decoder may be a part of the model
+    kinds = [getattr(x, "base_model_type", None) or getattr(x, "model_type", None) for x in parts]
+    return next(filter(None, map(family_of_type, kinds)), None)
+
+
+def family_of_type(model_type: str | None) -> Family | None:
+    """The declared family of a `model_type` of transformers; None if there is none."""
+    known = (families[name] for name in families)
+    return next((family for family in known if model_type in family.model_types), None)
 
 
 def hidden_size(model: Any) -> int:
@@ -439,6 +444,5 @@ def _candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
 
 def positions_of(config: Any) -> int | None:
     """The number of positions in a model's configuration; None if it has none."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(text, "max_position_embeddings", None)
+    found = getattr(text_config(config), "max_position_embeddings", None)
     return found if isinstance(found, int) else None

@@ -60,34 +60,30 @@ class WrittenOut(OtherAttention):
         """Attention without dropout."""
         return not options.get("dropout_p")
 
-    def attend(self, *args: Any, **options: Any) -> Tensor:
-        """See `written_out`."""
-        return written_out(*args, **options)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as in torch's function.
 
-
-def written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask) V in bfloat16; arguments as in torch's function.
-
-    Query heads that read the same keys are rows of one product: nothing is repeated.
-    """
-    *_, heads, rows, width = query.shape
-    groups, columns = key.shape[-3:-1]
-    together = heads // groups
-    kind = torch.bfloat16
-    q = query.to(kind) * (width**-0.5 if scale is None else scale)
-    q = q.reshape(-1, together * rows, width)
-    k, v = (x.to(kind).reshape(-1, columns, x.shape[-1]) for x in (key, value))
-    scores = torch.baddbmm(_added(attn_mask, is_causal, query, columns, together), q, k.mT)
-    return (scores.softmax(-1) @ v).view(*query.shape[:-1], -1)
+        Query heads that read the same keys are rows of one product: nothing is repeated.
+        """
+        *_, heads, rows, width = query.shape
+        groups, columns = key.shape[-3:-1]
+        together = heads // groups
+        kind = torch.bfloat16
+        q = query.to(kind) * (width**-0.5 if scale is None else scale)
+        q = q.reshape(-1, together * rows, width)
+        k, v = (x.to(kind).reshape(-1, columns, x.shape[-1]) for x in (key, value))
+        scores = torch.baddbmm(_added(attn_mask, is_causal, query, columns, together), q, k.mT)
+        return (scores.softmax(-1) @ v).view(*query.shape[:-1], -1)
 
 
 def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, together: int) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError, NumericalError
 from secateur.models.header import DTYPES, Header, TensorEntry, parse_json, read_header
 from secateur.progress import Progress, Silent
-from secateur.runs.output import cannot_write
+from secateur.runs.output import writing
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ class PatchedCopy:
         sizes = {file: file.stat().st_size // 2**20 for file in files}
         progress = progress or Silent()
         progress.start("copying", max(1, sum(sizes.values())))
-        try:
+        with writing(self.folder):
             for file in files:
                 target = self.folder / file.name
                 target.unlink(missing_ok=True)
@@ -317,8 +317,6 @@ class PatchedCopy:
                 self._dirty.add(target)
                 progress.step(sizes[file], note=file.name)
             progress.finish()
-        except OSError as error:
-            raise cannot_write(error, self.folder) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor; it is cast to the stored dtype."""
@@ -329,17 +327,14 @@ class PatchedCopy:
                 where=str(entry.file),
             )
         file = self.folder / entry.file.name
-        try:
-            with file.open("r+b", buffering=0) as stream:
-                values = tensor.detach().to("cpu", entry.dtype)
-                if entry.strides is not None:
-                    whole, own = _read_span(stream, entry)
-                    own.copy_(values)
-                    values = whole
-                stream.seek(entry.offset)
-                write_all(stream, values.contiguous())
-        except OSError as error:
-            raise cannot_write(error, file) from error
+        with writing(file), file.open("r+b", buffering=0) as stream:
+            values = tensor.detach().to("cpu", entry.dtype)
+            if entry.strides is not None:
+                whole, own = _read_span(stream, entry)
+                own.copy_(values)
+                values = whole
+            stream.seek(entry.offset)
+            write_all(stream, values.contiguous())
         self._dirty.add(file)
 
     def sync(self) -> None:
@@ -388,10 +383,8 @@ class ShardWriter:
         self.waiting = {*known, *appended}
         self.header_bytes = len(_header_text(self.placed | unknown, longest_metadata))
         self.header_bytes += -self.header_bytes % 8
-        try:
+        with writing(file):
             self.stream = file.open("wb", buffering=0)
-        except OSError as error:
-            raise cannot_write(error, file) from error
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -413,11 +406,9 @@ class ShardWriter:
         dtype, shape, offset = self.placed[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
-        try:
+        with writing(self.file):
             self.stream.seek(8 + self.header_bytes + offset)
             write_all(self.stream, tensor.contiguous())
-        except OSError as error:
-            raise cannot_write(error, self.file) from error
 
     def close(self, metadata: Mapping[str, str]) -> None:
         """Write the header, and return when the file would survive a power cut."""
@@ -426,13 +417,17 @@ class ShardWriter:
         text = _header_text(self.placed, metadata)
         if len(text) > self.header_bytes:
             raise ValueError(f"header of {len(text)} bytes where {self.header_bytes} are kept free")
-        try:
+        with writing(self.file):
             self.stream.seek(0)
             self.stream.write(self.header_bytes.to_bytes(8, "little"))
             self.stream.write(text.ljust(self.header_bytes))
             os.fsync(self.stream.fileno())
-        except OSError as error:
-            raise cannot_write(error, self.file) from error
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of several files: the file of each tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:

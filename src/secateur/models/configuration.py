@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import ArchitectureError, CheckpointError, SecateurError
+from secateur.errors import ArchitectureError, CheckpointError, SecateurError, first_line
 from secateur.models.checkpoint import read_header, read_headers, shard_files
 from secateur.models.header import Header, damaged, parse_json
 
@@ -176,9 +176,8 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     except (SecateurError, MemoryError):
         raise
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise ArchitectureError(
-            f"transformers cannot build this model: {said[0][:300]}",
+            f"transformers cannot build this model: {first_line(error)[:300]}",
             where=str(folder / "config.json"),
             remedy="only decoders that AutoModelForCausalLM knows can be pruned, also inside "
             "models of AutoModelForImageTextToText; for code that comes with a checkpoint you "

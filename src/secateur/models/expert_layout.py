@@ -380,8 +380,7 @@ class FusedExperts(CheckpointReader):
             first = reader.entries[next(iter(parts.values()))]
             for part in parts.values():
                 del self.entries[part]
-            size = torch.Size(shape).numel() * first.dtype.itemsize
-            self.entries[fused] = TensorEntry(first.file, 0, size, first.dtype, shape)
+            self.entries[fused] = TensorEntry.made(first.file, first.dtype, shape)
             self.parts[fused] = parts
 
     def views(self, leaf: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,6 +69,11 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+
+    @classmethod
+    def made(cls, file: Path, dtype: torch.dtype, shape: Sequence[int]) -> TensorEntry:
+        """The entry of a tensor that is made of stored ones; its offset means nothing."""
+        return cls(file, 0, prod(shape) * dtype.itemsize, dtype, tuple(shape))
 
 
 @dataclass(frozen=True)

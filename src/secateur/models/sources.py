@@ -14,28 +14,26 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
+from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
 from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder
 from secateur.models.header import damaged
 from secateur.models.hub import (
     CONVERT,
     MODELS,
-    PARTIAL,
     PICKLES,
     cache_folder,
     download_model,
     hub_name,
     kind_of_name,
     no_such_model,
-    sweep_partials,
+    work_beside,
 )
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
@@ -201,22 +199,11 @@ def convert_gguf(
     status = file.stat()
     key = key or f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    converted = cache_folder() / "converted"
-    target = converted / f"{file.stem}-{dtype}-{digest}"
-    if _is_whole(target):
-        return target
-    try:
-        converted.mkdir(parents=True, exist_ok=True)
-        sweep_partials(converted)
-        with tempfile.TemporaryDirectory(dir=converted, suffix=PARTIAL) as work:
-            _expand_gguf(file, dtype, Path(work), progress or Silent())
-            put_in_place(Path(work), target)
-    except OSError as error:
-        raise SourceError(
-            f"the cache cannot be written: {error}",
-            where=str(converted),
-            remedy="free some space, or set SECATEUR_HOME to a folder that can be written",
-        ) from error
+    target = cache_folder() / "converted" / f"{file.stem}-{dtype}-{digest}"
+    if not _is_whole(target):
+        with work_beside(target) as work:
+            _expand_gguf(file, dtype, work, progress or Silent())
+            put_in_place(work, target)
     return target
 
 
@@ -262,9 +249,8 @@ def _expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
         except Exception as error:  # the reader fails in many ways on damaged bytes
-            said = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
-                f"the GGUF file cannot be converted: {said[0]}",
+                f"the GGUF file cannot be converted: {first_line(error)}",
                 where=str(file),
                 remedy="copy or download the file again; if it is whole, its architecture or "
                 "block type is not known to this release of transformers: name the hub id of the "

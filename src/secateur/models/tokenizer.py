@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -45,9 +45,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:  # each tokenizer class fails in its own way on bad files
-            said = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
-                f"the tokenizer cannot be loaded: {said[0]}",
+                f"the tokenizer cannot be loaded: {first_line(error)}",
                 where=str(folder),
                 remedy="copy the tokenizer's files of the original model again"
                 + ("" if trust_remote_code else "; if it needs its own code, trust_remote_code"),
@@ -135,9 +134,8 @@ def encoded(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[lis
     try:
         found = tokenizer(texts, truncation=False, verbose=False, **options)["input_ids"]
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"the tokenizer cannot encode a text: {said[0]}",
+            f"the tokenizer cannot encode a text: {first_line(error)}",
             where=str(tokenizer.name_or_path),
             remedy="copy the tokenizer's files of the original model to the folder",
         ) from error

@@ -34,6 +34,15 @@ REFUSALS = {
 """The fault of an output by the system's error number, and the remedy."""
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn every error of the system on writing a file or folder into one that says the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(error, path) from error
+
+
 def check_writable(output: Path, *, file: bool = False) -> None:
     """Refuse an output that cannot be written; leaves no file behind.
 

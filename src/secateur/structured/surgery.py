@@ -37,6 +37,7 @@ from secateur.models.checkpoint import (
     ShardWriter,
     copied_files,
     note_links,
+    write_index,
 )
 from secateur.models.inventory import part_outside
 from secateur.models.opening import open_weights
@@ -49,7 +50,7 @@ from secateur.models.skeleton import (
     stored_names,
 )
 from secateur.progress import Progress, Silent
-from secateur.runs.output import cannot_write
+from secateur.runs.output import writing
 from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
@@ -189,7 +190,7 @@ def _write_other_files(folder: Path, output: Path, made: Design) -> None:
     """Write the configuration and copy the model's other files."""
     from secateur.models import varied
 
-    try:
+    with writing(output):
         note_links(copied_files(folder))
         for file in copied_files(folder):
             if file.name not in ("config.json", INDEX_NAME, varied.FILE_NAME):
@@ -198,8 +199,6 @@ def _write_other_files(folder: Path, output: Path, made: Design) -> None:
             shutil.copyfile(varied.__file__, output / varied.FILE_NAME)
         with quiet_transformers():
             made.skeleton.config.save_pretrained(output)
-    except OSError as error:
-        raise cannot_write(error, output) from error
 
 
 def write_tensors(
@@ -223,8 +222,7 @@ def write_tensors(
             writer.close(PLAIN)
         weight_map |= dict.fromkeys(mine, file.name)
     if len(reader.files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_index(output, weight_map, total)
     progress.finish()
 
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.exporting import ExportSource
-from secateur.models.architecture import families
+from secateur.models.architecture import family_of_type
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
-from secateur.models.expert_layout import Experts
 from secateur.models.shape import DecoderSizes
 
 
@@ -390,14 +389,19 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     Raises:
         ArchitectureError: llama.cpp does not know it, or computes it differently.
     """
+    from transformers import AutoConfig
+
     kind = model_type(source)
     family = LLAMA_CPP_FAMILIES.get(kind)
     if family is None:
         raise _differs(source.folder, f"models of type {kind!r} are not described for it here")
-    experts = _experts_of(source)
-    if experts is not None:
-        experts.split(source.reader, {name: name for name in source.reader.entries})
-    decoder = _decoder_of(source, family, _configuration(source, kind))
+    declared = family_of_type(kind)
+    if declared and declared.experts:
+        declared.experts.split(source.reader, {name: name for name in source.reader.entries})
+    own = {key: value for key, value in source.config.items() if key not in OURS}
+    with transformers_errors(source.folder):
+        config = AutoConfig.for_model(kind, **own)
+    decoder = _decoder_of(source, family, config)
     if decoder.varied:
         if family.varied is None:
             raise _differs(
@@ -413,15 +417,6 @@ def model_of(source: ExportSource) -> LlamaCppModel:
 def model_type(source: ExportSource) -> str:
     """The type of the base class."""
     return str(source.config.get("base_model_type", source.config.get("model_type")))
-
-
-def _configuration(source: ExportSource, kind: str) -> Any:
-    """The configuration of the base class, with the defaults of transformers."""
-    from transformers import AutoConfig
-
-    own = {key: value for key, value in source.config.items() if key not in OURS}
-    with transformers_errors(source.folder):
-        return AutoConfig.for_model(kind, **own)
 
 
 def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppDecoder:
@@ -473,17 +468,11 @@ def _check(model: LlamaCppModel, source: ExportSource) -> None:
         raise _differs(source.folder, why)
 
 
-def _experts_of(source: ExportSource) -> Experts | None:
-    """Where the experts of a model are; None for a dense model."""
-    kind = model_type(source)
-    found = (families[name] for name in families)
-    return next((family.experts for family in found if kind in family.model_types), None)
-
-
 def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
     """The experts' matrices that the file stacks: {name of the stack: names in the source}."""
-    experts = _experts_of(source)
-    if experts is None:
+    family = family_of_type(model_type(source))
+    experts = family and family.experts
+    if not experts:
         return {}
     found: dict[str, dict[int, str]] = {}
     for name in source.reader.entries:

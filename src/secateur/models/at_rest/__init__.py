@@ -131,10 +131,7 @@ class AssembledReader(CheckpointReader):
             if name in self.entries:
                 raise damaged(f"{name} is stored, and so are parts of it", self.folder)
             first = stored.entries[next(iter(assembly.parts.values()))]
-            size = torch.Size(assembly.shape).numel() * assembly.dtype.itemsize
-            self.entries[name] = TensorEntry(
-                first.file, 0, size, assembly.dtype, tuple(assembly.shape)
-            )
+            self.entries[name] = TensorEntry.made(first.file, assembly.dtype, assembly.shape)
 
     def read(self, name: str) -> Tensor:
         """One dense tensor, in memory of its own."""
