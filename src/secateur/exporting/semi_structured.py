@@ -83,13 +83,27 @@ class SemiStructured:
 def _stored_as(
     source: ExportSource, linears: DecoderLinears, progress: Progress
 ) -> Mapping[str, str]:
-    """The pattern of every linear that is stored in parts."""
-    found = _patterns_of(source, tuple(linears.shapes), progress)
-    wide = {n: _lifted_columns(p, linears.shapes[n][1]) for n, p in found.items()}
+    """The pattern of every linear that is stored in parts: the first of `PATTERNS` it has."""
+    found: dict[str, str] = {}
+    for name in each_step(progress, "checking the pattern", linears.shapes):
+        weight = source.reader.read(name)
+        fits = (p for p in PATTERNS if is_n_of_m(weight, *map(int, p.split(":"))))
+        found[name] = next(fits, "")
+    odd = [name for name, pattern in found.items() if not pattern]
+    if odd:
+        raise PatternError(
+            f"{len(odd)} of {len(found)} matrices are not {', '.join(PATTERNS)}: they keep more "
+            "of some block, or a row is no whole number of blocks",
+            where=first_of(odd),
+            remedy="prune the model with --pattern 2:4 or 6:8",
+        )
     return {
         name: pattern
         for name, pattern in found.items()
-        if not (linears.shapes[name][0] % ROWS or wide[name] % COLUMNS)
+        if not (
+            linears.shapes[name][0] % ROWS
+            or _lifted_columns(pattern, linears.shapes[name][1]) % COLUMNS
+        )
     }
 
 
@@ -107,26 +121,6 @@ def _known_specs(
         else:
             known[own] = (dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
     return known
-
-
-def _patterns_of(
-    source: ExportSource, linears: tuple[str, ...], progress: Progress
-) -> Mapping[str, str]:
-    """The pattern of every linear: the first of `PATTERNS` that it has."""
-    found: dict[str, str] = {}
-    for name in each_step(progress, "checking the pattern", linears):
-        weight = source.reader.read(name)
-        fits = (p for p in PATTERNS if is_n_of_m(weight, *map(int, p.split(":"))))
-        found[name] = next(fits, "")
-    odd = [name for name in linears if not found[name]]
-    if odd:
-        raise PatternError(
-            f"{len(odd)} of {len(linears)} matrices are not {', '.join(PATTERNS)}: they keep more "
-            "of some block, or a row is no whole number of blocks",
-            where=first_of(odd),
-            remedy="prune the model with --pattern 2:4 or 6:8",
-        )
-    return found
 
 
 def _lifted_columns(pattern: str, in_features: int) -> int:

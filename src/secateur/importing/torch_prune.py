@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,25 +13,18 @@ from secateur.importing import import_formats
 from secateur.models.at_rest import AssembledReader, Assembly, SourceFolder, damaged
 
 
-class MaskedPair(NamedTuple):
-    """The stored names of a weight before masking and of its mask."""
-
-    original: str
-    mask: str
-
-
-def pairs_of(names: Iterable[str]) -> dict[str, MaskedPair]:
-    """The masked parameters of a state dict, by the name of the parameter.
+def pairs_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The stored names of `original` and `mask` of the masked parameters, by that of the parameter.
 
     torch.nn.utils.prune stores `P_orig` and `P_mask`, for P such as `layer.weight`. A parameter
     that has only one of the two is listed too.
     """
-    found: dict[str, MaskedPair] = {}
+    found: dict[str, dict[str, str]] = {}
     for name in names:
         start, dot, own = name.rpartition(".")
         if own.endswith("_orig") or own in ("weight_mask", "bias_mask"):
             base = start + dot + own[: -len("_orig")]
-            found[base] = MaskedPair(base + "_orig", base + "_mask")
+            found[base] = {"original": f"{base}_orig", "mask": f"{base}_mask"}
     return found
 
 
@@ -52,16 +45,14 @@ class TorchPrune:
             CheckpointError: a weight or a mask is missing, or they differ in shape.
         """
         made, entries = {}, source.reader.entries
-        for name, pair in pairs_of(entries).items():
-            missing = [part for part in pair if part not in entries]
+        for name, parts in pairs_of(entries).items():
+            missing = [part for part in parts.values() if part not in entries]
             if missing:
                 raise damaged(f"there is no {missing[0]}, so {name} cannot be made", source.folder)
-            original, mask = entries[pair.original], entries[pair.mask]
+            original, mask = (entries[part] for part in parts.values())
             if original.shape != mask.shape:
-                raise damaged(
-                    f"the mask is {list(mask.shape)}, the weight {list(original.shape)}", pair.mask
-                )
-            parts = {"original": pair.original, "mask": pair.mask}
+                what = f"the mask is {list(mask.shape)}, the weight {list(original.shape)}"
+                raise damaged(what, parts["mask"])
             made[name] = Assembly(
                 parts, original.shape, original.dtype, self.name,
                 lambda parts: torch.where(as_mask(parts["mask"]), parts["original"], 0),

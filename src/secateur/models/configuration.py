@@ -191,7 +191,15 @@ def check_folder(folder: Path) -> None:
     The configuration must name a model type, all shards must exist, and the header of each one must
     describe every byte of its file.
     """
-    _check_config(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        remedy = "name a folder written by save_pretrained"
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        if (folder / "adapter_config.json").is_file():
+            remedy = "this is an adapter: merge it into its base model, then name the merged folder"
+        elif ggufs:
+            remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
+        raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
     read_configuration(folder)
     for shard in shard_files(folder):
         with shard.open("rb") as stream:
@@ -202,19 +210,6 @@ def check_folder(folder: Path) -> None:
                     remedy="run 'git lfs pull' in the folder",
                 )
         read_header(shard)
-
-
-def _check_config(folder: Path) -> None:
-    """Check that a folder has a configuration."""
-    file = folder / "config.json"
-    if not file.is_file():
-        remedy = "name a folder written by save_pretrained"
-        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
-        if (folder / "adapter_config.json").is_file():
-            remedy = "this is an adapter: merge it into its base model, then name the merged folder"
-        elif ggufs:
-            remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
-        raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -326,30 +326,27 @@ class Experts:
 
 def stored_in_table(model: Any) -> tuple[str, str, str]:
     """What transformers' table calls gate, up and down where they are stored alone."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
     found = dict(zip(PROJECTIONS, PROJECTIONS, strict=True))
     parts = {**ExpertLayout().tensors, **ExpertLayout(gated=False).tensors}
-    for converter in get_model_conversion_mapping(model):
-        if isinstance(converter, WeightConverter):
-            sources = [pattern for pattern in converter.source_patterns if "*" in pattern]
-            made = parts.get(converter.target_patterns[0].rpartition(".")[2], ())
-            if len(converter.target_patterns) == 1 and len(made) == len(sources):
-                found |= {m: s.split(".")[-2] for m, s in zip(made, sources, strict=True)}
+    for converter in _converters(model):
+        sources = [pattern for pattern in converter.source_patterns if "*" in pattern]
+        made = parts.get(converter.target_patterns[0].rpartition(".")[2], ())
+        if len(converter.target_patterns) == 1 and len(made) == len(sources):
+            found |= {m: s.split(".")[-2] for m, s in zip(made, sources, strict=True)}
     return tuple(found.values())  # type: ignore[return-value]
 
 
 def loads_one_by_one(model: Any) -> bool:
     """Whether transformers fuses experts that a checkpoint of this class stores one by one."""
+    patterns = (pattern for one in _converters(model) for pattern in one.source_patterns)
+    return any(re.search(r"experts\.\*\.", pattern) for pattern in patterns)
+
+
+def _converters(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    return any(
-        isinstance(converter, WeightConverter)
-        and any(re.search(r"experts\.\*\.", pattern) for pattern in converter.source_patterns)
-        for converter in get_model_conversion_mapping(model)
-    )
+    return [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightConverter)]
 
 
 class FusedExperts(CheckpointReader):

@@ -135,7 +135,18 @@ def _found_model(
         check_folder(path)
         return LocalCheckpoint(path, name, "folder", None, _weight_bytes(path))
     if kind == "file":
-        folder = _from_file(path, dtype or "float32", progress)
+        if path.suffix in PICKLES:
+            raise CheckpointError(
+                "pickled weights can run code when you load them", where=str(path), remedy=CONVERT
+            )
+        if path.suffix != ".gguf":
+            raise SourceError(
+                f"{path.name} alone is not a model",
+                where=str(path),
+                remedy="name the folder that holds config.json and the safetensors, or a .gguf "
+                "file",
+            )
+        folder = convert_gguf(path, dtype or "float32", progress=progress)
         return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
     if kind == "sample":
         sample = MODELS[name]
@@ -157,21 +168,6 @@ def _found_model(
 def _weight_bytes(folder: Path) -> int:
     """The size of the weight files of a checkpoint."""
     return sum(file.stat().st_size for file in shard_files(folder))
-
-
-def _from_file(file: Path, dtype: str, progress: Progress) -> Path:
-    """The checkpoint folder for a single file: only a GGUF file is a whole model."""
-    if file.suffix == ".gguf":
-        return convert_gguf(file, dtype, progress=progress)
-    if file.suffix in PICKLES:
-        raise CheckpointError(
-            "pickled weights can run code when you load them", where=str(file), remedy=CONVERT
-        )
-    raise SourceError(
-        f"{file.name} alone is not a model",
-        where=str(file),
-        remedy="name the folder that holds config.json and the safetensors, or a .gguf file",
-    )
 
 
 def convert_gguf(

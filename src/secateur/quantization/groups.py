@@ -143,16 +143,16 @@ class GroupGrid:
 
     def dequantize(self, codes: Tensor, scales: Scales) -> Weight:
         """The weights s · q, float32 [out, in], of integers [out, in]."""
-        columns = codes.shape[1]
-        spread = scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
-        return codes.float().mul_(spread)
+        return codes.float().mul_(self._spread(scales, codes.shape[1]))
 
     def codes(self, weight: Weight, scales: Scales) -> Tensor:
         """The integers round(w / s), half to even, within the grid, int8 [out, in]."""
-        columns = weight.shape[1]
-        spread = scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
+        spread = self._spread(scales, weight.shape[1])
         rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
         return rounded.to(torch.int8)
+
+    def _spread(self, scales: Scales, columns: int) -> Tensor:
+        return scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
 
     def holds(self, weight: Weight) -> bool:
         """Whether every weight [out, in] is on the grid, so that `quantize` changes none."""

@@ -273,18 +273,12 @@ def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict
             raise refused(f"the merges that make {piece!r} do not stand together", where)
         scores.setdefault(piece, -float(len(scores)))
         last = piece
-    _refuse_unlisted(vocabulary, set(merges), added, where)
-    return scores
-
-
-def _refuse_unlisted(
-    vocabulary: dict[str, int], merges: set[tuple[str, ...]], added: set[str], where: str
-) -> None:
-    """Refuse pieces that llama.cpp would merge from a pair that is not in the list."""
-    pieces = vocabulary.keys() - added
+    # llama.cpp would also merge pairs that are not in the list
+    listed, pieces = set(merges), vocabulary.keys() - added
     for piece in pieces:
         for cut in range(1, len(piece)):
             pair = left, right = piece[:cut], piece[cut:]
             whole = all(len(part) == 1 or part in pieces for part in pair)
-            if whole and pair not in merges:
+            if whole and pair not in listed:
                 raise refused(f"{left!r} and {right!r} are never merged to {piece!r}", where)
+    return scores

@@ -216,7 +216,13 @@ class GGUFFile:
         self.model.add_fields(writer)
         self.vocabulary.add_fields(writer)
         for one in plan:
-            _add_info(writer, one, self.type_of(one))
+            kind = self.type_of(one)
+            if kind in NUMPY:
+                shape, dtype, raw = one.shape, np.dtype(NUMPY[kind]), None
+            else:
+                row = _bytes_per_row(one.shape[-1], kind)
+                shape, dtype, raw = (*one.shape[:-1], row), np.dtype(np.uint8), kind
+            writer.add_tensor_info(one.name, shape, dtype, _tensor_bytes(one, kind), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -273,13 +279,3 @@ def _tensor_bytes(one: Planned, kind: Q) -> int:
 def _padded_bytes(count: int) -> int:
     """Bytes with the padding that aligns what follows."""
     return gguf.GGUFWriter.ggml_pad(count, gguf.GGUF_DEFAULT_ALIGNMENT)
-
-
-def _add_info(writer: gguf.GGUFWriter, one: Planned, kind: Q) -> None:
-    """Announce a tensor."""
-    rows, size = one.shape[:-1], _bytes_per_row(one.shape[-1], kind)
-    nbytes = _tensor_bytes(one, kind)
-    if kind in NUMPY:
-        writer.add_tensor_info(one.name, one.shape, np.dtype(NUMPY[kind]), nbytes)
-    else:
-        writer.add_tensor_info(one.name, (*rows, size), np.dtype(np.uint8), nbytes, kind)
