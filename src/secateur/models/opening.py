@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,6 @@ class ExpandedCopy(PatchedCopy):
 
     source: AssembledReader
 
-    def __init__(self, source: AssembledReader, folder: Path) -> None:
-        super().__init__(source, folder)
-        self._written: CheckpointReader | None = None
-
     def create(self, progress: Progress | None = None) -> None:
         """Write all tensors dense, and copy the other files. Replaces files of the same names."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -249,15 +246,14 @@ class ExpandedCopy(PatchedCopy):
         write_dense(self.source.unsplit(), self.folder, progress or Silent())
         self._dirty |= {self.folder / "config.json", *self.folder.glob("*.safetensors")}
 
-    @property
+    @cached_property
     def target(self) -> CheckpointReader:
         """The copy, as it shows the tensors of the source."""
-        if self._written is None:
-            self._written = CheckpointReader(self.folder)
-            for name, parts in self.source.splits.items():
-                if name in self._written.entries:
-                    self._written.split(name, parts)
-        return self._written
+        written = CheckpointReader(self.folder)
+        for name, parts in self.source.splits.items():
+            if name in written.entries:
+                written.split(name, parts)
+        return written
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor; see `PatchedCopy.write`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -532,21 +532,16 @@ def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
 def _rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
     """The factors of the frequencies, float32 [rotated / 2]."""
     rope = _rope_of(decoder.config)
-    if rope["rope_type"] == "llama3":
-        yield "rope_freqs.weight", _llama3_factors(rope, _rotated(decoder))
+    if rope["rope_type"] == "llama3":  # by how much each frequency is stretched
+        powers = torch.arange(0, _rotated(decoder), 2, dtype=torch.float64) / _rotated(decoder)
+        factor, context = rope["factor"], rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = context * (1 / rope["rope_theta"] ** powers) / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        yield "rope_freqs.weight", (1 / ((1 - smooth) / factor + smooth)).float()
     if rope["rope_type"] == "longrope":
         for length in ("long", "short"):
             yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).float()
-
-
-def _llama3_factors(rope: Mapping[str, Any], size: int) -> Tensor:
-    """The factors by which Llama 3 stretches each frequency, float32 [size / 2]."""
-    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-    factor, context = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = context * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def _rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:

@@ -336,19 +336,11 @@ def _indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
 
 def _scales_of(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """The scales as they multiply the matrix: float64 [out, in], or [out, 1]."""
-    columns = shape[1]
-    groups = len(packed)
+    columns, groups = shape[1], len(packed)
     # The library leaves the order of scales alone if a group is as long as half the columns.
-    plain = packed if groups == 1 or columns <= 2 * MARLIN_GROUP else _scales_in_order(packed)
-    return plain.t().to(torch.float64).repeat_interleave(columns // groups, 1)
-
-
-def _scales_in_order(packed: Tensor) -> Tensor:
-    """The scales [groups, out] of stored ones: of every 8, the two halves alternate."""
-    alternating = torch.arange(8).view(2, 4).t().flatten()
-    plain = torch.empty_like(packed).view(-1, 8)
-    plain[:, alternating] = packed.reshape(-1, 8)
-    return plain.view(packed.shape)
+    if groups > 1 and columns > 2 * MARLIN_GROUP:  # of every 8, the two halves alternate
+        packed = packed.reshape(-1, 4, 2).mT.reshape(packed.shape)
+    return packed.t().to(torch.float64).repeat_interleave(columns // groups, 1)
 
 
 def _scaled_assembly(
