@@ -210,9 +210,3 @@ def check_folder(folder: Path) -> None:
                     remedy="run 'git lfs pull' in the folder",
                 )
         read_header(shard)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a checked folder."""
-    config: dict[str, Any] = parse_json((folder / "config.json").read_bytes())
-    return config

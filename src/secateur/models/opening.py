@@ -40,7 +40,6 @@ from secateur.models.checkpoint import (
 )
 from secateur.models.configuration import (
     check_sizes,
-    read_config,
     read_configuration,
     transformers_errors,
 )
@@ -70,7 +69,7 @@ that while the model runs."""
 
 def refuse_quantized(folder: Path) -> None:
     """Refuse a checkpoint whose weights are not plain numbers."""
-    method = _method_of(read_config(folder))
+    method = _method_of(read_configuration(folder))
     if method is None:
         return
     if method == QUANT_METHOD:
@@ -99,7 +98,7 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
 
 def form_of(folder: Path) -> str | None:
     """The name of the form in which the weights of a folder are stored; None for plain tensors."""
-    method = _method_of(read_config(folder))
+    method = _method_of(read_configuration(folder))
     return "compressed-tensors" if method == "sparseml" else method
 
 

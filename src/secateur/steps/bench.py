@@ -11,7 +11,7 @@ import torch
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.recipes.measure import BenchRecipe
@@ -101,6 +101,6 @@ def _write_record(report: BenchResult, folder: Path) -> None:
 
 def tokens_of(folder: Path) -> int:
     """The number of token ids that a prompt is drawn from: 1000; nearly every model has them."""
-    config = read_config(folder)
+    config = read_configuration(folder)
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return min(1000, size) if isinstance(size, int) else 1000

@@ -32,7 +32,7 @@ from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
@@ -225,7 +225,7 @@ def pack_model(
     progress.finish()
     kept = not chosen.rounding and plan.keeps_weights(reader)
     layouts = [layout for file in files for layout in file.layouts.values()]
-    config = read_config(source.folder)
+    config = read_configuration(source.folder)
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.computed).removeprefix("torch.")
     config["quantization_config"] = quantization_config(recipe.archive, layouts)

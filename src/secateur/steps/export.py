@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.recipes.deploy import ExportRecipe
 from secateur.registry import did_you_mean
 from secateur.reporting.models import ExportResult
@@ -30,7 +30,9 @@ class Export(Step[ExportRecipe, ExportResult]):
         self.type = recipe.type or targets[recipe.to].types[0]
         folder = run.source.folder
         named = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or folder.name
-        self.source = ExportSource(named, folder, read_config(folder), open_checkpoint(folder))
+        self.source = ExportSource(
+            named, folder, read_configuration(folder), open_checkpoint(folder)
+        )
 
     @classmethod
     def check(cls, recipe: ExportRecipe) -> None:

@@ -17,7 +17,7 @@ from secateur.importing.masks import MaskedReader
 from secateur.importing.refused import refuse_by_name
 from secateur.models.at_rest import AssembledReader, SourceFolder
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
 from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.models.sources import LocalCheckpoint
@@ -115,7 +115,7 @@ class OpenedSource:
 
 def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
     """Recognise a source and open it."""
-    config = read_config(source.folder)
+    config = read_configuration(source.folder)
     found = SourceFolder(
         source.folder, config, CheckpointReader(source.folder), computed_dtype(source.folder)
     )

@@ -26,7 +26,7 @@ from secateur.engine.prepared import allocation_of, method_of, prepare, windows_
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import computed_by, perplexity, window_progress
 from secateur.evaluation.perplexity import protocol as describe_protocol
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ray_launcher import each
@@ -171,7 +171,7 @@ class SweepRun:
         folder_of_model, trust = self.source.folder, recipe.trust_remote_code
         tokenizer = load_tokenizer(folder_of_model, trust_remote_code=trust)
         self.start = start_tokens(tokenizer)
-        config = read_config(folder_of_model)
+        config = read_configuration(folder_of_model)
         longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
         length = recipe.text_sequence_length or min(2048, longest)
         self.texts = {text: read_text(text) for text in recipe.text}

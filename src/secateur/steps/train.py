@@ -16,7 +16,7 @@ import torch
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.plan import Plan
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
@@ -261,7 +261,7 @@ def _write(
             model = load_whole(source.folder, torch.device("cpu"), trust_remote_code=trust)
             values = dict(merged(recipe, model, masks, values).named_parameters())
         write_trained(source.folder, values, made, progress, trust_remote_code=trust)
-    carry_over(source.folder, made, read_config(source.folder), same_weights=False)
+    carry_over(source.folder, made, read_configuration(source.folder), same_weights=False)
     audit = audit_checkpoint(made, trust_remote_code=recipe.trust_remote_code, progress=progress)
     result = {**training.result, "decoder_sparsity": audit.sparsity}
     training = training.model_copy(update={"result": result})

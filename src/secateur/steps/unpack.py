@@ -8,7 +8,7 @@ import torch
 
 from secateur.models.architecture import experts_of
 from secateur.models.checkpoint import CheckpointReader, shard_files
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.expert_layout import FusedExperts, loads_one_by_one
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import write_dense
@@ -48,7 +48,7 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
         """Write all weights with their zeros, and what belongs to the model."""
         source, folder, view = self.run.source.folder, self.run.folder, self.view
         layouts, made = self.packed.layouts, folder.fresh_model()
-        config = read_config(source)
+        config = read_configuration(source)
         del config["quantization_config"]
         rounded = any(not _is_exact(layout, view.computed) for layout in layouts.values())
         write_dense(_as_transformers_loads(view), made, self.run.progress)

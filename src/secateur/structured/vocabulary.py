@@ -26,7 +26,7 @@ from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.models.header import parse_json
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import build_skeleton, model_names
@@ -343,7 +343,9 @@ def _write_files(
     written = {
         TOKENIZER: _renumbered_tokenizer(read_tokenizer(folder), pieces, new),
         "config.json": _with_own_shapes(
-            _renumbered_config(read_config(folder), new, tables.rows, len(kept)), tables, len(kept)
+            _renumbered_config(read_configuration(folder), new, tables.rows, len(kept)),
+            tables,
+            len(kept),
         ),
     }
     for name in (TOKENIZER_CONFIG, GENERATION):

@@ -22,7 +22,7 @@ from secateur.exporting import Exported, ExportSource
 from secateur.exporting.gguf.architectures import LlamaCppModel, Planned, model_of
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary, read_vocabulary
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
 from secateur.quantization.groups import AT_ONCE, GroupGrid
 from secateur.runtime.install import DenseView
@@ -46,7 +46,7 @@ def bytes_as_stored(reader: CheckpointReader, values: Mapping[str, str]) -> int:
         ArchitectureError: llama.cpp does not know this model, or computes it differently.
         CheckpointError: the tokenizer cannot be expressed.
     """
-    source = ExportSource("model", reader.folder, read_config(reader.folder), reader)
+    source = ExportSource("model", reader.folder, read_configuration(reader.folder), reader)
     model = model_of(source)
     vocabulary = read_vocabulary(reader.folder, model.decoder.vocabulary)
     own = {name: NEAREST[kind] for name, kind in values.items()}

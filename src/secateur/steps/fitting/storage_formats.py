@@ -18,7 +18,7 @@ from typing import Protocol
 
 from secateur.exporting import ExportSource
 from secateur.models.checkpoint import shard_files
-from secateur.models.configuration import read_config
+from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
 from secateur.quantization.activations import Shares, shares_of
 from secateur.runtime.choice import DEFAULT_GROUP
@@ -195,7 +195,7 @@ class GGUFFolder:
         """Export every matrix in the type nearest to how it is stored."""
         from secateur.exporting.gguf import GGUF
 
-        config, reader = read_config(folder), open_checkpoint(folder)
+        config, reader = read_configuration(folder), open_checkpoint(folder)
         source = ExportSource(GGUF_NAME, folder, config, reader)
         return GGUF().write(source, "stored", folder, progress).file_bytes
 
