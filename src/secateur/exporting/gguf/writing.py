@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -139,7 +140,7 @@ FILE_TYPES = {
     kind: gguf.LlamaFileType[f"{'ALL' if kind == Q.F32 else 'MOSTLY'}_{kind.name}"]
     for kind in TYPES.values()
 }
-NUMPY = {Q.F32: np.float32, Q.F16: np.float16}
+NUMPY: dict[Q, Any] = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
 
 ENDS = ("token_embd.weight", "output.weight")
@@ -217,11 +218,9 @@ class GGUFFile:
         self.vocabulary.add_fields(writer)
         for one in plan:
             kind = self.type_of(one)
-            if kind in NUMPY:
-                shape, dtype, raw = one.shape, np.dtype(NUMPY[kind]), None
-            else:
-                row = _bytes_per_row(one.shape[-1], kind)
-                shape, dtype, raw = (*one.shape[:-1], row), np.dtype(np.uint8), kind
+            raw = None if kind in NUMPY else kind
+            row = _bytes_per_row(one.shape[-1], kind) if raw else one.shape[-1]
+            shape, dtype = (*one.shape[:-1], row), np.dtype(NUMPY.get(kind, np.uint8))
             writer.add_tensor_info(one.name, shape, dtype, _tensor_bytes(one, kind), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
