@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up(secateur, model, windows, tmp_path, monkeypatch) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.engine.stream.activations.write_all", full)
+        patch.setattr("secateur.engine.stream.hidden_states.write_all", full)
         done = prune(secateur, model, windows, tmp_path / "out")
     assert done.code == 1
     assert "the disk is full" in done.err

@@ -9,7 +9,7 @@ import torch
 from pattern_examples import ALL, parsed
 from torch import Tensor
 
-from secateur.engine.stream.activations import LiveTensors
+from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 

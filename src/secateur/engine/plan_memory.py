@@ -29,7 +29,6 @@ from secateur.engine.prune.tasks import (
     Tasks,
     gathering,
 )
-from secateur.engine.stream.activations import LiveTensors
 from secateur.engine.stream.calls import (
     LayerCall,
     LayerLayout,
@@ -41,6 +40,7 @@ from secateur.engine.stream.calls import (
     on_meta,
     refuse_unknown,
 )
+from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out

@@ -47,7 +47,7 @@ from torch.nn import functional
 
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.uncertainty import mean_of, standard_error

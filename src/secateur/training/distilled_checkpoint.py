@@ -41,9 +41,8 @@ from torch import Tensor, nn
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import NumericalError

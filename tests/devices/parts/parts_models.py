@@ -111,7 +111,7 @@ def test_hidden_states_may_be_anywhere(
     """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
     moved: list[str] = []
     monkeypatch.setattr(
-        "secateur.engine.stream.activations.ActivationOffload.store",
+        "secateur.engine.stream.halted_forwards.ActivationOffload.store",
         lambda self, forward: moved.append(""),
     )
     made = {}

@@ -18,7 +18,7 @@ from secateur.engine.plan_memory import (
     solve_bytes,
 )
 from secateur.engine.prune.tasks import LinearTask, warn_of_work
-from secateur.engine.stream.activations import LiveTensors
+from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError
 from secateur.sparsity import shifted_inverse
 from secateur.sparsity.hessian import FACTOR_SQUARES, dense_target, inverse_factor

@@ -22,7 +22,7 @@ from secateur.engine.search.allocation import (
 )
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader

@@ -28,8 +28,8 @@ from secateur.engine.search.depth import (
     lowest,
     space_of,
 )
-from secateur.engine.stream import embedding_and_head as stream_ends
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream import hidden_states as stream_ends
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe

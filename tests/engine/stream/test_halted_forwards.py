@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.engine.stream.activations import ActivationOffload
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
-from secateur.engine.stream.halted_forwards import HaltingForwards, by_group, by_layer
+from secateur.engine.stream.halted_forwards import (
+    ActivationOffload,
+    HaltingForwards,
+    by_group,
+    by_layer,
+)
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
 from zoo import tiny_model, tiny_windows

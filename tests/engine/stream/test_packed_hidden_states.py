@@ -18,7 +18,7 @@ from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.search.depth import WHOLE, DepthUnit, influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import PackedHiddenStates, Shared, call_layer
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
@@ -160,7 +160,7 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches multiply in bfloat16 where that is fast; here they do not."""
     monkeypatch.setattr(
-        "secateur.engine.stream.embedding_and_head.fast_matmuls", lambda device: nullcontext()
+        "secateur.engine.stream.hidden_states.fast_matmuls", lambda device: nullcontext()
     )
 
 

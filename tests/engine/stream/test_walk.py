@@ -9,7 +9,7 @@ import torch
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget, walk_layers
 from secateur.models.checkpoint import CheckpointReader
 from zoo import CONFIGS, tiny_model, tiny_windows
@@ -112,6 +112,6 @@ def test_parts_hold_as_many_windows_as_fit(monkeypatch: pytest.MonkeyPatch) -> N
     (hidden,) = outer.embedded([0])
     assert list(outer.parts([0, 1, 2, 5], 2)) == [[0, 1, 2, 5]]
     limit = 6 * hidden.numel() * hidden.element_size()
-    monkeypatch.setattr("secateur.engine.stream.embedding_and_head.STATES_BYTES", limit)
+    monkeypatch.setattr("secateur.engine.stream.hidden_states.STATES_BYTES", limit)
     assert list(outer.parts([0, 1, 2, 5], 2)) == [[0, 1, 2], [5]]
     assert list(outer.parts([0, 1, 2, 5], 100)) == [[0], [1], [2], [5]]

@@ -38,9 +38,9 @@ from secateur.allocator import reused_pages
 from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.asymmetric import TargetStatistics, by_group_with_dense
 from secateur.engine.prune.tasks import Settings
-from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer
+from secateur.engine.stream.hidden_states import Activations
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32

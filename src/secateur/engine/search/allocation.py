@@ -39,9 +39,9 @@ from secateur.engine.search.candidate_evaluator import (
     cut_windows,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import full_float32

@@ -29,7 +29,7 @@ from secateur.engine.search.candidate_evaluator import (
     Version,
     cut_windows,
 )
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.progress import Progress

@@ -50,7 +50,7 @@ from secateur.engine.search.candidate_evaluator import (
     cut_windows,
 )
 from secateur.engine.search.knapsack import Cost, Knapsack, fits
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import CheckpointReader

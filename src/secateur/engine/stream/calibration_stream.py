@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.windows import MultimodalInputs
-from secateur.engine.stream.activations import ActivationOffload, Activations
 from secateur.engine.stream.calls import LayerCall, LayerLayout, call_layer, layouts
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 
@@ -107,24 +106,6 @@ class CalibrationStream:
     def call(self, index: int, batch: slice) -> LayerCall:
         """How a layer is called for a micro-batch."""
         return self.outer.call(index, range(batch.start, batch.stop))
-
-    def offload(
-        self, index: int, layer: nn.Module, states: Activations
-    ) -> ActivationOffload | None:
-        """What takes the tensors of a layer's halted forwards; None if they stay in memory.
-
-        Args:
-            index: number of the layer.
-            layer: the layer with its weights.
-            states: the hidden states that pass through it.
-        """
-        if self.in_memory and self.target.device == self.home:
-            return None
-        sizes = {batch.stop - batch.start for batch in self.batches()}
-        shared = self.outer.shared_tensors(index, sizes)
-        permanent = [*layer.parameters(), *layer.buffers(), *shared]
-        folder = None if self.in_memory else states.folder
-        return ActivationOffload(permanent, folder, self.target.device, self.own.start)
 
     def open(self, start: int = 0, *, dense: bool = False) -> OpenStream:
         """Make the inputs of layer `start` ready, or else those of layer 0.
@@ -282,10 +263,6 @@ class LayerInputs:
     def call(self, batch: slice) -> LayerCall:
         """How the model calls the layer for a micro-batch."""
         return self.calibration.call(self.index, batch)
-
-    def offload(self, layer: nn.Module) -> ActivationOffload | None:
-        """What takes the tensors of halted forwards; None if they stay in memory."""
-        return self.calibration.offload(self.index, layer, self.states)
 
     def outputs(self, layer: nn.Module, batch: slice) -> Tensor:
         """Pass one micro-batch through the layer; the outputs are not stored."""

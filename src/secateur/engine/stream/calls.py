@@ -4,7 +4,7 @@ A recorder replaces every layer for one forward of the whole model, which stops 
 So masks, rotary tables and all other arguments of a layer are known for any family and any release
 of transformers. Most arguments are the same for all windows. Those that depend on the tokens, such
 as the per-layer embeddings of Gemma 3n, are marked (`LayerCall.varying`), and each window gets its
-own (`embedding_and_head.TokenValues`).
+own (`hidden_states.TokenValues`).
 
 One tensor with a row for each token goes from layer to layer. In most models it is the hidden
 state. Some models have several hidden states for each token, or layers that read keys and values of

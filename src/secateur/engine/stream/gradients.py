@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.calibration.statistics import watched
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.errors import NumericalError
 from secateur.models.architecture import Linear, linears_of

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.activations import Activations
 from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.precision import full_float32
 
 OpenLayer = Callable[[int], AbstractContextManager[tuple[nn.Module, Callable[[int], None]]]]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
 from secateur.engine.search.stored_levels import Level, StoredVariants
-from secateur.engine.stream.embedding_and_head import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Labelled, Progress
