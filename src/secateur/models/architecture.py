@@ -125,6 +125,7 @@ class Family:
         model_types: `model_type` values of transformers configurations that belong to it.
         layers: the path of the list of decoder layers within the causal language model.
         groups: names of the linears within a decoder layer; those that share an input together.
+            Without them a layer of each kind is run to find them.
         writers: linears whose output is added to the residual stream without a change. Empty where
             a norm comes between, or where the writers are unknown.
         experts: where the experts of its layers are; their linears are not in `groups`. None for a
@@ -134,8 +135,8 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    layers: str
-    groups: Groups
+    layers: str = "model.layers"
+    groups: Groups = ()
     writers: tuple[str, ...] = ()
     experts: Experts | None = None
     couplings: Couplings | None = None

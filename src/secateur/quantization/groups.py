@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import RecipeError
+from secateur.quantization.int8 import not_finite
 from secateur.types import Weight
 
 BITS = (3, 4)
@@ -246,12 +247,7 @@ class GroupGrid:
         """`quantize` for some rows."""
         values = weight.float()
         if not torch.isfinite(values).all():
-            odd = int((~torch.isfinite(values)).sum())
-            raise NumericalError(
-                f"{odd} of {values.numel()} weights are NaN or infinite and cannot be "
-                f"int{self.bits}",
-                remedy="store this model with floating-point values, or find their source",
-            )
+            raise not_finite(values, f"int{self.bits}")
         found, on_grid = self.recovered(values)
         if not on_grid.all():
             found = torch.where(on_grid, found, self.search(values).values)

@@ -57,15 +57,20 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
     return quantized, scale
 
 
+def not_finite(values: Tensor, integers: str) -> NumericalError:
+    """The error for weights that are NaN or infinite and so are on no grid."""
+    odd = int((~torch.isfinite(values)).sum())
+    return NumericalError(
+        f"{odd} of {values.numel()} weights are NaN or infinite and cannot be {integers}",
+        remedy="store this model with floating-point values, or find their source",
+    )
+
+
 def _scales_of(values: Tensor) -> Tensor:
     """The scale of each row of float32 values, [rows]."""
     peak = values.abs().amax(dim=1)
     if not torch.isfinite(peak).all():
-        odd = int((~torch.isfinite(values)).sum())
-        raise NumericalError(
-            f"{odd} of {values.numel()} weights are NaN or infinite and cannot be int8",
-            remedy="store this model with floating-point values, or find their source",
-        )
+        raise not_finite(values, "int8")
     return torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
 
 

@@ -57,7 +57,6 @@ BAMBA_COUPLINGS = Couplings(
 )
 BAMBA = Family(
     model_types=("bamba",),
-    layers="model.layers",
     groups=(
         *MAMBA_GROUPS,
         *SPLIT_ATTENTION_GROUPS,
@@ -126,7 +125,6 @@ TABLE = {
     # Granite 4: Mamba-2 in most layers, attention in the others; some sizes have experts.
     "granite_hybrid": Family(
         model_types=("granitemoehybrid",),
-        layers="model.layers",
         groups=(
             *MAMBA_GROUPS,
             *SPLIT_ATTENTION_GROUPS,
@@ -153,7 +151,6 @@ TABLE = {
     # Short convolutions in most layers, attention in the others.
     "lfm2": Family(
         model_types=("lfm2",),
-        layers="model.layers",
         groups=grouped(
             "conv.in_proj",
             "conv.out_proj",
@@ -168,8 +165,6 @@ TABLE = {
     # The same with experts, and a router with a correction.
     "lfm2_moe": Family(
         model_types=("lfm2_moe",),
-        layers="model.layers",
-        groups=(),  # found by running a layer of each kind
         couplings=LFM2_COUPLINGS.plus(
             {**LFM2_EXPERTS.axes(), "feed_forward.expert_bias": ("experts",)},
             with_neurons={},
@@ -180,7 +175,6 @@ TABLE = {
     # Mamba, attention and experts without a gate, which may read a latent space.
     "nemotron_h": Family(
         model_types=("nemotron_h",),
-        layers="model.layers",
         groups=grouped(
             "mixer.in_proj",
             "mixer.out_proj",
@@ -215,7 +209,6 @@ TABLE = {
     # Qwen3.5 (dense): three layers of gated DeltaNet to one of gated attention.
     "qwen3_5": Family(
         model_types=("qwen3_5_text",),
-        layers="model.layers",
         groups=(
             DELTANET_INPUTS,
             ("linear_attn.out_proj",),
@@ -227,8 +220,6 @@ TABLE = {
     # Qwen3-Next and Qwen3.5-MoE: the same with many experts and a shared one.
     "qwen3_next": Family(
         model_types=("qwen3_next", "qwen3_5_moe_text"),
-        layers="model.layers",
-        groups=(),  # found by running a layer of each kind
         couplings=DELTANET_COUPLINGS.plus(
             {
                 **over("state hidden", "linear_attn.in_proj_qkvz linear_attn.in_proj_ba"),

@@ -69,7 +69,6 @@ FOUR_NORMS = LLAMA_COUPLINGS.plus(
 
 LLAMA = Family(
     model_types=("llama", "cwm", "exaone", "internlm3", "iquestcoder"),
-    layers="model.layers",
     groups=SPLIT_ATTENTION_GATED_FFN,
     writers=PRE_NORM_WRITERS,
     couplings=LLAMA_COUPLINGS,

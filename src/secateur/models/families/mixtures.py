@@ -191,8 +191,6 @@ TABLE = {
     # The text model: experts with a clamped gate and a shared one, sparse attention.
     "minimax_m3": Family(
         model_types=("minimax_m3_vl_text",),
-        layers="model.layers",
-        groups=(),  # found by running a layer of each kind
         couplings=Couplings(LOCAL.axes(stream="-"), outside={}, attributes=LOCAL.sizes()),
         experts=LOCAL,
     ),

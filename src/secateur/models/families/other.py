@@ -132,7 +132,6 @@ TABLE = {
     # Phi-3 and Phi-4: gate and up in one matrix too.
     "phi3": Family(
         model_types=("phi3",),
-        layers="model.layers",
         groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), *FUSED_FFN_GROUPS),
         writers=PRE_NORM_WRITERS,
         couplings=PRE_NORM.plus(
@@ -177,7 +176,6 @@ TABLE = {
     # Phi-1 and Phi-2: one norm, then attention and feed-forward side by side.
     "phi": Family(
         model_types=("phi",),
-        layers="model.layers",
         groups=grouped(QKV, "self_attn.dense", "mlp.fc1", "mlp.fc2"),
         writers=("self_attn.dense", "mlp.fc2"),
         couplings=Couplings(
@@ -217,8 +215,6 @@ TABLE = {
     # Four hidden states for each token (AltUp), per-layer embeddings, shared keys.
     "gemma3n": Family(
         model_types=("gemma3n_text",),
-        layers="model.layers",
-        groups=(),  # found by running a layer of each kind
         couplings=Couplings(
             layer={
                 **FIXED_STREAM,
@@ -237,8 +233,6 @@ TABLE = {
     # The text model: experts beside a dense feed-forward; per-layer embeddings in small models.
     "gemma4": Family(
         model_types=("gemma4_text",),
-        layers="model.layers",
-        groups=(),  # found by running a layer of each kind
         couplings=Couplings(
             layer={
                 **FIXED_STREAM,
