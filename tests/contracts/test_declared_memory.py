@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from pattern_examples import ALL, parsed
 from torch import Tensor
 
+from contracts.pattern_examples import ALL, parsed
 from secateur.engine.stream.halted_forwards import LiveTensors
+from secateur.engine.stream.hidden_states import LiveTensors
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 
 SHAPE = (768, 480)
 SMALL = 2**17
 """Bytes for what does not grow with the matrix."""
+
+
+@functools.cache
+def wide(example, dtype):
+    """A matrix of that shape, not to be changed."""
+    return example(SHAPE, dtype=dtype)
 
 
 def peak_bytes(work: Callable[[], object], *there: Tensor) -> int:
@@ -29,7 +37,7 @@ def peak_bytes(work: Callable[[], object], *there: Tensor) -> int:
 @pytest.mark.parametrize("name", list(scores))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores(name: str, dtype: torch.dtype, example) -> None:
-    case, score = example(SHAPE, dtype=dtype), scores[name]()
+    case, score = wide(example, dtype), scores[name]()
     there = case.weight, *case.statistics.values()
     found = peak_bytes(lambda: score(case.weight, case.statistics), *there)
     assert found <= score.working_bytes(SHAPE) + SMALL
@@ -50,7 +58,7 @@ FEW_STEPS = {"swaps": {"swaps": 3}}
 @pytest.mark.parametrize("name", list(refinements))
 @pytest.mark.parametrize("text", ["unstructured", "2:4"])
 def test_refinements(name: str, text: str, example) -> None:
-    case, pattern = example(SHAPE), parsed(text, None)
+    case, pattern = wide(example, torch.float32), parsed(text, None)
     mask = pattern.mask(case.weight.abs(), 0.5)
     refinement = refinements[name](**FEW_STEPS.get(name, {}))
     there = case.weight, mask, *case.statistics.values()

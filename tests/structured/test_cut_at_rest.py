@@ -110,7 +110,7 @@ def test_what_changes_a_matrix_is_written_dense(cut: dict[str, int], tmp_path: P
     folder = in_float8(tmp_path / "m", "qwen3")
     made = secateur.structure(
         folder, output=tmp_path / "s", calibration=text_file(tmp_path), windows=3,
-        sequence_length=24, keep_layers=2, **cut,
+        sequence_length=24, **cut,
     )  # fmt: skip
     assert described(tmp_path / "s") == {}
     assert made.manifest.formats == {"source": "fp8", "result": "bfloat16"}
