@@ -11,7 +11,6 @@ from torch import Tensor
 
 from contracts.pattern_examples import ALL, parsed
 from secateur.engine.stream.halted_forwards import LiveTensors
-from secateur.engine.stream.hidden_states import LiveTensors
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 
