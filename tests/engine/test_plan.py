@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 
 from secateur.calibration.continuation import roomy_cache
 from secateur.engine.plan import Plan, fitting_plan, memory_budget
-from secateur.engine.plan_memory import prune_needs, writing_bytes
+from secateur.engine.plan_memory import distilling_bytes, prune_needs, writing_bytes
+from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.decode import given_cache
 from secateur.training.setup import check_memory, training_needs
+from tiny import tiny_llama
 from zoo import tiny_model, tiny_windows
 
 GIB = 2**30
@@ -144,6 +148,17 @@ def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
         held += sum(kept.values())
     weights = 2 * sum(p.numel() for p in model.parameters())
     assert writing_bytes(target, windows, 2) == weights + held + 2 * 96 * (2 + 8)
+
+
+def test_a_distillation_counts_a_tied_head_once(tmp_path: Path) -> None:
+    """In a skeleton the head has a parameter of its own, also where it is the embedding."""
+    planned = []
+    for tied in (True, False):
+        folder = tiny_llama(tmp_path / str(tied), tie_word_embeddings=tied)
+        target = CheckpointTarget(CheckpointReader(folder), None, CPU)
+        planned.append(distilling_bytes(target, tiny_windows(1, 20)))
+    head = 4 * target.model.lm_head.weight.numel()
+    assert planned[1] - planned[0] == 2 * head  # of the teacher and of the student
 
 
 def flat(values: Any) -> list[torch.Tensor]:

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from secateur.evaluation.step_time import fill, time_steps
-from secateur.models.skeleton import skeleton_of
+from secateur.models.skeleton import parameters_of, skeleton_of
 from secateur.progress import Silent
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
-from secateur.structured.edits import parameters_of
 from zoo import CONFIGS, PLAIN_MIXTURES, config_of
 
 CPU = torch.device("cpu")

@@ -136,7 +136,7 @@ def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     from secateur.recipes.structure import StructureRecipe
     from secateur.steps.runner import carry_out
     from secateur.steps.structure import CutStructure
-    from secateur.structured.expert_survey import run_worker
+    from secateur.structured.choices import run_worker
 
     with joined("cpu") as ranks:
         for values in recipes:

@@ -12,10 +12,10 @@ from secateur.calibration.windows import save_windows
 from secateur.engine.stream.targets import ModelTarget
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.structured.choices import UnitSelection, width_selection
 from secateur.structured.cut import sizes_of
 from secateur.structured.cut_plan import plan_cut, unit_costs
 from secateur.structured.surgery import VariedSizesWarning
-from secateur.structured.width import UnitSelection, width_selection
 from zoo import tiny_model, tiny_windows
 
 

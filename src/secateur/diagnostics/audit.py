@@ -23,8 +23,7 @@ from secateur.models.opening import form_of, open_weights
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
 from secateur.runs.records import SkippedMatrix
-from secateur.sparsity.patterns import Pattern, misplaced
-from secateur.sparsity.patterns.recognised import recognised
+from secateur.sparsity.patterns import Pattern, misplaced, recognised
 
 if TYPE_CHECKING:
     from secateur.runtime.install import DenseView

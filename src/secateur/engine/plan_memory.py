@@ -45,6 +45,7 @@ from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
+from secateur.models.skeleton import parameters_of
 from secateur.recipes.shared import Distill
 from secateur.runs.environment import resident_bytes
 from secateur.runs.output import write_json
@@ -363,8 +364,8 @@ def _solving_bytes(
 
 
 def weights_of(module: nn.Module) -> int:
-    """The number of weights in a module."""
-    return sum(p.numel() for p in module.parameters())
+    """The number of weights in a module, tied ones once."""
+    return sum(p.numel() for p in parameters_of(module).values())
 
 
 def _model_bytes(target: Target) -> int:

@@ -195,6 +195,12 @@ def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Pat
         )
 
 
+def parameters_of(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters by name, tied ones once. In a skeleton tied parameters are separate."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
+
+
 def stored_buffers(model: Any) -> dict[str, torch.Tensor]:
     """Buffers that a checkpoint stores: the balance of a router, the scale of a layer."""
     kept = model.state_dict()

@@ -155,7 +155,7 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.structure:StructureRecipe",
             step="secateur.steps.structure:CutStructure",
             plan="secateur.steps.structure:plan_structure",
-            worker="secateur.structured.expert_survey:run_worker",
+            worker="secateur.structured.choices:run_worker",
             together=True,
         ),
         Verb(

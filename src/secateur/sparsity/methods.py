@@ -22,7 +22,7 @@ from secateur.sparsity.solvers import Solution, Solver, solvers
 from secateur.types import STORED, Mask, Statistics, Weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NamedMethod:
     """A line in the table of methods.
 
@@ -35,8 +35,8 @@ class NamedMethod:
     """
 
     score: str
-    solver: str
-    scope: str
+    solver: str = "zero"
+    scope: str = "layer"
     description: str
     paper: str
 
@@ -49,57 +49,44 @@ methods: Mapping[str, NamedMethod] = MappingProxyType(
     {
         "magnitude": NamedMethod(
             score="magnitude",
-            solver="zero",
-            scope="layer",
             description="smallest weights first; needs no calibration",
             paper="Han et al. 2015, arXiv:1506.02626",
         ),
         "wanda": NamedMethod(
             score="wanda",
-            solver="zero",
             scope="row",
             description="weight times input norm, compared within each output row",
             paper="Sun et al. 2023, arXiv:2306.11695",
         ),
         "ria": NamedMethod(
             score="ria",
-            solver="zero",
-            scope="layer",
             description="weight relative to its row and column, times the root of the input norm",
             paper="Zhang et al. 2024, ICLR",
         ),
         "taylor": NamedMethod(
             score="taylor",
-            solver="zero",
-            scope="layer",
             description="first-order change of the loss; needs gradients",
             paper="Molchanov et al. 2017, arXiv:1611.06440",
         ),
         "obd": NamedMethod(
             score="obd",
-            solver="zero",
-            scope="layer",
             description="second-order change of the loss by the Fisher diagonal; needs gradients",
             paper="LeCun et al. 1989, Optimal Brain Damage",
         ),
         "obs": NamedMethod(
             score="obs",
-            solver="zero",
-            scope="layer",
             description="weights that the others could compensate best, without compensation",
             paper="Hassibi et al. 1993, Optimal Brain Surgeon",
         ),
         "sparsegpt": NamedMethod(
             score="obs",
             solver="obs",
-            scope="layer",
             description="prunes column by column and adjusts the columns to the right",
             paper="Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
         "alps": NamedMethod(
             score="wanda",
             solver="alps",
-            scope="layer",
             description="finds mask and weights together by ADMM on the layer's error, then refits",
             paper="Meng et al. 2024, arXiv:2406.07831",
         ),
@@ -273,7 +260,9 @@ def compose(
     _check_params(params, kinds)
 
     pattern = parse_pattern(pattern_text, scope)
-    name = _famous_name(score_name, solver_name) + (f"+{refine}" if refine else "")
+    pair = score_name, solver_name
+    famous = (name for name, known in methods.items() if (known.score, known.solver) == pair)
+    name = next(famous, "+".join(pair)) + (f"+{refine}" if refine else "")
     default = named or methods.get(name)
     if scope is None and default is not None and default.scope in pattern.scopes:
         pattern = parse_pattern(pattern_text, default.scope)
@@ -289,21 +278,13 @@ def compose(
     )
 
 
-def _famous_name(score: str, solver: str) -> str:
-    """The name in the table of this pair, or `score+solver`."""
-    for name, named in methods.items():
-        if (named.score, named.solver) == (score, solver):
-            return name
-    return f"{score}+{solver}"
-
-
 def _build(kind: Any, params: Mapping[str, Any]) -> Any:
     """Build a part with its own parameters; a whole number may replace a float."""
-    own = {f.name: f.default for f in fields(kind) if f.name in params}
     return kind(
         **{
-            name: float(params[name]) if isinstance(default, float) else params[name]
-            for name, default in own.items()
+            x.name: float(params[x.name]) if isinstance(x.default, float) else params[x.name]
+            for x in fields(kind)
+            if x.name in params
         }
     )
 

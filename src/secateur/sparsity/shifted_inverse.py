@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float32
@@ -44,11 +45,9 @@ class ShiftedInverse:
         spread = torch.logspace(lowest, highest, _EIGENVALUES, dtype=torch.float64)
         self._eigenvalues = torch.cat([spread.new_zeros(1), spread])
         tried = [low * (high / low) ** (i / _TRIED) for i in range(_TRIED + 1)]
-        count = 1
-        self.shifts = _between(low, high, count)
+        self.shifts = _between(low, high, 1)
         while max(self._combined(shift)[1] for shift in tried) > _PRECISION:
-            count += 1
-            self.shifts = _between(low, high, count)
+            self.shifts = _between(low, high, len(self.shifts) + 1)
 
     @cached_property
     def inverses(self) -> list[Tensor]:
@@ -110,7 +109,9 @@ def inverse(matrix: Float32[Tensor, "n n"], shift: float = 0.0) -> Float32[Tenso
         NumericalError: A + ρI is not positive definite, or float32 cannot hold its inverse.
     """
     off = math.inf
-    for attempt in (_by_halves, _by_cholesky_in_single, _by_cholesky_in_double):
+    precise = [partial(_by_cholesky, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    attempts: list[Callable[[Tensor, float], Tensor | None]] = [_by_halves, *precise]
+    for attempt in attempts:
         found = attempt(matrix, shift)
         if found is None:
             continue
@@ -141,17 +142,8 @@ def _by_halves(matrix: Tensor, shift: float) -> Tensor | None:
         return None
 
 
-def _by_cholesky_in_single(matrix: Tensor, shift: float) -> Tensor | None:
-    """The inverse by Cholesky; None where the matrix is not positive definite."""
-    return _by_cholesky(matrix, shift, torch.float32)
-
-
-def _by_cholesky_in_double(matrix: Tensor, shift: float) -> Tensor | None:
-    """The same in float64, rounded to float32."""
-    return _by_cholesky(matrix, shift, torch.float64)
-
-
 def _by_cholesky(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
+    """The inverse, rounded to float32; None where the matrix is not positive definite."""
     lower = cholesky(_shifted(matrix, shift, dtype))
     if lower is None:
         return None

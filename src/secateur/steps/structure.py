@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
-from secateur.engine.prepared import prepare
 from secateur.engine.prune.refit import can_refit
-from secateur.engine.stream.targets import CheckpointTarget, Target
-from secateur.evaluation.step_time import StepTimer, time_steps
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -29,9 +28,9 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.structure import StructureRecipe, WhatToCut
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
@@ -53,7 +52,6 @@ from secateur.sparsity.solvers import solvers
 from secateur.steps.checkpoint_files import STEPS
 from secateur.steps.runner import RunContext, Step, finish, source_of, step_of
 from secateur.structured.accounting import verified
-from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import (
     CutPlan,
     check_width,
@@ -66,25 +64,10 @@ from secateur.structured.cut_steps import (
     CutContext,
     CutStep,
     RefitStep,
-    choose_hidden,
-    choose_layers,
 )
-from secateur.structured.expert_survey import choose_experts, refuse_several
-from secateur.structured.latency import LATENCY, find_latency
-from secateur.structured.learned import choose_learned
-from secateur.structured.vocabulary import check_vocabulary, trimmed_source
-from secateur.structured.width import (
-    UnitSelection,
-    kept_queries,
-    kept_width,
-    plan_width_run,
-    pruning_values,
-    query_selection,
-    score_of,
-    width_selection,
-)
-from secateur.training.distillation import DistillationData
-from secateur.training.distilled_checkpoint import distill_checkpoint
+
+if TYPE_CHECKING:
+    from secateur.engine.prepared import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +107,8 @@ def plan_structure(
     unknown = tuple(name for name, given in conditions.items() if given)
     memory = None
     if plan.narrows and recipe.learned is None:
+        from secateur.structured.choices import plan_width_run
+
         memory = plan_width_run(recipe, plan, source.folder)
     size = found.before.file_bytes if unknown else found.after.file_bytes
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
@@ -140,7 +125,10 @@ def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, CutPla
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
     plan = plan_cut(recipe, skeleton)
     check_width(recipe, plan, skeleton)
-    check_vocabulary(recipe, source, skeleton)
+    if trims_vocabulary(recipe):
+        from secateur.structured.vocabulary import check_vocabulary
+
+        check_vocabulary(recipe, source, skeleton)
     return skeleton, plan
 
 
@@ -148,12 +136,10 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     """Cut structure out of a checkpoint, and write a new, smaller one."""
 
     verb = "structure"
-    timer: ClassVar[StepTimer] = staticmethod(time_steps)
-    """Measures the time of a token, if the recipe has a target in time."""
 
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        refuse_several(recipe, run.ranks.count)
+        _refuse_several(recipe, run.ranks.count)
         self.skeleton, self.plan = _open(recipe, run.source)
         self.device, work = choose_device(recipe.device), run.folder.work
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
@@ -187,19 +173,19 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def work(self) -> StructureResult:
         """Run all steps that no earlier run finished, and write the result."""
         recipe, folder, progress = self.recipe, self.run.folder, self.run.progress
-        base, steps = trimmed_source(recipe, self.run.source, folder.work, progress)
+        base, steps = self.run.source, []
+        if trims_vocabulary(recipe):
+            from secateur.structured.vocabulary import trimmed_source
+
+            base, notes = trimmed_source(recipe, base, folder.work, progress)
+            steps = [notes]
         trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
         plan = plan_cut(recipe, trimmed) if steps else self.plan
         windows, latency = self._windows(base, trimmed.config, plan), None
         if recipe.decode_latency is not None:
-            latency = find_latency(
-                recipe,
-                plan,
-                trimmed,
-                self.device,
-                lambda models: astuple(self.timer(models, self.device, progress)),
-                folder.work / LATENCY,
-            )
+            from secateur.evaluation.step_time import find_latency
+
+            latency = find_latency(recipe, plan, trimmed, self.device, folder.work, progress)
             plan = replace(plan, joint=latency["joint"])
         context = CutContext(
             recipe,
@@ -210,6 +196,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             self.device,
             folder.work,
             progress,
+            self._prune,
             self.run.ranks,
         )
         made = base.folder
@@ -233,6 +220,21 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """Read the result of a finished run from its notes."""
         return StructureResult(read_record(Manifest, output / NOTES / MANIFEST), output)
 
+    def _prune(
+        self, recipe: PruneRecipe, made: Path, change: Callable[[Prepared], Prepared]
+    ) -> None:
+        """Prune into a folder, or resume."""
+        from secateur.engine.prepared import prepare
+
+        folder, progress, meter = (
+            RunFolder(made, "prune", resume=True),
+            self.run.progress,
+            Meter.start(),
+        )
+        source = source_of(recipe, progress)
+        prepared = change(prepare(recipe, source, folder.model))
+        finish(step_of("prune")(prepared, RunContext(folder, source, progress, meter)))
+
     def _windows(self, base: LocalCheckpoint, config: Any, plan: CutPlan) -> RunWindows:
         """The windows of the run, or of a stopped one; none where nothing reads text."""
         recipe, work = self.recipe, self.run.folder.work
@@ -249,6 +251,9 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""
+        from secateur.training.distillation import DistillationData
+        from secateur.training.distilled_checkpoint import distill_checkpoint
+
         recipe, folder, trust = self.recipe, self.run.folder, self.recipe.trust_remote_code
         how, reader = recipe.distillation, open_weights(base.folder)
         dense = CheckpointTarget(reader, None, self.device, trust_remote_code=trust)
@@ -330,72 +335,51 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[CutStep | RefitStep]:
     """The steps that a plan needs, in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
+        from secateur.structured.learned import choose_learned
+
         return [CutStep("learned", choose_learned)]
+    from secateur.structured import choices
+
     found: list[CutStep | RefitStep] = []
-    if plan.drop_layers:
-        found.append(CutStep("depth", choose_layers))
-    if plan.keep_experts is not None:
-        found.append(CutStep("experts", choose_experts))
-    if plan.keep_hidden is not None:
-        found.append(CutStep("hidden", choose_hidden))
     channels = plan.keep_hidden is not None
+    if plan.drop_layers:
+        found.append(CutStep("depth", choices.choose_layers))
+    if plan.keep_experts is not None:
+        found.append(CutStep("experts", choices.choose_experts))
+    if channels:
+        found.append(CutStep("hidden", choices.choose_hidden))
     helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
     if helps and can_refit(describe(model), channels=channels):
         found.append(RefitStep())
     if plan.keep_queries is not None:
-        found.append(CutStep("queries", _choose_queries))
+        found.append(CutStep("queries", choices.choose_queries))
     if plan.narrows:
-        found.append(CutStep("width", _choose_width))
+        found.append(CutStep("width", choices.choose_width))
     return found
 
 
-def _choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the query heads to keep in each KV group, and refit their readers in a folder."""
-    heads, made = context.plan.keep_queries, context.work / "thinned"
-    assert heads is not None
-    _prune_units(context, folder, made, "uniform", lambda target: query_selection(target, heads))
-    cut = kept_queries(CheckpointReader(made), heads, context.recipe.trust_remote_code)
-    return cut, _score_record(context.recipe), made
-
-
-def _choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the heads and neurons to keep, and refit their readers in a folder."""
-    recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
-    allocation = recipe.allocation or "uniform"
-    _prune_units(
-        context, folder, made, allocation, lambda target: width_selection(target, recipe, plan)
-    )
-    cut = kept_width(CheckpointReader(made), allocation == "uniform", recipe.trust_remote_code)
-    return cut, _score_record(recipe) | {"allocation": allocation}, made
-
-
-def _score_record(recipe: StructureRecipe) -> dict[str, Any]:
-    """What chose the units of a pruning run."""
-    return {"score": score_of(recipe), "solver": recipe.solver}
-
-
-def _prune_units(
-    context: CutContext,
-    folder: Path,
-    made: Path,
-    allocation: str,
-    select: Callable[[Target], UnitSelection],
-) -> None:
-    """Prune whole units of a model folder into another, unless an earlier run did."""
-    if made.exists():
+def _refuse_several(recipe: StructureRecipe, count: int) -> None:
+    """Refuse what several processes cannot share yet."""
+    if count == 1:
         return
-    folder_of_run, calibration = RunFolder(made, "prune", resume=True), context.recipe.calibration
-    meter = Meter.start()
-    values = pruning_values(context.recipe, allocation) | {
-        "model": str(folder),
-        "output": str(made),
-        "calibration": {"source": str(context.windows_file), "seed": calibration.seed},
-    }
-    recipe = build_recipe(PruneRecipe, values)
-    source = source_of(recipe, context.progress)
-    prepared = prepare(recipe, source, folder_of_run.model)
-    prepared = select(prepared.target).applied(prepared)
-    finish(step_of("prune")(prepared, RunContext(folder_of_run, source, context.progress, meter)))
+    other = [
+        name
+        for name, field in WhatToCut.model_fields.items()
+        if name not in ("model", "experts") and getattr(recipe, name) != field.default
+    ]
+    if recipe.learned is not None:
+        other.append("learned")
+    if recipe.distillation.epochs:
+        other.append("distill_epochs")
+    if recipe.calibration.generated_windows:
+        other.append("generated_windows")
+    if other:
+        option = f"--{other[0].replace('_', '-')}"
+        raise RecipeError(
+            f"{option} does not work with several processes yet, and there are {count}: they "
+            "share only the survey of --experts",
+            remedy="start without torchrun, or cut the experts first and the rest in a second run",
+        )
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

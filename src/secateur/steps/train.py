@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from secateur.sparsity.scores import scores
 from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step, source_of
 from secateur.training.batches import Batches
+from secateur.training.loop import Loop
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import check_written, open_tensors, write_trained
-from secateur.training.session import Session, Trained, train_in_rounds
+from secateur.training.session import Trained, train_in_rounds, train_once
 from secateur.training.setup import Adapted, TrainingInputs, adapt, merged, plan_of
 from secateur.training.training_plan import TrainingPlan, optimizers
 
@@ -160,21 +162,25 @@ class Train(Step[TrainRecipe, TrainResult]):
         masks = inputs.masks(model)
         objective = inputs.objective(found.teacher, model, work, progress)
         adapted = adapt(recipe, model, masks, text.windows)
-        session = Session(
-            adapted,
+        make_loop = partial(
+            Loop,
+            adapted.model,
             Batches(text.windows, recipe.batch, recipe.seed),
             objective,
-            found.plan,
-            text.validation,
-            work,
-            progress,
-            ranks,
-            Path(recipe.tensorboard) if recipe.tensorboard else None,
+            adapted.held,
+            hooks=adapted.hooks,
+            validation=text.validation,
+            progress=progress,
+            processes=ranks,
         )
-        rounds = adapted.rounds
-        trained = session.run() if rounds is None else train_in_rounds(session, rounds)
+        board = Path(recipe.tensorboard) if recipe.tensorboard else None
+        rounds, plan = adapted.rounds, found.plan
+        if rounds is None:
+            trained = train_once(make_loop(plan, saved=work, board=board), work)
+        else:
+            trained = train_in_rounds(make_loop, adapted, rounds, plan, work, board)
         if ranks.first:
-            training = _record(inputs, session, trained, self.run.meter, found.needs)
+            training = _record(inputs, adapted, trained, self.run.meter, found.needs)
             _write(recipe, source, adapted.masks, training, trained, folder, progress)
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
@@ -192,7 +198,7 @@ class Train(Step[TrainRecipe, TrainResult]):
 
 def _record(
     inputs: TrainingInputs,
-    session: Session,
+    adapted: Adapted,
     trained: Trained,
     meter: Meter,
     needs: Plan,
@@ -202,13 +208,13 @@ def _record(
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
     return Training(
         source=inputs.source.record,
-        objective=_objective_text(recipe, session.adapted),
+        objective=_objective_text(recipe, adapted),
         text=inputs.text.record,
         learning_rate=trained.learning_rate,
         optimizer=optimizers()[recipe.optimizer.lower()].__name__,
-        processes=session.processes.count,
+        processes=inputs.processes.count,
         recipe=recipe.model_dump(mode="json"),
-        environment=environment(session.processes.device),
+        environment=environment(inputs.processes.device),
         planned=needs.to_json(),
         cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
         result={

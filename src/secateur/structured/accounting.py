@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from secateur.models.architecture import Couplings
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import form_of
 from secateur.models.shape import layer_caches
-from secateur.models.skeleton import build_skeleton
+from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.runs.records import Counts
 from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
-from secateur.structured.edits import parameters_of
 
 UNCUT_BYTES = 2
 """Bytes cached for each token in place of a removed attention sub-block."""
@@ -74,31 +73,27 @@ def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
 
 def account(made: Design) -> Accounting:
     """Count what a design removes."""
-    model = made.uncut
-    there = parameters_of(model)
-    sources = {n: there[edit.source] for n, edit in made.edits.items() if edit.source in there}
-    before = [(n, p, p.numel() * p.itemsize, p.numel()) for n, p in there.items()]
-    after = [
-        (n, p, p.numel() * sources[n].itemsize, p.numel())
-        for n, p in parameters_of(made.skeleton).items()
-    ]
+    there = parameters_of(made.uncut)
+    before = {name: p.itemsize for name, p in there.items()}
+    after = {n: before[edit.source] for n, edit in made.edits.items() if edit.source in there}
     return Accounting(
-        _counts(model, made, before), _counts(made.skeleton, made, after), made.varied
+        _counts(made.uncut, made, before), _counts(made.skeleton, made, after), made.varied
     )
 
 
-def _counts(model: Any, made: Design, parameters: Iterable[tuple[str, Tensor, int, int]]) -> Counts:
-    """Count a model."""
+def _counts(model: Any, made: Design, itemsizes: Mapping[str, int]) -> Counts:
+    """Count a model, whose weights are stored in numbers of these sizes."""
     from secateur.models.varied import NoAttention
 
     prefix = made.architecture.layers_path + "."
     found: Counter[str] = Counter()
-    for name, parameter, size, values in parameters:
+    for name, parameter in parameters_of(model).items():
+        values = parameter.numel()
         inner = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else None
         module = model.get_submodule(name.rpartition(".")[0])
         found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
-        found["decoder"] += values if inner is not None else 0
-        found["file_bytes"] += size
+        found["decoder"] += values * (inner is not None)
+        found["file_bytes"] += values * itemsizes[name]
     removed = sum(isinstance(module, NoAttention) for module in model.modules())
     values = sum(cache.values for cache in layer_caches(model))
     cache = values * model.dtype.itemsize + removed * UNCUT_BYTES

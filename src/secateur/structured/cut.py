@@ -111,10 +111,10 @@ class Cut:
         try:
             values: dict[str, Any] = {}
             for name, value in record.items():
-                if name in ("layers", "hidden"):
-                    values[name] = None if value is None else _whole_numbers(value)
-                else:
+                if name not in ("layers", "hidden"):
                     values[name] = {int(i): _whole_numbers(kept) for i, kept in value.items()}
+                elif value is not None:
+                    values[name] = _whole_numbers(value)
             return cls(**values)
         except (TypeError, ValueError, AttributeError) as error:
             raise RecipeError(
@@ -132,8 +132,7 @@ class Cut:
         Raises:
             RecipeError: names every fault.
         """
-        faults = list(self.faults(sizes))
-        if faults:
+        if faults := list(self.faults(sizes)):
             raise RecipeError(
                 "the cut is impossible:\n    " + "\n    ".join(faults),
                 remedy="indices count from 0 and are of the uncut model, each once, ascending",
@@ -356,7 +355,14 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
             )
         _refuse_uneven_groups(config, kept, sizes, layer)
     _refuse_uneven_heads(model, cut)
-    _refuse_sparse_activations(config, cut)
+    sparse = setting(config, "activation_sparsity_pattern") or ()
+    for layer, kept in cut.neurons.items():
+        if kept and layer < len(sparse) and sparse[layer] > 0:
+            raise ArchitectureError(
+                f"layer {layer}: FFN neurons cannot be cut, because their activations are chosen "
+                f"by the mean and deviation of all neurons (activation sparsity {sparse[layer]:g})",
+                remedy="cut neurons of the other layers",
+            )
     if pad and hasattr(model.config, "secateur_cut"):
         raise RecipeError(
             "this model cannot be padded: it was cut to different sizes before",
@@ -383,18 +389,6 @@ def _refuse_uneven_heads(model: Any, cut: Cut) -> None:
             "query heads in a KV group",
             remedy="cut FFN neurons, experts or layers",
         )
-
-
-def _refuse_sparse_activations(config: Any, cut: Cut) -> None:
-    """Refuse to cut FFN neurons whose activations are chosen by their mean and deviation."""
-    sparse = setting(config, "activation_sparsity_pattern") or ()
-    for layer, kept in cut.neurons.items():
-        if kept and layer < len(sparse) and sparse[layer] > 0:
-            raise ArchitectureError(
-                f"layer {layer}: FFN neurons cannot be cut, because their activations are chosen "
-                f"by the mean and deviation of all neurons (activation sparsity {sparse[layer]:g})",
-                remedy="cut neurons of the other layers",
-            )
 
 
 def _refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:

@@ -110,7 +110,7 @@ def _fewer(kept: Kept, total: int, what: str) -> int | None:
 
 
 def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """The plan of a recipe for a model. A target in time is searched later (`width.py`).
+    """The plan of a recipe for a model. A target in time is met later (`evaluation/step_time.py`).
 
     Args:
         recipe: the user's recipe.
@@ -123,9 +123,8 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
     """
     if any(getattr(recipe, name) is not None for name in UNITS):
         couplings_of(describe(model), [k for n, k in KINDS.items() if getattr(recipe, n)])
-    sizes = sizes_of(model)
+    sizes, drop = sizes_of(model), 0
     layers = sizes.layers
-    drop = 0
     if recipe.keep_layers is not None:
         drop = layers - count(recipe.keep_layers, layers, "decoder layers")
     hidden = experts = None
@@ -164,8 +163,13 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
             f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
             remedy="choose a number that divides them, such as 8 or 64",
         )
-    if any(getattr(recipe, name) is not None for name in TARGETS):
-        _check_narrowable(sizes)
+    aims = any(getattr(recipe, name) is not None for name in TARGETS)
+    if aims and max(sizes.neurons) < 2:
+        raise RecipeError(
+            "the model has no FFN neurons outside its experts, and cuts of whole heads alone "
+            "cannot reach a target",
+            remedy="say how many of each to keep: --kv-groups, --experts, --keep-layers",
+        )
     plan = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, whole_layers=whole_layers)
     target = _decoder_target(recipe, model)
     if target is not None:
@@ -215,16 +219,6 @@ def _whole_layers(recipe: StructureRecipe, layers: int) -> tuple[int, int]:
             remedy="keep fewer layers whole",
         )
     return first, last
-
-
-def _check_narrowable(sizes: Sizes) -> None:
-    """Refuse a target that cuts of heads and neurons cannot reach."""
-    if max(sizes.neurons) < 2:
-        raise RecipeError(
-            "the model has no FFN neurons outside its experts, and cuts of whole heads alone "
-            "cannot reach a target",
-            remedy="say how many of each to keep: --kv-groups, --experts, --keep-layers",
-        )
 
 
 def _share(kept: Kept, each: tuple[int, ...], what: str) -> float:
@@ -356,7 +350,7 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
         RecipeError: whole units cannot reach the aim, or no unit of a kind would stay.
     """
     sizes = sizes_of(model)
-    kept: dict[str, dict[int, tuple[int, ...]]] = {"groups": {}, "neurons": {}}
+    kept: dict[str, Any] = {"groups": {}, "neurons": {}}
     for kind, gone in width_shares(plan, sizes, model).items():
         width = unit_width(sizes, kind)
         pattern = parse_pattern(pattern_text(sizes, kind, multiple))
@@ -370,7 +364,7 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
                         remedy="keep more, or drop layers too: --keep-layers",
                     )
                 kept[kind][layer] = tuple(range(left))
-    return Cut(groups=kept["groups"], neurons=kept["neurons"])
+    return Cut(**kept)
 
 
 def width_shares(plan: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
@@ -411,9 +405,7 @@ def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
     for kind in ("groups", "neurons"):
         each: tuple[int, ...] = getattr(sizes, kind)
         if max(each) > 1:
-            layer = each.index(max(each))
-            fewer = {layer: tuple(range(each[layer] - 1))}
-            cut = Cut(groups=fewer) if kind == "groups" else Cut(neurons=fewer)
-            counted = accounting(model, cut)
+            fewer: Any = {kind: {each.index(max(each)): tuple(range(max(each) - 1))}}
+            counted = accounting(model, Cut(**fewer))
             found[kind] = counted.before.decoder - counted.after.decoder
     return found

@@ -2,13 +2,13 @@
 
     depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
 
-The last two choose units with a run of `secateur prune` (`width.py`).
+The last two choose units with a run of `secateur prune` (`choices.py`).
 
 A step's folder is complete, or it does not exist, so a killed run resumes after the last finished
 step. The refit comes after a cut of layers or channels: it fits the remaining linears to the uncut
 model.
 
-Several processes share the survey of experts (`expert_survey.py`).
+Several processes share the survey of experts (`choices.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,12 @@ from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
-from secateur.engine.search.channels import hidden_scores
-from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import copy_of, open_weights
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.folder import Ledger
 from secateur.runs.output import whole_folder, write_json
@@ -43,6 +42,9 @@ from secateur.sparsity.methods import compose
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import CutPlan
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+
+if TYPE_CHECKING:
+    from secateur.engine.prepared import Prepared
 
 STEP = "step.json"
 """The file that a step writes into the folder of its model."""
@@ -61,6 +63,8 @@ class CutContext:
         device: the device for the work on layers.
         work: the folder that holds a folder for each step.
         progress: receives every step.
+        prune: carries out a pruning: its recipe, the folder of the result, and a change of what
+            is prepared.
         ranks: the processes that share surveys; this one is the first.
     """
 
@@ -72,6 +76,7 @@ class CutContext:
     device: torch.device
     work: Path
     progress: Progress
+    prune: Callable[[PruneRecipe, Path, Callable[[Prepared], Prepared]], None]
     ranks: Ranks = ALONE
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
@@ -121,43 +126,6 @@ class CutStep:
             if kept != folder:
                 shutil.rmtree(kept)
         return made, json.loads((made / STEP).read_text(encoding="utf-8"))
-
-
-def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the decoder layers or sub-blocks to remove."""
-    how, sizes, drop = context.recipe.depth, context.plan.sizes, context.plan.drop_layers
-    by_layers = how.units == "layers"
-    depth = DepthSettings(
-        units=how.units,
-        count=drop if by_layers else None,
-        share=None if by_layers else drop / sizes.layers,
-        method=how.by,
-        seed=context.recipe.calibration.seed,
-    )
-    work = context.scratch("depth")
-    dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
-    notes = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
-    cut = Cut(
-        layers=tuple(i for i in range(sizes.layers) if i not in dropped.layers),
-        groups=dict.fromkeys(dropped.attention, ()),
-        neurons=dict.fromkeys(dropped.ffn, ()),
-    )
-    return cut, notes, folder
-
-
-def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
-    target = context.target(folder)
-    assert context.plan.keep_hidden is not None
-    settings = Settings(
-        micro_batch_tokens=context.recipe.memory.micro_batch_tokens,
-        fast_matmuls=context.recipe.fast_matmuls,
-        work=context.scratch("hidden"),
-    )
-    hidden = context.plan.sizes.hidden
-    scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
-    order = scores.argsort(descending=True, stable=True)[: context.plan.keep_hidden]
-    return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
 
 class RefitStep:

@@ -125,7 +125,9 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
         RecipeError: the cut is impossible.
         ArchitectureError: the family does not declare what the cut needs, or no class fits.
     """
-    model = _with_fused_experts(model)
+    experts = describe(model).experts
+    if experts is not None and experts.opened_in(describe(model).layers(model)):
+        model = skeleton_of(type(model), model.config, model.dtype)  # with fused experts
     architecture, sizes = describe(model), sizes_of(model)
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
@@ -156,14 +158,6 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
             remedy="this family's layers cannot be cut yet",
         )
     return Design(**vars(blueprint), skeleton=_built_varied(blueprint))
-
-
-def _with_fused_experts(model: Any) -> Any:
-    """The model; if its experts are opened (`models/experts.py`), a skeleton of it instead."""
-    experts = describe(model).experts
-    if experts is None or not experts.opened_in(describe(model).layers(model)):
-        return model
-    return skeleton_of(type(model), model.config, model.dtype)
 
 
 def _built_plain(blueprint: Blueprint) -> Any:
@@ -221,9 +215,8 @@ def _layer_changes(blueprint: Blueprint) -> dict[str, Any]:
         dense = [new for new, i in enumerate(kept) if not blueprint.sizes.experts[i]]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if blueprint.hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
-        changes["rms_norm_eps"] = (
-            config.rms_norm_eps * blueprint.sizes.hidden / len(blueprint.hidden)
-        )
+        narrower = blueprint.sizes.hidden / len(blueprint.hidden)
+        changes["rms_norm_eps"] = config.rms_norm_eps * narrower
     return changes
 
 
@@ -245,20 +238,15 @@ def _kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) 
             }
         elif name in CYCLES and isinstance(value, list | tuple) and value:
             found[name] = [value[i % len(value)] for i in kept]
-        elif _is_per_layer(name, value, count):
-            found[name] = type(value)(value[i] for i in kept)
-            if isinstance(value, str):
-                found[name] = "".join(value[i] for i in kept)
+        elif (
+            isinstance(value, list | tuple | str)  # a value, or a letter, for each layer
+            and len(value) == count
+            and any(part in name for part in PER_LAYER)
+            and not name.startswith("mtp")  # of layers that predict further tokens
+        ):
+            own = [value[i] for i in kept]
+            found[name] = "".join(own) if isinstance(value, str) else type(value)(own)
     return found
-
-
-def _is_per_layer(name: str, value: Any, count: int) -> bool:
-    """Whether an entry has a value, or a letter, for each layer."""
-    if not isinstance(value, list | tuple | str) or len(value) != count:
-        return False
-    if name.startswith("mtp"):  # of layers that predict further tokens
-        return False
-    return any(part in name for part in PER_LAYER)
 
 
 def _uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
@@ -361,15 +349,11 @@ def _fits(skeleton: Any, blueprint: Blueprint) -> bool:
 
 def _refuse_other_settings(skeleton: Any, blueprint: Blueprint) -> None:
     """Refuse removed layers where the class computes what a layer is from its index."""
-    before, after = (
-        list(blueprint.architecture.layers(model)) for model in (blueprint.uncut, skeleton)
-    )
+    before, after = map(blueprint.architecture.layers, (blueprint.uncut, skeleton))
     if len(before) == len(after):
         return
     there = tensors_of(blueprint.uncut)
-    resized = any(
-        edit.shape != tuple(there[edit.source].shape) for edit in blueprint.edits.values()
-    )
+    resized = any(x.shape != tuple(there[x.source].shape) for x in blueprint.edits.values())
     kept = [layer.index for layer in blueprint.layers]
     if _has_attention(blueprint.uncut.config) and not _has_attention(skeleton.config):
         raise ArchitectureError(
@@ -377,25 +361,6 @@ def _refuse_other_settings(skeleton: Any, blueprint: Blueprint) -> None:
             "tokens of its cache in such layers",
             remedy="keep one of them",
         )
-    differing = _differing_layer(before, after, kept, resized=resized)
-    if differing is not None:
-        raise ArchitectureError(
-            f"these layers of {type(blueprint.uncut).__name__} cannot be removed: {differing}",
-            remedy="remove other layers, or cut units within layers",
-        )
-
-
-def _has_attention(config: Any) -> bool:
-    """Whether a configuration that names the kinds of its layers names one with attention."""
-    text = text_config(config)
-    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
-    return any(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
-
-
-def _differing_layer(
-    before: Sequence[nn.Module], after: Sequence[nn.Module], kept: Sequence[int], *, resized: bool
-) -> str | None:
-    """The first setting in which a layer differs from the one it comes from; None without any."""
     shared = any(getattr(m, "is_kv_shared_layer", False) for x in before for m in x.modules())
     for new, old in enumerate(kept):
         ours = dict(_plain_attributes(after[new], numbers=not resized))
@@ -403,8 +368,18 @@ def _differing_layer(
             if name.endswith("store_full_length_kv") and not shared:
                 continue
             if name in ours and ours[name] != value:
-                return f"{name} of layer {old} is {value!r}, and would be {ours[name]!r}"
-    return None
+                raise ArchitectureError(
+                    f"these layers of {type(blueprint.uncut).__name__} cannot be removed: {name} "
+                    f"of layer {old} is {value!r}, and would be {ours[name]!r}",
+                    remedy="remove other layers, or cut units within layers",
+                )
+
+
+def _has_attention(config: Any) -> bool:
+    """Whether a configuration that names the kinds of its layers names one with attention."""
+    text = text_config(config)
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
+    return any(str(kind).endswith("attention") and "linear" not in str(kind) for kind in kinds)
 
 
 def _plain_attributes(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str, Any]]:
@@ -526,14 +501,11 @@ def _already_gone(blueprint: Blueprint, couplings: Couplings, layer: LayerCut) -
 
 def _quantity(blueprint: Blueprint, layer: LayerCut, name: str) -> int:
     """A size that an attribute of a module holds."""
-    if name == "hidden":
-        return blueprint.channels
-    if name in ("neurons", "experts"):
+    if name in ("neurons", "experts", "groups"):
         return blueprint.count(layer, name)
-    groups = blueprint.count(layer, "groups")
-    heads = groups * blueprint.heads_per_group
+    heads = blueprint.count(layer, "groups") * blueprint.heads_per_group
     return {
-        "groups": groups,
+        "hidden": blueprint.channels,
         "heads": heads,
         "queries": heads * blueprint.sizes.head_dim,
         "heads_per_group": blueprint.heads_per_group,

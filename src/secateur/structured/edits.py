@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture, Axes, Couplings
-from secateur.models.skeleton import stored_buffers
+from secateur.models.skeleton import parameters_of, stored_buffers
 from secateur.structured.cut import UNITS, Cut, Sizes, find
 
 
@@ -223,16 +223,19 @@ class Editor:
             _kept_along(axis, size, self.sizes, layer, self.stream)
             for axis, size in zip(axes, parameter.shape, strict=True)
         )
-        sides = zip(parameter.shape, kept, strict=True)
-        shape = tuple(n if k is None else len(k) for n, k in sides)
+        shape = tuple(
+            n if k is None else len(k) for n, k in zip(parameter.shape, kept, strict=True)
+        )
         edit = Edit(name, kept, shape)
         if kept[0] is not None and _is_rms_norm(module):
             scale = norm_scale(axes[0], parameter.shape[0], kept[0])
             edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
         if axes[0] in ("queries", "keys"):
             edit = replace(edit, scale=edit.scale * self.before_norm(owner, kept[0]))
-        if leaf == "bias" and _is_padding(inner.rpartition(".")[0], self.couplings, layer):
-            edit = replace(edit, kept=(torch.full(shape, -1),))
+        for read, units in (("queries", layer.groups), ("neurons", layer.neurons)):
+            reads = inner == f"{self.couplings.consumer(read)}.bias"
+            if reads and units is not None and bool((units < 0).all()):  # only zeros
+                edit = replace(edit, kept=(torch.full(shape, -1),))
         return edit
 
     def before_norm(self, name: str, kept: Tensor | None) -> float:
@@ -254,12 +257,6 @@ class Editor:
         return factor
 
 
-def parameters_of(model: Any) -> dict[str, Tensor]:
-    """Parameters by name; those that share a tensor count once. In a skeleton none do."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
-
-
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """Parameters by name, as `parameters_of`, and buffers that checkpoints store."""
     return parameters_of(model) | stored_buffers(model)
@@ -273,14 +270,6 @@ def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     if layer.neurons is not None and not len(layer.neurons):
         gone += (*couplings.ffn, *couplings.ffn_norms)
     return gone
-
-
-def _is_padding(name: str, couplings: Couplings, layer: LayerCut) -> bool:
-    """Whether this linear of a layer reads a sub-block that consists only of zeros."""
-    for axis, kept in (("queries", layer.groups), ("neurons", layer.neurons)):
-        if name == couplings.consumer(axis) and kept is not None:
-            return bool((kept < 0).all())
-    return False
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -313,7 +302,15 @@ def _kept_along(
         layer: the kept units of the layer.
         stream: channels of the residual stream that are kept.
     """
-    widths, segments = _unit_widths(sizes), axis.split("+")
+    each, width = sizes.heads_per_group, sizes.head_dim
+    widths = {  # how many consecutive entries a KV group has along each axis of heads
+        "queries": each * width,
+        "heads": each,
+        "pairs": 2 * each * width,
+        "keys": width,
+        "triples": (each + 2) * width,
+    }
+    segments = axis.split("+")
     if len(segments) > 1:
         full = [
             sizes.groups[layer.index] * widths[x] if x in widths else sizes.neurons[layer.index]
@@ -359,18 +356,6 @@ def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
         heads = torch.cat([own, torch.tensor([each, each + 1])])
         parts.append(_spread(heads + group * (each + 2), size))
     return torch.cat(parts)
-
-
-def _unit_widths(sizes: Sizes) -> dict[str, int]:
-    """How many consecutive entries a KV group has along each axis of heads."""
-    size = sizes.head_dim
-    return {
-        "queries": sizes.heads_per_group * size,
-        "heads": sizes.heads_per_group,
-        "pairs": 2 * sizes.heads_per_group * size,
-        "keys": size,
-        "triples": (sizes.heads_per_group + 2) * size,
-    }
 
 
 def _spread(units: Tensor, width: int) -> Tensor:

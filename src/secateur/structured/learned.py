@@ -29,7 +29,7 @@ from secateur.recipes.structure import LearnedOptions
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.output import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
-from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
+from secateur.structured.cut_plan import representative, uniform_cut
 from secateur.structured.cut_steps import CutContext
 from secateur.structured.design import design
 from secateur.training.batches import Batches, DomainLoading, TrainingText
@@ -94,15 +94,30 @@ def choose_learned(context: CutContext, folder: Path) -> tuple[Cut, dict[str, An
             "proportions": loading.proportions,
         }
     made = context.work / "learned-weights"
-    _write_weights(folder, work / "final.safetensors", made, trust)
+    shutil.rmtree(made, ignore_errors=True)
+    with whole_folder(made) as partial_folder, open_tensors(work / "final.safetensors") as trained:
+        write_trained(folder, trained, partial_folder, trust_remote_code=trust)
     return cut, notes, made
 
 
 def _shape_of(context: CutContext, how: LearnedOptions) -> Shape:
     """The target sizes: the number of units of each kind to keep in every layer."""
     plan, sizes = context.plan, context.plan.sizes
-    model = context.target(context.source).model
-    widths = _widths_of(plan, model, context.recipe.multiple)
+    widths: dict[str, int] = {}
+    if plan.narrows:
+        model = context.target(context.source).model
+        left = design(model, representative(plan)).skeleton
+        cut = uniform_cut(plan, left, context.recipe.multiple)
+        for kind in ("groups", "neurons"):
+            counts = {len(units) for units in getattr(cut, kind).values()}
+            if len(counts) > 1:
+                raise RecipeError(
+                    "learned masks need layers of one size",
+                    where=f"{kind} that would stay: {sorted(counts)}",
+                    remedy="cut the model without learned",
+                )
+            if counts:
+                widths[kind] = counts.pop()
     return Shape(
         groups=widths.get("groups"),
         neurons=widths.get("neurons"),
@@ -111,25 +126,6 @@ def _shape_of(context: CutContext, how: LearnedOptions) -> Shape:
         learning_rate=how.mask_learning_rate,
         warm_up=how.target_warm_up,
     )
-
-
-def _widths_of(plan: CutPlan, model: Any, multiple: int) -> dict[str, int]:
-    """The KV groups and neurons to keep in every layer, for the kinds that are cut."""
-    if not plan.narrows:
-        return {}
-    left = design(model, representative(plan)).skeleton
-    cut, found = uniform_cut(plan, left, multiple), {}
-    for kind in ("groups", "neurons"):
-        counts = {len(units) for units in getattr(cut, kind).values()}
-        if len(counts) > 1:
-            raise RecipeError(
-                "learned masks need layers of one size",
-                where=f"{kind} that would stay: {sorted(counts)}",
-                remedy="cut the model without learned",
-            )
-        if counts:
-            found[kind] = counts.pop()
-    return found
 
 
 @dataclass(frozen=True)
@@ -231,14 +227,8 @@ def _check_fits(context: CutContext, folder: Path, found: Domains, training: Tra
         batch=how.batch,
         trust_remote_code=context.recipe.trust_remote_code,
     )
-    needed = training_memory(
-        recipe,
-        target,
-        None,
-        TrainingText(windows, None, {}),
-        training,
-        ProcessGroup(context.device),
-    )
+    text, processes = TrainingText(windows, None, {}), ProcessGroup(context.device)
+    needed = training_memory(recipe, target, None, text, training, processes)
     tokens = min(training.at_once(windows.shape[1]), how.batch) * windows.shape[1]
     sizes = sizes_of(target.model)
     # The product of an activation and its gates is kept for the backward.
@@ -247,10 +237,3 @@ def _check_fits(context: CutContext, folder: Path, found: Domains, training: Tra
     gates = Need("gates", 4 * tokens * gated * sizes.layers, (TRAINING,), "gates")
     needed = replace(needed, needs=(*needed.needs, gates))
     check_memory(needed, context.recipe.memory.max_bytes, context.device)
-
-
-def _write_weights(folder: Path, final: Path, made: Path, trust: bool) -> None:
-    """Write a copy of a checkpoint with trained weights."""
-    shutil.rmtree(made, ignore_errors=True)
-    with whole_folder(made) as partial_folder, open_tensors(final) as trained:
-        write_trained(folder, trained, partial_folder, trust_remote_code=trust)

@@ -148,8 +148,14 @@ def cut_checkpoint(
     output_folder.mkdir(parents=True, exist_ok=True)
     _write_other_files(folder, output_folder, made)
     if isinstance(reader, AssembledReader):
-        _describe_form(made, reader, output_folder / "config.json", kept is not None)
-        reader, edits = (reader, edits) if kept is None else (reader.stored, kept)
+        file = output_folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if kept is None:  # plain numbers
+            config = without_description(config)
+        else:
+            config = _renumbered_description(made, config, reader)
+            reader, edits = reader.stored, kept
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 
@@ -260,8 +266,7 @@ def _copied_parts(
     made: Design, stored: Mapping[str, str], reader: CheckpointReader
 ) -> dict[str, list[str]]:
     """Tensors outside the decoder that are stored in another form, by part of the model."""
-    found: dict[str, list[str]] = {}
-    there = set(stored.values())
+    there, found = set(stored.values()), dict[str, list[str]]()
     if reader.entries.keys() <= there:
         return found
     for name, own in model_names(made.uncut, reader, split=False).items():
@@ -328,9 +333,8 @@ def _part_edits(
             found[target] = edit
             continue
         first, *others = edit.kept
-        if edit.scale != 1 or any(kept is not None for kept in others):
-            return None
-        if first is not None and not assembly.stacked:
+        within = edit.scale != 1 or any(kept is not None for kept in others)
+        if within or (first is not None and not assembly.stacked):
             return None
         for part in assembly.parts.values():
             name, shape = _renumbered(made, part), entries[part].shape
@@ -343,13 +347,6 @@ def _part_edits(
         if new is not None:
             found[new] = Edit.copy(name, entries[name].shape)
     return found
-
-
-def _describe_form(made: Design, reader: AssembledReader, file: Path, kept: bool) -> None:
-    """Write how the weights are stored: as in the source where `kept`, else as plain numbers."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config = _renumbered_description(made, config, reader) if kept else without_description(config)
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _renumbered_description(
@@ -369,31 +366,22 @@ def _renumbered_description(
             return list(dict.fromkeys(new for x in value for new in _names_of(made, x, modules)))
         return value
 
-    result = dict(config)
-    for key in DESCRIPTIONS:
-        if key in result:
-            result[key] = anew(result[key])
-    text = result.get("text_config")
-    if isinstance(text, Mapping):
-        found = {key: anew(text[key]) for key in DESCRIPTIONS if key in text}
-        result["text_config"] = {**text, **found}
-    return result
+    def described(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {**part, **{key: anew(part[key]) for key in DESCRIPTIONS if key in part}}
+
+    result, text = described(config), config.get("text_config")
+    return result | {"text_config": described(text)} if isinstance(text, Mapping) else result
 
 
-def _names_of(made: Design, name: str, modules: list[str]) -> Iterator[str]:
+def _names_of(made: Design, name: str, modules: list[str]) -> list[str]:
     """The names in the cut model of what one entry of a list names."""
-    if not name.startswith(PATTERN):
-        new = _renumbered(made, name)
-        if new is not None:
-            yield new
-    elif not re.search(r"\d", name):
-        yield name
-    else:
+    found = [name]
+    if name.startswith(PATTERN):
+        if not re.search(r"\d", name):
+            return found
         pattern = re.compile(name.removeprefix(PATTERN))
-        for module in modules:
-            new = _renumbered(made, module) if pattern.match(module) else None
-            if new is not None:
-                yield new
+        found = [module for module in modules if pattern.match(module)]
+    return [new for old in found if (new := _renumbered(made, old)) is not None]
 
 
 def _renumbered(made: Design, name: str) -> str | None:
@@ -401,26 +389,25 @@ def _renumbered(made: Design, name: str) -> str | None:
 
     It may lack the base model's prefix. None if its layer or its expert is removed.
     """
-    leaf = made.architecture.layers_path.rpartition(".")[2]
+    leaf, experts = made.architecture.layers_path.rpartition(".")[2], made.architecture.experts
+    order = [layer.index for layer in made.layers]
     found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=\.|$)", name)
+    new = _with_new_number(name, found, order)
+    if found is None or new is None or experts is None:
+        return new
+    kept = made.layers[order.index(int(found[1]))].experts
+    if kept is None:
+        return new
+    return _with_new_number(new, experts.place_of(new), kept.tolist())
+
+
+def _with_new_number(name: str, found: re.Match[str] | None, kept: list[int]) -> str | None:
+    """A name in which a number is the place among those that are kept; None if it is not."""
     if found is None:
         return name
-    order = [layer.index for layer in made.layers]
-    if int(found[1]) not in order:
+    if int(found[1]) not in kept:
         return None
-    new = order.index(int(found[1]))
-    start, rest = name[: found.start(1)] + str(new), name[found.end(1) :]
-    experts = made.architecture.experts
-    kept = made.layers[new].experts
-    if experts is None or kept is None:
-        return start + rest
-    inner = experts.place_of(rest)
-    if inner is None:
-        return start + rest
-    places = kept.tolist()
-    if int(inner[1]) not in places:
-        return None
-    return f"{start}{rest[: inner.start(1)]}{places.index(int(inner[1]))}{rest[inner.end(1) :]}"
+    return f"{name[: found.start(1)]}{kept.index(int(found[1]))}{name[found.end(1) :]}"
 
 
 def cut_from_zeros(
@@ -439,9 +426,9 @@ def cut_from_zeros(
     Raises:
         ArchitectureError: the family declares no couplings.
     """
-    reader = pruned if isinstance(pruned, CheckpointReader) else None
-    model = pruned
-    if reader is not None:
+    model, reader = pruned, None
+    if isinstance(pruned, CheckpointReader):
+        reader = pruned
         model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
     architecture, sizes = describe(model), sizes_of(model)
     couplings = couplings_of(architecture)
@@ -453,8 +440,7 @@ def cut_from_zeros(
             count = getattr(sizes, kind)[i]
             if not count or name is None:
                 continue
-            prefix = f"{architecture.layer_name(i)}.{name}"
-            linear = Linear(prefix, layer.get_submodule(name))
+            linear = Linear(f"{architecture.layer_name(i)}.{name}", layer.get_submodule(name))
             weight, bias = _values_of(linear, reader, stored)
             used = weight.reshape(len(weight), count, unit_width(sizes, kind)).ne(0).any((0, 2))
             kept = tuple(used.nonzero().flatten().tolist())

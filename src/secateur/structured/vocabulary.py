@@ -38,7 +38,6 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import cannot_write, whole_folder
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.structured.cut_plan import trims_vocabulary
 from secateur.structured.cut_steps import STEP
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
@@ -192,16 +191,17 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
     These are special tokens, added tokens that a chat template or the tokenizer's configuration
     mentions, and the ids in configurations.
     """
-    tokenizer, texts = read_tokenizer(folder), template_texts(folder)
+    texts = template_texts(folder)
     found = {
-        number
-        for number, text, special in added_tokens(tokenizer)
-        if special or text in texts or counts[number]
+        token["id"]
+        for token in read_tokenizer(folder).get("added_tokens") or ()
+        if token.get("special") or token["content"] in texts or counts[token["id"]]
     }
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            config = parse_json((folder / name).read_bytes())
-            found |= {number for number in ids_in(config) if number < rows}
+            named: list[int] = []
+            _each_id(parse_json((folder / name).read_bytes()), named.append)
+            found |= {number for number in named if number < rows}
     highest = max([*pieces.ids.values(), *found])
     if highest >= rows:
         raise CheckpointError(
@@ -303,15 +303,13 @@ def _row_edits(
     leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
     edits, found = {}, 0
     for stored, entry in reader.entries.items():
-        owner = stored.rpartition(".")[0].rpartition(".")[2]
+        owner, edit = stored.rpartition(".")[0].rpartition(".")[2], Edit.copy(stored, entry.shape)
         copy = names[stored] not in known and owner in leaves and entry.shape[:1] == (tables.rows,)
         own = names[stored] in tables.names
         found += own
-        others = (None,) * max(0, len(entry.shape) - 1)
         if own or copy:
-            edits[stored] = Edit(stored, (index, *others), (len(index), *entry.shape[1:]))
-        else:
-            edits[stored] = Edit.copy(stored, entry.shape)
+            edit = Edit(stored, (index, *edit.kept[1:]), (len(index), *entry.shape[1:]))
+        edits[stored] = edit
     if not found:
         raise CheckpointError(
             f"the checkpoint does not contain {tables.names[0]}",
@@ -340,22 +338,22 @@ def _write_files(
 ) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     new = {old: number for number, old in enumerate(kept)}
-    written = {
-        TOKENIZER: _renumbered_tokenizer(read_tokenizer(folder), pieces, new),
-        "config.json": _with_own_shapes(
-            _renumbered_config(read_configuration(folder), new, tables.rows, len(kept)),
-            tables,
-            len(kept),
-        ),
-    }
+    config = _renumbered_config(read_configuration(folder), new, tables.rows, len(kept))
+    shapes = config.get("secateur_cut", {}).get("shapes", {})  # of `models/varied.py`
+    for owner in {name.rpartition(".")[0] for name in tables.names} & shapes.keys():
+        shapes[owner] = [len(kept), *shapes[owner][1:]]
+    tokenizer = _renumbered_tokenizer(read_tokenizer(folder), pieces, new)
+    written = {TOKENIZER: tokenizer, "config.json": config}
     for name in (TOKENIZER_CONFIG, GENERATION):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            written[name] = (
-                _renumbered_tokenizer_config(content, new)
-                if name == TOKENIZER_CONFIG
-                else _renumbered_config(content, new, tables.rows, len(kept))
-            )
+            written[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+    if GENERATION in written:
+        written[GENERATION] = _renumbered_config(written[GENERATION], new, tables.rows, len(kept))
+    tokens = written.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
+    if isinstance(tokens, Mapping):
+        written[TOKENIZER_CONFIG]["added_tokens_decoder"] = {
+            str(new[int(number)]): token for number, token in tokens.items() if int(number) in new
+        }
     note_links(copied_files(folder))
     for file in copied_files(folder):
         if file.name not in (*written, *LEFT_OUT, INDEX_NAME):
@@ -363,15 +361,6 @@ def _write_files(
     for name, content in written.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (output / name).write_text(text, encoding="utf-8")
-
-
-def _with_own_shapes(config: dict[str, Any], tables: TokenTables, count: int) -> dict[str, Any]:
-    """The configuration of a model of different sizes (`models/varied.py`) with the new rows."""
-    shapes = config.get("secateur_cut", {}).get("shapes", {})
-    owners = {name.rpartition(".")[0] for name in tables.names} & shapes.keys()
-    for owner in owners:
-        shapes[owner] = [count, *shapes[owner][1:]]
-    return config
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -395,12 +384,6 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError("it is no JSON object", where=str(file))
     return found
-
-
-def added_tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]]:
-    """The id, the text and whether it is special, for each token that was added."""
-    for token in tokenizer.get("added_tokens") or ():
-        yield token["id"], token["content"], bool(token.get("special"))
 
 
 def template_texts(folder: Path) -> str:
@@ -458,19 +441,6 @@ def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
     return result
 
 
-def _renumbered_tokenizer_config(
-    config: Mapping[str, Any], new: Mapping[int, int]
-) -> dict[str, Any]:
-    """The content of `tokenizer_config.json` with the tokens that stay."""
-    result = dict(config)
-    tokens = config.get("added_tokens_decoder")
-    if isinstance(tokens, Mapping):
-        result["added_tokens_decoder"] = {
-            str(new[int(number)]): token for number, token in tokens.items() if int(number) in new
-        }
-    return result
-
-
 def _renumbered_config(
     config: Mapping[str, Any], new: Mapping[int, int], rows: int, count: int
 ) -> dict[str, Any]:
@@ -486,18 +456,6 @@ def _renumbered_config(
 
     result: dict[str, Any] = sized(_each_id(config, new.__getitem__))
     return result
-
-
-def ids_in(config: Mapping[str, Any]) -> set[int]:
-    """All token ids that a configuration names."""
-    found: set[int] = set()
-
-    def note(number: int) -> int:
-        found.add(number)
-        return number
-
-    _each_id(config, note)
-    return found
 
 
 def _each_id(value: Any, change: Any) -> Any:
@@ -527,14 +485,13 @@ def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton:
         RecipeError: the text is a file of windows, or the size is not smaller.
         ArchitectureError: the tokenizer or the model is of a kind that cannot be trimmed.
     """
-    if not trims_vocabulary(recipe):
-        return
     pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
     rows = token_tables(skeleton).rows
-    if any(text.endswith(".safetensors") for text in texts_of(_vocabulary_text(recipe))):
+    text = recipe.vocabulary or recipe.calibration.source
+    if any(each.endswith(".safetensors") for each in texts_of(text)):
         raise RecipeError(
             "tokens are counted in a text, and this is a file of windows",
-            where=_vocabulary_text(recipe),
+            where=text,
             remedy="name a text with --vocabulary",
         )
     if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
@@ -553,20 +510,18 @@ def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton:
 
 def trimmed_source(
     recipe: StructureRecipe, source: LocalCheckpoint, work: Path, progress: Progress
-) -> tuple[LocalCheckpoint, list[dict[str, Any]]]:
+) -> tuple[LocalCheckpoint, dict[str, Any]]:
     """The model with the smaller vocabulary, and the notes of the step.
 
-    It is the first step, so that all later ones see the smaller model. A recipe that removes no
-    token gives the source itself, and no notes. The folder is whole or does not exist, so a killed
-    run resumes after it.
+    It is the first step, so that all later ones see the smaller model. The folder is whole or does
+    not exist, so a killed run resumes after it.
 
     Raises:
         RecipeError: fewer tokens than have to stay, or none is removed.
         VerificationError: a text is cut into other tokens than before.
     """
-    if not trims_vocabulary(recipe):
-        return source, []
-    made, text, field = work / "vocabulary", _vocabulary_text(recipe), recipe.calibration.field
+    made, calibration = work / "vocabulary", recipe.calibration
+    text, field = recipe.vocabulary or calibration.source, calibration.field
     if not made.exists():
         with whole_folder(made) as partial:
             documents = [d for x in texts_of(text) for d in read_documents(x, field=field)]
@@ -583,9 +538,4 @@ def trimmed_source(
             notes = {"step": "vocabulary", "by": by, "text": text, **found}
             (partial / STEP).write_text(json.dumps(notes), encoding="utf-8")
     notes = json.loads((made / STEP).read_text(encoding="utf-8"))
-    return replace(source, folder=made), [notes]
-
-
-def _vocabulary_text(recipe: StructureRecipe) -> str:
-    """The text in which tokens are counted."""
-    return recipe.vocabulary or recipe.calibration.source
+    return replace(source, folder=made), notes

@@ -88,9 +88,7 @@ class Batches:
 
     def order(self, epoch: int) -> list[int]:
         """Return the order of the windows in an epoch."""
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(len(self.windows), generator=draw).tolist()
-        return order
+        return _shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
 
     def micro(
         self, step: int, size: int, device: torch.device, rank: int = 0, ranks: int = 1
@@ -219,9 +217,12 @@ class DomainLoading:
     def order(self, domain: int, epoch: int) -> list[int]:
         """The order of a domain's windows in one pass over them."""
         seed = (self.seed * 1_000_003 + epoch) * 1_009 + domain
-        draw = torch.Generator().manual_seed(seed % 2**63)
-        order: list[int] = torch.randperm(self.counts[domain], generator=draw).tolist()
-        return order
+        return _shuffled(self.counts[domain], seed % 2**63)
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def windows_digest(windows: Tensor) -> str:
@@ -283,7 +284,14 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
     if shared and recipe.validation_text is not None:
-        _refuse_overlap(shared, watched)
+        if shared > REFUSED:
+            raise RecipeError(
+                f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
+                "the training text too, so its perplexity would say nothing",
+                where=watched,
+                remedy="watch another text, or leave that one out of the training",
+            )
+        log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
     return TrainingText(
         windows,
         validation,
@@ -317,15 +325,3 @@ def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> 
         )
     each = min(map(len, found))
     return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
-
-
-def _refuse_overlap(shared: float, watched: str) -> None:
-    """Refuse training text that contains validation text; warn if it shares only a few phrases."""
-    if shared > REFUSED:
-        raise RecipeError(
-            f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
-            "the training text too, so its perplexity would say nothing",
-            where=watched,
-            remedy="watch another text, or leave that one out of the training",
-        )
-    log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)

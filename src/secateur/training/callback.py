@@ -96,13 +96,11 @@ class SecateurCallback(TrainerCallback):
         self.masks.hold(_inner(given["model"]), _inner_optimizer(given.get("optimizer")))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Check the zeros if the trainer saves after this step."""
+        """Check the zeros if the trainer saves after this step or epoch."""
         if control.should_save:
             self.check(given["model"], "the checkpoint is not saved")
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Check the zeros if the trainer saves after this epoch."""
-        self.on_step_end(args, state, control, **given)
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check the zeros if the trainer saves whenever an evaluation is the best."""

@@ -127,27 +127,17 @@ class Student:
         own = {name: task for name, task in tasks.items() if name.startswith(starts)}
         trained = [name for index in layers for name in trainable_names(target, index)]
         grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
-        weights = {
-            name: model.get_parameter(f"{name}.weight").detach()
-            for name, task in own.items()
-            if task.sparsity > 0
-        }
-        return cls(
-            model,
-            frozenset(trained),
-            hidden_size(target.model),
-            Masks(
-                {
-                    f"{name}.weight": kept_weights(x) if grids.get(name) else x != 0
-                    for name, x in weights.items()
-                }
-            ),
-            RoundedWeights(
-                RoundedWeight(Linear(name, model.get_submodule(name)), grid)
-                for name, grid in grids.items()
-                if grid
-            ),
+        kept = {}
+        for name in (name for name, task in own.items() if task.sparsity > 0):
+            weight = model.get_parameter(f"{name}.weight").detach()
+            kept[f"{name}.weight"] = kept_weights(weight) if grids.get(name) else weight != 0
+        rounded = (
+            RoundedWeight(Linear(name, model.get_submodule(name)), grid)
+            for name, grid in grids.items()
+            if grid
         )
+        width = hidden_size(target.model)
+        return cls(model, frozenset(trained), width, Masks(kept), RoundedWeights(rounded))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""

@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +77,7 @@ from secateur.training.objectives import (
     write_teacher,
 )
 from secateur.training.process_group import ProcessGroup
-from secateur.training.saved import Saved, stored_tensors
+from secateur.training.saved import Saved, open_tensors
 from secateur.types import Windows
 
 FOLDER = "distillation"
@@ -121,9 +120,9 @@ def distill_checkpoint(
     Returns:
         The losses, as `distill` returns them; None if nothing learns.
     """
-    reader, saved = open_weights(folder), work / FOLDER
+    reader, saved, trust = open_weights(folder), work / FOLDER, trust_remote_code
     made = CheckpointTarget(
-        reader, None, dense.device, dtype=torch.float32, trust_remote_code=trust_remote_code
+        reader, None, dense.device, dtype=torch.float32, trust_remote_code=trust
     )
     layers = list(range(len(made.layers))) if tasks is None else pruned_layers(made, tasks)
     if not data.options.epochs or not layers:
@@ -136,47 +135,37 @@ def distill_checkpoint(
         return Student(module, frozenset(names), hidden_size(made.model))
 
     def learn_whole() -> dict[str, float]:
-        teacher = load_whole(
-            dense.reader.folder,
-            dense.device,
-            dtype=fast_dtype(dense.device),
-            trust_remote_code=trust_remote_code,
-        )
-        model = load_whole(folder, dense.device, trust_remote_code=trust_remote_code)
+        device, fast = dense.device, fast_dtype(dense.device)
+        teacher = load_whole(dense.reader.folder, device, dtype=fast, trust_remote_code=trust)
+        model = load_whole(folder, device, trust_remote_code=trust)
         open_experts(model)  # its parameters get the names in the skeleton
         student = student_of(model, layers)
         if tasks is None:
-            student = replace(student, trained=_outside_embeddings(model))
+            ends = model.get_input_embeddings(), model.get_output_embeddings()
+            fixed = {id(p) for module in ends for p in module.parameters()}
+            named = [(n, p) for n, p in model.named_parameters() if id(p) not in fixed]
+            trained = frozenset(n for n, p in named if p.is_floating_point() and p.numel())
+            student = replace(student, trained=trained)
         return distill(teacher, student, data, progress, saved)
 
-    def learn_in_sweeps() -> dict[str, float]:
-        return _distill_in_sweeps(
-            dense, made, layers, student_of, data, sweep_windows, saved, progress
-        )
-
-    file, copy = saved / LEARNED, PatchedCopy(reader, folder)
-    if not file.exists():
-        write_json(file, learn_in_sweeps() if sweep_windows else learn_whole())
+    file, copy, size = saved / LEARNED, PatchedCopy(reader, folder), sweep_windows
+    if not file.exists() and size:
+        found = _distill_in_sweeps(dense, made, layers, student_of, data, size, saved, progress)
+        write_json(file, found)
+    elif not file.exists():
+        write_json(file, learn_whole())
     trained = [(saved / FINAL, "")]
     if sweep_windows:
         states = [_layer_folder(saved / TRAINING, number) for number in layers]
         trained = [(state / "state.safetensors", "weights/") for state in states]
     for stored, prefix in trained:
-        for name, tensor in stored_tensors(stored, prefix):
-            copy.write(made.stored[name], tensor)
+        with open_tensors(stored) as tensors:
+            for name in tensors:
+                if name.startswith(prefix):
+                    copy.write(made.stored[name.removeprefix(prefix)], tensors[name])
     copy.sync()
     losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return losses
-
-
-def _outside_embeddings(model: Any) -> frozenset[str]:
-    """The names of the floating-point parameters but the embeddings and the head."""
-    outside = {id(p) for p in model.get_input_embeddings().parameters()}
-    outside |= {id(p) for p in model.get_output_embeddings().parameters()}
-    named = model.named_parameters()
-    return frozenset(
-        name for name, p in named if id(p) not in outside and p.is_floating_point() and p.numel()
-    )
 
 
 PREDICTIONS = "predictions.safetensors"
@@ -493,9 +482,27 @@ class LayerwiseTrainer:
                 if student is None:
                     yield layer, lambda place: None
                     return
-                optimizer = _LayerOptimizer(self, student, number)
-                yield layer, lambda place: optimizer.step(done + place)
-                optimizer.save(last_step)
+                parameters, masks, model = student.parameters(), student.masks, student.model
+                optimizer = self.plan.make_optimizer(parameters.items())
+                saved = _layer_state(self.folder, number, self.device)
+                saved.load_state(parameters, optimizer, ())
+
+                def step(place: int) -> None:
+                    masks.hold_gradients(model)
+                    limit, what = self.clip or math.inf, f"the norm of layer {number}'s gradient"
+                    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+                    self.check_finite(float(norm), what, done + place)
+                    share = (done + place) / self.steps
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.plan.rate(share, 1 / self.steps, self.rate)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+                yield layer, step
+                if last_step == self.steps:
+                    student.rounded.settle()
+                masks.check(model, optimizer)
+                saved.save_state(parameters, optimizer, (), {"step": last_step})
 
         def is_finished(number: int) -> bool:
             if number not in self.learning:
@@ -544,42 +551,3 @@ def _module_of(architecture: Architecture, number: int, layer: nn.Module) -> nn.
         holder = inner
     holder.add_module(str(number), layer)
     return whole
-
-
-class _LayerOptimizer:
-    """The steps of one layer.
-
-    Args:
-        trainer: the training.
-        student: the layer with its masks.
-        number: number of the layer.
-    """
-
-    def __init__(self, trainer: LayerwiseTrainer, student: Student, number: int) -> None:
-        self.trainer, self.student, self.number = trainer, student, number
-        self.parameters = student.parameters()
-        self.optimizer = trainer.plan.make_optimizer(self.parameters.items())
-        self.saved = _layer_state(trainer.folder, number, trainer.device)
-        self.saved.load_state(self.parameters, self.optimizer, ())
-
-    def step(self, step: int) -> None:
-        """Move the weights along the gradient of one window."""
-        trainer, student = self.trainer, self.student
-        student.masks.hold_gradients(student.model)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), trainer.clip or math.inf)
-        trainer.check_finite(float(norm), f"the norm of layer {self.number}'s gradient", step)
-        rate = trainer.plan.rate(step / trainer.steps, 1 / trainer.steps, trainer.rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def save(self, step: int) -> None:
-        """Store weights and moments, and the number of finished steps.
-
-        After the last step the matrices that learn on a grid are rounded.
-        """
-        if step == self.trainer.steps:
-            self.student.rounded.settle()
-        self.student.masks.check(self.student.model, self.optimizer)
-        self.saved.save_state(self.parameters, self.optimizer, (), {"step": step})

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -311,34 +312,20 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
     return tuple(enumerate([*(k - 1 for k in kept[1:]), teacher - 1]))
 
 
-class HiddenStateRecorder:
-    """Keeps the outputs of some modules while the context is open.
+@contextmanager
+def outputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """A context that keeps the outputs of decoder layers, by number."""
+    seen: dict[int, Tensor] = {}
 
-    Args:
-        modules: decoder layers by number.
-    """
+    def keep(module: nn.Module, inputs: Any, output: Any, *, number: int) -> None:
+        seen[number] = output[0] if isinstance(output, tuple) else output
 
-    def __init__(self, modules: Mapping[int, nn.Module]) -> None:
-        self.modules = modules
-        self.seen: dict[int, Tensor] = {}
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> HiddenStateRecorder:
-        for number, module in self.modules.items():
-            self.handles.append(module.register_forward_hook(self.taking(number)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
+    handles = [x.register_forward_hook(partial(keep, number=n)) for n, x in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def taking(self, number: int) -> Callable[..., None]:
-        """Return a hook that keeps the output of a module."""
-
-        def take(_: nn.Module, inputs: Any, output: Any) -> None:
-            self.seen[number] = output[0] if isinstance(output, tuple) else output
-
-        return take
 
 
 def hidden_loss(
@@ -358,6 +345,5 @@ def hidden_loss(
                 f"teacher, {target.shape[-1]}",
                 remedy="leave the hidden loss out",
             )
-        total = total.to(own.device)
-        total = total + (own - target).square().sum() / target.square().sum()
+        total = total.to(own.device) + (own - target).square().sum() / target.square().sum()
     return total / max(len(pairs), 1)

@@ -135,10 +135,8 @@ class LearnedMasks:
 
         def gated(model: Any, batch: Batch) -> Tensor:
             self.draw()
-            loss = inner(model, batch)
-            targets = self.targets()
-            away = [x.open_share() - targets[name] for name, x in self.sets.items()]
-            apart = torch.stack(away)
+            loss, targets = inner(model, batch), self.targets()
+            apart = torch.stack([x.open_share() - targets[n] for n, x in self.sets.items()])
             return loss + (self.multipliers * torch.stack([apart, apart**2], 1)).sum()
 
         return gated
@@ -154,9 +152,7 @@ class LearnedMasks:
 
     def state(self) -> dict[str, Tensor]:
         """Gates, multipliers, their moments, and the progress of the training."""
-        tensors: dict[str, Tensor] = {
-            f"gates/{name}": gates.log_alpha for name, gates in self.sets.items()
-        }
+        tensors: dict[str, Tensor] = {f"gates/{n}": x.log_alpha for n, x in self.sets.items()}
         tensors |= {"multipliers": self.multipliers, "progress": self.progress}
         owners = {id(tensor): name for name, tensor in tensors.items()}
         for optimizer in (self.down, self.up):
@@ -190,20 +186,15 @@ class LearnedMasks:
         """
         self.hard = True
         self.draw()
-        kept: dict[str, Any] = {}
+        layers, kept = self.sets.get("layers"), dict[str, Any]()
+        staying = range(len(self.layers)) if layers is None else layers.kept()
         for name, gates in self.sets.items():
             kind, _, layer = name.partition(" ")
-            if layer:
-                kept.setdefault(kind, {})[int(layer)] = gates.kept()
-            else:
+            if not layer:
                 kept[kind] = gates.kept()
-        staying = kept.get("layers", range(len(self.layers)))
-        return {
-            kind: {i: units for i, units in value.items() if i in staying}
-            if isinstance(value, dict)
-            else value
-            for kind, value in kept.items()
-        }
+            elif int(layer) in staying:
+                kept.setdefault(kind, {})[int(layer)] = gates.kept()
+        return kept
 
     def remove(self) -> None:
         """Remove the hooks from the model. All gates are then open."""

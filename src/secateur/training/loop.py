@@ -208,7 +208,7 @@ class Loop:
             self.saved.restore_best(self.parameters)
         self.masks.check(self.model)
         self.outcome.seconds = time.perf_counter() - self.started
-        self.saved.keep_final(self.parameters)
+        self.saved.write("final", self.parameters)  # the checkpoint is made from them
 
     def over(self) -> bool:
         """Return whether the training ends, and set the reason."""
@@ -333,9 +333,8 @@ class Loop:
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
             self.saved.keep_best(self.parameters)
-        steps = [step for step, _ in outcome.validations]
         if self.plan.patience and outcome.best_step is not None:
-            after = sum(step > outcome.best_step for step in steps)
+            after = sum(step > outcome.best_step for step, _ in outcome.validations)
             outcome.stopped = "patience" if after >= self.plan.patience else ""
         self.last_validation_seconds = time.perf_counter() - begun
 

@@ -120,7 +120,11 @@ def merge(adapted: PeftModel) -> Any:
         for name, adapter in base.named_modules()
         if isinstance(adapter, MaskedAdapter)
     }
-    found = {_plain_name(name): mask for name, mask in Masks.of(base).kept.items()} | trained
+    found = {
+        ".".join(x for x in name.split(".") if x not in ("base_layer", "original_module")): mask
+        for name, mask in Masks.of(base).kept.items()
+    }
+    found |= trained
     merged = adapted.merge_and_unload()
     parameters = dict(merged.named_parameters())
     kept = Masks({name: mask for name, mask in found.items() if name in parameters})
@@ -145,17 +149,6 @@ def base_masks(base: nn.Module) -> Masks:
     """
     frozen = {name for name, p in base.named_parameters() if not p.requires_grad}
     return Masks({name: kept for name, kept in Masks.of(base).kept.items() if name in frozen})
-
-
-def _plain_name(name: str) -> str:
-    """The name of a parameter before adapters were attached.
-
-    Example:
-        >>> from secateur.training.lora import _plain_name
-        >>> _plain_name("layers.0.q_proj.base_layer.weight")
-        'layers.0.q_proj.weight'
-    """
-    return ".".join(p for p in name.split(".") if p not in ("base_layer", "original_module"))
 
 
 def need_peft() -> Any:

@@ -64,8 +64,12 @@ class Masks:
         This includes experts that transformers holds in one tensor (`matrices`). If processes
         share the model, each has the masks of its part.
         """
-        masks = {name: _part_of_zeros(weight) for name, weight in matrices(model).items()}
-        return cls({name: mask for name, mask in masks.items() if not local(mask).all()})
+        masks = {}
+        for name, weight in matrices(model).items():
+            kept = local(weight.detach()) != 0
+            if not kept.all():
+                masks[name] = as_part(kept, weight) if is_shared(weight) else kept
+        return cls(masks)
 
     @classmethod
     def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
@@ -123,8 +127,7 @@ class Masks:
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Set the pruned weights of a model to 0, and their moments if there is an optimizer."""
         for parameter, mask in self.of_parameters(model):
-            own = () if optimizer is None else moments(optimizer, parameter)
-            for held in (local(parameter), *own):
+            for held in (local(parameter), *moments(optimizer, parameter)):
                 held.mul_(mask)
 
     @torch.no_grad()
@@ -150,11 +153,8 @@ class Masks:
         """
         found = {}
         for name, mask in self.kept.items():
-            parameter = model.get_parameter(name)
-            gone = ~local(mask)
-            held = [local(parameter)]
-            if optimizer is not None:
-                held += list(moments(optimizer, parameter))
+            parameter, gone = model.get_parameter(name), ~local(mask)
+            held = local(parameter), *moments(optimizer, parameter)
             if count := sum(int(x[gone].count_nonzero()) for x in held):
                 found[name] = count
         return found
@@ -213,13 +213,6 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-@torch.no_grad()
-def _part_of_zeros(weight: Tensor) -> Tensor:
-    """Return the mask of a weight's zeros, True = kept, sharded as the weight."""
-    kept = local(weight.detach()) != 0
-    return as_part(kept, weight) if is_shared(weight) else kept
-
-
 def first_names(names: Iterable[str], shown: int = 4) -> str:
     """The first names, and how many more there are.
 
@@ -248,15 +241,15 @@ def _fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
         )
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """The moments that the optimizer keeps for a parameter, in its shape.
+def moments(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> Iterator[Tensor]:
+    """The moments that the optimizer keeps for a parameter, in its shape; none without one.
 
     Moments of whole numbers are codes, for example of 8-bit optimizers, and 0 is not the code of 0.
     """
-    for value in optimizer.state.get(parameter, {}).values():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        if value.is_floating_point():
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for value in state.values():
+        of_weights = isinstance(value, Tensor) and value.shape == parameter.shape
+        if of_weights and value.is_floating_point():
             yield local(value)
 
 
@@ -337,19 +330,17 @@ def masks_in(
         sums: adds up each number over all processes that share the model.
 
     Raises:
-        RecipeError: as for `masks_of`.
+        RecipeError: the folder has other matrices, or the masks keep zeros of the model or have
+            none.
         SourceError: the file holds no masks.
     """
-    if place.is_dir():
-        found = zeros_of_folder(place, model, trust_remote_code)
-    else:
-        found = stored_masks(place)
-    masks = Masks.given(model, found)
-    refuse_lost(masks, model, sums, place, regrows)
+    found = _zeros_of_folder(place, model, trust_remote_code) if place.is_dir() else None
+    masks = Masks.given(model, found or stored_masks(place))
+    _refuse_lost(masks, model, sums, place, regrows)
     return masks
 
 
-def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
+def _zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the nonzero masks of the matrices of a checkpoint, one at a time.
 
     Raises:
@@ -372,36 +363,20 @@ def zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str
 
 
 @torch.no_grad()
-def refuse_lost(
+def _refuse_lost(
     masks: Masks,
     model: Any,
     sums: Callable[[Sequence[float]], list[float]],
     place: Path,
     regrows: bool,
 ) -> None:
-    """Refuse masks that would lose zeros of the model's matrices.
-
-    Args:
-        masks: this process's part of the masks.
-        model: the model in training.
-        sums: adds up the counts of all processes.
-        place: the source of the masks.
-        regrows: whether zeros that the masks do not hold may become nonzero.
-
-    Raises:
-        RecipeError: the masks have no zeros, or a matrix has more than `BY_CHANCE` of zeros that
-            the masks do not hold.
-    """
+    """Refuse masks without zeros, or that keep more than `BY_CHANCE` of zeros in a matrix."""
     weights = matrices(model)
     counts: list[float] = []
     for name, weight in weights.items():
         lost = local(weight) == 0
-        held = 0
-        if name in masks.kept:
-            kept = local(masks.kept[name])
-            held = int((~kept).sum())
-            lost &= kept
-        counts += [held, int(lost.sum())]
+        kept = local(masks.kept.get(name, torch.ones_like(lost)))
+        counts += [int((~kept).sum()), int((lost & kept).sum())]
     counts = sums(counts)
     if not sum(counts[::2]):
         raise RecipeError(

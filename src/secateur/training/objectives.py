@@ -27,7 +27,6 @@ from secateur.registry import did_you_mean
 from secateur.training.batches import Batch, windows_digest
 from secateur.training.divergences import (
     KINDS,
-    HiddenStateRecorder,
     Rows,
     divergence_rows,
     head_alone,
@@ -36,6 +35,7 @@ from secateur.training.divergences import (
     layer_pairs,
     loss_of,
     next_token_rows,
+    outputs_of,
     through_head,
 )
 
@@ -84,31 +84,22 @@ class ModelTeacher:
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
         """See `Teacher`."""
         with torch.no_grad(), fast_matmuls(batch.ids.device):
-            if layers:
-                blocks = describe(self.model).layers(self.model)
-                with HiddenStateRecorder({n: blocks[n] for n in layers}) as recorder:
-                    states = last_hidden(self.model, self.head, batch.ids)
-                hidden = recorder.seen
-            else:
-                states, hidden = last_hidden(self.model, self.head, batch.ids), {}
-        return TeacherOutput(_from_states(self.head, states, temperature, self.vocabulary), hidden)
+            blocks = describe(self.model).layers(self.model) if layers else ()
+            with outputs_of({n: blocks[n] for n in layers}) as hidden:
+                states = last_hidden(self.model, self.head, batch.ids)
+        size = max(1, AT_ONCE_BYTES // (4 * self.vocabulary))
+        block, logits = slice(0, 0), states
 
+        def expected(rows: slice, log_q: Tensor) -> Tensor:
+            nonlocal block, logits  # many logits at once, kept for later rows
+            if not block.start <= rows.start <= rows.stop <= block.stop:
+                block = slice(rows.start, max(rows.start + size, rows.stop))
+                with fast_matmuls(states.device):
+                    logits = through_head(self.head, states[block])
+            own = logits[rows.start - block.start : rows.stop - block.start]
+            return (own / temperature).log_softmax(-1)
 
-def _from_states(head: Any, states: Tensor, temperature: float, vocabulary: int) -> Expected:
-    """Returns log p of rows. It computes many logits at once and keeps them for later rows."""
-    size = max(1, AT_ONCE_BYTES // (4 * vocabulary))
-    block, logits = slice(0, 0), states
-
-    def expected(rows: slice, log_q: Tensor) -> Tensor:
-        nonlocal block, logits
-        if not block.start <= rows.start <= rows.stop <= block.stop:
-            block = slice(rows.start, max(rows.start + size, rows.stop))
-            with fast_matmuls(states.device):
-                logits = through_head(head, states[block])
-        own = logits[rows.start - block.start : rows.stop - block.start]
-        return (own / temperature).log_softmax(-1)
-
-    return expected
+        return TeacherOutput(expected, hidden)
 
 
 class WrittenTeacher:
@@ -368,12 +359,12 @@ class Distil:
         rows = divergence_rows(self.kind, self.temperature, count, taught.expected)
         if self.next_token:
             rows = _blend(rows, _next_tokens(batch.ids), self.next_token)
-        if not self.pairs:
-            return loss_of(model, self.head, batch.ids, rows)
-        layers = describe(model).layers(model)
-        with HiddenStateRecorder({i: layers[i] for i, _ in self.pairs}) as recorder:
+        layers = describe(model).layers(model) if self.pairs else ()
+        with outputs_of({i: layers[i] for i, _ in self.pairs}) as hidden:
             loss = loss_of(model, self.head, batch.ids, rows)
-        return loss + self.hidden * hidden_loss(recorder.seen, taught.hidden, self.pairs)
+        if self.pairs:
+            loss = loss + self.hidden * hidden_loss(hidden, taught.hidden, self.pairs)
+        return loss
 
 
 def _next_tokens(ids: Tensor) -> Rows:

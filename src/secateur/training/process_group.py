@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,25 +124,20 @@ def _refuse_shared(chosen: Sequence[nn.Module]) -> None:
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
     """Make the decoder layers keep only their inputs; the backward runs them again."""
+
+    def run(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
     layers: list[nn.Module] = list(describe(model).layers(model))
     for layer in layers:
-        layer.forward = _again(layer.forward)
+        layer.forward = partial(run, layer.forward)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a forward so that the backward runs it again. Without gradients it runs once."""
-
-    def run(*args: Any, **options: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **options)
-        return checkpoint(forward, *args, use_reentrant=False, **options)
-
-    return run
 
 
 def load(

@@ -222,8 +222,15 @@ def gather(
         for number, ids in enumerate(windows):
             with torch.set_grad_enabled(bool(backward)):
                 logits = model(input_ids=ids[None].to(device), use_cache=False).logits
-                if backward:
-                    _differentiate(logits, ids.to(device), linears, number)
+                if not backward:
+                    continue
+                loss = cross_entropy(logits[0, :-1].float(), ids.to(device)[1:])
+                if not torch.isfinite(loss):
+                    raise NumericalError(
+                        f"the loss of window {number} is {loss.item()}",
+                        remedy="lower the learning rate, or use float32 or bfloat16",
+                    )
+                torch.autograd.grad(loss, [x.module.get_parameter("weight") for x in linears])
     for name, values in gathered.items():
         values |= {key: statistic.value() for key, statistic in running[name].items()}
     return dict(gathered)
@@ -238,17 +245,6 @@ def _eval(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _differentiate(logits: Tensor, ids: Tensor, linears: Sequence[Linear], number: int) -> None:
-    """The backward of a window's loss, to the weights of linears."""
-    loss = cross_entropy(logits[0, :-1].float(), ids[1:])
-    if not torch.isfinite(loss):
-        raise NumericalError(
-            f"the loss of window {number} is {loss.item()}",
-            remedy="lower the learning rate, or use float32 or bfloat16",
-        )
-    torch.autograd.grad(loss, [x.module.get_parameter("weight") for x in linears])
 
 
 @dataclass(frozen=True)
@@ -367,7 +363,7 @@ def renew(
         parameter = model.get_parameter(name)
         gone = ~kept[name]
         parameter.masked_fill_(gone, 0.0)
-        for moment in moments(optimizer, parameter) if optimizer is not None else ():
+        for moment in moments(optimizer, parameter):
             moment.masked_fill_(gone, 0.0)
 
 

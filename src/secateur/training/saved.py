@@ -107,9 +107,8 @@ class Saved:
         hooks: Sequence[Hook],
         facts: Mapping[str, Any],
     ) -> None:
-        """Write the state for a resumed training."""
-        file = self.file("state")
-        if file is None:
+        """Write the state for a resumed training, if there is a folder."""
+        if self.folder is None:
             return
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
@@ -122,7 +121,7 @@ class Saved:
                     numbers[f"moments/{name}/{key}"] = value
         tensors |= _changed_by(hooks)
         stored = {"identity": self.identity, "numbers": numbers, **facts}
-        self.write(file, tensors, {FACTS: json.dumps(stored)})
+        self.write("state", tensors, {FACTS: json.dumps(stored)})
 
     def load_state(
         self,
@@ -167,13 +166,15 @@ class Saved:
             found: dict[str, Any] = json.loads(stored.metadata()[FACTS])
         return found
 
-    def load_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Load the weights of the saved state, if there is one."""
-        file = self.file("state")
+    def load_weights(
+        self, parameters: Mapping[str, nn.Parameter], name: str = "state", prefix: str = "weights/"
+    ) -> None:
+        """Load the weights in a file, if it exists."""
+        file = self.file(name)
         if file is not None and file.exists():
             with safe_open(file, framework="pt") as stored:
-                for name, parameter in parameters.items():
-                    _put(stored, f"weights/{name}", parameter)
+                for own, parameter in parameters.items():
+                    _put(stored, f"{prefix}{own}", parameter)
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse to resume another training."""
@@ -189,46 +190,31 @@ class Saved:
 
     def keep_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keep the current weights as the best so far."""
-        file = self.file("best")
-        if file is None:
+        if self.folder is None:
             self.in_memory = {n: p.detach().clone() for n, p in parameters.items()}
-            return
-        self.write(file, parameters, {})
+        self.write("best", parameters)
 
     def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Load the best weights into the parameters, if there are any."""
-        file = self.file("best")
-        if self.in_memory is not None:
-            with torch.no_grad():
-                for name, value in self.in_memory.items():
-                    parameters[name].copy_(value)
-        elif file is not None and file.exists():
-            with safe_open(file, framework="pt") as stored:
-                for name, parameter in parameters.items():
-                    _put(stored, name, parameter)
+        if self.in_memory is None:
+            self.load_weights(parameters, "best", prefix="")
+            return
+        with torch.no_grad():
+            for name, value in self.in_memory.items():
+                parameters[name].copy_(value)
 
-    def keep_final(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Write the final weights. The checkpoint is made from them."""
-        file = self.file("final")
-        if file is not None:
-            self.write(file, parameters, {})
-
-    def write(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file; all processes must call this together.
+    def write(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a file, if there is a folder; all processes must call this together.
 
         Raises:
             MemoryBudgetError: the disk is full; the earlier files remain.
         """
-        write_whole(file, tensors, metadata, writes=self.processes.first)
-        self.processes.wait()
-
-
-def stored_tensors(file: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file with this prefix, one at a time, by their names without it."""
-    with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), stored.get_tensor(name)
+        file = self.file(name)
+        if file is not None:
+            write_whole(file, tensors, metadata, writes=self.processes.first)
+            self.processes.wait()
 
 
 class _OpenTensors(Mapping[str, Tensor]):

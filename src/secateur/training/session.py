@@ -13,18 +13,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.skeleton import quiet_transformers
-from secateur.progress import Progress
 from secateur.runs.output import write_json
-from secateur.training.batches import Batches
 from secateur.training.loop import Loop, Outcome
-from secateur.training.objectives import Objective
-from secateur.training.process_group import ProcessGroup
 from secateur.training.pruning import (
     KeepEarly,
     PruningRounds,
@@ -36,7 +33,6 @@ from secateur.training.pruning import (
 from secateur.training.saved import Hook
 from secateur.training.setup import Adapted
 from secateur.training.training_plan import TrainingPlan
-from secateur.types import Windows
 
 
 @dataclass(frozen=True)
@@ -58,60 +54,6 @@ class Trained:
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Session:
-    """All inputs of a training.
-
-    Attributes:
-        adapted: the model, its masks and hooks.
-        batches: the windows of each step.
-        objective: the loss.
-        plan: length, learning rate, optimizer.
-        validation: validation windows; None for none.
-        work: folder for the state of a resumed training.
-        progress: receives every step.
-        processes: the processes.
-        board: folder for TensorBoard's curves; None for none.
-    """
-
-    adapted: Adapted
-    batches: Batches
-    objective: Objective
-    plan: TrainingPlan
-    validation: Windows | None
-    work: Path
-    progress: Progress
-    processes: ProcessGroup
-    board: Path | None = None
-
-    def loop(self, saved: Path, **options: Any) -> Loop:
-        """Make a loop that saves into a folder. `options` are arguments of `Loop`."""
-        adapted = self.adapted
-        values = {"plan": self.plan, "hooks": adapted.hooks, "board": self.board, **options}
-        return Loop(
-            adapted.model,
-            self.batches,
-            self.objective,
-            adapted.held,
-            validation=self.validation,
-            saved=saved,
-            progress=self.progress,
-            processes=self.processes,
-            **values,
-        )
-
-    def run(self) -> Trained:
-        """Train once, from the first step of the plan to the last."""
-        outcome = run_loop(self.loop(self.work))
-        rate = max((line["learning_rate"] for line in outcome.log), default=0.0)
-        work = self.work
-        return Trained(outcome, rate, work / "final.safetensors", work / "log.jsonl")
-
-    def validation_loss(self) -> float | None:
-        """The next-token loss of the validation windows before any training."""
-        return self.loop(self.work, board=None).validation_loss()
-
-
 def run_loop(loop: Loop) -> Outcome:
     """Run a loop.
 
@@ -131,33 +73,57 @@ def run_loop(loop: Loop) -> Outcome:
         ) from error
 
 
-def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
+def train_once(loop: Loop, work: Path) -> Trained:
+    """Train from the first step of the plan to the last. The loop saves into `work`."""
+    outcome = run_loop(loop)
+    rate = max((line["learning_rate"] for line in outcome.log), default=0.0)
+    return Trained(outcome, rate, work / "final.safetensors", work / "log.jsonl")
+
+
+MakeLoop = Callable[..., Loop]
+"""`Loop` without its `plan`, `saved` and `board`: (plan, **options) → a loop."""
+
+
+def train_in_rounds(
+    make_loop: MakeLoop,
+    adapted: Adapted,
+    rounds: PruningRounds,
+    plan: TrainingPlan,
+    work: Path,
+    board: Path | None,
+) -> Trained:
     """Prune and train in rounds. A call after a kill resumes.
+
+    Args:
+        make_loop: makes the loop of each training.
+        adapted: the model, its masks and hooks.
+        rounds: the settings of the rounds.
+        plan: length, learning rate, optimizer of one training.
+        work: folder for the state of a resumed training.
+        board: folder for TensorBoard's curves; None for none.
 
     Raises:
         RecipeError: the plan has no number of steps, or `rewind_step` is after its end.
     """
-    plan, adapted = session.plan, session.adapted
     if plan.minutes:
         raise RecipeError(
             "iterative pruning needs a number of steps for each round",
             remedy="give --steps instead of --minutes",
         )
     rounds.span(1, plan.steps)
-    files = RoundFiles(session.work / "rounds")
-    before = session.validation_loss()
-    early = None
-    if rounds.rewind == "weights":
-        early = files.folder / "early.safetensors"
-        _train_before(session, rounds.rewind_step, early, files)
+    files = RoundFiles(work / "rounds")
+    before = make_loop(plan, saved=work).validation_loss()
+    early = files.folder / "early.safetensors" if rounds.rewind == "weights" else None
+    if early is not None:
+        _train_before(make_loop, adapted, plan, rounds.rewind_step, early, files)
 
     def retrain(this: Round) -> None:
         name = f"round-{this.number}"
         first, last, steps = rounds.span(this.number, plan.steps)
-        loop = session.loop(
-            files.folder / name,
-            plan=plan.model_copy(update={"steps": steps}),
-            board=None if session.board is None else session.board / name,
+        loop = make_loop(
+            plan.model_copy(update={"steps": steps}),
+            saved=files.folder / name,
+            board=None if board is None else board / name,
             first_step=first,
             last_step=last,
             label=f"round {this.number} of {this.rounds}",
@@ -170,9 +136,16 @@ def train_in_rounds(session: Session, rounds: PruningRounds) -> Trained:
     return files.trained(names, before)
 
 
-def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -> None:
+def _train_before(
+    make_loop: MakeLoop,
+    adapted: Adapted,
+    plan: TrainingPlan,
+    step: int,
+    early: Path,
+    files: RoundFiles,
+) -> None:
     """Train before the first round. This gives its weights, and the early weights to rewind to."""
-    model, weights = session.adapted.model, files.folder / "dense.safetensors"
+    model, weights = adapted.model, files.folder / "dense.safetensors"
     if not step and not early.exists():
         write_weights(model, early)
     if files.report("dense").exists():
@@ -181,10 +154,10 @@ def _train_before(session: Session, step: int, early: Path, files: RoundFiles) -
         return
     hooks: tuple[Hook, ...] = (KeepEarly(step, early),) if step else ()
     folder = files.folder / "dense"
-    loop = session.loop(folder, hooks=hooks, board=None, label="training before round 1")
+    loop = make_loop(plan, saved=folder, hooks=hooks, label="training before round 1")
     outcome = run_loop(loop)
     write_weights(model, weights)
-    files.keep("dense", outcome, loop, session.adapted.masks.sparsity)
+    files.keep("dense", outcome, loop, adapted.masks.sparsity)
     shutil.rmtree(folder, ignore_errors=True)
 
 

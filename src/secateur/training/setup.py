@@ -41,12 +41,12 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.skeleton import build_skeleton, quiet_transformers
+from secateur.models.skeleton import build_skeleton, parameters_of, quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import GradualOptions, IterativeOptions, OptimizerOptions, TrainRecipe
+from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
@@ -80,21 +80,6 @@ from secateur.training.training_plan import TrainingPlan
 from secateur.types import Windows
 
 log = logging.getLogger(__name__)
-
-
-def check_together(recipe: TrainRecipe, processes: ProcessGroup) -> None:
-    """Refuse kinds of training that exclude each other.
-
-    Raises:
-        RecipeError: the recipe has two of adapters, gradual and iterative pruning, or one of them
-            with several processes.
-    """
-    given = [name for name in ("gradual", "iterative", "lora") if getattr(recipe, name) is not None]
-    if given and processes.count > 1:
-        raise RecipeError(
-            f"{given[0]} needs a single process",
-            remedy="start the command without torchrun or accelerate launch",
-        )
 
 
 @dataclass(frozen=True)
@@ -145,19 +130,14 @@ class TrainingInputs:
         steps = recipe.steps or 0
         if not recipe.steps and not recipe.minutes:
             steps = max(1, round(recipe.epochs * len(self.text.windows) / recipe.batch))
-        options = {name: getattr(recipe, name) for name in OptimizerOptions.model_fields}
-        options["rates"] = self._rates()
-        return TrainingPlan(
-            **options,
-            steps=steps,
-            minutes=recipe.minutes or 0.0,
-            micro_batch=recipe.micro_batch_windows,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            fast_matmuls=recipe.fast_matmuls,
-            validations=recipe.validations,
-            patience=recipe.patience,
-            save_minutes=recipe.save_minutes,
-        )
+        same = TrainingPlan.model_fields.keys() & TrainRecipe.model_fields.keys()
+        options = {name: getattr(recipe, name) for name in same} | {
+            "rates": self._rates(),
+            "steps": steps,
+            "minutes": recipe.minutes or 0.0,
+            "micro_batch": recipe.micro_batch_windows,
+        }
+        return TrainingPlan(**options)
 
     def _rates(self) -> Mapping[str, float]:
         """Return factors of the learning rate by globs of parameters. The last match counts."""
@@ -472,7 +452,12 @@ class PlannedTraining:
 def plan_of(inputs: TrainingInputs, work: Path | None) -> PlannedTraining:
     """Check everything of a training that needs no weights."""
     recipe, target, text = inputs.recipe, inputs.target, inputs.text
-    check_together(recipe, inputs.processes)
+    given = [name for name in ("gradual", "iterative", "lora") if getattr(recipe, name) is not None]
+    if given and inputs.processes.count > 1:
+        raise RecipeError(
+            f"{given[0]} needs a single process",
+            remedy="start the command without torchrun or accelerate launch",
+        )
     plan, teacher = inputs.plan(), inputs.teacher(work)
     needs = training_memory(recipe, target, teacher, text, plan, inputs.processes)
     check_memory(needs, recipe.memory.max_bytes, inputs.processes.device)
@@ -504,10 +489,12 @@ def training_memory(
     ranks = processes.count
     together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
     micro = text.windows[:together]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = max(weights_of(module) for module in ends if module is not None)
     sizes = {
         "process": resident_bytes(),
         "weights": 4 * (weights + trained * (recipe.lora is not None)) // ranks,
-        "gathered": _gathered_bytes(target, 4) if ranks > 1 else 0,
+        "gathered": 4 * max(3 * max(map(weights_of, target.layers)), 2 * outside) * (ranks > 1),
         "optimizer": 4 * trained * (1 + _moments_of(plan)) // ranks,
         "adapters": sum(4 * math.prod(linear.shape) for linear in adapted),
         "forward": _forward_bytes(target, micro, plan, processes.device),
@@ -544,20 +531,12 @@ def training_needs(sizes: Mapping[str, int], on_gpu: bool) -> tuple[Need, ...]:
 
 def _counted(recipe: TrainRecipe, target: CheckpointTarget, plan: TrainingPlan) -> tuple[int, int]:
     """The weights of the student, tied ones once, and those that are trained."""
-    stored = target.stored
-    named = {n: p.numel() for n, p in target.model.named_parameters() if n in stored}
+    named = {name: p.numel() for name, p in parameters_of(target.model).items()}
     trained = sum(count for name, count in named.items() if plan.factor(name))
     if recipe.lora is not None:
         chosen = chosen_linears(target.model, recipe.lora)
         trained = sum(recipe.lora.rank * sum(linear.shape) for linear in chosen)
     return sum(named.values()), trained
-
-
-def _gathered_bytes(target: CheckpointTarget, itemsize: int) -> int:
-    """The maximum size of a student's gathered parts in one of several processes."""
-    ends = target.model.get_input_embeddings(), target.model.get_output_embeddings()
-    outside = max(weights_of(module) for module in ends if module is not None)
-    return itemsize * max(3 * max(map(weights_of, target.layers)), 2 * outside)
 
 
 def _forward_bytes(

@@ -120,7 +120,12 @@ def test_alps_fits_into_its_plan_when_every_inverse_needs_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shifted_inverse, "_by_halves", lambda matrix, shift: None)
-    monkeypatch.setattr(shifted_inverse, "_by_cholesky_in_single", lambda matrix, shift: None)
+    plain = shifted_inverse._by_cholesky
+
+    def only_in_float64(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
+        return plain(matrix, shift, dtype) if dtype == torch.float64 else None
+
+    monkeypatch.setattr(shifted_inverse, "_by_cholesky", only_in_float64)
     method = compose("alps", "unstructured")
     weight, gram = torch.randn(ROWS, INPUTS), gram_of(MANY)
     squares = peak_bytes(lambda: solve(method, weight, gram), gram, weight) / SQUARE

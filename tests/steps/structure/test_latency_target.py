@@ -72,8 +72,9 @@ def cut(
     values = {"model": str(source), "output": str(source.with_name("out")), "effort": "fast"}
     values |= {"calibration": str(windows)} | options
     recipe = build_recipe(StructureRecipe, nested(StructureRecipe, values))
-    timed = type("Timed", (CutStructure,), {"timer": staticmethod(timer)})
-    return carry_out(timed, recipe, progress or Silent(), resume=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.evaluation.step_time.time_steps", timer)
+        return carry_out(CutStructure, recipe, progress or Silent(), resume=resume)
 
 
 @pytest.mark.parametrize(

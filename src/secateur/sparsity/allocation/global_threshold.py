@@ -131,11 +131,13 @@ def global_threshold(
     whole = sum(size * worth[name] for name, size in sizes.items())
     if not 0 <= pruned <= whole:
         raise PatternError(f"cannot prune {pruned} of {whole} weights")
-    limits = _Limits.of(sizes, bounds, worth)
-    if not limits.least <= pruned <= limits.most:
+    bounds = {name: (0, size) for name, size in sizes.items()} if bounds is None else bounds
+    limits = _Limits({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes}, worth)
+    least = sum(count * worth[name] for name, count in limits.lowest.items())
+    most = sum(count * worth[name] for name, count in limits.highest.items())
+    if not least <= pruned <= most:
         raise PatternError(
-            f"cannot prune {pruned} weights within bounds that ask for {limits.least} to "
-            f"{limits.most}"
+            f"cannot prune {pruned} weights within bounds that ask for {least} to {most}"
         )
     if not sizes:
         return {}
@@ -171,28 +173,6 @@ class _Limits:
     lowest: Mapping[str, int]
     highest: Mapping[str, int]
     worth: Mapping[str, int]
-
-    @classmethod
-    def of(
-        cls,
-        sizes: Mapping[str, int],
-        bounds: Mapping[str, tuple[int, int]] | None,
-        worth: Mapping[str, int],
-    ) -> _Limits:
-        """Bounds that are given, or all of every tensor."""
-        if bounds is None:
-            return cls(dict.fromkeys(sizes, 0), sizes, worth)
-        return cls({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes}, worth)
-
-    @property
-    def least(self) -> int:
-        """What is pruned in any case."""
-        return sum(count * self.worth[name] for name, count in self.lowest.items())
-
-    @property
-    def most(self) -> int:
-        """What may be pruned."""
-        return sum(count * self.worth[name] for name, count in self.highest.items())
 
     def clip(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Counts within the limits."""

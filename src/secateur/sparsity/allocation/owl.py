@@ -93,9 +93,8 @@ class OWL(AllocationDefaults):
         if most == least:
             return dict.fromkeys(shares, sparsity)
         r = {n: (d - least) / (most - least) * 2 * self.half_range for n, d in shares.items()}
-        mean = sum(r[n] * g.total for n, g in grains.items()) / sum(
-            g.total for g in grains.values()
-        )
+        total = sum(grain.total for grain in grains.values())
+        mean = sum(r[name] * grain.total for name, grain in grains.items()) / total
         return {name: sparsity - (value - mean) for name, value in r.items()}
 
     def working_bytes(self, weights: int, itemsize: int) -> int:

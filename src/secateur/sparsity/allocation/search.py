@@ -72,17 +72,13 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
         base = common if common <= 2 * smallest else grain.weights
         unit = base * max(1, round(step * grain.total / base))
         if coarsest > 2 * smallest:
-            unit = _nearest_part(coarsest // grain.weights, unit // grain.weights) * grain.weights
+            whole, ideal = coarsest // grain.weights, unit // grain.weights
+            parts = [d for d in range(1, whole + 1) if whole % d == 0]
+            unit = min(parts, key=lambda d: abs(math.log(d / ideal))) * grain.weights
         down = (grain.uniform - grain.lowest) * grain.weights // unit
         up = (grain.highest - grain.uniform) * grain.weights // unit
         found[name] = Ladder(grain, unit, -min(levels, down), min(levels, up))
     return found
-
-
-def _nearest_part(whole: int, ideal: int) -> int:
-    """The divisor of `whole` that is nearest to `ideal`, by ratio."""
-    parts = [d for d in range(1, whole + 1) if whole % d == 0]
-    return min(parts, key=lambda d: abs(math.log(d / ideal)))
 
 
 class LevelSearch(Allocation, Protocol):
@@ -278,16 +274,9 @@ def _trade(levels: list[int], rungs: Sequence[Ladder], random: Random) -> bool:
     count_down, count_up = worth_up // shared, worth_down // shared
     if down == up or count_down + count_up > _MOST_MOVES:
         return False
-    fallers = [
-        i
-        for i, ladder in enumerate(rungs)
-        if ladder.unit == worth_down and levels[i] > ladder.lowest and i not in (down, up)
-    ]
-    risers = [
-        i
-        for i, ladder in enumerate(rungs)
-        if ladder.unit == worth_up and levels[i] < ladder.highest and i not in (down, up)
-    ]
+    others = [(i, x, levels[i]) for i, x in enumerate(rungs) if i not in (down, up)]
+    fallers = [i for i, x, level in others if x.unit == worth_down and level > x.lowest]
+    risers = [i for i, x, level in others if x.unit == worth_up and level < x.highest]
     fits = levels[down] > rungs[down].lowest and levels[up] < rungs[up].highest
     if not fits or len(fallers) < count_down - 1 or len(risers) < count_up - 1:
         return False

@@ -2,6 +2,8 @@
 
 A pattern turns a score into a mask (True = kept) with an exact number of zeros, also under ties:
 of equal scores the one with the lower index is pruned first.
+
+Which pattern the zeros of a matrix follow, seen from the zeros alone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ __all__ = [
     "misplaced",
     "parse_pattern",
     "patterns",
+    "recognised",
     "unit_scores",
     "within",
 ]
@@ -243,3 +246,44 @@ def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
         return 0
     nonzero = weight != 0
     return int((nonzero & ~pattern.mask(nonzero.to(torch.float32), sparsity)).sum())
+
+
+DENSE, UNSTRUCTURED = "dense", "unstructured"
+BY_CHANCE = 0.001
+"""The share of zeros that a dense matrix may have by chance."""
+EXPLAINED = 0.8
+"""The share of the zeros that N:M must account for. Many zeros anywhere also leave some in every
+group, but the N:M that they fulfil accounts for few of them."""
+GROUPS = (4, 8, 16, 32)
+FEWEST = 4
+"""Groups in a row; with fewer, rows with equal numbers of zeros would look like N:M."""
+
+
+def recognised(weight: Weight) -> str:
+    """Return `N:M`, `unstructured` or `dense` for a matrix [out, in].
+
+    N:M means that no group of M consecutive inputs keeps more than N weights, and that this alone
+    makes at least 4 of 5 zeros; a row has at least 4 groups. Of several, it is the one with the
+    most zeros, then the smallest M.
+
+    Example:
+        >>> import torch
+        >>> from secateur.sparsity.patterns import recognised
+        >>> recognised(torch.tensor([[1.0, 0, 0, 2] * 4, [0, 3, 4, 0] * 4]))
+        '2:4'
+        >>> recognised(torch.tensor([[1.0, 0, 0, 0] * 4, [2, 3, 4, 0] * 4]))
+        'unstructured'
+    """
+    kept = weight != 0
+    sparsity = 1 - float(kept.float().mean())
+    if sparsity < BY_CHANCE:
+        return DENSE
+    best, name = 0.0, UNSTRUCTURED
+    for size in GROUPS:
+        if weight.shape[1] % size or weight.shape[1] < FEWEST * size:
+            continue
+        most = int(kept.reshape(-1, size).sum(-1).max())
+        zeros = 1 - most / size
+        if zeros > best and zeros >= EXPLAINED * sparsity:
+            best, name = zeros, f"{most}:{size}"
+    return name

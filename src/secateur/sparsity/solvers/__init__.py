@@ -145,7 +145,7 @@ class RoundingSolver(SolverDefaults):
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        Rounding(self.bits, self.group, self.descent)
+        _ = self.rounding  # checks the rest
 
     @property
     def rounding(self) -> Rounding:

@@ -161,22 +161,16 @@ class ALPS(RoundingSolver):
         target = dense @ prepared.hessian
         start, steps = dense, self.refit_steps
         if mask is None:
-            rows, inputs = weight.shape
-            pattern.check((rows, inputs), sparsity)
+            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
             start, mask = self._search(dense, target, prepared, pattern, sparsity)
             steps = -(-steps // 2)
         solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale
         if prepared.factor is not None:
-            columns, target = solved.t().contiguous(), (dense / prepared.scale).t().contiguous()
-            self.rounding.hold(
-                columns,
-                target,
-                mask.t().contiguous(),
-                prepared.gram,
-                prepared.scale.square(),
-                prepared.factor,
-            )
+            held = solved, dense / prepared.scale, mask
+            columns, target, kept = (x.t().contiguous() for x in held)
+            diagonal = prepared.scale.square()
+            self.rounding.hold(columns, target, kept, prepared.gram, diagonal, prepared.factor)
             solved = columns.t().contiguous()
         return Solution(
             weight=solved, mask=mask, error=relative_output_error(weight, solved, prepared.gram)

@@ -140,19 +140,15 @@ class OBS(RoundingSolver):
         """
         check_weight(weight)
         if mask is None:
-            rows, inputs = weight.shape
-            pattern.check((rows, inputs), sparsity)
+            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
             self.rounding.check(pattern)
         # Transposed, so that every column of the weight is contiguous during the sweep.
         columns = (
             weight.detach().t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         )
         columns.masked_fill_(prepared.dead[:, None], 0.0)
-        if mask is None:
-            kept = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
-        else:
-            kept = mask.t().contiguous()
-        choice = None if mask is not None else Choice(pattern, sparsity)
+        choice = Choice(pattern, sparsity) if mask is None else None
+        kept = columns.bool() if mask is None else mask.t().contiguous()  # filled by the choice
         target = columns.clone() if self.rounds else columns
         if choice or not self.rounds:
             grid = self.rounding.grid(columns) if self.grid else None

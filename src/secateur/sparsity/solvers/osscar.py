@@ -9,29 +9,16 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError, RecipeError
-from secateur.sparsity.hessian import FACTOR_SQUARES, check_damping, check_weight, inverse_factor
+from secateur.sparsity.hessian import FACTOR_SQUARES, check_weight, inverse_factor
 from secateur.sparsity.patterns import Pattern, WholeUnits
-from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
+from secateur.sparsity.solvers import Solution, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
-from secateur.types import Mask, Statistics, Weight, float32_bytes
-
-
-@dataclass(frozen=True)
-class PreparedUnits:
-    """The prepared data of an input.
-
-    Attributes:
-        refit: for the last step.
-        damping: of the Hessian.
-    """
-
-    refit: PreparedHessian
-    damping: float
+from secateur.types import Mask, Weight, float32_bytes
 
 
 @solvers.register("osscar")
 @dataclass(frozen=True)
-class OSSCAR(SolverDefaults):
+class OSSCAR(LeastSquares):
     """Greedy removal of whole units of columns, with all others re-optimised after each.
 
     With H = gram + λI, λ = damping · mean(diag(gram)), removing the columns p of a unit and giving
@@ -52,7 +39,6 @@ class OSSCAR(SolverDefaults):
     for kept ones; the last refit is solved afresh, so that rounding of the updates does not stay.
 
     Args:
-        damping: fraction of the mean diagonal of the gram added to its diagonal.
         batch: columns removed together, where a unit is one column; 1 is the plain greedy.
 
     Raises:
@@ -70,29 +56,19 @@ class OSSCAR(SolverDefaults):
                 [0.0000, 2.0000]])
     """
 
-    damping: float = 0.01
     batch: int = 8
-    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.batch < 1:
             raise RecipeError(f"batch is {self.batch}", remedy="give 1 or more, for example 8")
-
-    def prepare(self, statistics: Statistics) -> PreparedUnits:
-        """Damp the `gram`, float32 [in, in].
-
-        Raises:
-            NumericalError: the gram is not finite, or zero everywhere.
-        """
-        return PreparedUnits(LeastSquares(self.damping).prepare(statistics), self.damping)
 
     def solve(
         self,
         weight: Weight,
-        prepared: PreparedUnits,
+        prepared: PreparedHessian,
         pattern: Pattern,
         sparsity: float,
         *,
@@ -119,8 +95,7 @@ class OSSCAR(SolverDefaults):
                 )
             pattern.check((weight.shape[0], weight.shape[1]), sparsity)
             mask = self.choose(weight, prepared, cast(WholeUnits, pattern), sparsity)
-        refit = LeastSquares(self.damping)
-        return refit.solve(weight, prepared.refit, pattern, sparsity, mask=mask)
+        return super().solve(weight, prepared, pattern, sparsity, mask=mask)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Seven float32 copies of the weight, H⁻¹ in the making, and the last refit's systems."""
@@ -130,12 +105,8 @@ class OSSCAR(SolverDefaults):
             + systems_bytes(1, shape[1])  # all rows share one
         )
 
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """The operations of the last refit; all rows have the same zeros."""
-        return LeastSquares(self.damping).flops(shape, pattern, sparsity)
-
     def choose(
-        self, weight: Weight, prepared: PreparedUnits, pattern: WholeUnits, sparsity: float
+        self, weight: Weight, prepared: PreparedHessian, pattern: WholeUnits, sparsity: float
     ) -> Mask:
         """The mask of the units that remain after enough were removed."""
         check_weight(weight)
@@ -145,12 +116,11 @@ class OSSCAR(SolverDefaults):
         if left == len(alive):
             alive[:] = False
         elif left:
-            factor, dead = inverse_factor(prepared.refit.gram, prepared.damping)
+            factor, dead = inverse_factor(prepared.gram, self.damping)
             inverse = factor.t() @ factor
             now = weight.detach().float().masked_fill(dead, 0.0)
-            together = self.batch if pattern.width == 1 else 1
+            together = self.batch if pattern.width == 1 and not pattern.among else 1
             allowed = pattern.units_pruned(pattern.columns_together, sparsity)
-            together = 1 if pattern.among else together
             while left:
                 stays = ~alive
                 if pattern.among:

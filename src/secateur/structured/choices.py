@@ -1,0 +1,381 @@
+"""Chooses the units that stay: layers, experts, channels, query heads, KV groups and neurons.
+
+Several processes can share the survey of experts. The first one sends a job; the others open the
+same model and pass their own calibration windows through it. All sums are added up. Everything
+else, which takes seconds, is done by the first process while the others wait.
+
+Heads and neurons are chosen by a pruning run whose pattern is whole columns. The linear that reads
+the heads (output projection) and the linear that reads the neurons (down projection) lose whole
+columns. The run selects and compensates them layer by layer on pruned activations, as for any
+linear. The rows that produced these columns are then unused and are cut as well.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.calibration.windows import load_windows
+from secateur.engine.plan_memory import PrunePlan
+from secateur.engine.prepared import Prepared, choose_plan, prepare
+from secateur.engine.prune.tasks import Settings
+from secateur.engine.search.channels import hidden_scores
+from secateur.engine.search.depth import DepthSettings, choose_depth
+from secateur.engine.search.experts import (
+    ExpertChoice,
+    ExpertUse,
+    expert_use,
+    kept_experts,
+    merge_experts,
+)
+from secateur.engine.stream.targets import CheckpointTarget, Target, walk_layers
+from secateur.errors import RecipeError
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.experts import OpenExperts
+from secateur.models.opening import copy_of, open_weights
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import resolve
+from secateur.parallel.ranks import Ranks, refuse_another_model
+from secateur.progress import Silent
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.structure import StructureRecipe
+from secateur.runs.environment import choose_device
+from secateur.runs.output import whole_folder
+from secateur.sparsity.patterns import Pattern, parse_pattern
+from secateur.sparsity.solvers import solvers
+from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.cut_plan import CutPlan, pattern_text, unit_costs, width_shares
+from secateur.structured.cut_steps import CutContext
+from secateur.structured.surgery import cut_from_zeros
+
+
+@dataclass(frozen=True)
+class SurveyJob:
+    """What the other processes need to survey experts.
+
+    Attributes:
+        windows: file of the calibration windows, as the first process sees it.
+        source: digest of the names, shapes and dtypes of the model's tensors.
+    """
+
+    windows: str
+    source: str
+
+
+def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the decoder layers or sub-blocks to remove."""
+    how, sizes, drop = context.recipe.depth, context.plan.sizes, context.plan.drop_layers
+    by_layers = how.units == "layers"
+    depth = DepthSettings(
+        units=how.units,
+        count=drop if by_layers else None,
+        share=None if by_layers else drop / sizes.layers,
+        method=how.by,
+        seed=context.recipe.calibration.seed,
+    )
+    work = context.scratch("depth")
+    dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
+    notes = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
+    cut = Cut(
+        layers=tuple(i for i in range(sizes.layers) if i not in dropped.layers),
+        groups=dict.fromkeys(dropped.attention, ()),
+        neurons=dict.fromkeys(dropped.ffn, ()),
+    )
+    return cut, notes, folder
+
+
+def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
+    target = context.target(folder)
+    assert context.plan.keep_hidden is not None
+    settings = Settings(
+        micro_batch_tokens=context.recipe.memory.micro_batch_tokens,
+        fast_matmuls=context.recipe.fast_matmuls,
+        work=context.scratch("hidden"),
+    )
+    hidden = context.plan.sizes.hidden
+    scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
+    order = scores.argsort(descending=True, stable=True)[: context.plan.keep_hidden]
+    return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
+
+
+def choose_experts(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the experts to keep, and merge the others into them if the recipe says so."""
+    target, recipe = context.target(folder), context.recipe
+    assert context.plan.keep_experts is not None
+    tokens = recipe.memory.micro_batch_tokens
+    job = SurveyJob(str(context.windows_file), target.reader.tensor_digest)
+    context.ranks.once(lambda: asdict(job))
+    use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
+    config, experts = target.model.config, target.architecture.experts
+    assert experts is not None
+    how = ExpertChoice(
+        experts.per_token(config) or 1,
+        "frequency" if recipe.experts_by == "merge" else recipe.experts_by,
+        experts.divided(config),
+        recipe.experts_scope,
+        recipe.calibration.seed,
+    )
+    kept = kept_experts(use, context.plan.keep_experts, how)
+    if recipe.experts_by == "merge":
+        folder = _merge_experts(context, folder, kept, use)
+    notes = {
+        "by": recipe.experts_by,
+        "scope": recipe.experts_scope,
+        "use": {str(layer): of_layer.to_json() for layer, of_layer in use.items()},
+    }
+    return Cut(experts=kept), notes, folder
+
+
+def _merge_experts(
+    context: CutContext,
+    folder: Path,
+    kept: Mapping[int, tuple[int, ...]],
+    use: Mapping[int, ExpertUse],
+) -> Path:
+    """Write a copy of a model in which the experts that stay have taken up the others."""
+    made = context.work / "merged"
+    shutil.rmtree(made, ignore_errors=True)
+    with whole_folder(made) as partial:
+        target = context.target(folder)
+        target.output = copy_of(target.reader, partial)
+        target.output.create(context.progress)
+        experts = target.architecture.experts
+        assert experts is not None
+        for index, layer in walk_layers(target, sorted(kept)):
+            router = layer.get_submodule(experts.router).get_parameter("weight")
+            module = layer.get_submodule(experts.module)
+            assert isinstance(module, OpenExperts)
+            merge_experts(module, router, kept[index], use[index].tokens)
+            prefix = f"{target.architecture.layer_name(index)}.{experts.module}"
+            names = (f"{e}.{n}" for e in kept[index] for n, _ in module[e].named_parameters())
+            target.commit(index, [f"{prefix}.{name}" for name in names])
+    return made
+
+
+def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
+    """Do the share of one process, which is not the first.
+
+    Args:
+        recipe: the recipe; the first process has the same.
+        ranks: the processes.
+
+    Raises:
+        RecipeError: this process sees other files than the first one.
+    """
+    while (content := ranks.once(lambda: None)) is not None:
+        job = SurveyJob(**content)
+        file = Path(job.windows)
+        if not file.exists():
+            raise RecipeError(
+                f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
+                "windows of the run",
+                where=job.windows,
+                remedy="put --output on a file system that all machines share",
+            )
+        trust = recipe.trust_remote_code
+        source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
+        reader = open_weights(source.folder)
+        if reader.tensor_digest != job.source:
+            refuse_another_model(ranks.rank, source.folder)
+        target = CheckpointTarget(
+            reader, None, choose_device(recipe.device), trust_remote_code=trust
+        )
+        tokens = recipe.memory.micro_batch_tokens
+        expert_use(target, load_windows(file), tokens, Silent(), ranks)
+
+
+LEVEL = 0.05
+"""The approximate fraction of a layer's neurons in one level of a searched allocation."""
+
+
+def _pruning_values(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
+    """The recipe of the pruning run that chooses units, without model, output and text."""
+    return {
+        "score": _score_of(recipe),
+        "solver": recipe.solver,
+        "method_parameters": recipe.method_parameters,
+        "sparsity": 0.0,
+        "allocation": allocation,
+        "asymmetric": recipe.asymmetric,
+        "fast_matmuls": recipe.fast_matmuls,
+        "memory": recipe.memory.model_dump(),
+        "device": recipe.device,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+
+
+def _score_of(recipe: StructureRecipe) -> str | None:
+    """The score of the recipe. With only a solver, this is the solver's own score."""
+    if recipe.score is None and recipe.solver is not None:
+        return solvers[recipe.solver].selects_by or "wanda"
+    return recipe.score
+
+
+@dataclass(frozen=True)
+class UnitSelection:
+    """A pruning that removes whole units, from the linears that read them.
+
+    Attributes:
+        shares: fraction of units to remove before any allocation, by glob of linears.
+        patterns: patterns by glob of linears.
+        costs: cost of a unit in the budget of an allocation, by linear.
+        whole: globs of linears that keep all units.
+    """
+
+    shares: Mapping[str, float]
+    patterns: Mapping[str, Pattern]
+    costs: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+
+    def applied(self, prepared: Prepared) -> Prepared:
+        """The same run over the linears that read units."""
+        linears = replace(
+            prepared.selection, include=tuple(self.shares), exclude=self.whole, starts=self.shares
+        )
+        methods = {g: replace(prepared.method, pattern=x) for g, x in self.patterns.items()}
+        return replace(prepared, selection=linears, methods=methods, costs=self.costs)
+
+
+def width_selection(target: Target, recipe: StructureRecipe, plan: CutPlan) -> UnitSelection:
+    """The selection of heads and neurons of a model."""
+    model, layer_name = target.model, target.architecture.layer_name
+    sizes, readers = sizes_of(model), consumers(model)
+    shares = width_shares(plan, sizes, model).items()
+    cut_kinds = {kind: x for kind, x in shares if x > 0 or plan.joint is not None}
+    cut = plan.narrowed(sizes.layers)
+    return UnitSelection(
+        {f"*.{readers[kind]}": x for kind, x in cut_kinds.items()},
+        {
+            f"*.{readers[kind]}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
+            for kind in cut_kinds
+        },
+        _costs_of(layer_name, readers, sizes, model, recipe),
+        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
+    )
+
+
+def choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the heads and neurons to keep, and refit their readers in a folder.
+
+    With a uniform allocation each cut layer keeps the same number: that of the layer that kept
+    most. A layer keeps fewer if some of its units were already dead: their weights were zero before
+    the choice. Some dead units stay, so that all layers have one size.
+    """
+    recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
+    allocation, trust = recipe.allocation or "uniform", recipe.trust_remote_code
+    _prune_units(
+        context, folder, made, allocation, lambda target: width_selection(target, recipe, plan)
+    )
+    cut = cut_from_zeros(CheckpointReader(made), trust_remote_code=trust)
+    how = {"score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation}
+    if allocation != "uniform":
+        return cut, how, made
+    sizes = sizes_of(build_skeleton(made, trust_remote_code=trust))
+
+    def evened(kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]) -> dict[int, Any]:
+        most = max(map(len, kept.values()), default=0)
+        return {layer: _filled(units, range(there[layer]), most) for layer, units in kept.items()}
+
+    even = Cut(groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons))
+    return even, how, made
+
+
+def choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+    """Choose the query heads to keep in each KV group, and refit their readers in a folder.
+
+    Dead ones fill up a group, as in `choose_width`.
+    """
+    recipe, heads, made = context.recipe, context.plan.keep_queries, context.work / "thinned"
+    assert heads is not None
+
+    def select(target: Target) -> UnitSelection:
+        sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+        each = sizes.heads_per_group
+        pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
+        return UnitSelection({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+
+    _prune_units(context, folder, made, "uniform", select)
+    trust = recipe.trust_remote_code
+    cut = cut_from_zeros(CheckpointReader(made), kinds=("queries",), trust_remote_code=trust)
+    sizes = sizes_of(build_skeleton(made, trust_remote_code=trust))
+    found: dict[int, tuple[int, ...]] = {}
+    for layer, kept in cut.queries.items():
+        starts = range(0, sizes.queries[layer], sizes.heads_per_group)
+        groups = [range(start, start + sizes.heads_per_group) for start in starts]
+        found[layer] = tuple(
+            head for g in groups for head in _filled([x for x in kept if x in g], g, heads)
+        )
+    return Cut(queries=found), {"score": _score_of(recipe), "solver": recipe.solver}, made
+
+
+def _prune_units(
+    context: CutContext,
+    folder: Path,
+    made: Path,
+    allocation: str,
+    select: Callable[[Target], UnitSelection],
+) -> None:
+    """Prune whole units of a model folder into another, unless an earlier run did."""
+    if made.exists():
+        return
+    text = {"source": str(context.windows_file), "seed": context.recipe.calibration.seed}
+    values = {"model": str(folder), "output": str(made), "calibration": text}
+    recipe = build_recipe(PruneRecipe, _pruning_values(context.recipe, allocation) | values)
+    context.prune(recipe, made, lambda prepared: select(prepared.target).applied(prepared))
+
+
+def _costs_of(
+    layer_name: Callable[[int], str],
+    readers: Mapping[str, str],
+    sizes: Sizes,
+    model: Any,
+    recipe: StructureRecipe,
+) -> dict[str, int]:
+    """The cost of a unit of each linear in the budget of an allocation, in neurons.
+
+    A group costs the number of neurons with as many parameters, rounded to a few levels of a
+    search, so that groups and neurons are exchangeable.
+    """
+    costs, named = unit_costs(sizes, model), {}
+    if "neurons" not in costs:
+        return {}
+    level = LEVEL * max(sizes.neurons)
+    equal = costs.get("groups", 0) / costs["neurons"]
+    levels = max(1, round(equal / level))
+    step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
+    for kind, reader in readers.items():
+        for layer, there in enumerate(getattr(sizes, kind)):
+            if there:
+                name = f"{layer_name(layer)}.{reader}"
+                named[name] = recipe.multiple if kind == "neurons" else levels * step
+    return named
+
+
+def _filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
+    """Return `count` units: the kept ones, then the first of the others."""
+    spare = [unit for unit in there if unit not in kept]
+    return tuple(sorted([*kept, *spare[: count - len(kept)]]))
+
+
+def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> PrunePlan:
+    """Plan the pruning run that cuts heads and neurons, on the uncut model: the largest there is.
+
+    Raises:
+        MemoryBudgetError: the run exceeds the budget.
+    """
+    values = _pruning_values(recipe, recipe.allocation or "uniform") | {
+        "model": str(folder),
+        "calibration": recipe.calibration.model_dump(),
+    }
+    pruning = build_recipe(PruneRecipe, values)
+    trust = recipe.trust_remote_code
+    source = resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
+    prepared = prepare(pruning, source, only_plan=True)
+    prepared = width_selection(prepared.target, recipe, plan).applied(prepared)
+    return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]
