@@ -16,7 +16,7 @@ from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import fingerprint, perplexity, protocol
 from secateur.models.tokenizer import load_tokenizer
-from secateur.runtime.sampling import Sampling
+from secateur.recipes.deploy import Sampling
 from tiny import save_tiny, tiny_tokenizer
 from zoo import CONFIGS, tiny_model, tiny_windows
 
@@ -178,7 +178,7 @@ def test_generate(tmp_path, capfd):
     assert generate(model, tokenizer, "some words", 12, Sampling(seed=7)) == text
 
     def draw(seed: int) -> str:
-        return generate(model, tokenizer, "some words", 30, Sampling(1.5, seed=seed))
+        return generate(model, tokenizer, "some words", 30, Sampling(temperature=1.5, seed=seed))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

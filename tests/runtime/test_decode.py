@@ -13,10 +13,10 @@ from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
+from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, continued, why_not
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
-from secateur.runtime.sampling import Sampling
 from slow import slow
 
 pytestmark = [
@@ -284,7 +284,9 @@ def test_stop_tokens_and_seeds(tmp_path: Path) -> None:
     assert ended == text[: text.index(text[4])]
 
     def drawn(temperature: float, seed: int) -> list[int]:
-        return [*continued(decoder, PROMPT, 30, sampling=Sampling(temperature, seed=seed))]
+        return [
+            *continued(decoder, PROMPT, 30, sampling=Sampling(temperature=temperature, seed=seed))
+        ]
 
     assert drawn(1.0, 1) == drawn(1.0, 1)
     assert drawn(1.0, 1) != drawn(1.0, 2)

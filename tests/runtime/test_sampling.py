@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from secateur.errors import RecipeError
-from secateur.runtime.sampling import Sampling
+from secateur.recipes.deploy import Sampling
+from secateur.runtime.sampling import Draws, sampling_with
 
 CHANCES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
 
 
 def drawn(count: int = 4000, **options: Any) -> dict[int, float]:
     """How often each token is drawn."""
-    draws = Sampling(1.0, **options).begin()
+    draws = Draws(Sampling(temperature=1.0, **options))
     found = Counter(draws.draw(CHANCES.log()) for _ in range(count))
     return {token: n / count for token, n in found.items()}
 
@@ -52,14 +53,14 @@ def test_only_the_kept_tokens_are_drawn_in_proportion(
 
 def test_temperature() -> None:
     logits = CHANCES.log()
-    assert Sampling(0.0, top_k=3).begin().draw(logits) == 1
-    cold = Sampling(0.01).begin()
+    assert Draws(Sampling(top_k=3)).draw(logits) == 1
+    cold = Draws(Sampling(temperature=0.01))
     assert {cold.draw(logits) for _ in range(20)} == {1}
 
 
 def test_the_seed_decides() -> None:
     def text(seed: int) -> list[int]:
-        draws = Sampling(1.0, top_p=0.9, seed=seed).begin()
+        draws = Draws(Sampling(temperature=1.0, top_p=0.9, seed=seed))
         return [draws.draw(CHANCES.log()) for _ in range(30)]
 
     assert text(1) == text(1)
@@ -72,7 +73,7 @@ def test_the_seed_decides() -> None:
         ({"temperature": math.nan}, "--temperature nan"),
         ({"temperature": math.inf}, "--temperature inf"),
         ({"temperature": -0.1}, "--temperature"),
-        ({"top_k": 0}, "--top-k 0"),
+        ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"top_p": 1.01}, "--top-p"),
         ({"top_p": math.nan}, "--top-p nan"),
@@ -87,7 +88,7 @@ def test_the_seed_decides() -> None:
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=named) as raised:
-        Sampling(**options)
+        sampling_with({}, options)
     assert raised.value.exit_code == 2
 
 
@@ -113,7 +114,7 @@ def test_a_large_vocabulary_keeps_what_the_definition_keeps(options: dict[str, A
     counts = likelier < options.get("top_p", 1.0)
     counts &= ordered >= options.get("min_p", 0.0) * ordered[0]
     kept = tokens[: len(ordered)][counts].tolist()
-    draws = Sampling(1.0, **options).begin()
+    draws = Draws(Sampling(temperature=1.0, **options))
     found = Counter(draws.draw(logits) for _ in range(3000))
     assert set(found) <= set(kept)
     share = float(chances[kept[0]] / chances[kept].sum())
@@ -125,9 +126,8 @@ def test_penalties_are_those_of_the_papers() -> None:
     """Against the formulas, written out token by token."""
     logits = torch.tensor([2.0, -1.0, 1.5, 3.0, -2.0, 2.5])
     prompt, r, p, f = [0, 1, 1], 1.25, 0.5, 0.25
-    draws = Sampling(0.0, repetition_penalty=r, presence_penalty=p, frequency_penalty=f).begin(
-        prompt
-    )
+    penalties = Sampling(repetition_penalty=r, presence_penalty=p, frequency_penalty=f)
+    draws = Draws(penalties, prompt)
     text: list[int] = []
     for _ in range(12):
         expected = []
@@ -149,5 +149,5 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
     prompt = [3, 9, 9, 20]
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt]), logits[None].clone())
-    found = Sampling(0.0, repetition_penalty=1.3).begin(prompt).penalised(logits)
+    found = Draws(Sampling(repetition_penalty=1.3), prompt).penalised(logits)
     assert torch.equal(found, expected[0])

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import secateur
 from runtime.packed_models import packed_model, settled
+from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.sampling import Sampling
+from secateur.runtime.sampling import Draws
 from secateur.serving.scheduler import (
     BLOCK_TOKENS,
     PrefixCache,
@@ -115,7 +116,7 @@ class Client:
 
 def plain_loop(request: Request) -> list[int]:
     """The oracle: the tokens of a request that is alone."""
-    draws, text, found = request.sampling.begin(request.ids), [*request.ids], list[int]()
+    draws, text, found = Draws(request.sampling, request.ids), [*request.ids], list[int]()
     while len(found) < request.max_new_tokens:
         token = draws.draw(next_logits(text))
         if token in request.ends:
@@ -139,7 +140,7 @@ PROMPTS = st.one_of(
 )
 REQUESTS = st.builds(
     lambda ids, new, temperature, seed, ends: Request(
-        ids, new, Sampling(temperature, seed=seed), frozenset(ends)
+        ids, new, Sampling(temperature=temperature, seed=seed), frozenset(ends)
     ),
     PROMPTS,
     st.integers(0, 30),

@@ -20,9 +20,9 @@ from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
+from secateur.recipes.deploy import Sampling
 from secateur.runtime.captured import CapturedGeneration, why_not_captured
 from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
-from secateur.runtime.sampling import Sampling
 
 
 def generate(

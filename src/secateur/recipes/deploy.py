@@ -26,13 +26,16 @@ from secateur.recipes.shared import OutputFolder, Overwriting, RemoteCode
 MODELS_OWN = "the model's generation_config.json, else {}"
 
 
-class TokenDrawing(Section):
-    """How tokens are sampled, and where a text ends."""
-
-    group = HOW
+class TextLength(Section):
+    """How long a text may be."""
 
     max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(None, gt=0)
     """Stop after this many tokens."""
+
+
+class Sampling(Section):
+    """How tokens are drawn (`runtime.sampling`); None where it is not given."""
+
     temperature: Annotated[float | None, Flag(default=MODELS_OWN.format(0))] = Field(None, ge=0)
     """0 always takes the most likely token; higher values sample."""
     top_k: Annotated[int | None, Flag(default=MODELS_OWN.format("all"))] = Field(None, ge=0)
@@ -52,13 +55,17 @@ class TokenDrawing(Section):
     """Subtract this once for each time that the text has the token."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed for sampling."""
+
+
+class TokenDrawing(Sampling, TextLength):
+    """How tokens are sampled, and where a text ends."""
+
     stop: Annotated[Texts, Flag(value="WORDS")] = ()
     """Stop before the model writes this text; may be repeated."""
 
     def drawing(self) -> dict[str, Any]:
         """The options of `Sampling`, None where not given."""
-        names = set(TokenDrawing.model_fields) - {"max_new_tokens", "stop"}
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in Sampling.model_fields}
 
 
 class GenerateRecipe(RemoteCode, TokenDrawing, Recipe):

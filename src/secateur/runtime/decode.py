@@ -24,6 +24,7 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
+from secateur.recipes.deploy import Sampling
 from secateur.runtime.kernels.library import (
     MAX_BATCH,
     TYPES,
@@ -36,7 +37,7 @@ from secateur.runtime.kernels.library import (
 )
 from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.sampling import Sampling
+from secateur.runtime.sampling import Draws
 
 GREEDY = Sampling()
 
@@ -125,7 +126,7 @@ def continued(
     Raises:
         ShapeError: prompt and new tokens do not fit.
     """
-    draws = sampling.begin(ids.tolist())
+    draws = Draws(sampling, ids.tolist())
     logits = steps.prefill(ids)
     for number in range(max_new_tokens):
         token = draws.draw(logits)

@@ -6,31 +6,29 @@ characters only, and never by a part of a stop text.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import ValidationError
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models.header import parse_json
 from secateur.models.tokenizer import Tokenizer
-
-MAX_SEED = 2**63 - 1
-"""The largest seed of a torch generator."""
+from secateur.recipes.deploy import Sampling
 
 FIRST_LOOK = 1024
 """Most draws need only this many of the most likely tokens; sorting all of them takes longer."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature, top-k, top-p and min-p sampling, and penalties for tokens that occurred.
+class Draws:
+    """Draws the tokens of one text, and remembers them for the penalties.
+
+    Temperature, top-k, top-p and min-p sampling, and penalties for tokens that occurred.
 
     Penalties come first. The repetition penalty r divides the positive logits of all tokens of
     prompt and text by r, and multiplies the negative ones (Keskar et al., CTRL, arXiv 1909.05858).
@@ -45,67 +43,15 @@ class Sampling:
     drawn.
 
     Args:
-        temperature: 0 or more.
-        top_k: how many tokens may be drawn; None for all.
-        top_p: the probability that they must have together, above 0 and at most 1.
-        seed: of the draw.
-        min_p: the share of the largest probability that a token needs, 0 to 1.
-        repetition_penalty: above 0; 1 changes nothing.
-        presence_penalty: any number; 0 changes nothing.
-        frequency_penalty: any number; 0 changes nothing.
-
-    Raises:
-        RecipeError: a number is out of range; NaN and infinity are.
+        sampling: how tokens are drawn. What is None changes nothing, and neither does `top_k` 0.
+        prompt: the tokens before the text, which the repetition penalty counts.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-
-    def __post_init__(self) -> None:
-        finite, inf = "a finite number", math.inf
-        repetition, presence = self.repetition_penalty, self.presence_penalty
-        frequency = self.frequency_penalty
-        checks = (
-            ("--temperature", self.temperature, 0 <= self.temperature < inf, "a number 0 or more"),
-            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "a number 1 or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("--seed", self.seed, 0 <= self.seed <= MAX_SEED, "a number from 0 to 2⁶³ − 1"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("--repetition-penalty", repetition, 0 < repetition < inf, "a number above 0"),
-            ("--presence-penalty", presence, math.isfinite(presence), finite),
-            ("--frequency-penalty", frequency, math.isfinite(frequency), finite),
-        )
-        for option, value, right, allowed in checks:
-            if not right:
-                raise RecipeError(
-                    f"{option} {value} is out of range", where=option, remedy=f"give {allowed}"
-                )
-
-    def begin(self, prompt: Sequence[int] = ()) -> Draws:
-        """The draws of one text.
-
-        Args:
-            prompt: its tokens, which the repetition penalty counts.
-        """
-        return Draws(self, prompt)
-
-
-class Draws:
-    """Draws the tokens of one text, and remembers them for the penalties.
-
-    Args:
-        sampling: how tokens are drawn.
-        prompt: the tokens before the text.
-    """
-
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
         self.sampling = sampling
+        self.temperature, self.top_k = sampling.temperature or 0.0, sampling.top_k or None
+        self.top_p, self.min_p = sampling.top_p or 1.0, sampling.min_p or 0.0
+        self.repetition_penalty = sampling.repetition_penalty or 1.0
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.prompt, self.text = list(prompt), list[int]()
 
@@ -116,20 +62,18 @@ class Draws:
             logits: float32, of all tokens.
         """
         logits = self.penalised(logits)
-        token = int(logits.argmax()) if self.sampling.temperature == 0 else self.chosen(logits)
+        token = int(logits.argmax()) if self.temperature == 0 else self.chosen(logits)
         self.text.append(token)
         return token
 
     def penalised(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
         """The logits after all penalties; the argument stays as it is."""
-        s = self.sampling
-        if s.repetition_penalty != 1:
+        s, r = self.sampling, self.repetition_penalty
+        if r != 1:
             seen = torch.tensor(sorted({*self.prompt, *self.text}), dtype=torch.long)
             found = logits[seen]
             logits = logits.clone()
-            logits[seen] = torch.where(
-                found > 0, found / s.repetition_penalty, found * s.repetition_penalty
-            )
+            logits[seen] = torch.where(found > 0, found / r, found * r)
         if self.text and (s.presence_penalty or s.frequency_penalty):
             seen, counts = torch.tensor(self.text).unique(return_counts=True)
             logits = logits.clone()
@@ -138,27 +82,25 @@ class Draws:
 
     def chosen(self, logits: Float[Tensor, " vocabulary"]) -> int:
         """A token by its probability among those that may be drawn."""
-        s = self.sampling
-        chances = (logits / s.temperature).softmax(-1)
-        if s.top_k is None and s.top_p >= 1 and s.min_p == 0:
+        chances = (logits / self.temperature).softmax(-1)
+        if self.top_k is None and self.top_p >= 1 and self.min_p == 0:
             return int(torch.multinomial(chances, 1, generator=self.generator))
         ordered, tokens = self.likeliest(chances)
-        if s.top_k is not None:
-            ordered, tokens = ordered[: s.top_k], tokens[: s.top_k]
+        if self.top_k is not None:
+            ordered, tokens = ordered[: self.top_k], tokens[: self.top_k]
             ordered = ordered / ordered.sum()
         # the probability of all tokens before this one: the first is always kept
-        kept = ordered.cumsum(-1) - ordered < s.top_p
-        kept &= ordered >= s.min_p * ordered[0]
+        kept = ordered.cumsum(-1) - ordered < self.top_p
+        kept &= ordered >= self.min_p * ordered[0]
         number = torch.multinomial(ordered[: int(kept.sum())], 1, generator=self.generator)
         return int(tokens[number])
 
     def likeliest(self, chances: Float[Tensor, " vocabulary"]) -> tuple[Tensor, Tensor]:
         """Probabilities in descending order and their tokens, as many as may be needed."""
-        s = self.sampling
-        if len(chances) > FIRST_LOOK and (s.top_k is None or s.top_k <= FIRST_LOOK):
+        if len(chances) > FIRST_LOOK and (self.top_k is None or self.top_k <= FIRST_LOOK):
             ordered, tokens = chances.topk(FIRST_LOOK)
-            enough = s.top_k is not None or float(ordered.sum()) > s.top_p
-            if enough or float(ordered[-1]) < s.min_p * float(ordered[0]):
+            enough = self.top_k is not None or float(ordered.sum()) > self.top_p
+            if enough or float(ordered[-1]) < self.min_p * float(ordered[0]):
                 return ordered, tokens
         ordered, tokens = chances.sort(descending=True, stable=True)
         return ordered, tokens
@@ -170,6 +112,21 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """They count where `do_sample` is true, as in transformers."""
 
 ALWAYS = ("repetition_penalty",)
+
+NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Values that change nothing."""
+
+ALLOWED = {
+    "temperature": "a number 0 or more",
+    "top_k": "a number 1 or more",
+    "top_p": "a number above 0 and at most 1",
+    "min_p": "a number from 0 to 1",
+    "repetition_penalty": "a number above 0",
+    "presence_penalty": "a finite number",
+    "frequency_penalty": "a finite number",
+    "seed": "a number from 0 to 2⁶³ − 1",
+}
+"""What each option may be."""
 
 
 def generation_config(folder: Path) -> Any:
@@ -218,10 +175,10 @@ def sampling_in(folder: Path) -> dict[str, Any]:
     if found.get("top_k", 1) == 0:
         del found["top_k"]
     try:
-        Sampling(**found)
+        sampling_with({}, found)
     except RecipeError as error:
         raise _unreadable(file, error.what) from None
-    return {name: value for name, value in found.items() if value != getattr(Sampling, name)}
+    return {name: value for name, value in found.items() if value != NEUTRAL.get(name)}
 
 
 def sampling_with(defaults: dict[str, Any], given: dict[str, Any]) -> Sampling:
@@ -234,10 +191,19 @@ def sampling_with(defaults: dict[str, Any], given: dict[str, Any]) -> Sampling:
     Raises:
         RecipeError: a number is out of range.
     """
-    options = defaults | {name: value for name, value in given.items() if value is not None}
-    if options.get("top_k") == 0:
-        options["top_k"] = None
-    return Sampling(**options)
+    try:
+        return Sampling(
+            **(defaults | {k: value for k, value in given.items() if value is not None})
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        option = "--" + name.replace("_", "-")
+        raise RecipeError(
+            f"{option} {first['input']} is out of range",
+            where=option,
+            remedy=f"give {ALLOWED[name]}",
+        ) from None
 
 
 def _unreadable(file: Path, why: str) -> CheckpointError:

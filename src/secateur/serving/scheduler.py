@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError, ShapeError
+from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import SteppedGeneration, Token
-from secateur.runtime.sampling import Draws, Sampling
+from secateur.runtime.sampling import Draws
 
 
 class Engine(Protocol):
@@ -106,7 +107,9 @@ class ServingJob:
     last: tuple[int, Tensor] | None = None
     cached: int = 0
     pieces: int = 0
-    draws: Draws | None = None
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.request.sampling, self.request.ids)
 
 
 @dataclass
@@ -215,7 +218,6 @@ class Scheduler:
                     return
                 job, job.slot = self.queue.popleft(), self.free.pop()
             ids = job.request.ids
-            job.draws = job.request.sampling.begin(ids)
             self.running.append(job)
             self.engine.rewind(job.slot)
             for known in self.prefixes.find(ids) if job.score is None else ():
@@ -281,7 +283,6 @@ class Scheduler:
 
     def answer(self, job: ServingJob, logits: Tensor) -> None:
         """Draw the next token of a job and pass it on."""
-        assert job.draws is not None
         if job.request.max_new_tokens == 0:
             self.finish(job, "length")
             return

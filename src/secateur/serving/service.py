@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from secateur.models.tokenizer import Tokenizer
-from secateur.runtime.sampling import Sampling, TextStream
+from secateur.recipes.deploy import Sampling
+from secateur.runtime.sampling import TextStream
 from secateur.serving.scheduler import Request, Scheduler, ServingJob
 
 

@@ -31,7 +31,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from secateur.errors import RecipeError
-from secateur.runtime.sampling import MAX_SEED, Sampling
+from secateur.recipes.options import MAX_SEED
+from secateur.runtime.sampling import sampling_with
 from secateur.serving.http.middleware import Limits, Metrics
 from secateur.serving.http.requests import (
     MAX_CHOICES,
@@ -255,7 +256,7 @@ class Endpoints:
         try:
             drawn = {"seed": secrets.randbits(63)} | service.defaults | request.sampling()
             samplings = [
-                Sampling(**(drawn | {"seed": (drawn["seed"] + number) % (MAX_SEED + 1)}))
+                sampling_with(drawn, {"seed": (drawn["seed"] + number) % (MAX_SEED + 1)})
                 for number in range(request.n or 1)
             ]
         except RecipeError as error:

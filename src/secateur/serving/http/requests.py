@@ -11,7 +11,6 @@ import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -19,7 +18,8 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from secateur.runtime.sampling import MAX_SEED, Sampling
+from secateur.recipes.deploy import Sampling
+from secateur.recipes.options import MAX_SEED
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_CHOICES = 1024
@@ -196,7 +196,7 @@ class SamplingRequest(BaseModel, ABC):
 
     def sampling(self) -> dict[str, Any]:
         """The options of the draw that are given; `top_k` below 1 means all tokens."""
-        options = self.model_dump(include={field.name for field in fields(Sampling)})
+        options = self.model_dump(include=set(Sampling.model_fields))
         given = {name: value for name, value in options.items() if value is not None}
         if given.get("top_k", 1) < 1:
             given["top_k"] = None
