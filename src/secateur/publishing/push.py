@@ -77,8 +77,7 @@ def upload(
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    reason = why_unreachable()
-    if reason is not None:
+    if (reason := why_unreachable()) is not None:
         raise SourceError(
             f"the hub cannot be reached ({reason})",
             where=f"hub: {repo}",
@@ -155,11 +154,6 @@ class Contents:
     folder: Path
     files: dict[str, Path]
     left_out: tuple[str, ...]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each file in bytes."""
-        return {name: file.stat().st_size for name, file in self.files.items()}
 
 
 def contents_of(folder: Path) -> Contents:
@@ -263,13 +257,6 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
         )
 
 
-def notes_without_folders(files: Mapping[str, Path]) -> dict[str, str]:
-    """The texts of the notes that name folders of this machine, with only the last names."""
-    notes = {name: file for name, file in files.items() if name.startswith(f"{NOTES}/")}
-    texts = {name: (text, without_folders(text)) for name, text in _texts_of(notes)}
-    return {name: bare for name, (text, bare) in texts.items() if text != bare}
-
-
 def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     """Publish a model folder on the hub, with a card that has its results and their protocols.
 
@@ -285,35 +272,28 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     contents = contents_of(Path(recipe.model).expanduser())
     refuse_secrets(contents.files)
     refuse_not_finite(shard_files(contents.folder))
-    audit = audit_checkpoint(
-        contents.folder, trust_remote_code=recipe.trust_remote_code, progress=progress
-    )
+    code = recipe.trust_remote_code
+    audit = audit_checkpoint(contents.folder, trust_remote_code=code, progress=progress)
     _refuse_lost_zeros(contents.folder, audit)
     recorded = (contents.folder / NOTES / "manifest.json").is_file()
     run = read_run(contents.folder, "this model") if recorded else None
     written = contents.files[CARD].read_text(encoding="utf-8")
     card = without_folders(push_card(written, recipe.repo, run, recipe.base_model))
     notes = missing_in(card)
-    texts = {**notes_without_folders(contents.files), CARD: card}
+    notes_files = {n: file for n, file in contents.files.items() if n.startswith(f"{NOTES}/")}
+    bare = {n: (text, without_folders(text)) for n, text in _texts_of(notes_files)}
+    texts = {**{n: short for n, (text, short) in bare.items() if text != short}, CARD: card}
     if len(texts) > 1:
         changed = ", ".join(name for name in texts if name != CARD)
         notes.append(f"paths of this machine are cut to their last names in {changed}")
+    repo, private, branch = recipe.repo, not recipe.public, recipe.branch
     address = None
     if not recipe.dry_run:
-        address = upload(
-            recipe.repo, contents.files, texts, private=not recipe.public, branch=recipe.branch
-        )
-    return PushResult(
-        recipe.repo,
-        not recipe.public,
-        recipe.branch,
-        contents.sizes | {name: len(text.encode()) for name, text in texts.items()},
-        contents.left_out,
-        audit.sparsity,
-        card,
-        tuple(notes),
-        address,
-    )
+        address = upload(repo, contents.files, texts, private=private, branch=branch)
+    sizes = {name: file.stat().st_size for name, file in contents.files.items()}
+    sizes |= {name: len(text.encode()) for name, text in texts.items()}
+    left, zeros = contents.left_out, audit.sparsity
+    return PushResult(repo, private, branch, sizes, left, zeros, card, tuple(notes), address)
 
 
 def _refuse_lost_zeros(folder: Path, audit: Audit) -> None:

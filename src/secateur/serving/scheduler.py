@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -128,7 +128,7 @@ class ServingCounts:
     cached_tokens: int = 0
     new_tokens: int = 0
     calls: int = 0
-    ended: dict[str, int] = field(default_factory=dict)
+    ended: Counter[str] = field(default_factory=Counter)
 
 
 class Scheduler:
@@ -304,7 +304,7 @@ class Scheduler:
             self.running.remove(job)
             self.keep(job, [*job.request.ids, *job.text][: self.engine.lengths[job.slot]])
             self.free.append(job.slot)
-        self.counts.ended[reason] = self.counts.ended.get(reason, 0) + 1
+        self.counts.ended[reason] += 1
         job.end(reason)
 
     def fail(self) -> None:
@@ -315,7 +315,7 @@ class Scheduler:
         for job in running:
             self.free.append(job.slot)
         for job in (*running, *waiting):
-            self.counts.ended["error"] = self.counts.ended.get("error", 0) + 1
+            self.counts.ended["error"] += 1
             job.end("error")
 
 

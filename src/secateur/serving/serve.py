@@ -103,12 +103,10 @@ def prepare(recipe: ServeRecipe) -> Serving:
 
 def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     """The model of a recipe, and what a person should know of it."""
-    folder = resolve(recipe.model, trust_remote_code=recipe.trust_remote_code).folder
-    tokenizers = [
-        load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code) for _ in range(2)
-    ]
-    defaults = sampling_in(folder)
-    model = load(folder, trust_remote_code=recipe.trust_remote_code)
+    code = recipe.trust_remote_code
+    folder = resolve(recipe.model, trust_remote_code=code).folder
+    tokenizers = [load_tokenizer(folder, trust_remote_code=code) for _ in range(2)]
+    defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
     capacity = _capacity_of(model, recipe.context_length)
     engine, line = _engine_of(model, capacity, recipe.slots)
     scheduler = Scheduler(
@@ -154,10 +152,8 @@ def _engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
     """What computes, and a line about it."""
     reason = why_not(model, capacity)
     if reason is not None:
-        return (
-            TransformersEngine(model, capacity),
-            f"one request at a time, through transformers, because {reason}",
-        )
+        line = f"one request at a time, through transformers, because {reason}"
+        return TransformersEngine(model, capacity), line
     decoder = SlotDecoder(model, capacity, slots)
     most = decoder.cache.nbytes / 2**20
     return decoder, (

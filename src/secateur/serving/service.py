@@ -119,6 +119,14 @@ class TokenChance(NamedTuple):
     log_probability: float | None
     others: list[tuple[str, float]]
 
+    @property
+    def named(self) -> dict[str, float]:
+        """The others by text. Bytes of characters share one, which the likeliest has."""
+        found: dict[str, float] = {}
+        for text, log in self.others:
+            found.setdefault(text, log)
+        return found
+
 
 class Piece(NamedTuple):
     """A piece of a choice."""

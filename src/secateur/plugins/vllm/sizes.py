@@ -19,7 +19,6 @@ BASES = ("llama", "mistral")
 """The base classes whose layers vLLM computes like transformers where they differ in size."""
 
 RESIZED = r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-REMOVED = {"self_attn": "attention", "mlp": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,8 @@ class VariedSizes(LlamaConfig):
                 for part, count in usual
             )
             ffn = rows(f"{layer}.mlp.gate_proj", self.intermediate_size)
-            if f"{layer}.self_attn" in absent:
-                heads = 0
-            if f"{layer}.mlp" in absent:
-                ffn = 0
+            heads = 0 if f"{layer}.self_attn" in absent else heads
+            ffn = 0 if f"{layer}.mlp" in absent else ffn
             found.append(LayerSizes(AttentionSizes(heads, kv_heads), FFNSizes(ffn)))
         return found
 

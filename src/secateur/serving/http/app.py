@@ -130,12 +130,8 @@ class Endpoints:
     def check_model(self, name: str | None) -> None:
         """Refuse another model. A request may leave the name out."""
         if name is not None and name != self.service.name:
-            raise ApiError(
-                404,
-                f"there is no model {name!r:.80} here, only {self.service.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+            said = f"there is no model {name!r:.80} here, only {self.service.name!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
 
     async def health(self) -> Response:
         """Whether requests are computed."""
@@ -146,9 +142,8 @@ class Endpoints:
 
     async def metrics_text(self) -> PlainTextResponse:
         """Numbers for Prometheus."""
-        return PlainTextResponse(
-            self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return PlainTextResponse(self.metrics.text(), media_type=kind)
 
     async def chat(self, request: ChatRequest) -> Response:
         """Answer a conversation."""
@@ -195,17 +190,12 @@ class Endpoints:
             )
         special = request.add_special_tokens is not False
         tokens: list[list[int]] = []
-        for prompt in prompts:
-            ids = prompt
-            if isinstance(ids, str):
-                ids = await service.tokens(ids, special=special)
-            tokens.append(self.known(ids, "prompt"))
+        for ids in prompts:
+            own = await service.tokens(ids, special=special) if isinstance(ids, str) else ids
+            tokens.append(self.known(own, "prompt"))
         echo = None
         if request.echo:
-            echo = [
-                prompt if isinstance(prompt, str) else await service.text(prompt)
-                for prompt in prompts
-            ]
+            echo = [x if isinstance(x, str) else await service.text(x) for x in prompts]
         return self.answer(request, tokens, CompletionWriter, warnings, echo)
 
     def known(self, ids: list[int], param: str) -> list[int]:
@@ -213,10 +203,8 @@ class Endpoints:
         size = self.service.vocabulary
         for token in ids:
             if not 0 <= token < size:
-                raise bad_request(
-                    f"token {shown(token)} is not in the vocabulary, which has 0 to {size - 1}",
-                    param,
-                )
+                known = f"the vocabulary, which has 0 to {size - 1}"
+                raise bad_request(f"token {shown(token)} is not in {known}", param)
         return ids
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
@@ -224,17 +212,14 @@ class Endpoints:
         self.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise bad_request("either prompt or messages has to be given", "prompt")
+        service, special = self.service, request.add_special_tokens is not False
         if request.messages is not None:
             ids = await self.conversation(request.messages, request.chat_template_kwargs)
         else:
-            special = request.add_special_tokens is not False
-            ids = await self.service.tokens(request.prompt or "", special=special)
-        return {
-            "count": len(ids),
-            "max_model_len": self.service.capacity,
-            "tokens": ids,
-            "token_strs": await self.service.texts(ids) if request.return_token_strs else None,
-        }
+            ids = await service.tokens(request.prompt or "", special=special)
+        texts = await service.texts(ids) if request.return_token_strs else None
+        found = {"count": len(ids), "max_model_len": service.capacity, "tokens": ids}
+        return {**found, "token_strs": texts}
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens."""

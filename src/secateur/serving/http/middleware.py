@@ -59,8 +59,8 @@ class Limits:
             await error.response()(scope, receive, counted)
             return
         except asyncio.TimeoutError:
-            late = ApiError(408, f"the body took longer than {self.body_seconds:g} seconds")
-            response = late.response()
+            late = f"the body took longer than {self.body_seconds:g} seconds"
+            response = ApiError(408, late).response()
             response.headers["Connection"] = "close"
             await response(scope, receive, counted)
             return
@@ -110,16 +110,8 @@ def _after(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-KNOWN = (
-    "/",
-    "/detokenize",
-    "/health",
-    "/metrics",
-    "/tokenize",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/models",
-)
+KNOWN = {*OPEN, "/detokenize", "/tokenize"}
+KNOWN |= {"/v1/chat/completions", "/v1/completions", "/v1/models"}
 
 
 @dataclass

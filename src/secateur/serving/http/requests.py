@@ -100,13 +100,11 @@ class Message(BaseModel):
             return {"role": role, "content": self.content}
         texts = []
         for part in self.content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type")
-                raise bad_request(
-                    f"a part of the kind {kind!r} is not supported; this model reads text",
-                    f"{where}.content",
-                )
-            texts.append(part["text"])
+            kind, text = part.get("type"), part.get("text")
+            if kind != "text" or not isinstance(text, str):
+                said = f"a part of the kind {kind!r} is not supported; this model reads text"
+                raise bad_request(said, f"{where}.content")
+            texts.append(text)
         return {"role": role, "content": "".join(texts)}
 
 
@@ -255,10 +253,8 @@ class CompletionRequest(SamplingRequest):
     def prompts(self) -> list[str | list[int]]:
         """All prompts."""
         given: Any = self.prompt
-        prompts: list[str | list[int]] = (
-            [given] if isinstance(given, str) or _a_list_of(int, given) else given
-        )
-        return prompts
+        alone = isinstance(given, str) or _a_list_of(int, given)
+        return [given] if alone else [*given]
 
     @property
     def alternatives(self) -> int | None:
@@ -340,11 +336,8 @@ class JsonRoute(APIRoute):
             if request.method == "POST":
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":  # a page of another site could send other types
-                    raise ApiError(
-                        415,
-                        f"the content type is {kind[:80]!r}; send the header "
-                        "'Content-Type: application/json'",
-                    )
+                    send = "send the header 'Content-Type: application/json'"
+                    raise ApiError(415, f"the content type is {kind[:80]!r}; {send}")
                 with_body.known = _parsed(await with_body.body())
             return await handle(with_body)
 
@@ -426,22 +419,16 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param = _place_of([part for part in first["loc"] if part != "body"])
     if first["type"] == "missing":
         return bad_request(f"{param} is missing", param)
-    bounds = {
-        name: f"{value:g}" if isinstance(value, float) else value
-        for name, value in first.get("ctx", {}).items()
-    }
+    given = first.get("ctx", {}).items()
+    bounds = {name: f"{x:g}" if isinstance(x, float) else x for name, x in given}
     said = WORDS.get(first["type"], "is not valid").format(**bounds)
     return bad_request(f"{param} {said}; it is {shown(first['input'])}", param)
 
 
 KINDS = {
-    400: "invalid_request_error",
+    **dict.fromkeys((400, 404, 405, 413, 415), "invalid_request_error"),
     401: "authentication_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     429: "rate_limit_error",
 }
 """The `type` of an error by its status; `server_error` for the others."""
@@ -478,11 +465,8 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The answer."""
-        headers = {}
-        if self.status in (429, 503):
-            headers["Retry-After"] = str(RETRY_SECONDS)
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+        retry = {"Retry-After": str(RETRY_SECONDS)}
+        headers = {429: retry, 503: retry, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
         return JSONResponse(self.body(), self.status, headers)
 
 

@@ -11,7 +11,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -59,15 +59,10 @@ class Writer(ABC):
 
     def usage(self, answer: Answer, ends: Sequence[End]) -> dict[str, Any]:
         """How many tokens were read and written. Choices of one prompt count it once."""
-        new = sum(end.tokens for end in ends)
-        return {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": new,
-            "total_tokens": answer.prompt_tokens + new,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(end.cached for end in ends[:: answer.each])
-            },
-        }
+        read, new = answer.prompt_tokens, sum(end.tokens for end in ends)
+        cached = {"cached_tokens": sum(end.cached for end in ends[:: answer.each])}
+        sizes = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+        return {**sizes, "prompt_tokens_details": cached}
 
     def whole(
         self, answer: Answer, pieces: Sequence[Sequence[Piece]], ends: Sequence[End]
@@ -135,23 +130,18 @@ class ChatWriter(Writer):
 
     def first(self, choices: int) -> bytes:
         """The role of each message."""
-        delta = {"role": "assistant", "content": ""}
-        return b"".join(
-            self.event([{"index": number, "delta": delta, "finish_reason": None}])
-            for number in range(choices)
-        )
+        begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return b"".join(self.event([{"index": number, **begin}]) for number in range(choices))
 
     def logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
         """The list of tokens."""
         if not self.listed:
             return None
-        return {
-            "content": [
-                self.entry(c.text, c.log_probability)
-                | {"top_logprobs": [self.entry(text, log) for text, log in c.others]}
-                for c in chances
-            ]
-        }
+        content = []
+        for c in chances:
+            top = [self.entry(text, log) for text, log in c.others]
+            content.append(self.entry(c.text, c.log_probability) | {"top_logprobs": top})
+        return {"content": content}
 
     def entry(self, text: str, log_probability: float | None) -> dict[str, Any]:
         """A token of the list."""
@@ -184,17 +174,9 @@ class CompletionWriter(Writer):
         return {
             "tokens": [c.text for c in chances],
             "token_logprobs": [c.log_probability for c in chances],
-            "top_logprobs": [None if c.log_probability is None else _named(c) for c in chances],
+            "top_logprobs": [None if c.log_probability is None else c.named for c in chances],
             "text_offset": offsets,
         }
-
-
-def _named(chance: TokenChance) -> dict[str, float]:
-    """The likeliest tokens by their texts. Bytes of characters share one; the likeliest has it."""
-    found: dict[str, float] = {}
-    for text, log in chance.others:
-        found.setdefault(text, log)
-    return found
 
 
 T = TypeVar("T")
@@ -203,6 +185,15 @@ SEND_SECONDS = 60.0
 """The longest time for a client to take a part of a stream. Its text is computed all the same."""
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+FAULTS = {
+    "timeout": (504, "the request took too long", "timeout"),
+    "refused": (503, "the server is stopping", "server_stopping"),
+    "error": (500, "the model failed; the server's log says why", None),
+    "cancelled": (500, "the request was cancelled", "cancelled"),
+}
+"""The ends that are errors: status, message and code."""
 
 
 class AnswerResponse(Response):
@@ -249,9 +240,10 @@ class AnswerResponse(Response):
                 first = False
             for place, (number, event) in enumerate(come):
                 if isinstance(event, End):
-                    if (fault := _fault_of(event)) is not None:
+                    if event.reason in FAULTS:
                         yield come[:place]
-                        raise fault
+                        status, message, code = FAULTS[event.reason]
+                        raise ApiError(status, message, code=code)
                     self.ends[number] = event
             yield come
 
@@ -276,22 +268,22 @@ class AnswerResponse(Response):
 
     async def send_stream(self, send: Send) -> None:
         """Send each piece as an event. All pieces that have come are sent together."""
+        writer = self.writer
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-        await self.put(send, self.writer.first(len(self.answer.jobs)), more=True)
+        await self.put(send, writer.first(len(self.answer.jobs)), more=True)
         try:
             async for come in self.events():
-                parts = [self.written(number, event) for number, event in come]
+                parts = [
+                    writer.piece(number, event)
+                    if isinstance(event, Piece)
+                    else writer.end(number, event)
+                    for number, event in come
+                ]
                 await self.put(send, b"".join(parts), more=True)
         except ApiError as error:
             await self.put(send, error.event(), more=False)
             return
-        await self.put(send, self.writer.last(self.answer, self.ordered_ends), more=False)
-
-    def written(self, number: int, event: Piece | End) -> bytes:
-        """An event as it is sent."""
-        if isinstance(event, Piece):
-            return self.writer.piece(number, event)
-        return self.writer.end(number, event)
+        await self.put(send, writer.last(self.answer, self.ordered_ends), more=False)
 
     async def put(self, send: Send, body: bytes, *, more: bool) -> None:
         """Send a part of the body."""
@@ -317,14 +309,3 @@ async def gone(receive: Receive) -> None:
     """Wait until the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _fault_of(end: End) -> ApiError | None:
-    """The error that an end is; None if it is an ordinary one."""
-    faults: dict[str, Callable[[], ApiError]] = {
-        "timeout": lambda: ApiError(504, "the request took too long", code="timeout"),
-        "refused": lambda: ApiError(503, "the server is stopping", code="server_stopping"),
-        "error": lambda: ApiError(500, "the model failed; the server's log says why"),
-        "cancelled": lambda: ApiError(500, "the request was cancelled", code="cancelled"),
-    }
-    return faults[end.reason]() if end.reason in faults else None
