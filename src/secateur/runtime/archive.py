@@ -59,11 +59,8 @@ class Archived:
 
     def to_json(self) -> dict[str, Any]:
         """For the metadata of a file."""
-        return {
-            "dtype": dtype_name(self.spec.dtype),
-            "shape": list(self.spec.shape),
-            "codec": self.codec,
-        }
+        dtype, shape = dtype_name(self.spec.dtype), list(self.spec.shape)
+        return {"dtype": dtype, "shape": shape, "codec": self.codec}
 
 
 def archived_spec(entry: Any, stored: PartSpec) -> Archived:

@@ -276,21 +276,16 @@ class SlotDecoder:
         attention, mlp = layer.self_attn, layer.mlp
         linears = {name: getattr(attention, f"{name}_proj") for name in _PROJECTIONS}
         linears |= {name: getattr(mlp, f"{name}_proj") for name in _FEED_FORWARD}
+        norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
         return CLayer(
             **{name: self.matrix(linear).c for name, linear in linears.items()},
             **{f"{name}_bias": self.floats(linears[name].bias) for name in _PROJECTIONS},
             input_norm=self.floats(layer.input_layernorm.weight),
             post_norm=self.floats(layer.post_attention_layernorm.weight),
-            q_norm=self.norm_of(attention, "q_norm"),
-            k_norm=self.norm_of(attention, "k_norm"),
+            **{name: self.floats(norm and norm.weight) for name, norm in norms.items()},
             keys=address(self.cache[0, index]),
             values=address(self.cache[1, index]),
         )
-
-    def norm_of(self, attention: Any, name: str) -> int | None:
-        """The weight of a norm that only some families have."""
-        norm = getattr(attention, name, None)
-        return None if norm is None else self.floats(norm.weight)
 
     def matrix(self, linear: Any) -> KernelMatrix:
         """The matrix of a linear, packed or not; memory is shared where possible."""
@@ -409,15 +404,9 @@ class SlotDecoder:
         logits = torch.empty(answers, self.vocabulary)
         loaded = library()
         assert loaded is not None
-        status = loaded.sct_decode(
-            ctypes.byref(self.c),
-            hidden.data_ptr(),
-            places,
-            len(ordered),
-            answers,
-            logits.data_ptr(),
-        )
-        if status != 0:
+        sizes = len(ordered), answers
+        given = ctypes.byref(self.c), hidden.data_ptr(), places
+        if loaded.sct_decode(*given, *sizes, logits.data_ptr()) != 0:
             raise KernelError(f"{len(tokens)} tokens could not be decoded: memory ran out")
         self.lengths = lengths
         return logits
@@ -450,13 +439,8 @@ NEVER = 2**31 - 1
 """More tokens than any text has: who calls decides where it ends."""
 
 PLAIN: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "eos_token_id": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "min_length": 0,
+    **{"do_sample": False, "num_beams": 1, "eos_token_id": None, "repetition_penalty": 1.0},
+    **dict.fromkeys(("no_repeat_ngram_size", "min_new_tokens", "min_length"), 0),
 }
 """Options of `generate` under which it neither draws nor ends a text."""
 

@@ -234,22 +234,18 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         for module in linears:
             module.kernel_up_to = 0
         return
+    activations = torch.float32 if dtype == torch.float16 else dtype
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
-        kinds[kind_of(module.matrix, _activations(dtype))].append(module)
+        kinds[kind_of(module.matrix, activations)].append(module)
     for modules in kinds.values():
-        choice = choose([m.matrix for m in modules], _activations(dtype))
+        choice = choose([m.matrix for m in modules], activations)
         if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
             for module in modules:
                 module.matrix = module.matrix.dense(dtype)
-            choice = choose([m.matrix for m in modules], _activations(dtype))
+            choice = choose([m.matrix for m in modules], activations)
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
-
-
-def _activations(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the kernels' activations for a model of this dtype."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True)
@@ -298,8 +294,7 @@ class DenseView(CheckpointReader):
         for name in packed.order:
             layout = packed.layouts.get(name)
             if layout is None:
-                file, spec = packed.entries[name].file, packed.specs[name]
-                self.entries[name] = _entry_of(file, spec)
+                self.entries[name] = _entry_of(packed.entries[name].file, packed.specs[name])
             else:
                 file = packed.entries[f"{name}.{packed.parts_of(name)[0]}"].file
                 self.entries[f"{name}.weight"] = _entry_of(file, self.dense_spec(layout))

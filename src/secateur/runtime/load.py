@@ -112,15 +112,12 @@ def load(
 
 def _refuse_gpu(device: torch.device) -> None:
     """Refuse a GPU that cannot run the kernels."""
-    has_triton = find_spec("triton") is not None
-    if torch.cuda.is_available() and has_triton:
+    there = torch.cuda.is_available()
+    if there and find_spec("triton") is not None:
         return
-    what = "Triton is not installed" if torch.cuda.is_available() else f"there is no {device} here"
-    raise KernelError(
-        what,
-        remedy=f"{install_extra('gpu')}; or pass expand=True for a dense model, or load it on "
-        "the CPU",
-    )
+    what = "Triton is not installed" if there else f"there is no {device} here"
+    other = "or pass expand=True for a dense model, or load it on the CPU"
+    raise KernelError(what, remedy=f"{install_extra('gpu')}; {other}")
 
 
 def install_on_gpu(

@@ -42,12 +42,8 @@ from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, par
 
 def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, Any]:
     """The entry of `config.json` for a compressed checkpoint with these matrices."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "version": VERSION,
-        "archive": archive,
-        "activations": activations_for(layouts),
-    }
+    own = {"quant_method": QUANT_METHOD, "version": VERSION, "archive": archive}
+    return {**own, "activations": activations_for(layouts)}
 
 
 def _read_quantization_config(folder: Path) -> Any:
@@ -145,14 +141,11 @@ class PackedCheckpoint:
                 f"the folder has {', '.join(names)[:200]}",
                 remedy="copy or download the missing files",
             )
+        disagree = "config.json and this file disagree on"
         if description.archive != self.archive:
-            raise CheckpointError(
-                "config.json and this file disagree on whether this is an archive"
-            )
+            raise CheckpointError(f"{disagree} whether this is an archive")
         if description.activations != activations:
-            raise CheckpointError(
-                "config.json and this file disagree on how activations are rounded"
-            )
+            raise CheckpointError(f"{disagree} how activations are rounded")
         twice = self.entries.keys() & header.entries.keys()
         if twice:
             raise CheckpointError(f"{min(twice)!r} is in two files")
@@ -325,19 +318,11 @@ def _write_file(
         if archive and spec.nbytes > SMALLEST_BYTES
     }
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
-    nothing = PartSpec(torch.uint8, (2**50,))
-    longest = _describe_file(
-        Description(
-            archive,
-            names,
-            planned.layouts,
-            dict.fromkeys(planned.tensors, 0),
-            squeezed,
-            activations,
-        ),
-        planned.tensors | dict.fromkeys(squeezed, nothing),
-    )
-    checksums: dict[str, int] = {}
+    checksums = dict.fromkeys(planned.tensors, 0)
+    description = Description(archive, names, planned.layouts, checksums, squeezed, activations)
+    nothing = dict.fromkeys(squeezed, PartSpec(torch.uint8, (2**50,)))
+    longest = _describe_file(description, planned.tensors | nothing)
+    checksums.clear()
     stored_specs = dict(planned.tensors)
     with ShardWriter(path, plain, list(squeezed), longest) as writer:
         for _ in planned.tensors:
@@ -348,7 +333,6 @@ def _write_file(
             checksums[name] = checksum(as_bytes(stored))
             stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
             writer.write(name, stored)
-        description = Description(archive, names, planned.layouts, checksums, squeezed, activations)
         writer.close(_describe_file(description, stored_specs))
 
 
@@ -428,9 +412,8 @@ def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> 
 def _digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     """The CRC-32 of the description without its digest, and of names, dtypes and shapes."""
     tensors = {name: [dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
-    covered = {key: value for key, value in record.items() if key != "digest"} | {
-        "tensors": tensors
-    }
+    covered = {**record, "tensors": tensors}
+    covered.pop("digest", None)
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return f"{checksum(memoryview(text.encode())):08x}"
 
@@ -458,14 +441,10 @@ def _read_description(header: Header) -> Description:
     if record["archived"] and not record["archive"]:
         raise CheckpointError("tensors are archived, but the file claims to be no archive")
     layouts = {name: Layout.from_json(layout) for name, layout in record["layouts"].items()}
-    return Description(
-        record["archive"],
-        tuple(record["files"]),
-        layouts,
-        {name: _read_checksum(name, text) for name, text in record["checksums"].items()},
-        {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()},
-        record["activations"],
-    )
+    checksums = {name: _read_checksum(name, text) for name, text in record["checksums"].items()}
+    archived = {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()}
+    own = layouts, checksums, archived
+    return Description(record["archive"], tuple(files), *own, record["activations"])
 
 
 def _parse_description(header: Header) -> dict[str, Any]:

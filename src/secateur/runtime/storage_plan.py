@@ -1,8 +1,8 @@
 """Plans how every tensor of a checkpoint is stored, and packs them by the plan.
 
 There are two passes over the source, with one matrix in memory. The first pass (`make_plan`) counts
-zeros and chooses the smallest layout for each matrix, so all sizes are known. The second pass
-(`StoragePlan.packed_tensors`) packs.
+zeros and chooses the smallest layout for each matrix: bitmask, N:M, or dense where packing does not
+pay. So all sizes are known. The second pass (`StoragePlan.packed_tensors`) packs.
 """
 
 from __future__ import annotations
@@ -16,23 +16,112 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.progress import Progress
+from secateur.quantization.groups import GROUPS
 from secateur.recipes.compress import CompressRecipe
-from secateur.runtime.choice import (
-    AUTO,
-    DENSE,
-    KEEP,
-    LayoutChoice,
-    choose_layout,
-    values_for,
-    without_negative_zeros,
-)
-from secateur.runtime.formats import VALUES, Layout, PartSpec, formats
+from secateur.registry import did_you_mean
+from secateur.runtime.formats import GRID_BITS, VALUES, Layout, PartSpec, formats
+from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
+
+AUTO = "auto"
+DENSE = "dense"
+"""The format that holds any matrix, taken where no other is smaller."""
+KEEP = "keep"
+"""Values in the dtype of the source, so that no number changes."""
+DEFAULT_GROUP = 64
+"""How many weights of a row share a scale in int4 and int3."""
+WITHOUT_LOSS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float32",
+}
+"""The stored dtypes with `keep`: unchanged, except float64, in which no runtime computes."""
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """How one matrix will be stored.
+
+    Attributes:
+        layout: its layout.
+        nonzeros: weights that are not zero.
+        negative_zeros: zeros stored as −0.0.
+        nbytes: the bytes of its parts.
+        offered: whether an allowed format other than `dense` could store the matrix.
+    """
+
+    layout: Layout
+    nonzeros: int
+    negative_zeros: int
+    nbytes: int
+    offered: bool = False
+
+
+def check_names(format: str, values: str, group: int | None = None) -> None:
+    """Refuse unknown names of formats or values, and a group size that has no effect.
+
+    Raises:
+        RecipeError: names the available ones.
+    """
+    known = {"format": (format, [AUTO, *formats]), "values": (values, [AUTO, KEEP, *VALUES])}
+    for kind, (name, names) in known.items():
+        if name not in names:
+            raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
+    if group is not None and group not in GROUPS:
+        raise RecipeError(
+            f"there are no groups of {group}", remedy=f"use {', '.join(map(str, GROUPS))}"
+        )
+    if group is not None and values not in GRID_BITS:
+        raise RecipeError(
+            f"a group size of {group} is for {' and '.join(GRID_BITS)}, but the values are "
+            f"{values!r}",
+            remedy="add --values int4, or leave --group-size out",
+        )
+
+
+def _group_of(values: str, group: int | None) -> int | None:
+    """The group size of a layout with these values: None where there are no groups."""
+    return (group or DEFAULT_GROUP) if values in GRID_BITS else None
+
+
+def choose_layout(
+    weight: Tensor, *, format: str, values: str, transposed: bool = False, group: int | None = None
+) -> LayoutChoice:
+    """The smallest layout for a matrix among the allowed ones; dense is always allowed.
+
+    Args:
+        weight: [out, in], as in the source.
+        format: `auto`, or a name in `formats`: that format or dense.
+        values: a name in `VALUES`.
+        transposed: whether the source stores [in, out].
+        group: the weights of a row that share a scale, for int4 and int3.
+    """
+    out, columns = weight.shape
+    dense = Layout(
+        DENSE, values, (out, columns), transposed=transposed, group=_group_of(values, group)
+    )
+    stored = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
+    nonzero = stored != 0
+    nonzeros = int(torch.count_nonzero(nonzero))
+    negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
+    layouts = [dense]
+    offered = [
+        layout
+        for name in formats
+        if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+        for layout in formats[name].candidates(nonzero, dense)
+    ]
+    layouts += offered
+    sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
+    best = min(range(len(layouts)), key=sizes.__getitem__)
+    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))
+
 
 AT_ONCE = 2**20
 """Weights whose rounding is measured at the same time."""
@@ -58,14 +147,20 @@ class PackableMatrix:
     def choose_layout(
         self, stored: Tensor, name: str, *, format: str, values: str, group: int | None = None
     ) -> LayoutChoice:
-        """The smallest layout of the tensor `stored` of this name (`runtime.choice`)."""
-        return choose_layout(
-            stored.t() if self.transposed else stored,
-            format=format,
-            values=values_for(stored.dtype, values, name),
-            transposed=self.transposed,
-            group=group,
-        )
+        """The smallest layout of the tensor `stored` of this name.
+
+        Raises:
+            CheckpointError: a plain checkpoint does not have its dtype.
+        """
+        if stored.dtype not in WITHOUT_LOSS:
+            raise CheckpointError(
+                f"weights of {stored.dtype} cannot be packed",
+                where=name,
+                remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
+            )
+        weight, turned = stored.t() if self.transposed else stored, self.transposed
+        own = WITHOUT_LOSS[stored.dtype] if values == KEEP else values
+        return choose_layout(weight, format=format, values=own, transposed=turned, group=group)
 
 
 @dataclass(frozen=True)
@@ -157,11 +252,8 @@ class PackableCheckpoint:
     @cached_property
     def zero_fractions(self) -> dict[str, float]:
         """The fraction of zeros of every linear, by its name."""
-        found = {}
-        for linear, name in self.linears.items():
-            weight = self.reader.read(name)
-            found[linear] = 1 - int(weight.count_nonzero()) / weight.numel()
-        return found
+        weights = ((linear, self.reader.read(name)) for linear, name in self.linears.items())
+        return {linear: 1 - int(w.count_nonzero()) / w.numel() for linear, w in weights}
 
     def packed_bytes(
         self,
@@ -188,12 +280,12 @@ class PackableCheckpoint:
         """
         if values != AUTO:
             return values
-        sizes = {True: 0, False: 0}
+        wider = 0  # weights that are, minus those that are not
         for name in self.linears.values():
             entry = self.reader.entries[name]
-            count = entry.size_bytes // entry.dtype.itemsize
-            sizes[entry.dtype.itemsize > torch.bfloat16.itemsize] += count
-        return "bfloat16" if sizes[True] > sizes[False] else KEEP
+            size = entry.dtype.itemsize
+            wider += entry.size_bytes // size * (1 if size > torch.bfloat16.itemsize else -1)
+        return "bfloat16" if wider > 0 else KEEP
 
 
 class MixedReader(CheckpointReader):
@@ -302,7 +394,8 @@ class StoragePlan:
                 # a cast can make zeros too
                 weight = tensor if layout.integers else tensor.to(layout.dtype)
                 if self.choices[name].negative_zeros:
-                    weight = without_negative_zeros(weight)
+                    # pruning by a mask leaves −0.0, which a format would keep like other values
+                    weight = weight.masked_fill(weight == 0, 0.0)
                 parts = formats[layout.format].pack(weight, layout)
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())

@@ -48,18 +48,16 @@ from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
-from secateur.runtime.choice import (
-    DEFAULT_GROUP,
-    DENSE,
-    check_names,
-)
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
+    DEFAULT_GROUP,
+    DENSE,
     ChosenValues,
     MixedReader,
     PackableCheckpoint,
     StoragePlan,
+    check_names,
     make_plan,
 )
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over

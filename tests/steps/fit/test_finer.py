@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.runtime.choice import choose_layout
+from secateur.runtime.storage_plan import choose_layout
 from secateur.steps.fitting.candidates import finer_bytes, finer_rise
 from secateur.steps.fitting.storage_formats import FINER, LEVELS, StorageFormat, size_of
 

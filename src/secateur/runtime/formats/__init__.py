@@ -144,24 +144,14 @@ class Layout:
     @property
     def grid(self) -> GroupGrid | None:
         """The grid of the values; None unless they are int4 or int3."""
-        if self.group is None:
-            return None
-        return GroupGrid(GRID_BITS[self.values], self.group)
+        return None if self.group is None else GroupGrid(GRID_BITS[self.values], self.group)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are not defaults, for the metadata of a file."""
-        record: dict[str, Any] = {
-            "format": self.format,
-            "values": self.values,
-            "shape": list(self.shape),
-        }
-        if self.pattern is not None:
-            record["pattern"] = self.pattern
-        if self.transposed:
-            record["transposed"] = True
-        if self.group is not None:
-            record["group"] = self.group
-        return record
+        shape, pattern, group = list(self.shape), self.pattern, self.group
+        required = {"format": self.format, "values": self.values, "shape": shape}
+        optional = {"pattern": pattern, "transposed": self.transposed or None, "group": group}
+        return required | {key: value for key, value in optional.items() if value is not None}
 
     @classmethod
     def from_json(cls, record: Any) -> Layout:
@@ -170,11 +160,9 @@ class Layout:
         Raises:
             CheckpointError: a key is missing or unknown, or a value is not possible.
         """
-        known = {"format", "values", "shape", "pattern", "transposed", "group"}
-        if (
-            not isinstance(record, dict)
-            or not {"format", "values", "shape"} <= set(record) <= known
-        ):
+        required = {"format", "values", "shape"}
+        known = required | {"pattern", "transposed", "group"}
+        if not (isinstance(record, dict) and required <= set(record) <= known):
             raise CheckpointError(
                 f"a layout has the keys format, values and shape, and no others than "
                 f"{', '.join(sorted(known))}; this one is {str(record)[:120]}"

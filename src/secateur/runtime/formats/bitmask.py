@@ -109,8 +109,7 @@ class Bitmask:
         """Refuse also a mask with another number of bits than there are values, or past a row."""
         check_parts(parts, layout)
         mask, values = parts["bitmask"], parts["compressed"]
-        beyond = padding_bits(mask, layout.shape[1])
-        if beyond:
+        if beyond := padding_bits(mask, layout.shape[1]):
             raise CheckpointError(
                 f"{beyond} bits of the mask are set past the {layout.shape[1]} weights of a row"
             )

@@ -117,15 +117,13 @@ def check_parts(parts: Mapping[str, Tensor], layout: Layout) -> None:
     check_specs(found, layout)
     if layout.grid is not None:
         exponent = parts["weight_exponent"]
-        odd = int(((exponent < LOWEST) | (exponent > HIGHEST)).sum())
-        if odd:
+        if odd := int(((exponent < LOWEST) | (exponent > HIGHEST)).sum()):
             raise CheckpointError(
                 f"{odd} of {exponent.numel()} exponents are outside {LOWEST} to {HIGHEST}"
             )
     elif layout.integers:
         scale = parts["weight_scale"]
-        odd = int((~(torch.isfinite(scale) & (scale > 0))).sum())
-        if odd:
+        if odd := int((~(torch.isfinite(scale) & (scale > 0))).sum()):
             raise CheckpointError(f"{odd} of {scale.numel()} scales are not finite and positive")
 
 
@@ -145,11 +143,9 @@ def check_values(stored: Tensor, layout: Layout, count: int) -> None:
     largest = LARGEST if layout.grid is None else layout.grid.largest
     if layout.grid is not None:
         rows = stored if stored.ndim == 2 else stored[None]
-        beyond = padding_bits(rows, count * layout.grid.bits)
-        if beyond:
+        if beyond := padding_bits(rows, count * layout.grid.bits):
             raise CheckpointError(f"{beyond} bits are set past the last value of a bit stream")
-    below = int((decode_values(stored, layout, count) < -largest).sum())
-    if below:
+    if below := int((decode_values(stored, layout, count) < -largest).sum()):
         raise CheckpointError(
             f"{below} {layout.values} values are {-largest - 1}, which is not on the grid"
         )

@@ -251,14 +251,12 @@ class NOfM:
         kept, group = layout.kept_of_group
         check_values(parts["compressed"], layout, layout.weights // group * kept)
         width = code_bits(kept, group)
-        beyond = padding_bits(parts["codes"], layout.shape[1] // group * width)
-        if beyond:
+        if beyond := padding_bits(parts["codes"], layout.shape[1] // group * width):
             raise CheckpointError(f"{beyond} bits are set past the last code of a row")
-        wrong = int((self.codes(parts, layout) >= comb(group, kept)).sum())
-        if wrong:
+        sets = comb(group, kept)
+        if wrong := int((self.codes(parts, layout) >= sets).sum()):
             raise CheckpointError(
-                f"{wrong} codes are {comb(group, kept)} or more, and {layout.pattern} has only "
-                f"{comb(group, kept)} sets"
+                f"{wrong} codes are {sets} or more, and {layout.pattern} has only {sets} sets"
             )
 
     def nbytes(self, layout: Layout, nonzeros: int) -> int:

@@ -100,9 +100,8 @@ def load_semi_structured(
     missing = [name for name, x in model.named_parameters() if x.device.type == "meta"]
     refuse_missing(missing, {}, folder)
     for module in model.modules():  # all parameters are on the device already
-        module._buffers.update(
-            {n: b.to(device) for n, b in module._buffers.items() if b is not None}
-        )
+        held = module._buffers
+        held.update({n: b.to(device) for n, b in held.items() if b is not None})
     if choices:
         from secateur.runtime.quantizer import refuse_saving
 
@@ -143,11 +142,12 @@ def _read_parts(
         columns = parts.columns
         if columns is None or bool(((columns >= 0) & (columns < linear.in_features)).all()):
             return parts
-    raise CheckpointError(
-        f"{name} is stored as 2:4 parts that do not fit the model of config.json",
-        where=str(file),
-        remedy="copy or make the folder again",
-    )
+    raise _unfit(f"{name} is stored as 2:4 parts that do", file)
+
+
+def _unfit(what: str, file: Path) -> CheckpointError:
+    said = f"{what} not fit the model of config.json"
+    return CheckpointError(said, where=str(file), remedy="copy or make the folder again")
 
 
 def _put(model: Any, name: str, value: Tensor, file: Path) -> None:
@@ -155,16 +155,11 @@ def _put(model: Any, name: str, value: Tensor, file: Path) -> None:
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        old = getattr(module, leaf)
-        fits = old.shape == value.shape
+        fits = getattr(module, leaf).shape == value.shape
     except AttributeError:
         fits = False
     if not fits:
-        raise CheckpointError(
-            f"{name} {list(value.shape)} does not fit the model of config.json",
-            where=str(file),
-            remedy="copy or make the folder again",
-        )
+        raise _unfit(f"{name} {list(value.shape)} does", file)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
@@ -241,9 +236,7 @@ class SparseLinear(InferenceLinear):
 
     def extra_repr(self) -> str:
         """Shape and kernels, for printing."""
-        kernels = ", ".join(
-            f"{tokens}: {kernel}" for tokens, kernel in self.fastest.kernels.items()
-        )
+        kernels = ", ".join(f"{n}: {kernel}" for n, kernel in self.fastest.kernels.items())
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bias={self.bias is not None}, by tokens: {kernels}"
 
@@ -300,12 +293,8 @@ def kernel_seconds(
 
 def other_kernels() -> list[str]:
     """The kernels besides the dense product that this installation has."""
-    has = {
-        CUTLASS: True,
-        CUSPARSELT: torch.backends.cusparselt.is_available(),
-        TRITON: find_spec("triton") is not None,
-    }
-    return [kernel for kernel, there in has.items() if there]
+    found = [CUTLASS] + [CUSPARSELT] * torch.backends.cusparselt.is_available()
+    return found + [TRITON] * (find_spec("triton") is not None)
 
 
 def form(kernel: str, parts: StoredParts) -> Form:

@@ -21,10 +21,9 @@ from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
 from secateur.quantization.activations import Shares, shares_of
-from secateur.runtime.choice import DEFAULT_GROUP
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.runtime.storage_plan import DEFAULT_GROUP, PackableCheckpoint
 
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""
