@@ -27,7 +27,6 @@ from secateur.diagnostics.findings import Claims, listed
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
 from secateur.models.checkpoint import not_finite
-from secateur.models.inventory import StoredMatrix
 from secateur.runs.records.measured import Finding, Severity
 
 
@@ -101,34 +100,29 @@ def look_at_weights(
     linears, damaged = [], {}
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
         tensor = reader.read(stored)
-        bad = not_finite(tensor)
-        if bad:
+        if bad := not_finite(tensor):
             damaged[stored] = bad, tensor.numel()
-        matrix = matrices.get(stored)
-        if matrix is not None and matrix.is_decoder_matrix:
-            linears.append(_health_of(matrix, matrix.seen(tensor), claims))
         on_tensor(stored)
+        matrix = matrices.get(stored)
+        if matrix is None or matrix.layer is None or not matrix.is_decoder_matrix:
+            continue
+        name, weight = matrix.full_name, matrix.seen(tensor)
+        claim, nonzero = claims.linears.get(name), weight != 0
+        counted = count(name, weight, claims.pattern, claim.target if claim else 0.0)
+        kept = max(1, counted.weights - counted.zeros)
+        size = (weight.float().square().sum(dtype=torch.float64) / kept).sqrt()
+        linears.append(
+            LinearHealth(
+                **vars(counted),
+                layer=matrix.layer,
+                kind=matrix.kind,
+                size=float(size),
+                known=matrix.linear is not None,
+                dead_rows=~nonzero.any(dim=1),
+                dead_columns=~nonzero.any(dim=0),
+            )
+        )
     return Weights(linears, damaged, len(target.reader.entries))
-
-
-def _health_of(matrix: StoredMatrix, weight: Tensor, claims: Claims) -> LinearHealth:
-    """Count one matrix [out, in]."""
-    assert matrix.layer is not None
-    name = matrix.full_name
-    claim = claims.linears.get(name)
-    counted = count(name, weight, claims.pattern, claim.target if claim else 0.0)
-    nonzero = weight != 0
-    kept = counted.weights - counted.zeros
-    size = (weight.float().square().sum(dtype=torch.float64) / max(1, kept)).sqrt()
-    return LinearHealth(
-        **vars(counted),
-        layer=matrix.layer,
-        kind=matrix.kind,
-        size=float(size),
-        known=matrix.linear is not None,
-        dead_rows=~nonzero.any(dim=1),
-        dead_columns=~nonzero.any(dim=0),
-    )
 
 
 VANISHED = 1e-3
@@ -230,7 +224,14 @@ def _dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
     heads = unmade = unread = torch.zeros(0, dtype=torch.bool)
     for values, place, reader in ATTENTION:
         if values in linears and reader in linears and linears[reader].shape[1] % size == 0:
-            heads = _dead_heads(linears[values], place, linears[reader], size)
+            rows, width = linears[values].dead_rows, linears[reader].shape[1]
+            if place == "last":
+                rows = rows[width + (len(rows) - width) // 2 :]
+            elif place == "interleaved":
+                rows = rows.view(-1, 3, size)[:, 2].flatten()
+            not_read = linears[reader].dead_columns.view(-1, size).all(dim=1)
+            valueless = rows.view(-1, size).all(dim=1)
+            heads = not_read | valueless.repeat_interleave(len(not_read) // len(valueless))
     for makers, reader in FEED_FORWARD:
         if reader in linears and all(maker in linears for maker in makers):
             unread = linears[reader].dead_columns
@@ -239,19 +240,6 @@ def _dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
                 # two halves, gate and up, where both are in one matrix
                 unmade |= linears[maker].dead_rows.view(-1, len(unread)).any(dim=0)
     return DeadUnits(heads, unmade, unread)
-
-
-def _dead_heads(values: LinearHealth, place: str, reader: LinearHealth, size: int) -> Tensor:
-    """Which query heads are dead: bool [heads]."""
-    rows = values.dead_rows
-    width = reader.shape[1]
-    if place == "last":
-        rows = rows[width + (len(rows) - width) // 2 :]
-    elif place == "interleaved":
-        rows = rows.view(-1, 3, size)[:, 2].flatten()
-    unread = reader.dead_columns.view(-1, size).all(dim=1)
-    valueless = rows.view(-1, size).all(dim=1)
-    return unread | valueless.repeat_interleave(len(unread) // len(valueless))
 
 
 def check_units(

@@ -174,7 +174,15 @@ def perplexity(
     with torch.inference_mode(), evaluating(model):
         parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
         for rows in own_batches(count, batch_size, ranks):
-            losses += _window_losses(model, parts, windows[rows].to(device), first).tolist()
+            ids = windows[rows].to(device)
+            split, states = last_states(model, parts, ids, first)
+            targets = ids[:, first:].reshape(-1).to(states.device)
+            chunk = max(1, LOGITS_BYTES // (4 * split.vocabulary))
+            found = [
+                functional.cross_entropy(split.head(some).float(), target, reduction="none")
+                for some, target in zip(states.split(chunk), targets.split(chunk), strict=True)
+            ]
+            losses += torch.cat(found).view(len(ids), -1).double().mean(dim=1).tolist()
             if progress is not None:
                 progress(min(count, len(losses) * ranks.count), count)
     losses = [loss for part in ranks.gather(losses) for loss in part]
@@ -317,18 +325,6 @@ def last_states(
     else:
         states = parts.body(ids)
     return parts, states[:, first - 1 : -1].flatten(0, 1)
-
-
-def _window_losses(model: nn.Module, parts: Parts | None, ids: Tensor, first: int) -> Tensor:
-    """The mean loss of each window of a batch, float64 [batch]."""
-    parts, states = last_states(model, parts, ids, first)
-    targets = ids[:, first:].reshape(-1).to(states.device)
-    chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
-    losses = [
-        functional.cross_entropy(parts.head(rows).float(), target, reduction="none")
-        for rows, target in zip(states.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat(losses).view(len(ids), -1).double().mean(dim=1)
 
 
 COMPUTED = ("dtype", "activations")

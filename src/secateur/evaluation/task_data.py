@@ -277,7 +277,11 @@ def _checked(name: str, file: Path) -> Rows:
     fields = task_spec(name).fields
     made = []
     for number, row in enumerate(rows, start=1):
-        row = _as_on_the_hub(name, row)
+        if isinstance(row, dict):  # the names of fields on the hub
+            if name == "boolq" and isinstance(row.get("answer"), bool):
+                row = {**row, "label": int(row["answer"])}
+            elif name == "lambada" and isinstance(asked := row.get("request"), dict):
+                row = {"text": asked["context"] + asked["continuation"]}
         if fault := _fault_of(name, row):
             raise SourceError(
                 fault,
@@ -300,14 +304,3 @@ def _fault_of(name: str, row: Any) -> str | None:
         if not holds(row):
             return f"field {field!r} of {name} is {row[field]!r}, expected {expected}"
     return None
-
-
-def _as_on_the_hub(name: str, row: Any) -> Any:
-    """Rename the fields of a row to the names in the data set that lm-eval reads."""
-    if not isinstance(row, dict):
-        return row
-    if name == "boolq" and isinstance(row.get("answer"), bool):
-        return {**row, "label": int(row["answer"])}
-    if name == "lambada" and isinstance(row.get("request"), dict):  # rows of a file with requests
-        return {"text": row["request"]["context"] + row["request"]["continuation"]}
-    return row

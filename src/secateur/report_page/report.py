@@ -90,7 +90,13 @@ def report(
             remedy="name one run folder, or leave --card out",
         )
     _write_page(records, page)
-    written = _save_all_plots(records, page.with_name(f"{page.stem}-plots")) if plots else []
+    written: list[Path] = []
+    if plots:
+        folder = page.with_name(f"{page.stem}-plots")
+        folder.mkdir(parents=True, exist_ok=True)
+        for chart in all_figures(records):
+            name = "".join(c if c.isalnum() or c in "-_." else "-" for c in chart.key)
+            written += save_plots([chart], folder / name)
     if card is None:
         return ReportResult(page, written)
     card = Path(card)
@@ -136,16 +142,6 @@ def _write_page(records: Records, page: Path) -> None:
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
-
-
-def _save_all_plots(records: Records, folder: Path) -> list[Path]:
-    """Write every chart of the page as PNG and SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for chart in all_figures(records):
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in chart.key)
-        files += save_plots([chart], folder / name)
-    return files
 
 
 def _pictures(records: Records, written: Sequence[Path], folder: Path) -> str:
@@ -195,7 +191,10 @@ def _content(records: Records) -> dict[str, Any]:
         "drift": drift(runs),
         "bars": [size_chart(runs), *speed_charts(runs), *memory_charts(runs)],
         "samples": _samples(runs),
-        "provenance": _provenance(records),
+        "provenance": [
+            *(*map(_of_run, records.runs), *map(_of_sweep, records.sweeps)),
+            *(*map(_of_fit, records.fits), *map(_of_advice, records.advices)),
+        ],
         "made_by": _made_by,
         "claims": claims,
         "chips": chips,
@@ -332,12 +331,6 @@ def _samples(runs: Sequence[ReportedRun]) -> dict[str, list[Voice]]:
     return prompts
 
 
-def _provenance(records: Records) -> list[Part]:
-    """The provenance of everything on the page."""
-    found = [*map(_of_run, records.runs), *map(_of_sweep, records.sweeps)]
-    return [*found, *map(_of_fit, records.fits), *map(_of_advice, records.advices)]
-
-
 Facts = list[tuple[str, str]]
 
 
@@ -376,7 +369,11 @@ def _of_run(run: ReportedRun) -> Part:
         ("Cost", _facts(cost)),
         ("Pruned with", _facts(m.environment)),
     ]
-    tables += _judged_with(run)
+    for found in run.evaluation.results if run.evaluation else ():
+        held = {"reference": found.reference, "measured on": found.inherited_from}
+        table = _facts({**held, **_differing(found.environment, m.environment)})
+        if ("Judged with", table) not in tables:
+            tables.append(("Judged with", table))
     if run.bench:
         tables.append(("Timed with", _facts(_differing(run.bench.protocol, m.environment))))
     if run.compression:
@@ -392,17 +389,6 @@ def _reached(manifest: Manifest) -> dict[str, Any]:
         found["matrices"] = f"{reach['pruned']:,} of {reach['matrices']:,}"
         found["fewest tokens of one"] = f"{fewest:,}"
     return {**found, "experts without tokens": by_layer((manifest.experts or {}).get("silent", {}))}
-
-
-def _judged_with(run: ReportedRun) -> list[tuple[str, Facts]]:
-    """Everything that an evaluation depends on: one table for each set of conditions."""
-    tables: list[tuple[str, Facts]] = []
-    for result in run.evaluation.results if run.evaluation else ():
-        held = {"reference": result.reference, "measured on": result.inherited_from}
-        table = _facts({**held, **_differing(result.environment, run.manifest.environment)})
-        if ("Judged with", table) not in tables:
-            tables.append(("Judged with", table))
-    return tables
 
 
 def _of_sweep(sweep: Reported[SweepResult]) -> Part:

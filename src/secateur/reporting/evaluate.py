@@ -119,7 +119,17 @@ class EvaluateResult(Result):
         """Tables of results, then their protocols."""
         found: list[Block] = []
         if self.texts:
-            found.append(_perplexity_table(self.model, self.texts))
+            perplexities = [
+                {
+                    "text": one.text,
+                    "perplexity": f"{one.perplexity:.4f}",
+                    "dense": _number(one.reference_perplexity, ".4f"),
+                    "nats per token": with_error(one.mean_loss, one.standard_error),
+                    "protocol": one.protocol_id,
+                }
+                for one in self.texts
+            ]
+            found.append(Table.of_records(self.model, perplexities))
         found += [_divergence_table(one) for one in self.divergence]
         if self.tasks:
             found += _task_blocks(self.tasks)
@@ -128,21 +138,6 @@ class EvaluateResult(Result):
         protocols = {one.protocol_id: one.protocol for one in self.record.results}
         rows = [(key, ", ".join(f"{k} {v}" for k, v in p.items())) for key, p in protocols.items()]
         return [*found, Table.of("protocols", ("id", "what it is"), rows, numbers=2)]
-
-
-def _perplexity_table(model: str, texts: Sequence[PerplexityRecord]) -> Table:
-    """Perplexity on each text, with the dense model's if it was measured."""
-    rows = [
-        {
-            "text": one.text,
-            "perplexity": f"{one.perplexity:.4f}",
-            "dense": _number(one.reference_perplexity, ".4f"),
-            "nats per token": with_error(one.mean_loss, one.standard_error),
-            "protocol": one.protocol_id,
-        }
-        for one in texts
-    ]
-    return Table.of_records(model, rows)
 
 
 def _divergence_table(found: DivergenceRecord) -> Table:

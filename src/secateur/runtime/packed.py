@@ -128,7 +128,15 @@ class PackedCheckpoint:
                 f"rounded to {self.activations}",
                 where=str(self.folder),
             )
-        _check_index(self.folder, self.entries)
+        index = self.folder / PACKED_INDEX_NAME
+        record = parse_json(index.read_bytes())["weight_map"]
+        found = {name: entry.file.name for name, entry in self.entries.items()}
+        if odd := {*record.items()} ^ {*found.items()}:
+            raise CheckpointError(
+                f"the index and the files disagree about {min(odd)[0]!r}",
+                where=str(index),
+                remedy="copy or download the index again",
+            )
 
     def _open(self, file: Path, activations: Mapping[str, Any] | None) -> None:
         """Check one file and add its tensors."""
@@ -243,20 +251,6 @@ def _stated_in_config(folder: Path) -> tuple[bool, Mapping[str, Any] | None]:
 def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
     return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
-
-
-def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse an index of shards that names the wrong file for a tensor."""
-    index = folder / PACKED_INDEX_NAME
-    record = parse_json(index.read_bytes())["weight_map"]
-    found = {name: entry.file.name for name, entry in entries.items()}
-    odd = {*record.items()} ^ {*found.items()}
-    if odd:
-        raise CheckpointError(
-            f"the index and the files disagree about {min(odd)[0]!r}",
-            where=str(index),
-            remedy="copy or download the index again",
-        )
 
 
 @dataclass(frozen=True)
