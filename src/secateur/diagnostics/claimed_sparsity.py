@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import replace
 
-from secateur.diagnostics.findings import Claims, listed
+from secateur.diagnostics.findings import Claims, finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.engine.prune.tasks import COLLAPSED
 from secateur.runs.records.measured import Finding
@@ -26,9 +26,6 @@ SURPLUS_ROUNDED = 0.1
 
 TOTAL = 1e-3
 """How far the sparsity of the whole model may be below the recorded one."""
-
-CHANGED = "the weights were changed after pruning: ask the author of the folder"
-AGAIN = "prune again, or correct the records; they do not match the weights"
 
 
 def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[Finding]:
@@ -51,9 +48,9 @@ def check_sparsity(weights: Weights, claims: Claims, *, rounded: bool) -> list[F
     )
     where = f"{claims.folder}/manifest.json"
     if surplus < -TOTAL:
-        found.append(Finding("sparsity-not-as-claimed", "error", where, evidence, AGAIN))
+        found.append(finding("sparsity-not-as-claimed", where, evidence))
     elif surplus > (SURPLUS_ROUNDED if rounded else SURPLUS):
-        found.append(Finding("more-zeros-than-claimed", "warning", where, evidence, CHANGED))
+        found.append(finding("more-zeros-than-claimed", where, evidence))
     return found
 
 
@@ -65,82 +62,51 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
     weights = linear.weights
     has = f"{linear.sparsity:.2%} of its weights are zero ({linear.zeros:,} of {weights:,})"
     if linear.zeros < claim.pruned:
-        dense = linear.sparsity < DENSE
-        return [
-            Finding(
-                "dense-linear" if dense else "sparsity-not-as-claimed",
-                "error",
-                linear.name,
-                f"{has}, but the records claim {claim.pruned / weights:.2%} ({claim.pruned:,})",
-                AGAIN,
-            )
-        ]
+        evidence = f"{has}, but the records claim {claim.pruned / weights:.2%} ({claim.pruned:,})"
+        lost = finding("sparsity-not-as-claimed", linear.name, evidence)
+        return [replace(lost, id="dense-linear") if linear.sparsity < DENSE else lost]
     found = []
     if linear.misplaced:
         assert claims.pattern is not None
-        found.append(
-            Finding(
-                "pattern-broken",
-                "error",
-                linear.name,
-                f"{linear.misplaced} of {weights} weights are not zero although the pattern "
-                f"{claims.pattern.name} needs them to be",
-                "the files were changed after pruning: prune again, or `secateur compress` would "
-                "store it by another format",
-            )
+        evidence = (
+            f"{linear.misplaced} of {weights} weights are not zero although the pattern "
+            f"{claims.pattern.name} needs them to be"
         )
+        found.append(finding("pattern-broken", linear.name, evidence))
     if not rounded and linear.zeros - claim.zeros > SURPLUS * weights:
-        found.append(
-            Finding(
-                "more-zeros-than-claimed",
-                "warning",
-                linear.name,
-                f"{has}, but the records say {claim.zeros / weights:.2%} ({claim.zeros:,})",
-                CHANGED,
-            )
-        )
+        evidence = f"{has}, but the records say {claim.zeros / weights:.2%} ({claim.zeros:,})"
+        found.append(finding("more-zeros-than-claimed", linear.name, evidence))
     if claim.error is not None and claim.error > COLLAPSED:
-        found.append(
-            Finding(
-                "linear-collapse",
-                "warning",
-                linear.name,
-                f"pruning it lost {claim.error:.1%} of the energy of its output on the "
-                "calibration text, according to the run",
-                f"prune less of it: --overrides '{linear.name}=0.3'",
-            )
+        evidence = (
+            f"pruning it lost {claim.error:.1%} of the energy of its output on the calibration "
+            "text, according to the run"
         )
+        found.append(finding("linear-collapse", linear.name, evidence))
     return found
 
 
 DENSE_FINDINGS = {
-    "unknown": Finding(
+    "unknown": finding(
         "dense-linear",
-        "warning",
         "",
         "{} stored matrices of the decoder layers are dense, others have {:.1%} zeros: their "
         "layout is not known, so nothing prunes them",
-        "do not call the whole model sparse: `secateur inspect` counts the stored zeros",
+        remedy="do not call the whole model sparse: `secateur inspect` counts the stored zeros",
     ),
-    "experts": Finding(
+    "experts": finding(
         "dense-linear",
-        "warning",
         "",
         "{} matrices of experts are dense, the other linears have {:.1%} zeros, and no record "
         "says why",
-        "prune again with secateur, which opens fused experts, if they should be sparse",
+        remedy="prune again with secateur, which opens fused experts, if they should be sparse",
     ),
-    "unseen": Finding(
+    "unseen": finding(
         "expert-unseen",
-        "warning",
         "",
         "{} linears of experts are dense: no calibration token was routed to them, according to "
         "the records",
-        "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)",
     ),
-    "excluded": Finding(
-        "left-dense", "note", "", "{} linears are dense, as the recipe says", "nothing to do"
-    ),
+    "excluded": finding("left-dense", "", "{} linears are dense, as the recipe says"),
 }
 """Findings by why linears are dense, without their names and numbers."""
 
@@ -157,11 +123,11 @@ def _dense_linears(weights: Weights, claims: Claims) -> list[Finding]:
         if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0:
             dense[_why_dense(x, claims)].append(x)
     found = []
-    for why, finding in DENSE_FINDINGS.items():
+    for why, usual_finding in DENSE_FINDINGS.items():
         if dense[why]:
             names = listed([x.name for x in dense[why]], 4)
-            evidence = finding.evidence.format(len(dense[why]), usual)
-            found.append(replace(finding, where=names, evidence=evidence))
+            evidence = usual_finding.evidence.format(len(dense[why]), usual)
+            found.append(replace(usual_finding, where=names, evidence=evidence))
     return found + _unexplained(dense[None], weights, claims, usual)
 
 
@@ -192,17 +158,10 @@ def _unexplained(
         if everywhere and not claims.linears:
             evidence = f"it is dense in all {len(odd)} layers, others have {usual:.1%} zeros"
             remedy = "this is probably intended; if not, prune again"
-            found.append(Finding("left-dense", "note", kind, evidence, remedy))
+            found.append(finding("left-dense", kind, evidence, remedy=remedy))
             continue
-        found += [
-            Finding(
-                "dense-linear",
-                "warning",
-                x.name,
-                f"{x.sparsity:.2%} of its weights are zero, {usual:.1%} in the median linear, and "
-                "no recipe excludes it",
-                "prune again; if it is intended, say so in the recipe (--exclude or --overrides)",
-            )
-            for x in odd
-        ]
+        said = (
+            f"of its weights are zero, {usual:.1%} in the median linear, and no recipe excludes it"
+        )
+        found += [finding("dense-linear", x.name, f"{x.sparsity:.2%} {said}") for x in odd]
     return found

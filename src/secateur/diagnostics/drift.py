@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from secateur.diagnostics.findings import finding
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.progress import Progress
-from secateur.runs.records.measured import Drift, Finding, Severity
+from secateur.runs.records.measured import Drift, Finding
 
 TOKENS_AT_ONCE = 1024
 
@@ -157,8 +158,6 @@ Measured on SmolLM2-135M: 0.93 after SparseGPT to 50 %, 0.81 after Wanda to 2:4,
 HIGHEST = 0.95
 """The highest sparsity that the estimate reports."""
 
-AGAIN = "prune less of this layer: --overrides '{name}.*=0.3', or an --allocation"
-
 
 def check_layers(
     drift: Sequence[LayerDrift], layer_name: Callable[[int], str], bears: Mapping[int, float]
@@ -172,75 +171,49 @@ def check_layers(
     """
     found = []
     for layer in drift:
-        found += _faults_of(layer, layer_name(layer.layer))
+        if fault := _fault_of(layer):
+            found.append(finding(fault[0], layer_name(layer.layer), fault[1]))
     last = drift[-1]
     if not last.not_finite and last.cosine < LOST_STREAM:
-        found.append(
-            Finding(
-                "drift",
-                "warning",
-                layer_name(last.layer),
-                f"the outputs of the last layer have a cosine of {last.cosine:.2f} "
-                f"with those of the dense model, and a relative error of {last.relative_error:.2f}",
-                "prune less, by a better method (--effort balanced or best), or retrain",
-            )
+        evidence = (
+            f"the outputs of the last layer have a cosine of {last.cosine:.2f} with those of the "
+            f"dense model, and a relative error of {last.relative_error:.2f}"
         )
+        found.append(finding("drift", layer_name(last.layer), evidence))
     hit = sorted((x for x in drift if x.layer in bears), key=lambda x: -x.own_error)[:3]
     if hit:
         worst = "; ".join(
             f"{layer_name(x.layer)} {x.own_error:.2f} ({bears[x.layer]:.0%})" for x in hit
         )
         usual = statistics.median(x.own_error for x in drift)
-        found.append(
-            Finding(
-                "hit-hardest",
-                "note",
-                layer_name(hit[0].layer),
-                "layers with the largest relative error of the residual update (median "
-                f"{usual:.2f}), suggested sparsity in brackets: {worst}",
-                "prune these less and others more: --overrides, or an --allocation",
-            )
+        evidence = (
+            f"layers with the largest relative error of the residual update (median {usual:.2f}), "
+            f"suggested sparsity in brackets: {worst}"
         )
+        found.append(finding("hit-hardest", layer_name(hit[0].layer), evidence))
     return found
 
 
-def _faults_of(layer: LayerDrift, name: str) -> list[Finding]:
-    """The worst fault of one layer; others may be its symptoms."""
-
-    def fault(kind: str, severity: Severity, evidence: str, remedy: str) -> list[Finding]:
-        return [Finding(kind, severity, name, evidence, remedy)]
-
+def _fault_of(layer: LayerDrift) -> tuple[str, str] | None:
+    """The worst fault of one layer, its kind and evidence; others may be its symptoms."""
     if layer.not_finite:
-        return fault(
-            "hidden-states-not-finite",
-            "error",
-            f"{layer.not_finite} of its outputs are NaN or infinite; the layers after it "
-            "were not checked",
-            "look for tensors that are not finite or far too large in this layer; prune again",
-        )
+        said = f"{layer.not_finite} of its outputs are NaN or infinite; the layers after it "
+        return "hidden-states-not-finite", said + "were not checked"
     added = f"it adds {layer.contribution:.2g} times as much to the stream as the dense layer does"
     if layer.contribution < COLLAPSED:
-        return fault("layer-collapse", "error", added, AGAIN.format(name=name))
+        return "layer-collapse", added
     if layer.contribution > EXPLODED:
-        return fault("layer-exploded", "error", added, AGAIN.format(name=name))
-    kept = f"its output contains {layer.kept_input:.2f} of its input"
+        return "layer-exploded", added
     if 0 < LOST_RESIDUAL * layer.dense_kept_input > layer.kept_input:
-        return fault(
+        kept, dense = f"{layer.kept_input:.2f}", f"{layer.dense_kept_input:.2f}"
+        return (
             "residual-lost",
-            "error",
-            f"{kept}, the dense layer's output {layer.dense_kept_input:.2f}",
-            "the way past the layer is broken, or the layer undoes it: compare its weights with "
-            "those of the dense model, and prune again",
+            f"its output contains {kept} of its input, the dense layer's output {dense}",
         )
     if layer.own_error > NOTHING:
-        return fault(
-            "layer-damaged",
-            "warning",
-            f"its error is {layer.own_error:.2f} of the dense layer's addition: removing "
-            "the layer would be no worse",
-            AGAIN.format(name=name),
-        )
-    return []
+        said = f"its error is {layer.own_error:.2f} of the dense layer's addition: removing the "
+        return "layer-damaged", said + "layer would be no worse"
+    return None
 
 
 def could_bear(sparsity_of: Mapping[int, float], drift: Sequence[LayerDrift]) -> dict[int, float]:

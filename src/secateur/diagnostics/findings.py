@@ -7,7 +7,7 @@ a pruned folder promise.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,117 @@ DAMAGED = (
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """The worst first: an error is proven, a warning is likely, a note is worth knowing."""
+
+
+LESS_OF_LAYER = "prune less of this layer: --overrides '{where}.*=0.3', or an --allocation"
+
+KINDS: Mapping[str, tuple[Severity, str]] = {
+    "dead-column": (
+        "note",
+        "inputs that are nearly always zero lose all their weights; if there are many, calibrate "
+        "on more text",
+    ),
+    "dead-head": ("warning", "prune less of this layer: --overrides '{where}.*=0.3'"),
+    "dead-neuron": (
+        "note",
+        "prune less of these layers (--overrides or --allocation); dead neurons could be cut out",
+    ),
+    "dead-row": (
+        "note",
+        "prune less of it (--overrides), or let weights compete within rows (--scope row)",
+    ),
+    "dense-linear": (
+        "warning",
+        "prune again; if it is intended, say so in the recipe (--exclude or --overrides)",
+    ),
+    "drift": (
+        "warning",
+        "prune less, by a better method (--effort balanced or best), or retrain",
+    ),
+    "expert-unseen": (
+        "warning",
+        "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)",
+    ),
+    "hidden-states-not-finite": (
+        "error",
+        "look for tensors that are not finite or far too large in this layer; prune again",
+    ),
+    "hit-hardest": ("note", "prune these less and others more: --overrides, or an --allocation"),
+    "layer-collapse": ("error", LESS_OF_LAYER),
+    "layer-damaged": ("warning", LESS_OF_LAYER),
+    "layer-exploded": ("error", LESS_OF_LAYER),
+    "learning-rate-too-high": (
+        "warning",
+        "train again from the checkpoint before this step with a third of the learning rate, or "
+        "with a longer warmup",
+    ),
+    "left-dense": ("note", "nothing to do"),
+    "linear-collapse": ("warning", "prune less of it: --overrides '{where}=0.3'"),
+    "more-zeros-than-claimed": (
+        "warning",
+        "the weights were changed after pruning: ask the author of the folder",
+    ),
+    "no-records": ("note", "diagnose the folder that `secateur prune` wrote"),
+    "no-reference": ("note", "name the dense model: --dense REF"),
+    "no-speed-up": (
+        "note",
+        "the zeros bring no speed on this machine: keep them for the smaller files, or prune more",
+    ),
+    "not-finite": (
+        "error",
+        "the file is damaged or the run overflowed: get the model again, or prune again in float32 "
+        "or bfloat16",
+    ),
+    "pattern-broken": (
+        "error",
+        "the files were changed after pruning: prune again, or `secateur compress` would store it "
+        "by another format",
+    ),
+    "pattern-without-gain": (
+        "note",
+        "install a C compiler and secateur again for its kernels, or cut structure",
+    ),
+    "records-unreadable": (
+        "warning",
+        "copy the folder again; the claims of this file were not checked",
+    ),
+    "residual-lost": (
+        "error",
+        "the way past the layer is broken, or the layer undoes it: compare its weights with those "
+        "of the dense model, and prune again",
+    ),
+    "sparsity-not-as-claimed": (
+        "error",
+        "prune again, or correct the records; they do not match the weights",
+    ),
+    "speed-measured": ("note", "nothing to do"),
+    "speed-not-measured": ("note", "measure it: secateur bench"),
+    "training-not-finite": (
+        "error",
+        "the weights after this step are useless: return to a checkpoint before it, with a third "
+        "of the learning rate and gradients clipped to a norm of 1",
+    ),
+    "weights-vanished": (
+        "warning",
+        "the layer adds almost nothing: compare it with the dense model (--dense REF), and prune "
+        "again with an override for it",
+    ),
+}
+"""The kinds of findings: how severe one usually is, and what to do about it."""
+
+
+def finding(
+    id: str,
+    where: str,
+    evidence: str,
+    *,
+    severity: Severity | None = None,
+    remedy: str | None = None,
+) -> Finding:
+    """A finding of a kind; severity and remedy if they are not the usual ones."""
+    usual, advice = KINDS[id]
+    advice = advice.format(where=where) if remedy is None else remedy
+    return Finding(id, severity or usual, where, evidence, advice)
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
@@ -110,15 +221,8 @@ def read_claims(model: Path) -> Claims:
             return reader(file.read_text(encoding="utf-8"))
         except DAMAGED as e:
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
-            faults.append(
-                Finding(
-                    "records-unreadable",
-                    "warning",
-                    str(file),
-                    f"the records of the run cannot be read: {said}",
-                    "copy the folder again; the claims of this file were not checked",
-                )
-            )
+            evidence = f"the records of the run cannot be read: {said}"
+            faults.append(finding("records-unreadable", str(file), evidence))
             return empty
 
     manifest = read("manifest.json", _manifest_of, {})

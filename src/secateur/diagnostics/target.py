@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.diagnostics.findings import finding
 from secateur.runs.records.measured import Finding, Machine, Support
 from secateur.runtime.kernels.library import KernelInfo, kernel_info
 
@@ -130,16 +131,9 @@ def check_speed(folder: Path, pattern: str, sparsity: float, target: Machine) ->
     kind = pattern if pattern == "2:4" else "n:m" if ":" in pattern else "unstructured"
     if not target.faster(kind):
         reasons = "; ".join(s.reason for s in target.supports if s.kind == kind)
-        found.append(
-            Finding(
-                "pattern-without-gain",
-                "note",
-                f"{target.cpu}",
-                f"nothing installed here gains from {sparsity:.0%} zeros of pattern {pattern}: "
-                f"{reasons}",
-                "install a C compiler and secateur again for its kernels, or cut structure",
-            )
-        )
+        zeros = f"{sparsity:.0%} zeros of pattern {pattern}"
+        evidence = f"nothing installed here gains from {zeros}: {reasons}"
+        found.append(finding("pattern-without-gain", target.cpu, evidence))
     return [*found, _measured_speed(folder)]
 
 
@@ -151,28 +145,11 @@ def _measured_speed(folder: Path) -> Finding:
         text = json.loads(file.read_text(encoding="utf-8"))
         verdict, where = str(text["verdict"]), str(text["protocol"]["cpu"])
     except OSError:
-        return Finding(
-            "speed-not-measured",
-            "note",
-            str(folder),
-            "its speed on this machine was not measured",
-            f"measure it: {command}",
-        )
+        said, remedy = "its speed on this machine was not measured", f"measure it: {command}"
+        return finding("speed-not-measured", str(folder), said, remedy=remedy)
     except (ValueError, KeyError, TypeError):
-        return Finding(
-            "records-unreadable",
-            "warning",
-            str(file),
-            "the record of the measured speed cannot be read",
-            f"measure again: {command}",
-        )
-    slower = verdict.startswith("no gain")
-    return Finding(
-        "no-speed-up" if slower else "speed-measured",
-        "note",
-        str(file),
-        f"measured on {where}: {verdict}",
-        "the zeros bring no speed on this machine: keep them for the smaller files, or prune more"
-        if slower
-        else "nothing to do",
-    )
+        said = "the record of the measured speed cannot be read"
+        remedy = f"measure again: {command}"
+        return finding("records-unreadable", str(file), said, remedy=remedy)
+    kind = "no-speed-up" if verdict.startswith("no gain") else "speed-measured"
+    return finding(kind, str(file), f"measured on {where}: {verdict}")

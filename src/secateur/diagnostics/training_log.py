@@ -17,6 +17,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.diagnostics.findings import finding
 from secateur.errors import SourceError
 from secateur.runs.records.measured import Finding
 
@@ -91,32 +92,18 @@ def check_training(steps: list[LoggedStep], where: str) -> list[Finding]:
     """
     lost = next((s for s in steps if not math.isfinite(s.loss)), None)
     if lost is not None:
-        return [
-            Finding(
-                "training-not-finite",
-                "error",
-                f"{where}, step {lost.step}",
-                f"the loss is {lost.loss}{_rate_text(lost)}",
-                "the weights after this step are useless: return to a checkpoint before it, "
-                "with a third of the learning rate and gradients clipped to a norm of 1",
-            )
-        ]
+        evidence = f"the loss is {lost.loss}{_rate_text(lost)}"
+        return [finding("training-not-finite", f"{where}, step {lost.step}", evidence)]
     risen = _risen_for_good([s.loss for s in steps])
     if risen is None:
         return []
     place, best, last, noise = risen
     step = steps[place]
-    return [
-        Finding(
-            "learning-rate-too-high",
-            "warning",
-            f"{where}, step {step.step}",
-            f"from here on the loss stays above its best: {best:.3g} before, {last:.3g} at the "
-            f"end, with a noise of only {noise:.2g}{_rate_text(step)}",
-            "train again from the checkpoint before this step with a third of the learning rate, "
-            "or with a longer warmup",
-        )
-    ]
+    evidence = (
+        f"from here on the loss stays above its best: {best:.3g} before, {last:.3g} at the "
+        f"end, with a noise of only {noise:.2g}{_rate_text(step)}"
+    )
+    return [finding("learning-rate-too-high", f"{where}, step {step.step}", evidence)]
 
 
 def _risen_for_good(losses: list[float]) -> tuple[int, float, float, float] | None:

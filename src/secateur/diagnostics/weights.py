@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from secateur.diagnostics.audit import LinearCount, count, zero_share
-from secateur.diagnostics.findings import Claims, listed
+from secateur.diagnostics.findings import Claims, finding, listed
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
 from secateur.models.checkpoint import not_finite
@@ -132,32 +132,18 @@ VANISHED = 1e-3
 def check_values(weights: Weights) -> list[Finding]:
     """Tensors that are not finite, and linears far smaller than the same in other layers."""
     found = [
-        Finding(
-            "not-finite",
-            "error",
-            name,
-            f"{bad} of {total} values are NaN or infinite",
-            "the file is damaged or the run overflowed: get the model again, or prune again in "
-            "float32 or bfloat16",
-        )
+        finding("not-finite", name, f"{bad} of {total} values are NaN or infinite")
         for name, (bad, total) in weights.not_finite.items()
     ]
     for kind in dict.fromkeys(x.kind for x in weights.linears):
         same = [x for x in weights.linears if x.kind == kind]
         usual = statistics.median(x.size for x in same)
-        found += [
-            Finding(
-                "weights-vanished",
-                "warning",
-                x.name,
+        for x in (x for x in same if x.size < VANISHED * usual):
+            evidence = (
                 f"its weights are {x.size:.2g} large (root mean square of those that are not "
-                f"zero), the same matrix is {usual:.2g} in the median layer",
-                "the layer adds almost nothing: compare it with the dense model (--dense REF), "
-                "and prune again with an override for it",
+                f"zero), the same matrix is {usual:.2g} in the median layer"
             )
-            for x in same
-            if x.size < VANISHED * usual
-        ]
+            found.append(finding("weights-vanished", x.name, evidence))
     return found
 
 
@@ -276,8 +262,7 @@ def check_units(
                 f"head {listed(heads)}: {len(heads)} of {len(units.heads)} dead; all their values "
                 "are zero, or no weight reads them"
             )
-            remedy = f"prune less of this layer: --overrides '{name}.*=0.3'"
-            found.append(Finding("dead-head", "warning", name, evidence, remedy))
+            found.append(finding("dead-head", name, evidence))
         if dead.any():
             neurons[name] = _numbers(dead)
             unmade = int(units.unmade.sum())
@@ -305,14 +290,11 @@ def _neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Findi
     if len(neurons) > 1:
         per_layer = [f"{name} {len(dead)}" for name, dead in neurons.items()]
         others = f"; in all {sum(map(len, neurons.values()))}: {listed(per_layer)}"
-    return Finding(
-        "dead-neuron",
-        severity,
-        worst,
+    evidence = (
         f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; a row producing them is "
-        f"zero, or no weight reads them{others}",
-        "prune less of these layers (--overrides or --allocation); dead neurons could be cut out",
+        f"zero, or no weight reads them{others}"
     )
+    return finding("dead-neuron", worst, evidence, severity=severity)
 
 
 def _dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:
@@ -330,17 +312,10 @@ def _dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) 
         if not dead[worst]:
             continue
         linears = sum(count > 0 for count in dead.values())
-        found.append(
-            Finding(
-                f"dead-{line}",
-                "warning" if shares[worst] > limit else "note",
-                worst,
-                f"{dead[worst]} {line}s are all zero, {shares[worst]:.1%} of them, the most of "
-                f"any linear; {sum(dead.values())} in all, in {linears} of {len(dead)} linears",
-                "prune less of it (--overrides), or let weights compete within rows (--scope row)"
-                if line == "row"
-                else "inputs that are nearly always zero lose all their weights; if there are "
-                "many, calibrate on more text",
-            )
+        evidence = (
+            f"{dead[worst]} {line}s are all zero, {shares[worst]:.1%} of them, the most of "
+            f"any linear; {sum(dead.values())} in all, in {linears} of {len(dead)} linears"
         )
+        severity: Severity = "warning" if shares[worst] > limit else "note"
+        found.append(finding(f"dead-{line}", worst, evidence, severity=severity))
     return found

@@ -19,7 +19,7 @@ from secateur.diagnostics.drift import (
     could_bear,
     layer_drifts,
 )
-from secateur.diagnostics.findings import Claims, by_severity, read_claims
+from secateur.diagnostics.findings import Claims, by_severity, finding, read_claims
 from secateur.diagnostics.target import check_speed, look_at_target
 from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.weights import (
@@ -237,25 +237,17 @@ def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding
     found = []
     if not claims.linears:
         found.append(
-            Finding(
+            finding(
                 "no-records",
-                "note",
                 "secateur/layers.jsonl",
                 "there are no records of a pruning run, so zeros were counted but not compared "
                 "with a claim",
-                "diagnose the folder that `secateur prune` wrote",
             )
         )
     if reference is None:
-        found.append(
-            Finding(
-                "no-reference",
-                "note",
-                "the layers",
-                "whether layers have collapsed or drifted was not looked at",
-                f"name the dense model: --dense {claims.source or 'REF'}",
-            )
-        )
+        evidence = "whether layers have collapsed or drifted was not looked at"
+        remedy = f"name the dense model: --dense {claims.source or 'REF'}"
+        found.append(finding("no-reference", "the layers", evidence, remedy=remedy))
     return found
 
 
