@@ -330,14 +330,11 @@ class AdviseResult(Result):
 
     def hosted(self) -> list[Block]:
         """Hosted models under the same load."""
-        rows = [
-            (
-                api.name,
-                f"{api.month:,.0f}",
-                "never" if api.requests_per_day is None else f"{api.requests_per_day:,.0f}",
-            )
-            for api in self.advice.apis
-        ]
+        rows = []
+        for api in self.advice.apis:
+            least = api.requests_per_day
+            shown = "never" if least is None else f"{least:,.0f}"
+            rows.append((api.name, f"{api.month:,.0f}", shown))
         if not rows:
             return []
         columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")

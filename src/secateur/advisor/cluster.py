@@ -27,7 +27,7 @@ from pydantic_core import to_jsonable_python
 from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape, read_facts
 from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
-from secateur.parallel.ranks import owners
+from secateur.parallel.ranks import micro_batches, owners
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
 
@@ -227,11 +227,7 @@ def plan_cluster(
             remedy=f"plan with one of: {', '.join(SOLVER_COSTS)}",
         )
     ranks, windows = machines.ranks, tokens // length
-    if windows < ranks:
-        raise RecipeError(
-            f"{ranks} processes have only {windows} calibration windows",
-            remedy=f"use at most {windows} processes, or more --windows",
-        )
+    micro_batches(windows, MICRO_BATCH, ranks)  # refuses more processes than windows
     own = -(-windows // ranks) * length
     passes = 2 if whole_layer or asymmetric else 1
     active = sum(g.copies * g.share * g.weights for g in model.groups)

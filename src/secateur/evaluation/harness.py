@@ -79,13 +79,8 @@ class HarnessModel(HFLM):
         """Warn how many requests are longer than the model's context."""
         cut = sum(len(read) + len(asked) > self.max_length + 1 for _, read, asked in requests)
         if cut:
-            log.warning(
-                "%d of %d requests are longer than the %d tokens the model reads, and are cut "
-                "from the left",
-                cut,
-                len(requests),
-                self.max_length,
-            )
+            said = "%d of %d requests are longer than the %d tokens the model reads, and are cut "
+            log.warning(said + "from the left", cut, len(requests), self.max_length)
 
     def tokens_read(self, request: Request) -> tuple[int, ...]:
         """The tokens that the model reads for a request: all but the last, cut from the left."""

@@ -379,14 +379,9 @@ def windows_of(
     windows = evaluation_windows(
         joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=first
     )
-    found = protocol(
-        windows,
-        dataset=joined.dataset,
-        join=joined.join,
-        computed=computed_by(loaded),
-        start=start_tokens(tokenizer),
-    )
-    return windows, found
+    named: dict[str, Any] = {"dataset": joined.dataset, "join": joined.join}
+    start, computed = start_tokens(tokenizer), computed_by(loaded)
+    return windows, protocol(windows, **named, computed=computed, start=start)
 
 
 @contextmanager

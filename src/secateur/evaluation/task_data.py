@@ -78,18 +78,18 @@ HELLASWAG = {**dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), str), "ending
 SCIQ = ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3")
 
 TABLE: tuple[tuple[Any, ...], ...] = (
-        ("hellaswag", "hellaswag", {**HELLASWAG, "label": (str, int)}, "hellaswag/none"),
-        ("piqa", "piqa", {"goal": str, "sol1": str, "sol2": str, "label": int}, "piqa/plain_text"),
-        ("winogrande", "winogrande", dict.fromkeys(("sentence", "option1", "option2", "answer"),
-         str), "winogrande/winogrande_xl"),
-        ("boolq", "super_glue/boolq", {"passage": str, "question": str, "label": int},
-         "boolq/none"),
-        ("arc_easy", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Easy"),
-        ("arc_challenge", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Challenge"),
-        ("openbookqa", "openbookqa", {"question_stem": str, **CHOICES}, "openbookqa/main"),
-        ("sciq", "sciq", dict.fromkeys(SCIQ, str), "sciq/none"),
-        ("lambada", "lambada", {"text": str}, "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-         "lambada_openai", "test"),
+    ("hellaswag", "hellaswag", {**HELLASWAG, "label": (str, int)}, "hellaswag/none"),
+    ("piqa", "piqa", {"goal": str, "sol1": str, "sol2": str, "label": int}, "piqa/plain_text"),
+    ("winogrande", "winogrande", dict.fromkeys(("sentence", "option1", "option2", "answer"),
+     str), "winogrande/winogrande_xl"),
+    ("boolq", "super_glue/boolq", {"passage": str, "question": str, "label": int},
+     "boolq/none"),
+    ("arc_easy", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Easy"),
+    ("arc_challenge", "arc", {"question": str, **CHOICES}, "ai2_arc/ARC-Challenge"),
+    ("openbookqa", "openbookqa", {"question_stem": str, **CHOICES}, "openbookqa/main"),
+    ("sciq", "sciq", dict.fromkeys(SCIQ, str), "sciq/none"),
+    ("lambada", "lambada", {"text": str}, "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+     "lambada_openai", "test"),
 )  # fmt: skip
 """Name, folder, fields and stored rows; then the name in lm-eval and the split, if they differ."""
 
@@ -104,30 +104,27 @@ Rule = tuple[str, str, Callable[[dict[str, Any]], bool]]
 """A field, its requirement in words, and the check of it."""
 
 ONE_OF_TWO: Rule = ("label", "0 or 1", lambda row: row["label"] in (0, 1))
+
+
+def _whole_choices(row: dict[str, Any]) -> bool:
+    text, label = (row["choices"].get(part) for part in ("text", "label"))
+    return isinstance(text, list) and isinstance(label, list) and len(text) == len(label) > 0
+
+
+def _labelled(row: dict[str, Any]) -> bool:
+    return row["answerKey"].strip() in row["choices"]["label"]
+
+
+def _numbered(row: dict[str, Any]) -> bool:
+    return str(row["label"]) in map(str, range(len(row["endings"])))
+
+
 KEYED: tuple[Rule, ...] = (
-    (
-        "choices",
-        "text and label, lists of one length",
-        lambda row: (
-            isinstance(row["choices"].get("text"), list)
-            and isinstance(row["choices"].get("label"), list)
-            and len(row["choices"]["text"]) == len(row["choices"]["label"]) > 0
-        ),
-    ),
-    (
-        "answerKey",
-        "one of the labels",
-        lambda row: row["answerKey"].strip() in row["choices"]["label"],
-    ),
+    ("choices", "text and label, lists of one length", _whole_choices),
+    ("answerKey", "one of the labels", _labelled),
 )
 RULES: dict[str, tuple[Rule, ...]] = {
-    "hellaswag": (
-        (
-            "label",
-            "the number of an ending",
-            lambda row: str(row["label"]) in map(str, range(len(row["endings"]))),
-        ),
-    ),
+    "hellaswag": (("label", "the number of an ending", _numbered),),
     "piqa": (ONE_OF_TWO,),
     "boolq": (ONE_OF_TWO,),
     "winogrande": (
