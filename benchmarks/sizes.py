@@ -27,11 +27,10 @@ import torch
 
 import secateur
 from hardware import keep, markdown
-from secateur.runtime.archive import SMALLEST_BYTES, encode
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import unpack_numbers
 from secateur.runtime.formats.n_of_m import code_bits
-from secateur.runtime.packed import PackedCheckpoint
+from secateur.runtime.packed import SMALLEST_BYTES, PackedCheckpoint, to_archive
 
 PRUNED = [
     ("magnitude", "unstructured", 0.0),
@@ -106,7 +105,7 @@ def counted(folder: Path) -> dict[str, float]:
         specs = formats[layout.format].parts(layout, values.numel())
         found["theory"] += theory(layout, values.numel())
         found["archive"] += 8 * sum(
-            encode(part, specs[suffix].width)[0].numel() if part.nbytes > SMALLEST_BYTES
+            to_archive(part, specs[suffix].width)[0].numel() if part.nbytes > SMALLEST_BYTES
             else part.nbytes
             for suffix, part in parts.items()
         )  # fmt: skip
@@ -184,7 +183,7 @@ def normal(sparsity: float, values: str) -> float:
     weight[weight.abs() <= threshold] = 0
     layout = Layout("bitmask", values, (SIDE, SIDE))
     parts = formats["bitmask"].pack(weight, layout)
-    return 8 * sum(encode(part)[0].numel() for part in parts.values()) / weight.numel()
+    return 8 * sum(to_archive(part)[0].numel() for part in parts.values()) / weight.numel()
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def test_an_archive_is_checked_where_it_is_decoded(tmp_path: Path, monkeypatch) 
     packed = PackedCheckpoint(folder)
     name = next(n for n in packed._archived if packed.specs[n].dtype.is_floating_point)
     bad = torch.full((3,), math.nan)
-    monkeypatch.setattr("secateur.runtime.packed.decode", lambda *_: bad)
+    monkeypatch.setattr("secateur.runtime.packed.from_archive", lambda *_: bad)
     with pytest.raises(CheckpointError, match=r"3 of 3 values are NaN or infinite"):
         packed.read(name)
 

@@ -16,12 +16,17 @@ from oracles import packed_reader
 from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
 from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime import archive as archives
-from secateur.runtime.archive import archived_spec, decode, encode
+from secateur.runtime import packed as archives
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
 from secateur.runtime.install import DenseView, open_checkpoint
-from secateur.runtime.packed import PackedCheckpoint, is_packed
+from secateur.runtime.packed import (
+    PackedCheckpoint,
+    archived_spec,
+    from_archive,
+    is_packed,
+    to_archive,
+)
 
 FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))
 
@@ -94,8 +99,8 @@ def test_the_dense_view_is_the_dense_checkpoint(tmp_path: Path) -> None:
 def test_archived_tensors_come_back(dtype: torch.dtype) -> None:
     for shape in ((1500,), (37, 65), (3, 5, 401), (2, 3)):
         tensor = (torch.randn(shape) * 9).to(dtype)
-        stored, archived = encode(tensor)
-        found = decode(stored, archived)
+        stored, archived = to_archive(tensor)
+        found = from_archive(stored, archived)
         assert torch.equal(found, tensor)
         assert found.dtype == dtype
         if tensor.nbytes > archives.SMALLEST_BYTES:
@@ -110,10 +115,10 @@ def test_numbers_that_straddle_bytes_are_widened(width: int) -> None:
         numbers = torch.randn(rows, count, generator=generator) * 2 ** (width - 3)
         numbers = numbers.round().clamp(1 - 2 ** (width - 1), 2 ** (width - 1) - 1).char()
         packed = pack_numbers(numbers, width)
-        plain, _ = encode(packed)
-        stored, archived = encode(packed, width)
+        plain, _ = to_archive(packed)
+        stored, archived = to_archive(packed, width)
         assert archived.codec == f"zstd-{width}"
-        assert torch.equal(decode(stored, archived), packed)
+        assert torch.equal(from_archive(stored, archived), packed)
         chance = numbers.unique(return_counts=True)[1] / numbers.numel()
         entropy = float(-(chance * chance.log2()).sum()) * numbers.numel() / 8
         assert stored.numel() < (1.02 if rows == 1 else 1.1) * entropy
@@ -121,7 +126,7 @@ def test_numbers_that_straddle_bytes_are_widened(width: int) -> None:
         spec = PartSpec(stored.dtype, tuple(stored.shape))
         assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
     anything = torch.randint(0, 256, (7, 3, 401), generator=generator).to(torch.uint8)
-    assert torch.equal(decode(*encode(anything, width)), anything)
+    assert torch.equal(from_archive(*to_archive(anything, width)), anything)
 
 
 def test_the_example_of_widened_numbers() -> None:
@@ -132,7 +137,7 @@ def test_the_example_of_widened_numbers() -> None:
 
 def test_widened_numbers_that_do_not_fit_are_refused() -> None:
     packed = torch.full((3, 1001), 0x49, dtype=torch.uint8)
-    _, archived = encode(packed, 3)
+    _, archived = to_archive(packed, 3)
     count = -(-8 * 1001 // 3)
     wide = pack_numbers(unpack_numbers(packed, 3, count), 4)
     for row, byte, value in ((0, 0, 0x80), (2, -1, 0x20)):
@@ -141,11 +146,11 @@ def test_widened_numbers_that_do_not_fit_are_refused() -> None:
         frame = zstandard.ZstdCompressor().compress(wrong.numpy().tobytes())
         stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
         with pytest.raises(CheckpointError, match="1 widened numbers do not fit"):
-            decode(stored, archived)
+            from_archive(stored, archived)
     short = zstandard.ZstdCompressor().compress(packed.numpy().tobytes())
     stored = torch.frombuffer(bytearray(short), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="a frame of 3003 bytes where 4005 are needed"):
-        decode(stored, archived)
+        from_archive(stored, archived)
     entry = {**archived.to_json(), "dtype": "I8"}
     with pytest.raises(CheckpointError, match="zstd-3 is for bytes, not for I8"):
         archived_spec(entry, PartSpec(torch.uint8, (2000,)))
@@ -154,10 +159,10 @@ def test_widened_numbers_that_do_not_fit_are_refused() -> None:
 def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> None:
     monkeypatch.setattr(archives, "ALWAYS_BELIEVED_BYTES", 10_000)
     for elements, codec in ((2_000, "zstd"), (200_000, "none")):
-        stored, archived = encode(torch.zeros(elements))
+        stored, archived = to_archive(torch.zeros(elements))
         assert archived.codec == codec
         archived_spec(archived.to_json(), PartSpec(stored.dtype, tuple(stored.shape)))
-        assert torch.equal(decode(stored, archived), torch.zeros(elements))
+        assert torch.equal(from_archive(stored, archived), torch.zeros(elements))
 
 
 def test_bombs_are_refused_before_they_are_opened() -> None:
@@ -171,12 +176,12 @@ def test_bombs_are_refused_before_they_are_opened() -> None:
         archived_spec({**entry, "shape": [2**62, 2**62]}, spec)
     smaller = archived_spec({**entry, "shape": [4096]}, spec)
     with pytest.raises(CheckpointError, match="a frame of 1048576 bytes where 4096 are needed"):
-        decode(stored, smaller)
+        from_archive(stored, smaller)
     lying = bytearray(frame)  # a frame that holds more than it says
     at = frame.index((2**20).to_bytes(4, "little"))
     lying[at : at + 4] = (4096).to_bytes(4, "little")
     with pytest.raises(CheckpointError, match="the frame cannot be read"):
-        decode(torch.frombuffer(lying, dtype=torch.uint8), smaller)
+        from_archive(torch.frombuffer(lying, dtype=torch.uint8), smaller)
 
 
 def config_with(folder: Path, **changes: object) -> None:
