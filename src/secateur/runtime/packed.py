@@ -9,11 +9,11 @@ layout of every packed matrix, how activations are rounded, the checksum of ever
 the decoding of archived ones. A digest covers all of this with names, dtypes and shapes, so that a
 changed header is detected like changed data.
 
-An archive stores every larger tensor as byte planes, compressed with zstandard. A plane has the first bytes of all elements, the next the second bytes, and so on. Exponents of
-weights are much alike and mantissas are not, so they compress better apart. Numbers of 3, 5, 6 or
-7 bits are first widened, because zstandard counts bytes: in a bit stream most bytes hold pieces of
-several numbers. Archives are lossless, and meant for storage and transfer; a runtime unpacks them
-when it loads.
+An archive stores every larger tensor as byte planes, compressed with zstandard. A plane has the
+first bytes of all elements, the next the second bytes, and so on. Exponents of weights are much
+alike and mantissas are not, so they compress better apart. Numbers of 3, 5, 6 or 7 bits are first
+widened, because zstandard counts bytes: in a bit stream most bytes hold pieces of several numbers.
+Archives are lossless, and meant for storage and transfer; a runtime unpacks them when it loads.
 """
 
 from __future__ import annotations
