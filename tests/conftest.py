@@ -38,3 +38,9 @@ def secateur(
 ) -> Callable[..., Outcome]:
     """Run a command in this process."""
     return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)

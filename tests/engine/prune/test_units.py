@@ -40,9 +40,7 @@ ALLOCATIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
 
 
 def unit_costs(model) -> dict[str, int]:

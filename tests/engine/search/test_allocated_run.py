@@ -40,10 +40,7 @@ NAMES = ["owl", "layer-sensitivity", "global", "search"]
 SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))
 
 
-@pytest.fixture(autouse=True)
-def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
 
 
 @pytest.fixture

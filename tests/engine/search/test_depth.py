@@ -48,10 +48,7 @@ WRITERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
 
 
 def writers(family: str, layer: int) -> tuple[str, str]:

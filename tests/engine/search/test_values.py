@@ -18,11 +18,7 @@ from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from trained import save_trained, source_ids
 
-
-@pytest.fixture(autouse=True)
-def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is compared digit by digit, on machines with fast bfloat16 too."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
 
 
 def windows() -> torch.Tensor:
