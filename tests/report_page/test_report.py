@@ -189,8 +189,10 @@ def test_numbers_of_another_protocol_do_not_share_a_line_or_a_chart(tmp_path: Pa
     made = {name: manifest(sparsity=0.1 * n) for n, name in enumerate("abcde", 1)}
     page = page_of(
         tmp_path,
-        *(write_run(tmp_path / x, manifest=made[x], evaluation=evaluation()) for x in "abc"),
-        *(write_run(tmp_path / x, manifest=made[x], evaluation=longer) for x in "de"),
+        *(
+            write_run(tmp_path / x, layers=0, manifest=made[x], evaluation=judged)
+            for x, judged in zip("abcde", [evaluation()] * 3 + [longer] * 2, strict=True)
+        ),
     )
     assert page.text.count("perplexity, boolq-held-out") == 2
     assert (page.figures["perplexity-1"], page.figures["perplexity-2"]) == (3, 2)
@@ -268,7 +270,7 @@ def test_equal_sparsity_is_a_line_not_a_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("perplexity", "tone"), [(22.0, "good"), (25.0, "fair"), (44.33, "bad")])
 def test_the_colour_of_a_claim_says_how_it_is(tmp_path: Path, perplexity: float, tone: str) -> None:
     record = {**evaluation(perplexity), "tasks": []}
-    [run] = read_records([write_run(tmp_path / "run", evaluation=record)]).runs
+    [run] = read_records([write_run(tmp_path / "run", layers=0, evaluation=record)]).runs
     smaller, faster, quality = claims(run)
     assert quality.value == f"×{perplexity / 21.73:.2f}"
     assert quality.tone == tone
@@ -278,8 +280,7 @@ def test_the_colour_of_a_claim_says_how_it_is(tmp_path: Path, perplexity: float,
 
 
 def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
-    (folder / "secateur" / "layers.jsonl").unlink()
+    folder = write_run(tmp_path / "run", layers=0)
     (folder / "secateur" / "recipe.yaml").unlink()
     page = page_of(tmp_path, folder)
     for verb in ("compress", "bench", "evaluate", "diagnose"):
@@ -292,21 +293,22 @@ def test_what_was_not_measured_says_how_to(tmp_path: Path) -> None:
 
 def test_a_perplexity_alone_is_a_claim_too(tmp_path: Path) -> None:
     record = {**evaluation(), "tasks": []}
-    page = page_of(tmp_path, write_run(tmp_path / "run", evaluation=record))
+    page = page_of(tmp_path, write_run(tmp_path / "run", layers=0, evaluation=record))
     assert "×1.47" in page.text
     assert "the same 71\u00a0% of the time" in page.text
     record["perplexity"][0]["reference_perplexity"] = None
     record["divergence"] = []
-    page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=record))
+    page = page_of(tmp_path, write_run(tmp_path / "other", layers=0, evaluation=record))
     assert "The dense model was not judged beside it" in page.text
 
 
 def test_no_gain_is_said(tmp_path: Path) -> None:
     slow = bench()
     slow["contenders"][0]["tokens_per_second"] = 100.0
-    assert "no gain" in page_of(tmp_path, write_run(tmp_path / "run", bench=slow)).text
+    run = write_run(tmp_path / "run", layers=0, bench=slow)
+    assert "no gain" in page_of(tmp_path, run).text
     slow["contenders"] = slow["contenders"][-1:]
-    page = page_of(tmp_path, write_run(tmp_path / "other", bench=slow))
+    page = page_of(tmp_path, write_run(tmp_path / "other", layers=0, bench=slow))
     assert not any(name.startswith("speed") for name in page.figures)
 
 

@@ -232,14 +232,15 @@ def compression() -> dict[str, Any]:
 
 
 def write_run(folder: Path, *, layers: int = 2, **parts: Any) -> Path:
-    """A run folder with a manifest, layers, and whatever parts are given by name."""
+    """A run folder with a manifest, layers if any, and whatever parts are given by name."""
     notes = folder / "secateur"
     notes.mkdir(parents=True)
     given = {"manifest": manifest(), **parts}
     for name, content in given.items():
         (notes / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    lines = layer_lines(layers)
-    (notes / "layers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if layers:
+        lines = layer_lines(layers)
+        (notes / "layers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (notes / "recipe.yaml").write_text("model: smollm2-135m\nmethod: sparsegpt\nsparsity: 0.5\n")
     return folder
 

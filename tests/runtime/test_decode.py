@@ -142,6 +142,7 @@ def test_matrices_of_all_kinds_in_one_layer(tmp_path: Path) -> None:
         "k_proj": {"values": "bfloat16"},
     }
     family, sizes = SHAPES["wide"]
+    sizes = {**sizes, "num_hidden_layers": 1}
     model = secateur.load(packed_model(tmp_path / "float32", family, **sizes))
     for name, stored in kinds.items():
         folder = packed_model(tmp_path / name, family, **stored, **sizes)
