@@ -13,9 +13,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stderr
+from contextlib import AbstractContextManager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from inspect import Parameter as Argument
 from inspect import Signature
 from pathlib import Path
@@ -209,7 +210,8 @@ def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
     conversation = _open(recipe)
     typed = sys.stdin.isatty()
     if typed:
-        _import_line_editing()
+        with suppress(ImportError):  # `input` can then edit and recall lines
+            import_module("readline")
         kind = "" if conversation.chat else "no chat template: each line is a text to continue. "
         print(f"{recipe.model}: {kind}{CHAT_HELP}", file=sys.stderr)
     if not as_json:
@@ -240,15 +242,6 @@ def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conv
         system=recipe.system,
         trust_remote_code=recipe.trust_remote_code,
     )
-
-
-def _import_line_editing() -> Any:
-    """Import readline, if Python has it, so that `input` can edit and recall lines."""
-    try:
-        import readline
-    except ImportError:
-        return None
-    return readline
 
 
 def _print_defaults(conversation: Conversation) -> None:

@@ -188,7 +188,8 @@ def plan_run(
         target, tasks, windows, epochs, sweep_windows, tokens + extra_tokens, of_token
     )
     stored *= 1 + settings.dense_needed
-    gradients = _backward_bytes(tasks)
+    before = gathering(tasks).backward
+    gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
     survey = _plan_survey(target, found, allocation, prunable, windows)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
@@ -358,8 +359,9 @@ def _solving_bytes(
     if settings.sequential == "layer":
         more += _statistics_bytes(target, found, names)
     else:  # one group at a time; `solve` counts one of its linears
-        others = _other_statistics_bytes(target, found, names)
-        more += others * (4 if settings.choose_damping else 1)
+        groups = [group for groups in _group_shapes(target, found) for group in groups]
+        others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in groups)
+        more += max(others, default=0) * (4 if settings.choose_damping else 1)
     return replace(solve, most=solve.most + more, usual=solve.usual + more)
 
 
@@ -622,24 +624,10 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) 
     return held + working
 
 
-def _backward_bytes(tasks: Tasks) -> int:
-    """The memory of the statistics of all linears that are gathered before the run."""
-    names = gathering(tasks).backward
-    return sum(held_bytes(names, [task.shape]) for task in tasks.values())
-
-
 def _statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
     """The memory of the statistics of all groups of a layer; large with many experts."""
     layers = _group_shapes(target, found)
     return max((sum(held_bytes(names, group) for group in groups) for groups in layers), default=0)
-
-
-def _other_statistics_bytes(
-    target: Target, found: Sequence[LayerLayout], names: Iterable[str]
-) -> int:
-    """The memory of the statistics of a group besides those of its first linear."""
-    groups = [group for groups in _group_shapes(target, found) for group in groups]
-    return max((held_bytes(names, x) - held_bytes(names, x[:1]) for x in groups), default=0)
 
 
 def _group_shapes(

@@ -70,7 +70,11 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
         mutable.__signature__ = signature.replace(
             parameters=sorted([*own, *keywords], key=lambda parameter: parameter.kind)
         )
-        function.__doc__ = _documented(function.__doc__ or "", added)
+        lines = "\n".join(_line_of(option.name, option.about) for option in added)
+        doc = re.sub(
+            r" *\*\*options: .*(\n {12}.*)*", lambda _: lines, function.__doc__ or "", count=1
+        )
+        function.__doc__ = doc
         return function
 
     return decorate
@@ -123,19 +127,15 @@ def public_function(verb: str) -> Callable[..., Any]:
 
 def _parameter_of(option: Option) -> inspect.Parameter:
     """The keyword parameter of an option."""
-    kind = _python_type(option)
+    kind = _widened(option.type, str | Path if option.is_path else str)
+    if option.name == CALIBRATION_TEXT:
+        kind |= Sequence[str]
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if option.required else None,
         annotation=kind if option.required else kind | None,
     )
-
-
-def _python_type(option: Option) -> Any:
-    """The type that Python code may pass for an option."""
-    kind = _widened(option.type, str | Path if option.is_path else str)
-    return kind | Sequence[str] if option.name == CALIBRATION_TEXT else kind
 
 
 def _widened(kind: Any, text: Any) -> Any:
@@ -151,12 +151,6 @@ def _widened(kind: Any, text: Any) -> Any:
     if origin is dict:
         return Mapping[inner[0], without_none(inner[1])]
     return kind
-
-
-def _documented(doc: str, added: Sequence[Option]) -> str:
-    """Replace `**options` in a docstring by a line for each option."""
-    lines = [_line_of(option.name, option.about) for option in added]
-    return re.sub(r" *\*\*options: .*(\n {12}.*)*", lambda _: "\n".join(lines), doc, count=1)
 
 
 def _line_of(name: str, about: str) -> str:

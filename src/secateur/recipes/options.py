@@ -276,22 +276,20 @@ def _flattened(
             yield from _flattened(section, here, presets)
             continue
         flag = next((x for x in field.metadata if isinstance(x, Flag)), Flag())
+        sections = (x for x in reversed(kind.__mro__) if issubclass(x, Section))
+        declaring = next(x for x in sections if name in x.model_fields)
+        home = next(x for x in kind.__mro__ if name in vars(x).get("__annotations__", ()))
         yield Option(
             name=flag.name or name,
             path=here,
             type=without_none(field.annotation),
             required=field.is_required(),
             default=_default_words(field, flag, here, presets),
-            group=ADVANCED if flag.advanced else _declaring(kind, name).group,
-            help=field.description or _docstring_of(kind, name),
+            group=ADVANCED if flag.advanced else declaring.group,
+            help=field.description
+            or _docstrings(home.__module__).get((home.__qualname__, name), ""),
             flag=flag,
         )
-
-
-def _docstring_of(kind: type[BaseModel], name: str) -> str:
-    """The string below the declaration of a field."""
-    home = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", ()))
-    return _docstrings(home.__module__).get((home.__qualname__, name), "")
 
 
 @functools.cache
@@ -328,15 +326,6 @@ def without_none(annotation: Any) -> Any:
         kinds = [without_none(k) for k in get_args(annotation) if k is not types.NoneType]
         return functools.reduce(operator.or_, kinds)
     return annotation
-
-
-def _declaring(kind: type[BaseModel], name: str) -> type[Section]:
-    """The class that declares a field. The field is listed under its heading."""
-    return next(
-        base
-        for base in reversed(kind.__mro__)
-        if issubclass(base, Section) and name in base.model_fields
-    )
 
 
 def _default_words(

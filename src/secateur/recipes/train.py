@@ -96,11 +96,6 @@ class IterativeOptions(PruningOptions):
     """Reset to this step of a training."""
 
 
-def _tuple_of(value: Any) -> Any:
-    """Turn a YAML list into a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 class TrainingTextSection(Section):
     """The model to train, and the text to train it on."""
 
@@ -238,7 +233,10 @@ class TeacherSection(Section):
     hidden_weight: float = Field(0.0, ge=0)
     """Weight of the hidden-state loss; 0: none."""
     teacher_layers: Annotated[
-        Annotated[tuple[int, ...], BeforeValidator(_tuple_of)] | None,
+        Annotated[
+            tuple[int, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
+        ]
+        | None,
         Flag(value="N", default="those of the cut, else spread evenly", commas=True),
     ] = None
     """Layers of the teacher that the student has, for --hidden-weight."""

@@ -258,6 +258,18 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_record(file: Path, content: Any) -> None:
+    """Write content as JSON into the notes of a model.
+
+    Raises:
+        SecateurError: the file cannot be written.
+    """
+    try:
+        write_json(file, content)
+    except OSError as error:
+        raise cannot_write(error, file) from error
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a safetensors file, completely or not at all."""
     unfinished = file.with_name(file.name + UNFINISHED)

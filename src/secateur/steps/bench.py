@@ -18,7 +18,7 @@ from secateur.recipes.measure import BenchRecipe
 from secateur.reporting.evaluate import BenchResult
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
-from secateur.runs.output import cannot_write, write_json
+from secateur.runs.output import write_record
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.packed import is_packed
@@ -71,7 +71,8 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult:
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     result = BenchResult(model, compressed, speeds, size, dense, protocol)
-    _write_record(result, folder)
+    if (folder / NOTES).is_dir():
+        write_record(folder / NOTES / "bench.json", result.record.to_json())
     return result
 
 
@@ -86,17 +87,6 @@ def _without_packed(names: Sequence[str], model: str, *, chosen: bool) -> list[s
             "or leave it out",
         )
     return [name for name in names if name not in packed]
-
-
-def _write_record(report: BenchResult, folder: Path) -> None:
-    """Write the results next to the records of a pruning run, if the folder has them."""
-    if not (folder / NOTES).is_dir():
-        return
-    file = folder / NOTES / "bench.json"
-    try:
-        write_json(file, report.record.to_json())
-    except OSError as error:
-        raise cannot_write(error, file) from error
 
 
 def tokens_of(folder: Path) -> int:

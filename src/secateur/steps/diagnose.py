@@ -38,7 +38,7 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener
 from secateur.reporting.diagnose import DiagnoseResult, TargetResult
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.output import cannot_write, write_json
+from secateur.runs.output import write_record
 from secateur.runs.records.measured import Finding
 from secateur.runtime.install import DenseView, open_checkpoint
 
@@ -135,7 +135,7 @@ def diagnose(
         protocol=reference.protocol if reference else {},
     )
     if claims.folder is not None:
-        _write_diagnosis(found, claims.folder / "diagnosis.json")
+        write_record(claims.folder / "diagnosis.json", found.to_json())
     return found
 
 
@@ -249,11 +249,3 @@ def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding
         remedy = f"name the dense model: --dense {claims.source or 'REF'}"
         found.append(finding("no-reference", "the layers", evidence, remedy=remedy))
     return found
-
-
-def _write_diagnosis(found: DiagnoseResult, file: Path) -> None:
-    """Write the diagnosis next to the records of the run."""
-    try:
-        write_json(file, found.to_json())
-    except OSError as error:
-        raise cannot_write(error, file) from error

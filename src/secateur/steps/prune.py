@@ -50,6 +50,8 @@ from secateur.recipes.shared import Cluster, texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card, without_folders
 from secateur.reporting.models import CompressResult, PruneResult
+from secateur.reporting.plan import PlanResult
+from secateur.reporting.tables import Result
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder, file_digests
 from secateur.runs.output import write_json, write_text
@@ -70,9 +72,6 @@ from secateur.steps.runner import RunContext, Step, carry_out, source_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from secateur.reporting.plan import PlanResult
-    from secateur.reporting.tables import Result
 
 RECIPE = "recipe.yaml"
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}

@@ -197,15 +197,11 @@ def choose_dampings(
         for damping in DAMPINGS:
             target = fit.fitted(writer, damping)(linear)
             solution = task.method.solve(target, prepared, known, task.sparsity)
-            errors[damping] = _held_out_error(solution.weight, gram, moments)
+            # ‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32
+            inner = (solution.weight @ gram).sub_(moments, alpha=2.0)
+            errors[damping] = float((inner * solution.weight).sum())
         found[linear.name] = min(errors, key=errors.__getitem__)
     return found
-
-
-def _held_out_error(weight: Tensor, gram: Tensor, moments: Tensor) -> float:
-    """‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32."""
-    inner = (weight @ gram).sub_(moments, alpha=2.0)
-    return float((inner * weight).sum())
 
 
 def by_group_with_dense(

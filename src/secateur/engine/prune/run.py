@@ -111,8 +111,9 @@ class Run:
         """
         self.steps_taken = 0
         work = self._layer_pass(index, layer)
-        for empty in all_zero(work.linears.values()):
-            log.warning("%s is all zero before it is pruned", empty)
+        for linear in work.linears.values():
+            if not linear.weight.any():
+                log.warning("%s is all zero before it is pruned", linear.name)
         records: list[LinearRecord] = []
         with closing(work.gather()) as gathered:
             for groups in gathered:
@@ -678,11 +679,6 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
                 where=name,
                 remedy="the model is damaged: load or make it again",
             )
-
-
-def all_zero(linears: Iterable[Linear]) -> list[str]:
-    """The names of linears with only zero weights."""
-    return [linear.name for linear in linears if not linear.weight.any()]
 
 
 def refuse_all_zero(target: Target) -> None:

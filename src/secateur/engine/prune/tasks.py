@@ -338,13 +338,8 @@ class Reconstruction:
             )
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return self.learning_rate * _half_cosine(step, steps)
-
-
-def _half_cosine(step: int, steps: int) -> float:
-    """The factor of the learning rate: 1 at step 0, falling to 0 after the last of `steps`."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+        """The learning rate of a step, counted from 0; it falls to 0 after the last of `steps`."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 NO_RECONSTRUCTION = Reconstruction(passes=0)

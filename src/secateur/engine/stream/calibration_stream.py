@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,11 +20,6 @@ from secateur.engine.stream.calls import LayerCall, LayerLayout, call_layer, lay
 from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
-
-
-def _forget_all_but(opened: Sequence[Activations], layer: int) -> None:
-    for states in opened:
-        states.forget_all_but(layer)
 
 
 def _nothing() -> None:
@@ -122,7 +117,7 @@ class CalibrationStream:
         every = self._states(dense)
         stored = start > 0 and all(states.has(start) for states in every)
         start = start if all(self.ranks.gather(stored)) else 0
-        self.ranks.once(partial(_forget_all_but, every, start))
+        self.ranks.once(lambda: [states.forget_all_but(start) for states in every])
         if start:
             for states in every:
                 states.resume(start)
