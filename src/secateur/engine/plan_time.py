@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -138,8 +138,15 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 def piece_times(
     method: Method, shape: Shape, sparsity: float, settings: Settings, device: torch.device
 ) -> PieceTimes:
-    """Time a method on a random matrix of a shape, or of a fraction of it."""
-    small = _timed_shape(method, shape, sparsity)
+    """Time a method on a random matrix of a shape, or of a fraction that fits the pattern.
+
+    Preparing grows with in³, and solving with in² · out.
+    """
+    small = (fraction_of(shape[0]), fraction_of(shape[1]))
+    try:
+        method.check(small, sparsity)
+    except PatternError:
+        small = shape
     rows, columns = small
     wider, taller = shape[1] / columns, shape[0] / rows
     x = torch.randn(columns + 64, columns, device=device)
@@ -157,21 +164,6 @@ def piece_times(
         gathering += growth * seconds / len(x)
         shared |= gathered.value()
         own |= gathered.own(linear)
-    return PieceTimes(
-        gathering, *_solving_seconds(method, weight, shared, own, sparsity, wider, taller)
-    )
-
-
-def _solving_seconds(
-    method: Method,
-    weight: torch.Tensor,
-    shared: Mapping[str, torch.Tensor],
-    own: Mapping[str, torch.Tensor],
-    sparsity: float,
-    wider: float,
-    taller: float,
-) -> tuple[float, float]:
-    """Seconds to prepare (grows with in³) and to solve (grows with in² · out), scaled up."""
     try:
         started = time.perf_counter()
         prepared = method.solver.prepare(shared)
@@ -180,18 +172,9 @@ def _solving_seconds(
         solution.mask.sum().item()  # waits for a GPU
         ended = time.perf_counter()
     except NumericalError:  # some parts cannot handle random numbers
-        return 0.0, 0.0
-    return (middle - started) * wider**3, (ended - middle) * wider**2 * taller
-
-
-def _timed_shape(method: Method, shape: Shape, sparsity: float) -> Shape:
-    """The largest fraction of a shape that is at most `WIDEST` wide and fits the pattern."""
-    small = (fraction_of(shape[0]), fraction_of(shape[1]))
-    try:
-        method.check(small, sparsity)
-    except PatternError:
-        return shape
-    return small
+        return PieceTimes(gathering, 0.0, 0.0)
+    preparing, solving = (middle - started) * wider**3, (ended - middle) * wider**2 * taller
+    return PieceTimes(gathering, preparing, solving)
 
 
 def fraction_of(size: int) -> int:

@@ -459,7 +459,9 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
             remedy="leave one of the two out; the allocation 'global' is the threshold with a "
             "floor and a cap for each linear",
         )
-    return allocations["global"](reach=1.0)
+    from secateur.sparsity.allocation.global_threshold import GlobalThreshold
+
+    return GlobalThreshold(reach=1.0)
 
 
 PARAMETERS = "method_parameters"
@@ -513,19 +515,15 @@ def keys_of(method: Method) -> dict[str, Any]:
         "pattern": method.pattern.name,
         "scope": method.pattern.scope if len(method.pattern.scopes) > 1 else None,
     }
-    if _recomposed(keys, parameters) != method:
+    own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
+    try:
+        recomposed = compose(keys["method"], keys["pattern"], **own, **parameters)
+    except (RecipeError, PatternError):
+        recomposed = None
+    if recomposed != method:
         raise RecipeError(
             f"no recipe composes the method {method.name!r} with these parts: {method}",
             remedy="register its parts under their names, and give one value to a parameter that "
             "several parts have; see CONTRIBUTING.md",
         )
     return {**keys, PARAMETERS: parameters}
-
-
-def _recomposed(keys: Mapping[str, Any], parameters: Mapping[str, Any]) -> Method | None:
-    """The method that these keys compose; None if they are refused."""
-    own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
-    try:
-        return compose(keys["method"], keys["pattern"], **own, **parameters)
-    except (RecipeError, PatternError):
-        return None

@@ -55,24 +55,19 @@ class MethodsResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """Presets, methods, training methods and parts."""
-        return [_preset_table(self.presets), _method_table(), *_training_tables(), _part_table()]
-
-
-def _preset_table(presets: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The presets, and the recipe keys that each one sets."""
-    rows = [
-        (name, ", ".join(f"{key}={_format_value(value)}" for key, value in keys.items()))
-        for name, keys in presets.items()
-    ]
-    title = "presets: secateur prune MODEL --effort NAME"
-    return Table.of(title, ("name", "stands for"), rows, numbers=2)
-
-
-def _method_table() -> Table:
-    """The methods, with their parts and papers."""
-    rows = [(name, m.score, m.solver, m.scope, m.description, m.paper) for name, m in named.items()]
-    columns = ("name", "score", "solver", "scope", "what it does", "paper")
-    return Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6)
+        stands_for = [
+            (name, ", ".join(f"{key}={_format_value(value)}" for key, value in keys.items()))
+            for name, keys in self.presets.items()
+        ]
+        rows = [(n, m.score, m.solver, m.scope, m.description, m.paper) for n, m in named.items()]
+        columns = ("name", "score", "solver", "scope", "what it does", "paper")
+        title = "presets: secateur prune MODEL --effort NAME"
+        return [
+            Table.of(title, ("name", "stands for"), stands_for, numbers=2),
+            Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6),
+            *_training_tables(),
+            _part_table(),
+        ]
 
 
 def _training_tables() -> list[Table]:
@@ -88,12 +83,16 @@ def _training_tables() -> list[Table]:
 
 def _part_table() -> Table:
     """The parts of methods, and what each one needs."""
+    needs = {
+        name: [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
+        for name, kind in allocations.items()
+    }
     rows = [
         *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
         *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
         *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
         *(("pattern", n, patterns[n].written) for n in patterns),
-        *(("allocation", n, _allocation_needs(allocations[n])) for n in allocations),
+        *(("allocation", n, ", ".join(words) or "nothing") for n, words in needs.items()),
         *(
             ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
             for n in schedules
@@ -108,9 +107,3 @@ def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _allocation_needs(kind: Any) -> str:
-    """The inputs that an allocation needs, in words."""
-    needs = [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
-    return ", ".join(needs) or "nothing"

@@ -38,7 +38,14 @@ from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
-from secateur.runs.output import cannot_write, check_apart, check_own, check_writable, write_json
+from secateur.runs.output import (
+    cannot_write,
+    check_apart,
+    check_own,
+    check_writable,
+    write_json,
+    write_text,
+)
 from secateur.runs.records import Manifest, read_record
 from secateur.runs.records.measured import PointKey, Sweep, SweepDense, SweepPoint
 from secateur.sparsity.methods import methods
@@ -95,7 +102,11 @@ def sweep_recipe(recipe: SweepRecipe, progress: Progress) -> SweepResult:
         for key, found in run.on_ray(left) if recipe.cluster.ray is not None else run.in_turn(left):
             run.note(key, found)
         result = SweepResult(run.record, folder)
-        _write_views(result)
+        write_text(folder / "sweep.md", result.markdown())
+        write_text(folder / "sweep.csv", result.csv())
+        charts = curve_charts(result.curve_points())
+        if charts:  # a chart needs two points
+            save_plots(charts, folder / "sweep")
     return result
 
 
@@ -392,12 +403,3 @@ def _measure_alone(recipe: SweepRecipe, folder: Path, key: PointKey) -> SweepPoi
 def _digest(windows: Tensor) -> str:
     """A digest that identifies a set of windows."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-
-
-def _write_views(result: SweepResult) -> None:
-    """Write the table and the plot of a sweep into its folder."""
-    (result.folder / "sweep.md").write_text(result.markdown(), encoding="utf-8")
-    (result.folder / "sweep.csv").write_text(result.csv(), encoding="utf-8")
-    charts = curve_charts(result.curve_points())
-    if charts:  # a chart needs two points
-        save_plots(charts, result.folder / "sweep")

@@ -17,7 +17,6 @@ from secateur.recipes.compress import DecompressRecipe
 from secateur.reporting.cards import source_part
 from secateur.reporting.models import DecompressResult
 from secateur.runs.output import write_text
-from secateur.runtime.formats import Layout
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps.checkpoint_files import carry_over
@@ -50,7 +49,10 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
         layouts, made = self.packed.layouts, folder.fresh_model()
         config = read_configuration(source)
         del config["quantization_config"]
-        rounded = any(not _is_exact(layout, view.computed) for layout in layouts.values())
+        # int8 values times scales are rounded to the dtype of the configuration; int4 and int3
+        # values have few enough bits for any dtype, but float16 lacks the exponents
+        inexact = view.computed == torch.float16
+        rounded = any(x.integers and (x.grid is None or inexact) for x in layouts.values())
         write_dense(_as_transformers_loads(view), made, self.run.progress)
         carry_over(source, made, config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
@@ -67,15 +69,6 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
             matrices=len(layouts),
             seconds=time.perf_counter() - self.run.meter.started,
         )
-
-
-def _is_exact(layout: Layout, computed: torch.dtype) -> bool:
-    """Whether the dense checkpoint holds exactly the stored weights.
-
-    int8 values times their scales are rounded to the dtype of the configuration; int4 and int3
-    values have few enough bits for any dtype, but float16 lacks the exponents.
-    """
-    return not layout.integers or (layout.grid is not None and computed != torch.float16)
 
 
 def _as_transformers_loads(view: DenseView) -> CheckpointReader:

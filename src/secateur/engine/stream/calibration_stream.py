@@ -117,7 +117,12 @@ class CalibrationStream:
         every = self._states(dense)
         stored = start > 0 and all(states.has(start) for states in every)
         start = start if all(self.ranks.gather(stored)) else 0
-        self.ranks.once(lambda: [states.forget_all_but(start) for states in every])
+
+        def forget_stopped() -> None:
+            for states in every:
+                states.forget_all_but(start)
+
+        self.ranks.once(forget_stopped)
         if start:
             for states in every:
                 states.resume(start)
