@@ -84,8 +84,11 @@ def _training_tables() -> list[Table]:
 def _part_table() -> Table:
     """The parts of methods, and what each one needs."""
     needs = {
-        name: [*sorted(kind.requires), *(f"the method's {part}" for part in sorted(kind.uses))]
-        for name, kind in allocations.items()
+        n: [
+            *sorted(allocations[n].requires),
+            *(f"the method's {part}" for part in sorted(allocations[n].uses)),
+        ]
+        for n in allocations
     }
     rows = [
         *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
