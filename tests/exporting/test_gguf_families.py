@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import secateur
-from gguf_models import assert_alike, byte_level, fields, save
+from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
 from secateur.errors import ArchitectureError
 from zoo import SIZES, config_of
 
@@ -93,7 +93,7 @@ def test_llama_cpp_continues_like_transformers(name, tokenizer, tmp_path: Path) 
     found = secateur.export(source, output=tmp_path / "out", type="f32")
     (file,) = found.files
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    assert_alike(tmp_path / "out" / file, model, tokenizer)
+    assert_alike(tmp_path / "out" / file, model, tokenizer, PROMPTS[:2])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -105,7 +105,7 @@ def test_compressed_mixtures_too(family, tokenizer, tmp_path: Path) -> None:
     made = secateur.export(tmp_path / "packed", output=tmp_path / "out", type="f32").exported
     assert made.zeros_kept == made.zeros > 0.45 * made.weights
     (file,) = (tmp_path / "out").iterdir()
-    assert_alike(file, secateur.load(tmp_path / "packed", expand=True), tokenizer)
+    assert_alike(file, secateur.load(tmp_path / "packed", expand=True), tokenizer, PROMPTS[:2])
 
 
 def test_the_context_ends_where_the_factors_change(tokenizer, tmp_path: Path) -> None:
