@@ -109,8 +109,8 @@ def decoding(folder: Path) -> None:
                 model = secateur.load(folder / values / "packed", dtype=dtype)
                 for threads in (1, 3):
                     lib.library().sct_set_threads(threads)
-                    decoder = Decoder(model, 12)
-                    decoder.prefill(torch.tensor([5, 17, 80]))
+                    decoder = Decoder(model, 80)  # more than a tile of keys
+                    decoder.prefill(torch.arange(75))
                     while decoder.length < decoder.capacity:
                         decoder.step(7)
                     several = SlotDecoder(model, 3, slots=8)

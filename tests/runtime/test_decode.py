@@ -14,7 +14,7 @@ from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.decode import Decoder, continued, why_not
+from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued, why_not
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
 from slow import slow
@@ -130,6 +130,42 @@ def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
     expected = reference(model, tokens)[4:]
     found = decoded(Decoder(model, 35), tokens, 5)
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shape", [*SHAPES])
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_a_prompt_in_one_call(tmp_path: Path, shape: str, stored: str, tier: str) -> None:
+    """In pieces, the last longer than a tile of keys: what transformers computes, and the steps."""
+    best, length = lib.kernel_info().tier, 64 if shape == "mistral" else 150
+    try:
+        lib.use_tier(tier)
+    except KernelError:
+        pytest.skip(f"this processor has no {tier}")
+    try:
+        group = {"group_size": 32} if stored == "int4" else {}
+        model = model_of(tmp_path, shape, torch.float32, values=stored, **group)
+        tokens = some_tokens(length)
+        decoder, stepped = SlotDecoder(model, length, slots=2), SlotDecoder(model, length)
+        assert decoder.by_blocks
+        pieces = [decoder.read(1, part, every=True) for part in tokens.split([3, 37, length - 40])]
+        expected = reference(model, tokens)
+        steps = [stepped.step([Token(0, n, int(t))]) for n, t in enumerate(tokens[:60])]
+    finally:
+        lib.use_tier(best)
+    found = torch.cat(pieces)
+    assert found.shape == expected.shape
+    for other in (expected, torch.cat(steps)):
+        mine = found[: len(other)]
+        assert float((mine - other).norm() / other.norm()) < 0.02
+    decoder.rewind(1, 40)
+    last = decoder.read(1, tokens[40:])
+    torch.testing.assert_close(last[0], found[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_other_values_are_read_by_transformers(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "qwen3", torch.float32)
+    assert not SlotDecoder(model, 8).by_blocks
 
 
 def test_matrices_of_all_kinds_in_one_layer(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ At a hundred million to a billion parameters, launching some three hundred small
 token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
 grouped queries, SwiGLU; biases and norms of queries and keys where the family has them), one call
 (`csrc/decode.c`) computes up to eight tokens, on matrices as they are stored. Every sequence has a
-slot of the caches. Long prompts go through transformers in pieces, and the slot keeps their cache.
+slot of the caches. A prompt is one call too where all linears have integer values; where they have
+others it goes through transformers, and the slot keeps its cache.
 
 Models that this loop does not take go token by token through transformers' `generate`.
 """
@@ -240,6 +241,12 @@ class SlotDecoder:
         self.capacity, self.lengths = capacity, [0] * slots
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
         self._alive: list[Any] = []
+        self.by_blocks = all(
+            isinstance(module, PackedLinear) and module.rounds_inputs
+            for layer in model.model.layers
+            for module in layer.modules()
+            if isinstance(module, PackedLinear | torch.nn.Linear)
+        )
         attention = model.model.layers[0].self_attn
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.cache_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -332,8 +339,6 @@ class SlotDecoder:
     ) -> Float[Tensor, "kept vocabulary"]:
         """Append a piece of a prompt to a slot.
 
-        transformers computes it, which is faster than `step` from some dozen tokens on.
-
         Returns:
             The logits after its last token, or with `every` after each of its tokens, float32.
 
@@ -346,6 +351,35 @@ class SlotDecoder:
                 f"{len(ids)} tokens after {begin} of a prompt, for a cache of {self.capacity}"
             )
         self.check(ids.tolist())
+        logits = (self._read_by_blocks if self.by_blocks else self._read_by_transformers)(
+            slot, ids, every=every
+        )
+        self.lengths[slot] = end
+        return logits
+
+    def _read_by_blocks(self, slot: int, ids: Tensor, *, every: bool) -> Tensor:
+        """In one call, with products of integers by blocks."""
+        with torch.inference_mode():
+            hidden = self.model.get_input_embeddings()(ids).float().contiguous()
+        logits = torch.empty(len(ids) if every else 1, self.vocabulary)
+        loaded = library()
+        assert loaded is not None
+        status = loaded.sct_read(
+            ctypes.byref(self.c),
+            hidden.data_ptr(),
+            slot,
+            self.lengths[slot],
+            len(ids),
+            len(logits),
+            logits.data_ptr(),
+        )
+        if status != 0:
+            raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
+        return logits
+
+    def _read_by_transformers(self, slot: int, ids: Tensor, *, every: bool) -> Tensor:
+        """By the model's own forward, whose cache is copied from and to the slot."""
+        begin, end = self.lengths[slot], self.lengths[slot] + len(ids)
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()  # the model's own cache may drop tokens that leave its window
@@ -364,7 +398,6 @@ class SlotDecoder:
             for index, layer in enumerate(cache.layers):
                 mine[0, index, :, begin:end] = layer.keys[0, :, begin:]
                 mine[1, index, :, begin:end] = layer.values[0, :, begin:]
-        self.lengths[slot] = end
         logits: Tensor = out.logits[0].float()
         return logits
 

@@ -153,6 +153,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "sct_linear": (ctypes.c_int, product),
         "sct_prompt": (ctypes.c_int, product),
         "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
+        "sct_read": (
+            ctypes.c_int,
+            [ctypes.POINTER(CDecoder), _POINTER, _I64, _I64, _I64, _I64, _POINTER],
+        ),
         "sct_decode": (
             ctypes.c_int,
             [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],

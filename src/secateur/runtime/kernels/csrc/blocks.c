@@ -15,7 +15,7 @@ typedef struct {
     sct_panels panels;
     sct_sink sink;
     char *tiles;
-    size_t codes_bytes, starts_bytes, tile_bytes;
+    size_t codes_bytes, starts_bytes, tile_bytes, panel_bytes;
     atomic_llong next_panel, next_row;
 } sct_prompt_job;
 
@@ -58,32 +58,49 @@ static void multiply_tiles(void *context, int thread, int threads) {
     if (job->code->end) job->code->end();
 }
 
+/* The sizes of everything for some tokens; returns the bytes of its memory, or 0 if there is no code. */
+static size_t measure(sct_prompt_job *job, const sct_matrix *m, int64_t tokens) {
+    const sct_blocks *code = sct_blocks_code();
+    if (!code || (m->type != SCT_INT8 && m->type != SCT_INT4)) return 0;
+    const int threads = sct_threads();
+    job->code = code;
+    job->matrix = m;
+    job->group = m->type == SCT_INT4 && m->group < SCT_SCALED ? m->group : SCT_SCALED;
+    job->rows = rows_of_tile(code, m, threads);
+    const int64_t panels = (tokens + code->lanes - 1) / code->lanes;
+    job->panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
+    job->codes_bytes = rounded(m->words * 64 * job->rows * code->code_bytes);
+    job->starts_bytes = rounded(4 * m->words * 64 / job->group * job->rows);
+    job->tile_bytes = job->codes_bytes + 2 * job->starts_bytes;
+    job->panel_bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);
+    return job->panel_bytes + rounded(4 * panels * code->lanes * m->words) +
+           job->tile_bytes * (size_t)threads;
+}
+
+size_t sct_prompt_bytes(const sct_matrix *m, int64_t tokens) {
+    sct_prompt_job job;
+    return measure(&job, m, tokens);
+}
+
+void sct_prompt_in(char *memory, const sct_matrix *m, int64_t x_type, const void *x,
+                   int64_t x_stride, void *y, int64_t y_stride, int64_t tokens, int known) {
+    sct_prompt_job job = {.x = x, .x_type = x_type, .x_stride = x_stride,
+                          .sink = {y, x_type, y_stride, m->scale}};
+    measure(&job, m, tokens);
+    const int64_t lanes = job.panels.panels * job.code->lanes;
+    job.panels.bytes = memory;
+    job.panels.scales = (float *)(memory + job.panel_bytes);
+    job.tiles = memory + job.panel_bytes + rounded(4 * lanes * m->words);
+    if (!known) sct_parallel(round_panels, &job);
+    sct_parallel(multiply_tiles, &job);
+}
+
 int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t tokens) {
-    const sct_blocks *code = sct_blocks_code();
-    if (!code || (m->type != SCT_INT8 && m->type != SCT_INT4)) return -1;
-    const int threads = sct_threads();
-    sct_prompt_job job = {.code = code, .matrix = m, .x = x, .x_type = x_type,
-                          .x_stride = x_stride,
-                          .group = m->type == SCT_INT4 && m->group < SCT_SCALED ? m->group
-                                                                                : SCT_SCALED,
-                          .rows = rows_of_tile(code, m, threads),
-                          .sink = {y, x_type, y_stride, m->scale}};
-    const int64_t panels = (tokens + code->lanes - 1) / code->lanes;
-    const int64_t groups = m->words * 64 / job.group;
-    job.panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
-    job.codes_bytes = rounded(m->words * 64 * job.rows * code->code_bytes);
-    job.starts_bytes = rounded(4 * groups * job.rows);
-    job.tile_bytes = job.codes_bytes + 2 * job.starts_bytes;
-    const size_t bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);
-    const size_t scales = rounded(4 * panels * code->lanes * m->words);
-    char *memory = aligned_alloc(64, bytes + scales + job.tile_bytes * (size_t)threads);
+    const size_t bytes = sct_prompt_bytes(m, tokens);
+    char *memory = bytes ? aligned_alloc(64, bytes) : NULL;
     if (!memory) return -1;
-    job.panels.bytes = memory;
-    job.panels.scales = (float *)(memory + bytes);
-    job.tiles = memory + bytes + scales;
-    sct_parallel(round_panels, &job);
-    sct_parallel(multiply_tiles, &job);
+    sct_prompt_in(memory, m, x_type, x, x_stride, y, y_stride, tokens, 0);
     free(memory);
     return 0;
 }

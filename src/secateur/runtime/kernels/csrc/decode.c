@@ -1,4 +1,5 @@
-/* Some tokens through a whole decoder of Llama's shape, on all threads, with no framework between.
+/* Tokens through a whole decoder of Llama's shape, on all threads, with no framework between: up to
+ * eight by rows (`sct_decode`), or a prompt by blocks (`sct_read`).
  *
  *     h = x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)        n  = rmsnorm(x)
  *     x = h + W_down · (silu(W_gate n') · W_up n')                    n' = rmsnorm(h)
@@ -9,6 +10,7 @@
  * instead of a barrier) and its own share of rows.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -235,4 +237,208 @@ int sct_decode(const sct_decoder *d, const float *hidden, const sct_token *token
     sct_parallel(run, &c);
     free(c.shared);
     return 0;
+}
+
+/* A piece of a prompt: its tokens pass each layer together. */
+#define PIECE 512      /* tokens */
+#define QUERY_TOKENS 32 /* of one call of the attention */
+
+typedef struct {
+    const sct_decoder *d;
+    const sct_tier_code *code;
+    const sct_layer *layer;
+    const float *norm, *bias; /* after the products that were just made */
+    int64_t slot, first, tokens, widest;
+    sct_vectors at;
+    float *shared, *wide; /* [tokens, at.floats]; [tokens, widest]: normed, or products to add */
+    char *blocks;
+    float *own; /* a part for each thread */
+    int64_t own_floats;
+    atomic_llong next;
+} sct_piece;
+
+static float *vector_of(const sct_piece *p, int64_t which, int64_t b) {
+    return p->shared + b * p->at.floats + which;
+}
+
+static void norm_piece(void *context, int thread, int threads) {
+    const sct_piece *p = context;
+    const int64_t end = p->tokens * (thread + 1) / threads;
+    for (int64_t b = p->tokens * thread / threads; b < end; b++)
+        rms_norm(vector_of(p, p->at.x, b), p->norm, p->d->hidden, p->d->epsilon,
+                 p->wide + b * p->widest);
+}
+
+/* Add what is in `wide` to the residual stream, and put there what the next matrices read. */
+static void add_piece(void *context, int thread, int threads) {
+    const sct_piece *p = context;
+    const int64_t end = p->tokens * (thread + 1) / threads;
+    for (int64_t b = p->tokens * thread / threads; b < end; b++) {
+        float *x = vector_of(p, p->at.x, b), *sums = p->wide + b * p->widest;
+        for (int64_t i = 0; i < p->d->hidden; i++)
+            x[i] += sums[i] + (p->bias ? p->bias[i] : 0.0f);
+        rms_norm(x, p->norm, p->d->hidden, p->d->epsilon, sums);
+    }
+}
+
+static void add_bias(float *x, const float *bias, int64_t count) {
+    for (int64_t i = 0; bias && i < count; i++) x[i] += bias[i];
+}
+
+/* Queries, keys and values as attention wants them; keys and values into the caches. */
+static void turn_piece(void *context, int thread, int threads) {
+    const sct_piece *p = context;
+    const sct_decoder *d = p->d;
+    const sct_layer *layer = p->layer;
+    const float scale = 1.0f / sqrtf((float)d->head);
+    const int64_t end = p->tokens * (thread + 1) / threads;
+    for (int64_t b = p->tokens * thread / threads; b < end; b++) {
+        const int64_t position = p->first + b;
+        float *q = vector_of(p, p->at.q, b), *k = vector_of(p, p->at.k, b);
+        float *v = vector_of(p, p->at.v, b);
+        add_bias(q, layer->q_bias, d->heads * d->head);
+        add_bias(k, layer->k_bias, d->kv_heads * d->head);
+        add_bias(v, layer->v_bias, d->kv_heads * d->head);
+        for (int64_t head = 0; head < d->heads; head++)
+            turn(d, position, q + head * d->head, layer->q_norm);
+        for (int64_t i = 0; i < d->heads * d->head; i++) q[i] *= scale;
+        for (int64_t group = 0; group < d->kv_heads; group++) {
+            turn(d, position, k + group * d->head, layer->k_norm);
+            keep(cache_row(layer->keys, d, p->slot, group, position), d, k + group * d->head);
+            keep(cache_row(layer->values, d, p->slot, group, position), d, v + group * d->head);
+        }
+    }
+}
+
+/* Attention of some tokens and the heads that share keys, whichever thread is free; the last tokens,
+ * which see most, first. */
+static void attend_piece(void *context, int thread, int threads) {
+    sct_piece *p = context;
+    const sct_decoder *d = p->d;
+    const int64_t each = d->heads / d->kv_heads;
+    const int64_t parts = (p->tokens + QUERY_TOKENS - 1) / QUERY_TOKENS;
+    (void)threads;
+    for (;;) {
+        const int64_t number = atomic_fetch_add(&p->next, 1);
+        if (number >= parts * d->kv_heads) return;
+        const int64_t group = number % d->kv_heads;
+        const int64_t begin = (parts - 1 - number / d->kv_heads) * QUERY_TOKENS;
+        const int64_t left = p->tokens - begin;
+        const sct_queries queries = {
+            .queries = vector_of(p, p->at.q, begin) + group * each * d->head,
+            .out = vector_of(p, p->at.mixed, begin) + group * each * d->head,
+            .tokens = left < QUERY_TOKENS ? left : QUERY_TOKENS,
+            .each = each,
+            .head = d->head,
+            .stride = p->at.floats,
+            .keys = cache_row(p->layer->keys, d, p->slot, group, 0),
+            .values = cache_row(p->layer->values, d, p->slot, group, 0),
+            .cache_type = d->cache_type,
+            .first = p->first + begin,
+            .memory = p->own + p->own_floats * thread,
+        };
+        p->code->attend_tiles(&queries);
+    }
+}
+
+static void activate_piece(void *context, int thread, int threads) {
+    const sct_piece *p = context;
+    const int64_t end = p->tokens * (thread + 1) / threads;
+    for (int64_t b = p->tokens * thread / threads; b < end; b++)
+        p->code->silu_times(vector_of(p, p->at.gate, b), vector_of(p, p->at.up, b),
+                            p->d->intermediate);
+}
+
+/* Products of all tokens; `known`: those of the matrix before had the same inputs. */
+static void multiply_piece(sct_piece *p, const sct_matrix *m, const float *x, int64_t x_stride,
+                           float *y, int64_t y_stride, const sct_matrix *before) {
+    const int known = before && before->type == m->type;
+    sct_prompt_in(p->blocks, m, SCT_FLOAT32, x, x_stride, y, y_stride, p->tokens, known);
+}
+
+static void to_residual(sct_piece *p, const sct_matrix *m, int64_t from, const float *bias,
+                        const float *norm) {
+    multiply_piece(p, m, vector_of(p, from, 0), p->at.floats, p->wide, p->widest, NULL);
+    p->bias = bias;
+    p->norm = norm;
+    sct_parallel(add_piece, p);
+}
+
+static void read_piece(sct_piece *p) {
+    const sct_decoder *d = p->d;
+    const int64_t floats = p->at.floats;
+    p->norm = d->layer[0].input_norm;
+    sct_parallel(norm_piece, p);
+    for (int64_t l = 0; l < d->layers; l++) {
+        const sct_layer *layer = p->layer = d->layer + l;
+        multiply_piece(p, &layer->q, p->wide, p->widest, vector_of(p, p->at.q, 0), floats, NULL);
+        multiply_piece(p, &layer->k, p->wide, p->widest, vector_of(p, p->at.k, 0), floats,
+                       &layer->q);
+        multiply_piece(p, &layer->v, p->wide, p->widest, vector_of(p, p->at.v, 0), floats,
+                       &layer->k);
+        sct_parallel(turn_piece, p);
+        atomic_store(&p->next, 0);
+        sct_parallel(attend_piece, p);
+        to_residual(p, &layer->o, p->at.mixed, layer->o_bias, layer->post_norm);
+        multiply_piece(p, &layer->gate, p->wide, p->widest, vector_of(p, p->at.gate, 0), floats,
+                       NULL);
+        multiply_piece(p, &layer->up, p->wide, p->widest, vector_of(p, p->at.up, 0), floats,
+                       &layer->gate);
+        sct_parallel(activate_piece, p);
+        to_residual(p, &layer->down, p->at.gate, NULL,
+                    l + 1 < d->layers ? d->layer[l + 1].input_norm : d->final_norm);
+    }
+}
+
+/* The most memory that blocks of any matrix of the layers need; 0: a matrix has none. */
+static size_t bytes_of_blocks(const sct_decoder *d, int64_t tokens) {
+    size_t most = 0;
+    for (int64_t l = 0; l < d->layers; l++) {
+        const sct_layer *layer = d->layer + l;
+        const sct_matrix *all[] = {&layer->q,    &layer->k,  &layer->v,   &layer->o,
+                                   &layer->gate, &layer->up, &layer->down};
+        for (int i = 0; i < 7; i++) {
+            const size_t bytes = sct_prompt_bytes(all[i], tokens);
+            if (!bytes) return 0;
+            most = bytes > most ? bytes : most;
+        }
+    }
+    return most;
+}
+
+int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t first,
+             int64_t tokens, int64_t answers, float *logits) {
+    const int64_t most = tokens < PIECE ? tokens : PIECE;
+    sct_piece p = {.d = d, .code = sct_code(), .slot = slot, .at = vectors_of(d)};
+    const size_t blocks = p.code ? bytes_of_blocks(d, most) : 0;
+    if (!blocks) return -1;
+    const int64_t rows = QUERY_TOKENS * (d->heads / d->kv_heads);
+    p.widest = padded(d->hidden);
+    p.own_floats = padded(sct_attention_floats(rows, d->head));
+    const size_t vectors = 4 * (size_t)(most * p.at.floats), wide = 4 * (size_t)(most * p.widest);
+    const size_t own = 4 * (size_t)p.own_floats * (size_t)sct_threads();
+    char *memory = aligned_alloc(64, vectors + wide + own + blocks);
+    if (!memory) return -1;
+    p.shared = (float *)memory;
+    p.wide = (float *)(memory + vectors);
+    p.own = (float *)(memory + vectors + wide);
+    p.blocks = memory + vectors + wide + own;
+    int status = 0;
+    for (int64_t done = 0; done < tokens; done += p.tokens) {
+        const int64_t skipped = tokens - answers; /* tokens without an answer come first */
+        p.first = first + done;
+        p.tokens = tokens - done < most ? tokens - done : most;
+        for (int64_t b = 0; b < p.tokens; b++)
+            memcpy(vector_of(&p, p.at.x, b), hidden + (done + b) * d->hidden,
+                   sizeof(float) * (size_t)d->hidden);
+        read_piece(&p);
+        for (int64_t b = larger(0, skipped - done); b < p.tokens && !status; b += SCT_MAX_BATCH) {
+            const int64_t left = p.tokens - b;
+            status = sct_linear(&d->head_matrix, SCT_FLOAT32, p.wide + b * p.widest, p.widest,
+                                logits + (done + b - skipped) * d->vocabulary, d->vocabulary,
+                                left < SCT_MAX_BATCH ? left : SCT_MAX_BATCH);
+        }
+    }
+    free(memory);
+    return status;
 }

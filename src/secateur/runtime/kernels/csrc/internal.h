@@ -53,6 +53,21 @@ typedef struct {
 typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,
                       int64_t y_stride);
 typedef void sct_expander(const sct_matrix *, int64_t begin, int64_t end, void *tile);
+/* Rows of queries that share keys and values: row r is head r % each of token r / each. */
+typedef struct {
+    const float *queries; /* scaled; tokens `stride` floats apart, heads `head` */
+    float *out;           /* at the same places */
+    int64_t tokens, each, head, stride;
+    const void *keys, *values; /* of positions from 0 on */
+    int64_t cache_type, first; /* the position of the first token */
+    float *memory;             /* sct_attention_floats(rows, head) */
+} sct_queries;
+
+#define SCT_KEYS 64 /* of a tile */
+SCT_INLINE int64_t sct_attention_floats(int64_t rows, int64_t head) {
+    return 2 * SCT_KEYS * head + head + 2 * rows;
+}
+
 typedef void sct_attention(const float *query, const void *keys, const void *values,
                            int64_t cache_type, int64_t positions, int64_t head, float *scores,
                            float *out);
@@ -65,6 +80,7 @@ typedef struct {
     sct_expander *expand;
     void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
     sct_attention *attend;
+    void (*attend_tiles)(const sct_queries *);
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) · up */
 } sct_tier_code;
 
@@ -99,6 +115,13 @@ SCT_INLINE int64_t sct_next_block(int64_t words, int64_t left) {
     while (words > left) words >>= 1;
     return words;
 }
+
+/* `sct_prompt` in memory of the caller, of so many bytes; 0: this tier or type has no such kernel.
+ * `known`: it holds the rounded activations already, those of the call before. */
+SCT_HIDDEN size_t sct_prompt_bytes(const sct_matrix *matrix, int64_t tokens);
+SCT_HIDDEN void sct_prompt_in(char *memory, const sct_matrix *matrix, int64_t x_type, const void *x,
+                              int64_t x_stride, void *y, int64_t y_stride, int64_t tokens,
+                              int known);
 
 /* First row of part `part` of `parts`, so that all parts have about as many values. Always even,
  * because rows of int4 come in pairs. */

@@ -114,4 +114,11 @@ typedef struct {
 int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
                int64_t tokens, int64_t answers, float *logits);
 
+/* Any number of tokens that follow each other in a slot, from position `first` on, where all matrices
+ * of the layers have values of int8 or int4; the head may have others. They pass a layer together, up
+ * to 512 at once. logits [answers, vocabulary] are those of the last `answers` tokens. Returns 0, or
+ * -1 if memory ran out, or this tier or a matrix has no products by blocks. */
+int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
+             int64_t tokens, int64_t answers, float *logits);
+
 #endif
