@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "sparsity": 0.5,
     "memory": {"micro_batch_tokens": 32},
 }
+
+WANDA = {"method": "wanda"}
 
 CASES: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "allocation": "owl"},
@@ -64,19 +65,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes import what this file imports."""
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-
-
 def recipe(place: Path, output: Path, case: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe with absolute paths."""
     text = {"source": str(place / "text.txt"), "windows": 11, "sequence_length": 32}
     values = {"model": "dense", **OPTIONS, "calibration": text, **case}
     return {**values, "model": str(place / values["model"]), "output": str(output)}
+
+
+Alone = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Alone:
+    """What one process makes of a case."""
+    found: dict[str, Path] = {}
+
+    def made(case: Mapping[str, Any]) -> Path:
+        key = json.dumps(case)
+        if key not in found:
+            found[key] = place / f"one-{len(found)}"
+            prune_alone(recipe(place, found[key], case))
+        return found[key]
+
+    return made
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -107,13 +118,12 @@ def recorded(folder: Path) -> list[str]:
     "cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"]
 )
 def test_two_processes_make_the_model_of_one(
-    place: Path, tmp_path: Path, cases: Mapping[str, Mapping[str, Any]]
+    place: Path, alone: Alone, tmp_path: Path, cases: Mapping[str, Mapping[str, Any]]
 ) -> None:
     recipes = [recipe(place, tmp_path / "two" / name, case) for name, case in cases.items()]
     run_together(2, prune_together, tmp_path, recipes, {})
     for name, case in cases.items():
-        prune_alone(recipe(place, tmp_path / "one" / name, case))
-        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        one, two = alone(case), tmp_path / "two" / name
         assert moved_zeros(one, two) == 0, name
         # Gradients are summed in float32, and tuning computes a step with one window only once.
         assert apart(one, two) <= (1e-4 if name in ROUNDED else 0), name
@@ -125,7 +135,7 @@ def test_two_processes_make_the_model_of_one(
 
 @pytest.mark.slow
 def test_three_processes_with_two_micro_batches_make_the_model_of_one(
-    place: Path, tmp_path: Path
+    place: Path, alone: Alone, tmp_path: Path
 ) -> None:
     every = {name: dict(case) for name, case in (CASES | MORE).items()}
     for case in every.values():
@@ -134,8 +144,7 @@ def test_three_processes_with_two_micro_batches_make_the_model_of_one(
     recipes = [recipe(place, tmp_path / "three" / name, case) for name, case in every.items()]
     run_together(3, prune_together, tmp_path, recipes, {})
     for name, case in every.items():
-        prune_alone(recipe(place, tmp_path / "one" / name, case))
-        one, three = tmp_path / "one" / name, tmp_path / "three" / name
+        one, three = alone(case), tmp_path / "three" / name
         # Tuning sums the gradients of eight windows, which are divided among processes.
         assert moved_zeros(one, three) <= (100 if name == "tuned" else 0), name
         if name != "tuned":
@@ -177,23 +186,22 @@ def errors(printed: str) -> list[str]:
 
 @pytest.mark.parametrize("victim", slow_but([1], [0, 1]))
 def test_an_error_of_one_process_ends_all_with_its_reason(
-    place: Path, tmp_path: Path, victim: int
+    place: Path, alone: Alone, tmp_path: Path, victim: int
 ) -> None:
-    values = recipe(place, tmp_path / "model", {"method": "wanda"})
+    values = recipe(place, tmp_path / "model", WANDA)
     started = Started(2, fail_in_a_layer, tmp_path, values, victim, 1, False)
     assert started.join(60) == [1, 1]
     assert "the weights are NaN" in started.output(0)
     assert ("process 1 of the run, on" in started.output(0)) == (victim == 1)
     assert all("the weights are NaN" in line for line in errors(started.output(1)))
     prune_alone(values, resume=True)
-    prune_alone({**values, "output": str(tmp_path / "one")})
-    assert apart(tmp_path / "model", tmp_path / "one") == 0
+    assert apart(tmp_path / "model", alone(WANDA)) == 0
 
 
 def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
-    place: Path, tmp_path: Path
+    place: Path, alone: Alone, tmp_path: Path
 ) -> None:
-    values = recipe(place, tmp_path / "model", {"method": "wanda"})
+    values = recipe(place, tmp_path / "model", WANDA)
     started = Started(3, fail_in_a_layer, tmp_path, values, 2, 2, True)
     started.all[2].join(120)  # it kills itself
     assert started.join(30) == [1, 1, -signal.SIGKILL]
@@ -202,8 +210,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
     stored = sorted(x.name for x in (tmp_path / "model.partial" / "work").glob("inputs-*"))
     assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-4", "4-8", "8-11")]
     run_together(2, prune_together, tmp_path, [values], {"resume": True})
-    prune_alone({**values, "output": str(tmp_path / "one")})
-    assert apart(tmp_path / "model", tmp_path / "one") == 0
+    assert apart(tmp_path / "model", alone(WANDA)) == 0
 
 
 def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int) -> str:
@@ -241,12 +248,11 @@ def test_what_several_cannot_do_is_refused_before_any_work(
 
 
 @pytest.mark.slow
-def test_four_processes_make_the_model_of_one(place: Path, tmp_path: Path) -> None:
+def test_four_processes_make_the_model_of_one(place: Path, alone: Alone, tmp_path: Path) -> None:
     recipes = [recipe(place, tmp_path / "four" / name, case) for name, case in CASES.items()]
     run_together(4, prune_together, tmp_path, recipes, {})
     for name, case in CASES.items():
-        prune_alone(recipe(place, tmp_path / "one" / name, case))
-        one, four = tmp_path / "one" / name, tmp_path / "four" / name
+        one, four = alone(case), tmp_path / "four" / name
         assert moved_zeros(one, four) == 0, name
         judged = [
             secateur.evaluate(x, text=place / "text.txt", sequence_length=32, windows=40)

@@ -11,8 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur.calibration.statistics import statistics
+from secateur.engine.prune.run import Run
+from secateur.errors import NumericalError
+from secateur.parallel import processes
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.progress import Silent
+from secateur.recipes.measure import EvaluateRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.structure import StructureRecipe
+from secateur.steps.evaluate import run_evaluation
+from secateur.steps.prune import prune_recipe
+from secateur.steps.prune import run_worker as prune_worker
+from secateur.steps.runner import carry_out
+from secateur.steps.structure import CutStructure
+from secateur.structured.choices import run_worker as survey_worker
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["together", "secateur.steps.prune"])
+CONTEXT.set_forkserver_preload(["together", "transformers.models.mixtral.modeling_mixtral"])
 
 
 def free_port() -> int:
@@ -36,8 +56,6 @@ def enter(variables: Mapping[str, str], work: Callable[..., None], log: str, wor
     os.environ.update(variables)
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 2)
-    import torch
-
     torch.set_num_threads(1)
     try:
         work(*words)
@@ -91,60 +109,35 @@ def run_together(count: int, work: Callable[..., None], place: Path, *words: Any
 
 def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
     """Prune in one process."""
-    from secateur.progress import Silent
-    from secateur.recipes.prune import PruneRecipe
-    from secateur.recipes.reading import build_recipe
-    from secateur.steps.prune import prune_recipe
-
     return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
 
 
 def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
     """What each process does: its share of several prunings, one after the other."""
-    from secateur.parallel.processes import joined
-    from secateur.progress import Silent
-    from secateur.recipes.prune import PruneRecipe
-    from secateur.recipes.reading import build_recipe
-    from secateur.steps.prune import prune_recipe, run_worker
-
-    with joined("cpu") as ranks:
+    with processes.joined("cpu") as ranks:
         for values in recipes:
             recipe = build_recipe(PruneRecipe, values)
             if ranks.first:
                 prune_recipe(recipe, Silent(), ranks=ranks, **call)
             else:
-                run_worker(recipe, ranks)
+                prune_worker(recipe, ranks)
             ranks.wait()
 
 
-def cut_alone(values: Mapping[str, Any], **call: bool) -> Any:
-    """Cut structure in one process."""
-    from secateur.progress import Silent
-    from secateur.recipes.reading import build_recipe
-    from secateur.recipes.structure import StructureRecipe
-    from secateur.steps.runner import carry_out
-    from secateur.steps.structure import CutStructure
-
-    return carry_out(CutStructure, build_recipe(StructureRecipe, values), Silent(), **call)
+def cut_alone(values: Mapping[str, Any], ranks: Ranks = ALONE) -> Any:
+    """Cut structure in one process, or as the first of several."""
+    recipe = build_recipe(StructureRecipe, values)
+    return carry_out(CutStructure, recipe, Silent(), ranks=ranks)
 
 
 def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     """What each process does: its share of several cuts, one after the other."""
-    from secateur.parallel.processes import joined
-    from secateur.progress import Silent
-    from secateur.recipes.reading import build_recipe
-    from secateur.recipes.structure import StructureRecipe
-    from secateur.steps.runner import carry_out
-    from secateur.steps.structure import CutStructure
-    from secateur.structured.choices import run_worker
-
-    with joined("cpu") as ranks:
+    with processes.joined("cpu") as ranks:
         for values in recipes:
-            recipe = build_recipe(StructureRecipe, values)
             if ranks.first:
-                carry_out(CutStructure, recipe, Silent(), ranks=ranks)
+                cut_alone(values, ranks)
             else:
-                run_worker(recipe, ranks)
+                survey_worker(build_recipe(StructureRecipe, values), ranks)
             ranks.wait()
 
 
@@ -154,10 +147,6 @@ SILENCE_SECONDS = 5.0
 
 def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
     """What each process does, when one fails or is killed as it begins a layer."""
-    from secateur.engine.prune.run import Run
-    from secateur.errors import NumericalError
-    from secateur.parallel import processes
-
     whole = Run.prune_layer
     processes.Watchdog = partial(  # type: ignore[misc, assignment]
         processes.Watchdog, silence_seconds=SILENCE_SECONDS
@@ -176,14 +165,8 @@ def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: 
 
 def sum_statistics(place: str) -> None:
     """What each process does: it gathers every statistic from its own rows, and all are summed."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from secateur.calibration.statistics import statistics
-    from secateur.parallel.processes import joined
-
     rows = load_file(f"{place}/rows.safetensors")
-    with joined("cpu") as ranks:
+    with processes.joined("cpu") as ranks:
         found = {}
         for name in statistics.names():
             kind = statistics[name]
@@ -207,13 +190,7 @@ def sum_statistics(place: str) -> None:
 
 def judge_together(model: str, dense: str, text: str, output: str) -> None:
     """What each process does: its share of an evaluation."""
-    from secateur.parallel.processes import joined
-    from secateur.progress import Silent
-    from secateur.recipes.measure import EvaluateRecipe
-    from secateur.recipes.reading import build_recipe
-    from secateur.steps.evaluate import run_evaluation
-
     values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
     recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})
-    with joined("cpu") as ranks:
+    with processes.joined("cpu") as ranks:
         run_evaluation(recipe, Silent(), ranks=ranks)

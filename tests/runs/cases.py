@@ -48,7 +48,6 @@ class Case:
         resumes: whether the verb takes `resume`.
         replaces: whether it takes `overwrite`.
         weight: how many times as many points the tests try.
-        quick: whether the default tests try it too.
         saves: whether a distillation at the end of the run is saved at every step; otherwise after
             minutes, which is never here.
     """
@@ -59,7 +58,6 @@ class Case:
     resumes: bool = True
     replaces: bool = True
     weight: int = 1
-    quick: bool = True
     saves: bool = False
 
     def call(
@@ -157,7 +155,6 @@ CASES: Mapping[str, Case] = {
         "fit",
         "dense",
         {"max_size": "60KiB", "effort": "fast", "generations": 1, "offspring": 2, **WINDOWS},
-        quick=False,
     ),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),

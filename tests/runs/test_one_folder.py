@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cases import CASES, FAST, make_sources
@@ -64,20 +63,30 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-Straight = Callable[[str], tuple[dict[str, str], int]]
+class Finished(NamedTuple):
+    """An uninterrupted run, which is only looked at."""
+
+    output: Path
+    result: Any
+    contents: dict[str, str]
+    steps: int
+
+
+Finish = Callable[..., Finished]
 
 
 @pytest.fixture(scope="module")
-def straight(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """What an uninterrupted run of a case makes, and its steps of progress."""
-    found: dict[str, tuple[dict[str, str], int]] = {}
+def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish:
+    """What an uninterrupted run of a case makes; it resumes where nothing was left, if it can."""
+    found: dict[str, Finished] = {}
 
-    def made(name: str) -> tuple[dict[str, str], int]:
-        if name not in found:
+    def made(name: str, **options: Any) -> Finished:
+        key, case = json.dumps([name, options]), CASES[name]
+        if key not in found:
             output, counted = tmp_path_factory.mktemp("straight") / "out", At()
-            CASES[name].call(sources, output, counted)
-            found[name] = contents(output), counted.steps
-        return found[name]
+            result = case.call(sources, output, counted, **case.retry(False), **options)
+            found[key] = Finished(output, result, contents(output), counted.steps)
+        return found[key]
 
     return made
 
@@ -114,7 +123,7 @@ def holder(sources: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("name", [*VERBS, "sweep"])
 def test_a_second_run_is_refused_and_names_the_first(
-    name: str, sources: Path, holder: subprocess.Popen[str], tmp_path: Path
+    name: str, sources: Path, finished: Finish, holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     assert holder.stdin is not None
     assert holder.stdout is not None
@@ -136,19 +145,20 @@ def test_a_second_run_is_refused_and_names_the_first(
         assert str(holder.pid) in text
         assert socket.gethostname() in text
         assert re.search(r"\d\d:\d\d", text)
-    CASES[name].call(sources, tmp_path / "straight", At())
-    assert contents(output) == contents(tmp_path / "straight")
+    assert contents(output) == finished(name).contents
 
 
 # -- what is somebody else's ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["first step", "last step"])
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("prune", "first step"), ("chain", "first step"), *((name, "last step") for name in VERBS)],
+)
 def test_an_output_that_appears_meanwhile_is_not_touched(
-    name: str, when: str, sources: Path, straight: Straight, tmp_path: Path
+    name: str, when: str, sources: Path, finished: Finish, tmp_path: Path
 ) -> None:
-    expected, steps = straight(name)
+    steps = finished(name).steps
     output, case = tmp_path / "out", CASES[name]
 
     def appear() -> None:
@@ -159,22 +169,20 @@ def test_an_output_that_appears_meanwhile_is_not_touched(
     assert every_byte(output) == every_byte(sources / "old")
     shutil.rmtree(output)
     case.call(sources, output, At(), **case.retry(False))
-    assert contents(output) == expected
+    assert contents(output) == finished(name).contents
 
 
-@pytest.mark.parametrize(
-    "neighbour", ["out.partial", *map(slow, ("out.rounded", "out.rounded.partial"))]
-)
 @pytest.mark.parametrize("name", VERBS)
 def test_a_folder_of_the_user_beside_the_output_is_never_deleted(
-    name: str, neighbour: str, sources: Path, tmp_path: Path
+    name: str, sources: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / neighbour).mkdir()
-    (tmp_path / neighbour / "mine.txt").write_text("mine", encoding="utf-8")
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine", encoding="utf-8")
     for mode in modes(name):
-        with contextlib.suppress(RecipeError):
+        with pytest.raises(RecipeError, match="in the way"):
             CASES[name].call(sources, tmp_path / "out", At(), **mode)
-        assert (tmp_path / neighbour / "mine.txt").read_text(encoding="utf-8") == "mine"
+        assert mine.read_text(encoding="utf-8") == "mine"
 
 
 # -- source and output are two places ---------------------------------------------------------
@@ -264,30 +272,25 @@ def test_a_teacher_inside_the_output_is_not_deleted(sources: Path, tmp_path: Pat
 # -- going on ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RESUMABLE)
-def test_resume_starts_where_nothing_was_left(
-    name: str, sources: Path, straight: Straight, tmp_path: Path
-) -> None:
-    CASES[name].call(sources, tmp_path / "out", At(), resume=True)
-    assert contents(tmp_path / "out") == straight(name)[0]
-
-
 CHAIN = CASES["chain"].options["steps"]
 TEXT = {"calibration": "{sources}/text.txt", "sequence_length": 16, "windows": 4}
-CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("prune", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("prune", TEXT, {"windows": 3}),
-    ("prune", TEXT, {"calibration": "{sources}/other.txt"}),
-    ("prune", TEXT, {"seed": 1}),
-    ("structure", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("structure", TEXT, {"windows": 3}),
-    ("compress int8", {}, {"calibration": "{sources}/others.safetensors"}),
-    ("compress int8", TEXT, {"windows": 3}),
-    ("train", {}, {"text": "{sources}/other.txt"}),
-    ("train", {}, {"windows": 11}),
-    ("train with a teacher", {}, {"text": "{sources}/other.txt"}),
-    ("chain", {}, {"steps": [{"structure": {**FAST, "ffn": 0.75}}, *CHAIN[1:]]}),
+OTHER_TEXT = {"calibration": "{sources}/other.txt"}
+CHANGES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
+    ("prune", {}, [{"calibration": "{sources}/others.safetensors"}]),
+    ("prune", TEXT, [{"windows": 3}, OTHER_TEXT, {"seed": 1}]),
+    ("structure", TEXT, [{"windows": 3}, OTHER_TEXT]),
+    ("compress int8", TEXT, [{"windows": 3}, OTHER_TEXT]),
+    ("train", {}, [{"windows": 11}, {"text": "{sources}/other.txt"}]),
+    ("train with a teacher", {}, [{"text": "{sources}/other.txt"}]),
+    ("chain", {}, [{"steps": [{"structure": {**FAST, "ffn": 0.75}}, *CHAIN[1:]]}]),
 ]
+"""Cases, further options of them, and changes that make other runs of them."""
+
+of_changes = pytest.mark.parametrize(
+    ("name", "options", "changes"),
+    CHANGES,
+    ids=lambda x: x if isinstance(x, str) else "-".join(key for one in [*x] for key in one),
+)
 
 
 def stopped(name: str, sources: Path, output: Path, steps: int, **options: Any) -> None:
@@ -296,60 +299,64 @@ def stopped(name: str, sources: Path, output: Path, steps: int, **options: Any) 
         CASES[name].call(sources, output, At(max(1, steps // 2), stop), **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else "-".join(x)
-)
+@of_changes
 def test_resume_with_another_text_is_refused(
-    name: str, options: dict[str, Any], change: dict[str, Any], sources: Path, tmp_path: Path
+    name: str,
+    options: dict[str, Any],
+    changes: list[dict[str, Any]],
+    sources: Path,
+    finished: Finish,
+    tmp_path: Path,
 ) -> None:
-    case, counted = CASES[name], At()
-    case.call(sources, tmp_path / "straight" / "out", counted, **options)
-    here = tmp_path / "here"
-    here.mkdir()
-    stopped(name, sources, here / "out", counted.steps, **options)
-    before = work_in(here)
-    with pytest.raises(RecipeError):
-        case.call(sources, here / "out", At(), resume=True, **{**options, **change})
-    assert work_in(here) == before
-    case.call(sources, here / "out", At(), resume=True, **options)
-    assert contents(here / "out") == contents(tmp_path / "straight" / "out")
+    case, straight = CASES[name], finished(name, **options)
+    stopped(name, sources, tmp_path / "out", straight.steps, **options)
+    before = work_in(tmp_path)
+    for change in changes:
+        with pytest.raises(RecipeError):
+            case.call(sources, tmp_path / "out", At(), resume=True, **{**options, **change})
+        assert work_in(tmp_path) == before
+    case.call(sources, tmp_path / "out", At(), resume=True, **options)
+    assert contents(tmp_path / "out") == straight.contents
 
 
 @pytest.mark.parametrize("name", [*RESUMABLE, slow("fit")])
 def test_resume_of_a_finished_run_shows_its_result(
-    name: str, sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, sources: Path, finished: Finish, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = CASES[name].call(sources, tmp_path / "out", At())
-    before = every_byte(tmp_path)
-    again = CASES[name].call(sources, tmp_path / "out", At(), resume=True)
-    assert json.dumps(again.to_json()) == json.dumps(first.to_json())
+    first = finished(name)
+    before = every_byte(first.output.parent)
+    again = CASES[name].call(sources, first.output, At(), resume=True)
+    assert json.dumps(again.to_json()) == json.dumps(first.result.to_json())
     assert "out: finished already" in caplog.text
-    assert every_byte(tmp_path) == before
+    assert every_byte(first.output.parent) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else "-".join(x)
-)
+@of_changes
 def test_resume_of_a_finished_run_with_another_recipe_is_refused(
-    name: str, options: dict[str, Any], change: dict[str, Any], sources: Path, tmp_path: Path
+    name: str,
+    options: dict[str, Any],
+    changes: list[dict[str, Any]],
+    sources: Path,
+    finished: Finish,
 ) -> None:
-    CASES[name].call(sources, tmp_path / "out", At(), **options)
-    before = every_byte(tmp_path)
+    output = finished(name, **options).output
+    before = every_byte(output.parent)
     message = r"the finished run was a different one \(.*(now|changed)"
-    with pytest.raises(RecipeError, match=message) as error:
-        CASES[name].call(sources, tmp_path / "out", At(), resume=True, **{**options, **change})
-    assert "overwrite" in str(error.value.remedy)
-    assert every_byte(tmp_path) == before
+    for change in changes:
+        with pytest.raises(RecipeError, match=message) as error:
+            CASES[name].call(sources, output, At(), resume=True, **{**options, **change})
+        assert "overwrite" in str(error.value.remedy)
+    assert every_byte(output.parent) == before
 
 
 @pytest.mark.parametrize("name", [x for x in RESUMABLE if x != "compress"])
 def test_resume_with_other_weights_in_the_source_is_refused(
-    name: str, sources: Path, straight: Straight, tmp_path: Path
+    name: str, sources: Path, finished: Finish, tmp_path: Path
 ) -> None:
-    case, here = CASES[name], tmp_path / "here"
+    case, straight, here = CASES[name], finished(name), tmp_path / "here"
     model = Path(shutil.copytree(sources / case.source, tmp_path / "model"))
     here.mkdir()
-    stopped(name, sources, here / "out", straight(name)[1], model=model)
+    stopped(name, sources, here / "out", straight.steps, model=model)
     before, file = work_in(here), max(model.glob("*.safetensors"))
     as_it_was = file.read_bytes()
     changed = bytearray(as_it_was)
@@ -360,4 +367,4 @@ def test_resume_with_other_weights_in_the_source_is_refused(
     assert work_in(here) == before
     file.write_bytes(as_it_was)
     case.call(sources, here / "out", At(), model=model, resume=True)
-    assert contents(here / "out") == straight(name)[0]
+    assert contents(here / "out") == straight.contents

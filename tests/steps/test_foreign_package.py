@@ -55,6 +55,36 @@ print(json.dumps(answers))
 """Runs commands one after the other in one process; one JSON list of what they printed."""
 
 
+SCOPE = ("--scope", "layer", "--sparsity", "0.5", "--calibration", "windows.safetensors")
+BY_OUTPUT = (*SCOPE, "--score", "quince-output", "--sequential")
+BY_SIZE = (*SCOPE, "--score", "magnitude", "--sequential")
+FLAGS = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
+ON_TEXT = ("--calibration", "windows.safetensors")
+PLAN = ("prune", "--dry-run")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "counted": ("quince-count", "generic"),
+    "parts": ("methods",),
+    "seen": ("inspect", "generic"),
+    "plan": (*PLAN, "generic", *FLAGS, *ON_TEXT),
+    "plain": (*PLAN, "generic", "--method", "wanda", "--sparsity", "0.5", *ON_TEXT),
+    "pruned": ("prune", "generic", *FLAGS, *ON_TEXT, "--output", "pruned"),
+    "packed": (
+        "compress", "pruned", "--format", "quince-positions", "--values", "keep", "--output",
+        "packed",
+    ),
+    "again": ("decompress", "packed", "--output", "again"),
+    **{
+        f"{by} {order}": (*PLAN, "llama", *words, order)
+        for order in ("group", "layer")
+        for by, words in (("output", BY_OUTPUT), ("size", BY_SIZE))
+    },
+    **{
+        order: ("prune", "llama", *BY_OUTPUT, order, "--output", order)
+        for order in ("group", "layer")
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that pip installed the package into."""
@@ -83,27 +113,37 @@ def commands(site: Path, *words: tuple[Any, ...]) -> list[Any]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the commands run in, with two models and windows."""
+    place = tmp_path_factory.mktemp("place")
+    for family in ("generic", "llama"):
+        save_tiny(place / family, family)
+    save_windows(tiny_windows(), place / "windows.safetensors")
+    return place
+
+
+@pytest.fixture(scope="module")
+def said(installed: Path, place: Path) -> dict[str, Any]:
+    """What every command prints where the package is installed."""
+    where = Path(secateur.__file__).parent.parent
+    paths = [str(installed), str(where), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps([*COMMANDS.values()]), cwd=place,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(COMMANDS, json.loads(done.stdout), strict=True))
+
+
 def test_parts_of_a_foreign_package_work_from_the_command_line(
-    installed: Path, tmp_path: Path
+    said: dict[str, Any], place: Path
 ) -> None:
-    source, text = save_tiny(tmp_path / "source", "generic"), tmp_path / "windows.safetensors"
-    save_windows(tiny_windows(), text)
-    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
-    flags = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
-    on_text = ("--calibration", text)
-    as_positions = ("--format", "quince-positions", "--values", "keep")
-    counted, parts, seen, plan, plain, *_ = commands(
-        installed,
-        ("quince-count", source),
-        ("methods",),
-        ("inspect", source),
-        ("prune", "--dry-run", source, *flags, *on_text),
-        ("prune", "--dry-run", source, "--method", "wanda", "--sparsity", "0.5", *on_text),
-        ("prune", source, *flags, *on_text, "--output", pruned),
-        ("compress", pruned, *as_positions, "--output", packed),
-        ("decompress", packed, "--output", again),
+    counted, parts, seen, plan, plain = (
+        said[name] for name in ("counted", "parts", "seen", "plan", "plain")
     )
-    assert counted["files"] == len(list(source.iterdir()))
+    assert counted["files"] == len(list((place / "generic").iterdir()))
     assert "quince-peak" in parts["scores"]
     assert parts["statistics"]["quince-peak"] == "inputs"
     assert "pairs" in parts["patterns"]["quince-pairs"]
@@ -117,41 +157,30 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     assert plan["peak_bytes"] - plain["peak_bytes"] > 180 * MIB
 
     assert parts["statistics"]["quince-output"] == "outputs"
-    check_pruned(source, pruned)
-    check_packed(pruned, packed, again)
+    check_pruned(place / "generic", place / "pruned")
+    check_packed(*(place / name for name in ("pruned", "packed", "again")))
     # here, without the package, nobody can read them
     with pytest.raises(secateur.SecateurError, match="no format 'quince-positions'"):
-        secateur.load(packed)
+        secateur.load(place / "packed")
 
 
-@pytest.mark.parametrize("sequential", ["group", "layer"])
+@pytest.mark.parametrize("order", ["group", "layer"])
 def test_a_foreign_statistic_of_a_kind_of_its_own_prunes(
-    installed: Path, tmp_path: Path, sequential: str
+    order: str, said: dict[str, Any], place: Path
 ) -> None:
-    source, text = save_tiny(tmp_path / "source"), tmp_path / "windows.safetensors"
-    windows = tiny_windows()
-    save_windows(windows, text)
-    how = ("--scope", "layer", "--sparsity", "0.5", "--calibration", text)
-    how = (*how, "--sequential", sequential)
-    by_output, by_size = ("--score", "quince-output"), ("--score", "magnitude")
-    plan, plain, _ = commands(
-        installed,
-        ("prune", "--dry-run", source, *how, *by_output),
-        ("prune", "--dry-run", source, *how, *by_size),
-        ("prune", source, *how, *by_output, "--output", tmp_path / "pruned"),
-    )
+    plan, plain = said[f"output {order}"], said[f"size {order}"]
     # 2 MiB for each linear: three share an input; a layer has seven
-    held = {"group": 3, "layer": 8}[sequential]
+    held = {"group": 3, "layer": 8}[order]
     assert 0 <= plan["solve_bytes"] - plain["solve_bytes"] - 2 * held * MIB < MIB
 
-    model, seen = AutoModelForCausalLM.from_pretrained(source), dict[str, Tensor]()
+    model, seen = AutoModelForCausalLM.from_pretrained(place / "llama"), dict[str, Tensor]()
     first = {n: m for n, m in model.named_modules() if n.startswith("model.layers.0.self_attn.")}
     outputs = {n: m for n, m in first.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
     for name, module in outputs.items():
         module.register_forward_hook(lambda m, x, y, name=name: seen.__setitem__(name, y))
     with torch.no_grad():
-        model(windows)
-    after = load_file(tmp_path / "pruned" / "model.safetensors")
+        model(tiny_windows())
+    after = load_file(place / order / "model.safetensors")
     for name, module in outputs.items():
         norm = seen[name].double().square().sum((0, 1)).sqrt()
         score = module.weight.double().abs() * norm[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,35 @@ steps:
 Run = Callable[..., Outcome]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a pruned one and a text; tests work in copies."""
+    place = tmp_path_factory.mktemp("next")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        save_tiny(Path("dense"), tokenizer=False, num_hidden_layers=2, vocab_size=256)
+        byte_tokenizer().save_pretrained("dense")
+        secateur.prune("dense", output="pruned", method="magnitude", sparsity=0.5)
+        Path("my text.txt").write_text(TEXT, encoding="utf-8")
+        Path("chain.yaml").write_text(CHAIN, encoding="utf-8")
+        weights = load_file("pruned/model.safetensors")
+        masks = {n: weight != 0 for n, weight in weights.items() if n.endswith("proj.weight")}
+        save_file(masks, "masks.safetensors")
+    return place
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a command in a folder with a model, a pruned one and a text; samples need no network."""
+def run(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Run:
+    """Run a command in such a folder; samples need no network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(documents, "sample_text", lambda name: [TEXT * 3])
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    monkeypatch.chdir(tmp_path)
-    save_tiny(Path("dense"), tokenizer=False, num_hidden_layers=2, vocab_size=256)
-    byte_tokenizer().save_pretrained("dense")
-    secateur.prune("dense", output="pruned", method="magnitude", sparsity=0.5)
-    Path("my text.txt").write_text(TEXT, encoding="utf-8")
-    Path("chain.yaml").write_text(CHAIN, encoding="utf-8")
-    weights = load_file("pruned/model.safetensors")
-    masks = {name: weight != 0 for name, weight in weights.items() if name.endswith("proj.weight")}
-    save_file(masks, "masks.safetensors")
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "here"))
     return runner(monkeypatch, capsys)
 
 

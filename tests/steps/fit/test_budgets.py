@@ -176,7 +176,7 @@ def test_nonsense_is_refused_before_the_model_is_looked_for(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, windows, and rows of a task."""
     place = tmp_path_factory.mktemp("budgets")
-    save_tiny(place / "dense", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    save_tiny(place / "dense", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
     rows = [
         {"question": f"What is {n}?", "answerKey": "AB"[n % 2],
@@ -339,7 +339,7 @@ def test_a_speedup_of_a_model_that_our_loop_does_not_decode_is_refused(tmp_path:
 
 def test_without_time_levels_alone_take_part(place: Path, tmp_path: Path) -> None:
     found = secateur.fit(
-        place / "dense", output=tmp_path / "quick", max_size="75KiB", minutes=1e-4,
+        place / "dense", output=tmp_path / "quick", max_size="40KiB", minutes=1e-4,
         calibration=place / "windows.safetensors", **{**OPTIONS, "structure": True},
     )  # fmt: skip
     assert found.dropped == ("the survey and the search", "cuts")

@@ -46,9 +46,10 @@ def labels() -> Labels:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, labels: Labels) -> Path:
-    """A model, windows, and a fit of it."""
+    """Two models, windows, and a fit of the first."""
     place = tmp_path_factory.mktemp("fit")
-    save_tiny(place / "dense", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    for name, layers in (("dense", 2), ("shallow", 1)):
+        save_tiny(place / name, num_hidden_layers=layers, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
     secateur.fit(
         place / "dense", output=place / "small", max_size="75KiB",
@@ -111,6 +112,13 @@ def test_the_winner_is_the_best_that_was_made_and_no_worse_than_any_single(place
     assert "the best single technique" in {one["name"] for one in found["finalists"]}
 
 
+def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
+    """The random model hardly changes by rounding."""
+    found = result_of(place / "small")
+    assert found["winner"]["divergence"] < 0.1
+    assert found["branches"] == []
+
+
 def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
     recipe = place / "small" / "secateur" / "recipe.yaml"
     options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -144,7 +152,7 @@ def test_the_packed_model_loads_and_generates(place: Path) -> None:
 
 def test_the_smallest_model_within_a_loss(place: Path) -> None:
     found = secateur.fit(
-        place / "dense", output=place / "within", max_loss_increase=0.01,
+        place / "shallow", output=place / "within", max_loss_increase=0.01, structure=False,
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     largest = max(point.cost[0] for point in found.singles)
@@ -190,7 +198,7 @@ def test_a_model_that_loses_too_much_is_searched_again(
     monkeypatch.setattr(FitSearch, "smallest_within", smallest_within)
     monkeypatch.setattr(LossComparison, "increase", increase)
     secateur.fit(
-        place / "dense", output=place / "again-within", max_loss_increase=0.01,
+        place / "shallow", output=place / "again-within", max_loss_increase=0.01, structure=False,
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     assert bounds == pytest.approx([0.01, 0.008])

@@ -10,13 +10,11 @@ import yaml
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.reporting.fit import FitResult
 from secateur.steps.fitting.candidates import StructuredCandidate
 from secateur.steps.fitting.models import Formats, ModelEvaluator
 from tiny import save_tiny
 from zoo import tiny_windows
 
-OPTIONS = {"effort": "fast", "generations": 0, "max_size": "75KiB"}
 CUTS = (
     StructuredCandidate("one layer cut", "layers", {"keep_layers": 2}),
     StructuredCandidate("a third of the layers cut", "third", {"keep_layers": 0.67}),
@@ -25,27 +23,13 @@ CUTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of three layers, and windows."""
-    place = tmp_path_factory.mktemp("branches")
-    save_tiny(place / "dense", num_hidden_layers=3, hidden_size=64, intermediate_size=128)
-    save_windows(tiny_windows(6, 24), place / "windows.safetensors")
-    return place
-
-
-def fitted(place: Path, output: str, **options: object) -> FitResult:
-    return secateur.fit(
-        place / "dense", output=place / output, calibration=place / "windows.safetensors",
-        **OPTIONS, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_cut_that_wins_is_packed_named_and_made_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
+    save_tiny(tmp_path / "dense", num_hidden_layers=3, hidden_size=64, intermediate_size=128)
+    save_windows(tiny_windows(6, 24), tmp_path / "windows.safetensors")
     monkeypatch.setattr("secateur.steps.fitting.candidates.STRUCTURED_CANDIDATES", CUTS)
     monkeypatch.setattr("secateur.steps.fitting.candidates.WORTH", -1.0)
     real = ModelEvaluator.packed
@@ -58,26 +42,22 @@ def test_a_cut_that_wins_is_packed_named_and_made_again(
 
     monkeypatch.setattr(ModelEvaluator, "packed", packed)
     monkeypatch.setattr("secateur.steps.fit.best_single", lambda *_: None)
-    result = fitted(place, "cut")
+    result = secateur.fit(
+        tmp_path / "dense", output=tmp_path / "cut", calibration=tmp_path / "windows.safetensors",
+        effort="fast", generations=0, max_size="75KiB",
+    )  # fmt: skip
     outcomes = {one.name: one.outcome for one in result.branches}
     assert outcomes["a third of the layers cut"].startswith("the same cut")
     assert outcomes["no such layers"].startswith("cannot be cut")
     assert outcomes["one layer cut"].startswith("made")
     assert result.winner.name in ("one layer cut", "half of the neurons cut")
     assert result.packed.file_bytes <= result.winner.file_bytes <= 75 * 1024
-    notes = place / "cut" / "secateur"
+    notes = tmp_path / "cut" / "secateur"
     steps = json.loads((notes / "steps" / "structure" / "steps.json").read_text())
     assert any(step["cut"] for step in steps)
     assert "one layer cut" in str(result)
     options = yaml.safe_load((notes / "recipe.yaml").read_text(encoding="utf-8"))
     assert "structure" in options["steps"][0]
-    secateur.chain(options.pop("model"), **{**options, "output": place / "again"})
-    for file in (place / "cut").glob("*.safetensors"):
-        assert file.read_bytes() == (place / "again" / file.name).read_bytes()
-
-
-def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
-    """The random model hardly changes by rounding; with --no-structure none is tried at all."""
-    result = fitted(place, "uncut")
-    assert result.winner.divergence < 0.1
-    assert result.branches == ()
+    secateur.chain(options.pop("model"), **{**options, "output": tmp_path / "again"})
+    for file in (tmp_path / "cut").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
