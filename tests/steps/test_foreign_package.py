@@ -54,7 +54,6 @@ print(json.dumps(answers))
 """
 """Runs commands one after the other in one process; one JSON list of what they printed."""
 
-
 SCOPE = ("--scope", "layer", "--sparsity", "0.5", "--calibration", "windows.safetensors")
 BY_OUTPUT = (*SCOPE, "--score", "quince-output", "--sequential")
 BY_SIZE = (*SCOPE, "--score", "magnitude", "--sequential")
@@ -97,20 +96,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True, capture_output=True,
     )  # fmt: skip
     return folder / "site"
-
-
-def commands(site: Path, *words: tuple[Any, ...]) -> list[Any]:
-    """What commands print where the package is installed."""
-    where = Path(secateur.__file__).parent.parent
-    paths = [str(site), str(where), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([[str(word) for word in each] for each in words]),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")

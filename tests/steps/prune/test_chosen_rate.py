@@ -64,7 +64,7 @@ def test_sizes() -> None:
 
 
 def test_trials_change_nothing_but_the_rate() -> None:
-    windows = tiny_windows(12)
+    windows = tiny_windows(8)
     options = {"method": "wanda", "sparsity": 0.5, "calibration": windows, "distill_epochs": 2}
     chosen, given = tiny_model("llama"), tiny_model("llama")
     rates: list[float] = []
@@ -75,7 +75,7 @@ def test_trials_change_nothing_but_the_rate() -> None:
 
     secateur.prune(chosen, **options, progress=Rates())
     assert len(rates) >= 2
-    assert set(rates) == {6.0}  # a quarter of 24 steps
+    assert set(rates) == {4.0}  # a quarter of 16 steps
     same = []
     for factor in (1, 1 / 4, 1 / 16, 1 / 64):
         given = tiny_model("llama")
@@ -86,7 +86,7 @@ def test_trials_change_nothing_but_the_rate() -> None:
 
 
 def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = tiny_windows(32)
+    windows = tiny_windows(16)
     monkeypatch.setattr("secateur.training.distillation.default_rate", lambda *_: 0.4)
     losses = []
     for rate in (None, 0.4):
@@ -103,7 +103,7 @@ def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
     folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
-    save_windows(tiny_windows(12), file)
+    save_windows(tiny_windows(8), file)
     options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "distill_epochs": 2}
     whole = secateur.prune(folder, output=tmp_path / "whole", **options)
 

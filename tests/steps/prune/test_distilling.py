@@ -39,7 +39,7 @@ def test_the_divergence_falls_and_every_zero_stays(family: str) -> None:
     plain, taught = tiny_model(family), tiny_model(family)
     options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
     secateur.prune(plain, **options)
-    secateur.prune(taught, **options, distill_epochs=20, distill_learning_rate=3e-3)
+    secateur.prune(taught, **options, distill_epochs=10, distill_learning_rate=3e-3)
     before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
     assert after < 0.7 * before
     masks = zeros_of(plain)
@@ -56,7 +56,7 @@ def test_a_rounded_model_learns_on_its_grid(family: str, method: str) -> None:
     options = {"method": method, "sparsity": 0.5, "calibration": windows,
                "method_parameters": {"bits": 3, "group": 32}}  # fmt: skip
     secateur.prune(plain, **options)
-    secateur.prune(taught, **options, distill_epochs=20, distill_learning_rate=3e-3)
+    secateur.prune(taught, **options, distill_epochs=10, distill_learning_rate=3e-3)
     before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
     assert after < 0.7 * before
     moved, back = 0, 0

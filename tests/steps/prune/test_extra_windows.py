@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from secateur.calibration.windows import (
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
+from secateur.reporting.models import PruneResult
 from secateur.steps.plan_prune import plan_pruning
+from secateur.steps.prune import plan_pruning
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 
@@ -30,21 +34,19 @@ RUN = {"method": "wanda", "sparsity": 0.5, "windows": 4, "sequence_length": LENG
        "packing": "random-crop", "distill_learning_rate": 1e-3}  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         json.dumps({"text": f"document {i} says: " + "abcdefgh"[i % 8] * 90}) for i in range(9)
     ]
-    file = tmp_path / "text.jsonl"
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = save_tiny(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(made)
-    return made
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "model")
 
 
 def loaded(folder: Path) -> torch.nn.Module:
@@ -64,25 +66,46 @@ class Counter(Silent):
         self.steps[label] = steps
 
 
+TAUGHT = {**RUN, "distill_epochs": 2, "distill_tokens": 10 * LENGTH - 5}
+
+
+class Taught(NamedTuple):
+    """A run with a distillation."""
+
+    output: Path
+    result: PruneResult
+    steps: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def taught(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    output, progress = tmp_path_factory.mktemp("taught") / "out", Counter()
+    result = secateur.prune(
+        folder, output=output, calibration=str(text), **TAUGHT, progress=progress
+    )
+    return Taught(output, result, progress.steps)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    found = loaded(other).state_dict()
+    for name, tensor in loaded(one).state_dict().items():
+        assert torch.equal(tensor, found[name]), name
+
+
 def test_statistics_read_the_first_windows_and_the_distillation_all(
-    folder: Path, text: Path, tmp_path: Path
+    folder: Path, text: Path, tmp_path: Path, taught: Taught
 ) -> None:
     plain = secateur.prune(
         folder, output=tmp_path / "plain", calibration=str(text), **RUN, distill_epochs=0
     )
-    progress = Counter()
-    taught = secateur.prune(
-        folder, output=tmp_path / "taught", calibration=str(text), **RUN, distill_epochs=2,
-        distill_tokens=10 * LENGTH - 5, progress=progress,
-    )  # fmt: skip
-    assert progress.steps["distilling"] == 2 * 10
-    record = taught.manifest.calibration
+    assert taught.steps["distilling"] == 2 * 10
+    record = taught.result.manifest.calibration
     assert (record["samples"], record["tokens"], record[EXTRA]) == (4, 4 * LENGTH, 6)
     assert record["sha256"] == plain.manifest.calibration["sha256"]
-    file = tmp_path / "taught" / "secateur" / "windows.safetensors"
+    file = taught.output / "secateur" / "windows.safetensors"
     assert (len(load_windows(file)), stored_extra(file)) == (10, 6)
     masks = zeros_of(loaded(tmp_path / "plain"))
-    for name, zeros in zeros_of(loaded(tmp_path / "taught")).items():
+    for name, zeros in zeros_of(loaded(taught.output)).items():
         assert torch.equal(zeros, masks[name]), name  # Wanda saw the same four windows
 
 
@@ -97,20 +120,20 @@ def test_a_rate_is_judged_on_windows_that_the_statistics_have_not_read(
     assert progress.steps["distilling"] == 12
 
 
-def test_the_file_of_windows_says_which_are_extra(folder: Path, text: Path, tmp_path: Path) -> None:
-    run = {**RUN, "distill_epochs": 1, "distill_tokens": 10 * LENGTH}
-    secateur.prune(folder, output=tmp_path / "one", calibration=str(text), **run)
-    file = tmp_path / "one" / "secateur" / "windows.safetensors"
-    again = secateur.prune(folder, output=tmp_path / "two", calibration=str(file), **run)
+def test_the_file_of_windows_says_which_are_extra(
+    folder: Path, tmp_path: Path, taught: Taught
+) -> None:
+    file = taught.output / "secateur" / "windows.safetensors"
+    again = secateur.prune(folder, output=tmp_path / "two", calibration=str(file), **TAUGHT)
     assert again.manifest.calibration[EXTRA] == 6
-    one, two = (loaded(tmp_path / name).state_dict() for name in ("one", "two"))
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+    assert_same(taught.output, tmp_path / "two")
 
 
-def test_a_stopped_run_reads_them_again(folder: Path, text: Path, tmp_path: Path) -> None:
-    run = {**RUN, "calibration": str(text), "distill_epochs": 1, "distill_tokens": 8 * LENGTH}
-    secateur.prune(folder, output=tmp_path / "whole", **run)
+def test_a_stopped_run_reads_them_again(
+    folder: Path, text: Path, tmp_path: Path, taught: Taught
+) -> None:
+    own = Path(shutil.copy(text, tmp_path))
+    run = {**TAUGHT, "calibration": str(own)}
 
     class Stops(Silent):
         def start(self, label: str, steps: int) -> None:
@@ -119,11 +142,9 @@ def test_a_stopped_run_reads_them_again(folder: Path, text: Path, tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(folder, output=tmp_path / "stopped", **run, progress=Stops())
-    text.unlink()  # a resumed run has its own copy
+    own.unlink()  # a resumed run has its own copy
     secateur.prune(folder, output=tmp_path / "stopped", **run, resume=True)
-    whole, resumed = (loaded(tmp_path / x).state_dict() for x in ("whole", "stopped"))
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
+    assert_same(taught.output, tmp_path / "stopped")
 
 
 def test_a_short_text_gives_what_it_has(

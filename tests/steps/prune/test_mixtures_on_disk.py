@@ -22,7 +22,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.packed import PackedCheckpoint
-from slow import few_families
+from slow import few_families, slow
 from tiny import split_shards, tiny_tokenizer
 from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
@@ -174,8 +174,10 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
 
 
 @pytest.mark.parametrize("family", few_families(PLAIN_MIXTURES))
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("values", ["keep", "int8"])
+@pytest.mark.parametrize(
+    ("fused", "values"),
+    [(True, "keep"), (False, "int8"), slow((False, "keep")), slow((True, "int8"))],
+)
 def test_compressed_and_back(
     family: str, fused: bool, values: str, tmp_path: Path, windows: Path
 ) -> None:

@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
+from slow import slow, slow_but
 from zoo import (
+    DENSE,
     NOT_RUN,
     WITH_EXPERTS,
     ZOO,
@@ -95,8 +97,15 @@ def generates(model: Any) -> None:
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", pytest.param("unstructured", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ZOO)
+ODD = ("bloom", "cohere2", "falcon new", "gptj", "stablelm parallel", "starcoder2")
+ALIKE = {*DENSE} - {*ODD} | {
+    "gemma3n_text", "gemma4_text", "gemma4_text small", "gemma4_text shared", "gemma4 vision",
+}  # fmt: skip
+"""Families whose layers are all alike and as those of others, and parts of others: slow tests."""
+
+
+@pytest.mark.parametrize("pattern", ["2:4", slow("unstructured")])
+@pytest.mark.parametrize("name", slow_but([name for name in ZOO if name not in ALIKE], ZOO))
 def test_pruned_saved_loaded_and_generating(
     name: str, pattern: str, tmp_path: Path, windows: Path
 ) -> None:

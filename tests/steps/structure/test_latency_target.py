@@ -55,7 +55,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def windows(tmp_path: Path) -> Path:
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    save_windows(tiny_windows(3), tmp_path / "windows.safetensors")
     return tmp_path / "windows.safetensors"
 
 

@@ -4,48 +4,37 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trainings import assert_same, make_place, matrices, stopped_at, tensors, train_in
 
 import secateur
 from secateur.cli import main
 from secateur.errors import PatternError, RecipeError
-from secateur.training import loop
-from tiny import save_tiny
 from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 12, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
 
 
+train = partial(train_in, **OPTIONS)
+GRADUAL = {"sparsity": 0.8, "every": 2}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, one pruned from it, and a text."""
-    place = tmp_path_factory.mktemp("adapting")
-    save_tiny(place / "dense")
-    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
-    (place / "text.txt").write_text(source_text()[:60_000])
+    """What a training begins with, and one that nobody stopped."""
+    place = make_place(tmp_path_factory.mktemp("adapting"), sparsity=0.5)
+    train(place, place / "straight", gradual=GRADUAL)
     return place
-
-
-def train(places: Path, output: Path, model: str = "pruned", **options: Any) -> Any:
-    """By the Python API."""
-    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    return secateur.train(places / model, output=output, **values)
-
-
-def matrices(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the decoder's linears."""
-    tensors = load_file(folder / "model.safetensors")
-    return {n: t for n, t in tensors.items() if n.endswith("proj.weight")}
 
 
 def changed(before: Path, after: Path) -> set[str]:
     """Names of the tensors that are different."""
-    old, new = (load_file(x / "model.safetensors") for x in (before, after))
+    old, new = tensors(before), tensors(after)
     assert old.keys() == new.keys()
     return {n for n in old if not torch.equal(old[n], new[n])}
 
@@ -72,11 +61,10 @@ def test_what_is_saved_is_what_was_watched(places: Path, tmp_path: Path) -> None
     assert judged.perplexity == pytest.approx(done.perplexity_after, rel=0.02)
 
 
-def test_gradual_pruning_ends_at_its_sparsity(places: Path, tmp_path: Path) -> None:
-    gradual = {"sparsity": 0.8, "every": 2}
-    done = train(places, tmp_path / "out", gradual=gradual)
+def test_gradual_pruning_ends_at_its_sparsity(places: Path) -> None:
+    done = train(places, places / "straight", gradual=GRADUAL, resume=True)  # only read
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
-    before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
+    before, after = matrices(places / "pruned"), matrices(places / "straight")
     assert all(not after[n][before[n] == 0].any() for n in before)
     assert done.manifest.objective == "next token, pruned gradually to 80%"
 
@@ -94,32 +82,19 @@ def test_gradual_pruning_to_a_pattern(gradual: Any, places: Path, tmp_path: Path
 
 def test_with_a_teacher_and_regrowth(places: Path, tmp_path: Path) -> None:
     gradual = {"sparsity": 0.7, "every": 2, "regrowth": 0.3, "windows": 4, "scope": "global"}
-    done = secateur.train(
-        places / "dense", output=tmp_path / "out", teacher=places / "dense",
-        text=str(places / "text.txt"), gradual=gradual, **OPTIONS,
-    )  # fmt: skip
+    done = train(places, tmp_path / "out", "dense", teacher=places / "dense", gradual=gradual)
     assert done.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
-@pytest.mark.parametrize("mode", [{"lora": 4}, {"gradual": {"sparsity": 0.8, "every": 2}}])
-def test_a_stopped_run_goes_on_to_the_same_files(
-    mode: dict[str, Any], places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(places, tmp_path / "straight", **mode)
-    plain = loop.Loop.step
-
-    def failing(self: loop.Loop) -> None:
-        if self.outcome.step == 5:
-            raise KeyboardInterrupt
-        plain(self)
-
-    monkeypatch.setattr(loop.Loop, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(places, tmp_path / "out", **mode)
-    monkeypatch.setattr(loop.Loop, "step", plain)
-    train(places, tmp_path / "out", resume=True, **mode)
-    straight, out = matrices(tmp_path / "straight"), matrices(tmp_path / "out")
-    assert all(torch.equal(straight[n], out[n]) for n in straight)
+def test_stopped_runs_go_on_to_the_same_files(places: Path, tmp_path: Path) -> None:
+    lora = {"lora": 4, "steps": 8}
+    train(places, tmp_path / "lora", **lora)
+    for mode, straight in (({"gradual": GRADUAL}, places / "straight"), (lora, tmp_path / "lora")):
+        out = tmp_path / f"{straight.name} stopped"
+        with stopped_at(5):
+            train(places, out, **mode)
+        train(places, out, resume=True, **mode)
+        assert_same(straight, out)
 
 
 @pytest.mark.parametrize(

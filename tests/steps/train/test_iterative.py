@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trainings import make_place, matrices, tensors, train_in
 
-import secateur
 from commands import runner
 from secateur.errors import RecipeError
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training import loop
 from secateur.training import session as in_rounds
 from tiny import save_tiny
-from trained import source_text
 
-OPTIONS: dict[str, Any] = {"steps": 6, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
+OPTIONS: dict[str, Any] = {
+    "steps": 6, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0, "validation_windows": 4,
+}  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "none": {"rewind": "none"},
     "rate": {"rewind": "rate", "rewind_step": 1},
@@ -28,26 +29,12 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+train = partial(train_in, **OPTIONS)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, one pruned from it, and a text."""
-    place = tmp_path_factory.mktemp("rounds")
-    save_tiny(place / "dense", dtype=torch.bfloat16)
-    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.3)
-    (place / "text.txt").write_text(source_text()[:60_000])
-    return place
-
-
-def train(places: Path, output: Path, model: str = "dense", **options: Any) -> Any:
-    """By the Python API."""
-    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    return secateur.train(places / model, output=output, **values)
-
-
-def matrices(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the decoder's linears."""
-    tensors = load_file(folder / "model.safetensors")
-    return {n: t for n, t in tensors.items() if n.endswith("proj.weight")}
+    return make_place(tmp_path_factory.mktemp("rounds"), torch.bfloat16, sparsity=0.3)
 
 
 def bits(folder: Path) -> bytes:
@@ -60,7 +47,7 @@ def test_every_round_prunes_the_same_fraction_and_trains(
     mode: str, places: Path, tmp_path: Path
 ) -> None:
     how = {"sparsity": 0.8, "rounds": 3, **MODES[mode]}
-    done = train(places, tmp_path / "out", iterative=how, validation_windows=4)
+    done = train(places, tmp_path / "out", "dense", iterative=how)
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
     rounds = done.manifest.result["rounds"]
     assert [x["training"] for x in rounds][-3:] == ["round-1", "round-2", "round-3"]
@@ -98,7 +85,7 @@ def test_weights_go_back_to_their_early_values(
 
     monkeypatch.setattr(loop.Loop, "step", step)
     how = {"sparsity": 0.8, "rounds": 2, "rewind": "weights", "rewind_step": 2}
-    train(places, tmp_path / "out", iterative=how)
+    train(places, tmp_path / "out", "dense", iterative=how)
     assert [first for first, _ in begun] == [0, 2, 2]
     for _, weights in begun[1:]:
         for name, value in weights.items():
@@ -118,7 +105,7 @@ def test_the_rate_falls_once_over_all_rounds_where_nothing_goes_back(
     monkeypatch.setattr(in_rounds.RoundFiles, "keep", keep)
     for rewind in ("none", "rate"):
         how = {"sparsity": 0.5, "rounds": 2, "rewind": rewind}
-        train(places, tmp_path / rewind, iterative=how, warm_up=0.0)
+        train(places, tmp_path / rewind, "dense", iterative=how, warm_up=0.0)
         if rewind == "none":
             assert rates["round-2"][0] < rates["round-1"][-1]
         else:
@@ -130,13 +117,13 @@ class Killed(KeyboardInterrupt):
 
 
 TICKET = {"sparsity": 0.8, "rounds": 2, "rewind": "weights", "rewind_step": 1, "score": "wanda"}
-STOPPED: dict[str, Any] = {"iterative": TICKET, "validation_windows": 4, "steps": 3}
+STOPPED: dict[str, Any] = {"iterative": TICKET, "steps": 3}
 
 
 @pytest.fixture(scope="module")
 def straight(places: Path) -> Any:
     """A run that nobody stopped."""
-    return train(places, places / "straight", **STOPPED)
+    return train(places, places / "straight", "dense", **STOPPED)
 
 
 @pytest.mark.parametrize(("at", "most"), [(2, 7), (9, 4), (17, 3)])
@@ -146,7 +133,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     """Stopped in the training before the rounds, in the first and in the second."""
     kill_at_file(monkeypatch, at)
     with pytest.raises(Killed):
-        train(places, tmp_path / "out", **STOPPED)
+        train(places, tmp_path / "out", "dense", **STOPPED)
     monkeypatch.undo()
     steps, plain = [], loop.Loop.step
 
@@ -155,7 +142,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         plain(self)
 
     monkeypatch.setattr(loop.Loop, "step", step)
-    resumed = train(places, tmp_path / "out", resume=True, **STOPPED)
+    resumed = train(places, tmp_path / "out", "dense", resume=True, **STOPPED)
     assert 0 < len(steps) <= most
     assert bits(places / "straight") == bits(tmp_path / "out")
     for name in ("step", "tokens", "perplexities", "rounds", "best_step"):
@@ -177,18 +164,15 @@ def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(Path, "rename", rename)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", {"pattern": "2:4", "score": "wanda", "windows": 2}])
-def test_rounds_to_a_pattern(pattern: Any, places: Path, tmp_path: Path) -> None:
-    train(places, tmp_path / "out", iterative=pattern, validation_windows=0)
+def test_rounds_to_a_pattern(places: Path, tmp_path: Path) -> None:
+    how = {"pattern": "2:4", "score": "wanda", "windows": 2, "rounds": 2}
+    train(places, tmp_path / "out", "dense", iterative=how)
     for weight in matrices(tmp_path / "out").values():
         assert ((weight.view(len(weight), -1, 4) != 0).sum(-1) == 2).all()
 
 
-def test_zeros_of_the_model_stay_and_a_teacher_teaches(places: Path, tmp_path: Path) -> None:
-    done = secateur.train(
-        places / "pruned", output=tmp_path / "out", text=str(places / "text.txt"),
-        iterative={"sparsity": 0.6, "rounds": 2}, **OPTIONS,
-    )  # fmt: skip
+def test_zeros_of_the_model_stay(places: Path, tmp_path: Path) -> None:
+    done = train(places, tmp_path / "out", iterative={"sparsity": 0.6, "rounds": 2})
     assert done.sparsity == pytest.approx(0.6, abs=1e-3)
     before, after = matrices(places / "pruned"), matrices(tmp_path / "out")
     assert all(not after[n][before[n] == 0].any() for n in before)
@@ -211,7 +195,7 @@ def test_what_cannot_be_is_refused(
     options: dict[str, Any], what: str, places: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=what):
-        train(places, tmp_path / "out", **options)
+        train(places, tmp_path / "out", "dense", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +213,7 @@ def test_layers_learn_at_rates_of_their_own(places: Path, tmp_path: Path) -> Non
         rates={"model.layers.1.*": 0.0},
     )  # fmt: skip
     start, plain, decayed, mixed = (
-        load_file(x / "model.safetensors")
+        tensors(x)
         for x in (places / "full", *(tmp_path / n for n in ("plain", "decayed", "mixed")))
     )
     for name in start:

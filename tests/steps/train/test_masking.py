@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,24 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from trainings import make_place, train_in
 
 import secateur
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
 from tiny import save_tiny, tiny_tokenizer
-from trained import source_text
 from zoo import SIZES
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 
 
+train = partial(train_in, steps=2, windows=16, validation_windows=0)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, one pruned from it by half, and a text."""
-    place = tmp_path_factory.mktemp("masking")
-    save_tiny(place / "dense")
-    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
-    (place / "text.txt").write_text(source_text()[:30_000])
-    return place
-
-
-def train(places: Path, output: Path, model: Path | None = None, **more: Any) -> Any:
-    options = {"steps": 2, "windows": 16, "validation_windows": 0, "text": str(places / "text.txt")}
-    return secateur.train(model or places / "pruned", output=output, **options, **more)
+    return make_place(tmp_path_factory.mktemp("masking"), sparsity=0.5)
 
 
 def test_masks_without_a_zero_are_refused(places: Path, tmp_path: Path) -> None:

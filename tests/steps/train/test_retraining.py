@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
 import secateur
 from secateur.cli import main
@@ -22,27 +24,16 @@ from trained import source_text
 OPTIONS: dict[str, Any] = {"steps": 8, "save_minutes": 0, "learning_rate": 5e-3, "validations": 2}
 
 
+train = partial(train_in, **OPTIONS)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, one pruned from it to 2:4, and two texts."""
-    place = tmp_path_factory.mktemp("retraining")
-    save_tiny(place / "dense", dtype=torch.bfloat16)
-    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", pattern="2:4")
+    """What a training begins with, and a text to judge it by."""
+    place = make_place(tmp_path_factory.mktemp("retraining"), torch.bfloat16, pattern="2:4")
     (place / "pruned" / "secateur" / "evaluation.json").write_text("{}")
-    (place / "text.txt").write_text(source_text()[:60_000])
     (place / "watched.txt").write_text(source_text(held_out=True)[:4_000])
     return place
-
-
-def train(places: Path, output: Path, **options: Any) -> Any:
-    """By the Python API."""
-    values = {"text": str(places / "text.txt"), **OPTIONS, **options}
-    return secateur.train(values.pop("model", places / "pruned"), output=output, **values)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds."""
-    return load_file(folder / "model.safetensors")
 
 
 def assert_zeros(before: Path, after: Path, moved: bool = True) -> None:
@@ -56,18 +47,20 @@ def assert_zeros(before: Path, after: Path, moved: bool = True) -> None:
     assert not moved or any(not torch.equal(old[n], new[n]) for n in gone)
 
 
-@pytest.mark.parametrize("teacher", [None, "dense"])
-def test_a_run_folder_that_the_other_verbs_read(
-    teacher: str | None, places: Path, tmp_path: Path
-) -> None:
-    watched = places / "watched.txt"
+def test_a_teacher_teaches(places: Path, tmp_path: Path) -> None:
+    watched = str(places / "watched.txt")
     done = train(
-        places,
-        tmp_path / "out",
-        validation_text=str(watched),
-        teacher=teacher and places / teacher,
+        places, tmp_path / "out", validation_text=watched, teacher=places / "dense", steps=4
     )
-    assert done.manifest.objective == ("forward KL, T = 1" if teacher else "next token")
+    assert done.manifest.objective == "forward KL, T = 1"
+    assert done.perplexity_after <= done.perplexity_before
+    assert_zeros(places / "pruned", tmp_path / "out")
+
+
+def test_a_run_folder_that_the_other_verbs_read(places: Path, tmp_path: Path) -> None:
+    watched = places / "watched.txt"
+    done = train(places, tmp_path / "out", validation_text=str(watched))
+    assert done.manifest.objective == "next token"
     assert (done.steps, done.sparsity) == (8, pytest.approx(0.5))
     assert done.perplexity_after <= done.perplexity_before
     assert_zeros(places / "pruned", tmp_path / "out")
@@ -87,7 +80,7 @@ def test_a_run_folder_that_the_other_verbs_read(
     log = notes / "training.jsonl"
     found = secateur.diagnose(tmp_path / "out", training_log=log)
     assert not [x for x in found.findings if x.severity == "error"]
-    again = train(places, tmp_path / "again", model=tmp_path / "out")
+    again = train(places, tmp_path / "again", tmp_path / "out", steps=2)
     assert len(json.loads((tmp_path / "again/secateur/training.json").read_text())) == 2
     assert again.sparsity == pytest.approx(0.5)
 
@@ -99,8 +92,7 @@ def test_a_teacher_that_is_written_down_is_read_again(places: Path, tmp_path: Pa
     stamp = file.stat().st_mtime_ns
     train(places, tmp_path / "two", teacher="no such model", **options)
     assert file.stat().st_mtime_ns == stamp
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert_same(tmp_path / "one", tmp_path / "two")
     with pytest.raises(RecipeError, match="other windows"):
         train(places, tmp_path / "three", teacher="any", **{**options, "windows": 60})
 
@@ -136,6 +128,7 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
             teacher=tmp_path / "deep",
             hidden_weight=1.0,
             validation_windows=0,
+            steps=2,
             **options,
         )
         found[name] = tensors(tmp_path / name)
@@ -152,32 +145,18 @@ def test_a_mask_may_come_from_another_model(places: Path, tmp_path: Path) -> Non
         train(places, tmp_path / "no", model=tmp_path / "small", mask=str(places / "pruned"))
 
 
-def test_a_stopped_run_goes_on_to_the_same_files(
-    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_files(places: Path, tmp_path: Path) -> None:
     train(places, tmp_path / "straight")
-    plain = loop.Loop.step
-
-    def failing(self: loop.Loop) -> None:
-        if self.outcome.step == 5:
-            raise KeyboardInterrupt
-        plain(self)
-
-    monkeypatch.setattr(loop.Loop, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(5):
         train(places, tmp_path / "out")
-    monkeypatch.setattr(loop.Loop, "step", plain)
     with pytest.raises(RecipeError, match="stopped before it finished"):
         train(places, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"clip: 1.0 then, 2.0 now"):
         train(places, tmp_path / "out", resume=True, clip=2.0)
     train(places, tmp_path / "out", resume=True)
-    straight, out = tensors(tmp_path / "straight"), tensors(tmp_path / "out")
-    assert all(torch.equal(straight[n], out[n]) for n in straight)
+    assert_same(tmp_path / "straight", tmp_path / "out")
     with pytest.raises(RecipeError, match="exists"):
         train(places, tmp_path / "out")
-    train(places, tmp_path / "new", resume=True)  # there is nothing to resume: it starts
-    assert all(torch.equal(straight[n], x) for n, x in tensors(tmp_path / "new").items())
 
 
 def test_what_was_saved_survives_a_training_that_goes_wrong(

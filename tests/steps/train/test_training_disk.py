@@ -6,20 +6,18 @@ import errno
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from trainings import assert_same, make_place, train_in
 
 import secateur
 from secateur.errors import MemoryBudgetError
 from secateur.models import checkpoint
 from secateur.training import saved
 from secateur.training.loop import Loop
-from tiny import save_tiny
-from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 6, "windows": 40, "validation_windows": 4, "validations": 2,
                            "save_minutes": 0}  # fmt: skip
@@ -27,20 +25,15 @@ MAPS = Path("/proc/self/maps")
 Usage = namedtuple("Usage", "total used free")
 
 
+train = partial(train_in, **OPTIONS)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model, a text, and what an undisturbed training makes of them."""
-    place = tmp_path_factory.mktemp("disk")
-    save_tiny(place / "dense")
-    secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
-    (place / "text.txt").write_text(source_text()[:30_000])
+    """What a training begins with, and what an undisturbed one makes of it."""
+    place = make_place(tmp_path_factory.mktemp("disk"), sparsity=0.5)
     train(place, place / "straight")
     return place
-
-
-def train(places: Path, output: Path, **more: Any) -> Any:
-    text = str(places / "text.txt")
-    return secateur.train(places / "pruned", output=output, text=text, **OPTIONS, **more)
 
 
 def failing(call: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -78,10 +71,7 @@ def test_a_full_disk_is_named_and_the_training_goes_on(
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial" / "work").glob("*.unfinished"))
     train(places, tmp_path / "out", resume=True)
-    straight, out = (
-        load_file(x / "model.safetensors") for x in (places / "straight", tmp_path / "out")
-    )
-    assert all(torch.equal(straight[name], out[name]) for name in straight)
+    assert_same(places / "straight", tmp_path / "out")
 
 
 def test_what_would_fill_the_disk_is_refused_before_any_work(
