@@ -54,7 +54,7 @@ Counts = Mapping[tuple[bool, bool], int]
 
 COUNTS: Mapping[str, Counts | None] = {
     "few": {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1},
-    "some": {(False, False): 7, (False, True): 5, (True, False): 3, (True, True): 2},
+    "some": {(False, False): 5, (False, True): 4, (True, False): 3, (True, True): 1},
     "all": None,
 }
 """How many points of a case are tried: by whether the disk is full, and whether an old output is

@@ -36,10 +36,12 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def few_sweeps() -> Iterator[None]:
     """So few steps would have sweeps over one window."""
-    monkeypatch.setattr("secateur.training.distilled_checkpoint.FEWEST_SWEEPS", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distilled_checkpoint, "FEWEST_SWEEPS", 1)
+        yield
 
 
 @pytest.fixture
@@ -214,6 +216,18 @@ def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> 
     assert changed == {"2", "5"}
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a model, windows and what a run makes that nobody stopped; its result."""
+    place = tmp_path_factory.mktemp("straight")
+    save_windows(tiny_windows(6, 24), place / "w.safetensors")
+    result = secateur.prune(
+        save_tiny(place / "model", num_hidden_layers=4), output=place / "whole", **OPTIONS,
+        calibration=place / "w.safetensors", distill_sweep_windows=4,
+    )  # fmt: skip
+    return place, result
+
+
 @pytest.mark.parametrize(
     ("stage", "steps"),
     [
@@ -225,15 +239,15 @@ def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> 
     ],
 )
 def test_stopped_in_a_sweep_and_gone_on_with_gives_the_same(
-    tmp_path: Path, file: Path, stage: str, steps: int
+    straight: tuple[Path, Any], tmp_path: Path, stage: str, steps: int
 ) -> None:
-    folder = save_tiny(tmp_path / "model", num_hidden_layers=4)
-    options = {**OPTIONS, "calibration": str(file), "distill_sweep_windows": 4}
-    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
+    place, whole = straight
+    options = {**OPTIONS, "calibration": place / "w.safetensors", "distill_sweep_windows": 4}
+    options |= {"output": tmp_path / "again"}
     with pytest.raises(StoppedError):
-        secateur.prune(folder, output=tmp_path / "again", progress=StopAt(stage, steps), **options)
-    again = secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
-    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+        secateur.prune(place / "model", progress=StopAt(stage, steps), **options)
+    again = secateur.prune(place / "model", resume=True, **options)
+    one, two = weights_of(place / "whole"), weights_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.manifest.distillation == again.manifest.distillation
 

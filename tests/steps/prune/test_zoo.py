@@ -1,4 +1,4 @@
-"""Every model of the zoo: pruned to 2:4 and to one half, saved, loaded, and it generates.
+"""Every model of the zoo: pruned to 2:4, some to one half, saved, loaded, and it generates.
 
 Zeros are counted in the loaded model's own modules, which transformers builds.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
-from slow import slow, slow_but
+from slow import FEW_FAMILIES, slow, slow_but
 from zoo import (
     DENSE,
     NOT_RUN,
@@ -104,8 +105,13 @@ ALIKE = {*DENSE} - {*ODD} | {
 """Families whose layers are all alike and as those of others, and parts of others: slow tests."""
 
 
-@pytest.mark.parametrize("pattern", ["2:4", slow("unstructured")])
-@pytest.mark.parametrize("name", slow_but([name for name in ZOO if name not in ALIKE], ZOO))
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        *slow_but([(n, "2:4") for n in ZOO if n not in ALIKE], product(ZOO, ["2:4"])),
+        *(slow((n, "unstructured")) for n in (*sorted(FEW_FAMILIES), "gpt_oss", "llama4")),
+    ],
+)
 def test_pruned_saved_loaded_and_generating(
     name: str, pattern: str, tmp_path: Path, windows: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,19 +44,24 @@ class Known:
         return Timed(tuple(self.seconds(model) for model in models), 17)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+def make_source(place: Path) -> Path:
     """Four KV groups and 480 neurons a layer."""
     return tiny_llama(
-        tmp_path / "source", intermediate_size=480, num_attention_heads=8, num_key_value_heads=4,
+        place / "source", intermediate_size=480, num_attention_heads=8, num_key_value_heads=4,
         head_dim=8, num_hidden_layers=4, attention_bias=False,
     )  # fmt: skip
 
 
 @pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    save_windows(tiny_windows(3), tmp_path / "windows.safetensors")
-    return tmp_path / "windows.safetensors"
+def source(tmp_path: Path) -> Path:
+    return make_source(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "windows.safetensors"
+    save_windows(tiny_windows(3), file)
+    return file
 
 
 def cut(
@@ -77,12 +82,36 @@ def cut(
         return carry_out(CutStructure, recipe, progress or Silent(), resume=resume)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_the_largest_size_within_the_target(allocation: str, source: Path, windows: Path) -> None:
-    target = 0.6
+TARGET = 0.6
+
+
+class Narrowed(NamedTuple):
+    """A cut to a target."""
+
+    source: Path
+    timer: Known
+    result: StructureResult
+
+
+@pytest.fixture(scope="module")
+def narrowed(windows: Path, tmp_path_factory: pytest.TempPathFactory) -> Narrowed:
+    source, timer = make_source(tmp_path_factory.mktemp("narrowed")), Known(outside=20_000)
+    return Narrowed(source, timer, cut(source, windows, timer, decode_latency=TARGET))
+
+
+def test_the_largest_size_within_the_target(narrowed: Narrowed) -> None:
+    check_largest(*narrowed, "uniform")
+
+
+def test_the_largest_size_of_layers_that_differ(source: Path, windows: Path) -> None:
     timer = Known(outside=20_000)
-    record = cut(source, windows, timer, decode_latency=target, allocation=allocation).manifest
-    latency = record.structure.latency
+    result = cut(source, windows, timer, decode_latency=TARGET, allocation="global")
+    check_largest(source, timer, result, "global")
+
+
+def check_largest(source: Path, timer: Known, result: StructureResult, allocation: str) -> None:
+    """The cut is the largest within the target, and its record is true."""
+    target, latency = TARGET, result.manifest.structure.latency
     found = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
     dense = timer.seconds(AutoModelForCausalLM.from_pretrained(source))
     left = timer.seconds(found) / dense
@@ -214,9 +243,9 @@ def test_a_run_that_goes_on_uses_what_was_measured_first(source: Path, windows: 
 
 
 def test_card_and_table_have_a_row_only_where_time_was_measured(
-    source: Path, windows: Path, capsys: pytest.CaptureFixture[str]
+    narrowed: Narrowed, windows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = cut(source, windows, Known(), decode_latency=0.7)
+    source, _, report = narrowed
     record = report.manifest.structure.latency
     card = (source.with_name("out") / "README.md").read_text(encoding="utf-8")
     before, after = record["milliseconds_before"], record["milliseconds_after"]
@@ -227,11 +256,11 @@ def test_card_and_table_have_a_row_only_where_time_was_measured(
     cells = [cell.strip() for cell in row.split("│")][2:-1]
     assert cells == [f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.1%}"]
     other = secateur.structure(
-        source, output=source.with_name("plain"), calibration=windows, ffn=0.5, effort="fast"
+        source, output=tmp_path / "plain", calibration=windows, ffn=0.5, effort="fast"
     )
     assert other.manifest.structure.latency is None
     other.show()
     assert "time per token" not in capsys.readouterr().out
-    card = (source.with_name("plain") / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
     assert "time of a token" not in card
     assert "MiB |\n\n" in card

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import textwrap
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import secateur
 from oracles.depth import divergence
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
+from secateur.progress import Silent
 from secateur.structured.cut import sizes_of
 from slow import few_families, slow_but
 from tiny import save_tiny
@@ -346,41 +342,39 @@ def test_text_that_is_not_there_leaves_nothing_behind(source: Path, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
 
 
-SCRIPT = """
-    import os, signal, sys
-    import secateur
-    from secateur.progress import Silent
+class Deadly(Silent):
+    """Ends a run after some steps."""
 
-    class Deadly(Silent):
-        left = int(sys.argv[4])
-        def step(self, count=1, note=""):
-            Deadly.left -= 1
-            if Deadly.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    class Kill(BaseException):
+        pass
 
-    secateur.structure(sys.argv[1], output=sys.argv[2], calibration=sys.argv[3], keep_layers=2,
-                       query_heads=1, ffn=0.5, effort="fast", asymmetric=True, distill_epochs=1,
-                       progress=Deadly(), resume=len(sys.argv) > 5)
-"""
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.Kill
 
 
 @pytest.mark.slow
 def test_a_killed_cut_goes_on_to_the_same_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
-    secateur.structure(
-        source, output=tmp_path / "whole", calibration=windows, keep_layers=2, query_heads=1,
-        ffn=0.5, effort="fast", asymmetric=True, distill_epochs=1,
-    )  # fmt: skip
-    script = textwrap.dedent(SCRIPT)
-    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(windows)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    kills, more = 0, ["8"]
+    options: dict[str, Any] = {
+        "calibration": windows, "keep_layers": 2, "query_heads": 1, "ffn": 0.5, "effort": "fast",
+        "asymmetric": True, "distill_epochs": 1,
+    }  # fmt: skip
+    secateur.structure(source, output=tmp_path / "whole", **options)
+    kills = 0
     while not (tmp_path / "out").exists():
-        done = subprocess.run([*command, *more], env=environment, check=False, capture_output=True)
-        kills += done.returncode == -signal.SIGKILL
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-        more = [str(30 + 10 * kills), "resume"]
+        deadly = Deadly(30 + 10 * kills if kills else 8)
+        try:
+            secateur.structure(
+                source, output=tmp_path / "out", resume=True, progress=deadly, **options
+            )
+        except Deadly.Kill:
+            kills += 1
         assert kills < 20
     assert kills >= 2
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
