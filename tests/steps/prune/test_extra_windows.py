@@ -25,7 +25,6 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.steps.plan_prune import plan_pruning
-from secateur.steps.prune import plan_pruning
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 
