@@ -1,4 +1,4 @@
-"""A progress that stops a run within a stage."""
+"""A progress that stops a run at some step of its work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ class StoppedError(Exception):
 
 
 class StopAt:
-    """A progress that stops a stage after some steps."""
+    """A progress that stops after some steps of a stage, or of any; after none as it starts."""
 
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps, self.now = stage, steps, ""
+    def __init__(self, stage: str | None, steps: int) -> None:
+        self.stage, self.left, self.now = stage, steps, ""
 
     def start(self, label: str, steps: int) -> None:
         self.now = label
+        self.count(0)
 
     def step(self, count: int = 1, note: str = "") -> None:
-        if self.now == self.stage:
-            self.steps -= count
-            if self.steps <= 0:
-                raise StoppedError
+        self.count(count)
 
     def finish(self) -> None:
         self.now = ""
+
+    def count(self, steps: int) -> None:
+        """Stop if this was the last step."""
+        if self.stage in (None, self.now):
+            self.left -= steps
+            if self.left <= 0:
+                raise StoppedError

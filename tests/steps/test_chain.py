@@ -9,17 +9,10 @@ import pytest
 import torch
 
 import secateur
-from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_model, tiny_windows
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> str:
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    return str(tmp_path / "windows.safetensors")
 
 
 @pytest.fixture
@@ -28,9 +21,9 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def steps_of(windows: str) -> list[dict[str, dict[str, object]]]:
+def steps_of(windows: Path) -> list[dict[str, dict[str, object]]]:
     """Depth, width, 2:4, int8."""
-    calibration = {"source": windows}
+    calibration = {"source": str(windows)}
     return [
         {"structure": {"keep_layers": 2, "ffn": 0.5, "effort": "fast", "calibration": calibration}},
         {"prune": {"pattern": "2:4", "method": "wanda", "calibration": calibration}},
@@ -38,7 +31,7 @@ def steps_of(windows: str) -> list[dict[str, dict[str, object]]]:
     ]
 
 
-def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: str) -> None:
+def test_depth_width_pattern_int8(source: Path, tmp_path: Path, windows: Path) -> None:
     report = secateur.chain(source, output=tmp_path / "out", steps=steps_of(windows))
     names = [link.step for link in report.links]
     assert names == ["source", "structure", "prune", "compress"]
@@ -85,7 +78,7 @@ def test_a_step_may_be_training_with_a_teacher(tmp_path: Path) -> None:
 
 
 def test_a_chain_that_fails_goes_on_behind_what_is_done(
-    source: Path, tmp_path: Path, windows: str, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, windows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -110,12 +103,12 @@ def test_a_chain_that_fails_goes_on_behind_what_is_done(
 
 
 def test_a_step_that_is_not_done_may_be_corrected(
-    source: Path, tmp_path: Path, windows: str, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, windows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    calibration = {"source": windows}
+    calibration = {"source": str(windows)}
     cut = {"structure": {"keep_layers": 2, "effort": "fast", "calibration": calibration}}
     prune = {"sparsity": 0.5, "method": "wanda", "calibration": calibration}
     out = tmp_path / "out"

@@ -14,6 +14,7 @@ from secateur.errors import NumericalError
 from secateur.progress import Silent
 from secateur.training.distillation import RateTrials, held_out_windows, trial_steps
 from secateur.training.training_plan import default_rate
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
@@ -107,13 +108,9 @@ def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
     options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "distill_epochs": 2}
     whole = secateur.prune(folder, output=tmp_path / "whole", **options)
 
-    class Stops(Silent):
-        def start(self, label: str, steps: int) -> None:
-            if label == "distilling":
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        secateur.prune(folder, output=tmp_path / "stopped", **options, progress=Stops())
+    stop = StopAt("distilling", 0)
+    with pytest.raises(StoppedError):
+        secateur.prune(folder, output=tmp_path / "stopped", **options, progress=stop)
     (stored,) = (tmp_path / "stopped.partial").rglob("rate.json")
     rate = json.loads(stored.read_text())["learning_rate"]
     assert rate == whole.manifest.distillation["learning_rate"]

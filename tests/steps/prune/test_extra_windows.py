@@ -25,6 +25,7 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.steps.plan_prune import plan_pruning
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 
@@ -134,13 +135,9 @@ def test_a_stopped_run_reads_them_again(
     own = Path(shutil.copy(text, tmp_path))
     run = {**TAUGHT, "calibration": str(own)}
 
-    class Stops(Silent):
-        def start(self, label: str, steps: int) -> None:
-            if label == "distilling":
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        secateur.prune(folder, output=tmp_path / "stopped", **run, progress=Stops())
+    stop = StopAt("distilling", 0)
+    with pytest.raises(StoppedError):
+        secateur.prune(folder, output=tmp_path / "stopped", **run, progress=stop)
     own.unlink()  # a resumed run has its own copy
     secateur.prune(folder, output=tmp_path / "stopped", **run, resume=True)
     assert_same(taught.output, tmp_path / "stopped")

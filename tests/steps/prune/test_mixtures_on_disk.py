@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.calibration.windows import save_windows
 from secateur.cli import main
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.prune.run import Run
@@ -27,13 +26,6 @@ from tiny import split_shards, tiny_tokenizer
 from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 IDS = tiny_windows(2, 9, seed=5)
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    """Calibration windows in a file."""
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    return tmp_path / "windows.safetensors"
 
 
 def save_mixture(folder: Path, family: str, *, fused: bool = False, lonely: bool = False) -> Path:

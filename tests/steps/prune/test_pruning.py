@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from same_logits import assert_same_logits
-from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
@@ -21,6 +20,7 @@ from secateur.sparsity.allocation.search import Search
 from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
 from slow import few_families, slow
+from stopped_stage import StopAt, StoppedError
 from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
@@ -32,13 +32,6 @@ def source(tmp_path: Path) -> Path:
     tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) >= 3
     return folder
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    """Calibration windows in a file."""
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    return tmp_path / "windows.safetensors"
 
 
 @pytest.mark.parametrize("family", few_families(CONFIGS))
@@ -117,27 +110,6 @@ def test_what_is_not_pruned_is_untouched(source: Path, tmp_path: Path) -> None:
     assert changed == expected
 
 
-class KilledAt:
-    """Ends the process's work, as a kill would, at one step."""
-
-    class Kill(BaseException):
-        pass
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def start(self, label: str, steps: int) -> None:
-        pass
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise self.Kill
-
-    def finish(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,9 +133,9 @@ def test_stopped_anywhere_and_resumed_gives_the_same_weights(
     while True:
         out = tmp_path / f"out-{step}"
         try:
-            secateur.prune(source, output=out, progress=KilledAt(step), **common)
+            secateur.prune(source, output=out, progress=StopAt(None, step + 1), **common)
             break
-        except KilledAt.Kill:
+        except StoppedError:
             assert not out.exists()
         partial = out.with_name(out.name + ".partial")
         if (partial / "model" / "secateur" / "layers.jsonl").exists():
@@ -181,12 +153,12 @@ def test_a_stopped_run_is_named_and_resumed(source: Path, windows: Path, tmp_pat
     class InLayerOne(Silent):
         def step(self, count: int = 1, note: str = "") -> None:
             if note == "layer 1" and count:
-                raise KilledAt.Kill
+                raise StoppedError
 
     secateur.prune(
         source, output=tmp_path / "whole", method="wanda", sparsity=0.5, calibration=windows
     )
-    with pytest.raises(KilledAt.Kill):
+    with pytest.raises(StoppedError):
         secateur.prune(
             source, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=windows,
             progress=InLayerOne(),

@@ -21,6 +21,7 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.models import StructureResult
 from secateur.steps.runner import carry_out
 from secateur.steps.structure import CutStructure
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny, tiny_llama
 from zoo import tiny_windows
 
@@ -215,22 +216,10 @@ def test_families_without_heads_or_neurons(tmp_path: Path, windows: Path) -> Non
     assert not mixture.with_name("out.partial").exists()
 
 
-class Stopping(Silent):
-    """Ends the run while the layers are narrowed."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 def test_a_run_that_goes_on_uses_what_was_measured_first(source: Path, windows: Path) -> None:
     timer = Known()
-    with pytest.raises(KeyboardInterrupt):
-        cut(source, windows, timer, decode_latency=0.7, progress=Stopping(3))
+    with pytest.raises(StoppedError):
+        cut(source, windows, timer, decode_latency=0.7, progress=StopAt(None, 3))
     kept = source.with_name("out.partial") / "work" / "latency.json"
     joint = json.loads(kept.read_text(encoding="utf-8"))["joint"]
     slower = Known(outside=1e9)  # would now reach no target

@@ -14,24 +14,17 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from oracles.depth import divergence
-from secateur.calibration.windows import load_windows, save_windows
+from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
-from secateur.progress import Silent
 from secateur.structured.cut import sizes_of
 from slow import few_families, slow_but
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from weight_files import digest
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 DENSE = [family for family in CONFIGS if family not in (*MIXTURES, "generic")]
-
-
-@pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "windows.safetensors"
-    save_windows(tiny_windows(), file)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -342,23 +335,8 @@ def test_text_that_is_not_there_leaves_nothing_behind(source: Path, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
 
 
-class Deadly(Silent):
-    """Ends a run after some steps."""
-
-    class Kill(BaseException):
-        pass
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise self.Kill
-
-
 @pytest.mark.slow
-def test_a_killed_cut_goes_on_to_the_same_model(
+def test_a_stopped_cut_goes_on_to_the_same_model(
     source: Path, tmp_path: Path, windows: Path
 ) -> None:
     options: dict[str, Any] = {
@@ -366,17 +344,17 @@ def test_a_killed_cut_goes_on_to_the_same_model(
         "asymmetric": True, "distill_epochs": 1,
     }  # fmt: skip
     secateur.structure(source, output=tmp_path / "whole", **options)
-    kills = 0
+    stops = 0
     while not (tmp_path / "out").exists():
-        deadly = Deadly(30 + 10 * kills if kills else 8)
+        stop = StopAt(None, 30 + 10 * stops if stops else 8)
         try:
             secateur.structure(
-                source, output=tmp_path / "out", resume=True, progress=deadly, **options
+                source, output=tmp_path / "out", resume=True, progress=stop, **options
             )
-        except Deadly.Kill:
-            kills += 1
-        assert kills < 20
-    assert kills >= 2
+        except StoppedError:
+            stops += 1
+        assert stops < 20
+    assert stops >= 2
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
