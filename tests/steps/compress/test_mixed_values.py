@@ -27,7 +27,7 @@ OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "a
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model without a tenth of its weights, so that rounding shows in the loss."""
     place = tmp_path_factory.mktemp("mixed")
-    save_trained(place / "dense", steps=40)
+    save_trained(place / "dense", steps=80)
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.1)
     (place / "text.txt").write_text(source_text(held_out=True)[:20_000])
     return place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
-from secateur.sparsity.allocation.search import Search
 from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
 from slow import few_families, slow
@@ -221,11 +219,7 @@ def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: 
     assert again.sparsity == 0.5
 
 
-def test_the_manifest_tells_the_allocation(
-    source: Path, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = dataclasses.replace(Search(), generations=4)
-    monkeypatch.setattr(Search.__init__, "__defaults__", dataclasses.astuple(few))
+def test_the_manifest_tells_the_allocation(source: Path, windows: Path, tmp_path: Path) -> None:
     secateur.prune(
         source, output=tmp_path / "out", method="wanda", sparsity=0.5, allocation="search",
         calibration=windows,
@@ -233,7 +227,7 @@ def test_the_manifest_tells_the_allocation(
     manifest = json.loads((tmp_path / "out" / "secateur" / "manifest.json").read_text())
     record = manifest["allocation"]
     assert record["name"] == "search"
-    assert "generations 4" in record["parameters"]
+    assert "generations 16" in record["parameters"]
     assert record["divergence"] < record["uniform_divergence"]
     assert 0.3 < record["lowest_sparsity"] < 0.5 < record["highest_sparsity"] < 0.7
     assert manifest["result"]["decoder_sparsity"] == 0.5
