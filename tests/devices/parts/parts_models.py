@@ -36,7 +36,8 @@ FAMILIES = ["llama", "gpt2", "phi3", "qwen2_moe"]
 
 def pruned_on_both(family: str = "llama", **options: Any) -> None:
     """Prune in place on the CPU and on cuda: the same zeros, or nearly."""
-    here, there = tiny_model(family), tiny_model(family).to("cuda")
+    here, there = (tiny_model(family, num_hidden_layers=2) for _ in range(2))
+    there.to("cuda")
     for model in (here, there):
         secateur.prune(
             model, calibration=WINDOWS, **{"sparsity": 0.5, "micro_batch_tokens": 32, **options}
