@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import pytest
 
 from commands import Outcome, runner
 from secateur.runs import environment
+from secateur.sparsity.allocation.search import Search
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +32,14 @@ def hasty_plans() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("secateur.engine.plan_time.PROBE_SECONDS", 0.0)
         yield
+
+
+@pytest.fixture
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocation `search` has three levels and takes two small generations."""
+    small = Search(levels=1, generations=2, offspring=2, stages=((2, 40), (1, 80)))
+    values = tuple(getattr(small, field.name) for field in fields(Search))
+    monkeypatch.setattr(Search.__init__, "__defaults__", values)
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_runs_gather_and_solve_without_tf32(rough: tuple[Any, ...], seen: list[b
     check_run(rough, seen, "uniform")
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("rough", ["by the word"], indirect=True)
 def test_a_search_gathers_and_solves_without_tf32(rough: tuple[Any, ...], seen: list[bool]) -> None:
     check_run(rough, seen, "search")

@@ -57,6 +57,7 @@ def test_prune(family: str, name: str) -> None:
     pruned_on_both(family, method=name)
 
 
+@pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("name", list(allocations))
 def test_allocation(name: str) -> None:
     pruned_on_both(method="wanda", allocation=name)

@@ -113,17 +113,17 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [n for n in scores if n != "kept"])
 def test_criterion(name: str) -> None:
-    model = tiny_model("llama").to("cuda")
+    model, windows = tiny_model("llama", num_hidden_layers=1).to("cuda"), WINDOWS[:2]
     score = scores[name]
     pattern = parse_pattern("*x1" if score.whole_units else "unstructured")
-    criterion = Criterion(score(), pattern, WINDOWS)
+    criterion = Criterion(score(), pattern, windows)
     kept = open_masks(model)
     for mask in criterion.masks(model, kept, 0.3).values():
         assert isinstance(mask, OnCuda)
     criterion.masks(model, kept, 0.3, exchanged=0.1)
     if score.whole_units:
         return  # its scores may be negative, so they have no global order
-    globally = Criterion(score(), parse_pattern("unstructured", "global"), WINDOWS)
+    globally = Criterion(score(), parse_pattern("unstructured", "global"), windows)
     globally.masks(model, kept, 0.3)
 
 
