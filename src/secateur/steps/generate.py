@@ -152,7 +152,7 @@ class Conversation:
         self.decoder: Decoder | None = None
         defaults, given = sampling_in(self.folder), dict(sampling or {})
         self.sampling = sampling_with(defaults, given)
-        if self.sampling.temperature == 0:
+        if not self.sampling.temperature:  # 0, or not given
             _refuse_idle(given)
         self.taken = {name: x for name, x in defaults.items() if given.get(name) is None}
         self.start: list[Message] = []
