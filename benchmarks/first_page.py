@@ -208,7 +208,7 @@ def time_rows(args: argparse.Namespace, table: Table) -> None:
     prompt = [draw.randrange(300, 49152) for _ in range(PROMPT_TOKENS)]
     found = take_turns(timed, prompt=prompt, new_tokens=NEW_TOKENS, rounds=args.rounds)
     for row, speed in zip(names, found, strict=True):
-        table.put(row, **speed.to_json(PROMPT_TOKENS))
+        table.put(row, **speed.record(PROMPT_TOKENS).to_json())
 
 
 def judge(args: argparse.Namespace, table: Table) -> None:

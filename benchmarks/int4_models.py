@@ -1,13 +1,13 @@
 """Whole models at batch 1 with weights of 4 bits: ours with and without zeros, and llama.cpp.
 
-    python benchmarks/int4_models.py [--work DIR] [--rounds 7] [--models 1.1b smollm2]
+    python benchmarks/int4_models.py [--work DIR] [--rounds 7] [--models 1.1b smollm2] [--prompt 64]
 
 Random models of TinyLlama's shape (1.1 billion parameters) and of SmolLM2-135M's. All layers have
 the numbers of one random layer, each in memory of its own; speed does not depend on the numbers.
 Half of the weights of each row of the decoder's linears are zero. Contenders of a model take turns
 in one run: int8 with a bitmask; int4 in groups of 64 with a bitmask; int4 stored dense; int8 stored
 dense; llama.cpp (xllamacpp) with every matrix in Q4_0, the head too. Ours have embedding and head
-in int8. A prompt of 64 tokens, 32 new ones, medians over rounds; llama.cpp times itself.
+in int8. A prompt of `--prompt` tokens, 32 new ones, medians over rounds; llama.cpp times itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hardware import heading, keep, markdown
 from secateur.evaluation.speed import take_turns
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, write_packed
 
-PROMPT_TOKENS, NEW_TOKENS = 64, 32
+NEW_TOKENS = 32
 SHAPES: dict[str, dict[str, Any]] = {
     "1.1b": SHAPE,
     "smollm2": {
@@ -109,16 +109,16 @@ def make(shape: dict[str, Any], work: Path) -> list[tuple[str, Path]]:
     return [("packed", work / name) for name in STORED] + [(str(gguf_file), work)]
 
 
-def measured(model: str, work: Path, rounds: int) -> list[dict[str, Any]]:
+def measured(model: str, work: Path, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """The rows of one model."""
     draw = random.Random(0)
-    prompt = [draw.randrange(300, SHAPES[model]["vocab_size"]) for _ in range(PROMPT_TOKENS)]
+    prompt = [draw.randrange(300, SHAPES[model]["vocab_size"]) for _ in range(tokens)]
     found = take_turns(
         make(SHAPES[model], work), prompt=prompt, new_tokens=NEW_TOKENS, rounds=rounds
     )
     rows = []
     for name, speed in zip([*STORED, "llama.cpp Q4_0"], found, strict=True):
-        rows.append({"model": model, **speed.to_json(PROMPT_TOKENS), "contender": name})
+        rows.append({"model": model, **speed.record(tokens).to_json(), "contender": name})
         rows[-1]["each_token_seconds"] = list(speed.each_token)
     return rows
 
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=["1.1b", "smollm2"])
     parser.add_argument("--only-make", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--name", default="int4-models")
@@ -163,9 +164,9 @@ def main() -> None:
             if args.only_make:
                 make(SHAPES[model], work)
             else:
-                rows += measured(model, work, args.rounds)
+                rows += measured(model, work, args.rounds, args.prompt)
     if rows:
-        keep(args.name, {"protocol": __doc__, "rounds": args.rounds}, rows)
+        keep(args.name, {"protocol": __doc__, "rounds": args.rounds, "prompt": args.prompt}, rows)
         print(table(rows))
 
 

@@ -187,7 +187,7 @@ def measured(name: str, models: list[Model], args: argparse.Namespace) -> list[d
                 "decoder_left": 1 - model.counted.decoder_removed,
                 "parameters_left": 1 - model.counted.removed,
                 "file_bytes": sum(file.stat().st_size for file in files),
-                **speed.to_json(args.prompt_tokens),
+                **speed.record(args.prompt_tokens).to_json(),
             }
         )
     return with_ratios(rows)
