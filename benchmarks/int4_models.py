@@ -29,7 +29,7 @@ from hardware import heading, keep, markdown
 from secateur.evaluation.speed import take_turns
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, write_packed
 
-NEW_TOKENS = 32
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
 SHAPES: dict[str, dict[str, Any]] = {
     "1.1b": SHAPE,
     "smollm2": {
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS, help="tokens")
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=["1.1b", "smollm2"])
     parser.add_argument("--only-make", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--name", default="int4-models")

@@ -9,7 +9,7 @@
 2. Perplexity, windows of 2048 tokens: bfloat16 values, and int8 values, each weight rounded to the
    nearest or all of a row together (`--calibration`: 64 windows of 512 tokens, which are not of the
    judged texts); linears only, and embedding and head too; float activations (torch's products) and
-   activations rounded to int8 in blocks of 256 (as kernels compute tokens and prompts).
+   activations rounded to int8 (as kernels compute tokens and prompts).
 3. Sizes of the files and memory of the loaded model, each in a process of its own.
 """
 
