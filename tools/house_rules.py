@@ -44,7 +44,7 @@ RATCHETS: Mapping[str, float] = {
     "modules that only their neighbour imports": 10,
     "pairs of classes with five equal fields": 2,
     "percent of lines that import": 6.7,
-    "lines of statements": 40834,
+    "lines of statements": 40828,
     "functions named in one place": 530,
     "files a run opens before it changes a weight": 53,
     "functions deep where it changes a weight": 12,

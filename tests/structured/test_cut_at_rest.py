@@ -149,6 +149,17 @@ def test_lists_of_modules_get_the_new_numbers(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["gemma3 vision", "llava"])
+def test_layers_of_a_vision_tower_keep_their_numbers(tmp_path: Path, family: str) -> None:
+    folder = in_float8(tmp_path / "m", family)
+    tower = ["model.vision_tower.encoder.layers.1.mlp.fc1", "encoder.layers.2.mlp.fc2"]
+    mine = "model.language_model.layers.2.mlp"
+    describe_as(folder, {**described(folder), "modules_to_not_convert": [*tower, mine]})
+    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
+    renumbered = "model.language_model.layers.1.mlp"
+    assert described(tmp_path / "c")["modules_to_not_convert"] == [*tower, renumbered]
+
+
 def test_the_description_of_a_decoder_inside_gets_the_new_numbers(tmp_path: Path) -> None:
     """A model that sees may describe the form of its decoder in `text_config`."""
     folder = in_float8(tmp_path / "m", "qwen3_vl")

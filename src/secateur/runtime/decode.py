@@ -34,10 +34,9 @@ from secateur.runtime.kernels.library import (
     CToken,
     address,
     kernel_info,
-    library,
 )
 from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
-from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.matrix import KernelMatrix, kernels
 from secateur.runtime.sampling import Draws
 
 GREEDY = Sampling()
@@ -362,18 +361,8 @@ class SlotDecoder:
         with torch.inference_mode():
             hidden = self.model.get_input_embeddings()(ids).float().contiguous()
         logits = torch.empty(len(ids) if every else 1, self.vocabulary)
-        loaded = library()
-        assert loaded is not None
-        status = loaded.sct_read(
-            ctypes.byref(self.c),
-            hidden.data_ptr(),
-            slot,
-            self.lengths[slot],
-            len(ids),
-            len(logits),
-            logits.data_ptr(),
-        )
-        if status != 0:
+        given = ctypes.byref(self.c), hidden.data_ptr(), slot, self.lengths[slot]
+        if kernels().sct_read(*given, len(ids), len(logits), logits.data_ptr()) != 0:
             raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
         return logits
 
@@ -435,11 +424,8 @@ class SlotDecoder:
             hidden = self.model.get_input_embeddings()(ids).float().contiguous()
         places = (CToken * len(ordered))(*((token.slot, token.position) for token in ordered))
         logits = torch.empty(answers, self.vocabulary)
-        loaded = library()
-        assert loaded is not None
-        sizes = len(ordered), answers
         given = ctypes.byref(self.c), hidden.data_ptr(), places
-        if loaded.sct_decode(*given, *sizes, logits.data_ptr()) != 0:
+        if kernels().sct_decode(*given, len(ordered), answers, logits.data_ptr()) != 0:
             raise KernelError(f"{len(tokens)} tokens could not be decoded: memory ran out")
         self.lengths = lengths
         return logits

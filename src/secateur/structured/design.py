@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 from typing import Any
 
@@ -106,6 +107,13 @@ class Design(Blueprint):
     """
 
     skeleton: Any
+
+    @cached_property
+    def other_stacks(self) -> frozenset[str]:
+        """The names of what owns other lists of layers, such as the `encoder` of a vision tower."""
+        *_, owner, leaf = ["", *self.architecture.layers_path.split(".")]
+        names = [["", *name.split(".")] for name, _ in self.uncut.named_modules()]
+        return frozenset(name[-2] for name in names if name[-1] == leaf) - {owner}
 
     @property
     def varied(self) -> bool:

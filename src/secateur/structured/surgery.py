@@ -387,11 +387,14 @@ def _names_of(made: Design, name: str, modules: list[str]) -> list[str]:
 def _renumbered(made: Design, name: str) -> str | None:
     """The name of a module or tensor with the new numbers of its layer and its expert.
 
-    It may lack the base model's prefix. None if its layer or its expert is removed.
+    It may lack the base model's prefix. None if its layer or its expert is removed. Layers of
+    another part of the model, such as a vision tower, keep their numbers.
     """
     leaf, experts = made.architecture.layers_path.rpartition(".")[2], made.architecture.experts
     order = [layer.index for layer in made.layers]
     found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=\.|$)", name)
+    if found and name[: found.start()].rpartition(".")[2] in made.other_stacks:
+        return name
     new = _with_new_number(name, found, order)
     if found is None or new is None or experts is None:
         return new
