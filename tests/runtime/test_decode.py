@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secateur
-from runtime.kernel_examples import TIERS
+from runtime.kernel_examples import TIERS, using
 from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
@@ -137,29 +137,23 @@ def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_a_prompt_in_one_call(tmp_path: Path, shape: str, stored: str, tier: str) -> None:
     """In pieces, the last longer than a tile of keys: what transformers computes, and the steps."""
-    best, length = lib.kernel_info().tier, 64 if shape == "mistral" else 150
-    try:
-        lib.use_tier(tier)
-    except KernelError:
-        pytest.skip(f"this processor has no {tier}")
-    try:
-        group = {"group_size": 32} if stored == "int4" else {}
+    length = 64 if shape == "mistral" else 150
+    group = {"group_size": 32} if stored == "int4" else {}
+    tokens = some_tokens(length)
+    with using(tier):
         model = model_of(tmp_path, shape, torch.float32, values=stored, **group)
-        tokens = some_tokens(length)
         decoder, stepped = SlotDecoder(model, length, slots=2), SlotDecoder(model, length)
         assert decoder.by_blocks
         pieces = [decoder.read(1, part, every=True) for part in tokens.split([3, 37, length - 40])]
         expected = reference(model, tokens)
         steps = [stepped.step([Token(0, n, int(t))]) for n, t in enumerate(tokens[:60])]
-    finally:
-        lib.use_tier(best)
+        decoder.rewind(1, 40)
+        last = decoder.read(1, tokens[40:])
     found = torch.cat(pieces)
     assert found.shape == expected.shape
     for other in (expected, torch.cat(steps)):
         mine = found[: len(other)]
         assert float((mine - other).norm() / other.norm()) < 0.02
-    decoder.rewind(1, 40)
-    last = decoder.read(1, tokens[40:])
     torch.testing.assert_close(last[0], found[-1], rtol=1e-5, atol=1e-6)
 
 

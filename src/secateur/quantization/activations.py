@@ -39,12 +39,9 @@ def shares_of(group: int | None) -> Shares:
 
 
 @lru_cache
-def shared_order(columns: int, shares: Shares) -> Tensor:
-    """The columns 0 to ⌈columns / 64⌉ · 64 − 1, one share after the other, int64."""
-    words = -(-columns // GROUP)
-    if shares == "consecutive":
-        return torch.arange(words * GROUP)
-    found, first, block = [], 0, 8
+def spread_order(columns: int) -> Tensor:
+    """The columns 0 to ⌈columns / 64⌉ · 64 − 1, one spread share after the other, int64."""
+    words, found, first, block = -(-columns // GROUP), [], 0, 8
     while first < words:
         while block > words - first:
             block //= 2
@@ -62,12 +59,13 @@ def integers_of(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
         shares: how the columns lie that share a scale.
 
     Returns:
-        q in the order of `shared_order`, float32 [..., ⌈in / 64⌉ · 64], zeros past the columns; and
-        the scales of the shares, float32 [..., ⌈in / 64⌉].
+        q, one share after the other (`spread_order`), float32 [..., ⌈in / 64⌉ · 64], zeros past the
+        columns; and the scales of the shares, float32 [..., ⌈in / 64⌉].
     """
-    order = shared_order(x.shape[-1], shares).to(x.device)
     filled = functional.pad(x.float(), (0, -x.shape[-1] % GROUP))
-    blocks = filled[..., order].unflatten(-1, (-1, GROUP))
+    if shares == "spread":
+        filled = filled[..., spread_order(x.shape[-1]).to(x.device)]
+    blocks = filled.unflatten(-1, (-1, GROUP))
     most = blocks.abs().amax(-1, keepdim=True)
     largest = torch.full_like(most, LARGEST)  # torch would multiply a number by 1 / most
     inverse = torch.where(most > 0, largest / most, 0.0)
@@ -91,6 +89,8 @@ def round_activations(x: Tensor, shares: Shares) -> Tensor:
         tensor([[127.,  -1.,   1.]])
     """
     integers, scales = integers_of(x, shares)
-    order = shared_order(x.shape[-1], shares).to(x.device)
     rounded = (integers.unflatten(-1, (-1, GROUP)) * scales[..., None]).flatten(-2)
-    return rounded[..., order.argsort()][..., : x.shape[-1]]
+    if shares == "spread":
+        order = spread_order(x.shape[-1]).to(x.device)
+        rounded = torch.empty_like(rounded).index_copy_(-1, order, rounded)
+    return rounded[..., : x.shape[-1]]

@@ -350,9 +350,8 @@ class SlotDecoder:
                 f"{len(ids)} tokens after {begin} of a prompt, for a cache of {self.capacity}"
             )
         self.check(ids.tolist())
-        logits = (self._read_by_blocks if self.by_blocks else self._read_by_transformers)(
-            slot, ids, every=every
-        )
+        read = self._read_by_blocks if self.by_blocks else self._read_by_transformers
+        logits = read(slot, ids, every=every)
         self.lengths[slot] = end
         return logits
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import ShapeError
-from secateur.quantization.activations import GROUP, integers_of, shared_order, shares_of
+from secateur.quantization.activations import GROUP, integers_of, shares_of, spread_order
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -233,10 +233,12 @@ class IntegerLinear(InferenceLinear):
         """
         width = min(self.group or GROUP, GROUP)
         sums = torch.zeros(len(x), len(codes), device=x.device)
-        order = shared_order(self.in_features, shares_of(self.group)).to(x.device)
-        codes = functional.pad(codes, (0, len(order) - self.in_features))[:, order]
+        if self.group is None:
+            filled = functional.pad(codes, (0, -self.in_features % GROUP))
+            codes = filled[:, spread_order(self.in_features).to(x.device)]
         for begin in range(0, self.in_features, width):
-            dots = x[:, begin : begin + width] @ codes[:, begin : begin + width].float().T
+            part = codes[:, begin : begin + width].float()
+            dots = x[:, begin : begin + part.shape[1]] @ part.T
             scale = steps[:, begin // GROUP, None]
             if self.group is not None:
                 scale = scale * scales[:, begin // self.group]

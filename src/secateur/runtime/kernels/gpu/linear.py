@@ -50,9 +50,8 @@ class GpuLinear(OperatorLinear):
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
         if self.rounds_inputs:
-            return self.exact_product(round_activations(x, shares_of(self.matrix.group))).to(
-                x.dtype
-            )
+            rounded = round_activations(x, shares_of(self.matrix.group))
+            return self.exact_product(rounded).to(x.dtype)
         return self.exact_product(x)
 
     def exact_product(self, x: Tensor) -> Tensor:
