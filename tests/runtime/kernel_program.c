@@ -70,7 +70,10 @@ static int attention(void) {
     float *query = array(NULL), *scores = malloc((size_t)positions * 4);
     void *keys = array(NULL), *values = array(NULL);
     float *out = malloc((size_t)head * 4);
-    sct_code()->attend(query, keys, values, type, positions, head, scores, out);
+    sct_code()->attend(&(sct_queries){.queries = query, .out = out, .tokens = 1, .each = 1,
+                                      .head = head, .keys = keys, .values = values,
+                                      .cache_type = type, .first = positions - 1,
+                                      .memory = scores});
     put(out, head * 4);
     return 0;
 }

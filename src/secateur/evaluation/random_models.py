@@ -129,7 +129,7 @@ class FormatTimer(RandomModel):
         if config.model_type not in FAMILIES:
             raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
         model = random_model(config, stored)
-        reason = why_not(model, PROMPT_TOKENS + CONTEXT_TOKENS)
+        reason = why_not(model)
         if reason is not None:
             raise _cannot(config, reason)
         settle(model, torch.bfloat16)

@@ -147,12 +147,11 @@ _PROJECTIONS = ("q", "k", "v", "o")
 _FEED_FORWARD = ("gate", "up", "down")
 
 
-def why_not(model: Any, capacity: int = 1) -> str | None:
+def why_not(model: Any) -> str | None:
     """Why a model cannot be decoded in one call for each token; None if it can.
 
     Args:
         model: a transformers model, its linears packed or not.
-        capacity: tokens of prompt and text together.
     """
     config = model.config
     if kernel_info().tier == "none":
@@ -168,9 +167,6 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         return "it is not on the CPU"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         return "torch multiplies its integers (kernels=False)"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
-        return f"{capacity} tokens exceed its sliding window of {window}"
     layer = model.model.layers[0]
     attention = layer.self_attn
     if attention.head_dim % 16:
@@ -181,6 +177,11 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         if getattr(layer.mlp, f"{name}_proj").bias is not None:
             return f"its {name} projection has a bias"
     return None
+
+
+def window_of(config: Any, attention: Any) -> int:
+    """How many keys a token of a layer sees, its own among them; 0: all."""
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
 
 
 def given_cache(model: Any, cache: Any) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class SlotDecoder:
     together = MAX_BATCH
 
     def __init__(self, model: Any, capacity: int, slots: int = 1) -> None:
-        reason = why_not(model, capacity)
+        reason = why_not(model)
         if reason is not None:
             raise ArchitectureError(
                 f"this model cannot be decoded by one call for each token: {reason}",
@@ -252,10 +253,10 @@ class SlotDecoder:
         shape = (2, len(model.model.layers), slots, kv_heads, capacity, attention.head_dim)
         self.cache = torch.zeros(shape, dtype=self.cache_dtype)
         """Keys and values [2, layers, slots, kv heads, capacity, head]."""
+        self.rotary = self.angles(attention.head_dim)
         layers = (CLayer * len(model.model.layers))(
             *(self.layer(layer, i) for i, layer in enumerate(model.model.layers))
         )
-        cosine, sine = self.angles(attention.head_dim)
         self._alive.append(layers)
         self.c = CDecoder(
             layers=len(layers),
@@ -272,8 +273,8 @@ class SlotDecoder:
             layer=layers,
             final_norm=self.floats(model.model.norm.weight),
             head_matrix=self.matrix(model.get_output_embeddings()).c,
-            cosine=address(cosine),
-            sine=address(sine),
+            rotary=attention.head_dim,
+            attention_scale=attention.scaling,
         )
         self.vocabulary = config.vocab_size
 
@@ -289,6 +290,9 @@ class SlotDecoder:
             input_norm=self.floats(layer.input_layernorm.weight),
             post_norm=self.floats(layer.post_attention_layernorm.weight),
             **{name: self.floats(norm and norm.weight) for name, norm in norms.items()},
+            cosine=address(self.rotary[0]),
+            sine=address(self.rotary[1]),
+            window=window_of(self.model.config, attention),
             keys=address(self.cache[0, index]),
             values=address(self.cache[1, index]),
         )

@@ -150,7 +150,7 @@ def _capacity_of(model: Any, context: int | None) -> int:
 
 def _engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
     """What computes, and a line about it."""
-    reason = why_not(model, capacity)
+    reason = why_not(model)
     if reason is not None:
         line = f"one request at a time, through transformers, because {reason}"
         return TransformersEngine(model, capacity), line

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 6
+ABI = 7
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -63,6 +63,10 @@ class CLayer(ctypes.Structure):
         *((f"{name}_bias", _POINTER) for name in ("q", "k", "v", "o")),
         ("q_norm", _POINTER),
         ("k_norm", _POINTER),
+        ("cosine", _POINTER),
+        ("sine", _POINTER),
+        ("window", _I64),
+        ("sinks", _POINTER),
         ("keys", _POINTER),
         ("values", _POINTER),
     )
@@ -81,8 +85,8 @@ class CDecoder(ctypes.Structure):
         ("layer", ctypes.POINTER(CLayer)),
         ("final_norm", _POINTER),
         ("head_matrix", CMatrix),
-        ("cosine", _POINTER),
-        ("sine", _POINTER),
+        *((name, _I64) for name in ("rotary", "interleaved", "qk_norm", "norm_rotated")),
+        *((name, _FLOAT) for name in ("attention_scale", "softcap", "clip")),
     )
 
 

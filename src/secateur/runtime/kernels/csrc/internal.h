@@ -2,6 +2,7 @@
 #ifndef SECATEUR_INTERNAL_H
 #define SECATEUR_INTERNAL_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -60,6 +61,9 @@ typedef struct {
     int64_t tokens, each, head, stride;
     const void *keys, *values; /* of positions from 0 on */
     int64_t cache_type, first; /* the position of the first token */
+    int64_t window;            /* keys that a token sees, its own among them; 0: all */
+    float softcap;             /* c: scores are c · tanh(score / c); 0: as they are */
+    const float *sinks;        /* [each], or NULL: logits without a value in the softmax */
     float *memory;             /* sct_attention_floats(rows, head) */
 } sct_queries;
 
@@ -68,10 +72,6 @@ SCT_INLINE int64_t sct_attention_floats(int64_t rows, int64_t head) {
     return 2 * SCT_KEYS * head + head + 2 * rows;
 }
 
-typedef void sct_attention(const float *query, const void *keys, const void *values,
-                           int64_t cache_type, int64_t positions, int64_t head, float *scores,
-                           float *out);
-
 /* One instruction set. */
 typedef struct {
     const char *name;
@@ -79,7 +79,7 @@ typedef struct {
     sct_rows *rows_bfloat;      /* bfloat16 values, bfloat16 activations; NULL: none */
     sct_expander *expand;
     void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
-    sct_attention *attend;
+    void (*attend)(const sct_queries *); /* one token and head; memory: its position + 1 floats */
     void (*attend_tiles)(const sct_queries *);
     void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) · up */
 } sct_tier_code;
@@ -126,6 +126,30 @@ SCT_HIDDEN void sct_prompt_in(char *memory, const sct_matrix *matrix, int64_t x_
 /* First row of part `part` of `parts`, so that all parts have about as many values. Always even,
  * because rows of int4 come in pairs. */
 SCT_HIDDEN int64_t sct_first_row(const sct_matrix *matrix, int64_t part, int64_t parts);
+
+/* `out` may be `x`. Of a layer norm weight and bias may be NULL. */
+SCT_HIDDEN void sct_rms_norm(const float *x, const float *weight, int64_t count, float epsilon,
+                             float *out);
+SCT_HIDDEN void sct_layer_norm(const float *x, const float *weight, const float *bias,
+                               int64_t count, float epsilon, float *out);
+
+/* Attention of some tokens. Vectors are those of the first token, those of the others `stride`
+ * floats on: products with W_q, W_k and W_v, which are changed, and what W_o multiplies. */
+typedef struct {
+    const sct_decoder *d;
+    const sct_tier_code *code;
+    const sct_token *token; /* where each stands; NULL: they follow each other in `slot` */
+    int64_t slot, first, tokens;
+    float *q, *k, *v, *out;
+    int64_t stride;
+    char *memory; /* sct_attention_bytes, aligned to 64 */
+    atomic_llong next;
+} sct_attention;
+
+SCT_HIDDEN size_t sct_attention_bytes(const sct_attention *);
+/* By all threads, inside of `work`, with products that are finished. The caller waits (sct_barrier)
+ * before anyone reads `out`. */
+SCT_HIDDEN void sct_attend(sct_attention *, const sct_layer *, int thread, int threads);
 
 /* Run `work` once on every thread of the pool, the calling one included. One call at a time. */
 typedef void sct_work(void *context, int thread, int threads);

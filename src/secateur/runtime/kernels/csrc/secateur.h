@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 6
+#define SCT_ABI 7
 
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
@@ -81,12 +81,20 @@ int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t 
  * if this tier has no kernel. */
 int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
+/* Norms of queries and keys: of each head, weights [head]; of all heads together, weights
+ * [heads · head]; of each head less its mean, weights [heads, head]. The first two by the root of the
+ * mean square. */
+typedef enum { SCT_NORM_HEAD, SCT_NORM_WHOLE, SCT_NORM_LAYER } sct_qk_norm;
+
 /* A decoder of Llama's shape, and tokens through it. */
 typedef struct {
     sct_matrix q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm;           /* [hidden] */
     const float *q_bias, *k_bias, *v_bias, *o_bias; /* or NULL */
-    const float *q_norm, *k_norm;                  /* [head], or NULL */
+    const float *q_norm, *k_norm; /* weights as `qk_norm` of the decoder says, or NULL */
+    const float *cosine, *sine; /* [capacity, rotary / 2], or NULL: no rotary positions */
+    int64_t window;             /* keys that a token sees, its own among them; 0: all */
+    const float *sinks; /* [heads], or NULL: a logit in the softmax that has no value */
     void *keys, *values; /* [slots, kv heads, capacity, head] float32 or bfloat16 */
 } sct_layer;
 
@@ -98,7 +106,14 @@ typedef struct {
     const sct_layer *layer;
     const float *final_norm;
     sct_matrix head_matrix; /* [vocabulary, hidden] */
-    const float *cosine, *sine; /* [capacity, head / 2] */
+    /* Of attention: biases, norms (unless `norm_rotated`), clip, rotation, scores, cap, softmax. */
+    int64_t rotary;      /* columns of a head that are rotated, from the first on */
+    int64_t interleaved; /* pairs are columns 2i and 2i + 1, not i and i + rotary / 2 */
+    int64_t qk_norm;      /* sct_qk_norm */
+    int64_t norm_rotated; /* queries and keys are normed after the rotation */
+    float attention_scale;
+    float softcap; /* c: scores are c · tanh(score / c); 0: as they are */
+    float clip;    /* queries, keys and values are at most so large; 0: as they are */
 } sct_decoder;
 
 /* Where a token stands: every sequence has its slot of the caches. */
