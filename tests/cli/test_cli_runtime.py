@@ -55,7 +55,6 @@ def test_generate(secateur, tmp_path: Path) -> None:
     ("family", "sizes", "why"),
     [
         ("gpt2", {}, "its type is gpt2"),
-        ("mistral", {"head_dim": 16, "sliding_window": 8}, "11 tokens exceed its sliding window"),
         ("llama", {"head_dim": 16, "mlp_bias": True}, "its gate projection has a bias"),
     ],
 )

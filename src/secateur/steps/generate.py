@@ -275,13 +275,11 @@ class Conversation:
 
     def _steps(self, tokens: int) -> tuple[TokenSteps, str]:
         """What computes a text of so many tokens, and its name."""
-        reason = why_not(self.model, tokens)
+        reason = why_not(self.model)
         if reason is not None:
             return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
             room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
-            if why_not(self.model, room) is not None:  # a sliding window
-                room = tokens
             self.decoder = Decoder(self.model, room, continues=True)
         return self.decoder, ONE_CALL
 
