@@ -152,11 +152,12 @@ def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
-    """The product x · Wᵀ of integer values, with x rounded to int8 with one scale per 64 entries.
+    """The product x · Wᵀ, computed by the kernels for any number of tokens.
 
     Args:
-        matrix: W [out, in], of int8 or in groups of 4 bits.
-        x: [tokens, in], any number of tokens, float32 or bfloat16.
+        matrix: W [out, in].
+        x: [tokens, in], float32 or bfloat16. bfloat16 values with float32 x are computed in
+            float32. With integer values, x is rounded to int8 with one scale per 64 entries.
 
     Returns:
         [tokens, out] of the dtype of x.
@@ -169,8 +170,8 @@ def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
         raise ShapeError(
             f"x of shape {tuple(x.shape)} on {x.device}, for rows of {matrix.columns} on the cpu"
         )
-    if x.dtype not in (torch.float32, torch.bfloat16) or not matrix.integers:
-        raise ShapeError(f"x is {x.dtype} and values are {matrix.dtype}; blocks need integers")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ShapeError(f"x is {x.dtype}; blocks need float32 or bfloat16")
     x = x.contiguous()
     y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
     status = kernels().sct_prompt(

@@ -26,19 +26,6 @@ SCT_INLINE int64_t start_of(const sct_matrix *m, int64_t row, int packed) {
     return packed ? m->offsets[row] : row * m->stride;
 }
 
-/* The next 64 values of two bytes as two registers. */
-SCT_INLINE const uint16_t *two_bytes(const uint16_t *v, uint64_t kept, int packed, __m512i e[2]) {
-    if (!packed) {
-        e[0] = _mm512_loadu_si512(v);
-        e[1] = _mm512_loadu_si512(v + 32);
-        return v + 64;
-    }
-    e[0] = _mm512_maskz_expand_epi16((__mmask32)kept, load(v));
-    e[1] = _mm512_maskz_expand_epi16((__mmask32)(kept >> 32),
-                                     load(v + __builtin_popcount((uint32_t)kept)));
-    return v + __builtin_popcountll(kept);
-}
-
 /* A line of the mask for each eight words. */
 SCT_INLINE void ask_for_mask(const sct_matrix *m, int64_t row, int64_t w, int packed) {
     if (packed && (w & 7) == 0)

@@ -1,4 +1,4 @@
-/* A linear for many tokens: activations rounded into panels, then rows block by block. */
+/* A linear for many tokens: activations into panels, then rows block by block. */
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -15,7 +15,7 @@ typedef struct {
     sct_panels panels;
     sct_sink sink;
     char *tiles;
-    size_t codes_bytes, starts_bytes, tile_bytes, panel_bytes;
+    size_t codes_bytes, starts_bytes, tile_bytes, panel_bytes, scales_bytes;
     atomic_llong next_panel, next_row;
 } sct_prompt_job;
 
@@ -42,9 +42,12 @@ static void multiply_tiles(void *context, int thread, int threads) {
     sct_prompt_job *job = context;
     char *own = job->tiles + job->tile_bytes * (size_t)thread;
     const int grouped = job->matrix->type == SCT_INT4;
-    sct_tile tile = {0, job->rows, job->matrix->words, job->group, own,
-                     (int32_t *)(own + job->codes_bytes),
-                     grouped ? (float *)(own + job->codes_bytes + job->starts_bytes) : NULL};
+    sct_tile tile = {.words = job->matrix->words,
+                     .row = own + job->codes_bytes,
+                     .group = job->group,
+                     .codes = own,
+                     .starts = (int32_t *)(own + job->codes_bytes),
+                     .scales = grouped ? (float *)(own + job->codes_bytes + job->starts_bytes) : NULL};
     (void)threads;
     if (job->code->begin) job->code->begin(job->group);
     for (;;) {
@@ -59,48 +62,49 @@ static void multiply_tiles(void *context, int thread, int threads) {
 }
 
 /* The sizes of everything for some tokens; returns the bytes of its memory, or 0 if there is no code. */
-static size_t measure(sct_prompt_job *job, const sct_matrix *m, int64_t tokens) {
-    const sct_blocks *code = sct_blocks_code();
-    if (!code || (m->type != SCT_INT8 && m->type != SCT_INT4)) return 0;
-    const int threads = sct_threads();
+static size_t measure(sct_prompt_job *job, const sct_matrix *m, int64_t tokens, int exact) {
+    const sct_blocks *code = sct_blocks_for(m->type, exact);
+    if (!code) return 0;
+    const int threads = sct_threads(), integers = m->type == SCT_INT8 || m->type == SCT_INT4;
+    const int64_t panels = (tokens + code->lanes - 1) / code->lanes, columns = m->words * 64;
     job->code = code;
     job->matrix = m;
     job->group = m->type == SCT_INT4 && m->group < SCT_SCALED ? m->group : SCT_SCALED;
     job->rows = rows_of_tile(code, m, threads);
-    const int64_t panels = (tokens + code->lanes - 1) / code->lanes;
     job->panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
-    job->codes_bytes = rounded(m->words * 64 * job->rows * code->code_bytes);
-    job->starts_bytes = rounded(4 * m->words * 64 / job->group * job->rows);
-    job->tile_bytes = job->codes_bytes + 2 * job->starts_bytes;
-    job->panel_bytes = rounded(panels * code->lanes * m->words * 64 * code->code_bytes);
-    return job->panel_bytes + rounded(4 * panels * code->lanes * m->words) +
-           job->tile_bytes * (size_t)threads;
+    job->codes_bytes = rounded(columns * job->rows * code->code_bytes);
+    job->starts_bytes = integers ? rounded(4 * columns / job->group * job->rows) : 0;
+    job->tile_bytes = job->codes_bytes + (integers ? 2 * job->starts_bytes : rounded(4 * columns));
+    job->panel_bytes = rounded(panels * code->lanes * columns * code->code_bytes);
+    job->scales_bytes = integers ? rounded(4 * panels * code->lanes * m->words) : 0;
+    return job->panel_bytes + job->scales_bytes + job->tile_bytes * (size_t)threads;
 }
 
-size_t sct_prompt_bytes(const sct_matrix *m, int64_t tokens) {
+size_t sct_prompt_bytes(const sct_matrix *m, int64_t tokens, int exact) {
     sct_prompt_job job;
-    return measure(&job, m, tokens);
+    return measure(&job, m, tokens, exact);
 }
 
 void sct_prompt_in(char *memory, const sct_matrix *m, int64_t x_type, const void *x,
-                   int64_t x_stride, void *y, int64_t y_stride, int64_t tokens, int known) {
+                   int64_t x_stride, void *y, int64_t y_stride, int64_t tokens, int exact,
+                   int known) {
     sct_prompt_job job = {.x = x, .x_type = x_type, .x_stride = x_stride,
                           .sink = {y, x_type, y_stride, m->scale}};
-    measure(&job, m, tokens);
-    const int64_t lanes = job.panels.panels * job.code->lanes;
+    measure(&job, m, tokens, exact);
     job.panels.bytes = memory;
     job.panels.scales = (float *)(memory + job.panel_bytes);
-    job.tiles = memory + job.panel_bytes + rounded(4 * lanes * m->words);
+    job.tiles = memory + job.panel_bytes + job.scales_bytes;
     if (!known) sct_parallel(round_panels, &job);
     sct_parallel(multiply_tiles, &job);
 }
 
 int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t tokens) {
-    const size_t bytes = sct_prompt_bytes(m, tokens);
+    const int exact = x_type == SCT_FLOAT32;
+    const size_t bytes = sct_prompt_bytes(m, tokens, exact);
     char *memory = bytes ? aligned_alloc(64, bytes) : NULL;
     if (!memory) return -1;
-    sct_prompt_in(memory, m, x_type, x, x_stride, y, y_stride, tokens, 0);
+    sct_prompt_in(memory, m, x_type, x, x_stride, y, y_stride, tokens, exact, 0);
     free(memory);
     return 0;
 }

@@ -1,11 +1,13 @@
-/* Products for many tokens: int8 blocks instead of rows. What blocks.c and the instruction sets
- * share.
+/* Products for many tokens: blocks instead of rows. What blocks.c and the instruction sets share.
  *
  * Rows of the matrix are expanded once into a tile of int8 codes that stays in the second cache.
  * Activations are rounded to int8 with a scale for each 64, as for few tokens, and interleaved: a
  * panel has some tokens (`lanes`), and of each four columns. So a register of a panel times one
  * broadcast of four codes gives sums for all its tokens, and a register of sums is a row of the
  * tile times a panel.
+ *
+ * Floats are the same, without scales: a tile has 64 columns of each row and then the next 64, and a
+ * panel has of each token two columns of bfloat16, or one of float32.
  */
 #ifndef SECATEUR_BLOCKS_H
 #define SECATEUR_BLOCKS_H
@@ -25,8 +27,9 @@
  * sums are never stored. */
 typedef struct {
     int64_t rows, padded_rows, words;
+    void *row;       /* of floats: memory for one row */
     int64_t group;   /* columns that share their scales: 64, or fewer where the type has smaller groups */
-    void *codes;     /* int8, or int16 where the tier multiplies those */
+    void *codes;     /* int8, or int16 where the tier multiplies those; bfloat16 or float32 */
     int32_t *starts; /* [words · 64 / group, rounded up][padded_rows]: what sums begin with */
     float *scales;   /* the same shape: scales of the groups; NULL: the type has none */
 } sct_tile;
@@ -72,7 +75,12 @@ typedef struct {
 
 SCT_HIDDEN extern const sct_blocks sct_blocks_amx, sct_blocks_avx512, sct_blocks_avx2;
 SCT_HIDDEN extern const sct_blocks sct_blocks_i8mm, sct_blocks_neon;
-SCT_HIDDEN const sct_blocks *sct_blocks_code(void); /* NULL: none */
+SCT_HIDDEN extern const sct_blocks sct_blocks_bfloats_amx, sct_blocks_bfloats_avx512;
+SCT_HIDDEN extern const sct_blocks sct_blocks_float32_avx512, sct_blocks_float32_avx2,
+    sct_blocks_float32_neon;
+
+/* For values of a type; NULL: none. `exact`: activations meet bfloat16 values in float32. */
+SCT_HIDDEN const sct_blocks *sct_blocks_for(int64_t type, int exact);
 
 /* Where four columns, number `four` of a block of k words, lie in its shares, `pitch` apart. */
 SCT_INLINE int64_t sct_place_of(int64_t four, int64_t k, int64_t pitch) {

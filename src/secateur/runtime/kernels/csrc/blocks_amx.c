@@ -18,7 +18,7 @@
 SCT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,bmi,bmi2,"
                  "amx-tile,amx-int8")
 
-#include "blocks_avx512.inc"
+#include "blocks_avx512_bytes.inc"
 
 /* The shapes of the eight tiles: sums 0 to 3, codes 4 and 5, panels 6 and 7. */
 static void begin(int64_t group) {

@@ -18,61 +18,7 @@
 
 SCT_TARGET_BEGIN("avx2,fma,popcnt,bmi,bmi2")
 
-/* x[i][j] to x[j][i]. */
-SCT_INLINE void transpose(__m256i x[8]) {
-    __m256i a[8];
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) { /* within halves of a register: 4 × 4 */
-        const __m256i low = _mm256_unpacklo_epi32(x[i], x[i + 1]);
-        const __m256i high = _mm256_unpackhi_epi32(x[i], x[i + 1]);
-        const __m256i low_after = _mm256_unpacklo_epi32(x[i + 2], x[i + 3]);
-        const __m256i high_after = _mm256_unpackhi_epi32(x[i + 2], x[i + 3]);
-        a[i] = _mm256_unpacklo_epi64(low, low_after);
-        a[i + 1] = _mm256_unpackhi_epi64(low, low_after);
-        a[i + 2] = _mm256_unpacklo_epi64(high, high_after);
-        a[i + 3] = _mm256_unpackhi_epi64(high, high_after);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* halves among registers */
-        x[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-        x[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    }
-}
-
-static void interleave(const uint32_t *from, int64_t count, uint32_t *to) {
-    for (int64_t at = 0; at < count; at += 8) {
-        __m256i x[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-            x[i] = _mm256_load_si256((const __m256i *)(from + i * SCT_SPREAD / 2 + at));
-        transpose(x);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)(to + (at + i) * 8), x[i]);
-    }
-}
-
-SCT_INLINE void store(const float *sums, int64_t pitch, int64_t row, int64_t rows, int64_t token,
-                      int64_t tokens, const sct_sink *sink) {
-    for (int64_t first = 0; first < rows; first += 8) {
-        const int64_t count = rows - first < 8 ? rows - first : 8;
-        float y[8][8] __attribute__((aligned(32)));
-        __m256i x[8];
-        for (int i = 0; i < 8; i++) {
-            const float scale = i >= count ? 0.0f : sink->row_scale ? sink->row_scale[row + first + i] : 1.0f;
-            const __m256 sum = _mm256_load_ps(sums + (first + i) * pitch);
-            x[i] = _mm256_castps_si256(_mm256_mul_ps(sum, _mm256_set1_ps(scale)));
-        }
-        transpose(x);
-        for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)y[i], x[i]);
-        for (int64_t i = 0; i < tokens; i++) {
-            const int64_t to = (token + i) * sink->stride + row + first;
-            for (int64_t r = 0; r < count; r++) {
-                if (sink->type == SCT_BFLOAT16) ((uint16_t *)sink->y)[to + r] = sct_to_bfloat(y[i][r]);
-                else ((float *)sink->y)[to + r] = y[i][r];
-            }
-        }
-    }
-}
+#include "blocks_avx2.inc"
 
 SCT_INLINE __m256i two(const int16_t *codes) {
     int32_t word;

@@ -19,7 +19,7 @@
 
 SCT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,bmi,bmi2")
 
-#include "blocks_avx512.inc"
+#include "blocks_avx512_bytes.inc"
 
 SCT_INLINE __m512i four(const int8_t *codes) {
     int32_t word;

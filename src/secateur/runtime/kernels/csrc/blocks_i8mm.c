@@ -7,7 +7,7 @@
 
 SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod+i8mm")
 
-#include "blocks_neon.inc"
+#include "blocks_neon_bytes.inc"
 
 /* Eight columns of the two pairs of tokens of a panel. */
 SCT_INLINE void token_pairs(const char *panel, int8x16_t pairs[2]) {

@@ -7,7 +7,7 @@
 
 SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
-#include "blocks_neon.inc"
+#include "blocks_neon_bytes.inc"
 
 /* Four columns of eight rows and two panels: those in `lane` of the codes. */
 #define FOUR_COLUMNS(lane)                                                             \

@@ -7,7 +7,7 @@
 typedef struct {
     const char *name;
     const sct_tier_code *code;
-    const sct_blocks *blocks;
+    const sct_blocks *integers, *bfloats, *float32; /* `bfloats` may be NULL */
 } sct_tier_entry;
 
 int sct_abi(void) { return SCT_ABI; }
@@ -21,11 +21,13 @@ int sct_abi(void) { return SCT_ABI; }
 
 static const sct_tier_entry all[] = {
 #if defined(SCT_HAS_AMX)
-    {"amx", &sct_code_avx512bf16, &sct_blocks_amx},
+    {"amx", &sct_code_avx512bf16, &sct_blocks_amx, &sct_blocks_bfloats_amx,
+     &sct_blocks_float32_avx512},
 #endif
-    {"avx512bf16", &sct_code_avx512bf16, &sct_blocks_avx512},
-    {"avx512", &sct_code_avx512, &sct_blocks_avx512},
-    {"avx2", &sct_code_avx2, &sct_blocks_avx2},
+    {"avx512bf16", &sct_code_avx512bf16, &sct_blocks_avx512, &sct_blocks_bfloats_avx512,
+     &sct_blocks_float32_avx512},
+    {"avx512", &sct_code_avx512, &sct_blocks_avx512, NULL, &sct_blocks_float32_avx512},
+    {"avx2", &sct_code_avx2, &sct_blocks_avx2, NULL, &sct_blocks_float32_avx2},
 };
 
 /* Linux wants to be asked before the tiles are used: their state is large. */
@@ -34,8 +36,8 @@ static int may_use_tiles(void) {
     const long request_permission = 0x1023, tile_data = 18;
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    const int tiles = d >> 24 & 1, int8 = d >> 25 & 1;
-    return tiles && int8 && !syscall(SYS_arch_prctl, request_permission, tile_data);
+    const int bf16 = d >> 22 & 1, tiles = d >> 24 & 1, int8 = d >> 25 & 1;
+    return tiles && int8 && bf16 && !syscall(SYS_arch_prctl, request_permission, tile_data);
 #else
     return 0;
 #endif
@@ -59,8 +61,8 @@ static int can(const char *tier) {
 #endif
 
 static const sct_tier_entry all[] = {
-    {"neon-i8mm", &sct_code_neon, &sct_blocks_i8mm},
-    {"neon", &sct_code_neon, &sct_blocks_neon},
+    {"neon-i8mm", &sct_code_neon, &sct_blocks_i8mm, NULL, &sct_blocks_float32_neon},
+    {"neon", &sct_code_neon, &sct_blocks_neon, NULL, &sct_blocks_float32_neon},
 };
 
 static int can(const char *tier) {
@@ -77,12 +79,12 @@ static int can(const char *tier) {
 
 #else
 
-static const sct_tier_entry all[] = {{NULL, NULL, NULL}};
+static const sct_tier_entry all[] = {{NULL}};
 static int can(const char *tier) { (void)tier; return 0; }
 
 #endif
 
-static const sct_tier_entry none = {"none", NULL, NULL};
+static const sct_tier_entry none = {"none", NULL, NULL, NULL, NULL};
 static const sct_tier_entry *chosen; /* NULL: not decided yet */
 
 int sct_use_tier(const char *tier) {
@@ -103,4 +105,9 @@ static const sct_tier_entry *active(void) {
 
 const char *sct_tier(void) { return active()->name; }
 const sct_tier_code *sct_code(void) { return active()->code; }
-const sct_blocks *sct_blocks_code(void) { return active()->blocks; }
+
+const sct_blocks *sct_blocks_for(int64_t type, int exact) {
+    const sct_tier_entry *tier = active();
+    if (type == SCT_INT8 || type == SCT_INT4) return tier->integers;
+    return type == SCT_BFLOAT16 && !exact && tier->bfloats ? tier->bfloats : tier->float32;
+}

@@ -234,7 +234,8 @@ static void activate_piece(void *context, int thread, int threads) {
 static void multiply_piece(sct_piece *p, const sct_matrix *m, const float *x, int64_t x_stride,
                            float *y, int64_t y_stride, const sct_matrix *before) {
     const int known = before && before->type == m->type;
-    sct_prompt_in(p->blocks, m, SCT_FLOAT32, x, x_stride, y, y_stride, p->tokens, known);
+    sct_prompt_in(p->blocks, m, SCT_FLOAT32, x, x_stride, y, y_stride, p->tokens,
+                  (int)p->d->exact, known);
 }
 
 static void to_residual(sct_piece *p, const sct_matrix *m, int64_t from, const float *bias,
@@ -277,7 +278,7 @@ static size_t bytes_of_blocks(const sct_decoder *d, int64_t tokens) {
         const sct_matrix *all[] = {&layer->q,    &layer->k,  &layer->v,   &layer->o,
                                    &layer->gate, &layer->up, &layer->down};
         for (int i = 0; i < 7; i++) {
-            const size_t bytes = sct_prompt_bytes(all[i], tokens);
+            const size_t bytes = sct_prompt_bytes(all[i], tokens, (int)d->exact);
             if (!bytes) return 0;
             most = bytes > most ? bytes : most;
         }

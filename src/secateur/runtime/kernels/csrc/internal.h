@@ -116,12 +116,13 @@ SCT_INLINE int64_t sct_next_block(int64_t words, int64_t left) {
     return words;
 }
 
-/* `sct_prompt` in memory of the caller, of so many bytes; 0: this tier or type has no such kernel.
- * `known`: it holds the rounded activations already, those of the call before. */
-SCT_HIDDEN size_t sct_prompt_bytes(const sct_matrix *matrix, int64_t tokens);
+/* `sct_prompt` in memory of the caller, of so many bytes; 0: this tier has no such kernel.
+ * `exact`: activations meet bfloat16 values in float32. `known`: the memory holds the panels of the
+ * activations already, those of the call before. */
+SCT_HIDDEN size_t sct_prompt_bytes(const sct_matrix *matrix, int64_t tokens, int exact);
 SCT_HIDDEN void sct_prompt_in(char *memory, const sct_matrix *matrix, int64_t x_type, const void *x,
                               int64_t x_stride, void *y, int64_t y_stride, int64_t tokens,
-                              int known);
+                              int exact, int known);
 
 /* First row of part `part` of `parts`, so that all parts have about as many values. Always even,
  * because rows of int4 come in pairs. */

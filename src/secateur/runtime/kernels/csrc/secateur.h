@@ -69,10 +69,8 @@ int sct_set_threads(int threads); /* what was really started */
 int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t batch);
 
-/* The same for any number of tokens, for values of int8 and int4: activations are rounded as there,
- * and
- * blocks of the matrix are multiplied as integers. Returns 0, or -1 if memory ran out, this tier
- * has no such kernel, or the values are of another type. */
+/* The same for any number of tokens, with blocks of the matrix: activations are rounded as there.
+ * Returns 0, or -1 if memory ran out or this tier has no kernel. */
 int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
                int64_t y_stride, int64_t tokens);
 
@@ -129,10 +127,9 @@ typedef struct {
 int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
                int64_t tokens, int64_t answers, float *logits);
 
-/* Any number of tokens that follow each other in a slot, from position `first` on, where all matrices
- * of the layers have values of int8 or int4; the head may have others. They pass a layer together, up
- * to 512 at once. logits [answers, vocabulary] are those of the last `answers` tokens. Returns 0, or
- * -1 if memory ran out, or this tier or a matrix has no products by blocks. */
+/* Any number of tokens that follow each other in a slot, from position `first` on. They pass a layer
+ * together, up to 512 at once. logits [answers, vocabulary] are those of the last `answers` tokens.
+ * Returns 0, or -1 if memory ran out or this tier has no kernels. */
 int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
              int64_t tokens, int64_t answers, float *logits);
 
