@@ -73,10 +73,9 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
     by_tiles(matrix, torch.randn(9, matrix.columns))
-    if matrix.integers:
-        for tokens in (1, 9, 34):
-            by_blocks(matrix, torch.randn(tokens, matrix.columns))
-            by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
+    for tokens in (1, 9, 34):
+        by_blocks(matrix, torch.randn(tokens, matrix.columns))
+        by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
     if matrix.rows > 2:
         matrix.tile(1, matrix.rows - 1)
 

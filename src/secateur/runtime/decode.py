@@ -4,8 +4,7 @@ At a hundred million to a billion parameters, launching some three hundred small
 token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
 grouped queries, SwiGLU; biases and norms of queries and keys where the family has them), one call
 (`csrc/decode.c`) computes up to eight tokens, on matrices as they are stored. Every sequence has a
-slot of the caches. A prompt is one call too where all linears have integer values; where they have
-others it goes through transformers, and the slot keeps its cache.
+slot of the caches. A prompt is one call too, of any number of tokens.
 
 Models that this loop does not take go token by token through transformers' `generate`.
 """
@@ -241,12 +240,6 @@ class SlotDecoder:
         self.capacity, self.lengths = capacity, [0] * slots
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
         self._alive: list[Any] = []
-        self.by_blocks = all(
-            isinstance(module, PackedLinear) and module.rounds_inputs
-            for layer in model.model.layers
-            for module in layer.modules()
-            if isinstance(module, PackedLinear | torch.nn.Linear)
-        )
         attention = model.model.layers[0].self_attn
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.cache_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -347,6 +340,7 @@ class SlotDecoder:
 
         Raises:
             ShapeError: the piece is empty, does not fit in the slot, or is not in the vocabulary.
+            KernelError: memory ran out.
         """
         begin, end = self.lengths[slot], self.lengths[slot] + len(ids)
         if len(ids) == 0 or end > self.capacity:
@@ -354,43 +348,13 @@ class SlotDecoder:
                 f"{len(ids)} tokens after {begin} of a prompt, for a cache of {self.capacity}"
             )
         self.check(ids.tolist())
-        read = self._read_by_blocks if self.by_blocks else self._read_by_transformers
-        logits = read(slot, ids, every=every)
-        self.lengths[slot] = end
-        return logits
-
-    def _read_by_blocks(self, slot: int, ids: Tensor, *, every: bool) -> Tensor:
-        """In one call, with products of integers by blocks."""
         with torch.inference_mode():
             hidden = self.model.get_input_embeddings()(ids).float().contiguous()
         logits = torch.empty(len(ids) if every else 1, self.vocabulary)
-        given = ctypes.byref(self.c), hidden.data_ptr(), slot, self.lengths[slot]
+        given = ctypes.byref(self.c), hidden.data_ptr(), slot, begin
         if kernels().sct_read(*given, len(ids), len(logits), logits.data_ptr()) != 0:
             raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
-        return logits
-
-    def _read_by_transformers(self, slot: int, ids: Tensor, *, every: bool) -> Tensor:
-        """By the model's own forward, whose cache is copied from and to the slot."""
-        begin, end = self.lengths[slot], self.lengths[slot] + len(ids)
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache()  # the model's own cache may drop tokens that leave its window
-        mine = self.cache[:, :, slot]
-        with torch.inference_mode():
-            if begin:
-                for index in range(mine.shape[1]):
-                    keys, values = mine[:, index, None, :, :begin].to(self.dtype)
-                    cache.update(keys, values, index)
-            out = self.model(
-                input_ids=ids[None],
-                use_cache=True,
-                logits_to_keep=0 if every else 1,  # 0 keeps all
-                **given_cache(self.model, cache),
-            )
-            for index, layer in enumerate(cache.layers):
-                mine[0, index, :, begin:end] = layer.keys[0, :, begin:]
-                mine[1, index, :, begin:end] = layer.values[0, :, begin:]
-        logits: Tensor = out.logits[0].float()
+        self.lengths[slot] = end
         return logits
 
     def step(self, tokens: Sequence[Token]) -> Float[Tensor, "answered vocabulary"]:
