@@ -8,16 +8,14 @@
 #include <immintrin.h>
 
 #include "internal.h"
-#include "older_glibc.h"
 
 #define PAIR_BLOCK 16
 #define LANES 8
 
 static uint8_t one_byte[256][8] __attribute__((aligned(64)));   /* 0x80: zero */
 static uint8_t two_byte[256][16] __attribute__((aligned(64)));
-static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void fill_tables(void) {
+SCT_AT_LOAD static void fill_tables(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int place = 0, next = 0; place < 8; place++) {
             int kept = mask >> place & 1;
@@ -32,12 +30,6 @@ SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
 
 #include "batches.inc"
 #include "vector_math.inc"
-
-static void prepare_once(const float *x, int64_t columns, sct_input *in, int64_t b,
-                         sct_input_kind kind) {
-    pthread_once(&once, fill_tables);
-    prepare(x, columns, in, b, kind);
-}
 
 SCT_INLINE float sum_of(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -230,7 +222,6 @@ static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) 
     }
     const int64_t width = m->words * 64;
     const int packed = m->mask != NULL;
-    pthread_once(&once, fill_tables);
     for (int64_t row = begin; row < end; row++) {
         const int64_t start = start_of(m, row, packed);
         const uint16_t *h = (const uint16_t *)m->values + start;
@@ -261,5 +252,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_avx2 = {
     "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx2}, NULL, expand,
-    prepare_once, attend, attend_tiles, silu_times};
+    prepare, attend, attend_tiles, silu_times};
 #endif

@@ -4,12 +4,10 @@
 #include <immintrin.h>
 
 #include "blocks.h"
-#include "older_glibc.h"
 
 static uint8_t places[256][8] __attribute__((aligned(64))); /* 0x80: zero */
-static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void fill_table(void) {
+SCT_AT_LOAD static void fill_table(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int place = 0, next = 0; place < 8; place++)
             places[mask][place] = (uint8_t)(mask >> place & 1 ? next++ : 0x80);
@@ -58,12 +56,10 @@ static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int 
 
 const uint8_t *sct_word_avx2(const uint8_t *v, uint64_t kept, int packed, int high,
                              int8_t out[64]) {
-    pthread_once(&once, fill_table);
     return one_word(v, kept, packed, high, out);
 }
 
 const uint8_t *sct_places_avx2(void) {
-    pthread_once(&once, fill_table);
     return places[0];
 }
 
@@ -181,12 +177,10 @@ SCT_ROWS(rows, pairs)
 
 void sct_rows_int4_avx2(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
                         float *y, int64_t y_stride) {
-    pthread_once(&once, fill_table);
     rows(m, in, begin, end, y, y_stride);
 }
 
 void sct_expand_int4_avx2(const sct_matrix *m, int64_t begin, int64_t end, void *tile) {
-    pthread_once(&once, fill_table);
     if (m->mask) expand_rows(m, begin, end, tile, 1);
     else expand_rows(m, begin, end, tile, 0);
 }

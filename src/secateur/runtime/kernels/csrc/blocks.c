@@ -1,6 +1,5 @@
 /* A linear for many tokens: activations into panels, then rows block by block. */
 #include <stdatomic.h>
-#include <stdlib.h>
 
 #include "blocks.h"
 
@@ -102,9 +101,9 @@ int sct_prompt(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
                int64_t y_stride, int64_t tokens) {
     const int exact = x_type == SCT_FLOAT32;
     const size_t bytes = sct_prompt_bytes(m, tokens, exact);
-    char *memory = bytes ? aligned_alloc(64, bytes) : NULL;
+    char *memory = bytes ? sct_memory(bytes) : NULL;
     if (!memory) return -1;
     sct_prompt_in(memory, m, x_type, x, x_stride, y, y_stride, tokens, exact, 0);
-    free(memory);
+    sct_free(memory);
     return 0;
 }

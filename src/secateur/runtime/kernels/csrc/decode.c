@@ -9,7 +9,6 @@
  * copy of what all of them read (norms, rounded activations: some microseconds of arithmetic
  * instead of a barrier) and its own share of rows.
  */
-#include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
@@ -167,14 +166,14 @@ int sct_decode(const sct_decoder *d, const float *hidden, const sct_token *token
     c.own_bytes = c.input_bytes + rounded(4 * (size_t)(tokens * c.widest));
     const size_t shared = 4 * (size_t)(tokens * c.at.floats);
     const size_t own = c.own_bytes * (size_t)sct_threads();
-    c.shared = aligned_alloc(64, shared + own + sct_attention_bytes(&attention));
+    c.shared = sct_memory(shared + own + sct_attention_bytes(&attention));
     if (!c.shared) return -1;
     c.own = (char *)c.shared + shared;
     attention_on(&attention, &c.at, c.shared, c.own + own);
     for (int64_t b = 0; b < tokens; b++)
         memcpy(vector(&c, c.at.x, b), hidden + b * d->hidden, sizeof(float) * (size_t)d->hidden);
     sct_parallel(run, &c);
-    free(c.shared);
+    sct_free(c.shared);
     return 0;
 }
 
@@ -297,7 +296,7 @@ int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t fi
     p.widest = padded(d->hidden);
     const size_t vectors = 4 * (size_t)(most * p.at.floats), wide = 4 * (size_t)(most * p.widest);
     const size_t own = sct_attention_bytes(&p.attention);
-    char *memory = aligned_alloc(64, vectors + wide + own + blocks);
+    char *memory = sct_memory(vectors + wide + own + blocks);
     if (!memory) return -1;
     p.shared = (float *)memory;
     p.wide = (float *)(memory + vectors);
@@ -320,6 +319,6 @@ int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t fi
                                 left < SCT_MAX_BATCH ? left : SCT_MAX_BATCH);
         }
     }
-    free(memory);
+    sct_free(memory);
     return status;
 }

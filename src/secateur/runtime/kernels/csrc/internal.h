@@ -5,10 +5,19 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #include "secateur.h"
 
+#if defined(_WIN32)
+#define SCT_HIDDEN /* nothing is exported but what is marked so */
+#else
 #define SCT_HIDDEN __attribute__((visibility("hidden")))
+#endif
+#define SCT_AT_LOAD __attribute__((constructor)) /* for what any processor can run */
 #define SCT_INLINE static inline __attribute__((always_inline))
 
 /* Code for one instruction set, whatever the rest of the library is compiled for. */
@@ -99,6 +108,22 @@ SCT_INLINE sct_input_kind sct_kind(const sct_tier_code *code, int64_t type, int 
 
 SCT_INLINE sct_rows *sct_rows_for(const sct_tier_code *code, int64_t type, sct_input_kind kind) {
     return kind == SCT_IN_BFLOAT ? code->rows_bfloat : code->rows[type];
+}
+
+/* Memory that begins at a multiple of 64; NULL if there is none. */
+SCT_INLINE void *sct_memory(size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, 64);
+#else
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+#endif
+}
+SCT_INLINE void sct_free(void *memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
 }
 
 /* Memory for the activations of a matrix, and its use. */

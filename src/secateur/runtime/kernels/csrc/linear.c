@@ -1,5 +1,4 @@
 /* One linear: activations prepared, rows shared out among the threads. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
@@ -89,7 +88,7 @@ int sct_linear(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
     const sct_input_kind kind = sct_kind(code, m->type, x_type == SCT_FLOAT32);
     const size_t in_bytes = sct_input_bytes(m, batch, kind);
     const size_t out_bytes = rounded(4 * (size_t)batch * (size_t)m->rows);
-    char *scratch = aligned_alloc(64, in_bytes + out_bytes + rounded(4 * (size_t)padded));
+    char *scratch = sct_memory(in_bytes + out_bytes + rounded(4 * (size_t)padded));
     if (!scratch) return -1;
     sct_input in;
     sct_input_place(&in, scratch, m, batch, kind);
@@ -111,7 +110,7 @@ int sct_linear(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
             if (x_type == SCT_BFLOAT16) ((uint16_t *)y)[b * y_stride + r] = sct_to_bfloat(value);
             else ((float *)y)[b * y_stride + r] = value;
         }
-    free(scratch);
+    sct_free(scratch);
     return 0;
 }
 

@@ -3,7 +3,6 @@
 #include <arm_neon.h>
 
 #include "internal.h"
-#include "older_glibc.h"
 
 #define PAIR_BLOCK 2 /* pairs are in their natural order */
 #define LANES 8
@@ -16,10 +15,11 @@ SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 
 #include "int4.inc"
 
-static sct_shuffles shuffles;
-static pthread_once_t once = PTHREAD_ONCE_INIT;
+SCT_TARGET_END
 
-static void fill_tables(void) {
+static sct_shuffles shuffles;
+
+SCT_AT_LOAD static void fill_tables(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int place = 0, next = 0; place < 8; place++) {
             const int kept = mask >> place & 1;
@@ -32,10 +32,9 @@ static void fill_tables(void) {
         }
 }
 
-const sct_shuffles *sct_neon_shuffles(void) {
-    pthread_once(&once, fill_tables);
-    return &shuffles;
-}
+SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+
+const sct_shuffles *sct_neon_shuffles(void) { return &shuffles; }
 
 SCT_INLINE int64_t start_of(const sct_matrix *m, int64_t row, int packed) {
     return packed ? m->offsets[row] : row * m->stride;

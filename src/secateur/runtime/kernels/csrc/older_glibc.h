@@ -20,7 +20,6 @@
 #define SCT_VERSION(name, version) __asm__(".symver " #name "," #name "@GLIBC_" version)
 SCT_VERSION(pthread_create, SCT_FIRST);
 SCT_VERSION(pthread_join, SCT_FIRST);
-SCT_VERSION(pthread_once, SCT_FIRST);
 SCT_VERSION(pthread_getaffinity_np, SCT_AFFINITY);
 SCT_VERSION(pthread_setaffinity_np, SCT_AFFINITY);
 #endif

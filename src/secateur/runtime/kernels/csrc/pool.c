@@ -9,13 +9,10 @@
  * each worker is therefore bound to one that the caller is not on.
  */
 #define _GNU_SOURCE
-#include <sched.h>
 #include <stdatomic.h>
-#include <stdlib.h>
-#include <unistd.h>
 
 #include "internal.h"
-#include "older_glibc.h"
+#include "system.h"
 
 #define MOST_THREADS 256
 #define SPINS_IDLE 4000
@@ -29,10 +26,10 @@
 #define PAUSE() ((void)0)
 #endif
 
-static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER; /* one call at a time */
-static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;    /* of sleeping and waking */
-static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
-static pthread_t workers[MOST_THREADS];
+static sct_lock callers = SCT_LOCK; /* one call at a time */
+static sct_lock door = SCT_LOCK;    /* of sleeping and waking */
+static sct_bell bell = SCT_BELL;
+static sct_thread workers[MOST_THREADS];
 static int count;                 /* threads, the caller among them; 0 before the first use */
 static sct_work *work;
 static void *context;
@@ -40,30 +37,26 @@ static atomic_uint round_number;  /* of the work; a new number is the signal to 
 static atomic_int unfinished, sleepers, leaving;
 static atomic_int arrived;
 static atomic_uint barrier_round;
-#define UNDECIDED (-1)
-#define NOT_BOUND (-2)
-static int caller_on = UNDECIDED; /* processor of the caller when workers were bound last */
-static int bound_to[MOST_THREADS];
 
 static void spin(int *rounds) {
     PAUSE();
-    if (++*rounds > SPINS_BARRIER) sched_yield();
+    if (++*rounds > SPINS_BARRIER) let_others_run();
 }
 
-static void *serve(void *argument) {
+SCT_THREAD(serve) {
     int thread = (int)(intptr_t)argument;
     unsigned seen = 0;
     for (;;) {
         for (int i = 0; i < SPINS_IDLE && atomic_load(&round_number) == seen; i++) PAUSE();
         if (atomic_load(&round_number) == seen) {
-            pthread_mutex_lock(&door);
+            lock(&door);
             atomic_fetch_add(&sleepers, 1);
-            while (atomic_load(&round_number) == seen) pthread_cond_wait(&bell, &door);
+            while (atomic_load(&round_number) == seen) sleep_at(&bell, &door);
             atomic_fetch_sub(&sleepers, 1);
-            pthread_mutex_unlock(&door);
+            unlock(&door);
         }
         seen++;
-        if (atomic_load(&leaving)) return NULL;
+        if (atomic_load(&leaving)) return SCT_THREAD_END;
         work(context, thread, count);
         atomic_fetch_sub(&unfinished, 1);
     }
@@ -72,62 +65,43 @@ static void *serve(void *argument) {
 static void ring(void) {
     atomic_fetch_add(&round_number, 1);
     if (atomic_load(&sleepers)) {
-        pthread_mutex_lock(&door);
-        pthread_cond_broadcast(&bell);
-        pthread_mutex_unlock(&door);
+        lock(&door);
+        wake_all(&bell);
+        unlock(&door);
     }
 }
 
 /* A fork waits for the call in progress. The child has none of the workers, and locks and bell
  * as they were: it begins anew, with as many threads. */
 static int lost; /* how many it had */
-static void before_fork(void) { pthread_mutex_lock(&callers); }
-static void in_parent(void) { pthread_mutex_unlock(&callers); }
+static int watches_forks;
+#if !defined(_WIN32)
+static void before_fork(void) { lock(&callers); }
+static void in_parent(void) { unlock(&callers); }
 static void in_child(void) {
-    callers = door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-    bell = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    callers = door = SCT_LOCK;
+    bell = SCT_BELL;
     lost = count ? count : lost;
     count = 0;
 }
-static void watch_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-static void dismiss(void) {
-    if (count > 1) {
-        atomic_store(&leaving, 1);
-        ring();
-        for (int i = 1; i < count; i++) pthread_join(workers[i], NULL);
-        atomic_store(&leaving, 0);
-    }
-    count = 0;
-}
-
-static int hire(int wanted) {
-    dismiss();
-    if (wanted < 1) wanted = 1;
-    if (wanted > MOST_THREADS) wanted = MOST_THREADS;
-    atomic_store(&round_number, 0);
-    atomic_store(&sleepers, 0);
-    caller_on = UNDECIDED;
-    pthread_once(&once, watch_forks);
-    for (count = 1; count < wanted; count++)
-        if (pthread_create(&workers[count], NULL, serve, (void *)(intptr_t)count)) break;
-    return count;
-}
+#endif
 
 #if defined(__linux__)
+#define UNDECIDED (-1)
+#define NOT_BOUND (-2)
+static int caller_on = UNDECIDED; /* processor of the caller when workers were bound last */
+static int bound_to[MOST_THREADS];
+
 static void bind_to(int worker, int cpu) {
     cpu_set_t own;
     CPU_ZERO(&own);
     CPU_SET(cpu, &own);
     bound_to[worker] = pthread_setaffinity_np(workers[worker], sizeof own, &own) ? -1 : cpu;
 }
-#endif
 
 /* Give each worker a processor of its own, or, when the caller has moved to that of a worker, the
  * one it left. The caller is never bound: it does other work too. */
 static void bind_workers(void) {
-#if defined(__linux__)
     const int here = sched_getcpu(), left = caller_on;
     cpu_set_t set;
     if (here == left || here < 0 || left == NOT_BOUND) return;
@@ -143,16 +117,35 @@ static void bind_workers(void) {
     }
     for (int cpu = 0, i = 1; cpu < CPU_SETSIZE && i < count; cpu++)
         if (cpu != here && CPU_ISSET(cpu, &set)) bind_to(i++, cpu);
+}
+static void bind_again(void) { caller_on = UNDECIDED; }
+#else /* was not measured there */
+static void bind_workers(void) {}
+static void bind_again(void) {}
 #endif
+
+static void dismiss(void) {
+    if (count > 1) {
+        atomic_store(&leaving, 1);
+        ring();
+        for (int i = 1; i < count; i++) end_thread(workers[i]);
+        atomic_store(&leaving, 0);
+    }
+    count = 0;
 }
 
-static int usual_threads(void) {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
-#endif
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 ? (int)online : 1;
+static int hire(int wanted) {
+    dismiss();
+    if (wanted < 1) wanted = 1;
+    if (wanted > MOST_THREADS) wanted = MOST_THREADS;
+    atomic_store(&round_number, 0);
+    atomic_store(&sleepers, 0);
+    bind_again();
+    if (!watches_forks) SCT_AT_FORK(before_fork, in_parent, in_child);
+    watches_forks = 1;
+    for (count = 1; count < wanted; count++)
+        if (!begin_thread(&workers[count], serve, (void *)(intptr_t)count)) break;
+    return count;
 }
 
 static void be_ready(void) {
@@ -160,22 +153,22 @@ static void be_ready(void) {
 }
 
 int sct_threads(void) {
-    pthread_mutex_lock(&callers);
+    lock(&callers);
     be_ready();
     int found = count;
-    pthread_mutex_unlock(&callers);
+    unlock(&callers);
     return found;
 }
 
 int sct_set_threads(int threads) {
-    pthread_mutex_lock(&callers);
+    lock(&callers);
     int found = hire(threads);
-    pthread_mutex_unlock(&callers);
+    unlock(&callers);
     return found;
 }
 
 void sct_parallel(sct_work *asked, void *asked_context) {
-    pthread_mutex_lock(&callers);
+    lock(&callers);
     be_ready();
     work = asked;
     context = asked_context;
@@ -186,7 +179,7 @@ void sct_parallel(sct_work *asked, void *asked_context) {
     }
     work(context, 0, count);
     for (int rounds = 0; count > 1 && atomic_load(&unfinished);) spin(&rounds);
-    pthread_mutex_unlock(&callers);
+    unlock(&callers);
 }
 
 void sct_barrier(int threads) {

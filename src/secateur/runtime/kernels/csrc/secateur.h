@@ -10,6 +10,12 @@
 
 #define SCT_ABI 7
 
+#if defined(_WIN32)
+#define SCT_API __declspec(dllexport)
+#else
+#define SCT_API __attribute__((visibility("default")))
+#endif
+
 typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_TYPES } sct_type;
 
 /* A weight [rows, columns] = [out, in].
@@ -54,30 +60,30 @@ typedef struct {
 #define SCT_MAX_BATCH 8
 
 /* What the processor can do, and what is used of it: "amx", "avx512bf16", "avx512", "avx2" or "none". */
-int sct_abi(void);
-const char *sct_tier(void);
-int sct_use_tier(const char *tier); /* 0, or -1 if this processor cannot */
+SCT_API int sct_abi(void);
+SCT_API const char *sct_tier(void);
+SCT_API int sct_use_tier(const char *tier); /* 0, or -1 if this processor cannot */
 
 /* Threads of the pool, the caller among them. */
-int sct_threads(void);
-int sct_set_threads(int threads); /* what was really started */
+SCT_API int sct_threads(void);
+SCT_API int sct_set_threads(int threads); /* what was really started */
 
 /* y[b, r] = Σ_c x[b, c] · W[r, c], 1 <= batch <= 8. x and y are both float32, or both bfloat16
  * (x_type), their rows `x_stride` and `y_stride` elements apart. float32 activations meet bfloat16
  * values in float32. Values of int8 and int4 meet activations that are rounded to int8 with one
  * scale for each 64 of them. Returns 0, or -1 if memory ran out or this tier has no kernel. */
-int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
-               int64_t y_stride, int64_t batch);
+SCT_API int sct_linear(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride,
+                       void *y, int64_t y_stride, int64_t batch);
 
 /* The same for any number of tokens, with blocks of the matrix: activations are rounded as there.
  * Returns 0, or -1 if memory ran out or this tier has no kernel. */
-int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride, void *y,
-               int64_t y_stride, int64_t tokens);
+SCT_API int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, int64_t x_stride,
+                       void *y, int64_t y_stride, int64_t tokens);
 
 /* Rows [begin, end) as a dense tile [end - begin, words · 64]: values as they are, int8 as
  * bfloat16 integers without their scale, int4 as bfloat16 with it, which is exact. Returns 0, or -1
  * if this tier has no kernel. */
-int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
+SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
 /* Norms of queries and keys: of each head, weights [head]; of all heads together, weights
  * [heads · head]; of each head less its mean, weights [heads, head]. The first two by the root of the
@@ -124,13 +130,13 @@ typedef struct {
  * call. logits [answers, vocabulary] are those of the first `answers` tokens. What is computed for a
  * token does not depend on the others, but for bfloat16 values, whose sums have another order from
  * 4 tokens on with AVX-512 BF16, from 3 on with AVX2. Returns 0, or -1 if memory ran out. */
-int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
-               int64_t tokens, int64_t answers, float *logits);
+SCT_API int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
+                       int64_t tokens, int64_t answers, float *logits);
 
 /* Any number of tokens that follow each other in a slot, from position `first` on. They pass a layer
  * together, up to 512 at once. logits [answers, vocabulary] are those of the last `answers` tokens.
  * Returns 0, or -1 if memory ran out or this tier has no kernels. */
-int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
-             int64_t tokens, int64_t answers, float *logits);
+SCT_API int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
+                     int64_t tokens, int64_t answers, float *logits);
 
 #endif
