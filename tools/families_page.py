@@ -90,7 +90,7 @@ def row(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
     from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES
-    from secateur.runtime.decode import FAMILIES
+    from secateur.runtime.layer_forms import FORMS
 
     family, model_type = declared(name)
     can = cuts(name, family)
@@ -100,7 +100,7 @@ def row(name: str) -> tuple[str, ...]:
         NO if name in zoo.NOT_RUN else YES,
         *(YES if kind in can else NO for kind in ("layers", "groups", "neurons", "hidden")),
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
-        YES if model_type in FAMILIES else NO,
+        YES if model_type in FORMS else NO,
         YES if model_type in LLAMA_CPP_FAMILIES else NO,
         YES if name in zoo.WITH_EXPERTS else NO,
     )

@@ -80,8 +80,9 @@ static int attention(void) {
 
 static int activation(void) {
     int64_t bytes;
+    const sct_decoder decoder = {.activation = SCT_SILU};
     float *gate = array(&bytes), *up = array(NULL);
-    sct_code()->silu_times(gate, up, bytes / 4);
+    sct_code()->activate(&decoder, gate, up, bytes / 4);
     put(gate, bytes);
     return 0;
 }

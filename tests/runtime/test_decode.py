@@ -14,9 +14,10 @@ from runtime.packed_models import packed_model, pruned_folder, python, settled
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued, why_not
+from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
+from secateur.runtime.layer_forms import why_not
 from slow import slow
 
 pytestmark = [
@@ -265,10 +266,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "family": ("gpt2", {}, "its type is gpt2, not one of llama"),
+    "family": ("gpt2", {}, "its type is gpt2: docs/families.md"),
     "heads": ("llama", {"head_dim": 8}, "its heads are 8 wide"),
     "activation": ("llama", {"head_dim": 16, "hidden_act": "gelu"}, "its activation is gelu"),
-    "bias": ("llama", {"head_dim": 16, "mlp_bias": True}, "its gate projection has a bias"),
     "positions": (
         "llama",
         {

@@ -13,9 +13,10 @@ from torch import nn
 import secateur
 from secateur.errors import SecateurError
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
+from secateur.runtime.layer_forms import FORMS, why_not
 from slow import slow_but
 from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
@@ -24,7 +25,7 @@ DECODER = re.compile(r"^(?!.*(?:vision|visual|audio)).*\b(?:layers|h)\.\d+\.")
 """The names of what is in decoder layers."""
 
 FEW = ("llama", "mamba", "gemma3n_text shared", "gemma3 vision", "deepseek_v3", "gpt_oss")
-TYPES = [name for name in ZOO if config_of(name).model_type in FAMILIES]
+TYPES = [name for name in ZOO if config_of(name).model_type in FORMS]
 """Models of the types that one call for each token decodes."""
 
 
@@ -67,27 +68,60 @@ def test_packed_models_compute_what_dense_ones_compute(name: str, tmp_path: Path
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
-@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
-@pytest.mark.parametrize("name", TYPES)
-def test_one_call_for_each_token_computes_what_the_model_computes(name: str) -> None:
+def with_wide_heads(name: str) -> Any:
+    """A tiny model of random weights whose heads are 16 wide, as the kernels need it."""
     config = config_of(name)
-    config.head_dim = 16  # the kernels' heads are a multiple of 16 wide
+    if getattr(config, "head_dim", None):
+        config.head_dim = 16
+    if not getattr(config, "head_dim", None) or config.model_type == "helium":
+        config.hidden_size = 64
+    if hasattr(config, "n_group"):
+        config.n_group = config.topk_group = 1
     torch.manual_seed(0)
     model = class_of(config).from_config(config, dtype=torch.float32).eval()
-    assert why_not(model, 8) is None
-    decoder, ids = Decoder(model, 8), IDS[0, :7]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms, biases and sinks, which are ones or zeros
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            else:  # so that activations, caps and routers leave the range where they are linear
+                parameter.mul_(3)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer), alpha=0.3)
+    return model
+
+
+@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+@pytest.mark.parametrize("name", TYPES)
+def test_one_call_computes_what_the_model_computes(name: str, tmp_path: Path) -> None:
+    """A token in float32; a prompt in int8, on tokens that leave sliding windows."""
+    model = with_wide_heads(name)
+    ids = tiny_windows(1, 24)[0]
+    assert why_not(model) is None
+    decoder = Decoder(model, 24)
     decoder.prefill(ids[:5])
-    steps = [decoder.step(int(token)) for token in ids[5:]]
+    steps = torch.stack([decoder.step(int(token)) for token in ids[5:]])
     with torch.no_grad():
         expected = model(input_ids=ids[None], use_cache=False).logits[0, 5:]
-    assert float((torch.stack(steps) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert float((steps - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+    secateur.compress(saved(model, tmp_path / "dense"), output=tmp_path / "packed", values="int8")
+    packed = secateur.load(tmp_path / "packed", dtype=torch.float32)
+    slots = SlotDecoder(packed, 24)
+    prompt = slots.read(0, ids, every=True)
+    slots.rewind(0)
+    alone = [slots.step([Token(0, place, int(token))]) for place, token in enumerate(ids)]
+    with torch.no_grad():
+        expected = packed(input_ids=ids[None], use_cache=False).logits[0]
+    for found in (prompt, torch.cat(alone)):
+        assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
-@pytest.mark.parametrize("name", slow_but(FEW[1:], [x for x in ZOO if x not in TYPES]))
+@pytest.mark.parametrize("name", slow_but(FEW[1:-1], [x for x in ZOO if x not in TYPES]))
 def test_other_models_say_why_they_are_decoded_by_transformers(name: str) -> None:
     try:
         reason = why_not(tiny_model(name))
     except ImportError as missing:
         pytest.skip(f"{name}: {str(missing).strip().splitlines()[0]}")
     assert reason is not None
-    assert "its type is" in reason
+    assert reason

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import assign, quiet_transformers, without_weights
 from secateur.quantization.groups import Scales
-from secateur.runtime.decode import FAMILIES, Decoder, why_not
+from secateur.runtime.decode import Decoder
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import settle
 from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.layer_forms import FORMS, why_not
 from secateur.timing import seconds_of
 
 LAYER_BYTES = 768 * 2**20
@@ -126,8 +127,8 @@ class FormatTimer(RandomModel):
     def __init__(
         self, config: Any, stored: WeightFormat, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        if config.model_type not in FAMILIES:
-            raise _cannot(config, f"its type is not one of {', '.join(FAMILIES)}")
+        if config.model_type not in FORMS:
+            raise _cannot(config, f"its type is not one of {', '.join(FORMS)}")
         model = random_model(config, stored)
         reason = why_not(model)
         if reason is not None:

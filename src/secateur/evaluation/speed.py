@@ -45,10 +45,11 @@ from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.measure import Contender
 from secateur.runs.records.measured import TimingEntry
-from secateur.runtime.decode import Decoder, given_cache, why_not
+from secateur.runtime.decode import Decoder, given_cache
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.timing import alternate
 

@@ -231,6 +231,17 @@ class ScaledExperts(OpenExperts):
         return torch.ones(len(self.sent(every[expert])), device=every.device)
 
 
+def opened_form(fused: nn.Module, declared: Experts) -> OpenExperts:
+    """The experts of a fused module as modules, which it does not become.
+
+    Raises:
+        ArchitectureError: it has another form than its family declares.
+    """
+    if not declared.layout.fits(shapes_of(fused)):
+        raise ArchitectureError(f"its experts ({type(fused).__name__}) have an unknown form")
+    return _opened(fused, declared.layout, scaled_inputs=declared.scaled_inputs)
+
+
 def _opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = False) -> OpenExperts:
     """The experts of a fused module; their weights are views of its parameters."""
     parts: list[dict[str, nn.Parameter]] = []

@@ -1,19 +1,17 @@
 """Decodes one or several sequences, without a framework between the operations.
 
 At a hundred million to a billion parameters, launching some three hundred small operations for each
-token costs more than the arithmetic. For decoders of Llama's shape (RMSNorm, rotary positions,
-grouped queries, SwiGLU; biases and norms of queries and keys where the family has them), one call
+token costs more than the arithmetic. For the families of `layer_forms.FORMS`, one call
 (`csrc/decode.c`) computes up to eight tokens, on matrices as they are stored. Every sequence has a
 slot of the caches. A prompt is one call too, of any number of tokens.
 
-Models that this loop does not take go token by token through transformers' `generate`.
+Other models go token by token through transformers' `generate`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,17 +23,9 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.kernels.library import (
-    MAX_BATCH,
-    TYPES,
-    CDecoder,
-    CLayer,
-    CToken,
-    address,
-    kernel_info,
-)
-from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
-from secateur.runtime.kernels.matrix import KernelMatrix, kernels
+from secateur.runtime.kernels.library import MAX_BATCH, CToken
+from secateur.runtime.kernels.matrix import kernels
+from secateur.runtime.layer_forms import Description, why_not
 from secateur.runtime.sampling import Draws
 
 GREEDY = Sampling()
@@ -51,7 +41,7 @@ class Decoder:
             only from where it differs.
 
     Raises:
-        ArchitectureError: the model is not of Llama's shape; `slots.why_not` gives the reason.
+        ArchitectureError: one call cannot decode the model; `why_not` gives the reason.
     """
 
     def __init__(self, model: Any, capacity: int, *, continues: bool = False) -> None:
@@ -136,53 +126,6 @@ def continued(
             logits = steps.step(token)
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Types of transformers whose decoders have Llama's shape."""
-
-ROTARY = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary positions whose angles do not depend on the length of the text."""
-
-_PROJECTIONS = ("q", "k", "v", "o")
-_FEED_FORWARD = ("gate", "up", "down")
-
-
-def why_not(model: Any) -> str | None:
-    """Why a model cannot be decoded in one call for each token; None if it can.
-
-    Args:
-        model: a transformers model, its linears packed or not.
-    """
-    config = model.config
-    if kernel_info().tier == "none":
-        return kernel_info().reason
-    if config.model_type not in FAMILIES:
-        return f"its type is {config.model_type}, not one of {', '.join(FAMILIES)}"
-    if getattr(config, "hidden_act", "silu") != "silu":
-        return f"its activation is {config.hidden_act}"
-    kind = getattr(model.model.rotary_emb, "rope_type", "default")
-    if kind not in ROTARY:
-        return f"its rotary positions are of the kind {kind}"
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        return "it is not on the CPU"
-    if any(isinstance(module, IntegerLinear) for module in model.modules()):
-        return "torch multiplies its integers (kernels=False)"
-    layer = model.model.layers[0]
-    attention = layer.self_attn
-    if attention.head_dim % 16:
-        return f"its heads are {attention.head_dim} wide, not a multiple of 16"
-    if not math.isclose(attention.scaling, attention.head_dim**-0.5):
-        return f"its attention is scaled by {attention.scaling}"
-    for name in _FEED_FORWARD:
-        if getattr(layer.mlp, f"{name}_proj").bias is not None:
-            return f"its {name} projection has a bias"
-    return None
-
-
-def window_of(config: Any, attention: Any) -> int:
-    """How many keys a token of a layer sees, its own among them; 0: all."""
-    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
-
-
 def given_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The argument of a model's forward for the cache; transformers 5.24 renamed it."""
     known = inspect.signature(model.forward).parameters
@@ -222,7 +165,7 @@ class SlotDecoder:
         together: the most tokens of one `step`.
 
     Raises:
-        ArchitectureError: the model is not of Llama's shape; `why_not` gives the reason.
+        ArchitectureError: one call cannot decode the model; `why_not` gives the reason.
     """
 
     together = MAX_BATCH
@@ -235,90 +178,21 @@ class SlotDecoder:
                 where=type(model).__name__,
                 remedy="use model.generate, which works with packed linears too",
             )
-        config = model.config
+        config, attention = model.config, model.model.layers[0].self_attn
         self.model: Any = model
         self.capacity, self.lengths = capacity, [0] * slots
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
-        self._alive: list[Any] = []
-        attention = model.model.layers[0].self_attn
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.cache_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        shape = (2, len(model.model.layers), slots, kv_heads, capacity, attention.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.cache_dtype)
+        layers, kv_heads = len(model.model.layers), config.num_key_value_heads
+        self.cache = torch.zeros(
+            (2, layers, slots, kv_heads, capacity, attention.head_dim), dtype=self.cache_dtype
+        )
         """Keys and values [2, layers, slots, kv heads, capacity, head]."""
-        self.rotary = self.angles(attention.head_dim)
-        layers = (CLayer * len(model.model.layers))(
-            *(self.layer(layer, i) for i, layer in enumerate(model.model.layers))
+        self._description = Description(model, capacity, exact=self.dtype != torch.bfloat16)
+        self.c = self._description.decoder(
+            self.cache_dtype, lambda i: (self.cache[0, i].data_ptr(), self.cache[1, i].data_ptr())
         )
-        self._alive.append(layers)
-        self.c = CDecoder(
-            layers=len(layers),
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=kv_heads,
-            head=attention.head_dim,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            capacity=capacity,
-            cache_type=TYPES[self.cache_dtype],
-            exact=int(self.dtype != torch.bfloat16),
-            epsilon=config.rms_norm_eps,
-            layer=layers,
-            final_norm=self.floats(model.model.norm.weight),
-            head_matrix=self.matrix(model.get_output_embeddings()).c,
-            rotary=attention.head_dim,
-            attention_scale=attention.scaling,
-        )
-        self.vocabulary = config.vocab_size
-
-    def layer(self, layer: Any, index: int) -> CLayer:
-        """The description of one decoder layer for C."""
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = {name: getattr(attention, f"{name}_proj") for name in _PROJECTIONS}
-        linears |= {name: getattr(mlp, f"{name}_proj") for name in _FEED_FORWARD}
-        norms = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
-        return CLayer(
-            **{name: self.matrix(linear).c for name, linear in linears.items()},
-            **{f"{name}_bias": self.floats(linears[name].bias) for name in _PROJECTIONS},
-            input_norm=self.floats(layer.input_layernorm.weight),
-            post_norm=self.floats(layer.post_attention_layernorm.weight),
-            **{name: self.floats(norm and norm.weight) for name, norm in norms.items()},
-            cosine=address(self.rotary[0]),
-            sine=address(self.rotary[1]),
-            window=window_of(self.model.config, attention),
-            keys=address(self.cache[0, index]),
-            values=address(self.cache[1, index]),
-        )
-
-    def matrix(self, linear: Any) -> KernelMatrix:
-        """The matrix of a linear, packed or not; memory is shared where possible."""
-        if isinstance(linear, PackedLinear):
-            matrix = linear.matrix
-        else:
-            weight = linear.weight.detach()
-            matrix = KernelMatrix(weight if weight.dtype in TYPES else weight.float())
-        self._alive.append(matrix)
-        return matrix
-
-    def floats(self, tensor: Tensor | None) -> int | None:
-        """The address of a float32 copy that lives as long as the decoder."""
-        if tensor is None:
-            return None
-        copy = tensor.detach().float().contiguous().clone()
-        self._alive.append(copy)
-        return address(copy)
-
-    def angles(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [capacity, head_dim / 2] of all positions, as the model computes them."""
-        positions = torch.arange(self.capacity)[None]
-        with torch.inference_mode():
-            found = self.model.model.rotary_emb(torch.zeros(1, 1, 1), positions)
-        half = head_dim // 2
-        cosine, sine = (x[0, :, :half].float().contiguous() for x in found)
-        if cosine.shape != (self.capacity, half):
-            raise ArchitectureError("its rotary positions cover only a part of each head")
-        self._alive += [cosine, sine]
-        return cosine, sine
+        self.vocabulary = self.c.vocabulary
 
     def check(self, ids: Sequence[int]) -> None:
         """Refuse tokens that are not in the vocabulary.
@@ -348,14 +222,31 @@ class SlotDecoder:
                 f"{len(ids)} tokens after {begin} of a prompt, for a cache of {self.capacity}"
             )
         self.check(ids.tolist())
-        with torch.inference_mode():
-            hidden = self.model.get_input_embeddings()(ids).float().contiguous()
+        hidden = self._embedded(ids)
         logits = torch.empty(len(ids) if every else 1, self.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), slot, begin
         if kernels().sct_read(*given, len(ids), len(logits), logits.data_ptr()) != 0:
             raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
         self.lengths[slot] = end
-        return logits
+        return self._scaled(logits)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """What the first layer reads [tokens, hidden], float32."""
+        factor = getattr(self.model.model, "embedding_multiplier", 1.0)  # of Granite
+        with torch.inference_mode():
+            found: Tensor = (self.model.get_input_embeddings()(ids) * factor).float()
+        return found.contiguous()
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """The logits as the model gives them, after what follows its head."""
+        config, head = self.model.config, self.model.get_output_embeddings()
+        if head.bias is not None:
+            logits += head.bias.detach()
+        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        if factor != 1.0:
+            logits *= factor
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def step(self, tokens: Sequence[Token]) -> Float[Tensor, "answered vocabulary"]:
         """Append up to eight tokens, of one slot or several; returns logits, float32.
@@ -386,16 +277,14 @@ class SlotDecoder:
             lengths[token.slot] += 1
         ordered = sorted(tokens, key=lambda token: not token.answered)
         answers = sum(token.answered for token in tokens)
-        with torch.inference_mode():
-            ids = torch.tensor([token.id for token in ordered])
-            hidden = self.model.get_input_embeddings()(ids).float().contiguous()
+        hidden = self._embedded(torch.tensor([token.id for token in ordered]))
         places = (CToken * len(ordered))(*((token.slot, token.position) for token in ordered))
         logits = torch.empty(answers, self.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), places
         if kernels().sct_decode(*given, len(ordered), answers, logits.data_ptr()) != 0:
             raise KernelError(f"{len(tokens)} tokens could not be decoded: memory ran out")
         self.lengths = lengths
-        return logits
+        return self._scaled(logits)
 
     def rewind(self, slot: int, length: int = 0) -> None:
         """Forget the tokens of a slot from a position on.

@@ -16,7 +16,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of
-from secateur.runtime.decode import SlotDecoder, why_not
+from secateur.runtime.decode import SlotDecoder
+from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
 from secateur.serving.scheduler import Engine, PrefixCache, Scheduler, TransformersEngine

@@ -19,7 +19,8 @@ from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
-from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued, why_not
+from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued
+from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
 

@@ -53,38 +53,55 @@ class CMatrix(ctypes.Structure):
     )
 
 
+class CNorm(ctypes.Structure):
+    """`sct_norm_weights`: a norm over hidden, or none."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER))
+
+
+class CFeedForward(ctypes.Structure):
+    """`sct_ffn`: the matrices of a feed-forward."""
+
+    _fields_ = (
+        *((name, CMatrix) for name in ("gate", "up", "down")),
+        *((f"{name}_bias", _POINTER) for name in ("gate", "up", "down")),
+    )
+
+
 class CLayer(ctypes.Structure):
     """`sct_layer`: one decoder layer."""
 
     _fields_ = (
-        *((name, CMatrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        ("input_norm", _POINTER),
-        ("post_norm", _POINTER),
+        *((name, CMatrix) for name in ("q", "k", "v", "o")),
+        *((name, CNorm) for name in ("attention_in", "attention_out", "ffn_in", "ffn_out")),
         *((f"{name}_bias", _POINTER) for name in ("q", "k", "v", "o")),
-        ("q_norm", _POINTER),
-        ("k_norm", _POINTER),
-        ("cosine", _POINTER),
-        ("sine", _POINTER),
+        *((name, _POINTER) for name in ("q_norm", "k_norm", "cosine", "sine")),
         ("window", _I64),
-        ("sinks", _POINTER),
-        ("keys", _POINTER),
-        ("values", _POINTER),
+        *((name, _POINTER) for name in ("sinks", "keys", "values")),
+        ("ffn", CFeedForward),
+        ("experts", _I64),
+        ("expert", ctypes.POINTER(CFeedForward)),
+        ("router", CMatrix),
+        *((name, _POINTER) for name in ("router_bias", "correction", "shared_gate")),
     )
 
 
 class CDecoder(ctypes.Structure):
-    """`sct_decoder`: all layers, embedding, head and buffers."""
+    """`sct_decoder`: all layers, the head and what layers have in common."""
 
     _fields_ = (
-        *(
-            (name, _I64)
-            for name in ("layers", "hidden", "heads", "kv_heads", "head", "intermediate")
-        ),
+        *((name, _I64) for name in ("layers", "hidden", "heads", "kv_heads", "head")),
         *((name, _I64) for name in ("vocabulary", "capacity", "cache_type", "exact")),
         ("epsilon", _FLOAT),
         ("layer", ctypes.POINTER(CLayer)),
-        ("final_norm", _POINTER),
+        ("final_norm", CNorm),
         ("head_matrix", CMatrix),
+        *((name, _I64) for name in ("centered", "parallel")),
+        ("residual", _FLOAT),
+        ("activation", _I64),
+        *((name, _FLOAT) for name in ("alpha", "limit")),
+        *((name, _I64) for name in ("chosen", "router_sigmoid", "normalise")),
+        ("routed_scale", _FLOAT),
         *((name, _I64) for name in ("rotary", "interleaved", "qk_norm", "norm_rotated")),
         *((name, _FLOAT) for name in ("attention_scale", "softcap", "clip")),
     )

@@ -163,6 +163,30 @@ class KernelMatrix:
         )
         self.pointer = ctypes.addressof(self.c)
 
+    def rows_between(self, begin: int, end: int) -> CMatrix:
+        """The description of some rows, for C; this matrix must outlive it.
+
+        Args:
+            begin: the first row, even, because rows of int4 come in pairs.
+            end: the row after the last.
+        """
+        assert begin % 2 == 0
+        c, paired = CMatrix.from_buffer_copy(self.c), self.group is not None
+        c.rows = end - begin
+        if self.mask is None:
+            width = self.values.element_size() * self.words * WORD
+            c.values = self.values.data_ptr() + begin * width // (2 if paired else 1)
+        else:
+            assert self.offsets is not None
+            c.mask = self.mask.data_ptr() + begin * self.words * WORD // 8
+            c.offsets = self.offsets.data_ptr() + 8 * (begin // 2 if paired else begin)
+        if self.scale is not None:
+            c.scale = self.scale.data_ptr() + 4 * begin
+        if self.scales is not None:
+            c.scales = self.scales.code.data_ptr() + begin * self.scales.code.shape[1]
+            c.exponents = self.scales.exponent.data_ptr() + begin
+        return c
+
     def __deepcopy__(self, memo: object) -> KernelMatrix:
         """Return the matrix itself: copied models share their matrices, which never change."""
         return self

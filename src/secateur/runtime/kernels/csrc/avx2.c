@@ -252,5 +252,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_avx2 = {
     "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx2}, NULL, expand,
-    prepare, attend, attend_tiles, silu_times};
+    prepare, attend, attend_tiles, activate};
 #endif

@@ -304,7 +304,7 @@ SCT_TARGET_END
 
 #define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx512}
 
-const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, attend_tiles, silu_times};
+const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, attend_tiles, activate};
 const sct_tier_code sct_code_avx512bf16 = {"avx512bf16", ROWS,   rows_bfloats, expand,
-                                           prepare,      attend, attend_tiles, silu_times};
+                                           prepare,      attend, attend_tiles, activate};
 #endif

@@ -90,7 +90,8 @@ typedef struct {
     void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
     void (*attend)(const sct_queries *); /* one token and head; memory: its position + 1 floats */
     void (*attend_tiles)(const sct_queries *);
-    void (*silu_times)(float *gate, const float *up, int64_t count); /* gate = silu(gate) · up */
+    /* x = act(x) · up, or act(x) without up, as `activation` says */
+    void (*activate)(const sct_decoder *, float *x, const float *up, int64_t count);
 } sct_tier_code;
 
 SCT_HIDDEN sct_rows sct_rows_int4_avx512, sct_rows_int4_avx2;

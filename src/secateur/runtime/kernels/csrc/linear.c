@@ -43,7 +43,8 @@ int64_t sct_first_row(const sct_matrix *m, int64_t part, int64_t parts) {
     if (!m->mask) return m->rows * part / parts & ~(int64_t)1;
     const int64_t together = m->type == SCT_INT4 ? 2 : 1;
     int64_t low = 0, high = (m->rows + together - 1) / together;
-    const int64_t wanted = m->offsets[high] / parts * part;
+    const int64_t first = m->offsets[0]; /* of some rows of a larger matrix it is not 0 */
+    const int64_t wanted = first + (m->offsets[high] - first) / parts * part;
     while (low < high) { /* the first row or pair that begins at or after the wanted value */
         int64_t middle = (low + high) / 2;
         if (m->offsets[middle] < wanted) low = middle + 1;

@@ -267,5 +267,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_neon = {
     "neon", {rows_floats, rows_pairs, rows_halves, rows_bytes, rows_fours}, NULL, expand,
-    prepare, attend, attend_tiles, silu_times};
+    prepare, attend, attend_tiles, activate};
 #endif

@@ -90,26 +90,56 @@ SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, voi
  * mean square. */
 typedef enum { SCT_NORM_HEAD, SCT_NORM_WHOLE, SCT_NORM_LAYER } sct_qk_norm;
 
-/* A decoder of Llama's shape, and tokens through it. */
+/* Between the matrices of a feed-forward: act(gate) · up, or act(up) without a gate.
+ * SCT_CLAMPED: (up + 1) · gate · sigmoid(alpha · gate), both clamped to `limit` before. */
+typedef enum { SCT_SILU, SCT_GELU_TANH, SCT_RELU_SQUARED, SCT_CLAMPED } sct_activation;
+
+/* A norm over hidden; there is none where `weight` is NULL. `bias` may be NULL. */
 typedef struct {
-    sct_matrix q, k, v, o, gate, up, down;
-    const float *input_norm, *post_norm;           /* [hidden] */
+    const float *weight, *bias;
+} sct_norm_weights;
+
+typedef struct {
+    sct_matrix gate, up, down; /* gate.rows 0: no gate */
+    const float *gate_bias, *up_bias, *down_bias; /* or NULL */
+} sct_ffn;
+
+/* A decoder layer; csrc/decode.h says what it computes. */
+typedef struct {
+    sct_matrix q, k, v, o;
+    sct_norm_weights attention_in, attention_out, ffn_in, ffn_out;
     const float *q_bias, *k_bias, *v_bias, *o_bias; /* or NULL */
     const float *q_norm, *k_norm; /* weights as `qk_norm` of the decoder says, or NULL */
     const float *cosine, *sine; /* [capacity, rotary / 2], or NULL: no rotary positions */
     int64_t window;             /* keys that a token sees, its own among them; 0: all */
     const float *sinks; /* [heads], or NULL: a logit in the softmax that has no value */
     void *keys, *values; /* [slots, kv heads, capacity, head] float32 or bfloat16 */
+    sct_ffn ffn;        /* of all tokens; in a mixture the shared expert; up.rows 0: none */
+    int64_t experts;    /* 0: no mixture */
+    const sct_ffn *expert;
+    sct_matrix router;        /* [experts, hidden] */
+    const float *router_bias; /* [experts], or NULL */
+    const float *correction;  /* [experts], or NULL: added to scores for the choice alone */
+    const float *shared_gate; /* [hidden], or NULL: `ffn` has the weight sigmoid(shared_gate · n) */
 } sct_layer;
 
 typedef struct {
-    int64_t layers, hidden, heads, kv_heads, head, intermediate, vocabulary, capacity;
+    int64_t layers, hidden, heads, kv_heads, head, vocabulary, capacity;
     int64_t cache_type;    /* SCT_FLOAT32 or SCT_BFLOAT16 */
     int64_t exact;         /* activations meet bfloat16 values in float32 */
     float epsilon;         /* of the norms */
     const sct_layer *layer;
-    const float *final_norm;
+    sct_norm_weights final_norm;
     sct_matrix head_matrix; /* [vocabulary, hidden] */
+    int64_t centered;       /* norms subtract the mean */
+    int64_t parallel;       /* attention and feed-forward read the same x; then attention_in is there */
+    float residual;         /* what is added to the residual stream is multiplied by it */
+    int64_t activation;     /* sct_activation */
+    float alpha, limit;     /* of SCT_CLAMPED */
+    /* Of mixtures: scores are a softmax or, `router_sigmoid`, a sigmoid of each logit; the `chosen`
+     * largest are the weights of their experts, divided by their sum if `normalise`. */
+    int64_t chosen, router_sigmoid, normalise;
+    float routed_scale; /* the weights are multiplied by it */
     /* Of attention: biases, norms (unless `norm_rotated`), clip, rotation, scores, cap, softmax. */
     int64_t rotary;      /* columns of a head that are rotated, from the first on */
     int64_t interleaved; /* pairs are columns 2i and 2i + 1, not i and i + rotary / 2 */

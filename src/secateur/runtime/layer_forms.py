@@ -1,0 +1,471 @@
+"""How the decoder layers of each family compute, for one call of C for a token or a prompt.
+
+`csrc/decode.h` has the formula of a layer. A `LayerForm` says which norms a family has and where it
+differs from Llama; everything else (sizes, biases, windows, scales, experts) is read from the
+modules of the model. A family that `FORMS` does not name is decoded by transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ArchitectureError
+from secateur.models.architecture import Family, family_of
+from secateur.models.experts import OpenExperts, opened_form
+from secateur.runtime.kernels.library import (
+    TYPES,
+    CDecoder,
+    CFeedForward,
+    CLayer,
+    CMatrix,
+    CNorm,
+    address,
+    kernel_info,
+)
+from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
+from secateur.runtime.kernels.matrix import KernelMatrix
+
+PRE = ("input_layernorm", "", "post_attention_layernorm", "")
+POST = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+BOTH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+def _rotates(attention: Any) -> bool:
+    """SmolLM3 has layers without positions."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """How the decoder layers of a family compute.
+
+    Attributes:
+        norms: the norms before attention, of its output, before the feed-forward, of its output;
+            empty where there is none.
+        parallel: attention and feed-forward read the same hidden states.
+        interleaved: rotary positions rotate columns 2i and 2i + 1, not i and i + half.
+        half_angles: the model's angles are those of half a head.
+        rotated: whether a layer rotates, given its attention.
+        softcap: scores of attention are capped by `attn_logit_softcapping`.
+        qk_norms: the norms of queries and keys.
+        norm_rotated: they come after the rotation.
+        ffn: the feed-forward, or the module that holds router and experts.
+        shared: the expert of all tokens, in `ffn`.
+        sigmoid: the router's scores are sigmoids, not a softmax.
+    """
+
+    norms: tuple[str, str, str, str] = PRE
+    parallel: bool = False
+    interleaved: bool = False
+    half_angles: bool = False
+    rotated: Callable[[Any], bool] = _rotates
+    softcap: bool = False
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    norm_rotated: bool = False
+    ffn: str = "mlp"
+    shared: str = ""
+    sigmoid: bool = False
+
+
+LLAMA = LayerForm()
+PARALLEL = LayerForm(norms=("input_layernorm", "", "", ""), parallel=True)
+COHERE = replace(PARALLEL, interleaved=True)
+HUNYUAN = LayerForm(qk_norms=("query_layernorm", "key_layernorm"), norm_rotated=True)
+INTERLEAVED = LayerForm(interleaved=True)
+SIGMOID = LayerForm(sigmoid=True, shared="shared_experts")
+
+FORMS: Mapping[str, LayerForm] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3", "granite"), LLAMA
+    ),
+    **dict.fromkeys(("cwm", "exaone", "gemma", "internlm3", "arcee", "nemotron", "phi3"), LLAMA),
+    **dict.fromkeys(("starcoder2", "mixtral", "qwen3_moe", "olmoe"), LLAMA),
+    **dict.fromkeys(("glm", "helium", "ernie4_5"), INTERLEAVED),
+    "glm4": replace(
+        INTERLEAVED,
+        norms=(
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
+    ),
+    "stablelm": LayerForm(qk_norms=("q_layernorm", "k_layernorm")),
+    "phi": PARALLEL,
+    "cohere": COHERE,
+    # Full layers have no positions.
+    "cohere2": replace(COHERE, rotated=lambda attention: attention.sliding_window is not None),
+    "gemma2": LayerForm(norms=BOTH, softcap=True),
+    "gemma3_text": LayerForm(norms=BOTH),
+    "vaultgemma": LayerForm(
+        norms=("input_layernorm", "", "pre_feedforward_layernorm", ""), softcap=True
+    ),
+    "olmo2": LayerForm(norms=POST),
+    "olmo3": LayerForm(norms=POST),
+    "exaone4": LayerForm(
+        norms=POST,
+        rotated=lambda attention: attention.sliding_window is None or attention.is_sliding,
+    ),
+    "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": replace(HUNYUAN, shared="shared_mlp"),
+    "qwen2_moe": LayerForm(shared="shared_expert"),
+    "gpt_oss": LayerForm(half_angles=True),
+    "granitemoe": LayerForm(ffn="block_sparse_moe"),
+    "glm4_moe": SIGMOID,
+    "dots1": SIGMOID,
+    "minimax_m2": LayerForm(sigmoid=True),
+    "ernie4_5_moe": LayerForm(interleaved=True, shared="shared_experts"),
+}
+"""The families by the `model_type` of transformers."""
+
+STATIC_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary positions whose angles do not depend on the length of the text."""
+
+ACTIVATIONS: Mapping[str, int] = {
+    "silu": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu_fast": 1,
+    "relu2": 2,
+}
+CLAMPED = 3
+
+_FEED_FORWARDS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),
+    ("", "up_proj", "down_proj"),
+    ("", "c_fc", "c_proj"),
+    ("", "fc1", "fc2"),
+)
+"""Names of the linears of a feed-forward."""
+
+
+def why_not(model: Any) -> str | None:
+    """Why a model cannot be decoded in one call for each token; None if it can.
+
+    Args:
+        model: a transformers model, its linears packed or not.
+    """
+    config = model.config
+    if kernel_info().tier == "none":
+        return kernel_info().reason
+    if config.model_type not in FORMS:
+        return f"its type is {config.model_type}: docs/families.md lists those that can"
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        return "it is not on the CPU"
+    if any(isinstance(module, IntegerLinear) for module in model.modules()):
+        return "torch multiplies its integers (kernels=False)"
+    kinds = getattr(model.model.rotary_emb, "rope_type", "default")
+    for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        if kind not in STATIC_ROTARY:
+            return f"its rotary positions are of the kind {kind}"
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        return f"it has layers of the kind {min(odd)}"
+    if activation_of(config) not in ACTIVATIONS and config.model_type != "gpt_oss":
+        return f"its activation is {activation_of(config)}"
+    if (getattr(config, "n_group", None) or 1) > 1:
+        return "its experts are chosen by groups"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks ahead"
+    attention = model.model.layers[0].self_attn
+    if attention.head_dim % 16:
+        return f"its heads are {attention.head_dim} wide, not a multiple of 16"
+    return None
+
+
+def activation_of(config: Any) -> str:
+    """The name of the activation of the feed-forwards."""
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), "silu")
+
+
+def window_of(config: Any, index: int) -> int:
+    """How many keys a token of a layer sees, its own among them; 0: all."""
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return window if kinds[index] == "sliding_attention" else 0
+    return window if getattr(config, "use_sliding_window", True) else 0
+
+
+@dataclass
+class Description:
+    """A model for C: `csrc/secateur.h` declares the parts.
+
+    Args:
+        model: a transformers model that `why_not` has nothing against.
+        capacity: tokens that fit in a slot of the caches.
+        exact: activations meet bfloat16 values in float32.
+
+    Attributes:
+        form: of its layers.
+        family: that is declared for it.
+        alive: what the description points to.
+    """
+
+    model: Any
+    capacity: int
+    exact: bool
+    form: LayerForm = field(init=False)
+    family: Family | None = field(init=False)
+    alive: list[Any] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.form = FORMS[self.model.config.model_type]
+        self.family = family_of(self.model)
+
+    def decoder(
+        self, cache_dtype: torch.dtype, caches: Callable[[int], tuple[int, int]]
+    ) -> CDecoder:
+        """The whole model.
+
+        Args:
+            cache_dtype: of keys and values.
+            caches: the addresses of keys and values of a layer, by its number.
+        """
+        config, layers = self.model.config, self.model.model.layers
+        attention = layers[0].self_attn
+        final = getattr(self.model.model, "norm", None) or self.model.model.final_layernorm
+        angles = self.angles(attention)
+        described = (CLayer * len(layers))(
+            *(self.layer(layer, i, angles, caches(i)) for i, layer in enumerate(layers))
+        )
+        self.alive.append(described)
+        clamped = config.model_type == "gpt_oss"
+        return CDecoder(
+            layers=len(layers),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head=attention.head_dim,
+            vocabulary=self.model.get_output_embeddings().out_features,
+            capacity=self.capacity,
+            cache_type=TYPES[cache_dtype],
+            exact=int(self.exact),
+            epsilon=epsilon_of(final),
+            layer=described,
+            final_norm=self.norm(final),
+            head_matrix=self.matrix(self.model.get_output_embeddings()).c,
+            centered=int(is_layer_norm(final)),
+            parallel=int(self.form.parallel or getattr(layers[0], "use_parallel_residual", False)),
+            residual=getattr(config, "residual_multiplier", 1.0),
+            activation=CLAMPED if clamped else ACTIVATIONS[activation_of(config)],
+            alpha=getattr(config, "swiglu_alpha", 0.0),
+            limit=getattr(config, "swiglu_limit", 0.0),
+            **self.routing(layers),
+            rotary=2 * next(iter(angles.values()))[0].shape[1],
+            interleaved=int(self.form.interleaved),
+            qk_norm=self.kind_of_qk_norm(attention),
+            norm_rotated=int(self.form.norm_rotated),
+            attention_scale=attention.scaling,
+            softcap=(config.attn_logit_softcapping or 0.0) if self.form.softcap else 0.0,
+            clip=getattr(config, "clip_qkv", None) or 0.0,
+        )
+
+    def layer(
+        self, layer: Any, index: int, angles: Mapping[str, Any], caches: tuple[int, int]
+    ) -> CLayer:
+        """One decoder layer."""
+        attention, config = layer.self_attn, self.model.config
+        names = self.form.norms
+        if getattr(layer, "use_parallel_residual", False):
+            names = (names[0], "", "", "")
+        norms = ("attention_in", "attention_out", "ffn_in", "ffn_out")
+        kinds = getattr(config, "layer_types", None)
+        here = angles.get(kinds[index] if kinds else "", angles.get(""))
+        cosine, sine = here if here and self.form.rotated(attention) else (None, None)
+        return CLayer(
+            **self.projections(attention),
+            **{
+                to: self.norm(getattr(layer, name) if name else None)
+                for to, name in zip(norms, names, strict=True)
+            },
+            **{
+                to: self.qk_norm(getattr(attention, name, None))
+                for to, name in zip(("q_norm", "k_norm"), self.form.qk_norms, strict=True)
+            },
+            cosine=address(cosine),
+            sine=address(sine),
+            window=window_of(config, index),
+            sinks=self.floats(getattr(attention, "sinks", None)),
+            keys=caches[0],
+            values=caches[1],
+            **self.feed_forwards(layer),
+        )
+
+    def projections(self, attention: Any) -> dict[str, Any]:
+        """Matrices and biases of attention; queries, keys and values may lie in one matrix."""
+        head, config = attention.head_dim, self.model.config
+        sizes = [config.num_attention_heads * head, *[config.num_key_value_heads * head] * 2]
+        out = getattr(attention, "o_proj", None) or attention.dense
+        found = {"o": self.matrix(out).c, "o_bias": self.floats(out.bias)}
+        fused, first = getattr(attention, "qkv_proj", None), 0
+        for name, size in zip("qkv", sizes, strict=True):
+            linear = fused or getattr(attention, f"{name}_proj")
+            found[name] = self.rows(linear, first, first + size)
+            found[f"{name}_bias"] = self.bias(linear, first, first + size)
+            first += size if fused else 0
+        return found
+
+    def feed_forwards(self, layer: Any) -> dict[str, Any]:
+        """The feed-forward of a layer, or router, experts and the expert of all tokens."""
+        ffn = getattr(layer, self.form.ffn)
+        declared = self.family.experts if self.family else None
+        path = declared.module.rpartition(".")[2] if declared else "experts"
+        fused = getattr(ffn, path, None)
+        if fused is None or declared is None:
+            return {"ffn": self.feed_forward(ffn)}
+        opened = fused if isinstance(fused, OpenExperts) else opened_form(fused, declared)
+        experts = (CFeedForward * len(opened))(*(self.feed_forward(x) for x in opened))
+        self.alive.append(experts)
+        router = layer.get_submodule(declared.router)
+        shared = getattr(ffn, self.form.shared, None) if self.form.shared else None
+        gate = getattr(ffn, "shared_expert_gate", None)
+        correction = _correction(ffn, router)
+        found = {
+            "experts": len(opened),
+            "expert": experts,
+            "router": self.matrix(router).c,
+            "router_bias": self.floats(getattr(router, "bias", None)),
+            "correction": self.floats(None if correction is None else correction.flatten()),
+            "shared_gate": self.floats(None if gate is None else gate.weight[0]),
+        }
+        return found if shared is None else {**found, "ffn": self.feed_forward(shared)}
+
+    def feed_forward(self, ffn: Any) -> CFeedForward:
+        """One feed-forward, with a gate or without."""
+        gate_name, up_name, down_name = next(
+            names for names in _FEED_FORWARDS if all(hasattr(ffn, x) for x in names if x)
+        )
+        up, down = getattr(ffn, up_name), getattr(ffn, down_name)
+        gate, first = getattr(ffn, gate_name) if gate_name else None, 0
+        found: dict[str, Any] = {"down": self.matrix(down).c, "down_bias": self.floats(down.bias)}
+        if gate is not None:
+            last = up.out_features // 2 if gate is up else up.out_features
+            found["gate"], found["gate_bias"] = self.rows(gate, 0, last), self.bias(gate, 0, last)
+            first = last if gate is up else 0
+        found["up"] = self.rows(up, first, up.out_features)
+        found["up_bias"] = self.bias(up, first, up.out_features)
+        return CFeedForward(**found)
+
+    def routing(self, layers: Any) -> dict[str, Any]:
+        """How the routers of a mixture choose."""
+        declared, config = (self.family.experts if self.family else None), self.model.config
+        if declared is None:
+            return {"routed_scale": 1.0}
+        routers = [m for layer in layers for n, m in layer.named_modules() if n == declared.router]
+        chosen = getattr(routers[0], "top_k", None) or declared.per_token(config)
+        return {
+            "chosen": chosen,
+            "router_sigmoid": int(self.form.sigmoid),
+            "normalise": int(getattr(routers[0], "norm_topk_prob", True)),
+            "routed_scale": getattr(config, "routed_scaling_factor", None) or 1.0,
+        }
+
+    def kind_of_qk_norm(self, attention: Any) -> int:
+        """`sct_qk_norm`."""
+        norm = getattr(attention, self.form.qk_norms[0], None)
+        if norm is None:
+            return 0
+        if hasattr(norm, "norms") or is_layer_norm(norm):
+            return 2
+        return int(norm.weight.numel() != attention.head_dim)
+
+    def qk_norm(self, norm: Any) -> int | None:
+        """The weights of a norm of queries or keys."""
+        if norm is None:
+            return None
+        if hasattr(norm, "norms"):  # one for each head
+            return self.floats(torch.stack([x.weight for x in norm.norms]))
+        return self.floats(norm.weight.detach().float() + self.offset(norm))
+
+    def norm(self, norm: Any) -> CNorm:
+        """A norm over hidden; empty for None."""
+        if norm is None:
+            return CNorm()
+        weight = norm.weight.detach().float() + self.offset(norm)
+        return CNorm(self.floats(weight), self.floats(getattr(norm, "bias", None)))
+
+    def offset(self, norm: Any) -> float:
+        """What a norm adds to its stored weight."""
+        couplings = self.family.couplings if self.family else None
+        return 1.0 if type(norm).__name__.endswith("1P") else getattr(couplings, "norm_offset", 0.0)
+
+    def angles(self, attention: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cosine and sine [capacity, rotary / 2] of all positions, as the model computes them.
+
+        By the kind of layer, where kinds have angles of their own.
+        """
+        rotary, positions = self.model.model.rotary_emb, torch.arange(self.capacity)[None]
+        by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+        kinds = set(self.model.config.layer_types) if by_kind else {""}
+        found = {}
+        for kind in kinds:
+            given = (torch.zeros(1, 1, 1), positions, *([kind] if by_kind else []))
+            with torch.inference_mode():
+                angles = [x[0].float() for x in rotary(*given)]
+            half = angles[0].shape[-1] // (1 if self.form.half_angles else 2)
+            twice = torch.equal(angles[0][:, ::2], angles[0][:, 1::2])
+            pair = [(x[:, ::2] if twice and x.shape[-1] > half else x[:, :half]) for x in angles]
+            found[kind] = (pair[0].contiguous().clone(), pair[1].contiguous().clone())
+            if 2 * half > attention.head_dim or len(pair[0]) != self.capacity:
+                raise ArchitectureError(f"its angles {list(pair[0].shape)} do not fit its heads")
+        self.alive.append(found)
+        return found
+
+    def matrix(self, linear: Any) -> KernelMatrix:
+        """The matrix of a linear, packed or not; memory is shared where possible."""
+        if isinstance(linear, PackedLinear):
+            matrix = linear.matrix
+        else:
+            weight = linear.weight.detach()
+            matrix = KernelMatrix(weight if weight.dtype in TYPES else weight.float())
+        self.alive.append(matrix)
+        return matrix
+
+    def rows(self, linear: Any, begin: int, end: int) -> CMatrix:
+        """Some rows of the matrix of a linear."""
+        return self.matrix(linear).rows_between(begin, end)
+
+    def bias(self, linear: Any, begin: int, end: int) -> int | None:
+        """Some entries of the bias of a linear."""
+        return self.floats(None if linear.bias is None else linear.bias[begin:end])
+
+    def floats(self, tensor: Tensor | None) -> int | None:
+        """The address of a float32 copy that lives as long as the description."""
+        if tensor is None:
+            return None
+        copy = tensor.detach().float().contiguous().clone()
+        self.alive.append(copy)
+        return address(copy)
+
+
+def _correction(ffn: Any, router: Any) -> Tensor | None:
+    """What is added to the scores of experts for the choice alone."""
+    owners = (router, ffn, getattr(router, "moe_statics", None))
+    found = (getattr(owner, "e_score_correction_bias", None) for owner in owners)
+    return next((x for x in found if x is not None), None)
+
+
+def is_layer_norm(norm: Any) -> bool:
+    """Whether a norm subtracts the mean."""
+    name = type(norm).__name__
+    return isinstance(norm, nn.LayerNorm) or ("LayerNorm" in name and "RMS" not in name)
+
+
+def epsilon_of(norm: Any) -> float:
+    """The epsilon of a norm."""
+    names = ("variance_epsilon", "eps")
+    return float(next(getattr(norm, name) for name in names if hasattr(norm, name)))
