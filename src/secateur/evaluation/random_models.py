@@ -116,7 +116,7 @@ class FormatTimer(RandomModel):
     """A random model in our decode loop, whose linears have one format.
 
     Args:
-        config: of transformers, of a decoder of Llama's shape.
+        config: of transformers, of a family in `layer_forms.FORMS`.
         stored: the format of its linears.
         clock: returns seconds.
 

@@ -136,7 +136,7 @@ def time_tokens(
     """Time a model of some sizes in several formats.
 
     Args:
-        config: of transformers, of a decoder of Llama's shape.
+        config: of transformers, of a family in `layer_forms.FORMS`.
         formats: of its linears.
         progress: receives every format.
         file: where measured times are kept; None for the file in the cache.
@@ -212,7 +212,7 @@ def time_matrices(
     """Read the table, and time what it does not have yet.
 
     Args:
-        config: of transformers, of a decoder of Llama's shape.
+        config: of transformers, of a family in `layer_forms.FORMS`.
         shapes: [out, in] of every linear of the model, one entry for each linear.
         formats: how they are stored.
         progress: receives every time.
