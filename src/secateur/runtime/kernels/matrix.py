@@ -23,8 +23,9 @@ The memory of a matrix:
     dense     rows · words · 64 · b / 8
     bitmask   nonzeros · b / 8 + rows · words · 8 + 8 · (rows + 1)
 
-With int8, 4 · rows are added for scales; with int4, a byte for each group of a row and one for each
-row, and a bitmask has one offset for two rows. b is the bits of a value; int3 takes 4 in memory.
+With int8, 4 · rows are added for scales. b is the bits of a value. With int4 (and int3, which takes
+as much in memory) two rows share a mask, an offset, and a byte for each column that either keeps;
+each group of a row adds a byte, and each row one.
 """
 
 from __future__ import annotations
@@ -341,9 +342,9 @@ class PackedCodes:
     """The codes of a matrix for the kernels.
 
     Args:
-        values: uint8; dense [pairs · words · 64], else the kept weights of each pair; then zeros
+        values: uint8; dense [pairs · words · 64], else a byte for each bit of the mask; then zeros
             that kernels may read.
-        mask: uint8 [pairs · words · 2 · 8]; None if dense.
+        mask: uint8 [pairs · words · 8], of what either row keeps; None if dense.
         offsets: where the bytes of each pair begin, int64 [pairs + 1]; None if dense.
         nonzeros: how many weights are stored.
     """
@@ -365,8 +366,8 @@ class PackedCodes:
         pairs, width = -(-rows // 2), _words_of(columns) * WORD
         values = torch.zeros(pairs * width + READ_AHEAD_BYTES, dtype=torch.uint8)
         for first, turned in _turned_rows(codes, group):
-            both = (turned[0::2] & 15) | (turned[1::2] << 4)
-            values[first // 2 * width :][: both.numel()] = both.view(torch.uint8).view(-1)
+            both = _joined(turned).view(-1)
+            values[first // 2 * width :][: both.numel()] = both
         return PackedCodes(values, None, None, rows * columns)
 
     @staticmethod
@@ -378,31 +379,31 @@ class PackedCodes:
             kept: which of them to store, bool [out, in].
             group: weights that share a scale.
         """
-        rows = len(codes)
-        pairs = -(-rows // 2)
-        counts = torch.zeros(2 * pairs, dtype=torch.int64)
-        counts[:rows] = kept.sum(1)
+        pairs = -(-len(codes) // 2)
+        either = kept[0::2].clone()
+        either[: len(codes) // 2] |= kept[1::2]
         offsets = torch.zeros(pairs + 1, dtype=torch.int64)
-        torch.cumsum(counts.view(pairs, 2).amax(1), 0, out=offsets[1:])
-        values = np.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=np.uint8)
-        masks = []
+        torch.cumsum(either.sum(1), 0, out=offsets[1:])
+        del either
+        values = torch.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=torch.uint8)
+        mask = torch.zeros(pairs, _words_of(codes.shape[1]) * WORD // 8, dtype=torch.uint8)
         both = zip(
             _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
         )
         for (first, turned), (_, here) in both:
-            mask = here.numpy().view(np.bool_)
-            packed = np.packbits(mask, axis=1, bitorder="little").reshape(
-                len(mask) // 2, 2, -1, WORD // 8
-            )  # the words of both rows of a pair alternate
-            alternating = np.ascontiguousarray(packed.transpose(0, 2, 1, 3))
-            masks.append(torch.from_numpy(alternating.reshape(-1)))
-            for odd in (0, 1):
-                count = counts[first + odd : first + len(turned) : 2]
-                starts = offsets[first // 2 :][: len(count)]
-                to = _places(starts, count)
-                stored = turned[odd::2].numpy()[mask[odd::2]].view(np.uint8)
-                values[to] |= (stored << 4) if odd else (stored & 15)
-        return PackedCodes(torch.from_numpy(values), torch.cat(masks), offsets, int(counts.sum()))
+            joined = _joined(turned * here).numpy()
+            there = (here[0::2] | here[1::2]).numpy().view(np.bool_)
+            pair = first // 2
+            bits = np.packbits(there, axis=1, bitorder="little")
+            mask[pair : pair + len(bits)] = torch.from_numpy(bits)
+            begin, end = int(offsets[pair]), int(offsets[pair + len(bits)])
+            values.numpy()[begin:end] = joined[there]
+        return PackedCodes(values, mask.view(-1), offsets, int(kept.sum()))
+
+
+def _joined(codes: Tensor) -> Tensor:
+    """The bytes of pairs of rows."""
+    return ((codes[0::2] & 15) | (codes[1::2] << 4)).view(torch.uint8)
 
 
 def _words_of(columns: int) -> int:
@@ -436,20 +437,13 @@ def _turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
         yield first, turned.view(torch.int8)
 
 
-def _places(starts: Tensor, counts: Tensor) -> np.ndarray:
-    """Runs of counts[i] numbers from starts[i] on, one after the other."""
-    before = torch.cumsum(counts, 0) - counts
-    total = int(counts.sum())
-    return (torch.arange(total) + (starts - before).repeat_interleave(counts)).numpy()
-
-
 def matrix_bytes(
     shape: tuple[int, int], values: str, sparsity: float = 0.0, group: int | None = None
 ) -> int:
     """Bytes of a matrix [out, in] in memory.
 
-    Rows are taken to keep equally many weights. In int4 a pair of rows takes as much as the fuller
-    one, so others need a little more.
+    In int4 a pair of rows has a byte for each column that either keeps. Zeros are taken to be
+    independent; where rows keep the same columns, they need less.
 
     Args:
         shape: [out, in].
@@ -461,11 +455,12 @@ def matrix_bytes(
     words = _words_of(columns)
     paired = values in GRID_BITS
     bits = 4 if paired else VALUES[values].itemsize * 8
-    nonzeros = rows * (columns - round(sparsity * columns)) if sparsity else rows * words * WORD
+    empty = sparsity**2 if paired else sparsity
+    nonzeros = rows * (columns - round(empty * columns)) if sparsity else rows * words * WORD
     total = nonzeros * bits // 8
     if sparsity:
-        offsets = -(-rows // 2) if paired else rows
-        total += rows * words * WORD // 8 + 8 * (offsets + 1)
+        masks = -(-rows // 2) if paired else rows
+        total += masks * words * WORD // 8 + 8 * (masks + 1)
     if values == "int8":
         total += 4 * rows
     if group is not None:

@@ -86,21 +86,20 @@ typedef struct {
 /* Up to eight words of a block, added to its sums. */
 SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const int8_t *x,
                          int64_t padded, int64_t words, sct_dots *dots, const int B,
-                         const int packed, const int row, const int rows) {
+                         const int packed) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[2][2][SCT_MAX_BATCH];
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++)
         sums[0][0][b] = sums[0][1][b] = sums[1][0][b] = sums[1][1][b] = _mm256_setzero_si256();
     for (int64_t j = 0; j < words; j++) {
-        _mm_prefetch((const char *)v[row] + AHEAD_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)*v + AHEAD_BYTES, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            __m256i both;
-            if (!packed) both = thirty_two(&v[0], 0, 0);
+            const uint32_t kept = packed ? (uint32_t)(mask[j] >> (32 * h)) : 0;
+            const __m256i both = thirty_two(v, kept, packed);
 #pragma GCC unroll 2
-            for (int r = row; r < row + rows; r++) {
-                if (packed) both = thirty_two(&v[r], (uint32_t)(mask[2 * j + r] >> (32 * h)), 1);
+            for (int r = 0; r < 2; r++) {
                 const __m256i e = half_of(both, r);
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) {
@@ -113,7 +112,7 @@ SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const int8_t *
         }
     }
 #pragma GCC unroll 2
-    for (int r = row; r < row + rows; r++)
+    for (int r = 0; r < 2; r++)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++)
 #pragma GCC unroll 8
@@ -124,7 +123,7 @@ SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const int8_t *
 
 SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, float *y,
                         int64_t y_stride, const int B, const int packed) {
-    const uint8_t *v[2] = {bytes_of(m, pair, packed), bytes_of(m, pair, packed)};
+    const uint8_t *v = bytes_of(m, pair, packed);
     const uint64_t *mask = masks_of(m, pair, packed);
     const int64_t groups = groups_of(m);
     const uint8_t *codes = m->scales + 2 * pair * groups;
@@ -143,9 +142,9 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
             }
         for (int64_t j = 0, few; j < k; j += few) {
             few = k - j < SUMS_IN_16_BITS ? k - j : SUMS_IN_16_BITS;
-            words_at(v, mask, x, in->padded, few, &dots, B, packed, 0, 2);
+            words_at(&v, mask, x, in->padded, few, &dots, B, packed);
             x += 64 * few;
-            if (packed) mask += 2 * few;
+            if (packed) mask += few;
         }
         const uint8_t *here = codes + 64 * w / m->group;
 #pragma GCC unroll 2

@@ -142,7 +142,7 @@ SCT_ROWS(rows_floats, floats)
             ask_in_steps(v[r]);                                                                \
             if (packed) {                                                                      \
                 const uint64_t kept = mask_of(m, row + r)[w];                                  \
-                e[r] = _mm512_maskz_expand_epi8(kept, e[r]);                                   \
+                e[r] = spread_bytes(kept, e[r]);                                   \
                 v[r] += __builtin_popcountll(kept);                                            \
             } else {                                                                           \
                 v[r] += 64;                                                                    \

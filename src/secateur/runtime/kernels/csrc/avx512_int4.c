@@ -24,7 +24,7 @@ SCT_INLINE __m512i half_of(__m512i bytes, const int high) {
 static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int high,
                                int8_t out[64]) {
     __m512i e = load(v);
-    if (packed) e = _mm512_maskz_expand_epi8(kept, e);
+    if (packed) e = spread_bytes(kept, e);
     if (high) e = _mm512_srli_epi16(e, 4);
     _mm512_storeu_si512(out, _mm512_sub_epi8(half_of(e, 0), _mm512_set1_epi8(8)));
     return v + (packed ? __builtin_popcountll(kept) : 64);
@@ -37,37 +37,33 @@ const uint8_t *sct_word_avx512(const uint8_t *v, uint64_t kept, int packed, int 
     return one_word(v, kept, packed, high, out);
 }
 
-/* The scales of 16 lanes, without the exponent of the row. */
-SCT_INLINE __m512 scales_of(const uint8_t *codes, int together, int32_t exponent) {
+/* The scales of 16 lanes. */
+SCT_INLINE __m512 scales_of(const uint8_t *codes, int together, __m512i exponent) {
     const __m128i which = _mm_load_si128((const __m128i *)scale_of_lane[together]);
     const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)codes), which);
     const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 19);
-    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(exponent)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, exponent));
 }
 
-/* Where the two rows of a pair are read. */
+/* Where a pair of rows is read. */
 typedef struct {
-    const uint8_t *v[2];
+    const uint8_t *v;
     const uint64_t *mask;
 } sct_place;
 
 /* The next word of both rows. */
 SCT_INLINE void two_words(sct_place *at, const int packed, __m512i e[2]) {
-    ask_in_steps(at->v[0]);
-    if (!packed) {
-        const __m512i both = load(at->v[0]);
-        e[0] = half_of(both, 0);
-        e[1] = half_of(both, 1);
-        at->v[0] += 64;
-        return;
+    __m512i both = load(at->v);
+    _mm_prefetch((const char *)at->v + AHEAD_BYTES, _MM_HINT_T1);
+    if (packed) {
+        const uint64_t kept = *at->mask++;
+        both = spread_bytes(kept, both);
+        at->v += __builtin_popcountll(kept);
+    } else {
+        at->v += 64;
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; r++) {
-        const uint64_t kept = at->mask[r];
-        e[r] = half_of(_mm512_maskz_expand_epi8(kept, load(at->v[r])), r);
-        at->v[r] += __builtin_popcountll(kept);
-    }
-    at->mask += 2;
+    e[0] = half_of(both, 0);
+    e[1] = half_of(both, 1);
 }
 
 #define STEP(j, s)                                                                             \
@@ -75,31 +71,42 @@ SCT_INLINE void two_words(sct_place *at, const int packed, __m512i e[2]) {
         __m512i e[2];                                                                          \
         two_words(&at, packed, e);                                                             \
         _Pragma("GCC unroll 8") for (int b = 0; b < B; b++) {                                  \
-            const __m512i x_ = _mm512_load_si512(x + b * in->padded + 64 * (j));               \
+            const __m512i x_ = load(x + b * in->padded + 64 * (j));               \
             dots[0][s][b] = _mm512_dpbusd_epi32(dots[0][s][b], e[0], x_);                      \
             dots[1][s][b] = _mm512_dpbusd_epi32(dots[1][s][b], e[1], x_);                      \
         }                                                                                      \
     } while (0)
 
-/* Few activations: two sums for each row that do not wait for each other. */
+/* Few activations: two sums for each row that do not wait for each other. Those of the odd row are 16
+ * times too large until their block is over. */
 SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, float *y,
                         int64_t y_stride, const int B, const int packed) {
     const int S = B <= 2 ? 2 : 1;
-    sct_place at = {{bytes_of(m, pair, packed), bytes_of(m, pair, packed)},
-                    masks_of(m, pair, packed)};
-    const uint8_t *codes = m->scales + 2 * pair * groups_of(m);
-    const int8_t *x = in->bytes;
+    sct_place at = {bytes_of(m, pair, packed), masks_of(m, pair, packed)};
     const int64_t groups = groups_of(m);
+    const uint8_t *codes = m->scales + 2 * pair * groups;
+    const int8_t *x = in->bytes;
+    const int32_t *excess = in->excess;
+    const float *own = in->scales;
+    const __m512i exponents[2] = {_mm512_set1_epi32(exponent_bits(m, 2 * pair)),
+                                  _mm512_set1_epi32(exponent_bits(m, 2 * pair + 1))};
     __m512 sum[2][SCT_MAX_BATCH];
+    int64_t k = in->most;
+    int together = runs_together(m, 4 * k);
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm512_setzero_ps();
-    for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
+    for (int64_t w = 0; w < m->words; w += k) {
         __m512i dots[2][2][SCT_MAX_BATCH];
-        k = sct_next_block(k, m->words - w);
+        if (m->words - w < k) {
+            k = sct_next_block(k, m->words - w);
+            together = runs_together(m, 4 * k);
+        }
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++)
-            dots[0][0][b] = dots[0][1][b] = dots[1][0][b] = dots[1][1][b] =
-                _mm512_setzero_si512();
+        for (int b = 0; b < B; b++) {
+            dots[0][0][b] = _mm512_load_si512(excess + b * in->blocks * 16);
+            dots[1][0][b] = _mm512_slli_epi32(dots[0][0][b], 4);
+            if (S == 2) dots[0][1][b] = dots[1][1][b] = _mm512_setzero_si512();
+        }
         int64_t j = 0;
         for (; j + 4 <= k; j += 4) {
             if (packed) _mm_prefetch((const char *)(at.mask + MASK_AHEAD_WORDS), _MM_HINT_T0);
@@ -114,19 +121,17 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
         _mm_prefetch((const char *)here + SCALES_AHEAD_BYTES, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++) {
-            const __m512 scale = scales_of(here + r * groups, runs_together(m, 4 * k),
-                                           exponent_bits(m, 2 * pair + r));
+            const __m512 scale = scales_of(here + r * groups, together, exponents[r]);
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
-                const int64_t lanes = (b * in->blocks + block) * 16;
                 __m512i dot = dots[r][0][b];
                 if (S == 2) dot = _mm512_add_epi32(dot, dots[r][1][b]);
                 if (r == 1) dot = _mm512_srai_epi32(dot, 4);
-                dot = _mm512_add_epi32(dot, _mm512_load_si512(in->excess + lanes));
-                const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(in->scales + lanes));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(own + b * in->blocks * 16));
                 sum[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum[r][b]);
             }
         }
+        excess += 16, own += 16;
     }
     const int real = 2 * pair + 2 <= m->rows ? 2 : 1;
     for (int r = 0; r < real; r++)

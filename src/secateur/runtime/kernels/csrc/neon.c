@@ -195,7 +195,7 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) dots[part][b] = vdupq_n_s32(0);
             for (int64_t j = w; j < w + k; j++) {
-                const uint64_t kept = packed ? mask[2 * j + (row & 1)] : 0;
+                const uint64_t kept = packed ? mask[j] : 0;
                 for (int part = 0; part < 4; part++) {
                     const int8x16_t e = half_of(
                         sixteen_bytes(&v, (uint16_t)(kept >> (16 * part)), packed, table), row & 1);

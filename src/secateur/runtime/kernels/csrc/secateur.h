@@ -29,9 +29,9 @@ typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_T
  *
  * Pairs of rows. Rows 2p and 2p + 1 share bytes: the even row has the lower four bits, the odd row
  * the upper four, each a two's complement of -7 to 7. Dense: a pair has `stride` = words * 64
- * bytes, one for each column. Bitmask: byte i of a pair has the i-th kept weights of both rows; the
- * row that keeps fewer ends with zeros. The mask is [pairs, words, 2]: the words of both rows
- * alternate. If there are an odd number of rows, the last one has a partner without weights.
+ * bytes, one for each column. Bitmask: a pair has one mask, of the columns that either row keeps, and
+ * a byte for each of them. The mask is [pairs, words]. So a byte is put in its place once for both
+ * rows. If there are an odd number of rows, the last one has a partner without weights.
  *
  * Order of columns. A row is cut into blocks of K = min(16, group / 4) words, and what is left into
  * one of K / 2, one of K / 4, ... one of 1, where they fit. A block of k words is 16 runs of 4k
