@@ -210,7 +210,7 @@ def compress(
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
     max_loss_increase: float | None = None,
-    embeddings: Literal["auto", "int8"] | None = None,
+    embeddings: Literal["auto", "int8", "int4"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
@@ -247,7 +247,8 @@ def compress(
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
-        embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
+        embeddings: auto keeps embedding and output head; int8 and int4 round both: one matrix if
+            they are tied, else each its own. int4 has the groups of --group-size. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
@@ -572,7 +573,7 @@ def prune(
     compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
     | None = None,
     compress_group_size: int | None = None,
-    compress_embeddings: Literal["auto", "int8"] | None = None,
+    compress_embeddings: Literal["auto", "int8", "int4"] | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -658,7 +659,8 @@ def prune(
             bfloat16, float16, float32, int8, int4 or int3. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
             32, 64 or 128. [64]
-        compress_embeddings: auto keeps embeddings and output head; int8 rounds them to int8. [auto]
+        compress_embeddings: auto keeps embedding and output head; int8 and int4 round both. int4
+            has the groups of --compress-group-size. [auto]
         score: Score that rates the weights, to compose a method of your own instead of naming one.
             [none]
         solver: Solver that adjusts the kept weights, to compose a method of your own. [none]

@@ -37,8 +37,13 @@ WIDE = {"intermediate_size": 600, "num_hidden_layers": 2, "head_dim": 16}
 
 STORED: dict[str, dict[str, Any]] = {
     "int8": {"values": "int8", "embeddings": "int8", "tie_word_embeddings": True},
-    "int4": {"values": "int4", "embeddings": "int8", "tie_word_embeddings": False},
-    "int3": {"values": "int3", "format": "bitmask", "tie_word_embeddings": False},
+    "int4": {"values": "int4", "embeddings": "int4", "tie_word_embeddings": False},
+    "int3": {
+        "values": "int3",
+        "embeddings": "int4",
+        "format": "bitmask",
+        "tie_word_embeddings": True,
+    },
     "float": {"values": "bfloat16"},
 }
 TIED = "tie_word_embeddings"

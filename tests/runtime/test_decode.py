@@ -125,7 +125,8 @@ def test_int8_logits(tmp_path: Path, shape: str, embeddings: str) -> None:
 @pytest.mark.parametrize("stored", ["int4", "int3"])
 def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
     """To the rounding of activations, as int8."""
-    model = model_of(tmp_path, shape, torch.float32, values=stored, group_size=32)
+    stores = {"values": stored, "group_size": 32, "embeddings": "int4"}
+    model = model_of(tmp_path, shape, torch.float32, **stores)
     assert {x.matrix.group for x in model.modules() if isinstance(x, PackedLinear)} == {32}
     tokens = some_tokens()
     expected = reference(model, tokens)[4:]
@@ -138,7 +139,7 @@ def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
 @pytest.mark.parametrize("stored", ["int8", "int4", "bfloat16", "float32"])
 def test_a_prompt_in_one_call(tmp_path: Path, shape: str, stored: str, tier: str) -> None:
     """In pieces, the last longer than a tile of keys: what transformers computes, and the steps."""
-    group = {"group_size": 32} if stored == "int4" else {}
+    group = {"group_size": 32, "embeddings": "int4"} if stored == "int4" else {}
     length = 150
     tokens = some_tokens(length)
     with using(tier):

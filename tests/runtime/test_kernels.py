@@ -111,6 +111,16 @@ def test_tiles_of_4_bits_begin_at_any_row(tier, sparsity):
         assert torch.equal(matrix.tile(begin, end).double(), dense[begin:end])
 
 
+@pytest.mark.parametrize("shape", [(23, 130), (6, 64)])
+def test_rows_of_4_bits_in_any_order(tier, shape):
+    matrix, dense = example_of_codes(*shape, 32, None)
+    for rows in (torch.tensor([5, 0, 5, shape[0] - 1]), torch.arange(6)[::2], torch.arange(0)):
+        assert torch.equal(matrix.gathered(rows).double(), dense[rows])
+    for outside in (-1, shape[0]):
+        with pytest.raises(ShapeError, match=f"of a matrix of {shape[0]}"):
+            matrix.gathered(torch.tensor([0, outside]))
+
+
 def test_parts_of_4_bits_that_do_not_fit_are_refused():
     codes = torch.zeros(3, 70, dtype=torch.int8)
     scales = Scales(torch.zeros(3, dtype=torch.int8), torch.zeros(3, 2, dtype=torch.uint8))

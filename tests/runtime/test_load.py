@@ -46,6 +46,7 @@ STORED: dict[str, dict[str, Any]] = {
     "int3": {"values": "int3", "format": "bitmask"},
     "int8 embeddings": {"values": "int8", "embeddings": "int8"},
 }
+INT4_EMBEDDINGS = {"values": "int8", "embeddings": "int4", "group_size": 32}
 LOADED = [
     (family, stored)
     for family in CONFIGS
@@ -172,22 +173,25 @@ def test_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "tied", "shards"),
-    every_pair(["bitmask", "int8 embeddings"], [False, True], [1, 3]),
+    every_pair(["bitmask", "int8 embeddings", "int4 embeddings"], [False, True], [1, 3]),
 )
 def test_heads_and_shards(tmp_path: Path, stored: str, tied: bool, shards: int) -> None:
-    folder = packed_model(
-        tmp_path, "llama", shards=shards, tie_word_embeddings=tied, **STORED[stored]
-    )
+    """The rows of 40 weights end with a group of 8, and the last of 99 rows has no partner."""
+    how = STORED.get(stored, INT4_EMBEDDINGS)
+    sizes = {"hidden_size": 40, "vocab_size": 99}
+    folder = packed_model(tmp_path, shards=shards, tie_word_embeddings=tied, **sizes, **how)
     assert len([*folder.glob("*.safetensors")]) == shards
     model = secateur.load(folder, dtype=torch.float32)
     dense = secateur.load(folder, dtype=torch.float32, expand=True)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if stored == "int8 embeddings":
+    if "embeddings" in stored:
         assert isinstance(embedding, PackedEmbedding)
         assert isinstance(head, PackedLinear)
         assert (embedding.matrix is head.matrix) is tied
         check_linears(model, dense)
-        assert torch.equal(embedding(IDS), dense.get_input_embeddings()(IDS))
+        ids = torch.cat([IDS, torch.tensor([[98, 0, 98, 1, 2, 3, 97]])])
+        assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
+        assert torch.equal(embedding(ids.int()[0, 0]), embedding(ids)[0, 0])
     else:
         assert (embedding.weight is head.weight) is tied
         torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-4, atol=1e-5)
@@ -230,9 +234,9 @@ def test_int8_in_bfloat16_is_as_near_as_its_rounding(tmp_path: Path) -> None:
         torch.testing.assert_close(up(x).double(), expected, rtol=1.02 * 2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("stored", ["bitmask", "int8 embeddings"])
-def test_packed_modules_compile_in_one_graph(tmp_path: Path, stored: str) -> None:
-    model = secateur.load(packed_model(tmp_path, **STORED[stored]), dtype=torch.float32)
+@pytest.mark.parametrize("stored", [STORED["int8 embeddings"], INT4_EMBEDDINGS])
+def test_packed_modules_compile_in_one_graph(tmp_path: Path, stored: dict[str, Any]) -> None:
+    model = secateur.load(packed_model(tmp_path, **stored), dtype=torch.float32)
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -251,7 +255,7 @@ def test_packed_modules_compile_in_one_graph(tmp_path: Path, stored: str) -> Non
 
 
 def test_copies_outlive_their_original(tmp_path: Path) -> None:
-    model = secateur.load(packed_model(tmp_path, **STORED["int8 embeddings"]))
+    model = secateur.load(packed_model(tmp_path, **INT4_EMBEDDINGS))
     expected, held = logits_of(model), {*matrices_of(model)}
     copied = copy.deepcopy(model)
     del model

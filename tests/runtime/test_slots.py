@@ -72,7 +72,7 @@ def together(decoder: SlotDecoder, texts: torch.Tensor, seed: int) -> torch.Tens
     [
         {"values": "int8"},
         {"values": "int8", "embeddings": "int8", "dtype": torch.bfloat16},
-        {"values": "int4", "group_size": 32},
+        {"values": "int4", "group_size": 32, "embeddings": "int4"},
         {"values": "float16"},
         {"values": "keep"},
         {"values": "int8", "sparsity": 0.02},

@@ -53,7 +53,7 @@ def test_everything_works_expanded(tmp_path: Path) -> None:
     torch.save(IDS, tmp_path / "ids.pt")
     folders = [
         packed_model(tmp_path / "a", "gemma3", values="int8", embeddings="int8"),
-        packed_model(tmp_path / "b", "gpt2", values="int8", embeddings="int8"),
+        packed_model(tmp_path / "b", "gpt2", values="int8", embeddings="int4"),
         packed_model(tmp_path / "c", pattern=(2, 4), tie_word_embeddings=False, head_dim=16),
     ]
     done = python(EXPANDED, tmp_path / "ids.pt", *folders, SECATEUR_KERNELS="none")

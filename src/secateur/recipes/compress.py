@@ -18,7 +18,7 @@ from secateur.recipes.options import (
     Texts,
     text_alone,
 )
-from secateur.recipes.prune import Values
+from secateur.recipes.prune import Embeddings, Values
 from secateur.recipes.shared import (
     TEXT,
     CalibrationText,
@@ -72,8 +72,9 @@ class WhatToCompress(Section):
     """Let --values auto choose for each matrix: int4, int8 or the type of the source. The result is
     the smallest one found whose loss rises by at most so many nats per token, measured on
     calibration text (needs --calibration)."""
-    embeddings: Literal["auto", "int8"] = "auto"
-    """auto keeps embeddings and output head; int8 rounds them to int8."""
+    embeddings: Embeddings = "auto"
+    """auto keeps embedding and output head; int8 and int4 round both: one matrix if they are tied,
+    else each its own. int4 has the groups of --group-size."""
     archive: bool = False
     """Also compress the files with zstandard. Loading decodes them."""
 

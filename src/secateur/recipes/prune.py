@@ -48,6 +48,9 @@ Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
 """How compressed weights are stored."""
 
+Embeddings = Literal["auto", "int8", "int4"]
+"""How a compressed embedding and head are stored."""
+
 
 class WhatToPrune(Section):
     """The model, and which of its weights become zero."""
@@ -134,8 +137,9 @@ class Packing(Section):
     float16, float32, int8, int4 or int3."""
     group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = None
     """How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or 128."""
-    embeddings: Annotated[Literal["auto", "int8"], Flag("compress_embeddings")] = "auto"
-    """auto keeps embeddings and output head; int8 rounds them to int8."""
+    embeddings: Annotated[Embeddings, Flag("compress_embeddings")] = "auto"
+    """auto keeps embedding and output head; int8 and int4 round both. int4 has the groups of
+    --compress-group-size."""
 
 
 class StoredFormat(Section):

@@ -184,7 +184,7 @@ def compression_card(
     ]
     stored = {**result.formats}
     if result.embeddings.matrices:
-        stored["embeddings and head, int8"] = result.embeddings
+        stored[f"embeddings and head, {result.embedding_values}"] = result.embeddings
     formats = [(kind, str(x.matrices), f"{x.bits_per_weight:.2f}") for kind, x in stored.items()]
     return _card(
         inherited_front_matter(source, source_folder),

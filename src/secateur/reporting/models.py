@@ -83,7 +83,7 @@ class CompressResult(Result, Compression):
         ]
         stored = {**self.formats}
         if self.embeddings.matrices:
-            stored["embeddings int8"] = self.embeddings
+            stored[f"embeddings {self.embedding_values}"] = self.embeddings
         columns = ("format", "matrices", "size", "bits per weight", "of bfloat16")
         formats = [
             (n, str(x.matrices), binary_size(x.bytes), f"{x.bits_per_weight:.3f}", f"{x.ratio:.2%}")

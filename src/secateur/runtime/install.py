@@ -168,7 +168,7 @@ def _rows_of(
     parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, kernels: bool
 ) -> KernelMatrix:
     """The matrix of an embedding, whose rows are read alone."""
-    if kernels and layout.format == "dense" and layout.grid is None:
+    if kernels and layout.format == "dense":
         return matrix_of(parts, layout)
     return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
 

@@ -63,8 +63,16 @@ class LayoutChoice:
     offered: bool = False
 
 
-def check_names(format: str, values: str, group: int | None = None) -> None:
+def check_names(
+    format: str, values: str, group: int | None = None, *, grouped: bool = False
+) -> None:
     """Refuse unknown names of formats or values, and a group size that has no effect.
+
+    Args:
+        format: as in the recipe.
+        values: as in the recipe.
+        group: as in the recipe.
+        grouped: whether other values of the recipe have groups.
 
     Raises:
         RecipeError: names the available ones.
@@ -77,11 +85,11 @@ def check_names(format: str, values: str, group: int | None = None) -> None:
         raise RecipeError(
             f"there are no groups of {group}", remedy=f"use {', '.join(map(str, GROUPS))}"
         )
-    if group is not None and values not in GRID_BITS:
+    if group is not None and not grouped and values not in GRID_BITS:
         raise RecipeError(
             f"a group size of {group} is for {' and '.join(GRID_BITS)}, but the values are "
             f"{values!r}",
-            remedy="add --values int4, or leave --group-size out",
+            remedy="add --values int4 or --embeddings int4, or leave --group-size out",
         )
 
 
@@ -179,7 +187,7 @@ class PackableCheckpoint:
     def open(
         cls, folder: Path, embeddings: str = "int8", *, trust_remote_code: bool = False
     ) -> PackableCheckpoint:
-        """Find the matrices of a folder; the embedding and the head if `embeddings` is int8.
+        """Find the matrices of a folder, and embedding and head unless `embeddings` is `auto`.
 
         Raises:
             ArchitectureError: the checkpoint has no such matrix.
@@ -204,7 +212,7 @@ class PackableCheckpoint:
                 remedy="experts of families that secateur does not declare cannot be compressed; "
                 "see CONTRIBUTING.md, 'Add a model family'",
             )
-        if embeddings == "int8":
+        if embeddings != AUTO:
             outside = [model.get_input_embeddings(), model.get_output_embeddings()]
             for path, module in model.named_modules():
                 kept = stored.get(f"{path}.weight")  # a tied head is stored only once
@@ -328,6 +336,7 @@ class StoragePlan:
         choices: layouts of the packable matrices, by stored name.
         computed: the dtype in which the model computes.
         dtypes: dtypes of all tensors that are stored under their own names.
+        same_embeddings: whether packing changed no embedding on a grid of groups.
         lost: ‖W − Ŵ‖² over the linears, with Ŵ the stored values; known when all are packed.
         norm: ‖W‖² over the linears.
     """
@@ -335,6 +344,7 @@ class StoragePlan:
     choices: dict[str, LayoutChoice]
     computed: torch.dtype
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    same_embeddings: bool = True
     lost: float = 0.0
     norm: float = 0.0
 
@@ -400,6 +410,8 @@ class StoragePlan:
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
                 stored = formats[layout.format].unpack(parts, layout) if counts else tensor
+                if not counts and layout.grid is not None:
+                    self.same_embeddings &= layout.grid.holds(tensor)
             if counts:
                 self.count_loss(tensor, stored)
             progress.step(note=name)
@@ -407,7 +419,8 @@ class StoragePlan:
     def keeps_weights(self, reader: CheckpointReader) -> bool:
         """Whether no value changes: the dtypes are those of the source, or the grids are."""
         stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
-        on_grid = {name for name, x in self.choices.items() if x.layout.grid and not self.lost}
+        same = self.same_embeddings and not self.lost
+        on_grid = {name for name, x in self.choices.items() if x.layout.grid and same}
         return all(
             name in on_grid or stored[name] == entry.dtype for name, entry in reader.entries.items()
         )
@@ -431,7 +444,7 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
-        own = chosen.values_of.get(name, values) if matrix.prunable else "int8"
+        own = chosen.values_of.get(name, values) if matrix.prunable else recipe.embeddings
         choices[name] = matrix.choose_layout(
             stored,
             name,

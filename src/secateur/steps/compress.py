@@ -97,8 +97,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
             RecipeError: a format is unknown, or options do not fit together.
         """
         bound = recipe.max_loss_increase
-        grids = [values for values in recipe.overrides.values() if values in GRID_BITS]
-        check_names(recipe.format, recipe.values, None if bound or grids else recipe.group_size)
+        others = {recipe.embeddings, *recipe.overrides.values()}
+        grouped = bound is not None or bool(GRID_BITS.keys() & others)
+        check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
         for glob, values in recipe.overrides.items():
             if values not in VALUES:
                 raise RecipeError(
@@ -242,7 +243,7 @@ def _report(
     """Add up the contents of the files, and write the record of the compression and the card."""
     folder, source, (plan, packed) = run.folder, run.source, made
     reader, matrices = chosen.model.reader, chosen.model.matrices
-    linears, embeddings = FormatTotals(), FormatTotals()
+    linears, embeddings, embedding_values = FormatTotals(), FormatTotals(), ""
     dense = dict.fromkeys(("as here", "int8", "int4"), 0)
     by_format: dict[str, FormatTotals] = {}
     negative_zeros = 0
@@ -253,6 +254,7 @@ def _report(
         counted = (choice.layout.weights, choice.nonzeros, size)
         if not matrices[name].prunable:
             embeddings = embeddings.plus(*counted)
+            embedding_values = stored_as(choice.layout.to_json()).removeprefix(f"{DENSE} ")
             continue
         linears = linears.plus(*counted)
         for values in dense:
@@ -276,6 +278,7 @@ def _report(
         linears=linears,
         formats=by_format,
         embeddings=embeddings,
+        embedding_values=embedding_values,
         rounding=chosen.rounding,
         value_error=plan.value_error,
         dense_file_bytes={} if packed.archive else dense_bytes,

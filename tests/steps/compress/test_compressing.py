@@ -26,6 +26,7 @@ from secateur.errors import (
 )
 from secateur.models import checkpoint
 from secateur.models.skeleton import quiet_transformers
+from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
@@ -247,6 +248,42 @@ def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
     assert_same(tmp_path / "same", tmp_path / "d")
 
 
+@pytest.mark.parametrize(("tied", "group"), [(True, 32), (False, None)])
+def test_embeddings_of_4_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, group: int | None
+) -> None:
+    """Tied, one matrix is stored; untied, two. Rows of 40 end with a shorter group."""
+    source = pruned_model(
+        tmp_path / "m", hidden_size=40, vocab_size=99, tie_word_embeddings=tied,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    options = {"values": "keep", "embeddings": "int4", "group_size": group}
+    report = secateur.compress(source, output=tmp_path / "c", **options)
+    count = 1 if tied else 2
+    scales = 2 if group == 32 else 1
+    assert report.embeddings.matrices == count
+    assert report.embeddings.bytes == count * 99 * (20 + scales + 1)
+    assert report.embedding_values == f"int4 g{group or 64}"
+    assert f"embeddings and head, int4 g{group or 64}" in (tmp_path / "c/README.md").read_text()
+    secateur.decompress(tmp_path / "c", output=tmp_path / "d")
+    before, after = tensors_of(source), tensors_of(tmp_path / "d")
+    grid = GroupGrid(4, group or 64)
+    for name, tensor in before.items():
+        if "embed" in name or "head" in name:
+            tensor = grid.dequantize(*grid.quantize(tensor)).bfloat16()
+        assert torch.equal(after[name], tensor), name
+    # on the grid already nothing is rounded, so what was measured stays true
+    found = []
+    monkeypatch.setattr(
+        "secateur.steps.compress.carry_over",
+        lambda *_, same_weights: found.append(same_weights),
+    )
+    for number, folder in enumerate((source, tmp_path / "d")):
+        with contextlib.suppress(CheckpointError):  # without a configuration
+            secateur.compress(folder, output=tmp_path / f"again{number}", **options)
+    assert found == [False, True]
+
+
 def zeros_in(folder: Path) -> dict[str, torch.Tensor]:
     """Where the decoder's matrices of a dense folder are zero."""
     tensors = load_file(folder / WEIGHTS)
@@ -316,7 +353,9 @@ def test_rounding_can_be_stopped_and_gone_on_with(
     source = pruned_model(tmp_path / "m")
     windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
     save_file({"input_ids": windows}, tmp_path / "w.safetensors")
-    options = {"values": "int8", "calibration": tmp_path / "w.safetensors"}
+    options = {
+        "values": "int8", "embeddings": "int4", "calibration": tmp_path / "w.safetensors",
+    }  # fmt: skip
     secateur.compress(source, output=tmp_path / "whole", **options)
 
     def stop(self: Run, index: int, *rest: object) -> None:
@@ -445,7 +484,8 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
         ({"values": "int8", "group_size": 64}, "group size of 64 is for int4 and int3"),
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
-        ({"embeddings": "int4"}, "embeddings='int4': must be auto or int8"),
+        ({"embeddings": "int4", "group_size": 16}, "there are no groups of 16"),
+        ({"embeddings": "int3"}, "embeddings='int3': must be auto, int8 or int4"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],
 )

@@ -144,7 +144,8 @@ NUMPY: dict[Q, Any] = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
 
 ENDS = ("token_embd.weight", "output.weight")
-"""Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them."""
+"""Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them; with
+`stored` they have the bits that the source gives them."""
 
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 """What sends tokens to experts; float32, as llama.cpp's own files have it."""
@@ -237,7 +238,8 @@ class GGUFFile:
         if len(one.shape) == 1 or one.name.endswith(ROUTERS):
             return Q.F32
         wanted = self.wanted(one)
-        if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
+        as_stored = any(name in self.own for name in one.sources)
+        if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0) and not as_stored:
             wanted = Q.Q8_0
         return _stored_type_of_row(one.shape[-1], wanted)
 

@@ -27,7 +27,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
-from secateur.plugins.vllm.reading import FOUR_BIT_DTYPES, folder_of, four_bits, tensors_of
+from secateur.plugins.vllm.reading import (
+    FOUR_BIT_DTYPES,
+    ends_of,
+    folder_of,
+    four_bits,
+    tensors_of,
+)
 from secateur.runtime.load import gpu_matrix, values_of
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 
@@ -78,7 +84,7 @@ class PackedQuantization(QuantizationConfig):
         scheme = four_bits(packed, torch.bfloat16)
         if scheme is not None:
             plain = {n.removesuffix(".weight") for n in packed.order if n.endswith(".weight")}
-            ignored = tuple(sorted({*plain, "lm_head"}))
+            ignored = tuple(sorted({*plain, *ends_of(packed), "lm_head"}))
             self.inner = CompressedTensorsConfig.from_config(scheme.to_json(ignored))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur.exporting.compressed_tensors import CPU_MULTIPLE, Scheme
+from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
-from secateur.runtime.install import DenseView, open_checkpoint
+from secateur.runtime.install import DenseView, open_checkpoint, path_of
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 FOUR_BIT_DTYPES = (torch.bfloat16, torch.float16)
@@ -40,20 +41,30 @@ def tensors_of(
         yield from ((name, reader.read(name)) for name in reader.entries)
         return
     packed = PackedCheckpoint(folder)
-    scheme = four_bits(packed, dtype)
+    scheme, dense = four_bits(packed, dtype), ends_of(packed)
     view = DenseView(packed, computed=dtype)
     for name in (n for n in view.entries if n not in besides):
-        stored = view.integers(name) if scheme is not None else None
+        owner = name.removesuffix(".weight")
+        stored = view.integers(name) if scheme is not None and owner not in dense else None
         if scheme is not None and stored is not None:
-            owner = name.removesuffix(".weight")
             yield from scheme.tensors(owner, stored.codes, stored.scale.to(dtype))
         else:
             yield name, view.read(name)
 
 
+def ends_of(packed: PackedCheckpoint) -> frozenset[str]:
+    """Embedding and head as they are stored: vLLM takes them dense."""
+    model = build_skeleton(packed.folder)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    stored = stored_names(model, DenseView(packed))
+    found = (stored.get(f"{path_of(model, end)}.weight", "") for end in ends)
+    return frozenset(name.removesuffix(".weight") for name in found if name)
+
+
 def four_bits(packed: PackedCheckpoint, dtype: torch.dtype) -> Scheme | None:
-    """How the matrices of a folder stay in 4 bits; None if they cannot."""
-    layouts = packed.layouts.values()
+    """How the linears of a folder stay in 4 bits; None if they cannot."""
+    dense = ends_of(packed)
+    layouts = [layout for name, layout in packed.layouts.items() if name not in dense]
     groups = {layout.group or 0 for layout in layouts}
     if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:
         return None

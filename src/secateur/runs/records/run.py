@@ -270,6 +270,7 @@ class Compression(PartialRecord):
         linears: totals over the prunable matrices.
         formats: totals by format and values, for example `bitmask int8`.
         embeddings: totals over embedding and head, if they were quantized.
+        embedding_values: how these are stored, for example `int4 g64`; empty if they were not.
         rounding: record of the calibrated rounding to integers, if it was used.
         value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
         dense_file_bytes: size of the weight files if they stored the zeros: `as here` with the same
@@ -294,6 +295,7 @@ class Compression(PartialRecord):
     dense_file_bytes: dict[str, int]
     seconds: float
     source: str = ""
+    embedding_values: str = ""
 
 
 class StepEntry(PartialRecord):

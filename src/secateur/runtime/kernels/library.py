@@ -174,6 +174,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "sct_linear": (ctypes.c_int, product),
         "sct_prompt": (ctypes.c_int, product),
         "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
+        "sct_gather": (ctypes.c_int, [matrix, _POINTER, _I64, _POINTER]),
         "sct_read": (
             ctypes.c_int,
             [ctypes.POINTER(CDecoder), _POINTER, _I64, _I64, _I64, _I64, _POINTER],

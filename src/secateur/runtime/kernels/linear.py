@@ -77,27 +77,32 @@ class InferenceLinear(nn.Module):
         return _stand_in(self.out_features, self.in_features, self.dtype)
 
 
-class OperatorLinear(InferenceLinear):
-    """A linear whose product is the operator `torch.ops.secateur.linear`.
+class NumberedModule(nn.Module):
+    """A module whose computation is an operator of `torch.ops.secateur`.
 
     The operator takes a tensor and the number of a module. torch.compile does not trace into it,
     and engines that compile a model can capture what it launches.
     """
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy its own number."""
+        super().__setstate__(state)
+        self.take_number()
+
+    def take_number(self) -> None:
+        """Be the module of a new number."""
+        self.number = next(_numbers)
+        _modules[self.number] = self
+
+
+class OperatorLinear(NumberedModule, InferenceLinear):
+    """A linear whose product is the operator `torch.ops.secateur.linear`."""
+
     def __init__(
         self, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(shape, bias, dtype)
-        self._take_number()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy its own number."""
-        super().__setstate__(state)
-        self._take_number()
-
-    def _take_number(self) -> None:
-        self.number = next(_numbers)
-        _linears[self.number] = self
+        self.take_number()
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product by the operator, which calls `product`."""
@@ -110,16 +115,23 @@ class OperatorLinear(InferenceLinear):
 
 
 _numbers = itertools.count(1)
-_linears: weakref.WeakValueDictionary[int, OperatorLinear] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Modules by number, because the operator accepts only tensors and numbers."""
 
 _operators = torch.library.Library("secateur", "DEF")
 _operators.define("linear(Tensor x, int module, int out_features) -> Tensor")
+_operators.define("rows(Tensor ids, int module, int columns) -> Tensor")
 
 
 @torch.no_grad()  # a caller who needs gradients of other parts may have enabled them
 def _linear(x: Tensor, module: int, out_features: int) -> Tensor:
-    return _linears[module].product(x)
+    found: Tensor = _modules[module].product(x)
+    return found
+
+
+def _rows(ids: Tensor, module: int, columns: int) -> Tensor:
+    found: Tensor = _modules[module].matrix.gathered(ids)
+    return found
 
 
 _operators.impl("linear", _linear, "CPU")
@@ -127,6 +139,12 @@ _operators.impl("linear", _linear, "CUDA")
 torch.library.register_fake(
     "secateur::linear",
     lambda x, module, out_features: x.new_empty((x.shape[0], out_features)),
+    lib=_operators,
+)
+_operators.impl("rows", _rows, "CPU")
+torch.library.register_fake(
+    "secateur::rows",
+    lambda ids, module, columns: ids.new_empty((ids.shape[0], columns), dtype=torch.bfloat16),
     lib=_operators,
 )
 
@@ -246,11 +264,13 @@ class IntegerLinear(InferenceLinear):
         return sums if self.group is not None else sums * scales
 
 
-class PackedEmbedding(nn.Module):
-    """An embedding whose rows are int8 with a scale each; a tied head shares the matrix.
+class PackedEmbedding(NumberedModule):
+    """An embedding that is stored as integers; a tied head shares the matrix.
+
+    Only the rows that are looked up become numbers of `dtype`.
 
     Args:
-        matrix: dense [vocabulary, hidden], of int8 or without a scale.
+        matrix: dense [vocabulary, hidden], of int8, int4 or without a scale.
         dtype: of what it gives.
         factor: that the model multiplies its embeddings with, as Gemma does.
     """
@@ -262,16 +282,24 @@ class PackedEmbedding(nn.Module):
         self.matrix, self.dtype = matrix, dtype
         self.factor = None if factor is None else torch.tensor(factor, dtype=dtype, device="cpu")
         self.num_embeddings, self.embedding_dim = matrix.rows, matrix.columns
+        self.take_number()
 
     def forward(self, ids: Tensor) -> Tensor:
         """The embeddings [..., hidden] of token ids."""
+        rows = self.rows(ids).to(self.dtype)
+        return rows if self.factor is None else rows * self.factor
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix [..., hidden]."""
+        if self.matrix.group is not None:
+            found: Tensor = torch.ops.secateur.rows(
+                ids.long().flatten(), self.number, self.embedding_dim
+            )
+            return found.view(*ids.shape, -1)
         width = self.matrix.words * 64
         table = self.matrix.values[: self.matrix.rows * width].view(self.matrix.rows, width)
         rows = table[ids][..., : self.matrix.columns]
-        if self.matrix.scale is not None:
-            rows = rows.float() * self.matrix.scale[ids, None]
-        rows = rows.to(self.dtype)
-        return rows if self.factor is None else rows * self.factor
+        return rows if self.matrix.scale is None else rows.float() * self.matrix.scale[ids, None]
 
     @property
     def weight(self) -> Tensor:

@@ -264,6 +264,25 @@ class KernelMatrix:
             raise no_kernel()
         return out[: end - begin, : self.columns]
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Rows of a matrix of int4 as bfloat16 [count, in], which is exact.
+
+        Args:
+            rows: their numbers, int64 [count].
+
+        Raises:
+            ShapeError: there is no such row.
+        """
+        if self.group is None or rows.ndim != 1 or rows.device.type != "cpu":
+            raise ShapeError(f"rows {list(rows.shape)} on {rows.device} of a {self.dtype} matrix")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
+            raise ShapeError(f"rows {rows.min()} to {rows.max()} of a matrix of {self.rows}")
+        rows, out = rows.contiguous(), self.room(len(rows))
+        given = ctypes.byref(self.c), rows.data_ptr(), len(rows), out.data_ptr()
+        if kernels().sct_gather(*given) != 0:
+            raise no_kernel()
+        return out[:, : self.columns].contiguous()
+
     @property
     def weight(self) -> Tensor | None:
         """The dense weight [out, in] where it is stored as one, without a scale; else None."""

@@ -71,13 +71,16 @@ static void multiply(void *context, int thread, int threads) {
     job->rows(job->matrix, job->in, begin, end, job->y, job->matrix->rows);
 }
 
+static size_t tile_row_bytes(const sct_matrix *m) {
+    return (size_t)m->words * 64 * (m->type == SCT_FLOAT32 ? 4 : 2);
+}
+
 static void lay_out(void *context, int thread, int threads) {
     const sct_job *job = context;
     int64_t count = job->end - job->begin;
     int64_t begin = job->begin + count * thread / threads;
     int64_t end = job->begin + count * (thread + 1) / threads;
-    size_t size = job->matrix->type == SCT_FLOAT32 ? 4 : 2;
-    size_t to = (size_t)(begin - job->begin) * (size_t)job->matrix->words * 64 * size;
+    size_t to = (size_t)(begin - job->begin) * tile_row_bytes(job->matrix);
     job->code->expand(job->matrix, begin, end, (char *)job->tile + to);
 }
 
@@ -120,5 +123,30 @@ int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile)
     if (!code) return -1;
     sct_job job = {code, matrix, NULL, NULL, NULL, tile, begin, end};
     sct_parallel(lay_out, &job);
+    return 0;
+}
+
+typedef struct {
+    const sct_tier_code *code;
+    const sct_matrix *matrix;
+    const int64_t *rows;
+    int64_t count;
+    char *tile;
+} sct_lookup;
+
+static void look_up(void *context, int thread, int threads) {
+    const sct_lookup *job = context;
+    const int64_t end = job->count * (thread + 1) / threads;
+    for (int64_t i = job->count * thread / threads; i < end; i++)
+        job->code->expand(job->matrix, job->rows[i], job->rows[i] + 1,
+                          job->tile + (size_t)i * tile_row_bytes(job->matrix));
+}
+
+int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, void *tile) {
+    const sct_tier_code *code = sct_code();
+    if (!code) return -1;
+    sct_lookup job = {code, matrix, rows, count, tile};
+    if (count == 1) look_up(&job, 0, 1);
+    else sct_parallel(look_up, &job);
     return 0;
 }

@@ -85,6 +85,9 @@ SCT_API int sct_prompt(const sct_matrix *matrix, int64_t x_type, const void *x, 
  * if this tier has no kernel. */
 SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, void *tile);
 
+/* The same for `count` rows in any order, each as often as it is named. */
+SCT_API int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, void *tile);
+
 /* Norms of queries and keys: of each head, weights [head]; of all heads together, weights
  * [heads · head]; of each head less its mean, weights [heads, head]. The first two by the root of the
  * mean square. */
