@@ -95,7 +95,9 @@ def test_every_type_keeps_all_zeros(type, pruned: Path, tmp_path: Path) -> None:
 
 
 def test_an_int4_model_becomes_q4_0_without_any_change(pruned: Path, tmp_path: Path) -> None:
-    packed = secateur.compress(pruned, output=tmp_path / "packed", values="int4", group_size=32)
+    packed = secateur.compress(
+        pruned, output=tmp_path / "packed", values="int4", embeddings="int4", group_size=32
+    )
     found = secateur.export(packed.output, output=tmp_path / "out", type="q4_0")
     (name,) = found.files
     dense = secateur.load(packed.output, expand=True, dtype=torch.float32).state_dict()
@@ -107,12 +109,16 @@ def test_an_int4_model_becomes_q4_0_without_any_change(pruned: Path, tmp_path: P
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             expect = dense[f"model.layers.{layer}.{ours}.weight"].numpy()
             assert np.array_equal(values, expect)
+    tensor = tensors["token_embd.weight"]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(values, dense["model.embed_tokens.weight"].numpy())
 
 
 def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_path: Path) -> None:
     source = save(tmp_path / "model", tokenizer, "llama", intermediate_size=64)
     packed = secateur.compress(
-        source, output=tmp_path / "packed", values="bfloat16", embeddings="int8", group_size=None,
+        source, output=tmp_path / "packed", values="bfloat16", embeddings="int4", group_size=None,
         overrides={"model.layers.*.mlp.*": "int4", "model.layers.*.self_attn.v_proj": "int8"},
     )  # fmt: skip
     found = secateur.export(packed.output, output=tmp_path / "out", type="stored")
@@ -130,7 +136,7 @@ def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_pa
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         expected = dense.state_dict()[f"model.layers.0.{ours}.weight"]
         assert float((values - expected).norm() / expected.norm()) <= error
-    assert tensors["token_embd.weight"].tensor_type == types.Q8_0
+    assert tensors["token_embd.weight"].tensor_type == types.Q4_0
     assert tensors["output_norm.weight"].tensor_type == types.F32
     assert_alike(tmp_path / "out" / name, dense, tokenizer)
 

@@ -26,6 +26,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
 from secateur.quantization.groups import AT_ONCE, GroupGrid
+from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.install import DenseView
 
 
@@ -86,12 +87,13 @@ def nearest_types(reader: CheckpointReader) -> dict[str, Q]:
     Args:
         reader: of a folder, compressed or not.
     """
-    found = {}
-    for name, entry in reader.entries.items():
-        layout = reader.layout_of(name) if isinstance(reader, DenseView) else None
-        values = str(entry.dtype).removeprefix("torch.") if layout is None else layout["values"]
-        found[name] = NEAREST.get(values, Q.F32)
-    return found
+    return {name: NEAREST.get(_values_of(reader, name), Q.F32) for name in reader.entries}
+
+
+def _values_of(reader: CheckpointReader, name: str) -> str:
+    layout = reader.layout_of(name) if isinstance(reader, DenseView) else None
+    dtype = str(reader.entries[name].dtype).removeprefix("torch.")
+    return dtype if layout is None else str(layout["values"])
 
 
 def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
@@ -144,8 +146,8 @@ NUMPY: dict[Q, Any] = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
 
 ENDS = ("token_embd.weight", "output.weight")
-"""Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them; with
-`stored` they have the bits that the source gives them."""
+"""Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them. If
+the source stores 4 bits or 3, Q4_0 is exact."""
 
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 """What sends tokens to experts; float32, as llama.cpp's own files have it."""
@@ -238,9 +240,9 @@ class GGUFFile:
         if len(one.shape) == 1 or one.name.endswith(ROUTERS):
             return Q.F32
         wanted = self.wanted(one)
-        as_stored = any(name in self.own for name in one.sources)
-        if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0) and not as_stored:
-            wanted = Q.Q8_0
+        if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
+            on_grid = any(_values_of(self.source.reader, x) in GRID_BITS for x in one.sources)
+            wanted = Q.Q4_0 if on_grid else Q.Q8_0
         return _stored_type_of_row(one.shape[-1], wanted)
 
     def notes(self, plan: list[Planned]) -> list[str]:
