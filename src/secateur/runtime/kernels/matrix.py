@@ -174,13 +174,13 @@ class KernelMatrix:
         assert begin % 2 == 0
         c, paired = CMatrix.from_buffer_copy(self.c), self.group is not None
         c.rows = end - begin
+        first = begin // 2 if paired else begin
         if self.mask is None:
-            width = self.values.element_size() * self.words * WORD
-            c.values = self.values.data_ptr() + begin * width // (2 if paired else 1)
+            c.values = self.values.data_ptr() + first * c.stride * self.values.element_size()
         else:
             assert self.offsets is not None
-            c.mask = self.mask.data_ptr() + begin * self.words * WORD // 8
-            c.offsets = self.offsets.data_ptr() + 8 * (begin // 2 if paired else begin)
+            c.mask = self.mask.data_ptr() + first * self.words * WORD // 8
+            c.offsets = self.offsets.data_ptr() + 8 * first
         if self.scale is not None:
             c.scale = self.scale.data_ptr() + 4 * begin
         if self.scales is not None:
