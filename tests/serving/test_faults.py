@@ -21,6 +21,7 @@ import openai
 import pytest
 import torch
 
+import secateur
 from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
 from secateur.serving.serve import KEY_VARIABLE, prepare
@@ -324,7 +325,8 @@ def test_an_aborted_request_frees_its_slot(serve: Start, stream: bool) -> None:
 
 
 def test_a_client_that_leaves_many_prompts(serve: Start) -> None:
-    server = serve(slots=2, prompt_piece=16)
+    server = serve(slots=2)
+    server.scheduler.most_piece = 16
     read = server.scheduler.engine.read
 
     def slowly(*args: Any, **options: Any) -> Any:
@@ -341,8 +343,12 @@ def test_a_client_that_leaves_many_prompts(serve: Start) -> None:
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
 
 
-def test_eight_clients_with_lists_of_tokens_and_echo(serve: Start) -> None:
-    server = serve(slots=2, prompt_piece=16)
+def test_eight_clients_with_lists_of_tokens_and_echo(
+    serve: Start, model: Path, tmp_path: Path
+) -> None:
+    secateur.compress(model, values="int8", embeddings="int8", output=tmp_path / "int8")
+    server = serve(tmp_path / "int8", slots=2)
+    server.scheduler.most_piece = 16
     random = np.random.default_rng(0)
     bodies = [
         {
@@ -438,8 +444,6 @@ def test_an_error_of_the_model(serve: Start, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_model_that_goes_through_transformers(serve: Start, tmp_path: Path) -> None:
-    import secateur
-
     folder = save_tiny(tmp_path / "other", "gpt2", n_positions=64)
     server = serve(folder)
     line, template = server.serving.lines

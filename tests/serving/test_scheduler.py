@@ -22,6 +22,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
 from secateur.serving.scheduler import (
     BLOCK_TOKENS,
+    LEAST_PIECE,
     PrefixCache,
     QueueFullError,
     Request,
@@ -45,11 +46,21 @@ def next_logits(text: Sequence[int]) -> Tensor:
 
 @dataclass
 class Pretended:
-    """An engine that remembers tokens in place of keys and values, and checks how it is used."""
+    """An engine that remembers tokens in place of keys and values, and checks how it is used.
+
+    Its clock is `now`. A call takes `call` seconds. A piece takes `fixed`, for each token `each`,
+    and for each token and position `deeper`.
+    """
 
     slots: int = 3
     capacity: int = 200
     together: int = 8
+    call: float = 0.0
+    fixed: float = 0.0
+    each: float = 0.0
+    deeper: float = 0.0
+    copy: float = 0.0
+    now: float = 0.0
     texts: list[list[int]] = field(default_factory=list)
     calls: list[list[Token]] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
@@ -63,6 +74,8 @@ class Pretended:
 
     def read(self, slot: int, ids: Tensor, *, every: bool = False) -> Tensor:
         self.pieces.append(len(ids))
+        middle = len(self.texts[slot]) + len(ids) / 2
+        self.now += self.fixed + len(ids) * (self.each + self.deeper * middle)
         found = []
         for token in ids.tolist():
             self.texts[slot].append(token)
@@ -73,6 +86,7 @@ class Pretended:
     def step(self, tokens: Sequence[Token]) -> Tensor:
         assert 1 <= len(tokens) <= self.together
         self.calls.append([*tokens])
+        self.now += self.call
         found = []
         for token in tokens:
             assert token.position == len(self.texts[token.slot])
@@ -90,6 +104,7 @@ class Pretended:
         return torch.tensor(self.texts[slot][begin:end])
 
     def copy_in(self, slot: int, known: Tensor) -> None:
+        self.now += self.copy
         self.texts[slot] += known.tolist()
 
 
@@ -157,7 +172,7 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
     engine = Pretended(data.draw(st.integers(1, 8)), together=8)
     cache = PrefixCache(data.draw(st.sampled_from([0, 3, 1000])) * BLOCK_TOKENS * 8)
     piece = data.draw(st.integers(9, 40))
-    scheduler = Scheduler(engine, queue_limit=50, prefixes=cache, piece_tokens=piece)
+    scheduler = Scheduler(engine, queue_limit=50, prefixes=cache, most_piece=piece)
     clients: list[Client] = []
     for _ in range(data.draw(st.integers(1, 12))):
         request = data.draw(REQUESTS)
@@ -199,7 +214,7 @@ def request_of(ids: Sequence[int], new: int = 5, **options: Any) -> Request:
 
 def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_read() -> None:
     engine = Pretended(slots=2)
-    scheduler = Scheduler(engine, piece_tokens=16)
+    scheduler = Scheduler(engine, most_piece=16)
     short, long = Client(request_of([1, 2], 40)), Client(request_of([5] * 150))
     scheduler.submit(short.job)
     scheduler.step()
@@ -208,25 +223,196 @@ def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_read(
         before = len(short.tokens)
         scheduler.step()
         assert len(short.tokens) == before + 1
-    assert engine.pieces == [16] * 9  # 144; the last six went along with the other's tokens
-    assert len(engine.calls[-1]) == 7
+    assert engine.pieces == [15] * 10
 
 
 def test_short_prompts_need_not_wait_for_a_long_one() -> None:
     engine = Pretended(slots=2)
-    scheduler = Scheduler(engine, piece_tokens=16)
+    scheduler = Scheduler(engine, most_piece=16)
     long, short = Client(request_of([5] * 150)), Client(request_of([7] * 20))
     scheduler.submit(long.job)
     scheduler.submit(short.job)
-    for _ in range(3):
+    for _ in range(4):
         scheduler.step()
     assert short.tokens
     assert not long.tokens
 
 
+COSTS = st.fixed_dictionaries(
+    {
+        "call": st.floats(0, 0.02),
+        "fixed": st.floats(0, 0.02),
+        "each": st.floats(1e-5, 1e-3),
+        "deeper": st.floats(0, 1e-6),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(COSTS, st.lists(st.integers(20, 1500), min_size=1, max_size=6))
+def test_no_gap_is_longer_than_wanted(costs: dict[str, float], prompts: list[int]) -> None:
+    """Prompts come in while a text is written, one after the other and together."""
+    engine = Pretended(slots=5, capacity=4000, **costs)
+    scheduler = Scheduler(engine, gap_seconds=0.1, clock=lambda: engine.now)
+    times: list[float] = []
+    writing = Client(request_of([1, 2], 2000))
+    writing.job.take = lambda token, logits: times.append(engine.now) or True  # type: ignore[func-returns-value]
+    scheduler.submit(writing.job)
+    for number, size in enumerate(prompts):
+        scheduler.submit(Client(request_of([number] * size, 3)).job)
+        for _ in range(number % 3):
+            scheduler.step()
+    while len(scheduler.running) > 1 or scheduler.queue:
+        scheduler.step()
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert max(gaps) <= 0.1
+
+
+def test_pieces_use_the_time_there_is() -> None:
+    engine = Pretended(slots=3, capacity=4000, call=0.01, fixed=0.02, each=0.001)
+    scheduler = Scheduler(engine, gap_seconds=0.1, clock=lambda: engine.now)
+    scheduler.submit(Client(request_of([1], 500)).job)
+    for number in range(2):
+        scheduler.submit(Client(request_of([number] * 1000)).job)
+    while len(scheduler.running) != 1 or scheduler.queue:
+        scheduler.step()
+    assert engine.pieces[:2] == [16, 32]  # no more than twice what was measured
+    assert 55 <= min(engine.pieces[6:]) <= max(engine.pieces) <= 61  # 0.9 · (0.1 - 0.01) - 0.02
+
+
+def test_nobody_is_delayed_by_large_pieces() -> None:
+    engine = Pretended(slots=2, capacity=4000, call=0.01, each=0.001)
+    scheduler = Scheduler(engine, clock=lambda: engine.now)
+    for sizes, pieces in (([500], [500]), ([1200], [400] * 3), ([600, 20], [300, 20, 300])):
+        engine.pieces.clear()
+        for size in sizes:
+            scheduler.submit(Client(request_of([size % 7] * size, 1)).job)
+        run(scheduler)
+        assert engine.pieces == pieces
+
+
+def test_a_machine_that_is_too_slow_goes_on_in_the_smallest_pieces() -> None:
+    engine = Pretended(slots=2, capacity=4000, call=0.2, fixed=0.3, each=0.01)
+    scheduler = Scheduler(engine, gap_seconds=0.1, clock=lambda: engine.now)
+    scheduler.submit(Client(request_of([1], 50)).job)
+    long = Client(request_of([4] * 320, 5))
+    scheduler.submit(long.job)
+    run(scheduler)
+    assert engine.pieces == [LEAST_PIECE] * 20
+    assert long.tokens == plain_loop(long.request)
+
+
+@pytest.mark.parametrize("slots", [8, 16])
+def test_sixteen_clients_take_turns(slots: int) -> None:
+    engine = Pretended(slots=slots)
+    scheduler = Scheduler(engine, most_piece=20)
+    clients = [Client(request_of([n] * (3 + 8 * (n % 4)), 40)) for n in range(16)]
+    for client in clients:
+        scheduler.submit(client.job)
+    began: list[int] = []
+    waited = dict.fromkeys(range(16), 0)
+    while not scheduler.idle:
+        before = [len(client.tokens) for client in clients]
+        scheduler.step()
+        for number, client in enumerate(clients):
+            still = bool(client.tokens) and before[number] == len(client.tokens)
+            waited[number] = waited[number] + 1 if still and not client.reasons else 0
+            if client.tokens and number not in began:
+                began.append(number)
+        assert max(waited.values()) <= (slots > 8) * 2  # sixteen tokens, with a short prompt: three
+    assert all(client.tokens == plain_loop(client.request) for client in clients)
+    assert {*began[:8]} == {*range(8)} or slots == 16
+    full = [call for call in engine.calls if len(call) == 8]
+    assert len(full) >= len(engine.calls) / 2  # no place stays empty while somebody waits
+
+
+def test_each_of_many_running_requests_gets_its_token_between_two_pieces() -> None:
+    engine = Pretended(slots=20, capacity=1000)
+    scheduler = Scheduler(engine, most_piece=16)
+    clients = [Client(request_of([n], 100)) for n in range(18)]
+    scheduler.submit(*(client.job for client in clients))
+    for _ in range(10):
+        scheduler.step()
+    long, short = Client(request_of([5] * 900)), Client(request_of([6] * 5))
+    scheduler.submit(long.job)
+    scheduler.step()
+    for number in range(20):
+        before = [len(client.tokens) for client in clients]
+        pieces = len(engine.pieces)
+        while len(engine.pieces) == pieces:
+            scheduler.step()
+        after = [len(client.tokens) for client in clients]
+        assert all(b > a for a, b in zip(before, after, strict=True))
+        if number == 5:
+            scheduler.submit(short.job)
+        assert short.tokens or number < 9
+    run(scheduler)
+    assert all(client.tokens == plain_loop(client.request) for client in (*clients, long, short))
+
+
+def test_a_prompt_that_is_cancelled_between_its_pieces() -> None:
+    engine = Pretended(slots=2)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=40)
+    other, gone = Client(request_of([1], 30)), Client(request_of([5] * 150))
+    scheduler.submit(other.job, gone.job)
+    scheduler.step()
+    scheduler.step()
+    gone.job.cancelled = True
+    run(scheduler)
+    assert gone.reasons == ["cancelled"]
+    assert sum(engine.pieces) < 100
+    assert other.tokens == plain_loop(other.request)
+    again = Client(gone.request)
+    scheduler.submit(again.job)
+    run(scheduler)
+    assert again.tokens == plain_loop(again.request)
+    assert again.job.cached == sum(engine.pieces[:2]) // BLOCK_TOKENS * BLOCK_TOKENS > 0
+
+
+@pytest.mark.parametrize(("size", "new"), [(200, 0), (199, 1), (8, 0), (7, 1), (192, 8)])
+def test_a_prompt_that_fills_the_context(size: int, new: int) -> None:
+    engine = Pretended(slots=2, capacity=max(size, 8) + max(new, 1) - 1)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=50)
+    for _ in range(2):
+        other, full = Client(request_of([3], 8)), Client(request_of([4] * size, new))
+        scheduler.submit(other.job, full.job)
+        run(scheduler)
+        assert full.tokens == plain_loop(full.request)
+        assert full.reasons == ["length"]
+
+
+def test_equal_prompts_that_come_together_are_read_once() -> None:
+    engine = Pretended(slots=4, capacity=1000)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=100)
+    clients = [Client(request_of([5] * 640 + [n])) for n in range(4)]
+    scheduler.submit(*(client.job for client in clients))
+    run(scheduler)
+    assert all(client.tokens == plain_loop(client.request) for client in clients)
+    assert sum(engine.pieces) < 1000
+    assert scheduler.counts.cached_tokens == sum(client.job.cached for client in clients) > 1500
+
+
+def test_a_long_known_beginning_is_copied_in_pieces_too() -> None:
+    engine = Pretended(slots=2, capacity=4000, call=0.01, each=0.0001, copy=0.02)
+    scheduler = Scheduler(
+        engine, prefixes=PrefixCache(1 << 20), gap_seconds=0.1, clock=lambda: engine.now
+    )
+    long = [7] * (20 * BLOCK_TOKENS + 5)
+    scheduler.submit(Client(request_of(long, 1)).job)
+    run(scheduler)
+    writing, again = Client(request_of([1], 50)), Client(request_of(long))
+    scheduler.submit(writing.job, again.job)
+    times = []
+    while not again.tokens:
+        scheduler.step()
+        times.append(engine.now)
+    assert max(after - before for before, after in itertools.pairwise(times)) <= 0.13
+    assert again.job.cached == 20 * BLOCK_TOKENS
+
+
 def test_a_known_beginning_is_not_read_again() -> None:
     engine = Pretended(slots=1)
-    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), piece_tokens=512)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20))
     system = [3] * (2 * BLOCK_TOKENS + 5)
     first, second = Client(request_of([*system, 1, 2])), Client(request_of([*system, 4, 4]))
     for client in (first, second):
@@ -280,9 +466,9 @@ def test_without_a_queue_only_free_slots_are_given() -> None:
 
 def test_a_scored_prompt_is_read_whole() -> None:
     engine = Pretended(slots=1)
-    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), piece_tokens=16)
+    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=16)
     ids = [3] * (BLOCK_TOKENS + 4)
-    for scored, pieces in ((False, [16, 16]), (False, []), (True, [16, 16, 4])):
+    for scored, pieces in ((False, [12] * 3), (False, [4]), (True, [12] * 3)):
         engine.pieces.clear()
         client = Client(request_of(ids, 0), scored=scored)
         scheduler.submit(client.job)
@@ -379,7 +565,7 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
         engine = real_engine(model, kind, 4)
         cache = PrefixCache(1 << 22 if kind == "ours" else 0)
         piece = PIECES[kind](engine.capacity)
-        scheduler = Scheduler(engine, prefixes=cache, piece_tokens=piece)
+        scheduler = Scheduler(engine, prefixes=cache, most_piece=piece)
         clients = [Client(request_of(ids, 20)) for ids in prompts]
         for number in range(len(clients)):
             scheduler.submit(clients[number * order % 9].job)
@@ -393,3 +579,38 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
     if kind == "ours":
         alone = [[*continued(Decoder(model, 200), torch.tensor(ids), 20)] for ids in prompts[:3]]
         assert alone == expected[:3]
+
+
+@pytest.mark.parametrize("stored", [{"values": "int8"}, {"values": "int4", "group_size": 32}])
+def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """With values of integers: other pieces, other neighbours, and what the cache knows."""
+    if lib.kernel_info().tier == "none":
+        pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
+    folder = packed_model(tmp_path, head_dim=16, max_position_embeddings=256, **stored)
+    model = secateur.load(folder, dtype=torch.float32)
+    random = torch.Generator().manual_seed(3)
+    shared = torch.randint(3, 96, (70,), generator=random).tolist()
+    prompts = [
+        shared * (number % 2) + torch.randint(3, 96, (length,), generator=random).tolist()
+        for number, length in enumerate((1, 100, 8, 9, 130, 33))
+    ]
+
+    def logits_of(scheduler: Scheduler, *wanted: Sequence[int]) -> list[Tensor]:
+        found: list[list[Tensor]] = [[] for _ in wanted]
+        for ids, rows in zip(wanted, found, strict=True):
+            client = Client(request_of(ids, 6))
+            client.job.take = lambda _, logits, rows=rows: rows.append(logits) or True
+            scheduler.submit(client.job)
+        run(scheduler)
+        return [torch.stack(rows) for rows in found]
+
+    alone = Scheduler(SlotDecoder(model, 256, 1))
+    expected = [logits_of(alone, ids)[0] for ids in prompts]
+    for piece, cache in ((16, 0), (23, 1 << 22), (512, 1 << 22)):
+        scheduler = Scheduler(
+            SlotDecoder(model, 256, 5), prefixes=PrefixCache(cache), most_piece=piece
+        )
+        for _ in range(2):
+            found = logits_of(scheduler, *prompts)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (scheduler.counts.cached_tokens > 0) == (cache > 0)

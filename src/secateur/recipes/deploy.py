@@ -102,8 +102,8 @@ class ServingLimits(Section):
 
     group = HOW
 
-    slots: int = Field(8, ge=1, le=8)
-    """Requests that are computed together."""
+    slots: int = Field(8, ge=1, le=64)
+    """Requests that run at once. One call computes tokens of up to eight; more take turns."""
     context_length: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = (
         Field(None, ge=2)
     )
@@ -114,8 +114,9 @@ class ServingLimits(Section):
     """A request ends after this many seconds, waiting included."""
     prefix_cache: Annotated[SizeOrZero, Flag(value="SIZE")] = "256MiB"
     """Memory for the prefix cache; 0: no cache."""
-    prompt_piece: Annotated[int, Flag(advanced=True)] = Field(128, ge=16)
-    """Chunk size of chunked prefill, in tokens."""
+    inter_token_ms: float = Field(100.0, gt=0)
+    """Milliseconds between two tokens of a request while prompts of others are read (inter-token
+    latency). It bounds the chunks of chunked prefill."""
     max_body: Annotated[Size, Flag(value="SIZE", advanced=True)] = "4MiB"
     """The longest body of a request."""
     stop_seconds: float = Field(30.0, gt=0)

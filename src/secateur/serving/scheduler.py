@@ -6,6 +6,7 @@ Keys and values of beginnings that several prompts share, such as a system messa
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -94,7 +95,8 @@ class ServingJob:
         text: the tokens passed on so far.
         last: the token that ended the text, and its logits; None if none did.
         cached: tokens of the prompt that the prefix cache knew.
-        pieces: of the prompt that were read by themselves.
+        turn: when a piece of the prompt was read last; the scheduler counts turns.
+        owed: whether a piece of another prompt was read since the last token.
     """
 
     request: Request
@@ -106,7 +108,8 @@ class ServingJob:
     text: list[int] = field(default_factory=list)
     last: tuple[int, Tensor] | None = None
     cached: int = 0
-    pieces: int = 0
+    turn: int = 0
+    owed: bool = False
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.request.sampling, self.request.ids)
@@ -131,19 +134,82 @@ class ServingCounts:
     ended: Counter[str] = field(default_factory=Counter)
 
 
+LEAST_PIECE = 16
+"""Tokens of the smallest piece of a prompt: fewer take nearly as long, because all weights are read
+once for each piece."""
+
+MOST_PIECE = 512
+"""Tokens of a piece that delays nobody. The kernels gain nothing from more."""
+
+FORGETTING = 0.9
+"""What was measured counts so much less with each later piece."""
+
+AIM = 0.9
+"""The part of the time for a piece that is used: no piece takes exactly as long as the last one."""
+
+
+class PieceTimes:
+    """How long pieces of prompts take, from those that were read.
+
+    seconds = tokens · each + tokens · position · deeper + fixed, by least squares of the relative
+    errors, with no factor below 0. What the measurements do not tell apart is in the first factor:
+    then a larger piece takes at most as long as expected.
+
+    Attributes:
+        largest: tokens of a piece that was measured. No prediction is made for more than twice
+            as many.
+    """
+
+    def __init__(self) -> None:
+        self.products = [[0.0] * 3 for _ in range(3)]
+        self.sums, self.factors = [0.0] * 3, [0.0] * 3
+        self.largest = 0.0
+
+    def note(self, tokens: int, first: int, seconds: float) -> None:
+        """Add a measurement: a piece that begins at a position."""
+        row = [x / seconds for x in (tokens, tokens * (first + tokens / 2), 1.0)]
+        for i, x in enumerate(row):
+            self.sums[i] = FORGETTING * self.sums[i] + x
+            for j, y in enumerate(row):
+                self.products[i][j] = FORGETTING * self.products[i][j] + x * y
+        self.largest = max(float(tokens), FORGETTING * self.largest)
+        for _ in range(40):
+            for i, own in enumerate(self.products):
+                others = sum(own[j] * self.factors[j] for j in range(3) if j != i)
+                self.factors[i] = max(0.0, (self.sums[i] - others) / own[i])
+
+    def tokens_within(self, seconds: float, first: int) -> int:
+        """The tokens of the largest piece that takes at most so long."""
+        each, deeper, fixed = self.factors
+        low, high = 0, int(2 * self.largest)
+        while low < high:
+            tokens = (low + high + 1) // 2
+            expected = tokens * (each + deeper * (first + tokens / 2)) + fixed
+            low, high = (tokens, high) if expected <= seconds else (low, tokens - 1)
+        return low
+
+
 class Scheduler:
-    """Continuous batching: every call computes one token of each running request.
+    """Continuous batching: every call computes a token of each running request.
 
     A step admits waiting requests to free slots, reads at most one piece of one long prompt, and
-    decodes. So a long prompt delays the others by one piece at a time. The last tokens of a prompt,
-    if one call can take them, are read in the places that no running request needs. `submit`,
-    `cancel` and `close` may be called from any thread, everything else from one.
+    decodes. A piece is as large as the time between two tokens of the others allows, by what pieces
+    and calls took so far. Where nobody waits for a token, pieces are large. Prompts take turns.
+    With more running requests than a call takes, requests take turns too, and the next piece comes
+    after the token of the last one.
+
+    A prompt that fits in a call of the engine is read in the places that no other request needs.
+    Every other prompt is read in pieces, whatever the cache knows of it, so where `read` computes
+    the same for any pieces, what is computed does not depend on others.
+
+    `submit`, `cancel` and `close` may be called from any thread, everything else from one.
 
     Args:
         engine: computes tokens.
         queue_limit: if so many jobs wait for a slot, new ones are refused.
         prefixes: what is known of prompts.
-        piece_tokens: of a long prompt that are read at once.
+        gap_seconds: between two tokens of a request, while prompts of others are read.
+        most_piece: tokens of the largest piece.
         clock: seconds; a monotonic clock.
     """
 
@@ -153,12 +219,14 @@ class Scheduler:
         *,
         queue_limit: int = 64,
         prefixes: PrefixCache | None = None,
-        piece_tokens: int = 128,
+        gap_seconds: float = 0.1,
+        most_piece: int = MOST_PIECE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.queue_limit, self.clock = engine, queue_limit, clock
         self.prefixes = prefixes or PrefixCache(0)
-        self.piece_tokens = piece_tokens
+        self.gap_seconds, self.most_piece = gap_seconds, most_piece
+        self.piece_times, self.call_seconds, self.turns = PieceTimes(), 0.0, 0
         self.lock = threading.Lock()
         self.queue: deque[ServingJob] = deque()
         self.running: list[ServingJob] = []
@@ -217,64 +285,95 @@ class Scheduler:
                 if not self.queue:
                     return
                 job, job.slot = self.queue.popleft(), self.free.pop()
-            ids = job.request.ids
             self.running.append(job)
             self.engine.rewind(job.slot)
-            for known in self.prefixes.find(ids) if job.score is None else ():
-                self.engine.copy_in(job.slot, known)
-            job.cached = self.engine.lengths[job.slot]
-            self.counts.prompt_tokens += len(ids)
-            self.counts.cached_tokens += job.cached
+            self.counts.prompt_tokens += len(job.request.ids)
 
     def unread(self, job: ServingJob) -> Sequence[int]:
         """The tokens of a job's prompt that the engine has not read."""
         return job.request.ids[self.engine.lengths[job.slot] :]
 
     def in_pieces(self, job: ServingJob) -> bool:
-        """Whether the rest of a prompt is read in pieces, not along with the tokens of others."""
-        rest = len(self.unread(job))
-        return rest > (self.engine.together if job.score is None else 0)
+        """Whether a prompt is read in pieces, not along with the tokens of others."""
+        whole = job.score is None and len(job.request.ids) <= self.engine.together
+        return not job.text and not whole
 
     def read(self) -> None:
-        """Read a piece of a long prompt: of the one of which the fewest pieces were read."""
+        """Read a piece of a long prompt: of the one that waits longest for its turn."""
         long = [job for job in self.running if self.in_pieces(job)]
-        if not long:
+        others = [job for job in self.running if not self.in_pieces(job)]
+        if not long or any(job.owed for job in others):
             return
-        job = min(long, key=lambda job: job.pieces)
-        job.pieces += 1
-        piece = self.unread(job)[: self.piece_tokens]
-        logits = self.engine.read(job.slot, torch.tensor(piece), every=job.score is not None)
+        began = self.clock()
+        job = min(long, key=lambda job: job.turn)
+        self.turns += 1
+        job.turn = self.turns
+        for other in others:
+            other.owed = True
+        calls = math.ceil(len(others) / self.engine.together)
+        seconds = AIM * (self.gap_seconds - calls * self.call_seconds) if others else math.inf
+        if not self.recall(job, began + seconds):
+            return
+        first, rest = self.engine.lengths[job.slot], self.unread(job)
+        left, began, most = began + seconds - self.clock(), self.clock(), self.most_piece
+        if others:
+            within = self.piece_times.tokens_within(left, first)
+            most = min(max(within, LEAST_PIECE), most)
+        size = math.ceil(len(rest) / math.ceil(len(rest) / most))  # pieces of about one size
+        ids = torch.tensor(rest[:size])
+        logits = self.engine.read(job.slot, ids, every=job.score is not None)
         if job.score is not None:
             job.score(logits)
-        if not self.unread(job):
-            self.keep(job, job.request.ids)
+        self.keep(job, job.request.ids[: first + size])
+        if others:
+            self.piece_times.note(size, first, max(self.clock() - began, 1e-6))
+        if size == len(rest):
             self.answer(job, logits[-1])
 
+    def recall(self, job: ServingJob, until: float) -> bool:
+        """Copy what the cache knows of a prompt by now. Return False if time ran out first."""
+        found = self.prefixes.find(job.request.ids) if job.score is None else []
+        length = self.engine.lengths[job.slot]
+        whole = length // BLOCK_TOKENS
+        if len(found) <= whole:
+            return True
+        self.engine.rewind(job.slot, whole * BLOCK_TOKENS)
+        for known in found[whole:]:
+            self.engine.copy_in(job.slot, known)
+            if self.clock() >= until:
+                break
+        new = self.engine.lengths[job.slot] - length
+        job.cached += new
+        self.counts.cached_tokens += new
+        return self.clock() < until
+
     def decode(self) -> None:
-        """Compute one call: the last token of each text, and the ends of prompts."""
-        tokens: list[Token] = []
-        jobs: list[ServingJob] = []
-        for job in self.running:
-            if job.text:
-                tokens.append(Token(job.slot, self.engine.lengths[job.slot], job.text[-1]))
-                jobs.append(job)
-        for job in self.running:
+        """Compute one call: the last token of each text, and short prompts."""
+        texts = [job for job in self.running if job.text]
+        short = [job for job in self.running if not job.text and not self.in_pieces(job)]
+        room = self.engine.together - bool(short)
+        if not texts and not short:
+            return
+        began, jobs, tokens = self.clock(), texts[:room], list[Token]()
+        for job in jobs:
+            tokens.append(Token(job.slot, self.engine.lengths[job.slot], job.text[-1]))
+        for job in short:
             rest, begin = self.unread(job), self.engine.lengths[job.slot]
-            if job.text or self.in_pieces(job):
-                continue
             here = rest[: self.engine.together - len(tokens)]
             for number, id in enumerate(here, start=1):
                 tokens.append(Token(job.slot, begin + number - 1, id, number == len(rest)))
             if here and len(here) == len(rest):
                 jobs.append(job)
-        if not tokens:
-            return
         logits = self.engine.step(tokens)
         self.counts.calls += 1
+        self.running = [*(job for job in self.running if job not in jobs), *jobs]
         for job, row in zip(jobs, logits, strict=True):
             if not job.text:
                 self.keep(job, job.request.ids)
+            job.owed = False
             self.answer(job, row)
+        seconds = self.clock() - began
+        self.call_seconds += (seconds - self.call_seconds) * (0.2 if self.call_seconds else 1.0)
 
     def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
         """Keep the keys and values of some tokens of a slot."""

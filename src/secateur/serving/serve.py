@@ -20,7 +20,13 @@ from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
-from secateur.serving.scheduler import Engine, PrefixCache, Scheduler, TransformersEngine
+from secateur.serving.scheduler import (
+    MOST_PIECE,
+    Engine,
+    PrefixCache,
+    Scheduler,
+    TransformersEngine,
+)
 from secateur.serving.service import Service, Worker
 
 if TYPE_CHECKING:
@@ -114,7 +120,8 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
         engine,
         queue_limit=recipe.queue,
         prefixes=PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
-        piece_tokens=recipe.prompt_piece if engine.together > 1 else capacity,
+        gap_seconds=recipe.inter_token_ms / 1000,
+        most_piece=MOST_PIECE if engine.together > 1 else capacity,
     )
     eos = tokenizers[0].eos_token_id
     service = Service(
