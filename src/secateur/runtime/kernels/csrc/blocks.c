@@ -26,6 +26,14 @@ static int64_t rows_of_tile(const sct_blocks *code, const sct_matrix *m, int thr
     return rows < code->rows ? code->rows : rows;
 }
 
+/* Where the values of a row begin, or those of all rows end. */
+static const char *values_of(const sct_matrix *m, int64_t row) {
+    static const int64_t sizes[SCT_TYPES] = {4, 2, 2, 1, 1};
+    const int64_t together = m->type == SCT_INT4 ? 2 : 1;
+    const int64_t at = (row < m->rows ? row : m->rows + together - 1) / together;
+    return (const char *)m->values + (m->mask ? m->offsets[at] : at * m->stride) * sizes[m->type];
+}
+
 static void round_panels(void *context, int thread, int threads) {
     sct_prompt_job *job = context;
     (void)thread, (void)threads;
@@ -49,9 +57,11 @@ static void multiply_tiles(void *context, int thread, int threads) {
                      .scales = grouped ? (float *)(own + job->codes_bytes + job->starts_bytes) : NULL};
     (void)threads;
     if (job->code->begin) job->code->begin(job->group);
-    for (;;) {
-        const int64_t row = atomic_fetch_add(&job->next_row, job->rows);
-        if (row >= job->matrix->rows) break;
+    int64_t row = atomic_fetch_add(&job->next_row, job->rows), next;
+    for (; row < job->matrix->rows; row = next) {
+        next = atomic_fetch_add(&job->next_row, job->rows);
+        tile.next = values_of(job->matrix, next);
+        tile.next_lines = (values_of(job->matrix, next + job->rows) - tile.next) / 64;
         tile.rows = job->matrix->rows - row < job->rows ? job->matrix->rows - row : job->rows;
         tile.padded_rows = up(tile.rows, job->code->rows);
         job->code->expand(job->matrix, row, &tile);

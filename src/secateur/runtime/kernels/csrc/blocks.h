@@ -28,11 +28,26 @@
 typedef struct {
     int64_t rows, padded_rows, words;
     void *row;       /* of floats: memory for one row */
+    const char *next; /* what the next tile is made of, as many lines of 64 bytes */
+    int64_t next_lines;
     int64_t group;   /* columns that share their scales: 64, or fewer where the type has smaller groups */
     void *codes;     /* int8, or int16 where the tier multiplies those; bfloat16 or float32 */
     int32_t *starts; /* [words · 64 / group, rounded up][padded_rows]: what sums begin with */
     float *scales;   /* the same shape: scales of the groups; NULL: the type has none */
 } sct_tile;
+
+/* While a tile is multiplied, the memory of the next one comes into the second cache. */
+typedef struct {
+    const char *from;
+    int64_t lines, each; /* left; asked for in one step */
+} sct_ahead;
+
+SCT_INLINE void sct_look_ahead(sct_ahead *ahead) {
+    for (int64_t i = 0; i < ahead->each && ahead->lines > 0; i++, ahead->lines--) {
+        __builtin_prefetch(ahead->from, 0, 2);
+        ahead->from += 64;
+    }
+}
 
 /* Rounded activations: [panels][words · 16][lanes][4]. */
 typedef struct {

@@ -1,5 +1,5 @@
 /* Products by blocks for AMX with bfloat16: tiles of 16 rows by 32 columns times 32 columns of 16
- * tokens. Two tiles of rows and two panels give four tiles of sums, which are added to in place. */
+ * tokens. Two tiles of rows and two panels give four tiles of sums. */
 #include "blocks.h"
 
 #if defined(SCT_HAS_AMX)
@@ -35,14 +35,15 @@ static void end(void) { _tile_release(); }
 
 SCT_INLINE void unit_of(const sct_float_places *at, float *sums, int64_t pitch, const int P) {
     float *after = sums + 16 * pitch; /* of the other 16 rows */
-    _tile_loadd(0, sums, 4 * pitch);
-    _tile_loadd(2, after, 4 * pitch);
+    _tile_zero(0);
+    _tile_zero(2);
     if (P == 2) {
-        _tile_loadd(1, sums + 16, 4 * pitch);
-        _tile_loadd(3, after + 16, 4 * pitch);
+        _tile_zero(1);
+        _tile_zero(3);
     }
     for (int64_t k = 0; k < 64 * at->words; k += 32) {
-        const uint16_t *values = at->values + k / 64 * at->word_pitch + k % 64;
+        if (k % 64 == 0) sct_look_ahead(at->ahead);
+        const uint16_t *values = at->values + k / 64 * UNIT_ROWS * 64 + k % 64;
         _tile_loadd(4, values, 128);
         _tile_loadd(6, at->panel[0] + 16 * k, 64);
         _tile_dpbf16ps(0, 4, 6);

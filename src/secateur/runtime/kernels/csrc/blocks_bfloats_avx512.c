@@ -25,13 +25,11 @@ SCT_INLINE void take(__m512 *sums, __m512i x, __m512i values) {
 SCT_INLINE void unit_of(const sct_float_places *at, float *sums, int64_t pitch, const int P) {
     __m512 first[UNIT_ROWS], second[UNIT_ROWS];
 #pragma GCC unroll 12
-    for (int r = 0; r < UNIT_ROWS; r++) {
-        first[r] = _mm512_load_ps(sums + r * pitch);
-        if (P == 2) second[r] = _mm512_load_ps(sums + r * pitch + 16);
-    }
-    for (int64_t w = 0; w < at->words; w++)
+    for (int r = 0; r < UNIT_ROWS; r++) first[r] = second[r] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < at->words; w++) {
+        sct_look_ahead(at->ahead);
         for (int64_t k = 0; k < 64; k += 2) {
-            const uint16_t *values = at->values + w * at->word_pitch + k;
+            const uint16_t *values = at->values + w * UNIT_ROWS * 64 + k;
             const int64_t column = (w * 64 + k) * 16;
             const __m512i x = _mm512_load_si512(at->panel[0] + column);
             const __m512i other = P == 2 ? _mm512_load_si512(at->panel[1] + column) : x;
@@ -44,6 +42,7 @@ SCT_INLINE void unit_of(const sct_float_places *at, float *sums, int64_t pitch, 
                 if (P == 2) take(&second[r], other, by);
             }
         }
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < UNIT_ROWS; r++) {
         _mm512_store_ps(sums + r * pitch, first[r]);
@@ -59,6 +58,6 @@ static void unit(const sct_float_places *at, float *sums, int64_t pitch) {
 SCT_TARGET_END
 
 const sct_blocks sct_blocks_bfloats_avx512 = {
-    .lanes = PANEL_LANES, .rows = UNIT_ROWS, .code_bytes = sizeof(VALUE), .tile_bytes = 384 * 1024,
+    .lanes = PANEL_LANES, .rows = UNIT_ROWS, .code_bytes = sizeof(VALUE), .tile_bytes = 256 * 1024,
     .round = fill_panel, .expand = expand, .multiply = multiply};
 #endif
