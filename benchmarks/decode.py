@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import secateur
 from gguf_writing import write_gguf
 from hardware import heading, keep, markdown
 from secateur.models.hub import sample_model
+from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.evaluate import BenchResult
 
 SHAPE: dict[str, Any] = {
@@ -51,31 +53,15 @@ SHAPE: dict[str, Any] = {
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of all tensors of a random model."""
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    kv = config["num_key_value_heads"] * config["head_dim"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        for name, shape in {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (wide, hidden),
-            "mlp.up_proj": (wide, hidden),
-            "mlp.down_proj": (hidden, wide),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }.items():
-            found[f"model.layers.{layer}.{name}"] = shape
-    found["model.norm"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        found["lm_head"] = (config["vocab_size"], hidden)
-    return found
+    """Of all tensors of a random model, by their names without `.weight`."""
+    known = CONFIG_MAPPING[config["model_type"]](**config)
+    with torch.device("meta"), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(known)
+    return {n.removesuffix(".weight"): tuple(p.shape) for n, p in model.named_parameters()}
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All of them, half of each row of the linears zero."""
+    """All of them, half of each row of the linears zero; experts are stored fused."""
     torch.manual_seed(0)
     tensors = {}
     for name, shape in shapes(config).items():
@@ -83,8 +69,8 @@ def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             continue
         weight = torch.randn(shape) * 0.02
-        if ".layers." in name:
-            half = weight.abs().kthvalue(shape[1] // 2, dim=1, keepdim=True).values
+        if ".layers." in name and not name.endswith(".gate"):  # no router
+            half = weight.abs().kthvalue(shape[-1] // 2, dim=-1, keepdim=True).values
             weight[weight.abs() <= half] = 0
         tensors[name] = weight.bfloat16()
     return tensors
@@ -96,7 +82,7 @@ def write_checkpoint(
     """As transformers would."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    named = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+    named = {f"{n}.weight" if t.ndim < 3 else n: t for n, t in tensors.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

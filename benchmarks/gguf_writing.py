@@ -1,4 +1,4 @@
-"""Models of Llama's shape as GGUF files, to be timed in llama.cpp and for nothing else."""
+"""Random models as GGUF files, to be timed in llama.cpp and for nothing else."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ import gguf
 import numpy as np
 import torch
 
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
 FILE_TYPES = {
     Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
     gguf.GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
@@ -49,7 +39,8 @@ def write_gguf(
         file: to be written.
         kind: of all matrices.
     """
-    writer = gguf.GGUFWriter(file, "llama")
+    arch = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -59,7 +50,15 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
+    if arch != gguf.MODEL_ARCH.GEMMA3:  # it rotates all of a head
+        writer.add_rope_dimension_count(config["head_dim"])
+    if "sliding_window" in config:
+        writer.add_sliding_window(config["sliding_window"])
+    if "num_experts_per_tok" in config:
+        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_tokenizer_model("llama")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -67,17 +66,22 @@ def write_gguf(
     writer.add_token_list(words)
     writer.add_token_scores([0.0] * len(words))
     writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(words) - len(special))])
-    quantized: dict[int, np.ndarray] = {}
+    known = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    quantized: dict[int, list[np.ndarray]] = {}
     for name, tensor in tensors.items():
-        parts = name.split(".", 3)
-        known = GGUF_NAMES[parts[3] if name.startswith("model.layers.") else name]
-        to = f"blk.{parts[2]}.{known}" if name.startswith("model.layers.") else known
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 or name.endswith(".gate"):  # norms and routers
+            to = known.get_name(name.replace("mlp.gate", "block_sparse_moe.gate"))
             writer.add_tensor(f"{to}.weight", tensor.float().numpy())
             continue
+        fused = name.endswith(".gate_up_proj")
         if id(tensor) not in quantized:
-            quantized[id(tensor)] = gguf.quants.quantize(tensor.float().numpy(), kind)
-        writer.add_tensor(f"{to}.weight", quantized[id(tensor)], raw_dtype=kind)
+            parts = tensor.float().chunk(2, dim=1) if fused else [tensor.float()]
+            quantized[id(tensor)] = [gguf.quants.quantize(x.numpy(), kind) for x in parts]
+        names = ("gate_proj", "up_proj") if fused else ("gate_up_proj",)
+        for part, own in zip(quantized[id(tensor)], names, strict=True):
+            to = known.get_name(name.replace("gate_up_proj", own))
+            assert to is not None, name
+            writer.add_tensor(f"{to}.weight", part, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -52,7 +52,51 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 5,
         "tie_word_embeddings": True,
     },
+    "gemma3": {
+        **SHAPE,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    },
+    "mixtral": {
+        **SHAPE,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-moe": {
+        **SHAPE,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
 }
+"""Gemma 3 is google/gemma-3-1b; the mixtures have about a billion parameters."""
 STORED: dict[str, dict[str, Any]] = {
     "50 % int8": {"values": "int8", "format": "bitmask"},
     "50 % int4": {"values": "int4", "format": "bitmask"},
@@ -86,6 +130,7 @@ def repeated(one: Path, layers: int, folder: Path) -> None:
     write_packed(folder, [planned], ((name, known[source]) for name, source in names.items()))
     config = json.loads((one / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = layers
+    config.pop("layer_types", None)  # those of one layer
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
