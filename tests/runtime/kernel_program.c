@@ -66,16 +66,21 @@ static int tile(void) {
 }
 
 static int attention(void) {
-    const int64_t type = number(), positions = number(), head = number();
-    float *query = array(NULL), *scores = malloc((size_t)positions * 4);
-    void *keys = array(NULL), *values = array(NULL);
-    float *out = malloc((size_t)head * 4);
-    sct_code()->attend(&(sct_queries){.queries = query, .out = out, .tokens = 1, .each = 1,
-                                      .head = head, .keys = keys, .values = values,
-                                      .cache_type = type, .first = positions - 1,
-                                      .memory = scores});
-    put(out, head * 4);
-    return 0;
+    const int64_t type = number(), heads = number(), groups = number(), head = number();
+    const int64_t prompt = number(), row = 2 * (heads + groups) * head;
+    int64_t given;
+    float *vectors = array(&given);
+    const int64_t tokens = given / row / 4, tiles = tokens / SCT_KEYS + 1;
+    const size_t bytes = (size_t)(groups * tiles * sct_tile_bytes(type, sct_width(head)));
+    sct_layer layer = {.keys = calloc(bytes, 1), .values = calloc(bytes, 1)};
+    const sct_decoder d = {.layer = &layer, .heads = heads, .kv_heads = groups, .head = head,
+                           .capacity = tiles * SCT_KEYS, .cache_type = type,
+                           .attention_scale = 0.25f, .softcap = 5.0f};
+    int failed = sct_attention_alone(&d, NULL, 0, 0, prompt, vectors);
+    for (int64_t at = prompt; at < tokens && !failed; at++)
+        failed = sct_attention_alone(&d, &(sct_token){0, at}, 0, 0, 1, vectors + at * row);
+    put(vectors, given);
+    return failed;
 }
 
 static int activation(void) {

@@ -47,6 +47,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 positions": ("llama", {"head_dim": 16, "rope_parameters": LLAMA3}),
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": 20}),
     "qwen2": ("qwen2", {"hidden_size": 64}),
+    "narrow heads": ("llama", {"head_dim": 8}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
 
@@ -268,7 +269,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
     "family": ("gpt2", {}, "its type is gpt2: docs/families.md"),
-    "heads": ("llama", {"head_dim": 8}, "its heads are 8 wide"),
     "activation": ("llama", {"head_dim": 16, "hidden_act": "gelu"}, "its activation is gelu"),
     "positions": (
         "llama",

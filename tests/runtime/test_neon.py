@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import secateur
 from oracles.kernels import bitmask_product, rounded_to_bytes
+from runtime.attention_examples import CACHES, a_text, oracle_of, rounding
 from runtime.kernel_examples import example, example_of_codes
 from secateur.quantization.groups import GROUPS
 from secateur.runtime.kernels.library import TYPES
@@ -172,16 +174,16 @@ def test_not_a_number_stays_one(run: Run) -> None:
         assert torch.equal(y[0], torch.zeros(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention(run: Run, dtype) -> None:
-    positions, head = 37, 48
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(head, generator=generator)
-    keys, values = (torch.randn(positions, head, generator=generator).to(dtype) for _ in range(2))
-    command = numbers(ATTEND, TYPES[dtype], positions, head)
-    got = tensor(run(command + array(query) + array(keys) + array(values)), torch.float32)
-    weights = (keys.double() @ query.double()).softmax(0)
-    torch.testing.assert_close(got.double(), weights @ values.double(), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("prompt", [1, 87])
+def test_attention(run: Run, dtype: torch.dtype, prompt: int) -> None:
+    oracle = replace(oracle_of(6, 2, 20, rotary=0), scale=0.25, softcap=5.0)
+    q, k, v = a_text(oracle, 90)
+    vectors = torch.cat([q, k, v, torch.zeros_like(q)], 1)
+    command = numbers(ATTEND, TYPES[dtype], 6, 2, 20, prompt)
+    got = tensor(run(command + array(vectors)), torch.float32).view(90, 16, 20)[:, 10:]
+    wanted = oracle(q, k, v, rounding(dtype))
+    torch.testing.assert_close(got.double(), wanted, rtol=4e-3, atol=4e-3)
 
 
 def test_silu(run: Run) -> None:

@@ -25,6 +25,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.kernels.library import MAX_BATCH, CToken
 from secateur.runtime.kernels.matrix import kernels
+from secateur.runtime.kv_cache import KeyValueCache
 from secateur.runtime.layer_forms import Description, why_not
 from secateur.runtime.sampling import Draws
 
@@ -182,16 +183,16 @@ class SlotDecoder:
         self.model: Any = model
         self.capacity, self.lengths = capacity, [0] * slots
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
-        self.cache_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        layers, kv_heads = len(model.model.layers), config.num_key_value_heads
-        self.cache = torch.zeros(
-            (2, layers, slots, kv_heads, capacity, attention.head_dim), dtype=self.cache_dtype
+        self.cache = KeyValueCache(
+            torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
+            layers=len(model.model.layers),
+            slots=slots,
+            groups=config.num_key_value_heads,
+            capacity=capacity,
+            head=attention.head_dim,
         )
-        """Keys and values [2, layers, slots, kv heads, capacity, head]."""
         self._description = Description(model, capacity, exact=self.dtype != torch.bfloat16)
-        self.c = self._description.decoder(
-            self.cache_dtype, lambda i: (self.cache[0, i].data_ptr(), self.cache[1, i].data_ptr())
-        )
+        self.c = self._description.decoder(self.cache.dtype, self.cache.addresses)
         self.vocabulary = self.c.vocabulary
 
     def check(self, ids: Sequence[int]) -> None:
@@ -297,8 +298,8 @@ class SlotDecoder:
         self.lengths[slot] = length
 
     def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
-        """A copy of keys and values of some positions [2, layers, kv heads, tokens, head]."""
-        return self.cache[:, :, slot, :, begin:end].clone()
+        """A copy of keys and values of some positions, as bytes."""
+        return self.cache.rows(slot, begin, end)
 
     def copy_in(self, slot: int, known: Tensor) -> None:
         """Append keys and values that `copy_out` gave at the same positions."""
@@ -306,7 +307,7 @@ class SlotDecoder:
         end = begin + known.shape[3]
         if end > self.capacity:
             raise ShapeError(f"the cache of {self.capacity} tokens is full")
-        self.cache[:, :, slot, :, begin:end] = known
+        self.cache.put_rows(slot, begin, known)
         self.lengths[slot] = end
 
 

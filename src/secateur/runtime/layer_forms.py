@@ -179,9 +179,6 @@ def why_not(model: Any) -> str | None:
         return "its experts are chosen by groups"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention looks ahead"
-    attention = model.model.layers[0].self_attn
-    if attention.head_dim % 16:
-        return f"its heads are {attention.head_dim} wide, not a multiple of 16"
     return None
 
 

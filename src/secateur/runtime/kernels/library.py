@@ -179,6 +179,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
             ctypes.c_int,
             [ctypes.POINTER(CDecoder), _POINTER, _I64, _I64, _I64, _I64, _POINTER],
         ),
+        "sct_attention_alone": (
+            ctypes.c_int,
+            [ctypes.POINTER(CDecoder), ctypes.POINTER(CToken), _I64, _I64, _I64, _POINTER],
+        ),
         "sct_decode": (
             ctypes.c_int,
             [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],

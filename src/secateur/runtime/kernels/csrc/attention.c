@@ -23,18 +23,68 @@ static int64_t position_of(const sct_attention *a, int64_t b) {
     return a->token ? a->token[b].position : a->first + b;
 }
 
-static void *cache_row(void *cache, const sct_decoder *d, int64_t slot, int64_t group,
-                       int64_t position) {
-    const size_t size = d->cache_type == SCT_FLOAT32 ? 4 : 2;
-    const int64_t row = (slot * d->kv_heads + group) * d->capacity + position;
-    return (char *)cache + size * (size_t)(row * d->head);
+/* Tiles of a slot and group. */
+static char *tiles_of(void *cache, const sct_decoder *d, int64_t slot, int64_t group) {
+    const int64_t tiles = (d->capacity + SCT_KEYS - 1) / SCT_KEYS;
+    const int64_t bytes = sct_tile_bytes(d->cache_type, sct_width(d->head));
+    return (char *)cache + (slot * d->kv_heads + group) * tiles * bytes;
 }
 
-static void store(void *to, const sct_decoder *d, const float *x) {
-    for (int64_t i = 0; i < d->head; i++) {
-        if (d->cache_type == SCT_FLOAT32) ((float *)to)[i] = x[i];
-        else ((uint16_t *)to)[i] = sct_to_bfloat(x[i]);
+/* The largest magnitude, or NaN. */
+static float largest(const float *x, int64_t count) {
+    float most = 0.0f;
+    for (int64_t i = 0; i < count; i++) {
+        const float size = fabsf(x[i]);
+        most = size > most || size != size ? size : most;
     }
+    return most;
+}
+
+/* A head into place `t` of a tile of keys, or of values. */
+static void put(char *tile, const sct_decoder *d, int of_values, int64_t t, const float *x) {
+    const int64_t type = d->cache_type, width = sct_width(d->head), n = sct_unit_values(type);
+    const float most = type == SCT_INT8 ? largest(x, d->head) : 0.0f;
+    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    for (int64_t i = 0; i < d->head; i++) {
+        const int64_t at = of_values ? (t / n * width + i) * n + t % n
+                                     : (i / n * SCT_KEYS + t) * n + i % n;
+        if (type == SCT_FLOAT32) ((float *)tile)[at] = x[i];
+        else if (type == SCT_BFLOAT16) ((uint16_t *)tile)[at] = sct_to_bfloat(x[i]);
+        else ((int8_t *)tile)[at] = (int8_t)(int32_t)rintf(x[i] * inverse);
+    }
+    if (type == SCT_INT8) ((float *)(tile + SCT_KEYS * width))[t] = most / 127.0f;
+}
+
+/* Forget what an older text left in the unit of a position, behind it: a share of 0 times NaN would
+ * be NaN. */
+static void forget_after(char *tile, const sct_decoder *d, int64_t t) {
+    const int64_t width = sct_width(d->head), n = sct_unit_values(d->cache_type);
+    const size_t size = 4 / (size_t)n;
+    for (int64_t late = t + 1; late % n; late++) {
+        for (int64_t i = 0; i < d->head; i++)
+            memset(tile + size * (size_t)((t / n * width + i) * n + late % n), 0, size);
+        if (d->cache_type == SCT_INT8) ((float *)(tile + SCT_KEYS * width))[late] = 0.0f;
+    }
+}
+
+/* Whether no other token of the call is behind this one in its sequence. */
+static int is_last(const sct_attention *a, int64_t b) {
+    if (!a->token) return b == a->tokens - 1;
+    for (int64_t i = 0; i < a->tokens; i++)
+        if (a->token[i].slot == a->token[b].slot && a->token[i].position > a->token[b].position)
+            return 0;
+    return 1;
+}
+
+/* Key and value of a token in one group into the caches. */
+static void store(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t group,
+                  const float *key, const float *value) {
+    const int64_t slot = slot_of(a, b), position = position_of(a, b), t = position % SCT_KEYS;
+    const int64_t at = position / SCT_KEYS * sct_tile_bytes(a->d->cache_type, sct_width(a->d->head));
+    char *values = tiles_of(layer->values, a->d, slot, group) + at;
+    put(tiles_of(layer->keys, a->d, slot, group) + at, a->d, 0, t, key);
+    put(values, a->d, 1, t, value);
+    if (is_last(a, b)) forget_after(values, a->d, t);
 }
 
 static void add(float *x, const float *bias, int64_t count) {
@@ -90,18 +140,17 @@ static void finish(const sct_decoder *d, const sct_layer *layer, const float *bi
 static void finish_groups(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t begin,
                           int64_t end) {
     const sct_decoder *d = a->d;
-    const int64_t slot = slot_of(a, b), position = position_of(a, b), offset = b * a->stride;
-    const int64_t each = d->heads / d->kv_heads, first = begin * each, last = end * each;
-    float *q = a->q + offset, *k = a->k + offset, *v = a->v + offset;
-    finish(d, layer, layer->q_bias, layer->q_norm, position, first, last - first, q);
-    for (int64_t i = first * d->head; i < last * d->head; i++) q[i] *= d->attention_scale;
+    const int64_t position = position_of(a, b), offset = b * a->stride;
+    const int64_t each = d->heads / d->kv_heads;
+    float *k = a->k + offset, *v = a->v + offset;
+    finish(d, layer, layer->q_bias, layer->q_norm, position, begin * each, (end - begin) * each,
+           a->q + offset);
     finish(d, layer, layer->k_bias, layer->k_norm, position, begin, end - begin, k);
     for (int64_t group = begin; group < end; group++) {
         const int64_t at = group * d->head;
         add(v + at, layer->v_bias ? layer->v_bias + at : NULL, d->head);
         clamp(v + at, d->clip, d->head);
-        store(cache_row(layer->keys, d, slot, group, position), d, k + at);
-        store(cache_row(layer->values, d, slot, group, position), d, v + at);
+        store(a, layer, b, group, k + at, v + at);
     }
 }
 
@@ -115,74 +164,169 @@ static void finish_share(const sct_attention *a, const sct_layer *layer, int thr
     }
 }
 
-/* Queries of some heads of consecutive tokens, and what they look at. */
-static sct_queries queries_of(const sct_attention *a, const sct_layer *layer, int64_t b,
-                              int64_t tokens, int64_t head, int64_t heads) {
-    const sct_decoder *d = a->d;
-    const int64_t at = b * a->stride + head * d->head, slot = slot_of(a, b);
-    const int64_t group = head / (d->heads / d->kv_heads);
-    return (sct_queries){
-        .queries = a->q + at,
-        .out = a->out + at,
-        .tokens = tokens,
-        .each = heads,
-        .head = d->head,
-        .stride = a->stride,
-        .keys = cache_row(layer->keys, d, slot, group, 0),
-        .values = cache_row(layer->values, d, slot, group, 0),
-        .cache_type = d->cache_type,
-        .first = position_of(a, b),
-        .window = layer->window,
-        .softcap = d->softcap,
-        .sinks = layer->sinks ? layer->sinks + head : NULL,
-    };
+/* Results of rows over some keys: sums, most and total of `sct_queries`. */
+static size_t part_floats(const sct_attention *a, int64_t rows) {
+    return (size_t)(rows * (sct_width(a->d->head) + 2) + 15) / 16 * 16;
 }
 
-/* Heads of single tokens; each thread has about as many of each token as the others. */
-static void attend_tokens(const sct_attention *a, const sct_layer *layer, float *memory, int thread,
-                          int threads) {
-    const int64_t units = a->d->heads * a->tokens;
-    for (int64_t i = units * thread / threads; i < units * (thread + 1) / threads; i++) {
-        sct_queries queries = queries_of(a, layer, i % a->tokens, 1, i / a->tokens, 1);
-        queries.memory = memory;
-        a->code->attend(&queries);
+/* Some tokens and the heads of a group, over the keys of [begin, end), into `part`. */
+static void attend(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t tokens,
+                   int64_t group, int64_t begin, int64_t end, float *memory, float *part) {
+    const sct_decoder *d = a->d;
+    const int64_t each = d->heads / d->kv_heads, rows = tokens * each, width = sct_width(d->head);
+    float *queries = memory + 2 * SCT_KEYS * width;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = a->q + (b + r / each) * a->stride + (group * each + r % each) * d->head;
+        for (int64_t i = 0; i < width; i++)
+            queries[r * width + i] = i < d->head ? from[i] * d->attention_scale : 0.0f;
+    }
+    const sct_queries q = {
+        .queries = queries,
+        .sums = part, .most = part + rows * width, .total = part + rows * (width + 1),
+        .rows = rows, .each = each, .width = width,
+        .keys = tiles_of(layer->keys, d, slot_of(a, b), group),
+        .values = tiles_of(layer->values, d, slot_of(a, b), group),
+        .cache_type = d->cache_type,
+        .begin = begin, .end = end,
+        .first = position_of(a, b), .window = layer->window,
+        .softcap = d->softcap,
+        .memory = memory,
+    };
+    a->code->attend(&q);
+}
+
+/* A row's softmax from its results over `parts` ranges of keys, which are `apart` floats apart. */
+static void merge(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t head,
+                  const float *part, int64_t rows, int64_t row, int64_t parts, size_t apart) {
+    const int64_t width = sct_width(a->d->head);
+    const float *most = part + rows * width + row, *totals = most + rows, *sums = part + row * width;
+    float *out = a->out + b * a->stride + head * a->d->head;
+    float highest = layer->sinks ? layer->sinks[head] : -INFINITY;
+    for (int64_t p = 0; p < parts; p++) highest = fmaxf(highest, most[(size_t)p * apart]);
+    float total = layer->sinks ? expf(layer->sinks[head] - highest) : 0.0f;
+    for (int64_t i = 0; i < a->d->head; i++) out[i] = 0.0f;
+    for (size_t p = 0; p < (size_t)parts; p++) {
+        const float factor = expf(most[p * apart] - highest);
+        total += factor * totals[p * apart];
+        for (int64_t i = 0; i < a->d->head; i++) out[i] += factor * sums[p * apart + (size_t)i];
+    }
+    for (int64_t i = 0; i < a->d->head; i++) out[i] /= total;
+}
+
+/* The keys that a token sees are cut at multiples of this, wherever it stands and however many
+ * threads there are, so that its sums always have the same order. */
+#define RANGE 256
+
+static int64_t ranges_of(const sct_attention *a, int64_t window, int64_t b) {
+    const int64_t position = position_of(a, b);
+    return position / RANGE - sct_first_seen(window, position) / RANGE + 1;
+}
+
+/* The memory of single tokens: [tokens, groups] how many ranges are done, then their results. */
+static int64_t most_ranges(const sct_attention *a) {
+    int64_t most = 0;
+    for (int64_t b = 0; b < a->tokens; b++) most = larger(most, ranges_of(a, 0, b));
+    return most;
+}
+
+static size_t counter_bytes(const sct_attention *a) {
+    return rounded(sizeof(atomic_int) * (size_t)(a->tokens * a->d->kv_heads));
+}
+
+/* One range of keys of one token and group. Whoever does the last one merges all. */
+static void attend_range(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t group,
+                         int64_t range, float *memory) {
+    const int64_t each = a->d->heads / a->d->kv_heads, position = position_of(a, b);
+    const int64_t seen = sct_first_seen(layer->window, position), from = seen / RANGE + range;
+    const int64_t unit = b * a->d->kv_heads + group, ranges = ranges_of(a, layer->window, b);
+    const size_t floats = part_floats(a, each);
+    atomic_int *done = (atomic_int *)a->memory + unit;
+    float *parts = (float *)(a->memory + counter_bytes(a)) + floats * (size_t)(unit * a->ranges);
+    attend(a, layer, b, 1, group, larger(from * RANGE, seen),
+           smaller((from + 1) * RANGE, position + 1), memory, parts + floats * (size_t)range);
+    if (atomic_fetch_add(done, 1) + 1 < ranges) return;
+    for (int64_t row = 0; row < each; row++)
+        merge(a, layer, b, group * each + row, parts, each, row, ranges, floats);
+}
+
+static void attend_tokens(sct_attention *a, const sct_layer *layer, float *memory) {
+    for (;;) {
+        int64_t number = atomic_fetch_add(&a->next, 1), b = 0, ranges = 0;
+        for (; b < a->tokens; b++) {
+            ranges = ranges_of(a, layer->window, b);
+            if (number < ranges * a->d->kv_heads) break;
+            number -= ranges * a->d->kv_heads;
+        }
+        if (b == a->tokens) return;
+        attend_range(a, layer, b, number / ranges, number % ranges, memory);
     }
 }
 
 /* Some tokens of a prompt and the heads that share keys, whichever thread is free; the last tokens,
  * which see most, first. */
 static void attend_prompt(sct_attention *a, const sct_layer *layer, float *memory) {
-    const int64_t each = a->d->heads / a->d->kv_heads;
+    const int64_t groups = a->d->kv_heads, each = a->d->heads / groups;
     const int64_t parts = (a->tokens + QUERY_TOKENS - 1) / QUERY_TOKENS;
     for (;;) {
-        const int64_t number = atomic_fetch_add(&a->next, 1);
-        if (number >= parts * a->d->kv_heads) return;
-        const int64_t group = number % a->d->kv_heads;
-        const int64_t begin = (parts - 1 - number / a->d->kv_heads) * QUERY_TOKENS;
-        sct_queries queries = queries_of(a, layer, begin, smaller(a->tokens - begin, QUERY_TOKENS),
-                                         group * each, each);
-        queries.memory = memory;
-        a->code->attend_tiles(&queries);
+        const int64_t number = atomic_fetch_add(&a->next, 1), group = number % groups;
+        if (number >= parts * groups) return;
+        const int64_t first = (parts - 1 - number / groups) * QUERY_TOKENS;
+        const int64_t tokens = smaller(a->tokens - first, QUERY_TOKENS), rows = tokens * each;
+        const int64_t position = position_of(a, first);
+        float *part = memory + (2 * SCT_KEYS + rows) * sct_width(a->d->head);
+        attend(a, layer, first, tokens, group, sct_first_seen(layer->window, position),
+               position + tokens, memory, part);
+        for (int64_t r = 0; r < rows; r++)
+            merge(a, layer, first + r / each, group * each + r % each, part, rows, r, 1, 0);
     }
 }
 
 static size_t bytes_of_thread(const sct_attention *a) {
-    const int64_t rows = QUERY_TOKENS * (a->d->heads / a->d->kv_heads);
-    int64_t most = 0;
-    if (!a->token) return rounded(4 * (size_t)sct_attention_floats(rows, a->d->head));
-    for (int64_t b = 0; b < a->tokens; b++) most = larger(most, a->token[b].position + 1);
-    return rounded(4 * (size_t)most);
+    const int64_t each = a->d->heads / a->d->kv_heads, rows = each * (a->token ? 1 : QUERY_TOKENS);
+    const size_t tile = (size_t)((2 * SCT_KEYS + rows) * sct_width(a->d->head));
+    return rounded(4 * (tile + (a->token ? 0 : part_floats(a, rows))));
 }
 
-size_t sct_attention_bytes(const sct_attention *a) {
-    return bytes_of_thread(a) * (size_t)sct_threads();
+/* What all threads share. */
+static size_t shared_bytes(const sct_attention *a) {
+    if (!a->token) return 0;
+    const size_t parts = (size_t)(a->tokens * a->d->kv_heads * a->ranges);
+    return counter_bytes(a) + 4 * part_floats(a, a->d->heads / a->d->kv_heads) * parts;
+}
+
+size_t sct_attention_bytes(sct_attention *a) {
+    a->ranges = a->token ? most_ranges(a) : 0;
+    return shared_bytes(a) + bytes_of_thread(a) * (size_t)sct_threads();
 }
 
 void sct_attend(sct_attention *a, const sct_layer *layer, int thread, int threads) {
-    float *memory = (float *)(a->memory + bytes_of_thread(a) * (size_t)thread);
+    char *memory = a->memory + shared_bytes(a) + bytes_of_thread(a) * (size_t)thread;
     finish_share(a, layer, thread, threads);
-    if (thread == 0) atomic_store(&a->next, 0);
+    if (thread == 0) {
+        atomic_store(&a->next, 0);
+        if (a->token) memset(a->memory, 0, counter_bytes(a));
+    }
     sct_barrier(threads);
-    if (a->token) attend_tokens(a, layer, memory, thread, threads);
-    else attend_prompt(a, layer, memory);
+    if (a->token) attend_tokens(a, layer, (float *)memory);
+    else attend_prompt(a, layer, (float *)memory);
+}
+
+static void attend_alone(void *context, int thread, int threads) {
+    sct_attention *a = context;
+    sct_attend(a, a->d->layer, thread, threads);
+}
+
+int sct_attention_alone(const sct_decoder *d, const sct_token *token, int64_t slot, int64_t first,
+                        int64_t tokens, float *vectors) {
+    const int64_t query = d->heads * d->head, key = d->kv_heads * d->head;
+    sct_attention a = {.d = d, .code = sct_code(), .token = token, .slot = slot, .first = first,
+                       .tokens = tokens, .q = vectors, .k = vectors + query,
+                       .v = vectors + query + key, .out = vectors + query + 2 * key,
+                       .stride = 2 * (query + key)};
+    if (!a.code) return -1;
+    a.memory = sct_memory(sct_attention_bytes(&a));
+    if (!a.memory) return -1;
+    sct_parallel(attend_alone, &a);
+    sct_free(a.memory);
+    return 0;
 }

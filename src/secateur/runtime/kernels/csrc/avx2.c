@@ -30,6 +30,7 @@ SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
 
 #include "batches.inc"
 #include "vector_math.inc"
+#include "attention.inc"
 
 SCT_INLINE float sum_of(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -252,5 +253,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_avx2 = {
     "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx2}, NULL, expand,
-    prepare, attend, attend_tiles, activate};
+    prepare, attend, activate};
 #endif

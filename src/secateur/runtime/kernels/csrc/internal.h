@@ -63,23 +63,36 @@ typedef struct {
 typedef void sct_rows(const sct_matrix *, const sct_input *, int64_t begin, int64_t end, float *y,
                       int64_t y_stride);
 typedef void sct_expander(const sct_matrix *, int64_t begin, int64_t end, void *tile);
-/* Rows of queries that share keys and values: row r is head r % each of token r / each. */
-typedef struct {
-    const float *queries; /* scaled; tokens `stride` floats apart, heads `head` */
-    float *out;           /* at the same places */
-    int64_t tokens, each, head, stride;
-    const void *keys, *values; /* of positions from 0 on */
-    int64_t cache_type, first; /* the position of the first token */
-    int64_t window;            /* keys that a token sees, its own among them; 0: all */
-    float softcap;             /* c: scores are c · tanh(score / c); 0: as they are */
-    const float *sinks;        /* [each], or NULL: logits without a value in the softmax */
-    float *memory;             /* sct_attention_floats(rows, head) */
-} sct_queries;
 
+/* Layout of the caches (secateur.h). */
 #define SCT_KEYS 64 /* of a tile */
-SCT_INLINE int64_t sct_attention_floats(int64_t rows, int64_t head) {
-    return 2 * SCT_KEYS * head + head + 2 * rows;
+SCT_INLINE int64_t sct_width(int64_t head) { return (head + 15) / 16 * 16; }
+SCT_INLINE int64_t sct_unit_values(int64_t type) {
+    return type == SCT_FLOAT32 ? 1 : type == SCT_BFLOAT16 ? 2 : 4;
 }
+SCT_INLINE int64_t sct_tile_bytes(int64_t type, int64_t width) {
+    return SCT_KEYS * (4 * width / sct_unit_values(type) + (type == SCT_INT8 ? 4 : 0));
+}
+
+/* The first key that the token at a position sees. */
+SCT_INLINE int64_t sct_first_seen(int64_t window, int64_t position) {
+    return window && position >= window ? position + 1 - window : 0;
+}
+
+/* Rows of queries that share keys and values: row r is head r % each of token r / each. What comes
+ * out are Σ e^(score - most) · value, the largest score, and Σ e^(score - most). */
+typedef struct {
+    const float *queries; /* [rows, width], scaled, zeros past the head */
+    float *sums;          /* [rows, width] */
+    float *most, *total;  /* [rows] */
+    int64_t rows, each, width;
+    const char *keys, *values; /* tiles, of positions from 0 on */
+    int64_t cache_type;
+    int64_t begin, end;    /* keys that are looked at, each row at those up to its own */
+    int64_t first, window; /* position of the first token; keys that a token sees, 0: all */
+    float softcap;         /* c: scores are c · tanh(score / c); 0: as they are */
+    float *memory;         /* 2 · SCT_KEYS · width */
+} sct_queries;
 
 /* One instruction set. */
 typedef struct {
@@ -88,8 +101,7 @@ typedef struct {
     sct_rows *rows_bfloat;      /* bfloat16 values, bfloat16 activations; NULL: none */
     sct_expander *expand;
     void (*prepare)(const float *x, int64_t columns, sct_input *in, int64_t b, sct_input_kind kind);
-    void (*attend)(const sct_queries *); /* one token and head; memory: its position + 1 floats */
-    void (*attend_tiles)(const sct_queries *);
+    void (*attend)(const sct_queries *);
     /* x = act(x) · up, or act(x) without up, as `activation` says */
     void (*activate)(const sct_decoder *, float *x, const float *up, int64_t count);
 } sct_tier_code;
@@ -169,11 +181,12 @@ typedef struct {
     int64_t slot, first, tokens;
     float *q, *k, *v, *out;
     int64_t stride;
-    char *memory; /* sct_attention_bytes, aligned to 64 */
+    char *memory;   /* sct_attention_bytes, aligned to 64 */
+    int64_t ranges; /* of keys that are looked at one by one, at most; set by sct_attention_bytes */
     atomic_llong next;
 } sct_attention;
 
-SCT_HIDDEN size_t sct_attention_bytes(const sct_attention *);
+SCT_HIDDEN size_t sct_attention_bytes(sct_attention *);
 /* By all threads, inside of `work`, with products that are finished. The caller waits (sct_barrier)
  * before anyone reads `out`. */
 SCT_HIDDEN void sct_attend(sct_attention *, const sct_layer *, int thread, int threads);

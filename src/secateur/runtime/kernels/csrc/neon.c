@@ -12,6 +12,7 @@ SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "batches.inc"
 #include "neon.inc"
 #include "vector_math.inc"
+#include "attention.inc"
 
 #include "int4.inc"
 
@@ -267,5 +268,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_neon = {
     "neon", {rows_floats, rows_pairs, rows_halves, rows_bytes, rows_fours}, NULL, expand,
-    prepare, attend, attend_tiles, activate};
+    prepare, attend, activate};
 #endif

@@ -88,6 +88,15 @@ SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, voi
 /* The same for `count` rows in any order, each as often as it is named. */
 SCT_API int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, void *tile);
 
+/* A cache of keys or values is [slots, kv heads, tiles], a tile for 64 positions, as many as the
+ * capacity needs. Values of 4, 2 or 1 bytes stand n = 1, 2 or 4 together in a unit of 4 bytes. With
+ * W = head rounded up to a multiple of 16, and zeros past the head, a tile has
+ *
+ *     keys     [W / n, 64] units, n columns of one position in each
+ *     values   [64 / n, W] units, n positions of one column in each
+ *
+ * and where values are int8, [64] float32 behind them: what those of each position are multiplied by. */
+
 /* Norms of queries and keys: of each head, weights [head]; of all heads together, weights
  * [heads · head]; of each head less its mean, weights [heads, head]. The first two by the root of the
  * mean square. */
@@ -116,7 +125,7 @@ typedef struct {
     const float *cosine, *sine; /* [capacity, rotary / 2], or NULL: no rotary positions */
     int64_t window;             /* keys that a token sees, its own among them; 0: all */
     const float *sinks; /* [heads], or NULL: a logit in the softmax that has no value */
-    void *keys, *values; /* [slots, kv heads, capacity, head] float32 or bfloat16 */
+    void *keys, *values; /* caches */
     sct_ffn ffn;        /* of all tokens; in a mixture the shared expert; up.rows 0: none */
     int64_t experts;    /* 0: no mixture */
     const sct_ffn *expert;
@@ -128,7 +137,7 @@ typedef struct {
 
 typedef struct {
     int64_t layers, hidden, heads, kv_heads, head, vocabulary, capacity;
-    int64_t cache_type;    /* SCT_FLOAT32 or SCT_BFLOAT16 */
+    int64_t cache_type;    /* SCT_FLOAT32, SCT_BFLOAT16 or SCT_INT8 */
     int64_t exact;         /* activations meet bfloat16 values in float32 */
     float epsilon;         /* of the norms */
     const sct_layer *layer;
@@ -171,5 +180,12 @@ SCT_API int sct_decode(const sct_decoder *decoder, const float *hidden, const sc
  * Returns 0, or -1 if memory ran out or this tier has no kernels. */
 SCT_API int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
                      int64_t tokens, int64_t answers, float *logits);
+
+/* Attention of the first layer alone, to test and to measure it. vectors [tokens, 2 heads + 2 kv
+ * heads, head] are the products of each token with W_q, W_k and W_v, which are changed, and behind
+ * them room for what W_o multiplies. Tokens, at most 8, stand at `token`, or if it is NULL any number
+ * of them in `slot` from position `first` on. Returns 0, or -1 if memory ran out. */
+SCT_API int sct_attention_alone(const sct_decoder *decoder, const sct_token *token, int64_t slot,
+                                int64_t first, int64_t tokens, float *vectors);
 
 #endif
