@@ -56,9 +56,9 @@ def example(
 
 
 def example_of_codes(
-    rows: int, columns: int, group: int, sparsity: float | None, seed: int = 0
+    rows: int, columns: int, group: int, sparsity: float | str | None, seed: int = 0
 ) -> tuple[KernelMatrix, Tensor]:
-    """A matrix of 4 bits, and the same dense in float64."""
+    """A matrix of 4 bits, and the same dense in float64; "2:4" keeps up to two of each four."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-7, 8, (rows, columns), generator=generator).to(torch.int8)
     groups = GroupGrid(4, group).groups(columns)
@@ -67,6 +67,11 @@ def example_of_codes(
     dense = by_groups(codes, exponent, code, group)
     if sparsity is None:
         return KernelMatrix.of_codes(codes, Scales(exponent, code), group), dense
-    kept = torch.rand(rows, columns, generator=generator) >= sparsity
-    kept[0] = False  # a row without values
+    if sparsity == "2:4":
+        fours = torch.rand(rows, -(-columns // 4), 4, generator=generator)
+        kept = (fours.argsort(-1) < 2).view(rows, -1)[:, :columns]
+        kept[-1, ::3] = False  # fewer than two
+    else:
+        kept = torch.rand(rows, columns, generator=generator) >= sparsity
+        kept[0] = False  # a row without values
     return KernelMatrix.of_codes(codes, Scales(exponent, code), group, kept), dense * kept

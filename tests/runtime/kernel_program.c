@@ -34,6 +34,7 @@ static sct_matrix matrix(void) {
     m.stride = number();
     m.type = number();
     m.group = number();
+    m.of_four = number();
     m.values = array(NULL);
     m.mask = array(NULL);
     m.offsets = array(NULL);

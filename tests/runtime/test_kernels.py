@@ -16,7 +16,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_kernel, by_tiles, choose, measured_gain
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles, choose, measured_gain
 from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, turned_fours
 
 pytestmark = pytest.mark.skipif(
@@ -53,9 +53,9 @@ def test_products_are_those_of_float64(tier, shape, values, sparsity):
             assert float(((got.double() - wanted).abs() / size).max()) < tolerance
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (6, 2500)])
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 2500), (5, 700), (4, 576)])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95])
+@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95, "2:4"])
 def test_products_of_4_bits_are_those_of_float64(tier, shape, group, sparsity):
     matrix, dense = example_of_codes(*shape, group, sparsity)
     assert torch.equal(matrix.tile(0, shape[0]).double(), dense)
@@ -104,7 +104,7 @@ def test_columns_of_one_sum_share_a_scale(group):
             at += block
 
 
-@pytest.mark.parametrize("sparsity", [None, 0.5])
+@pytest.mark.parametrize("sparsity", [None, 0.5, "2:4"])
 def test_tiles_of_4_bits_begin_at_any_row(tier, sparsity):
     matrix, dense = example_of_codes(23, 130, 64, sparsity)
     for begin, end in ((0, 23), (5, 6), (4, 7), (22, 23)):
@@ -119,6 +119,50 @@ def test_rows_of_4_bits_in_any_order(tier, shape):
     for outside in (-1, shape[0]):
         with pytest.raises(ShapeError, match=f"of a matrix of {shape[0]}"):
             matrix.gathered(torch.tensor([0, outside]))
+
+
+def test_two_of_four_works_on_every_tier():
+    """The layout is chosen by the tier of the time; each tier reads all layouts."""
+    x = torch.randn(3, 577)
+    with using("avx512"):
+        for group in GROUPS:
+            lib.use_tier("avx512")
+            matrix, dense = example_of_codes(7, 577, group, "2:4")
+            assert (matrix.of_four, matrix.mask) == (2, None)
+            answers = []
+            for tier in TIERS:
+                try:
+                    lib.use_tier(tier)
+                except KernelError:
+                    continue
+                assert torch.equal(matrix.tile(0, 7).double(), dense)
+                assert torch.equal(matrix.dense(torch.float32).tile(2, 7).double(), dense[2:])
+                answers.append((matrix.multiply(x), by_blocks(matrix, x)))
+            for answer in answers[1:]:
+                torch.testing.assert_close(answer, answers[0])
+
+
+def test_two_of_four_is_stored_where_it_is_smaller():
+    with using("avx512"):
+        for keeps, of_four in ((2, 2), (3, 0)):
+            kept = torch.zeros(8, 64, 4, dtype=torch.bool)
+            kept[0::2, :, :keeps] = kept[1::2, :, 4 - keeps :] = True
+            matrix = of_ones(kept.view(8, 256))
+            assert matrix.of_four == of_four
+            assert matrix.nonzeros == 8 * 64 * keeps
+        assert of_ones(torch.rand(8, 256) < 0.05).of_four == 0
+    with using("avx2"):
+        two = torch.tensor([True, False, True, False]).repeat(8, 64)
+        assert of_ones(two).of_four == 0
+
+
+def of_ones(kept: torch.Tensor) -> KernelMatrix:
+    codes = torch.ones(kept.shape, dtype=torch.int8)
+    scales = Scales(
+        torch.zeros(len(kept), dtype=torch.int8),
+        torch.zeros(len(kept), kept.shape[1] // 64, dtype=torch.uint8),
+    )
+    return KernelMatrix.of_codes(codes, scales, 64, kept)
 
 
 def test_parts_of_4_bits_that_do_not_fit_are_refused():
@@ -154,8 +198,8 @@ def test_both_ways_agree_for_many_tokens(tier):
 @pytest.mark.parametrize(
     "matrix",
     [example(101, 333, torch.bfloat16, 0.5)[0]]
-    + [example_of_codes(101, 333, 64, sparsity)[0] for sparsity in (None, 0.5)],
-    ids=["bfloat16", "dense int4", "int4"],
+    + [example_of_codes(101, 333, 64, sparsity)[0] for sparsity in (None, 0.5, "2:4")],
+    ids=["bfloat16", "dense int4", "int4", "int4 2:4"],
 )
 def test_one_answer_whatever_the_threads(tier, matrix):
     kernels = lib.library()

@@ -92,7 +92,7 @@ def described(matrix: KernelMatrix) -> bytes:
     c, scales = matrix.c, matrix.scales
     parts = (matrix.values, matrix.mask, matrix.offsets, matrix.scale)
     groups = (None, None) if scales is None else (scales.code, scales.exponent)
-    head = numbers(c.rows, c.columns, c.words, c.stride, c.type, c.group)
+    head = numbers(c.rows, c.columns, c.words, c.stride, c.type, c.group, c.of_four)
     return head + b"".join(array(part) for part in (*parts, *groups))
 
 

@@ -240,7 +240,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         kinds[kind_of(module.matrix, activations)].append(module)
     for modules in kinds.values():
         choice = choose([m.matrix for m in modules], activations)
-        if choice.gain < WORTH_IT and modules[0].matrix.mask is not None:
+        if choice.gain < WORTH_IT and modules[0].matrix.packed:
             for module in modules:
                 module.matrix = module.matrix.dense(dtype)
             choice = choose([m.matrix for m in modules], activations)

@@ -58,7 +58,7 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     """The properties that decide how fast a matrix is to multiply."""
     info = kernel_info()
     density = matrix.nonzeros / (matrix.rows * matrix.columns)
-    packed = matrix.mask is not None
+    packed = matrix.packed
     shape = (matrix.rows, matrix.columns)
     values = (matrix.dtype, matrix.group)
     return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
@@ -100,7 +100,7 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
     count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
     # AVX2 expands int4 more slowly than any cache or memory delivers it
     expands_slowly = first.group is not None and kernel_info().tier == "avx2"
-    if first.mask is None or (count > len(matrices) and not expands_slowly):
+    if not first.packed or (count > len(matrices) and not expands_slowly):
         return math.inf
     one = torch.randn(1, first.columns).to(dtype)
     stored = [m.dense(dtype) for m in matrices[:count]]

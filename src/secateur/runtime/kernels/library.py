@@ -50,6 +50,7 @@ class CMatrix(ctypes.Structure):
         ("group", _I64),
         ("scales", _POINTER),
         ("exponents", _POINTER),
+        ("of_four", _I64),
     )
 
 

@@ -41,7 +41,15 @@ from torch import Tensor
 from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.runtime.formats import GRID_BITS, VALUES
-from secateur.runtime.kernels.library import INT4, MAX_BATCH, TYPES, CMatrix, address, library
+from secateur.runtime.kernels.library import (
+    INT4,
+    MAX_BATCH,
+    TYPES,
+    CMatrix,
+    address,
+    kernel_info,
+    library,
+)
 from secateur.types import Mask
 
 WORD = 64
@@ -82,6 +90,7 @@ class KernelMatrix:
         self.scales: Scales | None = None
         self.mask: Tensor | None = None
         self.offsets: Tensor | None = None
+        self.of_four = 0
         self.nonzeros = self.rows * self.columns
         if (self.dtype == torch.int8) != (scale is not None):
             raise ShapeError(f"{self.dtype} values with{'out' if scale is None else ''} a scale")
@@ -134,10 +143,12 @@ class KernelMatrix:
         self.scale, self.group = None, group
         if kept is None:
             held = PackedCodes.dense(codes, group)
+        elif _two_of_four_is_smaller(kept):
+            held = PackedCodes.two_of_four(codes, kept, group)
         else:
             held = PackedCodes.bitmask(codes, kept, group)
         self.values, self.mask, self.offsets = held.values, held.mask, held.offsets
-        self.nonzeros = held.nonzeros
+        self.nonzeros, self.of_four = held.nonzeros, held.of_four
         even = rows + rows % 2
         code = torch.zeros(even * wanted[1] + SCALES_AHEAD_BYTES, dtype=torch.uint8)
         code = code[: rows * wanted[1]].view(wanted)  # what is beyond stays in memory
@@ -152,7 +163,7 @@ class KernelMatrix:
             self.rows,
             self.columns,
             self.words,
-            self.words * WORD,
+            _two_of_four_bytes(self.words) if self.of_four else self.words * WORD,
             number,
             address(self.values),
             address(self.mask),
@@ -161,6 +172,7 @@ class KernelMatrix:
             self.group or 0,
             None if self.scales is None else address(self.scales.code),
             None if self.scales is None else address(self.scales.exponent),
+            self.of_four,
         )
         self.pointer = ctypes.addressof(self.c)
 
@@ -196,6 +208,11 @@ class KernelMatrix:
     def integers(self) -> bool:
         """Whether its values are integers, so that activations are rounded for every product."""
         return self.dtype == torch.int8 or self.group is not None
+
+    @property
+    def packed(self) -> bool:
+        """Whether zeros are left out."""
+        return self.mask is not None or self.of_four > 0
 
     @property
     def words(self) -> int:
@@ -286,7 +303,7 @@ class KernelMatrix:
     @property
     def weight(self) -> Tensor | None:
         """The dense weight [out, in] where it is stored as one, without a scale; else None."""
-        if self.mask is not None or self.scale is not None or self.group is not None:
+        if self.packed or self.scale is not None or self.group is not None:
             return None
         width = self.words * WORD
         return self.values[: self.rows * width].view(self.rows, width)[:, : self.columns]
@@ -364,14 +381,16 @@ class PackedCodes:
         values: uint8; dense [pairs · words · 64], else a byte for each bit of the mask; then zeros
             that kernels may read.
         mask: uint8 [pairs · words · 8], of what either row keeps; None if dense.
-        offsets: where the bytes of each pair begin, int64 [pairs + 1]; None if dense.
-        nonzeros: how many weights are stored.
+        offsets: where the bytes of each pair begin, int64 [pairs + 1]; None without a mask.
+        nonzeros: how many weights are kept.
+        of_four: how many of each four columns are stored, with their places in `values`; else 0.
     """
 
     values: Tensor
     mask: Tensor | None
     offsets: Tensor | None
     nonzeros: int
+    of_four: int = 0
 
     @staticmethod
     def dense(codes: Tensor, group: int) -> PackedCodes:
@@ -418,6 +437,85 @@ class PackedCodes:
             begin, end = int(offsets[pair]), int(offsets[pair + len(bits)])
             values.numpy()[begin:end] = joined[there]
         return PackedCodes(values, mask.view(-1), offsets, int(kept.sum()))
+
+    @staticmethod
+    def two_of_four(codes: Tensor, kept: Mask, group: int) -> PackedCodes:
+        """The kept codes of a matrix that keeps at most two of each four columns.
+
+        Args:
+            codes: −7 to 7, int8 [out, in].
+            kept: which of them to store, bool [out, in].
+            group: weights that share a scale.
+        """
+        pairs, words = -(-len(codes) // 2), _words_of(codes.shape[1])
+        stride = _two_of_four_bytes(words)
+        values = torch.zeros(pairs * stride + READ_AHEAD_BYTES, dtype=torch.uint8)
+        rows_of_bytes = values[: pairs * stride].view(pairs, stride)
+        both = zip(
+            _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
+        )
+        for (first, turned), (_, here) in both:
+            count, pair = len(turned) // 2, first // 2
+            keeps = (here.view(-1, 4) * torch.tensor([1, 2, 4, 8], dtype=torch.int8)).sum(1)
+            places = _TWO_PLACES[keeps]
+            found = (turned * here).view(-1, 4).gather(1, places)
+            weights = _joined(found.view(2 * count, -1)).view(count, words, LANES, 2)
+            near = (places[:, 0] | places[:, 1] << 2).view(count, 2, words, LANES).to(torch.uint8)
+            parts, done = [], 0
+            for each in (4, 2, 1):  # of the last words there are two, one, or two and one
+                some = slice(done, done + (words - done) // each * each)
+                done = some.stop
+                parts.append(_with_places(weights[:, some], near[:, :, some], each))
+            rows_of_bytes[pair : pair + count] = torch.cat(parts, 1)
+        return PackedCodes(values, None, None, int(kept.sum()), 2)
+
+
+_TWO_PLACES = torch.tensor(
+    [
+        ([i for i in range(4) if keeps >> i & 1] + [i for i in range(4) if not keeps >> i & 1])[:2]
+        for keeps in range(16)
+    ]
+).sort(1)[0]
+"""By the mask of four columns: two places that hold all it keeps, if it keeps at most two."""
+
+
+def _with_places(weights: Tensor, near: Tensor, each: int) -> Tensor:
+    """The bytes of some words that store two of four, as csrc/secateur.h says.
+
+    Args:
+        weights: uint8 [pairs, words, 16, 2].
+        near: the two places of each lane, four bits, uint8 [pairs, 2, words, 16].
+        each: words that are stored together: 4, 2 or 1.
+    """
+    pairs, count, together = len(weights), weights.shape[1] // each, min(each, 2)
+    two = weights.reshape(pairs, count, each // together, together, LANES, 2).transpose(3, 4)
+    places = near.reshape(pairs, 2, count, each // together, together, 8, 2)
+    first, last = places[:, :, :, :, 0], places[:, :, :, :, -1]
+    places = first if together == 1 else first | last << 4
+    places = places.permute(0, 2, 4, 3, 1, 5)  # [pairs, count, 8, words / 2, row, lane]
+    stored = (places.flatten(2), two.flatten(2))
+    return torch.cat(stored, 2).flatten(1)
+
+
+def _two_of_four_bytes(words: int) -> int:
+    """Bytes of a pair of rows that stores two of each four columns."""
+    return words // 4 * 192 + (words // 2 % 2) * 96 + words % 2 * 64
+
+
+def _two_of_four_is_smaller(kept: Mask) -> bool:
+    """Whether storing two of four is possible, smaller than a bitmask, and faster on this tier."""
+    if kernel_info().tier not in ("amx", "avx512bf16", "avx512"):
+        return False
+    rows, columns = kept.shape
+    counts = torch.zeros(rows, -(-columns // 4), dtype=torch.uint8)
+    for place in range(4):
+        column = kept[:, place::4]
+        counts[:, : column.shape[1]] += column
+    if int(counts.max()) > 2:
+        return False
+    words = _words_of(columns)
+    either = int(kept[: rows // 2 * 2].view(-1, 2, columns).any(1).sum())
+    return _two_of_four_bytes(words) * (rows // 2) < either + rows // 2 * words * WORD // 8
 
 
 def _joined(codes: Tensor) -> Tensor:

@@ -140,12 +140,15 @@ SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, 
                 const int32_t *excess = in->excess + (b * in->blocks + block) * 16 + 8 * h;
                 dots.of[0][h][b] = dots.of[1][h][b] = _mm256_load_si256((const __m256i *)excess);
             }
+        uint8_t room[1024];
+        const uint8_t *at = packed ? v : dense_words(m, &v, k, room);
         for (int64_t j = 0, few; j < k; j += few) {
             few = k - j < SUMS_IN_16_BITS ? k - j : SUMS_IN_16_BITS;
-            words_at(&v, mask, x, in->padded, few, &dots, B, packed);
+            words_at(&at, mask, x, in->padded, few, &dots, B, packed);
             x += 64 * few;
             if (packed) mask += few;
         }
+        if (!m->of_four) v = at;
         const uint8_t *here = codes + 64 * w / m->group;
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++)

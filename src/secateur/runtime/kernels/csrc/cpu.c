@@ -79,11 +79,11 @@ static int can(const char *tier) {
     const unsigned fma_avx_f16c_popcnt = 1u << 12 | 1u << 28 | 1u << 29 | 1u << 23;
     const unsigned avx2_bmi_bmi2 = 1u << 5 | 1u << 3 | 1u << 8;
     const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-    const unsigned vbmi2_vnni = 1u << 6 | 1u << 11, bf16 = 1u << 5;
+    const unsigned vbmi_vnni = 1u << 1 | 1u << 6 | 1u << 11, bf16 = 1u << 5;
     const unsigned tiles_int8_bf16 = 1u << 24 | 1u << 25 | 1u << 22;
     if (!has(one.c, fma_avx_f16c_popcnt) || !has(seven.b, avx2_bmi_bmi2) || !saves(6)) return 0;
     if (!strcmp(tier, "avx2")) return 1;
-    if (!has(seven.b, f_dq_bw_vl) || !has(seven.c, vbmi2_vnni) || !saves(0xe6)) return 0;
+    if (!has(seven.b, f_dq_bw_vl) || !has(seven.c, vbmi_vnni) || !saves(0xe6)) return 0;
     if (!strcmp(tier, "avx512")) return 1;
     if (!has(leaf(7, 1).a, bf16)) return 0;
     if (strcmp(tier, "amx")) return 1;

@@ -112,6 +112,11 @@ SCT_HIDDEN extern const sct_tier_code sct_code_avx512bf16, sct_code_avx512, sct_
     sct_code_neon;
 SCT_HIDDEN const sct_tier_code *sct_code(void); /* NULL: none */
 
+/* k words of a pair of rows of int4 that stores two of four, as if it stored all; k is a power of two up
+ * to 16. Returns what comes after them. */
+typedef const uint8_t *sct_filler(const uint8_t *v, int64_t k, uint8_t *out);
+SCT_HIDDEN sct_filler sct_all_bytes, sct_all_bytes_avx512;
+
 SCT_INLINE sct_input_kind sct_kind(const sct_tier_code *code, int64_t type, int exact) {
     if (type == SCT_INT8) return SCT_IN_BYTES;
     if (type == SCT_INT4) return SCT_IN_TURNED;

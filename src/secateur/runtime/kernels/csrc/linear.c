@@ -54,6 +54,26 @@ int64_t sct_first_row(const sct_matrix *m, int64_t part, int64_t parts) {
     return low < m->rows ? low & ~(int64_t)1 : m->rows;
 }
 
+const uint8_t *sct_all_bytes(const uint8_t *v, int64_t k, uint8_t *out) {
+    memset(out, 0, (size_t)(64 * k));
+    for (int64_t j = 0; j < k; j += 4) {
+        const int64_t words = k < 4 ? k : 4, each = words == 1 ? 2 : 4, qword = words == 4 ? 8 : 4;
+        const uint8_t *stored = v + 8 * qword;
+        for (int64_t word = 0; word < words; word++)
+            for (int64_t lane = 0; lane < 16; lane++)
+                for (int i = 0; i < 2; i++) {
+                    const int64_t p = word / 2, n = 2 * (word & 1) + i;
+                    const uint8_t *places = v + qword * (lane / 2) + 4 * p + (lane & 1);
+                    const uint8_t both = stored[64 * p + each * lane + n];
+                    uint8_t *to = out + 64 * (j + word) + 4 * lane;
+                    to[places[0] >> 2 * n & 3] |= both & 0x0f;
+                    to[places[2] >> 2 * n & 3] |= both & 0xf0;
+                }
+        v = stored + 16 * each * ((words + 1) / 2);
+    }
+    return v;
+}
+
 typedef struct {
     const sct_tier_code *code;
     const sct_matrix *matrix;

@@ -183,7 +183,7 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
                       float *y, int64_t y_stride, const int B, const int packed) {
     const sct_shuffles *table = sct_neon_shuffles();
     for (int64_t row = begin; row < end; row++) {
-        const int8_t *v = (const int8_t *)bytes_of(m, row / 2, packed);
+        const uint8_t *v = bytes_of(m, row / 2, packed);
         const uint64_t *mask = masks_of(m, row / 2, packed);
         float32x4_t sum[SCT_MAX_BATCH];
 #pragma GCC unroll 8
@@ -195,11 +195,13 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
             for (int part = 0; part < 4; part++)
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) dots[part][b] = vdupq_n_s32(0);
+            uint8_t room[1024];
+            const int8_t *from = (const int8_t *)(packed ? v : dense_words(m, &v, k, room));
             for (int64_t j = w; j < w + k; j++) {
                 const uint64_t kept = packed ? mask[j] : 0;
                 for (int part = 0; part < 4; part++) {
                     const int8x16_t e = half_of(
-                        sixteen_bytes(&v, (uint16_t)(kept >> (16 * part)), packed, table), row & 1);
+                        sixteen_bytes(&from, (uint16_t)(kept >> (16 * part)), packed, table), row & 1);
 #pragma GCC unroll 8
                     for (int b = 0; b < B; b++) {
                         const int8_t *x = in->bytes + b * in->padded + 64 * j;
@@ -207,6 +209,7 @@ SCT_INLINE void fours(const sct_matrix *m, const sct_input *in, int64_t begin, i
                     }
                 }
             }
+            if (!m->of_four) v = (const uint8_t *)from;
             lane_scales(m, row, w, k, scales);
             for (int part = 0; part < 4; part++)
 #pragma GCC unroll 8

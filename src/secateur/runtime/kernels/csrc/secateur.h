@@ -33,6 +33,14 @@ typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_T
  * a byte for each of them. The mask is [pairs, words]. So a byte is put in its place once for both
  * rows. If there are an odd number of rows, the last one has a partner without weights.
  *
+ * Two of four (`of_four` is 2): of each four columns two are stored, with their places, and `mask` is
+ * NULL. A pair of rows has `stride` bytes. For each four words of a row: 64 bytes of places, then 64 bytes
+ * of weights for words 0 and 1, and 64 for words 2 and 3, in which lane i (below) has the two weights of
+ * one word and the two of the next. Places: byte 8 q + 4 p + 2 r + l is for lane 2 q + l of words 2 p and
+ * 2 p + 1 of row r of the pair: four times two bits, lower words and columns first. If two words are
+ * left: 32 bytes of places, with p = 0, and 64 bytes of weights; one word: the same with 32 bytes
+ * of weights. Only kernels for AVX-512 are made for it; the others read it slowly.
+ *
  * Order of columns. A row is cut into blocks of K = min(16, group / 4) words, and what is left into
  * one of K / 2, one of K / 4, ... one of 1, where they fit. A block of k words is 16 runs of 4k
  * columns, and word j of the block has columns 4j to 4j + 3 of every run. So each of 16 sums of
@@ -55,6 +63,7 @@ typedef struct {
     int64_t group;          /* 32, 64 or 128, int4 only, as the next two */
     const uint8_t *scales;  /* [rows, columns / group rounded up] */
     const int8_t *exponents; /* [rows] */
+    int64_t of_four;         /* int4 only: 2, or 0 where rows are dense or have a bitmask */
 } sct_matrix;
 
 #define SCT_MAX_BATCH 8
