@@ -488,10 +488,7 @@ def dense_losses(
     progress.start("judging the dense model", len(windows))
     losses: list[float] = []
     for rows in outer.parts(range(len(windows)), 2):
-        hidden = outer.embedded(rows)
-        for number in range(len(target.layers)):
-            with target.layer(number) as layer:
-                hidden = [outer.run(number, layer, one, fast=False) for one in hidden]
+        hidden = outer.through_layers(rows, fast=False)
         with outer.outside(), exact_matmuls(device):
             for row, states in zip(rows, hidden, strict=True):
                 logits = outer.head(row, states)[first - 1 : -1].float()

@@ -308,6 +308,12 @@ class MixedReader(CheckpointReader):
         super().__init__(folder)
         self.others = others
 
+    @staticmethod
+    def of(reader: CheckpointReader, others: Mapping[str, CheckpointReader]) -> MixedReader:
+        """A reader, perhaps a mixed one, with some other tensors."""
+        known = reader.others if isinstance(reader, MixedReader) else {}
+        return MixedReader(reader.folder, {**known, **others})
+
     def read(self, name: str) -> Tensor:
         """One tensor, from the folder that it was chosen from."""
         return self.others[name].read(name) if name in self.others else super().read(name)

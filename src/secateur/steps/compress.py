@@ -26,15 +26,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from secateur.calibration.run_windows import WindowReader
+from secateur.calibration.statistics.gram import Gram
+from secateur.calibration.windows import load_windows
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.search.stored_levels import Level, choose_levels
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
+from secateur.precision import fast_matmuls
 from secateur.progress import Labelled, Progress
 from secateur.quantization.activations import Shares
 from secateur.recipes.compress import CompressRecipe, FitRecipe
@@ -49,6 +58,7 @@ from secateur.runs.output import check_free, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
+from secateur.runtime.install import path_of
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
     DEFAULT_GROUP,
@@ -60,6 +70,8 @@ from secateur.runtime.storage_plan import (
     check_names,
     make_plan,
 )
+from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.solvers.obs import OBS
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
@@ -107,8 +119,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
                     where=f"override {glob!r}",
                     remedy=did_you_mean(values, [*VALUES]),
                 )
-        integers = BITS.keys() & [recipe.values, *recipe.overrides.values()]
-        if bound is None and recipe.calibration.source is not None and not integers:
+        helps = _rounds_linears(recipe) or recipe.embeddings in GRID_BITS
+        if bound is None and recipe.calibration.source is not None and not helps:
             raise RecipeError(
                 "calibration text helps to round to integers, but the values are "
                 f"{recipe.values!r}",
@@ -144,10 +156,19 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, model, run.folder.work, run.progress)
             return _pack_within(run, recipe, choice)
-        if recipe.calibration.source is not None:
+        if recipe.calibration.source is not None and _rounds_linears(recipe):
             rounded = run.folder.work / "rounded"
             round_checkpoint(recipe, model, rounded, run.progress)
             model, rounding = self.opened(rounded), rounding_record(rounded)
+        if recipe.calibration.source is not None and recipe.embeddings in GRID_BITS:
+            device, trust = choose_device(recipe.device), recipe.trust_remote_code
+            target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+            windows, found = WindowReader.of_folder(
+                model.reader.folder, target.model.config, trust_remote_code=trust
+            ).read(recipe.calibration.source, recipe.calibration)
+            head = round_head(recipe, target, windows, run.folder.work / HEAD, run.progress)
+            model = replace(model, reader=MixedReader.of(model.reader, head))
+            rounding = {"calibration": found, **rounding, "head": "calibrated"}
         if recipe.overrides:
             names = model.linears
             own = own_values(recipe, names)
@@ -353,6 +374,94 @@ def round_checkpoint(
     return output
 
 
+HEAD = "head"
+"""The folder with the output head on its grid, in that of the run."""
+
+LOOKED_UP = 0.1
+"""How much a squared error of a row counts, as a fraction of the mean square of an input of the
+head, where the row is also looked up."""
+
+
+@torch.no_grad()
+def round_head(
+    recipe: CompressRecipe,
+    target: CheckpointTarget,
+    windows: Tensor,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, CheckpointReader]:
+    """Round the output head so that the errors of its weights compensate each other on a text.
+
+    Where it is tied, its matrix is also the embedding, and then errors of the weights count
+    themselves too: with the gram G of the head's inputs, tr((W − Ŵ)(G + λI)(W − Ŵ)ᵀ) is small.
+    Resume or reuse an earlier run.
+
+    Args:
+        recipe: gives values and group.
+        target: the model.
+        windows: token ids [windows, length].
+        folder: for the rounded matrix.
+        progress: receives every window.
+
+    Returns:
+        What reads the rounded matrix, by its stored name.
+    """
+    tied = f"{path_of(target.model, head_of(target))}.weight" not in target.stored
+    matrix = target.model.get_input_embeddings() if tied else head_of(target)
+    name = target.stored[f"{path_of(target.model, matrix)}.weight"]
+    if not folder.exists():
+        gram = head_gram(target, windows, progress)
+        if tied:
+            gram.diagonal().add_(LOOKED_UP * gram.diagonal().mean())
+        bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
+        solver, held = OBS(bits=bits, group=group), parse_pattern("unstructured")
+        weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
+        rounded = torch.empty_like(weight, dtype=torch.bfloat16)  # exact for any grid
+        parts = weight.split(max(1, SOLVED_AT_ONCE // weight.shape[1]))
+        progress.start("rounding the head", len(parts))
+        for part, out in zip(parts, rounded.split(len(parts[0])), strict=True):
+            everything = torch.ones_like(part, dtype=torch.bool, device=gram.device)
+            own = part.to(gram.device)
+            out.copy_(solver.solve(own, prepared, held, 0.0, mask=everything).weight)
+            progress.step()
+        progress.finish()
+        unfinished = folder.with_suffix(".unfinished")
+        unfinished.mkdir(exist_ok=True)
+        save_file({name: rounded}, unfinished / "model.safetensors")
+        unfinished.rename(folder)
+    return {name: CheckpointReader(folder)}
+
+
+SOLVED_AT_ONCE = 2**22
+"""Weights of the head that are solved at the same time; the solver has nine copies in float32."""
+
+
+def head_of(target: CheckpointTarget) -> Any:
+    """The output head of a model."""
+    return target.model.get_output_embeddings()
+
+
+def head_gram(target: CheckpointTarget, windows: Tensor, progress: Progress) -> Tensor:
+    """G = XᵀX of the inputs X of the output head on windows of text, float32 [hidden, hidden]."""
+    outer, head = EmbeddingAndHead(target, windows), head_of(target)
+    gram = Gram((head.out_features, head.in_features), target.device)
+    progress.start("reading what enters the head", len(windows))
+    for rows in outer.parts(range(len(windows)), 2):
+        hidden = outer.through_layers(rows)
+        with outer.outside(), fast_matmuls(target.device):
+            hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))
+            for row, states in zip(rows, hidden, strict=True):
+                outer.head(row, states)
+            hook.remove()
+        progress.step(len(rows))
+    progress.finish()
+    return gram.value()
+
+
+def _rounds_linears(recipe: CompressRecipe) -> bool:
+    return bool(BITS.keys() & {recipe.values, *recipe.overrides.values()})
+
+
 def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
     """The values of every linear, by its name.
 
@@ -460,6 +569,9 @@ class MixedChoice:
             rounded, errors = model.copy_in(output).reader, output_errors(output)
             shares: Shares = "spread" if values == "int8" else "consecutive"
             self.levels.append(Level(values, rounded, size, errors, shares))
+        self.head: dict[str, CheckpointReader] = {}
+        if recipe.embeddings in GRID_BITS:
+            self.head = round_head(recipe, self.target, load_windows(fitted), work / HEAD, progress)
 
     def within(self, bound: float) -> ChosenValues:
         """The values of each linear, with a rise of the loss of at most `bound` by the search."""
@@ -478,7 +590,7 @@ class MixedChoice:
             "matrices": dict(Counter(level.name for level in level_of.values())),
         }
         rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounded_inputs}
-        readers = {name: level.reader for name, level in rounded.items()}
+        readers = {name: level.reader for name, level in rounded.items()} | self.head
         return ChosenValues(
             replace(self.model, reader=MixedReader(self.model.reader.folder, readers)),
             {name: level.name for name, level in rounded.items()},

@@ -330,6 +330,36 @@ def test_calibration_makes_integers_closer_and_keeps_zeros(
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_calibration_makes_a_head_of_4_bits_closer(tmp_path: Path, tied: bool) -> None:
+    """By the errors that it makes on the inputs of the head; the other linears stay as they are."""
+    sizes = {"hidden_size": 48, "vocab_size": 99, "tie_word_embeddings": tied}
+    source = pruned_model(tmp_path / "m", **sizes)
+    tensors = load_file(source / WEIGHTS)
+    tensors["model.norm.weight"][3] = 20  # a large input
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    windows = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(3))
+    save_file({"input_ids": windows}, tmp_path / "w.safetensors")
+    options = {"values": "keep", "embeddings": "int4", "group_size": 32}
+    secateur.compress(source, output=tmp_path / "near", **options)
+    text = tmp_path / "w.safetensors"
+    report = secateur.compress(source, output=tmp_path / "fit", calibration=text, **options)
+    assert report.rounding["head"] == "calibrated"
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    states: list[torch.Tensor] = []
+    with quiet_transformers(), torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.lm_head.register_forward_pre_hook(lambda _, x: states.append(x[0].flatten(0, 1)))
+        model(windows)
+    errors = []
+    for name in ("near", "fit"):
+        secateur.decompress(tmp_path / name, output=tmp_path / f"{name}-dense")
+        found = tensors_of(tmp_path / f"{name}-dense")
+        assert all(torch.equal(found[n], x) for n, x in tensors.items() if "layers" in n)
+        errors.append(float((states[0] @ (found[head] - tensors[head]).T).norm()))
+    assert errors[1] < 0.7 * errors[0]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -374,12 +404,13 @@ def test_rounding_can_be_stopped_and_gone_on_with(
             source, output=tmp_path / "out", resume=True, micro_batch_tokens=64, **options
         )
 
-    # and stopped once more, after the rounding
+    # and stopped once more, after the rounding of the linears and of the head
     monkeypatch.setattr("secateur.steps.compress.PackedCheckpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     monkeypatch.undo()
     monkeypatch.setattr("secateur.steps.prune.Prune.work", interrupted)
+    monkeypatch.setattr("secateur.steps.compress.head_gram", interrupted)
     secateur.compress(source, output=tmp_path / "out", resume=True, **options)
     assert_same(tmp_path / "out", tmp_path / "whole")
 

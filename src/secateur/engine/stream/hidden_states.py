@@ -236,6 +236,19 @@ class EmbeddingAndHead:
             out = call_layer(layer, hidden, call)
         return out if values is None else torch.cat([out, values], -1)
 
+    def through_layers(self, rows: Sequence[int], *, fast: bool = True) -> list[Tensor]:
+        """What the last layer returns for some windows, with one layer in memory.
+
+        Args:
+            rows: numbers of the windows.
+            fast: with fast matmuls.
+        """
+        hidden = self.embedded(rows)
+        for number in range(len(self.target.layers)):
+            with self.target.layer(number) as layer:
+                hidden = [self.run(number, layer, one, fast=fast) for one in hidden]
+        return hidden
+
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The hidden states, and what depends on the tokens if `embedded` has put it multimodal."""
         if self.width is None or hidden.shape[-1] == self.width:
