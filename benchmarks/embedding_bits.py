@@ -1,10 +1,10 @@
 """What embedding and head lose with fewer bits, what they take, and how fast a model decodes.
 
-    python benchmarks/embedding_bits.py MODEL --text FILE [--windows 8]
+    python benchmarks/embedding_bits.py MODEL --text FILE --calibration FILE [--windows 8]
 
 MODEL (SmolLM2-135M, whose one matrix is both) is stored with linears in bfloat16, and embeddings in
-bfloat16, in int8, and in int4 with groups of 32, 64 and 128; and with linears in int4, all groups
-of 64. Everything is rounded to the nearest value.
+bfloat16, in int8, and in int4 with groups of 32, 64 and 128, rounded to the nearest value or with
+16 windows of the calibration text; and with linears in int4, all in groups of 64 and with the text.
 
 Loss and mean KL divergence of the next token from MODEL's own prediction, over windows of 512
 tokens, computed in float32 by the kernels, so activations that meet integers are rounded. `speed`
@@ -29,17 +29,23 @@ from secateur.runtime.decode import Decoder
 from secateur.timing import alternate, seconds_of
 
 LENGTH, PROMPT, STEPS, TURNS = 512, 64, 8, 40
-EMBEDDINGS = (("auto", None), ("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
+GROUPS = (32, 64, 128)
 STORED = [
-    *(("bfloat16", *how) for how in EMBEDDINGS),
-    *(("int4", embeddings, 64) for embeddings in ("auto", "int8", "int4")),
+    ("bfloat16", "auto", None, False),
+    ("bfloat16", "int8", None, False),
+    *(("bfloat16", "int4", group, text) for text in (False, True) for group in GROUPS),
+    *(("int4", embeddings, 64, True) for embeddings in ("auto", "int8", "int4")),
 ]
+"""Values of linears and embeddings, groups, and whether both are rounded with calibration text."""
 
 
-def compressed(model: Path, folder: Path, linears: str, embeddings: str, group: int | None) -> Any:
-    """A folder, and its report."""
-    options = {"values": linears, "embeddings": embeddings, "group_size": group}
-    return secateur.compress(model, output=folder, **options)
+def compressed(model: Path, folder: Path, how: tuple[Any, ...], text: Path) -> None:
+    """Make a folder."""
+    linears, embeddings, group, calibrated = how
+    options: dict[str, Any] = {"values": linears, "embeddings": embeddings, "group_size": group}
+    if calibrated:
+        options |= {"calibration": text, "windows": 16, "sequence_length": LENGTH}
+    secateur.compress(model, output=folder, **options)
 
 
 @torch.inference_mode()
@@ -75,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="keeps the folders for the next call")
     parser.add_argument("--only-time", action="store_true", help="judge nothing")
@@ -88,9 +95,9 @@ def main() -> None:
         dense = (0.0, 0.0) if args.only_time else judged(args.model, windows, own)
         folders = [scratch / "-".join(map(str, how)) for how in STORED]
         for how, folder in zip(STORED, folders, strict=True):
-            row = dict(zip(("linears", "embeddings", "group"), how, strict=True))
+            row = dict(zip(("linears", "embeddings", "group", "calibrated"), how, strict=True))
             if not folder.exists():
-                compressed(args.model, folder, *how)
+                compressed(args.model, folder, how, args.calibration)
             row["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             if not args.only_time:
                 loss, divergence = judged(folder, windows, own)

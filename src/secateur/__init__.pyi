@@ -248,7 +248,8 @@ def compress(
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
         embeddings: auto keeps embedding and output head; int8 and int4 round both: one matrix if
-            they are tied, else each its own. int4 has the groups of --group-size. [auto]
+            they are tied, else each its own. int4 has the groups of --group-size; with
+            --calibration the head's weights compensate each other's errors. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.

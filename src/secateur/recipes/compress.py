@@ -74,7 +74,8 @@ class WhatToCompress(Section):
     calibration text (needs --calibration)."""
     embeddings: Embeddings = "auto"
     """auto keeps embedding and output head; int8 and int4 round both: one matrix if they are tied,
-    else each its own. int4 has the groups of --group-size."""
+    else each its own. int4 has the groups of --group-size; with --calibration the head's weights
+    compensate each other's errors."""
     archive: bool = False
     """Also compress the files with zstandard. Loading decodes them."""
 

@@ -591,6 +591,7 @@ class MixedChoice:
         }
         rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounded_inputs}
         readers = {name: level.reader for name, level in rounded.items()} | self.head
+        record |= {"head": "calibrated"} if self.head else {}
         return ChosenValues(
             replace(self.model, reader=MixedReader(self.model.reader.folder, readers)),
             {name: level.name for name, level in rounded.items()},

@@ -56,8 +56,11 @@ def test_the_loss_of_the_result_stays_within_the_bound(
 ) -> None:
     source, text = pruned / "pruned", pruned / "text.txt"
     loose = secateur.compress(
-        source, output=tmp_path / "a", calibration=text, max_loss_increase=5.0, **OPTIONS
-    )
+        source, output=tmp_path / "a", calibration=text, max_loss_increase=5.0, embeddings="int4",
+        **OPTIONS,
+    )  # fmt: skip
+    assert loose.rounding["head"] == "calibrated"
+    assert loose.embedding_values == "int4 g128"
     everything = loose.rounding["chosen"]
     assert everything["matrices"] == {"int4": 14}
     worst, best = (everything["uniform_loss_increase"][v] for v in ("int4", "int8"))
