@@ -59,8 +59,8 @@ def page() -> Iterator[str]:
     yield "  says that no test shows it."
     yield "- **packing**: `secateur compress` packs it, and what `secateur.load` loads computes the"
     yield "  same."
-    yield "- **fast decoding**: one call of Secateur's kernels computes each token. The others are"
-    yield "  decoded by transformers, whose linear layers may be packed."
+    yield "- **fast decoding**: one call of Secateur's kernels computes a token, and one a prompt."
+    yield "  The others are decoded by transformers, whose linear layers may be packed."
     yield "- **GGUF**: `secateur export --to gguf` writes it."
     yield ""
     yield "Tests of `gemma3n vision` run where `timm` is installed."
@@ -162,6 +162,17 @@ def reasons() -> Iterator[str]:
         for kind, why in couplings.fixed.items()
     ]
     yield from table(("family", "units", "reason"), lines)
+    from secateur.runtime.layer_forms import OUTSIDE
+
+    yield "## What is not decoded in one call, and why"
+    yield ""
+    yield from table(
+        ("reason", "types"),
+        (
+            (why, ", ".join(f"`{kind}`" for kind in sorted(OUTSIDE) if OUTSIDE[kind] == why))
+            for why in sorted(set(OUTSIDE.values()))
+        ),
+    )
     yield "## What is refused"
     yield ""
     yield (

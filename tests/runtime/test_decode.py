@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "family": ("gpt2", {}, "its type is gpt2: docs/families.md"),
+    "family": ("gpt2", {}, "its type is gpt2: its positions are learned"),
     "activation": ("llama", {"head_dim": 16, "hidden_act": "gelu"}, "its activation is gelu"),
     "positions": (
         "llama",

@@ -87,7 +87,18 @@ SIGMOID = LayerForm(sigmoid=True, shared="shared_experts")
 
 FORMS: Mapping[str, LayerForm] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3", "granite"), LLAMA
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "seed_oss",
+            "smollm3",
+            "granite",
+            "granite_swa",
+            "jais2",
+        ),
+        LLAMA,
     ),
     **dict.fromkeys(("cwm", "exaone", "gemma", "internlm3", "arcee", "nemotron", "phi3"), LLAMA),
     **dict.fromkeys(("starcoder2", "mixtral", "qwen3_moe", "olmoe"), LLAMA),
@@ -129,6 +140,34 @@ FORMS: Mapping[str, LayerForm] = {
 }
 """The families by the `model_type` of transformers."""
 
+_STATES = "it has layers with states or convolutions"
+_LATENT = "its keys and values are compressed (latent attention)"
+_SEES = "pictures go through parts that only transformers runs"
+OUTSIDE: Mapping[str, str] = {
+    "gpt2": "its positions are learned",
+    "opt": "its positions are learned",
+    "gpt_neox": "query, key and value of a head lie together in one matrix",
+    "gptj": "its modules have other names, which nobody has described",
+    "olmo": "its norms have no weights",
+    "apertus": "its activation is xIELU",
+    "bloom": "its positions are slopes (ALiBi)",
+    "falcon": "queries, keys and values lie in one matrix, in an order of its own",
+    "ministral3": "its queries are scaled by their position",
+    "phimoe": "its router picks two experts in turn",
+    "llama4_text": "its attention is chunked, and the router scales inputs",
+    "gemma3n_text": "it has several hidden states for a token (AltUp)",
+    "gemma4_text": "its layers have heads of two sizes, and some share keys",
+    "minimax_m3_vl_text": "its attention is sparse",
+    "step3p5": "its heads have gates",
+    **dict.fromkeys(("qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2"), _STATES),
+    **dict.fromkeys(("falcon_h1", "bamba", "granitemoehybrid", "nemotron_h"), _STATES),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "lfm2_moe"), _STATES),
+    **dict.fromkeys(("glm4_moe_lite", "deepseek_v2", "deepseek_v3"), _LATENT),
+    **dict.fromkeys(("gemma3", "gemma4", "gemma3n", "step3p7", "qwen3_5", "llava"), _SEES),
+    **dict.fromkeys(("mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama4"), _SEES),
+}
+"""Why types that are known, but not in `FORMS`, are decoded by transformers."""
+
 STATIC_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 
@@ -161,7 +200,8 @@ def why_not(model: Any) -> str | None:
     if kernel_info().tier == "none":
         return kernel_info().reason
     if config.model_type not in FORMS:
-        return f"its type is {config.model_type}: docs/families.md lists those that can"
+        why = OUTSIDE.get(config.model_type, "nobody has described its layers")
+        return f"its type is {config.model_type}: {why}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "it is not on the CPU"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
