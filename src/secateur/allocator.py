@@ -23,12 +23,14 @@ KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
 TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
 """The largest block that a step of training uses again, and how much of them may lie free."""
 DEFAULT_BYTES = 128 * 2**10
+NOT_GLIBC = (OSError, AttributeError, TypeError)
+"""The errors of looking for its functions; Windows has no library without a name."""
 
 
 def give_back() -> None:
     """Return freed memory to the system, so that the process holds only what it uses."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # not glibc
+    with suppress(*NOT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -43,7 +45,7 @@ def reused_pages(largest: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Ite
     try:
         libc = ctypes.CDLL(None)
         mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):
+    except NOT_GLIBC:
         yield
         return
     mallopt(M_MMAP_THRESHOLD, largest)

@@ -235,7 +235,7 @@ def load_windows(
         _refuse_extra(tensors, path)
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
-    return ids.to(torch.int64)
+    return ids.to(torch.int64, copy=True)  # the file must not stay mapped: Windows keeps it then
 
 
 def stored_start(path: Path) -> tuple[int, ...]:

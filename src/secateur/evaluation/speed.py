@@ -44,6 +44,7 @@ from secateur.errors import KernelError, SecateurError
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.measure import Contender
+from secateur.runs.environment import usable_processors
 from secateur.runs.records.measured import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache
 from secateur.runtime.kernels.library import library
@@ -115,7 +116,7 @@ class Process:
     def load(self, prompt: Sequence[int], new_tokens: int) -> None:
         """Start loading; `ready` returns the outcome."""
         asked = {"name": self.name, "folder": str(self.folder), "prompt": list(prompt)}
-        threads = len(os.sched_getaffinity(0))
+        threads = usable_processors()
         self.ready = self.ask({**asked, "new_tokens": new_tokens, "threads": threads})
 
     def ask(self, question: Any) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class Process:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
-        except BrokenPipeError:
+        except OSError:  # a closed pipe
             answer = ""
         if not answer:
             return {"failure": f"the process ended with code {self.process.wait()}"}

@@ -340,7 +340,7 @@ class PatchedCopy:
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""
         for file in self._dirty:
-            with file.open("rb") as stream:
+            with file.open("r+b") as stream:  # Windows syncs only what may be written
                 os.fsync(stream.fileno())
         self._dirty.clear()
 

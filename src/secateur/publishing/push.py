@@ -8,6 +8,7 @@ Publishes a finished folder on the hub, after its zeros were counted again.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -130,8 +131,16 @@ def _staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Pat
             if name in texts:
                 place.write_text(texts[name], encoding="utf-8")
             else:
-                place.symlink_to(file.resolve())
+                _link(place, file.resolve())
         yield folder
+
+
+def _link(place: Path, file: Path) -> None:
+    """A link to a file; a copy where the system refuses links, as Windows does to most users."""
+    try:
+        place.symlink_to(file)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 CARD = "README.md"

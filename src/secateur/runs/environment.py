@@ -38,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _cpu_name() -> str:
     """The processor's name, if the system reports it."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+        with CPUINFO.open(encoding="utf-8") as stream:
             for line in stream:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
@@ -47,6 +47,14 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
+def usable_processors() -> int:
+    """The processors that this process may use; all, where the system does not say which."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+CPUINFO = Path("/proc/cpuinfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
@@ -59,9 +67,12 @@ def resident_bytes() -> int:
 def _peak_resident_bytes() -> int:
     """Highest resident memory of this process since the last reset, or since its start."""
     if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
     import resource
     import sys
 
@@ -72,7 +83,7 @@ def _peak_resident_bytes() -> int:
 def _reset_peak() -> bool:
     """Reset the peak where the system can (Linux); returns whether it did."""
     try:
-        CLEAR_REFS.write_text("5")
+        CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -269,6 +270,10 @@ class RunFolder:
         try:
             if self.finished or (error is not None and self.is_waste(error)):
                 self.remove()
+        except PermissionError as kept:  # Windows does not delete what a program has open
+            if not self.finished:
+                raise
+            log.warning("%s is finished; delete %s: %s", self.output, self.partial, kept)
         finally:
             self.lock.release()
         if error is not None and is_full(error):
@@ -476,10 +481,16 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return line if len(line) <= 2 * LONGEST else f"{key} has changed"
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has none: there, nothing prevents two runs at once
-    fcntl = None  # type: ignore[assignment]
+def _module(name: str) -> Any:
+    """A module that not every system has; None where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
+"""POSIX and Windows lock by one of them."""
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """The errors of file systems without locks."""
@@ -507,9 +518,10 @@ def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
 
 
 class Lock:
-    """A lock on the folder itself, which needs no lock file.
+    """A lock on the folder itself, which needs no lock file; on Windows on a file beside it.
 
-    The system releases it when the process ends, however it ends.
+    The system releases it when the process ends, however it ends. A killed process leaves the file
+    beside the folder, and the next one uses it.
 
     Args:
         folder: is created if it does not exist.
@@ -524,7 +536,7 @@ class Lock:
         while self.descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if fcntl is None:
-                break
+                return self.take_file()
             with contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(self.folder, os.O_RDONLY)
                 try:
@@ -540,6 +552,25 @@ class Lock:
                     self.descriptor = descriptor
                 else:  # the last holder has just removed it
                     os.close(descriptor)
+        return True
+
+    @property
+    def file(self) -> Path:
+        """The file that is locked where folders cannot be."""
+        return self.folder.with_name(self.folder.name + ".lock")
+
+    def take_file(self) -> bool:
+        """Lock the file beside the folder; returns False if another process holds it."""
+        if msvcrt is None:
+            log.warning("%s is on a system without locks", self.folder)
+            return True
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self.descriptor = descriptor
         return True
 
     @property
@@ -563,6 +594,9 @@ class Lock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+            if fcntl is None:
+                with contextlib.suppress(OSError):  # another process has just opened it
+                    self.file.unlink()
 
 
 class Ledger:
@@ -615,7 +649,7 @@ class Ledger:
         self.entries.append(entry)
         if self.file is None:
             return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        with self.file.open("ab") as stream:
+            stream.write(json.dumps(entry).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())

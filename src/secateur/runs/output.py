@@ -205,7 +205,7 @@ def size(count: int) -> str:
 def is_full(error: BaseException) -> bool:
     """Whether a write failed for lack of space; safetensors says so only in its message."""
     if isinstance(error, SafetensorError):
-        return f"(os error {errno.ENOSPC})" in str(error)
+        return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, DISK_FULL))
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -231,11 +231,17 @@ def cannot_write(error: BaseException, where: Path) -> SecateurError:
     return RecipeError(what, where=str(where), remedy=remedy)
 
 
+DISK_FULL = 112
+"""Windows' number for it."""
+
 UNFINISHED = ".unfinished"
 """Suffix of a file or folder that does not have its final name yet."""
 
-AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2
+NO_REPLACE, EXCHANGE = "no replace", "exchange"
+AT_FDCWD, LINUX_FLAGS = -100, {NO_REPLACE: 1, EXCHANGE: 2}
 """Arguments of Linux's renameat2(2)."""
+MACOS_FLAGS = {NO_REPLACE: 4, EXCHANGE: 2}
+"""Arguments of macOS's renamex_np(2)."""
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -296,9 +302,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def take_name(made: Path, name: Path, spare: Path) -> None:
     """Give a folder its final name. A folder that has the name now moves to `made` or `spare`.
 
-    Where the system can swap two names in one step (Linux), the name always belongs to a complete
-    folder: first the old one, then the new one. Elsewhere the old one is called `spare` for a
-    moment; after a kill in that moment, `RunFolder` restores it.
+    Where the system can swap two names in one step (Linux, macOS), the name always belongs to a
+    complete folder: first the old one, then the new one. Elsewhere the old one is called `spare`
+    for a moment; after a kill in that moment, `RunFolder` restores it.
 
     Args:
         made: the new folder.
@@ -310,28 +316,48 @@ def take_name(made: Path, name: Path, spare: Path) -> None:
     """
     if not os.path.lexists(name):
         if not rename(made, name, NO_REPLACE):
-            made.rename(name)
+            _rename_to_free(made, name)
     elif not rename(made, name, EXCHANGE):
         name.rename(spare)
         made.rename(name)
 
 
-def rename(old: Path, new: Path, flag: int) -> bool:
-    """Call Linux's renameat2; returns False where the system or file system has no such call.
+def _rename_to_free(made: Path, name: Path) -> None:
+    """Rename where the system has no call that refuses a taken name.
+
+    Windows refuses by itself, other systems all but an empty folder.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        made.rename(name)
+    except OSError as error:
+        if os.path.lexists(name) and made.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name)) from error
+        raise
+
+
+def rename(old: Path, new: Path, how: str) -> bool:
+    """Rename by a call of Linux or macOS; returns False where there is no such call.
 
     Raises:
         OSError: the system refuses the rename.
     """
-    call = (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if os.name == "posix"
-        else None
-    )
-    if call is None:
+    try:
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+    except (OSError, TypeError):  # Windows has no library without a name
         return False
-    if call(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flag) == 0:
+    names = os.fsencode(old), os.fsencode(new)
+    if hasattr(libc, "renameat2"):
+        code = libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], LINUX_FLAGS[how])
+    elif hasattr(libc, "renamex_np"):
+        code = libc.renamex_np(*names, MACOS_FLAGS[how])
+    else:
+        return False
+    if code == 0:
         return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # the file system has no such call
         return False
-    raise OSError(code, os.strerror(code), str(new))
+    raise OSError(number, os.strerror(number), str(new))

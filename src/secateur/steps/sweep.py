@@ -369,7 +369,7 @@ class SweepRun:
         manifest = read_record(Manifest, place / NOTES / "manifest.json")
         losses, _ = self.judge(place, progress)
         dense = self.record.dense.perplexity
-        notes = str(place.relative_to(self.folder))
+        notes = place.relative_to(self.folder).as_posix()
         return SweepPoint(
             **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
             perplexity={text: math.exp(loss) for text, loss in losses.items()},

@@ -223,7 +223,7 @@ def write_teacher(
         if writer is not None:
             writer.close(metadata)
     if writes:
-        unfinished.rename(file)
+        unfinished.replace(file)
 
 
 def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

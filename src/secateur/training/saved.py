@@ -56,7 +56,7 @@ class Log:
             self.lines = [json.loads(line) for line in written[:steps]]
         unfinished = self.file.with_suffix(".unfinished")
         self.written(unfinished, "w", self.lines)
-        unfinished.rename(self.file)
+        unfinished.replace(self.file)
 
     def add(self, line: dict[str, Any]) -> None:
         """Add a line.
@@ -329,7 +329,7 @@ def write_whole(
         unfinished.unlink(missing_ok=True)
         raise
     if writes:
-        unfinished.rename(file)
+        unfinished.replace(file)
 
 
 def _changed_by(hooks: Sequence[Hook]) -> dict[str, Tensor]:

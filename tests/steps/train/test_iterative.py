@@ -151,9 +151,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 
 def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Stop after so many files of weights and reports have got their names."""
-    left, plain = [at], Path.rename
+    left, plain = [at], Path.replace
 
-    def rename(self: Path, target: Any) -> Path:
+    def replace(self: Path, target: Any) -> Path:
         made = plain(self, target)
         if "rounds" in str(target):
             left[0] -= 1
@@ -161,7 +161,7 @@ def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
                 raise Killed
         return made
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
 
 
 def test_rounds_to_a_pattern(places: Path, tmp_path: Path) -> None:

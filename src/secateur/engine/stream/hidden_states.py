@@ -484,7 +484,7 @@ class Activations:
                 with file.open("wb", buffering=0) as stream:
                     for row in self.held:  # from a GPU, one window at a time
                         write_all(stream, row.cpu())
-            file.rename(self.file(layer))
+            file.replace(self.file(layer))
         except OSError as error:
             raise cannot_write(error, file) from error
 

@@ -28,6 +28,9 @@ TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2,
 INT4 = 4
 """The number of the type that torch does not have."""
 
+SUFFIXES = (".so", ".dylib", ".pyd", ".dll")
+"""Of the file of the library, on whatever system it was built."""
+
 LIBRARY_VARIABLE = "SECATEUR_KERNELS"
 """Environment variable that names another build of the library, or `none`."""
 
@@ -140,22 +143,23 @@ def library() -> ctypes.CDLL | None:
     named = os.environ.get(LIBRARY_VARIABLE)
     if named == "none":
         return None
-    built = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native*.so"))
+    found = sorted(Path(__file__).parent.glob("_native*"))
+    built = [Path(named)] if named else [file for file in found if file.suffix in SUFFIXES]
     if not built:
         return None
     try:
         loaded = ctypes.CDLL(str(built[0]))
         loaded.sct_abi.restype = ctypes.c_int
-        found = loaded.sct_abi()
+        version = loaded.sct_abi()
     except (OSError, AttributeError) as error:
         raise KernelError(
             f"the kernels cannot be loaded: {error}",
             where=str(built[0]),
             remedy=f"install again, or set {LIBRARY_VARIABLE}=none to run without kernels",
         ) from error
-    if found != ABI:
+    if version != ABI:
         raise KernelError(
-            f"the kernels have version {found}, but this is version {ABI}",
+            f"the kernels have version {version}, but this is version {ABI}",
             where=str(built[0]),
             remedy="install again to rebuild them",
         )
@@ -203,8 +207,8 @@ def kernel_info() -> KernelInfo:
         return KernelInfo(
             "none",
             0,
-            "the kernels were not built; install a C compiler (gcc or clang) and install "
-            "secateur again",
+            "the kernels were not built; install a C compiler (gcc or clang; on Windows `pip "
+            "install ziglang`) and install secateur again",
         )
     tier = loaded.sct_tier().decode()
     reason = "" if tier != "none" else "this processor has neither AVX2 nor NEON with dot products"

@@ -1,16 +1,21 @@
-"""The kernels for NEON, built by a cross compiler and run by an emulator (qemu-user).
+"""The kernels for other machines, built by a cross compiler and run by an emulator.
 
-What is tested is that numbers are right. An emulator says nothing about speed.
+ARM with Linux by qemu, x86 with Windows by wine. What is tested is that numbers are right. An
+emulator says nothing about speed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
+import platform
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,48 +30,98 @@ from secateur.quantization.groups import GROUPS
 from secateur.runtime.kernels.library import TYPES
 from secateur.runtime.kernels.matrix import KernelMatrix
 
-COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        COMPILER is None or EMULATOR is None,
-        reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, "
-        "libc6-dev-arm64-cross, qemu-user)",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 CSRC = Path(secateur.__file__).parent / "runtime" / "kernels" / "csrc"
 LINEAR, PROMPT, EXPAND, ATTEND, SILU = range(5)
-TIERS = ("neon-i8mm", "neon")
 SHAPES = ((1, 1), (5, 64), (7, 577), (40, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 Run = Callable[[bytes], bytes]
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A machine that is emulated: how to compile for it and how to run what was compiled."""
+
+    compiler: tuple[str, ...]
+    emulator: tuple[str, ...]
+    tiers: tuple[str, ...]
+    missing: str = ""
+
+    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """Run a program."""
+        environment = {**os.environ, "WINEDEBUG": "-all"}
+        command = [*self.emulator, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def machines() -> dict[str, Machine]:
+    """Those that are known, and what is missing to emulate them here."""
+    gcc, qemu = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    zig, wine = importlib.util.find_spec("ziglang"), shutil.which("wine")
+    packages = "(Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)"
+    windows = (sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu")
+    return {
+        "linux-arm": Machine(
+            (str(gcc), "-static", "-pthread"),
+            (str(qemu), "-cpu", "max"),
+            ("neon-i8mm", "neon"),
+            "" if gcc and qemu else f"needs aarch64-linux-gnu-gcc and qemu-aarch64 {packages}",
+        ),
+        "windows-x86": Machine(
+            (*windows, "-Wextra"),
+            (str(wine),),
+            ("amx", "avx512bf16", "avx512", "avx2"),
+            "" if zig and wine else "needs zig and wine (pip: ziglang; Debian: wine64, wine)",
+        ),
+    }
+
+
+MACHINES = machines()
+NO_SUCH_TIER = 3
+"""How the program ends where the processor does not have it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_wine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ.setdefault("WINEPREFIX", str(tmp_path_factory.mktemp("wine")))
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All sources of the library and `kernel_program.c`, for aarch64."""
-    built = tmp_path_factory.mktemp("neon") / "program"
-    sources = [*sorted(CSRC.glob("*.c")), Path(__file__).with_name("kernel_program.c")]
-    command = [
-        str(COMPILER), "-static", "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math",
-        "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}", "-o", str(built),
-        *map(str, sources), "-lpthread", "-lm",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return built
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """All sources of the library and `kernel_program.c`, for a machine."""
+    folder = tmp_path_factory.mktemp("emulated")
+
+    def of(name: str) -> Path:
+        machine, made = MACHINES[name], folder / f"{name}.exe"
+        if machine.missing:
+            pytest.skip(machine.missing)
+        if not made.exists():
+            sources = [*sorted(CSRC.glob("*.c")), Path(__file__).with_name("kernel_program.c")]
+            command = [
+                *machine.compiler, "-std=gnu11", "-O3",
+                "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror",
+                "-Wno-unknown-pragmas", f"-I{CSRC}", "-o", str(made), *map(str, sources),
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return made
+
+    return of
 
 
-@pytest.fixture(params=TIERS)
-def run(request: pytest.FixtureRequest, program: Path, tmp_path: Path) -> Run:
-    """Runs commands with a tier; returns the output."""
+@pytest.fixture(params=[(name, tier) for name in MACHINES for tier in MACHINES[name].tiers])
+def run(request: pytest.FixtureRequest, programs: Callable[[str], Path], tmp_path: Path) -> Run:
+    """Runs commands on a machine with a tier; returns the output."""
+    name, tier = request.param
+    program = programs(name)
 
     def of(commands: bytes) -> bytes:
         (tmp_path / "input").write_bytes(commands)
-        files = [str(tmp_path / "input"), str(tmp_path / "output")]
-        command = [str(EMULATOR), "-cpu", "max", str(program), request.param, *files]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        words = (program, tier, tmp_path / "input", tmp_path / "output")
+        done = MACHINES[name].run(*words)
+        if done.returncode == NO_SUCH_TIER:
+            pytest.skip(f"this processor has no {tier}")
         assert done.returncode == 0, (done.returncode, done.stderr)
         return (tmp_path / "output").read_bytes()
 
@@ -197,7 +252,25 @@ def test_silu(run: Run) -> None:
     ("processor", "tier"),
     [("max", "neon-i8mm"), ("cortex-a76", "neon"), ("cortex-a72", "none")],
 )
-def test_the_processor_decides(program: Path, processor: str, tier: str) -> None:
-    command = [str(EMULATOR), "-cpu", processor, str(program)]
+def test_an_arm_processor_decides(programs, processor: str, tier: str) -> None:
+    command = [MACHINES["linux-arm"].emulator[0], "-cpu", processor, programs("linux-arm")]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert output.strip() == tier
+
+
+@pytest.mark.parametrize(
+    ("processor", "tier"), [("Haswell", "avx2"), ("Nehalem", "none"), ("Haswell,-bmi2", "none")]
+)
+def test_an_x86_processor_decides(tmp_path: Path, processor: str, tier: str) -> None:
+    gcc, qemu = shutil.which("gcc"), shutil.which("qemu-x86_64")
+    if not gcc or not qemu or platform.machine() != "x86_64":
+        pytest.skip("needs gcc for x86 and qemu-x86_64 (Debian: qemu-user)")
+    program = Path(__file__).with_name("kernel_program.c")
+    command = [
+        gcc, "-static", "-std=gnu11", "-O1", f"-I{CSRC}", "-o", str(tmp_path / "program"),
+        *map(str, [*sorted(CSRC.glob("*.c")), program]), "-lpthread", "-lm",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    asked = [qemu, "-cpu", processor, str(tmp_path / "program")]
+    output = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout
     assert output.strip() == tier
