@@ -6,10 +6,12 @@ A thread of its own computes. HTTP runs in another one, and gives it jobs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
 import traceback
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,10 +35,13 @@ class Worker:
 
     Attributes:
         failures: how often the engine raised an error. Each ends all jobs of that moment.
+        posted: calls that event loops make after the step of this moment. Waking a loop takes a
+            system call, and the loop then takes the interpreter; once for each step is enough.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
+        self.posted: list[tuple[AbstractEventLoop, Callable[[], None]]] = []
         self.failures = 0
         self.stopping = False
         self.woken = threading.Event()
@@ -97,6 +102,20 @@ class Worker:
                 traceback.print_exc(file=sys.stderr)
                 self.failures += 1
                 self.scheduler.fail()
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Give event loops what was posted for them."""
+        posted, self.posted = self.posted, []
+        for loop in {loop for loop, _ in posted}:
+            own = [call for other, call in posted if other is loop]
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_all, own)
+
+
+def _all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 T = TypeVar("T")
@@ -339,8 +358,7 @@ class Service:
         ends = frozenset[int]() if ignore_ends else self.ends
 
         def send(number: int, event: Piece | End) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(answer.events.put_nowait, (number, event))
+            self.worker.posted.append((loop, partial(answer.events.put_nowait, (number, event))))
 
         for number, (prompt, sampling) in enumerate(product(range(len(prompts)), samplings)):
             choice = AnswerChoice(

@@ -289,7 +289,13 @@ class AnswerResponse(Response):
         """Send a part of the body."""
         if body or not more:
             part = {"type": "http.response.body", "body": body, "more_body": more}
-            await asyncio.wait_for(send(part), SEND_SECONDS)
+            task = asyncio.current_task()
+            assert task is not None
+            late = asyncio.get_running_loop().call_later(SEND_SECONDS, task.cancel)
+            try:  # `wait_for` would make a task for each token
+                await send(part)
+            finally:
+                late.cancel()
 
 
 async def _until_gone(receive: Receive, sending: Awaitable[Any]) -> None:
@@ -301,7 +307,7 @@ async def _until_gone(receive: Receive, sending: Awaitable[Any]) -> None:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    if isinstance(results[0], Exception) and not isinstance(results[0], asyncio.TimeoutError):
+    if isinstance(results[0], Exception):
         raise results[0]
 
 
