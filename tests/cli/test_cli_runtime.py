@@ -55,7 +55,6 @@ def test_generate(secateur, tmp_path: Path) -> None:
     ("family", "sizes", "why"),
     [
         ("gpt2", {}, "its type is gpt2"),
-        ("llama", {"head_dim": 16, "mlp_bias": True}, "its gate projection has a bias"),
     ],
 )
 def test_generate_falls_back_to_transformers(secateur, tmp_path, family, sizes, why) -> None:
@@ -63,6 +62,21 @@ def test_generate_falls_back_to_transformers(secateur, tmp_path, family, sizes, 
     done = secateur("generate", folder, "--prompt", "abc", "--max-new-tokens", 8)
     assert done.code == 0, done.err
     assert f"(transformers: {why}" in done.err
+
+
+@needs_kernels
+def test_kv_cache(secateur, tmp_path: Path) -> None:
+    folder = packed_model(tmp_path / "packed", head_dim=16, eos_token_id=None)
+    asked = ("generate", folder, "--prompt", "abc", "--max-new-tokens", 8, "--kv-cache", "int8")
+    shown = secateur(*asked)
+    assert shown.code == 0, shown.err
+    assert "(fused decode loop)" in shown.err
+    other = save_tiny(tmp_path / "gpt2", "gpt2")
+    refused = secateur("generate", other, "--prompt", "abc", "--kv-cache", "int8")
+    assert refused.code == 2
+    assert "--kv-cache int8: transformers decodes this model, because its type" in refused.err
+    with pytest.raises(RecipeError, match=r"kv_cache 'int9'[\s\S]*give one of bf16, int8"):
+        library.generate(folder, "abc", kv_cache="int9")
 
 
 def test_generate_refuses(secateur, tmp_path: Path) -> None:

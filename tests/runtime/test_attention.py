@@ -139,6 +139,9 @@ def test_ranges_of_keys(dtype: torch.dtype, tier: str) -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[0], torch.cat(alone))
+    for slot, text in enumerate(texts):
+        whole = layer(*text, slot, 0)  # a prompt gives the same bits
+        assert torch.equal(whole[-1], found[0][slot])
     wanted = torch.stack([oracle(*text, rounding(dtype))[-1] for text in texts])
     close = 2e-5 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(found[0], wanted, rtol=close, atol=close)

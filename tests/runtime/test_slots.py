@@ -24,6 +24,7 @@ pytestmark = [
 __all__ = ["settled"]
 
 LENGTH = 12
+CACHES = (None, "bf16", "int8")
 
 
 def texts_of(count: int) -> torch.Tensor:
@@ -36,9 +37,9 @@ def model_of(folder: Path, family: str = "llama", **options: Any) -> Any:
     return secateur.load(packed_model(folder, family, **options), dtype=dtype)
 
 
-def alone(model: Any, texts: torch.Tensor) -> torch.Tensor:
+def alone(model: Any, texts: torch.Tensor, cache: str | None = None) -> torch.Tensor:
     """Logits after every token of each text, one token a call [texts, tokens, vocabulary]."""
-    decoder = SlotDecoder(model, LENGTH)
+    decoder = SlotDecoder(model, LENGTH, cache=cache)
     found = []
     for text in texts.tolist():
         decoder.rewind(0)
@@ -145,11 +146,12 @@ def test_prompts_in_pieces(tmp_path: Path, family: str) -> None:
     assert decoder.lengths == [7, 12]
 
 
-def test_copied_keys_and_values_are_the_same_beginning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_copied_keys_and_values_are_the_same_beginning(tmp_path: Path, cache: str | None) -> None:
     model = model_of(tmp_path, values="int8")
     text = texts_of(1)[0].tolist()
-    expected = alone(model, torch.tensor([text]))[0]
-    decoder = SlotDecoder(model, LENGTH, slots=3)
+    expected = alone(model, torch.tensor([text]), cache)[0]
+    decoder = SlotDecoder(model, LENGTH, slots=3, cache=cache)
     decoder.step([Token(2, at, id) for at, id in enumerate(text[:8])])
     parts = [decoder.copy_out(2, 0, 5), decoder.copy_out(2, 5, 8)]
     decoder.rewind(2)
@@ -160,11 +162,12 @@ def test_copied_keys_and_values_are_the_same_beginning(tmp_path: Path) -> None:
     assert torch.equal(rest, expected[8:])
 
 
-def test_a_slot_can_go_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_slot_can_go_back(tmp_path: Path, cache: str | None) -> None:
     model = model_of(tmp_path, values="int8")
     text = texts_of(1)[0].tolist()
-    expected = alone(model, torch.tensor([text]))[0]
-    decoder = SlotDecoder(model, LENGTH)
+    expected = alone(model, torch.tensor([text]), cache)[0]
+    decoder = SlotDecoder(model, LENGTH, cache=cache)
     decoder.step([Token(0, at, id) for at, id in enumerate(text[:6])])
     decoder.step([Token(0, 6 + n, 9) for n in range(4)])
     decoder.rewind(0, 6)

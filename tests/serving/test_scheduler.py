@@ -581,18 +581,19 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
         assert alone == expected[:3]
 
 
+@pytest.mark.parametrize("kv_cache", [None, "bf16", "int8"])
 @pytest.mark.parametrize("stored", [{"values": "int8"}, {"values": "int4", "group_size": 32}])
-def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any]) -> None:
+def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: str | None) -> None:
     """With values of integers: other pieces, other neighbours, and what the cache knows."""
     if lib.kernel_info().tier == "none":
         pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
-    folder = packed_model(tmp_path, head_dim=16, max_position_embeddings=256, **stored)
+    folder = packed_model(tmp_path, head_dim=16, max_position_embeddings=512, **stored)
     model = secateur.load(folder, dtype=torch.float32)
     random = torch.Generator().manual_seed(3)
     shared = torch.randint(3, 96, (70,), generator=random).tolist()
     prompts = [
         shared * (number % 2) + torch.randint(3, 96, (length,), generator=random).tolist()
-        for number, length in enumerate((1, 100, 8, 9, 130, 33))
+        for number, length in enumerate((1, 300, 8, 9, 230, 33))
     ]
 
     def logits_of(scheduler: Scheduler, *wanted: Sequence[int]) -> list[Tensor]:
@@ -604,11 +605,13 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any]) -> None:
         run(scheduler)
         return [torch.stack(rows) for rows in found]
 
-    alone = Scheduler(SlotDecoder(model, 256, 1))
+    alone = Scheduler(SlotDecoder(model, 400, 1, cache=kv_cache))
     expected = [logits_of(alone, ids)[0] for ids in prompts]
     for piece, cache in ((16, 0), (23, 1 << 22), (512, 1 << 22)):
         scheduler = Scheduler(
-            SlotDecoder(model, 256, 5), prefixes=PrefixCache(cache), most_piece=piece
+            SlotDecoder(model, 400, 5, cache=kv_cache),
+            prefixes=PrefixCache(cache),
+            most_piece=piece,
         )
         for _ in range(2):
             found = logits_of(scheduler, *prompts)

@@ -240,6 +240,7 @@ def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conv
         stop=recipe.stop,
         chat=chat,
         system=recipe.system,
+        kv_cache=recipe.kv_cache,
         trust_remote_code=recipe.trust_remote_code,
     )
 

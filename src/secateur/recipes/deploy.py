@@ -68,7 +68,19 @@ class TokenDrawing(Sampling, TextLength):
         return {name: getattr(self, name) for name in Sampling.model_fields}
 
 
-class GenerateRecipe(RemoteCode, TokenDrawing, Recipe):
+class KeysAndValues(Section):
+    """How keys and values of the tokens so far are stored."""
+
+    group = HOW
+
+    kv_cache: Annotated[
+        Literal["bf16", "int8"] | None,
+        Flag(default="bf16, or float32 if the model is"),
+    ] = None
+    """Type of the KV cache. int8 takes half the memory of bf16."""
+
+
+class GenerateRecipe(RemoteCode, KeysAndValues, TokenDrawing, Recipe):
     """One text."""
 
     group = WHAT
@@ -86,7 +98,7 @@ class GenerateRecipe(RemoteCode, TokenDrawing, Recipe):
     """Use the tokenizer's chat template."""
 
 
-class ChatRecipe(RemoteCode, TokenDrawing, Recipe):
+class ChatRecipe(RemoteCode, KeysAndValues, TokenDrawing, Recipe):
     """One conversation."""
 
     group = WHAT
@@ -123,7 +135,7 @@ class ServingLimits(Section):
     """How long running requests may go on after SIGTERM."""
 
 
-class ServeRecipe(RemoteCode, ServingLimits, Recipe):
+class ServeRecipe(RemoteCode, KeysAndValues, ServingLimits, Recipe):
     """One server."""
 
     group = WHAT

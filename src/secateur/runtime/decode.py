@@ -25,7 +25,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.kernels.library import MAX_BATCH, CToken
 from secateur.runtime.kernels.matrix import kernels
-from secateur.runtime.kv_cache import KeyValueCache
+from secateur.runtime.kv_cache import KeyValueCache, cache_dtype
 from secateur.runtime.layer_forms import Description, why_not
 from secateur.runtime.sampling import Draws
 
@@ -40,13 +40,16 @@ class Decoder:
         capacity: the number of tokens that fit in the cache.
         continues: whether a prompt that begins like the text before, as in a conversation, is read
             only from where it differs.
+        cache: the type of keys and values, as in `SlotDecoder`.
 
     Raises:
         ArchitectureError: one call cannot decode the model; `why_not` gives the reason.
     """
 
-    def __init__(self, model: Any, capacity: int, *, continues: bool = False) -> None:
-        self.slots = SlotDecoder(model, capacity)
+    def __init__(
+        self, model: Any, capacity: int, *, continues: bool = False, cache: str | None = None
+    ) -> None:
+        self.slots = SlotDecoder(model, capacity, cache=cache)
         self.capacity, self.continues = capacity, continues
         self.text: list[int] = []
 
@@ -160,6 +163,8 @@ class SlotDecoder:
         model: a transformers model in eval mode, from `secateur.load` or plain.
         capacity: the number of tokens that fit in a slot.
         slots: how many sequences have a cache. Memory is used when a slot is filled.
+        cache: the type of keys and values, `bf16` or `int8`; None is bf16 for models of bfloat16,
+            float32 for others.
 
     Attributes:
         lengths: how many tokens of each slot are in the cache.
@@ -171,7 +176,9 @@ class SlotDecoder:
 
     together = MAX_BATCH
 
-    def __init__(self, model: Any, capacity: int, slots: int = 1) -> None:
+    def __init__(
+        self, model: Any, capacity: int, slots: int = 1, *, cache: str | None = None
+    ) -> None:
         reason = why_not(model)
         if reason is not None:
             raise ArchitectureError(
@@ -184,7 +191,7 @@ class SlotDecoder:
         self.capacity, self.lengths = capacity, [0] * slots
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
         self.cache = KeyValueCache(
-            torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
+            cache_dtype(cache, self.dtype),
             layers=len(model.model.layers),
             slots=slots,
             groups=config.num_key_value_heads,

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+
+from secateur.errors import RecipeError
 
 TILE = 64
 """Positions of a tile."""
 
 UNIT = 4
 """Bytes of the values that stand together."""
+
+
+CACHES = MappingProxyType({"bf16": torch.bfloat16, "int8": torch.int8})
+"""The types that `--kv-cache` names."""
+
+
+def cache_dtype(named: str | None, model: torch.dtype) -> torch.dtype:
+    """The type of keys and values for activations of some type.
+
+    Raises:
+        RecipeError: there is no type of this name.
+    """
+    if named is None:
+        return torch.bfloat16 if model == torch.bfloat16 else torch.float32
+    if named not in CACHES:
+        raise RecipeError(f"kv_cache {named!r}", remedy=f"give one of {', '.join(CACHES)}")
+    return CACHES[named]
+
+
+def refuse_cache(named: str | None, reason: str) -> None:
+    """Refuse a type of the cache where transformers decodes.
+
+    Raises:
+        RecipeError: a type is given.
+    """
+    if named is not None:
+        raise RecipeError(
+            f"--kv-cache {named}: transformers decodes this model, because {reason}",
+            where="--kv-cache",
+            remedy="leave it out",
+        )
 
 
 class KeyValueCache:

@@ -17,6 +17,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of
 from secateur.runtime.decode import SlotDecoder
+from secateur.runtime.kv_cache import refuse_cache
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
@@ -115,7 +116,7 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     tokenizers = [load_tokenizer(folder, trust_remote_code=code) for _ in range(2)]
     defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
     capacity = _capacity_of(model, recipe.context_length)
-    engine, line = _engine_of(model, capacity, recipe.slots)
+    engine, line = _engine_of(model, capacity, recipe)
     scheduler = Scheduler(
         engine,
         queue_limit=recipe.queue,
@@ -156,13 +157,14 @@ def _capacity_of(model: Any, context: int | None) -> int:
     return context or min(positions, POSITIONS)
 
 
-def _engine_of(model: Any, capacity: int, slots: int) -> tuple[Engine, str]:
+def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[Engine, str]:
     """What computes, and a line about it."""
-    reason = why_not(model)
+    reason, slots = why_not(model), recipe.slots
     if reason is not None:
+        refuse_cache(recipe.kv_cache, reason)
         line = f"one request at a time, through transformers, because {reason}"
         return TransformersEngine(model, capacity), line
-    decoder = SlotDecoder(model, capacity, slots)
+    decoder = SlotDecoder(model, capacity, slots, cache=recipe.kv_cache)
     most = decoder.cache.nbytes / 2**20
     return decoder, (
         f"up to {slots} requests at once, {capacity} tokens each; their keys and values take at "

@@ -20,6 +20,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued
+from secateur.runtime.kv_cache import refuse_cache
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
@@ -58,6 +59,7 @@ def generate(
     stop: Sequence[str] = (),
     chat: bool | None = None,
     system: str | None = None,
+    kv_cache: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
@@ -79,6 +81,7 @@ def generate(
         stop: the text ends before the first of these.
         chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message before the prompt, with a chat template.
+        kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
         trust_remote_code: whether code that comes with the checkpoint may run.
         tell: receives the text piece by piece.
 
@@ -101,6 +104,7 @@ def generate(
         stop=stop,
         chat=chat,
         system=system,
+        kv_cache=kv_cache,
         trust_remote_code=trust_remote_code,
     )
     return conversation.say(prompt, tell)
@@ -117,6 +121,7 @@ class Conversation:
         stop: an answer ends before the first of these.
         chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message at the beginning.
+        kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Attributes:
@@ -135,6 +140,7 @@ class Conversation:
         stop: Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
+        kv_cache: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -151,6 +157,7 @@ class Conversation:
         self.model: Any = None
         self.load_seconds = 0.0
         self.decoder: Decoder | None = None
+        self.kv_cache = kv_cache
         defaults, given = sampling_in(self.folder), dict(sampling or {})
         self.sampling = sampling_with(defaults, given)
         if not self.sampling.temperature:  # 0, or not given
@@ -278,10 +285,11 @@ class Conversation:
         """What computes a text of so many tokens, and its name."""
         reason = why_not(self.model)
         if reason is not None:
+            refuse_cache(self.kv_cache, reason)
             return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
             room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
-            self.decoder = Decoder(self.model, room, continues=True)
+            self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
         return self.decoder, ONE_CALL
 
 

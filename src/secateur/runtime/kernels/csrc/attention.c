@@ -195,26 +195,41 @@ static void attend(const sct_attention *a, const sct_layer *layer, int64_t b, in
     a->code->attend(&q);
 }
 
-/* A row's softmax from its results over `parts` ranges of keys, which are `apart` floats apart. */
-static void merge(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t head,
-                  const float *part, int64_t rows, int64_t row, int64_t parts, size_t apart) {
-    const int64_t width = sct_width(a->d->head);
-    const float *most = part + rows * width + row, *totals = most + rows, *sums = part + row * width;
-    float *out = a->out + b * a->stride + head * a->d->head;
-    float highest = layer->sinks ? layer->sinks[head] : -INFINITY;
-    for (int64_t p = 0; p < parts; p++) highest = fmaxf(highest, most[(size_t)p * apart]);
-    float total = layer->sinks ? expf(layer->sinks[head] - highest) : 0.0f;
-    for (int64_t i = 0; i < a->d->head; i++) out[i] = 0.0f;
-    for (size_t p = 0; p < (size_t)parts; p++) {
-        const float factor = expf(most[p * apart] - highest);
-        total += factor * totals[p * apart];
-        for (int64_t i = 0; i < a->d->head; i++) out[i] += factor * sums[p * apart + (size_t)i];
-    }
-    for (int64_t i = 0; i < a->d->head; i++) out[i] /= total;
+/* The softmax of a row as far as its keys were looked at. */
+typedef struct {
+    float most, total;
+} sct_softmax;
+
+/* A sink is a key without a value. */
+static sct_softmax begin_row(const sct_layer *layer, int64_t head, float *out, int64_t columns) {
+    for (int64_t i = 0; i < columns; i++) out[i] = 0.0f;
+    if (!layer->sinks) return (sct_softmax){-INFINITY, 0.0f};
+    return (sct_softmax){layer->sinks[head], 1.0f};
 }
 
-/* The keys that a token sees are cut at multiples of this, wherever it stands and however many
- * threads there are, so that its sums always have the same order. */
+/* Take the results of row `row` of `rows` in a part over later keys. */
+static void take(sct_softmax *so_far, const float *part, int64_t rows, int64_t row, int64_t head,
+                 float *out) {
+    const int64_t width = sct_width(head);
+    const float most = part[rows * width + row], total = part[rows * (width + 1) + row];
+    if (total == 0.0f) return; /* the row sees none of them */
+    const float highest = fmaxf(so_far->most, most);
+    const float before = expf(so_far->most - highest), factor = expf(most - highest);
+    so_far->total = so_far->total * before + total * factor;
+    so_far->most = highest;
+    for (int64_t i = 0; i < head; i++) out[i] = out[i] * before + part[row * width + i] * factor;
+}
+
+static void end_row(const sct_softmax *so_far, float *out, int64_t head) {
+    for (int64_t i = 0; i < head; i++) out[i] /= so_far->total;
+}
+
+static float *out_of(const sct_attention *a, int64_t b, int64_t head) {
+    return a->out + b * a->stride + head * a->d->head;
+}
+
+/* Keys are cut at multiples of this, in a prompt too and however many threads there are, so that
+ * sums always have the same order. */
 #define RANGE 256
 
 static int64_t ranges_of(const sct_attention *a, int64_t window, int64_t b) {
@@ -245,8 +260,13 @@ static void attend_range(const sct_attention *a, const sct_layer *layer, int64_t
     attend(a, layer, b, 1, group, larger(from * RANGE, seen),
            smaller((from + 1) * RANGE, position + 1), memory, parts + floats * (size_t)range);
     if (atomic_fetch_add(done, 1) + 1 < ranges) return;
-    for (int64_t row = 0; row < each; row++)
-        merge(a, layer, b, group * each + row, parts, each, row, ranges, floats);
+    for (int64_t row = 0; row < each; row++) {
+        float *out = out_of(a, b, group * each + row);
+        sct_softmax softmax = begin_row(layer, group * each + row, out, a->d->head);
+        for (int64_t i = 0; i < ranges; i++)
+            take(&softmax, parts + floats * (size_t)i, each, row, a->d->head, out);
+        end_row(&softmax, out, a->d->head);
+    }
 }
 
 static void attend_tokens(sct_attention *a, const sct_layer *layer, float *memory) {
@@ -262,29 +282,46 @@ static void attend_tokens(sct_attention *a, const sct_layer *layer, float *memor
     }
 }
 
-/* Some tokens of a prompt and the heads that share keys, whichever thread is free; the last tokens,
- * which see most, first. */
-static void attend_prompt(sct_attention *a, const sct_layer *layer, float *memory) {
-    const int64_t groups = a->d->kv_heads, each = a->d->heads / groups;
-    const int64_t parts = (a->tokens + QUERY_TOKENS - 1) / QUERY_TOKENS;
-    for (;;) {
-        const int64_t number = atomic_fetch_add(&a->next, 1), group = number % groups;
-        if (number >= parts * groups) return;
-        const int64_t first = (parts - 1 - number / groups) * QUERY_TOKENS;
-        const int64_t tokens = smaller(a->tokens - first, QUERY_TOKENS), rows = tokens * each;
-        const int64_t position = position_of(a, first);
-        float *part = memory + (2 * SCT_KEYS + rows) * sct_width(a->d->head);
-        attend(a, layer, first, tokens, group, sct_first_seen(layer->window, position),
-               position + tokens, memory, part);
+/* Some tokens of a prompt and the heads of a group. */
+static void attend_piece(const sct_attention *a, const sct_layer *layer, int64_t first,
+                         int64_t tokens, int64_t group, float *memory) {
+    const int64_t head = a->d->head, each = a->d->heads / a->d->kv_heads, rows = tokens * each;
+    const int64_t position = position_of(a, first), end = position + tokens;
+    float *part = memory + (2 * SCT_KEYS + rows) * sct_width(head);
+    sct_softmax *softmax = (sct_softmax *)(part + part_floats(a, rows));
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t number = group * each + r % each;
+        softmax[r] = begin_row(layer, number, out_of(a, first + r / each, number), head);
+    }
+    for (int64_t begin = sct_first_seen(layer->window, position), next; begin < end; begin = next) {
+        next = smaller((begin / RANGE + 1) * RANGE, end);
+        attend(a, layer, first, tokens, group, begin, next, memory, part);
         for (int64_t r = 0; r < rows; r++)
-            merge(a, layer, first + r / each, group * each + r % each, part, rows, r, 1, 0);
+            take(softmax + r, part, rows, r, head,
+                 out_of(a, first + r / each, group * each + r % each));
+    }
+    for (int64_t r = 0; r < rows; r++)
+        end_row(softmax + r, out_of(a, first + r / each, group * each + r % each), head);
+}
+
+/* Whichever thread is free takes the next tokens; the last ones, which see most, first. */
+static void attend_prompt(sct_attention *a, const sct_layer *layer, float *memory) {
+    const int64_t groups = a->d->kv_heads;
+    const int64_t pieces = (a->tokens + QUERY_TOKENS - 1) / QUERY_TOKENS;
+    for (;;) {
+        const int64_t number = atomic_fetch_add(&a->next, 1);
+        if (number >= pieces * groups) return;
+        const int64_t first = (pieces - 1 - number / groups) * QUERY_TOKENS;
+        attend_piece(a, layer, first, smaller(a->tokens - first, QUERY_TOKENS), number % groups,
+                     memory);
     }
 }
 
 static size_t bytes_of_thread(const sct_attention *a) {
     const int64_t each = a->d->heads / a->d->kv_heads, rows = each * (a->token ? 1 : QUERY_TOKENS);
     const size_t tile = (size_t)((2 * SCT_KEYS + rows) * sct_width(a->d->head));
-    return rounded(4 * (tile + (a->token ? 0 : part_floats(a, rows))));
+    const size_t part = part_floats(a, rows) + 2 * (size_t)rows; /* with the softmax of each row */
+    return rounded(4 * (tile + (a->token ? 0 : part)));
 }
 
 /* What all threads share. */
