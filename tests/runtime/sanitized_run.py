@@ -20,10 +20,9 @@ from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import matrix_of
-from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
-from secateur.runtime.kernels.dispatch import by_blocks, by_tiles
+from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.packed import PackedCheckpoint
 
@@ -75,7 +74,6 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
             x[0, 0], x[-1, -1] = float("nan"), float("-inf")
             matrix.multiply(x)
     matrix.multiply(torch.zeros(1, matrix.columns))
-    by_tiles(matrix, torch.randn(9, matrix.columns))
     for tokens in (1, 9, 34):
         by_blocks(matrix, torch.randn(tokens, matrix.columns))
         by_blocks(matrix, torch.randn(tokens, matrix.columns).bfloat16())
@@ -85,7 +83,6 @@ def multiply_in_all_ways(matrix: KernelMatrix) -> None:
 
 def products() -> None:
     """All kernels over shapes that fill no register evenly."""
-    dispatch.TILE_BYTES = 4096
     for _ in tiers():
         for shape in SHAPES:
             for values in VALUES:

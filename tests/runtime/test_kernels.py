@@ -16,7 +16,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles, choose, measured_gain
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, choose, measured_gain
 from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, turned_fours
 
 pytestmark = pytest.mark.skipif(
@@ -192,7 +192,7 @@ def test_tiles_are_the_matrix_bit_for_bit(tier, values, sparsity):
 def test_both_ways_agree_for_many_tokens(tier):
     matrix, _ = example(300, 200, torch.bfloat16, 0.6)
     x = torch.randn(21, 200)
-    torch.testing.assert_close(by_kernel(matrix, x), by_tiles(matrix, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_kernel(matrix, x), by_blocks(matrix, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from secateur.quantization.groups import GROUPS
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import dispatch
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -213,4 +213,4 @@ def test_a_linear_takes_its_way_for_many_tokens():
     assert torch.equal(linear(x[:4]), by_kernel(matrix, x[:4]))
     assert torch.equal(linear(x), by_blocks(matrix, x))
     floats, _ = example(33, 130, torch.bfloat16, 0.5)
-    assert torch.equal(PackedLinear(floats, kernel_up_to=4)(x), by_tiles(floats, x))
+    assert torch.equal(PackedLinear(floats, kernel_up_to=4)(x), by_blocks(floats, x))

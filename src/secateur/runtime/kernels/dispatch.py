@@ -1,10 +1,9 @@
 """Measures once for each kind of matrix which way is fastest, for how many tokens.
 
-| way    | what it does                                                            | for      |
-|--------|-------------------------------------------------------------------------|----------|
-| kernel | our kernel on the stored matrix, eight tokens at a time                 | all      |
-| blocks | our product of integers, block by block (`csrc/blocks.c`)               | integers |
-| tile   | a tile of the matrix is expanded and torch multiplies it, then the next | floats   |
+| way    | what it does                                                                     |
+|--------|----------------------------------------------------------------------------------|
+| kernel | our kernel on the stored matrix, eight tokens at a time                          |
+| blocks | a tile of rows is expanded and meets all tokens, then the next (`csrc/blocks.c`) |
 
 Both ways of a matrix have the same numbers, to the order of sums: activations that meet integers
 are rounded in both, others in none. The kernel reads less, the other way computes faster, so it
@@ -29,7 +28,6 @@ from secateur.runtime.kernels.library import MAX_BATCH, TYPES, kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
 from secateur.timing import alternate, seconds_of
 
-TILE_BYTES = 2 * 2**20
 TRIED_TOKENS = (4, 8, 16, 32, 64)
 REPEATS = 5
 CACHE_BYTES = 64 * 2**20
@@ -80,13 +78,12 @@ def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
     """Time all ways on random activations."""
     gain = measured_gain(matrices, dtype)
-    many = by_blocks if matrices[0].integers else by_tiles
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
         by_eights, at_once = _least_seconds(
             [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
-            [lambda m=m, x=x: many(m, x) for m in matrices[:2]],
+            [lambda m=m, x=x: by_blocks(m, x) for m in matrices[:2]],
         )
         if by_eights > at_once:
             break
@@ -131,24 +128,6 @@ def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:
     if len(x) <= MAX_BATCH:
         return matrix.multiply(x)
     return torch.cat([matrix.multiply(part) for part in x.split(MAX_BATCH)])
-
-
-def by_tiles(matrix: KernelMatrix, x: Tensor) -> Tensor:
-    """The product x · Wᵀ [tokens, out] by torch, one expanded tile after the other.
-
-    Never more than one tile is expanded, and no activation is rounded. int8 values are multiplied
-    as integers, and the result by their scale.
-    """
-    if matrix.weight is not None:
-        return functional.linear(x, matrix.weight.to(x.dtype))
-    y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
-    rows = max(1, TILE_BYTES // (matrix.words * 64 * 2))
-    room = matrix.room(min(rows, matrix.rows))
-    for begin in range(0, matrix.rows, rows):
-        end = min(begin + rows, matrix.rows)
-        tile = matrix.tile(begin, end, room).to(x.dtype)
-        torch.mm(x, tile.t(), out=y[:, begin:end])
-    return y if matrix.scale is None else y.mul_(matrix.scale)
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from secateur.errors import ShapeError
 from secateur.quantization.activations import GROUP, integers_of, shares_of, spread_order
-from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, by_tiles
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel
 from secateur.runtime.kernels.matrix import KernelMatrix
 
 AT_ONCE = 2**22
@@ -155,8 +155,8 @@ class PackedLinear(OperatorLinear):
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
-        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks of integers, or
-            tile by tile where values are not integers. `install.settle` sets it after measuring.
+        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks.
+            `install.settle` sets it after measuring.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class PackedLinear(OperatorLinear):
             return self.product(x.float()).half()
         if len(x) <= self.kernel_up_to:
             return by_kernel(self.matrix, x)
-        return (by_blocks if self.rounds_inputs else by_tiles)(self.matrix, x)
+        return by_blocks(self.matrix, x)
 
     def extra_repr(self) -> str:
         """Shape and storage, for printing."""

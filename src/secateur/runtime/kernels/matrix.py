@@ -264,7 +264,7 @@ class KernelMatrix:
             raise no_kernel()
         return y
 
-    def tile(self, begin: int, end: int, out: Tensor | None = None) -> Tensor:
+    def tile(self, begin: int, end: int) -> Tensor:
         """Rows [begin, end) as a dense matrix [end − begin, in], for torch.
 
         int8 values come as bfloat16 integers without their scale, int4 values as bfloat16 with it.
@@ -272,14 +272,13 @@ class KernelMatrix:
         Args:
             begin: the first row.
             end: the row after the last.
-            out: room for it, from `room`; made if not given.
         """
         if not 0 <= begin < end <= self.rows:
             raise ShapeError(f"rows {begin} to {end} of a matrix of {self.rows}")
-        out = self.room(end - begin) if out is None else out
+        out = self.room(end - begin)
         if kernels().sct_expand(ctypes.byref(self.c), begin, end, out.data_ptr()) != 0:
             raise no_kernel()
-        return out[: end - begin, : self.columns]
+        return out[:, : self.columns]
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Rows of a matrix of int4 as bfloat16 [count, in], which is exact.
