@@ -361,3 +361,14 @@ def test_help_shows_every_word_that_was_written(
     assert texts
     assert [text for text in texts if text not in shown] == []
     assert VERBS[verb].summary in shown
+
+
+def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its encoding does not have every character."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setattr("secateur.cli.app._run", lambda words: print("a → b", flush=True))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert written.getvalue().split() == [b"a", b"?", b"b"]

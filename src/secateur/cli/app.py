@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Group
@@ -47,6 +48,7 @@ def make_app() -> App:
 
 def main() -> None:
     """Run a command. Every exception becomes a message and an exit code."""
+    _show_what_can_be_shown()
     try:
         _run(sys.argv[1:])
         sys.exit(0)
@@ -59,6 +61,13 @@ def main() -> None:
         from secateur.cli.errors import to_error
 
         _exit_with(to_error(error))
+
+
+def _show_what_can_be_shown() -> None:
+    """Print a question mark for a character that stdout cannot show, as Windows' pipes cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _run(words: Sequence[str]) -> None:

@@ -209,7 +209,7 @@ def write_log(error: BaseException) -> Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / name
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            file.write_text(text, encoding="utf-8", newline="\n", errors="backslashreplace")
         except OSError:
             continue
         return file.absolute()

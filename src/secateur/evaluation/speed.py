@@ -389,6 +389,6 @@ def _quantize(model: Any, *, ours: bool) -> None:
 
 if __name__ == "__main__":
     # output of libraries must not mix with the answers
-    ANSWERS = os.fdopen(os.dup(1), "w")
+    ANSWERS = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     _serve()

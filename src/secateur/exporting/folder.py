@@ -38,7 +38,7 @@ def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path
     with writing(output):
         for file in files:
             shutil.copyfile(file, output / file.name)
-        (output / "config.json").write_text(text, encoding="utf-8")
+        (output / "config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 @dataclass(frozen=True)

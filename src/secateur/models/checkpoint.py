@@ -427,7 +427,7 @@ class ShardWriter:
 def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
     """Write the index of several files: the file of each tensor."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8", newline="\n")
 
 
 def _header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:

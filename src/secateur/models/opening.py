@@ -241,7 +241,7 @@ class ExpandedCopy(PatchedCopy):
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
             config = json.dumps(self.source.config, indent=2, ensure_ascii=False) + "\n"
-            (self.folder / "config.json").write_text(config, encoding="utf-8")
+            (self.folder / "config.json").write_text(config, encoding="utf-8", newline="\n")
         write_dense(self.source.unsplit(), self.folder, progress or Silent())
         self._dirty |= {self.folder / "config.json", *self.folder.glob("*.safetensors")}
 

@@ -272,7 +272,7 @@ def _write_card(file: Path, folder: Path) -> None:
     license, base_model = named.get(LICENSE), found[1] if found else None
     if license or base_model:
         text = ModelCardData(license=license, base_model=base_model).to_yaml()
-        (folder / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8")
+        (folder / "README.md").write_text(f"---\n{text}\n---\n", encoding="utf-8", newline="\n")
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def _staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Pat
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             if name in texts:
-                place.write_text(texts[name], encoding="utf-8")
+                place.write_text(texts[name], encoding="utf-8", newline="\n")
             else:
                 _link(place, file.resolve())
         yield folder

@@ -101,7 +101,7 @@ def report(
         return ReportResult(page, written)
     card = Path(card)
     pictures = _pictures(records, written, card.parent)
-    card.write_text(_card_text(records.runs[0], pictures), encoding="utf-8")
+    card.write_text(_card_text(records.runs[0], pictures), encoding="utf-8", newline="\n")
     return ReportResult(page, written, card)
 
 
@@ -141,7 +141,7 @@ def _write_page(records: Records, page: Path) -> None:
         date=datetime.date.today().isoformat(),
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _pictures(records: Records, written: Sequence[Path], folder: Path) -> str:

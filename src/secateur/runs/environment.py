@@ -83,7 +83,7 @@ def _peak_resident_bytes() -> int:
 def _reset_peak() -> bool:
     """Reset the peak where the system can (Linux); returns whether it did."""
     try:
-        CLEAR_REFS.write_text("5", encoding="utf-8")
+        CLEAR_REFS.write_text("5", encoding="utf-8", newline="\n")
     except OSError:
         return False
     return True

@@ -460,7 +460,9 @@ def write_packed(
     weight_map = {name: file.name for file in files for name in file.tensors}
     size = sum((folder / file.name).stat().st_size for file in files)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / PACKED_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / PACKED_INDEX_NAME).write_text(
+        json.dumps(index, indent=2), encoding="utf-8", newline="\n"
+    )
 
 
 def _write_file(

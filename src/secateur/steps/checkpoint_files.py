@@ -62,7 +62,7 @@ def carry_over(
                 dirs_exist_ok=True,
             )
         (target / "config.json").write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
         )
     except OSError as error:
         raise cannot_write(error, target) from error

@@ -480,7 +480,7 @@ def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     settled = settled_allocation(work)
     if not settled.exists():
         return record
-    found = json.loads(settled.read_text())
+    found = json.loads(settled.read_text(encoding="utf-8"))
     shares = found.pop("sparsity_of").values()
     return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 

@@ -122,7 +122,7 @@ class CutStep:
                     progress=context.progress,
                 )
                 notes = {"step": self.name, "cut": cut.to_json(), **how, **found.to_json()}
-                (partial / STEP).write_text(json.dumps(notes), encoding="utf-8")
+                (partial / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
             if kept != folder:
                 shutil.rmtree(kept)
         return made, json.loads((made / STEP).read_text(encoding="utf-8"))

@@ -155,7 +155,9 @@ def cut_checkpoint(
         else:
             config = _renumbered_description(made, config, reader)
             reader, edits = reader.stored, kept
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 

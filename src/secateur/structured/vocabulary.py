@@ -360,7 +360,7 @@ def _write_files(
             shutil.copyfile(file, output / file.name)
     for name, content in written.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (output / name).write_text(text, encoding="utf-8")
+        (output / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -536,6 +536,6 @@ def trimmed_source(
             )
             by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
             notes = {"step": "vocabulary", "by": by, "text": text, **found}
-            (partial / STEP).write_text(json.dumps(notes), encoding="utf-8")
+            (partial / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
     notes = json.loads((made / STEP).read_text(encoding="utf-8"))
     return replace(source, folder=made), notes

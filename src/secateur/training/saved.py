@@ -71,7 +71,7 @@ class Log:
     def written(self, file: Path, mode: str, lines: list[dict[str, Any]]) -> None:
         """Write lines, or raise an error if the disk is full."""
         try:
-            with file.open(mode, encoding="utf-8") as stream:
+            with file.open(mode, encoding="utf-8", newline="\n") as stream:
                 stream.write("".join(json.dumps(x) + "\n" for x in lines))
         except OSError as error:
             raise cannot_write(error, file) from error

@@ -185,7 +185,7 @@ class RoundFiles:
     def keep(self, name: str, outcome: Outcome, loop: Loop, sparsity: float) -> None:
         """Write the log and the report of a finished training."""
         lines = "".join(json.dumps(line) + "\n" for line in outcome.log)
-        self.log(name).write_text(lines, encoding="utf-8")
+        self.log(name).write_text(lines, encoding="utf-8", newline="\n")
         rates = [line["learning_rate"] for line in outcome.log]
         report = {
             "training": name,

@@ -365,7 +365,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
                 file.unlink()
 
         ranks.once(settle_all)
-    found = ranks.once(lambda: json.loads(settled.read_text()))
+    found = ranks.once(lambda: json.loads(settled.read_text(encoding="utf-8")))
     return with_sparsities(survey.tasks, found["sparsity_of"])
 
 

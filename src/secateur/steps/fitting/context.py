@@ -51,7 +51,9 @@ class TimeBudget:
     ) -> None:
         self.end = math.inf if minutes is None else begun + minutes * 60.0
         self.file, self.clock = file, clock
-        self.took: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.took: dict[str, float] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        )
         self.dropped: list[str] = []
 
     @contextmanager
