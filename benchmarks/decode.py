@@ -60,8 +60,13 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {n.removesuffix(".weight"): tuple(p.shape) for n, p in model.named_parameters()}
 
 
-def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All of them, half of each row of the linears zero; experts are stored fused."""
+def random_tensors(config: dict[str, Any], zeros: str = "50 %") -> dict[str, torch.Tensor]:
+    """All of them; experts are stored fused.
+
+    Args:
+        config: as in `config.json`.
+        zeros: of each row of the linears, `50 %`, `70 %` or `2:4`.
+    """
     torch.manual_seed(0)
     tensors = {}
     for name, shape in shapes(config).items():
@@ -70,8 +75,11 @@ def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
             continue
         weight = torch.randn(shape) * 0.02
         if ".layers." in name and not name.endswith(".gate"):  # no router
-            half = weight.abs().kthvalue(shape[-1] // 2, dim=-1, keepdim=True).values
-            weight[weight.abs() <= half] = 0
+            among = weight.unflatten(-1, (-1, 4)) if zeros == "2:4" else weight
+            share = 0.7 if zeros == "70 %" else 0.5
+            rank = round(share * among.shape[-1])
+            least = among.abs().kthvalue(rank, dim=-1, keepdim=True).values
+            among[among.abs() <= least] = 0
         tensors[name] = weight.bfloat16()
     return tensors
 

@@ -1,13 +1,15 @@
-"""Whole models at batch 1 with weights of 4 bits: ours with and without zeros, and llama.cpp.
+"""Whole models at batch 1 with weights of 4 and 8 bits, with zeros and without, and llama.cpp.
 
-    python benchmarks/int4_models.py [--work DIR] [--rounds 7] [--models 1.1b smollm2] [--prompt 64]
+    python benchmarks/int4_models.py [--work DIR] [--rounds 7] [--models 1.1b smollm2 gemma3]
+        [--prompt 64]
 
 Random models of TinyLlama's shape (1.1 billion parameters) and of SmolLM2-135M's. All layers have
 the numbers of one random layer, each in memory of its own; speed does not depend on the numbers.
-Half of the weights of each row of the decoder's linears are zero. Contenders of a model take turns
-in one run: int8 with a bitmask; int4 in groups of 64 with a bitmask; int4 stored dense; int8 stored
-dense; llama.cpp (xllamacpp) with every matrix in Q4_0, the head too. Ours have embedding and head
-in int8. A prompt of `--prompt` tokens, 32 new ones, medians over rounds; llama.cpp times itself.
+Gemma 3 is of the shape of google/gemma-3-1b, and the mixtures have about a billion parameters.
+Contenders of a model take turns in one run: int8 and int4 in groups of 64, stored dense and with a
+bitmask, with 50 % and 70 % zeros in each row of the decoder's linears, or two of four; llama.cpp
+(xllamacpp) with every matrix in Q4_0. Embedding and head have the bits of the others. A prompt of
+`--prompt` tokens, 32 new ones, medians over rounds; llama.cpp times itself.
 """
 
 from __future__ import annotations
@@ -96,12 +98,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""Gemma 3 is google/gemma-3-1b; the mixtures have about a billion parameters."""
 STORED: dict[str, dict[str, Any]] = {
-    "50 % int8": {"values": "int8", "format": "bitmask"},
-    "50 % int4": {"values": "int4", "format": "bitmask"},
-    "dense int4": {"values": "int4", "format": "dense"},
-    "dense int8": {"values": "int8", "format": "dense"},
+    "50 % int8": {"values": "int8", "format": "bitmask", "embeddings": "int8"},
+    "dense int8": {"values": "int8", "format": "dense", "embeddings": "int8"},
+    "dense int4": {"values": "int4", "format": "dense", "embeddings": "int4"},
+    "50 % int4": {"values": "int4", "format": "bitmask", "embeddings": "int4"},
+    "2:4 int4": {"values": "int4", "embeddings": "int4"},
+    "70 % int4": {"values": "int4", "format": "bitmask", "embeddings": "int4"},
 }
 
 
@@ -134,24 +137,37 @@ def repeated(one: Path, layers: int, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def zeros_of(name: str) -> str:
+    """The zeros of a contender; dense ones have the weights of half zeros."""
+    return name.rpartition(" ")[0] if name[0].isdigit() else "50 %"
+
+
 def make(shape: dict[str, Any], work: Path) -> list[tuple[str, Path]]:
     """The contenders of a shape, made unless they are there."""
     gguf_file = work / "q4_0.gguf"
     if not gguf_file.exists():
         shutil.rmtree(work, ignore_errors=True)
-        one = {**shape, "num_hidden_layers": 1}
+        one, layers = {**shape, "num_hidden_layers": 1}, shape["num_hidden_layers"]
+        for zeros in dict.fromkeys(map(zeros_of, STORED)):
+            folder = work / f"one {zeros.replace(':', ' of ')}"
+            write_checkpoint(one, random_tensors(one, zeros), folder)
+            for name, stored in STORED.items():
+                if zeros_of(name) == zeros:
+                    to = work / f"one {folder_of(name)}"
+                    secateur.compress(folder, output=to, **stored)
+                    repeated(to, layers, work / folder_of(name))
         tensors = random_tensors(one)
-        write_checkpoint(one, tensors, work / "one")
-        for name, stored in STORED.items():
-            to = work / f"one {name}"
-            secateur.compress(work / "one", embeddings="int8", output=to, **stored)
-            repeated(to, shape["num_hidden_layers"], work / name)
-        names = in_all_layers(sorted(tensors), shape["num_hidden_layers"])
+        names = in_all_layers(sorted(tensors), layers)
         kind = gguf.GGMLQuantizationType.Q4_0
         unfinished = work / "unfinished.gguf"
         write_gguf(shape, {name: tensors[source] for name, source in names}, unfinished, kind)
         unfinished.rename(gguf_file)
-    return [("packed", work / name) for name in STORED] + [(str(gguf_file), work)]
+    return [("packed", work / folder_of(name)) for name in STORED] + [(str(gguf_file), work)]
+
+
+def folder_of(name: str) -> str:
+    """The folder of a contender."""
+    return name.replace(":", " of ")
 
 
 def measured(model: str, work: Path, rounds: int, tokens: int) -> list[dict[str, Any]]:
@@ -169,25 +185,25 @@ def measured(model: str, work: Path, rounds: int, tokens: int) -> list[dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in the documentation; also relative to 50 % int4, medians and fastest rounds."""
+    """For the documentation; also relative to dense int4, medians and fastest rounds."""
     lines = []
     for row in rows:
         if "failure" in row:
             lines.append([row["model"], row["contender"], row["failure"], "", "", "", ""])
             continue
-        own = next(r for r in rows if r["model"] == row["model"] and r["contender"] == "50 % int4")
+        own = next(r for r in rows if r["model"] == row["model"] and r["contender"] == "dense int4")
         lines.append(
             [
                 row["model"],
                 row["contender"],
                 f"{row['tokens_per_second']:.1f}",
-                f"{own['tokens_per_second'] / row['tokens_per_second']:.2f}",
-                f"{own['tokens_per_second_most'] / row['tokens_per_second_most']:.2f}",
+                f"{row['tokens_per_second'] / own['tokens_per_second']:.2f}",
+                f"{row['tokens_per_second_most'] / own['tokens_per_second_most']:.2f}",
                 f"{1e3 * row['first_token_seconds']:.0f} ms",
                 f"{row['resident_bytes'] / 2**20:.0f} MiB",
             ]
         )
-    columns = ["model", "", "tokens/s", "50 % int4 is faster by", "fastest rounds"]
+    columns = ["model", "", "tokens/s", "of dense int4", "fastest rounds"]
     return markdown([*columns, "first token", "memory"], lines)
 
 
