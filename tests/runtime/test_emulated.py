@@ -164,7 +164,8 @@ def tensor(data: bytes, dtype: torch.dtype) -> Tensor:
 def matrices(shape: tuple[int, int], sparsity: float | None) -> list[tuple[KernelMatrix, Tensor]]:
     """One of every kind of values, each with the same in float64."""
     found = [example(*shape, values, sparsity) for values in VALUES]
-    return found + [example_of_codes(*shape, group, sparsity) for group in GROUPS]
+    kinds = (sparsity,) if sparsity is None else (sparsity, "2:4")
+    return found + [example_of_codes(*shape, group, kind) for kind in kinds for group in GROUPS]
 
 
 def integers(matrix: KernelMatrix) -> bool:

@@ -7,10 +7,20 @@
 
 static uint8_t places[256][8] __attribute__((aligned(64))); /* 0x80: zero */
 
-SCT_AT_LOAD static void fill_table(void) {
-    for (int mask = 0; mask < 256; mask++)
+/* The same for both halves of sixteen places. Their sum is a shuffle: the lower half also says how far
+ * the upper one begins. */
+static uint8_t lower[256][16] __attribute__((aligned(64)));
+static uint8_t upper[256][16] __attribute__((aligned(64)));
+
+SCT_AT_LOAD static void fill_tables(void) {
+    for (int mask = 0; mask < 256; mask++) {
         for (int place = 0, next = 0; place < 8; place++)
             places[mask][place] = (uint8_t)(mask >> place & 1 ? next++ : 0x80);
+        for (int place = 0; place < 8; place++) {
+            lower[mask][place] = upper[mask][8 + place] = places[mask][place];
+            lower[mask][8 + place] = (uint8_t)__builtin_popcount((unsigned)mask);
+        }
+    }
 }
 
 SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
@@ -20,34 +30,52 @@ SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
 #define SUMS_IN_16_BITS 8
 #define AHEAD_BYTES 4096
 
-SCT_INLINE __m128i eight(const uint8_t **v, uint8_t kept) {
-    const __m128i raw = _mm_loadl_epi64((const __m128i *)*v);
-    *v += __builtin_popcount(kept);
-    return _mm_shuffle_epi8(raw, _mm_loadl_epi64((const __m128i *)places[kept]));
+/* Twice sixteen places, from v and from what is `then`: two times two numbers of 16 bits say where in
+ * the tables their eights are. */
+SCT_INLINE __m256i thirty_two(const uint8_t *v, const uint8_t *then, uint64_t even, uint64_t odd) {
+    __m128i shuffle[2];
+    for (int i = 0; i < 2; i++) {
+        const void *low = lower[0] + (uint16_t)(even >> (16 * i));
+        const void *high = upper[0] + (uint16_t)(odd >> (16 * i));
+        shuffle[i] = _mm_add_epi8(_mm_load_si128(low), _mm_load_si128(high));
+    }
+    const __m128i first = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)v), shuffle[0]);
+    const __m128i second = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)then), shuffle[1]);
+    return _mm256_set_m128i(second, first);
 }
 
-/* The next 32 bytes: of kept weights in their places, or as they are. */
-SCT_INLINE __m256i thirty_two(const uint8_t **v, uint32_t kept, const int packed) {
+/* The next 64 bytes: of kept weights in their places, or as they are. */
+SCT_INLINE const uint8_t *next_word(const uint8_t *v, uint64_t kept, const int packed,
+                                    __m256i out[2]) {
     if (!packed) {
-        *v += 32;
-        return _mm256_loadu_si256((const __m256i *)(*v - 32));
+        out[0] = _mm256_loadu_si256((const __m256i *)v);
+        out[1] = _mm256_loadu_si256((const __m256i *)(v + 32));
+        return v + 64;
     }
-    __m128i a = eight(v, (uint8_t)kept), b = eight(v, (uint8_t)(kept >> 8));
-    __m128i c = eight(v, (uint8_t)(kept >> 16)), d = eight(v, (uint8_t)(kept >> 24));
-    return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+    const uint64_t even = (kept & 0x00ff00ff00ff00ff) << 4, odd = kept >> 4 & 0x0ff00ff00ff00ff0;
+    const uint8_t *half = v + __builtin_popcount((uint32_t)kept);
+    out[0] = thirty_two(v, v + __builtin_popcount((uint16_t)kept), even, odd);
+    out[1] = thirty_two(half, half + __builtin_popcount((uint16_t)(kept >> 32)), even >> 32,
+                        odd >> 32);
+    return v + __builtin_popcountll(kept);
 }
 
 /* The halves of 32 bytes as q + 8. What is not kept is 0, and becomes 8 as well. */
-SCT_INLINE __m256i half_of(__m256i bytes, const int high) {
-    if (high) bytes = _mm256_srli_epi16(bytes, 4);
-    return _mm256_xor_si256(_mm256_and_si256(bytes, _mm256_set1_epi8(0x0f)), _mm256_set1_epi8(8));
+SCT_INLINE void halves_of(__m256i bytes, __m256i out[2]) {
+    const __m256i half = _mm256_set1_epi8(0x0f);
+    bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8((char)0x88));
+    out[0] = _mm256_and_si256(bytes, half);
+    out[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), half);
 }
 
 static const uint8_t *one_word(const uint8_t *v, uint64_t kept, int packed, int high,
                                int8_t out[64]) {
+    __m256i both[2], e[2];
+    v = next_word(v, kept, packed, both);
     for (int h = 0; h < 2; h++) {
-        const __m256i e = half_of(thirty_two(&v, (uint32_t)(kept >> (32 * h)), packed), high);
-        _mm256_storeu_si256((__m256i *)(out + 32 * h), _mm256_sub_epi8(e, _mm256_set1_epi8(8)));
+        halves_of(both[h], e);
+        const __m256i codes = _mm256_sub_epi8(e[high], _mm256_set1_epi8(8));
+        _mm256_storeu_si256((__m256i *)(out + 32 * h), codes);
     }
     return v;
 }
@@ -93,19 +121,19 @@ SCT_INLINE void words_at(const uint8_t **v, const uint64_t *mask, const int8_t *
     for (int b = 0; b < B; b++)
         sums[0][0][b] = sums[0][1][b] = sums[1][0][b] = sums[1][1][b] = _mm256_setzero_si256();
     for (int64_t j = 0; j < words; j++) {
+        __m256i both[2], e[2];
         _mm_prefetch((const char *)*v + AHEAD_BYTES, _MM_HINT_T0);
+        *v = next_word(*v, packed ? mask[j] : 0, packed, both);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            const uint32_t kept = packed ? (uint32_t)(mask[j] >> (32 * h)) : 0;
-            const __m256i both = thirty_two(v, kept, packed);
+            halves_of(both[h], e);
 #pragma GCC unroll 2
             for (int r = 0; r < 2; r++) {
-                const __m256i e = half_of(both, r);
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) {
                     const void *at = x + b * padded + 64 * j + 32 * h;
                     const __m256i products =
-                        _mm256_maddubs_epi16(e, _mm256_load_si256((const __m256i *)at));
+                        _mm256_maddubs_epi16(e[r], _mm256_load_si256((const __m256i *)at));
                     sums[r][h][b] = _mm256_add_epi16(sums[r][h][b], products);
                 }
             }
