@@ -10,6 +10,9 @@ Loss and mean KL divergence of the next token from MODEL's own prediction, over 
 tokens, computed in float32 by the kernels, so activations that meet integers are rounded. `speed`
 is in tokens a second, in bfloat16 after a prompt of 64 tokens, of one sequence: all folders are in
 one process and take turns, and the fastest of many short runs counts.
+
+The other rows of int4 linears have the linears of the one with int4 embeddings. Every finished row
+is kept in `results/embedding-bits.json` at once, and skipped when it is there.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import secateur
-from hardware import heading, keep, markdown
+from hardware import add, heading, keep, markdown
+from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.decode import Decoder
 from secateur.timing import alternate, seconds_of
+from stored import known_rows
 
 LENGTH, PROMPT, STEPS, TURNS = 512, 64, 8, 40
 GROUPS = (32, 64, 128)
@@ -39,13 +45,37 @@ STORED = [
 """Values of linears and embeddings, groups, and whether both are rounded with calibration text."""
 
 
-def compressed(model: Path, folder: Path, how: tuple[Any, ...], text: Path) -> None:
-    """Make a folder."""
+def compressed(args: argparse.Namespace, scratch: Path, how: tuple[Any, ...]) -> Path:
+    """A folder, made unless it is there."""
     linears, embeddings, group, calibrated = how
+    folder = folder_of(scratch, how)
     options: dict[str, Any] = {"values": linears, "embeddings": embeddings, "group_size": group}
+    if folder.exists():
+        return folder
+    if linears == "int4" and embeddings != "int4":
+        source = scratch / "int4"
+        if not source.exists():
+            rounded = compressed(args, scratch, ("int4", "int4", group, True))
+            with_own_embedding(args.model, rounded, source)
+        secateur.compress(source, output=folder, **options)
+        return folder
     if calibrated:
-        options |= {"calibration": text, "windows": 16, "sequence_length": LENGTH}
-    secateur.compress(model, output=folder, **options)
+        options |= {"calibration": args.calibration, "windows": 16, "sequence_length": LENGTH}
+    secateur.compress(args.model, output=folder, **options)
+    return folder
+
+
+def folder_of(scratch: Path, how: tuple[Any, ...]) -> Path:
+    """The folder of a way to store the model."""
+    return scratch / "-".join(map(str, how))
+
+
+def with_own_embedding(model: Path, rounded: Path, folder: Path) -> None:
+    """The rounded linears of a packed folder, dense, and the embedding of MODEL."""
+    secateur.decompress(rounded, output=folder)
+    file, name = folder / "model.safetensors", "model.embed_tokens.weight"
+    embedding = CheckpointReader(model).read(name).bfloat16()
+    save_file({**load_file(file), name: embedding}, file, {"format": "pt"})
 
 
 @torch.inference_mode()
@@ -84,32 +114,34 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="keeps the folders for the next call")
-    parser.add_argument("--only-time", action="store_true", help="judge nothing")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     windows = ids[: args.windows * LENGTH].view(args.windows, LENGTH)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch, own = args.scratch or Path(temporary), list[Tensor]()
-        dense = (0.0, 0.0) if args.only_time else judged(args.model, windows, own)
-        folders = [scratch / "-".join(map(str, how)) for how in STORED]
-        for how, folder in zip(STORED, folders, strict=True):
-            row = dict(zip(("linears", "embeddings", "group", "calibrated"), how, strict=True))
-            if not folder.exists():
-                compressed(args.model, folder, how, args.calibration)
-            row["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            if not args.only_time:
-                loss, divergence = judged(folder, windows, own)
-                row |= {"loss": loss - dense[0], "divergence": divergence}
-            rows.append(row)
-            print(row, flush=True)
-        for row, speed in zip(rows, speeds(folders, ids[:PROMPT]), strict=True):
-            row["speed"] = speed
     protocol = {"protocol": __doc__, "windows": args.windows}
+    own: list[Tensor] = []
+    dense = judged(args.model, windows, own)[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = args.scratch or Path(temporary)
+        for how in reversed(STORED):
+            named = dict(zip(("linears", "embeddings", "group", "calibrated"), how, strict=True))
+            if any(row.items() >= named.items() for row in known_rows("embedding-bits")):
+                continue
+            folder = compressed(args, scratch, how)
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            loss, divergence = judged(folder, windows, own)
+            found = {"bytes": size, "loss": loss - dense, "divergence": divergence}
+            add("embedding-bits", protocol, {**named, **found})
+            print({**named, **found}, flush=True)
+        timed = speeds([compressed(args, scratch, how) for how in STORED], ids[:PROMPT])
+    rows = known_rows("embedding-bits")
+    for how, speed in zip(STORED, timed, strict=True):
+        row = next(row for row in rows if tuple(row.values())[:4] == how)
+        row["speed"] = speed
     keep("embedding-bits", protocol, rows)
     print(heading())
-    print(markdown([*rows[0]], [[str(value) for value in row.values()] for row in rows]))
+    columns = [*named, "bytes", "loss", "divergence", "speed"]
+    print(markdown(columns, [[str(row[name]) for name in columns] for row in rows]))
 
 
 if __name__ == "__main__":
