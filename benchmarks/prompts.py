@@ -3,9 +3,10 @@
     python benchmarks/prompts.py --work DIR --pruned SMOLLM2 [--prompts 64 512] [--rounds 7]
 
 The models of `benchmarks/decode.py`: TinyLlama's shape with random weights, half of the decoder's
-zero, and SmolLM2-135M pruned to 50 % (`--pruned`), each packed with bfloat16 and with int8 values.
-llama.cpp runs Q8_0 of the same weights. Of a round, only the time to the first token counts: the
-prompt, and the logits of its last token. Medians over rounds; contenders take turns.
+zero, and SmolLM2-135M pruned to 50 % (`--pruned`), each packed with bfloat16 and with int8 values,
+next to the same weights with their zeros. llama.cpp runs Q8_0 of the same weights. Of a round, only
+the time to the first token counts: the prompt, and the logits of its last token. Medians over
+rounds; contenders take turns.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hardware import heading, keep, markdown
 from secateur.runtime.kernels.library import kernel_info
 
 BLOCK_COLUMNS = 32  # of Q8_0
+BESIDE = {"int8": ("dense int8",), "bfloat16": ("dense bf16", "torch bf16")}
 
 
 def random_model(work: Path) -> tuple[Path, Path]:
@@ -58,11 +60,10 @@ def rows_of(name: str, folder: Path, file: Path, args: argparse.Namespace) -> li
     rows: list[dict[str, Any]] = []
     for tokens in args.prompts:
         for values in args.values:
-            integers = values == "int8"
             report = secateur.bench(
                 packed(folder, values, args.work / f"{folder.name}-{values}"),
-                contenders=("packed", *args.beside) if integers else ("packed",),
-                gguf=[file] if integers else [],
+                contenders=("packed", *BESIDE[values]),
+                gguf=[file],
                 prompt_tokens=tokens,
                 new_tokens=2,
                 rounds=args.rounds,
@@ -71,7 +72,8 @@ def rows_of(name: str, folder: Path, file: Path, args: argparse.Namespace) -> li
             for row in report.to_json()["contenders"]:
                 print(name, tokens, values, row, flush=True)
                 label = f"packed {values}" if row["contender"] == "packed" else row["contender"]
-                rows.append({"model": name, "prompt_tokens": tokens, **row, "contender": label})
+                rows.append({"model": name, "prompt_tokens": tokens, "values": values})
+                rows[-1] |= {**row, "contender": label}
     return rows
 
 
@@ -80,16 +82,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if "failure" in row:
-            lines.append([row["model"], row["prompt_tokens"], row["contender"], row["failure"], ""])
+            lines.append(
+                [row["model"], row["prompt_tokens"], row["contender"], row["failure"], "", "", ""]
+            )
             continue
-        same = [r for r in rows if all(r[k] == row[k] for k in ("model", "prompt_tokens"))]
-        theirs = next((r for r in same if r["contender"].endswith(".gguf")), {})
+        keys = ("model", "prompt_tokens", "values")
+        same = [r for r in rows if all(r[k] == row[k] for k in keys) and "failure" not in r]
         rate = row["prompt_tokens_per_second"]
-        ratio = rate / theirs["prompt_tokens_per_second"] if "failure" not in theirs else 0.0
         first = f"{1e3 * row['first_token_seconds']:.0f} ms"
         cells = [row["model"], row["prompt_tokens"], row["contender"], first, f"{rate:.0f}"]
-        lines.append([*cells, f"{ratio:.2f}"])
-    columns = ["model", "prompt", "", "first token", "tokens/s", "× llama.cpp Q8_0"]
+        for name in (".gguf", "torch bf16"):
+            theirs = [r for r in same if r["contender"].endswith(name)]
+            there = [f"{rate / r['prompt_tokens_per_second']:.2f}" for r in theirs]
+            cells.append(there[0] if there else "")
+        lines.append(cells)
+    columns = ["model", "prompt", "", "first token", "tokens/s", "× llama.cpp Q8_0", "× torch"]
     return markdown(columns, [[str(cell) for cell in line] for line in lines])
 
 
@@ -100,7 +107,6 @@ def main() -> None:
     parser.add_argument("--pruned", type=Path, help="SmolLM2-135M pruned to 50 %%")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--values", nargs="+", default=["int8", "bfloat16"])
-    parser.add_argument("--beside", nargs="*", default=["dense int8", "torch bf16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--parts", nargs="+", default=["random", "smollm2"])
