@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import signal
 import sys
@@ -100,6 +101,29 @@ def strict(name: str) -> Callable[..., Any]:
     return call
 
 
+RESERVED = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
+}
+
+
+def refuse_name(place: Any) -> None:
+    """As Windows refuses some characters and some names."""
+    if isinstance(place, (str, os.PathLike)):
+        name = os.path.basename(os.fspath(place))
+        if set(name) & set('<>:"|?*') or name.partition(".")[0].lower() in RESERVED:
+            raise OSError(errno.EINVAL, "The filename is incorrect", name)
+
+
+def opener(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes or opens a file or a folder, if it can have the name."""
+
+    def call(place: Any, *more: Any, **options: Any) -> Any:
+        refuse_name(place)
+        return plain(place, *more, **options)
+
+    return call
+
+
 def pretend(system: str, patch: pytest.MonkeyPatch) -> None:
     """Take away what a system does not have, as far as it is used."""
     patch.setattr(ctypes, "CDLL", library(system))
@@ -120,6 +144,9 @@ def pretend(system: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Path, "symlink_to", refused)
     for name in PLAIN:
         patch.setattr(os, name, strict(name))
+    patch.setattr(os, "mkdir", opener(os.mkdir))
+    patch.setattr(io, "open", opener(io.open))
+    patch.setattr("builtins.open", opener(open))
     if sys.version_info < (3, 11):  # it keeps the functions of `os`
         for name in PLAIN:
             patch.setattr(Path._accessor, name, strict(name))  # type: ignore[attr-defined]

@@ -201,6 +201,20 @@ def test_two_names_are_swapped(tmp_path: Path, pretended: str) -> None:
     assert old == ("made" if pretended == "macos" else "spare")
 
 
+def test_the_refusals_of_windows_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend("windows", monkeypatch)
+    with pytest.raises(OSError, match="incorrect"):
+        (tmp_path / "2:4").mkdir()
+    with pytest.raises(OSError, match="incorrect"), (tmp_path / "nul.txt").open("wb"):
+        pass
+    with (tmp_path / "open").open("wb"), pytest.raises(PermissionError):
+        (tmp_path / "open").unlink()
+    with (tmp_path / "other").open("wb"), pytest.raises(PermissionError):
+        (tmp_path / "open").replace(tmp_path / "other")
+    with pytest.raises(FileExistsError):
+        (tmp_path / "open").rename(tmp_path / "other")
+
+
 def test_what_the_system_does_not_say_is_not_made_up(
     pretended: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

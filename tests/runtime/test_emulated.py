@@ -110,7 +110,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-@pytest.fixture(params=[(name, tier) for name in MACHINES for tier in MACHINES[name].tiers])
+@pytest.fixture(
+    params=[(name, tier) for name in MACHINES for tier in MACHINES[name].tiers], ids="-".join
+)
 def run(request: pytest.FixtureRequest, programs: Callable[[str], Path], tmp_path: Path) -> Run:
     """Runs commands on a machine with a tier; returns the output."""
     name, tier = request.param
