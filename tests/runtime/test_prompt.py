@@ -120,6 +120,17 @@ def test_integers_in_floats_are_exact(tier, values):
         assert torch.equal(by_blocks(matrix, x.bfloat16()), wanted.bfloat16())
 
 
+@pytest.mark.parametrize("values", [torch.int8, *FLOATS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_gets_the_same_beside_any_others(tier, values, dtype):
+    """So the pieces of a prompt change nothing."""
+    matrix, _ = example(70, 577, values, 0.5)
+    x = torch.randn(100, 577).to(dtype)
+    whole = by_blocks(matrix, x)
+    for begin, end in ((0, 1), (3, 20), (37, 100)):
+        assert torch.equal(by_blocks(matrix, x[begin:end]), whole[begin:end])
+
+
 def test_bfloat16_is_the_float32_answer_rounded(tier):
     matrix, _ = example(70, 300, torch.int8, 0.5)
     x = torch.randn(19, 300).bfloat16()
