@@ -46,6 +46,7 @@ from stored import known_rows
 MODEL = "smollm2-135m"
 INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}
 INT4: dict[str, Any] = {"values": "int4", "embeddings": "int8"}
+ALL_INT4: dict[str, Any] = {"values": "int4", "embeddings": "int4"}
 PRUNED = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
@@ -59,10 +60,12 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "no zeros, bfloat16": (MODEL, {"values": "bfloat16"}),
     "no zeros, int8": (MODEL, INT8),
     "no zeros, int4": (MODEL, INT4),
+    "no zeros, int4, embedding too": (MODEL, ALL_INT4),
     "fast, int8": ("fast", INT8),
     "balanced, int8": ("balanced", INT8),
     "best, int8": ("best", INT8),
     "balanced, int4": ("balanced", INT4),
+    "balanced, int4, embedding too": ("balanced", ALL_INT4),
     "best, int4": ("best", INT4),
     "wanda, int8": ("wanda", INT8),
     "sparsegpt, int8": ("sparsegpt", INT8),
@@ -70,7 +73,14 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 OWN_FILE = "llama.cpp Q4_1, the source"
-TIMED = ("no zeros, int8", "no zeros, int4", "balanced, int8", "balanced, int4")
+TIMED = (
+    "no zeros, int8",
+    "no zeros, int4",
+    "no zeros, int4, embedding too",
+    "balanced, int8",
+    "balanced, int4",
+    "balanced, int4, embedding too",
+)
 TORCH = "no zeros, bfloat16, torch"
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 

@@ -26,7 +26,7 @@ from secateur.recipes.deploy import Sampling
 from secateur.runtime.kernels.library import MAX_BATCH, CToken
 from secateur.runtime.kernels.matrix import kernels
 from secateur.runtime.kv_cache import KeyValueCache, cache_dtype
-from secateur.runtime.layer_forms import Description, why_not
+from secateur.runtime.layer_forms import KernelModel, why_not
 from secateur.runtime.sampling import Draws
 
 GREEDY = Sampling()
@@ -198,8 +198,8 @@ class SlotDecoder:
             capacity=capacity,
             head=attention.head_dim,
         )
-        self._description = Description(model, capacity, exact=self.dtype != torch.bfloat16)
-        self.c = self._description.decoder(self.cache.dtype, self.cache.addresses)
+        self._kernel_model = KernelModel(model, capacity, exact=self.dtype != torch.bfloat16)
+        self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.addresses)
         self.vocabulary = self.c.vocabulary
 
     def check(self, ids: Sequence[int]) -> None:

@@ -238,7 +238,7 @@ def window_of(config: Any, index: int) -> int:
 
 
 @dataclass
-class Description:
+class KernelModel:
     """A model for C: `csrc/secateur.h` declares the parts.
 
     Args:
