@@ -118,6 +118,34 @@ def test_one_call_computes_what_the_model_computes(name: str, tmp_path: Path) ->
         assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+def test_positions_that_change_at_a_length() -> None:
+    """Up to that length one call decodes Phi-4-mini; a longer text needs transformers."""
+    config = config_of("phi3")
+    config.hidden_size, config.original_max_position_embeddings = 64, 32
+    config.rope_parameters = LONG_ROPE
+    torch.manual_seed(0)
+    model = class_of(config).from_config(config, dtype=torch.float32).eval()
+    assert why_not(model, 33) == "its rotary positions change at 32 tokens, and 33 have to fit"
+    ids = tiny_windows(1, 32)[0]
+    decoder = Decoder(model, 32)
+    decoder.prefill(ids[:5])
+    steps = torch.stack([decoder.step(int(token)) for token in ids[5:]])
+    with torch.no_grad():
+        expected = model(input_ids=ids[None], use_cache=False).logits[0, 5:]
+    assert float((steps - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("model_type", sorted({config_of(x).model_type for x in ZOO} - {*FORMS}))
 def test_other_models_say_why_they_are_decoded_by_transformers(model_type: str) -> None:
     """Before any of their modules is looked at."""

@@ -130,7 +130,7 @@ class FormatTimer(RandomModel):
         if config.model_type not in FORMS:
             raise _cannot(config, f"its type is not one of {', '.join(FORMS)}")
         model = random_model(config, stored)
-        reason = why_not(model)
+        reason = why_not(model, PROMPT_TOKENS + 2 * (1 + STEPS))
         if reason is not None:
             raise _cannot(config, reason)
         settle(model, torch.bfloat16)

@@ -367,7 +367,7 @@ def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Backe
         _quantize(model, ours=name.startswith("dense"))
     if name in ("packed in transformers", "torch bf16", "torch int8"):
         return Transformers(model)
-    reason = why_not(model)
+    reason = why_not(model, capacity)
     if reason is not None:
         raise KernelError(reason, remedy="contenders in transformers run it")
     return OneCall(model, capacity)

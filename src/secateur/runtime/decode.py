@@ -179,7 +179,7 @@ class SlotDecoder:
     def __init__(
         self, model: Any, capacity: int, slots: int = 1, *, cache: str | None = None
     ) -> None:
-        reason = why_not(model)
+        reason = why_not(model, capacity)
         if reason is not None:
             raise ArchitectureError(
                 f"this model cannot be decoded by one call for each token: {reason}",

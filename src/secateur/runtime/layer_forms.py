@@ -168,8 +168,9 @@ OUTSIDE: Mapping[str, str] = {
 }
 """Why types that are known, but not in `FORMS`, are decoded by transformers."""
 
-STATIC_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
-"""Kinds of rotary positions whose angles do not depend on the length of the text."""
+ROTARY = ("default", "linear", "llama3", "yarn", "longrope")
+"""Kinds of rotary positions whose angles do not depend on the length of the text; those of
+`longrope` change at one length (`longest`)."""
 
 ACTIVATIONS: Mapping[str, int] = {
     "silu": 0,
@@ -190,11 +191,12 @@ _FEED_FORWARDS = (
 """Names of the linears of a feed-forward."""
 
 
-def why_not(model: Any) -> str | None:
+def why_not(model: Any, capacity: int = 1) -> str | None:
     """Why a model cannot be decoded in one call for each token; None if it can.
 
     Args:
         model: a transformers model, its linears packed or not.
+        capacity: tokens of prompt and text together.
     """
     config = model.config
     if kernel_info().tier == "none":
@@ -208,8 +210,11 @@ def why_not(model: Any) -> str | None:
         return "torch multiplies its integers (kernels=False)"
     kinds = getattr(model.model.rotary_emb, "rope_type", "default")
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-        if kind not in STATIC_ROTARY:
+        if kind not in ROTARY:
             return f"its rotary positions are of the kind {kind}"
+    most = longest(config)
+    if most is not None and capacity > most:
+        return f"its rotary positions change at {most} tokens, and {capacity} have to fit"
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
         return f"it has layers of the kind {min(odd)}"
@@ -220,6 +225,14 @@ def why_not(model: Any) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention looks ahead"
     return None
+
+
+def longest(config: Any) -> int | None:
+    """How many tokens have the same rotary positions however long the text is; None: any."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") != "longrope":
+        return None
+    return int(rotary["original_max_position_embeddings"])
 
 
 def activation_of(config: Any) -> str:

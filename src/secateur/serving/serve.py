@@ -159,7 +159,7 @@ def _capacity_of(model: Any, context: int | None) -> int:
 
 def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[Engine, str]:
     """What computes, and a line about it."""
-    reason, slots = why_not(model), recipe.slots
+    reason, slots = why_not(model, capacity), recipe.slots
     if reason is not None:
         refuse_cache(recipe.kv_cache, reason)
         line = f"one request at a time, through transformers, because {reason}"

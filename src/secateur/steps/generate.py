@@ -21,7 +21,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued
 from secateur.runtime.kv_cache import refuse_cache
-from secateur.runtime.layer_forms import why_not
+from secateur.runtime.layer_forms import longest, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
 
@@ -283,12 +283,13 @@ class Conversation:
 
     def _steps(self, tokens: int) -> tuple[TokenSteps, str]:
         """What computes a text of so many tokens, and its name."""
-        reason = why_not(self.model)
+        reason = why_not(self.model, tokens)
         if reason is not None:
             refuse_cache(self.kv_cache, reason)
             return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
-            room = max(tokens, min(ROOM_TOKENS, self.positions or tokens))
+            most = longest(self.model.config) or ROOM_TOKENS
+            room = max(tokens, min(ROOM_TOKENS, most, self.positions or tokens))
             self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
         return self.decoder, ONE_CALL
 
