@@ -76,7 +76,7 @@ def test_kv_cache(secateur, tmp_path: Path) -> None:
     assert refused.code == 2
     assert "--kv-cache int8: transformers decodes this model, because its type" in refused.err
     with pytest.raises(RecipeError, match=r"kv_cache 'int9'[\s\S]*give one of bf16, int8"):
-        library.generate(folder, "abc", kv_cache="int9")
+        library.generate(folder, "abc", max_new_tokens=8, kv_cache="int9")
 
 
 def test_generate_refuses(secateur, tmp_path: Path) -> None:

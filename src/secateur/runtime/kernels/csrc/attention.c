@@ -189,7 +189,7 @@ static void attend(const sct_attention *a, const sct_layer *layer, int64_t b, in
         .cache_type = d->cache_type,
         .begin = begin, .end = end,
         .first = position_of(a, b), .window = layer->window,
-        .softcap = d->softcap,
+        .softcap = d->softcap, .exact = d->exact,
         .memory = memory,
     };
     a->code->attend(&q);

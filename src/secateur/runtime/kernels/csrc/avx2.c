@@ -32,6 +32,8 @@ SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
 #include "vector_math.inc"
 #include "attention.inc"
 
+static void attend(const sct_queries *q) { attend_by(q, in_floats); }
+
 SCT_INLINE float sum_of(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -18,6 +18,7 @@ SCT_TARGET_BEGIN(SCT_AVX512)
 #include "batches.inc"
 #include "vector_math.inc"
 #include "attention.inc"
+#include "attention_avx512.inc"
 
 SCT_INLINE const uint64_t *mask_of(const sct_matrix *m, int64_t row) {
     return m->mask + row * m->words;
@@ -301,11 +302,13 @@ SCT_INLINE void bfloats_at(const sct_matrix *m, const sct_input *in, int64_t row
 SCT_TWO_ROWS(bfloats, bfloats_at, B >= 4)
 SCT_ROWS(rows_bfloats, bfloats)
 
+#include "attention_bf16.inc"
+
 SCT_TARGET_END
 
 #define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx512}
 
 const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, activate};
 const sct_tier_code sct_code_avx512bf16 = {"avx512bf16", ROWS,   rows_bfloats, expand,
-                                           prepare,      attend, activate};
+                                           prepare,      attend_bfloats, activate};
 #endif

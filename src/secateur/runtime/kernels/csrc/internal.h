@@ -91,6 +91,7 @@ typedef struct {
     int64_t begin, end;    /* keys that are looked at, each row at those up to its own */
     int64_t first, window; /* position of the first token; keys that a token sees, 0: all */
     float softcap;         /* c: scores are c · tanh(score / c); 0: as they are */
+    int64_t exact;         /* queries and shares meet bfloat16 in float32 */
     float *memory;         /* 2 · SCT_KEYS · width */
 } sct_queries;
 

@@ -14,6 +14,8 @@ SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "vector_math.inc"
 #include "attention.inc"
 
+static void attend(const sct_queries *q) { attend_by(q, in_floats); }
+
 #include "int4.inc"
 
 SCT_TARGET_END
