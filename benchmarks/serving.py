@@ -1,17 +1,19 @@
 """Our server under load, and beside llama.cpp's.
 
-    python benchmarks/serving.py speed --pruned SMOLLM2 --work DIR [--rounds 5]
+    python benchmarks/serving.py speed --dense SMOLLM2 --pruned SMOLLM2 --work DIR [--rounds 2]
     python benchmarks/serving.py load --pruned SMOLLM2 --work DIR [--seconds 60]
 
-`--pruned` is SmolLM2-135M with 50 % zeros. It is packed with int8 and with int4 values (groups of
-64), both with an int8 embedding, and exported as Q8_0 and Q4_0 for llama.cpp (`xllamacpp`, with 8
-slots and as many threads as processors). Every server is a process of its own, and answers over
-HTTP.
+`--pruned` is SmolLM2-135M with 50 % zeros, `--dense` without. They are packed with int8 and with
+int4 values (groups of 64), with an int8 embedding, and the dense one is exported as Q8_0 and Q4_0
+for llama.cpp (`xllamacpp`). Every server is a process of its own with as many threads as
+processors, 20 slots and else its defaults, and answers over HTTP.
 
-`speed`: 1, 4 and 8 clients. Every client sends requests one after the other, each with another
-prompt of some 60 tokens and 64 greedy tokens to write, not streamed. Tokens a second are those of
-all answers by the time of all; the clients' own work is in that time. A round has all servers and
-numbers of clients, the servers in turns. Medians over rounds.
+`speed`: 1, 4, 8 and 16 clients stream greedy answers of 96 tokens to prompts of 60 tokens, one
+after the other. Every two seconds another client sends a prompt of 512 tokens and takes one token
+of the answer. All prompts are different. A round has all servers and numbers of clients, five
+seconds each, the servers in turns; then all connections are closed. Tokens a second are those that
+the streaming clients received. A gap is the time between two tokens of an answer. The clients' own
+work is in all times.
 
 `load`: 200 streamed requests from 16 clients, spread over 60 seconds, eight slots, and a prefix
 cache of 32 MiB, which is soon full. Every answer is compared with that of the same request when
@@ -21,14 +23,20 @@ the server has nothing else to do. The memory of the process is read twice a sec
 from __future__ import annotations
 
 import argparse
+import http.client
+import itertools
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +45,12 @@ import psutil
 
 import secateur
 from hardware import heading, keep, markdown
+from secateur.models.tokenizer import load_tokenizer
 
-NEW_TOKENS, PROMPT_WORDS = 64, 45
-CLIENTS = (1, 4, 8)
-REQUESTS = {1: 3, 4: 2, 8: 2}
-"""Requests of each client in a round, by the number of clients."""
+CLIENTS = (1, 4, 8, 16)
+NEW_TOKENS, PROMPT_TOKENS, LONG_TOKENS = 96, 60, 512
+SLOTS, WINDOW_SECONDS, LONG_EVERY = 20, 5.0, 2.0
+PROMPT_WORDS = 45
 
 OURS = """
 import sys
@@ -53,7 +62,7 @@ LLAMA = """
 import json, os, sys, time, xllamacpp
 options = xllamacpp.CommonParams()
 options.model.path, options.model_alias = sys.argv[1], {"served"}
-options.n_parallel, options.n_ctx = 8, 8 * 1024
+options.n_parallel, options.n_ctx = 20, 20 * 1024
 options.cpuparams.n_threads = options.cpuparams_batch.n_threads = os.cpu_count()
 options.port, options.verbosity = 0, -1
 server = xllamacpp.Server(options)
@@ -76,6 +85,7 @@ class Server:
         while not (line := self.process.stdout.readline()).startswith('{"address"'):
             assert self.process.poll() is None, f"it ended; see {log}"
         self.address = json.loads(line)["address"].replace("0.0.0.0", "127.0.0.1")
+        self.host = self.address.removeprefix("http://")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -96,95 +106,176 @@ def prompts() -> list[str]:
 PROMPTS = prompts()
 
 
-def ask(client: httpx.Client, address: str, number: int) -> int:
-    """How many tokens one answer has."""
-    body = {
-        "prompt": PROMPTS[number % len(PROMPTS)],
-        "max_tokens": NEW_TOKENS,
-        "temperature": 0.0,
-    }
-    answer = client.post(f"{address}/v1/completions", json=body)
-    answer.raise_for_status()
-    return int(answer.json()["usage"]["completion_tokens"])
+@dataclass
+class Received:
+    """What the clients of one server got, with one number of them; times in seconds."""
+
+    rates: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    long_firsts: list[float] = field(default_factory=list)
+    long_asked: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """The numbers of a row, in milliseconds."""
+        gaps = sorted(self.gaps)
+        row = {
+            "tokens_per_second": statistics.median(self.rates),
+            "tokens_per_second_least": min(self.rates),
+            "tokens_per_second_most": max(self.rates),
+            "gap_median": 1e3 * statistics.median(gaps),
+            "gap_99": 1e3 * gaps[int(0.99 * len(gaps))],
+            "gap_most": 1e3 * gaps[-1],
+            "first_token_median": 1e3 * statistics.median(self.firsts),
+            "long_prompts": self.long_asked,
+            "long_prompts_answered": len(self.long_firsts),
+        }
+        if self.long_firsts:
+            row["long_first_token_median"] = 1e3 * statistics.median(self.long_firsts)
+        return row
 
 
-def rate(address: str, clients: int, first: int) -> float:
-    """Tokens a second that a server writes for some clients."""
-    with httpx.Client(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
+def times_of(host: str, prompt: list[int], new: int, until: float) -> Iterator[float]:
+    """When each token of a streamed answer comes; the connection is closed when time is over."""
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0.0, "stream": True}
+    connection = http.client.HTTPConnection(host)
+    try:
+        connection.connect()
+        kind = {"Content-Type": "application/json"}
+        connection.request(
+            "POST", "/v1/completions", json.dumps({**body, "ignore_eos": True}), kind
+        )
+        lines = connection.sock
+        rest = b""
+        while (left := until - time.perf_counter()) > 0:
+            lines.settimeout(left)
+            more = lines.recv(1 << 16)
+            now = time.perf_counter()
+            *whole, rest = (rest + more).split(b"\n")
+            texts = [line for line in whole if line.startswith(b"data: {")]
+            assert not any(b'"error"' in line for line in texts), texts
+            yield from (now for line in texts if TOKEN.search(line))
+            if b"data: [DONE]" in whole or b"data: [DONE]\r" in whole or not more:
+                return
+    except TimeoutError:
+        return
+    finally:
+        connection.close()
 
-        def work(place: int) -> int:
-            begin = first + place * REQUESTS[clients]
-            numbers = range(begin, begin + REQUESTS[clients])
-            return sum(ask(client, address, number) for number in numbers)
 
-        with ThreadPoolExecutor(clients) as pool:
-            began = time.perf_counter()
-            tokens = sum(pool.map(work, range(clients)))
-            return tokens / (time.perf_counter() - began)
+TOKEN = re.compile(rb'"finish_reason": ?null')
+
+
+def window(
+    host: str, clients: int, prompts: Prompts, received: Received, seconds: float = WINDOW_SECONDS
+) -> None:
+    """Let clients stream for some seconds, while long prompts come in."""
+    begin = time.perf_counter()
+    until, counts = begin + seconds, [0] * clients
+
+    def write(place: int) -> None:
+        while (asked := time.perf_counter()) < until:
+            last = None
+            for now in times_of(host, prompts.next(PROMPT_TOKENS), NEW_TOKENS, until):
+                counts[place] += 1
+                (received.firsts if last is None else received.gaps).append(now - (last or asked))
+                last = now
+
+    def read(number: int) -> None:
+        due = begin + 0.5 + LONG_EVERY * number
+        time.sleep(max(0.0, due - time.perf_counter()))
+        received.long_asked += 1
+        came = [*times_of(host, prompts.next(LONG_TOKENS), 1, until)]
+        received.long_firsts += [came[0] - due] if came else []
+
+    long = math.ceil((seconds - 0.5) / LONG_EVERY)
+    with ThreadPoolExecutor(clients + long) as pool:
+        jobs = [pool.submit(write, n) for n in range(clients)]
+        jobs += [pool.submit(read, n) for n in range(long)]
+    for job in jobs:
+        job.result()
+    received.rates.append(sum(counts) / seconds)
+    time.sleep(0.7)  # servers notice that the clients have gone
+
+
+class Prompts:
+    """Token lists that begin differently."""
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = load_tokenizer(folder, trust_remote_code=False)
+        self.ids = list(tokenizer(" ".join(PROMPTS))["input_ids"])
+        self.numbers = itertools.count()
+
+    def next(self, tokens: int) -> list[int]:
+        """The next prompt. After the last page the first one comes again, from another token on."""
+        at = 61 * next(self.numbers) % (len(self.ids) - LONG_TOKENS)
+        return self.ids[at : at + tokens]
+
+
+def packed(args: argparse.Namespace, source: Path, values: str, name: str) -> Path:
+    """A folder with values of integers; made once."""
+    folder: Path = args.work / name
+    if not folder.exists():
+        group = {"group_size": 64} if values == "int4" else {}
+        form = {"format": "dense"} if source == args.dense else {}
+        secateur.compress(source, values=values, embeddings="int8", output=folder, **group, **form)
+    return folder
 
 
 def models(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
     """Scripts and models of the servers by name; made once."""
-    work: Path = args.work
-    work.mkdir(parents=True, exist_ok=True)
-    for values in ("int8", "int4"):
-        if not (work / values).exists():
-            secateur.compress(
-                args.pruned, values=values, group_size=64, embeddings="int8", output=work / values
-            )
-    found = {f"secateur {v}, 50 % zeros": (OURS, work / v) for v in ("int8", "int4")}
-    for kind in ("q8_0", "q4_0"):
-        if not (work / kind).exists():
-            secateur.export(args.pruned, to="gguf", type=kind, output=work / kind)
-        (file,) = (work / kind).glob("*.gguf")
-        found[f"llama.cpp {kind.upper()}"] = (LLAMA, file)
+    args.work.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for values, kind in (("int8", "q8_0"), ("int4", "q4_0")):
+        found[f"{values}, 50 % zeros"] = OURS, packed(args, args.pruned, values, values)
+        found[values] = OURS, packed(args, args.dense, values, f"dense-{values}")
+        if not (args.work / kind).exists():
+            secateur.export(args.dense, to="gguf", type=kind, output=args.work / kind)
+        (file,) = (args.work / kind).glob("*.gguf")
+        found[f"llama.cpp {kind.upper()}"] = LLAMA, file
     return found
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Tokens a second beside llama.cpp."""
+    """Tokens a second and gaps beside llama.cpp."""
     ready = models(args)
-    servers = {
-        name: Server(script, model, args.work / f"{number}.log")
-        for number, (name, (script, model)) in enumerate(ready.items())
-    }
-    found: dict[tuple[str, int], list[float]] = {(n, c): [] for n in servers for c in CLIENTS}
-    number = 0
+    prompts = Prompts(args.pruned)
+    found = {(name, clients): Received() for name in ready for clients in CLIENTS}
+    servers: dict[str, Server] = {}
     try:
-        for server in servers.values():
-            rate(server.address, 8, 1000)  # all slots have been used once
+        for number, (name, (script, model)) in enumerate(ready.items()):
+            options = ("--slots", str(SLOTS)) if script is OURS else ()
+            servers[name] = Server(script, model, args.work / f"{number}.log", *options)
+            window(servers[name].host, 4, prompts, Received(), 2.0)
         for round in range(args.rounds):
             for clients in CLIENTS:
                 order = [*servers.items()]
-                for name, server in order[round % 4 :] + order[: round % 4]:
-                    found[name, clients].append(rate(server.address, clients, number))
-                number += clients * REQUESTS[clients]
+                for name, server in order[round % 6 :] + order[: round % 6]:
+                    window(server.host, clients, prompts, found[name, clients])
             report(found, args)
     finally:
         for server in servers.values():
             server.stop()
 
 
-def report(found: dict[tuple[str, int], list[float]], args: argparse.Namespace) -> None:
+def report(found: dict[tuple[str, int], Received], args: argparse.Namespace) -> None:
     """Keep and print what is known so far."""
     rows = [
-        {
-            "server": name,
-            "clients": clients,
-            "tokens_per_second": statistics.median(rates),
-            "tokens_per_second_least": min(rates),
-            "tokens_per_second_most": max(rates),
-            "rounds": len(rates),
-        }
-        for (name, clients), rates in found.items()
+        {"server": name, "clients": n, **got.row()} for (name, n), got in found.items() if got.gaps
     ]
     keep("serving-speed", {"protocol": __doc__, "rounds": args.rounds}, rows)
     table = [
-        [name, *(f"{statistics.median(found[name, c]):.0f}" for c in CLIENTS)]
-        for name in dict.fromkeys(name for name, _ in found)
-    ]
+        [
+            row["server"], str(row["clients"]), f"{row['tokens_per_second']:.0f}",
+            *(f"{row[name]:.0f}" for name in ("gap_median", "gap_99", "gap_most")),
+            f"{row['first_token_median']:.0f}", f"{row.get('long_first_token_median', 0):.0f}",
+            f"{row['long_prompts_answered']} of {row['long_prompts']}",
+        ]
+        for row in rows
+    ]  # fmt: skip
     print(heading())
-    print(markdown(["server", *(f"{c} clients" for c in CLIENTS)], table), flush=True)
+    names = ["server", "clients", "tokens/s", "gap, median", "99 %", "most", "first token"]
+    print(markdown([*names, "first of 512", "answered in time"], table), flush=True)
 
 
 def streamed(client: httpx.Client, address: str, number: int) -> str:
@@ -209,8 +300,9 @@ def streamed(client: httpx.Client, address: str, number: int) -> str:
 
 def load(args: argparse.Namespace) -> None:
     """Many clients for a while: nothing is lost, nothing is mixed up, memory stays."""
-    script, model = models(args)["secateur int8, 50 % zeros"]
-    server = Server(script, model, args.work / "load.log", "--prefix-cache", "32MiB")
+    args.work.mkdir(parents=True, exist_ok=True)
+    model = packed(args, args.pruned, "int8", "int8")
+    server = Server(OURS, model, args.work / "load.log", "--prefix-cache", "32MiB")
     process, memory, done = psutil.Process(server.process.pid), list[float](), threading.Event()
 
     def watch() -> None:
@@ -267,8 +359,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["speed", "load"])
     parser.add_argument("--pruned", type=Path, required=True)
+    parser.add_argument("--dense", type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--requests", type=int, default=200)
     args = parser.parse_args()
