@@ -19,4 +19,5 @@ def test_bytes_are_those_of_a_random_matrix(
     group = 64 if short == "int4" else None
     # what kernels may read past the end is a few hundred bytes for each matrix
     found = matrix_bytes(shape, values, sparsity, group)
-    assert found <= made.nbytes <= found + 400
+    chance = 0.03 * found if group and sparsity else 0  # which columns a pair of rows keeps
+    assert found - chance <= made.nbytes <= found + chance + 400
