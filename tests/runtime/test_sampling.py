@@ -51,6 +51,20 @@ def test_only_the_kept_tokens_are_drawn_in_proportion(
         assert share == pytest.approx(float(CHANCES[token]) / total, abs=0.04)
 
 
+def test_a_draw_from_many_tokens_is_in_proportion() -> None:
+    """Of three blocks, the last one not full, and of tokens within them."""
+    chances = torch.full((1300,), 1e-4)
+    chances[torch.tensor([0, 511, 512, 1299])] = torch.tensor([0.1, 0.2, 0.3, 0.2])
+    draws = Draws(Sampling(temperature=1.0))
+    found = Counter(draws.draw(chances.log()) for _ in range(3000))
+    for token in (0, 511, 512, 1299):
+        assert found[token] / 3000 == pytest.approx(float(chances[token] / chances.sum()), abs=0.03)
+    assert len(found) > 100
+    one = torch.full((1300,), -torch.inf)
+    one[700] = 3.0
+    assert {draws.draw(one) for _ in range(50)} == {700}
+
+
 def test_temperature() -> None:
     logits = CHANCES.log()
     assert Draws(Sampling(top_k=3)).draw(logits) == 1
