@@ -70,9 +70,9 @@ def _peak_resident_bytes() -> int:
         for line in STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
+    of_windows = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if of_windows is not None:
+        return int(of_windows)
     import resource
     import sys
 
