@@ -108,10 +108,11 @@ def decoding(folder: Path) -> None:
                 model = secateur.load(folder / values / "packed", dtype=dtype)
                 for threads in (1, 3):
                     lib.library().sct_set_threads(threads)
-                    decoder = Decoder(model, 80)  # more than a tile of keys
-                    decoder.prefill(torch.arange(75))
-                    while decoder.length < decoder.capacity:
-                        decoder.step(7)
+                    for cache in (None, "int8"):
+                        decoder = Decoder(model, 80, cache=cache)  # more than a tile of keys
+                        decoder.prefill(torch.arange(75))
+                        while decoder.length < decoder.capacity:
+                            decoder.step(7)
                     several = SlotDecoder(model, 3, slots=8)
                     for at in range(3):
                         several.step([Token(slot, at, 5 + slot, slot > 2) for slot in range(8)])

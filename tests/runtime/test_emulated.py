@@ -102,6 +102,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 *machine.compiler, "-std=gnu11", "-O3",
                 "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror",
                 "-Wno-unknown-pragmas", f"-I{CSRC}", "-o", str(made), *map(str, sources),
+                "-lm",
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
