@@ -123,7 +123,7 @@ def test_rows_of_4_bits_in_any_order(tier, shape):
 
 def test_two_of_four_works_on_every_tier():
     """The layout is chosen by the tier of the time; each tier reads all layouts."""
-    x = torch.randn(3, 577)
+    x = torch.randn(3, 577, generator=torch.Generator().manual_seed(0))
     with using("avx512"):
         for group in GROUPS:
             lib.use_tier("avx512")
@@ -139,7 +139,7 @@ def test_two_of_four_works_on_every_tier():
                 assert torch.equal(matrix.dense(torch.float32).tile(2, 7).double(), dense[2:])
                 answers.append((matrix.multiply(x), by_blocks(matrix, x)))
             for answer in answers[1:]:
-                torch.testing.assert_close(answer, answers[0])
+                torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=0.0)
 
 
 def test_two_of_four_is_stored_where_it_is_smaller():

@@ -154,7 +154,7 @@ SCT_INLINE __m512i found(const sct_finder *f, __m512i places, const int which) {
  * times too large until their block is over. */
 SCT_INLINE void pair_at(const sct_matrix *m, const sct_input *in, int64_t pair, float *y,
                         int64_t y_stride, const int B, const int packed, const int two) {
-    const int S = B <= 2 ? 2 : 1;
+    const int S = B <= 2 && !packed ? 2 : 1; /* expanding takes longer than a sum waits */
     const __m512i top = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi8((char)0xf0);
     const sct_finder f = finder();
     sct_place at = {bytes_of(m, pair, packed), masks_of(m, pair, packed)};
