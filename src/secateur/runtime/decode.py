@@ -201,6 +201,13 @@ class SlotDecoder:
         self._kernel_model = KernelModel(model, capacity, exact=self.dtype != torch.bfloat16)
         self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.addresses)
         self.vocabulary = self.c.vocabulary
+        self._embed = model.get_input_embeddings()
+        self._embedding_factor = getattr(model.model, "embedding_multiplier", 1.0)  # of Granite
+        bias = model.get_output_embeddings().bias
+        self._head_bias = None if bias is None else bias.detach()
+        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self._logit_factor: float = factor
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def check(self, ids: Sequence[int]) -> None:
         """Refuse tokens that are not in the vocabulary.
@@ -240,20 +247,19 @@ class SlotDecoder:
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """What the first layer reads [tokens, hidden], float32."""
-        factor = getattr(self.model.model, "embedding_multiplier", 1.0)  # of Granite
         with torch.inference_mode():
-            found: Tensor = (self.model.get_input_embeddings()(ids) * factor).float()
-        return found.contiguous()
+            found: Tensor = self._embed(ids)
+            if self._embedding_factor != 1.0:
+                found = found * self._embedding_factor
+        return found.float().contiguous()
 
     def _scaled(self, logits: Tensor) -> Tensor:
         """The logits as the model gives them, after what follows its head."""
-        config, head = self.model.config, self.model.get_output_embeddings()
-        if head.bias is not None:
-            logits += head.bias.detach()
-        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        if factor != 1.0:
-            logits *= factor
-        cap = getattr(config, "final_logit_softcapping", None)
+        if self._head_bias is not None:
+            logits += self._head_bias
+        if self._logit_factor != 1.0:
+            logits *= self._logit_factor
+        cap = self._logit_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def step(self, tokens: Sequence[Token]) -> Float[Tensor, "answered vocabulary"]:

@@ -148,7 +148,7 @@ AIM = 0.9
 """The part of the time for a piece that is used: no piece takes exactly as long as the last one."""
 
 
-class PieceTimes:
+class PromptTimes:
     """How long pieces of prompts take, from those that were read.
 
     seconds = tokens · each + tokens · position · deeper + fixed, by least squares of the relative
@@ -226,7 +226,7 @@ class Scheduler:
         self.engine, self.queue_limit, self.clock = engine, queue_limit, clock
         self.prefixes = prefixes or PrefixCache(0)
         self.gap_seconds, self.most_piece = gap_seconds, most_piece
-        self.piece_times, self.call_seconds, self.turns = PieceTimes(), 0.0, 0
+        self.piece_times, self.call_seconds, self.turns = PromptTimes(), 0.0, 0
         self.lock = threading.Lock()
         self.queue: deque[ServingJob] = deque()
         self.running: list[ServingJob] = []
