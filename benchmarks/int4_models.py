@@ -170,15 +170,18 @@ def folder_of(name: str) -> str:
     return name.replace(":", " of ")
 
 
-def measured(model: str, work: Path, rounds: int, tokens: int) -> list[dict[str, Any]]:
+LLAMA_CPP = "llama.cpp Q4_0"
+
+
+def measured(model: str, work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one model."""
-    draw = random.Random(0)
+    draw, tokens = random.Random(0), args.prompt
     prompt = [draw.randrange(300, SHAPES[model]["vocab_size"]) for _ in range(tokens)]
-    found = take_turns(
-        make(SHAPES[model], work), prompt=prompt, new_tokens=NEW_TOKENS, rounds=rounds
-    )
+    made = dict(zip([*STORED, LLAMA_CPP], make(SHAPES[model], work), strict=True))
+    chosen = {name: made[name] for name in args.contenders}
+    found = take_turns([*chosen.values()], prompt=prompt, new_tokens=NEW_TOKENS, rounds=args.rounds)
     rows = []
-    for name, speed in zip([*STORED, "llama.cpp Q4_0"], found, strict=True):
+    for name, speed in zip(chosen, found, strict=True):
         rows.append({"model": model, **speed.record(tokens).to_json(), "contender": name})
         rows[-1]["each_token_seconds"] = list(speed.each_token)
     return rows
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS, help="tokens")
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=["1.1b", "smollm2"])
+    parser.add_argument("--contenders", nargs="+", default=[*STORED, LLAMA_CPP])
     parser.add_argument("--only-make", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--name", default="int4-models")
     args = parser.parse_args()
@@ -225,7 +229,7 @@ def main() -> None:
             if args.only_make:
                 make(SHAPES[model], work)
             else:
-                rows += measured(model, work, args.rounds, args.prompt)
+                rows += measured(model, work, args)
     if rows:
         keep(args.name, {"protocol": __doc__, "rounds": args.rounds, "prompt": args.prompt}, rows)
         print(table(rows))

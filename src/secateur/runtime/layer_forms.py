@@ -222,6 +222,8 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         return f"its activation is {activation_of(config)}"
     if (getattr(config, "n_group", None) or 1) > 1:
         return "its experts are chosen by groups"
+    if config.model_type == "phi" and config.qk_layernorm:
+        return "its norms of queries and keys have biases"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention looks ahead"
     return None
