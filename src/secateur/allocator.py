@@ -1,4 +1,4 @@
-"""Memory pages that are used again instead of given back to the system after every operation.
+"""Memory pages: used again instead of given back after every operation, and large ones.
 
 The forwards of one micro-batch after another allocate and free the same few sizes. glibc returns
 blocks to the kernel at once, which has to find and clear new pages for the next one. Measured on
@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MADV_HUGEPAGE = 14
+LARGE_PAGE = 2 * 2**20
+"""Bytes of a large page of Linux on x86, and on ARM with pages of 4 KiB."""
 KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
 TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
 """The largest block that a step of training uses again, and how much of them may lie free."""
@@ -56,3 +60,11 @@ def reused_pages(largest: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Ite
         mallopt(M_MMAP_THRESHOLD, DEFAULT_BYTES)
         mallopt(M_TRIM_THRESHOLD, DEFAULT_BYTES)
         trim(0)
+
+
+def ask_for_large_pages(address: int, nbytes: int) -> None:
+    """Ask for large pages in memory that was not touched yet; only Linux is asked."""
+    if sys.platform == "linux":
+        with suppress(*NOT_GLIBC):
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), MADV_HUGEPAGE)

@@ -12,12 +12,13 @@ import torch
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
 from runtime.kernel_examples import TIERS, example, example_of_codes, using
+from secateur.allocator import LARGE_PAGE
 from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, choose, measured_gain
-from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, turned_fours
+from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, to_large_pages, turned_fours
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
@@ -311,22 +312,33 @@ def test_the_choice_is_measured_once_for_each_kind():
     assert choose(matrices[1:], torch.float32) is first
 
 
-def test_4_bits_that_avx2_expands_slowly_are_compared_with_dense_ones():
-    """Also where the caches hold them; other tiers keep those packed."""
-    matrix, _ = example_of_codes(64, 256, 64, 0.5)
-    gains = {}
-    for tier in ("avx512", "avx2"):
-        with using(tier):
-            gains[tier] = choose([matrix], torch.float32).gain
-    assert gains["avx512"] == math.inf
-    assert 0 < gains["avx2"] < math.inf
+@pytest.mark.parametrize("of", ["int4", "int8"])
+def test_integers_are_compared_with_integers(of):
+    """Torch has none to compare them with, and other memory is read before every measurement."""
+    if of == "int4":
+        matrix, _ = example_of_codes(64, 256, 64, 0.5)
+    else:
+        matrix, _ = example(64, 256, torch.int8, 0.5)
+    assert 0 < measured_gain([matrix], torch.bfloat16, 2**20) < 1000
+    assert measured_gain([matrix.dense(torch.bfloat16)], torch.bfloat16, 0) == math.inf
 
 
-def test_4_bits_are_compared_with_4_bits(monkeypatch):
-    """Matrices that fill the caches; torch has no int4 to compare them with."""
-    monkeypatch.setattr("secateur.runtime.kernels.dispatch.CACHE_BYTES", 1)
-    matrix, _ = example_of_codes(64, 256, 64, 0.5)
-    assert 0 < measured_gain([matrix], torch.bfloat16) < 1000
+@pytest.mark.parametrize("rows", [8, 7])
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_matrices_that_move_multiply_as_before(monkeypatch, rows, sparsity):
+    """Two pieces of memory; a matrix that two modules share moves once."""
+    monkeypatch.setattr("secateur.runtime.kernels.matrix.MOVED_BYTES", 1000)
+    made = [example(rows, 70, dtype, sparsity)[0] for dtype in (torch.float32, torch.int8)]
+    made += [example_of_codes(rows, 70, group, sparsity)[0] for group in (32, 64)]
+    x = torch.randn(3, 70)
+    expected, sizes = [m.multiply(x) for m in made], [m.nbytes for m in made]
+    places = [m.values.data_ptr() for m in made]
+    to_large_pages([*made, *made])
+    assert [m.nbytes for m in made] == sizes
+    assert not {*places} & {m.values.data_ptr() for m in made}
+    assert made[0].values.data_ptr() % LARGE_PAGE == 0
+    for matrix, product in zip(made, expected, strict=True):
+        assert torch.equal(matrix.multiply(x), product)
 
 
 def test_a_tier_that_is_not_there_is_refused():

@@ -26,7 +26,7 @@ from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
-from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.matrix import KernelMatrix, to_large_pages
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 WORTH_IT = 0.9
@@ -238,14 +238,18 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
         kinds[kind_of(module.matrix, activations)].append(module)
+    total = sum(module.matrix.nbytes for module in linears)
     for modules in kinds.values():
-        choice = choose([m.matrix for m in modules], activations)
+        others = total - sum(m.matrix.nbytes for m in modules)
+        choice = choose([m.matrix for m in modules], activations, others)
         if choice.gain < WORTH_IT and modules[0].matrix.packed:
             for module in modules:
                 module.matrix = module.matrix.dense(dtype)
-            choice = choose([m.matrix for m in modules], activations)
+            choice = choose([m.matrix for m in modules], activations, others)
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
+    packed = (PackedLinear, PackedEmbedding)
+    to_large_pages(module.matrix for module in model.modules() if isinstance(module, packed))
 
 
 @dataclass(frozen=True)

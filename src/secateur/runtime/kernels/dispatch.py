@@ -8,8 +8,8 @@
 Both ways of a matrix have the same numbers, to the order of sums: activations that meet integers
 are rounded in both, others in none. The kernel reads less, the other way computes faster, so it
 wins for many tokens. If for one token the kernel is slower than on dense matrices, the matrices
-should be dense; `gain` measures this. The measurement needs more weights than the caches hold,
-since decoding reads all weights of a model for every token. Kinds with fewer weights stay packed.
+should be dense; `gain` measures this. Decoding reads all weights of a model for every token, so
+before every measurement as much other memory is read as the other matrices take.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class KernelChoice:
         kernel_up_to: the most tokens for which the kernel is not the slower way.
         gain: for one token, seconds on dense matrices divided by seconds of the kernel on these. On
             a CPU, dense is the faster of torch and our kernel, and integers are compared with the
-            same integers; it is infinite where the caches hold all matrices, except for int4 with
-            AVX2.
+            same integers; it is infinite for dense matrices.
     """
 
     kernel_up_to: int
@@ -62,22 +61,25 @@ def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
 
 
-def choose(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
+def choose(
+    matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int = CACHE_BYTES
+) -> KernelChoice:
     """The choice for matrices of one kind; measured on the first call.
 
     Args:
         matrices: of one kind; more matrices fit less in a cache, as in a real run.
         dtype: of the activations.
+        others: bytes of the model's other matrices, which are read between two uses of these.
     """
     kind = kind_of(matrices[0], dtype)
     if kind not in _measured:
-        _measured[kind] = measure(matrices, dtype)
+        _measured[kind] = measure(matrices, dtype, others)
     return _measured[kind]
 
 
-def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoice:
+def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> KernelChoice:
     """Time all ways on random activations."""
-    gain = measured_gain(matrices, dtype)
+    gain = measured_gain(matrices, dtype, others)
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
@@ -91,14 +93,12 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> KernelChoic
     return KernelChoice(up_to, gain)
 
 
-def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float:
+def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> float:
     """The value of `KernelChoice.gain`."""
     first = matrices[0]
-    count = -(-CACHE_BYTES // (first.rows * first.columns * dtype.itemsize))
-    # AVX2 expands int4 more slowly than any cache or memory delivers it
-    expands_slowly = first.group is not None and kernel_info().tier == "avx2"
-    if not first.packed or (count > len(matrices) and not expands_slowly):
+    if not first.packed:
         return math.inf
+    count = -(-CACHE_BYTES // first.nbytes)
     one = torch.randn(1, first.columns).to(dtype)
     stored = [m.dense(dtype) for m in matrices[:count]]
     weights = [m.weight for m in stored if m.weight is not None]  # torch has no integers
@@ -106,18 +106,27 @@ def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype) -> float
         [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
         [lambda m=m: by_kernel(m, one) for m in stored],
         *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
+        before=torch.zeros(min(others, CACHE_BYTES) // 8, dtype=torch.int64).sum,
     )
     return min([own, *plain]) / kernel
 
 
-def _least_seconds(*kernels: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """For each way the lowest mean time of its calls; the ways take turns."""
+def _least_seconds(
+    *kernels: Sequence[Callable[[], Tensor]], before: Callable[[], object] = lambda: None
+) -> list[float]:
+    """For each way the lowest mean time of its calls; the ways take turns.
+
+    Args:
+        kernels: the calls of each way.
+        before: runs before every measurement, which does not count it.
+    """
 
     def mean_seconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         def all_of_them() -> None:
             for call in calls:
                 call()
 
+        before()
         return seconds_of(all_of_them) / len(calls)
 
     return alternate(kernels, mean_seconds, min, turns=1 + REPEATS)
