@@ -41,7 +41,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 32768,  # llama.cpp takes no longer prompts
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "rope_theta": 10000.0,

@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--name", default="int4-models")
     args = parser.parse_args()
     print(heading())
-    rows = []
+    given, rows = {"rounds": args.rounds, "prompt": args.prompt}, []
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
             work = (args.work or Path(scratch)) / model
@@ -230,8 +230,8 @@ def main() -> None:
                 make(SHAPES[model], work)
             else:
                 rows += measured(model, work, args)
+                keep(args.name, {"protocol": __doc__, **given}, rows)
     if rows:
-        keep(args.name, {"protocol": __doc__, "rounds": args.rounds, "prompt": args.prompt}, rows)
         print(table(rows))
 
 
