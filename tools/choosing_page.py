@@ -128,7 +128,8 @@ def low_bits() -> Iterable[str]:
         "Loss in nats per token above the unrounded model: SmolLM2-135M as it is stored and runs, "
         "activations rounded too (its source is a 4-bit file; zeros by `--effort balanced`), and a "
         "small model that was trained for this (int4 in groups of 32, zeros by ALPS). Tokens a "
-        "second and memory on two virtual cores, models with random weights. Sources: "
+        "second and memory on two virtual cores, models with random weights, embedding and head in "
+        "the bits of the rest (the losses have them in int8). Sources: "
         f"{sources(('first-page', 'low-bits', 'int4-models'))}."
     )
     yield ""
@@ -137,8 +138,9 @@ def low_bits() -> Iterable[str]:
     yield from table(columns, lines)
     yield (
         "Quantization alone comes first: int4 loses less than 50 % zeros and is as fast. Zeros "
-        "beside int8 make a CPU faster. Zeros beside int4 save memory only. Below four bits, or at "
-        "a size that must be met, [fit](fit.md) measures what is best for each matrix."
+        "beside int8 make a CPU faster. Zeros beside int4 make a model of a billion parameters 1.1 "
+        "(50 %), 1.2 (2:4) and 1.45 times (70 %) faster, and a narrow one no faster. Below four "
+        "bits, or at a size that must be met, [fit](fit.md) measures what is best for each matrix."
     )
     yield ""
 
