@@ -11,9 +11,6 @@
 
 #define QUERY_TOKENS 32 /* of a prompt, that look at a tile of keys together */
 
-static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t slot_of(const sct_attention *a, int64_t b) {
     return a->token ? a->token[b].slot : a->slot;
@@ -240,12 +237,12 @@ static int64_t ranges_of(const sct_attention *a, int64_t window, int64_t b) {
 /* The memory of single tokens: [tokens, groups] how many ranges are done, then their results. */
 static int64_t most_ranges(const sct_attention *a) {
     int64_t most = 0;
-    for (int64_t b = 0; b < a->tokens; b++) most = larger(most, ranges_of(a, 0, b));
+    for (int64_t b = 0; b < a->tokens; b++) most = sct_larger(most, ranges_of(a, 0, b));
     return most;
 }
 
 static size_t counter_bytes(const sct_attention *a) {
-    return rounded(sizeof(atomic_int) * (size_t)(a->tokens * a->d->kv_heads));
+    return sct_rounded(sizeof(atomic_int) * (size_t)(a->tokens * a->d->kv_heads));
 }
 
 /* One range of keys of one token and group. Whoever does the last one merges all. */
@@ -257,8 +254,8 @@ static void attend_range(const sct_attention *a, const sct_layer *layer, int64_t
     const size_t floats = part_floats(a, each);
     atomic_int *done = (atomic_int *)a->memory + unit;
     float *parts = (float *)(a->memory + counter_bytes(a)) + floats * (size_t)(unit * a->ranges);
-    attend(a, layer, b, 1, group, larger(from * RANGE, seen),
-           smaller((from + 1) * RANGE, position + 1), memory, parts + floats * (size_t)range);
+    attend(a, layer, b, 1, group, sct_larger(from * RANGE, seen),
+           sct_smaller((from + 1) * RANGE, position + 1), memory, parts + floats * (size_t)range);
     if (atomic_fetch_add(done, 1) + 1 < ranges) return;
     for (int64_t row = 0; row < each; row++) {
         float *out = out_of(a, b, group * each + row);
@@ -294,7 +291,7 @@ static void attend_piece(const sct_attention *a, const sct_layer *layer, int64_t
         softmax[r] = begin_row(layer, number, out_of(a, first + r / each, number), head);
     }
     for (int64_t begin = sct_first_seen(layer->window, position), next; begin < end; begin = next) {
-        next = smaller((begin / RANGE + 1) * RANGE, end);
+        next = sct_smaller((begin / RANGE + 1) * RANGE, end);
         attend(a, layer, first, tokens, group, begin, next, memory, part);
         for (int64_t r = 0; r < rows; r++)
             take(softmax + r, part, rows, r, head,
@@ -312,7 +309,7 @@ static void attend_prompt(sct_attention *a, const sct_layer *layer, float *memor
         const int64_t number = atomic_fetch_add(&a->next, 1);
         if (number >= pieces * groups) return;
         const int64_t first = (pieces - 1 - number / groups) * QUERY_TOKENS;
-        attend_piece(a, layer, first, smaller(a->tokens - first, QUERY_TOKENS), number % groups,
+        attend_piece(a, layer, first, sct_smaller(a->tokens - first, QUERY_TOKENS), number % groups,
                      memory);
     }
 }
@@ -321,7 +318,7 @@ static size_t bytes_of_thread(const sct_attention *a) {
     const int64_t each = a->d->heads / a->d->kv_heads, rows = each * (a->token ? 1 : QUERY_TOKENS);
     const size_t tile = (size_t)((2 * SCT_KEYS + rows) * sct_width(a->d->head));
     const size_t part = part_floats(a, rows) + 2 * (size_t)rows; /* with the softmax of each row */
-    return rounded(4 * (tile + (a->token ? 0 : part)));
+    return sct_rounded(4 * (tile + (a->token ? 0 : part)));
 }
 
 /* What all threads share. */

@@ -3,7 +3,6 @@
 
 #include "blocks.h"
 
-static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
 static int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 typedef struct {
@@ -81,11 +80,12 @@ static size_t measure(sct_prompt_job *job, const sct_matrix *m, int64_t tokens, 
     job->group = m->type == SCT_INT4 && m->group < SCT_SCALED ? m->group : SCT_SCALED;
     job->rows = rows_of_tile(code, m, threads);
     job->panels = (sct_panels){tokens, panels, m->words, m->type == SCT_INT8, NULL, NULL};
-    job->codes_bytes = rounded(columns * job->rows * code->code_bytes);
-    job->starts_bytes = integers ? rounded(4 * columns / job->group * job->rows) : 0;
-    job->tile_bytes = job->codes_bytes + (integers ? 2 * job->starts_bytes : rounded(4 * columns));
-    job->panel_bytes = rounded(panels * code->lanes * columns * code->code_bytes);
-    job->scales_bytes = integers ? rounded(4 * panels * code->lanes * m->words) : 0;
+    job->codes_bytes = sct_rounded((size_t)(columns * job->rows * code->code_bytes));
+    job->starts_bytes = integers ? sct_rounded((size_t)(4 * columns / job->group * job->rows)) : 0;
+    const size_t row_bytes = sct_rounded((size_t)(4 * columns));
+    job->tile_bytes = job->codes_bytes + (integers ? 2 * job->starts_bytes : row_bytes);
+    job->panel_bytes = sct_rounded((size_t)(panels * code->lanes * columns * code->code_bytes));
+    job->scales_bytes = integers ? sct_rounded((size_t)(4 * panels * code->lanes * m->words)) : 0;
     return job->panel_bytes + job->scales_bytes + job->tile_bytes * (size_t)threads;
 }
 

@@ -16,7 +16,6 @@ typedef struct {
     sct_attention *attention;
     sct_vectors at;
     sct_sizes sizes;
-    float *shared;     /* [tokens, at.floats] */
     float *inner, *up; /* [tokens · places, neurons]: between the matrices of feed-forwards */
     float *router;     /* [tokens, experts] */
     float *logits;     /* [answers, vocabulary] */
@@ -44,23 +43,9 @@ typedef struct {
     int64_t feed_forwards; /* in `sent` */
 } sct_worker;
 
-/* Vectors of some tokens. */
-typedef struct {
-    const float *x;
-    int64_t stride;
-} sct_from;
-
-static float *vector(const sct_call *c, int64_t which, int64_t b) {
-    return c->shared + b * c->at.floats + which;
-}
-
-static sct_from vectors(const sct_call *c, int64_t which) {
-    return (sct_from){vector(c, which, 0), c->at.floats};
-}
-
 /* A thread's own copy of the inputs of some tokens, in the layout that a matrix wants. `token`: which
  * of the vectors they are; NULL: the first. */
-static sct_rows *prepare(const sct_worker *w, const sct_matrix *m, sct_from from, int64_t tokens,
+static sct_rows *prepare(const sct_worker *w, const sct_matrix *m, sct_floats from, int64_t tokens,
                          const int64_t *token, sct_input *in) {
     const sct_tier_code *code = w->c->code;
     const sct_input_kind kind = sct_kind(code, m->type, (int)w->c->d->exact);
@@ -90,7 +75,7 @@ static void add_bias(float *y, int64_t stride, int64_t tokens, const float *bias
 }
 
 /* A thread's rows of one matrix. */
-static void project(const sct_worker *w, const sct_matrix *m, sct_from from, int64_t tokens,
+static void project(const sct_worker *w, const sct_matrix *m, sct_floats from, int64_t tokens,
                     const float *bias, float *y, int64_t stride) {
     sct_input in;
     int64_t begin, end;
@@ -101,12 +86,12 @@ static void project(const sct_worker *w, const sct_matrix *m, sct_from from, int
 }
 
 /* The residual stream as the next matrices read it. */
-static sct_from normed(const sct_worker *w, const sct_norm_weights *norm, int64_t tokens) {
+static sct_floats normed(const sct_worker *w, const sct_norm_weights *norm, int64_t tokens) {
     const sct_call *c = w->c;
-    if (!norm->weight) return vectors(c, c->at.x);
+    if (!norm->weight) return sct_each(&c->at, c->at.x);
     for (int64_t b = 0; b < tokens; b++)
-        sct_norm(c->d, norm, vector(c, c->at.x, b), w->wide + b * c->sizes.columns);
-    return (sct_from){w->wide, c->sizes.columns};
+        sct_norm(c->d, norm, sct_vector(&c->at, c->at.x, b), w->wide + b * c->sizes.columns);
+    return (sct_floats){w->wide, c->sizes.columns};
 }
 
 /* Add a thread's rows of `sum` to the residual stream. */
@@ -118,8 +103,8 @@ static void to_residual(const sct_worker *w, const sct_norm_weights *norm, int64
         even_share(w, &begin, &end);
     }
     for (int64_t b = 0; b < c->tokens; b++) {
-        float *x = vector(c, c->at.x, b);
-        const float *sum = vector(c, c->at.sum, b);
+        float *x = sct_vector(&c->at, c->at.x, b);
+        const float *sum = sct_vector(&c->at, c->at.sum, b);
         if (norm->weight) {
             sct_norm(c->d, norm, sum, w->wide);
             sum = w->wide;
@@ -145,7 +130,7 @@ static void send_token(sct_sent *s, int64_t b, float weight) {
 }
 
 /* Which feed-forwards there are for these tokens: that of all tokens, then the experts by number. */
-static void find_feed_forwards(sct_worker *w, const sct_layer *layer, sct_from from) {
+static void find_feed_forwards(sct_worker *w, const sct_layer *layer, sct_floats from) {
     const sct_call *c = w->c;
     int64_t next[SCT_MAX_BATCH] = {0};
     const int64_t chosen = sct_smaller(c->d->chosen, layer->experts);
@@ -177,7 +162,7 @@ static void find_feed_forwards(sct_worker *w, const sct_layer *layer, sct_from f
 
 /* act(gate) · up of the tokens of one feed-forward. Rows of gate and up are shared out alike, so that
  * their product needs no barrier. */
-static void first_half(const sct_worker *w, const sct_sent *s, sct_from from) {
+static void first_half(const sct_worker *w, const sct_sent *s, sct_floats from) {
     const sct_call *c = w->c;
     const sct_ffn *f = s->ffn;
     const sct_matrix *first = f->gate.rows ? &f->gate : &f->up;
@@ -200,7 +185,7 @@ static void first_half(const sct_worker *w, const sct_sent *s, sct_from from) {
                           f->gate.rows ? up + n * stride + begin : NULL, end - begin);
 }
 
-static void first_halves(sct_worker *w, const sct_layer *layer, sct_from from) {
+static void first_halves(sct_worker *w, const sct_layer *layer, sct_floats from) {
     find_feed_forwards(w, layer, from);
     for (int64_t i = 0; i < w->feed_forwards; i++) first_half(w, w->sent + i, from);
 }
@@ -213,16 +198,16 @@ static void second_halves(const sct_worker *w, const sct_layer *layer) {
     even_share(w, &begin, &end);
     if (!layer->experts) share(w, &layer->ffn.down, &begin, &end);
     for (int64_t b = 0; b < c->tokens; b++)
-        for (int64_t i = begin; i < end; i++) vector(c, c->at.sum, b)[i] = 0.0f;
+        for (int64_t i = begin; i < end; i++) sct_vector(&c->at, c->at.sum, b)[i] = 0.0f;
     for (int64_t i = 0; i < w->feed_forwards; i++) {
         const sct_sent *s = w->sent + i;
-        const sct_from inner = {c->inner + s->place * c->sizes.neurons, c->sizes.neurons};
+        const sct_floats inner = {c->inner + s->place * c->sizes.neurons, c->sizes.neurons};
         sct_input in;
         sct_rows *rows = prepare(w, &s->ffn->down, inner, s->tokens, NULL, &in);
         rows(&s->ffn->down, &in, begin, end, w->wide, columns);
         add_bias(w->wide, columns, s->tokens, s->ffn->down_bias, begin, end);
         for (int64_t n = 0; n < s->tokens; n++) {
-            float *sum = vector(c, c->at.sum, s->token[n]);
+            float *sum = sct_vector(&c->at, c->at.sum, s->token[n]);
             for (int64_t r = begin; r < end; r++)
                 sum[r] += s->weight[n] * w->wide[n * columns + r];
         }
@@ -233,18 +218,18 @@ static void second_halves(const sct_worker *w, const sct_layer *layer) {
 static void pass(sct_worker *w, const sct_layer *layer) {
     const sct_call *c = w->c;
     int64_t begin, end;
-    const sct_from x = normed(w, &layer->attention_in, c->tokens);
+    const sct_floats x = normed(w, &layer->attention_in, c->tokens);
     const int64_t stride = c->at.floats;
-    project(w, &layer->q, x, c->tokens, NULL, vector(c, c->at.q, 0), stride);
-    project(w, &layer->k, x, c->tokens, NULL, vector(c, c->at.k, 0), stride);
-    project(w, &layer->v, x, c->tokens, NULL, vector(c, c->at.v, 0), stride);
+    project(w, &layer->q, x, c->tokens, NULL, sct_vector(&c->at, c->at.q, 0), stride);
+    project(w, &layer->k, x, c->tokens, NULL, sct_vector(&c->at, c->at.k, 0), stride);
+    project(w, &layer->v, x, c->tokens, NULL, sct_vector(&c->at, c->at.v, 0), stride);
     if (c->d->parallel)
         first_halves(w, layer, layer->ffn_in.weight ? normed(w, &layer->ffn_in, c->tokens) : x);
     sct_barrier(w->threads);
     sct_attend(c->attention, layer, w->thread, w->threads);
     sct_barrier(w->threads);
-    project(w, &layer->o, vectors(c, c->at.mixed), c->tokens, layer->o_bias,
-            vector(c, c->at.sum, 0), stride);
+    project(w, &layer->o, sct_each(&c->at, c->at.mixed), c->tokens, layer->o_bias,
+            sct_vector(&c->at, c->at.sum, 0), stride);
     share(w, &layer->o, &begin, &end);
     to_residual(w, &layer->attention_out, begin, end);
     if (!c->d->parallel) {
@@ -293,20 +278,18 @@ int sct_decode(const sct_decoder *d, const float *hidden, const sct_token *token
     const size_t shared = 4 * (size_t)(tokens * at.floats), between = 4 * (size_t)inner;
     const size_t router = sct_rounded(4 * (size_t)(tokens * c.sizes.experts));
     const size_t own = c.own_bytes * (size_t)sct_threads();
-    char *memory = sct_memory(shared + 2 * between + router + own +
-                                         sct_attention_bytes(&attention));
+    char *memory =
+        sct_memory(shared + 2 * between + router + own + sct_attention_bytes(&attention));
     if (!memory) return -1;
-    c.shared = (float *)memory;
+    c.at.memory = (float *)memory;
     c.inner = (float *)(memory + shared);
     c.up = c.inner + inner;
     c.router = (float *)(memory + shared + 2 * between);
     c.own = memory + shared + 2 * between + router;
     c.attention = &attention;
     attention.memory = c.own + own;
-    attention.q = vector(&c, at.q, 0), attention.k = vector(&c, at.k, 0);
-    attention.v = vector(&c, at.v, 0), attention.out = vector(&c, at.mixed, 0);
-    for (int64_t b = 0; b < tokens; b++)
-        memcpy(vector(&c, at.x, b), hidden + b * d->hidden, sizeof(float) * (size_t)d->hidden);
+    sct_attend_to(&attention, &c.at);
+    sct_take_embedded(d, &c.at, hidden, tokens);
     sct_parallel(run, &c);
     sct_free(memory);
     return 0;

@@ -12,10 +12,17 @@
 
 #include "internal.h"
 
-/* Vectors of a token, at the same place in the memory of every token. */
+/* Where the vectors of a token are, at the same places of every token. */
 typedef struct {
     int64_t x, q, mixed, k, v, sum, floats;
+    float *memory; /* [tokens, floats] */
 } sct_vectors;
+
+/* Vectors of some tokens. */
+typedef struct {
+    float *x;
+    int64_t stride;
+} sct_floats;
 
 /* The largest sizes of all layers, in floats, rounded up to whole words. */
 typedef struct {
@@ -30,13 +37,19 @@ typedef struct {
     float weight;
 } sct_choice;
 
-SCT_INLINE size_t sct_rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-SCT_INLINE int64_t sct_padded(int64_t columns) { return (columns + 63) / 64 * 64; }
-SCT_INLINE int64_t sct_larger(int64_t a, int64_t b) { return a > b ? a : b; }
-SCT_INLINE int64_t sct_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 SCT_HIDDEN sct_vectors sct_vectors_of(const sct_decoder *d);
+/* A vector of token b, `which` of the places; and those of all tokens. */
+SCT_INLINE float *sct_vector(const sct_vectors *v, int64_t which, int64_t b) {
+    return v->memory + b * v->floats + which;
+}
+SCT_INLINE sct_floats sct_each(const sct_vectors *v, int64_t which) {
+    return (sct_floats){sct_vector(v, which, 0), v->floats};
+}
 SCT_HIDDEN sct_sizes sct_sizes_of(const sct_decoder *d);
+/* The first vectors of tokens; and attention that reads and writes theirs. */
+SCT_HIDDEN void sct_take_embedded(const sct_decoder *d, const sct_vectors *v, const float *hidden,
+                                  int64_t tokens);
+SCT_HIDDEN void sct_attend_to(sct_attention *a, const sct_vectors *v);
 /* Run `visit` on every matrix of the layers but routers, until it returns 0; returns what it did. */
 SCT_HIDDEN int sct_each_matrix(const sct_decoder *d, int (*visit)(void *, const sct_matrix *),
                                void *context);

@@ -129,12 +129,18 @@ SCT_INLINE sct_rows *sct_rows_for(const sct_tier_code *code, int64_t type, sct_i
     return kind == SCT_IN_BFLOAT ? code->rows_bfloat : code->rows[type];
 }
 
+/* Bytes and columns up to a whole number of 64. */
+SCT_INLINE size_t sct_rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+SCT_INLINE int64_t sct_padded(int64_t columns) { return (columns + 63) / 64 * 64; }
+SCT_INLINE int64_t sct_larger(int64_t a, int64_t b) { return a > b ? a : b; }
+SCT_INLINE int64_t sct_smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* Memory that begins at a multiple of 64; NULL if there is none. */
 SCT_INLINE void *sct_memory(size_t bytes) {
 #if defined(_WIN32)
     return _aligned_malloc(bytes, 64);
 #else
-    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+    return aligned_alloc(64, sct_rounded(bytes));
 #endif
 }
 SCT_INLINE void sct_free(void *memory) {

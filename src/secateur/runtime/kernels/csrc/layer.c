@@ -1,5 +1,6 @@
 /* A decoder layer: its sizes, its norms, and where a mixture sends a token. */
 #include <math.h>
+#include <string.h>
 
 #include "decode.h"
 
@@ -12,6 +13,19 @@ sct_vectors sct_vectors_of(const sct_decoder *d) {
     at.sum = at.v + key;
     at.floats = at.sum + sct_padded(d->hidden);
     return at;
+}
+
+void sct_take_embedded(const sct_decoder *d, const sct_vectors *v, const float *hidden,
+                       int64_t tokens) {
+    for (int64_t b = 0; b < tokens; b++)
+        memcpy(sct_vector(v, v->x, b), hidden + b * d->hidden, sizeof(float) * (size_t)d->hidden);
+}
+
+void sct_attend_to(sct_attention *a, const sct_vectors *v) {
+    a->q = sct_vector(v, v->q, 0);
+    a->k = sct_vector(v, v->k, 0);
+    a->v = sct_vector(v, v->v, 0);
+    a->out = sct_vector(v, v->mixed, 0);
 }
 
 int sct_each_matrix(const sct_decoder *d, int (*visit)(void *, const sct_matrix *),

@@ -3,7 +3,6 @@
 
 #include "internal.h"
 
-static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int64_t blocks_of(const sct_matrix *m) {
     const int64_t words = sct_block_words(m);
@@ -13,9 +12,9 @@ static int64_t blocks_of(const sct_matrix *m) {
 size_t sct_input_bytes(const sct_matrix *m, int64_t batch, sct_input_kind kind) {
     const size_t numbers = (size_t)batch * (size_t)m->words * 64;
     const size_t blocks = (size_t)(batch * blocks_of(m));
-    if (kind == SCT_IN_BFLOAT) return rounded(2 * numbers);
+    if (kind == SCT_IN_BFLOAT) return sct_rounded(2 * numbers);
     if (kind == SCT_IN_BYTES || kind == SCT_IN_TURNED) return numbers + 2 * 64 * blocks;
-    return rounded(4 * numbers);
+    return sct_rounded(4 * numbers);
 }
 
 void sct_input_place(sct_input *in, void *memory, const sct_matrix *m, int64_t batch,
@@ -111,8 +110,8 @@ int sct_linear(const sct_matrix *m, int64_t x_type, const void *x, int64_t x_str
     const int64_t padded = m->words * 64;
     const sct_input_kind kind = sct_kind(code, m->type, x_type == SCT_FLOAT32);
     const size_t in_bytes = sct_input_bytes(m, batch, kind);
-    const size_t out_bytes = rounded(4 * (size_t)batch * (size_t)m->rows);
-    char *scratch = sct_memory(in_bytes + out_bytes + rounded(4 * (size_t)padded));
+    const size_t out_bytes = sct_rounded(4 * (size_t)batch * (size_t)m->rows);
+    char *scratch = sct_memory(in_bytes + out_bytes + sct_rounded(4 * (size_t)padded));
     if (!scratch) return -1;
     sct_input in;
     sct_input_place(&in, scratch, m, batch, kind);

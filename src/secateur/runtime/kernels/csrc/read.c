@@ -15,7 +15,6 @@ typedef struct {
     int64_t tokens;
     sct_vectors at;
     sct_sizes sizes;
-    float *shared;     /* [tokens, at.floats] */
     float *normed;     /* [tokens, hidden] */
     float *inner, *up; /* [tokens, neurons] */
     float *gathered, *given; /* [tokens, hidden]: what an expert reads and writes */
@@ -30,21 +29,9 @@ typedef struct {
     int failed;
 } sct_piece;
 
-/* Vectors of tokens. */
-typedef struct {
-    float *x;
-    int64_t stride;
-} sct_at;
-
-static float *vector(const sct_piece *p, int64_t which, int64_t b) {
-    return p->shared + b * p->at.floats + which;
+static sct_floats rows_at(float *x, int64_t columns) {
+    return (sct_floats){x, sct_padded(columns)};
 }
-
-static sct_at vectors(const sct_piece *p, int64_t which) {
-    return (sct_at){vector(p, which, 0), p->at.floats};
-}
-
-static sct_at rows_at(float *x, int64_t columns) { return (sct_at){x, sct_padded(columns)}; }
 
 /* A thread's share of some tokens. */
 static void tokens_of(int64_t tokens, int thread, int threads, int64_t *begin, int64_t *end) {
@@ -54,16 +41,16 @@ static void tokens_of(int64_t tokens, int thread, int threads, int64_t *begin, i
 
 static void norm_tokens(void *context, int thread, int threads) {
     const sct_piece *p = context;
-    const sct_at to = rows_at(p->normed, p->d->hidden);
+    const sct_floats to = rows_at(p->normed, p->d->hidden);
     int64_t begin, end;
     tokens_of(p->tokens, thread, threads, &begin, &end);
     for (int64_t b = begin; b < end; b++)
-        sct_norm(p->d, p->next, vector(p, p->at.x, b), to.x + b * to.stride);
+        sct_norm(p->d, p->next, sct_vector(&p->at, p->at.x, b), to.x + b * to.stride);
 }
 
 /* The residual stream as the next matrices read it. */
-static sct_at normed(sct_piece *p, const sct_norm_weights *norm) {
-    if (!norm->weight) return vectors(p, p->at.x);
+static sct_floats normed(sct_piece *p, const sct_norm_weights *norm) {
+    if (!norm->weight) return sct_each(&p->at, p->at.x);
     p->next = norm;
     sct_parallel(norm_tokens, p);
     return rows_at(p->normed, p->d->hidden);
@@ -74,7 +61,7 @@ static void add_tokens(void *context, int thread, int threads) {
     int64_t begin, end;
     tokens_of(p->tokens, thread, threads, &begin, &end);
     for (int64_t b = begin; b < end; b++) {
-        float *x = vector(p, p->at.x, b), *sum = vector(p, p->at.sum, b);
+        float *x = sct_vector(&p->at, p->at.x, b), *sum = sct_vector(&p->at, p->at.sum, b);
         for (int64_t i = 0; p->bias && i < p->d->hidden; i++) sum[i] += p->bias[i];
         if (p->after->weight) sct_norm(p->d, p->after, sum, sum);
         for (int64_t i = 0; i < p->d->hidden; i++) x[i] += p->d->residual * sum[i];
@@ -94,14 +81,14 @@ static void attend(void *context, int thread, int threads) {
 }
 
 /* Products of up to eight tokens, by rows. */
-static void multiply_rows(sct_piece *p, const sct_matrix *m, sct_at from, sct_at to,
+static void multiply_rows(sct_piece *p, const sct_matrix *m, sct_floats from, sct_floats to,
                           int64_t tokens) {
     p->failed |= sct_linear(m, SCT_FLOAT32, from.x, from.stride, to.x, to.stride, tokens);
 }
 
 /* Products of some tokens by blocks; `known`: those of the matrix before had the same inputs. */
-static void multiply(sct_piece *p, const sct_matrix *m, sct_at from, sct_at to, int64_t tokens,
-                     const sct_matrix *before) {
+static void multiply(sct_piece *p, const sct_matrix *m, sct_floats from, sct_floats to,
+                     int64_t tokens, const sct_matrix *before) {
     const int known = before && before->type == m->type;
     if (p->few) multiply_rows(p, m, from, to, tokens);
     else
@@ -126,9 +113,9 @@ static void activate(void *context, int thread, int threads) {
 }
 
 /* W_down · (act(W_gate n) · W_up n) of some tokens, without the bias of W_down. */
-static void feed_forward(sct_piece *p, const sct_ffn *ffn, sct_at from, sct_at to,
+static void feed_forward(sct_piece *p, const sct_ffn *ffn, sct_floats from, sct_floats to,
                          int64_t tokens) {
-    const sct_at inner = {p->inner, p->sizes.neurons}, up = {p->up, p->sizes.neurons};
+    const sct_floats inner = {p->inner, p->sizes.neurons}, up = {p->up, p->sizes.neurons};
     const int gated = ffn->gate.rows > 0;
     if (gated) multiply(p, &ffn->gate, from, inner, tokens, NULL);
     multiply(p, &ffn->up, from, gated ? up : inner, tokens, gated ? &ffn->gate : NULL);
@@ -141,12 +128,12 @@ static void feed_forward(sct_piece *p, const sct_ffn *ffn, sct_at from, sct_at t
 /* Sums of the tokens of one feed-forward. */
 static void scatter(void *context, int thread, int threads) {
     const sct_piece *p = context;
-    const sct_at given = rows_at(p->given, p->d->hidden);
+    const sct_floats given = rows_at(p->given, p->d->hidden);
     const float *bias = p->ffn->down_bias;
     int64_t begin, end;
     tokens_of(p->sent_tokens, thread, threads, &begin, &end);
     for (int64_t n = begin; n < end; n++) {
-        float *sum = vector(p, p->at.sum, p->sent[n]), *y = given.x + n * given.stride;
+        float *sum = sct_vector(&p->at, p->at.sum, p->sent[n]), *y = given.x + n * given.stride;
         for (int64_t i = 0; i < p->d->hidden; i++)
             sum[i] += p->weights[n] * (y[i] + (bias ? bias[i] : 0.0f));
     }
@@ -159,15 +146,15 @@ static void route(void *context, int thread, int threads) {
     int64_t begin, end;
     tokens_of(p->tokens, thread, threads, &begin, &end);
     for (int64_t b = begin; b < end; b++) {
-        memset(vector(p, p->at.sum, b), 0, sizeof(float) * (size_t)p->d->hidden);
+        memset(sct_vector(&p->at, p->at.sum, b), 0, sizeof(float) * (size_t)p->d->hidden);
         sct_route(p->d, p->layer, p->router + b * p->sizes.experts, p->choices + b * chosen);
     }
 }
 
 /* The tokens of one expert go through it. */
-static void pass_expert(sct_piece *p, int64_t e, sct_at from) {
+static void pass_expert(sct_piece *p, int64_t e, sct_floats from) {
     const int64_t chosen = sct_smaller(p->d->chosen, p->layer->experts);
-    const sct_at gathered = rows_at(p->gathered, p->d->hidden);
+    const sct_floats gathered = rows_at(p->gathered, p->d->hidden);
     int64_t count = 0;
     for (int64_t i = 0; i < p->tokens * chosen; i++) {
         if (p->choices[i].expert != e) continue;
@@ -185,12 +172,12 @@ static void pass_expert(sct_piece *p, int64_t e, sct_at from) {
 }
 
 /* Σ w_e f_e(n) of all tokens. */
-static void mixture(sct_piece *p, sct_at from) {
+static void mixture(sct_piece *p, sct_floats from) {
     const sct_layer *layer = p->layer;
-    const sct_at router = {p->router, p->sizes.experts};
+    const sct_floats router = {p->router, p->sizes.experts};
     for (int64_t b = 0; b < p->tokens; b += SCT_MAX_BATCH) {
-        const sct_at x = {from.x + b * from.stride, from.stride};
-        const sct_at y = {router.x + b * router.stride, router.stride};
+        const sct_floats x = {from.x + b * from.stride, from.stride};
+        const sct_floats y = {router.x + b * router.stride, router.stride};
         multiply_rows(p, &layer->router, x, y, sct_smaller(p->tokens - b, SCT_MAX_BATCH));
     }
     sct_parallel(route, p);
@@ -207,27 +194,28 @@ static void mixture(sct_piece *p, sct_at from) {
 
 static void read_layer(sct_piece *p, const sct_layer *layer) {
     const int parallel = p->d->parallel != 0;
-    sct_at x = normed(p, &layer->attention_in);
+    const sct_floats sum = sct_each(&p->at, p->at.sum);
+    sct_floats x = normed(p, &layer->attention_in);
     p->layer = layer;
-    multiply(p, &layer->q, x, vectors(p, p->at.q), p->tokens, NULL);
-    multiply(p, &layer->k, x, vectors(p, p->at.k), p->tokens, &layer->q);
-    multiply(p, &layer->v, x, vectors(p, p->at.v), p->tokens, &layer->k);
+    multiply(p, &layer->q, x, sct_each(&p->at, p->at.q), p->tokens, NULL);
+    multiply(p, &layer->k, x, sct_each(&p->at, p->at.k), p->tokens, &layer->q);
+    multiply(p, &layer->v, x, sct_each(&p->at, p->at.v), p->tokens, &layer->k);
     if (parallel && layer->ffn_in.weight) x = normed(p, &layer->ffn_in);
     sct_parallel(attend, p);
-    multiply(p, &layer->o, vectors(p, p->at.mixed), vectors(p, p->at.sum), p->tokens, NULL);
+    multiply(p, &layer->o, sct_each(&p->at, p->at.mixed), sum, p->tokens, NULL);
     to_residual(p, layer->o_bias, &layer->attention_out);
     if (!parallel) x = normed(p, &layer->ffn_in);
     if (layer->experts) mixture(p, x);
-    else feed_forward(p, &layer->ffn, x, vectors(p, p->at.sum), p->tokens);
+    else feed_forward(p, &layer->ffn, x, sum, p->tokens);
     to_residual(p, layer->experts ? NULL : layer->ffn.down_bias, &layer->ffn_out);
 }
 
 /* Logits of the tokens from `first` on. */
 static void answer(sct_piece *p, int64_t first, float *logits) {
-    const sct_at x = normed(p, &p->d->final_norm);
+    const sct_floats x = normed(p, &p->d->final_norm);
     for (int64_t b = first; b < p->tokens; b += SCT_MAX_BATCH) {
-        const sct_at to = {logits + (b - first) * p->d->vocabulary, p->d->vocabulary};
-        multiply_rows(p, &p->d->head_matrix, (sct_at){x.x + b * x.stride, x.stride}, to,
+        const sct_floats to = {logits + (b - first) * p->d->vocabulary, p->d->vocabulary};
+        multiply_rows(p, &p->d->head_matrix, (sct_floats){x.x + b * x.stride, x.stride}, to,
                       sct_smaller(p->tokens - b, SCT_MAX_BATCH));
     }
 }
@@ -256,7 +244,7 @@ static size_t lay_out(sct_piece *p, int64_t tokens, size_t blocks, char *memory)
         if (memory) p->field = (void *)(memory + at);                                          \
         at += sct_rounded((count) * sizeof(*p->field));                                        \
     } while (0)
-    PLACE(shared, n * (size_t)p->at.floats);
+    PLACE(at.memory, n * (size_t)p->at.floats);
     PLACE(normed, n * hidden);
     PLACE(inner, n * neurons);
     PLACE(up, n * neurons);
@@ -283,16 +271,13 @@ int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t fi
     char *memory = sct_memory(lay_out(&p, most, blocks.most, NULL));
     if (!memory) return -1;
     lay_out(&p, most, blocks.most, memory);
-    p.attention.q = vector(&p, p.at.q, 0), p.attention.k = vector(&p, p.at.k, 0);
-    p.attention.v = vector(&p, p.at.v, 0), p.attention.out = vector(&p, p.at.mixed, 0);
+    sct_attend_to(&p.attention, &p.at);
     for (int64_t done = 0; done < tokens && !p.failed; done += p.tokens) {
         p.tokens = p.attention.tokens = sct_smaller(tokens - done, most);
         p.attention.first = first + done;
-        for (int64_t b = 0; b < p.tokens; b++) /* tokens without an answer come first */
-            memcpy(vector(&p, p.at.x, b), hidden + (done + b) * d->hidden,
-                   sizeof(float) * (size_t)d->hidden);
+        sct_take_embedded(d, &p.at, hidden + done * d->hidden, p.tokens);
         for (int64_t l = 0; l < d->layers && !p.failed; l++) read_layer(&p, d->layer + l);
-        const int64_t asked = sct_larger(0, skipped - done);
+        const int64_t asked = sct_larger(0, skipped - done); /* those before want no answer */
         if (asked < p.tokens)
             answer(&p, asked, logits + (done + asked - skipped) * d->vocabulary);
     }
