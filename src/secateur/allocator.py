@@ -34,6 +34,11 @@ NOT_GLIBC = (OSError, AttributeError, TypeError)
 def give_back() -> None:
     """Return freed memory to the system, so that the process holds only what it uses."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Return memory to the system that is free already."""
     with suppress(*NOT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -100,7 +100,7 @@ def test_four_bits_stay_what_they_are(tmp_path: Path) -> None:
 
 def test_mixed_values_become_dense(tmp_path: Path) -> None:
     packed = secateur.compress(pruned(tmp_path), output=tmp_path / "packed", values="int8").output
-    assert four_bits(PackedCheckpoint(packed), torch.float16) is None
+    assert four_bits(PackedCheckpoint(packed), torch.float16, ()) is None
     dense = secateur.load(packed, expand=True, dtype=torch.float16).state_dict()
     found = dict(tensors_of(packed, torch.float16))
     assert all(torch.equal(found[name].half(), dense[name]) for name in found)

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import Family, family_of
+from secateur.models.architecture import family_of
 from secateur.models.experts import OpenExperts, opened_form
 from secateur.runtime.kernels.library import (
     TYPES,
     CDecoder,
     CFeedForward,
     CLayer,
-    CMatrix,
     CNorm,
     address,
     kernel_info,
@@ -63,6 +62,7 @@ class LayerForm:
         ffn: the feed-forward, or the module that holds router and experts.
         shared: the expert of all tokens, in `ffn`.
         sigmoid: the router's scores are sigmoids, not a softmax.
+        clamped: gate and up are clamped, and multiplied as gpt-oss does.
     """
 
     norms: tuple[str, str, str, str] = PRE
@@ -76,6 +76,7 @@ class LayerForm:
     ffn: str = "mlp"
     shared: str = ""
     sigmoid: bool = False
+    clamped: bool = False
 
 
 LLAMA = LayerForm()
@@ -85,23 +86,12 @@ HUNYUAN = LayerForm(qk_norms=("query_layernorm", "key_layernorm"), norm_rotated=
 INTERLEAVED = LayerForm(interleaved=True)
 SIGMOID = LayerForm(sigmoid=True, shared="shared_experts")
 
+_LIKE_LLAMA = (
+    "llama mistral qwen2 qwen3 seed_oss smollm3 granite granite_swa jais2 cwm exaone gemma "
+    "internlm3 arcee nemotron phi3 starcoder2 mixtral qwen3_moe olmoe"
+)
 FORMS: Mapping[str, LayerForm] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "seed_oss",
-            "smollm3",
-            "granite",
-            "granite_swa",
-            "jais2",
-        ),
-        LLAMA,
-    ),
-    **dict.fromkeys(("cwm", "exaone", "gemma", "internlm3", "arcee", "nemotron", "phi3"), LLAMA),
-    **dict.fromkeys(("starcoder2", "mixtral", "qwen3_moe", "olmoe"), LLAMA),
+    **dict.fromkeys(_LIKE_LLAMA.split(), LLAMA),
     **dict.fromkeys(("glm", "helium", "ernie4_5"), INTERLEAVED),
     "glm4": replace(
         INTERLEAVED,
@@ -131,7 +121,7 @@ FORMS: Mapping[str, LayerForm] = {
     "hunyuan_v1_dense": HUNYUAN,
     "hunyuan_v1_moe": replace(HUNYUAN, shared="shared_mlp"),
     "qwen2_moe": LayerForm(shared="shared_expert"),
-    "gpt_oss": LayerForm(half_angles=True),
+    "gpt_oss": LayerForm(half_angles=True, clamped=True),
     "granitemoe": LayerForm(ffn="block_sparse_moe"),
     "glm4_moe": SIGMOID,
     "dots1": SIGMOID,
@@ -204,6 +194,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     if config.model_type not in FORMS:
         why = OUTSIDE.get(config.model_type, "nobody has described its layers")
         return f"its type is {config.model_type}: {why}"
+    form = FORMS[config.model_type]
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "it is not on the CPU"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
@@ -218,7 +209,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
         return f"it has layers of the kind {min(odd)}"
-    if activation_of(config) not in ACTIVATIONS and config.model_type != "gpt_oss":
+    if activation_of(config) not in ACTIVATIONS and not form.clamped:
         return f"its activation is {activation_of(config)}"
     if (getattr(config, "n_group", None) or 1) > 1:
         return "its experts are chosen by groups"
@@ -226,6 +217,10 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         return "its norms of queries and keys have biases"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention looks ahead"
+    fused = [getattr(getattr(x, form.ffn), "gate_up_proj", None) for x in model.model.layers]
+    paired = [x for x in fused if isinstance(x, PackedLinear) and x.matrix.group is not None]
+    if any(x.out_features % 4 for x in paired):
+        return "gate and up lie in one matrix of 4 bits, with an odd number of rows each"
     return None
 
 
@@ -252,7 +247,6 @@ def window_of(config: Any, index: int) -> int:
     return window if getattr(config, "use_sliding_window", True) else 0
 
 
-@dataclass
 class KernelModel:
     """A model for C: `csrc/secateur.h` declares the parts.
 
@@ -262,21 +256,16 @@ class KernelModel:
         exact: activations meet bfloat16 values in float32.
 
     Attributes:
-        form: of its layers.
-        family: that is declared for it.
         alive: what the description points to.
     """
 
-    model: Any
-    capacity: int
-    exact: bool
-    form: LayerForm = field(init=False)
-    family: Family | None = field(init=False)
-    alive: list[Any] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.form = FORMS[self.model.config.model_type]
-        self.family = family_of(self.model)
+    def __init__(self, model: Any, capacity: int, *, exact: bool) -> None:
+        self.model, self.capacity, self.exact = model, capacity, exact
+        self.form, family = FORMS[model.config.model_type], family_of(model)
+        assert family is not None
+        self.experts, couplings = family.experts, family.couplings
+        self.norm_offset = couplings.norm_offset if couplings else 0.0
+        self.alive: list[Any] = []
 
     def decoder(
         self, cache_dtype: torch.dtype, caches: Callable[[int], tuple[int, int]]
@@ -295,7 +284,6 @@ class KernelModel:
             *(self.layer(layer, i, angles, caches(i)) for i, layer in enumerate(layers))
         )
         self.alive.append(described)
-        clamped = config.model_type == "gpt_oss"
         return CDecoder(
             layers=len(layers),
             hidden=config.hidden_size,
@@ -313,7 +301,7 @@ class KernelModel:
             centered=int(is_layer_norm(final)),
             parallel=int(self.form.parallel or getattr(layers[0], "use_parallel_residual", False)),
             residual=getattr(config, "residual_multiplier", 1.0),
-            activation=CLAMPED if clamped else ACTIVATIONS[activation_of(config)],
+            activation=CLAMPED if self.form.clamped else ACTIVATIONS[activation_of(config)],
             alpha=getattr(config, "swiglu_alpha", 0.0),
             limit=getattr(config, "swiglu_limit", 0.0),
             **self.routing(layers),
@@ -364,9 +352,10 @@ class KernelModel:
         out = getattr(attention, "o_proj", None) or attention.dense
         found = {"o": self.matrix(out).c, "o_bias": self.floats(out.bias)}
         fused, first = getattr(attention, "qkv_proj", None), 0
+        whole = self.matrix(fused) if fused else None
         for name, size in zip("qkv", sizes, strict=True):
             linear = fused or getattr(attention, f"{name}_proj")
-            found[name] = self.rows(linear, first, first + size)
+            found[name] = (whole or self.matrix(linear)).rows_between(first, first + size)
             found[f"{name}_bias"] = self.bias(linear, first, first + size)
             first += size if fused else 0
         return found
@@ -374,9 +363,8 @@ class KernelModel:
     def feed_forwards(self, layer: Any) -> dict[str, Any]:
         """The feed-forward of a layer, or router, experts and the expert of all tokens."""
         ffn = getattr(layer, self.form.ffn)
-        declared = self.family.experts if self.family else None
-        path = declared.module.rpartition(".")[2] if declared else "experts"
-        fused = getattr(ffn, path, None)
+        declared = self.experts
+        fused = declared and getattr(ffn, declared.module.rpartition(".")[2], None)
         if fused is None or declared is None:
             return {"ffn": self.feed_forward(ffn)}
         opened = fused if isinstance(fused, OpenExperts) else opened_form(fused, declared)
@@ -402,27 +390,28 @@ class KernelModel:
             names for names in _FEED_FORWARDS if all(hasattr(ffn, x) for x in names if x)
         )
         up, down = getattr(ffn, up_name), getattr(ffn, down_name)
-        gate, first = getattr(ffn, gate_name) if gate_name else None, 0
+        whole, rows, first = self.matrix(up), up.out_features, 0
         found: dict[str, Any] = {"down": self.matrix(down).c, "down_bias": self.floats(down.bias)}
-        if gate is not None:
-            last = up.out_features // 2 if gate is up else up.out_features
-            found["gate"], found["gate_bias"] = self.rows(gate, 0, last), self.bias(gate, 0, last)
-            first = last if gate is up else 0
-        found["up"] = self.rows(up, first, up.out_features)
-        found["up_bias"] = self.bias(up, first, up.out_features)
+        if gate_name == up_name:
+            found["gate"], first = whole.rows_between(0, rows // 2), rows // 2
+            found["gate_bias"] = self.bias(up, 0, first)
+        elif gate_name:
+            gate = getattr(ffn, gate_name)
+            found["gate"], found["gate_bias"] = self.matrix(gate).c, self.floats(gate.bias)
+        found["up"], found["up_bias"] = whole.rows_between(first, rows), self.bias(up, first, rows)
         return CFeedForward(**found)
 
     def routing(self, layers: Any) -> dict[str, Any]:
         """How the routers of a mixture choose."""
-        declared, config = (self.family.experts if self.family else None), self.model.config
+        declared, config = self.experts, self.model.config
         if declared is None:
             return {"routed_scale": 1.0}
-        routers = [m for layer in layers for n, m in layer.named_modules() if n == declared.router]
-        chosen = getattr(routers[0], "top_k", None) or declared.per_token(config)
+        found = (x for layer in layers for n, x in layer.named_modules() if n == declared.router)
+        router = next(found)
         return {
-            "chosen": chosen,
+            "chosen": getattr(router, "top_k", None) or declared.per_token(config),
             "router_sigmoid": int(self.form.sigmoid),
-            "normalise": int(getattr(routers[0], "norm_topk_prob", True)),
+            "normalise": int(getattr(router, "norm_topk_prob", True)),
             "routed_scale": getattr(config, "routed_scaling_factor", None) or 1.0,
         }
 
@@ -452,8 +441,7 @@ class KernelModel:
 
     def offset(self, norm: Any) -> float:
         """What a norm adds to its stored weight."""
-        couplings = self.family.couplings if self.family else None
-        return 1.0 if type(norm).__name__.endswith("1P") else getattr(couplings, "norm_offset", 0.0)
+        return 1.0 if type(norm).__name__.endswith("1P") else self.norm_offset
 
     def angles(self, attention: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Cosine and sine [capacity, rotary / 2] of all positions, as the model computes them.
@@ -486,10 +474,6 @@ class KernelModel:
             matrix = KernelMatrix(weight if weight.dtype in TYPES else weight.float())
         self.alive.append(matrix)
         return matrix
-
-    def rows(self, linear: Any, begin: int, end: int) -> CMatrix:
-        """Some rows of the matrix of a linear."""
-        return self.matrix(linear).rows_between(begin, end)
 
     def bias(self, linear: Any, begin: int, end: int) -> int | None:
         """Some entries of the bias of a linear."""

@@ -54,7 +54,7 @@ from secateur.reporting.cards import compression_card
 from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, file_digests
-from secateur.runs.output import check_free, write_json, write_text
+from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
@@ -425,10 +425,8 @@ def round_head(
             out.copy_(solver.solve(own, prepared, held, 0.0, mask=everything).weight)
             progress.step()
         progress.finish()
-        unfinished = folder.with_suffix(".unfinished")
-        unfinished.mkdir(exist_ok=True)
-        save_file({name: rounded}, unfinished / "model.safetensors")
-        unfinished.rename(folder)
+        with whole_folder(folder) as unfinished:
+            save_file({name: rounded}, unfinished / "model.safetensors")
     return {name: CheckpointReader(folder)}
 
 

@@ -81,10 +81,11 @@ class PackedQuantization(QuantizationConfig):
     ) -> None:
         """Look into the folder."""
         packed = self.packed = PackedCheckpoint(folder_of(model_name, revision))
-        scheme = four_bits(packed, torch.bfloat16)
+        ends = ends_of(packed)
+        scheme = four_bits(packed, torch.bfloat16, ends)
         if scheme is not None:
             plain = {n.removesuffix(".weight") for n in packed.order if n.endswith(".weight")}
-            ignored = tuple(sorted({*plain, *ends_of(packed), "lm_head"}))
+            ignored = tuple(sorted({*plain, *ends, "lm_head"}))
             self.inner = CompressedTensorsConfig.from_config(scheme.to_json(ignored))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 
 import torch
@@ -41,7 +41,8 @@ def tensors_of(
         yield from ((name, reader.read(name)) for name in reader.entries)
         return
     packed = PackedCheckpoint(folder)
-    scheme, dense = four_bits(packed, dtype), ends_of(packed)
+    dense = ends_of(packed)
+    scheme = four_bits(packed, dtype, dense)
     view = DenseView(packed, computed=dtype)
     for name in (n for n in view.entries if n not in besides):
         owner = name.removesuffix(".weight")
@@ -61,9 +62,14 @@ def ends_of(packed: PackedCheckpoint) -> frozenset[str]:
     return frozenset(name.removesuffix(".weight") for name in found if name)
 
 
-def four_bits(packed: PackedCheckpoint, dtype: torch.dtype) -> Scheme | None:
-    """How the linears of a folder stay in 4 bits; None if they cannot."""
-    dense = ends_of(packed)
+def four_bits(packed: PackedCheckpoint, dtype: torch.dtype, dense: Container[str]) -> Scheme | None:
+    """How the linears of a folder stay in 4 bits; None if they cannot.
+
+    Args:
+        packed: the folder.
+        dtype: in which vLLM computes.
+        dense: what vLLM takes dense, from `ends_of`.
+    """
     layouts = [layout for name, layout in packed.layouts.items() if name not in dense]
     groups = {layout.group or 0 for layout in layouts}
     if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.allocator import LARGE_PAGE, ask_for_large_pages, give_back
+from secateur.allocator import LARGE_PAGE, ask_for_large_pages, trim
 from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.runtime.formats import GRID_BITS, VALUES
@@ -191,11 +191,11 @@ class KernelMatrix:
         """The description of some rows, for C; this matrix must outlive it.
 
         Args:
-            begin: the first row, even, because rows of int4 come in pairs.
+            begin: the first row; even for int4, whose rows come in pairs.
             end: the row after the last.
         """
-        assert begin % 2 == 0
         c, paired = CMatrix.from_buffer_copy(self.c), self.group is not None
+        assert not (paired and begin % 2)
         c.rows = end - begin
         first = begin // 2 if paired else begin
         if self.mask is None:
@@ -354,6 +354,7 @@ def to_large_pages(matrices: Iterable[KernelMatrix]) -> None:
 
 
 def _move_together(matrices: list[KernelMatrix]) -> None:
+    """Move some matrices, and return their old memory."""
     total = sum(m.nbytes + 6 * WORD for m in matrices) + LARGE_PAGE + READ_AHEAD_BYTES
     memory = torch.empty(total, dtype=torch.uint8)
     at = -memory.data_ptr() % LARGE_PAGE
@@ -367,7 +368,7 @@ def _move_together(matrices: list[KernelMatrix]) -> None:
 
     for matrix in matrices:
         matrix.move(place)
-    give_back()
+    trim()
 
 
 def kernels() -> ctypes.CDLL:
@@ -471,13 +472,9 @@ class PackedCodes:
         del either
         values = torch.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=torch.uint8)
         mask = torch.zeros(pairs, _words_of(codes.shape[1]) * WORD // 8, dtype=torch.uint8)
-        both = zip(
-            _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
-        )
-        for (first, turned), (_, here) in both:
+        for pair, turned, here in _turned_pairs(codes, kept, group):
             joined = _joined(turned * here).numpy()
             there = (here[0::2] | here[1::2]).numpy().view(np.bool_)
-            pair = first // 2
             bits = np.packbits(there, axis=1, bitorder="little")
             mask[pair : pair + len(bits)] = torch.from_numpy(bits)
             begin, end = int(offsets[pair]), int(offsets[pair + len(bits)])
@@ -497,11 +494,8 @@ class PackedCodes:
         stride = _two_of_four_bytes(words)
         values = torch.zeros(pairs * stride + READ_AHEAD_BYTES, dtype=torch.uint8)
         rows_of_bytes = values[: pairs * stride].view(pairs, stride)
-        both = zip(
-            _turned_rows(codes, group), _turned_rows(kept.view(torch.int8), group), strict=True
-        )
-        for (first, turned), (_, here) in both:
-            count, pair = len(turned) // 2, first // 2
+        for pair, turned, here in _turned_pairs(codes, kept, group):
+            count = len(turned) // 2
             keeps = (here.view(-1, 4) * torch.tensor([1, 2, 4, 8], dtype=torch.int8)).sum(1)
             places = _TWO_PLACES[keeps]
             found = (turned * here).view(-1, 4).gather(1, places)
@@ -598,6 +592,13 @@ def _turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
         filled[: len(part), :columns] = part
         turned = filled.view(torch.int32).index_select(1, order)
         yield first, turned.view(torch.int8)
+
+
+def _turned_pairs(codes: Tensor, kept: Mask, group: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some pairs of rows at a time: the number of the first pair, codes, and which are kept."""
+    kept_bytes = _turned_rows(kept.view(torch.int8), group)
+    for (first, turned), (_, here) in zip(_turned_rows(codes, group), kept_bytes, strict=True):
+        yield first // 2, turned, here
 
 
 def matrix_bytes(
