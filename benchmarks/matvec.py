@@ -12,7 +12,7 @@ Activations are bfloat16. Dense baselines: torch's bfloat16 linear, torch's int8
 product, and our own dense kernels; the fastest of the same type is what a sparse kernel is compared
 with. int4 has groups of `--group` weights; torch has no int4 for a CPU that does not round
 activations and scales differently, so dense int4 is ours. The byte limit is dense bytes over sparse
-bytes.
+bytes in memory. Ours are in large pages, as when a model is loaded.
 `--tier avx2` takes the kernels of older processors, which is then what `own` means.
 """
 
@@ -34,6 +34,7 @@ from torch.nn import functional
 from hardware import heading, keep, markdown
 from secateur.evaluation.random_models import another, random_matrix
 from secateur.runtime.kernels.library import kernel_info, use_tier
+from secateur.runtime.kernels.matrix import to_large_pages
 from secateur.timing import alternate, seconds_of
 
 
@@ -81,7 +82,9 @@ def kinds(
         for sparsity in (0.0, *SPARSITIES):
             one = random_matrix(rows, columns, name, sparsity, group)
             kind = f"{name} {sparsity:.0%}" if sparsity else f"own {name}"
-            enter(kind, copies(one, one.nbytes, another), lambda m: m.multiply(x))
+            matrices = copies(one, one.nbytes, another)
+            to_large_pages(matrices)
+            enter(kind, matrices, lambda m: m.multiply(x))
     return found
 
 
@@ -135,6 +138,8 @@ def row_of(
     rows = []
     for s in SPARSITIES:
         at = times[f"{values} {s:.0%}"]
+        # pairs of rows of int4 share a mask, and have a byte for what either keeps
+        stored = 4 * (1 - s * s) + 0.5 if values == "int4" else width * (1 - s) + 1
         row = {
             "shape": shape,
             "batch": batch,
@@ -145,7 +150,7 @@ def row_of(
             "best_dense": best,
             "ratio": dense[best] / at["median_ms"],
             "ratio_of_fast": times[best]["fast_ms"] / at["fast_ms"],
-            "byte_limit": (width + scales) / (width * (1 - s) + 1 + scales),
+            "byte_limit": (width + scales) / (stored + scales),
         }
         row["share_of_limit"] = row["ratio"] / row["byte_limit"]
         for other in ("own int8", "torch bf16"):

@@ -99,8 +99,8 @@ def test_generate_refuses(secateur, tmp_path: Path) -> None:
 def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
     secateur, tmp_path
 ) -> None:
-    """Heads of 8 are none for the decode loop; the GGUF file is none at all."""
-    folder = packed_model(tmp_path, values="bfloat16")
+    """GPT-2 is none for the decode loop; the GGUF file is none at all."""
+    folder = packed_model(tmp_path, "gpt2", values="bfloat16")
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
     done = secateur(
         "bench", folder, *SHORT, "--json", "--contenders", "packed, torch bf16",
@@ -109,7 +109,7 @@ def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
     assert done.code == 0, done.err
     record = json.loads(done.out)
     packed, plain, gguf = record["contenders"]
-    assert "its heads are 8 wide" in packed["failure"]
+    assert "its type is gpt2" in packed["failure"]
     assert gguf["contender"] == "broken.gguf"
     assert gguf["failure"]
     assert plain["contender"] == "torch bf16"

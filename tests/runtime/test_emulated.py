@@ -242,7 +242,8 @@ def test_attention(run: Run, dtype: torch.dtype, prompt: int) -> None:
     command = numbers(ATTEND, TYPES[dtype], 6, 2, 20, prompt)
     got = tensor(run(command + array(vectors)), torch.float32).view(90, 16, 20)[:, 10:]
     wanted = oracle(q, k, v, rounding(dtype))
-    torch.testing.assert_close(got.double(), wanted, rtol=4e-3, atol=4e-3)
+    # queries and shares may be rounded to bfloat16 as well
+    assert float((got.double() - wanted).norm() / wanted.norm()) < 6e-3
 
 
 def test_silu(run: Run) -> None:

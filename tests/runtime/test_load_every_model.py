@@ -146,6 +146,24 @@ def test_positions_that_change_at_a_length() -> None:
     assert float((steps - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+def test_gate_and_up_of_odd_sizes_in_one_matrix(tmp_path: Path) -> None:
+    """After a cut of neurons: rows of 4 bits come in pairs, so those go through transformers."""
+    config = config_of("phi3")
+    config.hidden_size, config.intermediate_size = 64, 45
+    torch.manual_seed(0)
+    model = class_of(config).from_config(config, dtype=torch.float32).eval()
+    for values in ("int8", "int4"):
+        dense, packed = saved(model, tmp_path / f"dense {values}"), tmp_path / values
+        secateur.compress(dense, output=packed, values=values)
+    assert "odd number of rows" in (why_not(secateur.load(tmp_path / "int4")) or "")
+    packed_model, ids = secateur.load(tmp_path / "int8", dtype=torch.float32), tiny_windows(1, 9)[0]
+    found = SlotDecoder(packed_model, 9).read(0, ids, every=True)
+    with torch.no_grad():
+        expected = packed_model(input_ids=ids[None], use_cache=False).logits[0]
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
 @pytest.mark.parametrize("model_type", sorted({config_of(x).model_type for x in ZOO} - {*FORMS}))
 def test_other_models_say_why_they_are_decoded_by_transformers(model_type: str) -> None:
     """Before any of their modules is looked at."""

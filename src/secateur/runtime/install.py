@@ -232,7 +232,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     if kernel_info().tier == "none":
         for module in linears:
-            module.kernel_up_to = 0
+            module.kernel_up_to = None
         return
     activations = torch.float32 if dtype == torch.float16 else dtype
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)

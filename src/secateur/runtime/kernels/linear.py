@@ -155,12 +155,12 @@ class PackedLinear(OperatorLinear):
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
-        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks.
-            `install.settle` sets it after measuring.
+        kernel_up_to: the most tokens for the kernel; more are multiplied by blocks. None where
+            there are no kernels, and torch multiplies. `install.settle` sets it after measuring.
     """
 
     def __init__(
-        self, matrix: KernelMatrix, bias: Tensor | None = None, kernel_up_to: int = 8
+        self, matrix: KernelMatrix, bias: Tensor | None = None, kernel_up_to: int | None = 8
     ) -> None:
         super().__init__((matrix.rows, matrix.columns), bias)
         self.matrix, self.kernel_up_to = matrix, kernel_up_to
@@ -187,6 +187,9 @@ class PackedLinear(OperatorLinear):
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
+        if self.kernel_up_to is None:
+            assert self.matrix.weight is not None  # nothing is packed where there are no kernels
+            return functional.linear(x, self.matrix.weight.to(x.dtype))
         if x.dtype == torch.float16:  # torch multiplies it slowly, kernels take float32
             return self.product(x.float()).half()
         if len(x) <= self.kernel_up_to:
