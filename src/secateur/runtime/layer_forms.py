@@ -364,8 +364,10 @@ class KernelModel:
         """The feed-forward of a layer, or router, experts and the expert of all tokens."""
         ffn = getattr(layer, self.form.ffn)
         declared = self.experts
-        fused = declared and getattr(ffn, declared.module.rpartition(".")[2], None)
-        if fused is None or declared is None:
+        if declared is None:
+            return {"ffn": self.feed_forward(ffn)}
+        fused = getattr(ffn, declared.module.rpartition(".")[2], None)
+        if fused is None:
             return {"ffn": self.feed_forward(ffn)}
         opened = fused if isinstance(fused, OpenExperts) else opened_form(fused, declared)
         experts = (CFeedForward * len(opened))(*(self.feed_forward(x) for x in opened))
