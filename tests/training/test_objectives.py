@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,31 @@ def test_each_epoch_reads_everything_once() -> None:
     assert read[:7] != read[7:]
     halves = [batches.micro(3, 1, torch.device("cpu"), rank, 2) for rank in (0, 1)]
     assert tuple(p.numbers[0] for half in halves for p in half) == batches.numbers(3)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_only_answers_count(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both losses are means over the tokens before an answer's; parts of a step add up."""
+    monkeypatch.setattr(objectives, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False))
+    model, teacher = model_of(family), model_of(family, seed=1)
+    answers = torch.zeros_like(IDS, dtype=torch.bool)
+    answers[0, 3:6] = answers[1, 0] = answers[1, 8:] = True
+    before = answers[:, 1:]
+    step = Batches(IDS, 2, answers=answers)
+    for name, size in itertools.product(("next", *KINDS), (1, 2)):
+        logits = logits_of(model)[:, :-1][before]
+        if name == "next":
+            objective: Any = NextToken.of(model)
+            log_q = logits.double().log_softmax(-1)
+            expected = -log_q.gather(1, IDS[:, 1:][before][:, None]).mean()
+        else:
+            objective = Distil.between(model, ModelTeacher(teacher), kind=name)
+            wanted = logits_of(teacher)[:, :-1][before].detach()
+            expected = divergence(logits, wanted, name, 1.0)
+        parts = step.in_order(size, CPU)
+        ours = sum(objective(model, part) * len(part.ids) / 2 for part in parts)
+        assert_same(ours, expected, model, 2e-4)
+    micro = step.micro(0, 1, CPU)
+    assert sorted(part.numbers for part in micro) == [(0,), (1,)]
+    assert {part.count for part in micro} == {3.5}

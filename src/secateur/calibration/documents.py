@@ -1,17 +1,30 @@
-"""Reads texts for calibration or evaluation, from files, folders, samples or the hub.
+"""Reads texts and conversations for calibration, training or evaluation.
 
-| source                          | documents                                                    |
-|---------------------------------|--------------------------------------------------------------|
-| `FILE.txt`, `.md`, `.raw`       | the whole file is one document                               |
-| `FILE.jsonl`                    | one document per line, its field `text` (or another)         |
-| a folder                        | the documents of all such files in it, in order of paths     |
-| `boolq-calibration`, `-held-out`| a sample: one passage each                                   |
-| `c4`                            | web pages of the first shard of C4's English part            |
-| `wikitext2`                     | WikiText-2 raw: one document, its rows joined by two newlines|
-| `hub:org/name[@revision]`       | one document per row of that data set                        |
+| source                           | documents                                                   |
+|----------------------------------|-------------------------------------------------------------|
+| `FILE.txt`, `.md`, `.raw`        | the whole file is one document                              |
+| `FILE.jsonl`, `FILE.parquet`     | one document per row, its field `text` (or another)         |
+| a folder                         | the documents of all such files in it, in order of paths    |
+| a folder of `save_to_disk`       | one document per row                                        |
+| `boolq-calibration`, `-held-out` | a sample: one passage each                                  |
+| `c4`                             | web pages of the first shard of C4's English part           |
+| `wikitext2`                      | WikiText-2 raw: one document, rows joined by two newlines   |
+| `hub:org/name[@revision][:split]`| one document per row of that data set                       |
 
 Files may also be compressed (`.gz`). Unless a split is named, calibration reads the `train` split
 of a data set, and evaluation its `test` or `validation` split.
+
+A row without the field `text` may hold a conversation instead, which is one document:
+
+| fields                                             | read as                              |
+|----------------------------------------------------|--------------------------------------|
+| `messages`: [{"role", "content"}, …]               | a conversation, in the chat template |
+| `conversations`: [{"from", "value"}, …] (ShareGPT) | the same                             |
+| `prompt` and `completion`, lists of messages       | the same, all messages together      |
+| `prompt` and `completion`, texts                   | one text, without a template         |
+
+Answers are what the assistant writes, or the completion. A source has either texts or
+conversations.
 
 Several texts with weights stand in one line: `code.jsonl=2,math.jsonl=1,c4`.
 """
@@ -19,21 +32,41 @@ Several texts with weights stand in one line: `code.jsonl=2,math.jsonl=1,c4`.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, ClassVar, cast, overload
 
-from secateur.errors import SourceError
+from secateur.errors import SourceError, first_line
 from secateur.models.hub import TEXTS, hub_or_cache, sample_text
+from secateur.models.tokenizer import Tokenizer, encoded
 from secateur.registry import did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-HUB_DATASET = re.compile(r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+TABLE = ".parquet"
+SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, TABLE)
+SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+"""One of these is in a folder that `datasets` saved."""
+
+HUB_DATASET = re.compile(
+    r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.:%+\[\]-]+))?"
+)
+FIELD = "text"
+CHATS = ("messages", "conversations")
+PAIR = ("prompt", "completion")
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function")},
+    **{"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"},
+}
+"""The roles of messages; those of ShareGPT become the usual ones."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Marks answers in a chat template."""
 PICTURES = ("image", "images", "image_path")
 BLANK_LINE = "\n\n"
 
@@ -70,28 +103,186 @@ KNOWN_DATASETS: dict[str, HubDataset] = {
 
 
 @dataclass(frozen=True)
+class PromptCompletion:
+    """A prompt and its completion, both plain texts.
+
+    Attributes:
+        prompt: the first part of the text.
+        completion: the second part, which is the answer.
+    """
+
+    prompt: str
+    completion: str
+    ends_itself: ClassVar[bool] = False
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids, without special tokens around them."""
+        return self.marked(tokenizer)[0]
+
+    def marked(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+        """Its token ids, and which of them are the answer."""
+        text = self.prompt + self.completion
+        return _marked(tokenizer, text, [(len(self.prompt), len(text))])
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, to be written with the chat template of a tokenizer.
+
+    Attributes:
+        messages: role and content of each, and whatever else the template reads.
+        where: file and line, or data set and row, for errors.
+        tools: descriptions of tools, for the template.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    where: str
+    tools: list[Any] | None = None
+    ends_itself: ClassVar[bool] = True
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids: those of `apply_chat_template`.
+
+        Raises:
+            SourceError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        text = self._text(tokenizer, len(self.messages))
+        return encoded(tokenizer, [text], add_special_tokens=False)[0]
+
+    def marked(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+        """Its token ids, and which of them are answers.
+
+        A template with `{% generation %}` marks them itself. Otherwise an answer is what the
+        template adds for it, between the conversation before it with the generation prompt and the
+        conversation with it; white space at its end does not belong to it.
+
+        Raises:
+            SourceError: as `ids`; or the answers cannot be found.
+        """
+        _need_template(tokenizer, self.where)
+        if GENERATION.search(tokenizer.get_chat_template(tools=self.tools)):
+            found = self._call(
+                tokenizer,
+                self.messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+            return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
+        whole = self._text(tokenizer, len(self.messages))
+        answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        return _marked(tokenizer, whole, [self._answer(tokenizer, whole, i) for i in answers])
+
+    def _answer(self, tokenizer: Tokenizer, whole: str, number: int) -> tuple[int, int]:
+        """The first character of an answer in the whole conversation, and the one after it."""
+        before = self._text(tokenizer, number, add_generation_prompt=True) if number else ""
+        after = self._text(tokenizer, number + 1)
+        content = self.messages[number]["content"]
+        content = content.strip() if isinstance(content, str) else ""
+        known, through = before and whole.startswith(before), whole.startswith(after)
+        start, end = len(before), len(after.rstrip())
+        if not known:
+            start = after.rfind(content) if through and content else -1
+        elif not through:  # a template may shorten earlier answers
+            place = whole.find(content, start) if content else -1
+            end = place + len(content) if place >= 0 else -1
+            behind, stop = whole[end:].lstrip(), tokenizer.eos_token
+            if end >= 0 and stop and behind.startswith(stop):
+                end = len(whole) - len(behind) + len(stop)
+        if start < 0 or end < start:
+            raise SourceError(
+                f"message {number + 1} is an answer that cannot be found in what the chat template "
+                "writes",
+                where=self.where,
+                remedy="mark the answers in the template with {% generation %}, or train on whole "
+                "conversations (--whole-conversations)",
+            )
+        return start, end
+
+    def _text(self, tokenizer: Tokenizer, count: int, **options: bool) -> str:
+        """The first messages as the template writes them."""
+        return str(self._call(tokenizer, self.messages[:count], tokenize=False, **options))
+
+    def _call(self, tokenizer: Tokenizer, messages: Sequence[Any], **options: Any) -> Any:
+        """What `apply_chat_template` returns."""
+        _need_template(tokenizer, self.where)
+        options |= {"tools": self.tools} if self.tools else {}
+        try:
+            return tokenizer.apply_chat_template(list(messages), **options)
+        except Exception as error:  # templates can raise any exception
+            raise SourceError(
+                f"the chat template refuses the conversation: {first_line(error)}",
+                where=self.where,
+                remedy="change or remove this conversation; many templates want user and assistant "
+                "in turns, and some no system message",
+            ) from error
+
+
+Document = str | Chat | PromptCompletion
+"""A text, or a conversation that needs a tokenizer to become one."""
+
+
+def _need_template(tokenizer: Tokenizer, where: str) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise SourceError(
+            "this is a conversation, and the tokenizer has no chat template",
+            where=where,
+            remedy="copy chat_template.jinja or tokenizer_config.json of the instruct model to the "
+            "model's folder, or write the conversation as one text, in the field 'text'",
+        )
+
+
+def template_digest(documents: Sequence[Document], tokenizer: Tokenizer) -> str | None:
+    """The SHA-256 of the chat template that writes documents, in sixteen digits; None for texts."""
+    if not (len(documents) and isinstance(documents[0], Chat)):
+        return None
+    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
+
+
+def _marked(
+    tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """The token ids of a text, and which of them have characters in one of the spans."""
+    if not tokenizer.is_fast:
+        raise SourceError(
+            "answers cannot be found in tokens: the tokenizer is not a fast one",
+            remedy="save it as tokenizer.json, or train on whole conversations "
+            "(--whole-conversations)",
+        )
+    found = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    marks = [
+        any(first < end and last > start for start, end in spans)
+        for first, last in found["offset_mapping"]
+    ]
+    return list(found["input_ids"]), marks
+
+
+@dataclass(frozen=True)
 class JoinedText:
     """One text for evaluation, and what a perplexity must report about it.
 
     Args:
-        text: the whole text.
+        text: the whole text, or conversations.
         dataset: the source and, for a data set, its split.
         join: how documents were joined.
     """
 
-    text: str
+    text: str | Sequence[Document]
     dataset: str
     join: str
 
 
 def read_documents(
-    source: str, *, field: str = "text", split: str | None = None, config: str | None = None
-) -> Sequence[str]:
+    source: str, *, field: str = FIELD, split: str | None = None, config: str | None = None
+) -> Sequence[Document]:
     """The documents of a source, for calibration.
 
     Args:
         source: see the table above.
-        field: the field or column with the text, in JSON lines and data sets.
+        field: the field or column with the text, or with messages, in JSON lines and data sets.
         split: the split of a data set on the hub; by default `train`.
         config: the configuration of a data set on the hub.
 
@@ -109,7 +300,7 @@ def read_documents(
 
 
 def read_text(
-    source: str, *, field: str = "text", split: str | None = None, config: str | None = None
+    source: str, *, field: str = FIELD, split: str | None = None, config: str | None = None
 ) -> JoinedText:
     """A source as one text, for evaluation; the arguments are those of `read_documents`.
 
@@ -119,7 +310,7 @@ def read_text(
         SourceError: as `read_documents`.
     """
     dataset = _hub_dataset(source, config)
-    documents: Sequence[str]
+    documents: Sequence[Document]
     if dataset is None:
         documents = _local_documents(source, field)
         name, unit = source, "documents"
@@ -128,9 +319,16 @@ def read_text(
         documents = _hub_documents(dataset, split, field)
         name = f"{dataset.repo} {dataset.config or ''} {split}".replace("  ", " ")
         unit = "rows"
+    if holds_chats(documents):
+        return JoinedText(documents, name, "conversations, one after the other")
     whole = len(documents) == 1 and not (dataset and dataset.one_document)
     join = "one text, as it is" if whole else f"{unit} joined by two newlines"
-    return JoinedText(BLANK_LINE.join(documents), name, join)
+    return JoinedText(BLANK_LINE.join(cast("Sequence[str]", documents)), name, join)
+
+
+def holds_chats(documents: Sequence[Document]) -> bool:
+    """Whether the documents are conversations and not texts; a source has one of the two."""
+    return len(documents) > 0 and not isinstance(documents[0], str)
 
 
 def check_text(source: str) -> None:
@@ -149,47 +347,79 @@ def _no_text(source: str) -> SourceError:
     return SourceError(
         f"no text is named {source!r}",
         where=str(Path(source).expanduser().absolute()),
-        remedy=f"name a file ({', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}), a folder, a data "
+        remedy=f"name a file ({', '.join(SUFFIXES)}), a folder, a data "
         f"set as hub:org/name, or {did_you_mean(source, [*TEXTS, *KNOWN_DATASETS])}",
     )
 
 
-def _local_documents(source: str, field: str) -> list[str]:
+def _local_documents(source: str, field: str) -> Sequence[Document]:
     """The documents of a file, a folder or a sample."""
     path = Path(source).expanduser()
+    if any((path / name).is_file() for name in SAVED_TO_DISK):
+        return _row_documents(_saved_rows(path), field, str(path))
+    documents: list[Document]
     if path.is_file():
         documents = list(_file_documents(path, field))
     elif path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and _bare_suffix(p)]
         documents = [text for p in files for text in _file_documents(p, field)]
     elif source in TEXTS:
-        documents = sample_text(source)
+        documents = [*sample_text(source)]
     else:
         raise _no_text(source)
-    if not any(text.strip() for text in documents):
+    texts = [x for x in documents if isinstance(x, str)]
+    if texts and len(texts) < len(documents):
+        raise SourceError(
+            f"{source} has {len(texts)} texts and {len(documents) - len(texts)} conversations",
+            where=str(path.absolute()),
+            remedy="write them to two files, and name both: texts.jsonl,chats.jsonl",
+        )
+    if len(texts) == len(documents) and not any(text.strip() for text in texts):
         raise SourceError(
             f"{source} contains no text",
             where=str(path.absolute()),
-            remedy=f"name a file with text, of kind {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}",
+            remedy=f"name a file with text, of kind {', '.join(SUFFIXES)}",
         )
     return documents
+
+
+def _saved_rows(path: Path) -> Any:
+    """The rows of a folder that `datasets` saved."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if "train" not in saved:
+        raise SourceError(
+            f"the data set has no split 'train'; it has: {', '.join(saved)}",
+            where=str(path),
+            remedy="name the folder of a split",
+        )
+    return saved["train"]
 
 
 def _bare_suffix(path: Path) -> str | None:
     """The suffix of a text file without `.gz`, or None if secateur does not read this kind."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return suffix if suffix in TEXT_SUFFIXES + LINE_SUFFIXES else None
+    return suffix if suffix in SUFFIXES else None
 
 
-def _file_documents(path: Path, field: str) -> Iterator[str]:
+def _file_documents(path: Path, field: str) -> Iterator[Document]:
     suffix = _bare_suffix(path)
     if suffix is None:
         raise SourceError(
             f"{path.name} is not a kind of text that secateur reads",
             where=str(path),
-            remedy=f"name a file ending in {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)} "
+            remedy=f"name a file ending in {', '.join(SUFFIXES)} "
             "(or one of these and .gz), or a .safetensors file of windows to calibrate on",
         )
+    if suffix == TABLE:
+        import datasets
+
+        rows = datasets.Dataset.from_parquet(str(path))
+        yield from _row_documents(rows, field, str(path))
+        return
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with cast("IO[str]", opener(path, "rt", encoding="utf-8-sig")) as lines:
@@ -207,8 +437,8 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         ) from None
 
 
-def _line_document(line: str, where: str, field: str) -> str:
-    """The text of one JSON line."""
+def _line_document(line: str, where: str, field: str) -> Document:
+    """The document of one JSON line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -224,13 +454,6 @@ def _line_document(line: str, where: str, field: str) -> str:
             where=where,
             remedy=f'write one object per line, such as {{"{field}": "..."}}',
         )
-    if not isinstance(row.get(field), str):
-        fault = f"is a {type(row[field]).__name__}, not text" if field in row else "is not there"
-        raise SourceError(
-            f"the field {field!r} {fault}; the line has: {', '.join(row) or 'no field'}",
-            where=where,
-            remedy="name the field with the text",
-        )
     pictures = [name for name in PICTURES if row.get(name)]
     if pictures:
         raise SourceError(
@@ -239,17 +462,100 @@ def _line_document(line: str, where: str, field: str) -> str:
             remedy=f"remove the field {pictures[0]!r}, or make windows with the processor of the "
             "model: see docs/seeing.md",
         )
-    text = cast(str, row[field])
+    fields = _conversation_fields(row, field)
+    if fields:
+        return _conversation(row, fields, where)
+    if not isinstance(row.get(field), str):
+        fault = f"is a {type(row[field]).__name__}, not text" if field in row else "is not there"
+        raise SourceError(
+            f"the field {field!r} {fault}; the line has: {', '.join(row) or 'no field'}",
+            where=where,
+            remedy="name the field with the text, or write conversations in the field 'messages'",
+        )
+    return _whole_characters(cast(str, row[field]), where)
+
+
+def _whole_characters(text: str, where: str) -> str:
+    """The text. JSON can write half of a surrogate pair, and no tokenizer reads it."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, and tokenizers
-        raise SourceError(  # cannot read it
+    except UnicodeEncodeError as error:
+        raise SourceError(
             f"the text has half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
             f"{error.start}",
             where=where,
             remedy="write the whole character, or remove it",
         ) from None
     return text
+
+
+def _conversation_fields(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """The fields of a row with a conversation, or a prompt and its completion; () for a text."""
+    if isinstance(row.get(field), list):
+        return (field,)
+    if field != FIELD or row.get(field) is not None:
+        return ()
+    if all(row.get(name) is not None for name in PAIR) and not row.get(CHATS[0]):
+        return PAIR
+    return next(((name,) for name in CHATS if name in row), ())
+
+
+def _conversation(
+    row: Mapping[str, Any], fields: tuple[str, ...], where: str
+) -> Chat | PromptCompletion:
+    """The conversation of a row."""
+    values = [row[name] for name in fields]
+    if all(isinstance(value, str) for value in values) and len(values) == len(PAIR):
+        prompt, completion = (_whole_characters(value, where) for value in values)
+        return PromptCompletion(prompt, completion)
+    wrong = [name for name, x in zip(fields, values, strict=True) if not isinstance(x, list)]
+    if wrong:
+        raise SourceError(
+            f"the field {wrong[0]!r} is a {type(row[wrong[0]]).__name__}, not a list of messages",
+            where=where,
+            remedy='write [{"role": "user", "content": "..."}, ...]',
+        )
+    messages = tuple(_message(x, where) for value in values for x in value)
+    if not any(m["content"] or len(m) > 2 for m in messages):
+        raise SourceError(
+            "the conversation is empty", where=where, remedy="remove it, or write its messages"
+        )
+    return Chat(messages, where, row.get("tools") or None)
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    """A message with role and content, whichever names they have."""
+    found = given if isinstance(given, dict) else {}
+    role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
+    others = {
+        name: value
+        for name, value in found.items()
+        if name not in ("role", "from", "content", "value") and value is not None
+    }
+    if content is None and others:  # of a message that calls a tool
+        content = ""
+    if role is None or content is None:
+        raise SourceError(
+            "a message has no role or no content; it has: " + (", ".join(found) or "no field"),
+            where=where,
+            remedy='write {"role": "user", "content": "..."}',
+        )
+    if role not in ROLES:
+        raise SourceError(
+            f"unknown role {role!r}", where=where, remedy=did_you_mean(str(role), [*ROLES])
+        )
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise SourceError(
+                f"the content of a message has a part that is no text ({kind})",
+                where=where,
+                remedy="remove it, or make windows with the processor of the model: see "
+                "docs/seeing.md",
+            )
+        _whole_characters(part["text"], where)
+    return {"role": ROLES[role], "content": content, **others}
 
 
 def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
@@ -259,10 +565,15 @@ def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
     if source in KNOWN_DATASETS:
         return KNOWN_DATASETS[source]
     named = HUB_DATASET.fullmatch(source)
-    return HubDataset(named["repo"], config, named["revision"]) if named else None
+    if named is None:
+        return None
+    splits = {}
+    if named["split"]:
+        splits = dict.fromkeys(("calibrate", "judge"), (named["split"], None))
+    return HubDataset(named["repo"], config, named["revision"], **splits)
 
 
-def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]:
+def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[Document]:
     """The documents of one split of a data set on the hub."""
     import datasets
 
@@ -288,11 +599,48 @@ def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[str]
         raise SourceError(
             str(error), where=where, remedy="name a split or configuration of the data set"
         ) from error
+    documents = _row_documents(rows, field, where)
+    if dataset.one_document:
+        return [BLANK_LINE.join(cast("Sequence[str]", documents))]
+    return documents
+
+
+def _row_documents(rows: Any, field: str, where: str) -> Sequence[Document]:
+    """The documents of a data set's rows. They stay on disk until they are read."""
+    first = rows[0] if len(rows) else {}
+    fields = _conversation_fields(first, field)
+    if fields:
+        return _Chats(rows, fields, where)
     if field not in rows.column_names:
         raise SourceError(
             f"the data set has no column {field!r}; it has: {', '.join(rows.column_names)}",
             where=where,
-            remedy="name the column with the text",
+            remedy="name the column with the text or the messages",
         )
     texts: Sequence[str] = rows[field]
-    return [BLANK_LINE.join(texts)] if dataset.one_document else texts
+    return texts
+
+
+@dataclass(frozen=True)
+class _Chats(Sequence[Chat | PromptCompletion]):
+    """The conversations of a data set's rows."""
+
+    rows: Any
+    fields: tuple[str, ...]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Chat | PromptCompletion: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Chat | PromptCompletion]: ...
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return _conversation(self.rows[place], self.fields, f"{self.where} row {place}")

@@ -25,6 +25,10 @@ import torch
 from torch import Tensor
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.calibration.documents import (
+    read_documents,
+    template_digest,
+)
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import (
     EXTRA,
@@ -35,7 +39,7 @@ from secateur.calibration.windows import (
     load_multimodal,
     load_windows,
     make_windows,
-    pack_windows,
+    pack_with_answers,
     save_windows,
     shares,
     stored_extra,
@@ -62,6 +66,9 @@ WINDOWS, RECORD = "windows.safetensors", "calibration.json"
 
 BESIDE = "beside.safetensors"
 """The file with the pictures of a stopped run, next to its windows."""
+
+TEMPLATE = "chat_template"
+"""The key of the digest of the chat template, in the record of windows of conversations."""
 
 READY = ".safetensors"
 """The suffix of a file of ready windows, which needs no tokenizer."""
@@ -147,17 +154,29 @@ class WindowReader:
             **self._limits,
         )
 
-    def read_up_to(self, text: str, plan: WindowPlan, field: str) -> Tensor:
-        """All ready windows of a file, or as many of a text as the plan has; perhaps none."""
-        if text.endswith(READY):
-            return load_windows(Path(text).expanduser(), **self._limits)
-        from secateur.calibration.documents import read_documents
+    def read_up_to(
+        self, text: str, plan: WindowPlan, field: str, *, answers: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """All ready windows of a file, or as many of a text as the plan has; perhaps none.
 
+        Args:
+            text: the text, or a file of ready windows.
+            plan: how the text is cut.
+            field: the field of a JSONL line that holds the text.
+            answers: whether to find the answers of conversations.
+
+        Returns:
+            The windows, and which of their tokens are answers; None if all tokens count.
+        """
+        if text.endswith(READY):
+            return load_windows(Path(text).expanduser(), **self._limits), None
         documents, tokenizer = read_documents(text, field=field), self.tokenizer()
-        windows = pack_windows(documents, tokenizer, plan, plan.windows)
+        windows, marks = pack_with_answers(
+            documents, tokenizer, plan, plan.windows, answers=answers
+        )
         if len(windows):
             check_fit(windows, text, **self._limits)
-        return windows
+        return windows, marks
 
     def save_parts(
         self,
@@ -437,7 +456,8 @@ def load_calibration(
 
     Returns:
         The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
-        the start tokens if each window begins with some, the SHA-256 of the windows, by which two
+        the start tokens if each window begins with some, a digest of the chat template if it
+        wrote conversations, the SHA-256 of the windows, by which two
         runs can be seen to have used the same, and the number of extra windows at the end, if there
         are any; the other numbers are without them.
 
@@ -473,13 +493,13 @@ def load_calibration(
                 remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
                 ".safetensors file of them",
             )
-        from secateur.calibration.documents import read_documents  # ready windows need none
-
         documents = read_documents(source, field=field, split=split, config=config)
         windows = make_windows(documents, tokenizer, plan)
         check_fit(windows, source, vocab_size=vocab_size, positions=positions)
         start, extra = start_tokens(tokenizer), max(0, len(windows) - plan.windows)
         record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
+        template = template_digest(documents, tokenizer)
+        record |= {TEMPLATE: template} if template else {}
     record |= {START: list(start)} if start else {}
     record |= {EXTRA: extra} if extra else {}
     own = windows[: len(windows) - extra]
@@ -512,11 +532,12 @@ def _mixed(
     records = [record for _, record in found]
     record = records[0] | {
         "source": ",".join(f"{name}={weight:g}" for name, weight in parts),
-        "texts": [{"source": r["source"], "samples": r["samples"]} for r in records],
+        "texts": [{k: r[k] for k in ("source", "samples", TEMPLATE) if k in r} for r in records],
         "documents": sum(r["documents"] for r in records),
         **_size_of(windows),
     }
     record |= {EXTRA: len(more)} if len(more) else {}
+    record |= next(({TEMPLATE: r[TEMPLATE]} for r in records if TEMPLATE in r), {})
     return torch.cat([windows, more]), record
 
 

@@ -11,6 +11,9 @@ them, and none is read twice. Only windows have start tokens; the text itself ha
 that a tokenizer appends to a text belongs to the text. Where the tokenizer puts no start token, k
 is 0 and a window is S tokens of text.
 
+A conversation is written by the chat template of the tokenizer. Its start token is cut off as that
+of a text, and no end token is put behind it, because the template writes its own.
+
 Evaluation predicts no start token. Training and gradients do not predict the first token of a
 window. For k ≤ 1 this is the same; of two start tokens they predict the second.
 
@@ -24,13 +27,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.calibration.documents import Document, holds_chats
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
 from secateur.registry import did_you_mean
@@ -89,7 +94,7 @@ class WindowPlan:
             )
 
 
-def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
+def make_windows(documents: Sequence[Document], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """Cut calibration windows from documents.
 
     Each window begins with the start tokens of the tokenizer, if it has any; see `cutting`.
@@ -128,35 +133,95 @@ def make_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPla
 
 
 def pack_windows(
-    documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan, count: int
+    documents: Sequence[Document], tokenizer: Tokenizer, plan: WindowPlan, count: int
 ) -> Windows:
     """At most `count` windows, one after the other from the stream of shuffled documents."""
+    return pack_with_answers(documents, tokenizer, plan, count, answers=False)[0]
+
+
+def pack_with_answers(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    plan: WindowPlan,
+    count: int,
+    *,
+    answers: bool = True,
+) -> tuple[Windows, Tensor | None]:
+    """The windows of `pack_windows`, and which of their tokens are answers.
+
+    Args:
+        documents: texts or conversations.
+        tokenizer: used with its default special tokens, and its chat template.
+        plan: the length of windows, and the seed.
+        count: the most windows.
+        answers: whether the answers of conversations are wanted.
+
+    Returns:
+        Windows and a mask of their shape; None without conversations.
+    """
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
+    answers = answers and holds_chats(documents)
     rng = random.Random(plan.seed)
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
     rng.shuffle(pieces)
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
+    stream = _Stream(cutter, answers)
     for first in range(0, len(pieces), PIECES_AT_ONCE):
-        texts = [documents[i][a:b] for i, a, b in pieces[first : first + PIECES_AT_ONCE]]
-        for ids in cutter.read(texts):
-            stream.extend(ids)
-            if end is not None and ids and ids[-1] != end:
-                stream.append(end)
-        if len(stream) >= count * cutter.text_length:
+        some = pieces[first : first + PIECES_AT_ONCE]
+        stream.add(
+            [
+                document[a:b] if isinstance(document := documents[i], str) else document
+                for i, a, b in some
+            ]
+        )
+        if len(stream.ids) >= count * cutter.text_length:
             break
-    places = cutter.places(len(stream))
+    places = cutter.places(len(stream.ids))
     rng.shuffle(places)
-    return cutter.cut(stream, places[:count])
+    return stream.cut(places[:count])
 
 
-def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int]]:
+class _Stream:
+    """The tokens of documents, one after the other, and which of them are answers if asked."""
+
+    def __init__(self, cutter: WindowCutter, answers: bool) -> None:
+        self.cutter, self.answers = cutter, answers
+        self.ids: list[int] = []
+        self.marks: list[bool] = []
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Add documents, with an end token behind each that has none and is no conversation."""
+        end = self.cutter.tokenizer.eos_token_id
+        if self.answers:
+            found = [self.cutter.marked(document) for document in documents]
+        else:
+            found = [(ids, []) for ids in self.cutter.read(documents)]
+        for document, (ids, marks) in zip(documents, found, strict=True):
+            self.ids += ids
+            self.marks += marks
+            ends_itself = not isinstance(document, str) and document.ends_itself
+            if end is not None and ids and ids[-1] != end and not ends_itself:
+                self.ids.append(end)
+                self.marks += [True] * self.answers
+
+    def cut(self, places: Sequence[int]) -> tuple[Windows, Tensor | None]:
+        """The windows at these places, and which of their tokens are answers."""
+        windows = self.cutter.cut(self.ids, places)
+        if not self.answers:
+            return windows, None
+        nothing = replace(self.cutter, start=(0,) * len(self.cutter.start))
+        return windows, nothing.cut(self.marks, places).bool()
+
+
+def cut_pieces(documents: Sequence[Document], limit: int) -> list[tuple[int, int, int]]:
     """Document, start and end of each piece of at most `limit` characters, without blank pieces.
 
-    A piece ends after a line if possible, otherwise after a space, otherwise within a word.
+    A piece ends after a line if possible, otherwise after a space, otherwise within a word. A
+    conversation is one piece.
     """
+    if holds_chats(documents):
+        return [(number, 0, 0) for number in range(len(documents))]
     pieces = []
-    for number, text in enumerate(documents):
+    for number, text in enumerate(cast("Sequence[str]", documents)):
         start = 0
         while start < len(text):
             end = min(start + limit, len(text))
@@ -168,7 +233,7 @@ def cut_pieces(documents: Sequence[str], limit: int) -> list[tuple[int, int, int
     return pieces
 
 
-def _crop_windows(documents: Sequence[str], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
+def _crop_windows(documents: Sequence[Document], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """One window from a random place of each of some random long documents, and the extra ones."""
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
@@ -357,9 +422,18 @@ class WindowCutter:
         """Tokens of text in a window."""
         return self.sequence_length - len(self.start)
 
-    def read(self, texts: list[str]) -> list[list[int]]:
+    def read(self, texts: Sequence[Document]) -> list[list[int]]:
         """The token ids of each text, without start tokens."""
         return text_tokens(self.tokenizer, texts, self.start)
+
+    def marked(self, document: Document) -> tuple[list[int], list[bool]]:
+        """The token ids of a conversation without start tokens, and which of them are answers."""
+        if isinstance(document, str):
+            ids = self.read([document])[0]
+            return ids, [True] * len(ids)
+        ids, marks = document.marked(self.tokenizer)
+        count = len(self.start) * (tuple(ids[: len(self.start)]) == self.start)
+        return ids[count:], marks[count:]
 
     def places(self, tokens: int) -> list[int]:
         """The starts of windows that do not overlap, in a text of so many tokens."""
@@ -377,12 +451,16 @@ class WindowCutter:
 
 
 def evaluation_windows(
-    text: str, tokenizer: Tokenizer, sequence_length: int, *, max_windows: int | None = None
+    text: str | Sequence[Document],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    max_windows: int | None = None,
 ) -> Windows:
     """Cut a text into windows that do not overlap; the last partial one is dropped.
 
     Args:
-        text: the whole text, tokenised once.
+        text: the whole text, tokenised once; or conversations, one after the other.
         tokenizer: used with its default special tokens.
         sequence_length: tokens in a window, at least 2, including start tokens.
         max_windows: use only this many windows, from the start; all by default.
@@ -394,20 +472,45 @@ def evaluation_windows(
         RecipeError: the sequence length is below 2, or the start tokens leave no room for text.
         SourceError: the text is shorter than one window.
     """
+    return evaluation_with_answers(
+        text, tokenizer, sequence_length, max_windows=max_windows, answers=False
+    )[0]
+
+
+def evaluation_with_answers(
+    text: str | Sequence[Document],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    max_windows: int | None = None,
+    answers: bool = True,
+) -> tuple[Windows, Tensor | None]:
+    """The windows of `evaluation_windows`, and which of their tokens are answers.
+
+    The arguments and the result are as in `pack_with_answers`.
+    """
     if sequence_length < 2 or (max_windows is not None and max_windows < 1):
         raise RecipeError(
             f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
             remedy="give a sequence_length of 2 or more and at least one window",
         )
     cutter = WindowCutter.of(tokenizer, sequence_length)
-    ids = cutter.read([text])[0]
-    places = cutter.places(len(ids))
+    if isinstance(text, str):
+        stream = _Stream(cutter, answers=False)
+        stream.ids = cutter.read([text])[0]
+    else:
+        stream = _Stream(cutter, answers)
+        for document in text:
+            stream.add([document])
+            if max_windows is not None and len(stream.ids) >= max_windows * cutter.text_length:
+                break
+    places = cutter.places(len(stream.ids))
     if not places:
         raise SourceError(
-            f"the text has {len(ids)} tokens, one window needs {cutter.text_length}",
+            f"the text has {len(stream.ids)} tokens, one window needs {cutter.text_length}",
             remedy="name a longer text or a shorter sequence length",
         )
-    return cutter.cut(ids, places[:max_windows])
+    return stream.cut(places[:max_windows])
 
 
 def begins_with(windows: Windows, start: Sequence[int]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from secateur.errors import CheckpointError, RecipeError, first_line
 
@@ -115,16 +116,26 @@ def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[i
     return start_tokens(load_tokenizer(folder, trust_remote_code=trust_remote_code))
 
 
-def text_tokens(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) -> list[list[int]]:
+class Written(Protocol):
+    """What a tokenizer writes as a text by itself, such as a conversation."""
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids."""
+        ...
+
+
+def text_tokens(
+    tokenizer: Tokenizer, texts: Sequence[str | Written], start: tuple[int, ...]
+) -> list[list[int]]:
     """The token ids of each text, without the start tokens; an end token stays.
 
     Texts are never truncated. A text longer than the model's context gives no warning, because it
     is cut into windows afterwards.
     """
     count = len(start)
-    return [
-        ids[count:] if tuple(ids[:count]) == start else ids for ids in encoded(tokenizer, texts)
-    ]
+    plain = iter(encoded(tokenizer, [text for text in texts if isinstance(text, str)]))
+    found = [next(plain) if isinstance(text, str) else text.ids(tokenizer) for text in texts]
+    return [ids[count:] if tuple(ids[:count]) == start else ids for ids in found]
 
 
 def encoded(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:

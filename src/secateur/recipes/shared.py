@@ -182,7 +182,8 @@ class CalibrationWindows(Section):
     group = CALIBRATION
 
     field: str = "text"
-    """The field of a JSONL line that holds the text."""
+    """The field of a JSONL line that holds the text. Lines without it may hold conversations
+    (`messages`, `conversations`), which the model's chat template writes."""
     windows: int = Field(128, gt=0)
     """Number of calibration windows."""
     sequence_length: Annotated[

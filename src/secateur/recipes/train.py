@@ -109,7 +109,10 @@ class TrainingTextSection(Section):
     """Training text: file, folder, hub data set or named text. May be repeated; each text then
     gives equally many windows."""
     field: str = "text"
-    """The field of a JSONL line that holds the text."""
+    """The field of a JSONL line that holds the text. Lines without it may hold conversations
+    (`messages`, `conversations`) or pairs of `prompt` and `completion`."""
+    answers_only: Annotated[bool, Flag(off="whole_conversations")] = True
+    """Of conversations, learn only what the assistant writes, and of pairs the completion."""
     sequence_length: Annotated[
         int | None, Flag(default="512, or the model's length if that is shorter")
     ] = Field(None, gt=1)

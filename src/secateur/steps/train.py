@@ -165,11 +165,12 @@ class Train(Step[TrainRecipe, TrainResult]):
         make_loop = partial(
             Loop,
             adapted.model,
-            Batches(text.windows, recipe.batch, recipe.seed),
+            Batches(text.windows, recipe.batch, recipe.seed, answers=text.answers),
             objective,
             adapted.held,
             hooks=adapted.hooks,
             validation=text.validation,
+            validation_answers=text.validation_answers,
             progress=progress,
             processes=ranks,
         )

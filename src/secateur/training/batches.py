@@ -21,7 +21,12 @@ from torch import Tensor
 from secateur.calibration.continuation import SEQUENCE, shared_share
 from secateur.calibration.documents import read_text
 from secateur.calibration.run_windows import WindowReader
-from secateur.calibration.windows import WindowPlan, begins_with, evaluation_windows, without_start
+from secateur.calibration.windows import (
+    WindowPlan,
+    begins_with,
+    evaluation_with_answers,
+    without_start,
+)
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
@@ -43,10 +48,22 @@ class Batch:
     Attributes:
         ids: token ids [windows, length].
         numbers: their positions in the training text.
+        answers: which tokens the loss counts, bool [windows, length]; None if all.
+        count: the loss is a sum over tokens, divided by this number.
     """
 
     ids: Tensor
     numbers: tuple[int, ...]
+    answers: Tensor | None = None
+    count: float | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """The token after each, [windows · length]; −100 where the loss does not count it."""
+        after = self.ids[:, 1:]
+        if self.answers is not None:
+            after = after.where(self.answers[:, 1:], -100)
+        return torch.cat([after, after.new_full((len(after), 1), -100)], dim=1).flatten()
 
 
 class Order(Protocol):
@@ -70,12 +87,15 @@ class Batches:
         size: number of windows in a step.
         seed: seed of the orders.
         chosen: an order that replaces epochs; None for epochs.
+        answers: which tokens the loss counts, as the windows; None if all. The loss of a step is
+            the mean over its answers.
     """
 
     windows: Tensor
     size: int
     seed: int = 0
     chosen: Order | None = None
+    answers: Tensor | None = None
 
     def numbers(self, step: int) -> tuple[int, ...]:
         """Return the windows of a step, counted from 0."""
@@ -102,9 +122,32 @@ class Batches:
             rank: rank of this process.
             ranks: how many processes share the step.
         """
-        mine = self.numbers(step)[rank::ranks]
+        numbers = self.numbers(step)
+        return self._parts(numbers[rank::ranks], size, device, numbers)
+
+    def in_order(self, size: int, device: torch.device) -> list[Batch]:
+        """Return all windows in their own order, in parts of one step."""
+        numbers = tuple(range(len(self.windows)))
+        return self._parts(numbers, size, device, numbers)
+
+    def _parts(
+        self, mine: tuple[int, ...], size: int, device: torch.device, whole: tuple[int, ...]
+    ) -> list[Batch]:
+        """Return some windows of a whole step in parts."""
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-        return [Batch(self.windows[list(part)].to(device), part) for part in parts]
+        if self.answers is None:
+            return [Batch(self.windows[list(part)].to(device), part) for part in parts]
+        # every part divides by its share of the step's answers, so the parts add up to their mean
+        each = max(1, int(self.answers[list(whole), 1:].sum())) / len(whole)
+        return [
+            Batch(
+                self.windows[list(part)].to(device),
+                part,
+                self.answers[list(part)].to(device),
+                each * len(part),
+            )
+            for part in parts
+        ]
 
 
 Losses = Callable[[Any], Mapping[str, float]]
@@ -238,11 +281,15 @@ class TrainingText:
         windows: token ids [samples, sequence_length].
         validation: validation windows, likewise; None for none.
         record: the source of both, as JSON values.
+        answers: which tokens of the windows the loss counts; None if all.
+        validation_answers: the same of the validation windows.
     """
 
     windows: Windows
     validation: Windows | None
     record: dict[str, Any]
+    answers: Tensor | None = None
+    validation_answers: Tensor | None = None
 
 
 def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> TrainingText:
@@ -260,25 +307,37 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     """
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
-    windows = _windows_of(recipe, folder, length, config)
-    validation, watched = None, "none"
+    windows, answers = _windows_of(recipe, folder, length, config)
+    validation, watched, judged = None, "none", None
     if recipe.validation_windows and recipe.validation_text is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        text = read_text(recipe.validation_text)
-        validation = evaluation_windows(
-            text.text, tokenizer, windows.shape[1], max_windows=recipe.validation_windows
+        text = read_text(recipe.validation_text, field=recipe.field)
+        validation, judged = evaluation_with_answers(
+            text.text,
+            tokenizer,
+            windows.shape[1],
+            max_windows=recipe.validation_windows,
+            answers=recipe.answers_only,
         )
         watched = text.dataset
     elif recipe.validation_windows:
         held = min(recipe.validation_windows, len(windows) // HELD_OUT_AT_MOST)
         validation = windows[:held] if held else None
         windows, watched = windows[held:], f"{held} windows held out of the text"
+        if answers is not None:
+            answers, judged = answers[held:], answers[:held] if held else None
     if len(windows) < recipe.batch:
         raise SourceError(
             f"the text gives {len(windows)} windows of {length} tokens, one step needs "
             f"{recipe.batch}",
             where=", ".join(recipe.text),
             remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
+        )
+    if answers is not None and not answers.any():
+        raise SourceError(
+            "the conversations have no answer of the assistant to learn",
+            where=", ".join(recipe.text),
+            remedy="name other conversations, or train on whole ones (--whole-conversations)",
         )
     shared = None
     if validation is not None:
@@ -305,18 +364,28 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
             "validation": watched,
             "validation_windows": 0 if validation is None else len(validation),
             "validation_shared": shared,
+            **({} if answers is None else {"answer_tokens": int(answers.sum())}),
         },
+        answers,
+        judged,
     )
 
 
-def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> Windows:
-    """Return the windows of all texts, up to the number in the recipe.
+def _windows_of(
+    recipe: TrainRecipe, folder: Path, length: int, config: Any
+) -> tuple[Windows, Tensor | None]:
+    """Return the windows of all texts, up to the number in the recipe, and their answers.
 
-    Several texts contribute equally: each gives as many windows as the shortest, in turns.
+    Several texts contribute equally: each gives as many windows as the shortest, in turns. Beside
+    conversations, all tokens of a text count as answers.
     """
     reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
     plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
-    found = [reader.read_up_to(text, plan, recipe.field) for text in recipe.text]
+    read = [
+        reader.read_up_to(text, plan, recipe.field, answers=recipe.answers_only)
+        for text in recipe.text
+    ]
+    found = [windows for windows, _ in read]
     if len({windows.shape[1] for windows in found}) > 1:
         lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]
         raise SourceError(
@@ -324,4 +393,8 @@ def _windows_of(recipe: TrainRecipe, folder: Path, length: int, config: Any) -> 
             remedy="make the windows of one length, or give the texts themselves",
         )
     each = min(map(len, found))
-    return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1)
+    answers = None
+    if any(marks is not None for _, marks in read):
+        marked = [torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in read]
+        answers = torch.stack([marks[:each] for marks in marked], 1).flatten(0, 1)
+    return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1), answers

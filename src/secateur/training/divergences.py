@@ -62,7 +62,7 @@ class Rows(Protocol):
         ...
 
 
-def next_token_rows(targets: Tensor, count: int) -> Rows:
+def next_token_rows(targets: Tensor, count: float) -> Rows:
     """−log q of the next token: the usual loss of language models.
 
     Args:
@@ -92,7 +92,11 @@ def next_token_rows(targets: Tensor, count: int) -> Rows:
 
 
 def divergence_rows(
-    kind: str, temperature: float, count: int, expected: Callable[[slice, Tensor], Tensor]
+    kind: str,
+    temperature: float,
+    count: float,
+    expected: Callable[[slice, Tensor], Tensor],
+    counted: Tensor | None = None,
 ) -> Rows:
     """The divergence of the student from the teacher.
 
@@ -103,6 +107,7 @@ def divergence_rows(
         expected: rows and log q → log p, float32 [tokens, vocabulary]. Where only a part of p is
             known, the remaining probability may be distributed as in q. The gradients then equal
             those of the divergence that treats all remaining tokens as one outcome.
+        counted: which tokens count, bool [tokens]; None if all.
     """
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +115,9 @@ def divergence_rows(
         log_p = expected(rows, log_q).clamp_(min=LEAST)
         apart = log_q - log_p
         p, q = log_p.exp_(), log_q.exp_()
+        if counted is not None:  # a token that does not count: the same distribution, apart by 0
+            apart.mul_(counted[rows, None])
+            p = p.where(counted[rows, None], q)
         if kind == "forward":
             loss = -torch.dot(p.flatten(), apart.flatten())
             gradient = q.sub_(p)

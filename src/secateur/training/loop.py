@@ -24,7 +24,7 @@ from secateur.models.architecture import hidden_size
 from secateur.models.attention import WrittenOut
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
-from secateur.training.batches import Batch, Batches
+from secateur.training.batches import Batches
 from secateur.training.masks import Masks
 from secateur.training.objectives import NextToken, Objective
 from secateur.training.process_group import ProcessGroup, checkpointed
@@ -71,6 +71,7 @@ class Loop:
         plan: TrainingPlan,
         *,
         validation: Tensor | None = None,
+        validation_answers: Tensor | None = None,
         saved: Path | None = None,
         hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
@@ -92,6 +93,7 @@ class Loop:
         self.first_step = first_step
         self.last_step = plan.steps if last_step is None else last_step
         self.validation: tuple[NextToken, Tensor, int] | None = None  # also how many at once
+        self.validation_answers = validation_answers
         if validation is not None:
             at_once = plan.at_once(validation.shape[1])
             self.validation = NextToken.of(model), validation, at_once
@@ -317,14 +319,14 @@ class Loop:
         """The next-token loss of the validation windows; None without them."""
         if self.validation is None:
             return None
-        return mean_loss(self.model, *self.validation, self.matmuls)
+        return mean_loss(self.model, *self.validation, self.matmuls, self.validation_answers)
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
         if self.validation is None:
             return
         begun, outcome = time.perf_counter(), self.outcome
-        mean = mean_loss(self.model, *self.validation, self.matmuls)
+        mean = mean_loss(self.model, *self.validation, self.matmuls, self.validation_answers)
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
@@ -528,8 +530,9 @@ def mean_loss(
     windows: Tensor,
     at_once: int,
     matmuls: Callable[[], AbstractContextManager[Any]],
+    answers: Tensor | None = None,
 ) -> float:
-    """The mean loss over windows.
+    """The mean loss over windows, or over the tokens of their answers.
 
     Args:
         model: a causal language model.
@@ -537,9 +540,12 @@ def mean_loss(
         windows: token ids [windows, length], on any device.
         at_once: number of windows in one forward.
         matmuls: returns a context that sets the precision of products.
+        answers: which tokens count; None if all.
     """
-    device, total = next(model.parameters()).device, 0.0
-    for ids in windows.split(at_once):
+    device = next(model.parameters()).device
+    read = Batches(windows, len(windows), answers=answers)
+    total = 0.0
+    for batch in read.in_order(at_once, device):
         with matmuls():
-            total += objective(model, Batch(ids.to(device), ())).item() * len(ids)
+            total += objective(model, batch).item() * len(batch.ids)
     return total / len(windows)

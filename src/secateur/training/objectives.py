@@ -270,7 +270,7 @@ class NextToken:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """See `Objective`."""
-        return loss_of(model, self.head, batch.ids, _next_tokens(batch.ids))
+        return loss_of(model, self.head, batch.ids, _next_tokens(batch))
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ class Distil:
     """loss = (1 − next_token) · T² · divergence(p, q) + next_token · next-token loss
                                                         + hidden · distance of hidden states
 
-    The divergence is the mean over all tokens. `divergences.py` defines the terms.
+    The divergence is the mean over all tokens, or over those before a token of an answer where the
+    batch has answers. `divergences.py` defines the terms.
 
     Papers: Hinton et al. 2015, arXiv:1503.02531; for pruned and cut models Muralidharan et al.
     2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron),
@@ -355,10 +356,11 @@ class Distil:
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """See `Objective`."""
         taught = self.teacher(batch, self.temperature, [j for _, j in self.pairs])
-        count = batch.ids.numel()
-        rows = divergence_rows(self.kind, self.temperature, count, taught.expected)
+        counted = None if batch.answers is None else batch.targets >= 0
+        count = batch.ids.numel() if batch.count is None else batch.count
+        rows = divergence_rows(self.kind, self.temperature, count, taught.expected, counted)
         if self.next_token:
-            rows = _blend(rows, _next_tokens(batch.ids), self.next_token)
+            rows = _blend(rows, _next_tokens(batch), self.next_token)
         layers = describe(model).layers(model) if self.pairs else ()
         with outputs_of({i: layers[i] for i, _ in self.pairs}) as hidden:
             loss = loss_of(model, self.head, batch.ids, rows)
@@ -367,10 +369,10 @@ class Distil:
         return loss
 
 
-def _next_tokens(ids: Tensor) -> Rows:
+def _next_tokens(batch: Batch) -> Rows:
     """Return the next-token loss of a batch. The last token of a window has no next token."""
-    targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
-    return next_token_rows(targets.flatten(), ids.numel() - len(ids))
+    count = batch.ids.numel() - len(batch.ids) if batch.count is None else batch.count
+    return next_token_rows(batch.targets, count)
 
 
 def _blend(one: Rows, other: Rows, share: float) -> Rows:
