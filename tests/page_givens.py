@@ -56,6 +56,14 @@ def write_texts() -> None:
         if name.endswith(".jsonl"):
             part = json.dumps({"text": part}) + "\n"
         Path(name).write_text(part, encoding="utf-8")
+    lines = text.splitlines()[:800]
+    chats = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": other}]
+        for one, other in zip(lines[::2], lines[1::2], strict=True)
+        if one.strip() and other.strip()
+    ]
+    rows = [json.dumps({"messages": chat}) for chat in chats]
+    Path("chats.jsonl").write_text("\n".join(rows), encoding="utf-8")
     Path("HELD-OUT.txt").write_text(source_text(held_out=True)[:20_000], encoding="utf-8")
 
 
