@@ -254,7 +254,9 @@ def compress(
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
             [none]
-        field: The field of a JSONL line that holds the text. [text]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
@@ -468,7 +470,9 @@ def fit(
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]
-        field: The field of a JSONL line that holds the text. [text]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
@@ -619,7 +623,9 @@ def prune(
             layer-sensitivity, global or search. [uniform]
         on_collapse: What to do if a linear layer lost most of its output by pruning: stop or warn.
             [warn]
-        field: The field of a JSONL line that holds the text. [text]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
@@ -836,7 +842,9 @@ def structure(
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]
-        field: The field of a JSONL line that holds the text. [text]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
@@ -951,6 +959,7 @@ def train(
     progress: Progress | None = None,
     text: Sequence[str | Path] | None = None,
     field: str | None = None,
+    answers_only: bool | None = None,
     sequence_length: int | None = None,
     windows: int | None = None,
     mask: str | Path | None = None,
@@ -1006,7 +1015,11 @@ def train(
         progress: receives every step.
         text: Training text: file, folder, hub data set or named text. May be repeated; each text
             then gives equally many windows. [c4]
-        field: The field of a JSONL line that holds the text. [text]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`) or pairs of `prompt` and `completion`.
+            [text]
+        answers_only: Of conversations, learn only what the assistant writes, and of pairs the
+            completion. [on]
         sequence_length: Tokens per window. [512, or the model's length if that is shorter]
         windows: Largest number of training windows. A longer run repeats them. [4096]
         mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own

@@ -311,7 +311,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     validation, watched, judged = None, "none", None
     if recipe.validation_windows and recipe.validation_text is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        text = read_text(recipe.validation_text, field=recipe.field)
+        text = read_text(recipe.validation_text)
         validation, judged = evaluation_with_answers(
             text.text,
             tokenizer,
@@ -342,15 +342,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     shared = None
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
-    if shared and recipe.validation_text is not None:
-        if shared > REFUSED:
-            raise RecipeError(
-                f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in "
-                "the training text too, so its perplexity would say nothing",
-                where=watched,
-                remedy="watch another text, or leave that one out of the training",
-            )
-        log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
+        _check_shared(recipe, shared, watched)
     return TrainingText(
         windows,
         validation,
@@ -369,6 +361,20 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
         answers,
         judged,
     )
+
+
+def _check_shared(recipe: TrainRecipe, shared: float, watched: str) -> None:
+    """Refuse a validation text that the training reads; windows held out of it may repeat it."""
+    if not shared or recipe.validation_text is None:
+        return
+    if shared > REFUSED:
+        raise RecipeError(
+            f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in the "
+            "training text too, so its perplexity would say nothing",
+            where=watched,
+            remedy="watch another text, or leave that one out of the training",
+        )
+    log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
 
 
 def _windows_of(
