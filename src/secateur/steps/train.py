@@ -140,6 +140,7 @@ class Train(Step[TrainRecipe, TrainResult]):
         return {
             **self.recipe.model_dump(mode="json", exclude=NO_PART),
             "tokens": self.inputs.text.record["sha256"],
+            "answer_tokens": self.inputs.text.record.get("answer_tokens"),
             "source_files": file_digests(self.inputs.target.reader.files, self.run.progress),
         }
 

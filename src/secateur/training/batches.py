@@ -342,7 +342,8 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     shared = None
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
-        _check_shared(recipe, shared, watched)
+        if recipe.validation_text is not None:
+            _check_shared(shared, watched, refuses=judged is None)
     return TrainingText(
         windows,
         validation,
@@ -363,18 +364,17 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     )
 
 
-def _check_shared(recipe: TrainRecipe, shared: float, watched: str) -> None:
-    """Refuse a validation text that the training reads; windows held out of it may repeat it."""
-    if not shared or recipe.validation_text is None:
-        return
-    if shared > REFUSED:
+def _check_shared(shared: float, watched: str, *, refuses: bool) -> None:
+    """Refuse a validation text that the training reads; conversations may share their prompts."""
+    if refuses and shared > REFUSED:
         raise RecipeError(
             f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in the "
             "training text too, so its perplexity would say nothing",
             where=watched,
             remedy="watch another text, or leave that one out of the training",
         )
-    log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
+    if shared:
+        log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)
 
 
 def _windows_of(

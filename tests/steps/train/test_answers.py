@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import make_place, tensors, train_in
+from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
 from secateur.errors import SourceError
 from secateur.models.configuration import read_configuration
@@ -78,13 +78,17 @@ def test_beside_a_text_all_its_tokens_count(place: Path) -> None:
 
 
 def test_training_on_answers(place: Path, tmp_path: Path) -> None:
-    """Both runs learn; they learn different things, and each is told by its losses."""
+    """It learns, other things than whole conversations teach; stopped and resumed, the same."""
     options: dict[str, Any] = {
         "text": str(place / "chats.jsonl"), "steps": 6, "sequence_length": 64, "validations": 2,
-        "learning_rate": 5e-3, "teacher": place / "dense", "next_token": 0.5,
+        "learning_rate": 5e-3, "teacher": place / "dense", "next_token": 0.5, "save_minutes": 0,
     }  # fmt: skip
     done = train_in(place, tmp_path / "answers", **options)
     assert done.perplexity_after < done.perplexity_before
+    with stopped_at(4):
+        train_in(place, tmp_path / "stopped", **options)
+    train_in(place, tmp_path / "stopped", resume=True, **options)
+    assert_same(tmp_path / "answers", tmp_path / "stopped")
     whole = train_in(place, tmp_path / "whole", answers_only=False, **options)
     assert whole.perplexity_before != done.perplexity_before
     one, other = tensors(tmp_path / "answers"), tensors(tmp_path / "whole")
