@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ ANSWERS = ["It reads arguments.<|im_end|>", "yes<|im_end|>"]
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A byte-level tokenizer that puts a start token in front of a text, as Llama 3 does."""
     made = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), "llama 3")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|end|>"]}
+    )
     return made
 
 
@@ -247,5 +250,33 @@ def test_templates_that_refuse(tmp_path, tokenizer):
         with pytest.raises(SourceError, match=r"(?s)no chat template.*chat_template\.jinja"):
             read(tokenizer)
     tokenizer.chat_template = "{{ messages | length }}"
-    with pytest.raises(SourceError, match=r"(?s)message 3 is an answer that cannot be found"):
+    with pytest.raises(SourceError, match=r"does not write the text of message 2"):
+        Chat(tuple(TALK), "here").ids(tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content | upper "
+    tokenizer.chat_template += "if m.role == 'assistant' else m.content }}{% endfor %}"
+    with pytest.raises(SourceError, match=r"message 3 is an answer that cannot be found"):
         Chat(tuple(TALK), "here").marked(tokenizer)
+
+
+TRL = find_spec("trl")
+TEMPLATES = Path(TRL.origin if TRL and TRL.origin else "none").parent / "chat_templates"
+PATCHED = sorted(
+    name.stem.removesuffix("_training")
+    for name in TEMPLATES.glob("*_training.jinja")
+    # they write lists of parts only, or mark the token of the next turn as well
+    if not name.stem.startswith(("idefics3", "llava", "smolvlm", "glm4moe"))
+)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_answers_of_known_templates(tokenizer, name):
+    """Those that TRL marks in a copy of the template, from the first token that a model writes."""
+    talk = tuple(TALK[1:])
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    found = spoken(tokenizer, *Chat(talk, "here").marked(tokenizer))
+    tokenizer.chat_template = (TEMPLATES / f"{name}_training.jinja").read_text(encoding="utf-8")
+    theirs = spoken(tokenizer, *Chat(talk, "here").marked(tokenizer))
+    assert len(found) == len(theirs) == 2
+    for ours, wanted, message in zip(found, theirs, talk[1::2], strict=True):
+        assert message["content"].strip() in ours
+        assert wanted.rstrip().endswith(ours.rstrip())

@@ -146,8 +146,7 @@ class Chat:
         Raises:
             SourceError: the tokenizer has no chat template, or the template refuses the messages.
         """
-        text = self._text(tokenizer, len(self.messages))
-        return encoded(tokenizer, [text], add_special_tokens=False)[0]
+        return encoded(tokenizer, [self._whole(tokenizer)], add_special_tokens=False)[0]
 
     def marked(self, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
         """Its token ids, and which of them are answers.
@@ -159,7 +158,7 @@ class Chat:
         Raises:
             SourceError: as `ids`; or the answers cannot be found.
         """
-        _need_template(tokenizer, self.where)
+        whole = self._whole(tokenizer)
         if GENERATION.search(tokenizer.get_chat_template(tools=self.tools)):
             found = self._call(
                 tokenizer,
@@ -170,26 +169,26 @@ class Chat:
                 tokenizer_kwargs={"verbose": False},
             )
             return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
-        whole = self._text(tokenizer, len(self.messages))
         answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         return _marked(tokenizer, whole, [self._answer(tokenizer, whole, i) for i in answers])
 
     def _answer(self, tokenizer: Tokenizer, whole: str, number: int) -> tuple[int, int]:
         """The first character of an answer in the whole conversation, and the one after it."""
-        before = self._text(tokenizer, number, add_generation_prompt=True) if number else ""
-        after = self._text(tokenizer, number + 1)
-        content = self.messages[number]["content"]
-        content = content.strip() if isinstance(content, str) else ""
-        known, through = before and whole.startswith(before), whole.startswith(after)
-        start, end = len(before), len(after.rstrip())
-        if not known:
-            start = after.rfind(content) if through and content else -1
-        elif not through:  # a template may shorten earlier answers
-            place = whole.find(content, start) if content else -1
+        prompt = self._text(tokenizer, number, add_generation_prompt=True) if number else ""
+        after, content = self._text(tokenizer, number + 1), _words(self.messages[number]).strip()
+        known, through = prompt and whole.startswith(prompt), whole.startswith(after)
+        start, end = len(prompt), len(after.rstrip())
+        if not known:  # an earlier answer may be written otherwise than the generation prompt
+            asked = self._text(tokenizer, number) if number else ""
+            start = after.rfind(content) if through else len(asked)
+            start = whole.find(content, start) if content and whole.startswith(asked) else -1
+        if not through:  # or shorter than it was as the last one
+            place = whole.find(content, start) if content and start >= 0 else -1
             end = place + len(content) if place >= 0 else -1
-            behind, stop = whole[end:].lstrip(), tokenizer.eos_token
-            if end >= 0 and stop and behind.startswith(stop):
-                end = len(whole) - len(behind) + len(stop)
+            behind = whole[end:].lstrip()
+            stops = [token for token in tokenizer.get_added_vocab() if behind.startswith(token)]
+            stop = max(stops, key=len, default="")
+            end = len(whole) - len(behind) + len(stop) if end >= 0 and stop else end
         if start < 0 or end < start:
             raise SourceError(
                 f"message {number + 1} is an answer that cannot be found in what the chat template "
@@ -199,6 +198,19 @@ class Chat:
                 "conversations (--whole-conversations)",
             )
         return start, end
+
+    def _whole(self, tokenizer: Tokenizer) -> str:
+        """The conversation as the template writes it."""
+        text = self._text(tokenizer, len(self.messages))
+        for number, message in enumerate(self.messages, start=1):
+            if message["role"] == "user" and _words(message).strip() not in text:
+                raise SourceError(
+                    f"the chat template does not write the text of message {number}",
+                    where=self.where,
+                    remedy='write its content as this template reads it: a text, or [{"type": '
+                    '"text", "text": "..."}]',
+                )
+        return text
 
     def _text(self, tokenizer: Tokenizer, count: int, **options: bool) -> str:
         """The first messages as the template writes them."""
@@ -221,6 +233,12 @@ class Chat:
 
 Document = str | Chat | PromptCompletion
 """A text, or a conversation that needs a tokenizer to become one."""
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    """The text of a message; its content may be in parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _need_template(tokenizer: Tokenizer, where: str) -> None:
