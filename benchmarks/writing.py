@@ -1,9 +1,10 @@
-"""Windows that the model writes itself: seconds beside those of `generate` of transformers.
+"""Windows that the model writes itself: by our kernels, by transformers, and by its `generate`.
 
-    python benchmarks/writing.py [--windows 32] [--length 512]
+    python benchmarks/writing.py [--windows 64] [--length 512] [--writers kernels transformers]
 
-Both draw at temperature 1 with nothing cut off, all windows at once, from the first 16 tokens of
-windows of the sample text, with the same model in the same process, one after the other.
+All draw at temperature 1 with nothing cut off, all windows at once, from the first 16 tokens of
+windows of the sample text, in the same process, one after the other. Seconds are those of the wall
+and those of the processor, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hardware import heading, keep, markdown
-from secateur.calibration.continuation import PREFIX, continue_windows
+from secateur.calibration.continuation import (
+    PREFIX,
+    continue_windows,
+    opened_for_writing,
+    writer_of,
+)
 from secateur.calibration.windows import WindowPlan, make_windows
-from secateur.evaluation.perplexity import load_model
 from secateur.models.hub import sample_text
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import fast_dtype
+from secateur.runtime.kernels.matrix import kernels
 
 
 def generated(model: Any, windows: Tensor) -> Tensor:
@@ -42,33 +51,47 @@ def generated(model: Any, windows: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Write twice, keep, print."""
+    """Write by each, keep, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    names = ["kernels", "transformers", "generate"]
+    parser.add_argument("--writers", nargs="+", choices=names, default=names)
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    model, tokenizer = load_model(args.model, "cpu", trust_remote_code=False)
-    model = model.to(fast_dtype(torch.device("cpu")) or torch.float32)
+    torch.set_num_threads(args.threads)
+    kernels().sct_set_threads(args.threads)
+    source = resolve(args.model).folder
+    cpu = torch.device("cpu")
+    whole = load_whole(source, cpu, dtype=fast_dtype(cpu))
+    packed = opened_for_writing(source, cpu, args.length, trust_remote_code=False)
     plan = WindowPlan(windows=args.windows, sequence_length=args.length)
-    windows = make_windows(sample_text("boolq-calibration"), tokenizer, plan)
+    windows = make_windows(sample_text("boolq-calibration"), load_tokenizer(source), plan)
     writers = {
-        "generate": lambda: generated(model, windows),
-        "ours": lambda: continue_windows(model, windows, len(windows), seed=0),
+        "kernels": lambda: continue_windows(packed, windows, len(windows), seed=0),
+        "transformers": lambda: continue_windows(whole, windows, len(windows), seed=0),
+        "generate": lambda: generated(whole, windows),
     }
+    tokens = args.windows * (args.length - PREFIX)
     rows = []
-    for name, write in writers.items():
+    for name in args.writers * args.rounds:
         with quiet_transformers():
-            started = time.perf_counter()
-            shape = tuple(write().shape)
-        rows.append({"way": name, "seconds": time.perf_counter() - started})
+            started, worked = time.perf_counter(), time.process_time()
+            shape = tuple(writers[name]().shape)
+        seconds, work = time.perf_counter() - started, time.process_time() - worked
+        rows.append({"writer": name, "seconds": seconds, "processor_seconds": work,
+                     "seconds_per_1000_tokens": 1000 * seconds / tokens})  # fmt: skip
+        print(rows[-1], flush=True)
         assert shape == tuple(windows.shape)
     protocol = {"model": args.model, "windows": args.windows, "length": args.length,
-                "dtype": str(model.dtype)}  # fmt: skip
+                "threads": args.threads, "dtype": str(whole.dtype),
+                "packed": writer_of(packed)}  # fmt: skip
     keep("writing", protocol, rows)
     print(heading())
-    print(markdown(["", "seconds"], [[r["way"], f"{r['seconds']:.1f}"] for r in rows]))
+    table = [[r["writer"], f"{r['seconds']:.1f}", f"{r['processor_seconds']:.1f}"] for r in rows]
+    print(markdown(["", "seconds", "of the processor"], table))
 
 
 if __name__ == "__main__":

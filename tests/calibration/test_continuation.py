@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+import secateur
 from secateur.calibration import continuation
-from secateur.calibration.continuation import PREFIX, continue_windows, drawn
+from secateur.calibration.continuation import (
+    PREFIX,
+    continue_windows,
+    drawn,
+    kernels_write,
+    opened_for_writing,
+    ready_to_write,
+    writer_of,
+)
 from secateur.errors import SourceError
 from slow import few_families
+from tiny import save_tiny, tiny_tokenizer
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 LENGTH = 40
+needs_kernels = pytest.mark.skipif(
+    not kernels_write(tiny_model("llama"), LENGTH), reason="no kernels for many slots here"
+)
 
 
 @pytest.fixture
@@ -114,3 +130,129 @@ def test_none_is_none(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
 def test_too_short_to_begin(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
     with pytest.raises(SourceError, match="16 tokens leave nothing"):
         continue_windows(model, windows[:, :PREFIX], 1, seed=0)
+
+
+# -- by the kernels ------------------------------------------------------------------------------
+
+DECODED = [name for name in CONFIGS if kernels_write(tiny_model(name), LENGTH)]
+DECODED += ["qwen2_moe", "gpt_oss"] if DECODED else []
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", DECODED)
+def test_kernels_see_every_token_before(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits against one forward of transformers over whole windows, with the same matrices."""
+    model, seen = tiny_model(family), []
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.clone())
+        return drawn(logits)
+
+    monkeypatch.setattr(continuation, "drawn", draw)
+    windows = tiny_windows(length=LENGTH)
+    with torch.no_grad():
+        before = model(windows).logits
+    with ready_to_write(model, LENGTH):
+        assert writer_of(model) == "kernels, int8"
+        own = continue_windows(model, windows, 9, seed=0)
+        with torch.no_grad():
+            expected = model(own, use_cache=False).logits[:, PREFIX - 1 : -1]
+    found = torch.stack(seen, dim=1)
+    assert (found[:, :, 2] == -torch.inf).all()
+    found[:, :, 2] = expected[:, :, 2]
+    # rounded activations, and a token of a mixture may go to another expert
+    assert (found - expected).abs().mean() < 0.04 * expected.std()
+    assert writer_of(model) == "transformers"
+    with torch.no_grad():
+        assert torch.equal(model(windows).logits, before)
+
+
+@needs_kernels
+def test_kernels_draw_as_the_model_believes(windows: torch.Tensor) -> None:
+    """Frequencies of the first drawn token against the dense model, by chi-squared."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10.0)
+    one = windows[:1, : PREFIX + 1]
+    with ready_to_write(model, PREFIX + 1):
+        own = continue_windows(model, one, 4000, seed=3)
+    with torch.no_grad():
+        logits = model(one[:, :PREFIX]).logits[0, -1].double()
+    logits[2] = -torch.inf
+    expected = logits.softmax(0) * len(own)
+    found = torch.bincount(own[:, PREFIX], minlength=len(logits)).double()
+    assert found[2] == 0
+    drawable = expected > 0
+    chi = ((found - expected)[drawable] ** 2 / expected[drawable]).sum()
+    degrees = int(drawable.sum()) - 1
+    assert expected.max() > 2 * expected[drawable].median()  # the model prefers some
+    assert chi < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@needs_kernels
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_is_rounded_without_the_whole_model(tied: bool, tmp_path: Path) -> None:
+    """It generates what the loaded model generates, but for its embedding in int8."""
+    folder = save_tiny(tmp_path / "m", "gemma2" if tied else "mistral")
+    model = opened_for_writing(folder, torch.device("cpu"), LENGTH, trust_remote_code=False)
+    assert writer_of(model) == "kernels, int8"
+    windows = tiny_windows(length=LENGTH)
+    own = continue_windows(model, windows, 9, seed=0)
+    assert torch.equal(own, continue_windows(model, windows, 9, seed=0))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] == tied
+    dense = continuation.load_whole(folder, torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = dense(own).logits, model(own).logits.float()
+    assert (found - expected).abs().mean() < 0.1 * expected.std()
+
+
+def test_other_families_are_left_to_transformers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "gpt2")
+    model = opened_for_writing(folder, torch.device("cpu"), LENGTH, trust_remote_code=False)
+    assert writer_of(model) == "transformers"
+
+
+@pytest.mark.parametrize("kernels", [pytest.param(True, marks=needs_kernels), False])
+def test_a_stopped_call_goes_on_exactly(
+    kernels: bool, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuation, "AT_ONCE", 3)
+    model, known = tiny_model("llama"), []
+    with monkeypatch.context() as patch:
+        if not kernels:
+            patch.setattr(continuation, "why_not", lambda *_: "not now")
+        with ready_to_write(model, LENGTH):
+            whole = continue_windows(model, windows, 8, seed=1, on_batch=known.append)
+            assert [len(x) for x in known] == [3, 6, 8]
+            for done in known:
+                again = continue_windows(model, windows, 8, seed=1, done=done)
+                assert torch.equal(again, whole)
+
+
+def test_a_killed_run_goes_on_with_the_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuation, "AT_ONCE", 2)
+    folder = save_tiny(tmp_path / "m", "llama")
+    tiny_tokenizer().save_pretrained(folder)
+    text = tmp_path / "t.txt"
+    text.write_text("stone river lamp ink " * 200, encoding="utf-8")
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": text, "windows": 3,
+               "sequence_length": 32, "generated_windows": 4}  # fmt: skip
+    secateur.prune(folder, output=tmp_path / "whole", **options)
+    real, calls = continuation._continued, []
+
+    def stop(*args: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(continuation, "_continued", stop)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(folder, output=tmp_path / "cut", **options)
+    secateur.prune(folder, output=tmp_path / "cut", resume=True, **options)
+    assert len(calls) == 3
+    same = [tmp_path / name / "secateur" / "windows.safetensors" for name in ("whole", "cut")]
+    assert same[0].read_bytes() == same[1].read_bytes()

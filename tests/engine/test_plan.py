@@ -131,7 +131,8 @@ def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
 ) -> None:
     """On 91843e48 the plan of a Mamba model ended in a TypeError."""
     model: Any = tiny_model(family).to(torch.bfloat16)
-    target: Any = SimpleNamespace(model=model, dtype=torch.bfloat16)
+    on_gpu = torch.device("cuda")
+    target: Any = SimpleNamespace(model=model, dtype=torch.bfloat16, device=on_gpu)
     windows, cache = tiny_windows(2, 20), roomy_cache(model.config, 20)
     with torch.no_grad():
         model(input_ids=windows, use_cache=True, **given_cache(model, cache))

@@ -47,10 +47,8 @@ from secateur.calibration.windows import (
 )
 from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of, text_config
-from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, start_tokens, start_tokens_of
-from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Calibration, CalibrationWindows, Distill, parts_of
@@ -63,6 +61,9 @@ log = logging.getLogger(__name__)
 
 WINDOWS, RECORD = "windows.safetensors", "calibration.json"
 """The files of the windows of a run, and of their source."""
+
+WRITTEN = "written.safetensors"
+"""The file of the windows that the model has generated so far."""
 
 BESIDE = "beside.safetensors"
 """The file with the pictures of a stopped run, next to its windows."""
@@ -366,30 +367,69 @@ class RunWindows:
             return self
         windows, trust = self, trust_remote_code
         if self.ungenerated:
-            start = start_tokens_of(folder, trust_remote_code=trust)
-            model = load_whole(folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
-            windows = self.generate(model, start, seed, progress)
+            from secateur.calibration.continuation import opened_for_writing
+
+            length, start = (
+                self.calibration.shape[1],
+                start_tokens_of(folder, trust_remote_code=trust),
+            )
+            model = opened_for_writing(folder, device, length, trust_remote_code=trust)
+            windows = self._continued_by(model, start, seed, progress, work / WRITTEN)
         windows.save(work)
+        (work / WRITTEN).unlink(missing_ok=True)
         return windows
 
     def generate(
         self, model: Any, start: Sequence[int], seed: int, progress: Progress
     ) -> RunWindows:
-        """Add the windows that the dense model must still generate, after the start tokens."""
-        own, count = self.calibration, self.ungenerated
-        if not count:
+        """Add the windows that a loaded dense model must still generate, after the start tokens."""
+        if not self.ungenerated:
             return self
-        from secateur.calibration.continuation import AT_ONCE, PREFIX, continue_windows
+        from secateur.calibration.continuation import ready_to_write
 
-        batches = -(-count // AT_ONCE)
+        with ready_to_write(model, self.calibration.shape[1]):
+            return self._continued_by(model, start, seed, progress)
+
+    def _continued_by(
+        self,
+        model: Any,
+        start: Sequence[int],
+        seed: int,
+        progress: Progress,
+        file: Path | None = None,
+    ) -> RunWindows:
+        """Add the windows that a model generates; a file keeps every batch for a resumed run."""
+        from secateur.calibration.continuation import (
+            AT_ONCE,
+            PREFIX,
+            continue_windows,
+            writer_of,
+        )
+
+        own, count = self.calibration, self.ungenerated
+        done = load_windows(file)[:count] if file is not None and file.exists() else own[:0]
+        batches = -(-(count - len(done)) // AT_ONCE)
         progress.start("writing windows", batches * (own.shape[1] - len(start) - PREFIX))
+
+        def store(windows: Tensor) -> None:
+            if file is not None:
+                save_windows(windows, file, start=start)
+
         # its blocks of many sizes would fragment the memory for all later work
         with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
             more = continue_windows(
-                model, own, count, seed=seed, start=start, on_token=progress.step
+                model,
+                own,
+                count,
+                seed=seed,
+                start=start,
+                done=done,
+                on_token=progress.step,
+                on_batch=store,
             )
         progress.finish()
         record = {**self.record, "generated": count, "generated_prefix": PREFIX}
+        record["generated_by"] = writer_of(model)
         return replace(self, calibration=torch.cat([own, more]), ungenerated=0, record=record)
 
     def save(self, folder: Path) -> None:

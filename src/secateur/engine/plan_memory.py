@@ -116,6 +116,7 @@ class PrunePlan(Plan):
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         stays_on_gpu: whether hidden states and halted forwards are in the memory of a GPU.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
+        writing_seconds: the part of it in which the dense model generates windows.
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
     """
@@ -131,6 +132,7 @@ class PrunePlan(Plan):
     left: list[SkippedMatrix] = field(default_factory=list)
     stays_on_gpu: bool = False
     seconds: tuple[float, float] | None = None
+    writing_seconds: tuple[float, float] | None = None
     sweep_windows: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -143,7 +145,9 @@ class PrunePlan(Plan):
         figures |= self._fields("disk_bytes", "flops", "passed_tokens", "num_hidden_layers")
         figures |= self._fields("prunable_weights", "calibration_tokens")
         figures |= {"left": [one.to_json() for one in self.left]} if self.left else {}
-        return figures | self._fields("on_gpu", "stays_on_gpu", "seconds", "sweep_windows")
+        return figures | self._fields(
+            "on_gpu", "stays_on_gpu", "seconds", "writing_seconds", "sweep_windows"
+        )
 
     def _fields(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -193,7 +197,8 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    loads_all = unwritten or (epochs and not sweep_windows)
+    written_whole = unwritten and not _kernels_write(target, windows, unwritten)
+    loads_all = written_whole or (epochs and not sweep_windows)
     disk = output_bytes + survey.disk_bytes
     disk += 2 * stored + distillation.disk_bytes  # hidden states are read and written anew
     disk += gradients + len(layers) * stored if gradients else 0
@@ -215,7 +220,7 @@ def plan_run(
         disk,
         solve_shape=solving.shape,
         fallback_bytes=solving.most - solving.usual,
-        flops=2 * _working_weights(target) * passed,
+        flops=2 * working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
@@ -375,10 +380,17 @@ def _model_bytes(target: Target) -> int:
     return weights_of(target.model) * target.dtype.itemsize
 
 
-def _working_weights(target: Target) -> int:
-    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
+def working_weights(target: Target, *, head: bool = False) -> int:
+    """Number of weights in the decoder's matrices that one token uses, without unused experts.
+
+    Args:
+        target: the model.
+        head: whether those of the head are counted too.
+    """
     architecture, config = target.architecture, text_config(target.model.config)
     experts, total = architecture.experts, 0.0
+    if head:
+        total += target.model.get_output_embeddings().weight.numel()
     chosen = experts.per_token(config) if experts else None
     for index, layer in enumerate(target.layers):
         counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
@@ -391,9 +403,10 @@ def _working_weights(target: Target) -> int:
 
 
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
-    """The whole model, keys and values of the windows that it generates together, and logits.
+    """The model, keys and values of the windows that it generates together, and logits.
 
-    Logits are for one token of each window, with their float32 copies for the draw.
+    The kernels have its matrices in int8, transformers has the whole model in its dtype. Logits are
+    for one token of each window, with their float32 copies for the draw.
     """
     if windows is None or not unwritten:
         return 0
@@ -402,10 +415,30 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
 
     size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)
-    caches = layer_caches(target.model)  # `roomy_cache` has room for all tokens, window or not
-    kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
+    caches = layer_caches(target.model)  # there is room for all tokens, window or not
     vocabulary = int(text_config(target.model.config).vocab_size)
+    if _kernels_write(target, windows, unwritten):
+        from secateur.quantization.int8 import AT_ONCE as ROUNDED
+        from secateur.runtime.kernels.matrix import MOVED_BYTES
+        from secateur.runtime.kv_cache import TILE
+
+        places = -(-tokens // TILE) * TILE
+        kept = sum(cache.values * places * 2 for cache in caches)
+        largest = vocabulary * text_config(target.model.config).hidden_size
+        weights = weights_of(target.model)
+        moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED, largest)
+        return weights + weights // 50 + moved + largest * size + rows * (kept + 12 * vocabulary)
+    kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
     return _model_bytes(target) + rows * (kept + vocabulary * (size + 8))
+
+
+def _kernels_write(target: Target, windows: Tensor | None, unwritten: int) -> bool:
+    """Whether the kernels generate the windows of a run, with matrices of int8."""
+    if windows is None or not unwritten or target.device.type != "cpu":
+        return False
+    from secateur.calibration.continuation import kernels_write
+
+    return kernels_write(target.model, windows.shape[1])
 
 
 def _passes(settings: Settings) -> int:

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import Gathering, held_bytes
-from secateur.engine.plan_memory import calls_of
+from secateur.engine.plan_memory import calls_of, working_weights
 from secateur.engine.prune.run import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer, kind_of
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
 from secateur.models.architecture import Linear
+from secateur.precision import fast_dtype
+from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.sparsity.methods import Method
 from secateur.timing import alternate, seconds_of
 from secateur.types import STORED
@@ -243,3 +245,36 @@ def layer_times(target: Target, windows: Tensor | None, settings: Settings) -> L
                 seconds.append(time.perf_counter() - began)
         forward += count * median(seconds)
     return LayerTimes(forward / (hidden.shape[0] * hidden.shape[1]), reading)
+
+
+PROBED = 1024
+"""Rows and columns of the matrix whose product is timed for the generation of windows."""
+BESIDES = 1.7
+"""The time of a generated token, divided by that of its matrix products: attention, norms and the
+draw. Measured on SmolLM2-135M with windows of 512 tokens."""
+BESIDES_OF_TRANSFORMERS = 2.5
+
+
+def writing_seconds(target: Target, length: int, windows: int) -> float:
+    """Seconds in which the dense model generates windows, by the time of one product.
+
+    Args:
+        target: the model.
+        length: tokens of a window.
+        windows: how many are generated.
+    """
+    from secateur.calibration.continuation import AT_ONCE, kernels_write
+    from secateur.runtime.kernels.matrix import KernelMatrix
+
+    rows, weights = min(windows, AT_ONCE), working_weights(target, head=True)
+    if target.device.type == "cpu" and kernels_write(target.model, length):
+        ones = torch.ones(PROBED, PROBED, dtype=torch.int8)
+        matrix, x = KernelMatrix(ones, scale=torch.ones(PROBED)), torch.ones(rows, PROBED)
+        seconds = BESIDES * _timed(lambda: by_blocks(matrix, x), target.device)
+    else:
+        dtype = fast_dtype(target.device) or torch.float32
+        x = torch.ones(rows, PROBED, dtype=dtype, device=target.device)
+        weight = torch.ones(PROBED, PROBED, dtype=dtype, device=target.device)
+        seconds = BESIDES_OF_TRANSFORMERS * _timed(lambda: x @ weight.T, target.device)
+    calls = -(-windows // AT_ONCE) * length
+    return calls * seconds * weights / PROBED**2

@@ -44,7 +44,7 @@ class PlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        plan, sizes = self.plan, self.plan.sizes
+        plan, sizes, written = self.plan, self.plan.sizes, self.plan.writing_seconds
         out, columns = plan.solve_shape
         rows: list[tuple[str, str | None]] = [
             ("decoder layers", f"{plan.num_hidden_layers}"),
@@ -53,6 +53,7 @@ class PlanResult(Result):
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
             ("time on this machine", time_range(*plan.seconds) if plan.seconds else None),
+            ("  of it generating windows", time_range(*written) if written else None),
             ("disk", binary_size(plan.disk_bytes)),
             ("memory: the program itself", binary_size(sizes["process"])),
             ("memory: one decoder layer", binary_size(sizes["layer"])),
@@ -62,7 +63,7 @@ class PlanResult(Result):
         ]
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
-            "memory: the whole model, generating windows": sizes["writing"],
+            "memory: the model, generating windows": sizes["writing"],
             f"memory: {learning}, distilled": sizes["distilling"],
         }
         fallback = plan.fallback_bytes

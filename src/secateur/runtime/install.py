@@ -1,5 +1,7 @@
 """Installs a compressed checkpoint in a model: packed modules replace dense ones.
 
+A dense checkpoint can be installed too, rounded to int8 on the way, for a model that only decodes.
+
 `DenseView` shows a compressed checkpoint as a dense one.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
+from secateur.models.architecture import linears_of
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.experts import OpenExperts
+from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.header import TensorEntry
 from secateur.models.opening import computed_dtype, open_weights
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
 from secateur.quantization.groups import Scales
+from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
 from secateur.runtime.formats.kept import decode_values
 from secateur.runtime.kernels.dispatch import choose, kind_of
@@ -149,6 +154,86 @@ def install(
     return found
 
 
+def install_rounded(model: Any, reader: CheckpointReader) -> None:
+    """Fill a skeleton from a dense checkpoint, its matrices rounded to int8 one after the other.
+
+    Routers and gates of one output stay as they are stored.
+
+    Args:
+        model: a skeleton of a family that `layer_forms.FORMS` names, with its experts opened.
+        reader: the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the configuration.
+        NumericalError: a weight is NaN or infinite.
+    """
+    names, linears = stored_names(model, reader), _decoded_linears(model)
+    embedding, head_at = model.get_input_embeddings(), path_of(model, model.get_output_embeddings())
+    embedding_at = path_of(model, embedding)
+    tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
+    unstored = f"{head_at}.weight" if tied else ""
+    parameters = [name for name, _ in model.named_parameters() if name != unstored]
+    refuse_missing(parameters, names, reader.folder)
+    head: PackedLinear | None = None
+    for parameter in parameters:
+        path, _, part = parameter.rpartition(".")
+        value = reader.read(names[parameter])
+        if part == "weight" and path == embedding_at:
+            rows = rounded(value)
+            factor = getattr(embedding, "scalar_embed_scale", None)
+            factor = getattr(embedding, "embed_scale", None) if factor is None else factor
+            replace(model, path, PackedEmbedding(rows, torch.bfloat16, factor and float(factor)))
+            head = PackedLinear(rows)
+        elif part == "weight" and path in linears:
+            replace(model, path, PackedLinear(rounded(value), linears[path].bias))
+        else:
+            assign(model, parameter, value)
+    fill_buffers(model, reader)
+    if tied:
+        tie_head(model, embedding_at, head_at, head)
+    to_large_pages(_matrices_in(model))
+
+
+@contextmanager
+def rounded_matrices(model: Any) -> Iterator[None]:
+    """Matrices of int8 in the place of those of a loaded model, for a while.
+
+    Args:
+        model: of a family that `layer_forms.FORMS` names, on the CPU.
+    """
+    with opened_experts(model):
+        linears = _decoded_linears(model)
+        try:
+            for path, linear in linears.items():
+                matrix = rounded(linear.weight.detach())
+                replace(model, path, PackedLinear(matrix, linear.bias))
+            to_large_pages(_matrices_in(model))
+            yield
+        finally:
+            for path, linear in linears.items():
+                replace(model, path, linear)
+
+
+def rounded(weight: Tensor) -> KernelMatrix:
+    """A matrix [out, in] in 8 bits, with a scale for each row."""
+    codes, scale = quantize_rows(weight)
+    return KernelMatrix(codes, scale=scale)
+
+
+def _decoded_linears(model: Any) -> dict[str, nn.Module]:
+    """The linears that make up nearly all of the decoding: those of the layers, and the head."""
+    head = model.get_output_embeddings()
+    layers = enumerate(model.model.layers)
+    found = (linears_of(layer, f"model.layers.{index}") for index, layer in layers)
+    own = {linear.name: linear.module for layer in found for linear in layer.values()}
+    return {**own, path_of(model, head): head}
+
+
+def _matrices_in(model: Any) -> Iterator[KernelMatrix]:
+    packed = (PackedLinear, PackedEmbedding)
+    return (module.matrix for module in model.modules() if isinstance(module, packed))
+
+
 def _linear_of(
     parts: Mapping[str, Tensor],
     layout: Layout,
@@ -248,8 +333,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
             choice = choose([m.matrix for m in modules], activations, others)
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
-    packed = (PackedLinear, PackedEmbedding)
-    to_large_pages(module.matrix for module in model.modules() if isinstance(module, packed))
+    to_large_pages(_matrices_in(model))
 
 
 @dataclass(frozen=True)

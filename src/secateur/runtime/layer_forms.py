@@ -185,7 +185,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     """Why a model cannot be decoded in one call for each token; None if it can.
 
     Args:
-        model: a transformers model, its linears packed or not.
+        model: a transformers model or its skeleton, its linears packed or not.
         capacity: tokens of prompt and text together.
     """
     config = model.config
@@ -195,7 +195,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         why = OUTSIDE.get(config.model_type, "nobody has described its layers")
         return f"its type is {config.model_type}: {why}"
     form = FORMS[config.model_type]
-    if any(p.device.type != "cpu" for p in model.parameters()):
+    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):
         return "it is not on the CPU"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         return "torch multiplies its integers (kernels=False)"

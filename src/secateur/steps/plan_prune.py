@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from secateur.engine.plan_time import foretell_seconds, layer_times
+from secateur.engine.plan_time import (
+    QUICKER,
+    SLOWER,
+    foretell_seconds,
+    layer_times,
+    writing_seconds,
+)
 from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
 from secateur.progress import Progress
@@ -62,11 +68,14 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
         for index, layout in enumerate(prepared.layouts)
         for group in layout.groups
     ]
+    written = 0.0
+    if windows is not None and windows.ungenerated:
+        written = writing_seconds(target, windows.planned.shape[1], windows.ungenerated)
     seconds = foretell_seconds(
         tasks,
         [(name,) for name in tasks] if windows is None else shared_inputs,
         layer_times(target, None if windows is None else windows.planned, settings),
-        ready=ready,
+        ready=ready + written,
         passed=plan.passed_tokens,
         output_bytes=prepared.output_bytes,
         tokens=plan.calibration_tokens,
@@ -74,4 +83,6 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
         device=target.device,
     )
     left = skipped_matrices(tasks, target.matrices())
-    return PlanResult(replace(plan, left=left, seconds=seconds), activations)
+    share = (QUICKER * written, SLOWER * written) if written else None
+    plan = replace(plan, left=left, seconds=seconds, writing_seconds=share)
+    return PlanResult(plan, activations)

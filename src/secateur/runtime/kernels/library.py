@@ -193,6 +193,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
             [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],
         ),
     }
+    if hasattr(loaded, "sct_advance"):  # an older build has it not
+        advance = [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _POINTER]
+        signatures["sct_advance"] = (ctypes.c_int, advance)
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

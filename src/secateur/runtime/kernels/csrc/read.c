@@ -1,4 +1,5 @@
-/* A prompt through all layers (decode.h): its tokens pass each layer together, by blocks. */
+/* A prompt, or a token of each of many sequences, through all layers (decode.h): the tokens pass each
+ * layer together, by blocks. */
 #include <string.h>
 
 #include "decode.h"
@@ -260,27 +261,55 @@ static size_t lay_out(sct_piece *p, int64_t tokens, size_t blocks, char *memory)
     return at;
 }
 
+/* Everything for some tokens; returns the memory, or NULL. */
+static char *begin(sct_piece *p, const sct_decoder *d, const sct_token *token, int64_t tokens) {
+    sct_block_bytes blocks = {.tokens = tokens, .exact = (int)d->exact};
+    *p = (sct_piece){.d = d, .code = sct_code(), .tokens = tokens, .at = sct_vectors_of(d),
+                     .sizes = sct_sizes_of(d)};
+    if (!p->code || !sct_each_matrix(d, widen, &blocks)) return NULL;
+    if (token && !widen(&blocks, &d->head_matrix)) return NULL;
+    p->attention = (sct_attention){.d = d, .code = p->code, .token = token, .tokens = tokens,
+                                   .stride = p->at.floats};
+    char *memory = sct_memory(lay_out(p, tokens, blocks.most, NULL));
+    if (!memory) return NULL;
+    lay_out(p, tokens, blocks.most, memory);
+    sct_attend_to(&p->attention, &p->at);
+    return memory;
+}
+
+static void pass_layers(sct_piece *p, const float *hidden) {
+    sct_take_embedded(p->d, &p->at, hidden, p->tokens);
+    for (int64_t l = 0; l < p->d->layers && !p->failed; l++) read_layer(p, p->d->layer + l);
+}
+
 int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t first,
              int64_t tokens, int64_t answers, float *logits) {
     const int64_t most = sct_smaller(tokens, PIECE), skipped = tokens - answers;
-    sct_piece p = {.d = d, .code = sct_code(), .at = sct_vectors_of(d), .sizes = sct_sizes_of(d)};
-    sct_block_bytes blocks = {.tokens = most, .exact = (int)d->exact};
-    if (!p.code || !sct_each_matrix(d, widen, &blocks)) return -1;
-    p.attention = (sct_attention){.d = d, .code = p.code, .slot = slot, .stride = p.at.floats};
-    p.tokens = p.attention.tokens = most;
-    char *memory = sct_memory(lay_out(&p, most, blocks.most, NULL));
+    sct_piece p;
+    char *memory = begin(&p, d, NULL, most);
     if (!memory) return -1;
-    lay_out(&p, most, blocks.most, memory);
-    sct_attend_to(&p.attention, &p.at);
+    p.attention.slot = slot;
     for (int64_t done = 0; done < tokens && !p.failed; done += p.tokens) {
         p.tokens = p.attention.tokens = sct_smaller(tokens - done, most);
         p.attention.first = first + done;
-        sct_take_embedded(d, &p.at, hidden + done * d->hidden, p.tokens);
-        for (int64_t l = 0; l < d->layers && !p.failed; l++) read_layer(&p, d->layer + l);
+        pass_layers(&p, hidden + done * d->hidden);
         const int64_t asked = sct_larger(0, skipped - done); /* those before want no answer */
         if (asked < p.tokens)
             answer(&p, asked, logits + (done + asked - skipped) * d->vocabulary);
     }
+    sct_free(memory);
+    return p.failed ? -1 : 0;
+}
+
+int sct_advance(const sct_decoder *d, const float *hidden, const sct_token *token, int64_t tokens,
+                float *logits) {
+    sct_piece p;
+    char *memory = begin(&p, d, token, tokens);
+    if (!memory) return -1;
+    pass_layers(&p, hidden);
+    if (logits && !p.failed)
+        multiply(&p, &d->head_matrix, normed(&p, &d->final_norm),
+                 (sct_floats){logits, d->vocabulary}, tokens, NULL);
     sct_free(memory);
     return p.failed ? -1 : 0;
 }
