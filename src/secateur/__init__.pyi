@@ -620,7 +620,7 @@ def prune(
             {bits: 8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linear layers: uniform, owl,
-            layer-sensitivity, global or search. [uniform]
+            layer-sensitivity, divergence, global or search. [uniform]
         on_collapse: What to do if a linear layer lost most of its output by pruning: stop or warn.
             [warn]
         field: The field of a JSONL line that holds the text. Lines without it may hold
@@ -828,8 +828,8 @@ def structure(
         pad: Pad all layers with zeros to one size, for engines that need it. [off]
         effort: Preset: fast, balanced or best. It fills in the options that you do not give.
             [balanced, if no score is given]
-        allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity, global
-            or search. [uniform]
+        allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,
+            divergence, global or search. [uniform]
         learned: Learn which units stay by training, in this many steps. [not learned]
         experts_by: How to select experts: by REAP or by how often they are chosen, or at random;
             merge averages the others into the most similar expert that stays. [reap]

@@ -35,6 +35,26 @@ def sensitivity(errors: list[float], sparsity: float, half_range: float) -> list
     ]
 
 
+def equal_slopes(
+    divergences: list[float], sizes: list[int], sparsity: float, growth: float, reach: float
+) -> list[int]:
+    """Prune one weight after the other where the sum of divergences then grows least."""
+    counts = [math.ceil((sparsity - reach) * size - 1e-9) for size in sizes]
+    most = [math.floor((sparsity + reach) * size + 1e-9) for size in sizes]
+
+    def rise(i: int) -> float:
+        before, after = (
+            divergences[i] * math.exp(growth * (count / sizes[i] - sparsity))
+            for count in (counts[i], counts[i] + 1)
+        )
+        return after - before
+
+    while sum(counts) < round(sparsity * sum(sizes)):
+        free = [i for i in range(len(sizes)) if counts[i] < most[i]]
+        counts[min(free, key=rise)] += 1
+    return counts
+
+
 def bounded_threshold(
     tensors: dict[str, Tensor], pruned: int, bounds: dict[str, tuple[int, int]]
 ) -> dict[str, int]:

@@ -15,6 +15,7 @@ from oracles import allocation as oracle
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.allocation.budget import Granularity, settle
+from secateur.sparsity.allocation.divergence import Divergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold, global_threshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -213,6 +214,40 @@ def test_sensitivity_is_its_formula():
     assert set(part.allocate(lambda: iter(tied), grains, 0.6).values()) == {0.6}
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    measured=st.lists(
+        st.tuples(st.integers(20, 200), st.floats(1e-5, 1e-1)), min_size=2, max_size=7
+    ),
+    sparsity=st.sampled_from([0.5, 0.6, 0.7]),
+)
+def test_divergence_prunes_where_the_sum_of_divergences_grows_least(measured, sparsity):
+    sizes, divergences = ([x[i] for x in measured] for i in (0, 1))
+    part = Divergence()
+    grains = {
+        str(i): Granularity.around((size, 10), 1, round(10 * size * sparsity), sparsity, part.reach)
+        for i, size in enumerate(sizes)
+    }
+    kept = {
+        str(i): torch.tensor(d / (10 * size), dtype=torch.float64)
+        for i, (size, d) in enumerate(zip(sizes, divergences, strict=True))
+    }
+    shares = settle(part.allocate(kept.items, grains, sparsity), grains)
+    expected = oracle.equal_slopes(
+        divergences, [10 * size for size in sizes], sparsity, part.growth, part.reach
+    )
+    for share, count, size in zip(shares.values(), expected, sizes, strict=True):
+        assert abs(share * 10 * size - count) < len(sizes) + 2
+
+
+def test_linears_without_a_divergence_lose_most():
+    kept = {"a": torch.tensor(1e-6), "b": torch.tensor(0.0), "c": torch.tensor(-1e-9)}
+    shares = Divergence().allocate(kept.items, {}, 0.5)
+    assert shares["b"] == shares["c"] > 0.5 > shares["a"]
+    none = {"a": torch.tensor(0.0), "b": torch.tensor(0.0)}
+    assert Divergence().allocate(none.items, {}, 0.5) == {"a": 0.5, "b": 0.5}
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(2, 60)), min_size=2, max_size=9),
@@ -318,6 +353,9 @@ def test_a_model_with_nothing_to_trade_stays_uniform():
         (LayerSensitivity, {"half_range": 0.2}),
         (LayerSensitivity, {"reference": 1.0}),
         (GlobalThreshold, {"reach": -0.1}),
+        (Divergence, {"growth": 0.0}),
+        (Divergence, {"reach": 0.0}),
+        (Divergence, {"judged_tokens": 0}),
         (Search, {"levels": 0}),
         (Search, {"step": 0.5}),
         (Search, {"stages": ((2, 512),)}),
@@ -331,6 +369,8 @@ def test_parameters_out_of_range_are_refused(kind, options):
 
 
 def test_all_are_registered():
-    assert allocations.names() == ["global", "layer-sensitivity", "owl", "search", "uniform"]
+    assert allocations.names() == [
+        "divergence", "global", "layer-sensitivity", "owl", "search", "uniform",
+    ]  # fmt: skip
     with pytest.raises(RecipeError, match="did you mean 'owl'"):
         allocations["owls"]

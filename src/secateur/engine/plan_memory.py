@@ -462,7 +462,7 @@ def _plan_survey(
     held = allocation.working_bytes(prunable // len(target.layers), item)
     disk = allocation.disk_bytes(prunable, item)
     if windows is None:  # the allocation reads only weights
-        return _PartNeeds(held, disk, allocation.tokens(0))
+        return _PartNeeds(held, disk, allocation.tokens(0, 0))
     held += _statistics_bytes(target, found, Gathering.of(allocation.requires).forward)
     if allocation.judged_tokens:
         from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
@@ -470,7 +470,8 @@ def _plan_survey(
         # Probabilities of the dense model, logits of a candidate, and one temporary copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-    return _PartNeeds(held, disk, allocation.tokens(windows.numel()))
+    linears = sum(len(group) for layout in found for group in layout.groups)
+    return _PartNeeds(held, disk, allocation.tokens(windows.numel(), linears))
 
 
 def _forward_bytes(

@@ -140,7 +140,8 @@ def settings_of(
 def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
     """Whether any part of a recipe reads calibration tokens."""
     tuned = recipe.reconstruction.passes or recipe.distillation.epochs
-    return bool(method.requires | allocation.requires or tuned or recipe.asymmetric)
+    judged = allocation.judged_tokens > 0
+    return bool(method.requires | allocation.requires or judged or tuned or recipe.asymmetric)
 
 
 def prepare(

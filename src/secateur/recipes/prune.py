@@ -99,8 +99,8 @@ class HowToPrune(Section):
     ] = None
     """The set of weights that compete: row, layer or global."""
     allocation: str = "uniform"
-    """How to divide the sparsity among the linear layers: uniform, owl, layer-sensitivity, global
-    or search."""
+    """How to divide the sparsity among the linear layers: uniform, owl, layer-sensitivity,
+    divergence, global or search."""
     asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(0.2, ge=0)
     """Damping of the asymmetric fit towards the dense weights."""
     choose_damping: Annotated[bool, Flag(advanced=True)] = False

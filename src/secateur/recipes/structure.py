@@ -151,7 +151,8 @@ class HowToCut(Section):
     ] = Field(default_factory=dict)
     """Parameters of the score and the solver."""
     allocation: Annotated[str | None, Flag(default="uniform")] = None
-    """How to divide the cut among the layers: uniform, owl, layer-sensitivity, global or search."""
+    """How to divide the cut among the layers: uniform, owl, layer-sensitivity, divergence, global
+    or search."""
     learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
     """Learn which units stay by training, in this many steps."""
     experts_by: Literal["reap", "frequency", "random", "merge"] = "reap"

@@ -18,6 +18,7 @@ from secateur.engine.search.allocation import (
     Survey,
     allocate,
     grains_of,
+    measure_alone,
     search_levels,
 )
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
@@ -29,6 +30,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
 from secateur.sparsity.allocation import allocations
+from secateur.sparsity.allocation.divergence import Divergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -36,7 +38,7 @@ from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import compose
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
-NAMES = ["owl", "layer-sensitivity", "global", "search"]
+NAMES = ["owl", "layer-sensitivity", "divergence", "global", "search"]
 SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))
 
 
@@ -264,6 +266,66 @@ def test_a_killed_search_measures_nothing_twice(
     assert (tmp_path / "search.jsonl").read_text() == after
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_each_linear_alone_costs_what_a_plain_forward_gives(family: str, tmp_path: Path) -> None:
+    with opened_experts(model := tiny_model(family)):
+        check_alone(model, tmp_path)
+
+
+def check_alone(model, work: Path) -> None:
+    survey, part = survey_of(model, work, scope="layer"), Divergence(judged_tokens=120)
+    grains, inputs = grains_of(survey.tasks, part), inputs_of(model, tiny_windows())
+    found = measure_alone(survey, part, grains, survey.execute(part, grains))
+    modules = matrices(model)
+    assert found.keys() == modules.keys()
+    with torch.no_grad():
+        dense = model(input_ids=tiny_windows()).logits.flatten(0, 1)
+        seen: dict[str, list[str]] = {}
+        for name in found:  # the experts of a layer are one unit
+            parts = name.split(".")
+            if "experts" in parts:
+                parts[parts.index("experts") + 1] = "*"
+            seen.setdefault(".".join(parts), []).append(name)
+        for unit in list(seen.values())[::3]:
+            before = {name: weight_of(modules[name]).clone() for name in unit}
+            for name in unit:
+                weight = weight_of(modules[name])
+                score = weight.abs() * inputs[name].norm(dim=0)
+                weight *= survey.tasks[name].method.pattern.mask(score, 0.5)
+            logits = model(input_ids=tiny_windows()).logits.flatten(0, 1)
+            for name, weight in before.items():
+                weight_of(modules[name]).copy_(weight)
+            total = sum(weight.numel() for weight in before.values())
+            expected = oracle.divergence(dense, logits) / total
+            for name in unit:
+                assert float(found[name]) == pytest.approx(expected, rel=2e-3, abs=1e-12), name
+
+
+def test_a_killed_survey_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.engine.search.allocation._ALONE_AT_ONCE", 4)
+    survey, part = survey_of(tiny_model("llama"), tmp_path), Divergence(judged_tokens=120)
+    grains = grains_of(survey.tasks, part)
+    files = survey.execute(part, grains)
+    measured: list[int] = []
+    plain = CandidateEvaluator.fitness
+
+    def counted(self: CandidateEvaluator, candidates, rows) -> list[float]:
+        measured.append(len(candidates))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return plain(self, candidates, rows)
+
+    monkeypatch.setattr(CandidateEvaluator, "fitness", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_alone(survey, part, grains, files)
+    resumed = measure_alone(survey, part, grains, files)
+    assert sum(measured) == len(grains) + 4  # one set was begun twice
+    (tmp_path / "search.jsonl").unlink()
+    assert measure_alone(survey, part, grains, files) == resumed
+
+
 def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "source")
@@ -341,8 +403,9 @@ def test_plan_counts_what_an_allocation_needs(tmp_path: Path) -> None:
     disk = {name: p.disk_bytes - plans["uniform"].disk_bytes for name, p in plans.items()}
     assert disk == {
         "uniform": 0, "owl": 0, "layer-sensitivity": 0, "global": 4 * prunable,
-        "search": 7 * 4 * prunable,
+        "divergence": 4 * prunable, "search": 7 * 4 * prunable,
     }  # fmt: skip
     flops = {name: p.flops / (2 * prunable * 120) for name, p in plans.items()}
     assert [flops[n] for n in ("uniform", "owl", "layer-sensitivity", "global")] == [1, 2, 2, 2]
+    assert flops["divergence"] > 2
     assert flops["search"] > 2

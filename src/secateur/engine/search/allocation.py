@@ -12,6 +12,7 @@ inputs (magnitude, gradient), the result is exactly the mask of one threshold.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -49,9 +50,12 @@ from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
+from secateur.sparsity.allocation.divergence import Divergence
 from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
+
+_ALONE_AT_ONCE = 32  # candidates that pass through the layers together
 
 Linears = Mapping[str, Linear]
 """The linears of a decoder layer, by their names in it."""
@@ -329,6 +333,56 @@ class LevelVariants(WeightVariants):
         return weight.t() if linear.transposed else weight
 
 
+class PrunedAlone(LevelVariants):
+    """Decoder layers in which some linears are pruned (level 1), and the others dense (0)."""
+
+    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
+        """The pruned weight at level 1."""
+        return super().weight_of(linear, level, source) if level else None
+
+
+@torch.no_grad()
+def measure_alone(
+    survey: Survey,
+    allocation: Divergence,
+    grains: Mapping[str, Granularity],
+    files: Sequence[Path],
+) -> dict[str, Tensor]:
+    """Return the divergence that pruning each competing linear alone makes, over its weights.
+
+    The experts of a layer are pruned together, all that have the same name in their expert. Each
+    set of candidates is stored when it is measured, so a killed run measures nothing twice.
+
+    Args:
+        survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
+        allocation: the number of tokens.
+        grains: grains of the competing linears.
+        files: for each layer, its pruned weights, from `Divergence.observe`.
+    """
+    assert survey.calibration is not None
+    names, tokens = list(grains), allocation.judged_tokens
+    outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
+    variants = PrunedAlone(outer, names, set(), files)
+    file = survey.work / "search.jsonl"
+    fitness = variants.fitness("divergence", tokens, file, survey.progress)
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+    found: dict[str, Tensor] = {}
+    waiting = list(units.values())
+    starts = range(0, len(waiting), _ALONE_AT_ONCE)
+    survey.progress.start("allocation: divergence", len(starts))
+    for start in starts:
+        some = waiting[start : start + _ALONE_AT_ONCE]
+        candidates = [tuple(int(name in unit) for name in names) for unit in some]
+        for unit, value in zip(some, fitness(candidates, tokens, 0), strict=True):
+            weights = sum(grains[name].total for name in unit)
+            found |= dict.fromkeys(unit, torch.tensor(value / weights, dtype=torch.float64))
+        survey.progress.step()
+    survey.progress.finish()
+    return found
+
+
 @full_float32()
 def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
     """Return the tasks of a run with the sparsities of an allocation in place of uniform ones.
@@ -349,7 +403,10 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
 
         def settle_all() -> None:
             found: dict[str, Any] = {}
-            if allocation.judged_tokens:
+            if isinstance(allocation, Divergence):
+                alone = measure_alone(survey, allocation, grains, files)
+                ideal = allocation.allocate(alone.items, grains, sparsity)
+            elif allocation.judged_tokens:
                 levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
                 ideal = levels.sparsity_of
                 found = {

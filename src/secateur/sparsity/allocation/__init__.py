@@ -102,8 +102,13 @@ class Allocation(Protocol):
         """
         ...
 
-    def tokens(self, calibration: int) -> int:
-        """Tokens that pass through the model for it, if there are so many calibration tokens."""
+    def tokens(self, calibration: int, linears: int) -> int:
+        """Tokens that pass through the model for it.
+
+        Args:
+            calibration: number of calibration tokens.
+            linears: number of linears in the model.
+        """
         ...
 
 
@@ -120,7 +125,7 @@ class AllocationDefaults:
         """A few numbers."""
         return 0
 
-    def tokens(self, calibration: int) -> int:
+    def tokens(self, calibration: int, linears: int) -> int:
         """One pass."""
         return calibration
 

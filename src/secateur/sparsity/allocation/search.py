@@ -178,7 +178,7 @@ class Search:
         """Every level that is kept of it."""
         return self.disk_bytes(weights, itemsize)
 
-    def tokens(self, calibration: int) -> int:
+    def tokens(self, calibration: int, linears: int) -> int:
         """Tokens that pass: once for the levels; then the dense model, two starts, every stage."""
         return calibration + 3 * self.judged_tokens + self.evolution.tokens
 

@@ -32,6 +32,6 @@ class Uniform(AllocationDefaults):
         """None."""
         return 0
 
-    def tokens(self, calibration: int) -> int:
+    def tokens(self, calibration: int, linears: int) -> int:
         """None."""
         return 0

@@ -1,0 +1,101 @@
+"""Divergence: a linear that changes the model's predictions more is pruned less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.sparsity.allocation.budget import Granularity
+
+_LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
+
+
+@allocations.register("divergence")
+@dataclass(frozen=True)
+class Divergence:
+    """Sparsity falls with the logarithm of the divergence that pruning one linear alone makes.
+
+    The run's own method prunes each linear i of the dense model to the target s, alone. With
+
+        D_i = mean over tokens of KL( softmax(dense logits) ‖ softmax(logits with linear i pruned) )
+
+    and n_i weights in linear i,
+
+        s_i = c − ln(D_i / n_i) / growth        |s_i − s| ≤ reach
+
+    Derivation: near the target D_i grows with the sparsity like exp(growth · s_i), and small
+    divergences of single linears add up. Then Σ D_i is smallest at a given Σ n_i s_i where the
+    slopes of all linears are equal, growth · D_i exp(growth · (s_i − s)) / n_i; this is the
+    formula. `growth` is measured: 8 to 9 on small Gemmas and Qwens between 60 and 80 %.
+
+    Args:
+        growth: how fast a divergence grows with the sparsity.
+        reach: how far the sparsity of a linear may differ from the target, from 0 to 1.
+        judged_tokens: tokens that D_i is measured on.
+
+    Raises:
+        RecipeError: a parameter is out of range.
+    """
+
+    growth: float = 9.0
+    reach: float = 0.15
+    judged_tokens: int = 1024
+    requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
+
+    def __post_init__(self) -> None:
+        if not (self.growth > 0 and 0 < self.reach <= 1 and self.judged_tokens > 0):
+            raise RecipeError(
+                f"growth is {self.growth}, reach {self.reach}, judged_tokens {self.judged_tokens}",
+                remedy="give a growth above 0, a reach in (0, 1], and 1 token or more",
+            )
+
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """The weight of each linear, pruned to the target (`name/1`)."""
+        grains = layer.grains
+        return {
+            f"{name}/1": layer.solve(name, grains[name].uniform / grains[name].units)
+            for name in layer.weights
+        }
+
+    def allocate(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
+        """The sparsity of each linear, up to the same shift of all, which `settle` finds.
+
+        Args:
+            kept: D_i / n_i of each linear.
+            grains: of every linear that competes.
+            sparsity: the target.
+
+        Example:
+            >>> import torch
+            >>> from secateur.sparsity.allocation.divergence import Divergence
+            >>> kept = {"q_proj": torch.tensor(1e-7), "k_proj": torch.tensor(2e-7)}
+            >>> shares = Divergence().allocate(kept.items, {}, 0.5)
+            >>> {name: round(share, 3) for name, share in shares.items()}
+            {'q_proj': 0.539, 'k_proj': 0.461}
+        """
+        slopes = {name: float(slope) for name, slope in kept()}
+        least = max(_LEAST * max(slopes.values()), 0.0) or 1.0
+        wished = {n: -math.log(max(slope, least)) / self.growth for n, slope in slopes.items()}
+        mean = sum(wished.values()) / len(wished)
+        return {name: sparsity + wish - mean for name, wish in wished.items()}
+
+    def disk_bytes(self, weights: int, itemsize: int) -> int:
+        """Every weight, pruned."""
+        return weights * itemsize
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """What is kept of a layer."""
+        return self.disk_bytes(weights, itemsize)
+
+    def tokens(self, calibration: int, linears: int) -> int:
+        """Calibration passes once; each pruned linear sends tokens through half of the layers."""
+        return calibration + self.judged_tokens * (1 + linears // 2)
