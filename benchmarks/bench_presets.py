@@ -52,6 +52,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced, damping 0.05": {"effort": "balanced", "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {"effort": "balanced", "asymmetric_damping": 0.8},
     "balanced, symmetric": {"effort": "balanced", "asymmetric": False},
+    "balanced, allocation divergence": {"effort": "balanced", "allocation": "divergence"},
+    "balanced, allocation search": {"effort": "balanced", "allocation": "search"},
+    "balanced, allocation layer-sensitivity": {
+        "effort": "balanced",
+        "allocation": "layer-sensitivity",
+    },
     "ALPS, group by group": {"method": "alps"},
     "balanced, 30 iterations": {
         "effort": "balanced",

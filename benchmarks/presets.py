@@ -85,6 +85,7 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced + own windows": {"effort": "balanced", "generated_windows": 128},
     "balanced + tuning": {"effort": "balanced", "tune_passes": 6},
     "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
+    "balanced + divergence": {"effort": "balanced", "allocation": "divergence"},
     "balanced + distillation": {"effort": "balanced", "distill_epochs": 1},
     "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},

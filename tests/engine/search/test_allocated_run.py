@@ -273,7 +273,10 @@ def test_each_linear_alone_costs_what_a_plain_forward_gives(family: str, tmp_pat
 
 
 def check_alone(model, work: Path) -> None:
-    survey, part = survey_of(model, work, scope="layer"), Divergence(judged_tokens=120)
+    survey, part = (
+        survey_of(model, work, sparsity=0.8, scope="layer"),
+        Divergence(judged_tokens=120),
+    )
     grains, inputs = grains_of(survey.tasks, part), inputs_of(model, tiny_windows())
     found = measure_alone(survey, part, grains, survey.execute(part, grains))
     modules = matrices(model)
@@ -291,14 +294,15 @@ def check_alone(model, work: Path) -> None:
             for name in unit:
                 weight = weight_of(modules[name])
                 score = weight.abs() * inputs[name].norm(dim=0)
-                weight *= survey.tasks[name].method.pattern.mask(score, 0.5)
+                weight *= survey.tasks[name].method.pattern.mask(score, 0.8)
             logits = model(input_ids=tiny_windows()).logits.flatten(0, 1)
             for name, weight in before.items():
                 weight_of(modules[name]).copy_(weight)
             total = sum(weight.numel() for weight in before.values())
             expected = oracle.divergence(dense, logits) / total
             for name in unit:
-                assert float(found[name]) == pytest.approx(expected, rel=2e-3, abs=1e-12), name
+                # a divergence of 1e-5 nats has three digits in float32
+                assert float(found[name]) == pytest.approx(expected, rel=2e-3, abs=3e-7 / total)
 
 
 def test_a_killed_survey_measures_nothing_twice(
