@@ -5,7 +5,7 @@
 
 The conversations: 200 prompts (questions of sciq and goals of piqa, from row 500 on; "Summarize
 this text:" with web pages of the last fifth of the C4 file), answered by the dense model with its
-chat template, temperature 0.7, at most 128 new tokens. 36 more prompts, answered greedily, are held
+chat template, temperature 0.7, at most 112 new tokens. 36 more prompts, answered greedily, are held
 out. Then `balanced` at 50 % on 64 windows of 512 tokens: of C4, of the conversations, of both.
 Judged on the first 6 windows of 1024 tokens of each text; on the held-out answers (next-token loss,
 share of tokens that the pruned model would choose as well, and how many tokens it would write
@@ -33,7 +33,7 @@ from secateur.runtime.load import load
 from stored import known_rows
 
 MODEL = "smollm2-135m"
-KEPT, HELD_OUT, NEW_TOKENS, AT_ONCE, TEMPERATURE = 200, 36, 128, 16, 0.7
+KEPT, HELD_OUT, NEW_TOKENS, AT_ONCE, TEMPERATURE = 200, 36, 112, 16, 0.7
 LENGTH, WINDOWS, TASK, ITEMS = 1024, 6, "arc_easy", 100
 NAME = "chat-calibration"
 FIRST_ROW = 500

@@ -229,6 +229,7 @@ def user(content: Any) -> dict[str, Any]:
         ([{"messages": [{"role": "user"}]}], "no role or no content; it has: role"),
         ([{"messages": [{"role": "usr", "content": "x"}]}],
          r"(?s)unknown role 'usr'.*did you mean 'user'"),
+        ([{"messages": [{"role": ["user"], "content": "x"}]}], "unknown role"),
         ([user([{"type": "image", "url": "x"}])], r"a part that is no text \(image\)"),
         ([user(5)], "a part that is no text"),
         ([user("\ud800")], "half of a surrogate pair"),

@@ -558,7 +558,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             where=where,
             remedy='write {"role": "user", "content": "..."}',
         )
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise SourceError(
             f"unknown role {role!r}", where=where, remedy=did_you_mean(str(role), [*ROLES])
         )
