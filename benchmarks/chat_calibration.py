@@ -33,7 +33,7 @@ from secateur.runtime.load import load
 from stored import known_rows
 
 MODEL = "smollm2-135m"
-KEPT, HELD_OUT, NEW_TOKENS, AT_ONCE, TEMPERATURE = 200, 36, 112, 16, 0.7
+KEPT, HELD_OUT, NEW_TOKENS, AT_ONCE, TEMPERATURE = 200, 36, 112, 40, 0.7
 LENGTH, WINDOWS, TASK, ITEMS = 1024, 6, "arc_easy", 100
 NAME = "chat-calibration"
 FIRST_ROW = 500

@@ -155,6 +155,20 @@ def test_calibration_lines(places: dict[str, Path], lines: list[str], zipped: bo
     refused_or_read(lambda: read_documents(str(file)))
 
 
+@bounded(150)
+@given(DRAWS)
+def test_conversations(places: dict[str, Path], draw: random.Random) -> None:
+    talk = [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b", "tool_calls": []}]
+    pair = {
+        "prompt": talk[:1],
+        "completion": [{"role": "assistant", "content": [{"type": "text"}]}],
+    }
+    rows = [{"messages": talk, "tools": [{}]}, {"conversations": talk}, pair, {"text": "c"}]
+    file = places["file"].with_suffix(".jsonl")
+    file.write_text(json.dumps(anywhere(draw, draw.choice(rows))), encoding="utf-8")
+    refused_or_read(lambda: read_documents(str(file)))
+
+
 def test_the_folders_are_sound(places: dict[str, Path]) -> None:
     for kind in ("dense", "packed"):
         assert not refused_or_read(lambda kind=kind: inspect(str(copied(places, kind))))
