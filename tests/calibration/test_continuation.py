@@ -132,6 +132,21 @@ def test_too_short_to_begin(model: LlamaForCausalLM, windows: torch.Tensor) -> N
         continue_windows(model, windows[:, :PREFIX], 1, seed=0)
 
 
+@pytest.mark.parametrize("vocabulary", [7, 1024, 257])
+def test_drawn_by_share(vocabulary: int) -> None:
+    """Half of the tokens have no share, the first and the last among them."""
+    torch.manual_seed(0)
+    logits = torch.randn(vocabulary)
+    logits[::2] = -torch.inf
+    logits[-1] = -torch.inf
+    found = torch.bincount(drawn(logits.expand(40_000, -1)), minlength=vocabulary).double()
+    expected = logits.double().softmax(0) * 40_000
+    assert (found[expected == 0] == 0).all()
+    some = expected > 0
+    chi, degrees = ((found - expected)[some] ** 2 / expected[some]).sum(), int(some.sum()) - 1
+    assert chi < degrees + 5 * (2 * degrees) ** 0.5
+
+
 # -- by the kernels ------------------------------------------------------------------------------
 
 DECODED = [name for name in CONFIGS if kernels_write(tiny_model(name), LENGTH)]

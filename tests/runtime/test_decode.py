@@ -27,6 +27,9 @@ pytestmark = [
     pytest.mark.usefixtures("settled"),
 ]
 __all__ = ["settled"]
+many_slots = pytest.mark.skipif(
+    not hasattr(lib.library(), "sct_advance"), reason="kernels of an older build"
+)
 
 PROMPT = torch.tensor([5, 17, 80, 33, 4])
 LLAMA3 = {
@@ -157,6 +160,44 @@ def test_a_prompt_in_one_call(tmp_path: Path, shape: str, stored: str, tier: str
         mine = found[: len(other)]
         assert float((mine - other).norm() / other.norm()) < 0.02
     torch.testing.assert_close(last[0], found[-1], rtol=1e-5, atol=1e-6)
+
+
+@many_slots
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shape", ["llama, untied", "mistral", "odd widths"])
+@pytest.mark.parametrize("stored", ["int8", "int4", "bfloat16"])
+def test_a_token_of_each_of_many_slots(tmp_path: Path, shape: str, stored: str, tier: str) -> None:
+    """Slots of all lengths, of which some are left out, against prompts of one slot alone."""
+    with using(tier):
+        model = model_of(tmp_path, shape, torch.float32, values=stored)
+        many, alone = SlotDecoder(model, 40, 20), SlotDecoder(model, 40)
+        texts = [some_tokens(15 + slot, seed=slot) for slot in range(18)]
+        for slot, text in enumerate(texts):
+            many.read(slot, text[:-3])
+        for late in (3, 2, 1):
+            ids = torch.stack([text[-late] for text in texts])
+            found = many.advance(ids, answered=late != 2)
+            assert found.shape == (0 if late == 2 else 18, 96)
+            for slot, text in enumerate(texts):
+                if late == 2:
+                    continue
+                alone.rewind(0)
+                expected = alone.read(0, text[: len(text) - late + 1])[0]
+                torch.testing.assert_close(found[slot], expected, rtol=1e-3, atol=1e-4)
+        assert many.lengths == [15 + slot for slot in range(18)] + [0, 0]
+
+
+@many_slots
+def test_many_slots_that_do_not_fit(tmp_path: Path) -> None:
+    decoder = SlotDecoder(model_of(tmp_path, "qwen3", torch.float32), 3, 2)
+    with pytest.raises(ShapeError, match="3 tokens for 2 slots"):
+        decoder.advance(torch.tensor([4, 4, 4]))
+    with pytest.raises(ShapeError, match="token 96 is not in the vocabulary"):
+        decoder.advance(torch.tensor([4, 96]))
+    for _ in range(3):
+        decoder.advance(torch.tensor([4, 5]))
+    with pytest.raises(ShapeError, match="which hold 3"):
+        decoder.advance(torch.tensor([4]))
 
 
 def test_matrices_of_all_kinds_in_one_layer(tmp_path: Path) -> None:
