@@ -132,6 +132,8 @@ class Family:
             family without experts.
         couplings: the parameters that must be cut together; None where only whole layers can be
             cut.
+        normed_writers: linears whose output passes an RMSNorm before it is added, each with the
+            name of that norm.
     """
 
     model_types: tuple[str, ...]
@@ -140,6 +142,7 @@ class Family:
     writers: tuple[str, ...] = ()
     experts: Experts | None = None
     couplings: Couplings | None = None
+    normed_writers: tuple[tuple[str, str], ...] = ()
 
     def like(self, *model_types: str, **changes: Any) -> Family:
         """A family of the same layout, but for some fields."""
@@ -224,6 +227,7 @@ class Architecture:
             known.
         experts: where the experts of its layers are; None without experts.
         couplings: the parameters that must be cut together, where they are declared.
+        normed_writers: linears whose output passes an RMSNorm before it is added, and that norm.
     """
 
     family: str
@@ -232,6 +236,7 @@ class Architecture:
     writers: tuple[str, ...] = ()
     experts: Experts | None = None
     couplings: Couplings | None = None
+    normed_writers: tuple[tuple[str, str], ...] = ()
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -384,7 +389,8 @@ def describe(model: Any) -> Architecture:
             couplings = couplings and couplings.inside(inside, base)
         if experts is not None:
             groups += experts.groups(experts.opened_in(model.get_submodule(layers)))
-        return Architecture(name, layers, groups, family.writers, experts, couplings)
+        writers, normed = family.writers, family.normed_writers
+        return Architecture(name, layers, groups, writers, experts, couplings, normed)
     candidates = sorted(_candidate_layers(model), key=lambda c: c[1], reverse=True)
     if not candidates:
         raise ArchitectureError(

@@ -142,13 +142,14 @@ def test_layers_left_dense_are_not_tuned() -> None:
     assert [bool(layer.reconstruction) for layer in report.layers][:2] == [False, True]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "olmo2", "glm4"])
 @torch.no_grad()
 def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -> None:
     """Layer 1 sees inputs of a pruned layer 0; its linears are compared with least squares.
 
     Wanted of a linear that writes to the residual stream are the dense outputs and what is missing
     there by then; the others stay, or where no writers are known, are to give the dense outputs.
+    Where a norm follows a writer, its root mean square and its gain are those of the dense model.
     """
     windows = tiny_windows(6)
     model, dense = tiny_model(family), tiny_model(family)
@@ -157,10 +158,11 @@ def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -
         asymmetric_damping=0.1, micro_batch_tokens=2 * windows.shape[1],
     )  # fmt: skip
     architecture = describe(model)
-    writers = architecture.writers
+    norms = dict(architecture.normed_writers)
+    writers = architecture.writers or tuple(norms)
     names = [architecture.groups[group][0] for group in (0, 1, 3)]
     (pruned, weights), (before, wanted_weights) = (
-        second_layer(one, windows, {*names, *writers}) for one in (model, dense)
+        second_layer(one, windows, {*names, *writers, *norms.values()}) for one in (model, dense)
     )
     for name in names:
         weight, wanted_weight = weights[name], wanted_weights[name]
@@ -168,14 +170,21 @@ def test_asymmetric_fitting_prunes_the_weight_of_the_slow_formula(family: str) -
         if writers and name not in writers:
             assert torch.equal(weight[weight != 0], wanted_weight[weight != 0])
             continue
+        inputs, missing = pruned[name], torch.zeros_like(wanted)
         if writers:
-            wanted += (before["stream"] - pruned["stream"]).flatten(0, 1).double()
+            missing += (before["stream"] - pruned["stream"]).flatten(0, 1).double()
             for earlier in writers[: writers.index(name)]:
-                wanted += before[f"{earlier}/out"] - pruned[f"{earlier}/out"]
+                last = norms.get(earlier, earlier)
+                missing += before[f"{last}/out"] - pruned[f"{last}/out"]
+        if name in norms:
+            root = (wanted.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            gain = before[f"{norms[name]}/out"][0] / (wanted[0] / root[0])
+            inputs, wanted, missing = inputs / root, wanted / root, missing / gain
+        wanted += missing
         # with rows for the damping: [X̂; √λ I] W*ᵀ = [T; √λ Wᵀ]
-        damping = 0.1 * pruned[name].square().sum(0).mean()
-        eye = damping.sqrt() * torch.eye(pruned[name].shape[1], dtype=torch.float64)
-        left = torch.cat([pruned[name], eye])
+        damping = 0.1 * inputs.square().sum(0).mean()
+        eye = damping.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)
+        left = torch.cat([inputs, eye])
         right = torch.cat([wanted, eye @ wanted_weight.t()])
         target = torch.linalg.lstsq(left, right).solution.t()
         kept = weight != 0
@@ -189,21 +198,19 @@ def second_layer(model, windows, names):
     architecture = describe(model)
     layers = architecture.layers(model)
     calls = layer_calls(model, layers, [windows])
-    linears = linears_of(layers[1], "")
+    linears, modules = linears_of(layers[1], ""), dict(layers[1].named_modules())
     found: dict[str, torch.Tensor] = {}
 
     def keep(part, module, args, out):
         found[part] = args[0].reshape(-1, args[0].shape[-1]).double()
         found[f"{part}/out"] = out.reshape(-1, out.shape[-1]).double()
 
-    handles = [
-        linears[name].module.register_forward_hook(functools.partial(keep, name)) for name in names
-    ]
+    handles = [modules[name].register_forward_hook(functools.partial(keep, name)) for name in names]
     found["stream"] = call_layer(layers[0], first_inputs(model, layers, windows), calls[0])
     call_layer(layers[1], found["stream"], calls[1])
     for handle in handles:
         handle.remove()
-    return found, {name: linears[name].weight.double() for name in names}
+    return found, {name: x.weight.double() for name, x in linears.items() if name in names}
 
 
 @pytest.mark.parametrize(("family", "sequential"), [("llama", "group"), ("gpt2", "layer")])

@@ -39,6 +39,7 @@ HELD_SHARE = 4
 DAMPINGS = (0.05, 0.2, 0.8, 3.2)
 """The values that are tried, as fractions of the mean diagonal of the gram."""
 
+_QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 _ROWS = 512  # the largest float32 product besides the sums
 
 
@@ -245,10 +246,9 @@ def by_group_with_dense(
 def dense_copy(
     layer: nn.Module,
     groups: LinearGroups,
-    writers: Sequence[Linear],
     of_expert: Callable[[str], bool],
-) -> tuple[nn.Module, LinearGroups, list[Linear]]:
-    """Copy a layer that is still dense, with its groups and writers.
+) -> tuple[nn.Module, LinearGroups]:
+    """Copy a layer that is still dense, with its groups.
 
     The groups of experts are empty in the copy, because an expert sees different tokens in the two
     models.
@@ -256,7 +256,6 @@ def dense_copy(
     Args:
         layer: a layer without hooks, because a copy would have them too.
         groups: its linears, by shared input.
-        writers: its linears that write to the residual stream.
         of_expert: returns whether the linear of this name belongs to an expert.
     """
     twin = copy.deepcopy(layer)
@@ -267,7 +266,39 @@ def dense_copy(
         return Linear(linear.name, modules[names[id(linear.module)]])
 
     own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
-    return twin, own, [copied(x) for x in writers]
+    return twin, own
+
+
+def before_norm(
+    norm: nn.Module, output: Tensor, bias: Tensor | float, error: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The target of a linear behind which a norm stands, and what multiplies its inputs.
+
+    An RMSNorm n(y) = g ⊙ y / r(y) stands between the linear and the residual stream. Where r
+    stays that of the dense output y, the stream's error and its square are linear in the weight:
+
+        ‖n(Ŵx̂ + b) − n(y) − e‖² = ‖g ⊙ (Ŵ(x̂ / r) − t)‖²,    t = (y − b) / r + e / g
+
+    So a token counts by 1 / r², as the norm multiplies its errors by 1 / r. A channel with a gain
+    below a tenth of the mean hardly reaches the stream; it takes no part in the correction.
+
+    Args:
+        norm: the norm, without a bias of its own.
+        output: y − b in the dense model, [tokens, out].
+        bias: b of the linear.
+        error: e, what the stream lacks by then, [tokens, out].
+
+    Returns:
+        t [tokens, out], and 1 / r [tokens, 1].
+    """
+    normed = norm.forward  # without its hooks, which add up what reaches the stream
+    gain = normed(torch.ones_like(output[:1]))
+    written = output + bias
+    scaled = gain * written
+    energy = scaled.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = (scaled * normed(written)).sum(-1, keepdim=True) / energy
+    heard = gain.abs() >= _QUIET * gain.square().mean().sqrt()
+    return inverse * output + torch.where(heard, error / gain, 0.0), inverse
 
 
 class AsymmetricRun(CalibratedRun):
@@ -291,14 +322,21 @@ class AsymmetricLayerPass(CalibratedLayerPass):
 
     def __init__(self, run: AsymmetricRun, index: int, layer: nn.Module) -> None:
         super().__init__(run, index, layer)
-        names = self.architecture.writers
-        writers = [self.linears[name] for name in names if name in self.linears]
-        self.writers = {writer.name for writer in writers}
+        plain, normed = self.architecture.writers, dict(self.architecture.normed_writers)
+        found = [name for name in (*plain, *normed) if name in self.linears]
+        self.writers = {self.linears[name].name for name in found}
+        added = [normed.get(name, name) for name in found]
         # copy before adding hooks, because the copy would have them too
-        copied = dense_copy(layer, self.groups, writers, self.architecture.of_expert)
-        self.dense = HaltedLayer(self.inputs(dense=True), *copied)
+        twin, own = dense_copy(layer, self.groups, self.architecture.of_expert)
+        last = [[model.get_submodule(name) for name in added] for model in (twin, layer)]
+        self.norms = {
+            self.linears[name].name: twin.get_submodule(normed[name])
+            for name in found
+            if name in normed
+        }
+        self.dense = HaltedLayer(self.inputs(dense=True), twin, own, last[0])
         self.changing = HaltedLayer(
-            self.inputs(), layer, self.groups, writers, stores=self.outputs_needed
+            self.inputs(), layer, self.groups, last[1], stores=self.outputs_needed
         )
 
     def gather(self) -> Generator[Sequence[int], None, None]:
@@ -334,17 +372,24 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         if dense is None or not isinstance(statistics, TargetStatistics):
             statistics.update(x)
         else:
-            statistics.add(x, self._target(index, group, dense))
+            statistics.add(*self._pairs(index, group, x, dense))
 
-    def _target(self, index: int, group: int, dense: Tensor) -> Tensor:
-        """The target of a group for one micro-batch, from its input in the dense model."""
+    def _pairs(self, index: int, group: int, x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of a group for one micro-batch, and their targets."""
         if not self._writes(group):
-            return dense
+            return x, dense
         stream = self.dense.before(index) - self.changing.before(index)
         earlier = self.dense.added(index) - self.changing.added(index)
         with self.dense.inputs.matmuls():
-            out = dense.reshape(-1, dense.shape[-1]) @ self.dense.groups[group][0].weight.t()
-        return out + (stream + earlier).reshape(out.shape)
+            linear = self.dense.groups[group][0]
+            out = dense.reshape(-1, dense.shape[-1]) @ linear.weight.t()
+        error = (stream + earlier).reshape(out.shape)
+        if linear.name not in self.norms:
+            return x, out + error
+        bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
+        out, error = out.float(), error.float()
+        target, scale = before_norm(self.norms[linear.name], out, bias, error)
+        return x.reshape(-1, x.shape[-1]).float() * scale, target
 
     def _fitted(
         self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]

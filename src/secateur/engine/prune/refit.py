@@ -225,12 +225,16 @@ class LayerRefit:
         ]
         self.groups = [group for group in pairs if group]
         self.writers = [own[n] for n in architecture.writers if n in own]
-        others = [other[n] for n in architecture.writers if n in other]
+        others = [other[n].module for n in architecture.writers if n in other]
         experts = architecture.experts
         self.mixture = experts is not None and experts.module in dict(layer.named_modules())
         sides = [[[pair[side] for pair in group] for group in self.groups] for side in (0, 1)]
         self.changing = HaltedLayer(
-            refit.inputs(cut, place), layer, sides[0], self.writers, stores=not self.last
+            refit.inputs(cut, place),
+            layer,
+            sides[0],
+            [x.module for x in self.writers],
+            stores=not self.last,
         )
         self.dense = HaltedLayer(refit.inputs(dense, index), twin, sides[1], others)
         self.gathered: dict[int, TargetStatistics] = {}

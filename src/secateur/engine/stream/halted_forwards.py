@@ -231,7 +231,8 @@ class HaltedLayer(HaltingForwards):
         inputs: the hidden states of the model.
         layer: the layer with its weights.
         groups: linears of the layer, by shared input; the forwards do not halt at an empty group.
-        writers: linears whose output is added to the residual stream, if the sums are needed.
+        writers: modules whose output is added to the residual stream, if the sums are needed:
+            linears, or the norms after them.
         stores: whether the outputs of the layer are stored.
     """
 
@@ -240,7 +241,7 @@ class HaltedLayer(HaltingForwards):
         inputs: LayerInputs,
         layer: nn.Module,
         groups: LinearGroups,
-        writers: Sequence[Linear] = (),
+        writers: Sequence[nn.Module] = (),
         *,
         stores: bool = True,
     ) -> None:
@@ -249,7 +250,7 @@ class HaltedLayer(HaltingForwards):
         super().__init__(groups, forwards, _offload_of(inputs, layer), inputs.matmuls)
         # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
-        self.handles = [x.module.register_forward_hook(self._add) for x in writers]
+        self.handles = [x.register_forward_hook(self._add) for x in writers]
 
     def _forward(self, batch: slice) -> None:
         hidden = self.inputs.read(batch)

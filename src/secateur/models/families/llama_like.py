@@ -67,12 +67,19 @@ FOUR_NORMS = LLAMA_COUPLINGS.plus(
 )
 """Norms before and after each sub-block, within the residual branch."""
 
+NORMED_WRITERS = (
+    ("self_attn.o_proj", "post_attention_layernorm"),
+    ("mlp.down_proj", "post_feedforward_layernorm"),
+)
+"""The linears that write through a norm, where one follows each sub-block."""
+
 LLAMA = Family(
     model_types=("llama", "cwm", "exaone", "internlm3", "iquestcoder"),
     groups=SPLIT_ATTENTION_GATED_FFN,
     writers=PRE_NORM_WRITERS,
     couplings=LLAMA_COUPLINGS,
 )
+SANDWICH = LLAMA.like(writers=(), normed_writers=NORMED_WRITERS)
 ARCEE = LLAMA.like(
     "arcee", groups=(*SPLIT_ATTENTION_GROUPS, *PLAIN_FFN_GROUPS), couplings=SPLIT.plus(PLAIN_FFN)
 )
@@ -119,9 +126,9 @@ TABLE = {
         "gemma", couplings=LLAMA_COUPLINGS.plus({}, norm_offset=1.0, scaled_embedding=True)
     ),
     # Soft-capped attention, alternating windows.
-    "gemma2": LLAMA.like("gemma2", writers=(), couplings=FOUR_NORMS),
+    "gemma2": SANDWICH.like("gemma2", couplings=FOUR_NORMS),
     # The text model: five local layers to one global, with rotary tables of their own.
-    "gemma3": LLAMA.like("gemma3_text", writers=(), couplings=FOUR_NORMS.plus(HEAD_NORMS)),
+    "gemma3": SANDWICH.like("gemma3_text", couplings=FOUR_NORMS.plus(HEAD_NORMS)),
     # Gemma 2 without the norms after each sub-block.
     "vaultgemma": LLAMA.like(
         "vaultgemma",
@@ -133,11 +140,11 @@ TABLE = {
             scaled_embedding=True,
         ),
     ),
-    "olmo2": LLAMA.like("olmo2", writers=(), couplings=POST_NORM.plus(WIDE_NORMS)),
+    "olmo2": SANDWICH.like("olmo2", couplings=POST_NORM.plus(WIDE_NORMS)),
     # OLMo 2 with sliding windows.
-    "olmo3": LLAMA.like("olmo3", writers=(), couplings=POST_NORM.plus(WIDE_NORMS)),
+    "olmo3": SANDWICH.like("olmo3", couplings=POST_NORM.plus(WIDE_NORMS)),
     # Local and global layers.
-    "exaone4": LLAMA.like("exaone4", writers=(), couplings=POST_NORM.plus(HEAD_NORMS)),
+    "exaone4": SANDWICH.like("exaone4", couplings=POST_NORM.plus(HEAD_NORMS)),
     # AFM: a feed-forward without a gate.
     "arcee": ARCEE,
     # Minitron and Jais 2: LayerNorms, no gate.
@@ -173,6 +180,10 @@ TABLE = {
     "glm4": GLM.like(
         "glm4",
         writers=(),
+        normed_writers=(
+            ("self_attn.o_proj", "post_self_attn_layernorm"),
+            ("mlp.down_proj", "post_mlp_layernorm"),
+        ),
         couplings=SPLIT.plus(
             {**FUSED_GATED_FFN, **over("hidden", "post_self_attn_layernorm post_mlp_layernorm")},
             attention_norms=("input_layernorm", "post_self_attn_layernorm"),
