@@ -105,6 +105,9 @@ class HowToPrune(Section):
     """Damping of the asymmetric fit towards the dense weights."""
     choose_damping: Annotated[bool, Flag(advanced=True)] = False
     """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
+    value_basis: Annotated[Literal["stored", "learned"], Flag(advanced=True)] = "stored"
+    """learned rotates the channels of each value head before pruning, which keeps the function of
+    the dense model, so that the zeros cost less."""
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
     """group: each group of linear layers sees inputs from the pruned groups before it. layer: all
     linear layers of a layer see inputs from the unpruned layer, as in the papers."""

@@ -110,6 +110,7 @@ class Run:
             started: start time of the work on it, by `time.perf_counter`.
         """
         self.steps_taken = 0
+        biases = self._change_basis(index, layer)
         work = self._layer_pass(index, layer)
         for linear in work.linears.values():
             if not linear.weight.any():
@@ -118,7 +119,7 @@ class Run:
         with closing(work.gather()) as gathered:
             for groups in gathered:
                 records += work.prune(groups)
-        changed = [f"{record.name}.weight" for record in records]
+        changed = [*(f"{record.name}.weight" for record in records), *biases]
         biased = {x.name for x in work.linears.values() if x.has_bias}
         shifted = [x.name for x in records if self.tasks[x.name].method.solver.shifts]
         changed += [f"{name}.bias" for name in shifted if name in biased]
@@ -130,6 +131,10 @@ class Run:
         self._verify_kind(layer, list(work.linears.values()))
         self.target.commit(index, changed)
         self.finish_layer(index, records, tuned, work.unseen, started)
+
+    def _change_basis(self, index: int, layer: nn.Module) -> list[str]:
+        """Turn the value heads of a layer if the settings say so. Return the biases that change."""
+        return []
 
     def step(self, index: int) -> None:
         """Report one step within a layer."""
@@ -237,6 +242,15 @@ class CalibratedRun(Run):
 
     def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
         return CalibratedLayerPass(self, index, layer)
+
+    def _change_basis(self, index: int, layer: nn.Module) -> list[str]:
+        if self.settings.value_basis == "stored":
+            return []
+        from secateur.engine.prune.value_basis import change_basis
+
+        inputs = self.opened.layer_inputs(index, partial(self.settings.matmuls, self.target.device))
+        name = self.target.architecture.layer_name(index)
+        return change_basis(layer, name, self.tasks, inputs, self.settings.ranks)
 
 
 class LayerPass:
