@@ -51,6 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced, damping chosen": {"effort": "balanced", "choose_damping": True},
     "balanced, damping 0.05": {"effort": "balanced", "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {"effort": "balanced", "asymmetric_damping": 0.8},
+    "balanced, stored value basis": {"effort": "balanced", "value_basis": "stored"},
     "balanced, symmetric": {"effort": "balanced", "asymmetric": False},
     "balanced, allocation divergence": {"effort": "balanced", "allocation": "divergence"},
     "balanced, allocation search": {"effort": "balanced", "allocation": "search"},

@@ -585,6 +585,7 @@ def prune(
     method_parameters: Mapping[str, int | float] | None = None,
     asymmetric_damping: float | None = None,
     choose_damping: bool | None = None,
+    value_basis: Literal["stored", "learned"] | None = None,
     sequential: Literal["group", "layer"] | None = None,
     asymmetric: bool | None = None,
     fast_matmuls: bool | None = None,
@@ -676,6 +677,9 @@ def prune(
         asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
         choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
             tokens. [off]
+        value_basis: learned rotates the channels of each value head before pruning, so that zeros
+            cost less; the dense model stays the same. Not with --keep-format, whose scales fit the
+            stored channels. [the preset's]
         sequential: group: each group of linear layers sees inputs from the pruned groups before it.
             layer: all linear layers of a layer see inputs from the unpruned layer, as in the
             papers. [group]

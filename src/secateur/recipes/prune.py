@@ -106,8 +106,8 @@ class HowToPrune(Section):
     choose_damping: Annotated[bool, Flag(advanced=True)] = False
     """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
     value_basis: Annotated[Literal["stored", "learned"], Flag(advanced=True)] = "stored"
-    """learned rotates the channels of each value head before pruning, which keeps the function of
-    the dense model, so that the zeros cost less."""
+    """learned rotates the channels of each value head before pruning, so that zeros cost less; the
+    dense model stays the same. Not with --keep-format, whose scales fit the stored channels."""
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
     """group: each group of linear layers sees inputs from the pruned groups before it. layer: all
     linear layers of a layer see inputs from the unpruned layer, as in the papers."""
@@ -182,12 +182,14 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "method": "alps",
             "method_parameters": {"iterations": 15, "growth": 1.6},
             "asymmetric": True,
+            "value_basis": "learned",
             "fast_matmuls": True,
         },
         "best": {
             "method": "alps",
             "method_parameters": {"iterations": 30, "growth": 1.3},
             "asymmetric": True,
+            "value_basis": "learned",
             "fast_matmuls": True,
             "calibration": {"generated_windows": 128},
             "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},

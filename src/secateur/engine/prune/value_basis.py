@@ -12,8 +12,8 @@ error that zeros in both would cost by the rule of Optimal Brain Surgeon,
 
 with G and H the second moments of the inputs of both; H turns with R. The sums run over the weights
 that the pattern takes: those of the smallest terms. Adam learns R as (I + S)⁻¹(I − S) of a
-skew-symmetric S, from the eigenvectors of V G Vᵀ where weights may be pruned anywhere (the channels
-of a head by their energy) and from the stored basis for other patterns.
+skew-symmetric S. It starts from the stored basis or from the channels of a head by their energy
+(the eigenvectors of V diag(G⁻¹)⁻¹ Vᵀ), whichever has the smaller error.
 
 The layer turns before its statistics are gathered, so targets and dense copies refer to the turned
 layer. The same inputs give the same rotation, so a run that goes on repeats it.
@@ -22,7 +22,7 @@ layer. The same inputs give the same rotation, so a run that goes on repeats it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -42,13 +42,10 @@ from secateur.sparsity.hessian import inverse_factor
 
 log = logging.getLogger(__name__)
 
-STEPS = 20
-"""Of Adam."""
-
 TOKENS = 16
 """So many tokens are read for each input channel of the output projection."""
 
-_RATE, _BETAS = 0.01, (0.7, 0.95)
+_STEPS, _RATE, _BETAS = 20, 0.01, (0.7, 0.95)  # of Adam
 _DAMPING = 0.01
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 _DENSE = 0.99  # a matrix with fewer weights that are not zero has been pruned before
@@ -161,8 +158,8 @@ def _turn(
 ) -> bool:
     """Turn value heads by learned rotations. Return whether the layer has the same outputs.
 
-    There may be more between values and output than an average over tokens: a norm, or a gate.
-    Then the heads get their weights back.
+    There may be more between values and output than an average over tokens: a gate, or a norm with
+    weights; or later layers read the values too. Then the heads get their weights back.
     """
     grams = gather(heads, layer, inputs, ranks)
     rotation = learn_rotations(heads, grams, tasks[heads.values.name], tasks[heads.output.name])
@@ -214,22 +211,16 @@ def gather(
     return grams[0].value(), grams[1].value()
 
 
-@torch.enable_grad()
-def learn_rotations(
-    heads: ValueHeads,
-    grams: tuple[Tensor, Tensor],
-    values: LinearTask,
-    output: LinearTask,
-    steps: int = STEPS,
-) -> Tensor:
-    """Learn the rotation of every head, [heads, size, size].
+def error_of(
+    heads: ValueHeads, grams: tuple[Tensor, Tensor], values: LinearTask, output: LinearTask
+) -> Callable[[Tensor], Tensor]:
+    """What returns the error of rotations [heads, size, size], as a logarithm.
 
     Args:
         heads: the value heads.
         grams: the second moments of the inputs of values and output, float32.
         values: the task of the values.
         output: that of the output.
-        steps: of Adam.
     """
     rows, columns = heads.value_rows().float(), heads.output_columns().float()
     spread = inverse_factor(grams[0], _DAMPING)[0].square().sum(0)  # the diagonal of G⁻¹
@@ -244,10 +235,20 @@ def learn_rotations(
         read = read.permute(2, 0, 1, 3).flatten(1)
         return _pruned(own.flatten(0, 1), values).log() + _pruned(read, output).log()
 
-    eye = torch.eye(heads.size, device=rows.device)
-    weighted = rows / spread.sqrt()
-    starts = [eye.expand(heads.heads, -1, -1), torch.linalg.eigh(weighted @ weighted.mT)[1].mT]
-    start = min(starts, key=lambda x: float(error(x)))
+    return error
+
+
+@torch.enable_grad()
+def learn_rotations(
+    heads: ValueHeads, grams: tuple[Tensor, Tensor], values: LinearTask, output: LinearTask
+) -> Tensor:
+    """Learn the rotation of every head, [heads, size, size]; arguments as of `error_of`."""
+    error = error_of(heads, grams, values, output)
+    eye = torch.eye(heads.size, device=grams[0].device)
+    spread = inverse_factor(grams[0], _DAMPING)[0].square().sum(0)
+    weighted = heads.value_rows().float() / spread.sqrt()
+    energies = torch.linalg.eigh(weighted @ weighted.mT)[1].mT
+    start = min(eye.expand_as(energies), energies, key=lambda x: float(error(x)))
     free = torch.zeros_like(start).requires_grad_()
     adam = torch.optim.Adam([free], lr=_RATE, betas=_BETAS)
 
@@ -255,11 +256,11 @@ def learn_rotations(
         skew = free - free.mT
         return torch.linalg.solve(eye + skew, eye - skew) @ start
 
-    for _ in range(steps):
+    for _ in range(_STEPS):
         adam.zero_grad()
-        error(rotation()).backward()  # type: ignore[no-untyped-call]
+        error(rotation()).backward()
         adam.step()
-    return rotation().detach()
+    return rotation().detach().contiguous()
 
 
 def _pruned(scores: Tensor, task: LinearTask) -> Tensor:
