@@ -9,7 +9,8 @@ chat template, temperature 0.7, at most 112 new tokens. 36 more prompts, answere
 out. Then `balanced` at 50 % on 64 windows of 512 tokens: of C4, of the conversations, of both.
 Judged on the first 6 windows of 1024 tokens of each text; on the held-out answers (next-token loss,
 share of tokens that the pruned model would choose as well, and how many tokens it would write
-before it differs); on 100 items of arc_easy. One seed. What is finished is kept.
+before it differs); on 100 items of arc_easy. One seed. What is finished is kept; `--only` names
+the calibrations.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="rows, as of --task-data")
     parser.add_argument("--text", nargs="+", required=True, help="NAME=FILE, to judge")
     parser.add_argument("--work", type=Path, required=True, help="where conversations are kept")
+    parser.add_argument("--only", nargs="*", help="calibrations to measure; all by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
     write(args)
@@ -178,7 +180,8 @@ def main() -> None:
     }
     protocol = {"model": MODEL, "preset": "balanced", "sparsity": 0.5, "windows": "64 x 512"}
     for name, source in calibrations.items():
-        if any(row["calibration"] == name for row in known_rows(NAME)):
+        measured = any(row["calibration"] == name for row in known_rows(NAME))
+        if measured or (args.only and name not in args.only):
             continue
         output = args.work / name.replace(" ", "-")
         if source and not output.exists():
