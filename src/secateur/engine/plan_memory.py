@@ -499,6 +499,8 @@ def _forward_bytes(
     held = waiting * (halted - own) * (windows.numel() // batch_tokens)
     if waiting > 1:  # the terms that the writers of both models added to the residual stream
         held += waiting * stored
+        if target.architecture.experts is not None:  # what their experts are to correct
+            held += stored
     tuning = tuning_bytes(target, windows[:size]) if settings.tunes else 0
     return stored, {"forward": forward, "waiting": held, "tuning": tuning}
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import secateur
-from oracles.mixtures import inputs_of, prune_experts, reap
+from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.search.experts import ExpertChoice, expert_use, kept_experts
 from secateur.engine.stream.calls import find_groups
@@ -239,6 +239,54 @@ def test_asymmetric_fitting_goes_on_past_experts() -> None:
     secateur.prune(symmetric, calibration=tiny_windows(), **options | {"asymmetric": False})
     a, b = (m.model.layers[0].self_attn.o_proj.weight for m in (whole, symmetric))
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+@torch.no_grad()
+def test_experts_correct_the_stream_as_the_slow_formula_says(family: str) -> None:
+    """Token by token; the shared expert of qwen2_moe stays out of it."""
+    windows, model, dense = tiny_windows(24), tiny_model(family), tiny_model(family)
+    secateur.prune(
+        model, score="wanda", solver="zero", scope="row", sparsity=0.5, calibration=windows,
+        asymmetric=True, asymmetric_damping=0.1, micro_batch_tokens=2 * windows.shape[1],
+    )  # fmt: skip
+    layer = 2 if family == "qwen2_moe" else 1  # its second layer is dense
+    paths = [f"model.layers.{layer}.{name}" for name in ("post_attention_layernorm", "mlp")]
+    (stream, x), (wanted, before) = (
+        [seen[path].double() for path in paths]
+        for seen in (inputs_of(one, paths, windows) for one in (model, dense))
+    )
+    block, first = (one.model.layers[layer].mlp for one in (model, dense))
+    normalised = family == "mixtral"
+
+    def written(inputs: Tensor) -> Tensor:
+        total = torch.zeros_like(inputs)
+        for token, best in enumerate(route(first, inputs.float(), 2, normalised)):
+            for expert, weight in best:
+                gate, up, down = matrices_of(first, expert)
+                total[token] += weight * (between(gate, up, inputs[token]) @ down.double().T)
+        return total
+
+    missing = wanted + written(before) - stream - written(x)
+    chosen = route(block, x.float(), 2, normalised)
+    for expert in range(len(block.experts.down_proj)):
+        mine = [(t, dict(best)) for t, best in enumerate(chosen) if expert in dict(best)]
+        tokens = [token for token, _ in mine]
+        weight = torch.tensor([[best[expert]] for _, best in mine], dtype=torch.float64)
+        total = torch.tensor([[sum(best.values())] for _, best in mine], dtype=torch.float64)
+        gate, up, down = matrices_of(block, expert)
+        old = matrices_of(first, expert)
+        assert torch.equal(gate, wanda(old[0], x[tokens] * weight))
+        inputs = between(gate, up, x[tokens])
+        target = between(old[0], old[1], x[tokens]) @ old[2].double().T + missing[tokens] / total
+        inputs, target = inputs * weight, target * weight
+        eye = (0.1 * inputs.square().sum(0).mean()).sqrt() * torch.eye(inputs.shape[1]).double()
+        left, right = torch.cat([inputs, eye]), torch.cat([target, eye @ old[2].double().T])
+        fitted = torch.linalg.lstsq(left, right).solution.T
+        kept = down != 0
+        assert kept.double().mean() == 0.5
+        torch.testing.assert_close(down[kept].double(), fitted[kept], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(down[kept], old[2][kept], rtol=1e-3, atol=1e-4)
 
 
 def test_experts_that_cannot_be_opened_are_refused() -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,7 @@ from secateur.engine.stream.halted_forwards import (
     in_step,
 )
 from secateur.models.architecture import Linear
+from secateur.models.experts import OpenExperts
 from secateur.parallel.ranks import Ranks
 from secateur.sparsity.hessian import dense_target
 from secateur.types import STORED
@@ -94,8 +96,8 @@ class TargetStatistics(GroupStatistics):
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add the inputs of one micro-batch, with any leading shape, and their targets."""
         self.update(x)
-        flat = x.reshape(-1, x.shape[-1])
-        self.cross.update(target.reshape(len(flat), -1), flat)
+        flat = _flat(x)
+        self.cross.update(_flat(target), flat)
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows."""
@@ -143,8 +145,8 @@ class HeldOutStatistics(TargetStatistics):
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add one micro-batch; its last tokens are kept apart."""
-        flat = x.reshape(-1, x.shape[-1])
-        target = target.reshape(len(flat), -1)
+        flat = _flat(x)
+        target = _flat(target)
         rest = len(flat) - len(flat) // HELD_SHARE
         self.held.add(flat[rest:], target[rest:])
         super().add(flat[:rest], target[:rest])
@@ -301,6 +303,98 @@ def before_norm(
     return inverse * output + torch.where(heard, error / gain, 0.0), inverse
 
 
+class ExpertTargets:
+    """What the experts of a layer should write, so that their sum corrects the residual stream.
+
+        e = h + Σ_k p_k f_k(x) in the dense model  −  (ĥ + Σ_k p̂_k f_k(x̂))
+        target of expert k for a token:  f_k(x̂) + e / Σ_k p̂_k,  counted by p̂_k²
+
+    f_k are the dense experts and p their weights from the router, which may send a token to other
+    experts in the pruned model; h is the stream before the experts. If each expert reaches its
+    target, the stream behind them is the dense one. An error of expert k reaches the stream times
+    p̂_k, so p̂_k² is its weight in the statistics of all linears of the expert.
+
+    Args:
+        path: of the experts within the layer.
+        changing: the forwards of the layer that is pruned.
+        dense: those of its dense copy, which do not halt at experts.
+    """
+
+    def __init__(self, path: str, changing: HaltedLayer, dense: HaltedLayer) -> None:
+        self.changing, self.dense = changing, dense
+        self.own = changing.layer.get_submodule(path)
+        self.twin = dense.layer.get_submodule(path)
+        assert isinstance(self.own, OpenExperts)
+        self.numbers = {id(x): n for n, one in enumerate(self.own) for x in one.modules()}
+        self.given: dict[int, dict[str, Tensor]] = {}
+        self.missing: dict[int, Tensor] = {}
+        self.stream: Tensor | None = None  # of the dense model behind the experts, while needed
+        self.handles = [
+            self.own.register_forward_pre_hook(self._keep_call, with_kwargs=True),
+            self.twin.register_forward_hook(self._keep_stream),
+        ]
+
+    def _keep_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        self.given[self.changing.current] = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _keep_stream(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.stream = out + _flat(_stream(self.dense, self.dense.current))
+
+    def writes(self, linear: Linear) -> bool:
+        """Whether a linear is the last one of an expert."""
+        return linear.name.endswith(".down_proj")
+
+    def weights(self, index: int, linear: Linear) -> tuple[Tensor, Tensor]:
+        """The tokens of a micro-batch that an expert gets, and the router's weights [tokens, 1]."""
+        given = self.given[index]
+        token, place = OpenExperts.routed(given["top_k_index"], self.numbers[id(linear.module)])
+        return token, given["top_k_weights"][token, place, None].float()
+
+    def targets(self, index: int, linear: Linear) -> Tensor:
+        """The targets of the last linear of an expert, without its bias."""
+        missing, given = self._missing(index), self.given[index]
+        token, _ = self.weights(index, linear)
+        expert = self.twin.get_submodule(str(self.numbers[id(linear.module)]))
+        with self.dense.inputs.matmuls():
+            out = expert(given["hidden_states"][token])
+        if linear.has_bias:
+            out = out - linear.module.get_parameter("bias")
+        total = given["top_k_weights"].sum(-1, keepdim=True)[token].float()
+        return out + missing[token] / total
+
+    def _missing(self, index: int) -> Tensor:
+        """E of a micro-batch. The forward of the changing layer must be in memory."""
+        if index not in self.missing:
+            self.dense.look_ahead(index)
+            wanted, self.stream = self.stream, None
+            assert wanted is not None
+            with self.dense.inputs.matmuls():
+                written = self.twin.forward(**self.given[index])
+            found = wanted - written - _flat(_stream(self.changing, index))
+            self.missing[index] = found.float()
+            if self.changing.offload:
+                self.changing.offload.live.note(self.missing[index])
+            if not self.dense.running[index].dead:
+                self.dense.halt(index)
+        return self.missing[index]
+
+    def close(self) -> None:
+        """Remove the hooks, and release what was kept."""
+        for handle in self.handles:
+            handle.remove()
+        self.given, self.missing = {}, {}
+
+
+def _stream(layer: HaltedLayer, index: int) -> Tensor:
+    """The residual stream of a micro-batch, with what writers of the layer have added so far."""
+    return layer.before(index) + layer.added(index)
+
+
+def _flat(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])
+
+
 class AsymmetricRun(CalibratedRun):
     """A pruning run in which the dense model runs in step."""
 
@@ -338,10 +432,23 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         self.changing = HaltedLayer(
             self.inputs(), layer, self.groups, last[1], stores=self.outputs_needed
         )
+        self.experts = self._expert_targets() if found and not self.norms else None
+
+    def _expert_targets(self) -> ExpertTargets | None:
+        """The targets of the layer's experts, if their sum is added to the residual stream."""
+        declared = self.architecture.experts
+        path = declared.module if declared else ""
+        module = dict(self.layer.named_modules()).get(path)
+        if type(module) is not OpenExperts:  # others multiply inputs by the router's weights
+            return None
+        return ExpertTargets(path, self.changing, self.dense)
 
     def gather(self) -> Generator[Sequence[int], None, None]:
         """Yield each group in one pass, in step with the dense model."""
-        with closing(self.dense), closing(self.changing):
+        with ExitStack() as stack:
+            for part in (self.dense, self.changing, self.experts):
+                if part:
+                    stack.callback(part.close)
             arrived = by_group_with_dense(
                 self.changing,
                 self.dense,
@@ -354,12 +461,17 @@ class AsymmetricLayerPass(CalibratedLayerPass):
 
     def _writes(self, group: int) -> bool:
         """Whether a group is a linear that writes to the residual stream."""
-        linears = self.dense.groups[group]
+        linears = self.groups[group]
+        if self._of_expert(group):
+            return self.experts is not None and self.experts.writes(linears[0])
         return len(linears) == 1 and linears[0].name in self.writers
 
+    def _of_expert(self, group: int) -> bool:
+        return not self.dense.groups[group]
+
     def _new_statistics(self, group: int) -> GroupStatistics:
-        linears = self.dense.groups[group]
-        if not linears or (self.writers and not self._writes(group)):
+        linears = self.groups[group]
+        if not self._writes(group) and (self.writers or self._of_expert(group)):
             return super()._new_statistics(group)
         rows, columns = linears[0].shape
         kind = HeldOutStatistics if self.settings.choose_damping else TargetStatistics
@@ -368,8 +480,14 @@ class AsymmetricLayerPass(CalibratedLayerPass):
 
     def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
         """Add the input of a group in one micro-batch, with its target if it has one."""
-        statistics = self._statistics(group)
-        if dense is None or not isinstance(statistics, TargetStatistics):
+        statistics, linear = self._statistics(group), self.groups[group][0]
+        if self.experts and self._of_expert(group):
+            _, weights = self.experts.weights(index, linear)
+            if isinstance(statistics, TargetStatistics):
+                statistics.add(x.float() * weights, self.experts.targets(index, linear) * weights)
+            else:
+                statistics.update(x.float() * weights)
+        elif dense is None or not isinstance(statistics, TargetStatistics):
             statistics.update(x)
         else:
             statistics.add(*self._pairs(index, group, x, dense))
@@ -378,18 +496,16 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         """The inputs of a group for one micro-batch, and their targets."""
         if not self._writes(group):
             return x, dense
-        stream = self.dense.before(index) - self.changing.before(index)
-        earlier = self.dense.added(index) - self.changing.added(index)
         with self.dense.inputs.matmuls():
             linear = self.dense.groups[group][0]
-            out = dense.reshape(-1, dense.shape[-1]) @ linear.weight.t()
-        error = (stream + earlier).reshape(out.shape)
+            out = _flat(dense) @ linear.weight.t()
+        error = (_stream(self.dense, index) - _stream(self.changing, index)).reshape(out.shape)
         if linear.name not in self.norms:
             return x, out + error
         bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
         out, error = out.float(), error.float()
         target, scale = before_norm(self.norms[linear.name], out, bias, error)
-        return x.reshape(-1, x.shape[-1]).float() * scale, target
+        return _flat(x).float() * scale, target
 
     def _fitted(
         self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]

@@ -130,6 +130,7 @@ class HaltingForwards:
         self.hooks = _SharedInputs(groups, lambda group, x: hub.switch((group, x)))
         self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
+        self.ahead: dict[int, tuple[int, Tensor] | None] = {}
         self.current = 0
 
     def advance(self, index: int) -> tuple[int, Tensor] | None:
@@ -139,9 +140,15 @@ class HaltingForwards:
         if self.offload:
             self.offload.restore(index)
             watch = self.offload.live
+        if index in self.ahead:
+            return self.ahead.pop(index)
         with watch, self.matmuls():
             arrival: tuple[int, Tensor] = self.running[index].switch()
         return None if self.running[index].dead else arrival
+
+    def look_ahead(self, index: int) -> None:
+        """Run one forward up to the next group now. The next `advance` returns this group."""
+        self.ahead[index] = self.advance(index)
 
     def halt(self, index: int) -> None:
         """Move the tensors of a forward away after its input was used."""
@@ -158,6 +165,7 @@ class HaltingForwards:
     def close(self) -> None:
         """Stop the forwards that are still halted."""
         self.hooks.remove()
+        self.ahead = {}
         for running in self.running:
             if not running.dead:
                 running.throw(GreenletExit)

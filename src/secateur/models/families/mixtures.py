@@ -110,7 +110,7 @@ TABLE = {
     # Attention sinks; transposed experts with biases, gate and up interleaved and clamped.
     "gpt_oss": _mixture("gpt_oss", experts=GPT_OSS, axes=SINKS, router=WIDTH),
     # Multipliers in attention; experts stored in one tensor.
-    "granitemoe": _mixture("granitemoe", experts=GRANITE, ffn=("block_sparse_moe",)),
+    "granitemoe": _mixture("granitemoe", experts=GRANITE, writers=(), ffn=("block_sparse_moe",)),
     # Qwen1.5-MoE and Qwen2-MoE: many small experts, and a shared one. Layers may be dense.
     "qwen2_moe": _mixture(
         "qwen2_moe",
