@@ -405,12 +405,13 @@ def working_weights(target: Target, *, head: bool = False) -> int:
 def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
     """The model, keys and values of the windows that it generates together, and logits.
 
-    The kernels have its matrices in int8, transformers has the whole model in its dtype. Logits are
-    for one token of each window, with their float32 copies for the draw.
+    The kernels have its matrices in int8 and keys and values in bfloat16; before that, one matrix
+    as it is stored. Transformers has the whole model in its dtype. Logits are for one token of each
+    window, with their float32 copies for the draw.
     """
     if windows is None or not unwritten:
         return 0
-    from secateur.calibration.continuation import AT_ONCE
+    from secateur.calibration.continuation import AT_ONCE, DRAWN_AT_ONCE
     from secateur.models.shape import layer_caches
 
     size, tokens = target.dtype.itemsize, windows.shape[1]
@@ -427,7 +428,8 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
         largest = vocabulary * text_config(target.model.config).hidden_size
         weights = weights_of(target.model)
         moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED, largest)
-        return weights + weights // 50 + moved + largest * size + rows * (kept + 12 * vocabulary)
+        logits = 4 * rows * vocabulary + 12 * max(DRAWN_AT_ONCE, vocabulary)
+        return weights + weights // 50 + moved + largest * size + rows * kept + logits
     kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
     return _model_bytes(target) + rows * (kept + vocabulary * (size + 8))
 
