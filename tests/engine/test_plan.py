@@ -11,13 +11,18 @@ import psutil
 import pytest
 import torch
 
-from secateur.calibration.continuation import roomy_cache
+from secateur.calibration.continuation import (
+    DRAWN_AT_ONCE,
+    kernels_write,
+    opened_for_writing,
+    roomy_cache,
+)
 from secateur.engine.plan import Plan, fitting_plan, memory_budget
 from secateur.engine.plan_memory import distilling_bytes, prune_needs, writing_bytes
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.runtime.decode import given_cache
+from secateur.runtime.decode import SlotDecoder, given_cache
 from secateur.training.setup import check_memory, training_needs
 from tiny import tiny_llama
 from zoo import tiny_model, tiny_windows
@@ -149,6 +154,24 @@ def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
         held += sum(kept.values())
     weights = 2 * sum(p.numel() for p in model.parameters())
     assert writing_bytes(target, windows, 2) == weights + held + 2 * 96 * (2 + 8)
+
+
+def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m", tie_word_embeddings=False, head_dim=16)
+    windows = tiny_windows(5, 40)
+    target = CheckpointTarget(CheckpointReader(folder), None, CPU)
+    if not kernels_write(target.model, 40):
+        pytest.skip("no kernels for many slots here")
+    model = opened_for_writing(folder, CPU, 40, trust_remote_code=False)
+    decoder = SlotDecoder(model, 40, 5, cache="bf16")
+    matrices = {id(x): x for m in model.modules() if (x := getattr(m, "matrix", None))}
+    stored = sum(matrix.rows * matrix.columns for matrix in matrices.values())
+    others = sum(p.numel() * p.element_size() for p in model.parameters())
+    taken = stored + others + decoder.cache.nbytes + 4 * 5 * 96
+    planned = writing_bytes(target, windows, 5)
+    beside = 12 * DRAWN_AT_ONCE  # a draw
+    assert taken + beside < planned < 2 * taken + 8 * stored + beside
+    assert writing_bytes(target, windows, 0) == 0
 
 
 def test_a_distillation_counts_a_tied_head_once(tmp_path: Path) -> None:

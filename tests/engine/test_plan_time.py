@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from secateur.calibration.windows import save_windows
 from secateur.engine import plan_time
 from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_seconds
 from secateur.engine.prune.tasks import LinearTask, Settings
@@ -72,3 +73,18 @@ def test_a_plan_has_a_range_of_seconds(tmp_path: Path, options: dict[str, str]) 
     least, most = plan.seconds
     assert 0 < least < most
     assert plan.to_json()["seconds"] == plan.seconds
+    assert plan.plan.writing_seconds is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plan_tells_how_long_generating_windows_takes(tmp_path: Path, family: str) -> None:
+    """By the kernels and by transformers."""
+    file = tmp_path / "w.safetensors"
+    save_windows(tiny_windows(4, 40), file)
+    folder = save_tiny(tmp_path / "m", family)
+    plan = secateur.prune(
+        folder, dry_run=True, sparsity=0.5, method="wanda", calibration=file, generated_windows=60
+    )
+    assert plan.plan.writing_seconds is not None
+    assert 0 < plan.plan.writing_seconds[0] < plan.plan.writing_seconds[1] < plan.seconds[1]
+    assert "generating windows" in str(plan)
