@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.calibration.documents import read_documents
+from secateur.calibration.documents import Document, read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
@@ -126,7 +126,7 @@ def token_tables(model: Any) -> TokenTables:
 def trim_vocabulary(
     folder: Path,
     output: Path,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     size: int | None,
     *,
     where: str,
@@ -213,7 +213,7 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
 
 
 def _encoded(
-    tokenizer: Tokenizer, documents: Sequence[str], progress: Progress
+    tokenizer: Tokenizer, documents: Sequence[Document], progress: Progress
 ) -> Iterator[list[int]]:
     """The ids of each document, with the special tokens around it."""
     for start in range(0, len(documents), BATCH):
@@ -225,7 +225,7 @@ def _encoded(
 def _check_tokens(
     folder: Path,
     partial: Path,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     kept: tuple[int, ...],
     trust: bool,
     progress: Progress,
