@@ -4,13 +4,14 @@ Layer-wise methods only bring the hidden states near the dense model's. The next
 matter more. So all decoder layers are trained together on the calibration windows, with one window
 a step. `layerwise.py` does the same with one decoder layer in memory.
 
-Short trials choose the learning rate:
+Short trials choose the learning rate, and the best of them is the beginning of the training:
 
     a trial:     the model learns for T of the S steps, with a whole schedule of the rate;
-                 T = S/4, at most 64
+                 T = S/8, at most 64
     its loss:    the mean over a few windows that no trial reads
     its rate:    T/S of the highest, a quarter of that, and further down while the loss falls
     the choice:  S/T times the rate of the best trial
+    the rest:    S − T steps from the weights of the best trial, on the windows that are left
 
 The best rate depends on how much a model has lost: what repairs a model that lost much hurts one
 that lost little, because Adam moves every weight by about the rate, however small the gradient is.
@@ -24,11 +25,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,12 +52,15 @@ from secateur.training.loop import Loop
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
-from secateur.training.saved import Saved
+from secateur.training.saved import Hook, Saved
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 
 RATE, TRIED = "rate.json", "tried.json"
 """The files with the chosen learning rate, and with the losses of finished trials by rate."""
+
+WINNER = "winner"
+"""The folder with the weights of the best trial so far."""
 
 CHOOSING = "choosing the learning rate"
 """The title of the progress bar of a trial."""
@@ -90,9 +95,60 @@ class DistillationData:
         return self.options.epochs * len(self.windows)
 
     @property
+    def held_out(self) -> int:
+        """How many of the last windows measure the trials."""
+        return held_out_windows(len(self.windows))
+
+    @property
     def batches(self) -> Batches:
         """The window of each step."""
         return Batches(self.windows, 1, self.seed)
+
+    def batches_of_trials(self, held_out: int) -> Batches:
+        """The window of each step of a trial: none of the last ones."""
+        return replace(self.batches, windows=self.windows[:-held_out])
+
+    def batches_after(self, begun: Beginning) -> Batches:
+        """The window of each step after a trial. Both together read what the training reads."""
+        if not begun.losses:
+            return self.batches
+        trial = self.batches_of_trials(self.held_out)
+        read = Counter(trial.numbers(step)[0] for step in range(len(begun.losses)))
+        left = []
+        for step in range(self.steps):
+            (number,) = self.batches.numbers(step)
+            if read[number]:
+                read[number] -= 1
+            else:
+                left.append(number)
+        return replace(self.batches, chosen=_Listed(left))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """An order of windows that is known."""
+
+    windows: Sequence[int]
+
+    def numbers(self, step: int) -> tuple[int, ...]:
+        """See `Order`."""
+        return (self.windows[step],)
+
+
+Losses = list[float]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The learning rate of a training, and what is done of it.
+
+    Args:
+        rate: the highest learning rate.
+        losses: the loss of each step of the best trial; none if there was no trial.
+    """
+
+    rate: float
+    losses: Losses = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,25 +228,38 @@ def distill(
         student.model, ModelTeacher(teacher), next_token=data.options.next_token
     )
     device = next(student.model.parameters()).device
+    parameters = student.parameters()
 
-    def train(read: Batches, steps: int, rate: float, label: str, saved: Path | None) -> Loop:
-        return Loop(
+    def train(
+        read: Batches,
+        steps: int,
+        rate: float,
+        label: str,
+        saved: Path | None,
+        hooks: Sequence[Hook],
+    ) -> Losses:
+        log = Loop(
             student.model,
             read,
             objective,
             student.masks,
             distillation_plan(steps, rate),
             saved=saved,
-            hooks=[student.rounded] if student.rounded.weights else [],
+            hooks=hooks,
             progress=progress,
             trained=student.trained,
             label=label,
-        )
+        ).run()
+        return [line["loss"] for line in log.log]
 
-    def try_rates(highest: float, held_out: int) -> float:
-        windows = data.windows
-        read = replace(data.batches, windows=windows[:-held_out])
-        start = Saved(None if saved is None else saved / "start", ProcessGroup(device), {})
+    def kept(name: str) -> Saved:
+        return Saved(None if saved is None else saved / name, ProcessGroup(device), {})
+
+    winner = kept(WINNER)
+
+    def try_rates(highest: float, held_out: int) -> Beginning:
+        windows, start = data.windows, kept("start")
+        read = data.batches_of_trials(held_out)
 
         @torch.no_grad()
         def evaluate() -> float:
@@ -201,50 +270,62 @@ def distill(
                 ]
             return sum(losses) / held_out
 
-        with in_float32(student.model, student.trained):
-            parameters = student.parameters()
-            start.keep_best(parameters)
-            rate = RateTrials(
-                lambda rate, steps: train(read, steps, rate, CHOOSING, None).run(),
-                evaluate,
-                partial(start.restore_best, parameters),
-                data.steps,
-                None if saved is None else saved / TRIED,
-            ).choose(highest)
+        start.keep_best(parameters)
+        beginning = RateTrials(
+            lambda rate, steps: train(read, steps, rate, CHOOSING, None, []),
+            evaluate,
+            partial(winner.keep_best, parameters),
+            partial(start.restore_best, parameters),
+            data.steps,
+            None if saved is None else saved / TRIED,
+        ).choose(highest)
         if start.folder is not None:
             shutil.rmtree(start.folder)
-        return rate
+        return beginning
 
-    with quiet_transformers(), student.rounded.in_forwards():
-        rate = chosen_rate(data, student.width, saved, try_rates)
-        log = train(data.batches, data.steps, rate, "distilling", saved).run().log
-    return {**summary([line["loss"] for line in log]), "learning_rate": rate}
+    with (
+        quiet_transformers(),
+        student.rounded.in_forwards(),
+        in_float32(student.model, student.trained),
+    ):
+        begun = choose_rate(data, student.width, saved, try_rates)
+        winner.restore_best(parameters)  # a saved state of the training replaces it
+        left = data.steps - len(begun.losses)
+        batches, hooks = (
+            data.batches_after(begun),
+            [student.rounded][: len(student.rounded.weights)],
+        )
+        rest = train(batches, left, begun.rate, "distilling", saved, hooks)
+    if winner.folder is not None:
+        shutil.rmtree(winner.folder)
+    return {**summary([*begun.losses, *rest]), "learning_rate": begun.rate}
 
 
-def chosen_rate(
-    data: DistillationData, width: int, saved: Path | None, choose: Callable[[float, int], float]
-) -> float:
-    """Return the learning rate: of the options, or the best of short trials.
+def choose_rate(
+    data: DistillationData,
+    width: int,
+    saved: Path | None,
+    choose: Callable[[float, int], Beginning],
+) -> Beginning:
+    """Return the learning rate of the options, or that of the best short trial.
 
     Args:
         data: the windows, and the options.
         width: the model's hidden size.
         saved: the folder that keeps the choice for a resumed run; None to store nothing.
-        choose: the highest rate, and how many of the last windows are held out → the best rate.
+        choose: the highest rate, and how many of the last windows are held out → the best trial.
     """
     if data.options.peak_learning_rate:
-        return data.options.peak_learning_rate
+        return Beginning(data.options.peak_learning_rate)
     file = None if saved is None else saved / RATE
     if file is not None and file.exists():
-        return float(json.loads(file.read_text(encoding="utf-8"))["learning_rate"])
-    count, length = data.windows.shape
-    highest, held_out = default_rate(width, length), held_out_windows(count)
-    if not held_out:
-        return highest
-    rate = choose(highest, held_out)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Beginning(found["learning_rate"], found["losses"])
+    highest = default_rate(width, data.windows.shape[1])
+    beginning = Beginning(highest) if not data.held_out else choose(highest, data.held_out)
     if file is not None:
-        write_json(file, {"learning_rate": rate})
-    return rate
+        write_json(file, {"learning_rate": beginning.rate, "losses": beginning.losses})
+    return beginning
 
 
 def held_out_windows(windows: int) -> int:
@@ -254,7 +335,7 @@ def held_out_windows(windows: int) -> int:
 
 def trial_steps(steps: int) -> int:
     """Return the number of steps of a trial."""
-    return max(1, min(64, steps // 4))
+    return max(1, min(64, steps // 8))
 
 
 @dataclass(frozen=True)
@@ -262,21 +343,23 @@ class RateTrials:
     """The trials of one training.
 
     Args:
-        train: trains at a rate, for some steps.
+        train: trains at a rate, for some steps. Returns the loss of each step.
         evaluate: returns the loss on the windows that are held out.
+        keep: keeps the weights, those of the best trial so far.
         reset: puts the weights back with which the training begins.
         steps: number of steps of the training.
         tried: keeps the losses of finished trials for a resumed run; None to store nothing.
     """
 
-    train: Callable[[float, int], object]
+    train: Callable[[float, int], Losses]
     evaluate: Callable[[], float]
+    keep: Callable[[], None]
     reset: Callable[[], None]
     steps: int
     tried: Path | None = None
 
-    def choose(self, highest: float) -> float:
-        """Return the rate of the training; the weights are reset.
+    def choose(self, highest: float) -> Beginning:
+        """Return the rate of the training, and the losses of the best trial; weights are reset.
 
         Args:
             highest: the highest choice.
@@ -284,38 +367,47 @@ class RateTrials:
         Example:
             >>> from secateur.training.distillation import RateTrials
             >>> tried = []
-            >>> train = lambda rate, steps: tried.append(rate)
-            >>> loss = lambda: abs(tried[-1] - 0.01)
-            >>> RateTrials(train, loss, lambda: None, steps=512).choose(1.0)
-            0.0625
+            >>> train = lambda rate, steps: tried.append(rate) or [0.5]
+            >>> loss = lambda: abs(tried[-1] - 0.005)
+            >>> RateTrials(train, loss, lambda: None, lambda: None, steps=512).choose(1.0)
+            Beginning(rate=0.0625, losses=[0.5])
             >>> tried
-            [0.125, 0.03125, 0.0078125, 0.001953125]
+            [0.0625, 0.015625, 0.00390625, 0.0009765625]
         """
         longer = self.steps / trial_steps(self.steps)
-        rate, loss = highest, self._loss(highest / longer)
+        rate, found = highest, self._trial(highest / longer, math.inf)
         while rate > LOWEST * highest:
-            lower = self._loss(rate / 4 / longer)
-            if lower >= loss and math.isfinite(loss):
+            lower = self._trial(rate / 4 / longer, found.loss)
+            if lower.loss >= found.loss and math.isfinite(found.loss):
                 break
-            rate, loss = rate / 4, lower
-        return rate
+            rate, found = rate / 4, lower
+        return Beginning(rate, found.losses)
 
-    def _loss(self, rate: float) -> float:
-        """Return the loss after a trial; infinite if the training is lost at this rate."""
-        found: dict[str, float] = {}
+    def _trial(self, rate: float, best: float) -> _Trial:
+        """Do a trial, unless it is done. Its loss is infinite if the training is lost."""
+        done: dict[str, Any] = {}
         if self.tried is not None and self.tried.exists():
-            found = json.loads(self.tried.read_text(encoding="utf-8"))
-        if str(rate) not in found:
+            done = json.loads(self.tried.read_text(encoding="utf-8"))
+        if str(rate) not in done:
+            trial = _Trial(math.inf, [])
             try:
-                self.train(rate, trial_steps(self.steps))
-                found[str(rate)] = self.evaluate()
+                losses = self.train(rate, trial_steps(self.steps))
+                trial = _Trial(self.evaluate(), losses)
+                if trial.loss < best:
+                    self.keep()
             except NumericalError:
-                found[str(rate)] = math.inf
+                pass
             finally:
                 self.reset()
+            done[str(rate)] = trial
             if self.tried is not None:
-                write_json(self.tried, found)
-        return found[str(rate)]
+                write_json(self.tried, done)
+        return _Trial(*done[str(rate)])
+
+
+class _Trial(NamedTuple):
+    loss: float
+    losses: Losses
 
 
 def distillation_plan(steps: int, rate: float) -> TrainingPlan:

@@ -57,10 +57,12 @@ from secateur.training.batches import Batch, Batches
 from secateur.training.distillation import (
     CHOOSING,
     TRIED,
+    WINNER,
+    Beginning,
     DistillationData,
     RateTrials,
     Student,
-    chosen_rate,
+    choose_rate,
     distill,
     distillation_plan,
     pruned_layers,
@@ -224,27 +226,38 @@ def _distill_in_sweeps(
     ) -> LayerwiseTrainer:
         folder = work / name
         folder.mkdir(exist_ok=True)
-        return LayerwiseTrainer(student, batches, steps, rate, size, folder, progress, label)
+        begins = work / WINNER if label != CHOOSING else None
+        return LayerwiseTrainer(
+            student, batches, steps, rate, size, folder, begins, progress, label
+        )
 
-    def try_rates(highest: float, held_out: int) -> float:
-        read = Batches(windows[:-held_out], 1, data.seed)
+    def try_rates(highest: float, held_out: int) -> Beginning:
+        read = data.batches_of_trials(held_out)
         trial: list[LayerwiseTrainer] = []
 
-        def train(rate: float, steps: int) -> None:
+        def train(rate: float, steps: int) -> list[float]:
             trial[:] = [trainer(read, steps, rate, f"trial-{rate:.3g}", CHOOSING)]
-            trial[0].run()
+            return trial[0].run()
+
+        def keep() -> None:
+            shutil.rmtree(work / WINNER, ignore_errors=True)
+            trial[0].folder.rename(work / WINNER)
 
         return RateTrials(
             train,
             lambda: trial[0].evaluate(range(len(read.windows), len(windows))),
-            lambda: shutil.rmtree(trial[0].folder),
+            keep,
+            lambda: shutil.rmtree(trial[0].folder, ignore_errors=True),
             data.steps,
             work / TRIED,
         ).choose(highest)
 
-    rate = chosen_rate(data, hidden_size(made.model), work, try_rates)
-    losses = trainer(data.batches, data.steps, rate, TRAINING, "distilling").run()
-    return {**summary(losses), "learning_rate": rate, "sweep_windows": float(size)}
+    begun = choose_rate(data, hidden_size(made.model), work, try_rates)
+    left = data.steps - len(begun.losses)
+    rest = trainer(data.batches_after(begun), left, begun.rate, TRAINING, "distilling").run()
+    shutil.rmtree(work / WINNER, ignore_errors=True)
+    losses = [*begun.losses, *rest]
+    return {**summary(losses), "learning_rate": begun.rate, "sweep_windows": float(size)}
 
 
 def _predict(dense: Target, windows: Windows, work: Path, progress: Progress) -> None:
@@ -355,6 +368,8 @@ class LayerwiseTrainer:
         size: number of windows that the layers pass at a time.
         folder: of its files. Weights and moments of a layer are in one file, with the number of
             steps that the layer has done.
+        begins: folder of the trial with whose weights the training begins, if it is there; None
+            for a trial, which begins with the weights of the checkpoint.
         progress: receives every step.
         label: the title of the progress bar.
     """
@@ -367,11 +382,12 @@ class LayerwiseTrainer:
         rate: float,
         size: int,
         folder: Path,
+        begins: Path | None,
         progress: Progress,
         label: str,
     ) -> None:
         self.student, self.batches, self.steps, self.rate = student, batches, steps, rate
-        self.plan = distillation_plan(steps, rate)
+        self.plan, self.begins = distillation_plan(steps, rate), begins
         self.size, self.folder, self.progress, self.label = size, folder, progress, label
         self.target, self.learning = student.outer.target, set(student.learning)
         self.device, self.count = self.target.device, len(self.target.layers)
@@ -462,8 +478,10 @@ class LayerwiseTrainer:
             module = _module_of(self.target.architecture, number, layer)
             student = self.student.student_of(module, [number])
             with in_float32(student.model, student.trained), student.rounded.in_forwards():
-                saved = _layer_state(self.folder, number, self.device)
-                saved.load_weights(student.parameters())
+                for folder in (self.begins, self.folder):
+                    if folder is not None and folder.exists():
+                        saved = _layer_state(folder, number, self.device)
+                        saved.load_weights(student.parameters())
                 yield layer, student
 
     @contextmanager
@@ -499,7 +517,7 @@ class LayerwiseTrainer:
                     optimizer.zero_grad()
 
                 yield layer, step
-                if last_step == self.steps:
+                if last_step == self.steps and self.begins is not None:  # a trial goes on
                     student.rounded.settle()
                 masks.check(model, optimizer)
                 saved.save_state(parameters, optimizer, (), {"step": last_step})

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import NumericalError
 from secateur.progress import Silent
-from secateur.training.distillation import RateTrials, held_out_windows, trial_steps
+from secateur.recipes.shared import Distill
+from secateur.training.distillation import (
+    Beginning,
+    DistillationData,
+    RateTrials,
+    distillation_plan,
+    held_out_windows,
+    trial_steps,
+)
+from secateur.training.loop import Loop
+from secateur.training.masks import Masks
+from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.training_plan import default_rate
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -23,18 +36,32 @@ HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 
 
 def choose(losses: dict[float, float], steps: int = 1) -> float:
-    """The choice among rates with known losses; every trial is followed by a reset."""
-    calls: list[str] = []
-    now = [0.0]
+    """The choice among rates with known losses. Every trial is followed by a reset, and the best
+    so far is kept before.
+    """
+    calls: list[float | str] = []
 
-    def train(rate: float, short: int) -> None:
+    def train(rate: float, short: int) -> list[float]:
         assert short == trial_steps(steps)
-        calls.append("train")
-        now[0] = losses[rate]
+        calls.append(losses[rate])
+        return [losses[rate]] * short
 
-    found = RateTrials(train, lambda: now[0], lambda: calls.append("reset"), steps).choose(1.0)
-    assert calls == ["train", "reset"] * (len(calls) // 2)
-    return found
+    trials = RateTrials(
+        train,
+        lambda: calls[-1],
+        lambda: calls.append("keep"),
+        lambda: calls.append("reset"),
+        steps,
+    )
+    found = trials.choose(1.0)
+    tried = [x for x in calls if isinstance(x, float)]
+    best, expected = math.inf, []
+    for loss in tried:
+        expected += [loss, "keep", "reset"] if loss < best else [loss, "reset"]
+        best = min(best, loss)
+    assert calls == expected
+    assert found.losses == [best] * trial_steps(steps)
+    return found.rate
 
 
 def test_the_rate_falls_by_quarters_while_the_loss_falls() -> None:
@@ -52,38 +79,49 @@ def test_the_longer_training_gets_the_higher_rate() -> None:
 
 
 def test_a_lost_trial_is_no_choice() -> None:
-    def train(rate: float, short: int) -> None:
+    def train(rate: float, short: int) -> list[float]:
         if rate > 0.2:
             raise NumericalError("the loss is nan")
+        return [1.0]
 
-    assert RateTrials(train, lambda: 1.0, lambda: None, 1).choose(1.0) == 0.25 / 4
+    trials = RateTrials(train, lambda: 1.0, lambda: None, lambda: None, 1)
+    assert trials.choose(1.0).rate == 0.25 / 4
 
 
 def test_sizes() -> None:
     assert [held_out_windows(n) for n in (1, 7, 8, 16, 32, 1000)] == [0, 0, 2, 4, 8, 8]
-    assert [trial_steps(n) for n in (2, 8, 192, 1000)] == [1, 2, 48, 64]
+    assert [trial_steps(n) for n in (2, 8, 192, 1000)] == [1, 1, 24, 64]
 
 
-def test_trials_change_nothing_but_the_rate() -> None:
-    windows = tiny_windows(8)
-    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows, "distill_epochs": 2}
-    chosen, given = tiny_model("llama"), tiny_model("llama")
-    rates: list[float] = []
+def test_the_best_trial_is_the_beginning_of_the_training() -> None:
+    """Oracle: its rate, for its steps, and then the rest of the windows at the chosen rate."""
+    windows, steps = tiny_windows(8), {}
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": windows}
+    chosen, dense = tiny_model("llama"), tiny_model("llama")
 
-    class Rates(Silent):
-        def start(self, label: str, steps: int) -> None:
-            rates.append(float(steps)) if label.startswith("choosing") else None
+    class Steps(Silent):
+        def start(self, label: str, count: int) -> None:
+            steps.setdefault(label, []).append(count)
 
-    secateur.prune(chosen, **options, progress=Rates())
-    assert len(rates) >= 2
-    assert set(rates) == {4.0}  # a quarter of 16 steps
-    same = []
-    for factor in (1, 1 / 4, 1 / 16, 1 / 64):
-        given = tiny_model("llama")
-        secateur.prune(given, **options, distill_learning_rate=HIGHEST * factor)
-        pairs = zip(chosen.parameters(), given.parameters(), strict=True)
+    secateur.prune(chosen, **options, distill_epochs=4, progress=Steps())
+    assert set(steps["choosing the learning rate"]) == {4}  # an eighth of 32 steps
+    assert steps["distilling"] == [28]
+    data, same = DistillationData(windows, Distill(epochs=4), seed=0), []
+    trial, rest = data.batches_of_trials(2), data.batches_after(Beginning(0.0, [0.0] * 4))
+    for rate in (HIGHEST, HIGHEST / 4, HIGHEST / 16, HIGHEST / 64):
+        again = tiny_model("llama")
+        secateur.prune(again, **options)
+        names = frozenset(n for n, _ in again.named_parameters() if ".layers." in n)
+        objective, masks = Distil.between(again, ModelTeacher(dense)), Masks.of(again)
+        for batches, count, peak in ((trial, 4, rate / 8), (rest, 28, rate)):
+            plan = distillation_plan(count, peak)
+            Loop(again, batches, objective, masks, plan, trained=names).run()
+        pairs = zip(chosen.parameters(), again.parameters(), strict=True)
         same.append(all(torch.equal(one, two) for one, two in pairs))
     assert same.count(True) == 1
+    read = [trial.numbers(i)[0] for i in range(4)] + [rest.numbers(i)[0] for i in range(28)]
+    assert sorted(read) == sorted(4 * list(range(8)))
+    assert not {6, 7} & set(read[:4])
 
 
 def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +153,25 @@ def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
     rate = json.loads(stored.read_text())["learning_rate"]
     assert rate == whole.manifest.distillation["learning_rate"]
     assert not list((tmp_path / "stopped.partial").rglob("start"))
-    stored.write_text(json.dumps({"learning_rate": rate / 2}))
+    choice = json.loads(stored.read_text())
+    stored.write_text(json.dumps({**choice, "learning_rate": rate / 2}))
     again = secateur.prune(folder, output=tmp_path / "stopped", **options, resume=True)
     assert again.manifest.distillation["learning_rate"] == rate / 2
+
+
+@pytest.mark.parametrize(("title", "step"), [("choosing the learning rate", 2), ("distilling", 3)])
+@pytest.mark.parametrize("sweep_windows", [0, 2])
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(
+    tmp_path: Path, title: str, step: int, sweep_windows: int
+) -> None:
+    folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
+    save_windows(tiny_windows(8), file)
+    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "distill_epochs": 4,
+               "distill_sweep_windows": sweep_windows}  # fmt: skip
+    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
+    with pytest.raises(StoppedError):
+        secateur.prune(folder, output=tmp_path / "stopped", **options, progress=StopAt(title, step))
+    again = secateur.prune(folder, output=tmp_path / "stopped", **options, resume=True)
+    assert again.manifest.distillation == whole.manifest.distillation
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
