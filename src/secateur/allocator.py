@@ -26,6 +26,8 @@ LARGE_PAGE = 2 * 2**20
 KEPT_BLOCK_BYTES, KEPT_BYTES = 4 * 2**20, 64 * 2**20
 TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
 """The largest block that a step of training uses again, and how much of them may lie free."""
+LOGITS_BYTES = 64 * 2**20
+"""The logits of one model that a training computes at a time. The vocabulary may be large."""
 DEFAULT_BYTES = 128 * 2**10
 NOT_GLIBC = (OSError, AttributeError, TypeError)
 """The errors of looking for its functions; Windows has no library without a name."""

@@ -18,11 +18,22 @@ from secateur.calibration.continuation import (
     roomy_cache,
 )
 from secateur.engine.plan import Plan, fitting_plan, memory_budget
-from secateur.engine.plan_memory import distilling_bytes, prune_needs, writing_bytes
+from secateur.engine.plan_memory import (
+    distilling_bytes,
+    logits_bytes,
+    prune_needs,
+    writing_bytes,
+)
+from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.opening import load_whole
+from secateur.precision import fast_dtype, fast_matmuls
 from secateur.runtime.decode import SlotDecoder, given_cache
+from secateur.training.batches import Batch
+from secateur.training.divergences import last_hidden
+from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.setup import check_memory, training_needs
 from tiny import tiny_llama
 from zoo import tiny_model, tiny_windows
@@ -183,6 +194,36 @@ def test_a_distillation_counts_a_tied_head_once(tmp_path: Path) -> None:
         planned.append(distilling_bytes(target, tiny_windows(1, 20)))
     head = 4 * target.model.lm_head.weight.numel()
     assert planned[1] - planned[0] == 2 * head  # of the teacher and of the student
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_logits_are_counted_in_blocks(
+    tmp_path: Path, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the tensors that live while a student and its teacher compute the loss."""
+    for module in ("engine.plan_memory", "training.divergences", "training.objectives"):
+        monkeypatch.setattr(f"secateur.{module}.LOGITS_BYTES", 2**21)
+    monkeypatch.setattr("secateur.training.divergences.CHUNK_BYTES", 2**14)
+    if exact:
+        monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    folder = tiny_llama(tmp_path, vocab_size=4096)
+    target = CheckpointTarget(CheckpointReader(folder), None, CPU)
+    model = load_whole(folder, CPU, trust_remote_code=False).float()
+    teacher = load_whole(folder, CPU, dtype=fast_dtype(CPU), trust_remote_code=False)
+    model.get_output_embeddings().requires_grad_(False)  # the layers learn
+    objective = Distil.between(model, ModelTeacher(teacher), next_token=0.5)
+    weights, planned, measured = [*model.parameters(), *teacher.parameters()], [], []
+    for tokens in (128, 512):
+        ids = tiny_windows(1, tokens)
+        planned.append(logits_bytes(target, ids))
+        with LiveTensors(weights, find_peak=True) as live, fast_matmuls(CPU):
+            objective(model, Batch(ids, (0,)))
+            whole = live.peak_bytes
+        with LiveTensors(weights, find_peak=True) as live, fast_matmuls(CPU):
+            last_hidden(model, objective.head, ids)
+        measured.append(whole - live.peak_bytes)
+    assert planned[0] == planned[1]
+    assert 0.4 * planned[1] < measured[1] < planned[1]
 
 
 def flat(values: Any) -> list[torch.Tensor]:

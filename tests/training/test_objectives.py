@@ -13,9 +13,10 @@ import transformers
 
 from oracles.divergences import divergence, lumped_divergence, next_token_loss
 from secateur.errors import RecipeError, SourceError
+from secateur.models.architecture import head_alone
 from secateur.training import divergences, objectives
 from secateur.training.batches import Batch, Batches
-from secateur.training.divergences import KINDS, head_alone, hidden_loss, layer_pairs
+from secateur.training.divergences import KINDS, hidden_loss, layer_pairs
 from secateur.training.objectives import (
     Distil,
     ModelTeacher,
@@ -68,9 +69,9 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, model: Any, tolerance:
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens at a time, so that several blocks of several chunks are made."""
     if request.param != "whole":
-        monkeypatch.setattr(divergences, "BLOCK_BYTES", 96 * 4 * 7)
+        monkeypatch.setattr(divergences, "LOGITS_BYTES", 96 * 4 * 7)
         monkeypatch.setattr(divergences, "CHUNK_BYTES", 96 * 4 * 2)
-        monkeypatch.setattr(objectives, "AT_ONCE_BYTES", 96 * 4 * 5)
+        monkeypatch.setattr(objectives, "LOGITS_BYTES", 96 * 4 * 5)
 
 
 @pytest.mark.usefixtures("pieces")

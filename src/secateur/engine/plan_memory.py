@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.allocator import LOGITS_BYTES
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan import Need, Phase, Plan, memory_budget
 from secateur.engine.prune.tasks import (
@@ -41,11 +42,13 @@ from secateur.engine.stream.calls import (
     refuse_unknown,
 )
 from secateur.engine.stream.halted_forwards import LiveTensors
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.architecture import Groups, head_alone, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import parameters_of
+from secateur.precision import fast_dtype
 from secateur.recipes.shared import Distill
 from secateur.runs.environment import resident_bytes
 from secateur.runs.output import write_json
@@ -549,7 +552,7 @@ def tuning_bytes(target: Target, windows: Tensor) -> int:
 
 
 def distilling_bytes(target: Target, window: Tensor) -> int:
-    """Two whole models, one in float32 with gradients and moments, and one window's forward."""
+    """Two whole models, one in float32 with gradients, moments and masks; one window's forward."""
     hidden, calls = calls_of(target, window)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
@@ -557,7 +560,8 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
         for layer, call, count in _layers_by_kind(target, calls)
     )
     models = weights_of(target.model) * (4 + target.dtype.itemsize)
-    return models + 3 * 4 * weights_of(target.layers) + forward + _logits_bytes(target, window)
+    learning = (3 * 4 + 1) * weights_of(target.layers)
+    return models + learning + forward + logits_bytes(target, window)
 
 
 def _sweep_bytes(target: Target, window: Tensor) -> int:
@@ -572,12 +576,25 @@ def _sweep_bytes(target: Target, window: Tensor) -> int:
         rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, _ in _layers_by_kind(target, calls)
     )
-    return max((4 * 4 + 1) * weights + forward, 4 * outside + _logits_bytes(target, window))
+    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits_bytes(target, window))
 
 
-def _logits_bytes(target: Target, window: Tensor) -> int:
-    """The logits of both models for the tokens of a window, and the gradient of one."""
-    return 3 * 4 * window.numel() * int(text_config(target.model.config).vocab_size)
+def logits_bytes(target: Target, window: Tensor) -> int:
+    """The logits of both models for the tokens of a window, and the gradient of one.
+
+    Where the output of the head is the logits, a training has a block of them at a time, and a
+    copy of the head in the dtype of its products.
+    """
+    vocabulary = int(text_config(target.model.config).vocab_size)
+    logits = 4 * window.numel() * vocabulary
+    outer = EmbeddingAndHead(target, window)
+    with outer.outside(), outer.returning(None):
+        head = head_alone(target.model)
+    if head is None:
+        return 3 * logits
+    rounded = fast_dtype(target.device)
+    copy = 0 if rounded is None else rounded.itemsize * head.weight.numel()
+    return 3 * min(logits, LOGITS_BYTES) + copy
 
 
 def _on_grid_bytes(tasks: Tasks) -> int:

@@ -453,3 +453,25 @@ def positions_of(config: Any) -> int | None:
     """The number of positions in a model's configuration; None if it has none."""
     found = getattr(text_config(config), "max_position_embeddings", None)
     return found if isinstance(found, int) else None
+
+
+_PROBE_TOKENS = 8
+
+
+def head_alone(model: Any) -> nn.Linear | None:
+    """Return the output head if its output is exactly the model's logits, else None.
+
+    Some families scale or cap the output of the head, so the function checks a few tokens.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear):
+        return None
+    given: list[Tensor] = []
+    handle = head.register_forward_hook(lambda *call: given.append(call[2]))
+    try:
+        with torch.no_grad():
+            ids = torch.arange(_PROBE_TOKENS, device=head.weight.device) % head.out_features
+            logits = model(input_ids=ids[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    return head if len(given) == 1 and torch.equal(given[0], logits) else None

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError
 
 KINDS = ("forward", "reverse", "symmetric")
@@ -133,30 +134,8 @@ def divergence_rows(
     return of
 
 
-BLOCK_BYTES = 64 * 2**20
-"""Size of the logits that one product computes, in the dtype of the product."""
 CHUNK_BYTES = 1 * 2**20
 """Size of the rows in float32 at one time. They should fit in a cache."""
-PROBE_TOKENS = 8
-
-
-def head_alone(model: Any) -> nn.Linear | None:
-    """Return the output head if its output is exactly the model's logits, else None.
-
-    Some families scale or cap the output of the head, so the function checks a few tokens.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear):
-        return None
-    given: list[Tensor] = []
-    handle = head.register_forward_hook(lambda *call: given.append(call[2]))
-    try:
-        with torch.no_grad():
-            ids = torch.arange(PROBE_TOKENS, device=head.weight.device) % head.out_features
-            logits = model(input_ids=ids[None], use_cache=False).logits
-    finally:
-        handle.remove()
-    return head if len(given) == 1 and torch.equal(given[0], logits) else None
 
 
 def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tensor:
@@ -227,7 +206,7 @@ class _OfHead(torch.autograd.Function):
         to_weight = None
         to_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
         loss = torch.zeros((), device=hidden.device)
-        size = max(1, BLOCK_BYTES // (len(weight) * matrix.itemsize))
+        size = max(1, LOGITS_BYTES // (len(weight) * matrix.itemsize))
         for start in range(0, len(hidden), size):
             some = inputs[start : start + size]
             gradient = some @ matrix.t()
@@ -243,6 +222,7 @@ class _OfHead(torch.autograd.Function):
                 )
             if to_bias is not None:
                 to_bias += gradient.sum(0, dtype=to_bias.dtype)
+            del gradient  # or there were two blocks
         context.save_for_backward(*(x for x in (to_hidden, to_weight, to_bias) if x is not None))
         context.there = [x is not None for x in (to_hidden, to_weight, to_bias)]
         return loss

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError, SourceError
-from secateur.models.architecture import describe
+from secateur.models.architecture import describe, head_alone
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.registry import did_you_mean
@@ -29,7 +30,6 @@ from secateur.training.divergences import (
     KINDS,
     Rows,
     divergence_rows,
-    head_alone,
     hidden_loss,
     last_hidden,
     layer_pairs,
@@ -40,7 +40,6 @@ from secateur.training.divergences import (
 )
 
 Expected = Callable[[slice, Tensor], Tensor]
-AT_ONCE_BYTES = 64 * 2**20
 TOP_K = 64
 """Default number of most likely tokens to store from a teacher."""
 METADATA = "teacher"
@@ -87,13 +86,13 @@ class ModelTeacher:
             blocks = describe(self.model).layers(self.model) if layers else ()
             with outputs_of({n: blocks[n] for n in layers}) as hidden:
                 states = last_hidden(self.model, self.head, batch.ids)
-        size = max(1, AT_ONCE_BYTES // (4 * self.vocabulary))
+        size = max(1, LOGITS_BYTES // (4 * self.vocabulary))
         block, logits = slice(0, 0), states
 
         def expected(rows: slice, log_q: Tensor) -> Tensor:
             nonlocal block, logits  # many logits at once, kept for later rows
             if not block.start <= rows.start <= rows.stop <= block.stop:
-                block = slice(rows.start, max(rows.start + size, rows.stop))
+                block, logits = slice(rows.start, max(rows.start + size, rows.stop)), states[:0]
                 with fast_matmuls(states.device):
                     logits = through_head(self.head, states[block])
             own = logits[rows.start - block.start : rows.stop - block.start]

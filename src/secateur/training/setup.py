@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.allocator import LOGITS_BYTES
 from secateur.engine.plan import Need, Phase, Plan, memory_budget
 from secateur.engine.plan_memory import calls_of, rehearse_training, weights_of
 from secateur.engine.prune.tasks import refuse_idle_globs
@@ -54,7 +55,6 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
 from secateur.training.batches import TrainingText, read_training_text, windows_digest
-from secateur.training.divergences import BLOCK_BYTES
 from secateur.training.lora import ADAPTERS_ALONE, attach, chosen_linears, merge
 from secateur.training.masks import Masks, masks_in, matrices, moments
 from secateur.training.objectives import (
@@ -499,7 +499,7 @@ def training_memory(
         "adapters": sum(4 * math.prod(linear.shape) for linear in adapted),
         "forward": _forward_bytes(target, micro, plan, processes.device),
         "logits": (1 + (teacher is not None))
-        * (BLOCK_BYTES + 4 * micro.numel() * hidden_size(model)),
+        * (LOGITS_BYTES + 4 * micro.numel() * hidden_size(model)),
         "teacher": 0 if teacher is None else _teacher_bytes(teacher, processes, trust),
         "masks": sum(math.prod(p.shape) for p in matrices(model).values()) // ranks,
     }
