@@ -73,7 +73,7 @@ def test_a_plan_has_a_range_of_seconds(tmp_path: Path, options: dict[str, str]) 
     least, most = plan.seconds
     assert 0 < least < most
     assert plan.to_json()["seconds"] == plan.seconds
-    assert plan.plan.writing_seconds is None
+    assert list(plan.plan.seconds_of_parts) == ["pruning"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -85,6 +85,34 @@ def test_a_plan_tells_how_long_generating_windows_takes(tmp_path: Path, family: 
     plan = secateur.prune(
         folder, dry_run=True, sparsity=0.5, method="wanda", calibration=file, generated_windows=60
     )
-    assert plan.plan.writing_seconds is not None
-    assert 0 < plan.plan.writing_seconds[0] < plan.plan.writing_seconds[1] < plan.seconds[1]
+    least, most = plan.plan.seconds_of_parts["generating windows"]
+    assert 0 < least < most < plan.seconds[1]
     assert "generating windows" in str(plan)
+
+
+def test_a_plan_has_the_seconds_of_each_part(tmp_path: Path) -> None:
+    options = {"sparsity": 0.5, "calibration": tiny_windows(16), "dry_run": True}
+    file = tmp_path / "windows.safetensors"
+    save_windows(options.pop("calibration"), file)
+    options["calibration"] = str(file)
+    folder = str(save_tiny(tmp_path / "m"))
+    plain = secateur.prune(folder, method="wanda", **options)
+    learns = secateur.prune(
+        folder, method="wanda", distill_epochs=1, generated_windows=8, **options
+    )
+    given = secateur.prune(
+        folder, method="wanda", distill_epochs=1, distill_learning_rate=1e-4, **options
+    )
+    parts = learns.plan.seconds_of_parts
+    assert list(plain.plan.seconds_of_parts) == ["pruning"]
+    assert list(given.plan.seconds_of_parts) == ["pruning", "distillation"]
+    assert list(parts) == [
+        "pruning", "generating windows", "trials of the learning rate", "distillation",
+    ]  # fmt: skip
+    assert learns.seconds == tuple(sum(ends) for ends in zip(*parts.values(), strict=True))
+    shown = str(learns)
+    assert all(f"  {name}" in shown for name in parts)
+    assert "  pruning" not in str(plain)
+    trials, training = (parts[name][0] for name in ("trials of the learning rate", "distillation"))
+    assert trials / training == pytest.approx(2 * 3 / (24 - 3))
+    assert learns.to_json()["seconds_of_parts"] == parts

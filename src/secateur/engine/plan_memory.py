@@ -119,7 +119,8 @@ class PrunePlan(Plan):
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         stays_on_gpu: whether hidden states and halted forwards are in the memory of a GPU.
         seconds: the minimum and maximum time of the run on this machine, if predicted.
-        writing_seconds: the part of it in which the dense model generates windows.
+        seconds_of_parts: the same for each part of the run that takes time.
+        learning_tokens: tokens of `passed_tokens` that pass in the distillation.
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
     """
@@ -135,7 +136,8 @@ class PrunePlan(Plan):
     left: list[SkippedMatrix] = field(default_factory=list)
     stays_on_gpu: bool = False
     seconds: tuple[float, float] | None = None
-    writing_seconds: tuple[float, float] | None = None
+    seconds_of_parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    learning_tokens: int = 0
     sweep_windows: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class PrunePlan(Plan):
         figures |= self._fields("prunable_weights", "calibration_tokens")
         figures |= {"left": [one.to_json() for one in self.left]} if self.left else {}
         return figures | self._fields(
-            "on_gpu", "stays_on_gpu", "seconds", "writing_seconds", "sweep_windows"
+            "on_gpu", "stays_on_gpu", "seconds", "seconds_of_parts", "sweep_windows"
         )
 
     def _fields(self, *names: str) -> dict[str, Any]:
@@ -229,6 +231,7 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         stays_on_gpu=settings.on_gpu,
+        learning_tokens=distillation.passed_tokens,
         sweep_windows=sweep_windows if epochs else 0,
     )
 
@@ -340,21 +343,21 @@ def _plan_distillation(
     if not epochs:
         return _PartNeeds()
     layers, memory = len(target.layers), 0
-    disk = 12 * sum(task.shape[0] * task.shape[1] for task in tasks.values())  # weights, moments
+    # weights, moments, and the weights of the best trial of the learning rate
+    disk = 16 * sum(task.shape[0] * task.shape[1] for task in tasks.values())
     if windows is not None:
         of_models, on_grid = distilling_bytes, _on_grid_bytes(tasks)
         if sweep_windows:
             of_models, on_grid = _sweep_bytes, on_grid // layers
         memory = of_models(target, windows[:1]) + on_grid
     if not sweep_windows:
-        return _PartNeeds(memory, disk, 5 * epochs * tokens)
+        return _PartNeeds(memory, disk, 4 * epochs * tokens)
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
-    # The dense model passes once, and every layer runs again for its backward. Trials of the
-    # learning rate are a fifth of a training.
-    return _PartNeeds(memory, disk, (1 + 5 * epochs) * tokens)
+    # The dense model passes once, and every layer runs again for its backward.
+    return _PartNeeds(memory, disk, (1 + 4 * epochs) * tokens)
 
 
 def _solving_bytes(

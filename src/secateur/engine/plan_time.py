@@ -2,6 +2,8 @@
 
     seconds = ready + reading + forward · tokens · passes + Σ (gather + prepare + solve)
               + FILE_SECONDS · bytes
+            + forwards of windows that are generated, token by token
+            + forwards and backwards of a distillation, and of the trials of its rate
 
 A micro-batch passes through one decoder layer of each kind, with real weights and hidden states,
 so attention, norms and routing count as they are. A method works on one matrix of each shape.
@@ -21,14 +23,15 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import Gathering, held_bytes
-from secateur.engine.plan_memory import calls_of, working_weights
+from secateur.engine.plan_memory import calls_of, weights_of, working_weights
 from secateur.engine.prune.run import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer, kind_of
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError, PatternError
-from secateur.models.architecture import Linear
+from secateur.models.architecture import Linear, hidden_size, text_config
 from secateur.precision import fast_dtype
+from secateur.recipes.shared import trial_steps
 from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.sparsity.methods import Method
 from secateur.timing import alternate, seconds_of
@@ -39,6 +42,8 @@ WIDEST = 1024
 PROBE_SECONDS = 0.1
 FILE_SECONDS = 1e-8
 """Seconds to copy, digest and audit a stored byte; measured on one machine with a local disk."""
+FEWEST_TRIALS = 2
+"""A rate is chosen when the next one is worse."""
 QUICKER, SLOWER = 0.85, 1.5
 """The range round the predicted time; a run also waits for memory and for other programs."""
 
@@ -71,8 +76,8 @@ def foretell_seconds(
     output_bytes: int,
     settings: Settings,
     device: torch.device,
-) -> tuple[float, float]:
-    """Return the minimum and maximum seconds of a run on this machine.
+) -> float:
+    """Return the seconds of a pruning on this machine.
 
     Args:
         tasks: the task of each linear.
@@ -94,8 +99,28 @@ def foretell_seconds(
         return known[key]
 
     before = ready + times.reading + times.forward * passed + FILE_SECONDS * output_bytes
-    seconds = run_seconds(tasks, groups, before, tokens, times_of)
-    return QUICKER * seconds, SLOWER * seconds
+    return run_seconds(tasks, groups, before, tokens, times_of)
+
+
+def learning_seconds(
+    target: Target, times: LayerTimes, passed: int, steps: int, *, trials: bool
+) -> dict[str, float]:
+    """Return the seconds of a distillation, and of the trials of its rate, as far as there are any.
+
+    Args:
+        target: the model.
+        times: of the decoder layers.
+        passed: tokens that pass through all layers in the distillation.
+        steps: number of its steps.
+        trials: whether short trials choose its learning rate.
+    """
+    if not passed or not times.forward:
+        return {}
+    head = int(text_config(target.model.config).vocab_size) * hidden_size(target.model)
+    learning = times.forward * passed * (1 + head / weights_of(target.layers))
+    begun = trial_steps(steps) / steps if trials else 0.0
+    of_trials = {"trials of the learning rate": FEWEST_TRIALS * begun * learning} if trials else {}
+    return {**of_trials, "distillation": (1 - begun) * learning}
 
 
 def run_seconds(

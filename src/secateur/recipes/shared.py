@@ -255,6 +255,17 @@ class Distill(Section):
     forward, then all layers backward. 0: both whole models in memory."""
 
 
+def trial_steps(steps: int) -> int:
+    """Return how many of a distillation's steps a trial of its learning rate has.
+
+    Example:
+        >>> from secateur.recipes.shared import trial_steps
+        >>> trial_steps(128), trial_steps(2048)
+        (16, 64)
+    """
+    return max(1, min(64, steps // 8))
+
+
 class Cluster(Section):
     """The cluster that starts the processes of a run. torchrun needs no options."""
 

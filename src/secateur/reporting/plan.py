@@ -44,7 +44,7 @@ class PlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        plan, sizes, written = self.plan, self.plan.sizes, self.plan.writing_seconds
+        plan, sizes = self.plan, self.plan.sizes
         out, columns = plan.solve_shape
         rows: list[tuple[str, str | None]] = [
             ("decoder layers", f"{plan.num_hidden_layers}"),
@@ -53,7 +53,7 @@ class PlanResult(Result):
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
             ("time on this machine", time_range(*plan.seconds) if plan.seconds else None),
-            ("  of it generating windows", time_range(*written) if written else None),
+            *_parts(plan),
             ("disk", binary_size(plan.disk_bytes)),
             ("memory: the program itself", binary_size(sizes["process"])),
             ("memory: one decoder layer", binary_size(sizes["layer"])),
@@ -76,6 +76,12 @@ class PlanResult(Result):
             (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
         ]
         return [Table.of("plan", ("", ""), rows)]
+
+
+def _parts(plan: PrunePlan) -> list[tuple[str, str]]:
+    """The time of each part, if there are several."""
+    parts = plan.seconds_of_parts if len(plan.seconds_of_parts) > 1 else {}
+    return [(f"  {name}", time_range(*seconds)) for name, seconds in parts.items()]
 
 
 HOST_PEAK = "peak memory of the host"

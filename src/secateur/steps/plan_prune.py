@@ -12,6 +12,7 @@ from secateur.engine.plan_time import (
     SLOWER,
     foretell_seconds,
     layer_times,
+    learning_seconds,
     writing_seconds,
 )
 from secateur.engine.prepared import choose_plan, prepare, settings_of
@@ -68,21 +69,28 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
         for index, layout in enumerate(prepared.layouts)
         for group in layout.groups
     ]
-    written = 0.0
-    if windows is not None and windows.ungenerated:
-        written = writing_seconds(target, windows.planned.shape[1], windows.ungenerated)
-    seconds = foretell_seconds(
+    times = layer_times(target, None if windows is None else windows.planned, settings)
+    pruning = foretell_seconds(
         tasks,
         [(name,) for name in tasks] if windows is None else shared_inputs,
-        layer_times(target, None if windows is None else windows.planned, settings),
-        ready=ready + written,
-        passed=plan.passed_tokens,
+        times,
+        ready=ready,
+        passed=plan.passed_tokens - plan.learning_tokens,
         output_bytes=prepared.output_bytes,
         tokens=plan.calibration_tokens,
         settings=settings,
         device=target.device,
     )
+    parts = {"pruning": pruning}
+    if windows is not None:
+        how, length = recipe.distillation, windows.planned.shape[1]
+        steps = how.epochs * (len(windows.planned) + len(windows.extra))
+        trials = how.peak_learning_rate is None
+        if windows.ungenerated:
+            parts["generating windows"] = writing_seconds(target, length, windows.ungenerated)
+        parts |= learning_seconds(target, times, plan.learning_tokens, steps, trials=trials)
+    ranges = {name: (QUICKER * x, SLOWER * x) for name, x in parts.items()}
+    least, most = (sum(ends) for ends in zip(*ranges.values(), strict=True))
     left = skipped_matrices(tasks, target.matrices())
-    share = (QUICKER * written, SLOWER * written) if written else None
-    plan = replace(plan, left=left, seconds=seconds, writing_seconds=share)
-    return PlanResult(plan, activations)
+    timed = replace(plan, left=left, seconds=(least, most), seconds_of_parts=ranges)
+    return PlanResult(timed, activations)

@@ -44,7 +44,7 @@ from secateur.models.architecture import Linear, hidden_size
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
-from secateur.recipes.shared import Distill
+from secateur.recipes.shared import Distill, trial_steps
 from secateur.runs.output import write_json
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
@@ -331,11 +331,6 @@ def choose_rate(
 def held_out_windows(windows: int) -> int:
     """Return how many of the last windows measure the trials; 0 for no trials."""
     return 0 if windows < FEWEST_WINDOWS else min(MOST_HELD_OUT, windows // 4)
-
-
-def trial_steps(steps: int) -> int:
-    """Return the number of steps of a trial."""
-    return max(1, min(64, steps // 8))
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import NumericalError
 from secateur.progress import Silent
-from secateur.recipes.shared import Distill
+from secateur.recipes.shared import Distill, trial_steps
 from secateur.training.distillation import (
     Beginning,
     DistillationData,
     RateTrials,
     distillation_plan,
     held_out_windows,
-    trial_steps,
 )
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks

@@ -116,8 +116,8 @@ def test_a_rate_is_judged_on_windows_that_the_statistics_have_not_read(
     run = {**RUN, "distill_learning_rate": None, "calibration": str(text), "distill_epochs": 1}
     report = secateur.prune(folder, output=tmp_path / "out", **run, progress=progress)
     assert report.manifest.calibration[EXTRA] == 8
-    assert progress.steps["choosing the learning rate"] == 3  # a quarter of the 12 windows
-    assert progress.steps["distilling"] == 12
+    assert progress.steps["choosing the learning rate"] == 1  # an eighth of the 12 windows
+    assert progress.steps["distilling"] == 11  # a trial was the first
 
 
 def test_the_file_of_windows_says_which_are_extra(
@@ -222,7 +222,7 @@ def test_the_plan_counts_them(folder: Path, text: Path) -> None:
         )  # fmt: skip
         passed.append(plan_pruning(recipe, Silent()).plan.passed_tokens)
     assert passed[0] == passed[1]
-    assert passed[2] - passed[0] == 5 * 36 * LENGTH  # with the trials of the rate
+    assert passed[2] - passed[0] == 4 * 36 * LENGTH
 
 
 def test_no_extra_windows_leave_no_trace(tmp_path: Path) -> None:
