@@ -222,7 +222,8 @@ class _Whole:
                 f"{type(self.model).__name__} cannot continue from given keys and values",
                 remedy="leave the generated windows out (--generated-windows 0)",
             )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 class _Packed:

@@ -220,12 +220,14 @@ def rounded(weight: Tensor) -> KernelMatrix:
     return KernelMatrix(codes, scale=scale)
 
 
-def _decoded_linears(model: Any) -> dict[str, nn.Module]:
+def _decoded_linears(model: Any) -> dict[str, Any]:
     """The linears that make up nearly all of the decoding: those of the layers, and the head."""
     head = model.get_output_embeddings()
     layers = enumerate(model.model.layers)
     found = (linears_of(layer, f"model.layers.{index}") for index, layer in layers)
-    own = {linear.name: linear.module for layer in found for linear in layer.values()}
+    own: dict[str, Any] = {
+        linear.name: linear.module for layer in found for linear in layer.values()
+    }
     return {**own, path_of(model, head): head}
 
 
