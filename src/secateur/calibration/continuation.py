@@ -150,12 +150,12 @@ def continue_windows(
     ready = len(written)
     if ready >= count:
         return written
-    rows = min(AT_ONCE, count)
-    writer = (_Packed if _is_rounded(model) else _Whole)(model, rows, length)
+    kind: type[_Packed | _Whole] = _Packed if _is_rounded(model) else _Whole
+    writer = kind(model, min(AT_ONCE, count), length)
     never = _never_drawn(model, start)
     with torch.random.fork_rng(), torch.inference_mode():
         for first in range(ready, count, AT_ONCE):
-            torch.manual_seed((seed << 20) + first)
+            torch.manual_seed(((seed << 20) + first) % 2**63)
             rows = torch.arange(first, min(first + AT_ONCE, count)) % samples
             places = torch.randint(0, text.shape[1] - PREFIX, (len(rows), 1))
             words = text[rows[:, None], places + torch.arange(PREFIX)]
