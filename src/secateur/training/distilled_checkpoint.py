@@ -201,7 +201,7 @@ def _distill_in_sweeps(
         student_of: see `StreamedStudent`.
         data: the windows, and how often they are read.
         sweep_windows: number of windows that the layers pass at a time; at most an eighth of the
-            steps are taken.
+            steps are taken, a 16th if trials choose the rate.
         work: folder of the state.
         progress: receives every step.
 
@@ -211,7 +211,8 @@ def _distill_in_sweeps(
     """
     windows, share = data.windows, data.options.next_token
     # Trials have this size too: they must measure a rate with gradients as old as it will meet.
-    size = min(sweep_windows, max(1, data.steps // FEWEST_SWEEPS))
+    fewest = FEWEST_SWEEPS * (1 if data.options.peak_learning_rate else 2)  # a trial has two
+    size = min(sweep_windows, max(1, data.steps // fewest))
     work.mkdir(parents=True, exist_ok=True)
     if not (work / PREDICTIONS).exists():
         _predict(dense, windows, work, progress)
