@@ -1,27 +1,30 @@
-"""The basis of the value heads: a rotation that makes values and outputs easier to prune.
+"""The basis of the value heads: a change of channels that makes values and outputs easier to prune.
 
 A value head h and the query heads q that read it are two linears in a row, since attention only
-averages values over tokens. So any rotation R_h between them leaves the model the same:
+averages values over tokens. So any invertible matrix M_h between them leaves the model the same:
 
-    V_h ← R_h V_h,   b_h ← R_h b_h,   O_q ← O_q R_hᵀ for every q that reads h
+    V_h ← M_h V_h,   b_h ← M_h b_h,   O_q ← O_q M_h⁻¹ for every q that reads h
 
-But it moves energy between weights, and in some bases more of them can be spared. R_h minimises the
-error that zeros in both would cost by the rule of Optimal Brain Surgeon,
+But it moves energy between weights, and in some bases more of them can be spared. M_h minimises the
+error that zeros in both would cost by the rule of Optimal Brain Surgeon, in units of the output,
 
-    log Σ_pruned V²_ij / [G⁻¹]_jj + log Σ_pruned O²_ij / [H⁻¹]_jj
+    Σ_pruned ‖o_i‖² V²_ij / [G⁻¹]_jj + Σ_pruned O²_ij / [H⁻¹]_jj
 
-with G and H the second moments of the inputs of both; H turns with R. The sums run over the weights
-that the pattern takes: those of the smallest terms. Adam learns R as (I + S)⁻¹(I − S) of a
-skew-symmetric S. It starts from the stored basis or from the channels of a head by their energy
-(the eigenvectors of V diag(G⁻¹)⁻¹ Vᵀ), whichever has the smaller error.
+with o_i the columns of O that read row i of V, and G and H the second moments of the inputs of
+both; H changes with M. The sums run over the weights that the pattern takes: those of the smallest
+terms. M_h = D A exp(T) B with rotations A, B and a diagonal T, so that the condition number without
+D is at most `CONDITION`. D gives the columns o_i one norm, so that a solver that sees V alone
+counts errors of all its rows as the output does. Adam learns A and B as (I + S)⁻¹(I − S) of
+skew-symmetric S.
 
-The layer turns before its statistics are gathered, so targets and dense copies refer to the turned
-layer. The same inputs give the same rotation, so a run that goes on repeats it.
+The layer changes before its statistics are gathered, so targets and dense copies refer to the
+changed layer. The same inputs give the same matrices, so a run that goes on repeats them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,7 +48,11 @@ log = logging.getLogger(__name__)
 TOKENS = 16
 """So many tokens are read for each input channel of the output projection."""
 
-_STEPS, _RATE, _BETAS = 20, 0.01, (0.7, 0.95)  # of Adam
+CONDITION = 10.0
+"""Bound of the condition number."""
+
+_STEPS, _RATE, _BETAS = 20, 0.03, (0.9, 0.95)  # of Adam
+_TINY = 1e-30
 _DAMPING = 0.01
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 _DENSE = 0.99  # a matrix with fewer weights that are not zero has been pruned before
@@ -80,24 +87,24 @@ class ValueHeads:
         return split.permute(1, 2, 0, 3)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that turn."""
+        """The parameters that change."""
         biases = [self.values.module.get_parameter("bias")] if self.values.has_bias else []
         return [*(x.module.get_parameter("weight") for x in (self.values, self.output)), *biases]
 
-    def turn(self, rotation: Tensor) -> None:
-        """Rotate every head, in float64.
+    def change(self, basis: Tensor) -> None:
+        """Change the channels of every head, in float64.
 
         Args:
-            rotation: [heads, size, size].
+            basis: an invertible matrix for each head, [heads, size, size].
         """
-        turning = rotation.double()
-        self.values.assign((turning @ self.value_rows().double()).flatten(0, 1))
+        exact = basis.double()
+        self.values.assign((exact @ self.value_rows().double()).flatten(0, 1))
         if self.values.has_bias:
             bias = self.values.module.get_parameter("bias")
             rows = bias.detach().double().view(self.heads, self.size, 1)
-            bias.data.copy_((turning @ rows).flatten())
-        turned = self.output_columns().double() @ turning.mT[:, None]
-        self.output.assign(turned.permute(2, 0, 1, 3).flatten(1))
+            bias.data.copy_((exact @ rows).flatten())
+        columns = self.output_columns().double() @ torch.linalg.inv(exact)[:, None]
+        self.output.assign(columns.permute(2, 0, 1, 3).flatten(1))
 
 
 def value_heads(layer: nn.Module, linears: Mapping[str, Linear], tasks: Tasks) -> list[ValueHeads]:
@@ -129,7 +136,7 @@ def _pruned_first(linear: Linear, tasks: Tasks) -> bool:
 def change_basis(
     layer: nn.Module, name: str, tasks: Tasks, inputs: LayerInputs, ranks: Ranks
 ) -> list[str]:
-    """Learn the rotations of the value heads of a layer, and turn it.
+    """Learn the basis of the value heads of a layer, and change it.
 
     Args:
         layer: the dense layer.
@@ -146,28 +153,28 @@ def change_basis(
         return []
     found = value_heads(layer, linears_of(layer, name), tasks)
     if not found:
-        log.info("%s has no value heads to turn", name)
-    turned = [heads for heads in found if _turn(layer, heads, tasks, inputs, ranks)]
-    if len(turned) < len(found):
+        log.info("%s has no value heads to change", name)
+    changed = [heads for heads in found if _change(layer, heads, tasks, inputs, ranks)]
+    if len(changed) < len(found):
         log.info("%s keeps its value heads: more than an average is between v and o", name)
-    return [f"{heads.values.name}.bias" for heads in turned if heads.values.has_bias]
+    return [f"{heads.values.name}.bias" for heads in changed if heads.values.has_bias]
 
 
-def _turn(
+def _change(
     layer: nn.Module, heads: ValueHeads, tasks: Tasks, inputs: LayerInputs, ranks: Ranks
 ) -> bool:
-    """Turn value heads by learned rotations. Return whether the layer has the same outputs.
+    """Give value heads a learned basis. Return whether the layer has the same outputs.
 
     There may be more between values and output than an average over tokens: a gate, or a norm with
     weights; or later layers read the values too. Then the heads get their weights back.
     """
     grams = gather(heads, layer, inputs, ranks)
-    rotation = learn_rotations(heads, grams, tasks[heads.values.name], tasks[heads.output.name])
-    ranks.share(rotation, 0)
+    basis = learn_basis(heads, grams, tasks[heads.values.name], tasks[heads.output.name])
+    ranks.share(basis, 0)
     before = [x.detach().clone() for x in heads.parameters()]
     probes = inputs.batches[:1]  # none in a process without windows
     dense = [_outputs(layer, inputs, batch) for batch in probes]
-    heads.turn(rotation)
+    heads.change(basis)
     moved = [
         (_outputs(layer, inputs, batch) - old).norm() / (old - inputs.read(batch)).norm()
         for batch, old in zip(probes, dense, strict=True)
@@ -213,8 +220,8 @@ def gather(
 
 def error_of(
     heads: ValueHeads, grams: tuple[Tensor, Tensor], values: LinearTask, output: LinearTask
-) -> Callable[[Tensor], Tensor]:
-    """What returns the error of rotations [heads, size, size], as a logarithm.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What returns the error of a basis: of its matrices and their inverses, [heads, size, size].
 
     Args:
         heads: the value heads.
@@ -228,39 +235,47 @@ def error_of(
     # UᵀU = H⁻¹, and the columns of a head have the same products in a square matrix
     factor = torch.linalg.qr(factor.permute(1, 2, 0, 3))[1]
 
-    def error(rotation: Tensor) -> Tensor:
-        back = rotation.mT[:, None]
-        own = (rotation @ rows).square() / spread
-        read = (columns @ back).square() / (factor @ back).square().sum(-2, keepdim=True)
+    def error(basis: Tensor, inverse: Tensor) -> Tensor:
+        back = inverse[:, None]
+        squares = (columns @ back).square()
+        own = (basis @ rows).square() / spread * squares.sum((1, 2))[..., None]
+        read = squares / (factor @ back).square().sum(-2, keepdim=True)
         read = read.permute(2, 0, 1, 3).flatten(1)
-        return _pruned(own.flatten(0, 1), values).log() + _pruned(read, output).log()
+        return _pruned(own.flatten(0, 1), values) + _pruned(read, output)
 
     return error
 
 
 @torch.enable_grad()
-def learn_rotations(
+def learn_basis(
     heads: ValueHeads, grams: tuple[Tensor, Tensor], values: LinearTask, output: LinearTask
 ) -> Tensor:
-    """Learn the rotation of every head, [heads, size, size]; arguments as of `error_of`."""
+    """Learn the matrix of every head, [heads, size, size]; arguments as of `error_of`."""
     error = error_of(heads, grams, values, output)
-    eye = torch.eye(heads.size, device=grams[0].device)
-    spread = inverse_factor(grams[0], _DAMPING)[0].square().sum(0)
-    weighted = heads.value_rows().float() / spread.sqrt()
-    energies = torch.linalg.eigh(weighted @ weighted.mT)[1].mT
-    start = min(eye.expand_as(energies), energies, key=lambda x: float(error(x)))
-    free = torch.zeros_like(start).requires_grad_()
-    adam = torch.optim.Adam([free], lr=_RATE, betas=_BETAS)
+    columns = heads.output_columns().float()
+    shape = (heads.heads, heads.size)
+    left, right = (columns.new_zeros(*shape, heads.size).requires_grad_() for _ in range(2))
+    stretch = columns.new_zeros(shape).requires_grad_()
+    adam = torch.optim.Adam([left, right, stretch], lr=_RATE, betas=_BETAS)
 
-    def rotation() -> Tensor:
-        skew = free - free.mT
-        return torch.linalg.solve(eye + skew, eye - skew) @ start
+    def basis() -> tuple[Tensor, Tensor]:
+        outer, inner = _rotation(left), _rotation(right)
+        factors = (stretch.tanh() * (math.log(CONDITION) / 2)).exp()
+        inverse = inner.mT / factors[:, None] @ outer.mT
+        norms = (columns @ inverse[:, None]).square().sum((1, 2)).sqrt()
+        norms = (norms / norms.mean().clamp_min(_TINY)).clamp(1 / CONDITION, CONDITION)
+        return norms[..., None] * (outer * factors[:, None] @ inner), inverse / norms[:, None]
 
     for _ in range(_STEPS):
         adam.zero_grad()
-        error(rotation()).backward()
+        error(*basis()).clamp_min(_TINY).log().backward()
         adam.step()
-    return rotation().detach().contiguous()
+    return basis()[0].detach().contiguous()
+
+
+def _rotation(free: Tensor) -> Tensor:
+    skew, eye = free - free.mT, torch.eye(free.shape[-1], device=free.device)
+    return torch.linalg.solve(eye + skew, eye - skew)
 
 
 def _pruned(scores: Tensor, task: LinearTask) -> Tensor:
