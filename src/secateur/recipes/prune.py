@@ -106,7 +106,7 @@ class HowToPrune(Section):
     choose_damping: Annotated[bool, Flag(advanced=True)] = False
     """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
     value_basis: Annotated[Literal["stored", "learned"], Flag(advanced=True)] = "stored"
-    """learned rotates the channels of each value head before pruning, so that zeros cost less; the
+    """learned mixes the channels of each value head before pruning, so that zeros cost less; the
     dense model stays the same. Not with --keep-format, whose scales fit the stored channels."""
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
     """group: each group of linear layers sees inputs from the pruned groups before it. layer: all

@@ -133,7 +133,7 @@ class Run:
         self.finish_layer(index, records, tuned, work.unseen, started)
 
     def _change_basis(self, index: int, layer: nn.Module) -> list[str]:
-        """Turn the value heads of a layer if the settings say so. Return the biases that change."""
+        """Change the value heads of a layer if the settings say so. Return the changed biases."""
         return []
 
     def step(self, index: int) -> None:

@@ -358,7 +358,7 @@ class Settings:
         asymmetric_damping: strength of the pull towards the dense weights, as a fraction of the
             mean diagonal of the gram.
         choose_damping: choose that strength for each linear on held-out tokens.
-        value_basis: `learned` turns the value heads of each layer before it is pruned.
+        value_basis: `learned` changes the value heads of each layer before it is pruned.
         fast_matmuls: run calibration forwards in bfloat16 if the processor is faster at it.
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `gpu`, `memory` or `disk`: the storage of hidden states.

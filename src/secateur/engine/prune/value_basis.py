@@ -45,8 +45,8 @@ from secateur.sparsity.hessian import inverse_factor
 
 log = logging.getLogger(__name__)
 
-TOKENS = 16
-"""So many tokens are read for each input channel of the output projection."""
+TOKENS_PER_CHANNEL, LEAST_TOKENS = 16, 8192
+"""Tokens that are read for each input channel of the output projection, and at least."""
 
 CONDITION = 10.0
 """Bound of the condition number."""
@@ -201,7 +201,8 @@ def gather(
     linears = (heads.values, heads.output)
     device = heads.values.weight.device
     grams = [Gram(x.shape, device) for x in linears]
-    left = -(-TOKENS * heads.output.shape[1] // ranks.count)
+    tokens = max(TOKENS_PER_CHANNEL * heads.output.shape[1], LEAST_TOKENS)
+    left = -(-tokens // ranks.count)
     for batch in inputs.batches:
         if left <= 0:
             break
