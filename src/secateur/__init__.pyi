@@ -677,7 +677,7 @@ def prune(
         asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
         choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
             tokens. [off]
-        value_basis: learned rotates the channels of each value head before pruning, so that zeros
+        value_basis: learned mixes the channels of each value head before pruning, so that zeros
             cost less; the dense model stays the same. Not with --keep-format, whose scales fit the
             stored channels. [the preset's]
         sequential: group: each group of linear layers sees inputs from the pruned groups before it.
