@@ -306,13 +306,13 @@ def before_norm(
 class ExpertTargets:
     """What the experts of a layer should write, so that their sum corrects the residual stream.
 
-        e = h + Σ_k p_k f_k(x) in the dense model  −  (ĥ + Σ_k p̂_k f_k(x̂))
+        e = (h − ĥ) + Σ_k p_k f_k(x) − Σ_k p̂_k f_k(x̂)
         target of expert k for a token:  f_k(x̂) + e / Σ_k p̂_k,  counted by p̂_k²
 
     f_k are the dense experts and p their weights from the router, which may send a token to other
-    experts in the pruned model; h is the stream before the experts. If each expert reaches its
-    target, the stream behind them is the dense one. An error of expert k reaches the stream times
-    p̂_k, so p̂_k² is its weight in the statistics of all linears of the expert.
+    experts in the pruned model; h and ĥ are the streams before the experts. If each expert reaches
+    its target, the stream behind them is the dense one. An error of expert k reaches the stream
+    times p̂_k, so p̂_k² is its weight in the statistics of all linears of the expert.
 
     Args:
         path: of the experts within the layer.
@@ -328,18 +328,18 @@ class ExpertTargets:
         self.numbers = {id(x): n for n, one in enumerate(self.own) for x in one.modules()}
         self.given: dict[int, dict[str, Tensor]] = {}
         self.missing: dict[int, Tensor] = {}
-        self.stream: Tensor | None = None  # of the dense model behind the experts, while needed
+        self.wanted: Tensor | None = None  # what the experts are to write in all, while needed
         self.handles = [
             self.own.register_forward_pre_hook(self._keep_call, with_kwargs=True),
-            self.twin.register_forward_hook(self._keep_stream),
+            self.twin.register_forward_hook(self._keep_wanted),
         ]
 
     def _keep_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         self.given[self.changing.current] = {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def _keep_stream(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        self.stream = out + _flat(_stream(self.dense, self.dense.current))
+    def _keep_wanted(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.wanted = out + _flat(_lacking(self.dense, self.changing, self.dense.current))
 
     def writes(self, linear: Linear) -> bool:
         """Whether a linear is the last one of an expert."""
@@ -367,12 +367,11 @@ class ExpertTargets:
         """E of a micro-batch. The forward of the changing layer must be in memory."""
         if index not in self.missing:
             self.dense.look_ahead(index)
-            wanted, self.stream = self.stream, None
+            wanted, self.wanted = self.wanted, None
             assert wanted is not None
             with self.dense.inputs.matmuls():
                 written = self.twin.forward(**self.given[index])
-            found = wanted - written - _flat(_stream(self.changing, index))
-            self.missing[index] = found.float()
+            self.missing[index] = (wanted - written).float()
             if self.changing.offload:
                 self.changing.offload.live.note(self.missing[index])
             if not self.dense.running[index].dead:
@@ -386,9 +385,10 @@ class ExpertTargets:
         self.given, self.missing = {}, {}
 
 
-def _stream(layer: HaltedLayer, index: int) -> Tensor:
-    """The residual stream of a micro-batch, with what writers of the layer have added so far."""
-    return layer.before(index) + layer.added(index)
+def _lacking(dense: HaltedLayer, changing: HaltedLayer, index: int) -> Tensor:
+    """The error of the residual stream of a micro-batch, after what writers have added so far."""
+    stream = dense.before(index) - changing.before(index)
+    return stream + (dense.added(index) - changing.added(index))
 
 
 def _flat(states: Tensor) -> Tensor:
@@ -499,7 +499,7 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         with self.dense.inputs.matmuls():
             linear = self.dense.groups[group][0]
             out = _flat(dense) @ linear.weight.t()
-        error = (_stream(self.dense, index) - _stream(self.changing, index)).reshape(out.shape)
+        error = _flat(_lacking(self.dense, self.changing, index))
         if linear.name not in self.norms:
             return x, out + error
         bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
