@@ -339,7 +339,8 @@ class ExpertTargets:
         self.given[self.changing.current] = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _keep_wanted(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        self.wanted = out + _flat(_lacking(self.dense, self.changing, self.dense.current))
+        lacking = _lacking(self.dense, self.changing, self.dense.current)
+        self.wanted = out.float() + _flat(lacking)
 
     def writes(self, linear: Linear) -> bool:
         """Whether a linear is the last one of an expert."""
@@ -371,7 +372,7 @@ class ExpertTargets:
             assert wanted is not None
             with self.dense.inputs.matmuls():
                 written = self.twin.forward(**self.given[index])
-            self.missing[index] = (wanted - written).float()
+            self.missing[index] = wanted - written
             if self.changing.offload:
                 self.changing.offload.live.note(self.missing[index])
             if not self.dense.running[index].dead:
