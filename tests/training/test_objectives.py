@@ -128,11 +128,17 @@ def test_one_does_not_differ_from_oneself(kind: str) -> None:
     assert abs(objective(model, BATCH).item()) < 1e-3
 
 
-def test_a_share_of_the_plain_loss() -> None:
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("forward", 1.0), ("forward", 2.0), ("reverse", 1.0)]
+)
+def test_a_share_of_the_plain_loss(kind: str, temperature: float) -> None:
+    """The forward divergence at temperature 1 has both in one pass."""
     student, teacher = model_of(), ModelTeacher(model_of(seed=1))
-    alone = Distil.between(student, teacher)(student, BATCH)
+    how = {"kind": kind, "temperature": temperature}
+    alone = Distil.between(student, teacher, **how)(student, BATCH)
     plain = NextToken.of(student)(student, BATCH)
-    both = Distil.between(student, teacher, next_token=0.25)(student, BATCH)
+    both = Distil.between(student, teacher, next_token=0.25, **how)(student, BATCH)
     assert_same(both, (0.75 * alone + 0.25 * plain).double(), student, 1e-4)
 
 

@@ -134,6 +134,37 @@ def divergence_rows(
     return of
 
 
+def forward_and_next_token_rows(
+    expected: Callable[[slice, Tensor], Tensor],
+    targets: Tensor,
+    counts: tuple[int, float],
+    share: float,
+) -> Rows:
+    """(1 − share) · the forward divergence at T = 1 + share · the next-token loss, in one pass.
+
+    Args:
+        expected: as in `divergence_rows`.
+        targets: as in `next_token_rows`.
+        counts: number of all tokens, and of those that have a next token.
+        share: of the next-token loss.
+    """
+    taught = (1 - share) / counts[0]
+
+    def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        there = (targets[rows] >= 0) * (share / counts[1])
+        places = targets[rows].clamp(min=0)[:, None]
+        log_q = logits.log_softmax(-1).clamp_(min=LEAST)
+        plain = -torch.dot(log_q.gather(1, places)[:, 0], there)
+        log_p = expected(rows, log_q).clamp_(min=LEAST)
+        apart = log_q - log_p
+        p = log_p.exp_()
+        loss = plain - taught * torch.dot(p.flatten(), apart.flatten())
+        gradient = log_q.exp_().mul_((taught + there)[:, None]).sub_(p, alpha=taught)
+        return loss, gradient.scatter_add_(1, places, -there[:, None])
+
+    return of
+
+
 CHUNK_BYTES = 1 * 2**20
 """Size of the rows in float32 at one time. They should fit in a cache."""
 

@@ -30,6 +30,7 @@ from secateur.training.divergences import (
     KINDS,
     Rows,
     divergence_rows,
+    forward_and_next_token_rows,
     hidden_loss,
     last_hidden,
     layer_pairs,
@@ -358,7 +359,13 @@ class Distil:
         counted = None if batch.answers is None else batch.targets >= 0
         count = batch.ids.numel() if batch.count is None else batch.count
         rows = divergence_rows(self.kind, self.temperature, count, taught.expected, counted)
-        if self.next_token:
+        all_count = batch.count is None and counted is None
+        if self.next_token and all_count and self.kind == "forward" and self.temperature == 1:
+            counts = batch.ids.numel(), batch.ids.numel() - len(batch.ids)
+            rows = forward_and_next_token_rows(
+                taught.expected, batch.targets, counts, self.next_token
+            )
+        elif self.next_token:
             rows = _blend(rows, _next_tokens(batch), self.next_token)
         layers = describe(model).layers(model) if self.pairs else ()
         with outputs_of({i: layers[i] for i, _ in self.pairs}) as hidden:
