@@ -37,7 +37,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast, overload
 
@@ -585,10 +585,9 @@ def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
     named = HUB_DATASET.fullmatch(source)
     if named is None:
         return None
-    splits = {}
-    if named["split"]:
-        splits = dict.fromkeys(("calibrate", "judge"), (named["split"], None))
-    return HubDataset(named["repo"], config, named["revision"], **splits)
+    found = HubDataset(named["repo"], config, named["revision"])
+    split = (named["split"], None)
+    return replace(found, calibrate=split, judge=split) if named["split"] else found
 
 
 def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[Document]:
