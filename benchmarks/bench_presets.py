@@ -13,7 +13,8 @@ Every finished row is kept in `results/bench-presets.json` at once and skipped w
 that file `best` distils on 49,152 tokens and takes the rate of its short
 trials, or the highest; `best, judged on read windows` judged the trials on windows that the
 statistics had read. `results/bench-rates.json` has `best` as it is, and given rates, for models
-that the same script trained again on another machine.
+that the same script trained again on another machine. `results/bench-balanced.json` has ALPS and
+`balanced` for these, with asymmetric fitting through norms and of experts, and a learned basis.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
