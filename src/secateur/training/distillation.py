@@ -291,10 +291,8 @@ def distill(
         begun = choose_rate(data, student.width, saved, try_rates)
         winner.restore_best(parameters)  # a saved state of the training replaces it
         left = data.steps - len(begun.losses)
-        batches, hooks = (
-            data.batches_after(begun),
-            [student.rounded][: len(student.rounded.weights)],
-        )
+        batches = data.batches_after(begun)
+        hooks = [student.rounded] if student.rounded.weights else []
         rest = train(batches, left, begun.rate, "distilling", saved, hooks)
     if winner.folder is not None:
         shutil.rmtree(winner.folder)
