@@ -206,11 +206,13 @@ def gather(
     for batch in inputs.batches:
         if left <= 0:
             break
-        forward = partial(_outputs, layer, inputs, batch)
+        forward = partial(inputs.pass_one, layer, batch, stores=False)
         halting = HaltingForwards([[x] for x in linears], [forward], None, inputs.matmuls)
         with closing(halting):
             for gram in grams:
-                _, x = halting.advance(0)
+                arrival = halting.advance(0)
+                assert arrival is not None  # no forward ends before the output projection
+                x = arrival[1]
                 with exact_matmuls(device):
                     gram.update(x.reshape(-1, x.shape[-1]))
         left -= x.shape[:-1].numel()
