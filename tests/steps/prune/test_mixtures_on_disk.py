@@ -91,8 +91,9 @@ def test_pruned_on_disk_as_in_memory(
     assert record["linears"] == 15 * sum(hasattr(x.mlp, "experts") for x in model.model.layers)
 
 
-def test_activations_may_wait_on_disk(tmp_path: Path, windows: Path) -> None:
-    source = save_mixture(tmp_path / "source", "mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_activations_may_wait_on_disk(family: str, tmp_path: Path, windows: Path) -> None:
+    source = save_mixture(tmp_path / "source", family)
     found = []
     for place in ("memory", "disk"):
         secateur.prune(
