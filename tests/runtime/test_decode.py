@@ -27,9 +27,6 @@ pytestmark = [
     pytest.mark.usefixtures("settled"),
 ]
 __all__ = ["settled"]
-many_slots = pytest.mark.skipif(
-    not hasattr(lib.library(), "sct_advance"), reason="kernels of an older build"
-)
 
 PROMPT = torch.tensor([5, 17, 80, 33, 4])
 LLAMA3 = {
@@ -162,7 +159,6 @@ def test_a_prompt_in_one_call(tmp_path: Path, shape: str, stored: str, tier: str
     torch.testing.assert_close(last[0], found[-1], rtol=1e-5, atol=1e-6)
 
 
-@many_slots
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", ["llama, untied", "mistral", "odd widths"])
 @pytest.mark.parametrize("stored", ["int8", "int4", "bfloat16"])
@@ -187,7 +183,6 @@ def test_a_token_of_each_of_many_slots(tmp_path: Path, shape: str, stored: str, 
         assert many.lengths == [15 + slot for slot in range(18)] + [0, 0]
 
 
-@many_slots
 def test_many_slots_that_do_not_fit(tmp_path: Path) -> None:
     decoder = SlotDecoder(model_of(tmp_path, "qwen3", torch.float32), 3, 2)
     with pytest.raises(ShapeError, match="3 tokens for 2 slots"):

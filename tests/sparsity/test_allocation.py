@@ -15,7 +15,7 @@ from oracles import allocation as oracle
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.allocation.budget import Granularity, settle
-from secateur.sparsity.allocation.divergence import Divergence
+from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold, global_threshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -223,7 +223,7 @@ def test_sensitivity_is_its_formula():
 )
 def test_divergence_prunes_where_the_sum_of_divergences_grows_least(measured, sparsity):
     sizes, divergences = ([x[i] for x in measured] for i in (0, 1))
-    part = Divergence()
+    part = ByDivergence()
     grains = {
         str(i): Granularity.around((size, 10), 1, round(10 * size * sparsity), sparsity, part.reach)
         for i, size in enumerate(sizes)
@@ -242,10 +242,10 @@ def test_divergence_prunes_where_the_sum_of_divergences_grows_least(measured, sp
 
 def test_linears_without_a_divergence_lose_most():
     kept = {"a": torch.tensor(1e-6), "b": torch.tensor(0.0), "c": torch.tensor(-1e-9)}
-    shares = Divergence().allocate(kept.items, {}, 0.5)
+    shares = ByDivergence().allocate(kept.items, {}, 0.5)
     assert shares["b"] == shares["c"] > 0.5 > shares["a"]
     none = {"a": torch.tensor(0.0), "b": torch.tensor(0.0)}
-    assert Divergence().allocate(none.items, {}, 0.5) == {"a": 0.5, "b": 0.5}
+    assert ByDivergence().allocate(none.items, {}, 0.5) == {"a": 0.5, "b": 0.5}
 
 
 @settings(max_examples=50, deadline=None)
@@ -353,9 +353,9 @@ def test_a_model_with_nothing_to_trade_stays_uniform():
         (LayerSensitivity, {"half_range": 0.2}),
         (LayerSensitivity, {"reference": 1.0}),
         (GlobalThreshold, {"reach": -0.1}),
-        (Divergence, {"growth": 0.0}),
-        (Divergence, {"reach": 0.0}),
-        (Divergence, {"judged_tokens": 0}),
+        (ByDivergence, {"growth": 0.0}),
+        (ByDivergence, {"reach": 0.0}),
+        (ByDivergence, {"judged_tokens": 0}),
         (Search, {"levels": 0}),
         (Search, {"step": 0.5}),
         (Search, {"stages": ((2, 512),)}),

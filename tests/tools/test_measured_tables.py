@@ -111,19 +111,32 @@ def test_presets_on_the_bench_of_small_models() -> None:
             assert cell == f"{statistics.mean(shares[row]):.2f}", row
 
 
-def test_best_on_models_that_were_trained_again() -> None:
-    rows = json.loads((ROOT / "benchmarks/results/bench-rates.json").read_text())["rows"]
-    losses = {(r["model"], r["column"], r["row"]): r["loss"] for r in rows}
+def test_models_that_were_trained_again() -> None:
+    def losses(name: str) -> dict[tuple[str, str, str], dict[str, float]]:
+        rows = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())["rows"]
+        return {(r["model"], r["column"], r["row"]): r["loss"] for r in rows if r["seed"] == 0}
+
+    now, earlier = losses("bench-balanced"), losses("bench-rates")
     table = next(t for t in tables(PRESETS) if t[0][0] == "trained again")
     lines = [line for line in table[2:] if len(line) > 1]
-    assert len(lines) == 6
-    for name, *cells in lines:
+    assert len(lines) == 12
+    for name, alps, balanced, share, best in lines:
         model, column = name.split(", ")
-        dense = losses[model, "", "dense"]
-        for row, cell in zip(table[0][1:], cells, strict=False):
-            shown = [float(x) for x in cell.split(", ")]
-            own = losses[model, column, row]
-            assert shown == [round(own[text] - dense[text], 3) for text in dense], (name, row)
+
+        def excess(known: Any, row: str, model: str = model, column: str = column) -> list[float]:
+            own, dense = known[model, column, row], known[model, "", "dense"]
+            return [own[text] - dense[text] for text in dense]
+
+        def shown(values: list[float]) -> str:
+            return ", ".join(f"{round(x, 3) + 0:.3f}" for x in values)
+
+        rival, own = excess(now, "ALPS"), excess(now, "balanced")
+        assert (alps, balanced) == (shown(rival), shown(own)), name
+        if share:
+            ratio = statistics.mean(x / y for x, y in zip(own, rival, strict=True))
+            assert share == f"{ratio:.2f}", name
+        if best:
+            assert best == shown(excess(earlier, "best")), name
 
 
 def test_the_rates_of_a_distillation() -> None:

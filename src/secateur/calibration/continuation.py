@@ -49,7 +49,6 @@ from secateur.models.skeleton import build_skeleton
 from secateur.precision import fast_dtype
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.install import install_rounded, rounded_matrices
-from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.layer_forms import why_not
 from secateur.types import Windows
@@ -82,9 +81,7 @@ def opened_for_writing(
 
 def kernels_write(model: Any, length: int) -> bool:
     """Whether the kernels can generate windows with a model, loaded on the CPU or a skeleton."""
-    found = library()
-    # an older build has no such function
-    return found is not None and hasattr(found, "sct_advance") and why_not(model, length) is None
+    return why_not(model, length) is None
 
 
 @contextmanager

@@ -202,10 +202,10 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    written_whole = unwritten and not _kernels_write(target, windows, unwritten)
-    loads_all = written_whole or (epochs and not sweep_windows)
-    disk = output_bytes + survey.disk_bytes
-    disk += 2 * stored + distillation.disk_bytes  # hidden states are read and written anew
+    loads_all = epochs and not sweep_windows
+    loads_all = loads_all or (unwritten and not _kernels_write(target, windows, unwritten))
+    # hidden states are read and written anew
+    disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + 2 * stored
     disk += gradients + len(layers) * stored if gradients else 0
     passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
     sizes = {

@@ -28,7 +28,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,10 +227,39 @@ def distill(
     objective = Distil.between(
         student.model, ModelTeacher(teacher), next_token=data.options.next_token
     )
-    device = next(student.model.parameters()).device
-    parameters = student.parameters()
+    with (
+        quiet_transformers(),
+        student.rounded.in_forwards(),
+        in_float32(student.model, student.trained),
+    ):
+        return _Distillation(student, objective, data, progress, saved).run()
+
+
+@dataclass(frozen=True)
+class _Distillation:
+    """The trials and the training of a student, in memory; arguments as of `distill`."""
+
+    student: Student
+    objective: Distil
+    data: DistillationData
+    progress: Progress
+    saved: Path | None
+
+    def run(self) -> dict[str, float]:
+        """Choose the rate, and train on from the best trial; returns what `distill` does."""
+        data, student, winner = self.data, self.student, self.winner
+        begun = choose_rate(data, student.width, self.saved, self.try_rates)
+        winner.restore_best(student.parameters())  # a saved state of the training replaces it
+        left = data.steps - len(begun.losses)
+        batches = data.batches_after(begun)
+        hooks = [student.rounded] if student.rounded.weights else []
+        rest = self.train(batches, left, begun.rate, "distilling", self.saved, hooks)
+        if winner.folder is not None:
+            shutil.rmtree(winner.folder)
+        return {**summary([*begun.losses, *rest]), "learning_rate": begun.rate}
 
     def train(
+        self,
         read: Batches,
         steps: int,
         rate: float,
@@ -238,65 +267,59 @@ def distill(
         saved: Path | None,
         hooks: Sequence[Hook],
     ) -> Losses:
-        log = Loop(
-            student.model,
+        """Train for some steps; returns the loss of each."""
+        loop = Loop(
+            self.student.model,
             read,
-            objective,
-            student.masks,
+            self.objective,
+            self.student.masks,
             distillation_plan(steps, rate),
             saved=saved,
             hooks=hooks,
-            progress=progress,
-            trained=student.trained,
+            progress=self.progress,
+            trained=self.student.trained,
             label=label,
-        ).run()
-        return [line["loss"] for line in log.log]
+        )
+        return [line["loss"] for line in loop.run().log]
 
-    def kept(name: str) -> Saved:
-        return Saved(None if saved is None else saved / name, ProcessGroup(device), {})
-
-    winner = kept(WINNER)
-
-    def try_rates(highest: float, held_out: int) -> Beginning:
-        windows, start = data.windows, kept("start")
-        read = data.batches_of_trials(held_out)
-
-        @torch.no_grad()
-        def evaluate() -> float:
-            with fast_matmuls(device):  # its copies of weights last as long as the context
-                losses = [
-                    objective(student.model, Batch(windows[[i]].to(device), (i,))).item()
-                    for i in range(len(read.windows), len(windows))
-                ]
-            return sum(losses) / held_out
-
+    def try_rates(self, highest: float, held_out: int) -> Beginning:
+        """Find the best trial, whose weights are kept."""
+        start, parameters = self.kept("start"), self.student.parameters()
+        read = self.data.batches_of_trials(held_out)
         start.keep_best(parameters)
         beginning = RateTrials(
-            lambda rate, steps: train(read, steps, rate, CHOOSING, None, []),
-            evaluate,
-            partial(winner.keep_best, parameters),
+            lambda rate, steps: self.train(read, steps, rate, CHOOSING, None, []),
+            self.held_out_loss,
+            partial(self.winner.keep_best, parameters),
             partial(start.restore_best, parameters),
-            data.steps,
-            None if saved is None else saved / TRIED,
+            self.data.steps,
+            None if self.saved is None else self.saved / TRIED,
         ).choose(highest)
         if start.folder is not None:
             shutil.rmtree(start.folder)
         return beginning
 
-    with (
-        quiet_transformers(),
-        student.rounded.in_forwards(),
-        in_float32(student.model, student.trained),
-    ):
-        begun = choose_rate(data, student.width, saved, try_rates)
-        winner.restore_best(parameters)  # a saved state of the training replaces it
-        left = data.steps - len(begun.losses)
-        batches = data.batches_after(begun)
-        hooks = [student.rounded] if student.rounded.weights else []
-        rest = train(batches, left, begun.rate, "distilling", saved, hooks)
-    if winner.folder is not None:
-        shutil.rmtree(winner.folder)
-    return {**summary([*begun.losses, *rest]), "learning_rate": begun.rate}
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean loss over the windows that no trial reads."""
+        windows, model = self.data.windows, self.student.model
+        device = next(model.parameters()).device
+        held_out = range(len(windows) - self.data.held_out, len(windows))
+        with fast_matmuls(device):  # its copies of weights last as long as the context
+            losses = [
+                self.objective(model, Batch(windows[[i]].to(device), (i,))).item() for i in held_out
+            ]
+        return sum(losses) / len(losses)
+
+    @cached_property
+    def winner(self) -> Saved:
+        """The weights of the best trial."""
+        return self.kept(WINNER)
+
+    def kept(self, name: str) -> Saved:
+        """The place of kept weights; in memory if nothing is saved."""
+        device = next(self.student.model.parameters()).device
+        return Saved(None if self.saved is None else self.saved / name, ProcessGroup(device), {})
 
 
 def choose_rate(

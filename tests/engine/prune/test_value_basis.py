@@ -13,10 +13,11 @@ from torch import nn
 
 import secateur
 from oracles.value_basis import basis_error
+from secateur import precision
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.prune.value_basis import ValueHeads, error_of, learn_basis, value_heads
 from secateur.models.architecture import Linear, describe, linears_of
-from secateur.sparsity.methods import compose
+from secateur.sparsity.methods import Method, compose
 from slow import slow_but
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
@@ -126,6 +127,21 @@ def test_a_magnitude_run_turns_too() -> None:
         if not torch.equal(one, two)
     }
     assert changed == {f"self_attn.{x}" for x in ("v_proj.weight", "v_proj.bias", "o_proj.weight")}
+
+
+def test_solvers_compute_exactly_after_fast_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that is stopped half-way leaves no context of bfloat16 behind."""
+    monkeypatch.setattr(precision, "_fast_bfloat16", lambda device: True)
+    solve, seen = Method.solve, []
+
+    def watched(*args: Any, **more: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return solve(*args, **more)
+
+    monkeypatch.setattr(Method, "solve", watched)
+    pruned("qwen2", value_basis="learned", fast_matmuls=True)
+    assert seen
+    assert not any(seen)
 
 
 def test_a_resumed_run_turns_the_same_way(tmp_path: Path) -> None:

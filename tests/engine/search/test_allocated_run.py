@@ -30,7 +30,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
 from secateur.sparsity.allocation import allocations
-from secateur.sparsity.allocation.divergence import Divergence
+from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
@@ -275,7 +275,7 @@ def test_each_linear_alone_costs_what_a_plain_forward_gives(family: str, tmp_pat
 def check_alone(model, work: Path) -> None:
     survey, part = (
         survey_of(model, work, sparsity=0.8, scope="layer"),
-        Divergence(judged_tokens=120),
+        ByDivergence(judged_tokens=120),
     )
     grains, inputs = grains_of(survey.tasks, part), inputs_of(model, tiny_windows())
     found = measure_alone(survey, part, grains, survey.execute(part, grains))
@@ -309,7 +309,7 @@ def test_a_killed_survey_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secateur.engine.search.allocation._ALONE_AT_ONCE", 4)
-    survey, part = survey_of(tiny_model("llama"), tmp_path), Divergence(judged_tokens=120)
+    survey, part = survey_of(tiny_model("llama"), tmp_path), ByDivergence(judged_tokens=120)
     grains = grains_of(survey.tasks, part)
     files = survey.execute(part, grains)
     measured: list[int] = []

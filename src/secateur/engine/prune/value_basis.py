@@ -206,7 +206,8 @@ def gather(
     for batch in inputs.batches:
         if left <= 0:
             break
-        forward = partial(inputs.pass_one, layer, batch, stores=False)
+        # `advance` enters the context of the matmuls: a halted forward must not leave one later
+        forward = partial(_outputs, layer, inputs, batch)
         halting = HaltingForwards([[x] for x in linears], [forward], None, inputs.matmuls)
         with closing(halting):
             for gram in grams:

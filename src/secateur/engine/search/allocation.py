@@ -50,7 +50,7 @@ from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
-from secateur.sparsity.allocation.divergence import Divergence
+from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
@@ -344,7 +344,7 @@ class PrunedAlone(LevelVariants):
 @torch.no_grad()
 def measure_alone(
     survey: Survey,
-    allocation: Divergence,
+    allocation: ByDivergence,
     grains: Mapping[str, Granularity],
     files: Sequence[Path],
 ) -> dict[str, Tensor]:
@@ -357,7 +357,7 @@ def measure_alone(
         survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
         allocation: the number of tokens.
         grains: grains of the competing linears.
-        files: for each layer, its pruned weights, from `Divergence.observe`.
+        files: for each layer, its pruned weights, from `ByDivergence.observe`.
     """
     assert survey.calibration is not None
     names, tokens = list(grains), allocation.judged_tokens
@@ -403,7 +403,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
 
         def settle_all() -> None:
             found: dict[str, Any] = {}
-            if isinstance(allocation, Divergence):
+            if isinstance(allocation, ByDivergence):
                 alone = measure_alone(survey, allocation, grains, files)
                 ideal = allocation.allocate(alone.items, grains, sparsity)
             elif allocation.judged_tokens:

@@ -42,7 +42,7 @@ from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import read_all, write_all
 
-Forward = Callable[[], None]
+Forward = Callable[[], object]
 Gather = Callable[[int, Tensor], None]
 LinearGroups = Sequence[Sequence[Linear]]
 

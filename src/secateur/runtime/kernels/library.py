@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 7
+ABI = 8
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -192,10 +192,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
             ctypes.c_int,
             [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],
         ),
+        "sct_advance": (
+            ctypes.c_int,
+            [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _POINTER],
+        ),
     }
-    if hasattr(loaded, "sct_advance"):  # an older build has it not
-        advance = [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _POINTER]
-        signatures["sct_advance"] = (ctypes.c_int, advance)
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -18,7 +18,7 @@ _LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
 
 @allocations.register("divergence")
 @dataclass(frozen=True)
-class Divergence:
+class ByDivergence:
     """Sparsity falls with the logarithm of the divergence that pruning one linear alone makes.
 
     The run's own method prunes each linear i of the dense model to the target s, alone. With
@@ -76,9 +76,9 @@ class Divergence:
 
         Example:
             >>> import torch
-            >>> from secateur.sparsity.allocation.divergence import Divergence
+            >>> from secateur.sparsity.allocation.divergence import ByDivergence
             >>> kept = {"q_proj": torch.tensor(1e-7), "k_proj": torch.tensor(2e-7)}
-            >>> shares = Divergence().allocate(kept.items, {}, 0.5)
+            >>> shares = ByDivergence().allocate(kept.items, {}, 0.5)
             >>> {name: round(share, 3) for name, share in shares.items()}
             {'q_proj': 0.539, 'k_proj': 0.461}
         """

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 7
+#define SCT_ABI 8
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
