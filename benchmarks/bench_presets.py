@@ -14,7 +14,7 @@ that file `best` distils on 49,152 tokens and takes the rate of its short
 trials, or the highest; `best, judged on read windows` judged the trials on windows that the
 statistics had read. `results/bench-rates.json` has `best` as it is, and given rates, for models
 that the same script trained again on another machine. `results/bench-balanced.json` has ALPS and
-`balanced` for these, with asymmetric fitting through norms and of experts, and a learned basis.
+`balanced` for these, with asymmetric fitting through norms and of experts.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
@@ -52,7 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced, damping chosen": {"effort": "balanced", "choose_damping": True},
     "balanced, damping 0.05": {"effort": "balanced", "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {"effort": "balanced", "asymmetric_damping": 0.8},
-    "balanced, stored value basis": {"effort": "balanced", "value_basis": "stored"},
+    "balanced, learned value basis": {"effort": "balanced", "value_basis": "learned"},
     "balanced, symmetric": {"effort": "balanced", "asymmetric": False},
     "balanced, allocation divergence": {"effort": "balanced", "allocation": "divergence"},
     "balanced, allocation search": {"effort": "balanced", "allocation": "search"},

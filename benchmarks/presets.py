@@ -86,7 +86,12 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced + tuning": {"effort": "balanced", "tune_passes": 6},
     "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
     "balanced + divergence": {"effort": "balanced", "allocation": "divergence"},
-    "balanced, stored value basis": {"effort": "balanced", "value_basis": "stored"},
+    "balanced, learned value basis": {"effort": "balanced", "value_basis": "learned"},
+    "balanced, learned value basis + divergence": {
+        "effort": "balanced",
+        "value_basis": "learned",
+        "allocation": "divergence",
+    },
     "balanced + distillation": {"effort": "balanced", "distill_epochs": 1},
     "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},

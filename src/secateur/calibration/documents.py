@@ -538,7 +538,14 @@ def _conversation(
         raise SourceError(
             "the conversation is empty", where=where, remedy="remove it, or write its messages"
         )
-    return Chat(messages, where, row.get("tools") or None)
+    tools = row.get("tools") or None
+    if not isinstance(tools, list | None):
+        raise SourceError(
+            f"the field 'tools' is a {type(tools).__name__}, not a list of tools",
+            where=where,
+            remedy='write [{"type": "function", "function": {...}}, ...]',
+        )
+    return Chat(messages, where, tools)
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:

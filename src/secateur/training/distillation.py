@@ -388,7 +388,7 @@ class RateTrials:
             >>> RateTrials(train, loss, lambda: None, lambda: None, steps=512).choose(1.0)
             Beginning(rate=0.0625, losses=[0.5])
             >>> tried
-            [0.0625, 0.015625, 0.00390625, 0.0009765625]
+            [0.125, 0.03125, 0.0078125, 0.001953125]
         """
         longer = self.steps / trial_steps(self.steps)
         rate, found = highest, self._trial(highest / longer, math.inf)

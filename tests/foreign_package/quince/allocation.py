@@ -47,6 +47,6 @@ class Slope:
         """128 MiB."""
         return 128 * MIB
 
-    def tokens(self, calibration: int) -> int:
+    def tokens(self, calibration: int, linears: int) -> int:
         """None."""
         return 0
