@@ -232,6 +232,7 @@ def user(content: Any) -> dict[str, Any]:
         ([{"messages": [{"role": ["user"], "content": "x"}]}], "unknown role"),
         ([user([{"type": "image", "url": "x"}])], r"a part that is no text \(image\)"),
         ([user(5)], "a part that is no text"),
+        ([{**user("x"), "tools": {"a": 1}}], "'tools' is a dict, not a list of tools"),
         ([user("\ud800")], "half of a surrogate pair"),
         ([{"text": "plain"}, user("hello")], "has 1 texts and 1 conversations"),
     ],

@@ -204,9 +204,8 @@ def plan_run(
     solving = _solving_bytes(target, tasks, found, settings, more)
     loads_all = epochs and not sweep_windows
     loads_all = loads_all or (unwritten and not _kernels_write(target, windows, unwritten))
-    # hidden states are read and written anew
-    disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + 2 * stored
-    disk += gradients + len(layers) * stored if gradients else 0
+    passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
+    disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
     sizes = {
         "process": resident_bytes(),
