@@ -1,4 +1,4 @@
-"""Calibration on conversations of the model itself, beside web text: `docs/methods/calibration.md`.
+"""Compares calibration on a model's own conversations with web text (docs/methods/calibration.md).
 
     python benchmarks/chat_calibration.py --c4 c4.jsonl --tasks FOLDER \\
         --text wikitext=wiki.txt c4=held-out.txt --work FOLDER
@@ -41,7 +41,7 @@ FIRST_ROW = 500
 
 
 def prompts(c4: Path, tasks: Path) -> list[str]:
-    """Questions, goals and texts to summarize, in turns."""
+    """A question, a goal, a text to summarize, and so on in this order."""
 
     def rows(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -112,7 +112,7 @@ def write(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def answered(model: Any, tokenizer: Any, file: Path) -> dict[str, float]:
-    """How a model continues the held-out conversations, beside the dense model's greedy answers."""
+    """Compares a model's next tokens in held-out conversations with the dense model's."""
     losses, agreed, prefixes = [], [], []
     for chat in read_documents(str(file)):
         assert isinstance(chat, Chat)

@@ -26,9 +26,10 @@ from slow import few_families
 from tiny import save_tiny, tiny_tokenizer
 from zoo import CONFIGS, tiny_model, tiny_windows
 
-LENGTH = 40
+CPU, LENGTH = torch.device("cpu"), 40
 needs_kernels = pytest.mark.skipif(
-    not kernels_write(tiny_model("llama"), LENGTH), reason="no kernels for many slots here"
+    not kernels_write(tiny_model("llama"), CPU, LENGTH),
+    reason="no kernels for many slots here",
 )
 
 
@@ -149,7 +150,7 @@ def test_drawn_by_share(vocabulary: int) -> None:
 
 # -- by the kernels ------------------------------------------------------------------------------
 
-DECODED = [name for name in CONFIGS if kernels_write(tiny_model(name), LENGTH)]
+DECODED = [name for name in CONFIGS if kernels_write(tiny_model(name), CPU, LENGTH)]
 DECODED += ["qwen2_moe", "gpt_oss"] if DECODED else []
 
 
@@ -209,7 +210,7 @@ def test_kernels_draw_as_the_model_believes(windows: torch.Tensor) -> None:
 def test_a_folder_is_rounded_without_the_whole_model(tied: bool, tmp_path: Path) -> None:
     """It generates what the loaded model generates, but for its embedding in int8."""
     folder = save_tiny(tmp_path / "m", "gemma2" if tied else "mistral")
-    model = opened_for_writing(folder, torch.device("cpu"), LENGTH, trust_remote_code=False)
+    model = opened_for_writing(folder, CPU, LENGTH, trust_remote_code=False)
     assert writer_of(model) == "kernels, int8"
     windows = tiny_windows(length=LENGTH)
     own = continue_windows(model, windows, 9, seed=0)
@@ -224,7 +225,7 @@ def test_a_folder_is_rounded_without_the_whole_model(tied: bool, tmp_path: Path)
 
 def test_other_families_are_left_to_transformers(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", "gpt2")
-    model = opened_for_writing(folder, torch.device("cpu"), LENGTH, trust_remote_code=False)
+    model = opened_for_writing(folder, CPU, LENGTH, trust_remote_code=False)
     assert writer_of(model) == "transformers"
 
 

@@ -171,7 +171,7 @@ def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m", tie_word_embeddings=False, head_dim=16)
     windows = tiny_windows(5, 40)
     target = CheckpointTarget(CheckpointReader(folder), None, CPU)
-    if not kernels_write(target.model, 40):
+    if not kernels_write(target.model, target.device, 40):
         pytest.skip("no kernels for many slots here")
     model = opened_for_writing(folder, CPU, 40, trust_remote_code=False)
     decoder = SlotDecoder(model, 40, 5, cache="bf16")

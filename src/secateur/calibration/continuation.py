@@ -73,21 +73,21 @@ def opened_for_writing(
     """
     trust = trust_remote_code
     skeleton = build_skeleton(folder, dtype=torch.bfloat16, trust_remote_code=trust)
-    if device.type != "cpu" or not kernels_write(skeleton, length):
+    if not kernels_write(skeleton, device, length):
         return load_whole(folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
     install_rounded(skeleton, open_weights(folder))
     return skeleton
 
 
-def kernels_write(model: Any, length: int) -> bool:
-    """Whether the kernels can generate windows with a model, loaded on the CPU or a skeleton."""
-    return why_not(model, length) is None
+def kernels_write(model: Any, device: torch.device, length: int) -> bool:
+    """Whether the kernels can generate windows with a model, loaded or a skeleton, on a device."""
+    return device.type == "cpu" and why_not(model, length) is None
 
 
 @contextmanager
 def ready_to_write(model: Any, length: int) -> Iterator[None]:
     """A loaded model with its matrices rounded, for a while, if the kernels can decode it."""
-    with rounded_matrices(model) if kernels_write(model, length) else nullcontext():
+    with rounded_matrices(model) if kernels_write(model, model.device, length) else nullcontext():
         yield
 
 

@@ -226,8 +226,8 @@ class Chat:
             raise SourceError(
                 f"the chat template refuses the conversation: {first_line(error)}",
                 where=self.where,
-                remedy="change or remove this conversation; many templates want user and assistant "
-                "in turns, and some no system message",
+                remedy="change or remove this conversation; many templates need user and assistant "
+                "to alternate, and some refuse a system message",
             ) from error
 
 

@@ -369,10 +369,8 @@ class RunWindows:
         if self.ungenerated:
             from secateur.calibration.continuation import opened_for_writing
 
-            length, start = (
-                self.calibration.shape[1],
-                start_tokens_of(folder, trust_remote_code=trust),
-            )
+            length = self.calibration.shape[1]
+            start = start_tokens_of(folder, trust_remote_code=trust)
             model = opened_for_writing(folder, device, length, trust_remote_code=trust)
             windows = self._continued_by(model, start, seed, progress, work / WRITTEN)
         windows.save(work)

@@ -154,7 +154,7 @@ def pack_with_answers(
         tokenizer: used with its default special tokens, and its chat template.
         plan: the length of windows, and the seed.
         count: the most windows.
-        answers: whether the answers of conversations are wanted.
+        answers: whether to mark the answers of conversations.
 
     Returns:
         Windows and a mask of their shape; None without conversations.

@@ -118,8 +118,8 @@ class PrunePlan(Plan):
         passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         stays_on_gpu: whether hidden states and halted forwards are in the memory of a GPU.
-        seconds: the minimum and maximum time of the run on this machine, if predicted.
-        seconds_of_parts: the same for each part of the run that takes time.
+        seconds_of_parts: the minimum and maximum time of each part of the run on this machine, if
+            predicted.
         learning_tokens: tokens of `passed_tokens` that pass in the distillation.
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
@@ -135,10 +135,15 @@ class PrunePlan(Plan):
     calibration_tokens: int
     left: list[SkippedMatrix] = field(default_factory=list)
     stays_on_gpu: bool = False
-    seconds: tuple[float, float] | None = None
     seconds_of_parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     learning_tokens: int = 0
     sweep_windows: int = 0
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """The minimum and maximum time of the run on this machine, if predicted."""
+        parts = self.seconds_of_parts.values()
+        return (sum(a for a, _ in parts), sum(b for _, b in parts)) if parts else None
 
     def to_json(self) -> dict[str, Any]:
         """All figures; the unpruned matrices only if known."""
@@ -202,8 +207,7 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    loads_all = epochs and not sweep_windows
-    loads_all = loads_all or (unwritten and not _kernels_write(target, windows, unwritten))
+    loads_all = (epochs and not sweep_windows) or _writes_whole(target, length, unwritten)
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
     disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
@@ -385,17 +389,10 @@ def _model_bytes(target: Target) -> int:
     return weights_of(target.model) * target.dtype.itemsize
 
 
-def working_weights(target: Target, *, head: bool = False) -> int:
-    """Number of weights in the decoder's matrices that one token uses, without unused experts.
-
-    Args:
-        target: the model.
-        head: whether those of the head are counted too.
-    """
+def working_weights(target: Target) -> int:
+    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
     architecture, config = target.architecture, text_config(target.model.config)
     experts, total = architecture.experts, 0.0
-    if head:
-        total += target.model.get_output_embeddings().weight.numel()
     chosen = experts.per_token(config) if experts else None
     for index, layer in enumerate(target.layers):
         counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
@@ -416,14 +413,14 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     """
     if windows is None or not unwritten:
         return 0
-    from secateur.calibration.continuation import AT_ONCE, DRAWN_AT_ONCE
+    from secateur.calibration.continuation import AT_ONCE, DRAWN_AT_ONCE, kernels_write
     from secateur.models.shape import layer_caches
 
     size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)
     caches = layer_caches(target.model)  # there is room for all tokens, window or not
     vocabulary = int(text_config(target.model.config).vocab_size)
-    if _kernels_write(target, windows, unwritten):
+    if kernels_write(target.model, target.device, tokens):
         from secateur.quantization.int8 import AT_ONCE as ROUNDED
         from secateur.runtime.kernels.matrix import MOVED_BYTES
         from secateur.runtime.kv_cache import TILE
@@ -439,13 +436,13 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     return _model_bytes(target) + rows * (kept + vocabulary * (size + 8))
 
 
-def _kernels_write(target: Target, windows: Tensor | None, unwritten: int) -> bool:
-    """Whether the kernels generate the windows of a run, with matrices of int8."""
-    if windows is None or not unwritten or target.device.type != "cpu":
+def _writes_whole(target: Target, length: int, unwritten: int) -> bool:
+    """Whether transformers generates the windows of a run, with the whole model."""
+    if not unwritten:
         return False
     from secateur.calibration.continuation import kernels_write
 
-    return kernels_write(target.model, windows.shape[1])
+    return not kernels_write(target.model, target.device, length)
 
 
 def _passes(settings: Settings) -> int:

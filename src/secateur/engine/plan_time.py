@@ -33,6 +33,7 @@ from secateur.models.architecture import Linear, hidden_size, text_config
 from secateur.precision import fast_dtype
 from secateur.recipes.shared import trial_steps
 from secateur.runtime.kernels.dispatch import by_blocks
+from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.sparsity.methods import Method
 from secateur.timing import alternate, seconds_of
 from secateur.types import STORED
@@ -105,7 +106,7 @@ def foretell_seconds(
 def learning_seconds(
     target: Target, times: LayerTimes, passed: int, steps: int, *, trials: bool
 ) -> dict[str, float]:
-    """Return the seconds of a distillation, and of the trials of its rate, as far as there are any.
+    """Return the seconds of a distillation and of the trials of its rate; nothing without one.
 
     Args:
         target: the model.
@@ -289,10 +290,10 @@ def writing_seconds(target: Target, length: int, windows: int) -> float:
         windows: how many are generated.
     """
     from secateur.calibration.continuation import AT_ONCE, kernels_write
-    from secateur.runtime.kernels.matrix import KernelMatrix
 
-    rows, weights = min(windows, AT_ONCE), working_weights(target, head=True)
-    if target.device.type == "cpu" and kernels_write(target.model, length):
+    rows = min(windows, AT_ONCE)
+    weights = working_weights(target) + target.model.get_output_embeddings().weight.numel()
+    if kernels_write(target.model, target.device, length):
         ones = torch.ones(PROBED, PROBED, dtype=torch.int8)
         matrix, x = KernelMatrix(ones, scale=torch.ones(PROBED)), torch.ones(rows, PROBED)
         seconds = BESIDES * _timed(lambda: by_blocks(matrix, x), target.device)

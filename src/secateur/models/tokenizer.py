@@ -117,7 +117,7 @@ def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[i
 
 
 class Written(Protocol):
-    """What a tokenizer writes as a text by itself, such as a conversation."""
+    """A document that makes its own token ids, such as a conversation."""
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Its token ids."""

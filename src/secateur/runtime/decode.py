@@ -310,7 +310,7 @@ class SlotDecoder:
 
         Args:
             ids: the token of each slot.
-            answered: whether the logits are wanted; without it there are none.
+            answered: whether to compute logits; otherwise the result has no rows.
 
         Raises:
             ShapeError: there are fewer slots, one is full, or a token is not in the vocabulary.

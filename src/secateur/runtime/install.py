@@ -107,11 +107,9 @@ def install(
     found: list[str] = []
     head_module: PackedLinear | IntegerLinear | None = None
     embedding_at = path_of(model, model.get_input_embeddings())
-    head_at = path_of(model, model.get_output_embeddings())
     names = stored_names(model, view)
-    tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
-    head = f"{head_at}.weight" if tied else ""
-    refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
+    tied = tied_head(model, names)
+    refuse_missing((n for n, _ in model.named_parameters() if n != tied), names, packed.folder)
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
@@ -124,8 +122,7 @@ def install(
         if path == embedding_at:
             rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
-                module = PackedEmbedding(rows, dtype, factor and float(factor))  # for Gemma
+                module = _packed_embedding(old, rows, dtype)
             if tied and (replaced or layout.integers):
                 alike = rows.integers or not layout.integers
                 head_module = (
@@ -144,8 +141,8 @@ def install(
             replace(model, path, module)
     if not matrices_only:
         fill_buffers(model, view)
-    if head_at and tied:
-        tie_head(model, embedding_at, head_at, head_module)
+    if tied:
+        tie_head(model, embedding_at, tied, head_module)
     settle(model, dtype)
     _keep_dtype(model, dtype)
     for module in model.modules():
@@ -168,29 +165,24 @@ def install_rounded(model: Any, reader: CheckpointReader) -> None:
         NumericalError: a weight is NaN or infinite.
     """
     names, linears = stored_names(model, reader), _decoded_linears(model)
-    embedding, head_at = model.get_input_embeddings(), path_of(model, model.get_output_embeddings())
+    embedding, tied = model.get_input_embeddings(), tied_head(model, names)
     embedding_at = path_of(model, embedding)
-    tied = f"{head_at}.weight" not in names and bool(model.config.tie_word_embeddings)
-    unstored = f"{head_at}.weight" if tied else ""
-    parameters = [name for name, _ in model.named_parameters() if name != unstored]
+    parameters = [name for name, _ in model.named_parameters() if name != tied]
     refuse_missing(parameters, names, reader.folder)
-    head: PackedLinear | None = None
     for parameter in parameters:
         path, _, part = parameter.rpartition(".")
         value = reader.read(names[parameter])
         if part == "weight" and path == embedding_at:
-            rows = rounded(value)
-            factor = getattr(embedding, "scalar_embed_scale", None)
-            factor = getattr(embedding, "embed_scale", None) if factor is None else factor
-            replace(model, path, PackedEmbedding(rows, torch.bfloat16, factor and float(factor)))
-            head = PackedLinear(rows)
+            packed = _packed_embedding(embedding, rounded(value), torch.bfloat16)
+            replace(model, path, packed)
         elif part == "weight" and path in linears:
             replace(model, path, PackedLinear(rounded(value), linears[path].bias))
         else:
             assign(model, parameter, value)
     fill_buffers(model, reader)
     if tied:
-        tie_head(model, embedding_at, head_at, head)
+        head = PackedLinear(model.get_input_embeddings().matrix)
+        tie_head(model, embedding_at, tied, head)
     to_large_pages(_matrices_in(model))
 
 
@@ -234,6 +226,24 @@ def _decoded_linears(model: Any) -> dict[str, Any]:
 def _matrices_in(model: Any) -> Iterator[KernelMatrix]:
     packed = (PackedLinear, PackedEmbedding)
     return (module.matrix for module in model.modules() if isinstance(module, packed))
+
+
+def tied_head(model: Any, names: Mapping[str, str]) -> str:
+    """The parameter of a head that shares the embedding's weight and is not stored; else empty.
+
+    Args:
+        model: a transformers model or its skeleton.
+        names: from `stored_names`.
+    """
+    head = f"{path_of(model, model.get_output_embeddings())}.weight"
+    tied = head != ".weight" and head not in names and model.config.tie_word_embeddings
+    return head if tied else ""
+
+
+def _packed_embedding(old: nn.Module, rows: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
+    """What replaces an embedding, with the factor that Gemma multiplies by."""
+    factor: Any = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
+    return PackedEmbedding(rows, dtype, factor and float(factor))
 
 
 def _linear_of(
@@ -284,9 +294,17 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
 
 
 def tie_head(
-    model: Any, embedding_at: str, head_at: str, module: PackedLinear | IntegerLinear | None
+    model: Any, embedding_at: str, tied: str, module: PackedLinear | IntegerLinear | None
 ) -> None:
-    """Give the head the matrix of the embedding: in a module of its own, or as its weight."""
+    """Give the head the matrix of the embedding: in a module of its own, or as its weight.
+
+    Args:
+        model: the model.
+        embedding_at: the path of its embedding.
+        tied: from `tied_head`, not empty.
+        module: the head; None to share the weight.
+    """
+    head_at = tied.removesuffix(".weight")
     old = model.get_submodule(head_at)
     if module is None:
         old.weight = model.get_submodule(embedding_at).weight

@@ -30,7 +30,15 @@ from secateur.models.skeleton import (
 )
 from secateur.quantization.groups import Scales
 from secateur.runtime.formats import Layout, formats
-from secateur.runtime.install import DenseView, install, integers_of, path_of, replace, tie_head
+from secateur.runtime.install import (
+    DenseView,
+    install,
+    integers_of,
+    path_of,
+    replace,
+    tie_head,
+    tied_head,
+)
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, is_packed
@@ -141,9 +149,7 @@ def install_on_gpu(
 
     view = DenseView(packed, dtype)
     names = stored_names(model, view)
-    head = path_of(model, model.get_output_embeddings())
-    tied = head and model.config.tie_word_embeddings and f"{head}.weight" not in names
-    head = f"{head}.weight" if tied else ""
+    head = tied_head(model, names)
     head_module = None
     embedding_at = path_of(model, model.get_input_embeddings())
     refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
@@ -173,7 +179,7 @@ def install_on_gpu(
         assign(model, parameter, view.read(stored).to(dtype))
     fill_buffers(model, view)
     if head:
-        tie_head(model, embedding_at, head.removesuffix(".weight"), head_module)
+        tie_head(model, embedding_at, head, head_module)
     model.to(device)
     return found
 

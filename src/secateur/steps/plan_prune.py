@@ -90,7 +90,5 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
             parts["generating windows"] = writing_seconds(target, length, windows.ungenerated)
         parts |= learning_seconds(target, times, plan.learning_tokens, steps, trials=trials)
     ranges = {name: (QUICKER * x, SLOWER * x) for name, x in parts.items()}
-    least, most = (sum(ends) for ends in zip(*ranges.values(), strict=True))
     left = skipped_matrices(tasks, target.matrices())
-    timed = replace(plan, left=left, seconds=(least, most), seconds_of_parts=ranges)
-    return PlanResult(timed, activations)
+    return PlanResult(replace(plan, left=left, seconds_of_parts=ranges), activations)

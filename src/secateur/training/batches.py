@@ -382,8 +382,8 @@ def _windows_of(
 ) -> tuple[Windows, Tensor | None]:
     """Return the windows of all texts, up to the number in the recipe, and their answers.
 
-    Several texts contribute equally: each gives as many windows as the shortest, in turns. Beside
-    conversations, all tokens of a text count as answers.
+    Several texts contribute equally: each gives as many windows as the shortest, alternating. In a
+    mix with conversations, all tokens of a text count as answers.
     """
     reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
     plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)

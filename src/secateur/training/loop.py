@@ -323,10 +323,10 @@ class Loop:
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
-        if self.validation is None:
-            return
         begun, outcome = time.perf_counter(), self.outcome
-        mean = mean_loss(self.model, *self.validation, self.matmuls, self.validation_answers)
+        mean = self.validation_loss()
+        if mean is None:
+            return
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))

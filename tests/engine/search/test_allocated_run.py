@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from secateur.sparsity.allocation import allocations
+from secateur.sparsity.allocation import AllocationDefaults, allocations
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
@@ -278,7 +280,7 @@ def check_alone(model, work: Path) -> None:
         ByDivergence(judged_tokens=120),
     )
     grains, inputs = grains_of(survey.tasks, part), inputs_of(model, tiny_windows())
-    found = measure_alone(survey, part, grains, survey.execute(part, grains))
+    found = measure_alone(survey, part.judged_tokens, grains, survey.execute(part, grains))
     modules = matrices(model)
     assert found.keys() == modules.keys()
     with torch.no_grad():
@@ -305,6 +307,33 @@ def check_alone(model, work: Path) -> None:
                 assert float(found[name]) == pytest.approx(expected, rel=2e-3, abs=3e-7 / total)
 
 
+@dataclass(frozen=True)
+class Judged(AllocationDefaults):
+    """An allocation of somebody else's package, which the engine does not know by name."""
+
+    judged_tokens: int = 60
+    reach: float = 0.1
+    uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
+
+    def observe(self, layer):
+        return ByDivergence().observe(layer)
+
+    def working_bytes(self, weights, itemsize):
+        return 0
+
+    def allocate(self, kept, grains, sparsity):
+        worst = max(kept(), key=lambda item: float(item[1]))[0]
+        return {name: sparsity - 0.1 * (name == worst) for name in grains}
+
+
+def test_any_allocation_may_have_each_linear_measured_alone(tmp_path: Path) -> None:
+    survey = survey_of(tiny_model("llama"), tmp_path, sparsity=0.5)
+    tasks = allocate(survey, Judged(), 0.5)
+    sparsities = sorted(task.sparsity for task in tasks.values())
+    assert sparsities[0] < 0.45
+    assert sparsities[1] >= 0.5
+
+
 def test_a_killed_survey_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,11 +352,11 @@ def test_a_killed_survey_measures_nothing_twice(
 
     monkeypatch.setattr(CandidateEvaluator, "fitness", counted)
     with pytest.raises(KeyboardInterrupt):
-        measure_alone(survey, part, grains, files)
-    resumed = measure_alone(survey, part, grains, files)
+        measure_alone(survey, part.judged_tokens, grains, files)
+    resumed = measure_alone(survey, part.judged_tokens, grains, files)
     assert sum(measured) == len(grains) + 4  # one set was begun twice
     (tmp_path / "search.jsonl").unlink()
-    assert measure_alone(survey, part, grains, files) == resumed
+    assert measure_alone(survey, part.judged_tokens, grains, files) == resumed
 
 
 def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ class ExpertTargets:
         self.numbers = {id(x): n for n, one in enumerate(self.own) for x in one.modules()}
         self.given: dict[int, dict[str, Tensor]] = {}
         self.missing: dict[int, Tensor] = {}
-        self.wanted: Tensor | None = None  # what the experts are to write in all, while needed
+        self.wanted: Tensor | None = None  # the sum that the experts should write, for `_missing`
         self.handles = [
             self.own.register_forward_pre_hook(self._keep_call, with_kwargs=True),
             self.twin.register_forward_hook(self._keep_wanted),

@@ -123,14 +123,11 @@ def value_heads(layer: nn.Module, linears: Mapping[str, Linear], tasks: Tasks) -
         if own != "v_proj" or output is None or not isinstance(size, int):
             continue
         whole = values.shape[0] % size == 0 and output.shape[1] % values.shape[0] == 0
-        if whole and all(_pruned_first(x, tasks) for x in (values, output)):
+        both = (values, output)
+        dense = all(x.weight.count_nonzero() > _DENSE * x.weight.numel() for x in both)
+        if whole and dense and all(tasks[x.name].sparsity > 0 for x in both):
             found.append(ValueHeads(values, output, size))
     return found
-
-
-def _pruned_first(linear: Linear, tasks: Tasks) -> bool:
-    nonzeros = linear.weight.count_nonzero() / linear.weight.numel()
-    return tasks[linear.name].sparsity > 0 and bool(nonzeros > _DENSE)
 
 
 def change_basis(

@@ -50,7 +50,6 @@ from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
-from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
 from secateur.types import STORED
@@ -343,10 +342,7 @@ class PrunedAlone(LevelVariants):
 
 @torch.no_grad()
 def measure_alone(
-    survey: Survey,
-    allocation: ByDivergence,
-    grains: Mapping[str, Granularity],
-    files: Sequence[Path],
+    survey: Survey, tokens: int, grains: Mapping[str, Granularity], files: Sequence[Path]
 ) -> dict[str, Tensor]:
     """Return the divergence that pruning each competing linear alone makes, over its weights.
 
@@ -355,12 +351,12 @@ def measure_alone(
 
     Args:
         survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
-        allocation: the number of tokens.
+        tokens: number of calibration tokens that judge.
         grains: grains of the competing linears.
-        files: for each layer, its pruned weights, from `ByDivergence.observe`.
+        files: for each layer, its pruned weights, from `Allocation.observe`.
     """
     assert survey.calibration is not None
-    names, tokens = list(grains), allocation.judged_tokens
+    names = list(grains)
     outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
     variants = PrunedAlone(outer, names, set(), files)
     file = survey.work / "search.jsonl"
@@ -403,16 +399,16 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
 
         def settle_all() -> None:
             found: dict[str, Any] = {}
-            if isinstance(allocation, ByDivergence):
-                alone = measure_alone(survey, allocation, grains, files)
-                ideal = allocation.allocate(alone.items, grains, sparsity)
-            elif allocation.judged_tokens:
-                levels = search_levels(survey, cast(LevelSearch, allocation), grains, files)
+            if isinstance(allocation, LevelSearch):
+                levels = search_levels(survey, allocation, grains, files)
                 ideal = levels.sparsity_of
                 found = {
                     "divergence": levels.divergence,
                     "uniform_divergence": levels.uniform_divergence,
                 }
+            elif allocation.judged_tokens:
+                alone = measure_alone(survey, allocation.judged_tokens, grains, files)
+                ideal = allocation.allocate(alone.items, grains, sparsity)
             else:
                 ideal = allocation.allocate(partial(stored, files), grains, sparsity)
             shares = settle(ideal, grains).items()

@@ -73,7 +73,13 @@ class Allocation(Protocol):
 
     @property
     def judged_tokens(self) -> int:
-        """Tokens on which candidates are judged by the whole model; 0 where there is no search."""
+        """Tokens on which the whole model judges; 0 where it does not.
+
+        A `LevelSearch` judges candidates on them. Any other allocation is given the divergence
+        that pruning each linear alone makes, over its weights: `allocate` receives it by the
+        linear's name, and `observe` keeps the pruned weight (`name/1`). The experts of a layer are
+        pruned together.
+        """
         ...
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,8 +81,9 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
     return found
 
 
+@runtime_checkable
 class LevelSearch(Allocation, Protocol):
-    """The contract of an allocation whose `judged_tokens` is above 0.
+    """The contract of an allocation that searches: it judges candidates on `judged_tokens`.
 
     `observe` keeps the weight of each linear at each level (`name/level`), and its error at the
     target (`name/error`). `engine.search.allocation` measures candidates on the model.
