@@ -678,8 +678,7 @@ def prune(
         choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
             tokens. [off]
         value_basis: learned mixes the channels of each value head before pruning, so that zeros
-            cost less; the dense model stays the same. Not with --keep-format, whose scales fit the
-            stored channels. [stored]
+            cost less; the dense model stays the same. [stored]
         sequential: group: each group of linear layers sees inputs from the pruned groups before it.
             layer: all linear layers of a layer see inputs from the unpruned layer, as in the
             papers. [group]

@@ -127,7 +127,7 @@ def settings_of(
         asymmetric=recipe.asymmetric,
         asymmetric_damping=recipe.asymmetric_damping,
         choose_damping=recipe.asymmetric and recipe.choose_damping,
-        value_basis="stored" if recipe.keep_format else recipe.value_basis,
+        value_basis=recipe.value_basis,
         fast_matmuls=recipe.fast_matmuls,
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,

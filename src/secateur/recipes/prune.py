@@ -107,7 +107,7 @@ class HowToPrune(Section):
     """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
     value_basis: Annotated[Literal["stored", "learned"], Flag(advanced=True)] = "stored"
     """learned mixes the channels of each value head before pruning, so that zeros cost less; the
-    dense model stays the same. Not with --keep-format, whose scales fit the stored channels."""
+    dense model stays the same."""
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
     """group: each group of linear layers sees inputs from the pruned groups before it. layer: all
     linear layers of a layer see inputs from the unpruned layer, as in the papers."""
@@ -231,6 +231,12 @@ class PruneRecipe(
             "distill_epochs",
             "distillation changes all weights, which the format of the source would round again",
             "leave --keep-format out, or do not distill",
+        ),
+        Conflict(
+            "keep_format",
+            "value_basis",
+            "the scales of the source fit the stored channels of the value heads",
+            "leave one of the two out",
         ),
         Conflict(
             "asymmetric",
