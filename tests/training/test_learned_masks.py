@@ -184,7 +184,7 @@ def test_the_model_learns_beside_its_gates():
         ("llama", {"neurons": 10, "learning_rate": 0.0}, "learning_rate 0.0"),
         ("llama", {"neurons": 49}, "keeps 49 of 48 units"),
         ("llama", {"layers": 0}, "keeps 0 of 3 units"),
-        ("gemma2", {"hidden": 16}, "does not declare what writes"),
+        ("gemma2", {"hidden": 16}, "does not declare all linears"),
     ],
 )
 def test_refuses_what_cannot_be(family, options, said):

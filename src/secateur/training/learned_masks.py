@@ -239,10 +239,10 @@ class LearnedMasks:
     def _gate_hidden(self, model: Any, target: int) -> None:
         """Put gates on the start of the residual stream, and on every term added to it."""
         writers = self.architecture.writers
-        if not writers:
+        if not writers or self.architecture.experts is not None:
             raise RecipeError(
-                f"the family {self.architecture.family} does not declare what writes to the "
-                "residual stream, so channels have no gates",
+                f"the family {self.architecture.family} does not declare all linears that write to "
+                "the residual stream, so channels have no gates",
                 remedy="leave hidden out",
             )
         width = int(model.config.hidden_size)
@@ -250,9 +250,9 @@ class LearnedMasks:
         first = partial(self._times_inputs, name="hidden", width=1)
         self.handles.append(self.layers[0].register_forward_pre_hook(first))
         for layer in self.layers:
-            for writer in writers:
-                linear = layer.get_submodule(writer)
-                self.handles.append(linear.register_forward_hook(self._times_outputs))
+            for name, module in layer.named_modules():
+                if name in writers:
+                    self.handles.append(module.register_forward_hook(self._times_outputs))
 
     def _times_inputs(
         self, module: nn.Module, inputs: tuple[Any, ...], *, name: str, width: int

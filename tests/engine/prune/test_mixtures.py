@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import secateur
 from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.search.experts import ExpertChoice, expert_use, kept_experts
-from secateur.engine.stream.calls import find_groups
+from secateur.engine.stream.calls import call_layer, find_groups, first_inputs, layer_calls
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe, linears_of
@@ -24,7 +25,7 @@ from secateur.models.experts import opened_experts
 from secateur.progress import Silent
 from slow import slow_but
 from tiny import save_tiny
-from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
+from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 SHARED = (("gate_proj", "up_proj"), ("down_proj",))
@@ -241,10 +242,10 @@ def test_asymmetric_fitting_goes_on_past_experts() -> None:
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", "qwen3_next"])
 @torch.no_grad()
 def test_experts_correct_the_stream_as_the_slow_formula_says(family: str) -> None:
-    """Token by token; the shared expert of qwen2_moe stays out of it."""
+    """Token by token; the shared experts stay out of it."""
     windows, model, dense = tiny_windows(24), tiny_model(family), tiny_model(family)
     secateur.prune(
         model, score="wanda", solver="zero", scope="row", sparsity=0.5, calibration=windows,
@@ -257,7 +258,7 @@ def test_experts_correct_the_stream_as_the_slow_formula_says(family: str) -> Non
         for seen in (inputs_of(one, paths, windows) for one in (model, dense))
     )
     block, first = (one.model.layers[layer].mlp for one in (model, dense))
-    normalised = family == "mixtral"
+    normalised = family in ("mixtral", "qwen3_next")
 
     def written(inputs: Tensor) -> Tensor:
         total = torch.zeros_like(inputs)
@@ -287,6 +288,43 @@ def test_experts_correct_the_stream_as_the_slow_formula_says(family: str) -> Non
         assert kept.double().mean() == 0.5
         torch.testing.assert_close(down[kept].double(), fitted[kept], rtol=1e-3, atol=1e-4)
         assert not torch.allclose(down[kept], old[2][kept], rtol=1e-3, atol=1e-4)
+
+
+WRITING = ("llama", "gpt2", "gemma3", "mixtral", "qwen3_next", "lfm2_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", slow_but(WRITING, [*CONFIGS, *DENSE, *HYBRIDS, *MIXTURES]))
+@torch.no_grad()
+def test_what_is_declared_to_write_is_all_that_the_stream_gets(family: str) -> None:
+    """In every layer, with its experts and shared experts; nothing is declared of some families."""
+    model, windows = tiny_model(family), tiny_windows(2)
+    architecture = describe(model)
+    layers, experts = architecture.layers(model), architecture.experts
+    names = {*architecture.writers, *dict(architecture.normed_writers).values()}
+    if not names:
+        pytest.skip("no writers are declared")
+    mixed = experts.module.rpartition(".")[0] if experts else None
+    stream = first_inputs(model, layers, windows)
+    for layer, call in zip(layers, layer_calls(model, layers, [windows]), strict=True):
+        modules, written = dict(layer.named_modules()), list[Tensor]()
+
+        def add(*call: Any, to: list[Tensor] = written) -> None:
+            out = call[2][0] if isinstance(call[2], tuple) else call[2]
+            to.append(out.clone())  # Falcon adds to it in place
+
+        mixes = experts is not None and experts.module in modules
+        handles = [
+            modules[name].register_forward_hook(add)
+            for name in [*names, *([mixed] if mixes else [])]
+            if name in modules and not (mixes and name.startswith(f"{mixed}."))
+        ]
+        after = call_layer(layer, stream, call)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(
+            sum(x.view_as(stream) for x in written), after - stream, rtol=1e-3, atol=1e-3
+        )
+        stream = after
 
 
 def test_experts_that_cannot_be_opened_are_refused() -> None:

@@ -57,8 +57,10 @@ def can_refit(architecture: Architecture, *, channels: bool) -> bool:
     """Whether a refit can improve a cut, with or without a cut of channels.
 
     If no linear is known to write to the stream, a cut of layers alone leaves nothing to refit.
+    Experts are not refitted.
     """
-    return bool(architecture.groups) and bool(architecture.writers or channels)
+    of_expert = [architecture.of_expert(group[0]) for group in architecture.groups or ()]
+    return not all(of_expert) and bool(architecture.writers or channels)
 
 
 class Refit:

@@ -66,6 +66,7 @@ BAMBA = Family(
     couplings=BAMBA_COUPLINGS,
 )
 
+LFM2_WRITERS = ("conv.out_proj", "self_attn.out_proj", "feed_forward.w2")
 LFM2_COUPLINGS = Couplings(
     layer={
         **over("state hidden", "conv.in_proj"),
@@ -87,6 +88,7 @@ LFM2_COUPLINGS = Couplings(
 )
 
 DELTANET_INPUTS = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
+DELTANET_WRITERS = ("linear_attn.out_proj", *PRE_NORM_WRITERS)
 DELTANET_COUPLINGS = PRE_NORM.plus(
     {
         **over("state hidden", " ".join(DELTANET_INPUTS)),
@@ -159,7 +161,7 @@ TABLE = {
             "feed_forward.w1 feed_forward.w3",
             "feed_forward.w2",
         ),
-        writers=("conv.out_proj", "self_attn.out_proj", "feed_forward.w2"),
+        writers=LFM2_WRITERS,
         couplings=LFM2_COUPLINGS,
     ),
     # The same with experts, and a router with a correction.
@@ -170,6 +172,7 @@ TABLE = {
             with_neurons={},
             attributes=LFM2_EXPERTS.sizes(),
         ),
+        writers=LFM2_WRITERS,
         experts=LFM2_EXPERTS,
     ),
     # Mamba, attention and experts without a gate, which may read a latent space.
@@ -214,7 +217,7 @@ TABLE = {
             ("linear_attn.out_proj",),
             *SPLIT_ATTENTION_GATED_FFN,
         ),
-        writers=("linear_attn.out_proj", *PRE_NORM_WRITERS),
+        writers=DELTANET_WRITERS,
         couplings=DELTANET_COUPLINGS,
     ),
     # Qwen3-Next and Qwen3.5-MoE: the same with many experts and a shared one.
@@ -228,6 +231,7 @@ TABLE = {
             },
             attributes=Experts().sizes("hidden_dim"),
         ),
+        writers=DELTANET_WRITERS,
         experts=Experts(),
     ),
 }

@@ -176,7 +176,7 @@ TABLE = {
         base=PRE_NORM.plus({**LATENT_ATTENTION, **GATED_FFN}),
         axes=SHARED_EXPERTS,
         groups=(),
-        writers=(),
+        writers=PRE_NORM_WRITERS,
         attributes={"self_attn": {"num_heads": "heads"}, **ROUTED.sizes()},
     ),
     # A gate for each query head; clamped experts, stored by projection.
