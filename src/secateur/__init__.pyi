@@ -566,6 +566,7 @@ def prune(
     distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_hidden: float | None = None,
     distill_sweep_windows: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
@@ -647,6 +648,8 @@ def prune(
             [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_hidden: Weight of the distance between the outputs of the last decoder layer in both
+            models; 0: none. [0]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
             windows: all layers forward, then all layers backward. 0: both whole models in memory.
             [0 if both models fit, else 16]
@@ -782,6 +785,7 @@ def structure(
     distill_tokens: int | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
+    distill_hidden: float | None = None,
     distill_sweep_windows: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
@@ -864,6 +868,8 @@ def structure(
             [chosen by short trials]
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
+        distill_hidden: Weight of the distance between the outputs of the last decoder layer in both
+            models; 0: none. [0]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
             windows: all layers forward, then all layers backward. 0: both whole models in memory.
             [0 if both models fit, else 16]

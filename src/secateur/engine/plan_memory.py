@@ -64,6 +64,10 @@ SWEEP_WINDOWS = 16
 PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
 
+HIDDEN_COPIES = 4 * 4
+"""Bytes for each value of a hidden state in the loss of hidden states: those of the teacher, their
+difference, its square, the gradient."""
+
 
 def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> tuple[int, int]:
     """The memory that one micro-batch keeps alive in one decoder layer, on the meta device.
@@ -560,6 +564,7 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
     )
     models = weights_of(target.model) * (4 + target.dtype.itemsize)
     learning = (3 * 4 + 1) * weights_of(target.layers)
+    forward += HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
 
 
@@ -575,7 +580,8 @@ def _sweep_bytes(target: Target, window: Tensor) -> int:
         rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, _ in _layers_by_kind(target, calls)
     )
-    return max((4 * 4 + 1) * weights + forward, 4 * outside + logits_bytes(target, window))
+    outer = 4 * outside + logits_bytes(target, window) + HIDDEN_COPIES * hidden.numel()
+    return max((4 * 4 + 1) * weights + forward, outer)
 
 
 def logits_bytes(target: Target, window: Tensor) -> int:

@@ -223,6 +223,7 @@ DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
         "distill_tokens",
         "distill_learning_rate",
         "distill_next_token",
+        "distill_hidden",
         "distill_sweep_windows",
     ),
     ("distill_epochs",),
@@ -248,6 +249,9 @@ class Distill(Section):
     window / 2048), or less if that is better in short trials."""
     next_token: Annotated[float, Flag("distill_next_token")] = Field(0.0, ge=0, le=1)
     """Share of the next-token loss, 0 to 1; the rest is the divergence from the dense model."""
+    hidden: Annotated[float, Flag("distill_hidden")] = Field(0.0, ge=0)
+    """Weight of the distance between the outputs of the last decoder layer in both models; 0:
+    none."""
     sweep_windows: Annotated[
         int | None, Flag("distill_sweep_windows", default="0 if both models fit, else 16")
     ] = Field(None, ge=0)

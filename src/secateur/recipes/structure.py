@@ -166,11 +166,7 @@ class HowToCut(Section):
 
 structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "fast": {
-            "score": "wanda",
-            "solver": "least-squares",
-            "fast_matmuls": True,
-        },
+        "fast": {"score": "wanda", "solver": "least-squares", "fast_matmuls": True},
         "balanced": {
             "score": "wanda",
             "solver": "alps",
@@ -224,15 +220,11 @@ class StructureRecipe(
         ),
         *(Conflict(*pair, "these are two targets", ONE) for pair in combinations(TARGETS, 2)),
         *(
-            Conflict(
-                target,
-                width,
-                "both set how many heads and neurons stay",
-                ONE,
-            )
+            Conflict(target, width, "both set how many heads and neurons stay", ONE)
             for target, width in product(TARGETS, ("kv_groups", "ffn", "kv_cache"))
         ),
         Conflict("kv_groups", "kv_cache", "both set the same number", ONE),
+        Conflict("distill_hidden", "hidden_size", "it compares states of equal widths", ONE),
         *(
             Conflict(
                 whole,
@@ -245,10 +237,7 @@ class StructureRecipe(
         ),
         *(
             Conflict(
-                "learned",
-                name,
-                "learned masks choose the units",
-                "leave it out, or --learned",
+                "learned", name, "learned masks choose the units", "leave it out, or --learned"
             )
             for name in NOT_LEARNED
         ),

@@ -40,7 +40,7 @@ from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, 
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError
-from secateur.models.architecture import Linear, hidden_size
+from secateur.models.architecture import Linear, describe, hidden_size
 from secateur.models.skeleton import quiet_transformers
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
@@ -81,7 +81,7 @@ class DistillationData:
 
     Args:
         windows: calibration tokens [samples, sequence_length].
-        options: how often they are read, the learning rate, the share of the next-token loss.
+        options: how often they are read, the learning rate, the terms of the loss.
         seed: seed of the order of the windows.
     """
 
@@ -219,7 +219,7 @@ def distill(
 
     Returns:
         The mean loss over the first and over the last eighth of the steps, and the highest
-        learning rate. The loss is the divergence alone if the next-token share is 0.
+        learning rate. The loss is the divergence alone if the options add no other terms.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
@@ -227,6 +227,9 @@ def distill(
     objective = Distil.between(
         student.model, ModelTeacher(teacher), next_token=data.options.next_token
     )
+    if data.options.hidden:
+        own, other = (len(describe(x).layers(x)) - 1 for x in (student.model, teacher))
+        objective = replace(objective, hidden=data.options.hidden, pairs=((own, other),))
     with (
         quiet_transformers(),
         student.rounded.in_forwards(),

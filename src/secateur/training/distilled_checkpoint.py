@@ -69,6 +69,7 @@ from secateur.training.distillation import (
     summary,
     trainable_names,
 )
+from secateur.training.divergences import hidden_loss
 from secateur.training.objectives import (
     TOP_K,
     Distil,
@@ -80,7 +81,6 @@ from secateur.training.objectives import (
 )
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved, open_tensors
-from secateur.types import Windows
 
 FOLDER = "distillation"
 """The folder of the state, in the folder of the work."""
@@ -209,18 +209,18 @@ def _distill_in_sweeps(
         The mean loss over the first and over the last eighth of the steps, the learning rate, and
         the number of windows that the layers pass at a time.
     """
-    windows, share = data.windows, data.options.next_token
+    windows, options, taught = data.windows, data.options, None
     # Trials have this size too: they must measure a rate with gradients as old as it will meet.
-    fewest = FEWEST_SWEEPS * (1 if data.options.peak_learning_rate else 2)  # a trial has two
+    fewest = FEWEST_SWEEPS * (1 if options.peak_learning_rate else 2)  # a trial has two
     size = min(sweep_windows, max(1, data.steps // fewest))
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / PREDICTIONS).exists():
-        _predict(dense, windows, work, progress)
+    if options.hidden or not (work / PREDICTIONS).exists():
+        taught = _predict(dense, data, work, progress)
     outer = EmbeddingAndHead(made, windows)
     with outer.outside(), outer.returning(None):
         teacher = WrittenTeacher(work / PREDICTIONS)
-        loss = Distil.between(made.model, teacher, next_token=share)
-    student = StreamedStudent(layers, student_of, outer, loss, work)
+        loss = Distil.between(made.model, teacher, next_token=options.next_token)
+    student = StreamedStudent(layers, student_of, outer, loss, work, options.hidden, taught)
 
     def trainer(
         batches: Batches, steps: int, rate: float, name: str, label: str
@@ -261,8 +261,12 @@ def _distill_in_sweeps(
     return {**summary(losses), "learning_rate": begun.rate, "sweep_windows": float(size)}
 
 
-def _predict(dense: Target, windows: Windows, work: Path, progress: Progress) -> None:
-    """Store the dense model's predictions."""
+def _predict(dense: Target, data: DistillationData, work: Path, progress: Progress) -> Activations:
+    """Store the dense model's predictions. Return the outputs of its last layer.
+
+    These stay stored if the loss has a term of hidden states.
+    """
+    windows = data.windows
     outer = EmbeddingAndHead(dense, windows, work)
 
     @contextmanager
@@ -280,6 +284,8 @@ def _predict(dense: Target, windows: Windows, work: Path, progress: Progress) ->
     progress.start("dense hidden states", len(windows) * (walk.count - walk.passed))
     walk.forward(layer, keep=False)
     progress.finish()
+    if (work / PREDICTIONS).exists():
+        return walk.states
     progress.start("dense predictions", len(windows))
     with outer.outside():
         teacher = _StreamedTeacher(outer, walk.states)
@@ -291,8 +297,10 @@ def _predict(dense: Target, windows: Windows, work: Path, progress: Progress) ->
             device=dense.device,
             on_window=progress.step,
         )
-    walk.states.forget(walk.count)
+    if not data.options.hidden:
+        walk.states.forget(walk.count)
     progress.finish()
+    return walk.states
 
 
 class _StreamedTeacher(ModelTeacher):
@@ -327,6 +335,8 @@ class StreamedStudent:
         outer: embedding and head of the checkpoint in float32, with all windows.
         loss: the loss on the logits.
         folder: for the values of each token that some families give to their layers.
+        hidden: weight of the distance of the last layer's outputs from `taught`.
+        taught: what the last layer of the dense model returns for all windows.
     """
 
     learning: Sequence[int]
@@ -334,6 +344,8 @@ class StreamedStudent:
     outer: EmbeddingAndHead
     loss: Objective
     folder: Path
+    hidden: float = 0.0
+    taught: Activations | None = None
     outer_of_layers: dict[int, EmbeddingAndHead] = field(default_factory=dict)
 
     def call(self, number: int, window: int) -> LayerCall:
@@ -355,9 +367,15 @@ class StreamedStudent:
         """Return the loss of a window from the outputs of the last layer; within `outside()`."""
         target, ids = self.outer.target, self.outer.windows[window : window + 1]
         with self.outer.returning(hidden):
-            return self.loss(target.model, Batch(ids.to(target.device), (window,)))
+            loss = self.loss(target.model, Batch(ids.to(target.device), (window,)))
+        if not self.hidden or self.taught is None:
+            return loss
+        expected = self.taught.read(slice(window, window + 1)).to(target.device)
+        own, other = ({0: self.outer.states(x)} for x in (hidden, expected))
+        return loss + self.hidden * hidden_loss(own, other, ((0, 0),))
 
 
+@dataclass
 class LayerwiseTrainer:
     """One layer-wise training. A killed one continues with the layer in which it stopped.
 
@@ -375,22 +393,19 @@ class LayerwiseTrainer:
         label: the title of the progress bar.
     """
 
-    def __init__(
-        self,
-        student: StreamedStudent,
-        batches: Batches,
-        steps: int,
-        rate: float,
-        size: int,
-        folder: Path,
-        begins: Path | None,
-        progress: Progress,
-        label: str,
-    ) -> None:
-        self.student, self.batches, self.steps, self.rate = student, batches, steps, rate
-        self.plan, self.begins = distillation_plan(steps, rate), begins
-        self.size, self.folder, self.progress, self.label = size, folder, progress, label
-        self.target, self.learning = student.outer.target, set(student.learning)
+    student: StreamedStudent
+    batches: Batches
+    steps: int
+    rate: float
+    size: int
+    folder: Path
+    begins: Path | None
+    progress: Progress
+    label: str
+
+    def __post_init__(self) -> None:
+        self.plan = distillation_plan(self.steps, self.rate)
+        self.target, self.learning = self.student.outer.target, set(self.student.learning)
         self.device, self.count = self.target.device, len(self.target.layers)
         self.clip = self.plan.clip / math.sqrt(len(self.learning))
 

@@ -65,11 +65,7 @@ class Criterion:
     windows: Windows | None = None
 
     def masks(
-        self,
-        model: Any,
-        kept: Mapping[str, Tensor],
-        sparsity: float,
-        exchanged: float = 0.0,
+        self, model: Any, kept: Mapping[str, Tensor], sparsity: float, exchanged: float = 0.0
     ) -> dict[str, Tensor]:
         """Return the masks at a sparsity, True = kept, by parameter, in its stored orientation.
 
@@ -111,12 +107,7 @@ class Criterion:
 
 
 def exchange(
-    score: Score,
-    kept: Mask,
-    gradient: Score,
-    pattern: Pattern,
-    sparsity: float,
-    fraction: float,
+    score: Score, kept: Mask, gradient: Score, pattern: Pattern, sparsity: float, fraction: float
 ) -> Mask:
     """Return a mask of this sparsity, with some weights exchanged for weights of large gradient.
 

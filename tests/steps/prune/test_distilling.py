@@ -106,6 +106,27 @@ def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
     assert losses[1] < losses[0] - 0.1
 
 
+def test_the_outputs_of_the_last_layer_are_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    student, teacher, windows = tiny_model("llama"), tiny_model("llama"), tiny_windows(1)
+    with torch.no_grad():
+        next(describe(teacher).layers(teacher)[0].parameters()).mul_(1.5)
+    states: list[torch.Tensor] = []
+    for model in (student, teacher):
+        last = describe(model).layers(model)[-1]
+        hook = last.register_forward_hook(lambda layer, args, out: states.append(out.detach()))
+        model(windows)
+        hook.remove()
+    apart = float((states[0] - states[1]).square().sum() / states[1].square().sum())
+    expected = mean_divergence(student, teacher, windows) + 30 * apart
+    data = DistillationData(windows, Distill(epochs=1, hidden=30.0), seed=0)
+    names = frozenset(name for name, _ in student.named_parameters() if ".layers." in name)
+    learner = Student(student, names, student.config.hidden_size)
+    record = distill(teacher, learner, data, Silent())
+    assert 30 * apart > 0.1 * expected
+    assert record["loss_before"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_reported() -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():

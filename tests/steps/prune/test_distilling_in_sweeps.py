@@ -26,7 +26,7 @@ from secateur.sparsity.column_sweep import kept_weights
 from secateur.training import distilled_checkpoint
 from secateur.training.distilled_checkpoint import LayerwiseTrainer
 from secateur.training.masks import Masks
-from slow import slow, slow_but
+from slow import slow
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
@@ -99,25 +99,34 @@ class SlowLayer:
         return inputs.grad
 
 
-def slow_sweeps(student: Any, dense: Any, windows: Tensor, share: float, size: int) -> list[float]:
+def last_output_of(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of a window, and what the last layer returns."""
+    last: list[Tensor] = []
+    hook = model.model.layers[-1].register_forward_hook(lambda layer, args, out: last.append(out))
+    logits = model(ids, use_cache=False).logits[0]
+    hook.remove()
+    return logits, last[0]
+
+
+def slow_sweeps(
+    student: Any, dense: Any, windows: Tensor, share: float, size: int, hidden: float
+) -> list[float]:
     """Train a whole model of transformers in sweeps. Return the losses."""
     layers = [SlowLayer(layer, len(student.model.layers)) for layer in student.model.layers]
     steps, losses = list(order_of(len(windows), 2)), []
     for start in range(0, len(steps), size):
         sweep, gradients, calls = steps[start : start + size], [], []
         for number in sweep:
-            ids, last = windows[number : number + 1], []
-            hook = student.model.layers[-1].register_forward_hook(
-                lambda layer, args, out, last=last: last.append(out)
-            )
-            found, wanted = student(ids, use_cache=False).logits[0], dense(ids).logits[0].detach()
-            hook.remove()
+            ids = windows[number : number + 1]
+            found, last = last_output_of(student, ids)
+            wanted, target = (x.detach() for x in last_output_of(dense, ids))
             log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
             apart = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
             after = log_q[:-1].gather(1, ids[0, 1:, None]).mean()
             loss = (1 - share) * apart - share * after
+            loss = loss + hidden * (last - target).square().sum() / target.square().sum()
             losses.append(loss.item())
-            gradients.append(torch.autograd.grad(loss, last[0])[0])
+            gradients.append(torch.autograd.grad(loss, last)[0])
             calls.append([layer.call for layer in layers])
         for place in reversed(range(len(layers))):
             for window, call in enumerate(calls):
@@ -129,16 +138,20 @@ def slow_sweeps(student: Any, dense: Any, windows: Tensor, share: float, size: i
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize(("share", "size"), [slow((1.0, 1)), (0.5, 4), slow((0.5, 9))])
+@pytest.mark.parametrize(
+    ("share", "size", "hidden"),
+    [slow((1.0, 1, 0.0)), slow((0.5, 4, 0.0)), (0.5, 4, 2.0), slow((0.5, 9, 0.0))],
+)
 def test_sweeps_learn_as_a_slow_loop_does(
-    tmp_path: Path, file: Path, share: float, size: int
+    tmp_path: Path, file: Path, share: float, size: int, hidden: float
 ) -> None:
     folder = save_tiny(tmp_path / "model", num_hidden_layers=3)
     options = {**OPTIONS, "calibration": str(file), "distill_next_token": share}
+    options |= {"distill_hidden": hidden}
     secateur.prune(folder, output=tmp_path / "plain", **{**options, "distill_epochs": 0})
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=size)
     dense, student = load(folder), load(tmp_path / "plain")
-    losses = slow_sweeps(student, dense, tiny_windows(6, 24), share, size)
+    losses = slow_sweeps(student, dense, tiny_windows(6, 24), share, size, hidden)
     expected, before = dict(student.named_parameters()), weights_of(tmp_path / "plain")
     after = weights_of(tmp_path / "out")
     apart, moved = 0.0, 0.0
@@ -158,15 +171,20 @@ def test_sweeps_learn_as_a_slow_loop_does(
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
-    "family", slow_but(["llama"], ["llama", "gpt2", "gemma3", "mixtral", "opt"])
+    ("family", "hidden"),
+    [
+        ("llama", 5.0),
+        *(slow((name, 0.0)) for name in ("llama", "gpt2", "gemma3", "mixtral", "opt")),
+        *(slow((name, 5.0)) for name in ("mixtral", "gemma3n_text")),
+    ],
 )
 def test_sweeps_over_one_window_are_the_usual_steps(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, family: str, hidden: float
 ) -> None:
     """Where no gradient is clipped."""
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: Tensor([0.0]))
     folder = save_tiny(tmp_path / "model", family)
-    options = {**OPTIONS, "calibration": str(file)}
+    options = {**OPTIONS, "calibration": str(file), "distill_hidden": hidden}
     records, found = [], []
     for size in (0, 1):
         out = tmp_path / f"out-{size}"
@@ -224,7 +242,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     save_windows(tiny_windows(6, 24), place / "w.safetensors")
     result = secateur.prune(
         save_tiny(place / "model", num_hidden_layers=4), output=place / "whole", **OPTIONS,
-        calibration=place / "w.safetensors", distill_sweep_windows=4,
+        calibration=place / "w.safetensors", distill_sweep_windows=4, distill_hidden=0.5,
     )  # fmt: skip
     return place, result
 
@@ -244,7 +262,7 @@ def test_stopped_in_a_sweep_and_gone_on_with_gives_the_same(
 ) -> None:
     place, whole = straight
     options = {**OPTIONS, "calibration": place / "w.safetensors", "distill_sweep_windows": 4}
-    options |= {"output": tmp_path / "again"}
+    options |= {"output": tmp_path / "again", "distill_hidden": 0.5}
     with pytest.raises(StoppedError):
         secateur.prune(place / "model", progress=StopAt(stage, steps), **options)
     again = secateur.prune(place / "model", resume=True, **options)
