@@ -100,6 +100,7 @@ def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall)
 
 
 PRUNING = Phase("pruning a layer")
+BASIS = Phase("learning the value basis")
 TUNING = Phase("tuning a layer")
 GENERATING = Phase("generating windows")
 DISTILLING = Phase("distillation")
@@ -221,6 +222,7 @@ def plan_run(
         "activation": settings.in_memory * stored,
         **forwards,
         "solve": solving.most,
+        "basis": _basis_bytes(target, tasks, settings),
         "writing": writing_bytes(target, windows, unwritten),
         "distilling": distillation.memory_bytes,
         "loading": _model_bytes(target) if loads_all else 0,
@@ -264,7 +266,8 @@ def prune_needs(
         (phase,) if sizes[name] else ()
         for phase, name in ((TUNING, "tuning"), (GENERATING, "writing"), (DISTILLING, "distilling"))
     )
-    layers, on_disk = (PRUNING, *tuning), "use --activations disk, or lower --windows"
+    basis = (BASIS,) if sizes["basis"] else ()
+    layers, on_disk = (PRUNING, *basis, *tuning), "use --activations disk, or lower --windows"
     host = (SENDING, LOADING) if on_gpu else (*layers, *writing, *distilling)
     distill_less = "use --distill-epochs 0" + ("" if sweeps else " or --distill-sweep-windows 16")
     solving = "solving a {} x {} linear".format(*solve_shape)
@@ -276,9 +279,10 @@ def prune_needs(
     table: Mapping[str, tuple[tuple[Phase, ...], str, str]] = {
         "layer": (layers, "a decoder layer", "use --dtype bfloat16 (of a GGUF file)"),
         "activation": ((SENDING,) if away else layers, "hidden states", on_disk),
-        "forward": ((PRUNING,), "the forward of a micro-batch", SHORTER),
+        "forward": ((PRUNING, *basis), "the forward of a micro-batch", SHORTER),
         "waiting": ((SENDING,) if away else (PRUNING,), "halted forwards", on_disk),
         "solve": ((PRUNING,), solving, SOLVE_LESS),
+        "basis": (basis, "the basis of value heads", "use --value-basis stored"),
         "writing": (writing, "the whole model", "use --generated-windows 0"),
         "tuning": (tuning, "gradients and forward of a layer", "use --tune-passes 0"),
         "distilling": (distilling, "weights, gradients and moments", distill_less),
@@ -447,6 +451,15 @@ def _writes_whole(target: Target, length: int, unwritten: int) -> bool:
     from secateur.calibration.continuation import kernels_write
 
     return not kernels_write(target.model, target.device, length)
+
+
+def _basis_bytes(target: Target, tasks: Tasks, settings: Settings) -> int:
+    """The most memory in which value heads learn their basis."""
+    if settings.value_basis == "stored":
+        return 0
+    from secateur.engine.prune.value_basis import all_value_heads
+
+    return max((x.working_bytes for x in all_value_heads(target, tasks)), default=0)
 
 
 def _passes(settings: Settings) -> int:

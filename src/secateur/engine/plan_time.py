@@ -3,6 +3,7 @@
     seconds = ready + reading + forward · tokens · passes + Σ (gather + prepare + solve)
               + FILE_SECONDS · bytes
             + forwards of windows that are generated, token by token
+            + steps of learned value bases
             + forwards and backwards of a distillation, and of the trials of its rate
 
 A micro-batch passes through one decoder layer of each kind, with real weights and hidden states,
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -101,6 +103,35 @@ def foretell_seconds(
 
     before = ready + times.reading + times.forward * passed + FILE_SECONDS * output_bytes
     return run_seconds(tasks, groups, before, tokens, times_of)
+
+
+def basis_seconds(target: Target, tasks: Tasks, times: LayerTimes, tokens: int) -> dict[str, float]:
+    """Return the seconds in which value heads learn their basis; nothing without any.
+
+    Forwards end at the output projection. What they leave out stands for the second moments.
+
+    Args:
+        target: the model.
+        tasks: the task of each linear.
+        times: of the decoder layers.
+        tokens: number of calibration tokens.
+    """
+    from secateur.engine.prune.value_basis import STEPS, ValueHeads, all_value_heads, learn_basis
+
+    seconds, known = 0.0, dict[tuple[Shape, Shape], float]()
+    for heads in all_value_heads(target, tasks):
+        both = heads.values, heads.output
+        shapes = heads.values.shape, heads.output.shape
+        if shapes not in known:
+            blank = [torch.nn.Linear(*x.shape[::-1], device=target.device) for x in both]
+            one, other = map(Linear, ("values", "output"), blank)
+            eyes = [torch.eye(x.shape[1], device=target.device) for x in both]
+            own = [tasks[x.name] for x in both]
+            work = partial(learn_basis, ValueHeads(one, other, heads.size), eyes, *own)
+            few = [_timed(partial(work, steps), target.device) for steps in (1, 2)]
+            known[shapes] = few[0] + (STEPS - 1) * max(few[1] - few[0], 0.0)
+        seconds += known[shapes] + times.forward * min(tokens, heads.tokens) / len(target.layers)
+    return {"learning the value basis": seconds} if known else {}
 
 
 def learning_seconds(

@@ -63,6 +63,7 @@ class PlanResult(Result):
         ]
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
+            "memory: value heads, their basis learned": sizes["basis"],
             "memory: the model, generating windows": sizes["writing"],
             f"memory: {learning}, distilled": sizes["distilling"],
         }

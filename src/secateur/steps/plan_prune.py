@@ -10,6 +10,7 @@ from typing import Any
 from secateur.engine.plan_time import (
     QUICKER,
     SLOWER,
+    basis_seconds,
     foretell_seconds,
     layer_times,
     learning_seconds,
@@ -88,6 +89,8 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
         trials = how.peak_learning_rate is None
         if windows.ungenerated:
             parts["generating windows"] = writing_seconds(target, length, windows.ungenerated)
+        if settings.value_basis == "learned":
+            parts |= basis_seconds(target, tasks, times, plan.calibration_tokens)
         parts |= learning_seconds(target, times, plan.learning_tokens, steps, trials=trials)
     ranges = {name: (QUICKER * x, SLOWER * x) for name, x in parts.items()}
     left = skipped_matrices(tasks, target.matrices())

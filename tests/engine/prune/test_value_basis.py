@@ -14,8 +14,11 @@ from torch import nn
 import secateur
 from oracles.value_basis import basis_error
 from secateur import precision
+from secateur.engine.plan_memory import BASIS
+from secateur.engine.prune import value_basis
 from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.prune.value_basis import ValueHeads, error_of, learn_basis, value_heads
+from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.sparsity.methods import Method, compose
 from slow import slow_but
@@ -162,3 +165,39 @@ def test_a_resumed_run_turns_the_same_way(tmp_path: Path) -> None:
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not any(torch.equal(whole[name], old) for name, old in biases.items())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 128, "head_dim": 32},
+        {"hidden_size": 64, "head_dim": 64, "num_key_value_heads": 1},
+        {"hidden_size": 256, "head_dim": 16, "num_key_value_heads": 4},
+    ],
+)
+def test_learning_takes_no_more_memory_than_is_planned(
+    sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text, peaks = save_tiny(tmp_path / "model", **sizes), tmp_path / "text.txt", []
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    given = options(calibration=str(text), windows=6, sequence_length=32, sparsity=0.5)
+    plain = secateur.prune(source, dry_run=True, **given).plan
+    plan = secateur.prune(source, dry_run=True, **given, value_basis="learned").plan
+    change = value_basis._change
+
+    def measured(layer: nn.Module, *rest: Any) -> bool:
+        with LiveTensors([*layer.parameters(), *layer.buffers()], find_peak=True) as live:
+            changed = change(layer, *rest)
+        peaks.append(live.peak_bytes)
+        return changed
+
+    monkeypatch.setattr(value_basis, "_change", measured)
+    secateur.prune(source, output=tmp_path / "out", **given, value_basis="learned")
+    assert len(peaks) == plan.num_hidden_layers
+    assert plain.sizes["basis"] == 0
+    most = plan.sizes["basis"] + plan.sizes["forward"]
+    assert 0.4 * most < max(peaks) <= most
+    assert [*plain.seconds_of_parts] == ["pruning"]
+    assert [*plan.seconds_of_parts] == ["pruning", "learning the value basis"]
+    assert plan.seconds_of_parts["learning the value basis"][0] > 0
+    assert most < plan.phases[BASIS] <= plan.peak_bytes

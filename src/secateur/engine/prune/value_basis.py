@@ -38,10 +38,11 @@ from secateur.engine.prune.tasks import LinearTask, Tasks, gathering
 from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.halted_forwards import HaltingForwards
+from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Linear, linears_of
 from secateur.parallel.ranks import Ranks
 from secateur.precision import exact_matmuls
-from secateur.sparsity.hessian import inverse_factor
+from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,11 @@ TOKENS_PER_CHANNEL, LEAST_TOKENS = 16, 8192
 CONDITION = 10.0
 """Bound of the condition number."""
 
-_STEPS, _RATE, _BETAS = 20, 0.03, (0.9, 0.95)  # of Adam
+STEPS = 20
+"""Steps of Adam."""
+
+_RATE, _BETAS = 0.03, (0.9, 0.95)
+_COPIES = 9  # of both weights, for the error and its gradient
 _TINY = 1e-30
 _DAMPING = 0.01
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -85,6 +90,18 @@ class ValueHeads:
         """The weight of the output, [heads, query heads of each, out, size]."""
         split = self.output.weight.unflatten(1, (self.heads, -1, self.size))
         return split.permute(1, 2, 0, 3)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens whose inputs are read."""
+        return max(TOKENS_PER_CHANNEL * self.output.shape[1], LEAST_TOKENS)
+
+    @property
+    def working_bytes(self) -> int:
+        """The most memory that learning the basis takes, with the second moments of both inputs."""
+        (rows, inputs), (out, read) = self.values.shape, self.output.shape
+        squares = inputs**2 + read**2 + FACTOR_SQUARES * max(inputs, read) ** 2
+        return 4 * (squares + _COPIES * (rows * inputs + out * read))
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that change."""
@@ -124,10 +141,20 @@ def value_heads(layer: nn.Module, linears: Mapping[str, Linear], tasks: Tasks) -
             continue
         whole = values.shape[0] % size == 0 and output.shape[1] % values.shape[0] == 0
         both = (values, output)
-        dense = all(x.weight.count_nonzero() > _DENSE * x.weight.numel() for x in both)
+        # the weights of a skeleton are unknown
+        known = [x.weight for x in both if not x.weight.is_meta]
+        dense = all(x.count_nonzero() > _DENSE * x.numel() for x in known)
         if whole and dense and all(tasks[x.name].sparsity > 0 for x in both):
             found.append(ValueHeads(values, output, size))
     return found
+
+
+def all_value_heads(target: Target, tasks: Tasks) -> list[ValueHeads]:
+    """The value heads of the whole model whose basis a run may learn."""
+    if gathering(tasks).backward:
+        return []
+    named = [(x, target.architecture.layer_name(i)) for i, x in enumerate(target.layers)]
+    return [heads for x, name in named for heads in value_heads(x, linears_of(x, name), tasks)]
 
 
 def change_basis(
@@ -198,8 +225,7 @@ def gather(
     linears = (heads.values, heads.output)
     device = heads.values.weight.device
     grams = [Gram(x.shape, device) for x in linears]
-    tokens = max(TOKENS_PER_CHANNEL * heads.output.shape[1], LEAST_TOKENS)
-    left = -(-tokens // ranks.count)
+    left = -(-heads.tokens // ranks.count)
     for batch in inputs.batches:
         if left <= 0:
             break
@@ -249,7 +275,11 @@ def error_of(
 
 @torch.enable_grad()
 def learn_basis(
-    heads: ValueHeads, grams: tuple[Tensor, Tensor], values: LinearTask, output: LinearTask
+    heads: ValueHeads,
+    grams: tuple[Tensor, Tensor],
+    values: LinearTask,
+    output: LinearTask,
+    steps: int = STEPS,
 ) -> Tensor:
     """Learn the matrix of every head, [heads, size, size]; arguments as of `error_of`."""
     error = error_of(heads, grams, values, output)
@@ -267,7 +297,7 @@ def learn_basis(
         norms = (norms / norms.mean().clamp_min(_TINY)).clamp(1 / CONDITION, CONDITION)
         return norms[..., None] * (outer * factors[:, None] @ inner), inverse / norms[:, None]
 
-    for _ in range(_STEPS):
+    for _ in range(steps):
         adam.zero_grad()
         error(*basis()).clamp_min(_TINY).log().backward()
         adam.step()
