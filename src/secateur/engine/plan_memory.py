@@ -24,12 +24,7 @@ from torch import Tensor, nn
 from secateur.allocator import LOGITS_BYTES
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.plan import Need, Phase, Plan, memory_budget
-from secateur.engine.prune.tasks import (
-    LinearTask,
-    Settings,
-    Tasks,
-    gathering,
-)
+from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calls import (
     LayerCall,
     LayerLayout,
@@ -496,11 +491,7 @@ def _plan_survey(
 
 
 def _forward_bytes(
-    target: Target,
-    found: Sequence[LayerLayout],
-    windows: Tensor,
-    tasks: Tasks,
-    settings: Settings,
+    target: Target, found: Sequence[LayerLayout], windows: Tensor, tasks: Tasks, settings: Settings
 ) -> tuple[int, dict[str, int]]:
     """The memory of all hidden states, and that of forwards: running, halted, and tuning."""
     gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)

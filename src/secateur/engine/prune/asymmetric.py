@@ -84,11 +84,7 @@ class TargetStatistics(GroupStatistics):
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        linears: Sequence[Linear],
-        device: torch.device,
-        target_size: int,
+        self, sources: Sources, linears: Sequence[Linear], device: torch.device, target_size: int
     ) -> None:
         super().__init__(sources, linears, device)
         self.cross = CrossGram(target_size, linears[0].shape[1], device)
@@ -134,11 +130,7 @@ class HeldOutStatistics(TargetStatistics):
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        linears: Sequence[Linear],
-        device: torch.device,
-        target_size: int,
+        self, sources: Sources, linears: Sequence[Linear], device: torch.device, target_size: int
     ) -> None:
         super().__init__(sources, linears, device, target_size)
         self.held = TargetStatistics(sources, linears, device, target_size)
@@ -246,9 +238,7 @@ def by_group_with_dense(
 
 
 def dense_copy(
-    layer: nn.Module,
-    groups: LinearGroups,
-    of_expert: Callable[[str], bool],
+    layer: nn.Module, groups: LinearGroups, of_expert: Callable[[str], bool]
 ) -> tuple[nn.Module, LinearGroups]:
     """Copy a layer that is still dense, with its groups.
 
@@ -451,10 +441,7 @@ class AsymmetricLayerPass(CalibratedLayerPass):
                 if part:
                     stack.callback(part.close)
             arrived = by_group_with_dense(
-                self.changing,
-                self.dense,
-                self._gather,
-                outputs_needed=self.outputs_needed,
+                self.changing, self.dense, self._gather, outputs_needed=self.outputs_needed
             )
             yield from self._in_order(arrived)
             self.dense.finish()

@@ -251,10 +251,7 @@ class LayerRefit:
         """Pass all windows through both layers, and fit each group when all have reached it."""
         with closing(self.dense), closing(self.changing):
             arrived = by_group_with_dense(
-                self.changing,
-                self.dense,
-                self._gather,
-                outputs_needed=not self.last,
+                self.changing, self.dense, self._gather, outputs_needed=not self.last
             )
             for group in arrived:
                 self._fit(group)

@@ -620,10 +620,7 @@ def _verify(
 
 
 def exchange(
-    linears: Sequence[Linear],
-    owners: Sequence[int],
-    own: Sequence[LinearRecord],
-    ranks: Ranks,
+    linears: Sequence[Linear], owners: Sequence[int], own: Sequence[LinearRecord], ranks: Ranks
 ) -> list[LinearRecord]:
     """Give every process the pruned linears of the others. Return the records of all.
 

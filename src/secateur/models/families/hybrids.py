@@ -57,11 +57,7 @@ BAMBA_COUPLINGS = Couplings(
 )
 BAMBA = Family(
     model_types=("bamba",),
-    groups=(
-        *MAMBA_GROUPS,
-        *SPLIT_ATTENTION_GROUPS,
-        *FEED_FORWARD_GROUPS,
-    ),
+    groups=(*MAMBA_GROUPS, *SPLIT_ATTENTION_GROUPS, *FEED_FORWARD_GROUPS),
     writers=("mamba.out_proj", "self_attn.o_proj", "feed_forward.down_proj"),
     couplings=BAMBA_COUPLINGS,
 )
@@ -120,8 +116,7 @@ TABLE = {
         "falcon_h1",
         writers=(),
         couplings=BAMBA_COUPLINGS.plus(
-            {},
-            alike="transformers does not compute its factors for a class that is not its own",
+            {}, alike="transformers does not compute its factors for a class that is not its own"
         ),
     ),
     # Granite 4: Mamba-2 in most layers, attention in the others; some sizes have experts.
@@ -212,11 +207,7 @@ TABLE = {
     # Qwen3.5 (dense): three layers of gated DeltaNet to one of gated attention.
     "qwen3_5": Family(
         model_types=("qwen3_5_text",),
-        groups=(
-            DELTANET_INPUTS,
-            ("linear_attn.out_proj",),
-            *SPLIT_ATTENTION_GATED_FFN,
-        ),
+        groups=(DELTANET_INPUTS, ("linear_attn.out_proj",), *SPLIT_ATTENTION_GATED_FFN),
         writers=DELTANET_WRITERS,
         couplings=DELTANET_COUPLINGS,
     ),
