@@ -22,6 +22,8 @@ def make_sources(place: Path) -> None:
     place.mkdir(parents=True)
     save_tiny(place / "dense", shards=2, num_hidden_layers=2)
     save_tiny(place / "deep", num_hidden_layers=3)
+    save_tiny(place / "norms", "gemma3")
+    save_tiny(place / "mixture", "mixtral", num_hidden_layers=2)
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     secateur.compress(place / "pruned", output=place / "small")
     secateur.prune(place / "deep", output=place / "old", method="magnitude", sparsity=0.25)
@@ -102,6 +104,7 @@ SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}
 MASKED = {"masks": "{sources}/masks.safetensors"}
 WINDOWS = {"calibration": "{sources}/windows.safetensors"}
 WANDA = {"method": "wanda", "sparsity": 0.5, **WINDOWS}
+ASYMMETRIC = {"method": "sparsegpt", "sparsity": 0.5, "asymmetric": True, **WINDOWS}
 FEW = {"method_parameters": {"iterations": 3, "growth": 2.0}}
 BEST = {"effort": "best", **FEW, **WINDOWS}
 """The preset, in small. Whoever gives parameters gives method, or score and solver, too."""
@@ -121,6 +124,8 @@ CASES: Mapping[str, Case] = {
     "prune best in sweeps": Case(
         "prune", "deep", {**PRUNE_BEST, "distill_sweep_windows": 4}, weight=2, saves=True
     ),
+    "prune behind norms": Case("prune", "norms", ASYMMETRIC),
+    "prune experts": Case("prune", "mixture", {**ASYMMETRIC, "activations": "disk"}),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
     "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "kv_groups": 0.5}),

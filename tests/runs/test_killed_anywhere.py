@@ -36,6 +36,8 @@ SHARES = {
             "prune best",
             "prune best saved",
             "prune best in sweeps",
+            "prune behind norms",
+            "prune experts",
             "prune disk",
             "prune search",
             "structure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.sparsity.methods import Method
+from secateur.sparsity.solvers import Solution
 from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
 from slow import few_families, slow
@@ -144,6 +147,41 @@ def test_stopped_anywhere_and_resumed_gives_the_same_weights(
         searching = options.get("allocation") == "search"
         step += 17 if searching else 1 if options["method"] == "magnitude" else 8
     assert resumed >= 2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mixtral"])
+def test_asymmetric_fitting_goes_on_wherever_it_stopped(
+    family: str, windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between layers, in a forward, and between the linears of a layer; norms and experts."""
+    tiny_model(family).save_pretrained(tmp_path / "source")
+    common = {"method": "sparsegpt", "sparsity": 0.5, "asymmetric": True, "calibration": windows,
+              "micro_batch_tokens": 40}  # fmt: skip
+    solve, left, announced = Method.solve, [0], []
+
+    def solved(self: Method, *args: Any, **options: Any) -> Solution:
+        left[0] -= 1
+        if left[0] == 0:
+            raise StoppedError
+        return solve(self, *args, **options)
+
+    class Announced(Silent):
+        def start(self, label: str, steps: int) -> None:
+            announced.extend([steps] * (label == "pruning"))
+
+    monkeypatch.setattr(Method, "solve", solved)
+    secateur.prune(tmp_path / "source", output=tmp_path / "whole", progress=Announced(), **common)
+    linears, (steps,) = -left[0] // 3, announced
+    stops = [(number, None) for number in (linears + linears // 2, 2 * linears + 1)]
+    stops += [(0, StopAt("pruning", steps // 3 + more)) for more in (0, 1)]
+    for number, (solves, progress) in enumerate(stops):
+        out = tmp_path / f"out-{number}"
+        left[0] = solves
+        with pytest.raises(StoppedError):
+            secateur.prune(tmp_path / "source", output=out, progress=progress, **common)
+        left[0] = 0
+        secateur.prune(tmp_path / "source", output=out, resume=True, **common)
+        assert digest(out) == digest(tmp_path / "whole"), stops[number]
 
 
 @pytest.mark.slow
