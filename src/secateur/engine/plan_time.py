@@ -125,9 +125,9 @@ def basis_seconds(target: Target, tasks: Tasks, times: LayerTimes, tokens: int) 
         if shapes not in known:
             blank = [torch.nn.Linear(*x.shape[::-1], device=target.device) for x in both]
             one, other = map(Linear, ("values", "output"), blank)
-            eyes = [torch.eye(x.shape[1], device=target.device) for x in both]
+            first, last = (torch.eye(x.shape[1], device=target.device) for x in both)
             own = [tasks[x.name] for x in both]
-            work = partial(learn_basis, ValueHeads(one, other, heads.size), eyes, *own)
+            work = partial(learn_basis, ValueHeads(one, other, heads.size), (first, last), *own)
             few = [_timed(partial(work, steps), target.device) for steps in (1, 2)]
             known[shapes] = few[0] + (STEPS - 1) * max(few[1] - few[0], 0.0)
         seconds += known[shapes] + times.forward * min(tokens, heads.tokens) / len(target.layers)
