@@ -41,12 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.expert_layout import (
-    PROJECTIONS,
-    ExpertLayout,
-    Experts,
-    stored_in_table,
-)
+from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts, stored_in_table
 from secateur.registry import Registry
 
 Groups = tuple[tuple[str, ...], ...]

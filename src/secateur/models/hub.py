@@ -355,7 +355,7 @@ MODELS: dict[str, WheelMember] = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
-    ),
+    )
 }
 """The models that can be named, and the GGUF file each one is."""
 

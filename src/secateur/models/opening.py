@@ -38,11 +38,7 @@ from secateur.models.checkpoint import (
     shard_name,
     write_index,
 )
-from secateur.models.configuration import (
-    check_sizes,
-    read_configuration,
-    transformers_errors,
-)
+from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
 from secateur.models.skeleton import auto_class, build_skeleton, quiet_transformers, refuse_missing
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing

@@ -171,11 +171,7 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def convert_gguf(
-    file: Path,
-    dtype: str = "float32",
-    *,
-    key: str | None = None,
-    progress: Progress | None = None,
+    file: Path, dtype: str = "float32", *, key: str | None = None, progress: Progress | None = None
 ) -> Path:
     """Expand a GGUF file to a folder of safetensors in the cache, once.
 

@@ -39,12 +39,7 @@ from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cut
 INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
 """Entries with the indices of some layers."""
 
-FIRST = (
-    "first_k_dense_replace",
-    "num_dense_layers",
-    "max_window_layers",
-    "moe_layer_start_index",
-)
+FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
 """Entries that count layers at the start."""
 
 LAST = ("num_kv_shared_layers",)

@@ -223,9 +223,7 @@ def _check_fits(context: CutContext, folder: Path, found: Domains, training: Tra
     how = context.recipe.learned
     assert how is not None
     recipe = TrainRecipe(
-        model=str(folder),
-        batch=how.batch,
-        trust_remote_code=context.recipe.trust_remote_code,
+        model=str(folder), batch=how.batch, trust_remote_code=context.recipe.trust_remote_code
     )
     text, processes = TrainingText(windows, None, {}), ProcessGroup(context.device)
     needed = training_memory(recipe, target, None, text, training, processes)

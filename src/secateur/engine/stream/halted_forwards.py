@@ -345,11 +345,7 @@ class ActivationOffload:
     """
 
     def __init__(
-        self,
-        permanent: Iterable[Tensor],
-        folder: Path | None,
-        device: torch.device,
-        first: int = 0,
+        self, permanent: Iterable[Tensor], folder: Path | None, device: torch.device, first: int = 0
     ) -> None:
         self.live = LiveTensors(permanent)
         self.folder, self.on_disk = folder or Path(), folder is not None

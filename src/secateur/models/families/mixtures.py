@@ -141,10 +141,7 @@ TABLE = {
     "ernie4_5_moe": _mixture(
         "ernie4_5_moe",
         experts=Experts(count="moe_num_experts"),
-        axes={
-            **SHARED_EXPERTS,
-            "mlp.gate.moe_statics.e_score_correction_bias": ("-", "experts"),
-        },
+        axes={**SHARED_EXPERTS, "mlp.gate.moe_statics.e_score_correction_bias": ("-", "experts")},
         groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
         writers=PRE_NORM_WRITERS,
     ),
