@@ -126,8 +126,9 @@ def basis_seconds(target: Target, tasks: Tasks, times: LayerTimes, tokens: int) 
             blank = [torch.nn.Linear(*x.shape[::-1], device=target.device) for x in both]
             one, other = map(Linear, ("values", "output"), blank)
             first, last = (torch.eye(x.shape[1], device=target.device) for x in both)
-            own = [tasks[x.name] for x in both]
-            work = partial(learn_basis, ValueHeads(one, other, heads.size), (first, last), *own)
+            left, right = (tasks[x.name] for x in both)
+            probe = ValueHeads(one, other, heads.size)
+            work = partial(learn_basis, probe, (first, last), left, right)
             few = [_timed(partial(work, steps), target.device) for steps in (1, 2)]
             known[shapes] = few[0] + (STEPS - 1) * max(few[1] - few[0], 0.0)
         seconds += known[shapes] + times.forward * min(tokens, heads.tokens) / len(target.layers)
