@@ -175,6 +175,7 @@ def test_sweeps_learn_as_a_slow_loop_does(
     [
         ("llama", 5.0),
         *(slow((name, 0.0)) for name in ("llama", "gpt2", "gemma3", "mixtral", "opt")),
+        *(slow((name, 5.0)) for name in ("mixtral", "gemma3n_text")),
     ],
 )
 def test_sweeps_over_one_window_are_the_usual_steps(
