@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,22 +40,25 @@ from secateur.engine.search.candidate_evaluator import (
     WeightVariants,
     cut_windows,
 )
-from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
-from secateur.engine.stream.gradients import stored_gradients
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.calls import layouts
+from secateur.engine.stream.gradients import only_learning, stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, linears_of
-from secateur.precision import full_float32
+from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch
 from secateur.sparsity.exact_count import pruned_count
+from secateur.sparsity.methods import Method
+from secateur.sparsity.scores import scores
+from secateur.sparsity.solvers import solvers
 from secateur.types import STORED
-
-_ALONE_AT_ONCE = 32  # candidates that pass through the layers together
 
 Linears = Mapping[str, Linear]
 """The linears of a decoder layer, by their names in it."""
@@ -112,16 +116,20 @@ class Survey:
         assert self.settings.work is not None
         return self.settings.work
 
-    @torch.no_grad()
-    def execute(self, allocation: Allocation, grains: Mapping[str, Granularity]) -> list[Path]:
-        """Pass every layer to the allocation. Return one file for each layer."""
-        count = len(self.target.layers)
-        files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
+    def statistics_for(self, allocation: Allocation) -> Mapping[str, ForwardSource]:
+        """The statistics of inputs that an allocation needs for its own work, and for the run's."""
         needed = set(allocation.requires)
         for task in self.tasks.values():
             needed |= task.method.score.requires if "score" in allocation.uses else set()
             needed |= task.method.requires if "solver" in allocation.uses else set()
-        names, ranks = Gathering.of(needed).forward, self.settings.ranks
+        return Gathering.of(needed).forward
+
+    @torch.no_grad()
+    def execute(self, allocation: Allocation, grains: Mapping[str, Granularity]) -> list[Path]:
+        """Pass every layer to the allocation. Return one file for each layer."""
+        count, device = len(self.target.layers), self.target.device
+        files = [self.work / f"survey-{i:04d}.safetensors" for i in range(count)]
+        names, ranks = self.statistics_for(allocation), self.settings.ranks
         # the first file that does not exist
         start = ranks.once(lambda: next((i for i, x in enumerate(files) if not x.exists()), count))
         if start == count:
@@ -134,7 +142,16 @@ class Survey:
         self.progress.start("allocation: dense model", steps * (count - start))
         for index, layer in walk:
             linears = linears_of(layer, self.target.architecture.layer_name(index))
-            shared = self.gathered(opened, index, layer, linears, names) if opened else {}
+            shared = {}
+            if opened is not None:
+                stores = index + 1 < count
+                step = partial(self.progress.step, note=f"layer {index}")
+                inputs = opened.layer_inputs(index, partial(self.settings.matmuls, device), step)
+                forwards = [
+                    partial(inputs.pass_one, layer, b, stores=stores) for b in inputs.batches
+                ]
+                groups = opened.stream.layouts[index].groups
+                shared = self.gathered(groups, linears, names, forwards)
             view_of = partial(LayerView, self, index, linears, shared, grains)
             ranks.once(partial(_observe, allocation, view_of, files[index]))
             if opened is None:
@@ -144,26 +161,26 @@ class Survey:
 
     def gathered(
         self,
-        opened: OpenStream,
-        index: int,
-        layer: nn.Module,
+        groups: Sequence[Sequence[str]],
         linears: Linears,
         names: Mapping[str, ForwardSource],
+        forwards: Sequence[Callable[[], object]],
     ) -> dict[str, GroupStatistics]:
         """Pass calibration through a dense layer. Return the statistics of each linear's input."""
-        last = index + 1 == len(self.target.layers)
-        step = partial(self.progress.step, note=f"layer {index}")
-        inputs = opened.layer_inputs(index, step=step)
-        groups = [[linears[name] for name in g] for g in opened.stream.layouts[index].groups]
-        groups = [g for g in groups if any(self.tasks[x.name].changes for x in g)]
-        gathered = [GroupStatistics(names, group, self.target.device) for group in groups]
-        forwards = [partial(inputs.pass_one, layer, b, stores=not last) for b in inputs.batches]
-        by_layer(groups, forwards, lambda group, x: gathered[group].update(x))
+        changed = [[linears[name] for name in group] for group in groups]
+        changed = [group for group in changed if any(self.tasks[x.name].changes for x in group)]
+        gathered = [GroupStatistics(names, group, self.target.device) for group in changed]
+
+        def gather(group: int, x: Tensor) -> None:
+            with exact_matmuls(self.target.device):  # forwards may be in bfloat16
+                gathered[group].update(x)
+
+        by_layer(changed, forwards, gather)
         for statistics in gathered:
             statistics.merge(self.settings.ranks)
         return {
             linear.name: statistics
-            for group, statistics in zip(groups, gathered, strict=True)
+            for group, statistics in zip(changed, gathered, strict=True)
             for linear in group
         }
 
@@ -220,19 +237,34 @@ class LayerView:
         score = method.score(self.linears[name].weight, self.statistics[name])
         return method.pattern.units(score)
 
-    def solve(self, name: str, sparsity: float) -> Tensor:
-        """The weight after pruning by the run, in the dtype of the model."""
+    def solve(self, name: str, sparsity: float, *, quick: bool = False) -> Tensor:
+        """The weight after pruning by the run, or quickly, in the dtype of the model."""
         task, weight = self.tasks[name], self.linears[name].weight
         sparsity = _plain(task, sparsity)
         if sparsity == 0:
             return weight
-        group = self.group.get(name, 0)
-        if self.prepared is None or self.prepared[0] != group:
+        method = _quick(task.method) if quick else task.method
+        key = self.group.get(name, 0), method.solver
+        if self.prepared is None or self.prepared[0] != key:
             # Linears that share an input are consecutive, so only one factor is in memory.
-            self.prepared = group, task.method.solver.prepare(self.statistics[name])
+            self.prepared = key, method.solver.prepare(self.statistics[name])
         known = self.statistics[name]
-        solution = task.method.solve(weight, self.prepared[1], known, sparsity)
+        solution = method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
+
+
+def _quick(method: Method) -> Method:
+    """SparseGPT with a method's pattern, if the method's own solver also reads the gram."""
+    if "gram" not in method.solver.requires or method.solver_name == "obs":
+        return method
+    return replace(
+        method,
+        score_name="obs",
+        score=scores["obs"](),
+        solver_name="obs",
+        solver=solvers["obs"](),
+        refinement=None,
+    )
 
 
 def _observe(allocation: Allocation, view_of: Callable[[], LayerView], file: Path) -> None:
@@ -332,51 +364,142 @@ class LevelVariants(WeightVariants):
         return weight.t() if linear.transposed else weight
 
 
-class PrunedAlone(LevelVariants):
-    """Decoder layers in which some linears are pruned (level 1), and the others dense (0)."""
+class PrunedAlone:
+    """The divergence that pruning each linear alone makes, to second order.
 
-    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
-        """The pruned weight at level 1."""
-        return super().weight_of(linear, level, source) if level else None
+        D_i = ½ mean_t (g_it · (Ŵ_i − W_i) x_it)²
+        g_it = ∂/∂(W_i x_it) of Σ_s −log p(y_s)         y_s drawn from the dense model's p
 
+    One forward and one backward of the dense model measure all linears, with one decoder layer in
+    memory. Before the backward of a layer the allocation prunes its linears, on the inputs of the
+    same windows. A killed run continues with the layer in which it stopped.
 
-@torch.no_grad()
-def measure_alone(
-    survey: Survey, tokens: int, grains: Mapping[str, Granularity], files: Sequence[Path]
-) -> dict[str, Tensor]:
-    """Return the divergence that pruning each competing linear alone makes, over its weights.
-
-    The experts of a layer are pruned together, all that have the same name in their expert. Each
-    set of candidates is stored when it is measured, so a killed run measures nothing twice.
+    Derivation: the second-order term of KL(p ‖ p') is ½ δzᵀ F δz with the Fisher matrix
+    F = E_y[∇ log p(y) ∇ log p(y)ᵀ], so a drawn y gives an unbiased ½ (Σ_t g_it · δ_it)². The sum of
+    squares leaves the products of different tokens out, whose mean is near 0 and whose noise is
+    large.
 
     Args:
-        survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
-        tokens: number of calibration tokens that judge.
+        survey: gives the model, the calibration tokens, and the folder for the work.
+        allocation: prunes a linear (`name/1` of `observe`).
         grains: grains of the competing linears.
-        files: for each layer, its pruned weights, from `Allocation.observe`.
     """
-    assert survey.calibration is not None
-    names = list(grains)
-    outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
-    variants = PrunedAlone(outer, names, set(), files)
-    file = survey.work / "search.jsonl"
-    fitness = variants.fitness("divergence", tokens, file, survey.progress)
-    units: dict[str, list[str]] = {}
-    for name in names:
-        units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
-    found: dict[str, Tensor] = {}
-    waiting = list(units.values())
-    starts = range(0, len(waiting), _ALONE_AT_ONCE)
-    survey.progress.start("allocation: divergence", len(starts))
-    for start in starts:
-        some = waiting[start : start + _ALONE_AT_ONCE]
-        candidates = [tuple(int(name in unit) for name in names) for unit in some]
-        for unit, value in zip(some, fitness(candidates, tokens, 0), strict=True):
-            weights = sum(grains[name].total for name in unit)
-            found |= dict.fromkeys(unit, torch.tensor(value / weights, dtype=torch.float64))
-        survey.progress.step()
-    survey.progress.finish()
-    return found
+
+    def __init__(
+        self, survey: Survey, allocation: Allocation, grains: Mapping[str, Granularity]
+    ) -> None:
+        assert survey.calibration is not None
+        self.survey, self.allocation, self.grains = survey, allocation, grains
+        self.target, self.folder = survey.target, survey.work / "alone"
+        self.folder.mkdir(exist_ok=True)
+        windows = cut_windows(survey.calibration.windows, allocation.judged_tokens)
+        self.outer = EmbeddingAndHead(survey.target, windows, self.folder)
+        self.layouts = layouts(survey.target, windows.shape[1])
+        self.walk = LayerwisePass(
+            self.outer,
+            range(len(windows)),
+            self.folder,
+            lambda number, window: self.outer.call(number, [window]),
+            partial(fast_matmuls, survey.target.device),
+        )
+
+    def measure(self) -> dict[str, Tensor]:
+        """D_i / n_i of each competing linear. The experts of a layer count as one linear."""
+        walk, files = self.walk, [self.file(n) for n in range(self.walk.count)]
+        windows = len(walk.windows)
+        self.survey.progress.start("allocation: divergence", windows * (2 * walk.count + 1))
+        if not files[-1].exists() and not walk.gradients.has(walk.count):
+            walk.forward(self.opened_dense)
+            walk.losses(self.loss)
+        walk.backward(self.opened, lambda number: files[number].exists(), lowest=-1)
+        self.survey.progress.finish()
+        found: dict[str, float] = {}
+        for file in files:
+            found |= json.loads(file.read_text(encoding="utf-8"))
+        units: dict[str, list[str]] = {}
+        for name in self.grains:
+            units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+        slopes = {}
+        for unit in units.values():
+            reached = [name for name in unit if name in found]
+            weights = sum(self.grains[name].total for name in reached)
+            slope = sum(found[name] for name in reached) / max(weights, 1)
+            slopes |= dict.fromkeys(unit, torch.tensor(slope, dtype=torch.float64))
+        return slopes
+
+    def file(self, number: int) -> Path:
+        """The file with the divergences of a layer."""
+        return self.folder / f"divergence-{number:04d}.json"
+
+    @contextmanager
+    def opened_dense(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        """A layer for the forward."""
+        with self.target.layer(number) as layer:
+            yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
+
+    def loss(self, place: int, hidden: Tensor) -> Tensor:
+        """Σ_s −log p(y_s) of a window, in nats."""
+        log_p = self.outer.head(place, hidden).float().log_softmax(-1)
+        draw = torch.Generator(log_p.device).manual_seed(place)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
+        self.survey.progress.step(note="predictions")
+        return -log_p.gather(1, labels).sum()
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        """A layer for the backward; in the end the divergences of its linears are in a file."""
+        architecture, tokens = self.target.architecture, self.outer.windows.numel()
+        with self.target.layer(number) as layer, only_learning(layer, []):
+            linears = linears_of(layer, architecture.layer_name(number))
+            changes = self.changes(number, layer, linears)
+            changed = [linear for linear in linears.values() if linear.name in changes]
+            with _products(changed, changes) as sums:
+                yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
+        found = {name: 0.5 * float(total) / tokens for name, total in sums.items()}
+        write_json(self.file(number), found)
+
+    @torch.no_grad()
+    def changes(self, number: int, layer: nn.Module, linears: Linears) -> dict[str, Tensor]:
+        """Ŵ − W of the competing linears of a layer; no experts that saw no token."""
+        survey, names = self.survey, self.survey.statistics_for(self.allocation)
+        passes = range(len(self.walk.windows) if names else 0)
+        forwards = [partial(self.walk.outputs, number, layer, place) for place in passes]
+        shared = survey.gathered(self.layouts[number].groups, linears, names, forwards)
+        view = LayerView(survey, number, linears, shared, self.grains)
+        for name in view.unreached:
+            del view.weights[name]
+        kept = self.allocation.observe(view)
+        return {name: kept[f"{name}/1"] - weight for name, weight in view.weights.items()}
+
+
+@contextmanager
+def _products(
+    linears: Sequence[Linear], changes: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """A context in which every backward adds Σ_t (g_t · ΔW x_t)² of each linear, float64 []."""
+    sums = {linear.name: torch.zeros((), dtype=torch.float64) for linear in linears}
+
+    def watching(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            with torch.no_grad():
+                change = args[0].to(changes[name].dtype) @ changes[name].t()
+
+            def add(gradient: Tensor) -> None:
+                product = (gradient.float() * change.float()).sum(-1)
+                sums[name] += product.square().sum(dtype=torch.float64).cpu()
+
+            output.register_hook(add)
+
+        return after
+
+    hooks = [x.module.register_forward_hook(watching(x.name)) for x in linears]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @full_float32()
@@ -395,7 +518,8 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
         return survey.tasks
     settled, ranks = settled_allocation(survey.work), survey.settings.ranks
     if not ranks.once(settled.exists):
-        files = survey.execute(allocation, grains)
+        alone = allocation.judged_tokens and not isinstance(allocation, LevelSearch)
+        files = [] if alone else survey.execute(allocation, grains)
 
         def settle_all() -> None:
             found: dict[str, Any] = {}
@@ -406,9 +530,9 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
                     "divergence": levels.divergence,
                     "uniform_divergence": levels.uniform_divergence,
                 }
-            elif allocation.judged_tokens:
-                alone = measure_alone(survey, allocation.judged_tokens, grains, files)
-                ideal = allocation.allocate(alone.items, grains, sparsity)
+            elif alone:
+                slopes = PrunedAlone(survey, allocation, grains).measure()
+                ideal = allocation.allocate(slopes.items, grains, sparsity)
             else:
                 ideal = allocation.allocate(partial(stored, files), grains, sparsity)
             shares = settle(ideal, grains).items()
@@ -416,6 +540,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
             write_json(settled, {"sparsity_of": sparsity_of, **found})
             for file in files:
                 file.unlink()
+            shutil.rmtree(survey.work / "alone", ignore_errors=True)
 
         ranks.once(settle_all)
     found = ranks.once(lambda: json.loads(settled.read_text(encoding="utf-8")))

@@ -125,7 +125,7 @@ class _GradientPass:
                     leaf.grad = None
                 self.progress.step(note=f"backward, layer {number}")
 
-            with _only_learning(layer, leaves), watched(linears, self.names) as running:
+            with only_learning(layer, leaves), watched(linears, self.names) as running:
                 yield layer, after
         for own in running.values():
             for statistic in own.values():
@@ -140,7 +140,7 @@ class _GradientPass:
 
 
 @contextmanager
-def _only_learning(layer: nn.Module, leaves: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_learning(layer: nn.Module, leaves: Sequence[nn.Parameter]) -> Iterator[None]:
     """A context in which only some parameters of a layer get gradients, at first none.
 
     A loaded model gets back the gradients that its owner has.

@@ -94,16 +94,19 @@ class LayerwisePass:
             self.call(number, self.windows[0])
             with open_layer(number) as (layer, after_window):
                 for place, rows in enumerate(self.rows):
-                    call = self.call(number, self.windows[place])
-                    with self.precision():
-                        hidden = call_layer(layer, self._read(states, rows), call)
-                    states.write(rows, hidden)
+                    states.write(rows, self.outputs(number, layer, place))
                     after_window(place)
                 states.advance(number + 1)
             if not keep:
                 states.forget(number)
             on_layer(number)
         states.resume(self.count)
+
+    def outputs(self, number: int, layer: nn.Module, place: int) -> Tensor:
+        """Pass a window through the current layer; the outputs are not stored."""
+        call = self.call(number, self.windows[place])
+        with self.precision():
+            return call_layer(layer, self._read(self.states, self.rows[place]), call)
 
     def losses(self, loss: Callable[[int, Tensor], Tensor]) -> list[float]:
         """Store the gradients of the last layer's outputs. Return the losses.
@@ -139,9 +142,10 @@ class LayerwisePass:
             open_layer: opens a layer. After each window its parameters have their gradients.
             is_finished: whether an earlier run has finished a layer.
             on_layer: called after each layer, with its number.
-            lowest: the last layer to pass.
+            lowest: the last layer to pass; its inputs get no gradients. With -1 those of layer 0
+                get them as well.
         """
-        for number in reversed(range(lowest, self.count)):
+        for number in reversed(range(max(lowest, 0), self.count)):
             if not is_finished(number):
                 self._backward_layer(number, open_layer, to_inputs=number > lowest)
             self.gradients.forget(number + 1)

@@ -56,8 +56,11 @@ class DenseLayer(Protocol):
         """The scores of a linear that compete under the run's pattern, by the run's score."""
         ...
 
-    def solve(self, name: str, sparsity: float) -> Tensor:
-        """The new weight [out, in] of a linear, by the run's own method."""
+    def solve(self, name: str, sparsity: float, *, quick: bool = False) -> Tensor:
+        """The new weight [out, in] of a linear, by the run's own method.
+
+        Quickly: by SparseGPT where the solver of the run's method reads the gram as well.
+        """
         ...
 
 
@@ -77,8 +80,8 @@ class Allocation(Protocol):
 
         A `LevelSearch` judges candidates on them. Any other allocation is given the divergence
         that pruning each linear alone makes, over its weights: `allocate` receives it by the
-        linear's name, and `observe` keeps the pruned weight (`name/1`). The experts of a layer are
-        pruned together.
+        linear's name, and `observe` returns the pruned weight (`name/1`). The experts of a layer
+        count as one linear.
         """
         ...
 

@@ -21,11 +21,11 @@ _LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
 class ByDivergence:
     """Sparsity falls with the logarithm of the divergence that pruning one linear alone makes.
 
-    The run's own method prunes each linear i of the dense model to the target s, alone. With
+    Each linear i of the dense model is pruned to the target s, alone. With
 
-        D_i = mean over tokens of KL( softmax(dense logits) ‖ softmax(logits with linear i pruned) )
+        D_i ≈ mean over tokens of KL( softmax(dense logits) ‖ softmax(logits with linear i pruned) )
 
-    and n_i weights in linear i,
+    to second order (`engine.search.allocation.PrunedAlone`), and n_i weights in linear i,
 
         s_i = c − ln(D_i / n_i) / growth        |s_i − s| ≤ reach
 
@@ -37,7 +37,7 @@ class ByDivergence:
     Args:
         growth: how fast a divergence grows with the sparsity.
         reach: how far the sparsity of a linear may differ from the target, from 0 to 1.
-        judged_tokens: tokens that D_i is measured on.
+        judged_tokens: calibration tokens on which the linears are pruned, and D_i is measured.
 
     Raises:
         RecipeError: a parameter is out of range.
@@ -45,7 +45,7 @@ class ByDivergence:
 
     growth: float = 9.0
     reach: float = 0.15
-    judged_tokens: int = 1024
+    judged_tokens: int = 4096
     requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
 
@@ -60,7 +60,7 @@ class ByDivergence:
         """The weight of each linear, pruned to the target (`name/1`)."""
         grains = layer.grains
         return {
-            f"{name}/1": layer.solve(name, grains[name].uniform / grains[name].units)
+            f"{name}/1": layer.solve(name, grains[name].uniform / grains[name].units, quick=True)
             for name in layer.weights
         }
 
@@ -89,13 +89,13 @@ class ByDivergence:
         return {name: sparsity + wish - mean for name, wish in wished.items()}
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """Every weight, pruned."""
-        return weights * itemsize
+        """No weights."""
+        return 0
 
     def working_bytes(self, weights: int, itemsize: int) -> int:
-        """What is kept of a layer."""
-        return self.disk_bytes(weights, itemsize)
+        """A layer's pruned weights, and what they differ by."""
+        return 2 * weights * itemsize
 
     def tokens(self, calibration: int, linears: int) -> int:
-        """Calibration passes once; each pruned linear sends tokens through half of the layers."""
-        return calibration + self.judged_tokens * (1 + linears // 2)
+        """Two forwards, one forward with its backward, and one more product for each linear."""
+        return 6 * self.judged_tokens
