@@ -57,6 +57,10 @@ OLD_BEST: dict[str, Any] = {"effort": "best", "distillation": {"tokens": 0}}
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
+    "thorough": {"effort": "thorough"},
+    "thorough, hidden 0": {"effort": "thorough", "distillation": {"hidden": 0.0}},
+    "thorough, hidden 3": {"effort": "thorough", "distillation": {"hidden": 3.0}},
+    "thorough, hidden 10": {"effort": "thorough", "distillation": {"hidden": 10.0}},
     "best": {"effort": "best"},
     "best, 98,304 tokens": OLD_BEST,
     "best, without the next token": {

@@ -411,7 +411,7 @@ def fit(
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
-    effort: Literal["fast", "balanced", "best"] | None = None,
+    effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     structure: bool | None = None,
     generations: int | None = None,
     offspring: int | None = None,
@@ -548,7 +548,7 @@ def prune(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
-    effort: Literal["fast", "balanced", "best"] | None = None,
+    effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     method_overrides: Mapping[str, dict[str, int | float]] | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
@@ -616,13 +616,13 @@ def prune(
         include: Names of the linear layers to prune. [*]
         exclude: Names of linear layers that stay dense. [none]
         overrides: Own sparsity for some linear layers; 0 keeps them dense. [none]
-        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
-            [balanced, if no method is given]
+        effort: Preset: fast, balanced, thorough or best. It fills in the options that you do not
+            give. [balanced, if no method is given]
         method_overrides: Own method parameters for some linear layers, such as {'*.down_proj':
             {bits: 8}}. [none]
         scope: The set of weights that compete: row, layer or global. [as in the method's paper]
         allocation: How to divide the sparsity among the linear layers: uniform, owl,
-            layer-sensitivity, divergence, global or search. [uniform]
+            layer-sensitivity, divergence, global or search. [the preset's]
         on_collapse: What to do if a linear layer lost most of its output by pruning: stop or warn.
             [warn]
         field: The field of a JSONL line that holds the text. Lines without it may hold
@@ -767,7 +767,7 @@ def structure(
     whole_last: int | None = None,
     multiple: int | None = None,
     pad: bool | None = None,
-    effort: Literal["fast", "balanced", "best"] | None = None,
+    effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
     experts_by: Literal["reap", "frequency", "random", "merge"] | None = None,
@@ -833,8 +833,8 @@ def structure(
         whole_last: Number of last decoder layers that keep all heads and neurons. [0]
         multiple: Round the FFN width to a multiple of this number. [1]
         pad: Pad all layers with zeros to one size, for engines that need it. [off]
-        effort: Preset: fast, balanced or best. It fills in the options that you do not give.
-            [balanced, if no score is given]
+        effort: Preset: fast, balanced, thorough or best. It fills in the options that you do not
+            give. [balanced, if no score is given]
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,
             divergence, global or search. [uniform]
         learned: Learn which units stay by training, in this many steps. [not learned]
@@ -928,7 +928,7 @@ def sweep(
     Args:
         model: Hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        methods: Methods or presets (fast, balanced, best), separated by commas. [none]
+        methods: Methods or presets (fast, balanced, thorough, best), separated by commas. [none]
         sparsities: Fractions of zeros, separated by commas, such as 0.3,0.5,0.7. [none]
         patterns: Patterns to try as well, separated by commas, such as 2:4,4:8. [none]
         text: Text to evaluate on; may be repeated. [wikitext2]

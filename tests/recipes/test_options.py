@@ -198,8 +198,9 @@ def test_text_that_is_no_value_is_one_fault_among_all() -> None:
 
 FORMS = [
     ({"windows": "0"}, [], "--windows 0: must be 1 or more", "windows=0: must be 1 or more"),
-    ({"effort": "fats"}, [], "--effort fats: must be fast, balanced or best; did you mean fast?",
-     "effort='fats': must be fast, balanced or best; did you mean fast?"),
+    ({"effort": "fats"}, [],
+     "--effort fats: must be fast, balanced, thorough or best; did you mean fast?",
+     "effort='fats': must be fast, balanced, thorough or best; did you mean fast?"),
     ({"sparsity": "2"}, [], "--sparsity 2: must be less than 1",
      "sparsity=2.0: must be less than 1"),
     ({"method_parameters": ["damping=x"]}, [], "--method-parameters damping=x: must be a number",

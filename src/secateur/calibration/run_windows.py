@@ -317,7 +317,9 @@ class RunWindows:
         before = Gathering.of(method.requires | allocation.requires).backward
         without = {
             **{f"the {source.name} of this method": True for source in before.values()},
-            f"the allocation {recipe.allocation}": recipe.allocation != "uniform",
+            f"the allocation {recipe.allocation}": (
+                recipe.allocation not in ("uniform", "divergence")
+            ),
             "distillation": recipe.distillation.epochs,
             "--generated-windows": recipe.calibration.generated_windows,
         }

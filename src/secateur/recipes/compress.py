@@ -188,7 +188,7 @@ class HowToSearch(Section):
 
     group = HOW
 
-    effort: Literal["fast", "balanced", "best"] = "balanced"
+    effort: Literal["fast", "balanced", "thorough", "best"] = "balanced"
     """The preset that makes the pruned levels."""
     structure: bool = True
     """Also try models with fewer layers or FFN neurons, where zeros and rounding lose much."""

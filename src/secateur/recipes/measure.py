@@ -323,7 +323,7 @@ class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
     methods: Annotated[Texts, Flag(commas=True)] = ()
-    """Methods or presets (fast, balanced, best), separated by commas."""
+    """Methods or presets (fast, balanced, thorough, best), separated by commas."""
     sparsities: Annotated[
         tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")
     ] = ()

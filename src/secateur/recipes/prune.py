@@ -38,7 +38,7 @@ from secateur.recipes.shared import (
     Resuming,
 )
 
-Effort = Literal["fast", "balanced", "best"]
+Effort = Literal["fast", "balanced", "thorough", "best"]
 """The names of the presets."""
 
 
@@ -77,7 +77,7 @@ class HowToPrune(Section):
     """The method, and where it puts the zeros."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no method is given")] = None
-    """Preset: fast, balanced or best. It fills in the options that you do not give."""
+    """Preset: fast, balanced, thorough or best. It fills in the options that you do not give."""
     method: str | None = None
     """Pruning method; `secateur methods` lists them all."""
     score: Annotated[str | None, Flag(advanced=True)] = None
@@ -175,22 +175,25 @@ class PruneCall(Planning):
     """Bits a second of the network of one machine, such as 400Gb."""
 
 
+_BALANCED: Mapping[str, Any] = {
+    "method": "alps",
+    "method_parameters": {"iterations": 15, "growth": 1.6},
+    "allocation": "divergence",
+    "asymmetric": True,
+    "fast_matmuls": True,
+}
 presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": {"method": "sparsegpt", "fast_matmuls": True},
-        "balanced": {
-            "method": "alps",
-            "method_parameters": {"iterations": 15, "growth": 1.6},
-            "asymmetric": True,
-            "fast_matmuls": True,
+        "balanced": _BALANCED,
+        "thorough": {
+            **_BALANCED,
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 65_536},
         },
         "best": {
-            "method": "alps",
-            "method_parameters": {"iterations": 30, "growth": 1.3},
-            "asymmetric": True,
-            "fast_matmuls": True,
+            **_BALANCED,
             "calibration": {"generated_windows": 128},
-            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 131_072},
         },
     }
 )
@@ -287,7 +290,7 @@ class DemoRecipe(DemoOutput, DemoCalibration, Recipe):
     sparsity: float = Field(0.5, gt=0, lt=1)
     """Fraction of zeros."""
     effort: Effort = "balanced"
-    """Preset: fast, balanced or best."""
+    """Preset: fast, balanced, thorough or best."""
     text_windows: int = Field(8, ge=1)
     """Windows of 512 tokens to judge on."""
 

@@ -133,7 +133,8 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
     """Add the values of the preset that a recipe does not have itself.
 
     Without an effort, method, score, solver or learned masks, the effort is `balanced`. An unknown
-    effort adds nothing; the recipe refuses it.
+    effort adds nothing; the recipe refuses it. An allocation is left out where the pattern or the
+    scope leave it nothing to decide.
 
     Args:
         values: the values of the recipe.
@@ -150,11 +151,21 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
     for key, value in preset.items():
         if composed and key in _COMPOSITION | {"method_parameters"}:
             continue
+        if key == "allocation" and not _allocates(given):
+            continue
         if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):
             given[key] = {**value, **given.get(key, {})}
         else:
             given.setdefault(key, value)
     return {**given, "effort": effort}
+
+
+def _allocates(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe leaves open how much sparsity each linear layer gets.
+
+    An N:M pattern has one sparsity, and one threshold over the model decides by itself.
+    """
+    return ":" not in str(values.get("pattern", "")) and values.get("scope") != "global"
 
 
 def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:

@@ -141,7 +141,7 @@ class HowToCut(Section):
     """How to select units, and how to adjust the weights that read them."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no score is given")] = None
-    """Preset: fast, balanced or best. It fills in the options that you do not give."""
+    """Preset: fast, balanced, thorough or best. It fills in the options that you do not give."""
     score: Annotated[str | None, Flag(advanced=True)] = None
     """Score that selects the units to remove."""
     solver: Annotated[str | None, Flag(advanced=True)] = None
@@ -164,15 +164,20 @@ class HowToCut(Section):
     depth: Depth = Depth()
 
 
+_BALANCED: Mapping[str, Any] = {
+    "score": "wanda",
+    "solver": "alps",
+    "method_parameters": {"iterations": 15, "growth": 1.6},
+    "asymmetric": True,
+    "fast_matmuls": True,
+}
 structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": {"score": "wanda", "solver": "least-squares", "fast_matmuls": True},
-        "balanced": {
-            "score": "wanda",
-            "solver": "alps",
-            "method_parameters": {"iterations": 15, "growth": 1.6},
-            "asymmetric": True,
-            "fast_matmuls": True,
+        "balanced": _BALANCED,
+        "thorough": {
+            **_BALANCED,
+            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 65_536},
         },
         "best": {
             "score": "wanda",

@@ -257,6 +257,8 @@ def _quick(method: Method) -> Method:
     """SparseGPT with a method's pattern, if the method's own solver also reads the gram."""
     if "gram" not in method.solver.requires or method.solver_name == "obs":
         return method
+    if method.pattern.whole_units:  # it chooses single weights
+        return method
     return replace(
         method,
         score_name="obs",
@@ -392,8 +394,12 @@ class PrunedAlone:
         self.survey, self.allocation, self.grains = survey, allocation, grains
         self.target, self.folder = survey.target, survey.work / "alone"
         self.folder.mkdir(exist_ok=True)
-        windows = cut_windows(survey.calibration.windows, allocation.judged_tokens)
-        self.outer = EmbeddingAndHead(survey.target, windows, self.folder)
+        windows, multimodal = survey.calibration.windows, survey.calibration.multimodal
+        if multimodal is None:
+            windows = cut_windows(windows, allocation.judged_tokens)
+        else:  # whole windows, with what else they have
+            windows = windows[: max(1, allocation.judged_tokens // windows.shape[1])]
+        self.outer = EmbeddingAndHead(survey.target, windows, self.folder, None, multimodal)
         self.layouts = layouts(survey.target, windows.shape[1])
         self.walk = LayerwisePass(
             self.outer,

@@ -157,6 +157,7 @@ def _prune_options(recipe: FitRecipe, formats: Formats, text: str) -> dict[str, 
     same = len(set(wanted.values())) == 1
     return {
         "effort": recipe.effort,
+        "allocation": "uniform",  # the search has chosen
         "sparsity": max(wanted.values()) if same else 0.0,
         "overrides": {} if same else {name: share for name, share in wanted.items() if share},
         "calibration": {"source": text},
