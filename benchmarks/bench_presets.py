@@ -44,17 +44,18 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "70 %": {"sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
 }
+UNIFORM: dict[str, Any] = {"effort": "balanced", "allocation": "uniform"}
 ROWS: dict[str, dict[str, Any]] = {
     "SparseGPT": {"method": "sparsegpt", "sequential": "layer"},
     "ALPS": {"method": "alps", "sequential": "layer"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
-    "balanced, damping chosen": {"effort": "balanced", "choose_damping": True},
-    "balanced, damping 0.05": {"effort": "balanced", "asymmetric_damping": 0.05},
-    "balanced, damping 0.8": {"effort": "balanced", "asymmetric_damping": 0.8},
-    "balanced, learned value basis": {"effort": "balanced", "value_basis": "learned"},
-    "balanced, symmetric": {"effort": "balanced", "asymmetric": False},
-    "balanced, allocation divergence": {"effort": "balanced", "allocation": "divergence"},
+    "balanced, uniform": UNIFORM,
+    "balanced, damping chosen": {**UNIFORM, "choose_damping": True},
+    "balanced, damping 0.05": {**UNIFORM, "asymmetric_damping": 0.05},
+    "balanced, damping 0.8": {**UNIFORM, "asymmetric_damping": 0.8},
+    "balanced, learned value basis": {**UNIFORM, "value_basis": "learned"},
+    "balanced, symmetric": {**UNIFORM, "asymmetric": False},
     "balanced, allocation search": {"effort": "balanced", "allocation": "search"},
     "balanced, allocation layer-sensitivity": {
         "effort": "balanced",

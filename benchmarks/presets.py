@@ -17,8 +17,10 @@ table can be made in several sittings, and by several processes. `--only` names 
 columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
 with seconds are of two cores of an AMD EPYC with AVX-512 BF16. `best, without the next token` and
 `best, 98,304 tokens` were the preset `best` when their rows were measured, the latter at the
-highest rate; `best, extra windows cropped` drew its extra windows as random crops, and took the
-rate of its short trials for the training, as `best, rate of short trials` did.
+highest rate; in `presets.json` and `presets-allocation.json` `balanced` is UNIFORM and `best`
+OWN_WINDOWS, which are now the rows "balanced, uniform" and "best, own windows", and `divergence`
+took a forward for each linear; `best, extra windows cropped` drew its extra windows as random
+crops, and took the rate of its short trials for the training, as `best, rate of short trials` did.
 """
 
 from __future__ import annotations
@@ -52,20 +54,33 @@ from stored import known_rows
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
            "4:8": (0.5, "4:8"), "8:16": (0.5, "8:16"), "6:8": (0.25, "6:8")}  # fmt: skip
 RIVALS = ("wanda", "sparsegpt", "alps")
-OLD_BEST: dict[str, Any] = {"effort": "best", "distillation": {"tokens": 0}}
-"""The preset as it was: it distilled on the windows of the statistics alone."""
+UNIFORM: dict[str, Any] = {"effort": "balanced", "allocation": "uniform"}
+"""`balanced` as it was."""
+OWN_WINDOWS: dict[str, Any] = {
+    **UNIFORM,
+    "method_parameters": {"iterations": 30, "growth": 1.3},
+    "calibration": {"generated_windows": 128},
+    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
+}
+"""`best` as it was."""
+OLD_BEST: dict[str, Any] = {
+    **OWN_WINDOWS,
+    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 0},
+}
+"""`best` before that: it distilled on the windows of the statistics alone."""
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "thorough": {"effort": "thorough"},
-    "thorough, hidden 0": {"effort": "thorough", "distillation": {"hidden": 0.0}},
-    "thorough, hidden 3": {"effort": "thorough", "distillation": {"hidden": 3.0}},
-    "thorough, hidden 10": {"effort": "thorough", "distillation": {"hidden": 10.0}},
+    "thorough, without hidden states": {"effort": "thorough", "distillation": {"hidden": 0.0}},
     "best": {"effort": "best"},
+    "balanced, uniform": UNIFORM,
+    "best, own windows": OWN_WINDOWS,
+    "best, 262,144 tokens": {"effort": "best", "distillation": {"tokens": 262_144}},
     "best, 98,304 tokens": OLD_BEST,
     "best, without the next token": {
-        "effort": "best",
-        "distillation": {"tokens": 0, "next_token": 0.0},
+        **OWN_WINDOWS,
+        "distillation": {"epochs": 1, "tokens": 0, "next_token": 0.0},
     },
     "best, SparseGPT instead of ALPS": {**OLD_BEST, "method": "sparsegpt"},
     "best, without own windows": {**OLD_BEST, "generated_windows": 0},
@@ -74,29 +89,27 @@ OURS: dict[str, dict[str, Any]] = {
     "best, tuned as well": {**OLD_BEST, "tune_passes": 2},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "balanced, float32, damping 0.1": {
-        "effort": "balanced",
+        **UNIFORM,
         "fast_matmuls": False,
         "asymmetric_damping": 0.1,
     },
     "ALPS 30 + asymmetric 0.1 + tuning, float32": {
-        "effort": "best",
+        **UNIFORM,
+        "method_parameters": {"iterations": 30, "growth": 1.3},
         "fast_matmuls": False,
         "asymmetric_damping": 0.1,
-        "generated_windows": 0,
-        "distill_epochs": 0,
         "tune_passes": 6,
     },
-    "balanced + own windows": {"effort": "balanced", "generated_windows": 128},
-    "balanced + tuning": {"effort": "balanced", "tune_passes": 6},
+    "balanced + own windows": {**UNIFORM, "generated_windows": 128},
+    "balanced + tuning": {**UNIFORM, "tune_passes": 6},
     "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
-    "balanced + divergence": {"effort": "balanced", "allocation": "divergence"},
-    "balanced, learned value basis": {"effort": "balanced", "value_basis": "learned"},
+    "balanced, learned value basis": {**UNIFORM, "value_basis": "learned"},
     "balanced, learned value basis + divergence": {
         "effort": "balanced",
         "value_basis": "learned",
         "allocation": "divergence",
     },
-    "balanced + distillation": {"effort": "balanced", "distill_epochs": 1},
+    "balanced + distillation": {**UNIFORM, "distill_epochs": 1},
     "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},
     "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},

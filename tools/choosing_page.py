@@ -21,12 +21,15 @@ PAGE, RESULTS = Path("docs/choosing.md"), Path("benchmarks/results")
 Row = dict[str, Any]
 
 EFFORTS = {
-    "fast": "fast",
-    "balanced": "balanced",
-    "best --distill-tokens 98304": "best, 98,304 tokens",
-    "best": "best",
+    "`--effort fast`": ("presets", "fast"),
+    "`--effort balanced`": ("presets-curve", "balanced"),
+    "`--effort thorough`": ("presets-curve", "thorough"),
+    "`--effort best`": ("presets-curve", "best"),
+    "`--effort balanced --allocation uniform`": ("presets", "balanced"),
+    "an earlier `best`, 98,304 tokens": ("presets", "best, 98,304 tokens"),
+    "Wanda": ("presets", "wanda"),
 }
-"""The flags of each line, and its row in the benchmark."""
+"""The first cell of each line, with the benchmark and the row that it shows."""
 
 WAYS = (
     ("nothing is decided yet", "advice without a run",
@@ -147,39 +150,39 @@ def low_bits() -> Iterable[str]:
 
 def presets() -> Iterable[str]:
     """Pruning weights: perplexity by preset and sparsity."""
-    found = rows("presets")
+    timed = rows("presets-curve")
     columns = ("50 %", "60 %", "70 %", "4:8", "2:4")
 
-    def cell(row: str, column: str) -> str:
-        of = [r for r in found if (r["row"], r["column"]) == (row, column)]
+    def cell(name: str, row: str, column: str) -> str:
+        of = [r for r in rows(name) if (r["row"], r["column"]) == (row, column)]
         return f"{statistics.mean(r['perplexity']['wikitext2'] for r in of):.1f}" if of else ""
 
-    lines = []
-    for name, of in EFFORTS.items():
-        lines.append((f"`--effort {name}`", *(cell(of, c) for c in columns), took(found, of)))
-    lines.append(("Wanda", *(cell("wanda", c) for c in columns), took(found, "wanda")))
-    dense = one(found, row="dense")["perplexity"]["wikitext2"]
+    lines = [
+        (label, *(cell(name, row, c) for c in columns), took(timed, row))
+        for label, (name, row) in EFFORTS.items()
+    ]
+    dense = one(timed, row="dense")["perplexity"]["wikitext2"]
     yield "## Prune weights"
     yield ""
-    source = sources(("presets",))
+    source = sources(("presets", "presets-curve"))
     yield (
-        f"Perplexity on WikiText-2, mean over seeds, of `best` one; dense {dense:.1f}. "
-        f"Source: {source}."
+        f"Perplexity on WikiText-2; dense {dense:.1f}. Rows with a time are of one seed and one "
+        f"machine, of `fast` its time; the others are means over seeds. Source: {source}."
     )
     yield ""
     yield from table(("", *columns, "time at 50 %"), lines)
     yield (
-        "`secateur prune MODEL --sparsity 0.5 --effort balanced --output SPARSE`. Take `best` "
-        "where an hour is at hand, and `secateur sweep MODEL` to see how far your model can go. "
+        "`secateur prune MODEL --sparsity 0.5 --effort balanced --output SPARSE`. Take `thorough` "
+        "or `best` where there is time, and `secateur sweep MODEL` to see how far your model can go. "
         "An ordinary GPU engine stores zeros as zeros: there only 2:4 gains, where a kernel exists."
     )
     yield ""
 
 
-def took(found: Iterable[Row], row: str) -> str:
+def took(timed: Iterable[Row], row: str) -> str:
     """The time of a run to 50 %; empty where other programs ran beside it."""
-    timed = (r.get("seconds") for r in found if (r["row"], r["column"]) == (row, "50 %"))
-    return next((f"{seconds:.0f} s" for seconds in timed if seconds), "")
+    found = (r["seconds"] for r in timed if (r["row"], r["column"]) == (row, "50 %"))
+    return next((f"{seconds:.0f} s" for seconds in found), "")
 
 
 def cuts() -> Iterable[str]:

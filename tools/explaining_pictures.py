@@ -1,10 +1,10 @@
-"""Draw the pictures of docs/what-is-pruning.md.
+"""Draw the pictures of docs/what-is-pruning.md and docs/methods/presets.md.
 
     python tools/explaining_pictures.py          # write them
     python tools/explaining_pictures.py --check  # fail if one is out of date
 
 Masks are drawn from random weights by the definitions of the patterns. Perplexities are the rows of
-`benchmarks/results/presets.json`.
+`benchmarks/results/presets.json`, times those of `presets-curve.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from written_files import write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS, SPARSITY = Path("docs/pictures/patterns.svg"), Path("docs/pictures/sparsity.svg")
+CURVE = Path("docs/pictures/curve.svg")
 RESULTS = Path("benchmarks/results/presets.json")
+TIMED = Path("benchmarks/results/presets-curve.json")
+SHOWN = ("fast", "balanced", "thorough", "best", "best, 262,144 tokens")
 ROWS, COLUMNS, CELL = 8, 16, 11
 KEPT, GONE, INK = "#0d9488", "#e5e7eb", "#1f2937"
 LINES = (("wanda", "Wanda", "#9ca3af"), ("sparsegpt", "SparseGPT", "#6b7280"),
@@ -32,7 +35,9 @@ Mask = list[list[bool]]
 
 def main() -> None:
     """Write the pictures, or check them."""
-    write_or_check(ROOT, {PATTERNS: patterns(), SPARSITY: sparsity()}, "explaining_pictures.py")
+    write_or_check(
+        ROOT, {PATTERNS: patterns(), SPARSITY: sparsity(), CURVE: curve()}, "explaining_pictures.py"
+    )
 
 
 def masks() -> dict[str, Mask]:
@@ -112,6 +117,42 @@ def sparsity() -> str:
     parts.append(text(70, 20, "perplexity on WikiText-2, SmolLM2-135M (less is better)", "start"))
     parts.append(text(266, 332, "zeros; measured at 0, 50, 60 and 70 %", "middle"))
     return svg(600, 345, "Perplexity by sparsity and method", parts)
+
+
+def curve() -> str:
+    """Excess loss by time at 50 %, one line for each text; time is logarithmic."""
+    rows = json.loads((ROOT / TIMED).read_text(encoding="utf-8"))["rows"]
+    (dense,) = (row for row in rows if row["row"] == "dense")
+    presets = sorted(
+        (row for row in rows if row["row"] in SHOWN and row["column"] == "50 %"),
+        key=lambda row: row["seconds"],
+    )
+
+    def place(seconds: float, excess: float) -> tuple[float, float]:
+        return 70 + 480 * math.log(seconds / 20, 60), 290 - excess / 0.9 * 260
+
+    parts = []
+    for tick in (0, 0.2, 0.4, 0.6, 0.8):
+        x, y = place(20, tick)
+        parts.append(f'<line x1="{x}" y1="{y:.1f}" x2="550" y2="{y:.1f}" stroke="{GONE}"/>')
+        parts.append(text(62, y + 4, f"{tick}", "end"))
+    for seconds in (30, 60, 120, 300, 600, 1000):
+        parts.append(text(place(seconds, 0)[0], 312, f"{seconds} s", "middle"))
+    for name, label, color in (("wikitext2", "WikiText-2", "#0f766e"), ("c4", "C4", "#9ca3af")):
+        base = dense["perplexity"][name]
+        points = [place(r["seconds"], math.log(r["perplexity"][name] / base)) for r in presets]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in points]
+        parts.append(text(points[-1][0] + 8, points[-1][1] + 4, label, "start", color))
+        if name == "wikitext2":
+            named = zip(points, presets, strict=True)
+            parts += [text(x, y - 10, row["row"], "middle") for (x, y), row in named]
+    parts.append(
+        text(70, 20, "nats above the dense SmolLM2-135M at 50 % (less is better)", "start")
+    )
+    parts.append(text(310, 332, "seconds on two cores of a CPU", "middle"))
+    return svg(640, 345, "Loss by time of the presets", parts)
 
 
 def text(x: float, y: float, words: str, anchor: str, color: str = INK) -> str:

@@ -188,12 +188,11 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "balanced": _BALANCED,
         "thorough": {
             **_BALANCED,
-            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 65_536},
+            "distillation": {"epochs": 1, "next_token": 0.5, "hidden": 3.0, "tokens": 65_536},
         },
         "best": {
             **_BALANCED,
-            "calibration": {"generated_windows": 128},
-            "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 131_072},
+            "distillation": {"epochs": 1, "next_token": 0.5, "hidden": 3.0, "tokens": 163_840},
         },
     }
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 import secateur
 from page_blocks import ROOT, blocks
 from secateur.engine.prune.run import CalibratedLayerPass
+from secateur.engine.search.allocation import PrunedAlone
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from tiny import tiny_tokenizer
@@ -93,6 +94,47 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
     assert report.manifest.calibration["beside"] == {
         "pixel_values": [4, 1, 3, 16, 16], "token_type_ids": [4, 1, 14],
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("exact_matmuls")
+def test_the_divergence_of_a_linear_is_that_with_pictures(
+    source: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Tensor] = {}
+    measure = PrunedAlone.measure
+
+    def recorded(self: PrunedAlone) -> dict[str, Tensor]:
+        found.update(measure(self))
+        return found
+
+    monkeypatch.setattr(PrunedAlone, "measure", recorded)
+    secateur.prune(
+        source, output=tmp_path / "out", calibration=file, method="wanda", sparsity=0.5,
+        allocation="divergence",
+    )  # fmt: skip
+    name, model, given = f"{PLACE}.0.mlp.up_proj", tiny_model("gemma3 vision"), inputs()
+    linear, total = model.get_submodule(name), 0.0
+    change = -(linear.weight * by_hand(model, name, given)).detach()
+    heard: dict[str, Tensor] = {}
+
+    def hear(module: Any, args: tuple[Tensor], output: Tensor) -> None:
+        output.retain_grad()
+        heard.update(change=(args[0] @ change.t()).detach(), output=output)
+
+    linear.register_forward_hook(hear)
+    for row in range(4):
+        more = {n: x[row] for n, x in given.items() if n != "input_ids"}
+        ids = given["input_ids"][row : row + 1]
+        log_p = model(input_ids=ids, use_cache=False, **more).logits[0].log_softmax(-1)
+        draw = torch.Generator().manual_seed(row)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
+        (-log_p.gather(1, labels).sum()).backward()
+        each = (heard["output"].grad * heard["change"]).sum(-1)
+        total += float(each.double().square().sum())
+    expected = 0.5 * total / (4 * 14) / linear.weight.numel()
+    assert float(next(x for n, x in found.items() if n.endswith("0.mlp.up_proj"))) == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 def test_a_stopped_run_has_its_pictures_again(
