@@ -49,6 +49,7 @@ from secateur.runs.environment import resident_bytes
 from secateur.runs.output import write_json
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.allocation.search import LevelSearch
 from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def plan_run(
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
-    survey = _plan_survey(target, found, allocation, prunable, windows)
+    survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
     loads_all = (epochs and not sweep_windows) or _writes_whole(target, length, unwritten)
@@ -470,6 +471,7 @@ def _plan_survey(
     allocation: Allocation,
     prunable: int,
     windows: Tensor | None,
+    of_token: int,
 ) -> _PartNeeds:
     """The needs of an allocation besides one dense layer: statistics, scores, logits."""
     if allocation.reach == 0:
@@ -483,9 +485,13 @@ def _plan_survey(
     if allocation.judged_tokens:
         from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
 
-        # Probabilities of the dense model, logits of a candidate, and one temporary copy.
+        # Probabilities of the dense model, logits of a candidate, and one temporary copy; or
+        # logits, their gradient, and one copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
+        if not isinstance(allocation, LevelSearch):  # inputs of all layers, gradients of two
+            tokens = min(allocation.judged_tokens, windows.numel())
+            disk += (len(target.layers) + 3) * tokens * of_token
     linears = sum(len(group) for layout in found for group in layout.groups)
     return _PartNeeds(held, disk, allocation.tokens(windows.numel(), linears))
 
