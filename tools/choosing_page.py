@@ -174,7 +174,8 @@ def presets() -> Iterable[str]:
     yield (
         "`secateur prune MODEL --sparsity 0.5 --effort balanced --output SPARSE`. Take `thorough` "
         "or `best` where there is time, and `secateur sweep MODEL` to see how far your model can "
-        "go. An ordinary GPU engine stores zeros as zeros: there only 2:4 gains, where a kernel exists."
+        "go. An ordinary GPU engine stores zeros as zeros: there only 2:4 gains, where a kernel "
+        "exists."
     )
     yield ""
 

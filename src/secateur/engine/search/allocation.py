@@ -226,7 +226,7 @@ class LayerView:
             }
             for name, linear in self.linears.items()
         }
-        self.prepared: tuple[int, Any] | None = None
+        self.prepared: tuple[object, Any] | None = None
         self.unreached = [
             name
             for name in filter(of_expert, self.weights)
@@ -427,7 +427,7 @@ class PrunedAlone:
         units: dict[str, list[str]] = {}
         for name in self.grains:
             units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
-        slopes = {}
+        slopes: dict[str, Tensor] = {}
         for unit in units.values():
             reached = [name for name in unit if name in found]
             weights = sum(self.grains[name].total for name in reached)
