@@ -14,7 +14,8 @@ that file `best` distils on 49,152 tokens and takes the rate of its short
 trials, or the highest; `best, judged on read windows` judged the trials on windows that the
 statistics had read. `results/bench-rates.json` has `best` as it is, and given rates, for models
 that the same script trained again on another machine. `results/bench-balanced.json` has ALPS and
-`balanced` for these, with asymmetric fitting through norms and of experts.
+`balanced` for these, with asymmetric fitting through norms and of experts; in the other files
+`balanced` is "balanced, uniform", and `best` had 30 iterations and 128 windows of its own.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
@@ -51,6 +52,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
     "balanced, uniform": UNIFORM,
+    "thorough": {"effort": "thorough"},
+    "thorough, hidden 0": {"effort": "thorough", "distill_hidden": 0.0},
+    "thorough, hidden 10": {"effort": "thorough", "distill_hidden": 10.0},
     "balanced, damping chosen": {**UNIFORM, "choose_damping": True},
     "balanced, damping 0.05": {**UNIFORM, "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {**UNIFORM, "asymmetric_damping": 0.8},

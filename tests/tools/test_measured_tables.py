@@ -120,7 +120,7 @@ def test_models_that_were_trained_again() -> None:
     table = next(t for t in tables(PRESETS) if t[0][0] == "trained again")
     lines = [line for line in table[2:] if len(line) > 1]
     assert len(lines) == 12
-    for name, alps, balanced, share, best in lines:
+    for name, alps, balanced, share, uniform, best in lines:
         model, column = name.split(", ")
 
         def excess(known: Any, row: str, model: str = model, column: str = column) -> list[float]:
@@ -132,6 +132,7 @@ def test_models_that_were_trained_again() -> None:
 
         rival, own = excess(now, "ALPS"), excess(now, "balanced")
         assert (alps, balanced) == (shown(rival), shown(own)), name
+        assert uniform == shown(excess(now, "balanced, uniform")), name
         if share:
             ratio = statistics.mean(x / y for x, y in zip(own, rival, strict=True))
             assert share == f"{ratio:.2f}", name
