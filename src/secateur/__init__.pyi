@@ -633,7 +633,7 @@ def prune(
         seed: Seed that chooses the windows. [0]
         packing: concatenate joins all documents and cuts them into windows. random-crop takes each
             window from a random place of a random document, as the papers do. [concatenate]
-        generated_windows: Extra calibration windows that the dense model generates. [the preset's]
+        generated_windows: Extra calibration windows that the dense model generates. [0]
         tune_passes: Tune each layer after pruning, in this many passes over the calibration
             windows, to reproduce the dense layer's outputs. 0: no tuning. [0]
         tune_learning_rate: Learning rate of the first tuning step. [0.001]
@@ -649,7 +649,7 @@ def prune(
         distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
             the dense model. [the preset's]
         distill_hidden: Weight of the distance between the outputs of the last decoder layer in both
-            models; 0: none. [0]
+            models; 0: none. [the preset's]
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
             windows: all layers forward, then all layers backward. 0: both whole models in memory.
             [0 if both models fit, else 16]

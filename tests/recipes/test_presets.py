@@ -35,9 +35,7 @@ def test_what_is_given_is_kept() -> None:
     found = recipe(effort="best", distillation=distillation, asymmetric=False)
     assert found.distillation.peak_learning_rate == 0.01
     assert found.distillation.epochs == presets["best"]["distillation"]["epochs"]
-    assert (
-        found.calibration.generated_windows == presets["best"]["calibration"]["generated_windows"]
-    )
+    assert found.distillation.tokens == presets["best"]["distillation"]["tokens"]
     assert found.asymmetric is False
     assert found.method_parameters == presets["best"]["method_parameters"]
 
@@ -57,6 +55,22 @@ def test_a_resolved_recipe_reads_as_itself_and_can_be_composed(effort: str, patt
     compose(found.method, pattern, refine=found.refine, **found.method_parameters)
 
 
+@pytest.mark.parametrize(
+    ("given", "allocation"),
+    [
+        ({}, "divergence"),
+        ({"pattern": "4x4"}, "divergence"),
+        ({"pattern": "2:4"}, "uniform"),
+        ({"scope": "global"}, "uniform"),
+        ({"allocation": "owl"}, "owl"),
+    ],
+)
+def test_an_allocation_only_where_there_is_something_to_allocate(
+    given: dict[str, str], allocation: str
+) -> None:
+    assert recipe(effort="balanced", **given).allocation == allocation
+
+
 def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
     with pytest.raises(RecipeError, match="calibration"):
         recipe(effort="best", calibration="c4")
@@ -74,6 +88,6 @@ def test_parameters_alone_are_added_to_those_of_the_preset():
         {"effort": "best", "method_parameters": {"bits": 4, "iterations": 7}}, presets
     )
     assert found["method"] == "alps"
-    assert found["method_parameters"] == {"iterations": 7, "growth": 1.3, "bits": 4}
+    assert found["method_parameters"] == {"iterations": 7, "growth": 1.6, "bits": 4}
     asked = {"effort": "best", "method": "sparsegpt", "method_parameters": {"bits": 4}}
     assert "iterations" not in filled_in(asked, presets)["method_parameters"]
