@@ -448,12 +448,12 @@ class PrunedAlone:
     def loss(self, place: int, hidden: Tensor) -> Tensor:
         """A number with the gradient of Σ_s −log p(y_s) of a window: p − (1 at y_s) at logits s."""
         logits = self.outer.head(place, hidden)
-        draw = torch.Generator(logits.device).manual_seed(place)
+        draw = torch.Generator().manual_seed(place)  # of the CPU: all devices draw the same
         gradient = torch.empty_like(logits)
         with torch.no_grad():
             for rows, own in zip(gradient.split(_ROWS), logits.split(_ROWS), strict=True):
                 p = own.float().softmax(-1)
-                labels = torch.multinomial(p, 1, generator=draw)
+                labels = torch.multinomial(p.cpu(), 1, generator=draw).to(p.device)
                 rows.copy_(p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0)))
         self.survey.progress.step(note="predictions")
         return torch.dot(logits.flatten(), gradient.flatten())
