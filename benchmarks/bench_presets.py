@@ -67,7 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "ALPS, group by group": {"method": "alps"},
     "balanced, 30 iterations": {
-        "effort": "balanced",
+        **UNIFORM,
         "method_parameters": {"iterations": 30, "growth": 1.3},
     },
     "best, not distilled": {"effort": "best", "distill_epochs": 0},

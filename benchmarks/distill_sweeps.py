@@ -3,7 +3,8 @@
     python benchmarks/distill_sweeps.py --calibration c4.jsonl \\
         --text WikiText-2=wiki.txt C4=held-out.txt
 
-Protocol: `best` at 50 % (`--sparsity`, or `--pattern`). The first row is not distilled; the others
+Protocol: `best` at 50 % (`--sparsity`, or `--pattern`). The kept results are of `best` as it was
+with a uniform allocation and without hidden states. The first row is not distilled; the others
 are the same but for the distillation. All have the same windows: `--windows` of 512 tokens of the
 calibration file (`random-crop`, seed 0) and as many that the dense model generated, once. Each row
 is a process of its own with one thread, and its peak is that of its resident memory. The loss is

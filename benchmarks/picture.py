@@ -3,8 +3,9 @@
     python benchmarks/picture.py            writes docs/pictures/measured.svg
     python benchmarks/picture.py --check    fails if that file differs from the results
 
-Both halves show SmolLM2-135M. Left: excess loss on WikiText-2 at 50 % zeros before quantization,
-means of all seeds in `results/presets.json`. Right: tokens per second of stored models in
+Both halves show SmolLM2-135M. Left: excess loss on WikiText-2 at 50 % zeros before quantization:
+published methods as means of all seeds in `results/presets.json`, the presets as they are, one
+seed, in `results/presets-curve.json`. Right: tokens per second of stored models in
 `results/first-page.json`. It measures nothing.
 """
 
@@ -28,13 +29,15 @@ HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs" / "pictures" / "measured.svg"
 OURS, OTHERS = "#0f7a52", "#9aa5aa"
 METHODS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "alps": "ALPS",
-    "fast": "secateur fast",
-    "balanced": "secateur balanced",
-    "best": "secateur best",
+    ("presets", "wanda"): "Wanda",
+    ("presets", "sparsegpt"): "SparseGPT",
+    ("presets", "alps"): "ALPS",
+    ("presets-curve", "fast"): "secateur fast",
+    ("presets-curve", "balanced"): "secateur balanced",
+    ("presets-curve", "thorough"): "secateur thorough",
+    ("presets-curve", "best"): "secateur best",
 }
+"""The bars of the left half, by results and row."""
 ENGINES = {
     "no zeros, bfloat16, torch": "torch bfloat16",
     "llama.cpp Q8_0": "llama.cpp Q8_0",
@@ -56,14 +59,14 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def excess() -> dict[str, float]:
     """Excess loss of each method at 50 %, nats per token."""
-    known = rows("presets")
-    dense = next(r["perplexity"]["wikitext2"] for r in known if r["row"] == "dense")
-    half = [r for r in known if r["column"] == "50 %"]
+
+    def loss(results: str, row: str, column: str) -> float:
+        wanted = (r for r in rows(results) if (r["row"], r["column"]) == (row, column))
+        return mean(math.log(r["perplexity"]["wikitext2"]) for r in wanted)
+
     return {
-        label: mean(
-            math.log(r["perplexity"]["wikitext2"] / dense) for r in half if r["row"] == name
-        )
-        for name, label in METHODS.items()
+        label: loss(results, row, "50 %") - loss(results, "dense", "")
+        for (results, row), label in METHODS.items()
     }
 
 

@@ -59,7 +59,7 @@ UNIFORM: dict[str, Any] = {"effort": "balanced", "allocation": "uniform"}
 OWN_WINDOWS: dict[str, Any] = {
     **UNIFORM,
     "method_parameters": {"iterations": 30, "growth": 1.3},
-    "calibration": {"generated_windows": 128},
+    "generated_windows": 128,
     "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
 }
 """`best` as it was."""
@@ -82,7 +82,11 @@ OURS: dict[str, dict[str, Any]] = {
         **OWN_WINDOWS,
         "distillation": {"epochs": 1, "tokens": 0, "next_token": 0.0},
     },
-    "best, SparseGPT instead of ALPS": {**OLD_BEST, "method": "sparsegpt"},
+    "best, SparseGPT instead of ALPS": {
+        **OLD_BEST,
+        "method": "sparsegpt",
+        "method_parameters": {},
+    },
     "best, without own windows": {**OLD_BEST, "generated_windows": 0},
     "best, 256 own windows": {**OLD_BEST, "generated_windows": 256},
     "best, without asymmetric fitting": {**OLD_BEST, "asymmetric": False},

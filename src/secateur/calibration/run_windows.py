@@ -54,6 +54,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Calibration, CalibrationWindows, Distill, parts_of
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.allocation.search import is_measured_alone
 from secateur.sparsity.methods import Method
 from secateur.types import Windows
 
@@ -315,11 +316,10 @@ class RunWindows:
         if multimodal is None:
             return self
         before = Gathering.of(method.requires | allocation.requires).backward
+        allocates = recipe.allocation != "uniform" and not is_measured_alone(allocation)
         without = {
             **{f"the {source.name} of this method": True for source in before.values()},
-            f"the allocation {recipe.allocation}": (
-                recipe.allocation not in ("uniform", "divergence")
-            ),
+            f"the allocation {recipe.allocation}": allocates,
             "distillation": recipe.distillation.epochs,
             "--generated-windows": recipe.calibration.generated_windows,
         }

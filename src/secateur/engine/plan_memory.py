@@ -49,7 +49,7 @@ from secateur.runs.environment import resident_bytes
 from secateur.runs.output import write_json
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.allocation.search import LevelSearch
+from secateur.sparsity.allocation.search import is_measured_alone
 from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
@@ -489,7 +489,7 @@ def _plan_survey(
         # logits, their gradient, and one copy.
         tokens = min(WINDOW_TOKENS, windows.shape[1])
         held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-        if not isinstance(allocation, LevelSearch):  # inputs of all layers, gradients of two
+        if is_measured_alone(allocation):  # inputs of all layers, gradients of two
             tokens = min(allocation.judged_tokens, windows.numel())
             disk += (len(target.layers) + 3) * tokens * of_token
     linears = sum(len(group) for layout in found for group in layout.groups)

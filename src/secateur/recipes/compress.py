@@ -18,7 +18,7 @@ from secateur.recipes.options import (
     Texts,
     text_alone,
 )
-from secateur.recipes.prune import Embeddings, Values
+from secateur.recipes.prune import Effort, Embeddings, Values
 from secateur.recipes.shared import (
     TEXT,
     CalibrationText,
@@ -188,7 +188,7 @@ class HowToSearch(Section):
 
     group = HOW
 
-    effort: Literal["fast", "balanced", "thorough", "best"] = "balanced"
+    effort: Effort = "balanced"
     """The preset that makes the pruned levels."""
     structure: bool = True
     """Also try models with fewer layers or FFN neurons, where zeros and rounding lose much."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +53,7 @@ from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
-from secateur.sparsity.allocation.search import LevelSearch
+from secateur.sparsity.allocation.search import LevelSearch, is_measured_alone
 from secateur.sparsity.exact_count import pruned_count
 from secateur.sparsity.methods import Method
 from secateur.sparsity.scores import scores
@@ -61,6 +61,7 @@ from secateur.sparsity.solvers import solvers
 from secateur.types import STORED
 
 _ROWS = 64  # tokens whose probabilities are in memory at once
+_ALONE = "alone"  # the folder of `PrunedAlone`
 
 Linears = Mapping[str, Linear]
 """The linears of a decoder layer, by their names in it."""
@@ -257,12 +258,12 @@ class LayerView:
 
 def _quick(method: Method) -> Method:
     """SparseGPT with a method's pattern, if the method's own solver also reads the gram."""
-    if "gram" not in method.solver.requires or method.solver_name == "obs":
-        return method
-    if method.pattern.whole_units:  # it chooses single weights
+    is_quick = method.solver_name == "obs" or "gram" not in method.solver.requires
+    if is_quick or method.pattern.whole_units:  # SparseGPT chooses single weights
         return method
     return replace(
         method,
+        name="sparsegpt",
         score_name="obs",
         score=scores["obs"](),
         solver_name="obs",
@@ -394,7 +395,7 @@ class PrunedAlone:
     ) -> None:
         assert survey.calibration is not None
         self.survey, self.allocation, self.grains = survey, allocation, grains
-        self.target, self.folder = survey.target, survey.work / "alone"
+        self.target, self.folder = survey.target, survey.work / _ALONE
         self.folder.mkdir(exist_ok=True)
         windows, multimodal = survey.calibration.windows, survey.calibration.multimodal
         if multimodal is None:
@@ -414,16 +415,15 @@ class PrunedAlone:
     def measure(self) -> dict[str, Tensor]:
         """D_i / n_i of each competing linear. The experts of a layer count as one linear."""
         walk, files = self.walk, [self.file(n) for n in range(self.walk.count)]
-        windows = len(walk.windows)
-        self.survey.progress.start("allocation: divergence", windows * (2 * walk.count + 1))
+        steps = len(walk.windows) * (2 * walk.count + 1)
+        self.survey.progress.start("allocation: divergence", steps)
         if not files[-1].exists() and not walk.gradients.has(walk.count):
             walk.forward(self.opened_dense)
             walk.losses(self.loss)
         walk.backward(self.opened, lambda number: files[number].exists(), lowest=-1)
         self.survey.progress.finish()
-        found: dict[str, float] = {}
-        for file in files:
-            found |= json.loads(file.read_text(encoding="utf-8"))
+        layers = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = {name: value for layer in layers for name, value in layer.items()}
         units: dict[str, list[str]] = {}
         for name in self.grains:
             units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
@@ -461,12 +461,11 @@ class PrunedAlone:
     @contextmanager
     def opened(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
         """A layer for the backward; in the end the divergences of its linears are in a file."""
-        architecture, tokens = self.target.architecture, self.outer.windows.numel()
+        tokens = self.outer.windows.numel()
         with self.target.layer(number) as layer, only_learning(layer, []):
-            linears = linears_of(layer, architecture.layer_name(number))
+            linears = linears_of(layer, self.target.architecture.layer_name(number))
             changes = self.changes(number, layer, linears)
-            changed = [linear for linear in linears.values() if linear.name in changes]
-            with _products(changed, changes) as sums:
+            with _products(linears.values(), changes) as sums:
                 yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
         found = {name: 0.5 * float(total) / tokens for name, total in sums.items()}
         write_json(self.file(number), found)
@@ -487,10 +486,10 @@ class PrunedAlone:
 
 @contextmanager
 def _products(
-    linears: Sequence[Linear], changes: Mapping[str, Tensor]
+    linears: Iterable[Linear], changes: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """A context in which every backward adds Σ_t (g_t · ΔW x_t)² of each linear, float64 []."""
-    sums = {linear.name: torch.zeros((), dtype=torch.float64) for linear in linears}
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in changes}
 
     def watching(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -507,7 +506,7 @@ def _products(
 
         return after
 
-    hooks = [x.module.register_forward_hook(watching(x.name)) for x in linears]
+    hooks = [x.module.register_forward_hook(watching(x.name)) for x in linears if x.name in sums]
     try:
         yield sums
     finally:
@@ -531,7 +530,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
         return survey.tasks
     settled, ranks = settled_allocation(survey.work), survey.settings.ranks
     if not ranks.once(settled.exists):
-        alone = allocation.judged_tokens and not isinstance(allocation, LevelSearch)
+        alone = is_measured_alone(allocation)
         files = [] if alone else survey.execute(allocation, grains)
 
         def settle_all() -> None:
@@ -553,7 +552,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
             write_json(settled, {"sparsity_of": sparsity_of, **found})
             for file in files:
                 file.unlink()
-            shutil.rmtree(survey.work / "alone", ignore_errors=True)
+            shutil.rmtree(survey.work / _ALONE, ignore_errors=True)
 
         ranks.once(settle_all)
     found = ranks.once(lambda: json.loads(settled.read_text(encoding="utf-8")))

@@ -81,6 +81,11 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
     return found
 
 
+def is_measured_alone(allocation: Allocation) -> bool:
+    """Whether an allocation is given the divergence that pruning each linear alone makes."""
+    return allocation.judged_tokens > 0 and not isinstance(allocation, LevelSearch)
+
+
 @runtime_checkable
 class LevelSearch(Allocation, Protocol):
     """The contract of an allocation that searches: it judges candidates on `judged_tokens`.
