@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ from secateur.runs.folder import Ledger
 from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.methods import methods as named
+
+if TYPE_CHECKING:
+    from secateur.engine.search.allocation import Survey
 
 
 @dataclass(frozen=True)
@@ -330,10 +333,9 @@ class Job:
 
             gather_gradients(stream.outer, before, settings.work, progress, settings.ranks)
         if self.allocation.reach > 0:
-            from secateur.engine.search.allocation import Survey, allocate
+            from secateur.engine.search.allocation import allocate
 
-            survey = Survey(self.target, tasks, stream, settings, progress)
-            tasks = allocate(survey, self.allocation, self.sparsity)
+            tasks = allocate(self.survey(progress), self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
         forwards = forwards or settings.value_basis == "learned"
         if stream is None or not forwards or done == len(self.target.layers):
@@ -352,6 +354,12 @@ class Job:
             pruning = kind(self.target, tasks, settings, ledger, progress, opened)
         pruning.execute(done)
         return pruning.tasks
+
+    def survey(self, progress: Progress) -> Survey:
+        """What passes through the whole dense model, for an allocation."""
+        from secateur.engine.search.allocation import Survey
+
+        return Survey(self.target, self.tasks, self._stream(), self.settings, progress)
 
     def _stream(self) -> CalibrationStream | None:
         """The calibration stream."""

@@ -17,10 +17,10 @@ from secateur.engine import prepared
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.search.allocation import (
     LevelVariants,
-    PrunedAlone,
     Survey,
     allocate,
     grains_of,
+    pruned_alone,
     search_levels,
 )
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
@@ -279,7 +279,7 @@ def check_alone(model, work: Path) -> None:
     windows, part = tiny_windows(), ByDivergence(judged_tokens=120)
     survey = survey_of(model, work, sparsity=0.8, scope="layer")
     grains, inputs = grains_of(survey.tasks, part), inputs_of(model, windows)
-    found = PrunedAlone(survey, part, grains).measure()
+    found = pruned_alone(survey, part, grains)
     modules = matrices(model)
     assert found.keys() == modules.keys()
     changes = {}
@@ -330,7 +330,7 @@ def test_the_second_order_is_the_divergence_where_tokens_do_not_mix(tmp_path: Pa
     tasks = tasks_of(target, Selection(), method, 0.3, stream.layouts)
     settings = Settings(micro_batch_tokens=400, work=tmp_path)
     survey = Survey(target, tasks, stream, settings, Silent())
-    found = PrunedAlone(survey, part, grains_of(tasks, part)).measure()
+    found = pruned_alone(survey, part, grains_of(tasks, part))
     inputs = inputs_of(model, many)
     last = f"layers.{len(target.layers) - 1}."
     behind = [name for name in found if last in name and ("mlp" in name or "o_proj" in name)]
@@ -389,7 +389,7 @@ def test_a_killed_survey_goes_on_where_it_stopped(
     def measured(name: str, progress) -> dict:
         (tmp_path / name).mkdir(exist_ok=True)
         survey = replace(survey_of(tiny_model("llama"), tmp_path / name), progress=progress)
-        return PrunedAlone(survey, part, grains_of(survey.tasks, part)).measure()
+        return pruned_alone(survey, part, grains_of(survey.tasks, part))
 
     whole = measured("a", Silent())
     with pytest.raises(KeyboardInterrupt):

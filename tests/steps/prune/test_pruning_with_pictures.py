@@ -15,7 +15,7 @@ from torch import Tensor
 import secateur
 from page_blocks import ROOT, blocks
 from secateur.engine.prune.run import CalibratedLayerPass
-from secateur.engine.search.allocation import PrunedAlone
+from secateur.engine.search.allocation import ChangedAlone
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from tiny import tiny_tokenizer
@@ -100,14 +100,14 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
 def test_the_divergence_of_a_linear_is_that_with_pictures(
     source: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, Tensor] = {}
-    measure = PrunedAlone.measure
+    found: dict[str, dict[str, float]] = {}
+    measure = ChangedAlone.divergences
 
-    def recorded(self: PrunedAlone) -> dict[str, Tensor]:
-        found.update(measure(self))
+    def recorded(self: ChangedAlone, label: str) -> dict[str, dict[str, float]]:
+        found.update(measure(self, label))
         return found
 
-    monkeypatch.setattr(PrunedAlone, "measure", recorded)
+    monkeypatch.setattr(ChangedAlone, "divergences", recorded)
     secateur.prune(
         source, output=tmp_path / "out", calibration=file, method="wanda", sparsity=0.5,
         allocation="divergence",
@@ -131,10 +131,9 @@ def test_the_divergence_of_a_linear_is_that_with_pictures(
         (-log_p.gather(1, labels).sum()).backward()
         each = (heard["output"].grad * heard["change"]).sum(-1)
         total += float(each.double().square().sum())
-    expected = 0.5 * total / (4 * 14) / linear.weight.numel()
-    assert float(next(x for n, x in found.items() if n.endswith("0.mlp.up_proj"))) == pytest.approx(
-        expected, rel=1e-3
-    )
+    expected = 0.5 * total / (4 * 14)
+    measured = next(ways for name, ways in found.items() if name.endswith("0.mlp.up_proj"))
+    assert measured == {"1": pytest.approx(expected, rel=1e-3)}
 
 
 def test_a_stopped_run_has_its_pictures_again(

@@ -61,7 +61,7 @@ from secateur.sparsity.solvers import solvers
 from secateur.types import STORED
 
 _ROWS = 64  # tokens whose probabilities are in memory at once
-_ALONE = "alone"  # the folder of `PrunedAlone`
+_ALONE = "alone"  # the folder of `ChangedAlone`
 
 Linears = Mapping[str, Linear]
 """The linears of a decoder layer, by their names in it."""
@@ -246,7 +246,11 @@ class LayerView:
         sparsity = _plain(task, sparsity)
         if sparsity == 0:
             return weight
-        method = _quick(task.method) if quick else task.method
+        return self.solved(name, _quick(task.method) if quick else task.method, sparsity)
+
+    def solved(self, name: str, method: Method, sparsity: float) -> Tensor:
+        """The weight after pruning or rounding by a method, in the dtype of the model."""
+        weight = self.linears[name].weight
         key = self.group.get(name, 0), method.solver
         if self.prepared is None or self.prepared[0] != key:
             # Linears that share an input are consecutive, so only one factor is in memory.
@@ -369,15 +373,19 @@ class LevelVariants(WeightVariants):
         return weight.t() if linear.transposed else weight
 
 
-class PrunedAlone:
-    """The divergence that pruning each linear alone makes, to second order.
+Ways = Mapping[str, Mapping[str, Tensor]]
+"""Ŵ − W of linears, by their full names and by the ways in which they are changed."""
+
+
+class ChangedAlone:
+    """The divergence that changing each linear alone makes, to second order.
 
         D_i = ½ mean_t (g_it · (Ŵ_i − W_i) x_it)²
         g_it = ∂/∂(W_i x_it) of Σ_s −log p(y_s)         y_s drawn from the dense model's p
 
-    One forward and one backward of the dense model measure all linears, with one decoder layer in
-    memory. Before the backward of a layer the allocation prunes its linears, on the inputs of the
-    same windows. A killed run continues with the layer in which it stopped.
+    One forward and one backward of the dense model measure all linears in all ways, with one
+    decoder layer in memory. Before the backward of a layer its linears are changed, on the inputs
+    of the same windows. A killed run continues with the layer in which it stopped.
 
     Derivation: the second-order term of KL(p ‖ p') is ½ δzᵀ F δz with the Fisher matrix
     F = E_y[∇ log p(y) ∇ log p(y)ᵀ], so a drawn y gives an unbiased ½ (Σ_t g_it · δ_it)². The sum of
@@ -386,22 +394,29 @@ class PrunedAlone:
 
     Args:
         survey: gives the model, the calibration tokens, and the folder for the work.
-        allocation: prunes a linear (`name/1` of `observe`).
+        tokens: calibration tokens to measure on.
+        names: the statistics of the inputs that `ways` reads.
         grains: grains of the competing linears.
+        ways: a layer → Ŵ − W of its linears in each way. Experts that saw no token are left out.
     """
 
     def __init__(
-        self, survey: Survey, allocation: Allocation, grains: Mapping[str, Granularity]
+        self,
+        survey: Survey,
+        tokens: int,
+        names: Mapping[str, ForwardSource],
+        grains: Mapping[str, Granularity],
+        ways: Callable[[LayerView], Ways],
     ) -> None:
         assert survey.calibration is not None
-        self.survey, self.allocation, self.grains = survey, allocation, grains
+        self.survey, self.names, self.grains, self.ways = survey, names, grains, ways
         self.target, self.folder = survey.target, survey.work / _ALONE
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         windows, multimodal = survey.calibration.windows, survey.calibration.multimodal
         if multimodal is None:
-            windows = cut_windows(windows, allocation.judged_tokens)
+            windows = cut_windows(windows, tokens)
         else:  # whole windows, with what else they have
-            windows = windows[: max(1, allocation.judged_tokens // windows.shape[1])]
+            windows = windows[: max(1, tokens // windows.shape[1])]
         self.outer = EmbeddingAndHead(survey.target, windows, self.folder, None, multimodal)
         self.layouts = layouts(survey.target, windows.shape[1])
         self.walk = LayerwisePass(
@@ -412,28 +427,18 @@ class PrunedAlone:
             partial(fast_matmuls, survey.target.device),
         )
 
-    def measure(self) -> dict[str, Tensor]:
-        """D_i / n_i of each competing linear. The experts of a layer count as one linear."""
+    def divergences(self, label: str) -> dict[str, dict[str, float]]:
+        """D_i of each competing linear in each way. Experts that saw no token are left out."""
         walk, files = self.walk, [self.file(n) for n in range(self.walk.count)]
         steps = len(walk.windows) * (2 * walk.count + 1)
-        self.survey.progress.start("allocation: divergence", steps)
+        self.survey.progress.start(label, steps)
         if not files[-1].exists() and not walk.gradients.has(walk.count):
             walk.forward(self.opened_dense)
             walk.losses(self.loss)
         walk.backward(self.opened, lambda number: files[number].exists(), lowest=-1)
         self.survey.progress.finish()
         layers = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        found = {name: value for layer in layers for name, value in layer.items()}
-        units: dict[str, list[str]] = {}
-        for name in self.grains:
-            units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
-        slopes: dict[str, Tensor] = {}
-        for unit in units.values():
-            reached = [name for name in unit if name in found]
-            weights = sum(self.grains[name].total for name in reached)
-            slope = sum(found[name] for name in reached) / max(weights, 1)
-            slopes |= dict.fromkeys(unit, torch.tensor(slope, dtype=torch.float64))
-        return slopes
+        return {name: found for layer in layers for name, found in layer.items()}
 
     def file(self, number: int) -> Path:
         """The file with the divergences of a layer."""
@@ -467,40 +472,44 @@ class PrunedAlone:
             changes = self.changes(number, layer, linears)
             with _products(linears.values(), changes) as sums:
                 yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
-        found = {name: 0.5 * float(total) / tokens for name, total in sums.items()}
+        found = {
+            name: {way: 0.5 * float(total) / tokens for way, total in ways.items()}
+            for name, ways in sums.items()
+        }
         write_json(self.file(number), found)
 
     @torch.no_grad()
-    def changes(self, number: int, layer: nn.Module, linears: Linears) -> dict[str, Tensor]:
+    def changes(self, number: int, layer: nn.Module, linears: Linears) -> Ways:
         """Ŵ − W of the competing linears of a layer; no experts that saw no token."""
-        survey, names = self.survey, self.survey.statistics_for(self.allocation)
-        passes = range(len(self.walk.windows) if names else 0)
+        survey = self.survey
+        passes = range(len(self.walk.windows) if self.names else 0)
         forwards = [partial(self.walk.outputs, number, layer, place) for place in passes]
-        shared = survey.gathered(self.layouts[number].groups, linears, names, forwards)
+        shared = survey.gathered(self.layouts[number].groups, linears, self.names, forwards)
         view = LayerView(survey, number, linears, shared, self.grains)
         for name in view.unreached:
             del view.weights[name]
-        kept = self.allocation.observe(view)
-        return {name: kept[f"{name}/1"] - weight for name, weight in view.weights.items()}
+        return self.ways(view)
 
 
 @contextmanager
-def _products(
-    linears: Iterable[Linear], changes: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
+def _products(linears: Iterable[Linear], changes: Ways) -> Iterator[dict[str, dict[str, Tensor]]]:
     """A context in which every backward adds Σ_t (g_t · ΔW x_t)² of each linear, float64 []."""
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in changes}
+    sums = {
+        name: {way: torch.zeros((), dtype=torch.float64) for way in ways}
+        for name, ways in changes.items()
+    }
 
     def watching(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 return
             with torch.no_grad():
-                change = args[0].to(changes[name].dtype) @ changes[name].t()
+                moved = {w: args[0].to(x.dtype) @ x.t() for w, x in changes[name].items()}
 
             def add(gradient: Tensor) -> None:
-                product = (gradient.float() * change.float()).sum(-1)
-                sums[name] += product.square().sum(dtype=torch.float64).cpu()
+                for way, change in moved.items():
+                    product = (gradient.float() * change.float()).sum(-1)
+                    sums[name][way] += product.square().sum(dtype=torch.float64).cpu()
 
             output.register_hook(add)
 
@@ -512,6 +521,36 @@ def _products(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def pooled(found: Mapping[str, float], grains: Mapping[str, Granularity]) -> dict[str, float]:
+    """D_i / n_i of each linear. The experts of a layer count as one linear."""
+    units: dict[str, list[str]] = {}
+    for name in grains:
+        units.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+    slopes: dict[str, float] = {}
+    for unit in units.values():
+        reached = [name for name in unit if name in found]
+        weights = sum(grains[name].total for name in reached)
+        slope = sum(found[name] for name in reached) / max(weights, 1)
+        slopes |= dict.fromkeys(unit, slope)
+    return slopes
+
+
+def pruned_alone(
+    survey: Survey, allocation: Allocation, grains: Mapping[str, Granularity]
+) -> dict[str, Tensor]:
+    """D_i / n_i of each competing linear, pruned by an allocation (`name/1` of `observe`)."""
+
+    def pruned(view: LayerView) -> Ways:
+        kept = allocation.observe(view)
+        return {name: {"1": kept[f"{name}/1"] - weight} for name, weight in view.weights.items()}
+
+    names = survey.statistics_for(allocation)
+    alone = ChangedAlone(survey, allocation.judged_tokens, names, grains, pruned)
+    found = alone.divergences("allocation: divergence")
+    slopes = pooled({name: ways["1"] for name, ways in found.items()}, grains)
+    return {n: torch.tensor(slope, dtype=torch.float64) for n, slope in slopes.items()}
 
 
 @full_float32()
@@ -543,7 +582,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
                     "uniform_divergence": levels.uniform_divergence,
                 }
             elif alone:
-                slopes = PrunedAlone(survey, allocation, grains).measure()
+                slopes = pruned_alone(survey, allocation, grains)
                 ideal = allocation.allocate(slopes.items, grains, sparsity)
             else:
                 ideal = allocation.allocate(partial(stored, files), grains, sparsity)

@@ -25,7 +25,7 @@ class ByDivergence:
 
         D_i ≈ mean over tokens of KL( softmax(dense logits) ‖ softmax(logits with linear i pruned) )
 
-    to second order (`engine.search.allocation.PrunedAlone`), and n_i weights in linear i,
+    to second order (`engine.search.allocation.ChangedAlone`), and n_i weights in linear i,
 
         s_i = c − ln(D_i / n_i) / growth        |s_i − s| ≤ reach
 
