@@ -1,161 +1,270 @@
-"""`secateur fit` on SmolLM2-135M at several sizes, against single techniques at the same sizes.
+"""`secateur fit` beside what people take instead: llama.cpp's files, auto-round, one level of ours.
 
-    python benchmarks/fit.py --calibration c4.jsonl --text wiki.txt --work DIR [--sizes 60 75]
+    python benchmarks/fit.py MODEL --calibration C4 --c4 HELD_OUT --wiki WIKI --work DIR
+        [--rivals llama.cpp auto-round secateur] [--fit LABEL=FOLDER ...] [--sizes 60 75]
 
-The levels are made once, with 43 windows of 512 tokens of the calibration text; 10 windows choose,
-10 judge (`c4`), and the first 16 windows of the text judge too (`wiki`). Size 0 has every level
-alone, and types of llama.cpp's quantizer, which are larger where rows are no multiple of 256
-weights, as here. For each other size the candidates are the finalists of `secateur fit`: what the
-survey chooses, what the search finds, the best mix of levels that are only rounded, each made as a
-real model; and the best single level. `winner` is the one with the least divergence on the windows
-that choose. Loss in nats above the dense model's; divergences on the windows that choose: predicted
-by the survey, of the levels put together (`mixed`), and of the model that was made. The source is a
-4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32. Every finished row is
-kept at once. Times are not compared.
+Every contender becomes float32 weights, and the same evaluation judges all: the loss of the next
+token, in nats above the dense model's, on 16 windows of 512 tokens of WikiText-2's validation part
+and of C4 that nobody calibrated on. All are calibrated with the same 64 windows of 512 tokens.
+
+* `llama.cpp TYPE`: its own quantizer, with an importance matrix of these windows. `types` has what
+  the matrices really are: a row that is no multiple of 256 weights long gets another type. Bytes
+  are those of the tensors; `file` is the whole file, with the vocabulary.
+* `auto-round BITS gGROUP`: `rival_rounding.py`, run by the Python given with `--auto-round`. Bytes
+  are bits, a float16 scale and, if not symmetric, a zero point for each group; everything else in
+  bfloat16. The same again with the embedding counted as int8, but judged unrounded: kinder than it
+  can be.
+* `secateur VALUES, embeddings VALUES`: `secateur compress` with calibration, one level for all.
+* `--fit LABEL=FOLDER`: what `secateur fit` made. With `--for-llama-cpp` also as a GGUF file.
+
+For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
+Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
+a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import shutil
+import subprocess
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
+import secateur
 from hardware import add, heading, markdown
-from secateur import export
+from llama_types import TYPES, LlamaCpp, types_of
 from secateur.calibration.run_windows import WindowReader
-from secateur.engine.stream.targets import CheckpointTarget
-from secateur.evaluation.perplexity import dense_losses
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
-from secateur.progress import Silent
-from secateur.recipes.compress import FitRecipe
-from secateur.recipes.reading import build_recipe
+from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
-from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.fit import best_of, build_candidates, survey_levels
-from secateur.steps.fitting.context import FitContext, TimeBudget
-from secateur.steps.fitting.costs import costs_of
 from stored import known_rows
 
+TABLE = "fit-rivals"
+PROTOCOL = {"judged": "16 windows of 512 tokens of each text; see benchmarks/fit.py"}
 MIB = 2**20
-K_TYPES = ("q8_0", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
-"""By llama.cpp's own quantizer, without an importance matrix."""
+
+ROUNDED = ((2, 32, True), (3, 64, True), (2, 32, False), (4, 64, True), (2, 64, True),
+           (3, 32, True), (4, 32, True))  # fmt: skip
+"""auto-round's bits and group, and whether its grids are symmetric, its default."""
+
+LEVELS = (("int2", "int4"), ("int3", "int4"), ("int4", "int4"), ("int3", "int8"), ("int4", "int8"),
+          ("int8", "int8"))  # fmt: skip
+"""Values and embeddings of `secateur compress`."""
 
 
-def recipe_of(args: argparse.Namespace) -> FitRecipe:
-    """The recipe that makes the levels."""
-    return build_recipe(
-        FitRecipe,
-        {
-            "model": "smollm2-135m", "max_size": "1GiB", "generations": args.generations,
-            "structure": args.structure,
-            "calibration": {"source": str(args.calibration), "windows": 64, "sequence_length": 512},
-        },
-    )  # fmt: skip
+@dataclass
+class Bench:
+    """One model, its texts, and the rows that it has.
 
+    Attributes:
+        name: of the model, in the table.
+        source: the folder of the dense model.
+        args: the command line.
+    """
 
-def rows(args: argparse.Namespace) -> None:
-    """Make the levels, then a row for each size."""
-    recipe, source = recipe_of(args), resolve("smollm2-135m")
-    model = PackableCheckpoint.open(source.folder)
-    costs = costs_of(recipe, model, Silent())
-    (rest,) = costs.rest
-    budget = TimeBudget(None, args.work / "pace.json", 0.0)
-    args.work.mkdir(parents=True, exist_ok=True)
-    context = FitContext.prepare(recipe, source, model, costs, budget, args.work, Silent())
-    measured, _ = survey_levels(context)
-    measured = replace(measured, frontier=())
-    options = CalibrationWindows(windows=16, sequence_length=512)
-    reader = WindowReader.of_folder(
-        source.folder, context.target.model.config, trust_remote_code=False
-    )
-    wiki, _ = reader.read(str(args.text), options)
-    texts = {"c4": context.judging.windows, "wiki": wiki}
-    dense = {name: loss_of(source.folder, windows) for name, windows in texts.items()}
+    name: str
+    source: Path
+    args: argparse.Namespace
 
-    def kept(size: float, label: str, folder: Path, cost: float, **values: float) -> None:
-        if known(size, label):
-            return
-        loss = {name: loss_of(folder, text) - dense[name] for name, text in texts.items()}
-        row = {"size": size, "contender": label, "mib": (rest + cost) / MIB, **values, **loss}
-        add("fit", {"judged": "see benchmarks/fit.py"}, row)
-        print(row, flush=True)
+    @property
+    def work(self) -> Path:
+        """Where this model's files are."""
+        return Path(self.args.work / self.name)
 
-    for point, level in zip(measured.singles, measured.search.levels, strict=True):
-        folder = level.reader.folder
-        kept(0, point.name, folder, point.cost[0], divergence=point.divergence)
-    for kind in args.llama_cpp:
-        if not known(0, f"llama.cpp {kind}"):
-            folder, size = by_llama_cpp(source.folder, kind, args.work)
-            kept(0, f"llama.cpp {kind}", folder, size - rest)
+    def windows(self, text: Path, count: int) -> Tensor:
+        """The same windows for all contenders."""
+        file = self.work / f"{text.name}-{count}.safetensors"
+        if not file.exists():
+            config = secateur.load(self.source, dtype=torch.float32, expand=True).config
+            reader = WindowReader(config, lambda: load_tokenizer(self.source))
+            options = CalibrationWindows(windows=count, sequence_length=512)
+            save_file({"input_ids": reader.read(str(text), options)[0]}, file)
+        return load_file(file)["input_ids"]
+
+    @cached_property
+    def judged(self) -> dict[str, Tensor]:
+        """The texts that judge."""
+        return {x: self.windows(getattr(self.args, x), 16) for x in ("wiki", "c4")}
+
+    def known(self, contender: str) -> dict[str, Any] | None:
+        """The row of a contender."""
+        rows = (r for r in known_rows(TABLE) if r["model"] == self.name)
+        return next((r for r in rows if r["contender"] == contender), None)
+
+    @cached_property
+    def dense(self) -> dict[str, Any]:
+        """The row of the dense model, in bfloat16."""
+        row = self.known("dense")
+        if row is None:
+            module = secateur.load(self.source, dtype=torch.float32, expand=True)
+            weights = sum(x.numel() for x in module.parameters())
+            losses = self.losses(module)
+            row = {"model": self.name, "contender": "dense", "bytes": 2 * weights,
+                   "weights": weights, **losses}  # fmt: skip
+            add(TABLE, PROTOCOL, row)
+            print(row, flush=True)
+        return row
+
+    @torch.no_grad()
+    def losses(self, module: Any) -> dict[str, float]:
+        """The mean loss of the next token in nats on each text."""
+        found = {}
+        for text, windows in self.judged.items():
+            losses = []
+            for rows in windows.split(2):
+                logits = module(input_ids=rows, use_cache=False).logits[:, :-1]
+                losses.append(functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+            found[text] = float(torch.stack(losses).mean())
+        return found
+
+    def keep(self, contender: str, folder: Path, size: int, **values: Any) -> None:
+        """Judge a folder, and keep its row."""
+        dense = self.dense
+        losses = self.losses(secateur.load(folder, dtype=torch.float32, expand=True))
+        excess = {text: loss - dense[text] for text, loss in losses.items()}
+        bits = 8 * size / dense["weights"]
+        row = {"model": self.name, "contender": contender, "bytes": size, "bits": bits, **excess}
+        add(TABLE, PROTOCOL, {**row, **values})
+        print({**row, **values}, flush=True)
+
+    def by_llama_cpp(self) -> None:
+        """A row for each type of llama.cpp."""
+        for kind in self.args.types:
+            if self.known(f"llama.cpp {kind}"):
+                continue
+            llama = LlamaCpp.prepare(self.source, self.calibration, self.work)
+            file, begun = self.work / f"{kind}.gguf", time.perf_counter()
+            if not file.exists():
+                llama.quantized(kind, file)
+            self.keep_gguf(f"llama.cpp {kind}", file, seconds=time.perf_counter() - begun)
+
+    def keep_gguf(self, contender: str, file: Path, **values: Any) -> None:
+        """The row of a GGUF file, read back."""
+        types, size = types_of(file)
+        folder = resolve(str(file), dtype="float32").folder
+        self.keep(contender, folder, size, file=file.stat().st_size, types=types, **values)
+        shutil.rmtree(folder)  # in the cache
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """The windows that calibrate."""
+        return self.windows(self.args.calibration, 64)
+
+    def by_auto_round(self) -> None:
+        """Two rows for each grid of auto-round: its own embedding, and one counted as int8."""
+        for bits, group, symmetric in ROUNDED:
+            label = f"auto-round {bits} bits g{group}{'' if symmetric else ' asymmetric'}"
+            folder = self.work / label.replace(" ", "-")
+            if self.known(label) or self.args.auto_round is None:
+                continue
+            assert len(self.calibration)
+            windows = self.work / f"{self.args.calibration.name}-64.safetensors"
+            words = [*shlex.split(self.args.auto_round), "benchmarks/rival_rounding.py"]
+            words += [self.source, windows, folder, "--bits", bits, "--group-size", group]
+            words += ["--samples", 64, "--recipe", self.args.recipe]
+            words += [] if symmetric else ["--asymmetric"]
+            subprocess.run([str(x) for x in words], check=True)
+            facts = json.loads((folder / "rival.json").read_text(encoding="utf-8"))
+            sizes = facts.pop("bytes"), facts.pop("bytes_int8_embedding")
+            self.keep(label, folder, sizes[0], **facts, kinder=sizes[1])
             shutil.rmtree(folder)
-    for size in args.sizes:
-        if known(size, "winner"):
-            continue
-        began = time.perf_counter()
-        within = costs.narrowed(size * MIB - rest)
-        candidates, cuts = build_candidates(measured, within)
-        best = best_of(candidates)
-        for one in [*candidates, replace(best, row=replace(best.row, name="winner"))]:
-            values = {n: getattr(one.row, n) for n in ("predicted", "mixed", "divergence")}
-            kept(size, one.row.name, one.folder, one.row.file_bytes - rest, **values)
-        print(cuts)
-        print(f"{size} MiB: {time.perf_counter() - began:.0f} s", flush=True)
+
+    def by_compress(self) -> None:
+        """A row for each single level of ours."""
+        for values, embeddings in self.args.levels:
+            label = f"secateur {values}, embeddings {embeddings}"
+            if self.known(label):
+                continue
+            folder, begun = self.work / f"{values}-{embeddings}", time.perf_counter()
+            secateur.compress(
+                self.source, values=values, embeddings=embeddings, output=folder, overwrite=True,
+                calibration=str(self.args.calibration), windows=64, sequence_length=512,
+            )  # fmt: skip
+            self.keep(label, folder, size_of(folder), seconds=time.perf_counter() - begun)
+            shutil.rmtree(folder)
+
+    def by_fit(self) -> None:
+        """A row for each folder that `secateur fit` made."""
+        for label, path in (x.split("=", 1) for x in self.args.fit):
+            if not self.known(f"fit {label}"):
+                self.keep(f"fit {label}", Path(path), size_of(Path(path)))
+            out = f"fit {label}, GGUF"
+            if self.args.for_llama_cpp and not self.known(out):
+                made = self.work / "fit-gguf"
+                secateur.export(path, to="gguf", type="stored", output=made, overwrite=True)
+                (file,) = made.glob("*.gguf")
+                self.keep_gguf(out, file)
+                shutil.rmtree(made)
 
 
-def loss_of(folder: Path, windows: Tensor) -> float:
-    """The mean loss of the next token, in nats."""
-    target = CheckpointTarget(CheckpointReader(folder), None, torch.device("cpu"))
-    losses = dense_losses(target, windows, 0, Silent())
-    return sum(losses) / len(losses)
+def size_of(folder: Path) -> int:
+    """The bytes of the weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def by_llama_cpp(source: Path, kind: str, work: Path) -> tuple[Path, int]:
-    """A model that llama.cpp's quantizer has rounded, as a folder of float32 weights; its bytes."""
-    made, folder = work / "gguf", work / f"llama.cpp-{kind}"
-    export(source, to="gguf", type=kind, output=made, overwrite=True)
-    (file,) = made.glob("*.gguf")
-    shutil.copytree(resolve(str(file), dtype="float32").folder, folder, dirs_exist_ok=True)
-    size = file.stat().st_size
-    shutil.rmtree(made)
-    return folder, size
-
-
-def known(size: float, label: str) -> bool:
-    """Whether a row is there."""
-    return any((r["size"], r["contender"]) == (size, label) for r in known_rows("fit"))
-
-
-def table() -> str:
-    """As it stands in the documentation."""
-    lines = [
-        [f"{r['size'] or '':}", r["contender"], f"{r['mib']:.1f}", f"{r['wiki']:.3f}",
-         f"{r['c4']:.3f}"]
-        for r in sorted(known_rows("fit"), key=lambda r: (r["size"], r["mib"]))
-    ]  # fmt: skip
-    return markdown(["at most, MiB", "", "MiB", "loss, WikiText-2", "loss, C4"], lines)
+def table(name: str, sizes: list[float]) -> str:
+    """For each size, each maker's best file that is not larger."""
+    makers = {"llama.cpp": "llama.cpp", "auto-round": "auto-round", "one level of ours": "secateur",
+              "fit": "fit"}  # fmt: skip
+    rows = [r for r in known_rows(TABLE) if r["model"] == name and r["contender"] != "dense"]
+    rows += [{**r, "bytes": r["kinder"], "contender": f"{r['contender']}, int8 embedding"}
+             for r in rows if "kinder" in r]  # fmt: skip
+    lines = []
+    for size in sizes:
+        for maker, start in makers.items():
+            fits = [r for r in rows if r["contender"].startswith(start) and r["bytes"] <= size]
+            if fits:
+                best = min(fits, key=lambda r: r["wiki"] + r["c4"])
+                lines.append([f"{size / MIB:.2f}", maker, best["contender"],
+                              f"{best['bytes'] / MIB:.2f}", f"{best['wiki']:.3f}",
+                              f"{best['c4']:.3f}"])  # fmt: skip
+    return markdown(["at most, MiB", "", "file", "MiB", "WikiText-2", "C4"], lines)
 
 
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", help="in the table")
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--c4", type=Path, required=True)
+    parser.add_argument("--wiki", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[60, 75, 90, 120, 150])
-    parser.add_argument("--llama-cpp", nargs="*", default=list(K_TYPES), help="types to add")
-    parser.add_argument("--generations", type=int, default=4)
-    parser.add_argument("--structure", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--sizes", type=float, nargs="*", help="MiB")
+    parser.add_argument("--bits", type=float, nargs="*", default=[2.2, 2.6, 3.2, 4.5, 8])
+    parser.add_argument("--rivals", nargs="*", default=["llama.cpp", "auto-round", "secateur"])
+    parser.add_argument("--types", nargs="*", default=[*TYPES], choices=[*TYPES])
+    parser.add_argument("--levels", nargs="*", type=lambda x: x.split("/"), default=[*LEVELS])
+    parser.add_argument("--auto-round", help="a Python that has it, with its words")
+    parser.add_argument("--recipe", default="default", choices=["default", "light"])
+    parser.add_argument("--fit", nargs="*", default=[], metavar="LABEL=FOLDER")
+    parser.add_argument("--for-llama-cpp", action="store_true")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     print(heading())
-    with torch.no_grad():
-        rows(args)
-    print(table())
+    bench = Bench(args.name or Path(args.model).name, resolve(args.model).folder, args)
+    bench.work.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Callable[[], None]] = {
+        "llama.cpp": bench.by_llama_cpp, "auto-round": bench.by_auto_round,
+        "secateur": bench.by_compress,
+    }  # fmt: skip
+    for rival in args.rivals:
+        made[rival]()
+    bench.by_fit()
+    weights = bench.dense["weights"]
+    sizes = [x * MIB for x in args.sizes or ()] or [weights * x / 8 for x in args.bits]
+    print(table(bench.name, sizes))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""auto-round on our windows: the rival of `low_bits.py`, run with the Python that has it installed.
+"""auto-round on our windows, a rival of `low_bits.py` and `fit.py`, run by a Python that has it.
 
-    RIVAL/bin/python benchmarks/rival_rounding.py MODEL WINDOWS OUTPUT [--iterations 20]
+    RIVAL/bin/python benchmarks/rival_rounding.py MODEL WINDOWS OUTPUT [--bits 4] [--recipe default]
 
-auto-round 0.16.1 (Cheng et al., SignRound, arXiv 2309.05516): 4 bits, symmetric, groups of 64, on
-the token windows of a safetensors file (`input_ids` [n, length]), so both see the same text. OUTPUT
-becomes a dense checkpoint with the rounded weights, which `low_bits.py --rounded OUTPUT` judges.
+auto-round 0.16.1 (Cheng et al., SignRound, arXiv 2309.05516) on the token windows of a safetensors
+file (`input_ids` [n, length]), so all see the same text. Its recipes are those of its command line:
+`default` is 200 iterations, `light` is 50 with a rate of 5e-3, `short` 20, which is ours. Batches
+of 8 windows. OUTPUT becomes a dense checkpoint with the rounded weights, and `rival.json` has the
+seconds and the bytes that its own format needs: codes, a float16 scale for each group, and a zero
+point unless the grids are symmetric; everything else in bfloat16, or the embedding in int8.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -18,6 +22,23 @@ from auto_round import AutoRound
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+RECIPES = {"default": (200, None), "light": (50, 5e-3), "short": (20, None)}
+"""Iterations and learning rate."""
+
+
+def sizes_of(model: torch.nn.Module, bits: int, group: int, symmetric: bool) -> dict[str, int]:
+    """The bytes of the rounded model, with the embedding in bfloat16 and in int8."""
+    rounded = [
+        x for n, x in model.named_modules() if isinstance(x, torch.nn.Linear) and "layers" in n
+    ]
+    codes = sum(x.weight.numel() * bits for x in rounded)
+    groups = sum(x.weight.shape[0] * -(-x.weight.shape[1] // group) for x in rounded)
+    rest = sum(x.numel() for x in model.parameters()) - sum(x.weight.numel() for x in rounded)
+    size = (codes + groups * (16 + (0 if symmetric else bits))) // 8 + 2 * rest
+    ends = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.lm_head)}
+    saved = sum(x.numel() - 2 * x.shape[0] for x in ends.values())
+    return {"bytes": size, "bytes_int8_embedding": size - saved}
+
 
 def main() -> None:
     """Round and write."""
@@ -25,20 +46,24 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("windows", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--recipe", default="short", choices=[*RECIPES])
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
     windows = load_file(args.windows)["input_ids"][: args.samples].long()
-    began = time.perf_counter()
+    began, (iterations, rate) = time.perf_counter(), RECIPES[args.recipe]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rival = AutoRound(
         model,
         tokenizer,
-        bits=4,
-        group_size=64,
-        sym=True,
-        iters=args.iterations,
+        bits=args.bits,
+        group_size=args.group_size,
+        sym=not args.asymmetric,
+        iters=iterations,
+        lr=rate,
         nsamples=len(windows),
         seqlen=windows.shape[1],
         batch_size=8,
@@ -48,11 +73,14 @@ def main() -> None:
         device_map="cpu",
     )
     rounded, _ = rival.quantize()  # its own writer puts the source's float32 weights back
-    weight = rounded.model.layers[0].mlp.up_proj.weight[:8, :64].float()
-    assert max(len(row.unique()) for row in weight) <= 16, "the weights are not rounded"
+    weight = rounded.model.layers[0].mlp.up_proj.weight[:8, : args.group_size].float()
+    assert max(len(row.unique()) for row in weight) <= 2**args.bits, "the weights are not rounded"
     rounded.float().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    print(f"{time.perf_counter() - began:.0f} s")
+    sizes = sizes_of(rounded, args.bits, args.group_size, not args.asymmetric)
+    facts = {"recipe": args.recipe, "seconds": time.perf_counter() - began, **sizes}
+    (args.output / "rival.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    print(facts)
 
 
 if __name__ == "__main__":

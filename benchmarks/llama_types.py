@@ -1,0 +1,124 @@
+"""Files of llama.cpp's own quantizer with an importance matrix, as people make and download them.
+
+The importance matrix is what `llama-imatrix` collects: for each linear, the mean square of every
+input over all tokens of the calibration. A row that is no multiple of 256 weights long gets another
+type from llama.cpp; `types_of` counts what a file really has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur import export, load
+from secateur.exporting.gguf.quantizer import load_quantizer
+
+F = gguf.LlamaFileType
+
+TYPES = MappingProxyType(
+    {
+        "IQ2_XXS": F.MOSTLY_IQ2_XXS, "IQ2_XS": F.MOSTLY_IQ2_XS, "IQ2_S": F.MOSTLY_IQ2_S,
+        "IQ2_M": F.MOSTLY_IQ2_M, "Q2_K": F.MOSTLY_Q2_K, "IQ3_XXS": F.MOSTLY_IQ3_XXS,
+        "IQ3_S": F.MOSTLY_IQ3_S, "Q3_K_S": F.MOSTLY_Q3_K_S, "Q3_K_M": F.MOSTLY_Q3_K_M,
+        "IQ4_XS": F.MOSTLY_IQ4_XS, "IQ4_NL": F.MOSTLY_IQ4_NL, "Q4_0": F.MOSTLY_Q4_0,
+        "Q4_K_S": F.MOSTLY_Q4_K_S, "Q4_K_M": F.MOSTLY_Q4_K_M, "Q5_K_M": F.MOSTLY_Q5_K_M,
+        "Q6_K": F.MOSTLY_Q6_K, "Q8_0": F.MOSTLY_Q8_0,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp's quantizer for one model.
+
+    Attributes:
+        exact: the model as a float32 GGUF file.
+        importance: the mean squares of the inputs, by the tensor's name in the file.
+    """
+
+    exact: Path
+    importance: dict[str, Tensor]
+
+    @classmethod
+    def prepare(cls, model: Path, windows: Tensor, work: Path) -> LlamaCpp:
+        """Write the exact file and collect the importance matrix, unless they are there."""
+        folder, stored = work / "exact", work / "importance.safetensors"
+        if not folder.exists():
+            export(model, to="gguf", type="f32", output=folder, overwrite=True)
+        (exact,) = folder.glob("*.gguf")
+        if not stored.exists():
+            save_file(_gguf_names(mean_squares(model, windows), exact), stored)
+        return cls(exact, load_file(stored))
+
+    def quantized(self, kind: str, file: Path) -> None:
+        """Make a file of a type in `TYPES`."""
+        quantizer = load_quantizer()
+        ffi, library = quantizer.ffi, quantizer.library
+        options = library.llama_model_quantize_default_params()
+        options.nthread, options.ftype = 1, int(TYPES[kind])
+        table = ffi.new("struct llama_model_imatrix_data[]", len(self.importance) + 1)
+        alive = []  # what the table points to
+        for row, (name, values) in zip(table, self.importance.items(), strict=False):
+            array = np.ascontiguousarray(values.numpy(), dtype=np.float32)
+            alive += [text := ffi.new("char[]", name.encode()), array]
+            row.name, row.size = text, array.size
+            row.data = ffi.cast("const float *", array.ctypes.data)
+        options.imatrix = table
+        partial = file.with_suffix(".partial")
+        paths = str(self.exact).encode(), str(partial).encode()
+        with quantizer.silence():
+            wanted = ffi.new("llama_model_quantize_params *", options)
+            status = library.llama_model_quantize(*paths, wanted)
+        if status != 0:
+            raise RuntimeError(f"llama.cpp could not make {kind}: status {status}")
+        partial.rename(file)
+
+
+@torch.no_grad()
+def mean_squares(model: Path, windows: Tensor) -> dict[str, Tensor]:
+    """The mean square of each input of each linear, by the linear's name."""
+    module = load(model, dtype=torch.float32, expand=True)
+    sums: dict[str, Tensor] = {}
+
+    def collect(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].double().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    for name, linear in module.named_modules():
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            linear.register_forward_pre_hook(collect(name))
+    for rows in windows.split(4):
+        module(input_ids=rows, use_cache=False)
+    return {name: (x / windows.numel()).float() for name, x in sums.items()}
+
+
+def _gguf_names(found: dict[str, Tensor], exact: Path) -> dict[str, Tensor]:
+    reader = gguf.GGUFReader(exact)
+    kind = reader.fields["general.architecture"].contents()
+    layers = reader.fields[f"{kind}.block_count"].contents()
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(arch, layers)
+    known = {tensor.name for tensor in reader.tensors}
+    renamed = {str(names.get_name(f"{key}.weight", (".weight",))): x for key, x in found.items()}
+    if not renamed.keys() <= known:
+        raise RuntimeError(f"{exact} has no {sorted(renamed.keys() - known)}")
+    return renamed
+
+
+def types_of(file: Path) -> tuple[dict[str, int], int]:
+    """How many matrices of a file have each type, and the bytes of all its tensors."""
+    tensors = gguf.GGUFReader(file).tensors
+    kinds = Counter(x.tensor_type.name for x in tensors if len(x.shape) > 1)
+    return dict(kinds), sum(int(x.n_bytes) for x in tensors)
