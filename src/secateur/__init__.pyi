@@ -218,6 +218,13 @@ def compress(
     sequence_length: int | None = None,
     seed: int | None = None,
     packing: Literal["concatenate", "random-crop"] | None = None,
+    distill_epochs: int | None = None,
+    distill_tokens: int | None = None,
+    distill_teacher: str | Path | None = None,
+    distill_learning_rate: float | None = None,
+    distill_next_token: float | None = None,
+    distill_hidden: float | None = None,
+    distill_sweep_windows: int | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
     max_memory: int | str | None = None,
@@ -262,6 +269,24 @@ def compress(
         seed: Seed that chooses the windows. [0]
         packing: concatenate joins all documents and cuts them into windows. random-crop takes each
             window from a random place of a random document, as the papers do. [concatenate]
+        distill_epochs: Train the new model to match the dense model, in this many epochs over the
+            calibration windows. 0: no distillation. [0]
+        distill_tokens: An epoch of the distillation reads at least this many tokens: the
+            calibration windows, then more windows of the same text. 0: the calibration windows
+            alone. [0]
+        distill_teacher: Model to learn from, such as the one that was pruned: hub id, folder or
+            named sample. It may have more or wider layers, and has the same vocabulary. [the
+            source]
+        distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
+            hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
+            [chosen by short trials]
+        distill_next_token: Share of the next-token loss, 0 to 1; the rest is the divergence from
+            the dense model. [0]
+        distill_hidden: Weight of the distance between the outputs of the last decoder layer in both
+            models; 0: none. [0]
+        distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
+            windows: all layers forward, then all layers backward. 0: both whole models in memory.
+            [0 if both models fit, else 16]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
@@ -564,6 +589,7 @@ def prune(
     tune_remask: bool | None = None,
     distill_epochs: int | None = None,
     distill_tokens: int | None = None,
+    distill_teacher: str | Path | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
     distill_hidden: float | None = None,
@@ -643,6 +669,9 @@ def prune(
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [the preset's]
+        distill_teacher: Model to learn from, such as the one that was pruned: hub id, folder or
+            named sample. It may have more or wider layers, and has the same vocabulary. [the
+            source]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
             hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
             [chosen by short trials]
@@ -783,6 +812,7 @@ def structure(
     generated_windows: int | None = None,
     distill_epochs: int | None = None,
     distill_tokens: int | None = None,
+    distill_teacher: str | Path | None = None,
     distill_learning_rate: float | None = None,
     distill_next_token: float | None = None,
     distill_hidden: float | None = None,
@@ -863,6 +893,9 @@ def structure(
         distill_tokens: An epoch of the distillation reads at least this many tokens: the
             calibration windows, then more windows of the same text. 0: the calibration windows
             alone. [the preset's]
+        distill_teacher: Model to learn from, such as the one that was pruned: hub id, folder or
+            named sample. It may have more or wider layers, and has the same vocabulary. [the
+            source]
         distill_learning_rate: Highest learning rate of the distillation. The default is 0.25 /
             hidden size · √(tokens in a window / 2048), or less if that is better in short trials.
             [chosen by short trials]

@@ -191,7 +191,7 @@ def test_a_distillation_counts_a_tied_head_once(tmp_path: Path) -> None:
     for tied in (True, False):
         folder = tiny_llama(tmp_path / str(tied), tie_word_embeddings=tied)
         target = CheckpointTarget(CheckpointReader(folder), None, CPU)
-        planned.append(distilling_bytes(target, tiny_windows(1, 20)))
+        planned.append(distilling_bytes(target, target, tiny_windows(1, 20)))
     head = 4 * target.model.lm_head.weight.numel()
     assert planned[1] - planned[0] == 2 * head  # of the teacher and of the student
 

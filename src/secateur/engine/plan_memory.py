@@ -175,6 +175,7 @@ def plan_run(
     unwritten: int = 0,
     sweep_windows: int = 0,
     extra_tokens: int = 0,
+    teacher: Target | None = None,
 ) -> PrunePlan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -190,6 +191,7 @@ def plan_run(
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
         extra_tokens: number of tokens that only the distillation reads.
+        teacher: the model to learn from; None for the source.
     """
     refuse_unknown(target)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
@@ -200,7 +202,14 @@ def plan_run(
         stored, forwards = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
     distillation = _plan_distillation(
-        target, tasks, windows, epochs, sweep_windows, tokens + extra_tokens, of_token
+        target,
+        teacher or target,
+        tasks,
+        windows,
+        epochs,
+        sweep_windows,
+        tokens + extra_tokens,
+        of_token,
     )
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
@@ -208,7 +217,9 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    loads_all = (epochs and not sweep_windows) or _writes_whole(target, length, unwritten)
+    whole = [target] if _writes_whole(target, length, unwritten) else []
+    if epochs and not sweep_windows:
+        whole += [target, teacher or target]
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
     disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
@@ -221,7 +232,7 @@ def plan_run(
         "basis": _basis_bytes(target, tasks, settings),
         "writing": writing_bytes(target, windows, unwritten),
         "distilling": distillation.memory_bytes,
-        "loading": _model_bytes(target) if loads_all else 0,
+        "loading": max(map(_model_bytes, whole), default=0),
     }
     on_gpu = target.device.type == "cuda"
     return PrunePlan(
@@ -294,6 +305,7 @@ def choose_sweeps(
     tasks: Tasks,
     max_memory: int | None,
     sharing: int = 1,
+    teacher: Target | None = None,
 ) -> int:
     """Return the number of windows in a sweep; 0 for both whole models, where they fit.
 
@@ -301,18 +313,19 @@ def choose_sweeps(
 
     Args:
         options: of the distillation.
-        dense: the model to learn from.
+        dense: the model that learns, or the one that it was cut from.
         windows: the windows that it reads.
         tasks: the tasks of the linears in a pruned model; empty for a cut one.
         max_memory: bytes; see `memory_budget`.
         sharing: number of processes that share the host.
+        teacher: the model to learn from; None for `dense`.
     """
     if options.sweep_windows is not None or not options.epochs:
         return options.sweep_windows or 0
     sizes = Counter(
         process=resident_bytes(),
-        distilling=distilling_bytes(dense, windows[:1]) + _on_grid_bytes(tasks),
-        loading=_model_bytes(dense),
+        distilling=distilling_bytes(dense, teacher or dense, windows[:1]) + _on_grid_bytes(tasks),
+        loading=max(map(_model_bytes, (dense, teacher or dense))),
     )
     on_gpu = dense.device.type == "cuda"
     plan = Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
@@ -339,6 +352,7 @@ class _PartNeeds(NamedTuple):
 
 def _plan_distillation(
     target: Target,
+    teacher: Target,
     tasks: Tasks,
     windows: Tensor | None,
     epochs: int,
@@ -356,15 +370,16 @@ def _plan_distillation(
         of_models, on_grid = distilling_bytes, _on_grid_bytes(tasks)
         if sweep_windows:
             of_models, on_grid = _sweep_bytes, on_grid // layers
-        memory = of_models(target, windows[:1]) + on_grid
+        memory = of_models(target, teacher, windows[:1]) + on_grid
+    taught = working_weights(teacher) / working_weights(target)  # a forward, in the student's
     if not sweep_windows:
-        return _PartNeeds(memory, disk, 4 * epochs * tokens)
+        return _PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
-    # The dense model passes once, and every layer runs again for its backward.
-    return _PartNeeds(memory, disk, (1 + 4 * epochs) * tokens)
+    # The teacher passes once, and every layer runs again for its backward.
+    return _PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
 
 
 def _solving_bytes(
@@ -564,7 +579,7 @@ def tuning_bytes(target: Target, windows: Tensor) -> int:
     return max(of(layer, call) for layer, call, _ in _layers_by_kind(target, calls))
 
 
-def distilling_bytes(target: Target, window: Tensor) -> int:
+def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     """Two whole models, one in float32 with gradients, moments and masks; one window's forward."""
     hidden, calls = calls_of(target, window)
     written_out = writes_out(target.device, window.shape[1])
@@ -572,19 +587,20 @@ def distilling_bytes(target: Target, window: Tensor) -> int:
         count * rehearse_training(layer, hidden, call, written_out=written_out)
         for layer, call, count in _layers_by_kind(target, calls)
     )
-    models = weights_of(target.model) * (4 + target.dtype.itemsize)
+    models = 4 * weights_of(target.model) + _model_bytes(teacher)
     learning = (3 * 4 + 1) * weights_of(target.layers)
     forward += HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
 
 
-def _sweep_bytes(target: Target, window: Tensor) -> int:
+def _sweep_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     """One decoder layer in float32 with gradients, moments and a mask, and one window's forward
-    through it; or everything outside the layers in float32 with one window's logits.
+    through it; or everything outside the layers in float32 with one window's logits. The teacher's
+    layers have no gradients, so only what is outside of them counts.
     """
     hidden, calls = calls_of(target, window)
     weights = max(map(weights_of, target.layers))
-    outside = weights_of(target.model) - weights_of(target.layers)
+    outside = max(weights_of(x.model) - weights_of(x.layers) for x in (target, teacher))
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
         rehearse_training(layer, hidden, call, written_out=written_out)
@@ -614,7 +630,7 @@ def logits_bytes(target: Target, window: Tensor) -> int:
 
 def _on_grid_bytes(tasks: Tasks) -> int:
     """The rounded copies of matrices that learn on a grid, which the backward reads."""
-    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded and x.method.solver.grid)
+    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded)
 
 
 def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:

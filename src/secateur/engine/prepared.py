@@ -33,15 +33,17 @@ from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import PatternError, RecipeError
+from secateur.models.architecture import hidden_size, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
-from secateur.models.sources import LocalCheckpoint
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import refuse_other_words
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.precision import full_float32
 from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.shared import Memory
+from secateur.recipes.shared import Distill, Memory
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import Ledger
 from secateur.sparsity.allocation import Allocation, allocations
@@ -69,6 +71,8 @@ class Prepared:
     """Methods that replace `method` for some linears, by glob."""
     costs: Mapping[str, int] = field(default_factory=dict)
     """The cost of one unit of a linear in an allocation's budget, by name."""
+    teacher: CheckpointTarget | None = None
+    """The model that the result learns from, if it is not the source."""
 
     @property
     def output_bytes(self) -> int:
@@ -214,7 +218,45 @@ def prepare(
         sparsity,
         windows,
         methods,
+        teacher=teacher_of(recipe.distillation, target, progress, recipe.trust_remote_code),
     )
+
+
+def teacher_of(
+    how: Distill, student: CheckpointTarget, progress: Progress, trust_remote_code: bool
+) -> CheckpointTarget | None:
+    """Open the teacher that the options of a distillation name; None if they name none.
+
+    Args:
+        how: the options.
+        student: the model that learns, or the one that it is made from.
+        progress: receives the download.
+        trust_remote_code: whether code from its folder may run.
+
+    Raises:
+        RecipeError: it has another vocabulary, or hidden states of another width are to be learnt.
+    """
+    if how.teacher is None or not how.epochs:
+        return None
+    trust = trust_remote_code
+    found = resolve(how.teacher, trust_remote_code=trust, progress=progress)
+    refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
+    reader = open_weights(found.folder)
+    teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
+    sizes = {"tokens": vocabulary_of}
+    if how.hidden:
+        sizes["channels"] = hidden_size
+    for what, size_of in sizes.items():
+        own, other = size_of(student.model), size_of(teacher.model)
+        if own != other:
+            raise RecipeError(
+                f"the student has {own} {what}, the teacher {other}",
+                where=f"--distill-teacher {how.teacher}",
+                remedy="name the model that it was made from"
+                if what == "tokens"
+                else "leave out --distill-hidden, which compares states of equal widths",
+            )
+    return teacher
 
 
 def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
@@ -266,6 +308,7 @@ def choose_plan(
             0 if prepared.windows is None else prepared.windows.ungenerated,
             sweep_windows,
             0 if prepared.windows is None else prepared.windows.extra.numel(),
+            prepared.teacher,
         )
 
     every = own = None if prepared.windows is None else prepared.windows.planned
@@ -277,7 +320,13 @@ def choose_plan(
     if sweep_windows is None and own is not None:
         distillation = prepared.recipe.distillation
         sweep_windows = choose_sweeps(
-            distillation, prepared.target, own, tasks, memory.max_bytes, ranks.here
+            distillation,
+            prepared.target,
+            own,
+            tasks,
+            memory.max_bytes,
+            ranks.here,
+            prepared.teacher,
         )
     sweeps = sweep_windows or 0
     plan, activations = fitting_plan(
@@ -418,13 +467,6 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
                 remedy="name a method, or compose one of --score and --solver without --method",
             )
     method = _composed(recipe, recipe.method_parameters)
-    solver, trains = method.solver, recipe.reconstruction.passes or recipe.distillation.epochs
-    if solver.rounds and not solver.grid and trains:
-        raise RecipeError(
-            "tuning and distillation would move int8 weights off their grid",
-            remedy="leave out --tune-passes and --distill-epochs, or round afterwards: "
-            "secateur compress DIR --values int8 --calibration TEXT",
-        )
     implied = method.pattern.sparsity
     sparsity = implied if recipe.sparsity is None else recipe.sparsity
     if sparsity is None:

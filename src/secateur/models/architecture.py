@@ -315,6 +315,13 @@ def hidden_size(model: Any) -> int:
     return width
 
 
+def vocabulary_of(model: Any) -> int:
+    """The number of logits of a model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else int(model.config.vocab_size)
+
+
 def refuse_foreign(model: nn.Module) -> None:
     """Refuse a module that no class of transformers has made."""
     if not hasattr(model, "config"):

@@ -54,6 +54,32 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
             ) from error
 
 
+def refuse_other_words(student: Path, teacher: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a teacher whose token ids mean other words than the student's.
+
+    Args:
+        student: folder of the model that learns.
+        teacher: folder of the model that it learns from.
+        trust_remote_code: whether code from both folders may run.
+
+    Raises:
+        RecipeError: the vocabularies differ.
+    """
+    own, other = (
+        load_tokenizer(folder, trust_remote_code=trust_remote_code).get_vocab()
+        for folder in (student, teacher)
+    )
+    if own != other:
+        differing = sum(own.get(token) != number for token, number in other.items())
+        raise RecipeError(
+            f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
+            f"tokens, {differing} of the teacher's have another number or none",
+            where=str(teacher),
+            remedy="a teacher needs the tokenizer of the student: name the model that it was "
+            "made from",
+        )
+
+
 def own_tokenizer(model: Any) -> Tokenizer:
     """The tokenizer of a loaded model, found by the name that its configuration holds."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")

@@ -93,6 +93,19 @@ def grid_rows(peak: Tensor) -> Tensor:
     return torch.where(peak > 0, peak.bfloat16().float().clamp_min(LARGEST * SMALLEST_SCALE), 1.0)
 
 
+def nearest_rows(weight: Weight) -> Weight:
+    """Round float32 weights [out, in] to int8 with the scale of `grid_rows`, and return weights.
+
+    Example:
+        >>> import torch
+        >>> from secateur.quantization.int8 import nearest_rows
+        >>> nearest_rows(torch.tensor([[127.0, -9.7, 0.2]]))
+        tensor([[127., -10.,   0.]])
+    """
+    scale = grid_rows(weight.abs().amax(dim=1))[:, None] / LARGEST
+    return (weight / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
+
+
 def dequantize_rows(quantized: Tensor, scale: Tensor) -> Tensor:
     """The weights that an int8 matrix represents, float32 [out, in].
 

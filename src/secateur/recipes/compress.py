@@ -20,10 +20,12 @@ from secateur.recipes.options import (
 )
 from secateur.recipes.prune import Effort, Embeddings, Values
 from secateur.recipes.shared import (
+    DISTILLING,
     TEXT,
     CalibrationText,
     CalibrationWindows,
     Device,
+    Distill,
     Memory,
     OutputFolder,
     Overwriting,
@@ -84,13 +86,17 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
     """One compression."""
 
     run = Resuming
-    needs = dict.fromkeys(
-        (
-            *("field", "windows", "sequence_length", "seed", "packing"),
-            *("max_memory", "activations", "micro_batch_tokens", "device"),
+    needs: ClassVar = {
+        **dict.fromkeys(
+            (
+                *("field", "windows", "sequence_length", "seed", "packing"),
+                *("max_memory", "activations", "micro_batch_tokens", "device"),
+                "distill_epochs",
+            ),
+            ("calibration",),
         ),
-        ("calibration",),
-    )
+        **DISTILLING,
+    }
     conflicts = (
         Conflict(
             "max_loss_increase",
@@ -106,12 +112,19 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
         ),
         Conflict(
             "max_loss_increase",
+            "distill_epochs",
+            "the loss of what is chosen is measured before it learns",
+            "leave one of the two out",
+        ),
+        Conflict(
+            "max_loss_increase",
             "calibration=None",
             "a bound on the loss needs text to measure the loss on",
             "add --calibration TEXT, or leave --max-loss-increase out",
         ),
     )
 
+    distillation: Distill = Distill()
     calibration: RoundingText = RoundingText()
     memory: Memory = Memory()
 

@@ -221,6 +221,7 @@ class Reconstruct(Section):
 DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
     (
         "distill_tokens",
+        "distill_teacher",
         "distill_learning_rate",
         "distill_next_token",
         "distill_hidden",
@@ -242,6 +243,11 @@ class Distill(Section):
     tokens: Annotated[int, Flag("distill_tokens")] = Field(0, ge=0)
     """An epoch of the distillation reads at least this many tokens: the calibration windows, then
     more windows of the same text. 0: the calibration windows alone."""
+    teacher: Annotated[str | None, Flag("distill_teacher", value="MODEL", default="the source")] = (
+        None
+    )
+    """Model to learn from, such as the one that was pruned: hub id, folder or named sample. It may
+    have more or wider layers, and has the same vocabulary."""
     peak_learning_rate: Annotated[
         float | None, Flag("distill_learning_rate", default="chosen by short trials")
     ] = Field(None, gt=0, lt=1)

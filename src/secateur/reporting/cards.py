@@ -113,7 +113,9 @@ def structure_card(
     learned = any(step["step"] == "learned" for step in cut.steps)
     distilled = "" if learned else "Nothing was trained."
     if manifest.distillation:
-        distilled = "It then learned from the uncut model on the same windows."
+        teacher = manifest.method["distillation"].get("teacher")
+        taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"
+        distilled = f"It then learned from {taught} on the same windows."
     return _card(
         front_matter(manifest.source, source_folder, ["pruned", "structured-pruning"]),
         f"{source_name(manifest.source)}, cut to {1 - cut.decoder_removed:.2%} of its decoder",

@@ -39,13 +39,14 @@ from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import LossComparison
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_matmuls
 from secateur.progress import Labelled, Progress
 from secateur.quantization.activations import Shares
+from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -119,7 +120,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
                     where=f"override {glob!r}",
                     remedy=did_you_mean(values, [*VALUES]),
                 )
-        helps = _rounds_linears(recipe) or recipe.embeddings in GRID_BITS
+        helps = recipe.distillation.epochs or recipe.embeddings in GRID_BITS
+        helps = helps or _rounds_linears(recipe)
         if bound is None and recipe.calibration.source is not None and not helps:
             raise RecipeError(
                 "calibration text helps to round to integers, but the values are "
@@ -129,8 +131,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     @classmethod
     def reads(cls, recipe: CompressRecipe) -> tuple[str | None, ...]:
-        """The calibration text."""
-        return (recipe.calibration.source,)
+        """The calibration text, and the teacher."""
+        return (recipe.calibration.source, recipe.distillation.teacher)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -156,24 +158,34 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, model, run.folder.work, run.progress)
             return _pack_within(run, recipe, choice)
-        if recipe.calibration.source is not None and _rounds_linears(recipe):
+        heals, calibrated = bool(recipe.distillation.epochs), recipe.calibration.source is not None
+        if calibrated and heals and recipe.embeddings in GRID_BITS:  # linears learn with this head
+            mixed, rounding = self.with_head(model)
+            ready = run.folder.work / "with-head"
+            model = self.opened(write_embeddings(recipe, mixed, ready, run.progress))
+        if calibrated and (heals or _rounds_linears(recipe)):
             rounded = run.folder.work / "rounded"
-            round_checkpoint(recipe, model, rounded, run.progress)
-            model, rounding = self.opened(rounded), rounding_record(rounded)
-        if recipe.calibration.source is not None and recipe.embeddings in GRID_BITS:
-            device, trust = choose_device(recipe.device), recipe.trust_remote_code
-            target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
-            windows, found = WindowReader.of_folder(
-                model.reader.folder, target.model.config, trust_remote_code=trust
-            ).read(recipe.calibration.source, recipe.calibration)
-            head = round_head(recipe, target, windows, run.folder.work / HEAD, run.progress)
-            model = replace(model, reader=MixedReader.of(model.reader, head))
-            rounding = {"calibration": found, **rounding, "head": "calibrated"}
+            round_checkpoint(recipe, model, rounded, run.progress, self.model.reader.folder)
+            model, rounding = self.opened(rounded), {**rounding, **rounding_record(rounded)}
+        if calibrated and not heals and recipe.embeddings in GRID_BITS:
+            model, head = self.with_head(model)
+            rounding = {**head, **rounding}
         if recipe.overrides:
             names = model.linears
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
         return pack_into(run, recipe, ChosenValues(model, values_of, rounding))
+
+    def with_head(self, model: PackableCheckpoint) -> tuple[PackableCheckpoint, dict[str, Any]]:
+        """A model with the output head on its grid, and the record of the rounding."""
+        recipe, run, trust = self.recipe, self.run, self.recipe.trust_remote_code
+        device, folder = choose_device(recipe.device), model.reader.folder
+        target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
+        windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
+        head = round_head(recipe, target, windows, run.folder.work / HEAD, run.progress)
+        mixed = replace(model, reader=MixedReader.of(model.reader, head))
+        return mixed, {"calibration": found, "head": "calibrated"}
 
     @classmethod
     def result(cls, output: Path) -> CompressResult:
@@ -328,15 +340,24 @@ ROUNDED = ("int8", "int4")
 
 
 def round_checkpoint(
-    recipe: CompressRecipe, model: PackableCheckpoint, output: Path, progress: Progress
+    recipe: CompressRecipe,
+    model: PackableCheckpoint,
+    output: Path,
+    progress: Progress,
+    teacher: Path | None = None,
 ) -> Path:
     """Round to grids and keep the zeros of the source. Resume or reuse an earlier run.
 
+    Where the recipe distils, the rounded model then learns the predictions of its teacher, with its
+    zeros and grids held. Linears whose values are no integers learn too: their zeros are held, and
+    those with zeros are first fitted to the text again, to make up for what others lost.
+
     Args:
-        recipe: gives the values of every linear, the text and the device.
+        recipe: gives the values of every linear, the text, the distillation and the device.
         model: the source.
         output: folder of the run.
         progress: receives every step.
+        teacher: folder of the model to learn from, if the recipe names none; None for the source.
 
     Returns:
         The folder of the run.
@@ -347,8 +368,13 @@ def round_checkpoint(
     own = own_values(recipe, sparsity_of)
     group = {"group": recipe.group_size or DEFAULT_GROUP}
     parameters = {v: {"bits": bits, **(group if bits < 8 else {})} for v, bits in BITS.items()}
-    how = {n: parameters[v] for n, v in own.items() if v in BITS}
-    common = parameters[Counter(v for v in own.values() if v in BITS).most_common(1)[0][0]]
+    learning = recipe.distillation
+    if learning.epochs and learning.teacher is None and teacher is not None:
+        learning = learning.model_copy(update={"teacher": str(teacher)})
+    how = {
+        n: parameters.get(v, {"bits": 0}) for n, v in own.items() if v in BITS or learning.epochs
+    }
+    common = max(how.values(), key=[*how.values()].count)
     run = build_recipe(
         PruneRecipe,
         {
@@ -364,6 +390,7 @@ def round_checkpoint(
             "overrides": {name: sparsity_of[name] for name in how},
             "asymmetric": True,
             "fast_matmuls": True,
+            "distillation": learning.model_dump(exclude_unset=True),
             "calibration": recipe.calibration.model_dump(exclude_unset=True),
             "memory": recipe.memory.model_dump(exclude_unset=True),
             "device": recipe.device,
@@ -430,6 +457,31 @@ def round_head(
     return {name: CheckpointReader(folder)}
 
 
+def write_embeddings(
+    recipe: CompressRecipe, model: PackableCheckpoint, folder: Path, progress: Progress
+) -> Path:
+    """Write a checkpoint whose embedding and head are on their grid already.
+
+    Args:
+        recipe: gives values and group.
+        model: its head is on the grid. An embedding of its own is rounded to the nearest value.
+        folder: for the checkpoint; one that exists is kept.
+        progress: receives the copying.
+    """
+    if folder.exists():
+        return folder
+    reader = model.reader
+    grid = GroupGrid(GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP)
+    with whole_folder(folder) as unfinished:
+        copy = PatchedCopy(reader, unfinished)
+        copy.create(progress)
+        for name, matrix in model.matrices.items():
+            if not matrix.prunable:
+                copy.write(name, grid.dequantize(*grid.quantize(reader.read(name))))
+        copy.sync()
+    return folder
+
+
 SOLVED_AT_ONCE = 2**22
 """Weights of the head that are solved at the same time; the solver has nine copies in float32."""
 
@@ -480,8 +532,9 @@ def rounding_record(rounded: Path) -> dict[str, Any]:
         "solver": manifest.method["solver"],
         "asymmetric": manifest.method["asymmetric"],
         "calibration": manifest.calibration,
-        "mean_error": sum(errors) / len(errors),
+        "mean_error": sum(errors) / len(errors) if errors else 0.0,
         "seconds": manifest.cost.seconds,
+        **({"distillation": manifest.distillation} if manifest.distillation else {}),
     }
 
 

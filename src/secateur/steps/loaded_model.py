@@ -57,6 +57,7 @@ UNUSED = {
         (
             *("dry_run", "keep_format", "max_memory", "activations", "ray", "ray_processes"),
             "distill_sweep_windows",
+            "distill_teacher",
         ),
         FOLDER,
     ),

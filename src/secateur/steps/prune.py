@@ -289,8 +289,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
 
     @classmethod
     def reads(cls, recipe: PruneRecipe) -> Iterable[str]:
-        """The calibration text."""
-        return texts_of(recipe.calibration.source)
+        """The calibration text, and the teacher."""
+        return [*texts_of(recipe.calibration.source), *filter(None, [recipe.distillation.teacher])]
 
     @classmethod
     def open(cls, recipe: PruneRecipe, run: RunContext) -> Self:
@@ -312,14 +312,16 @@ class Prune(Step[PruneRecipe, PruneResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the pruned weights."""
-        prepared = self.prepared
+        prepared, progress = self.prepared, self.run.progress
+        teacher = prepared.teacher and prepared.teacher.reader.files
         recipe = self.recipe.model_dump(mode="json", exclude=NO_PART)
         return {
             **recipe,
             "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
             "starts": dict(prepared.selection.starts),
             "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
-            "source_files": file_digests(prepared.target.reader.files, self.run.progress),
+            "source_files": file_digests(prepared.target.reader.files, progress),
+            **({"teacher_files": file_digests(teacher, progress)} if teacher else {}),
         }
 
     def work(self) -> PruneResult:
@@ -370,7 +372,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         _write_notes(manifest, prepared, folder)
         return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
 
-    def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, float] | None:
+    def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, Any] | None:
         """Let the pruned model learn from the dense one; None if it does not."""
         how, run = self.recipe.distillation, self.run
         if prepared.windows is None or not how.epochs:
@@ -379,16 +381,21 @@ class Prune(Step[PruneRecipe, PruneResult]):
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 
-        return distill_checkpoint(
-            prepared.target,
+        data = DistillationData(prepared.windows.all, how, self.recipe.calibration.seed)
+        losses = distill_checkpoint(
+            prepared.teacher or prepared.target,
             run.folder.model,
             done,
-            DistillationData(prepared.windows.all, how, self.recipe.calibration.seed),
+            data,
             self.plan.sweep_windows,
             run.folder.work,
             run.progress,
             trust_remote_code=self.recipe.trust_remote_code,
         )
+        if losses is None:
+            return None
+        teacher = how.teacher or self.run.source.name
+        return {**losses, "teacher": teacher, "tokens": data.steps * data.windows.shape[1]}
 
     @classmethod
     def result(cls, output: Path) -> PruneResult:
@@ -404,7 +411,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         prepared: Prepared,
         reached: Reach,
         audit: Audit,
-        losses: dict[str, float] | None,
+        losses: dict[str, Any] | None,
         left: Sequence[SkippedMatrix],
     ) -> Manifest:
         """The record of a finished run."""

@@ -251,18 +251,20 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""
+        from secateur.engine.prepared import teacher_of
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 
         recipe, folder, trust = self.recipe, self.run.folder, self.recipe.trust_remote_code
         how, reader = recipe.distillation, open_weights(base.folder)
+        progress = self.run.progress
         dense = CheckpointTarget(reader, None, self.device, trust_remote_code=trust)
+        dense = teacher_of(how, dense, progress, trust) or dense
         size = stored_choice(folder.work)
         if size is None:  # planned with two models of the uncut size
             size = choose_sweeps(how, dense, windows.all, {}, recipe.memory.max_bytes)
             store_choice(folder.work, size)
         data = DistillationData(windows.all, how, recipe.calibration.seed)
-        progress = self.run.progress
         return distill_checkpoint(
             dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
         )

@@ -190,7 +190,6 @@ class Student:
         rounded = (
             RoundedWeight(Linear(name, model.get_submodule(name)), grid)
             for name, grid in grids.items()
-            if grid
         )
         width = hidden_size(target.model)
         return cls(model, frozenset(trained), width, Masks(kept), RoundedWeights(rounded))

@@ -105,8 +105,9 @@ def distill_checkpoint(
 ) -> dict[str, float] | None:
     """Let a smaller checkpoint learn from the dense one, and overwrite its weights.
 
-    In a pruned model the layers with pruned or rounded weights learn. In a cut model all layers
-    learn, and with both models in memory everything but the embeddings and the head.
+    In a pruned model the layers with pruned or rounded weights learn, or all layers if the options
+    name a teacher. In a cut model all layers learn, and with both models in memory everything but
+    the embeddings and the head.
 
     Args:
         dense: the model to learn from.
@@ -126,7 +127,9 @@ def distill_checkpoint(
     made = CheckpointTarget(
         reader, None, dense.device, dtype=torch.float32, trust_remote_code=trust
     )
-    layers = list(range(len(made.layers))) if tasks is None else pruned_layers(made, tasks)
+    layers = list(range(len(made.layers)))
+    if tasks is not None and data.options.teacher is None:
+        layers = pruned_layers(made, tasks)
     if not data.options.epochs or not layers:
         return None
 

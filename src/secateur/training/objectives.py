@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError, SourceError
-from secateur.models.architecture import describe, head_alone
+from secateur.models.architecture import describe, head_alone, vocabulary_of
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
 from secateur.registry import did_you_mean
@@ -236,13 +236,6 @@ def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tenso
         found.append((most.values, rest, most.indices))
     values, rests, tokens = (torch.cat(x) for x in zip(*found, strict=True))
     return values, rests, tokens
-
-
-def vocabulary_of(model: Any) -> int:
-    """The number of logits of a model."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    return len(weight) if isinstance(weight, Tensor) else int(model.config.vocab_size)
 
 
 class Objective(Protocol):

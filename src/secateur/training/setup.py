@@ -44,7 +44,7 @@ from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, parameters_of, quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.tokenizer import refuse_other_words
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
 from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
@@ -194,19 +194,7 @@ class TrainingInputs:
             return None
         trust = recipe.trust_remote_code
         teacher = resolve(recipe.teacher, trust_remote_code=trust)
-        own, other = (
-            load_tokenizer(x.folder, trust_remote_code=trust).get_vocab()
-            for x in (self.source, teacher)
-        )
-        if own != other:
-            differing = sum(own.get(token) != number for token, number in other.items())
-            raise RecipeError(
-                f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
-                f"tokens, {differing} of the teacher's have another number or none",
-                where=teacher.name,
-                remedy="a teacher needs the tokenizer of the student: name the model that it was "
-                "made from",
-            )
+        refuse_other_words(self.source.folder, teacher.folder, trust_remote_code=trust)
         return teacher
 
     def objective(

@@ -424,15 +424,6 @@ def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_rounded_weights_are_not_tuned(tmp_path: Path) -> None:
-    source = pruned_model(tmp_path / "m")
-    with pytest.raises(RecipeError, match="off their grid"):
-        secateur.prune(
-            source, output=tmp_path / "out", method="sparsegpt", sparsity=0.5, distill_epochs=1,
-            method_parameters={"bits": 8},
-        )  # fmt: skip
-
-
 def test_values_that_are_asked_for(tmp_path: Path) -> None:
     source = pruned_model(tmp_path / "m")
     report = secateur.compress(source, output=tmp_path / "c", values="bfloat16")

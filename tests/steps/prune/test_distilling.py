@@ -16,6 +16,7 @@ from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
 from secateur.quantization.groups import GroupGrid
+from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.recipes.shared import Distill
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.distillation import DistillationData, Student, distill
@@ -70,6 +71,22 @@ def test_a_rounded_model_learns_on_its_grid(family: str, method: str) -> None:
         assert torch.equal(grid.dequantize(again, scales), two.weight)
         moved += int((again != codes).sum())
     assert moved > back > 0
+
+
+def test_int8_weights_learn_on_the_grids_of_their_rows() -> None:
+    windows, dense = tiny_windows(8), tiny_model("llama")
+    plain, taught = tiny_model("llama"), tiny_model("llama")
+    options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
+               "method_parameters": {"bits": 8}}  # fmt: skip
+    secateur.prune(plain, **options)
+    secateur.prune(taught, **options, distill_epochs=10, distill_learning_rate=3e-3)
+    before, after = (mean_divergence(m, dense, windows) for m in (plain, taught))
+    assert after < 0.7 * before
+    for one, two in zip(linears_in(plain), linears_in(taught), strict=True):
+        assert not two.weight[one.weight == 0].any()
+        again = dequantize_rows(*quantize_rows(two.weight))
+        torch.testing.assert_close(again, two.weight.float(), rtol=1e-6, atol=0)
+        assert not torch.equal(one.weight, two.weight)
 
 
 def linears_in(model) -> list[Linear]:

@@ -24,6 +24,7 @@ from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 from secateur.quantization.groups import GroupGrid
+from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import kept_weights, mark_kept
 from secateur.sparsity.patterns import Pattern
 
@@ -68,7 +69,7 @@ class LayerTuning:
     ) -> None:
         self.layer, self.tasks, self.inputs, self.dense = layer, tasks, inputs, dense
         self.how, self.ranks = settings.reconstruction, settings.ranks
-        on_grid = any(task.method.solver.grid for task in tasks.values())
+        on_grid = any(task.rounded for task in tasks.values())
         self.remasks = self.how.remask and not on_grid
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -105,7 +106,7 @@ class LayerTuning:
             task = self.tasks[linear.name]
             pattern, grid = task.method.pattern, task.method.solver.grid
             tuned.append(TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
-            if grid:
+            if task.rounded:
                 rounded.append(RoundedWeight(linear, grid))
         stream, index = self.inputs.calibration, self.inputs.index
         count, at_once = len(stream.windows), stream.windows_at_once
@@ -347,26 +348,34 @@ class RoundedWeight:
     """A matrix whose forwards see it rounded.
 
     Args:
-        linear: the matrix. Its weights are on the grid; they define the scales.
-        grid: the grid.
+        linear: the matrix. Its weights are on the grid; they define the scales of groups.
+        grid: the grid; None for int8, where the largest weight of a row always defines its scale.
     """
 
-    def __init__(self, linear: Linear, grid: GroupGrid) -> None:
+    def __init__(self, linear: Linear, grid: GroupGrid | None) -> None:
         self.linear, self.grid = linear, grid
-        _, scales = grid.quantize(linear.weight)
-        self.scale = scales.values
+        if grid is not None:
+            _, scales = grid.quantize(linear.weight)
+            self.scale = scales.values
 
     def nearest(self, weight: Tensor) -> Tensor:
         """A weight in the module's orientation, rounded with the scales."""
-        if self.linear.transposed:
-            return self.grid.nearest(weight.t(), self.scale).t()
-        return self.grid.nearest(weight, self.scale)
+        return self._turned(self._nearest(self._turned(weight)))
 
     def clipped(self, weight: Tensor) -> Tensor:
         """Where a weight in the module's orientation lies beyond the ends of the grid, bool."""
-        if self.linear.transposed:
-            return self.grid.clipped(weight.t(), self.scale).t()
-        return self.grid.clipped(weight, self.scale)
+        if self.grid is None:
+            return torch.zeros_like(weight, dtype=torch.bool)
+        return self._turned(self.grid.clipped(self._turned(weight), self.scale))
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        if self.grid is None:
+            return nearest_rows(weight)
+        return self.grid.nearest(weight, self.scale)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """Convert from the module's orientation to [out, in], or back."""
+        return matrix.t() if self.linear.transposed else matrix
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -374,7 +383,8 @@ class RoundedWeight:
         parameter = self.linear.module.get_parameter("weight")
         kept = kept_weights(parameter)
         parameter.copy_(self.nearest(parameter))
-        mark_kept(parameter, kept)
+        if self.grid is not None:
+            mark_kept(parameter, kept)
 
     @contextmanager
     def in_forwards(self) -> Iterator[None]:
