@@ -201,15 +201,9 @@ def plan_run(
     if windows is not None:
         stored, forwards = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
+    models, learnt = (target, teacher or target), tokens + extra_tokens
     distillation = _plan_distillation(
-        target,
-        teacher or target,
-        tasks,
-        windows,
-        epochs,
-        sweep_windows,
-        tokens + extra_tokens,
-        of_token,
+        models, tasks, windows, epochs, sweep_windows, learnt, of_token
     )
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
@@ -217,9 +211,9 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    whole = [target] if _writes_whole(target, length, unwritten) else []
+    whole = models[: _writes_whole(target, length, unwritten)]
     if epochs and not sweep_windows:
-        whole += [target, teacher or target]
+        whole = models
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
     disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
@@ -351,8 +345,7 @@ class _PartNeeds(NamedTuple):
 
 
 def _plan_distillation(
-    target: Target,
-    teacher: Target,
+    models: tuple[Target, Target],
     tasks: Tasks,
     windows: Tensor | None,
     epochs: int,
@@ -360,9 +353,10 @@ def _plan_distillation(
     tokens: int,
     of_token: int,
 ) -> _PartNeeds:
-    """The needs of a distillation. `of_token` is the bytes of a hidden state in float32."""
+    """The needs of a distillation: student and teacher; the bytes of a hidden state in float32."""
     if not epochs:
         return _PartNeeds()
+    target, teacher = models
     layers, memory = len(target.layers), 0
     # weights, moments, and the weights of the best trial of the learning rate
     disk = 16 * sum(task.shape[0] * task.shape[1] for task in tasks.values())
