@@ -187,6 +187,7 @@ class WindowReader:
         files: Sequence[Path],
         purposes: str,
         progress: Progress,
+        extra_tokens: int = 0,
     ) -> None:
         """Save the windows of a text in several files, unless the last one is there.
 
@@ -196,6 +197,8 @@ class WindowReader:
             files: of the parts. The first gets most windows, each other a sixth, at least one.
             purposes: what the parts are for, for the error.
             progress: receives the step.
+            extra_tokens: tokens of the text after these windows, for a distillation. Their windows
+                are in the first file, at the end.
 
         Raises:
             RecipeError: there are fewer windows than parts.
@@ -203,9 +206,11 @@ class WindowReader:
         if files[-1].exists():
             return
         progress.start("reading calibration text", 1)
-        windows, record = self.read(text, options)
+        wanted = -(-extra_tokens // self.plan(options).sequence_length)
+        windows, record = self.read(text, options, extra=wanted)
         progress.finish()
-        count = len(windows)
+        extra = record.get(EXTRA, 0)
+        count = len(windows) - extra
         if count < len(files):
             found = "one calibration window" if count == 1 else f"{count} windows"
             raise RecipeError(
@@ -213,9 +218,11 @@ class WindowReader:
                 remedy=f"use --windows {len(files)} or more, better 64",
             )
         others = [max(1, count // SHARE)] * (len(files) - 1)
-        parts = windows.split([count - sum(others), *others])
-        for part, file in zip(parts, files, strict=True):
-            save_windows(part, file, start=record.get(START, ()))
+        first, *parts, more = windows.split([count - sum(others), *others, extra])
+        start = record.get(START, ())
+        save_windows(torch.cat([first, more]), files[0], start=start, extra=extra)
+        for part, file in zip(parts, files[1:], strict=True):
+            save_windows(part, file, start=start)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class DecompressRecipe(OutputFolder, Recipe):
 
 
 class FitText(CalibrationWindows, CalibrationText):
-    """The text that levels are made with, and that chooses among them."""
+    """The text that models are made with, and that chooses among them."""
 
 
 class WhatToFit(Section):
@@ -197,21 +197,25 @@ class WhatItIsFor(Section):
 
 
 class HowToSearch(Section):
-    """How the levels are made, and how long the search is."""
+    """How models are made and healed."""
 
     group = HOW
 
     effort: Effort = "balanced"
-    """The preset that makes the pruned levels."""
-    structure: bool = True
-    """Also try models with fewer layers or FFN neurons, where zeros and rounding lose much."""
-    generations: int = Field(10, ge=0)
-    """Generations of the search; 0 takes the first candidate."""
-    offspring: int = Field(8, ge=1)
-    """Candidates of a generation."""
+    """The preset that prunes, and that decides how much is healed."""
+    heal_tokens: Annotated[int | None, Flag(value="N", default="by --effort")] = Field(None, ge=0)
+    """Tokens of the calibration text on which the best models learn from the dense one, on their
+    own grids and masks. 0: none. By --effort: fast 0, balanced 65,536, thorough 131,072, best
+    262,144."""
+    structure: bool = False
+    """Also try models with fewer layers, FFN neurons or experts, where zeros and rounding lose
+    much."""
     minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(None, gt=0)
-    """Time budget in minutes. If it runs short, the search is cut first; the result says what was
-    skipped."""
+    """Time budget in minutes. If it runs short, candidates, cuts and healing are left out; the
+    result says what."""
+
+
+TOKENS_TO_HEAL = {"fast": 0, "balanced": 65_536, "thorough": 131_072, "best": 262_144}
 
 
 class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
@@ -244,3 +248,8 @@ class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recip
 
     calibration: FitText = FitText()
     memory: Memory = Memory()
+
+    @property
+    def tokens_to_heal(self) -> int:
+        """Tokens on which the best models learn."""
+        return TOKENS_TO_HEAL[self.effort] if self.heal_tokens is None else self.heal_tokens

@@ -228,13 +228,12 @@ LEAST_GAIN = 0.005
 
 
 def fit_summary(result: FitResult) -> str:
-    """The bounds, how many candidates were measured, and how long it took."""
+    """The bounds, how many candidates were made, and how long it took."""
     bounds = [BOUNDS[one.option].format(one.format_value(one.wanted)) for one in result.checks]
-    measured = len(result.singles) + len(result.frontier)
-    made = len(result.finalists)
+    healed = sum(one.healed is not None for one in result.finalists)
     return (
-        f"fit: {', '.join(bounds) or 'no bound'}; {measured} candidates on the frontier, {made} "
-        f"finalists; {duration(result.seconds)}"
+        f"fit: {', '.join(bounds) or 'no bound'}; {len(result.finalists)} candidates were made, "
+        f"{healed} healed; {duration(result.seconds)}"
     )
 
 

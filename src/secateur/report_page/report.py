@@ -404,15 +404,15 @@ def _of_sweep(sweep: Reported[SweepResult]) -> Part:
 
 
 def _of_fit(fit: Reported[FitResult]) -> Part:
-    """The bounds of a fit, its levels, and how the winner is stored."""
+    """The bounds of a fit, its candidates, and how the winner is stored."""
     result = fit.result
     bounds: dict[str, Any] = {"folder": shown_place(fit.place)}
     bounds |= {one.flag: one.format_value(one.wanted) for one in result.checks}
-    levels = [one.name for one in result.singles]
+    made = [one.name for one in result.finalists]
     stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
     tables = [
         ("Bounds", _facts(bounds)),
-        ("Levels", _facts({"levels": levels, "seconds": result.seconds})),
+        ("Made", _facts({"candidates": made, "seconds": result.seconds})),
         ("Stored as", _facts(stored)),
     ]
     return Part(fit.name, [table for table in tables if table[1]])

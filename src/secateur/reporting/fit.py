@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.engine.search.stored_levels import Point, unbeaten
 from secateur.reporting.charts import LineChart, Mark, Series
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
@@ -19,11 +18,8 @@ WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""
 
-MADE = ("", "size", "predicted", "levels put together", "made")
+MADE = ("", "size", "predicted", "made", "healed")
 """Columns of the table of finalists."""
-
-FAMILIES = {"quantize": "rounded", "prune": "pruned", "both": "pruned and rounded"}
-"""The families of levels, in words."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +113,37 @@ class FitFinalist:
 
     Attributes:
         name: what chose it, or the cut.
-        file_bytes: of its weight files, at most.
-        predicted: its divergence, as the survey predicted it.
-        mixed: the divergence of its levels, each made alone and put together; None for a cut.
-        divergence: its own, in nats per token.
+        file_bytes: of its weight files.
+        predicted: its divergence, as it was predicted before it was made.
+        divergence: its own before healing, in nats per token.
+        healed: its own after healing; None if it was not healed, or was no better then.
     """
 
     name: str
     file_bytes: int
     predicted: float
-    mixed: float | None
     divergence: float
+    healed: float | None = None
+
+    @property
+    def last(self) -> float:
+        """Its divergence, after healing if it was healed."""
+        return self.divergence if self.healed is None else self.healed
+
+
+@dataclass(frozen=True)
+class FitPoint:
+    """What is predicted for a size.
+
+    Attributes:
+        name: of the formats that take part.
+        file_bytes: of the weight files, at most.
+        predicted: divergence from the dense model, in nats per token.
+    """
+
+    name: str
+    file_bytes: int
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -150,12 +166,12 @@ class FitBranch:
 
 @dataclass(frozen=True)
 class FitCorrection:
-    """A winner that was slower than predicted, so that the search ran again. Speed-ups are factors.
+    """A winner that was slower than predicted, so that models were chosen again, by factors.
 
     Attributes:
         predicted: its speed-up by the table of timed matrices.
         measured: its speed-up when it was timed.
-        aimed: the speed-up by the table that the next search had to reach.
+        aimed: the speed-up by the table that the next choice had to reach.
         reached: the speed-up of its winner when it was timed; None if it could not be.
     """
 
@@ -173,11 +189,11 @@ class FitResult(Result, Record):
         seconds: wall time.
         dropped: what was left out to keep the time.
         kind_of: how each linear is stored, by its name.
+        embeddings: the values of embedding and head.
         winner: the best finalist.
         finalists: the candidates that were made whole and keep the bound.
         branches: the cuts that were tried.
-        singles: every level alone.
-        frontier: the best candidates for some budgets, of all levels and of rounding alone.
+        frontier: what is predicted for some sizes, of all formats and of rounding alone.
         losses: of the winner and its rivals, on the judged windows.
         costs: the kinds of cost, size first.
         checks: every bound beside what was measured.
@@ -189,11 +205,11 @@ class FitResult(Result, Record):
     seconds: float
     dropped: tuple[str, ...]
     kind_of: dict[str, str]
+    embeddings: str
     winner: FitFinalist
     finalists: tuple[FitFinalist, ...]
     branches: tuple[FitBranch, ...]
-    singles: tuple[Point, ...]
-    frontier: tuple[Point, ...]
+    frontier: tuple[FitPoint, ...]
     losses: dict[str, FitLoss]
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
@@ -201,23 +217,22 @@ class FitResult(Result, Record):
     packed: CompressResult
 
     def chart(self) -> LineChart:
-        """Size against divergence: frontiers, single levels by family, cuts, what was made."""
-        cuts = [one for one in self.branches if one.divergence is not None]
-        mixed = [p for p in self.frontier if p.families == "all"]
-        rounded = [p for p in self.frontier if p.families == "quantize"]
-        single = {
-            family: [p for p in self.singles if p.families == family]
-            for family in dict.fromkeys(p.families for p in self.singles)
+        """Size against divergence: what is predicted, what was made, cuts, and the winner."""
+        cuts = [_mark(x.name, x.file_bytes or 0, x.divergence or 0.0) for x in self.branches
+                if x.divergence is not None]  # fmt: skip
+        predicted = {
+            name: tuple(
+                _mark(name, p.file_bytes, p.predicted) for p in self.frontier if p.name == name
+            )
+            for name in dict.fromkeys(p.name for p in self.frontier)
         }
-        made = [one for one in self.finalists if one != self.winner]
-        all_in_one = {f"one level for all, {FAMILIES[name]}": x for name, x in single.items()}
+        made = [_mark(x.name, x.file_bytes, x.last) for x in self.finalists if x != self.winner]
+        won = _mark(self.winner.name, self.winner.file_bytes, self.winner.last)
         series = (
-            Series("mixed levels", self._marks(mixed)),
-            Series("mixed, only rounded", self._marks(rounded)),
-            *(Series(name, self._marks(x), joined=False) for name, x in all_in_one.items()),
-            Series("cut, bfloat16", _made(cuts), joined=False),
-            Series("made whole", _made(made), joined=False),
-            Series("the winner", _made([self.winner]), joined=False),
+            *(Series(f"predicted: {name}", marks) for name, marks in predicted.items()),
+            Series("cut, bfloat16", tuple(cuts), joined=False),
+            Series("made", tuple(made), joined=False),
+            Series("the winner", (won,), joined=False),
         )
         return LineChart(
             "frontier",
@@ -227,20 +242,6 @@ class FitResult(Result, Record):
             tuple(one for one in series if one.marks),
             log_y=all(mark.y > 0 for one in series for mark in one.marks),
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
-        )
-
-    def format_candidate(self, point: Point) -> str:
-        """What a candidate is, in the names of the levels."""
-        return point.format_levels([single.name for single in self.singles])
-
-    def size(self, point: Point) -> float:
-        """Bytes of the weight files of a candidate, at most."""
-        return self.costs[0].rest + point.cost[0]
-
-    def _marks(self, points: Sequence[Point]) -> tuple[Mark, ...]:
-        """Marks of levels and of levels put together."""
-        return tuple(
-            _mark(p.name, self.format_candidate(p), self.size(p), p.divergence) for p in points
         )
 
     @property
@@ -267,16 +268,16 @@ class FitResult(Result, Record):
         kinds = Counter(self.kind_of.values())
         facts = [
             ("weight files", binary_size(self.packed.file_bytes)),
-            ("predicted at most", binary_size(self.winner.file_bytes)),
             ("loss", f"{self.losses[WINNER]} nats per token"),
             ("linear layers", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
+            ("embeddings", self.embeddings),
             ("time", f"{self.seconds:.0f} s"),
             ("output", str(self.output)),
         ]
         rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
         made = [
-            (x.name, binary_size(x.file_bytes), *map(_nats, (x.predicted, x.mixed, x.divergence)))
-            for x in sorted(self.finalists, key=lambda one: one.divergence)
+            (x.name, binary_size(x.file_bytes), *map(_nats, (x.predicted, x.divergence, x.healed)))
+            for x in sorted(self.finalists, key=lambda one: one.last)
         ]
         cuts = [
             (
@@ -288,10 +289,7 @@ class FitResult(Result, Record):
             for one in self.branches
         ]
         bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
-        rows = [
-            (self.format_candidate(p), binary_size(self.size(p)), f"{p.divergence:.4f}")
-            for p in unbeaten([*self.singles, *self.frontier])
-        ]
+        rows = [(p.name, binary_size(p.file_bytes), f"{p.predicted:.4f}") for p in self.frontier]
         columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
             Table.facts("the winner", facts),
@@ -301,27 +299,23 @@ class FitResult(Result, Record):
             *(
                 Line(
                     f"A winner had {one.measured:.2f} where {one.predicted:.2f} was predicted, so "
-                    f"the search ran again for {one.aimed:.2f} and reached {one.reached or 0:.2f}."
+                    f"models were chosen again for {one.aimed:.2f}, and reached "
+                    f"{one.reached or 0:.2f}."
                 )
                 for one in self.corrections
             ),
             Line(self.brought),
             *([Table.of("cuts", columns, cuts)] if cuts else []),
-            Table.of("the best of each size", ("", "size", "divergence, nats per token"), rows),
+            Table.of("predicted for other sizes", ("", "size", "divergence, nats per token"), rows),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),
         ]
         return blocks + after_a_fit(self.output)
 
 
-def _made(models: Sequence[FitFinalist | FitBranch]) -> tuple[Mark, ...]:
-    """Marks of models that were made whole."""
-    return tuple(_mark(x.name, x.name, x.file_bytes or 0, x.divergence or 0.0) for x in models)
-
-
-def _mark(label: str, name: str, size: float, divergence: float) -> Mark:
+def _mark(name: str, size: float, divergence: float) -> Mark:
     description = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
-    return Mark(size / 2**20, divergence, label, description)
+    return Mark(size / 2**20, divergence, "", description)
 
 
 def _nats(value: float | None) -> str:

@@ -190,21 +190,19 @@ class FitPlanResult(Result):
     """What a fit would try, within bounds that can be kept.
 
     Attributes:
-        linears: number of linear layers that get a level each.
+        linears: number of linear layers that get a format each.
         file_bytes: weight files of the model as it is.
         bounds: by option: the bound, and the nearest that is possible; empty if that is not known.
-        levels: the names of the levels of a linear layer.
-        generations: of the search, at most.
-        offspring: candidates of a generation.
+        formats: the names of the formats of a linear layer.
+        tokens_to_heal: tokens on which the best models learn; 0 for none.
         minutes: time that the fit keeps; None for no limit.
     """
 
     linears: int
     file_bytes: int
     bounds: Mapping[str, tuple[str, str]]
-    levels: tuple[str, ...]
-    generations: int
-    offspring: int
+    formats: tuple[str, ...]
+    tokens_to_heal: int
     minutes: float | None
 
     def blocks(self) -> Sequence[Block]:
@@ -213,8 +211,8 @@ class FitPlanResult(Result):
         rows = [
             ("weight files now", binary_size(self.file_bytes)),
             ("linear layers", f"{self.linears:,}"),
-            ("levels of each", ", ".join(self.levels)),
-            ("search", f"{self.generations} generations of {self.offspring} candidates"),
+            ("formats of each", ", ".join(self.formats)),
+            ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
             ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
         ]
         return [

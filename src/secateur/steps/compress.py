@@ -551,6 +551,7 @@ def split_text(
     work: Path,
     purposes: str,
     progress: Progress,
+    extra_tokens: int = 0,
 ) -> tuple[Path, LossComparison, LossComparison]:
     """Cut the calibration text in three parts, unless an earlier run has.
 
@@ -560,6 +561,7 @@ def split_text(
         work: folder for the parts.
         purposes: of the three, for people.
         progress: receives the steps.
+        extra_tokens: further tokens in the first file, for a distillation.
 
     Returns:
         The file of the windows that make models, and what measures packed folders on the windows
@@ -573,7 +575,7 @@ def split_text(
     reader = WindowReader.of_folder(
         target.reader.folder, target.model.config, trust_remote_code=trust
     )
-    reader.save_parts(str(text.source), text, files, purposes, progress)
+    reader.save_parts(str(text.source), text, files, purposes, progress, extra_tokens)
     choosing, judging = (
         LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
     )

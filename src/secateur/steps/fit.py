@@ -1,18 +1,18 @@
 """`secateur fit`: a bound in, the best packed model within it out.
 
-    levels ─► survey ─► search ─► candidates, made and measured ─► the best one packed and judged
+    survey ─► knapsack ─► candidates, made and measured ─► the best ones healed ─► judged
 
 | target                   | what a fit does                                                   |
 |--------------------------|-------------------------------------------------------------------|
-| cpu                      | all levels: our formats and kernels, timed on this machine        |
-| any                      | all levels, no bound on time or memory: these belong to an engine |
+| cpu                      | all formats: our kernels, timed on this machine                   |
+| any                      | all formats, no bound on time or memory: these belong to an engine |
 | llama.cpp                | what a GGUF file holds; bounds on size and loss                   |
 | vllm, transformers, h100 | refused, with what does the work instead                          |
 
-The search is corrected where the winner decodes more slowly than the table of times predicts.
+The choice is corrected where the winner decodes more slowly than the table of times predicts.
 Seconds of a token are predicted as a sum over matrices, each timed in a loop of equal ones. A whole
 model can be up to 30 % slower. So the packed winner and dense int8 are timed in turns. If the
-winner misses the speed-up, the search runs once more with a bound that is tighter by the same
+winner misses the speed-up, models are chosen once more with a bound that is tighter by the same
 factor:
 
     seconds' = seconds · measured speed-up / predicted speed-up
@@ -28,17 +28,10 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from secateur.engine.search.candidate_evaluator import cut_windows
-from secateur.engine.search.knapsack import fits
-from secateur.engine.search.stored_levels import (
-    FitSearch,
-    LevelEvaluator,
-    Point,
-)
 from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.task_data import check_request
 from secateur.models.opening import refuse_quantized
@@ -56,16 +49,15 @@ from secateur.reporting.fit import (
     FitCorrection,
     FitCost,
     FitLoss,
+    FitPoint,
     FitResult,
 )
 from secateur.reporting.models import CompressResult
 from secateur.reporting.plan import FitPlanResult
-from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.folder import NOTES, STATE, check_output, file_digests
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.sparsity.evolution import Evolution
-from secateur.steps.compress import pack_into, rounding_record
 from secateur.steps.fitting.bounds import (
     OPTION_OF,
     TIMING_ERROR,
@@ -77,35 +69,25 @@ from secateur.steps.fitting.bounds import (
 )
 from secateur.steps.fitting.candidates import (
     SINGLE,
-    STRUCTURED_CANDIDATES,
     BuiltCandidate,
-    MeasuredLevels,
-    best_single,
+    Workshop,
     build_mixes,
     build_structured,
-    finer_knapsack,
+    heal_candidates,
 )
-from secateur.steps.fitting.context import DRAWN_TOKENS, ExpectedSeconds, FitContext, TimeBudget
-from secateur.steps.fitting.costs import (
-    Costs,
-    costs_of,
-)
-from secateur.steps.fitting.models import (
-    ModelEvaluator,
-    chain_steps,
-    chosen_values,
-    make_levels,
-    packing_recipe,
-)
-from secateur.steps.fitting.storage_formats import FILES, StorageFormat
-from secateur.steps.runner import RunContext, Step, source_of
+from secateur.steps.fitting.context import FitContext, TimeBudget
+from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
+from secateur.steps.fitting.models import ModelEvaluator, chain_steps
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
+from secateur.steps.fitting.survey import survey_model
+from secateur.steps.runner import RunContext, Step, source_of, step_of
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
 FIT = "fit.json"
 
 MOST = 2
-"""Number of searches after the first one, at most."""
+"""How often models are chosen again, at most."""
 
 INSTEAD: Mapping[str, tuple[str, str]] = {
     "vllm": (
@@ -124,9 +106,6 @@ INSTEAD: Mapping[str, tuple[str, str]] = {
     ),
 }
 """Why there is no fit for a target, and what to do."""
-
-Built = tuple[list[BuiltCandidate], list[FitBranch]]
-"""The candidates that keep the bounds, and what became of every cut."""
 
 
 def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> FitPlanResult:
@@ -161,9 +140,8 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
         linears=len(costs.shapes),
         file_bytes=model.file_bytes,
         bounds=bounds,
-        levels=tuple(level.name for level in costs.levels),
-        generations=recipe.generations,
-        offspring=recipe.offspring,
+        formats=tuple(stored.name for stored in costs.formats),
+        tokens_to_heal=recipe.tokens_to_heal,
         minutes=recipe.minutes,
     )
 
@@ -177,8 +155,9 @@ def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint
 class Fit(Step[FitRecipe, FitResult]):
     """Find the best compressed model within a budget, and make it.
 
-    Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
-    A search measured on the whole model chooses, and the winner is packed.
+    Every linear may stay as it is, be rounded to 8, 4, 3 or 2 bits, be pruned to 30 to 70 %, or
+    both; embedding and head are rounded to 8 or 4 bits. One survey of the model predicts what each
+    of these loses. The best choices are made, healed and measured.
     """
 
     verb = "fit"
@@ -211,7 +190,7 @@ class Fit(Step[FitRecipe, FitResult]):
         return {
             **self.recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
             "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
-            "levels": [level.name for level in FILES[self.recipe.target].levels],
+            "formats": [stored.name for stored in FILES[self.recipe.target].formats],
             "source_files": file_digests(self.model.reader.files, self.run.progress),
         }
 
@@ -221,7 +200,7 @@ class Fit(Step[FitRecipe, FitResult]):
         return read_record(FitResult, output / NOTES / FIT)
 
     def work(self) -> FitResult:
-        """Make levels, search, make the candidates, pack the best one and judge it.
+        """Survey the model, make and heal candidates, judge the best one.
 
         Raises:
             RecipeError: no model can keep the bounds.
@@ -234,26 +213,32 @@ class Fit(Step[FitRecipe, FitResult]):
         context = FitContext.prepare(
             self.recipe, run.source, self.model, costs, time_budget, folder.work, run.progress
         )
-        measured, costs = survey_levels(context)
-        (candidates, cuts), costs = _within_loss(measured, costs)
+        windows = context.choosing.windows
+        evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
+        workshop = Workshop(context, survey_model(context, evaluator), evaluator)
+        frontier = _frontier(workshop, costs)
+        candidates, cuts, workshop, costs = _within_loss(workshop, costs)
         if not candidates:
             raise VerificationError(
                 "no model that was made keeps the bounds",
                 where=str(folder.output),
                 remedy="give a little more of each bound",
             )
-        candidates, packed, corrections = _correct_speed(run, measured, candidates, costs)
+        candidates, corrections = _correct_speed(
+            workshop, heal_candidates(workshop, candidates), costs
+        )
         winner = best_of(candidates)
+        packed = _pack_winner(run, context, winner)
         size = costs.files.finish(folder.model, run.progress)
         losses = _judge(context, folder.model, winner, candidates)
         result = FitResult(
             output=folder.output,
-            kind_of={name: stored.name for name, stored in winner.formats.items()},
+            kind_of={n: stored.name for n, stored in winner.formats.items() if n != EMBEDDINGS},
+            embeddings=embedded(winner.formats[EMBEDDINGS]),
             winner=winner.row,
             finalists=tuple(one.row for one in candidates),
             branches=tuple(cuts),
-            singles=tuple(measured.singles),
-            frontier=tuple(measured.frontier),
+            frontier=tuple(frontier),
             losses=losses,
             costs=tuple(
                 FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
@@ -270,104 +255,46 @@ class Fit(Step[FitRecipe, FitResult]):
         return result
 
 
-def make_search(context: FitContext) -> FitSearch:
-    """A search among the levels, which are made now."""
-    levels = list(make_levels(context))
-    made = list(zip(context.costs.levels, levels, strict=True))
-    costs = {
-        n: [context.costs.of(n, stored, one.bytes_of[n]) for stored, one in made]
-        for n in context.model.linears
-    }
-    windows, file = context.choosing.windows, context.work / "search.jsonl"
-    return FitSearch(context.target, levels, costs, windows, file, context.progress)
+POINTS = 12
+"""Sizes of the predicted frontier, from the smallest to the largest, each larger by one factor."""
 
 
-def survey_levels(context: FitContext) -> tuple[MeasuredLevels, Costs]:
-    """Make and measure the levels, survey the layers, measure the frontier; as far as time allows.
-
-    Returns:
-        What was measured, and the bounds of the search: with a bound on the loss, the smallest
-        size within it.
-    """
-    search, costs = make_search(context), context.costs
-    with context.time.phase("singles"):
-        search.singles()
-    expected = ExpectedSeconds.of(context, search, len(STRUCTURED_CANDIDATES))
-    frontier: list[Point] = []
-    if context.time.allows("the survey and the search", expected.survey + expected.rest):
-        # the layers go to the middle of what they may lose
-        probes = (StorageFormat("int4", 0.5), StorageFormat("int4", 0.0))
-        search.survey(next(costs.levels.index(one) for one in probes if one in costs.levels))
-        if context.time.allows("the frontier", expected.frontier + expected.rest):
-            budgets = search.budgets(costs.axis)
-            for families in ("all", "quantize"):
-                frontier += search.frontier(budgets, families)
-        costs = _costs_within(context, search, context.recipe.max_loss_increase)
-    windows = context.choosing.windows
-    evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
-    singles = search.singles()  # with the survey's predictions; nothing is measured again
-    finer = finer_knapsack(context.costs, search)
-    return MeasuredLevels(context, expected, search, finer, singles, frontier, evaluator), costs
+def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
+    """What is predicted for some sizes: of all formats, and of rounding alone."""
+    knapsack, found = workshop.survey.knapsack(costs), list[FitPoint]()
+    bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
+    least, most = knapsack.least[0], knapsack.most[0]
+    free = [math.inf] * (len(costs.kinds) - 1)
+    for name, allowed in (("all formats", None), ("only rounded", bare)):
+        for step in range(POINTS):
+            budget = least * (most / least) ** (step / (POINTS - 1))
+            candidate = knapsack.best((budget, *free), allowed)
+            if candidate is not None:
+                size = round(costs.rest[0] + knapsack.total(candidate)[0])
+                found.append(FitPoint(name, size, knapsack.predicted(candidate)))
+    return found
 
 
-def _costs_within(context: FitContext, search: FitSearch, bound: float | None) -> Costs:
-    """The bounds after the survey: with a bound on the loss, the smallest size within it."""
-    if bound is None:
-        return context.costs
-    windows, levels = context.choosing.windows, search.levels
-    losses = LevelEvaluator(
-        context.target, levels, search.names, windows, "loss",
-        context.work / "losses.jsonl", context.progress,
-    )  # fmt: skip
-    return context.costs.narrowed(search.smallest_within(losses, context.costs.aim, bound))
+Built = tuple[list[BuiltCandidate], list[FitBranch], Workshop]
+"""The candidates that keep the bounds, what became of every cut, and the scaled predictions."""
 
 
-def build_candidates(measured: MeasuredLevels, costs: Costs, *, structure: bool = True) -> Built:
-    """Search within budgets, and make the candidates that keep them.
+def build_candidates(workshop: Workshop, costs: Costs, *, structure: bool = True) -> Built:
+    """Make the candidates within the bounds.
 
     Args:
-        measured: the levels; without a survey of the layers, only single levels take part.
+        workshop: makes and measures.
         costs: the bounds.
         structure: whether cuts take part, if the recipe has them.
     """
-    context, found = measured.context, _search_mixes(measured, costs)
-    alone = best_single(measured, costs.budget)
-    most = costs.kinds[0].limit
-    candidates = [x for x in (alone, *found) if x is not None and x.row.file_bytes <= most]
+    context = workshop.context
+    candidates, workshop = build_mixes(workshop, costs)
     structure = structure and context.recipe.structure
-    if not structure or not candidates or not context.time.allows("cuts", measured.expected.cuts):
-        return candidates, []
-    structured, cuts = build_structured(measured, best_of(candidates), costs)
-    return [*candidates, *structured], cuts
-
-
-def _search_mixes(measured: MeasuredLevels, costs: Costs) -> list[BuiltCandidate]:
-    """Search from the best points, and make what was found; nothing without a survey."""
-    context, search, inside = measured.context, measured.search, costs.aim
-    if not search.is_surveyed:
-        return []
-    quantized = search.knapsack.best(inside, search.allowed("quantize"))
-    points = [*measured.singles, *measured.frontier]
-    starts = [p.candidate for p in points if fits(p.cost, inside)]
-    starts += [c for c in (search.knapsack.best(inside), quantized) if c is not None]
-    starts += search.between(inside)
-    if not starts:
-        return []
-
-    def goes_on() -> bool:
-        seconds = measured.expected.generation + measured.expected.rest
-        return context.time.allows("generations of the search", seconds)
-
-    evolution = Evolution(
-        generations=context.recipe.generations,
-        offspring=context.recipe.offspring,
-        stages=((2, min(DRAWN_TOKENS, search.tokens)), (1, search.tokens)),
-        seed=context.recipe.calibration.seed,
-        tries=4,
-        revisits=False,
-    )
-    winner = search.refined(starts, inside, evolution, goes_on)
-    return build_mixes(measured, winner.candidate, inside)
+    expected = 2 * context.time.expected("making")
+    if not structure or not candidates or not context.time.allows("cuts", expected):
+        return candidates, [], workshop
+    structured, cuts = build_structured(workshop, best_of(candidates), costs)
+    return [*candidates, *structured], cuts, workshop
 
 
 def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
@@ -375,40 +302,60 @@ def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
     return min(candidates, key=lambda one: one.divergence)
 
 
-def _within_loss(measured: MeasuredLevels, costs: Costs) -> tuple[Built, Costs]:
-    """The candidates; search again, for a larger model, while the best one loses too much.
+def _within_loss(
+    workshop: Workshop, costs: Costs
+) -> tuple[list[BuiltCandidate], list[FitBranch], Workshop, Costs]:
+    """The candidates. With a bound on the loss, the smallest ones whose measured loss is within it.
 
-    The search only estimates the loss, without the embeddings. So the packed model is measured on
-    the windows that choose. If its rise and the standard error exceed the bound, the next search
-    has a bound that is lower by the excess.
+    The survey predicts the divergence, and the size is chosen by it. The packed model is measured
+    on the windows that choose. If its rise and the standard error exceed the bound, or are far
+    below it, the next size is chosen with predictions that are scaled to what was measured.
     """
-    context, built = measured.context, build_candidates(measured, costs)
-    bound = aim = context.recipe.max_loss_increase
-    if bound is None or aim is None or not measured.search.is_surveyed:
-        return built, costs
-    for _ in range(MOST):
-        if not built[0]:
+    context, bound = workshop.context, workshop.context.recipe.max_loss_increase
+    if bound is None:
+        return (*build_candidates(workshop, costs), costs)
+    aim, kept = bound, None
+    for _ in range(MOST + 1):
+        narrowed = costs.narrowed(_smallest(workshop, costs, aim))
+        candidates, cuts, workshop = build_candidates(workshop, narrowed)
+        built = candidates, cuts, workshop, narrowed
+        if not candidates:
             break
-        excess = context.choosing.increase(best_of(built[0]).packed).cautious - bound
-        if excess <= 0 or aim <= 0:
-            break
-        aim = max(aim - excess, 0.0)
-        larger = _costs_within(context, measured.search, aim)
-        if larger.kinds[0].limit <= costs.kinds[0].limit:
-            break
-        costs = larger
-        built = build_candidates(measured, costs)
-    return built, costs
+        rise = context.choosing.increase(best_of(candidates).packed).cautious
+        if rise <= bound:
+            kept = built
+            if rise > CLOSE * bound:
+                break
+        aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
+    return kept or built
+
+
+CLOSE, CLOSER = 0.8, 0.95
+"""A loss of so much of its bound is near enough; the next size aims at so much of it."""
+
+
+def _smallest(workshop: Workshop, costs: Costs, bound: float) -> float:
+    """The smallest size of all units with a predicted divergence within a bound, by bisection."""
+    knapsack = workshop.survey.knapsack(costs)
+    low, high = knapsack.least[0], min(costs.aim[0], knapsack.most[0])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        candidate = knapsack.best((middle, *costs.aim[1:]))
+        within = candidate is not None and knapsack.predicted(candidate) <= bound
+        low, high = (low, middle) if within else (middle, high)
+    return high / (1 - MARGINS[SIZE])
+
+
+BISECTIONS = 16
 
 
 def _correct_speed(
-    run: RunContext, measured: MeasuredLevels, candidates: list[BuiltCandidate], costs: Costs
-) -> tuple[list[BuiltCandidate], CompressResult, list[FitCorrection]]:
-    """Pack the best candidate, and search again while it decodes more slowly than its bound."""
-    context, made = measured.context, run.folder.model
-    packed = _pack_winner(run, context, best_of(candidates))
+    workshop: Workshop, candidates: list[BuiltCandidate], costs: Costs
+) -> tuple[list[BuiltCandidate], list[FitCorrection]]:
+    """Choose again while the best candidate decodes more slowly than its bound."""
+    context, wanted = workshop.context, workshop.context.recipe.decode_speedup
     corrections: list[FitCorrection] = []
-    wanted, speed = context.recipe.decode_speedup, _measured_speedup(context, made, 0)
+    speed = _measured_speedup(context, best_of(candidates), 0)
     while wanted and speed is not None and misses(wanted, speed) and len(corrections) < MOST:
         best = best_of(candidates)
         # the table does not know the linears of a cut
@@ -417,26 +364,25 @@ def _correct_speed(
         tighter = costs.tightened(context.costs.kinds[-1].limit * (speed / predicted))
         if tighter is None:
             break
-        again, _ = build_candidates(measured, tighter, structure=False)
+        again, _, workshop = build_candidates(workshop, tighter, structure=False)
         if not again:
             break
-        packed_again = _pack_winner(run, context, best_of(again))
-        reached = _measured_speedup(context, made, len(corrections) + 1)
+        again = heal_candidates(workshop, again)
+        reached = _measured_speedup(context, best_of(again), len(corrections) + 1)
         corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
         if not is_faster(reached, speed):  # it has lost more, and for nothing
-            packed = _pack_winner(run, context, best_of(candidates))
             break
-        candidates, costs, packed, speed = again, tighter, packed_again, reached
-    return candidates, packed, corrections
+        candidates, costs, speed = again, tighter, reached
+    return candidates, corrections
 
 
-def _measured_speedup(context: FitContext, made: Path, number: int) -> float | None:
-    """The speed-up of a packed winner, from the file of an earlier run or timed now."""
+def _measured_speedup(context: FitContext, candidate: BuiltCandidate, number: int) -> float | None:
+    """The speed-up of a packed candidate, from the file of an earlier run or timed now."""
     if context.recipe.decode_speedup is None:
         return None
     file = context.work / f"speedup-{number}.json"
     if not file.exists():
-        write_json(file, {"speedup": speedup_of(context, made)})
+        write_json(file, {"speedup": speedup_of(context, candidate.packed)})
     found: float | None = json.loads(file.read_text(encoding="utf-8"))["speedup"]
     return found
 
@@ -452,23 +398,20 @@ def is_faster(speedup: float | None, before: float) -> bool:
 
 
 def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -> CompressResult:
-    """Pack the winner into the folder of the run, and write the recipe that makes it again."""
+    """Put the packed winner into the folder of the run, with the recipe that makes it again."""
     recipe, folder = context.recipe, run.folder
     text = f"{recipe.output}/{NOTES}/{WINDOWS}"
-    steps = chain_steps(recipe, winner.formats, text)
+    teacher = None if winner.row.healed is None else recipe.model
+    steps = chain_steps(recipe, winner.formats, text, teacher)
     if winner.cut:
         [[verb, given]] = winner.cut.items()
         steps.insert(0, {verb: {**given, "calibration": {"source": text}}})
-    rounding = rounding_record(winner.folder) if "calibration" in steps[-1]["compress"] else {}
-    if rounding:
-        rounding["calibration"] = {**rounding["calibration"], "source": text}
-    chosen = chosen_values(recipe, winner.folder, winner.formats, rounding)
-    source = replace(context.source, folder=winner.sparse)
-    compress = packing_recipe(recipe, winner.formats)
-    report = pack_into(replace(run, source=source), compress, chosen)
+    shutil.copytree(winner.packed, folder.fresh_model(), dirs_exist_ok=True)
+    (folder.notes / STATE).unlink(missing_ok=True)
     shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
     if winner.cut:
-        shutil.copytree(winner.base / NOTES, folder.notes / "steps" / "structure")
+        steps_of_cut = folder.notes / "steps" / "structure"
+        shutil.copytree(winner.base / NOTES, steps_of_cut, dirs_exist_ok=True)
     chain = {
         "model": recipe.model,
         "output": f"{recipe.output}-again",
@@ -477,8 +420,8 @@ def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -
     }
     write_text(folder.notes / RECIPE, dump_recipe(build_recipe(ChainRecipe, chain)))
     # the card and the notes name places of the result, and none among the work of the run
-    places = {str(context.calibration_file): text}
-    places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.folder, winner.base)
+    places = {str(context.calibration_file): text, str(winner.packed): str(recipe.output)}
+    places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.base)
                if one != context.source.folder}  # fmt: skip
     notes = [file for file in folder.notes.rglob("*") if file.suffix in (".json", ".yaml")]
     for file in (folder.model / "README.md", *notes):
@@ -486,7 +429,8 @@ def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -
         for work, result in places.items():
             content = content.replace(work, result)
         write_text(file, content)
-    return report
+    packed: CompressResult = step_of("compress").result(folder.model)
+    return packed.model_copy(update={"output": folder.output})
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""A fit for llama.cpp: levels that a GGUF file holds, bytes of the file, and the file itself."""
+"""A fit for llama.cpp: formats that a GGUF file holds, bytes of the file, and the file itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.fitting.storage_formats import GGUF_FILE, LEVELS
+from secateur.steps.fitting.storage_formats import GGUF_FILE, StorageFormat
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -27,27 +27,29 @@ THEIR_NAMES = {
 }
 
 
-def bytes_with(place: Path, level: int) -> int:
-    """The bytes of a file whose linears all have one level."""
+def bytes_with(place: Path, values: str, embeddings: str) -> int:
+    """The bytes of a file whose linears all have one type."""
     model = PackableCheckpoint.open(place / "dense")
-    linears = [GGUF_FILE.linear(shape, LEVELS[level], None) for shape in model.shapes.values()]
-    return round(GGUF_FILE.rest(model) + sum(linears))
+    total = GGUF_FILE.rest(model)
+    for name, matrix in model.matrices.items():
+        rows, columns = model.reader.entries[name].shape
+        own = values if matrix.prunable else embeddings
+        total += GGUF_FILE.matrix((rows, columns), StorageFormat(own, 0.0))
+    return total
 
 
 def test_a_fit_for_llama_cpp_writes_the_file_that_it_counted(tmp_path: Path) -> None:
     save(tmp_path / "dense", byte_level(), "llama", intermediate_size=64)
     save_windows(tiny_windows(12, 24), tmp_path / "windows.safetensors")
-    most = (bytes_with(tmp_path, 1) + bytes_with(tmp_path, 2)) // 2
+    most = (bytes_with(tmp_path, "int8", "int8") + bytes_with(tmp_path, "int4", "int4")) // 2
     options = {
-        "target": "llama.cpp", "effort": "fast", "generations": 1, "offspring": 2,
-        "structure": False, "calibration": tmp_path / "windows.safetensors",
+        "target": "llama.cpp", "effort": "fast", "calibration": tmp_path / "windows.safetensors",
     }  # fmt: skip
     found = secateur.fit(
         tmp_path / "dense", output=tmp_path / "small", max_size=str(most), **options
     )
     (file,) = (tmp_path / "small").glob("*.gguf")
     assert found.winner.file_bytes == file.stat().st_size == found.checks[0].measured <= most
-    assert {point.name for point in found.singles} == {"bfloat16", "int8", "int4"}
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     packed = open_checkpoint(tmp_path / "small")
     for layer in range(2):
@@ -59,15 +61,15 @@ def test_a_fit_for_llama_cpp_writes_the_file_that_it_counted(tmp_path: Path) -> 
             weight = packed.read(f"{name}.weight").float()
             error = float((values - weight).norm() / weight.norm())
             assert error <= (0.01 if found.kind_of[name] == "int8" else 0.005), name
-    assert tensors["token_embd.weight"].tensor_type == Q.Q8_0
-    least = bytes_with(tmp_path, 2)
-    with pytest.raises(RecipeError, match="no level fits") as caught:
+    assert tensors["token_embd.weight"].tensor_type == TYPE_OF[found.embeddings]
+    least = bytes_with(tmp_path, "int4", "int4")
+    with pytest.raises(RecipeError, match="no model fits") as caught:
         secateur.fit(tmp_path / "dense", output=tmp_path / "no", max_size=str(least - 9), **options)
     assert "the smallest possible size is" in str(caught.value)
 
 
 def test_zeros_are_not_offered() -> None:
-    assert [level.name for level in GGUF_FILE.levels] == ["bfloat16", "int8", "int4"]
+    assert [stored.name for stored in GGUF_FILE.formats] == ["bfloat16", "int8", "int4"]
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_refused_before_work(tmp_path: Path) -> None:

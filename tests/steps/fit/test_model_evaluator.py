@@ -18,7 +18,6 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.steps.fitting.models import ModelEvaluator
-from secateur.steps.fitting.storage_formats import StorageFormat
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -82,14 +81,12 @@ def test_a_packed_model_is_measured_as_it_runs(tmp_path: Path) -> None:
         target=CheckpointTarget(reader, None, torch.device("cpu")), work=tmp_path / "work",
         source=resolve(str(tmp_path / "dense")), recipe=recipe, progress=Silent(),
     )  # fmt: skip
-    names = [x for x in reader.entries if "_proj.weight" in x]
-    formats = dict.fromkeys((x.removesuffix(".weight") for x in names), StorageFormat("int4", 0.0))
     context.work.mkdir()
     measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
-    folder = tmp_path / "dense"
-    packed, found = measure.packed(folder, folder, formats)
-    assert packed == tmp_path / "work" / "packed" / "dense"
-    assert {x.name for x in tmp_path.iterdir()} == {"dense", "work"}
+    folder, packed = tmp_path / "dense", context.work / "packed"
+    secateur.compress(folder, output=packed, values="int4", embeddings="int8")
+    found = measure.packed(packed)
+    assert (context.work / "measured-some.jsonl").exists()
     dense = logits_of(folder, windows)
     other = secateur.load(packed)(windows).logits.double()
     each = kl_div(other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")

@@ -11,7 +11,7 @@ import yaml
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.steps.fitting.candidates import StructuredCandidate
-from secateur.steps.fitting.models import Formats, ModelEvaluator
+from secateur.steps.fitting.models import ModelEvaluator
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -27,24 +27,20 @@ CUTS = (
 def test_a_cut_that_wins_is_packed_named_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget far below what the levels reach without harm; an uncut rival is made to look bad."""
+    """A budget far below what formats reach without harm; an uncut rival is made to look bad."""
     save_tiny(tmp_path / "dense", num_hidden_layers=3, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(6, 24), tmp_path / "windows.safetensors")
     monkeypatch.setattr("secateur.steps.fitting.candidates.STRUCTURED_CANDIDATES", CUTS)
     monkeypatch.setattr("secateur.steps.fitting.candidates.WORTH", -1.0)
     real = ModelEvaluator.packed
 
-    def packed(
-        self: ModelEvaluator, sparse: Path, folder: Path, formats: Formats
-    ) -> tuple[Path, float]:
-        output, found = real(self, sparse, folder, formats)
-        return output, found if "branches" in folder.parts else found + 100.0
+    def packed(self: ModelEvaluator, folder: Path) -> float:
+        return real(self, folder) + (0.0 if "branches" in folder.parts else 100.0)
 
     monkeypatch.setattr(ModelEvaluator, "packed", packed)
-    monkeypatch.setattr("secateur.steps.fit.best_single", lambda *_: None)
     result = secateur.fit(
         tmp_path / "dense", output=tmp_path / "cut", calibration=tmp_path / "windows.safetensors",
-        effort="fast", generations=0, max_size="75KiB",
+        effort="fast", structure=True, max_size="75KiB",
     )  # fmt: skip
     outcomes = {one.name: one.outcome for one in result.branches}
     assert outcomes["a third of the layers cut"].startswith("the same cut")

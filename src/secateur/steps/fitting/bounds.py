@@ -51,7 +51,7 @@ METRIC = "acc"
 
 
 def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
-    """Refuse a bound that no level can keep, and bounds that cannot be kept together.
+    """Refuse a bound that no model can keep, and bounds that cannot be kept together.
 
     Args:
         recipe: gives the bounds.
@@ -89,9 +89,9 @@ def _impossible(
         )
     given = getattr(recipe, OPTION_OF[name])
     fault = {
-        SIZE: f"no level fits into {given}",
-        MEMORY: f"no level runs in {given} with {recipe.context_length} tokens of context",
-        SECONDS: f"no level decodes {given} times as fast as dense int8 on this machine",
+        SIZE: f"no model fits into {given}",
+        MEMORY: f"no model runs in {given} with {recipe.context_length} tokens of context",
+        SECONDS: f"no model decodes {given} times as fast as dense int8 on this machine",
     }[name]
     nearest = f"{NEAREST[name]} {as_option(costs, name, least)}"
     return RecipeError(

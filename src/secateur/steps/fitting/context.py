@@ -1,9 +1,8 @@
 """What all parts of a fit share: the dense model, its calibration windows, the time that is left.
 
-Levels are always made, and the winner is always packed and judged. Between them, what does not fit
-into the time any more is dropped: first generations of the search, then cuts, further candidates,
-the frontier. A phase is expected to take as long as the same or a like one took; the times are kept
-in a file, so a resumed run knows them too.
+The survey, the first model and the judgement are always made. Between them, what does not fit into
+the time any more is dropped: further candidates, cuts, healing. A phase is expected to take as long
+as the same one took; the times are kept in a file, so a resumed run knows them too.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.engine.search.stored_levels import FRONTIER, SURVEY_TOKENS, FitSearch
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
 from secateur.models.sources import LocalCheckpoint
@@ -95,8 +93,8 @@ class FitContext:
         model: the same, and its matrices that can be packed.
         costs: what the model pays with, and how much of it.
         time: the time that is left.
-        work: folder for levels, windows and measured values.
-        calibration_file: file of the windows that make levels.
+        work: folder for models, windows and measured values.
+        calibration_file: file of the windows that make models, and of those that heal them.
         choosing: measures packed folders on the windows that choose.
         judging: measures them on windows that judge the result.
         progress: receives every step.
@@ -113,6 +111,11 @@ class FitContext:
     choosing: LossComparison
     judging: LossComparison
     progress: Progress
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some linears are experts."""
+        return any(map(self.target.architecture.of_expert, self.model.linears))
 
     @classmethod
     def prepare(
@@ -132,48 +135,6 @@ class FitContext:
         """
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
         target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
-        purposes = "make levels, choose among them and judge"
-        text = split_text(recipe, target, work, purposes, progress)
+        purposes = "make models, choose among them and judge"
+        text = split_text(recipe, target, work, purposes, progress, recipe.tokens_to_heal)
         return cls(recipe, source, target, model, costs, time, work, *text, progress)
-
-
-MEASURED_AT_THE_END = 8
-"""What packing and judging the winner and its rivals take, in measurements of one candidate."""
-
-DRAWN_TOKENS = 1024
-"""Tokens on which all mutants of a generation are measured; the better ones see all."""
-
-
-@dataclass(frozen=True)
-class ExpectedSeconds:
-    """Seconds that phases are expected to take, by what earlier ones took.
-
-    Attributes:
-        survey: of the layers.
-        frontier: of its candidates.
-        generation: of the search.
-        rest: one candidate, packed and judged.
-        cuts: all cuts, and one candidate among them.
-    """
-
-    survey: float
-    frontier: float
-    generation: float
-    rest: float
-    cuts: float
-
-    @classmethod
-    def of(cls, context: FitContext, search: FitSearch, structured: int) -> ExpectedSeconds:
-        """By the time of a level, and of measuring it; `structured` is the number of cuts."""
-        each = context.time.expected("singles") / len(search.levels)
-        share = min(1.0, SURVEY_TOKENS / search.tokens)
-        drawn = context.recipe.offspring * min(1.0, DRAWN_TOKENS / search.tokens)
-        rest = context.time.expected("prune", "round") + MEASURED_AT_THE_END * each
-        cut = context.time.expected("prune") + each
-        return cls(
-            survey=len(context.target.layers) * each * share,
-            frontier=2 * FRONTIER * each,
-            generation=(drawn + 2) * each,
-            rest=rest,
-            cuts=structured * cut + rest,
-        )

@@ -1,13 +1,13 @@
 """What a fit pays with: bytes of files, bytes of memory, and seconds of a token.
 
-Each kind of cost is a rest, which the model has whatever happens to its linears, and a cost of each
-linear on each level:
+Each kind of cost is a rest, which the model has whatever happens to its matrices, and a cost of
+each linear, and of embedding and head, in each format:
 
-| kind    | rest                                           | a linear                            |
-|---------|------------------------------------------------|-------------------------------------|
-| size    | headers, embeddings, norms                     | bytes of the target's files         |
-| memory  | embeddings, norms, KV cache, working memory    | bytes that the kernels read         |
-| seconds | attention, norms, embedding, head              | from the table of timed matrices    |
+| kind    | rest                              | a linear                         | embeddings  |
+|---------|-----------------------------------|----------------------------------|-------------|
+| size    | headers, norms                    | bytes of the target's files      | the same    |
+| memory  | norms, KV cache, working memory   | bytes that the kernels read      | the same    |
+| seconds | attention, norms, embedding, head | from the table of timed matrices | in the rest |
 
 A size is always counted; memory and seconds are where they have a bound. A bound that no model can
 keep is refused before any work, and the error names the nearest one that can be kept.
@@ -32,21 +32,23 @@ from secateur.recipes.options import bytes_of
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting.storage_formats import (
+    EMBEDDINGS,
     FILES,
-    LEVELS,
+    FORMATS,
     PACKED_FOLDER,
     StorageFormat,
     TargetFiles,
+    embedded,
 )
 
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
 
-SHORT = {"bfloat16": "bf16", "int3": "int4"}
-"""What values are called where they are timed; int3 is int4 in memory."""
+SHORT = {"bfloat16": "bf16", "int3": "int4", "int2": "int4"}
+"""What values are called where they are timed; int3 and int2 are int4 in memory."""
 
 MARGINS = {SIZE: 0.003, MEMORY: 0.01, SECONDS: 0.04}
-"""Of a budget, kept free. A mix that is made has a few zeros more or fewer than its levels; time is
-predicted from a table."""
+"""Of a budget, kept free. A model that is made has a few zeros more or fewer; time is predicted
+from a table."""
 
 LEAST_STEP = 0.01
 """By which a bound on seconds is tightened at least, as a fraction."""
@@ -84,18 +86,25 @@ class Costs:
     Attributes:
         kinds: size, then memory and seconds if they are bounded.
         shapes: [out, in] of every linear, by its name.
+        outer: shapes of embedding and head; one if they are tied.
         times: of the linears, if seconds are bounded.
         files: of the target.
     """
 
     kinds: tuple[CostKind, ...]
     shapes: Mapping[str, tuple[int, int]]
-    times: MatrixTimes | None
+    outer: tuple[tuple[int, int], ...] = ()
+    times: MatrixTimes | None = None
     files: TargetFiles = PACKED_FOLDER
 
     @property
+    def units(self) -> list[str]:
+        """What has a format of its own: the linears, then the embeddings."""
+        return [*self.shapes, EMBEDDINGS]
+
+    @property
     def budget(self) -> Cost:
-        """What all linears together may cost."""
+        """What all units together may cost."""
         return tuple(kind.budget for kind in self.kinds)
 
     @property
@@ -122,8 +131,8 @@ class Costs:
 
     def predicted_speedup(self, formats: Mapping[str, StorageFormat]) -> float:
         """The speed-up over dense int8 that the table of times predicts."""
-        linears = [self.of(name, stored)[-1] for name, stored in formats.items()]
-        return self.table.base / (self.table.rest + sum(linears))
+        taken = [self.of(name, stored)[-1] for name, stored in formats.items()]
+        return self.table.base / (self.table.rest + sum(taken))
 
     def tightened(self, seconds: float) -> Costs | None:
         """The same with a lower bound on seconds; None if it is as low as it can be."""
@@ -139,7 +148,7 @@ class Costs:
         return replace(other, kinds=tuple(replace(a, limit=b.limit) for a, b in pairs))
 
     def narrowed(self, size: float) -> Costs:
-        """The same with at most so many bytes for the linears."""
+        """The same with at most so many bytes for all units."""
         return self.limited(0, min(self.kinds[0].limit, self.kinds[0].rest + size))
 
     def limited(self, place: int, limit: float) -> Costs:
@@ -149,47 +158,39 @@ class Costs:
         return replace(self, kinds=tuple(kinds))
 
     @property
-    def levels(self) -> tuple[StorageFormat, ...]:
-        """The levels of every linear; the first is the model itself."""
-        return self.files.levels
-
-    @property
-    def every(self) -> tuple[StorageFormat, ...]:
-        """The levels, and the formats that a mix may have besides them."""
-        return (*self.files.levels, *self.files.finer)
+    def formats(self) -> tuple[StorageFormat, ...]:
+        """The formats of every unit; the first is the model itself."""
+        return self.files.formats
 
     @property
     def rest(self) -> Cost:
-        """What everything that is no linear costs."""
+        """What everything else costs."""
         return tuple(kind.rest for kind in self.kinds)
 
-    def of(self, name: str, stored: StorageFormat, size: float | None = None) -> Cost:
-        """The cost of a linear.
+    def of(self, name: str, stored: StorageFormat) -> Cost:
+        """The cost of a unit in a format."""
+        if name == EMBEDDINGS:
+            stored = StorageFormat(embedded(stored), 0.0)
+            each = [self._of_matrix(shape, stored) for shape in self.outer]
+            return tuple(map(sum, zip(*each, strict=True))) if each else (0.0,) * len(self.kinds)
+        return self._of_matrix(self.shapes[name], stored, timed=True)
 
-        Args:
-            name: of the linear.
-            stored: how it is stored.
-            size: its bytes in a packed folder, if its weights are known.
-        """
-        shape = self.shapes[name]
+    def _of_matrix(
+        self, shape: tuple[int, int], stored: StorageFormat, *, timed: bool = False
+    ) -> Cost:
+        """The cost of a matrix. Embedding and head are timed with the rest."""
         found = {
-            SIZE: lambda: self.files.linear(shape, stored, size),
+            SIZE: lambda: float(self.files.matrix(shape, stored)),
             MEMORY: lambda: float(
                 matrix_bytes(shape, stored.values, stored.sparsity, stored.group)
             ),
-            SECONDS: lambda: self.table.seconds(shape, weight_format(stored)),
+            SECONDS: lambda: self.table.seconds(shape, weight_format(stored)) if timed else 0.0,
         }
         return tuple(found[kind.name]() for kind in self.kinds)
 
-    def file_bytes(self, formats: Mapping[str, StorageFormat], sizes: Mapping[str, int]) -> int:
-        """Bytes of the files of a whole model.
-
-        Args:
-            formats: how every linear is stored.
-            sizes: the bytes of every linear in a packed folder.
-        """
-        linears = [self.of(name, one, float(sizes[name]))[0] for name, one in formats.items()]
-        return round(self.rest[0] + sum(linears))
+    def file_bytes(self, formats: Mapping[str, StorageFormat]) -> int:
+        """Bytes of the files of a whole model, at most, without the chance of single zeros."""
+        return round(self.rest[0] + sum(self.of(name, one)[0] for name, one in formats.items()))
 
     def least(self, place: int, *, alone: bool = False) -> float | None:
         """The smallest cost of one kind that a whole model can have, within the other bounds.
@@ -201,7 +202,7 @@ class Costs:
         Returns:
             None if no model keeps the other bounds.
         """
-        every = [[self.of(name, level) for level in self.levels] for name in self.shapes]
+        every = [[self.of(name, stored) for stored in self.formats] for name in self.units]
         others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
         wanted = tuple(tuple(level[place] for level in levels) for levels in every)
         knapsack = Knapsack(tuple(map(tuple, every)), wanted)
@@ -236,7 +237,13 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
     if recipe.decode_speedup is not None:
         times = time_linears(skeleton.config, model.shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
-    return Costs(tuple(kinds), model.shapes, times, files)
+    outer = tuple(
+        (rows, columns)
+        for name, matrix in model.matrices.items()
+        if not matrix.prunable
+        for rows, columns in [model.reader.entries[name].shape]
+    )
+    return Costs(tuple(kinds), model.shapes, outer, times, files)
 
 
 def _limit(size: int | str | None) -> float:
@@ -253,11 +260,15 @@ def time_linears(
         ArchitectureError: our loop cannot decode the model.
     """
     try:
-        return time_matrices(config, list(shapes.values()), [*map(weight_format, LEVELS)], progress)
+        return time_matrices(config, list(shapes.values()), [*map(weight_format, TIMED)], progress)
     except ArchitectureError as error:
         raise ArchitectureError(
             error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
         ) from error
+
+
+TIMED = [stored for stored in FORMATS if stored.sparsity in (0.0, 0.5, 0.7)]
+"""The formats that are timed; the times of other sparsities lie between theirs."""
 
 
 def weight_format(stored: StorageFormat) -> WeightFormat:
@@ -266,13 +277,6 @@ def weight_format(stored: StorageFormat) -> WeightFormat:
 
 
 def _resident_rest(model: PackableCheckpoint) -> int:
-    """Bytes in memory of the weights that are no linears: int8 embeddings, norms in bfloat16."""
-    total = 0
-    for name, entry in model.reader.entries.items():
-        matrix = model.matrices.get(name)
-        count = entry.size_bytes // entry.dtype.itemsize
-        if matrix is None:
-            total += 2 * count
-        elif not matrix.prunable:
-            total += count + 4 * entry.shape[0]
-    return total
+    """Bytes in memory of the weights outside the matrices, in bfloat16."""
+    others = [entry for name, entry in model.reader.entries.items() if name not in model.matrices]
+    return sum(2 * entry.size_bytes // entry.dtype.itemsize for entry in others)

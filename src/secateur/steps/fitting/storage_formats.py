@@ -1,12 +1,12 @@
-"""How a fit can store a linear, and how many bytes that takes in the files of each target.
+"""How a fit can store a linear and the embeddings, and how many bytes that takes for each target.
 
 | target    | files                                                                         |
 |-----------|-------------------------------------------------------------------------------|
-| cpu, any  | a packed folder: all levels, zeros by a bitmask; embeddings are int8          |
-| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0; embeddings as Q8_0 |
+| cpu, any  | a packed folder: all formats, zeros by a bitmask                              |
+| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0                     |
 
-A level is a format that all linears have at once. A GGUF file stores zeros like other weights, so
-levels with zeros are not offered for it. No type keeps the numbers of int3.
+Embedding and head are int8 or int4. A GGUF file stores zeros like other weights, so formats with
+zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
 """
 
 from __future__ import annotations
@@ -67,23 +67,22 @@ class StorageFormat:
         return DEFAULT_GROUP if self.values in GRID_BITS else None
 
 
-LEVELS = (
-    StorageFormat("bfloat16", 0.0),
-    StorageFormat("int8", 0.0),
-    StorageFormat("int4", 0.0),
-    StorageFormat("int3", 0.0),
-    *(StorageFormat(values, 0.5) for values in ("bfloat16", "int8", "int4", "int3")),
-    *(StorageFormat(values, 0.7) for values in ("bfloat16", "int4")),
-)
-"""The levels; the first is the model itself."""
+VALUES = ("bfloat16", "int8", "int4", "int3")
+SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 
-FINER = tuple(
-    StorageFormat(values, sparsity)
-    for values in ("int4", "int3")
-    for sparsity in (0.3, 0.4, 0.45, 0.55, 0.6, 0.65, 0.7)
-    if StorageFormat(values, sparsity) not in LEVELS
-)
-"""Formats without a level of their own, for mixes that are made whole (`candidates`)."""
+FORMATS = tuple(StorageFormat(values, share) for share in SPARSITIES for values in VALUES)
+"""All formats of a linear; the first is the model itself."""
+
+EMBEDDINGS = "embeddings"
+"""What embedding and head are called among the linears."""
+
+EMBEDDED: Mapping[str, str] = {"int4": "int4", "int3": "int4", "int2": "int4"}
+"""The values of embedding and head by those of a format; int8 for all others."""
+
+
+def embedded(stored: StorageFormat) -> str:
+    """The values of embedding and head in a format. They have no zeros."""
+    return EMBEDDED.get(stored.values, "int8")
 
 
 def size_of(shape: tuple[int, int], stored: StorageFormat) -> int:
@@ -98,17 +97,12 @@ class TargetFiles(Protocol):
     """The files of a target."""
 
     @property
-    def levels(self) -> tuple[StorageFormat, ...]:
-        """The levels that it stores; the first is the model itself."""
-        ...
-
-    @property
-    def finer(self) -> tuple[StorageFormat, ...]:
-        """Formats for mixes that are made whole, besides the levels."""
+    def formats(self) -> tuple[StorageFormat, ...]:
+        """The formats that it stores; the first is the model itself."""
         ...
 
     def rest(self, model: PackableCheckpoint) -> int:
-        """Bytes of everything that is no linear, at most.
+        """Bytes of everything that is no linear and no embedding, at most.
 
         Args:
             model: dense.
@@ -118,14 +112,8 @@ class TargetFiles(Protocol):
         """
         ...
 
-    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
-        """Bytes of a linear [out, in].
-
-        Args:
-            shape: of the linear.
-            stored: how it is stored.
-            packed: its bytes in a packed folder, if its weights are known.
-        """
+    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
+        """Bytes of a matrix [out, in]."""
         ...
 
     def finish(self, folder: Path, progress: Progress) -> int:
@@ -142,26 +130,22 @@ class TargetFiles(Protocol):
 class PackedFolder:
     """Files of ours."""
 
-    levels: tuple[StorageFormat, ...] = LEVELS
-    finer: tuple[StorageFormat, ...] = FINER
+    formats: tuple[StorageFormat, ...] = FORMATS
 
     def rest(self, model: PackableCheckpoint) -> int:
-        """Int8 embeddings, norms in bfloat16, headers."""
+        """Norms in bfloat16, headers."""
         total = 4096
         for name, entry in model.reader.entries.items():
-            matrix = model.matrices.get(name)
-            count = entry.size_bytes // entry.dtype.itemsize
-            if matrix is None:
-                total += count * min(entry.dtype.itemsize, 2)
-            elif matrix.prunable:
+            if name in model.matrices:
                 total += HEADER_BYTES
             else:
-                total += count + 4 * entry.shape[0]
+                itemsize = entry.dtype.itemsize
+                total += entry.size_bytes // itemsize * min(itemsize, 2)
         return total
 
-    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
-        """What the formats say, of the weights where they are known."""
-        return float(size_of(shape, stored)) if packed is None else packed
+    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
+        """What the formats say."""
+        return size_of(shape, stored)
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Nothing is missing."""
@@ -172,23 +156,22 @@ class PackedFolder:
 class GGUFFolder:
     """A packed folder and a GGUF file in it, which is what counts."""
 
-    levels: tuple[StorageFormat, ...] = LEVELS[:3]
-    finer: tuple[StorageFormat, ...] = ()
+    formats: tuple[StorageFormat, ...] = FORMATS[:3]
 
     def rest(self, model: PackableCheckpoint) -> int:
-        """Q8_0 embeddings, norms in float32, the vocabulary, headers; exact."""
+        """Norms in float32, the vocabulary, headers; exact."""
         from secateur.exporting.gguf.writing import bytes_as_stored
 
-        values = {n: "bfloat16" if x.prunable else "int8" for n, x in model.matrices.items()}
-        whole, bare = bytes_as_stored(model.reader, values), self.levels[0]
-        shapes = [model.reader.entries[name].shape for name in model.linears.values()]
-        return whole - round(sum(self.linear((out, into), bare, None) for out, into in shapes))
+        bare = self.formats[0]
+        whole = bytes_as_stored(model.reader, dict.fromkeys(model.matrices, bare.values))
+        shapes = [model.reader.entries[name].shape for name in model.matrices]
+        return whole - sum(self.matrix((out, into), bare) for out, into in shapes)
 
-    def linear(self, shape: tuple[int, int], stored: StorageFormat, packed: float | None) -> float:
+    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
         """Rows of blocks."""
         from secateur.exporting.gguf.writing import bytes_of_matrix
 
-        return float(bytes_of_matrix(shape, stored.values))
+        return bytes_of_matrix(shape, stored.values)
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Export every matrix in the type nearest to how it is stored."""

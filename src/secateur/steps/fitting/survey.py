@@ -1,0 +1,238 @@
+"""What every linear, and the embeddings, lose in every format.
+
+One pass through the dense model (`engine.search.allocation.ChangedAlone`) measures the divergence
+that each linear makes alone, once rounded to 3 bits and once pruned to half. By these two,
+
+    rise(values, s) = D_rounded · R(values) / R(int3) · (1 − s / 2)  +  D_pruned · exp(9 (s − 1/2))
+
+for s zeros; without zeros the second term is none. R is the squared error of rounding to the
+nearest, of some rows of the matrix. The rises of all linears add up (to second order errors of
+different linears are independent). 9 is the growth of the allocation by divergence. With half of
+the weights pruned, rounding the others costs three quarters (SmolLM2-135M, int4 and int3).
+
+Embedding and head are rounded once, on the calibration text, and the model with them is measured.
+
+What is predicted is the sum of what single linears lose. A model that is made has linears that make
+up for each other, so it loses less, or more where much is lost. So the predictions are multiplied
+by what the first model that was made lost, over what was predicted (`Survey.scaled`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Any
+
+from torch import Tensor
+
+from secateur.calibration.windows import load_windows, stored_extra
+from secateur.engine.prepared import method_of, prepare
+from secateur.engine.search.allocation import ChangedAlone, LayerView, Ways, grains_of, pooled
+from secateur.engine.search.knapsack import Knapsack
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.parallel.ranks import ALONE
+from secateur.quantization.groups import GroupGrid
+from secateur.quantization.int8 import quantize_rows
+from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.runs.output import write_json
+from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.storage_plan import DEFAULT_GROUP, MixedReader, PackableCheckpoint
+from secateur.sparsity.allocation.divergence import ByDivergence
+from secateur.steps.compress import round_head
+from secateur.steps.fitting.context import FitContext
+from secateur.steps.fitting.costs import Costs
+from secateur.steps.fitting.models import ModelEvaluator, paths, shared_options
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat, embedded
+from secateur.types import Weight
+
+TOKENS = 4096
+"""Tokens on which the divergences are measured."""
+
+PROBE = "int3"
+"""The values to which every linear is rounded once."""
+
+HALF = 0.5
+
+GROWTH = ByDivergence.growth
+
+KEPT = 0.5
+"""What zeros take off the cost of rounding, by their fraction."""
+
+SAMPLED = 2**16
+"""Weights of a linear that say how much coarser one grid is than another."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the survey has measured.
+
+    Attributes:
+        rounded: the divergence of each linear rounded to `PROBE`, nats per token.
+        pruned: of each linear with half of its weights.
+        coarser: the squared error of each linear rounded to the nearest, over that of `PROBE`, by
+            values.
+        embeddings: the divergence with embedding and head in these values.
+    """
+
+    rounded: dict[str, float]
+    pruned: dict[str, float]
+    coarser: dict[str, dict[str, float]]
+    embeddings: dict[str, float]
+
+    def rise(self, name: str, stored: StorageFormat) -> float:
+        """What a unit adds to the divergence in a format."""
+        if name == EMBEDDINGS:
+            return self.embeddings[embedded(stored)]
+        share = stored.sparsity
+        rounding = self.rounded[name] * self.coarser[name].get(stored.values, 0.0)
+        pruning = self.pruned[name] * exp(GROWTH * (share - HALF)) if share else 0.0
+        return rounding * (1 - KEPT * share) + pruning
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The formats of every unit, what they cost and what they are predicted to lose.
+
+    Attributes:
+        measured: what the predictions are made of.
+        scale: by which they are multiplied.
+    """
+
+    measured: Measured
+    scale: float = 1.0
+
+    def knapsack(
+        self, costs: Costs, share_of: dict[str, tuple[str, float]] | None = None
+    ) -> Knapsack:
+        """The choice of a format for every unit of a model.
+
+        Args:
+            costs: of the model.
+            share_of: in a cut model, the name of every linear in the whole one, and the fraction
+                of its weights that is left; it keeps this fraction of its rise.
+        """
+        cost, rise = [], []
+        for name in costs.units:
+            home, share = (share_of or {}).get(name, (name, 1.0))
+            cost.append(tuple(costs.of(name, stored) for stored in costs.formats))
+            rises = (self.scale * share * self.measured.rise(home, one) for one in costs.formats)
+            rise.append(tuple(rises))
+        return Knapsack(tuple(cost), tuple(rise))
+
+    def scaled(self, made: float, predicted: float) -> Survey:
+        """The same after a model was made, and lost more or less than predicted."""
+        return replace(self, scale=self.scale * made / predicted)
+
+
+def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Survey:
+    """Measure what every unit loses, unless an earlier run has."""
+    file = context.work / "survey.json"
+    if not file.exists():
+        rounded, pruned = _divergences(context)
+        coarser = _coarser(context.model, [one.values for one in context.costs.formats])
+        write_json(
+            file,
+            {
+                "rounded": rounded,
+                "pruned": pruned,
+                "coarser": coarser,
+                "embeddings": _of_embeddings(context, evaluator),
+            },
+        )
+    return Survey(Measured(**json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float]]:
+    """The divergence of every linear, rounded to the probe and pruned to half."""
+    recipe = build_recipe(PruneRecipe, {**_probe(context), "sparsity": HALF})
+    prepared = prepare(recipe, context.source)
+    pruning = prepared.method
+    rounding, _ = method_of(build_recipe(PruneRecipe, {**_probe(context), **_rounding()}))
+    tasks = prepared.tasks()
+    job = prepared.job(tasks, "disk", context.work / "survey", ALONE)
+    survey, part = job.survey(context.progress), ByDivergence(judged_tokens=TOKENS)
+    grains = grains_of(tasks, part)
+
+    def ways(view: LayerView) -> Ways:
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in view.weights}
+        for way, method, share in (("pruned", pruning, HALF), ("rounded", rounding, 0.0)):
+            for name, weight in view.weights.items():
+                found[name][way] = view.solved(name, method, share) - weight
+        return found
+
+    names = survey.statistics_for(part)
+    alone = ChangedAlone(survey, TOKENS, names, grains, ways).divergences("surveying the layers")
+
+    def of_linears(way: str) -> dict[str, float]:
+        slopes = pooled({name: found[way] for name, found in alone.items()}, grains)
+        return {name: slope * grains[name].total for name, slope in slopes.items()}
+
+    return of_linears("rounded"), of_linears("pruned")
+
+
+def _probe(context: FitContext) -> dict[str, Any]:
+    """A run that prunes by SparseGPT; only its parts are used."""
+    return {
+        "effort": "fast",
+        "method": "sparsegpt",
+        "calibration": {"source": str(context.calibration_file)},
+        **shared_options(context.recipe),
+        **paths(context.recipe, context.source.folder, context.work / "survey"),
+    }
+
+
+def _rounding() -> dict[str, Any]:
+    """What makes the probe round instead."""
+    return {
+        "method": None,
+        "score": "kept",
+        "solver": "obs",
+        "sparsity": 0.0,
+        "method_parameters": {"bits": GRID_BITS[PROBE], "group": DEFAULT_GROUP, "descent": 0},
+    }
+
+
+def _coarser(model: PackableCheckpoint, values: list[str]) -> dict[str, dict[str, float]]:
+    """The squared error of every linear in some values over that in the probe's."""
+    found = {}
+    for linear, name in model.linears.items():
+        weight = model.reader.read(name).float()
+        weight = weight.t() if model.matrices[name].transposed else weight
+        rows = weight[:: max(1, weight.numel() // SAMPLED)]
+        errors = {x: _rounding_error(rows, x) for x in dict.fromkeys([*values, PROBE])}
+        found[linear] = {x: error / max(errors[PROBE], 1e-30) for x, error in errors.items()}
+    return found
+
+
+def _rounding_error(weight: Weight, values: str) -> float:
+    """The squared error of rounding a matrix to the nearest."""
+    if values in GRID_BITS:
+        grid = GroupGrid(GRID_BITS[values], DEFAULT_GROUP)
+        rounded = grid.dequantize(*grid.quantize(weight))
+    elif values == "int8":
+        codes, scale = quantize_rows(weight)
+        rounded = codes.float() * scale[:, None]
+    else:
+        rounded = weight.to(dtype=weight.bfloat16().dtype).float()
+    return float((rounded - weight).square().sum())
+
+
+def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, float]:
+    """The divergence with embedding and head in each of their values."""
+    found = {"int8": 0.0}
+    windows = load_windows(context.calibration_file)
+    windows = windows[: len(windows) - stored_extra(context.calibration_file)]
+    for values in {embedded(stored) for stored in context.costs.formats} - found.keys():
+        options = {"values": values, "embeddings": values, **shared_options(context.recipe)}
+        own = paths(context.recipe, context.source.folder, context.work / "embeddings")
+        recipe = build_recipe(CompressRecipe, {**options, **own})
+        folder = context.work / f"head-{values}"
+        readers = round_head(recipe, context.target, windows, folder, context.progress)
+        reader = MixedReader.of(context.model.reader, readers)
+        trust = context.recipe.trust_remote_code
+        target = CheckpointTarget(reader, None, context.target.device, trust_remote_code=trust)
+        found[values] = max(evaluator.of_target(target, f"embeddings {values}"), 0.0)
+    return found
