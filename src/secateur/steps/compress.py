@@ -32,7 +32,7 @@ from torch import Tensor
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.statistics.gram import Gram
-from secateur.calibration.windows import load_windows
+from secateur.calibration.windows import EXTRA, load_windows
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -183,6 +183,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
         reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
         windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
+        windows = windows[: len(windows) - found.get(EXTRA, 0)]
         head = round_head(recipe, target, windows, run.folder.work / HEAD, run.progress)
         mixed = replace(model, reader=MixedReader.of(model.reader, head))
         return mixed, {"calibration": found, "head": "calibrated"}

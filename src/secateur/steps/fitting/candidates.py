@@ -47,7 +47,7 @@ from secateur.steps.fitting.models import (
     shared_options,
 )
 from secateur.steps.fitting.storage_formats import PACKED_FOLDER
-from secateur.steps.fitting.survey import Survey
+from secateur.steps.fitting.survey import Predictions
 from secateur.steps.runner import carry_out, step_of
 from secateur.structured.cut_plan import CutPlan, plan_cut
 
@@ -128,7 +128,7 @@ class Workshop:
     """
 
     context: FitContext
-    survey: Survey
+    survey: Predictions
     evaluator: ModelEvaluator
 
     def made(

@@ -14,7 +14,7 @@ Embedding and head are rounded once, on the calibration text, and the model with
 
 What is predicted is the sum of what single linears lose. A model that is made has linears that make
 up for each other, so it loses less, or more where much is lost. So the predictions are multiplied
-by what the first model that was made lost, over what was predicted (`Survey.scaled`).
+by what the first model that was made lost, over what was predicted (`Predictions.scaled`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SAMPLED = 2**16
 
 
 @dataclass(frozen=True)
-class Measured:
+class UnitLosses:
     """What the survey has measured.
 
     Attributes:
@@ -93,7 +93,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Predictions:
     """The formats of every unit, what they cost and what they are predicted to lose.
 
     Attributes:
@@ -101,7 +101,7 @@ class Survey:
         scale: by which they are multiplied.
     """
 
-    measured: Measured
+    measured: UnitLosses
     scale: float = 1.0
 
     def knapsack(
@@ -122,12 +122,12 @@ class Survey:
             rise.append(tuple(rises))
         return Knapsack(tuple(cost), tuple(rise))
 
-    def scaled(self, made: float, predicted: float) -> Survey:
+    def scaled(self, made: float, predicted: float) -> Predictions:
         """The same after a model was made, and lost more or less than predicted."""
         return replace(self, scale=self.scale * made / predicted)
 
 
-def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Survey:
+def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
     """Measure what every unit loses, unless an earlier run has."""
     file = context.work / "survey.json"
     if not file.exists():
@@ -142,7 +142,7 @@ def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Survey:
                 "embeddings": _of_embeddings(context, evaluator),
             },
         )
-    return Survey(Measured(**json.loads(file.read_text(encoding="utf-8"))))
+    return Predictions(UnitLosses(**json.loads(file.read_text(encoding="utf-8"))))
 
 
 def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float]]:
