@@ -1,4 +1,4 @@
-"""Rounding to 3 and 4 bits: the sweep and the descent against slow oracles, and the solvers."""
+"""Rounding to 2, 3 and 4 bits: the sweep and the descent against slow oracles, and the solvers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from secateur.sparsity.hessian import inverse_factor
 from secateur.sparsity.solvers.alps import ALPS
 from secateur.sparsity.solvers.obs import OBS
 
-GRIDS = [GroupGrid(4, 32), GroupGrid(3, 64), GroupGrid(4, 128)]
+GRIDS = [GroupGrid(4, 32), GroupGrid(3, 64), GroupGrid(4, 128), GroupGrid(2, 32)]
 SOLVERS = [OBS(bits=4, group=32), OBS(bits=3), ALPS(bits=4), ALPS(bits=3, group=32)]
 
 

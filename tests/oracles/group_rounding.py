@@ -18,28 +18,30 @@ SCALES = torch.tensor(
 
 
 def nearest_scale(wanted: float) -> int:
-    """The place of the nearest scale."""
-    return int((SCALES - wanted).abs().argmin())
+    """The place of the scale that is nearest to the size of a number."""
+    return int((SCALES - abs(wanted)).abs().argmin())
 
 
-def rounded(weight: float, scale: float, largest: int) -> float:
-    """The nearest of −largest … largest times the scale."""
-    return scale * max(-largest, min(largest, round(weight / scale)))
+def rounded(weight: float, scale: float, bits: int) -> float:
+    """The nearest of −2^(bits − 1) … 2^(bits − 1) − 1 times the scale, which has a sign."""
+    return scale * max(-(2 ** (bits - 1)), min(2 ** (bits - 1) - 1, round(weight / scale)))
 
 
-def best_scale(weights: Tensor, importance: Tensor, largest: int) -> tuple[float, float]:
-    """The best of 26 scales, from 1.5 times the one that reaches the largest weight downwards.
-
-    Also by how much it is better than the next, as a share.
+def best_scale(weights: Tensor, importance: Tensor, bits: int) -> tuple[float, float]:
+    """The best scale of either sign, from 1.5 times the one whose largest integer reaches the
+    largest weight downwards, and by how much it is better than the next, as a share.
     """
     peak = float(weights.abs().max())
     if peak == 0:
         return 1.0, 1.0
-    top = nearest_scale(1.5 * peak / largest)
-    scales = SCALES[top - 25 : top + 1, None]
-    grid = scales * (weights / scales).round().clamp(-largest, largest)
+    count = {2: 48, 3: 33, 4: 29}[bits]
+    top = nearest_scale(1.5 * peak / (2 ** (bits - 1) - 1))
+    tried = SCALES[top - count + 1 : top + 1].flip(0)
+    scales = torch.stack([tried, -tried], dim=1).flatten()[:, None]
+    grid = scales * (weights / scales).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     errors, order = (importance * (weights - grid) ** 2).sum(1).sort(stable=True)
-    best, second = errors[:2].tolist()
+    best = float(errors[0])  # where nothing is clipped, both signs have the same error
+    second = float(errors[errors > best][:1].sum()) or best
     return float(scales[order[0], 0]), (second - best) / max(second, 1e-30)
 
 
@@ -56,7 +58,7 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rounded weight, its mask, and how far each row stays from a tie (of two integers, or of
     two scales)."""
-    w, largest = weight.double().clone(), 2 ** (bits - 1) - 1
+    w = weight.double().clone()
     hessian, dead = damped_hessian(gram)
     w[:, dead] = 0.0
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
@@ -75,14 +77,14 @@ def sweep(
             span = slice(i, i + group)
             for row in range(len(w)):
                 held = w[row, span] * kept[row, span]
-                scale[row], better = best_scale(held, diagonal[span] ** -2, largest)
+                scale[row], better = best_scale(held, diagonal[span] ** -2, bits)
                 clearance[row] = min(float(clearance[row]), better)
         wanted = torch.zeros(len(w), dtype=torch.float64)
         for row in range(len(w)):
             if kept[row, i]:
-                wanted[row] = rounded(float(w[row, i]), scale[row], largest)
+                wanted[row] = rounded(float(w[row, i]), scale[row], bits)
                 steps = float(w[row, i]) / scale[row]
-                if abs(steps) < largest:
+                if -(2 ** (bits - 1)) < steps < 2 ** (bits - 1) - 1:
                     clearance[row] = min(float(clearance[row]), abs(steps % 1 - 0.5))
         error = (w[:, i] - wanted) / diagonal[i]
         w[:, i:] -= error[:, None] * factor[i, i:]
@@ -102,7 +104,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Rows x [out, in] after coordinate descent, and how far each stays from a tie of integers or
     of scales."""
-    x, scales, largest = x.double().clone(), scales.double().clone(), 2 ** (bits - 1) - 1
+    x, scales = x.double().clone(), scales.double().clone()
     clearance = torch.ones(len(x), dtype=torch.float64)
     for row in range(len(x)):
 
@@ -116,9 +118,9 @@ def descend(
                 s = float(scales[row, start // group])
                 codes = torch.zeros(x.shape[1], dtype=torch.float64)
                 codes[start : start + group] = x[row, start : start + group] / s
-                if codes.any() and s + vertex(codes) > 0:
+                if codes.any() and s * (s + vertex(codes)) > 0:
                     wanted = s + vertex(codes)
-                    s = float(SCALES[nearest_scale(wanted)])
+                    s = math.copysign(float(SCALES[nearest_scale(wanted)]), wanted)
                     steps = (math.frexp(wanted)[0] * 32) % 1
                     clearance[row] = min(float(clearance[row]), abs(steps - 0.5))
                 scales[row, start // group] = s
@@ -128,8 +130,8 @@ def descend(
                         axis = torch.zeros(x.shape[1], dtype=torch.float64)
                         axis[j] = 1.0
                         wanted = float(x[row, j]) + vertex(axis)
-                        x[row, j] = rounded(wanted, s, largest)
-                        if abs(wanted / s) < largest:
+                        x[row, j] = rounded(wanted, s, bits)
+                        if -(2 ** (bits - 1)) < wanted / s < 2 ** (bits - 1) - 1:
                             near = abs(wanted / s % 1 - 0.5)
                             clearance[row] = min(float(clearance[row]), near)
     return x, clearance

@@ -44,11 +44,12 @@ def rounded_to_bytes(x: Tensor, shares: str) -> Tensor:
 
 
 def by_groups(codes: Tensor, exponent: Tensor, code: Tensor, group: int) -> Tensor:
-    """s · q weight by weight in float64, s = 2^(e + c div 16) · (1 + (c mod 16) / 16)."""
+    """s · q weight by weight in float64, s = ± 2^(e + c div 16) · (1 + (c mod 16) / 16)."""
     dense = torch.zeros(codes.shape, dtype=torch.float64)
     for row, (numbers, steps) in enumerate(zip(codes.tolist(), code.tolist(), strict=True)):
         e = int(exponent[row])
-        scales = [2.0 ** (e + c // 16) * (1 + c % 16 / 16) for c in steps]
+        signed = [(1 - 2 * (byte // 128), byte % 128) for byte in steps]
+        scales = [sign * 2.0 ** (e + c // 16) * (1 + c % 16 / 16) for sign, c in signed]
         dense[row] = torch.tensor(
             [scales[column // group] * q for column, q in enumerate(numbers)], dtype=torch.float64
         )

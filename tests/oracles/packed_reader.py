@@ -103,13 +103,19 @@ def stored_values(layout: dict, part: tuple[str, list[int], bytes], count: int) 
     return [q for i in range(out) for q in stream(data, bits, i * width, columns)]
 
 
+def scale_of_byte(byte: int, exponent: float) -> float:
+    """The scale of a group, of its byte and the exponent of its row."""
+    sign, c = divmod(byte, 128)
+    return (-1) ** sign * 2.0 ** (exponent + c // 16) * (1 + c % 16 / 16)
+
+
 def scale_of(layout: dict, parts: dict, i: int, j: int) -> float:
     """What a value of row i and column j is multiplied with."""
     if "group" in layout:
         groups = math.ceil(layout["shape"][1] / layout["group"])
         c = parts["weight_scale"][2][i * groups + j // layout["group"]]
         e = number(parts["weight_exponent"][2][i : i + 1], "I8")
-        return 2.0 ** (e + c // 16) * (1 + c % 16 / 16)
+        return scale_of_byte(c, e)
     if layout["values"] == "int8":
         return number(parts["weight_scale"][2][4 * i : 4 * i + 4], "F32")
     return 1.0

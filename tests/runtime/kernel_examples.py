@@ -60,7 +60,7 @@ def example_of_codes(
 ) -> tuple[KernelMatrix, Tensor]:
     """A matrix of 4 bits, and the same dense in float64; "2:4" keeps up to two of each four."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-7, 8, (rows, columns), generator=generator).to(torch.int8)
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator).to(torch.int8)
     groups = GroupGrid(4, group).groups(columns)
     code = torch.randint(0, 256, (rows, groups), generator=generator).to(torch.uint8)
     exponent = torch.randint(-60, 20, (rows,), generator=generator).to(torch.int8)

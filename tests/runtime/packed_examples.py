@@ -26,6 +26,9 @@ LAYOUTS = {
     "layer.dense3": Layout("dense", "int3", (22, 130), group=128),
     "layer.two_of_four4": Layout("n-of-m", "int4", (9, 68), "2:4", group=64),
     "layer.four_of_eight3": Layout("n-of-m", "int3", (150, 72), "4:8", group=32),
+    "layer.bitmask2": Layout("bitmask", "int2", (19, 75), group=32),
+    "layer.dense2": Layout("dense", "int2", (13, 131), group=64),
+    "layer.two_of_four2": Layout("n-of-m", "int2", (9, 132), "2:4", group=128),
 }
 SMALL_GRIDS = {
     "layer.bitmask4": Layout("bitmask", "int4", (7, 37), group=32),
@@ -34,6 +37,8 @@ SMALL_GRIDS = {
     "layer.dense3": Layout("dense", "int3", (4, 130), group=128),
     "layer.two_of_four4": Layout("n-of-m", "int4", (5, 36), "2:4", group=64),
     "layer.four_of_eight3": Layout("n-of-m", "int3", (12, 40), "4:8", group=32),
+    "layer.bitmask2": Layout("bitmask", "int2", (5, 45), group=32),
+    "layer.dense2": Layout("dense", "int2", (4, 67), group=64),
 }
 FIRST = [
     "layer.bitmask16", "embedding", "norm.weight", "layer.two_of_four", "layer.bitmask4",

@@ -131,7 +131,7 @@ def test_the_judged_loss_is_that_of_a_slow_computation(
     loose = secateur.evaluate(
         plain, tokenizer=tiny_tokenizer(), text=text, sequence_length=32, windows=4
     )
-    assert (abs(loose.mean_loss - expected) > 1e-4) is rounded  # the test can tell
+    assert (abs(loose.mean_loss - expected) > 6e-5) is rounded  # the test can tell
     assert judged_part(loose.protocol_id) == judged_part(found.protocol_id)
 
 

@@ -72,13 +72,15 @@ def test_products_of_4_bits_are_those_of_float64(tier, shape, group, sparsity):
 
 @pytest.mark.parametrize("sparsity", [None, 0.5])
 def test_sums_of_4_bits_are_exact_integers(tier, sparsity):
-    """Activations of 127 and weights of 7, all of one sign, make the largest sums."""
-    codes = torch.full((3, 2048), 7, dtype=torch.int8)
-    codes[1] = -7
-    scales = Scales(torch.zeros(3, dtype=torch.int8), torch.zeros(3, 16, dtype=torch.uint8))
-    kept = None if sparsity is None else torch.rand(3, 2048) >= sparsity
+    """Activations of 127 and weights of 7 or −8, all of one sign, make the largest sums."""
+    codes = torch.full((4, 2048), 7, dtype=torch.int8)
+    codes[1], codes[2:] = -7, -8
+    scales = Scales(torch.zeros(4, dtype=torch.int8), torch.zeros(4, 16, dtype=torch.uint8))
+    scales.code[3] = 128
+    kept = None if sparsity is None else torch.rand(4, 2048) >= sparsity
     matrix = KernelMatrix.of_codes(codes, scales, 128, kept)
-    dense = codes.double() if kept is None else codes.double() * kept
+    signed = codes.double() * torch.tensor([1.0, 1, 1, -1])[:, None]
+    dense = signed if kept is None else signed * kept
     for x in (torch.full((1, 2048), 127.0), torch.full((1, 2048), -127.0)):
         assert torch.equal(matrix.multiply(x).double(), bitmask_product(x, dense))
 
@@ -174,8 +176,8 @@ def test_parts_of_4_bits_that_do_not_fit_are_refused():
         KernelMatrix.of_codes(codes, scales, 32)
     with pytest.raises(ShapeError, match="a mask"):
         KernelMatrix.of_codes(codes, scales, 64, torch.ones(3, 71, dtype=torch.bool))
-    codes[1, 2] = -8
-    with pytest.raises(ShapeError, match="below -7"):
+    codes[1, 2] = -9
+    with pytest.raises(ShapeError, match="below -8"):
         KernelMatrix.of_codes(codes, scales, 64)
 
 

@@ -205,8 +205,8 @@ def misplace(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=5), "version 5, but this release reads version 4"),
-        (lambda f: config_with(f, version=3), "version 3, but this release reads version 4"),
+        (lambda f: config_with(f, version=6), "version 6, but this release reads version 5"),
+        (lambda f: config_with(f, version=4), "version 4, but this release reads version 5"),
         (lambda f: config_with(f, version=True), "version True"),
         (lambda f: config_with(f, archive="no"), "archive is not true or false"),
         (lambda f: config_with(f, archive=True), "disagree on whether this is an archive"),
@@ -252,9 +252,9 @@ def test_a_flipped_bit_is_reported_by_tensor(tmp_path: Path, name: str) -> None:
 def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     packed_folder(tmp_path / "m")
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
-    forgery.description["version"] = 5
+    forgery.description["version"] = 6
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"(?s)version 5.*newer secateur"):
+    with pytest.raises(CheckpointError, match=r"(?s)version 6.*newer secateur"):
         PackedCheckpoint(tmp_path / "m")
 
 

@@ -1,11 +1,12 @@
-"""Weights on small integer grids: symmetric, one scale for each group of a row.
+"""Weights on small integer grids: one signed scale for each group of a row.
 
-    w_ij ≈ s_ig · q_ij,      g = j div group,      |q_ij| ≤ 2^(bits − 1) − 1
-    s_ig = 2^(e_i + c_ig div 16) · (1 + (c_ig mod 16) / 16),      0 ≤ c_ig ≤ 255
+    w_ij ≈ s_ig · q_ij,      g = j div group,      −2^(bits − 1) ≤ q_ij ≤ 2^(bits − 1) − 1
+    s_ig = ± 2^(e_i + c_ig div 16) · (1 + (c_ig mod 16) / 16),      0 ≤ c_ig ≤ 127
 
-So a scale is one byte c, and each row has one exponent e. There is no zero point: a zero is exactly
-the integer 0. A scale has 5 significant bits and q at most 3, so s · q has at most 8 and is exact
-in bfloat16 and float32, and in float16 if 2⁻²⁰ ≤ s < 2¹³. A matrix on such a grid therefore needs
+So a scale is one byte: c, and 128 more where it is negative. Each row has one exponent e. There is
+no zero point: a zero is exactly the integer 0. The sign decides on which side of zero the grid has
+one more number. A scale has 5 significant bits and q at most 3, so s · q has at most 8 and is exact
+in bfloat16 and float32, and in float16 if 2⁻²⁰ ≤ |s| < 2¹³. A matrix on such a grid therefore needs
 no other record of its scales: `quantize` finds them again, and changes nothing.
 """
 
@@ -21,7 +22,7 @@ from secateur.errors import RecipeError
 from secateur.quantization.int8 import not_finite
 from secateur.types import Weight
 
-BITS = (3, 4)
+BITS = (2, 3, 4)
 """The bits of a weight for which there is a grid."""
 
 GROUPS = (32, 64, 128)
@@ -30,15 +31,19 @@ GROUPS = (32, 64, 128)
 STEPS = 16
 """Scales between a power of two and the next."""
 
-OCTAVES = 16
+OCTAVES = 8
 """Powers of two between the smallest scale of a row and twice its largest."""
 
-LOWEST, HIGHEST = -126, 109
+NEGATIVE = 128
+"""The bit of a scale's byte that is its sign."""
+
+LOWEST, HIGHEST = -126, 117
 """Exponents of rows: every scale is then a normal float32, and s · q is finite."""
 
-LARGEST_TRIED, TRIED = 1.5, 26
-"""The search begins at this multiple of the scale that reaches the largest weight, and tries so
-many scales downwards: to about half of it."""
+LARGEST_TRIED, TRIED = 1.5, {2: 48, 3: 33, 4: 29}
+"""The search begins at this multiple of the scale whose largest integer reaches the largest weight,
+and tries so many scales downwards, by bits: to about half of the scale whose lowest integer does,
+and with 2 bits to a third of it."""
 
 AT_ONCE = 2**18
 """Weights that are searched at the same time: few enough for the caches."""
@@ -50,7 +55,7 @@ class Scales:
 
     Attributes:
         exponent: e, int8 [out].
-        code: c, uint8 [out, groups].
+        code: c and the sign, uint8 [out, groups].
     """
 
     exponent: Tensor
@@ -59,28 +64,39 @@ class Scales:
     @property
     def values(self) -> Tensor:
         """The scales themselves, float32 [out, groups]."""
-        steps = self.code.int()
-        power = self.exponent.int()[:, None] + steps // STEPS
-        return torch.ldexp(1 + (steps % STEPS).float() / STEPS, power)
+        code = self.code.int()
+        steps = self.exponent.int()[:, None] * STEPS + code % NEGATIVE
+        return _scale_of(steps).mul_(1 - 2 * (code // NEGATIVE))
 
     @staticmethod
     def nearest(scale: Tensor, exponent: Tensor | None = None) -> Scales:
-        """The nearest scales to positive float32 numbers [out, groups]; of 0 any will do.
+        """The nearest scales to float32 numbers [out, groups], with their signs; of 0 any will do.
 
-        Those more than 15 octaves below the largest of their row become the smallest there is.
+        Those more than 7 octaves below the largest of their row become the smallest there is.
 
         Args:
             scale: the numbers.
             exponent: e, int8 [out], of a matrix that has these groups among others; None chooses
                 it by the largest number of each row.
         """
-        mantissa, power = torch.frexp(scale.clamp_min(2.0**LOWEST))  # mantissa in [1/2, 1)
-        steps = ((2 * mantissa - 1) * STEPS).round().int() + (power - 1) * STEPS
+        steps = _steps_of(scale.abs())
         if exponent is None:
             top = steps.amax(dim=1) // STEPS
             exponent = (top - OCTAVES + 1).clamp(LOWEST, HIGHEST)
         code = (steps - exponent.int()[:, None] * STEPS).clamp(0, STEPS * OCTAVES - 1)
+        code += NEGATIVE * (scale < 0)
         return Scales(exponent.to(torch.int8), code.to(torch.uint8))
+
+
+def _scale_of(steps: Tensor) -> Tensor:
+    """The positive scale with a number: 0 is 1.0, and 16 steps are an octave."""
+    return torch.ldexp(1 + (steps % STEPS).float() / STEPS, steps // STEPS)
+
+
+def _steps_of(scale: Tensor) -> Tensor:
+    """The number of the scale that is nearest to each positive number, int32."""
+    mantissa, power = torch.frexp(scale.clamp_min(2.0**LOWEST))  # mantissa in [1/2, 1)
+    return ((2 * mantissa - 1) * STEPS).round().int() + (power - 1) * STEPS
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class GroupGrid:
     """The grid of `bits` bits with a scale for each `group` consecutive weights of a row.
 
     Args:
-        bits: 3 or 4.
+        bits: 2, 3 or 4.
         group: 32, 64 or 128. The last group of a row may be shorter.
 
     Raises:
@@ -115,8 +131,13 @@ class GroupGrid:
 
     @property
     def largest(self) -> int:
-        """The largest integer: 7 of 4 bits, 3 of 3 bits."""
+        """The largest integer: 7 of 4 bits, 3 of 3 bits, 1 of 2 bits."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def lowest(self) -> int:
+        """The lowest integer: −8 of 4 bits, −4 of 3 bits, −2 of 2 bits."""
+        return -self.largest - 1
 
     def groups(self, columns: int) -> int:
         """How many groups a row has."""
@@ -144,12 +165,13 @@ class GroupGrid:
 
     def dequantize(self, codes: Tensor, scales: Scales) -> Weight:
         """The weights s · q, float32 [out, in], of integers [out, in]."""
-        return codes.float().mul_(self._spread(scales, codes.shape[1]))
+        weight = codes.float().mul_(self._spread(scales, codes.shape[1]))
+        return weight.add_(0.0)  # 0 times a negative scale is −0
 
     def codes(self, weight: Weight, scales: Scales) -> Tensor:
         """The integers round(w / s), half to even, within the grid, int8 [out, in]."""
         spread = self._spread(scales, weight.shape[1])
-        rounded = (weight.float() / spread).round_().clamp_(-self.largest, self.largest)
+        rounded = (weight.float() / spread).round_().clamp_(self.lowest, self.largest)
         return rounded.to(torch.int8)
 
     def _spread(self, scales: Scales, columns: int) -> Tensor:
@@ -171,22 +193,23 @@ class GroupGrid:
         parts = (x.split(self.group, dim=1) for x in (weight, result))
         for part, out, s in zip(*parts, scale.split(1, dim=1), strict=True):
             torch.div(part, s, out=out)
-            out.round_().clamp_(-self.largest, self.largest).mul_(s)
+            out.round_().clamp_(self.lowest, self.largest).mul_(s)
         return result
 
     def clipped(self, weight: Weight, scale: Tensor) -> Tensor:
-        """Where |round(w / s)| is above the largest integer, bool [out, in]; s is [out, groups]."""
-        ends = ((self.largest + 0.5) * scale).split(1, dim=1)
-        parts = zip(weight.split(self.group, dim=1), ends, strict=True)
-        return torch.cat([part.abs() > end for part, end in parts], dim=1)
+        """Where round(w / s) is no integer of the grid, bool [out, in]; s is [out, groups]."""
+        ends = torch.stack([(self.largest + 0.5) * scale, (self.lowest - 0.5) * scale])
+        above, below = (end.split(1, dim=1) for end in (ends.amax(dim=0), ends.amin(dim=0)))
+        parts = zip(weight.split(self.group, dim=1), above, below, strict=True)
+        return torch.cat([(part > high) | (part < low) for part, high, low in parts], dim=1)
 
     def search(
         self, weight: Weight, importance: Tensor | None = None, exponent: Tensor | None = None
     ) -> Scales:
         """The scales with the least error Σ_j h_ij (w_ij − s q_ij)² in each group.
 
-        Tries scales from half to one and a half times the one that reaches the largest weight.
-        Smaller ones clip too much.
+        Tries scales of both signs, from one and a half times the one whose largest integer reaches
+        the largest weight, to those that clip too much.
 
         Args:
             weight: [out, in], any floating dtype. Weights that are pruned are zero.
@@ -197,29 +220,33 @@ class GroupGrid:
         weights = None
         if importance is not None:
             weights = self._grouped(importance.float().expand(weight.shape))
-        reached = grouped.abs().amax(dim=2) / self.largest
-        top = Scales.nearest(reached * LARGEST_TRIED, exponent)
+        reached = grouped.abs().amax(dim=2) * (LARGEST_TRIED / self.largest)
+        top = _steps_of(reached.clamp_max(2.0 ** (HIGHEST + OCTAVES)))
+        low = STEPS * (LOWEST if exponent is None else exponent.int()[:, None])
+        high = STEPS * ((HIGHEST if exponent is None else exponent.int()[:, None]) + OCTAVES) - 1
         # Squares of float32 weights below 1e-22 or above 1e19 would be 0 or infinite.
-        unit = torch.ldexp(torch.ones_like(top.values), top.values.frexp().exponent - 1)[:, :, None]
-        grouped = grouped / unit
-        best, least = top, torch.full(top.code.shape, torch.inf, device=weight.device)
-        for below in range(TRIED):
-            code = (top.code.int() - below).clamp_min(0).to(torch.uint8)
-            tried = Scales(top.exponent, code)
-            scale = tried.values[:, :, None] / unit
-            rounded = (grouped / scale).round_().clamp_(-self.largest, self.largest).mul_(scale)
-            lost = rounded.sub_(grouped).square_()
-            error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = Scales(top.exponent, torch.where(better, code, best.code))
-        return best
+        unit = _scale_of(top // STEPS * STEPS)
+        grouped = grouped / unit[:, :, None]
+        best, least = torch.zeros_like(unit), torch.full_like(unit, torch.inf)
+        for below in range(TRIED[self.bits]):
+            tried = _scale_of((top - below).clamp(low, high))
+            scale = (tried / unit)[:, :, None]
+            rounded = (grouped / scale).round_()
+            for sign in (1, -1):
+                ends = sorted((sign * self.lowest, sign * self.largest))
+                lost = rounded.clamp(*ends).mul_(scale).sub_(grouped).square_()
+                error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
+                better = error < least
+                least = torch.where(better, error, least)
+                best = torch.where(better, sign * tried, best)
+        return Scales.nearest(best, exponent)
 
     def recovered(self, weight: Weight) -> tuple[Tensor, Tensor]:
         """The scales of the groups that are on a grid, and which these are.
 
         Several scales can represent a group. It takes the largest of them that is not above the
         highest octave that the row needs, so that small groups stay within the octaves below it.
+        A scale is negative only where the lowest integer stands for a positive weight.
 
         Args:
             weight: float32 [out, in].
@@ -228,17 +255,21 @@ class GroupGrid:
             The scales, float32 [out, groups], 0 for a group of zeros; and bool [out, groups].
         """
         grouped = self._grouped(weight)
-        peak = grouped.abs().amax(dim=2)
+        high, low = grouped.amax(dim=2), grouped.amin(dim=2)
+        peak = torch.maximum(high, -low)
         fitting, least, on_grid = [], torch.zeros_like(peak), peak == 0
-        for step in range(self.largest, 0, -1):  # from small scales to large ones
+        for step in range(-self.lowest, 0, -1):  # from small scales to large ones
             tried = peak / step
             short = tried.frexp().mantissa * (2 * STEPS)
             again = (grouped / tried[:, :, None]).round_().mul_(tried[:, :, None])
             fits = (again == grouped).all(dim=2) & (short.frac() == 0) & (peak > 0)
+            if step > self.largest:  # only one side has such an integer
+                fits &= high != -low
+                tried = torch.where(high == peak, -tried, tried)
             least = torch.where(fits & ~on_grid, tried, least)
             on_grid |= fits
             fitting.append((fits, tried))
-        scale, needed = least, least.amax(dim=1, keepdim=True).frexp().exponent
+        scale, needed = least, least.abs().amax(dim=1, keepdim=True).frexp().exponent
         for fits, tried in fitting:
             scale = torch.where(fits & (tried.frexp().exponent <= needed), tried, scale)
         return scale, on_grid

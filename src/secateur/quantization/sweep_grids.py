@@ -31,7 +31,8 @@ from secateur.quantization.groups import GroupGrid, Scales
 from secateur.quantization.int8 import LARGEST, grid_rows
 
 ROOM = 2.0
-"""By how much a scale may grow beyond that of the largest weight before the sweep."""
+"""By how much a scale may grow beyond the one whose lowest integer is the largest weight before the
+sweep."""
 
 
 @runtime_checkable
@@ -88,7 +89,7 @@ class RowColumns:
 
 
 class GroupColumns:
-    """3 or 4 bits in groups; a scale is chosen when the sweep arrives at its group.
+    """2, 3 or 4 bits in groups; a scale is chosen when the sweep arrives at its group.
 
     Args:
         grid: bits and group.
@@ -101,7 +102,7 @@ class GroupColumns:
     def __init__(self, grid: GroupGrid, columns: Tensor) -> None:
         self.grid = grid
         peaks = [group.abs().amax(dim=0) for group in columns.split(grid.group)]
-        first = Scales.nearest(torch.stack(peaks, dim=1) / grid.largest * ROOM)
+        first = Scales.nearest(torch.stack(peaks, dim=1) / -grid.lowest * ROOM)
         self.exponent = first.exponent
         self.scale = first.values.t().contiguous()
 
@@ -121,11 +122,11 @@ class GroupColumns:
 
     def rounded(self, columns: Tensor, scale: Tensor) -> Tensor:
         """Weights [..., out], rounded with scales [out]."""
-        largest = self.grid.largest
-        return (columns / scale).round_().clamp_(-largest, largest).mul_(scale)
+        grid = self.grid
+        return (columns / scale).round_().clamp_(grid.lowest, grid.largest).mul_(scale)
 
     def nearest(self, scale: Tensor) -> Tensor:
-        """The nearest scales of the rows' grids of scales to positive numbers [out]."""
+        """The nearest scales of the rows' grids of scales to numbers [out]."""
         return Scales.nearest(scale[:, None], self.exponent).values[:, 0]
 
 
@@ -175,8 +176,8 @@ def _fit_group(
     codes = columns / scale
     curvature = (codes * (hessian @ codes)).sum(dim=0)
     wanted = scale - (codes * residual).sum(dim=0) / curvature.clamp_min(1e-30)
-    usable = (curvature > 0) & (wanted > 0)
-    found = torch.where(usable, grid.nearest(wanted.clamp_min(0)), scale)
+    usable = (curvature > 0) & (wanted * scale > 0)
+    found = torch.where(usable, grid.nearest(wanted), scale)
     scaled = codes.round_().mul_(found)
     residual = torch.addmm(residual, hessian, scaled - columns)
     grid.scale[group] = found

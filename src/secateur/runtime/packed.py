@@ -499,7 +499,7 @@ def _write_file(
 
 
 METADATA_KEY = "secateur"
-VERSION = 4
+VERSION = 5
 """The version of the format that is written, and the only one that is read."""
 KEYS = {"version", "archive", "activations", "files", "layouts", "checksums", "archived", "digest"}
 ACTIVATIONS = {"values": "int8", "group": GROUP}

@@ -56,10 +56,10 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rounded_layers_are_tuned_on_their_grid(family: str) -> None:
-    windows, grid = tiny_windows(6), GroupGrid(3, 32)
+    windows, grid = tiny_windows(6), GroupGrid(4, 32)
     plain, tuned = tiny_model(family), tiny_model(family)
     options = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows,
-               "method_parameters": {"bits": 3, "group": 32}}  # fmt: skip
+               "method_parameters": {"bits": 4, "group": 32}}  # fmt: skip
     secateur.prune(plain, **options)
     report = secateur.prune(tuned, **options, tune_passes=16, tune_learning_rate=3e-3)
     for layer in report.layers:

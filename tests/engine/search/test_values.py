@@ -40,11 +40,11 @@ def linear_names(model) -> list[str]:
 
 @pytest.fixture(scope="module")
 def levels(tmp_path_factory: pytest.TempPathFactory) -> list[Level]:
-    """The trained model, and the same rounded to 8 and to 3 bits."""
+    """The trained model, and the same rounded to 8 and to 2 bits."""
     place = tmp_path_factory.mktemp("levels")
     source = save_trained(place / "source", steps=35)
     made = []
-    for bits in (16, 8, 3):
+    for bits in (16, 8, 2):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         names = linear_names(model)
         errors = {}

@@ -135,7 +135,7 @@ def test_formats_shards_and_archives_come_back(
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "secateur",
-        "version": 4,
+        "version": 5,
         "archive": archive,
         "activations": None,
     }

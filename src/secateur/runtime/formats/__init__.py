@@ -45,10 +45,11 @@ VALUES: Mapping[str, torch.dtype] = {
     "int8": torch.int8,
     "int4": torch.int8,
     "int3": torch.int8,
+    "int2": torch.int8,
 }
 """How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
 
-GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3}
+GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 """The bits of values that are stored as a bit stream, on a grid with a scale for each group."""
 
 MAX_SIDE = 2**31 - 1
@@ -84,7 +85,7 @@ class Layout:
         shape: (out, in) of the matrix.
         pattern: N:M, for formats that have one.
         transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
-        group: the weights of a row that share a scale, for int4 and int3.
+        group: the weights of a row that share a scale, for int4, int3 and int2.
 
     Raises:
         CheckpointError: a field has the wrong kind, or fields contradict each other.
@@ -143,7 +144,7 @@ class Layout:
 
     @property
     def grid(self) -> GroupGrid | None:
-        """The grid of the values; None unless they are int4 or int3."""
+        """The grid of the values; None unless they are int4, int3 or int2."""
         return None if self.group is None else GroupGrid(GRID_BITS[self.values], self.group)
 
     def to_json(self) -> dict[str, Any]:
@@ -238,7 +239,7 @@ class Format(Protocol):
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """The mask [out, in] and the kept values [nnz] in row-major order.
 
-        Values have the dtype of the layout: those of int8, int4 and int3 are integers, int8.
+        Values have the dtype of the layout: those of int8, int4, int3 and int2 are integers, int8.
         """
         ...
 
@@ -273,7 +274,7 @@ def why_no_pattern(layout: Layout) -> str | None:
 
 
 def value_spec(layout: Layout, *shape: int) -> PartSpec:
-    """The part that holds values of this shape: for int4 and int3 each row is a bit stream."""
+    """The part that holds values of this shape: for int4, int3, int2 each row is a bit stream."""
     if layout.grid is None:
         return PartSpec(layout.dtype, shape)
     bits = layout.grid.bits
@@ -326,8 +327,8 @@ def bitmask_parts(parts: Mapping[str, Tensor], layout: Layout) -> dict[str, Tens
 
     Returns:
         `bitmask` uint8 [out, ceil(in / 8)]; and `compressed`, the kept values in row-major order:
-        [nnz] of the dtype of the values, or for int4 and int3 one bit stream,
-        uint8 [ceil(nnz · bits / 8)]. int8 adds `weight_scale` float32 [out]; int4 and int3 add
+        [nnz] of the dtype of the values, or for int4, int3 and int2 one bit stream,
+        uint8 [ceil(nnz · bits / 8)]. int8 adds `weight_scale` float32 [out]; the others add
         `weight_scale` uint8 [out, ceil(in / group)] and `weight_exponent` int8 [out].
     """
     if layout.format == "bitmask":

@@ -33,7 +33,7 @@ from secateur.types import Mask, Weight
 class Dense:
     """Parts: `weight` [out, in], and the scales of integers.
 
-    int4 and int3 have a bit stream for each row: `weight` uint8 [out, ceil(in · bits / 8)].
+    int4, int3 and int2 have a bit stream for each row: `weight` uint8 [out, ceil(in · bits / 8)].
 
     Example:
         >>> import torch

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 8
+ABI = 9
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 

@@ -7,7 +7,7 @@
 | `offsets` | where each row's values begin [out + 1]   | none                                 |
 | `scale`   | float32 [out] where values are int8       | the same                             |
 
-words = ⌈in / 64⌉; entries past `in` are zero. Weights of 3 and 4 bits have two rows to a byte, an
+words = ⌈in / 64⌉; entries past `in` are zero. Weights of 2 to 4 bits have two rows to a byte, an
 order of columns of their own, and `scales` of groups instead of `scale`. Kernels may
 read 64 bytes past the end of the values, so that they can load whole registers. All padding happens
 here, when a matrix is loaded; files have none. A dense weight whose rows are already whole words is
@@ -23,9 +23,9 @@ The memory of a matrix:
     dense     rows · words · 64 · b / 8
     bitmask   nonzeros · b / 8 + rows · words · 8 + 8 · (rows + 1)
 
-With int8, 4 · rows are added for scales. b is the bits of a value. With int4 (and int3, which takes
-as much in memory) two rows share a mask, an offset, and a byte for each column that either keeps;
-each group of a row adds a byte, and each row one.
+With int8, 4 · rows are added for scales. b is the bits of a value. With int4 (and int3 and int2,
+which take as much in memory) two rows share a mask, an offset, and a byte for each column that
+either keeps; each group of a row adds a byte, and each row one.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class KernelMatrix:
     def of_codes(
         cls, codes: Tensor, scales: Scales, group: int, kept: Mask | None = None
     ) -> KernelMatrix:
-        """A matrix of 3 or 4 bits, W = s · q; either takes 4 bits in memory.
+        """A matrix of 2, 3 or 4 bits, W = s · q; each takes 4 bits in memory.
 
         Args:
-            codes: q, int8 [out, in], −7 to 7.
+            codes: q, int8 [out, in], −8 to 7.
             scales: s, one for each group of a row.
             group: how many weights share a scale: 32, 64 or 128.
             kept: which weights to store, bool [out, in]; None stores all of them.
@@ -137,8 +137,8 @@ class KernelMatrix:
             )
         if kept is not None and kept.shape != codes.shape:
             raise ShapeError(f"a mask {list(kept.shape)} for weights {list(codes.shape)}")
-        if not torch.all((codes >= -7) & (codes <= 7)):
-            raise ShapeError("a code of 4 bits is below -7 or above 7")
+        if not torch.all((codes >= -8) & (codes <= 7)):
+            raise ShapeError("a code of 4 bits is below -8 or above 7")
         self = cls.__new__(cls)
         self.dtype, self.rows, self.columns = torch.bfloat16, rows, columns
         self.scale, self.group = None, group
@@ -613,7 +613,7 @@ def matrix_bytes(
         shape: [out, in].
         values: a name in `VALUES`.
         sparsity: the fraction of zeros; 0 for a matrix without a bitmask.
-        group: weights of a row that share a scale, for int4 and int3.
+        group: weights of a row that share a scale, for int4, int3 and int2.
     """
     rows, columns = shape
     words = _words_of(columns)

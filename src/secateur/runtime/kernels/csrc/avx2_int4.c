@@ -102,7 +102,8 @@ SCT_INLINE __m256 scales_of(const uint8_t *codes, int together, int32_t exponent
     const __m128i which = _mm_load_si128((const __m128i *)scale_of_lane[together]);
     __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)codes), which);
     if (h) bytes = _mm_srli_si128(bytes, 8);
-    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 19);
+    const __m256i bits = _mm256_and_si256(_mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), 19),
+                                          _mm256_set1_epi32((int32_t)SCALE_BITS));
     return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(exponent)));
 }
 

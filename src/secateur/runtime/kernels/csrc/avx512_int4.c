@@ -42,7 +42,8 @@ const uint8_t *sct_word_avx512(const uint8_t *v, uint64_t kept, int packed, int 
 SCT_INLINE __m512 scales_of(const uint8_t *codes, int together, __m512i exponent) {
     const __m128i which = _mm_load_si128((const __m128i *)scale_of_lane[together]);
     const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)codes), which);
-    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 19);
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(_mm512_cvtepi8_epi32(bytes), 19),
+                                          _mm512_set1_epi32((int32_t)SCALE_BITS));
     return _mm512_castsi512_ps(_mm512_add_epi32(bits, exponent));
 }
 

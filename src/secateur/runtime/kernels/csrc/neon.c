@@ -174,9 +174,8 @@ SCT_INLINE void lane_scales(const sct_matrix *m, int64_t row, int64_t w, int64_t
     const uint8_t *codes = m->scales + row * groups_of(m);
     for (int64_t lane = 0; lane < 16; lane++) {
         const int64_t column = 64 * w + lane * 4 * k;
-        const int32_t code = column < m->columns ? codes[column / m->group] : 0;
-        const union { int32_t i; float f; } scale = {exponent_bits(m, row) + (code << 19)};
-        scales[lane] = scale.f;
+        const uint8_t code = column < m->columns ? codes[column / m->group] : 0;
+        scales[lane] = one_scale(exponent_bits(m, row), code);
     }
 }
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 8
+#define SCT_ABI 9
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
@@ -47,10 +47,10 @@ typedef enum { SCT_FLOAT32, SCT_BFLOAT16, SCT_FLOAT16, SCT_INT8, SCT_INT4, SCT_T
  * four products stays in one group of columns for a whole block, and a block needs one conversion
  * to float and one product with the scales. Mask and values both have this order.
  *
- * Scales. Group g of row r has the scale 2^(e + c / 16) * (1 + (c mod 16) / 16), where c is
- * `scales`[r, g], e is `exponents`[r], and c / 16 is rounded down: in float32 the bits
- * ((e + 127) << 23) + (c << 19). Both are there for an even number of rows, and 16 bytes can be
- * read past the end of `scales`.
+ * Scales. Group g of row r has the scale 2^(e + c / 16) * (1 + (c mod 16) / 16), where c is the
+ * lower seven bits of `scales`[r, g], e is `exponents`[r], and c / 16 is rounded down: in float32
+ * the bits ((e + 127) << 23) + (c << 19). It is negative where the highest bit is 1. Both are there
+ * for an even number of rows, and 16 bytes can be read past the end of `scales`.
  */
 typedef struct {
     int64_t rows, columns, words, stride;

@@ -38,8 +38,8 @@ def value_at(values, place, kept, CODES: tl.constexpr):
 
 @triton.jit
 def scale_of(code, exponent):
-    """2^(e + c div 16) · (1 + (c mod 16) / 16), put together from the bits of a float32."""
-    bits = ((exponent + (code >> 4) + 127) << 23) | ((code & 15) << 19)
+    """± 2^(e + c div 16) · (1 + (c mod 16) / 16), put together from the bits of a float32."""
+    bits = ((exponent + ((code >> 4) & 7) + 127) << 23) | ((code & 15) << 19) | ((code & 128) << 24)
     return bits.to(tl.float32, bitcast=True)
 
 

@@ -68,7 +68,7 @@ class GpuMatrix:
 
         Args:
             mask: bool [out, in] on the CPU.
-            values: kept weights, row by row; int8 from −7 to 7 with `scales`.
+            values: kept weights, row by row; int8 from −8 to 7 with `scales`.
             scale: float32 [out], for int8: W = scale · values.
             scales: for weights of 4 bits.
             group: columns that share a scale of `scales`.
