@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_model_put_together_and_within_the_bound(levels)
     source = loss_of(levels, dict.fromkeys(levels[0].bytes_of, 0))
     worst = loss_of(levels, dict.fromkeys(levels[0].bytes_of, 2))
     sizes = []
-    for share in (0.1, 0.3, 0.6):
+    for share in (0.1, 0.4, 0.8):
         bound = share * (worst - source)
         found = chosen(levels, bound)
         assert found.source_loss == pytest.approx(source, abs=1e-5)
