@@ -4,8 +4,9 @@
         [--rivals llama.cpp auto-round secateur] [--fit LABEL=FOLDER ...] [--sizes 60 75]
 
 Every contender becomes float32 weights, and the same evaluation judges all: the loss of the next
-token, in nats above the dense model's, on 16 windows of 512 tokens of WikiText-2's validation part
-and of C4 that nobody calibrated on. All are calibrated with the same 64 windows of 512 tokens.
+token, in nats above the dense model's, on windows of 512 tokens (`--judged`, 16 of them) of
+WikiText-2's validation part and of C4 that nobody calibrated on. All are calibrated with the same
+64 windows of 512 tokens.
 
 * `llama.cpp TYPE`: its own quantizer, with an importance matrix of these windows. `types` has what
   the matrices really are: a row that is no multiple of 256 weights long gets another type. Bytes
@@ -51,12 +52,11 @@ from secateur.recipes.shared import CalibrationWindows
 from stored import known_rows
 
 TABLE = "fit-rivals"
-PROTOCOL = {"judged": "16 windows of 512 tokens of each text; see benchmarks/fit.py"}
+PROTOCOL = {"judged": "excess loss in nats; see benchmarks/fit.py"}
 MIB = 2**20
 
-ROUNDED = ((2, 32, True), (3, 64, True), (2, 32, False), (4, 64, True), (2, 64, True),
-           (3, 32, True), (4, 32, True))  # fmt: skip
-"""auto-round's bits and group, and whether its grids are symmetric, its default."""
+GRIDS = ("2/32", "3/64", "4/64", "2/32/asymmetric", "2/64", "3/32", "4/32")
+"""auto-round's bits and group. Its default is symmetric."""
 
 LEVELS = (("int2", "int4"), ("int3", "int4"), ("int4", "int4"), ("int3", "int8"), ("int4", "int8"),
           ("int8", "int8"))  # fmt: skip
@@ -95,7 +95,7 @@ class Bench:
     @cached_property
     def judged(self) -> dict[str, Tensor]:
         """The texts that judge."""
-        return {x: self.windows(getattr(self.args, x), 16) for x in ("wiki", "c4")}
+        return {x: self.windows(getattr(self.args, x), self.args.judged) for x in ("wiki", "c4")}
 
     def known(self, contender: str) -> dict[str, Any] | None:
         """The row of a contender."""
@@ -111,7 +111,7 @@ class Bench:
             weights = sum(x.numel() for x in module.parameters())
             losses = self.losses(module)
             row = {"model": self.name, "contender": "dense", "bytes": 2 * weights,
-                   "weights": weights, **losses}  # fmt: skip
+                   "weights": weights, "windows": self.args.judged, **losses}  # fmt: skip
             add(TABLE, PROTOCOL, row)
             print(row, flush=True)
         return row
@@ -163,8 +163,8 @@ class Bench:
 
     def by_auto_round(self) -> None:
         """Two rows for each grid of auto-round: its own embedding, and one counted as int8."""
-        for bits, group, symmetric in ROUNDED:
-            label = f"auto-round {bits} bits g{group}{'' if symmetric else ' asymmetric'}"
+        for bits, group, *asymmetric in (grid.split("/") for grid in self.args.grids):
+            label = " ".join([f"auto-round {bits} bits g{group}", *asymmetric])
             folder = self.work / label.replace(" ", "-")
             if self.known(label) or self.args.auto_round is None:
                 continue
@@ -173,7 +173,7 @@ class Bench:
             words = [*shlex.split(self.args.auto_round), "benchmarks/rival_rounding.py"]
             words += [self.source, windows, folder, "--bits", bits, "--group-size", group]
             words += ["--samples", 64, "--recipe", self.args.recipe]
-            words += [] if symmetric else ["--asymmetric"]
+            words += [f"--{word}" for word in asymmetric]
             subprocess.run([str(x) for x in words], check=True)
             facts = json.loads((folder / "rival.json").read_text(encoding="utf-8"))
             sizes = facts.pop("bytes"), facts.pop("bytes_int8_embedding")
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--wiki", type=Path, required=True)
+    parser.add_argument("--judged", type=int, default=16, help="windows of each text that judge")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", type=float, nargs="*", help="MiB")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.2, 2.6, 3.2, 4.5, 8])
@@ -247,7 +248,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=[*TYPES], choices=[*TYPES])
     parser.add_argument("--levels", nargs="*", type=lambda x: x.split("/"), default=[*LEVELS])
     parser.add_argument("--auto-round", help="a Python that has it, with its words")
-    parser.add_argument("--recipe", default="default", choices=["default", "light"])
+    parser.add_argument("--grids", nargs="*", default=[*GRIDS])
+    parser.add_argument("--recipe", default="default", choices=["default", "light", "short"])
     parser.add_argument("--fit", nargs="*", default=[], metavar="LABEL=FOLDER")
     parser.add_argument("--for-llama-cpp", action="store_true")
     args = parser.parse_args()

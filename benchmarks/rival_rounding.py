@@ -71,6 +71,7 @@ def main() -> None:
             [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
         ),
         device_map="cpu",
+        enable_torch_compile=False,
     )
     rounded, _ = rival.quantize()  # its own writer puts the source's float32 weights back
     weight = rounded.model.layers[0].mlp.up_proj.weight[:8, : args.group_size].float()
