@@ -1,7 +1,7 @@
 """`secateur fit` beside what people take instead: llama.cpp's files, auto-round, one level of ours.
 
     python benchmarks/fit.py MODEL --calibration C4 --c4 HELD_OUT --wiki WIKI --work DIR
-        [--rivals llama.cpp auto-round secateur] [--fit LABEL=FOLDER ...] [--sizes 60 75]
+        [--make llama.cpp auto-round secateur fit] [--fit LABEL=FOLDER ...] [--sizes 60 75]
 
 Every contender becomes float32 weights, and the same evaluation judges all: the loss of the next
 token, in nats above the dense model's, on windows of 512 tokens (`--judged`, 16 of them) of
@@ -16,7 +16,8 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
   bfloat16. The same again with the embedding counted as int8, but judged unrounded: kinder than it
   can be.
 * `secateur VALUES, embeddings VALUES`: `secateur compress` with calibration, one level for all.
-* `--fit LABEL=FOLDER`: what `secateur fit` made. With `--for-llama-cpp` also as a GGUF file.
+* `fit SIZE`: `secateur fit --max-size SIZE`, with and without healing; `--fit LABEL=FOLDER` is a
+  folder that it has made. With `--for llama.cpp` also its GGUF file.
 
 For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
 Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
@@ -26,6 +27,7 @@ a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import shutil
@@ -194,18 +196,39 @@ class Bench:
             self.keep(label, folder, size_of(folder), seconds=time.perf_counter() - begun)
             shutil.rmtree(folder)
 
+    @property
+    def sizes(self) -> list[float]:
+        """The sizes that are compared, in bytes."""
+        weights = self.dense["weights"]
+        return [x * MIB for x in self.args.sizes or ()] or [weights * x / 8 for x in self.args.bits]
+
     def by_fit(self) -> None:
-        """A row for each folder that `secateur fit` made."""
+        """Two rows for each size: before healing and healed."""
+        for size, healed in itertools.product(self.sizes, (False, True)):
+            label = f"fit {size / MIB:.2f} MiB, {'healed' if healed else 'not healed'}"
+            label += f" for {self.args.target}" if self.args.target != "cpu" else ""
+            if self.known(label):
+                continue
+            folder, begun = self.work / label.replace(" ", "-"), time.perf_counter()
+            secateur.fit(
+                self.source, max_size=int(size), calibration=str(self.args.calibration), windows=64,
+                sequence_length=512, output=folder, resume=True, target=self.args.target,
+                **({} if healed else {"heal_tokens": 0}),
+            )  # fmt: skip
+            self.keep_fit(label, folder, seconds=time.perf_counter() - begun)
+
+    def by_folders(self) -> None:
+        """A row for each folder that is given."""
         for label, path in (x.split("=", 1) for x in self.args.fit):
-            if not self.known(f"fit {label}"):
-                self.keep(f"fit {label}", Path(path), size_of(Path(path)))
-            out = f"fit {label}, GGUF"
-            if self.args.for_llama_cpp and not self.known(out):
-                made = self.work / "fit-gguf"
-                secateur.export(path, to="gguf", type="stored", output=made, overwrite=True)
-                (file,) = made.glob("*.gguf")
-                self.keep_gguf(out, file)
-                shutil.rmtree(made)
+            self.keep_fit(f"fit {label}", Path(path))
+
+    def keep_fit(self, label: str, folder: Path, **values: Any) -> None:
+        """The row of a fit, and that of its GGUF file."""
+        if not self.known(label):
+            self.keep(label, folder, size_of(folder), **values)
+        for file in folder.rglob("*.gguf"):
+            if not self.known(f"{label}, GGUF"):
+                self.keep_gguf(f"{label}, GGUF", file)
 
 
 def size_of(folder: Path) -> int:
@@ -213,22 +236,30 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def maker_of(contender: str) -> str:
+    """Who made a file, as it stands in the table."""
+    first = contender.split()[0]
+    if first != "fit":
+        return "one level of ours" if first == "secateur" else first
+    kind = "fit, GGUF" if contender.endswith("GGUF") else "fit"
+    return f"{kind}, not healed" if "not healed" in contender else kind
+
+
 def table(name: str, sizes: list[float]) -> str:
     """For each size, each maker's best file that is not larger."""
-    makers = {"llama.cpp": "llama.cpp", "auto-round": "auto-round", "one level of ours": "secateur",
-              "fit": "fit"}  # fmt: skip
     rows = [r for r in known_rows(TABLE) if r["model"] == name and r["contender"] != "dense"]
     rows += [{**r, "bytes": r["kinder"], "contender": f"{r['contender']}, int8 embedding"}
              for r in rows if "kinder" in r]  # fmt: skip
     lines = []
     for size in sizes:
-        for maker, start in makers.items():
-            fits = [r for r in rows if r["contender"].startswith(start) and r["bytes"] <= size]
-            if fits:
-                best = min(fits, key=lambda r: r["wiki"] + r["c4"])
-                lines.append([f"{size / MIB:.2f}", maker, best["contender"],
-                              f"{best['bytes'] / MIB:.2f}", f"{best['wiki']:.3f}",
-                              f"{best['c4']:.3f}"])  # fmt: skip
+        best: dict[str, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda r: r["wiki"] + r["c4"]):
+            if row["bytes"] <= size:
+                best.setdefault(maker_of(row["contender"]), row)
+        lines += [
+            [f"{size / MIB:.2f}", maker, row["contender"], f"{row['bytes'] / MIB:.2f}",
+             f"{row['wiki']:.3f}", f"{row['c4']:.3f}"] for maker, row in sorted(best.items())
+        ]  # fmt: skip
     return markdown(["at most, MiB", "", "file", "MiB", "WikiText-2", "C4"], lines)
 
 
@@ -244,14 +275,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", type=float, nargs="*", help="MiB")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.2, 2.6, 3.2, 4.5, 8])
-    parser.add_argument("--rivals", nargs="*", default=["llama.cpp", "auto-round", "secateur"])
+    contenders = ["llama.cpp", "auto-round", "secateur", "fit"]
+    parser.add_argument("--make", nargs="*", default=contenders, choices=contenders)
     parser.add_argument("--types", nargs="*", default=[*TYPES], choices=[*TYPES])
     parser.add_argument("--levels", nargs="*", type=lambda x: x.split("/"), default=[*LEVELS])
     parser.add_argument("--auto-round", help="a Python that has it, with its words")
     parser.add_argument("--grids", nargs="*", default=[*GRIDS])
     parser.add_argument("--recipe", default="default", choices=["default", "light", "short"])
     parser.add_argument("--fit", nargs="*", default=[], metavar="LABEL=FOLDER")
-    parser.add_argument("--for-llama-cpp", action="store_true")
+    parser.add_argument("--for", dest="target", default="cpu", help="target of the fits")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(heading())
@@ -259,14 +291,12 @@ def main() -> None:
     bench.work.mkdir(parents=True, exist_ok=True)
     made: dict[str, Callable[[], None]] = {
         "llama.cpp": bench.by_llama_cpp, "auto-round": bench.by_auto_round,
-        "secateur": bench.by_compress,
+        "secateur": bench.by_compress, "fit": bench.by_fit,
     }  # fmt: skip
-    for rival in args.rivals:
-        made[rival]()
-    bench.by_fit()
-    weights = bench.dense["weights"]
-    sizes = [x * MIB for x in args.sizes or ()] or [weights * x / 8 for x in args.bits]
-    print(table(bench.name, sizes))
+    for contender in args.make:
+        made[contender]()
+    bench.by_folders()
+    print(table(bench.name, bench.sizes))
 
 
 if __name__ == "__main__":
