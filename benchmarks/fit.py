@@ -281,7 +281,9 @@ def main() -> None:
     parser.add_argument("--levels", nargs="*", type=lambda x: x.split("/"), default=[*LEVELS])
     parser.add_argument("--auto-round", help="a Python that has it, with its words")
     parser.add_argument("--grids", nargs="*", default=[*GRIDS])
-    parser.add_argument("--recipe", default="default", choices=["default", "light", "short"])
+    parser.add_argument(
+        "--recipe", default="default", choices=["default", "light", "short", "opt_rtn"]
+    )
     parser.add_argument("--fit", nargs="*", default=[], metavar="LABEL=FOLDER")
     parser.add_argument("--for", dest="target", default="cpu", help="target of the fits")
     args = parser.parse_args()

@@ -4,10 +4,10 @@
 
 auto-round 0.16.1 (Cheng et al., SignRound, arXiv 2309.05516) on the token windows of a safetensors
 file (`input_ids` [n, length]), so all see the same text. Its recipes are those of its command line:
-`default` is 200 iterations, `light` is 50 with a rate of 5e-3, `short` 20, which is ours. Batches
-of 8 windows. OUTPUT becomes a dense checkpoint with the rounded weights, and `rival.json` has the
-seconds and the bytes that its own format needs: codes, a float16 scale for each group, and a zero
-point unless the grids are symmetric; everything else in bfloat16, or the embedding in int8.
+`default` is 200 iterations, `light` is 50 with a rate of 5e-3, `opt_rtn` none; `short` is ours, 20.
+Batches of 8 windows. OUTPUT becomes a dense checkpoint with the rounded weights, and `rival.json`
+has the seconds and the bytes that its own format needs: codes, a float16 scale for each group, and
+a zero point unless the grids are symmetric; everything else in bfloat16, or the embedding in int8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from auto_round import AutoRound
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPES = {"default": (200, None), "light": (50, 5e-3), "short": (20, None)}
+RECIPES = {"default": (200, None), "light": (50, 5e-3), "short": (20, None), "opt_rtn": (0, None)}
 """Iterations and learning rate."""
 
 
