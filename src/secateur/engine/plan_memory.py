@@ -202,21 +202,18 @@ def plan_run(
         stored, forwards = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
     models, learnt = (target, teacher or target), tokens + extra_tokens
-    distillation = _plan_distillation(
-        models, tasks, windows, epochs, sweep_windows, learnt, of_token
-    )
+    learning = _plan_distillation(models, tasks, windows, epochs, sweep_windows, learnt, of_token)
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
     survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    whole = models[: _writes_whole(target, length, unwritten)]
-    if epochs and not sweep_windows:
-        whole = models
+    whole = epochs and not sweep_windows
+    loaded = models if whole else models[: _writes_whole(target, length, unwritten)]
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
-    disk = output_bytes + survey.disk_bytes + distillation.disk_bytes + gradients + passes * stored
-    passed = survey.passed_tokens + tokens * _passes(settings) + distillation.passed_tokens
+    disk = output_bytes + survey.disk_bytes + learning.disk_bytes + gradients + passes * stored
+    passed = survey.passed_tokens + tokens * _passes(settings) + learning.passed_tokens
     sizes = {
         "process": resident_bytes(),
         "layer": max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -225,8 +222,8 @@ def plan_run(
         "solve": solving.most,
         "basis": _basis_bytes(target, tasks, settings),
         "writing": writing_bytes(target, windows, unwritten),
-        "distilling": distillation.memory_bytes,
-        "loading": max(map(_model_bytes, whole), default=0),
+        "distilling": learning.memory_bytes,
+        "loading": max(map(_model_bytes, loaded), default=0),
     }
     on_gpu = target.device.type == "cuda"
     return PrunePlan(
@@ -241,7 +238,7 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         stays_on_gpu=settings.on_gpu,
-        learning_tokens=distillation.passed_tokens,
+        learning_tokens=learning.passed_tokens,
         sweep_windows=sweep_windows if epochs else 0,
     )
 

@@ -192,7 +192,8 @@ def compression_card(
         inherited_front_matter(source, source_folder),
         f"{Path(source.name).name}, compressed",
         "The zeros of this model are not stored. Made by `secateur compress`; `docs/format.md` of "
-        "secateur\nspecifies the files.",
+        "secateur\nspecifies the files."
+        + (f" Before it was packed, it learned {result.learned}." if result.learned else ""),
         markdown_table(("", "bytes", "of dense bfloat16"), sizes, range(1, 3)),
         markdown_table(("stored as", "matrices", "bits per weight"), formats, range(1, 3)),
         _use('import secateur\nmodel = secateur.load("{place}")', place),

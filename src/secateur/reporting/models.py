@@ -62,6 +62,15 @@ class CompressResult(Result, Compression):
         return self.bfloat16_bytes // BFLOAT16_BYTES
 
     @property
+    def learned(self) -> str | None:
+        """What the rounded model learned before it was packed, if it did."""
+        found = self.rounding.get("distillation")
+        return found and (
+            f"{found['tokens']:,} tokens from {Path(found['teacher']).name}; distillation loss "
+            f"{found['loss_before']:.4f} at first, {found['loss_after']:.4f} at last"
+        )
+
+    @property
     def broken(self) -> list[str]:
         """Bounds that the packed model does not keep."""
         chosen = self.rounding.get("chosen")
@@ -101,6 +110,7 @@ class CompressResult(Result, Compression):
             ("change of the loss", judged),
             ("in the search", searched),
             ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
+            ("learned", self.learned),
             ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
             ("time", f"{self.seconds:.1f} s"),
             ("output", str(self.output)),

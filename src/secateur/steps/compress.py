@@ -162,7 +162,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if calibrated and heals and recipe.embeddings in GRID_BITS:  # linears learn with this head
             mixed, rounding = self.with_head(model)
             ready = run.folder.work / "with-head"
-            model = self.opened(write_embeddings(recipe, mixed, ready, run.progress))
+            model = self.opened(_write_embeddings(recipe, mixed, ready, run.progress))
         if calibrated and (heals or _rounds_linears(recipe)):
             rounded = run.folder.work / "rounded"
             round_checkpoint(recipe, model, rounded, run.progress, self.model.reader.folder)
@@ -458,7 +458,7 @@ def round_head(
     return {name: CheckpointReader(folder)}
 
 
-def write_embeddings(
+def _write_embeddings(
     recipe: CompressRecipe, model: PackableCheckpoint, folder: Path, progress: Progress
 ) -> Path:
     """Write a checkpoint whose embedding and head are on their grid already.
