@@ -205,7 +205,9 @@ def compress(
     *,
     progress: Progress | None = None,
     format: str | None = None,
-    values: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+    values: Literal[
+        "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
+    ]
     | None = None,
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
@@ -247,9 +249,9 @@ def compress(
             format, or dense where dense is smaller. [auto]
         values: How to store the weights. auto stores float32 as bfloat16 and keeps other types.
             keep keeps every type and loses nothing. Or name a type: bfloat16, float16, float32,
-            int8, int4, int3. [auto]
-        group_size: How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or
-            128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
+            int8, int4, int3, int2. [auto]
+        group_size: How many consecutive weights of a row share a scale in int4, int3 and int2: 32,
+            64 or 128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
         overrides: Own values for some linear layers, by name; the last match counts. [none]
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
@@ -312,9 +314,9 @@ def decompress(
 ) -> DecompressResult:
     """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
-    their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
-    numbers are exact, so compressing them again changes nothing.
+    Losslessly stored values are restored bit for bit. Integers are restored as
+    their scaled numbers, in the dtype of the configuration. In bfloat16 those of 4 bits or fewer
+    are exact, so compressing them again changes nothing.
 
     Args:
         model: Folder or hub id of a compressed model.
@@ -603,7 +605,9 @@ def prune(
     ray_processes: int | None = None,
     output: str | Path | None = None,
     keep_format: bool | None = None,
-    compress: Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+    compress: Literal[
+        "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
+    ]
     | None = None,
     compress_group_size: int | None = None,
     compress_embeddings: Literal["auto", "int8", "int4"] | None = None,
@@ -697,9 +701,9 @@ def prune(
             scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
             changes are rounded. [off]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32, int8, int4 or int3. [not compressed]
-        compress_group_size: How many consecutive weights of a row share a scale in int4 and int3:
-            32, 64 or 128. [64]
+            bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
+        compress_group_size: How many consecutive weights of a row share a scale in int4, int3 and
+            int2: 32, 64 or 128. [64]
         compress_embeddings: auto keeps embedding and output head; int8 and int4 round both. int4
             has the groups of --compress-group-size. [auto]
         score: Score that rates the weights, to compose a method of your own instead of naming one.

@@ -18,7 +18,13 @@ from secateur.sparsity.solvers.alps import ALPS
 from secateur.sparsity.solvers.obs import OBS
 
 GRIDS = [GroupGrid(4, 32), GroupGrid(3, 64), GroupGrid(4, 128), GroupGrid(2, 32)]
-SOLVERS = [OBS(bits=4, group=32), OBS(bits=3), ALPS(bits=4), ALPS(bits=3, group=32)]
+SOLVERS = [
+    OBS(bits=4, group=32),
+    OBS(bits=3),
+    OBS(bits=2, group=32),
+    ALPS(bits=4),
+    ALPS(bits=3, group=32),
+]
 
 
 def swept(case, grid, mask=None, choice=None):
@@ -107,7 +113,7 @@ def test_a_solution_is_on_its_grid_and_its_zeros_stay(solver, text, given, examp
     assert solution.error == pytest.approx(error, rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_step_after_the_sweep_lowers_the_error(bits, example):
     case = example((48, 128), seed=5)
     pattern = parsed("unstructured", "layer")
@@ -126,13 +132,13 @@ def test_int8_and_alps(example):
     case = example((32, 64), seed=6)
     pattern = parsed("unstructured", "layer")
     error = {}
-    for bits in (0, 8, 4, 3):
+    for bits in (0, 8, 4, 3, 2):
         solver = ALPS(bits=bits)
         prepared = solver.prepare(case.statistics)
         error[bits] = solver.solve(case.weight, prepared, pattern, 0.5).error
         assert solver.rounds == (bits > 0)
     assert error[0] < error[8] < 1.05 * error[0]
-    assert error[8] < error[4] < error[3]
+    assert error[8] < error[4] < error[3] < error[2]
 
 
 def test_what_cannot_be_rounded_is_refused(example):

@@ -147,7 +147,7 @@ def test_the_largest_group_that_divides_all_rows(hidden, ffn, group, tmp_path: P
     assert scale.shape == (hidden, ffn // group)
 
 
-@pytest.mark.parametrize("values", ["int4", "int3"])
+@pytest.mark.parametrize("values", ["int4", "int3", "int2"])
 @pytest.mark.parametrize("group", [32, 64])
 def test_a_model_on_a_grid_is_stored_without_rounding(
     values, group, pruned: Pruned, tmp_path: Path

@@ -123,7 +123,7 @@ def test_int8_logits(tmp_path: Path, shape: str, embeddings: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama, tied, biases", "odd widths", "wide"])
-@pytest.mark.parametrize("stored", ["int4", "int3"])
+@pytest.mark.parametrize("stored", ["int4", "int3", "int2"])
 def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
     """To the rounding of activations, as int8."""
     stores = {"values": stored, "group_size": 32, "embeddings": "int4"}

@@ -10,11 +10,11 @@ from secateur.runtime.kernels.matrix import matrix_bytes
 
 @pytest.mark.parametrize("shape", [(64, 64), (63, 100), (192, 576)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
-@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4", "int3"])
+@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4", "int3", "int2"])
 def test_bytes_are_those_of_a_random_matrix(
     shape: tuple[int, int], sparsity: float, values: str
 ) -> None:
-    short = {"bfloat16": "bf16", "int3": "int4"}.get(values, values)
+    short = {"bfloat16": "bf16", "int3": "int4", "int2": "int4"}.get(values, values)
     made = random_matrix(*shape, short, sparsity)
     group = 64 if short == "int4" else None
     # what kernels may read past the end is a few hundred bytes for each matrix

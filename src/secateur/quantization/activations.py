@@ -4,10 +4,10 @@
     q_j     = round(x_j · (127 / max_j |x_j|))  half to even; 0 for a share of zeros
     x_j    ≈ scale_b · q_j
 
-Matrices of int8, int4 and int3 meet activations that are rounded like this, in every kernel and
+Matrices of integers meet activations that are rounded like this, in every kernel and
 without kernels. All numbers are float32.
 
-Beside int4 and int3 the columns of a share are consecutive. Beside int8 they are spread over a
+Beside 4 bits or fewer the columns of a share are consecutive. Beside int8 they are spread over a
 block of 64k columns: share g of its k shares has the columns c with ⌊c / 4⌋ mod k = g. A row,
 filled up with zeros to a multiple of 64, is cut into blocks with k = 8, and what is left into one
 with k = 4, one with 2 and one with 1, where they fit. So each lane of a register meets one scale in

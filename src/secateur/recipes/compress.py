@@ -62,10 +62,11 @@ class WhatToCompress(Section):
     or dense where dense is smaller."""
     values: Values = "auto"
     """How to store the weights. auto stores float32 as bfloat16 and keeps other types. keep keeps
-    every type and loses nothing. Or name a type: bfloat16, float16, float32, int8, int4, int3."""
+    every type and loses nothing. Or name a type: bfloat16, float16, float32, int8, int4, int3,
+    int2."""
     group_size: Annotated[int | None, Flag(default="64")] = None
-    """How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or 128. Smaller
-    groups lose less and need 8 / SIZE bits more per weight."""
+    """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or 128.
+    Smaller groups lose less and need 8 / SIZE bits more per weight."""
     overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(default_factory=dict)
     """Own values for some linear layers, by name; the last match counts."""
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(

@@ -45,7 +45,7 @@ Effort = Literal["fast", "balanced", "thorough", "best"]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 """A fraction of zeros."""
 
-Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3"]
+Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"]
 """How compressed weights are stored."""
 
 Embeddings = Literal["auto", "int8", "int4"]
@@ -137,9 +137,10 @@ class Packing(Section):
         None
     )
     """Also compress the result like `secateur compress --values VALUES`: auto, keep, bfloat16,
-    float16, float32, int8, int4 or int3."""
+    float16, float32, int8, int4, int3 or int2."""
     group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = None
-    """How many consecutive weights of a row share a scale in int4 and int3: 32, 64 or 128."""
+    """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or
+    128."""
     embeddings: Annotated[Embeddings, Flag("compress_embeddings")] = "auto"
     """auto keeps embedding and output head; int8 and int4 round both. int4 has the groups of
     --compress-group-size."""

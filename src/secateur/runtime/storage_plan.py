@@ -34,7 +34,7 @@ DENSE = "dense"
 KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 DEFAULT_GROUP = 64
-"""How many weights of a row share a scale in int4 and int3."""
+"""How many weights of a row share a scale in int4, int3 and int2."""
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -87,8 +87,7 @@ def check_names(
         )
     if group is not None and not grouped and values not in GRID_BITS:
         raise RecipeError(
-            f"a group size of {group} is for {' and '.join(GRID_BITS)}, but the values are "
-            f"{values!r}",
+            f"a group size of {group} is for {', '.join(GRID_BITS)}, but the values are {values!r}",
             remedy="add --values int4 or --embeddings int4, or leave --group-size out",
         )
 
@@ -108,7 +107,7 @@ def choose_layout(
         format: `auto`, or a name in `formats`: that format or dense.
         values: a name in `VALUES`.
         transposed: whether the source stores [in, out].
-        group: the weights of a row that share a scale, for int4 and int3.
+        group: the weights of a row that share a scale, for int4, int3 and int2.
     """
     out, columns = weight.shape
     dense = Layout(

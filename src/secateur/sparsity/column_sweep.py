@@ -170,9 +170,9 @@ class Rounding:
     """How a solver rounds.
 
     Args:
-        bits: 3 or 4 in groups, 8 with one scale for each row, or 0 not to round.
-        group: 32, 64 or 128 weights of a row with one scale; for 3 and 4 bits.
-        descent: passes of coordinate descent after the sweep; for 3 and 4 bits.
+        bits: 2, 3 or 4 in groups, 8 with one scale for each row, or 0 not to round.
+        group: 32, 64 or 128 weights of a row with one scale; for 2 to 4 bits.
+        descent: passes of coordinate descent after the sweep; for 2 to 4 bits.
 
     Raises:
         RecipeError: a number is out of range.
@@ -184,7 +184,7 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS, 8):
-            raise RecipeError(f"bits is {self.bits}", remedy="give 3, 4 or 8, or 0 not to round")
+            raise RecipeError(f"bits is {self.bits}", remedy="give 2, 3, 4 or 8, or 0 not to round")
         if self.group not in GROUPS:
             raise RecipeError(
                 f"group is {self.group}", remedy=f"give {', '.join(map(str, GROUPS))}"

@@ -4,8 +4,8 @@ One pass over the source chooses a layout for each matrix, and a second one pack
 (`runtime.storage_plan`). The result is read again and verified before the folder gets its final
 name.
 
-With calibration text, a pruning run first moves the weights to int8, int4 or int3 grids, layer by
-layer. The zeros stay the same, and the weights of a row compensate each other's rounding errors.
+With calibration text, a pruning run first moves the weights to grids of integers, layer by layer.
+The zeros stay the same, and the weights of a row compensate each other's rounding errors.
 The result is a checkpoint of the same dtype with weights on grids.
 
 Within a bound on the loss (`MixedChoice`), the checkpoint is rounded as a whole to int8 and to
@@ -333,7 +333,7 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     return formats[DENSE].nbytes(dense, layout.weights)
 
 
-BITS = {"int8": 8, "int4": 4, "int3": 3}
+BITS = {"int8": 8, **GRID_BITS}
 """The bits of the values that can be rounded with text."""
 
 ROUNDED = ("int8", "int4")

@@ -26,9 +26,9 @@ from secateur.steps.runner import RunContext, Step
 class Decompress(Step[DecompressRecipe, DecompressResult]):
     """Write a compressed checkpoint as ordinary dense safetensors, with all zeros.
 
-    Losslessly stored values are restored bit for bit. int8, int4 and int3 values are restored as
-    their scaled numbers, in the dtype of the configuration. For int4 and int3 in bfloat16 these
-    numbers are exact, so compressing them again changes nothing.
+    Losslessly stored values are restored bit for bit. Integers are restored as
+    their scaled numbers, in the dtype of the configuration. In bfloat16 those of 4 bits or fewer
+    are exact, so compressing them again changes nothing.
     """
 
     verb = "decompress"
@@ -49,8 +49,8 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
         layouts, made = self.packed.layouts, folder.fresh_model()
         config = read_configuration(source)
         del config["quantization_config"]
-        # int8 values times scales are rounded to the dtype of the configuration; int4 and int3
-        # values have few enough bits for any dtype, but float16 lacks the exponents
+        # int8 values times scales are rounded to the dtype of the configuration; those
+        # of 4 bits or fewer have few enough bits for any dtype, but float16 lacks the exponents
         inexact = view.computed == torch.float16
         rounded = any(x.integers and (x.grid is None or inexact) for x in layouts.values())
         write_dense(_as_transformers_loads(view), made, self.run.progress)

@@ -219,7 +219,11 @@ def test_int8_comes_back_as_what_it_stands_for(tmp_path: Path, family: str, arch
 
 @pytest.mark.parametrize(
     ("family", "values", "group", "archive"),
-    every_pair(["llama", "gpt2"], [("int4", None), ("int4", 32), ("int3", 128)], [False, True]),
+    every_pair(
+        ["llama", "gpt2"],
+        [("int4", None), ("int4", 32), ("int3", 128), ("int2", 32)],
+        [False, True],
+    ),
 )
 def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
     tmp_path: Path, family: str, values: str, group: int | None, archive: bool
@@ -503,7 +507,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     [
         ({"format": "bitmaks"}, "did you mean 'bitmask'"),
         ({"values": "int2"}, "values='int2': must be auto"),
-        ({"values": "int8", "group_size": 64}, "group size of 64 is for int4 and int3"),
+        ({"values": "int8", "group_size": 64}, "group size of 64 is for int4, int3, int2"),
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
         ({"embeddings": "int4", "group_size": 16}, "there are no groups of 16"),

@@ -34,7 +34,12 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "stored",
-    [{"values": "int8"}, {"values": "int4"}, {"values": "int3", "group_size": 32}],
+    [
+        {"values": "int8"},
+        {"values": "int4"},
+        {"values": "int3", "group_size": 32},
+        {"values": "int2"},
+    ],
     ids=str,
 )
 def test_one_call_gives_what_two_calls_give(place: Path, stored: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
     assert found["output"].endswith("out")
     for wrong, why in (
         (("--compress-group-size", "32"), "changes nothing without --compress"),
-        (("--compress", "int8", "--compress-group-size", "32"), "for int4 and int3"),
+        (("--compress", "int8", "--compress-group-size", "32"), "for int4, int3, int2"),
     ):
         done = secateur(
             "prune", "m", "--method", "magnitude", "--sparsity", "0.5", "-o", "other", *wrong

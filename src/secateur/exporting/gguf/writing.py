@@ -71,8 +71,8 @@ STORED = "stored"
 """The name of the type that gives every matrix what is nearest to how the source stores it."""
 
 FLOATS = {"float32": Q.F32, "float16": Q.F16, "bfloat16": Q.BF16}
-NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, "int4": Q.Q4_0, "int3": Q.Q4_0})
-"""The type for stored values: exact for floats and, where it is on a grid of groups, for int4."""
+NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, **dict.fromkeys(GRID_BITS, Q.Q4_0)})
+"""The type for stored values: exact for floats and for integers on a grid of groups."""
 
 
 def _bytes_per_row(columns: int, type: Q) -> int:
@@ -147,7 +147,7 @@ LARGEST_BLOCK = 256
 
 ENDS = ("token_embd.weight", "output.weight")
 """Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them. If
-the source stores 4 bits or 3, Q4_0 is exact."""
+the source stores 2 to 4 bits, Q4_0 is exact."""
 
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 """What sends tokens to experts; float32, as llama.cpp's own files have it."""

@@ -1,9 +1,9 @@
 """Compressed folders in vLLM: which form their matrices have in memory, and how they are read.
 
-A folder whose matrices are all int4 or int3 in groups of one size stays in 4 bits: its integers and
-scales become those of compressed-tensors (w4a16), which vLLM's own kernels multiply. This drops no
-bit and rounds no activation. On a GPU, matrices of other folders stay in the bitmask format where
-that is faster (`bitmask.py`). All others become dense, one matrix at a time.
+A folder whose matrices are all int4, int3 or int2 in groups of one size stays in 4 bits: its
+integers and scales become those of compressed-tensors (w4a16), which vLLM's own kernels multiply.
+This drops no bit and rounds no activation. On a GPU, matrices of other folders stay in the bitmask
+format where that is faster (`bitmask.py`). All others become dense, one matrix at a time.
 
 Linears of vLLM whose weight stays in the bitmask format in the memory of a GPU.
 """

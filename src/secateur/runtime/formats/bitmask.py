@@ -45,7 +45,7 @@ class Bitmask:
 
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
     past `in` are 0. Integers add their scales. A row's values begin where those of the row before
-    it end; the mask determines this place, so it is not stored. int4 and int3 are one bit stream:
+    it end; the mask determines this place, so it is not stored. int4, int3 and int2 are one stream:
     `compressed` uint8 [ceil(nnz · bits / 8)].
 
     Example:

@@ -157,7 +157,7 @@ class NOfM:
     A code is the rank of the group's set (see `_ranks`) in bits = ceil(log2 C(M, N)) bits. The
     codes of a row follow each other without gaps, lowest bit first, and the row ends with zeros
     up to a whole byte. A group with fewer than N nonzero weights also keeps its first zeros.
-    Integers add their scales. int4 and int3 are one bit stream:
+    Integers add their scales. int4, int3 and int2 are one bit stream:
     `compressed` uint8 [ceil(out · in/M · N · bits / 8)].
 
     Example:

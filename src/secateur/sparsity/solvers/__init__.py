@@ -128,10 +128,10 @@ class RoundingSolver(SolverDefaults):
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
         refit_steps: conjugate-gradient steps on the mask.
-        bits: 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not to
-            round.
-        group: 32, 64 or 128 weights of a row that share a scale; for 3 and 4 bits.
-        descent: passes of coordinate descent over the rounded weights; for 3 and 4 bits.
+        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not
+            to round.
+        group: 32, 64 or 128 weights of a row that share a scale; for 2 to 4 bits.
+        descent: passes of coordinate descent over the rounded weights; for 2 to 4 bits.
 
     Raises:
         RecipeError: a parameter is out of range.
