@@ -506,7 +506,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"format": "bitmaks"}, "did you mean 'bitmask'"),
-        ({"values": "int2"}, "values='int2': must be auto"),
+        ({"values": "int1"}, "values='int1': must be auto"),
         ({"values": "int8", "group_size": 64}, "group size of 64 is for int4, int3, int2"),
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
