@@ -317,6 +317,13 @@ class MixedReader(CheckpointReader):
         """One tensor, from the folder that it was chosen from."""
         return self.others[name].read(name) if name in self.others else super().read(name)
 
+    def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as views of the files that they were chosen from."""
+        yield from super().mapped([name for name in names if name not in self.others])
+        for name in names:
+            if name in self.others:
+                yield from self.others[name].mapped([name])
+
 
 @dataclass(frozen=True)
 class ChosenValues:

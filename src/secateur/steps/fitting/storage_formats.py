@@ -67,7 +67,7 @@ class StorageFormat:
         return DEFAULT_GROUP if self.values in GRID_BITS else None
 
 
-VALUES = ("bfloat16", "int8", "int4", "int3")
+VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
 SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 FORMATS = tuple(StorageFormat(values, share) for share in SPARSITIES for values in VALUES)
