@@ -261,7 +261,7 @@ POINTS = 12
 
 def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
     """What is predicted for some sizes: of all formats, and of rounding alone."""
-    knapsack, found = workshop.survey.knapsack(costs), list[FitPoint]()
+    knapsack, found = workshop.predictions.knapsack(costs), list[FitPoint]()
     bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
     least, most = knapsack.least[0], knapsack.most[0]
     free = [math.inf] * (len(costs.kinds) - 1)
@@ -336,7 +336,7 @@ CLOSE, CLOSER = 0.8, 0.95
 
 def _smallest(workshop: Workshop, costs: Costs, bound: float) -> float:
     """The smallest size of all units with a predicted divergence within a bound, by bisection."""
-    knapsack = workshop.survey.knapsack(costs)
+    knapsack = workshop.predictions.knapsack(costs)
     low, high = knapsack.least[0], min(costs.aim[0], knapsack.most[0])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -18,7 +18,7 @@ The best candidates learn from the dense model on their own grids and masks (`he
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -123,12 +123,12 @@ class Workshop:
 
     Attributes:
         context: of the fit.
-        survey: what every unit is predicted to lose.
+        predictions: what every unit is predicted to lose.
         evaluator: measures whole models on the windows that choose.
     """
 
     context: FitContext
-    survey: Predictions
+    predictions: Predictions
     evaluator: ModelEvaluator
 
     def made(
@@ -179,30 +179,34 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
     """Make and measure the best single format and the best mixes within a budget.
 
     Returns:
-        The candidates within it, and the workshop with predictions scaled by the first one.
+        The candidates within it, and the workshop with predictions scaled by what was made.
     """
-    context, names = workshop.context, costs.units
-    knapsack = workshop.survey.knapsack(costs)
+    context, most = workshop.context, costs.kinds[0].limit
     bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
-    mixes = {
-        SINGLE: best_single(knapsack, costs),
-        ROUNDED: knapsack.best(costs.aim, bare),
-        MIXED: knapsack.best(costs.aim),
+    choices: Mapping[str, Callable[[Knapsack], Candidate | None]] = {
+        SINGLE: lambda knapsack: best_single(knapsack, costs),
+        ROUNDED: lambda knapsack: knapsack.best(costs.aim, bare),
+        MIXED: lambda knapsack: knapsack.best(costs.aim),
     }
     found, seen = list[BuiltCandidate](), set[Candidate]()
-    for name, candidate in mixes.items():
+    for name, choose in choices.items():
+        knapsack = workshop.predictions.knapsack(costs)
+        candidate = choose(knapsack)
         if candidate is None or candidate in seen:
             continue
         seen.add(candidate)
         if found and not context.time.allows(name, context.time.expected("making")):
             continue
-        formats = {n: costs.formats[x] for n, x in zip(names, candidate, strict=True)}
-        predicted = workshop.survey.knapsack(costs).predicted(candidate)
+        formats = {n: costs.formats[x] for n, x in zip(costs.units, candidate, strict=True)}
+        predicted = knapsack.predicted(candidate)
         made = workshop.made(name, context.source.folder, formats, predicted, {})
+        if not any(stored.sparsity for stored in formats.values()):  # then its size is arithmetic
+            size = costs.rest[0] + knapsack.total(candidate)[0]
+            costs = costs.with_rest(made.row.file_bytes - size)
         if predicted > 0 and made.divergence > 0:
-            workshop = replace(workshop, survey=workshop.survey.scaled(made.divergence, predicted))
+            scaled = workshop.predictions.scaled(made.divergence, predicted)
+            workshop = replace(workshop, predictions=scaled)
         found.append(made)
-    most = costs.kinds[0].limit
     return [one for one in found if one.row.file_bytes <= most], workshop
 
 
@@ -322,7 +326,7 @@ def _build_on_cut(
         linear: (home, prod(cut.shapes[linear]) / prod(uncut[home]))
         for linear, home in _origins(context, cut)
     }
-    knapsack = workshop.survey.knapsack(own, share_of)
+    knapsack = workshop.predictions.knapsack(own, share_of)
     candidate = knapsack.best(own.aim)
     if candidate is None:
         return "no format fits"

@@ -157,6 +157,11 @@ class Costs:
         kinds[place] = replace(kinds[place], limit=limit)
         return replace(self, kinds=tuple(kinds))
 
+    def with_rest(self, more: float) -> Costs:
+        """The same where everything else takes so many bytes more, by a model that was made."""
+        size, *others = self.kinds
+        return replace(self, kinds=(replace(size, rest=size.rest + more), *others))
+
     @property
     def formats(self) -> tuple[StorageFormat, ...]:
         """The formats of every unit; the first is the model itself."""
@@ -167,30 +172,31 @@ class Costs:
         """What everything else costs."""
         return tuple(kind.rest for kind in self.kinds)
 
-    def of(self, name: str, stored: StorageFormat) -> Cost:
-        """The cost of a unit in a format."""
+    def of(self, name: str, stored: StorageFormat, kept: float | None = None) -> Cost:
+        """The cost of a unit in a format; `kept` is the fraction of nonzeros, if it is known."""
         if name == EMBEDDINGS:
             stored = StorageFormat(embedded(stored), 0.0)
             each = [self._of_matrix(shape, stored) for shape in self.outer]
             return tuple(map(sum, zip(*each, strict=True))) if each else (0.0,) * len(self.kinds)
-        return self._of_matrix(self.shapes[name], stored, timed=True)
+        return self._of_matrix(self.shapes[name], stored, kept, timed=True)
 
     def _of_matrix(
-        self, shape: tuple[int, int], stored: StorageFormat, *, timed: bool = False
+        self,
+        shape: tuple[int, int],
+        stored: StorageFormat,
+        kept: float | None = None,
+        *,
+        timed: bool = False,
     ) -> Cost:
         """The cost of a matrix. Embedding and head are timed with the rest."""
         found = {
-            SIZE: lambda: float(self.files.matrix(shape, stored)),
+            SIZE: lambda: float(self.files.matrix(shape, stored, kept)),
             MEMORY: lambda: float(
                 matrix_bytes(shape, stored.values, stored.sparsity, stored.group)
             ),
             SECONDS: lambda: self.table.seconds(shape, weight_format(stored)) if timed else 0.0,
         }
         return tuple(found[kind.name]() for kind in self.kinds)
-
-    def file_bytes(self, formats: Mapping[str, StorageFormat]) -> int:
-        """Bytes of the files of a whole model, at most, without the chance of single zeros."""
-        return round(self.rest[0] + sum(self.of(name, one)[0] for name, one in formats.items()))
 
     def least(self, place: int, *, alone: bool = False) -> float | None:
         """The smallest cost of one kind that a whole model can have, within the other bounds.

@@ -26,10 +26,11 @@ from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.load import load
 from secateur.steps.compress import BITS
 from secateur.steps.fitting.context import FitContext
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat, embedded
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.steps.runner import carry_out, step_of
 
 Formats = Mapping[str, StorageFormat]
@@ -132,6 +133,8 @@ def _compress_options(
         "overrides": {name: values for name, values in wanted.items() if values != common},
         "embeddings": embeddings,
     }
+    if GRID_BITS.keys() & {embeddings, *wanted.values()}:
+        options["group_size"] = GROUP
     if BITS.keys() & {embeddings, *wanted.values()} or teacher:
         options |= {"calibration": {"source": text}, **shared_options(recipe)}
     if teacher:

@@ -23,10 +23,13 @@ from secateur.progress import Progress
 from secateur.quantization.activations import Shares, shares_of
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.storage_plan import DEFAULT_GROUP, PackableCheckpoint
+from secateur.runtime.storage_plan import PackableCheckpoint
 
 HEADER_BYTES = 900
 """Of a matrix in the headers of the files, at most."""
+
+GROUP = 64
+"""Values that share a scale."""
 
 GGUF_NAME = "model"
 """The file is `model-stored.gguf`."""
@@ -64,7 +67,7 @@ class StorageFormat:
     @property
     def group(self) -> int | None:
         """Values that share a scale; None without a grid."""
-        return DEFAULT_GROUP if self.values in GRID_BITS else None
+        return GROUP if self.values in GRID_BITS else None
 
 
 VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
@@ -85,9 +88,17 @@ def embedded(stored: StorageFormat) -> str:
     return EMBEDDED.get(stored.values, "int8")
 
 
-def size_of(shape: tuple[int, int], stored: StorageFormat) -> int:
-    """Bytes of a matrix in a packed folder: the smaller one of bitmask and dense."""
-    nonzeros = round(shape[0] * shape[1] * (1 - stored.sparsity))
+def size_of(shape: tuple[int, int], stored: StorageFormat, kept: float | None = None) -> int:
+    """Bytes of a matrix in a packed folder: the smaller one of bitmask and dense.
+
+    Args:
+        shape: [out, in].
+        stored: how it is stored.
+        kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that rounds
+            to zero is stored as a zero.
+    """
+    kept = 1 - stored.sparsity if kept is None else kept
+    nonzeros = round(shape[0] * shape[1] * kept)
     names = ("dense", "bitmask") if stored.sparsity else ("dense",)
     layouts = [Layout(name, stored.values, shape, group=stored.group) for name in names]
     return min(formats[layout.format].nbytes(layout, nonzeros) for layout in layouts)
@@ -112,8 +123,10 @@ class TargetFiles(Protocol):
         """
         ...
 
-    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
-        """Bytes of a matrix [out, in]."""
+    def matrix(
+        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+    ) -> int:
+        """Bytes of a matrix [out, in]; `kept` is the fraction of nonzeros, if it is known."""
         ...
 
     def finish(self, folder: Path, progress: Progress) -> int:
@@ -143,9 +156,11 @@ class PackedFolder:
                 total += entry.size_bytes // itemsize * min(itemsize, 2)
         return total
 
-    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
+    def matrix(
+        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+    ) -> int:
         """What the formats say."""
-        return size_of(shape, stored)
+        return size_of(shape, stored, kept)
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Nothing is missing."""
@@ -167,7 +182,9 @@ class GGUFFolder:
         shapes = [model.reader.entries[name].shape for name in model.matrices]
         return whole - sum(self.matrix((out, into), bare) for out, into in shapes)
 
-    def matrix(self, shape: tuple[int, int], stored: StorageFormat) -> int:
+    def matrix(
+        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+    ) -> int:
         """Rows of blocks."""
         from secateur.exporting.gguf.writing import bytes_of_matrix
 

@@ -20,6 +20,7 @@ by what the first model that was made lost, over what was predicted (`Prediction
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from typing import Any
@@ -39,13 +40,13 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
-from secateur.runtime.storage_plan import DEFAULT_GROUP, MixedReader, PackableCheckpoint
+from secateur.runtime.storage_plan import MixedReader, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.compress import round_head
 from secateur.steps.fitting.context import FitContext
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.models import ModelEvaluator, paths, shared_options
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat, embedded
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.types import Weight
 
 TOKENS = 4096
@@ -74,12 +75,14 @@ class UnitLosses:
         pruned: of each linear with half of its weights.
         coarser: the squared error of each linear rounded to the nearest, over that of `PROBE`, by
             values.
+        kept: the fraction of nonzeros of each linear, by the names of formats with zeros.
         embeddings: the divergence with embedding and head in these values.
     """
 
     rounded: dict[str, float]
     pruned: dict[str, float]
     coarser: dict[str, dict[str, float]]
+    kept: dict[str, dict[str, float]]
     embeddings: dict[str, float]
 
     def rise(self, name: str, stored: StorageFormat) -> float:
@@ -97,11 +100,11 @@ class Predictions:
     """The formats of every unit, what they cost and what they are predicted to lose.
 
     Attributes:
-        measured: what the predictions are made of.
+        losses: what was measured of single units.
         scale: by which they are multiplied.
     """
 
-    measured: UnitLosses
+    losses: UnitLosses
     scale: float = 1.0
 
     def knapsack(
@@ -117,8 +120,9 @@ class Predictions:
         cost, rise = [], []
         for name in costs.units:
             home, share = (share_of or {}).get(name, (name, 1.0))
-            cost.append(tuple(costs.of(name, stored) for stored in costs.formats))
-            rises = (self.scale * share * self.measured.rise(home, one) for one in costs.formats)
+            kept = self.losses.kept.get(home, {})
+            cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in costs.formats))
+            rises = (self.scale * share * self.losses.rise(home, one) for one in costs.formats)
             rise.append(tuple(rises))
         return Knapsack(tuple(cost), tuple(rise))
 
@@ -132,13 +136,14 @@ def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
     file = context.work / "survey.json"
     if not file.exists():
         rounded, pruned = _divergences(context)
-        coarser = _coarser(context.model, [one.values for one in context.costs.formats])
+        coarser, kept = _sampled(context.model, context.costs.formats)
         write_json(
             file,
             {
                 "rounded": rounded,
                 "pruned": pruned,
                 "coarser": coarser,
+                "kept": kept,
                 "embeddings": _of_embeddings(context, evaluator),
             },
         )
@@ -191,33 +196,52 @@ def _rounding() -> dict[str, Any]:
         "score": "kept",
         "solver": "obs",
         "sparsity": 0.0,
-        "method_parameters": {"bits": GRID_BITS[PROBE], "group": DEFAULT_GROUP, "descent": 0},
+        "method_parameters": {"bits": GRID_BITS[PROBE], "group": GROUP, "descent": 0},
     }
 
 
-def _coarser(model: PackableCheckpoint, values: list[str]) -> dict[str, dict[str, float]]:
-    """The squared error of every linear in some values over that in the probe's."""
-    found = {}
+def _sampled(
+    model: PackableCheckpoint, stored: Sequence[StorageFormat]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """What some rows of every linear say of grids: their errors, and the weights that stay nonzero.
+
+    Zeros are those of the smallest weights of a row.
+
+    Returns:
+        By linear: squared errors over that of the probe, by values; and the fraction of nonzeros,
+        by the names of formats with zeros.
+    """
+    coarser, kept = {}, {}
     for linear, name in model.linears.items():
         weight = model.reader.read(name).float()
         weight = weight.t() if model.matrices[name].transposed else weight
         rows = weight[:: max(1, weight.numel() // SAMPLED)]
-        errors = {x: _rounding_error(rows, x) for x in dict.fromkeys([*values, PROBE])}
-        found[linear] = {x: error / max(errors[PROBE], 1e-30) for x, error in errors.items()}
-    return found
+        errors = {x: float((_nearest(rows, x) - rows).square().sum()) for x in GRIDS}
+        coarser[linear] = {x: error / max(errors[PROBE], 1e-30) for x, error in errors.items()}
+        order = rows.abs().argsort(dim=1).argsort(dim=1)
+        kept[linear] = {
+            one.name: float(
+                _nearest(
+                    rows * (order >= round(one.sparsity * rows.shape[1])), one.values
+                ).count_nonzero()
+            )
+            / rows.numel()
+            for one in stored
+            if one.sparsity and one.values in GRIDS
+        }
+    return coarser, kept
 
 
-def _rounding_error(weight: Weight, values: str) -> float:
-    """The squared error of rounding a matrix to the nearest."""
+GRIDS = ("int8", *GRID_BITS)
+
+
+def _nearest(weight: Weight, values: str) -> Weight:
+    """A matrix [out, in], rounded to the nearest."""
     if values in GRID_BITS:
-        grid = GroupGrid(GRID_BITS[values], DEFAULT_GROUP)
-        rounded = grid.dequantize(*grid.quantize(weight))
-    elif values == "int8":
-        codes, scale = quantize_rows(weight)
-        rounded = codes.float() * scale[:, None]
-    else:
-        rounded = weight.to(dtype=weight.bfloat16().dtype).float()
-    return float((rounded - weight).square().sum())
+        grid = GroupGrid(GRID_BITS[values], GROUP)
+        return grid.dequantize(*grid.quantize(weight))
+    codes, scale = quantize_rows(weight)
+    return codes.float() * scale[:, None]
 
 
 def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, float]:
@@ -226,7 +250,12 @@ def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, 
     windows = load_windows(context.calibration_file)
     windows = windows[: len(windows) - stored_extra(context.calibration_file)]
     for values in {embedded(stored) for stored in context.costs.formats} - found.keys():
-        options = {"values": values, "embeddings": values, **shared_options(context.recipe)}
+        options = {
+            "values": values,
+            "embeddings": values,
+            "group_size": GROUP,
+            **shared_options(context.recipe),
+        }
         own = paths(context.recipe, context.source.folder, context.work / "embeddings")
         recipe = build_recipe(CompressRecipe, {**options, **own})
         folder = context.work / f"head-{values}"
