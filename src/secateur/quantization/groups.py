@@ -222,8 +222,11 @@ class GroupGrid:
             weights = self._grouped(importance.float().expand(weight.shape))
         reached = grouped.abs().amax(dim=2) * (LARGEST_TRIED / self.largest)
         top = _steps_of(reached.clamp_max(2.0 ** (HIGHEST + OCTAVES)))
-        low = STEPS * (LOWEST if exponent is None else exponent.int()[:, None])
-        high = STEPS * ((HIGHEST if exponent is None else exponent.int()[:, None]) + OCTAVES) - 1
+        powers = torch.tensor([[LOWEST], [HIGHEST]], device=weight.device)
+        if exponent is not None:
+            powers = exponent.int().expand(2, -1)
+        low = STEPS * powers[0][:, None]
+        high = STEPS * (powers[1][:, None] + OCTAVES) - 1
         # Squares of float32 weights below 1e-22 or above 1e19 would be 0 or infinite.
         unit = _scale_of(top // STEPS * STEPS)
         grouped = grouped / unit[:, :, None]

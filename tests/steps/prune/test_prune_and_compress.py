@@ -112,9 +112,9 @@ def test_the_command_shows_both_in_json(place: Path, secateur) -> None:
         )
         assert done.code == 2
         assert why in done.err
-    wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int2", "-o", "other")
+    wrong = secateur("prune", "m", "--sparsity", "0.5", "--compress", "int1", "-o", "other")
     assert wrong.code == 2
-    assert "--compress int2: must be auto, keep" in wrong.err
+    assert "--compress int1: must be auto, keep" in wrong.err
 
 
 def test_a_stop_while_packing_loses_no_pruning(
