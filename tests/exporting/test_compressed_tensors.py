@@ -169,6 +169,11 @@ def test_a_model_on_a_grid_is_stored_without_rounding(
             assert (
                 found[f"{name}.weight_scale"].shape[1] == dense[f"{name}.weight"].shape[1] // group
             )
+            scale = found[f"{name}.weight_scale"].float()
+            rows = weight_in(found, name, 4).view(len(scale), -1, group)
+            lowest = (rows / scale[:, :, None]).amin(2) == -8
+            assert torch.equal(scale < 0, lowest & (rows.amax(2) == -8 * scale))
+            assert number == 1 or values == "int4" or not (scale < 0).any()
         assert not made.notes
 
 

@@ -90,7 +90,8 @@ class Scheme:
     def rounded(self, source: ExportSource, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers, int8 [out, in], and the scales [out, groups] of a linear.
 
-        Integers that the source stores, or that its weights are on, stay what they are.
+        Integers that the source stores, or that its weights are on, stay what they are. A scale is
+        negative only where the lowest integer is used, because not all kernels take one.
         """
         groups = 1 if self.group is None else weight.shape[1] // self.group
         stored = source.reader.integers(name) if isinstance(source.reader, DenseView) else None
@@ -102,8 +103,11 @@ class Scheme:
         else:
             codes, scales = GroupGrid(self.bits, self.group).quantize(weight)
             scale = scales.values
-        used = codes.view(len(codes), groups, -1).count_nonzero(2) > 0
-        return codes, scale.masked_fill(~used, 1.0).to(self.scale)
+        grouped = codes.view(len(codes), groups, -1)
+        turned = (scale < 0) & (grouped.amin(2) > -(2 ** (self.bits - 1)))
+        codes = torch.where(turned[:, :, None], -grouped, grouped).view_as(codes)
+        scale = torch.where(turned, -scale, scale).masked_fill(grouped.count_nonzero(2) == 0, 1.0)
+        return codes, scale.to(self.scale)
 
     def weight(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The weights that the engine computes with, float32 [out, in]."""
