@@ -63,7 +63,7 @@ MISTAKES = {
     "train sparse --text t.txt --epochs 3 --steps 9 -o o": "must be one of them",
     "train sparse --text t.txt --temperature 2 -o o": "changes nothing without --teacher",
     # compress, export, import
-    "compress sparse --values int2 -o o": "did you mean int8",
+    "compress sparse --values int1 -o o": "did you mean int",
     "compress sparse --values int8 --group-size 32 -o o": "for int4, int3, int2",
     "compress sparse --windows 4 -o o": "changes nothing without --calibration",
     "compress sparse --overrides '*.nothing=int8' -o o": "no linear matches '*.nothing'",

@@ -444,7 +444,7 @@ class PackedCodes:
         """All codes of a matrix, int8 [out, in].
 
         Args:
-            codes: −7 to 7.
+            codes: −8 to 7.
             group: weights that share a scale.
         """
         rows, columns = codes.shape
@@ -460,7 +460,7 @@ class PackedCodes:
         """The kept codes of a matrix.
 
         Args:
-            codes: −7 to 7, int8 [out, in].
+            codes: −8 to 7, int8 [out, in].
             kept: which of them to store, bool [out, in].
             group: weights that share a scale.
         """
@@ -486,7 +486,7 @@ class PackedCodes:
         """The kept codes of a matrix that keeps at most two of each four columns.
 
         Args:
-            codes: −7 to 7, int8 [out, in].
+            codes: −8 to 7, int8 [out, in].
             kept: which of them to store, bool [out, in].
             group: weights that share a scale.
         """
