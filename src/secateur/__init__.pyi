@@ -212,7 +212,7 @@ def compress(
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
     max_loss_increase: float | None = None,
-    embeddings: Literal["auto", "int8", "int4"] | None = None,
+    embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | Sequence[str] | None = None,
     field: str | None = None,
@@ -256,8 +256,8 @@ def compress(
         max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
             source. The result is the smallest one found whose loss rises by at most so many nats
             per token, measured on calibration text (needs --calibration). [none]
-        embeddings: auto keeps embedding and output head; int8 and int4 round both: one matrix if
-            they are tied, else each its own. int4 has the groups of --group-size; with
+        embeddings: auto keeps embedding and output head; int8, int4 and int3 round both: one matrix
+            if they are tied, else each its own. int4 and int3 have the groups of --group-size; with
             --calibration the head's weights compensate each other's errors. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
@@ -610,7 +610,7 @@ def prune(
     ]
     | None = None,
     compress_group_size: int | None = None,
-    compress_embeddings: Literal["auto", "int8", "int4"] | None = None,
+    compress_embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -704,8 +704,8 @@ def prune(
             bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4, int3 and
             int2: 32, 64 or 128. [64]
-        compress_embeddings: auto keeps embedding and output head; int8 and int4 round both. int4
-            has the groups of --compress-group-size. [auto]
+        compress_embeddings: auto keeps embedding and output head; int8, int4 and int3 round both.
+            int4 and int3 have the groups of --compress-group-size. [auto]
         score: Score that rates the weights, to compose a method of your own instead of naming one.
             [none]
         solver: Solver that adjusts the kept weights, to compose a method of your own. [none]

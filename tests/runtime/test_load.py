@@ -173,11 +173,13 @@ def test_from_pretrained_in_a_fresh_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "tied", "shards"),
-    every_pair(["bitmask", "int8 embeddings", "int4 embeddings"], [False, True], [1, 3]),
+    every_pair(
+        ["bitmask", "int8 embeddings", "int4 embeddings", "int3 embeddings"], [False, True], [1, 3]
+    ),
 )
 def test_heads_and_shards(tmp_path: Path, stored: str, tied: bool, shards: int) -> None:
     """The rows of 40 weights end with a group of 8, and the last of 99 rows has no partner."""
-    how = STORED.get(stored, INT4_EMBEDDINGS)
+    how = STORED.get(stored) or INT4_EMBEDDINGS | {"embeddings": stored[:4]}
     sizes = {"hidden_size": 40, "vocab_size": 99}
     folder = packed_model(tmp_path, shards=shards, tie_word_embeddings=tied, **sizes, **how)
     assert len([*folder.glob("*.safetensors")]) == shards

@@ -76,9 +76,9 @@ class WhatToCompress(Section):
     the smallest one found whose loss rises by at most so many nats per token, measured on
     calibration text (needs --calibration)."""
     embeddings: Embeddings = "auto"
-    """auto keeps embedding and output head; int8 and int4 round both: one matrix if they are tied,
-    else each its own. int4 has the groups of --group-size; with --calibration the head's weights
-    compensate each other's errors."""
+    """auto keeps embedding and output head; int8, int4 and int3 round both: one matrix if they are
+    tied, else each its own. int4 and int3 have the groups of --group-size; with --calibration the
+    head's weights compensate each other's errors."""
     archive: bool = False
     """Also compress the files with zstandard. Loading decodes them."""
 

@@ -252,26 +252,29 @@ def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
     assert_same(tmp_path / "same", tmp_path / "d")
 
 
-@pytest.mark.parametrize(("tied", "group"), [(True, 32), (False, None)])
-def test_embeddings_of_4_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, group: int | None
+@pytest.mark.parametrize(
+    ("bits", "tied", "group"), [(4, True, 32), (4, False, None), (3, True, None), (3, False, 32)]
+)
+def test_embeddings_of_few_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, tied: bool, group: int | None
 ) -> None:
     """Tied, one matrix is stored; untied, two. Rows of 40 end with a shorter group."""
     source = pruned_model(
         tmp_path / "m", hidden_size=40, vocab_size=99, tie_word_embeddings=tied,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    options = {"values": "keep", "embeddings": "int4", "group_size": group}
+    options = {"values": "keep", "embeddings": f"int{bits}", "group_size": group}
     report = secateur.compress(source, output=tmp_path / "c", **options)
     count = 1 if tied else 2
     scales = 2 if group == 32 else 1
     assert report.embeddings.matrices == count
-    assert report.embeddings.bytes == count * 99 * (20 + scales + 1)
-    assert report.embedding_values == f"int4 g{group or 64}"
-    assert f"embeddings and head, int4 g{group or 64}" in (tmp_path / "c/README.md").read_text()
+    assert report.embeddings.bytes == count * 99 * (5 * bits + scales + 1)
+    assert report.embedding_values == f"int{bits} g{group or 64}"
+    said = (tmp_path / "c/README.md").read_text()
+    assert f"embeddings and head, int{bits} g{group or 64}" in said
     secateur.decompress(tmp_path / "c", output=tmp_path / "d")
     before, after = tensors_of(source), tensors_of(tmp_path / "d")
-    grid = GroupGrid(4, group or 64)
+    grid = GroupGrid(bits, group or 64)
     for name, tensor in before.items():
         if "embed" in name or "head" in name:
             tensor = grid.dequantize(*grid.quantize(tensor)).bfloat16()
@@ -511,7 +514,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
         ({"embeddings": "int4", "group_size": 16}, "there are no groups of 16"),
-        ({"embeddings": "int3"}, "embeddings='int3': must be auto, int8 or int4"),
+        ({"embeddings": "int2"}, "embeddings='int2': must be auto, int8, int4 or int3"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],
 )
