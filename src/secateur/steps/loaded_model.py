@@ -122,8 +122,9 @@ def prune_module(
             done = job.run(ledger, progress)
             if teacher is not None:
                 assert windows is not None
-                data = DistillationData(windows.all, how, recipe.calibration.seed)
                 student = Student.of(model, target, done, pruned_layers(target, done))
+                grid = any(weight.grid for weight in student.rounded.weights)
+                data = DistillationData(windows.all, how, recipe.calibration.seed, on_grid=grid)
                 distill(teacher, student, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()

@@ -381,7 +381,10 @@ class Prune(Step[PruneRecipe, PruneResult]):
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 
-        data = DistillationData(prepared.windows.all, how, self.recipe.calibration.seed)
+        on_grid = any(task.rounded and task.method.solver.grid for task in done.values())
+        data = DistillationData(
+            prepared.windows.all, how, self.recipe.calibration.seed, on_grid=on_grid
+        )
         losses = distill_checkpoint(
             prepared.teacher or prepared.target,
             run.folder.model,

@@ -18,6 +18,11 @@ that lost little, because Adam moves every weight by about the rate, however sma
 It also depends on the number of steps. The noise of the gradients moves every weight once by about
 the rate, and this harm does not grow with the steps. What is learned grows by the rate in each
 step. So the best rate of S steps is about S/T times that of T steps (docs/methods/distillation.md).
+
+Weights on grids of few integers learn straight through: nothing changes before a weight has moved
+by about half a step of its grid, and too high a rate moves many back and forth. There the best rate
+does not depend on the number of steps. So a trial has the rate of the training: the usual highest
+one, then half of it and so on, or twice and four times that, while the loss falls.
 """
 
 from __future__ import annotations
@@ -71,8 +76,8 @@ SAVE_MINUTES = 5.0
 FEWEST_WINDOWS = 8
 """With fewer windows nothing is held out, and the highest rate is taken."""
 
-LOWEST = 1 / 64
-"""The lowest choice, as a fraction of the highest."""
+LOWEST, MOST_ON_GRID = 1 / 64, 4.0
+"""The lowest choice and, for weights on grids, the highest, as multiples of the usual highest."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ class DistillationData:
         windows: calibration tokens [samples, sequence_length].
         options: how often they are read, the learning rate, the terms of the loss.
         seed: seed of the order of the windows.
+        on_grid: whether weights learn on grids of few integers, so that trials have the rate of the
+            training.
     """
 
     windows: Windows
     options: Distill
     seed: int
+    on_grid: bool = False
 
     @property
     def steps(self) -> int:
@@ -296,6 +304,7 @@ class _Distillation:
             partial(start.restore_best, parameters),
             self.data.steps,
             None if self.saved is None else self.saved / TRIED,
+            self.data.on_grid,
         ).choose(highest)
         if start.folder is not None:
             shutil.rmtree(start.folder)
@@ -367,6 +376,7 @@ class RateTrials:
         reset: puts the weights back with which the training begins.
         steps: number of steps of the training.
         tried: keeps the losses of finished trials for a resumed run; None to store nothing.
+        on_grid: whether weights learn on grids of few integers.
     """
 
     train: Callable[[float, int], Losses]
@@ -375,12 +385,13 @@ class RateTrials:
     reset: Callable[[], None]
     steps: int
     tried: Path | None = None
+    on_grid: bool = False
 
     def choose(self, highest: float) -> Beginning:
         """Return the rate of the training, and the losses of the best trial; weights are reset.
 
         Args:
-            highest: the highest choice.
+            highest: the highest choice, unless higher ones are tried too.
 
         Example:
             >>> from secateur.training.distillation import RateTrials
@@ -392,13 +403,19 @@ class RateTrials:
             >>> tried
             [0.125, 0.03125, 0.0078125, 0.001953125]
         """
-        longer = self.steps / trial_steps(self.steps)
+        longer = 1.0 if self.on_grid else self.steps / trial_steps(self.steps)
+        by = 2 if self.on_grid else 4
         rate, found = highest, self._trial(highest / longer, math.inf)
         while rate > LOWEST * highest:
-            lower = self._trial(rate / 4 / longer, found.loss)
+            lower = self._trial(rate / by / longer, found.loss)
             if lower.loss >= found.loss and math.isfinite(found.loss):
                 break
-            rate, found = rate / 4, lower
+            rate, found = rate / by, lower
+        while self.on_grid and highest <= rate < MOST_ON_GRID * highest:
+            higher = self._trial(2 * rate, found.loss)
+            if higher.loss >= found.loss:
+                break
+            rate, found = 2 * rate, higher
         return Beginning(rate, found.losses)
 
     def _trial(self, rate: float, best: float) -> _Trial:

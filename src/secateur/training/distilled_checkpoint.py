@@ -254,6 +254,7 @@ def _distill_in_sweeps(
             lambda: shutil.rmtree(trial[0].folder, ignore_errors=True),
             data.steps,
             work / TRIED,
+            data.on_grid,
         ).choose(highest)
 
     begun = choose_rate(data, hidden_size(made.model), work, try_rates)

@@ -34,7 +34,7 @@ HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 """Of the tiny models."""
 
 
-def choose(losses: dict[float, float], steps: int = 1) -> float:
+def choose(losses: dict[float, float], steps: int = 1, *, on_grid: bool = False) -> float:
     """The choice among rates with known losses. Every trial is followed by a reset, and the best
     so far is kept before.
     """
@@ -51,6 +51,7 @@ def choose(losses: dict[float, float], steps: int = 1) -> float:
         lambda: calls.append("keep"),
         lambda: calls.append("reset"),
         steps,
+        on_grid=on_grid,
     )
     found = trials.choose(1.0)
     tried = [x for x in calls if isinstance(x, float)]
@@ -61,6 +62,12 @@ def choose(losses: dict[float, float], steps: int = 1) -> float:
     assert calls == expected
     assert found.losses == [best] * trial_steps(steps)
     return found.rate
+
+
+def test_on_a_grid_a_trial_has_the_rate_of_the_training_and_higher_ones_are_tried() -> None:
+    assert choose({1.0: 3.0, 0.5: 3.1, 2.0: 2.9, 4.0: 2.8}, steps=64, on_grid=True) == 4.0
+    assert choose({1.0: 3.0, 0.5: 3.1, 2.0: 3.2}, steps=64, on_grid=True) == 1.0
+    assert choose({1.0: 3.0, 0.5: 2.9, 0.25: 2.95}, steps=64, on_grid=True) == 0.5
 
 
 def test_the_rate_falls_by_quarters_while_the_loss_falls() -> None:
