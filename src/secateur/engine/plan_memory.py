@@ -209,8 +209,7 @@ def plan_run(
     survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     solving = _solving_bytes(target, tasks, found, settings, more)
-    whole = epochs and not sweep_windows
-    loaded = models if whole else models[: _writes_whole(target, length, unwritten)]
+    whole = 2 if epochs and not sweep_windows else _writes_whole(target, length, unwritten)
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
     disk = output_bytes + survey.disk_bytes + learning.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + learning.passed_tokens
@@ -223,7 +222,7 @@ def plan_run(
         "basis": _basis_bytes(target, tasks, settings),
         "writing": writing_bytes(target, windows, unwritten),
         "distilling": learning.memory_bytes,
-        "loading": max(map(_model_bytes, loaded), default=0),
+        "loading": max(map(_model_bytes, models[:whole]), default=0),
     }
     on_gpu = target.device.type == "cuda"
     return PrunePlan(

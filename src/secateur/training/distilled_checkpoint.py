@@ -230,10 +230,8 @@ def _distill_in_sweeps(
     ) -> LayerwiseTrainer:
         folder = work / name
         folder.mkdir(exist_ok=True)
-        begins = work / WINNER if label != CHOOSING else None
-        return LayerwiseTrainer(
-            student, batches, steps, rate, size, folder, begins, progress, label
-        )
+        best = work / WINNER if label != CHOOSING else None
+        return LayerwiseTrainer(student, batches, steps, rate, size, folder, best, progress, label)
 
     def try_rates(highest: float, held_out: int) -> Beginning:
         read = data.batches_of_trials(held_out)
@@ -258,11 +256,11 @@ def _distill_in_sweeps(
         ).choose(highest)
 
     begun = choose_rate(data, hidden_size(made.model), work, try_rates)
-    left = data.steps - len(begun.losses)
-    rest = trainer(data.batches_after(begun), left, begun.rate, TRAINING, "distilling").run()
+    batches, left = data.batches_after(begun), data.steps - len(begun.losses)
+    rest = trainer(batches, left, begun.rate, TRAINING, "distilling").run()
     shutil.rmtree(work / WINNER, ignore_errors=True)
-    losses = [*begun.losses, *rest]
-    return {**summary(losses), "learning_rate": begun.rate, "sweep_windows": float(size)}
+    own = {"learning_rate": begun.rate, "sweep_windows": float(size)}
+    return summary([*begun.losses, *rest]) | own
 
 
 def _predict(dense: Target, data: DistillationData, work: Path, progress: Progress) -> Activations:
