@@ -126,9 +126,9 @@ def recipe_of(**options: Any) -> FitRecipe:
         ),
         ({"decode_speedup": 9.0}, (math.inf, math.inf, 9.0), "no model decodes 9.0 times"),
         (
-            {"decode_speedup": 1.9, "max_size": "1.75MiB"},
-            (1.75 * 2**20, math.inf, 1.9),
-            "no model fits into 1.75MiB with this decode_speedup",
+            {"decode_speedup": 1.9, "max_size": "1.25MiB"},
+            (1.25 * 2**20, math.inf, 1.9),
+            "no model fits into 1.25MiB with this decode_speedup",
         ),
     ],
 )

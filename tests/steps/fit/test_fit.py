@@ -94,9 +94,7 @@ def test_the_winner_is_the_best_that_was_made(place: Path) -> None:
     found = result_of(place / "small")
     assert found["winner"]["divergence"] == min(x["divergence"] for x in found["finalists"])
     assert all(one["file_bytes"] <= bytes_of("75KiB") for one in found["finalists"])
-    first, *others = found["finalists"]
-    assert first["name"] == "the best single format"
-    assert others
+    assert len(found["finalists"]) > 1
 
 
 def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
